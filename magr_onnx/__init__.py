@@ -1,0 +1,41 @@
+"""onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
+
+from magr_onnx.api import Inspection, Optimized, Options, build_pipeline, inspect, optimize, validate
+from magr_onnx.errors import (
+    CalibrationError,
+    MagrError,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+    OutputError,
+    PipelineError,
+    ProviderError,
+    RuntimeFailure,
+)
+from magr_onnx.report import Report
+from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "Inspection",
+    "LayerStats",
+    "MagrError",
+    "ModelError",
+    "NonFiniteError",
+    "Optimized",
+    "OptionError",
+    "Options",
+    "OutputError",
+    "PipelineError",
+    "ProviderError",
+    "QuantizedWeight",
+    "Report",
+    "RuntimeFailure",
+    "WeightSpec",
+    "build_pipeline",
+    "inspect",
+    "optimize",
+    "validate",
+]

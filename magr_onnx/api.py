@@ -1,0 +1,450 @@
+"""The Python interface: `optimize`, `inspect`, `validate`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx import files
+from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
+from magr_onnx.packing import container_bits
+from magr_onnx.passes import (
+    CompensateBias,
+    EmitMatMulNBits,
+    EmitQDQ,
+    Job,
+    LayerPass,
+    LinearLayer,
+    MagR,
+    Quantize,
+    Reason,
+    Skip,
+    pipeline,
+)
+from magr_onnx.passes.linear import find
+from magr_onnx.passes.readback import digest, read_weights
+from magr_onnx.report import LayerRow, Report, SkipRow
+from magr_onnx.runtime import calibrate
+from magr_onnx.runtime import validate as validation
+from magr_onnx.runtime.data import Batches, Source, open_data
+from magr_onnx.runtime.session import Arithmetic, Session, provider_name
+from magr_onnx.types import LayerStats, check_finite
+
+Format = Literal["matmulnbits", "qdq"]
+FORMATS: dict[str, Callable[[int], LayerPass]] = {
+    "matmulnbits": lambda level: EmitMatMulNBits(level),
+    "qdq": lambda level: EmitQDQ(),
+}
+BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, steps done and steps in total."""
+
+
+class Options(TypedDict, total=False):
+    """What `build_pipeline` understands; every one has a good default.
+
+    Attributes:
+        bits: 2, 3, 4 (default) or 8.
+        block_size: Rows that share a scale (default 32); None for one grid a channel.
+        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``.
+        format: ``matmulnbits`` (default) or ``qdq``.
+        symmetric: Fix the zero point in the middle (default False).
+        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 3e-4 per block, 0 for none.
+        beta: Shrink of the min-max grid; None (default) searches it per group.
+        damping: Multiple of the Gram matrix's mean diagonal added to it (default 0.1).
+        act_order: Round inputs in descending power (default True).
+        sweeps: Most coordinate-descent sweeps (default 8).
+        bias: ``auto`` (default: existing biases, and the bias input that MatMulNBits has anyway), ``existing``, ``any`` or
+            ``none``.
+        accuracy_level: MatMulNBits' compute type: 0 (default) unset, 1 float32, 4 int8.
+    """
+
+    bits: int
+    block_size: int | None
+    quantizer: str
+    format: Format
+    symmetric: bool
+    alpha: float | None
+    beta: float | None
+    damping: float
+    act_order: bool
+    sweeps: int
+    bias: str
+    accuracy_level: int
+
+
+class Optimized(NamedTuple):
+    """What `optimize` returns."""
+
+    model: ir.Model
+    report: Report
+
+
+def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
+    """The passes for a set of options: MagR, quantize, compensate the bias, emit.
+
+    Raises:
+        OptionError: Unknown options or values the target kernel rejects, all of them at once.
+    """
+    problems = [f"unknown option {o!r}; there are {', '.join(Options.__annotations__)}" for o in options.keys() - Options.__annotations__]
+    form, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
+    if form not in FORMATS:
+        problems.append(f"format {form!r} is not known; choose one of {', '.join(FORMATS)}")
+    if bias not in BIAS:
+        problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
+    block: int | None = options.get("block_size", 32)
+    alpha, damping = options.get("alpha"), options.get("damping", 0.1)
+    if alpha is None:
+        alpha = 1e-3 if block is None else 3e-4
+    quantize = Quantize(
+        options.get("quantizer", "comq"),
+        options.get("bits", 4),
+        block,
+        options.get("symmetric", False),
+        options.get("beta"),
+        damping,
+        options.get("act_order", True),
+        options.get("sweeps", 8),
+    )
+    policy = BIAS.get(bias) or ("any" if form == "matmulnbits" else "existing")
+    passes: list[LayerPass] = [MagR(alpha, True, block, damping)] if alpha != 0 else []
+    passes.append(quantize)
+    if policy != "none":
+        passes.append(CompensateBias(policy))  # type: ignore[arg-type]
+    if form in FORMATS:
+        passes.append(FORMATS[form](options.get("accuracy_level", 0)))
+    try:
+        pipeline.check(passes)
+    except OptionError as error:
+        problems.append(str(error))
+    raise_all(OptionError, problems)
+    return tuple(passes)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found."""
+
+    name: str
+    bytes: int
+    opset: int
+    ir_version: int
+    layers: tuple[dict[str, Any], ...]
+    skipped: tuple[SkipRow, ...]
+
+
+def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
+    """The linear layers of a model, with shapes and ranges, and what would be left alone and why.
+
+    Raises:
+        ModelError: Not a usable model.
+    """
+    loaded = files.load(model)
+    layers, skips = find(loaded.model, include, exclude)
+    rows = []
+    for layer in layers:
+        weight = layer.read()
+        magnitude = np.abs(weight)
+        mean = float(magnitude.mean())
+        rows.append(
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "weight": layer.weight_name,
+                "input": calibrate.input_name(layer),
+                "k": layer.k,
+                "n": layer.n,
+                "dtype": layer.dtype.name.lower(),
+                "bias": layer.has_bias,
+                "min": float(weight.min()),
+                "max": float(weight.max()),
+                "peak_to_mean": float(magnitude.max()) / mean if mean else 0.0,
+                "finite": bool(np.isfinite(weight).all()),
+            }
+        )
+    return Inspection(
+        loaded.name,
+        loaded.bytes,
+        loaded.model.opset_imports.get("", 0),
+        loaded.model.ir_version,
+        tuple(rows),
+        tuple(map(_skip_row, skips)),
+    )
+
+
+def optimize(
+    model: Any,
+    calibration: Source | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    validation_data: Source | None = None,
+    pipeline_text: str | Sequence[LayerPass] | None = None,
+    provider: str = "cpu",
+    mask: str | None = "auto",
+    batch_size: int = 16,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Optimized:
+    """Quantize the linear layers of a model.
+
+    Args:
+        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
+        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
+            without error feedback, no bias compensation), and the report says so.
+        output: Where to write the result; None keeps it in memory.
+        validation_data: Held-out inputs to compare the float and the quantized model on.
+        pipeline_text: Passes, or their text, instead of ``options``.
+        provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
+        mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
+        batch_size: Samples per batch when stacked inputs are cut up.
+        include: Shell patterns of layers (by node or weight name) to convert; empty for all.
+        exclude: Patterns of layers to leave alone.
+        gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
+        progress: Called during long work.
+        **options: See `Options`.
+
+    Returns:
+        The model and the report.
+
+    Raises:
+        MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
+    """
+    clock = _Clock()
+    if pipeline_text is not None and options:
+        raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
+    if pipeline_text is None:
+        passes = build_pipeline(**options)
+    else:
+        passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
+        pipeline.check(passes)
+    provider_name(provider)
+    loaded = files.load(model)
+    out = None if output is None else Path(output)
+    if out is not None:
+        raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
+    mask_input = calibrate.resolve_mask(loaded.model, mask)
+    original = loaded.model
+    pipeline.prepare(passes, original)
+    work = original.clone()
+    layers, skips = find(work, include, exclude)
+    if not layers:
+        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+        raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    _check_weights(layers)
+    clock.lap("load")
+
+    notes: list[str] = []
+    data = held = None
+    if calibration is not None or validation_data is not None:
+        with Session(loaded.path or original, provider) as session:
+            inputs = session.inputs
+        if calibration is not None:
+            data = open_data(calibration, inputs, batch_size)
+        if validation_data is not None:
+            held = open_data(validation_data, inputs, batch_size)
+    if data is None:
+        notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
+
+    rows: dict[str, LayerRow] = {}
+    digests: dict[str, str] = {}
+    done = 0
+
+    def finished(job: Job) -> None:
+        nonlocal done
+        done += 1
+        rows[job.layer.name] = _layer_row(job)
+        if job.emitted:
+            digests[str(job.layer.output.name)] = digest(job.weight)
+        if progress is not None:
+            progress("quantizing", done, len(layers))
+
+    unmasked: list[str] = []
+    groups = calibrate.plan(layers, gram_budget) if data is not None else [layers]
+    for index, group in enumerate(groups):
+        stats: dict[str, LayerStats] = {}
+        if data is not None:
+            name = "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else "")
+            report = None if progress is None else _stage(progress, name)
+            result = calibrate.collect(original, group, data, mask=mask_input, provider=provider, progress=report)
+            stats = result.stats
+            unmasked += result.unmasked
+            clock.lap("calibrate")
+        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished)  # noqa: B023
+        clock.lap("quantize")
+    if unmasked:
+        notes.append(
+            f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({', '.join(unmasked[:3])}); all their rows count"
+        )
+
+    _stamp(work, passes)
+    if out is None:
+        verified = _verify(work, digests)
+        written = files.initializer_bytes(work)
+    else:
+        verified = len(digests)
+        written = files.save(work, out, lambda path: _verify_file(path, digests, provider))
+    clock.lap("write")
+    comparison = None
+    if held is not None:
+        report = None if progress is None else _stage(progress, "validating")
+        comparison = validation.validate(loaded.path or original, out or work, held, provider=provider, mask=mask_input, progress=report)
+        clock.lap("validate")
+    return Optimized(
+        work,
+        Report(
+            loaded.name,
+            None if out is None else str(out),
+            pipeline.text_of(passes),
+            _describe(data, rows, mask_input),
+            tuple(rows[layer.name] for layer in layers),
+            tuple(map(_skip_row, skips)),
+            loaded.bytes,
+            written,
+            verified,
+            clock.laps,
+            versions(),
+            tuple(notes),
+            comparison,
+        ),
+    )
+
+
+def validate(
+    float_model: Any,
+    quantized_model: Any,
+    data: Source,
+    *,
+    provider: str = "cpu",
+    mask: str | None = "auto",
+    batch_size: int = 16,
+    arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
+    progress: Progress | None = None,
+) -> validation.Validation:
+    """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
+
+    Raises:
+        MagrError: A model or the data cannot be used.
+    """
+    provider_name(provider)
+    a, b = files.load(float_model), files.load(quantized_model)
+    with Session(a.path or a.model, provider) as session:
+        batches = open_data(data, session.inputs, batch_size)
+    return validation.validate(
+        a.path or a.model,
+        b.path or b.model,
+        batches,
+        provider=provider,
+        arithmetics=arithmetics,
+        mask=calibrate.resolve_mask(a.model, mask),
+        progress=None if progress is None else _stage(progress, "validating"),
+    )
+
+
+class _Clock:
+    """Seconds by stage, in order of first appearance."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(name, done, total)
+
+
+def _check_weights(layers: Sequence[LinearLayer]) -> None:
+    """Name every layer with NaN or infinite weights or bias, before any work."""
+    problems = []
+    for layer in layers:
+        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
+            try:
+                if array is not None:
+                    check_finite(f"{what} of {layer.name}", array)
+            except NonFiniteError as error:
+                problems.append(str(error))
+    raise_all(NonFiniteError, problems)
+
+
+def _layer_row(job: Job) -> LayerRow:
+    layer, facts = job.layer, job.facts
+    spec = None if job.quantized is None else job.quantized.spec
+    if spec is not None and container_bits(spec.bits) != spec.bits:
+        job.notes.append(f"{spec.bits}-bit codes are stored in {container_bits(spec.bits)} bits")
+    return LayerRow(
+        layer.name,
+        layer.op,
+        layer.weight_name,
+        layer.k,
+        layer.n,
+        None if spec is None else spec.bits,
+        facts.get("block_size"),
+        job.stats.rows,
+        facts.get("error"),
+        facts.get("magr"),
+        bool(facts.get("bias_compensated")),
+        facts.get("emitted"),
+        tuple(job.notes),
+    )
+
+
+def _skip_row(skip: Skip) -> SkipRow:
+    reason: Reason = skip.reason
+    return SkipRow(skip.name, skip.op, reason.value, skip.detail)
+
+
+def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+    if data is None:
+        return "none (data-free)"
+    most = max((r.rows for r in rows.values()), default=0)
+    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+
+
+def _stamp(model: ir.Model, passes: Sequence[LayerPass]) -> None:
+    """Say in the model's metadata what was done to it."""
+    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
+    model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
+
+
+def _verify(model: ir.Model, digests: dict[str, str]) -> int:
+    """Read every emitted weight back and compare it with what was chosen."""
+    found = {name: digest(weight) for name, weight in read_weights(model).items()}
+    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
+    if wrong:
+        raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
+    return len(digests)
+
+
+def _verify_file(path: Path, digests: dict[str, str], provider: str) -> None:
+    """The file holds the chosen codes, and onnxruntime loads it."""
+    _verify(ir.load(path), digests)
+    with Session(path, provider):
+        pass
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and those it stands on."""
+    found = {}
+    for name in ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found.setdefault("onnx-magr", "unknown")
+    return found

@@ -1,0 +1,322 @@
+"""The command line. Each command parses, calls the Python interface and prints; no work of its own.
+
+Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, an impossible option), 2 wrong usage, 130
+interrupted. ``validate`` also returns 3 when a threshold given by the user is missed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+
+import magr_onnx
+from magr_onnx import api, console
+from magr_onnx import demo as demonstration
+from magr_onnx.errors import MagrError, OptionError, OutputError
+from magr_onnx.passes.pipeline import PASSES, options_of
+from magr_onnx.report import validation_text
+
+app = typer.Typer(
+    name="onnx-magr",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+class Bits(StrEnum):
+    two = "2"
+    three = "3"
+    four = "4"
+    eight = "8"
+
+
+class QuantizerName(StrEnum):
+    rtn = "rtn"
+    gptq = "gptq"
+    comq = "comq"
+
+
+class FormatName(StrEnum):
+    matmulnbits = "matmulnbits"
+    qdq = "qdq"
+
+
+class BiasName(StrEnum):
+    auto = "auto"
+    existing = "existing"
+    any = "any"
+    none = "none"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
+Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
+Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.say(f"onnx-magr {magr_onnx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Quantize ONNX models to 2, 3, 4 or 8 bits with MagR, GPTQ and bias compensation.
+
+    Try [bold]onnx-magr demo[/bold] first: it needs no model and no data.
+    """
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+onnx-magr optimize model.onnx -o model.int4.onnx --calibration inputs.npz
+
+onnx-magr optimize model.onnx --calibration batches/ --bits 2 --report report.json
+
+onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs.npz --validation heldout.npz
+
+onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
+)
+def optimize(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders. Without it: data-free.",
+        ),
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option("--validation", help="Held-out inputs to compare both models on, in the same forms.")
+    ] = None,
+    bits: Annotated[Bits, typer.Option("--bits", "-b", help="Bits a weight.")] = Bits.four,
+    block_size: Annotated[str, typer.Option("--block-size", help="Rows that share a scale: a multiple of 16, or 'channel'.")] = "32",
+    quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="comq: GPTQ refined by coordinate descent.")] = QuantizerName.comq,
+    format: Annotated[FormatName, typer.Option("--format", help="Nodes to write.")] = FormatName.matmulnbits,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle of the grid.")] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 3e-4 per block]"),
+    ] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="Shrink of the min-max grid, up to 1. [default: searched per group]")] = None,
+    damping: Annotated[float, typer.Option("--damping", min=0, help="Added to the Gram matrix, in units of its mean diagonal.")] = 0.1,
+    act_order: Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.")] = True,
+    sweeps: Annotated[int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).")] = 8,
+    bias: Annotated[BiasName, typer.Option("--bias", help="Bias compensation; auto: wherever it adds no node.")] = BiasName.auto,
+    accuracy_level: Annotated[int, typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.")] = 0,
+    pipeline: Annotated[
+        str | None, typer.Option("--pipeline", help="Passes as text, instead of the options above; see 'onnx-magr passes'.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    provider: Provider = "cpu",
+    report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the linear layers of a model and report what happened to every one."""
+    options = {
+        "bits": int(bits.value),
+        "block_size": _block(block_size),
+        "quantizer": quantizer.value,
+        "format": format.value,
+        "symmetric": symmetric,
+        "alpha": alpha,
+        "beta": beta,
+        "damping": damping,
+        "act_order": act_order,
+        "sweeps": sweeps,
+        "bias": bias.value,
+        "accuracy_level": accuracy_level,
+    }
+    out = output or model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
+    if report is not None:
+        _check_report(report, {model, out})
+    with console.progress_bar(not quiet) as progress:
+        result = api.optimize(
+            model,
+            calibration,
+            output=out,
+            validation_data=validation,
+            pipeline_text=pipeline,
+            provider=provider,
+            mask=mask,
+            batch_size=batch_size,
+            include=include or (),
+            exclude=exclude or (),
+            progress=progress,
+            **_options(context, pipeline, options),
+        )
+    if report is not None:
+        report.write_text(result.report.to_json() + "\n", encoding="utf-8")
+    _show(result.report.to_dict(), result.report.to_text(), as_json, quiet)
+
+
+def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any]) -> Any:
+    """The options, unless a pipeline replaces them: then options given as well are an error."""
+    if pipeline is None:
+        return values
+    given = [name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise OptionError(f"--pipeline replaces {flags}; give one or the other")
+    return {}
+
+
+def _block(text: str) -> int | None:
+    if text == "channel":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"--block-size {text!r}: give a multiple of 16, or 'channel'") from None
+
+
+def _check_report(report: Path, taken: set[Path]) -> None:
+    if not report.parent.is_dir():
+        raise OutputError(f"report folder {report.parent} does not exist; create it first")
+    if report.is_dir() or report.resolve() in {p.resolve() for p in taken}:
+        raise OutputError(f"report {report} would overwrite a folder or a model; choose another name")
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+onnx-magr inspect model.onnx
+
+onnx-magr inspect model.onnx --exclude '*head*' --json"""
+)
+def inspect(
+    model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: Json = False,
+) -> None:
+    """List linear layers with shapes and ranges, and what would be left alone and why."""
+    found = api.inspect(model, include=include or (), exclude=exclude or ())
+    lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
+    lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
+    for row in found.layers:
+        name = row["name"] if len(row["name"]) <= 34 else f"...{row['name'][-31:]}"
+        bias = "yes" if row["bias"] else "-"
+        shape = f"{row['k']} x {row['n']}"
+        lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
+    lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
+    lines += [f"  {s.name} ({s.op}): {s.reason}{f' ({s.detail})' if s.detail else ''}" for s in found.skipped]
+    value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers")}
+    value["skipped"] = [{"name": s.name, "op": s.op, "reason": s.reason, "detail": s.detail} for s in found.skipped]
+    _show(value, "\n".join(lines), as_json)
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+onnx-magr validate model.onnx model.int4.onnx --data heldout.npz
+
+onnx-magr validate model.onnx model.int4.onnx --data heldout/ --min-cosine 0.98"""
+)
+def validate(
+    float_model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The reference model.", show_default=False)],
+    quantized_model: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The model to judge.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Held-out inputs, in the forms 'optimize --calibration' takes.")],
+    min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Exit with 3 if an output's mean cosine is below this.")] = None,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    provider: Provider = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
+    with console.progress_bar(not quiet) as progress:
+        result = api.validate(float_model, quantized_model, data, provider=provider, mask=mask, batch_size=batch_size, progress=progress)
+    _show(_plain(result), "\n".join(validation_text(result)), as_json, quiet)
+    if min_cosine is not None:
+        low = min((m.cosine for outputs in result.arithmetics.values() for m in outputs), default=1.0)
+        if low < min_cosine:
+            console.errors.print(f"error: mean cosine {low:.5f} is below {min_cosine}", style="red")
+            raise typer.Exit(3)
+
+
+@app.command(epilog="[bold]Example[/bold]\n\nonnx-magr passes --json")
+def passes(as_json: Json = False) -> None:
+    """List the passes a pipeline may name, with their options and defaults."""
+    lines, value = [], []
+    for name, kind in PASSES.items():
+        known = options_of(kind)
+        lines.append(f"{name}: {kind.summary}")
+        lines += [f"    {option}={_shown(default)}" for option, (_, default) in known.items()]
+        value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in known.items()}})
+    lines += ["", "example: 'magr{alpha=1e-3},quantize{method=gptq,bits=4},compensate-bias,emit-matmulnbits'"]
+    _show(value, "\n".join(lines), as_json)
+
+
+@app.command(epilog="[bold]Example[/bold]\n\nonnx-magr demo")
+def demo(
+    folder: Annotated[Path | None, typer.Option("--folder", help="Keep the quantized models here; default: they are removed.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the bundled language model and print its perplexity before and after."""
+    if folder is not None and not folder.is_dir():
+        raise OutputError(f"folder {folder} does not exist; create it first")
+    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet) as progress:
+        result = demonstration.run(folder or Path(temporary), progress)
+    _show(_plain(result), demonstration.to_text(result), as_json, quiet)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value)
+
+
+def _show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:
+    if as_json:
+        console.say_json(value)
+    elif not quiet:
+        console.say(text)
+
+
+def main() -> None:
+    """Run the command line; explained errors are one message on standard error and exit code 1."""
+    try:
+        app()
+    except MagrError as error:
+        console.errors.print("error:", style="bold red", end=" ")
+        console.errors.print(str(error), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.errors.print("interrupted; no output was changed")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

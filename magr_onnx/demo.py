@@ -1,0 +1,79 @@
+"""The demonstration: quantize the bundled language model and measure its perplexity before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from magr_onnx import api
+from magr_onnx.errors import ModelError
+from magr_onnx.models import bundled
+from magr_onnx.report import Report
+from magr_onnx.runtime.session import Arithmetic
+
+RTN: api.Options = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
+SETTINGS: tuple[tuple[str, api.Options], ...] = (
+    ("4 bits, block 32, round to nearest", {"bits": 4, **RTN}),
+    ("4 bits, block 32, onnx-magr", {"bits": 4}),
+    ("3 bits, per channel, round to nearest", {"bits": 3, "block_size": None, **RTN}),
+    ("3 bits, per channel, onnx-magr", {"bits": 3, "block_size": None}),
+    ("2 bits, block 32, round to nearest", {"bits": 2, **RTN}),
+    ("2 bits, block 32, onnx-magr", {"bits": 2}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRow:
+    """One setting: perplexity on the held-out text, file size, and the run's report."""
+
+    setting: str
+    perplexity: float
+    bytes: int
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """All rows, beside the float model's perplexity and size."""
+
+    float_perplexity: float
+    float_bytes: int
+    rows: tuple[DemoRow, ...]
+
+
+def run(folder: Path, progress: Callable[[str, int, int], None] | None = None) -> Demo:
+    """Optimize the bundled model with every setting, writing the files to ``folder``.
+
+    Raises:
+        ModelError: The package was installed without its model.
+    """
+    if not bundled.MODEL.is_file():
+        raise ModelError(f"the bundled model {bundled.MODEL} is missing; reinstall the package")
+    rows: list[DemoRow] = []
+    before = math.nan
+    for i, (name, options) in enumerate(SETTINGS):
+        path = folder / f"tiny_lm_{name.replace(',', '').replace(' ', '_')}.onnx"
+        result = api.optimize(bundled.MODEL, bundled.CALIBRATION, output=path, **options)
+        checked = api.validate(bundled.MODEL, path, bundled.HELD_OUT, arithmetics=(Arithmetic.DEFAULT,), layers=False, latency=False)
+        metrics = checked.arithmetics[str(Arithmetic.DEFAULT)][0]
+        assert metrics.cross_entropy is not None
+        before, after = (math.exp(v) for v in metrics.cross_entropy)
+        rows.append(DemoRow(name, after, path.stat().st_size, result.report))
+        if progress is not None:
+            progress("optimizing", i + 1, len(SETTINGS))
+    return Demo(before, bundled.MODEL.stat().st_size, tuple(rows))
+
+
+def to_text(demo: Demo) -> str:
+    """The table the command prints."""
+    lines = [
+        "A language model of 1.9 M parameters, trained on public-domain books; perplexity per",
+        "token on books it never saw (lower is better).",
+        "",
+        f"{'setting':40} {'perplexity':>10} {'size':>9}",
+        f"{'float32':40} {demo.float_perplexity:10.3f} {demo.float_bytes / 1e6:6.2f} MB",
+    ]
+    lines += [f"{r.setting:40} {r.perplexity:10.3f} {r.bytes / 1e6:6.2f} MB" for r in demo.rows]
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""The exception tree. Everything the library raises on purpose is a `MagrError` with a remedy in its message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class MagrError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class ModelError(MagrError):
+    """The input is not a usable ONNX model (not ONNX, truncated, invalid, external data missing)."""
+
+
+class CalibrationError(MagrError):
+    """The calibration or validation data does not fit the model, or is empty."""
+
+
+class NonFiniteError(MagrError):
+    """A weight, an activation or a Gram matrix holds NaN or infinity."""
+
+
+class OptionError(MagrError):
+    """An option, or a combination of options, that the target cannot run."""
+
+
+class PipelineError(OptionError):
+    """A textual pipeline that does not parse, or names an unknown pass or option."""
+
+
+class OutputError(MagrError):
+    """The output cannot be written where it was asked for."""
+
+
+class ProviderError(MagrError):
+    """The execution provider is not available in the installed onnxruntime."""
+
+
+class RuntimeFailure(MagrError):
+    """onnxruntime could not load or run a model."""
+
+
+def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
+    """Raise one ``kind`` that lists every problem, a line each; do nothing when there is none."""
+    found = list(problems)
+    if len(found) == 1:
+        raise kind(found[0])
+    if found:
+        raise kind(f"{len(found)} problems:\n" + "\n".join(f"  - {p}" for p in found))

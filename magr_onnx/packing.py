@@ -1,0 +1,178 @@
+"""Bit layouts of the formats that are emitted, each with its inverse.
+
+MatMulNBits: ``B (N, blocks, block_size * bits / 8)`` uint8, a row per output channel, element ``k`` in the low bits first, the last
+block padded; zero points ``(N, ceil(blocks * bits / 8))`` packed the same way along the blocks; scales ``(N, blocks)``.
+3-bit codes travel in 4 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.types import Array, Codes, QuantizedWeight
+
+MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
+
+
+def container_bits(bits: int) -> int:
+    """Stored width of a code: 3-bit codes use 4 bits."""
+    return 4 if bits == 3 else bits
+
+
+def kernel_block(group_size: int | None, k: int, bits: int) -> int | None:
+    """Block size a kernel with blocks of 16 to 256 (powers of two) uses for groups of ``group_size``.
+
+    A group that is not such a block is written as smaller blocks that repeat its scale: the largest power of two that
+    divides it. Where one group spans the column, the block that needs the fewest bytes. None if there is no such block.
+    """
+    if group_size is None or group_size >= k:
+        width = container_bits(bits)
+
+        def size(block: int) -> int:
+            count = -(-k // block)
+            return count * (block * width // 8 + 4) + -(-count * width // 8)
+
+        return min(MATMULNBITS_BLOCKS, key=lambda block: (size(block), -block))
+    fitting = [b for b in MATMULNBITS_BLOCKS if group_size % b == 0]
+    return max(fitting) if fitting else None
+
+
+def pack_bits(codes: Codes, bits: int) -> Codes:
+    """Pack the last axis, low bits first; a row is padded with zeros to whole bytes. ``bits`` divides 8."""
+    per_byte = 8 // bits
+    pad = -codes.shape[-1] % per_byte
+    if pad:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], pad), np.uint8)], axis=-1)
+    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(parts.shape[:-1], np.uint8)
+    for i in range(per_byte):
+        packed |= parts[..., i] << np.uint8(i * bits)
+    return packed
+
+
+def unpack_bits(packed: Codes, bits: int, count: int) -> Codes:
+    """Inverse of `pack_bits`: the first ``count`` codes of the last axis."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    result: Codes = codes.reshape(*packed.shape[:-1], -1)[..., :count]
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatMulNBitsTensors:
+    """Inputs and attributes of a MatMulNBits node."""
+
+    weight: Codes
+    scales: npt.NDArray[Any]
+    zero_points: Codes | None
+    bits: int
+    block_size: int
+    k: int
+    n: int
+
+
+def pack_matmulnbits(weight: QuantizedWeight) -> MatMulNBitsTensors:
+    """A quantized weight in MatMulNBits' layout.
+
+    Zero points are left out where all equal the operator's default ``2^(bits - 1)``; symmetric 3-bit codes are moved up so
+    that this holds for them too.
+
+    Raises:
+        ValueError: The group size has no block of 16 to 256 that divides it.
+    """
+    spec = weight.spec
+    k, n = weight.codes.shape
+    bits = container_bits(spec.bits)
+    block = kernel_block(spec.group_size, k, spec.bits)
+    if block is None:
+        raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
+    codes, zeros = weight.codes, weight.zero_points
+    if spec.symmetric and bits != spec.bits:
+        shift = np.uint8(2 ** (bits - 1) - spec.middle)
+        codes, zeros = codes + shift, zeros + shift
+    count = -(-k // block)
+    padded = np.zeros((n, count * block), np.uint8)
+    padded[:, :k] = codes.T
+    first = np.arange(count) * block // spec.rows(k)  # the group each block lies in
+    block_zeros = np.ascontiguousarray(zeros[first].T)
+    return MatMulNBitsTensors(
+        weight=pack_bits(padded.reshape(n, count, block), bits),
+        scales=np.ascontiguousarray(weight.scales[first].T).astype(spec.scale_dtype),
+        zero_points=None if (block_zeros == 2 ** (bits - 1)).all() else pack_bits(block_zeros, bits),
+        bits=bits,
+        block_size=block,
+        k=k,
+        n=n,
+    )
+
+
+def unpack_matmulnbits(tensors: MatMulNBitsTensors) -> tuple[Codes, Array, Codes]:
+    """Inverse: codes ``(K, N)``, and scales and zero points per block ``(blocks, N)``."""
+    t = tensors
+    count = -(-t.k // t.block_size)
+    codes = unpack_bits(t.weight, t.bits, t.block_size).reshape(t.n, -1)[:, : t.k].T
+    scales = t.scales.reshape(t.n, count).astype(np.float32).T
+    if t.zero_points is None:
+        zeros = np.full((count, t.n), 2 ** (t.bits - 1), np.uint8)
+    else:
+        zeros = unpack_bits(t.zero_points.reshape(t.n, -1), t.bits, count).T
+    return codes, scales, zeros
+
+
+def dequantize_matmulnbits(tensors: MatMulNBitsTensors) -> Array:
+    """The float weight ``(K, N)`` a MatMulNBits node multiplies by."""
+    codes, scales, zeros = unpack_matmulnbits(tensors)
+    rows = np.arange(tensors.k) // tensors.block_size
+    result: Array = (codes.astype(np.float32) - zeros[rows]) * scales[rows]
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QdqTensors:
+    """Inputs and attributes of a DequantizeLinear of a weight ``(K, N)``.
+
+    ``codes`` and ``zero_points`` are int16 values of the stored type: signed when symmetric, unsigned otherwise.
+    """
+
+    codes: npt.NDArray[np.int16]
+    scales: npt.NDArray[Any]
+    zero_points: npt.NDArray[np.int16] | None
+    bits: int
+    axis: int
+    block_size: int  # 0: per channel
+
+
+def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
+    """A quantized weight as DequantizeLinear tensors: per channel on axis 1, or blocks along axis 0.
+
+    Raises:
+        ValueError: The group size has no block of 16 to 256 that divides it (onnxruntime would not fuse it).
+    """
+    spec = weight.spec
+    k = len(weight.codes)
+    shift = spec.middle if spec.symmetric else 0
+    codes = weight.codes.astype(np.int16) - np.int16(shift)
+    zeros = None if spec.symmetric else weight.zero_points.astype(np.int16)
+    scales = weight.scales.astype(spec.scale_dtype)
+    bits = container_bits(spec.bits)
+    if spec.groups(k) == 1:
+        return QdqTensors(codes, scales[0], None if zeros is None else zeros[0], bits, 1, 0)
+    block = kernel_block(spec.group_size, k, spec.bits)
+    if block is None:
+        raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
+    first = np.arange(-(-k // block)) * block // spec.rows(k)
+    return QdqTensors(codes, scales[first], None if zeros is None else zeros[first], bits, 0, block)
+
+
+def dequantize_qdq(tensors: QdqTensors) -> Array:
+    """The float weight ``(K, N)`` that DequantizeLinear yields."""
+    t = tensors
+    rows: Any = slice(None) if t.block_size == 0 else np.arange(len(t.codes)) // t.block_size
+    scales = t.scales.astype(np.float32)[rows]
+    zeros: Any = 0 if t.zero_points is None else t.zero_points[rows]
+    result: Array = (t.codes - zeros).astype(np.float32) * scales
+    return result

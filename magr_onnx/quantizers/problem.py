@@ -1,0 +1,58 @@
+"""What every quantizer is given and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """Quantize ``weights`` so that the layer computes ``target``.
+
+    Attributes:
+        weights: ``(K, N)`` float32, what to put on the grid (after MagR, if it ran).
+        target: ``(K, N)`` float32, what the layer error is measured against (before MagR).
+        stats: Second moments of the layer's input.
+        centred: Whether a bias will absorb the mean error, which makes ``H - mu mu^T`` the matrix of the error.
+        spec: The integer grid.
+    """
+
+    weights: Array
+    target: Array
+    stats: LayerStats
+    centred: bool
+    spec: WeightSpec
+
+    @property
+    def gram(self) -> Array:
+        """The matrix of the layer error, ``(K, K)`` float64."""
+        return self.stats.objective_gram(self.centred)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of all quantizers; each reads those it knows.
+
+    Attributes:
+        beta: Shrink factor of the min-max grid; None searches the factor per group.
+        damping: Multiple of ``mean(diag H)`` added to the diagonal (gptq, comq).
+        act_order: Round inputs in descending ``diag(H)`` (gptq, comq's start).
+        sweeps: Most coordinate-descent sweeps (comq).
+        rescale: Refit scales between sweeps (comq).
+    """
+
+    beta: float | None = None
+    damping: float = 0.1
+    act_order: bool = True
+    sweeps: int = 8
+    rescale: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A quantized weight and what there is to say about how it was found."""
+
+    weight: QuantizedWeight
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,21 @@
+"""Round to nearest: every weight to the closest point of its grid, with no regard for the others."""
+
+from __future__ import annotations
+
+from magr_onnx.grid import choose
+from magr_onnx.quantizers.problem import Options, Problem, Solution
+from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+
+
+def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float | None = None) -> QuantizedWeight:
+    """Nearest codes of ``weights (K, N)`` on a min-max grid times ``beta``, or on a searched grid (``beta=None``).
+
+    ``diagonal (K,)`` is ``diag(H)``, the weight of every input row in the search.
+    """
+    grid = choose(weights, spec, diagonal, beta)
+    return grid.weight(grid.codes(weights))
+
+
+def run(problem: Problem, options: Options) -> Solution:
+    """Registry form; see `magr_onnx.quantizers`."""
+    return Solution(quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=options.beta))

@@ -1,0 +1,197 @@
+"""What happened to every layer, as data, as JSON and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from magr_onnx.runtime.validate import Validation
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One converted layer.
+
+    Attributes:
+        name: Node name.
+        op: MatMul or Gemm.
+        weight: Initializer name.
+        k: Input width.
+        n: Output width.
+        bits: Code width; None where the weight stayed float (MagR alone).
+        block_size: Rows per stored scale.
+        rows: Calibration rows behind the statistics; 0 for data-free.
+        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias compensation included.
+        magr: Iterations and magnitudes of MagR, if it ran.
+        bias_compensated: Whether the bias took up the mean error.
+        emitted: Name of the node that multiplies by the quantized weight.
+        notes: Anything out of the ordinary.
+    """
+
+    name: str
+    op: str
+    weight: str
+    k: int
+    n: int
+    bits: int | None
+    block_size: int | None
+    rows: int
+    error: float | None
+    magr: dict[str, Any] | None
+    bias_compensated: bool
+    emitted: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SkipRow:
+    """One MatMul or Gemm that stayed as it was, and why."""
+
+    name: str
+    op: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `magr_onnx.optimize` did.
+
+    Attributes:
+        source: Path of the model, or a description.
+        output: Path written, if any.
+        pipeline: Text that reproduces the passes.
+        calibration: What the data was, or that there was none.
+        layers: Converted layers in graph order.
+        skipped: MatMul and Gemm nodes left alone.
+        bytes_before: Size of the source.
+        bytes_after: Size of the result.
+        verified: Layers whose codes were read back from the result and found equal to those chosen.
+        seconds: Wall time by stage.
+        versions: Of the packages involved.
+        notes: Whatever else should be known.
+        validation: Float against quantized, if it was asked for.
+    """
+
+    source: str
+    output: str | None
+    pipeline: str
+    calibration: str
+    layers: tuple[LayerRow, ...]
+    skipped: tuple[SkipRow, ...]
+    bytes_before: int
+    bytes_after: int
+    verified: int
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+    validation: Validation | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; infinities become None."""
+        return plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_text(self) -> str:
+        """A summary, a table of layers and the reasons of those skipped, within 80 columns."""
+        return "\n".join([*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._validation(), *self._notes()])
+
+    def _summary(self) -> list[str]:
+        ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
+        lines = [
+            f"model        {self.source}",
+            f"output       {self.output or 'in memory'}",
+            f"calibration  {self.calibration}",
+            f"layers       {len(self.layers)} converted, {len(self.skipped)} left as they are; {self.verified} read back and verified",
+            f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
+            f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}",
+        ]
+        return lines
+
+    def _skips(self) -> list[str]:
+        if not self.skipped:
+            return []
+        reasons: dict[str, list[SkipRow]] = {}
+        for row in self.skipped:
+            reasons.setdefault(row.reason, []).append(row)
+        lines = ["", "left as they are"]
+        for reason, rows in reasons.items():
+            shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+            lines.append(f"  {len(rows):3d}  {reason}: {shown}")
+        return lines
+
+    def _validation(self) -> list[str]:
+        return [] if self.validation is None else ["", *validation_text(self.validation)]
+
+    def _notes(self) -> list[str]:
+        per_layer = [f"{r.name}: {n}" for r in self.layers for n in r.notes if "coordinate descent" not in n]
+        merged = collapse(per_layer)
+        return ["", "notes", *(f"  {n}" for n in (*self.notes, *merged))] if self.notes or merged else []
+
+
+def collapse(notes: list[str], most: int = 6) -> list[str]:
+    """At most ``most`` notes; the number of the others in the last."""
+    return notes if len(notes) <= most else [*notes[: most - 1], f"... and {len(notes) - most + 1} more (see the JSON report)"]
+
+
+def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
+    """Layers as text, worst error marked."""
+    lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
+    worst = max((r.error or 0 for r in rows), default=0)
+    for r in rows:
+        name = r.name if len(r.name) <= 40 else f"...{r.name[-37:]}"
+        error = "" if r.error is None else f"{r.error:8.2%}"
+        mark = " *" if r.error and r.error == worst and len(rows) > 1 else ""
+        lines.append(f"{name:40} {f'{r.k} x {r.n}':>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
+    return lines
+
+
+def validation_text(v: Validation) -> list[str]:
+    """Metrics of every output and arithmetic, then size and latency."""
+    kind = "held-out data" if v.held_out else "the calibration data (not held out)"
+    lines = [f"validation   {v.batches} batches of {kind}: {v.data}, provider {v.provider}"]
+    header = f"  {'output':20} {'arithmetic':11} {'SQNR dB':>8} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}"
+    lines.append(header)
+    for arithmetic, outputs in v.arithmetics.items():
+        for m in outputs:
+            top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
+            kl = "" if m.kl is None else f"{m.kl:8.5f}"
+            lines.append(
+                f"  {m.output:20.20} {arithmetic:11} {m.sqnr_db:8.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}".rstrip()
+            )
+    for m in next(iter(v.arithmetics.values()), ()):
+        if m.cross_entropy is not None:
+            a, b = m.cross_entropy
+            lines.append(f"  perplexity of {m.output}: {math.exp(a):.3f} float, {math.exp(b):.3f} quantized ({b - a:+.4f} nats a token)")
+    if v.latency is not None:
+        t = v.latency
+        lines.append(
+            f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs}); "
+            f"size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}"
+        )
+    if v.layers:
+        worst = max(v.layers, key=lambda layer: layer.relative_error)
+        lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%} at {worst.layer}")
+    return [*lines, *(f"  {n}" for n in v.notes)]
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def plain(value: Any) -> Any:
+    """Nested data with non-finite floats as None and NumPy scalars as Python ones."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

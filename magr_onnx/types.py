@@ -1,0 +1,162 @@
+"""The data types that travel between the numeric core, the passes and the runtime.
+
+Shapes used everywhere: a layer is ``Y = X W + b`` with ``X (n, K)``, ``W (K, N)``, output channels in columns. A *group* is
+``g`` consecutive rows of one column; there are ``G = ceil(K / g)`` of them and the last one may be shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.errors import NonFiniteError, OptionError
+
+Array = npt.NDArray[np.floating[Any]]
+Codes = npt.NDArray[np.uint8]
+ScaleType = Literal["float32", "float16"]
+T = TypeVar("T")
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What integer grid a weight is put on.
+
+    Attributes:
+        bits: Code width: 2, 3, 4 or 8. Codes are unsigned, in ``[0, 2**bits - 1]``.
+        group_size: Rows that share one scale and zero point; None for one grid a column (per channel).
+        symmetric: Fix the zero point at ``2**(bits - 1)``; otherwise it is chosen per group.
+        scale_dtype: Type the scales are stored in. Scales are rounded to it BEFORE codes are chosen, so that what was
+            optimized is what runs.
+    """
+
+    bits: int = 4
+    group_size: int | None = 32
+    symmetric: bool = False
+    scale_dtype: ScaleType = "float32"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise OptionError(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
+        if self.group_size is not None and self.group_size < 1:
+            raise OptionError(f"group_size={self.group_size} must be at least 1, or None for per channel")
+
+    @property
+    def top(self) -> int:
+        """The largest code, ``2**bits - 1``."""
+        return int(2**self.bits - 1)
+
+    @property
+    def middle(self) -> int:
+        """The symmetric zero point, ``2**(bits - 1)``."""
+        return int(2 ** (self.bits - 1))
+
+    def rows(self, k: int) -> int:
+        """Rows in a full group of a column of ``k``."""
+        return k if self.group_size is None else min(self.group_size, k)
+
+    def groups(self, k: int) -> int:
+        """Number of groups in a column of ``k`` rows."""
+        return -(-k // self.rows(k))
+
+    def group_of_row(self, k: int) -> npt.NDArray[np.intp]:
+        """Group index of every row, ``(k,)``."""
+        return np.arange(k) // self.rows(k)
+
+    def __str__(self) -> str:
+        per = "per channel" if self.group_size is None else f"block {self.group_size}"
+        return f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """Integer codes and their grid: the only thing an emitter accepts.
+
+    Attributes:
+        codes: ``(K, N)`` uint8.
+        scales: ``(G, N)`` float32, exactly representable in ``spec.scale_dtype``.
+        zero_points: ``(G, N)`` uint8.
+        spec: The grid's specification.
+    """
+
+    codes: Codes
+    scales: Array
+    zero_points: Codes
+    spec: WeightSpec
+
+    def __post_init__(self) -> None:
+        k, n = self.codes.shape
+        expected = (self.spec.groups(k), n)
+        if self.scales.shape != expected or self.zero_points.shape != expected:
+            raise ValueError(
+                f"codes {self.codes.shape} with {self.spec} need scales and zero points {expected}; "
+                f"got {self.scales.shape} and {self.zero_points.shape}"
+            )
+
+    def dequantize(self) -> Array:
+        """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
+        rows = self.spec.group_of_row(len(self.codes))
+        levels = self.codes.astype(np.float32) - self.zero_points.astype(np.float32)[rows]
+        result: Array = levels * self.scales[rows]
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStats:
+    """Second moments of a layer's input, shared by every layer that reads the same value.
+
+    Attributes:
+        gram: ``X^T X / n`` ``(K, K)`` float64.
+        mean: ``mean(X)`` ``(K,)`` float64.
+        rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
+    """
+
+    gram: Array
+    mean: Array
+    rows: int
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def data_free(k: int) -> LayerStats:
+        """The statistics assumed without calibration data: uncorrelated inputs of unit power, mean zero."""
+        return LayerStats(np.eye(k), np.zeros(k), 0)
+
+    @property
+    def is_data_free(self) -> bool:
+        return self.rows == 0
+
+    def __add__(self, other: LayerStats) -> LayerStats:
+        """Statistics of the union of two sets of rows."""
+        n = self.rows + other.rows
+        if n == 0:
+            return self
+        a, b = self.rows / n, other.rows / n
+        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n)
+
+    def memo(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()``, computed once: factorizations are shared by the layers that share these statistics."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        value: T = self._memo[key]
+        return value
+
+    def objective_gram(self, centred: bool) -> Array:
+        """The matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias will absorb the mean error."""
+        if not centred or self.is_data_free:
+            return self.gram
+        return self.memo("centred", lambda: self.gram - np.outer(self.mean, self.mean))
+
+
+def check_finite(name: str, array: npt.NDArray[Any]) -> None:
+    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))
+        raise NonFiniteError(
+            f"{name}: {len(bad)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, bad[0]))}); "
+            "repair the export or exclude the layer"
+        )

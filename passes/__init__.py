@@ -1,0 +1,32 @@
+"""Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
+
+from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
+from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.job import Job, LayerPass, attach
+from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
+from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, run_layers, spec_of, text_of
+from magr_onnx.passes.quantize import Quantize
+
+__all__ = [
+    "PASSES",
+    "CompensateBias",
+    "EmitMatMulNBits",
+    "EmitQDQ",
+    "Job",
+    "LayerPass",
+    "LinearLayer",
+    "MagR",
+    "Quantize",
+    "Reason",
+    "Skip",
+    "attach",
+    "check",
+    "find",
+    "parse",
+    "prepare",
+    "run_layers",
+    "spec_of",
+    "text_of",
+]

@@ -1,0 +1,83 @@
+"""Emit com.microsoft::MatMulNBits.
+
+1. ``MatMul(X, W)``, ``Add(MatMul(X, W), b)`` and ``Gemm(X, W, b)`` become one ``MatMulNBits(X, B, scales, zero_points?, "", bias?)``.
+2. The bias, compensated or not, is fused: the CPU kernel adds it in its epilogue.
+3. A group size that is not a kernel block, and one grid a channel over more than 256 rows, become repeated block scales.
+4. 3-bit codes use the 4-bit container. Zero points equal to the operator's default are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.packing import kernel_block, pack_matmulnbits
+from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.linear import FLOATS
+from magr_onnx.types import WeightSpec
+
+DOMAIN = "com.microsoft"
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+
+
+def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
+    """What an emitter needs of the quantize pass before it."""
+    if spec is None:
+        return [f"{name} needs a quantize pass before it"]
+    if spec.group_size is not None and kernel_block(spec.group_size, 1 << 30, spec.bits) is None:
+        return [
+            f"block size {spec.group_size}: onnxruntime's kernels take blocks of 16, 32, 64, 128 or 256; use a multiple of 16, or 'channel'"
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class EmitMatMulNBits(LayerPass):
+    """Replace quantized layers by MatMulNBits nodes.
+
+    Attributes:
+        accuracy_level: 0 lets the kernel decide, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
+    """
+
+    name: ClassVar[str] = "emit-matmulnbits"
+    summary: ClassVar[str] = "write quantized layers as com.microsoft MatMulNBits nodes"
+
+    accuracy_level: int = 0
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = block_problems(self.name, spec)
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            found.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
+        return found
+
+    def apply(self, job: Job) -> bool:
+        if job.quantized is None or job.emitted:
+            return False
+        layer = job.layer
+        packed = pack_matmulnbits(job.quantized)
+        kind = FLOATS[layer.dtype]
+        suffix = f"_q{packed.bits}"
+        inputs: list[ir.Value | None] = [
+            layer.x,
+            layer.constant(suffix, packed.weight),
+            layer.constant(f"{suffix}_scales", packed.scales.astype(kind)),
+        ]
+        if packed.zero_points is not None:
+            inputs.append(layer.constant(f"{suffix}_zero_points", packed.zero_points))
+        if job.bias is not None:
+            inputs += [None] * (5 - len(inputs))
+            inputs.append(layer.constant("_bias", np.asarray(job.bias).astype(kind)))
+        attributes = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block_size}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
+        graph = layer.graph
+        graph.opset_imports.setdefault(DOMAIN, 1)
+        layer.replace([node])
+        job.emitted = True
+        job.facts["block_size"] = packed.block_size
+        job.facts["emitted"] = node.name
+        return True

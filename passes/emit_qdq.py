@@ -1,0 +1,106 @@
+"""Emit weight-only QDQ: ``DequantizeLinear(W) -> MatMul (-> Add)``, in the forms onnxruntime fuses into MatMulNBits.
+
+1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
+2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``, which needs opset 21.
+3. 8 bits: int8 or uint8. 4 bits: int4 or uint4 (opset 21, IR version 10). 3 bits use the 4-bit types. Symmetric grids use the
+   signed type and no zero point.
+4. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
+
+At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
+``session.qdq_matmulnbits_accuracy_level=0`` asks for float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnxscript import version_converter
+
+from magr_onnx.errors import ModelError
+from magr_onnx.packing import container_bits, pack_qdq
+from magr_onnx.passes.emit_matmulnbits import block_problems
+from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.linear import FLOATS
+from magr_onnx.types import WeightSpec
+
+OPSET = 21
+IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class EmitQDQ(LayerPass):
+    """Replace quantized layers by DequantizeLinear and MatMul."""
+
+    name: ClassVar[str] = "emit-qdq"
+    summary: ClassVar[str] = "write quantized layers as weight-only DequantizeLinear + MatMul"
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = block_problems(self.name, spec)
+        if spec is not None and spec.bits == 2:
+            found.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
+        return found
+
+    def prepare(self, model: ir.Model) -> bool:
+        return raise_opset(model, OPSET)
+
+    def apply(self, job: Job) -> bool:
+        if job.quantized is None or job.emitted:
+            return False
+        layer = job.layer
+        packed = pack_qdq(job.quantized)
+        symmetric = packed.zero_points is None
+        names = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[container_bits(job.quantized.spec.bits)]
+        kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed.bits == 4 else names[not symmetric])
+        suffix = f"_q{packed.bits}"
+        float_kind = FLOATS[layer.dtype]
+        inputs: list[ir.Value | None] = [
+            layer.constant(suffix, packed.codes.astype(kind)),
+            layer.constant(f"{suffix}_scales", packed.scales.astype(float_kind)),
+        ]
+        if packed.zero_points is not None:
+            inputs.append(layer.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind)))
+        attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
+        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
+        weight = dequantize.outputs[0]
+        weight.name, weight.dtype, weight.shape = f"{layer.weight_name}_dequantized", layer.dtype, ir.Shape([layer.k, layer.n])
+        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
+        nodes = [dequantize, product]
+        if job.bias is not None:
+            inner = product.outputs[0]
+            inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
+            bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
+            nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
+        layer.replace(nodes)
+        job.emitted = True
+        job.facts["block_size"] = packed.block_size or layer.k
+        job.facts["emitted"] = product.name
+        return True
+
+
+def raise_opset(model: ir.Model, target: int) -> bool:
+    """Convert the model to at least opset ``target`` and the IR version its types need; True if anything changed.
+
+    Raises:
+        ModelError: The converter cannot bring the model there.
+    """
+    changed = False
+    if model.opset_imports.get("", 0) < target:
+        before = model.opset_imports.get("", 0)
+        try:
+            version_converter.convert_version(model, target, fallback=True)
+        except Exception as error:
+            raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
+        if model.opset_imports.get("", 0) < target:
+            raise ModelError(
+                f"the model has opset {before} and could not be converted to opset {target}, which block-wise and 4-bit "
+                "DequantizeLinear need; export it with a newer opset, or use format matmulnbits"
+            )
+        changed = True
+    if model.ir_version < IR_VERSION:
+        model.ir_version = IR_VERSION
+        changed = True
+    return changed

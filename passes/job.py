@@ -1,0 +1,132 @@
+"""The state of one layer on its way through a pipeline, and the base of the passes that work on it.
+
+A `Job` lives in the ``meta`` store of the layer's node (never serialized), so that passes compose in `ir.passes.Sequential` as
+well as in `magr_onnx.passes.pipeline`, which runs them layer by layer to bound memory.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import onnx_ir as ir
+
+from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
+
+META = "magr_onnx.job"
+
+BiasPolicy = Literal["existing", "any", "none"]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One layer being worked on.
+
+    Attributes:
+        layer: The view of the graph.
+        stats: Second moments of its input.
+        reference: The weight as the model came, ``(K, N)``: errors are measured against it.
+        weight: The float weight now (after MagR, or dequantized).
+        bias: The effective bias now, or None.
+        quantized: The codes, once chosen.
+        changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
+        emitted: Whether the layer's nodes have been replaced.
+        facts: What the passes have to say, for the report.
+        notes: Sentences for the report.
+    """
+
+    layer: LinearLayer
+    stats: LayerStats
+    reference: Array
+    weight: Array
+    bias: Array | None
+    quantized: QuantizedWeight | None = None
+    changed: bool = False
+    emitted: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def start(layer: LinearLayer, stats: LayerStats | None) -> Job:
+        """Read the layer.
+
+        Raises:
+            NonFiniteError: The weight holds NaN or infinity.
+        """
+        weight = layer.read()
+        check_finite(f"weight of {layer.name}", weight)
+        return Job(layer, stats or LayerStats.data_free(layer.k), weight, weight, layer.read_bias())
+
+    def centred(self, bias: BiasPolicy | None) -> bool:
+        """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""
+        if self.stats.is_data_free or bias in (None, "none"):
+            return False
+        return bias == "any" or self.layer.has_bias
+
+    def write_back(self) -> None:
+        """Put changed floats back into the graph, unless an emitter already replaced the layer."""
+        if self.changed and not self.emitted:
+            self.layer.write(self.weight, self.bias)
+            self.changed = False
+
+
+def attach(layer: LinearLayer, stats: LayerStats | None) -> Job:
+    """Start a job for the layer and remember it at its node."""
+    job = Job.start(layer, stats)
+    layer.node.meta[META] = job
+    return job
+
+
+def jobs(model: ir.Model) -> Iterator[Job]:
+    """The job of every layer in graph order; layers without one start data-free."""
+    layers, _ = find(model)
+    for layer in layers:
+        job = layer.node.meta.get(META)
+        if isinstance(job, Job):
+            job.layer = layer  # a fresh view: earlier passes may have changed the node's inputs
+            yield job
+        else:
+            yield attach(layer, None)
+
+
+@dataclass(frozen=True)
+class LayerPass(ir.passes.InPlacePass):
+    """A pass that treats every linear layer by itself. Its dataclass fields are its options."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abc.abstractmethod
+    def apply(self, job: Job) -> bool:
+        """Treat one layer; True if the job or the graph changed."""
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        """Everything wrong with the options, given what the pipeline quantized to before this pass."""
+        del spec
+        return []
+
+    def prepare(self, model: ir.Model) -> bool:
+        """Changes to the whole model this pass needs before layers are looked at (an opset, say)."""
+        del model
+        return False
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = self.prepare(model)
+        for job in list(jobs(model)):
+            modified |= self.apply(job)
+            job.write_back()
+        return ir.passes.PassResult(model, modified)
+
+    def __str__(self) -> str:
+        """The text that `magr_onnx.passes.pipeline.parse` turns back into this pass."""
+        given = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + (f"{{{','.join(given)}}}" if given else "")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,350 @@
+"""Finding linear layers in a graph, and the only way to write them back.
+
+A `LinearLayer` is a view of a MatMul or Gemm whose right side is constant: always ``Y = X W + b`` with ``W (K, N)``, whatever the
+graph says (Gemm's transB, alpha and beta, a Transpose or Constant in between, a bias in a following Add). A view is made only
+when every rewrite through it is safe; otherwise the node yields a `Skip` with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.types import Array
+
+FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+
+
+class Reason(StrEnum):
+    """Why a MatMul or Gemm is left as it is."""
+
+    DYNAMIC_WEIGHT = "right side is computed at run time"
+    CONSTANT_LEFT = "the constant is on the left side"
+    WEIGHT_RANK = "weight is not two-dimensional"
+    WEIGHT_DTYPE = "weight type is not float32 or float16"
+    OVERRIDABLE = "weight is a graph input that a caller may override"
+    GRAPH_OUTPUT = "weight is a graph output"
+    TRANS_A = "Gemm transposes its input"
+    BIAS = "Gemm bias is not a constant vector"
+    ALPHA = "Gemm alpha is zero or not finite"
+    SUBGRAPH = "inside a subgraph or function"
+    EXCLUDED = "excluded by name"
+    EMPTY = "weight has no elements"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A node that was considered and not converted."""
+
+    name: str
+    op: str
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearLayer:
+    """A safe view of one linear layer.
+
+    Attributes:
+        name: Node name, or a name made from its output: stable between runs, unique in the graph.
+        node: The MatMul or Gemm.
+        x: Its input value, ``(..., K)``.
+        weight: The graph value read as the right side.
+        tensor: The constant behind it, ``(K, N)``, or ``(N, K)`` when ``transposed``.
+        transposed: See ``tensor``.
+        factor: Gemm's alpha, part of the effective weight.
+        add: The Add that holds the bias of a MatMul, if there is one.
+        bias: The constant bias as the graph has it, if there is one.
+        bias_factor: Gemm's beta, part of the effective bias.
+        k: Input width.
+        n: Output width.
+    """
+
+    name: str
+    node: ir.Node
+    x: ir.Value
+    weight: ir.Value
+    tensor: ir.TensorProtocol
+    transposed: bool
+    factor: float
+    add: ir.Node | None
+    bias: ir.TensorProtocol | None
+    bias_factor: float
+    k: int
+    n: int
+
+    @property
+    def op(self) -> str:
+        return self.node.op_type
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.tensor.dtype
+
+    @property
+    def output(self) -> ir.Value:
+        """The layer's result, bias included."""
+        return (self.add or self.node).outputs[0]
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the initializer (or Constant output) that holds the weight."""
+        return str(self.tensor.name or self.weight.name)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    def read(self) -> Array:
+        """The effective weight ``(K, N)`` float32, contiguous."""
+        stored = self.tensor.numpy()
+        array = np.ascontiguousarray(stored.T if self.transposed else stored).astype(np.float32)
+        if self.factor != 1.0:
+            array *= np.float32(self.factor)
+        return array
+
+    def read_bias(self) -> Array | None:
+        """The effective bias ``(N,)`` float64, or None."""
+        if self.bias is None:
+            return None
+        flat = self.bias.numpy().astype(np.float64).reshape(-1) * self.bias_factor
+        result: Array = np.broadcast_to(flat, (self.n,)).copy()
+        return result
+
+    def constant(self, suffix: str, array: npt.NDArray[Any] | ir.TensorProtocol) -> ir.Value:
+        """Register a new initializer named after the weight in the layer's graph."""
+        graph = self.graph
+        base = name = f"{self.weight_name}{suffix}"
+        count = 1
+        while name in graph.initializers:
+            name, count = f"{base}_{count}", count + 1
+        tensor = ir.tensor(array, name=name)
+        tensor.name = name
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+        return value
+
+    @property
+    def graph(self) -> ir.Graph:
+        graph = self.node.graph
+        assert isinstance(graph, ir.Graph)
+        return graph
+
+    def replace(self, nodes: Sequence[ir.Node]) -> None:
+        """Put ``nodes`` in the place of the layer; the last one's output takes the name, type and users of the layer's."""
+        graph = self.graph
+        old = [self.node] if self.add is None else [self.add, self.node]
+        sources = [v for n in old for v in n.inputs if v is not None]
+        result, value = self.output, nodes[-1].outputs[0]
+        value.type, value.shape = result.type, result.shape
+        value.metadata_props.update(result.metadata_props)
+        nodes[-1].metadata_props.update(self.node.metadata_props)
+        ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
+        for source in sources:
+            _drop_if_unused(source)
+
+    def write(self, weight: Array | None, bias: Array | None) -> None:
+        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is."""
+        kind = FLOATS[self.dtype]
+        if weight is not None:
+            array = (weight / np.float32(self.factor)) if self.factor != 1.0 else weight
+            stored = array.T if self.op == "Gemm" and _int_attribute(self.node, "transB") else array
+            old = self.node.inputs[1]
+            self.node.replace_input_with(1, self.constant("_magr", np.ascontiguousarray(stored).astype(kind)))
+            if old is not None:
+                _drop_if_unused(old)
+        if bias is not None and self.bias is not None:
+            holder, index = self._bias_slot()
+            old = holder.inputs[index]
+            assert old is not None
+            array = (bias / self.bias_factor).astype(kind).reshape(_bias_shape(self.bias, self.n))
+            holder.replace_input_with(index, self.constant("_bias", array))
+            _drop_if_unused(old)
+
+    def _bias_slot(self) -> tuple[ir.Node, int]:
+        if self.add is None:
+            return self.node, 2
+        return self.add, 1 if self.add.inputs[0] is self.node.outputs[0] else 0
+
+
+def _bias_shape(bias: ir.TensorProtocol, n: int) -> tuple[int, ...]:
+    rank = max(len(bias.shape), 1)
+    return (*(1,) * (rank - 1), n)
+
+
+def _drop_if_unused(value: ir.Value) -> None:
+    """Remove an initializer or constant-making node nobody reads any more, and what only it read."""
+    if value.uses() or value.is_graph_output() or value.is_graph_input():
+        return
+    producer = value.producer()
+    if producer is None:
+        if value.graph is not None and value.name in value.graph.initializers:
+            del value.graph.initializers[value.name]
+    elif producer.op_type in ("Constant", "Transpose", "Identity") and producer.graph is not None:
+        sources = [v for v in producer.inputs if v is not None]
+        producer.graph.remove(producer, safe=True)
+        for source in sources:
+            _drop_if_unused(source)
+
+
+def _behind(value: ir.Value) -> tuple[ir.Value, bool]:
+    """The value behind Identity and 2-D Transpose nodes, and whether it is transposed on the way."""
+    transposed = False
+    for _ in range(16):
+        node = value.producer()
+        if node is None or node.domain != "" or node.op_type not in ("Transpose", "Identity") or node.inputs[0] is None:
+            break
+        if node.op_type == "Transpose":
+            perm = node.attributes.get("perm")
+            if perm is not None and list(perm.as_ints()) != [1, 0]:
+                break
+            transposed = not transposed
+        value = node.inputs[0]
+    return value, transposed
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or Constant node, else None."""
+    node = value.producer()
+    if node is None:
+        return value.const_value if value.is_initializer() else None
+    if node.op_type == "Constant" and node.domain == "":
+        return ir.convenience.get_const_tensor(value)
+    return None
+
+
+def layer_name(node: ir.Node) -> str:
+    return node.name or f"{node.op_type}:{node.outputs[0].name}"
+
+
+def _float_attribute(node: ir.Node, name: str) -> float:
+    attribute = node.attributes.get(name)
+    return 1.0 if attribute is None else float(attribute.as_float())
+
+
+def _int_attribute(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return 0 if attribute is None else int(attribute.as_int())
+
+
+def view(node: ir.Node) -> LinearLayer | Skip:
+    """The layer at a MatMul or Gemm of the main graph, or why there is none."""
+    name = layer_name(node)
+
+    def skip(reason: Reason, detail: str = "") -> Skip:
+        return Skip(name, node.op_type, reason, detail)
+
+    x, weight = node.inputs[0], node.inputs[1]
+    if x is None or weight is None:
+        return skip(Reason.DYNAMIC_WEIGHT)
+    source, transposed = _behind(weight)
+    if source.is_graph_input():
+        return skip(Reason.OVERRIDABLE if source.is_initializer() else Reason.DYNAMIC_WEIGHT)
+    tensor = _constant(source)
+    if tensor is None:
+        left = _constant(_behind(x)[0])
+        return skip(Reason.CONSTANT_LEFT if left is not None else Reason.DYNAMIC_WEIGHT)
+    if tensor.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(tensor.dtype))
+    if len(tensor.shape) != 2:
+        return skip(Reason.WEIGHT_RANK, f"shape {list(tensor.shape.numpy())}")
+    if source.is_graph_output() or weight.is_graph_output():
+        return skip(Reason.GRAPH_OUTPUT)
+    rows, columns = (int(d) for d in tensor.shape.numpy())
+    if rows * columns == 0:
+        return skip(Reason.EMPTY)
+    factor, beta = 1.0, 1.0
+    if node.op_type == "Gemm":
+        if _int_attribute(node, "transA"):
+            return skip(Reason.TRANS_A)
+        transposed ^= bool(_int_attribute(node, "transB"))
+        factor, beta = _float_attribute(node, "alpha"), _float_attribute(node, "beta")
+        if factor == 0 or not math.isfinite(factor):
+            return skip(Reason.ALPHA, f"alpha={factor}")
+    k, n = (columns, rows) if transposed else (rows, columns)
+    add: ir.Node | None = None
+    bias: ir.TensorProtocol | None = None
+    if node.op_type == "MatMul":
+        add, bias = _bias_add(node, n)
+    elif len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0:
+        bias_value = node.inputs[2]
+        bias = None if bias_value.is_graph_input() else _constant(bias_value)
+        if bias is None or not _is_vector(bias, n):
+            return skip(Reason.BIAS)
+    return LinearLayer(name, node, x, weight, tensor, transposed, factor, add, bias, beta, k, n)
+
+
+def _is_vector(tensor: ir.TensorProtocol, n: int) -> bool:
+    shape = [int(d) for d in tensor.shape.numpy()]
+    return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, n)) and tensor.dtype in FLOATS
+
+
+def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol | None]:
+    """The Add of a constant vector that is the only reader of a MatMul, and its constant."""
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if len(uses) != 1 or out.is_graph_output():
+        return None, None
+    add = uses[0].node
+    if add.op_type != "Add" or add.domain != "" or add.graph is not node.graph:
+        return None, None
+    other = add.inputs[1 - uses[0].idx]
+    if other is None or other.is_graph_input():
+        return None, None
+    tensor = _constant(other)
+    if tensor is None or not _is_vector(tensor, n):
+        return None, None
+    x = node.inputs[0]
+    rank = None if x is None or x.shape is None else len(x.shape)
+    if len(tensor.shape) > 1 and (rank is None or len(tensor.shape) > rank):
+        return None, None  # a bias of higher rank would raise the rank of the result
+    return add, tensor
+
+
+def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[LinearLayer], list[Skip]]:
+    """Every linear layer of the main graph in graph order, and every MatMul or Gemm that is not one.
+
+    Args:
+        model: The model; nothing in it is changed.
+        include: Shell patterns on the layer's name or weight name; empty for all.
+        exclude: Patterns of layers to leave as they are; wins over ``include``.
+    """
+    layers: list[LinearLayer] = []
+    skips: list[Skip] = []
+    for node in model.graph.all_nodes():
+        if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
+            continue
+        if node.graph is not model.graph:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
+            continue
+        found = view(node)
+        if isinstance(found, LinearLayer) and not _selected(found, include, exclude):
+            found = Skip(found.name, found.op, Reason.EXCLUDED)
+        if isinstance(found, Skip):
+            skips.append(found)
+        else:
+            layers.append(found)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+                skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
+    return layers, skips
+
+
+def _selected(layer: LinearLayer, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, p) for p in patterns for name in (layer.name, layer.weight_name))
+
+    return (not include or matches(include)) and not matches(exclude)

@@ -1,0 +1,81 @@
+"""MagR as a float-to-float pass: smaller weights at nearly the same output, for this or any other quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from magr_onnx import magr
+from magr_onnx.linalg import damped
+from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
+from magr_onnx.types import WeightSpec
+
+
+@dataclass(frozen=True)
+class MagR(LayerPass):
+    """Reduce weight magnitudes (`magr_onnx.magr.reduce`).
+
+    Attributes:
+        alpha: Strength; 0 does nothing.
+        relative: Whether alpha is relative to the layer, or absolute as the authors define it.
+        block_size: Rows per l_inf norm; none for whole columns.
+        damping: Multiple of the mean diagonal added to the Gram matrix: directions that few calibration rows excite are
+            not free to change.
+        method: ``fista``, or ``authors`` for the published iteration.
+        bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
+            matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+    """
+
+    name: ClassVar[str] = "magr"
+    summary: ClassVar[str] = "reduce weight magnitudes at nearly unchanged output (float to float)"
+
+    alpha: float = 1e-3
+    relative: bool = True
+    block_size: int | None = None
+    damping: float = 0.1
+    method: magr.Method = "fista"
+    bias: BiasPolicy | None = None
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = []
+        if not self.alpha >= 0:
+            found.append(f"magr: alpha={self.alpha} must be 0 or more")
+        if not self.damping >= 0:
+            found.append(f"magr: damping={self.damping} must be 0 or more")
+        if self.block_size is not None and self.block_size < 1:
+            found.append(f"magr: block_size={self.block_size} must be at least 1, or none")
+        if spec is not None:
+            found.append("magr must come before quantize")
+        return found
+
+    def apply(self, job: Job) -> bool:
+        if self.alpha == 0:
+            return False
+        if job.stats.is_data_free:
+            job.notes.append("MagR skipped: no calibration data")
+            return False
+        centred = job.centred(self.bias)
+        gram = job.stats.memo(("damped", centred, self.damping), lambda: damped(job.stats.objective_gram(centred), self.damping))
+        result = magr.reduce(
+            job.weight,
+            gram,
+            alpha=self.alpha,
+            relative=self.relative,
+            group_size=self.block_size,
+            method=self.method,
+        )
+        before, after = float(np.abs(job.weight).max()), float(np.abs(result.weights).max())
+        job.facts["magr"] = {
+            "iterations": result.iterations,
+            "converged": result.converged,
+            "objective": result.objective,
+            "objective_start": result.start,
+            "gap": result.gap,
+            "max_before": before,
+            "max_after": after,
+        }
+        job.weight = result.weights
+        job.changed = True
+        return True

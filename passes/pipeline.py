@@ -1,0 +1,146 @@
+"""Pipelines as text: ``"magr{alpha=1e-3},quantize{method=gptq,bits=4},emit-matmulnbits"``.
+
+To add a pass: write its file in this folder and add its class to `PASSES`.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
+from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.job import META, Job, LayerPass, attach
+from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.quantize import Quantize
+from magr_onnx.types import LayerStats, WeightSpec
+
+PASSES: dict[str, type[LayerPass]] = {p.name: p for p in (MagR, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ)}
+
+_PASS = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*")
+_WORDS = {"true": True, "false": False, "none": None, "channel": None}
+
+
+def options_of(kind: type[LayerPass]) -> dict[str, tuple[Any, Any]]:
+    """Option name to its type and default."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: (hints[f.name], f.default) for f in fields(kind)}
+
+
+def parse(text: str) -> tuple[LayerPass, ...]:
+    """The passes a pipeline text names.
+
+    Raises:
+        PipelineError: The text does not parse, or names an unknown pass or option, or a value has the wrong type.
+    """
+    passes: list[LayerPass] = []
+    position = 0
+    while True:
+        match = _PASS.match(text, position)
+        if match is None:
+            raise PipelineError(f"pipeline: expected a pass name at character {position} of {text!r}")
+        passes.append(_make(match["name"], match["options"] or ""))
+        position = match.end()
+        if position == len(text):
+            return tuple(passes)
+        if text[position] != ",":
+            raise PipelineError(f"pipeline: expected ',' at character {position} of {text!r}, found {text[position:]!r}")
+        position += 1
+
+
+def _make(name: str, text: str) -> LayerPass:
+    if name not in PASSES:
+        raise PipelineError(f"pipeline: no pass is called {name!r}; there are {', '.join(PASSES)}")
+    known = options_of(PASSES[name])
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in known:
+            raise PipelineError(f"pipeline: {name} has no option {item!r}; it takes {', '.join(known) or 'none'}")
+        values[key] = _value(f"{name}{{{key}}}", value, known[key][0])
+    return PASSES[name](**values)
+
+
+def _value(where: str, text: str, kind: Any) -> Any:
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if choices:
+        if text not in choices:
+            raise PipelineError(f"pipeline: {where}={text}: choose one of {', '.join(choices)}")
+        return text
+    allowed = set(typing.get_args(kind)) or {kind}
+    if text.lower() in _WORDS and type(_WORDS[text.lower()]) in allowed:
+        return _WORDS[text.lower()]
+    for convert in (int, float, str):
+        if convert in allowed:
+            try:
+                return convert(text)
+            except ValueError:
+                continue
+    names = " or ".join(sorted("none" if t is type(None) else t.__name__ for t in allowed))
+    raise PipelineError(f"pipeline: {where}={text}: expected {names}")
+
+
+def resolve(passes: Sequence[LayerPass]) -> tuple[LayerPass, ...]:
+    """Passes that leave ``bias`` open get the policy of the pipeline's compensate-bias pass."""
+    policy = next((p.bias for p in passes if isinstance(p, CompensateBias)), None)
+    return tuple(replace(p, bias=policy) if isinstance(p, MagR | Quantize) and p.bias is None else p for p in passes)
+
+
+def text_of(passes: Iterable[LayerPass]) -> str:
+    """The text that `parse` turns back into ``passes``."""
+    return ",".join(map(str, passes))
+
+
+def spec_of(passes: Sequence[LayerPass]) -> WeightSpec | None:
+    """The grid the pipeline quantizes float32 weights to, if it quantizes."""
+    return next((p.spec() for p in passes if isinstance(p, Quantize) and not p.problems(None)), None)
+
+
+def check(passes: Sequence[LayerPass]) -> None:
+    """Find everything wrong with the options of a pipeline before any work.
+
+    Raises:
+        OptionError: With every problem found.
+    """
+    problems: list[str] = []
+    spec: WeightSpec | None = None
+    invalid = False
+    for p in passes:
+        if isinstance(p, Quantize):
+            found = p.problems(spec)
+            problems += found
+            invalid = bool(found)
+            spec = spec if found else p.spec()
+        elif not (invalid and isinstance(p, EmitMatMulNBits | EmitQDQ)):
+            problems += p.problems(spec)
+    raise_all(OptionError, problems)
+
+
+def run_layers(
+    passes: Sequence[LayerPass],
+    layers: Iterable[LinearLayer],
+    stats: Callable[[LinearLayer], LayerStats | None],
+    finished: Callable[[Job], None],
+) -> None:
+    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time."""
+    resolved = resolve(passes)
+    for layer in layers:
+        job = attach(layer, stats(layer))
+        for p in resolved:
+            p.apply(job)
+        job.write_back()
+        finished(job)
+        layer.node.meta.pop(META, None)
+
+
+def prepare(passes: Sequence[LayerPass], model: ir.Model) -> bool:
+    """Whole-model changes the passes need first."""
+    return any([p.prepare(model) for p in passes])

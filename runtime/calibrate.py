@@ -1,0 +1,148 @@
+"""Second moments of layer inputs, computed inside the graph by onnxruntime and summed in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
+from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Array, LayerStats
+
+DEFAULT_MASK = "attention_mask"
+DEFAULT_BUDGET = 1 << 30
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Statistics of a set of values, by value name, and the values whose rows the mask did not fit."""
+
+    stats: dict[str, LayerStats]
+    unmasked: tuple[str, ...]
+
+
+def input_name(layer: LinearLayer) -> str:
+    """The name of the value a layer reads: layers with the same one share statistics."""
+    return str(layer.x.name)
+
+
+def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET) -> list[list[LinearLayer]]:
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one value at least).
+
+    Each group costs one pass over the data; memory is bounded by the budget or the largest layer.
+    """
+    groups: list[list[LinearLayer]] = []
+    seen: set[str] = set()
+    used = 0
+    for layer in layers:
+        cost = 0 if input_name(layer) in seen else 16 * layer.k * layer.k  # float64 sum, float32 batch, solver copy
+        if not groups or used + cost > budget:
+            groups.append([])
+            seen, used = set(), 0
+            cost = 16 * layer.k * layer.k
+        groups[-1].append(layer)
+        seen.add(input_name(layer))
+        used += cost
+    return groups
+
+
+def resolve_mask(model: ir.Model, mask: str | None) -> str | None:
+    """The name of the mask input: ``"auto"`` takes ``attention_mask`` if there is one; ``None`` or ``"none"`` takes none.
+
+    Raises:
+        CalibrationError: A named mask is not an input of the model.
+    """
+    names = [v.name for v in model.graph.inputs]
+    if mask in (None, "none"):
+        return None
+    if mask == "auto":
+        return DEFAULT_MASK if DEFAULT_MASK in names else None
+    if mask not in names:
+        raise CalibrationError(f"mask {mask!r} is not an input of the model; its inputs are {', '.join(map(str, names))}")
+    return mask
+
+
+def collect(
+    model: ir.Model,
+    layers: Iterable[LinearLayer],
+    data: Batches,
+    *,
+    mask: str | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> Calibration:
+    """Gram matrices and means of everything ``layers`` read, over all batches.
+
+    Args:
+        model: The float model; it is not changed.
+        layers: Layers of ``model`` (or of a copy with the same value names).
+        data: Batches that fit the model.
+        mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
+        provider: Where to run.
+        progress: Called with batches done and in total.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
+        CalibrationError: The mask leaves no rows.
+    """
+    widths: dict[str, int] = {}
+    readers: dict[str, list[str]] = {}
+    for layer in layers:
+        widths[input_name(layer)] = layer.k
+        readers.setdefault(input_name(layer), []).append(layer.name)
+    names = list(widths)
+    masked = _masked(model, names, data, mask, provider)
+    taps = [Tap(n, widths[n], n in masked) for n in names]
+    grams: list[Array] = [np.zeros((t.width, t.width)) for t in taps]
+    sums: list[Array] = [np.zeros(t.width) for t in taps]
+    rows = [0.0] * len(taps)
+    bad: dict[str, str] = {}
+    with Session(gram_taps(model, taps, mask), provider) as session:
+        for index, batch in enumerate(data):
+            results = iter(session.run(batch))
+            for i, tap in enumerate(taps):
+                gram, total, count = next(results), next(results), next(results)
+                if not np.isfinite(total).all() or not np.isfinite(np.trace(gram)):
+                    where = f"input of {', '.join(readers[tap.value])} ({tap.value})"
+                    bad.setdefault(tap.value, f"{where}: NaN or infinite activations in {data.label(index)}")
+                grams[i] += gram
+                sums[i] += total
+                rows[i] += float(count[0])
+            if progress is not None:
+                progress(index + 1, len(data))
+    raise_all(NonFiniteError, bad.values())
+    if any(r == 0 for r in rows):
+        raise CalibrationError(f"the mask {mask!r} leaves no rows to calibrate with; pass another mask, or none")
+    stats = {t.value: LayerStats(g / r, s / r, round(r)) for t, g, s, r in zip(taps, grams, sums, rows, strict=True)}
+    return Calibration(stats, tuple(n for n in names if n not in masked) if mask is not None else ())
+
+
+def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | None, provider: str) -> set[str]:
+    """Values with one row per element of the mask: all axes but the last have the mask's shape, on the first batch."""
+    if mask is None:
+        return set()
+    first = next(iter(data))
+    wanted = tuple(first[mask].shape)
+    with Session(shape_taps(model, names), provider) as session:
+        shapes = session.run(first)
+    return {name for name, shape in zip(names, shapes, strict=True) if tuple(shape[:-1]) == wanted}
+
+
+def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> Iterator[LinearLayer]:
+    """Give every layer of ``model`` its statistics, so that passes run one after the other on the whole model."""
+    from magr_onnx.passes.job import attach
+    from magr_onnx.passes.linear import find
+
+    layers, _ = find(model)
+    stats = collect(model, layers, data, mask=mask, provider=provider).stats
+    for layer in layers:
+        attach(layer, stats[input_name(layer)])
+        yield layer

@@ -1,0 +1,199 @@
+"""Sources of input batches for calibration and validation.
+
+Any of: a ``.npz`` of stacked inputs (first axis: samples), a folder of ``.npz`` files (a batch each, shapes may vary), a folder of
+ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from magr_onnx.errors import CalibrationError, raise_all
+from magr_onnx.runtime.session import Batch, InputInfo
+
+
+@runtime_checkable
+class DataReader(Protocol):
+    """onnxruntime's ``CalibrationDataReader``, by shape: ``get_next`` returns a dict, or None at the end."""
+
+    def get_next(self) -> dict[str, Any] | None: ...
+
+
+Source = str | os.PathLike[str] | DataReader | Iterable[Batch]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batches:
+    """Batches that can be read any number of times, with what to call them in messages."""
+
+    count: int
+    describe: str
+    read: Callable[[], Iterator[Batch]]
+    label: Callable[[int], str]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.read()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def limit(self, count: int) -> Batches:
+        """At most ``count`` batches, spread evenly."""
+        if count >= self.count:
+            return self
+        chosen = sorted({round(i * (self.count - 1) / max(count - 1, 1)) for i in range(count)})
+
+        def read() -> Iterator[Batch]:
+            for i, batch in enumerate(self.read()):
+                if i in chosen:
+                    yield batch
+
+        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]))
+
+
+def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
+    """Open a source and check every batch that can be checked without running anything.
+
+    Args:
+        source: See the module's description.
+        inputs: The model's inputs.
+        batch_size: Samples per batch when a stacked ``.npz`` is cut up; ignored where the model fixes its batch dimension.
+
+    Raises:
+        CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
+    """
+    if isinstance(source, str | os.PathLike):
+        batches = _open_path(Path(source), inputs, batch_size)
+    elif isinstance(source, DataReader):
+        batches = _in_memory(list(iter(source.get_next, None)), "the calibration data reader")
+    else:
+        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
+    if len(batches) == 0:
+        raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
+    problems: list[str] = []
+    for i, batch in enumerate(batches):
+        problems += [f"{batches.label(i)}: {p}" for p in check_batch(batch, inputs)]
+        if len(problems) >= 10:
+            problems.append("... and perhaps more")
+            break
+    raise_all(CalibrationError, problems)
+    return batches
+
+
+def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
+    """What does not fit between a batch and the model's inputs."""
+    wanted = {i.name: i for i in inputs}
+    found = []
+    missing, extra = sorted(wanted.keys() - batch.keys()), sorted(batch.keys() - wanted.keys())
+    if missing or extra:
+        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}")
+    for name in sorted(wanted.keys() & batch.keys()):
+        array, info = batch[name], wanted[name]
+        shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
+        if array.dtype != info.dtype or not shape_fits:
+            found.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
+        elif array.size == 0:
+            found.append(f"{name} is empty, shape {array.shape}")
+        elif array.dtype.kind == "f" and not np.isfinite(array).all():
+            found.append(f"{name} holds NaN or infinite values")
+    return found
+
+
+def _list(inputs: Sequence[InputInfo]) -> str:
+    return "; ".join(map(str, inputs))
+
+
+def _as_arrays(batch: Batch, index: int) -> Batch:
+    if not hasattr(batch, "keys"):
+        raise CalibrationError(f"batch {index} is a {type(batch).__name__}; expected a dict of input name to array")
+    return {k: np.asarray(batch[k]) for k in batch}
+
+
+def _in_memory(batches: list[Any], describe: str) -> Batches:
+    return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
+
+
+def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """All arrays of a ``.npz`` file; pickled objects are never loaded.
+
+    Raises:
+        CalibrationError: Not a readable ``.npz``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise CalibrationError(f"{path} holds a single array; save named inputs with numpy.savez")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CalibrationError(f"{path} is not a readable .npz file: {error}") from error
+
+
+def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
+    if path.is_dir():
+        files = sorted(path.glob("*.npz"))
+        if files:
+            return Batches(len(files), str(path), lambda: map(load_npz, files), lambda i: str(files[i]))
+        sets = [path] if _is_test_data(path) else sorted(p for p in path.glob("test_data_set*") if _is_test_data(p))
+        if sets:
+            return Batches(len(sets), str(path), lambda: (_load_test_data(p, inputs) for p in sets), lambda i: str(sets[i]))
+        raise CalibrationError(f"{path}: no .npz files and no test_data_set folders in it")
+    if not path.exists():
+        raise CalibrationError(f"calibration data {path} does not exist")
+    if path.suffix != ".npz":
+        raise CalibrationError(f"{path}: expected a .npz file, a folder of .npz files, or a folder of ONNX test_data_set folders")
+    return _stacked(path, load_npz(path), inputs, batch_size)
+
+
+def _stacked(path: Path, arrays: dict[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], batch_size: int) -> Batches:
+    """Cut stacked inputs into batches along the first axis; inputs of rank 0 are the same for all."""
+    counts = {name: len(a) for name, a in arrays.items() if a.ndim}
+    if not counts:
+        return _in_memory([arrays] if arrays else [], str(path))
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{n} {c}" for n, c in counts.items())
+        raise CalibrationError(f"{path}: inputs have different numbers of samples along the first axis: {found}")
+    samples = next(iter(counts.values()))
+    fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0] is not None}
+    if len(fixed) == 1:
+        batch_size = int(next(iter(fixed)) or 1)
+        samples -= samples % batch_size
+    starts = range(0, samples, batch_size)
+
+    def read() -> Iterator[Batch]:
+        for s in starts:
+            yield {n: a[s : min(s + batch_size, samples)] if a.ndim else a for n, a in arrays.items()}
+
+    return Batches(len(starts), str(path), read, lambda i: f"{path}, samples from {starts[i]}")
+
+
+def _is_test_data(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("input_*.pb"))
+
+
+def _load_test_data(path: Path, inputs: Sequence[InputInfo]) -> Batch:
+    """``input_<i>.pb`` files in the order of the model's inputs, or under their own names."""
+    batch: dict[str, npt.NDArray[Any]] = {}
+    for file in path.glob("input_*.pb"):
+        tensor = onnx.TensorProto()
+        try:
+            tensor.ParseFromString(file.read_bytes())
+            array = numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise CalibrationError(f"{file} is not a serialized ONNX tensor: {error}") from error
+        match = re.fullmatch(r"input_(\d+)", file.stem)
+        index = int(match[1]) if match else len(inputs)
+        known = {i.name for i in inputs}
+        name = tensor.name if tensor.name in known else inputs[index].name if index < len(inputs) else file.stem
+        batch[name] = array
+    return batch

@@ -1,0 +1,157 @@
+"""onnxruntime sessions, made in one place.
+
+Models that live in memory are written to a temporary folder with external data, so that models of any size load.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from magr_onnx.errors import ProviderError, RuntimeFailure
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Arithmetic(StrEnum):
+    """The three ways onnxruntime may compute one and the same file; see docs/methods."""
+
+    DEFAULT = "default"
+    UNOPTIMIZED = "unoptimized"
+    FLOAT_QDQ = "float-qdq"
+
+    @property
+    def summary(self) -> str:
+        return {
+            "default": "default optimization level; fused QDQ runs with int8 activations",
+            "unoptimized": "all graph optimizations off; every node as written",
+            "float-qdq": "default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)",
+        }[self.value]
+
+
+def provider_name(provider: str) -> str:
+    """The onnxruntime name of ``cpu``, ``cuda`` or a full provider name.
+
+    Raises:
+        ProviderError: It is not available here; the message lists those that are.
+    """
+    name = PROVIDERS.get(provider.lower(), provider)
+    available = ort.get_available_providers()
+    if name not in available:
+        raise ProviderError(f"provider {provider!r} is not available; onnxruntime here has {', '.join(available)}")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class InputInfo:
+    """A model input: name, NumPy type, shape with None for dynamic dimensions."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype} ({dims})"
+
+
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+    "tensor(string)": "object",
+    **{f"tensor({'u' * u}int{b})": f"{'u' * u}int{b}" for u in (0, 1) for b in (8, 16, 32, 64)},
+}
+
+
+class Session:
+    """An onnxruntime session on a file or an in-memory model; a context manager."""
+
+    def __init__(
+        self,
+        model: ir.Model | str | os.PathLike[str],
+        provider: str = "cpu",
+        arithmetic: Arithmetic = Arithmetic.DEFAULT,
+        threads: int = 0,
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            ProviderError: The provider is not available.
+            RuntimeFailure: onnxruntime rejects the model; the message says why.
+        """
+        name = provider_name(provider)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        if arithmetic is Arithmetic.UNOPTIMIZED:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        elif arithmetic is Arithmetic.FLOAT_QDQ:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            if isinstance(model, ir.Model):
+                self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+                path = Path(self._folder.name, "model.onnx")
+                ir.save(model, path, external_data="model.data", size_threshold_bytes=1024)
+            else:
+                path = Path(model)
+            fallback = [] if name == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
+            self._session = ort.InferenceSession(str(path), options, providers=[name, *fallback])
+        except Exception as error:
+            self.close()
+            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+        self._what = _describe(model)
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self.inputs = tuple(
+            InputInfo(
+                i.name,
+                np.dtype(_TYPES.get(i.type, "object")),
+                tuple(d if isinstance(d, int) and d >= 0 else None for d in i.shape or ()),
+            )
+            for i in self._session.get_inputs()
+        )
+
+    def run(self, feeds: Batch, outputs: Sequence[str] | None = None) -> list[npt.NDArray[Any]]:
+        """Run one batch.
+
+        Raises:
+            RuntimeFailure: onnxruntime fails, with the shapes it was given.
+        """
+        names = {i.name for i in self.inputs}
+        try:
+            return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
+        except Exception as error:
+            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in feeds.items())
+            raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
+
+    def close(self) -> None:
+        """Release the session and its temporary files."""
+        self.__dict__.pop("_session", None)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
+    return "the model in memory" if isinstance(model, ir.Model) else str(model)

@@ -1,0 +1,267 @@
+"""Float against quantized on real inputs: outputs, layers, size and latency."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.passes.readback import read_weights
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.types import Array
+
+Model = ir.Model | str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMetrics:
+    """How close one output of the quantized model is to the float one's, over all rows counted.
+
+    Attributes:
+        output: Name.
+        sqnr_db: ``10 log10(sum y^2 / sum (y - y_hat)^2)``.
+        cosine: Mean cosine similarity of the vectors along the last axis.
+        max_error: Largest absolute difference.
+        top1: Fraction of rows with the same largest element (logits only).
+        kl: Mean Kullback-Leibler divergence of the softmax from the float one, nats (logits only).
+        cross_entropy: Next-token cross-entropy, float and quantized, nats (language models only).
+    """
+
+    output: str
+    sqnr_db: float
+    cosine: float
+    max_error: float
+    top1: float | None = None
+    kl: float | None = None
+    cross_entropy: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMetrics:
+    """Relative error ``||y - y_hat|| / ||y||`` at a layer's output inside the running models, upstream errors included."""
+
+    layer: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Median milliseconds a batch, runs interleaved."""
+
+    float_ms: float
+    quantized_ms: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Everything `validate` measured."""
+
+    data: str
+    batches: int
+    held_out: bool
+    provider: str
+    arithmetics: dict[str, tuple[OutputMetrics, ...]]
+    layers: tuple[LayerMetrics, ...] = ()
+    latency: Latency | None = None
+    float_bytes: int = 0
+    quantized_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Sums:
+    signal: float = 0.0
+    noise: float = 0.0
+    cosine: float = 0.0
+    rows: int = 0
+    max_error: float = 0.0
+    agree: int = 0
+    kl: float = 0.0
+    loss: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    tokens: int = 0
+
+    def add(self, y: Array, y_hat: Array, keep: npt.NDArray[np.bool_] | None, logits: bool) -> None:
+        a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        if keep is not None:
+            a, b = a[keep], b[keep]
+        self.signal += float((a * a).sum())
+        self.noise += float(((a - b) ** 2).sum())
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        same = (a == b).all(axis=1)
+        self.cosine += float(np.where(same, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
+        self.rows += len(a)
+        self.max_error = max(self.max_error, float(np.abs(a - b).max(initial=0)))
+        if logits:
+            self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+            la, lb = log_softmax(a), log_softmax(b)
+            self.kl += float((np.exp(la) * (la - lb)).sum())
+
+    def metrics(self, name: str, logits: bool) -> OutputMetrics:
+        sqnr = float("inf") if self.noise == 0 else 10 * np.log10(max(self.signal, 1e-300) / self.noise)
+        rows = max(self.rows, 1)
+        loss = (self.loss[0] / self.tokens, self.loss[1] / self.tokens) if self.tokens else None
+        return OutputMetrics(
+            name,
+            float(sqnr),
+            self.cosine / rows,
+            self.max_error,
+            self.agree / rows if logits else None,
+            self.kl / rows if logits else None,
+            loss,
+        )
+
+
+def log_softmax(x: Array) -> Array:
+    """``log softmax`` along the last axis."""
+    shifted = x - x.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
+    """Summed next-token cross-entropy (nats) of ``logits (B, T, V)`` for ``ids (B, T)``, and the tokens counted."""
+    log_p = log_softmax(logits[:, :-1].astype(np.float64))
+    picked = np.take_along_axis(log_p, ids[:, 1:, None].astype(np.int64), axis=-1)
+    return -float(picked.sum()), picked.size
+
+
+def validate(
+    float_model: Model,
+    quantized_model: Model,
+    data: Batches,
+    *,
+    provider: str = "cpu",
+    arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
+    mask: str | None = None,
+    layers: bool = True,
+    latency: bool = True,
+    held_out: bool = True,
+    progress: Progress | None = None,
+) -> Validation:
+    """Run both models on the data and compare.
+
+    Args:
+        float_model: The reference; always run at the default optimization level.
+        quantized_model: What to judge, once per arithmetic.
+        data: Batches that fit both.
+        provider: Where to run both.
+        arithmetics: The ways onnxruntime may compute the quantized file.
+        mask: Input whose zero elements mark rows to leave out of the metrics.
+        layers: Also compare every quantized layer's output (on the first two batches).
+        latency: Also time both models on the first batch.
+        held_out: Whether the data was kept from calibration; only recorded.
+        progress: Called with steps done and in total.
+
+    Raises:
+        RuntimeFailure: A model does not load or run.
+    """
+    notes: list[str] = []
+    steps, done = len(data) * len(arithmetics), 0
+    results: dict[str, tuple[OutputMetrics, ...]] = {}
+    with Session(float_model, provider) as reference:
+        for arithmetic in arithmetics:
+            with Session(quantized_model, provider, arithmetic) as session:
+                names = [n for n in reference.outputs if n in session.outputs]
+                if missing := sorted(set(reference.outputs) ^ set(session.outputs)):
+                    notes.append(f"outputs only one of the models has: {', '.join(missing)}")
+                sums = {n: _Sums() for n in names}
+                compared: dict[str, bool] = {}
+                for batch in data:
+                    pairs = zip(names, reference.run(batch, names), session.run(batch, names), strict=True)
+                    for name, y, y_hat in pairs:
+                        if not np.issubdtype(np.asarray(y).dtype, np.floating):
+                            continue
+                        logits = compared[name] = "logit" in name.lower() and np.ndim(y) >= 2
+                        sums[name].add(y, y_hat, _rows(batch, mask, y), logits)
+                        ids = batch.get("input_ids")
+                        if logits and ids is not None and y.shape[:-1] == ids.shape and y.ndim == 3 and ids.shape[1] > 1:
+                            for i, values in enumerate((y, y_hat)):
+                                loss, tokens = next_token_loss(values, ids)
+                                sums[name].loss[i] += loss
+                            sums[name].tokens += tokens
+                    done += 1
+                    if progress is not None:
+                        progress(done, steps)
+                results[str(arithmetic)] = tuple(sums[n].metrics(n, logits) for n, logits in compared.items())
+    per_layer = _layers(float_model, quantized_model, data.limit(2), provider) if layers else ()
+    timing = _latency(float_model, quantized_model, data, provider) if latency else None
+    return Validation(
+        data.describe,
+        len(data),
+        held_out,
+        provider,
+        results,
+        per_layer,
+        timing,
+        _size(float_model),
+        _size(quantized_model),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _rows(batch: Any, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
+    """Rows of an output to count: those the mask keeps, where it has one element a row."""
+    if mask is None or mask not in batch or np.shape(batch[mask]) != np.shape(y)[:-1]:
+        return None
+    result: npt.NDArray[np.bool_] = np.asarray(batch[mask]).reshape(-1) != 0
+    return result
+
+
+def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
+    """Relative error at every quantized layer whose output has the same name in both models."""
+    a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
+    produced = {v.name for node in a.graph for v in node.outputs}
+    names = [n for n in read_weights(b) if n in produced]
+    if not names:
+        return ()
+    noise, signal = np.zeros(len(names)), np.zeros(len(names))
+    with Session(_expose(a, names), provider) as left, Session(_expose(b, names), provider) as right:
+        for batch in data:
+            for i, (y, y_hat) in enumerate(zip(left.run(batch, names), right.run(batch, names), strict=True)):
+                signal[i] += float(np.square(y, dtype=np.float64).sum())
+                noise[i] += float(np.square(y.astype(np.float64) - y_hat).sum())
+    return tuple(LayerMetrics(n, float(e)) for n, e in zip(names, np.sqrt(noise / np.maximum(signal, 1e-300)), strict=True))
+
+
+def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of the model with inner values as its outputs."""
+    copy = model.clone()
+    values = {v.name: v for node in copy.graph for v in node.outputs}
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values[n] for n in names)
+    return copy
+
+
+def _latency(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
+    batch = next(iter(data))
+    times: tuple[list[float], list[float]] = ([], [])
+    with Session(float_model, provider) as a, Session(quantized_model, provider) as b:
+        for session in (a, b):
+            session.run(batch)
+        begin = time.perf_counter()
+        while len(times[0]) < 3 or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
+            for kept, session in zip(times, (a, b), strict=True):
+                start = time.perf_counter()
+                session.run(batch)
+                kept.append(1000 * (time.perf_counter() - start))
+    return Latency(statistics.median(times[0]), statistics.median(times[1]), len(times[0]))
+
+
+def _size(model: Model) -> int:
+    if isinstance(model, ir.Model):
+        return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    path = Path(model)
+    external = {t.path for v in ir.load(path).graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    return path.stat().st_size + sum(os.stat(p).st_size for p in external)
