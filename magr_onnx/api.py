@@ -284,9 +284,8 @@ def optimize(
         pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished)  # noqa: B023
         clock.lap("quantize")
     if unmasked:
-        notes.append(
-            f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({', '.join(unmasked[:3])}); all their rows count"
-        )
+        some = ", ".join(unmasked[:3])
+        notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
     _stamp(work, passes)
     if out is None:
@@ -330,6 +329,8 @@ def validate(
     mask: str | None = "auto",
     batch_size: int = 16,
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
+    layers: bool = True,
+    latency: bool = True,
     progress: Progress | None = None,
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
@@ -348,6 +349,8 @@ def validate(
         provider=provider,
         arithmetics=arithmetics,
         mask=calibrate.resolve_mask(a.model, mask),
+        layers=layers,
+        latency=latency,
         progress=None if progress is None else _stage(progress, "validating"),
     )
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 import magr_onnx
 from magr_onnx import api, console
@@ -179,7 +178,7 @@ def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any
     """The options, unless a pipeline replaces them: then options given as well are an error."""
     if pipeline is None:
         return values
-    given = [name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    given = [name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise OptionError(f"--pipeline replaces {flags}; give one or the other")

@@ -102,7 +102,7 @@ def reduce(
     Raises:
         OptionError: Negative alpha, or shapes that do not fit.
     """
-    k, n = weights.shape
+    k = len(weights)
     if gram.shape != (k, k):
         raise OptionError(f"weights {weights.shape} need a Gram matrix {(k, k)}; got {gram.shape}")
     if not alpha >= 0:

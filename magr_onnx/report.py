@@ -103,7 +103,7 @@ class Report:
 
     def _summary(self) -> list[str]:
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
-        lines = [
+        return [
             f"model        {self.source}",
             f"output       {self.output or 'in memory'}",
             f"calibration  {self.calibration}",
@@ -111,7 +111,6 @@ class Report:
             f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
             f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}",
         ]
-        return lines
 
     def _skips(self) -> list[str]:
         if not self.skipped:

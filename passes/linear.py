@@ -132,7 +132,7 @@ class LinearLayer:
             name, count = f"{base}_{count}", count + 1
         tensor = ir.tensor(array, name=name)
         tensor.name = name
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
         return value
 
@@ -190,7 +190,7 @@ def _drop_if_unused(value: ir.Value) -> None:
         return
     producer = value.producer()
     if producer is None:
-        if value.graph is not None and value.name in value.graph.initializers:
+        if value.graph is not None and value.name is not None and value.name in value.graph.initializers:
             del value.graph.initializers[value.name]
     elif producer.op_type in ("Constant", "Transpose", "Identity") and producer.graph is not None:
         sources = [v for v in producer.inputs if v is not None]

@@ -143,4 +143,5 @@ def run_layers(
 
 def prepare(passes: Sequence[LayerPass], model: ir.Model) -> bool:
     """Whole-model changes the passes need first."""
-    return any([p.prepare(model) for p in passes])
+    changed = [p.prepare(model) for p in passes]
+    return any(changed)

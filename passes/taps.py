@@ -54,7 +54,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
 
     def constant(name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> ir.Value:
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
         return value
 

@@ -58,7 +58,7 @@ def refine(
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
     weight = start
-    residual = h @ (w0 - weight.dequantize())
+    residual: Array = h @ (w0 - weight.dequantize())
     errors = [_energy(w0, weight, residual)]
     for sweep in range(sweeps):
         weight, residual = _sweep(w0, weight, h, residual)
