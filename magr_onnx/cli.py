@@ -7,10 +7,12 @@ interrupted. ``validate`` also returns 3 when a threshold given by the user is m
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -301,15 +303,24 @@ def _show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:
         console.say(text)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that no library below catches for itself."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Run the command line; explained errors are one message on standard error and exit code 1."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except MagrError as error:
         console.errors.print("error:", style="bold red", end=" ")
         console.errors.print(str(error), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Interrupted:
         console.errors.print("interrupted; no output was changed")
         sys.exit(130)
     except BrokenPipeError:

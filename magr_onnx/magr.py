@@ -12,7 +12,7 @@ Deviations from the authors' code:
 - Accelerated proximal gradient (FISTA) with adaptive restart per channel (O'Donoghue and Candes 2015) in the diagonal metric
   ``D = L diag(H)`` (Jacobi preconditioning; the prox stays a clip, see `magr_onnx.prox`), instead of 200 plain steps. A few
   outlier inputs dominate ``lambda_max(H)`` and stall the plain iteration; they do not stall this one.
-- Stops on a duality gap or on a stalled objective, not on a count alone.
+- Stops when the last steps added little to the decrease of F, or on a duality gap, not on a count alone.
 - ``alpha`` is by default relative to the layer (see `penalty`), so it is invariant to the scale of weights and inputs.
 - H comes from all calibration rows (the published code keeps the last batch only).
 
@@ -48,7 +48,7 @@ class Reduction:
         start: ``F(W0)``.
         gap: Relative duality gap at the result: ``F(W) - min F <= gap * F(W)``.
         iterations: Steps taken.
-        converged: Whether the gap or the stall rule ended the iteration rather than the count.
+        converged: Whether a stopping rule ended the iteration rather than the count.
         penalty: The ``a`` of the objective that ``alpha`` stood for.
     """
 
@@ -83,7 +83,7 @@ def reduce(
     group_size: int | None = None,
     method: Method = "fista",
     max_iterations: int | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.03,
     start: Array | None = None,
 ) -> Reduction:
     """Reduce the magnitude of ``weights`` at nearly unchanged output.
@@ -95,8 +95,9 @@ def reduce(
         relative: Whether ``alpha`` is relative to the layer or in absolute weight units.
         group_size: Rows per l_inf norm; None for whole columns.
         method: ``"fista"``, or ``"authors"`` for the published iteration.
-        max_iterations: Bound on steps; None for 100 (fista) or 200 (authors).
-        tolerance: Relative duality gap to stop at (fista only).
+        max_iterations: Bound on steps; None for 50 (fista) or 200 (authors).
+        tolerance: Stop when five steps add less than this fraction to the decrease of F so far, or when the relative duality
+            gap is below it (fista only).
         start: Warm start ``(K, N)``; None for ``W0``.
 
     Raises:
@@ -111,7 +112,7 @@ def reduce(
     if a == 0:
         return Reduction(weights.copy(), 0.0, 0.0, 0.0, 0, True, 0.0)
     accelerate = method == "fista"
-    limit = max_iterations or (30 if accelerate else AUTHORS_ITERATIONS)
+    limit = max_iterations or (50 if accelerate else AUTHORS_ITERATIONS)
     size = k if group_size is None else min(group_size, k)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     begin = problem.rows(weights if start is None else start)
@@ -184,7 +185,7 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
     momentum = np.zeros(channels, np.float32)
     values = 0.5 * np.einsum("nk,nk->n", x - target, product, dtype=np.float64) + a * problem.norms(x)
     first = objective = float(values.sum())
-    step, converged, stalled = 0, False, 0
+    step, converged, mark = 0, False, first
     difference = np.empty_like(x)
     for step in range(1, limit + 1):
         restart = np.zeros(channels, bool)
@@ -223,9 +224,10 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
             t_next = np.where(restart, 1, 0.5 * (1 + np.sqrt(1 + 4 * t * t)))
             momentum = np.where(restart, 0, (t - 1) / t_next).astype(np.float32)
             t = t_next.astype(np.float32)
-        before, objective = objective, float(values.sum())
-        stalled = stalled + 1 if abs(before - objective) <= 1e-5 * objective else 0
-        if tolerance and (stalled >= 3 or (step % 5 == 0 and problem.gap(x, product) <= tolerance)):
-            converged = True
-            break
+        objective = float(values.sum())
+        if tolerance and step % 5 == 0:
+            if mark - objective <= tolerance * (first - objective) or problem.gap(x, product) <= tolerance:
+                converged = True
+                break
+            mark = objective
     return x, objective, first, problem.gap(x, product), step, converged

@@ -250,8 +250,8 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     if x is None or weight is None:
         return skip(Reason.DYNAMIC_WEIGHT)
     source, transposed = _behind(weight)
-    if source.is_graph_input():
-        return skip(Reason.OVERRIDABLE if source.is_initializer() else Reason.DYNAMIC_WEIGHT)
+    if source.is_graph_input() and source.is_initializer():
+        return skip(Reason.OVERRIDABLE)
     tensor = _constant(source)
     if tensor is None:
         left = _constant(_behind(x)[0])

@@ -81,8 +81,8 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
             count = add("Cast", [add("Shape", [rows], f"__tap_{i}_size")], f"__rows_{i}", to=ir.DataType.FLOAT)
         gram = add("Gemm", [rows, rows], f"__gram_{i}", transA=1)
         mean = total(rows, f"__sum_{i}")
-        for value in (gram, mean, count):
-            value.dtype = ir.DataType.FLOAT
+        for value, shape in ((gram, [tap.width] * 2), (mean, [tap.width]), (count, [None])):
+            value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(shape)
         outputs += [gram, mean, count]
     _set_outputs(copy, outputs)
     return copy

@@ -44,7 +44,7 @@ def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET) -> list[li
     used = 0
     for layer in layers:
         cost = 0 if input_name(layer) in seen else 16 * layer.k * layer.k  # float64 sum, float32 batch, solver copy
-        if not groups or used + cost > budget:
+        if not groups or (cost and used + cost > budget):
             groups.append([])
             seen, used = set(), 0
             cost = 16 * layer.k * layer.k

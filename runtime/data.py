@@ -131,10 +131,11 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
         CalibrationError: Not a readable ``.npz``.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise CalibrationError(f"{path} holds a single array; save named inputs with numpy.savez")
-            return {name: file[name] for name in file.files}
+            return {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path} is not a readable .npz file: {error}") from error
 

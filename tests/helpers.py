@@ -1,0 +1,54 @@
+"""Layers, weights and oracles for the numeric tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+
+from magr_onnx.types import QuantizedWeight, WeightSpec
+
+Array = npt.NDArray[Any]
+
+EXAMPLES = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+
+
+def activations(rows: int, k: int, seed: int = 0, tail: float = 1.0) -> Array:
+    """Correlated inputs ``(rows, k)`` with a nonzero mean; ``tail`` spreads their power over orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    factors = max(1, k // 4)
+    shared = rng.standard_normal((rows, factors)) @ rng.standard_normal((factors, k)) / np.sqrt(factors)
+    x: Array = (shared + 0.3 * rng.standard_normal((rows, k)) + 0.5 * rng.standard_normal(k)) * np.exp(tail * rng.standard_normal(k))
+    return x
+
+
+def gram_of(x: Array) -> Array:
+    product: Array = x.T @ x / len(x)
+    return product
+
+
+def layer(k: int, n: int, seed: int = 0, tail: float = 1.0) -> tuple[Array, Array]:
+    """Heavy-tailed weights ``(k, n)`` float32 and the Gram matrix ``(k, k)`` float64 of correlated inputs."""
+    weights = np.random.default_rng(seed + 1000).standard_t(4, (k, n)) * 0.05
+    return weights.astype(np.float32), gram_of(activations(4 * k, k, seed, tail))
+
+
+def random_quantized(k: int, n: int, spec: WeightSpec, seed: int = 0) -> QuantizedWeight:
+    """Uniform codes on a random grid."""
+    rng = np.random.default_rng(seed)
+    shape = (spec.groups(k), n)
+    zeros = np.full(shape, spec.middle) if spec.symmetric else rng.integers(0, spec.top + 1, shape)
+    scales = rng.uniform(1e-3, 0.1, shape).astype(spec.scale_dtype).astype(np.float32)
+    return QuantizedWeight(rng.integers(0, spec.top + 1, (k, n)).astype(np.uint8), scales, zeros.astype(np.uint8), spec)
+
+
+def project_by_sorting(columns: Array, radius: float) -> Array:
+    """Projection of every column on the l1 ball, by sorting (Duchi et al. 2008)."""
+    magnitude = np.abs(columns)
+    descending = -np.sort(-magnitude, axis=0)
+    theta = (np.cumsum(descending, axis=0) - radius) / np.arange(1, len(columns) + 1)[:, None]
+    last = (descending > theta).sum(axis=0) - 1
+    cut = np.maximum(np.take_along_axis(theta, last[None], axis=0), 0)
+    return np.sign(columns) * np.maximum(magnitude - cut, 0)

@@ -1,0 +1,204 @@
+"""The command line as a user meets it: real processes, real files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.main import get_command
+
+import magr_onnx
+from magr_onnx.cli import app, main
+from tests import graphs
+from tests.graphs import feeds, proto
+
+COMMANDS = ("optimize", "inspect", "validate", "passes", "demo")
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object, cwd: Path | None = None) -> Result:
+    """The command in this process: a process each would spend a second on imports."""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        contextlib.chdir(cwd or Path.cwd()),
+    ):
+        patch.setattr(sys, "argv", ["onnx-magr", *map(str, arguments)])
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setenv("COLUMNS", "80")
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), errors.getvalue())
+
+
+def test_installed_command_runs(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("onnx-magr")
+    result = subprocess.run([command, "inspect", "none.onnx"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: none.onnx: no such file\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    model = graphs.chain()
+    (path / "model.onnx").write_bytes(proto(model).SerializeToString())
+    np.savez(path / "calibration.npz", **feeds(model, rows=200))
+    np.savez(path / "heldout.npz", **feeds(model, rows=50, seed=8))
+    return path
+
+
+def test_commands_are_those_documented() -> None:
+    assert tuple(get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "Example" in result.stdout
+    assert f"onnx-magr {command}" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_optimize_then_validate(folder: Path) -> None:
+    out, report = folder / "small.onnx", folder / "report.json"
+    result = run(
+        "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--validation", folder / "heldout.npz",
+        "--report", report,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")  # no progress bar in a pipe
+    assert "2 converted, 1 left as they are; 2 read back and verified" in result.stdout
+    assert "right side is computed at run time: scores" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[6:])) <= 100
+    data = json.loads(report.read_text())
+    assert [row["name"] for row in data["layers"]] == ["up", "down"]
+    assert data["skipped"][0]["reason"] == "right side is computed at run time"
+    assert data["pipeline"].startswith("magr{")
+    assert set(data["validation"]["arithmetics"]) == {"default", "unoptimized", "float-qdq"}
+    again = run("validate", folder / "model.onnx", out, "--data", folder / "heldout.npz", "--json")
+    assert again.returncode == 0
+    metrics = json.loads(again.stdout)["arithmetics"]["unoptimized"][0]
+    assert metrics["cosine"] > 0.98
+    low = run("validate", folder / "model.onnx", out, "--data", folder / "heldout.npz", "--min-cosine", "0.99999", "-q")
+    assert (low.returncode, low.stdout) == (3, "")
+    assert "below 0.99999" in low.stderr
+
+
+def test_json_is_json_and_nothing_else(folder: Path) -> None:
+    for arguments in (
+        ("inspect", folder / "model.onnx"),
+        ("passes",),
+        ("optimize", folder / "model.onnx", "-o", folder / "j.onnx"),
+    ):
+        result = run(*arguments, "--json")
+        assert result.returncode == 0
+        json.loads(result.stdout)
+
+
+def test_data_free_says_so(folder: Path) -> None:
+    result = run("optimize", folder / "model.onnx", "-o", folder / "free.onnx")
+    assert result.returncode == 0
+    assert "none (data-free)" in result.stdout
+    assert "data-free: no calibration data was given" in result.stdout
+    assert "MagR skipped" in result.stdout
+
+
+def test_default_output_name_and_quiet(folder: Path) -> None:
+    result = run("optimize", "model.onnx", "-q", cwd=folder)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (folder / "model.magr.onnx").is_file()
+
+
+def test_pipeline_replaces_options(folder: Path) -> None:
+    result = run(
+        "optimize", folder / "model.onnx", "-o", folder / "m.onnx", "-c", folder / "calibration.npz", "--pipeline", "magr{alpha=1e-2}"
+    )
+    assert result.returncode == 0
+    both = run("optimize", folder / "model.onnx", "--pipeline", "magr", "--bits", "4")
+    assert both.returncode == 1
+    assert "--pipeline replaces --bits" in both.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("optimize", "none.onnx"), 1, "no such file"),
+        (("optimize", "model.onnx", "-o", "model.onnx"), 1, "would overwrite the input"),
+        (("optimize", "model.onnx", "-o", "no/out.onnx"), 1, "does not exist"),
+        (("optimize", "model.onnx", "-c", "none.npz"), 1, "does not exist"),
+        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "multiple of 16"),
+        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "2 bits with format qdq"),
+        (("optimize", "model.onnx", "--block-size", "big"), 1, "multiple of 16, or 'channel'"),
+        (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
+        (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
+        (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report folder"),
+        (("optimize", "model.onnx", "--bits", "5"), 2, "'5' is not one of"),
+        (("optimise", "model.onnx"), 2, "No such command"),
+        (("validate", "model.onnx", "model.onnx"), 2, "--data"),
+        (("demo", "--folder", "none"), 1, "does not exist"),
+    ],
+)
+def test_errors_are_one_message_and_leave_nothing(
+    arguments: tuple[str, ...], code: int, message: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    result = run(*arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    out.write_bytes(b"precious")
+    script = (
+        "import sys, time, magr_onnx.api, magr_onnx.cli\n"
+        "collect = magr_onnx.api.calibrate.collect\n"
+        "def slow(*a, **k):\n    print('calibrating', flush=True)\n    time.sleep(60)\n"
+        "magr_onnx.api.calibrate.collect = slow\n"
+        f"sys.argv = ['onnx-magr', 'optimize', {str(folder / 'model.onnx')!r}, '-o', {str(out)!r}, '-c', {str(folder / 'calibration.npz')!r}]\n"
+        "magr_onnx.cli.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "calibrating\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert out.read_bytes() == b"precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_version_is_the_package_s() -> None:
+    assert run("--version").stdout == f"onnx-magr {magr_onnx.__version__}\n"
+
+
+def test_inspect_shows_what_would_be_skipped(folder: Path) -> None:
+    result = run("inspect", folder / "model.onnx", "--exclude", "up")
+    assert "1 layers to convert, 2 to leave as they are" in result.stdout
+    assert "up (Gemm): excluded by name" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 80

@@ -1,0 +1,195 @@
+"""Emitters: the graph they write, the codes in it, and what onnxruntime computes with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from magr_onnx.errors import OptionError
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, Job, LayerPass, Quantize, check, find, prepare, run_layers
+from magr_onnx.passes.readback import read_weights
+from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.types import LayerStats
+from tests import graphs
+from tests.graphs import FORMS, feeds, proto
+
+
+def emit(model: ir.Model, *passes: LayerPass) -> tuple[ir.Model, list[Job]]:
+    jobs: list[Job] = []
+    check(passes)
+    prepare(passes, model)
+    run_layers(passes, find(model)[0], lambda _: None, jobs.append)
+    proto(model)  # valid for onnx's checker
+    return model, jobs
+
+
+def run(model: ir.Model, arithmetic: Arithmetic = Arithmetic.UNOPTIMIZED) -> np.ndarray:
+    with Session(model, arithmetic=arithmetic) as session:
+        return session.run(feeds(model))[0].astype(np.float64)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+EMITTERS: dict[str, LayerPass] = {"matmulnbits": EmitMatMulNBits(), "qdq": EmitQDQ()}
+
+
+@pytest.mark.parametrize("emitter", EMITTERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_computes_with_the_chosen_codes(form: str, emitter: str) -> None:
+    model, (job,) = emit(FORMS[form](), Quantize(method="rtn"), EMITTERS[emitter])
+    assert job.quantized is not None
+    assert np.array_equal(read_weights(model)["y"], job.quantized.dequantize())
+    assert [n for n in model.graph if n.op_type in ("Gemm", "Transpose", "Constant")] == []
+    assert "w" not in model.graph.initializers
+    x = feeds(model)["x"].astype(np.float64)
+    bias = job.layer.read_bias()
+    expected = x @ job.quantized.dequantize() + (0 if bias is None else bias)
+    assert relative(run(model), expected) < 1e-5
+    assert relative(run(model, Arithmetic.FLOAT_QDQ), expected) < 1e-5
+    assert relative(run(model, Arithmetic.DEFAULT), expected) < 2e-2  # int8 activations
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 256, 512, None])
+@pytest.mark.parametrize(("emitter", "bits"), [(e, b) for e in EMITTERS for b in (2, 3, 4, 8) if (e, b) != ("qdq", 2)])
+def test_every_grid_runs(emitter: str, bits: int, block: int | None, symmetric: bool) -> None:
+    k = 600 if block in (256, 512, None) else 100
+    model, (job,) = emit(graphs.matmul_bias(k, 24), Quantize(method="rtn", bits=bits, block_size=block, symmetric=symmetric), EMITTERS[emitter])
+    assert job.quantized is not None
+    weight = job.quantized.dequantize()
+    assert np.array_equal(read_weights(model)["y"], weight)
+    bias = job.layer.read_bias()
+    expected = feeds(model)["x"].astype(np.float64) @ weight + bias
+    for arithmetic, bound in ((Arithmetic.UNOPTIMIZED, 1e-5), (Arithmetic.FLOAT_QDQ, 1e-5), (Arithmetic.DEFAULT, 2e-2)):
+        assert relative(run(model, arithmetic), expected) < bound
+
+
+@pytest.mark.parametrize("emitter", EMITTERS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_half_precision(emitter: str, bits: int) -> None:
+    model, (job,) = emit(graphs.matmul_bias(64, 24, dtype=np.float16), Quantize(method="rtn", bits=bits), EMITTERS[emitter])
+    assert job.quantized is not None
+    weight = job.quantized.dequantize()
+    assert np.array_equal(read_weights(model)["y"], weight)
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
+    bias = job.layer.read_bias()
+    expected = feeds(model)["x"].astype(np.float64) @ weight + bias
+    for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.FLOAT_QDQ):
+        assert relative(run(model, arithmetic), expected) < 3e-3
+    assert relative(run(model, Arithmetic.DEFAULT), expected) < 2e-2
+
+
+def fused(model: ir.Model, tmp_path: object) -> list[str]:
+    """Operators after onnxruntime's default optimizations."""
+    path = f"{tmp_path}/optimized.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = path
+    ort.InferenceSession(proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [n.op_type for n in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("block", [32, 48, 512, None])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_onnxruntime_fuses_every_qdq_form(bits: int, block: int | None, tmp_path: object) -> None:
+    for make in (graphs.matmul_bias, graphs.gemm):
+        model, _ = emit(make(600, 24), Quantize(method="rtn", bits=bits, block_size=block), EmitQDQ())
+        operators = fused(model, tmp_path)
+        assert "MatMulNBits" in operators
+        assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(operators)
+
+
+def test_golden_matmulnbits() -> None:
+    model, _ = emit(graphs.chain(), Quantize(method="rtn"), EmitMatMulNBits())
+    nodes = [(n.domain, n.op_type, [None if v is None else v.name for v in n.inputs], n.outputs[0].name) for n in model.graph]
+    assert nodes == [
+        ("com.microsoft", "MatMulNBits", ["x", "w1_q4", "w1_q4_scales", "w1_q4_zero_points", None, "w1_bias"], "up_out"),
+        ("", "Relu", ["up_out"], "relu_1_out"),
+        ("com.microsoft", "MatMulNBits", ["relu_1_out", "w2_q4", "w2_q4_scales", "w2_q4_zero_points", None, "w2_bias"], "down_bias_out"),
+        ("", "Transpose", ["down_bias_out"], "turn_out"),
+        ("", "MatMul", ["down_bias_out", "turn_out"], "y"),
+    ]
+    node = next(iter(model.graph))
+    assert {a: v.as_int() for a, v in node.attributes.items()} == {"K": 48, "N": 64, "bits": 4, "block_size": 32}
+    shapes = {name: list(v.shape.numpy()) for name, v in model.graph.initializers.items() if v.shape is not None}
+    assert shapes == {
+        "w1_q4": [64, 2, 16],
+        "w1_q4_scales": [64, 2],
+        "w1_q4_zero_points": [64, 1],
+        "w1_bias": [64],
+        "w2_q4": [32, 2, 16],
+        "w2_q4_scales": [32, 2],
+        "w2_q4_zero_points": [32, 1],
+        "w2_bias": [32],
+    }
+    assert model.opset_imports == {"": 20, "com.microsoft": 1}
+
+
+def test_golden_qdq_raises_opset_and_ir_version() -> None:
+    model, _ = emit(graphs.chain(), Quantize(method="rtn"), EmitQDQ())
+    assert (model.opset_imports, model.ir_version) == ({"": 21}, 10)
+    nodes = [(n.op_type, [v and v.name for v in n.inputs], n.outputs[0].name) for n in model.graph]
+    assert nodes[:3] == [
+        ("DequantizeLinear", ["w1_q4", "w1_q4_scales", "w1_q4_zero_points"], "w1_dequantized"),
+        ("MatMul", ["x", "w1_dequantized"], "up_out_product"),
+        ("Add", ["up_out_product", "w1_bias"], "up_out"),
+    ]
+    weight = model.graph.initializers["w1_q4"]
+    assert (weight.dtype, list(weight.shape.numpy())) == (ir.DataType.UINT4, [48, 64])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18])
+def test_qdq_converts_older_opsets_without_changing_results(opset: int) -> None:
+    before, after = graphs.chain(opset=opset), graphs.chain(opset=opset)
+    emit(after, Quantize(method="rtn", bits=8), EmitQDQ())
+    assert after.opset_imports[""] == 21
+    assert relative(run(after), run(before)) < 0.02
+
+
+def test_symmetric_three_bits_need_no_zero_points() -> None:
+    model, _ = emit(graphs.matmul(), Quantize(method="rtn", bits=3, symmetric=True), EmitMatMulNBits())
+    node = next(n for n in model.graph if n.op_type == "MatMulNBits")
+    assert len(node.inputs) == 3
+    assert node.attributes["bits"].as_int() == 4
+
+
+def test_bias_any_gives_matmulnbits_a_bias() -> None:
+    model = graphs.matmul()
+    jobs: list[Job] = []
+    x = feeds(model)["x"].reshape(-1, graphs.K).astype(np.float64)
+    stats = LayerStats(x.T @ x / len(x), x.mean(axis=0), len(x))
+    passes = (Quantize(bits=2), CompensateBias("any"), EmitMatMulNBits())
+    run_layers(passes, find(model)[0], lambda _: stats, jobs.append)
+    node = next(iter(model.graph))
+    assert node.inputs[5] is not None
+    expected = run(graphs.matmul())
+    np.testing.assert_allclose((run(model) - expected).reshape(len(x), -1).mean(axis=0), 0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_qdq_refuses_two_bits() -> None:
+    with pytest.raises(OptionError, match="use format matmulnbits"):
+        check((Quantize(bits=2), EmitQDQ()))
+
+
+@pytest.mark.parametrize("emitter", EMITTERS.values())
+def test_odd_blocks_and_missing_quantize_are_refused(emitter: LayerPass) -> None:
+    with pytest.raises(OptionError, match="multiple of 16"):
+        check((Quantize(block_size=20), emitter))
+    with pytest.raises(OptionError, match="needs a quantize pass"):
+        check((emitter,))
+
+
+def test_weight_shared_by_two_nodes_is_emitted_for_both() -> None:
+    b = graphs.Builder()
+    x = b.input("x", ["batch", "time", 40])
+    weight = b.constant("w", graphs.random(40, 40))
+    hidden = b.node("MatMul", [x, weight], "one")
+    model = b.model(b.node("MatMul", [hidden, weight], "two"), ["batch", "time", 40])
+    emit(model, Quantize(method="rtn"), EmitMatMulNBits())
+    assert [n.op_type for n in model.graph] == ["MatMulNBits"] * 2
+    assert "w" not in model.graph.initializers

@@ -1,0 +1,222 @@
+"""Bad models and bad outputs: a clear error, nothing left behind, no file lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx import files
+from magr_onnx.errors import MagrError, ModelError, OutputError
+from tests import graphs
+from tests.graphs import proto
+
+
+def external(folder: Path, name: str = "model.onnx") -> Path:
+    path = folder / name
+    onnx.save(proto(graphs.chain()), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def make_text(folder: Path) -> Path:
+    return write(folder / "m.onnx", b"this is not a model, it is a sentence")
+
+
+def make_empty(folder: Path) -> Path:
+    return write(folder / "m.onnx", b"")
+
+
+def make_truncated(folder: Path) -> Path:
+    return write(folder / "m.onnx", proto(graphs.chain()).SerializeToString()[:-1000])
+
+
+def make_zeros(folder: Path) -> Path:
+    return write(folder / "m.onnx", b"\0" * 64)
+
+
+def make_invalid(folder: Path) -> Path:
+    model = ir.to_proto(graphs.chain())
+    model.graph.node[0].input[0] = "nowhere"
+    return write(folder / "m.onnx", model.SerializeToString())
+
+
+def make_bad_attribute(folder: Path) -> Path:
+    model = ir.to_proto(graphs.chain())
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("transQ", 1))
+    return write(folder / "m.onnx", model.SerializeToString())
+
+
+def make_missing_data(folder: Path) -> Path:
+    path = external(folder)
+    (folder / "weights.bin").unlink()
+    return path
+
+
+def make_short_data(folder: Path) -> Path:
+    path = external(folder)
+    (folder / "weights.bin").write_bytes(b"short")
+    return path
+
+
+def make_misplaced_data(folder: Path) -> Path:
+    path = external(folder)
+    (folder / "elsewhere").mkdir()
+    return path.rename(folder / "elsewhere" / "model.onnx")
+
+
+def make_escaping_data(folder: Path) -> Path:
+    path = external(folder)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../weights.bin"
+    return write(path, model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "none.onnx", "no such file"),
+        (lambda folder: folder, "is not a file"),
+        (make_text, "not an ONNX model"),
+        (make_empty, "not an ONNX model"),
+        (make_truncated, "truncated"),
+        (make_zeros, "not an ONNX model"),
+        (make_invalid, "not a valid ONNX model"),
+        (make_bad_attribute, "not a valid ONNX model"),
+        (make_missing_data, "weights.bin is missing"),
+        (make_short_data, "has 5 bytes, but the tensor ends at"),
+        (make_misplaced_data, "is missing; keep it beside the model"),
+        (make_escaping_data, "lies outside"),
+    ],
+)
+def test_bad_model_files(make: Any, message: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
+    out = tmp_path / "out.onnx"
+    out.write_bytes(b"precious")
+    with pytest.raises(ModelError) as caught:
+        magr_onnx.optimize(path, output=out)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert out.read_bytes() == b"precious"
+
+
+def test_every_missing_file_is_listed(tmp_path: Path) -> None:
+    path = make_missing_data(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        files.load(path)
+    assert all(f"tensor {name}" in str(caught.value) for name in ("w1", "b1", "w2", "b2"))
+
+
+def test_unreadable_objects_are_named() -> None:
+    with pytest.raises(ModelError, match="from dict"):
+        magr_onnx.optimize({})
+
+
+def test_external_data_is_read_where_it_lies(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(external(tmp_path), output=out)
+    assert report.verified == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "out.onnx", "weights.bin"]
+    assert report.bytes_before > (tmp_path / "weights.bin").stat().st_size
+
+
+def test_caller_s_objects_stay_as_they_are() -> None:
+    model = graphs.chain()
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    magr_onnx.optimize(model)
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    as_proto = proto(model)
+    magr_onnx.optimize(as_proto, format="qdq")
+    assert as_proto.SerializeToString(deterministic=True) == before
+
+
+def test_bad_outputs(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    content = path.read_bytes()
+    cases = [
+        (path, "would overwrite the input"),
+        (tmp_path / "weights.bin", "would overwrite the input"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "out.onnx", "does not exist; create it first"),
+    ]
+    (tmp_path / "link.onnx").symlink_to(path)
+    cases.append((tmp_path / "link.onnx", "would overwrite the input"))
+    for out, message in cases:
+        with pytest.raises(OutputError, match=message):
+            magr_onnx.optimize(path, output=out)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="not writable"):
+        magr_onnx.optimize(external(tmp_path), output=folder / "out.onnx")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), MagrError("verification")])
+def test_a_failed_write_keeps_the_old_file(failure: BaseException, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    out.write_bytes(b"precious")
+
+    def verify(path: Path) -> None:
+        assert path.is_file()  # written in full, under another name
+        raise failure
+
+    with pytest.raises((KeyboardInterrupt, MagrError)):
+        files.save(graphs.chain(), out, verify)
+    assert out.read_bytes() == b"precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_large_models_go_to_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "INLINE_LIMIT", 100)
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(graphs.chain(), output=out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
+    loaded = files.load(out)
+    assert report.bytes_after == loaded.bytes
+    assert len(magr_onnx.passes.readback.read_weights(loaded.model)) == 2
+    with pytest.raises(OutputError, match="would overwrite"):
+        magr_onnx.optimize(out, output=tmp_path / "out.onnx")
+
+
+def test_weights_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
+    model = graphs.chain()
+    for name in ("w1", "w2"):
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        array = tensor.numpy().copy()
+        array[0, 1] = np.inf
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    with pytest.raises(magr_onnx.NonFiniteError) as caught:
+        magr_onnx.optimize(model, output=tmp_path / "out.onnx")
+    assert "weight of up" in str(caught.value)
+    assert "weight of down" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_nothing_to_convert_is_refused() -> None:
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 4])
+    with pytest.raises(ModelError, match="no MatMul or Gemm"):
+        magr_onnx.optimize(b.model(b.node("Relu", [x]), ["batch", 4]))
+
+
+def test_provider_that_is_not_there_lists_those_that_are() -> None:
+    with pytest.raises(magr_onnx.ProviderError, match="CPUExecutionProvider"):
+        magr_onnx.optimize(graphs.chain(), provider="TensorrtExecutionProvider")

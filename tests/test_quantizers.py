@@ -1,0 +1,266 @@
+"""Quantizers against naive float64 references, and the guarantees of every registry entry."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from magr_onnx.grid import Grid, minmax, search
+from magr_onnx.linalg import column_errors, damped, layer_error
+from magr_onnx.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
+from magr_onnx.types import BITS, LayerStats, QuantizedWeight, WeightSpec
+from tests.helpers import Array, activations, gram_of, layer
+
+K, N = 96, 24
+SPECS = [WeightSpec(2, None), WeightSpec(3, 32), WeightSpec(4, None, symmetric=True), WeightSpec(4, 20), WeightSpec(8, None)]
+some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
+
+
+def error(weight: QuantizedWeight, target: Array, gram: Array) -> float:
+    return layer_error(weight.dequantize().astype(np.float64) - target, gram)
+
+
+def nearest(w: Array, scales: Array, zeros: Array, top: int) -> Array:
+    return np.clip(np.rint(w / scales) + zeros, 0, top)
+
+
+def naive_gptq(weights: Array, gram: Array, grid: Grid, damping: float, act_order: bool) -> Array:
+    """The published algorithm: row k of the upper Cholesky factor of the inverse spreads the error of row k."""
+    order = np.argsort(-gram.diagonal(), kind="stable") if act_order else np.arange(len(gram))
+    inverse = np.linalg.inv(damped(gram, damping)[np.ix_(order, order)])
+    upper = np.linalg.cholesky(inverse).T
+    w = weights.astype(np.float64)[order]
+    groups = grid.spec.group_of_row(len(w))[order]
+    codes = np.empty(w.shape)
+    for k, g in enumerate(groups):
+        codes[order[k]] = q = nearest(w[k], grid.scales[g], grid.zeros[g], grid.spec.top)
+        lost = (w[k] - grid.scales[g] * (q - grid.zeros[g])) / upper[k, k]
+        w[k + 1 :] -= np.outer(upper[k, k + 1 :], lost)
+    return codes
+
+
+def naive_sweep(target: Array, start: QuantizedWeight, gram: Array) -> Array:
+    """One pass over the rows with a rank-one update of the residual each."""
+    codes = start.codes.astype(np.float64)
+    grid = Grid.of(start)
+    groups = start.spec.group_of_row(len(codes))
+    residual = gram @ (target - start.dequantize().astype(np.float64))
+    for k in np.argsort(-np.sqrt(gram.diagonal()) * np.linalg.norm(target, axis=1), kind="stable"):
+        if gram[k, k] == 0:
+            continue
+        scale, zero = grid.scales[groups[k]].astype(np.float64), grid.zeros[groups[k]]
+        wanted = scale * (codes[k] - zero) + residual[k] / gram[k, k]
+        q = nearest(wanted, scale, zero, start.spec.top)
+        residual -= np.outer(gram[:, k], scale * (q - codes[k]))
+        codes[k] = q
+    return codes
+
+
+def rounded(weights: Array, gram: Array, spec: WeightSpec) -> QuantizedWeight:
+    return rtn.quantize(weights, gram.diagonal(), spec)
+
+
+@some_specs
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gptq_is_the_published_algorithm(spec: WeightSpec, act_order: bool, seed: int) -> None:
+    weights, gram = layer(K, N, seed)
+    grid = search(weights, spec, gram.diagonal())
+    found = gptq.quantize(weights, gram, spec, damping=0.01, act_order=act_order)
+    expected = naive_gptq(weights, gram, grid, 0.01, act_order)
+    assert (found.codes != expected).mean() < 1e-3  # float32 may break a tie differently
+    assert (found.codes != grid.codes(weights)).mean() > 0.05  # feedback did something
+    np.testing.assert_array_equal(found.scales, grid.scales)
+
+
+@some_specs
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_beats_rounding_on_the_same_grid(spec: WeightSpec, act_order: bool) -> None:
+    weights, gram = layer(K, N)
+    for beta in (None, 0.9):
+        plain = rtn.quantize(weights, gram.diagonal(), spec, beta=beta)
+        found = gptq.quantize(weights, gram, spec, beta=beta, act_order=act_order)
+        np.testing.assert_array_equal(found.scales, plain.scales)
+        np.testing.assert_array_equal(found.zero_points, plain.zero_points)
+        assert error(found, weights, gram) < 0.8 * error(plain, weights, gram)
+
+
+def test_feedback_never_looks_ahead() -> None:
+    _, gram = layer(K, N)
+    feedback = gptq.prepare(gram)
+    np.testing.assert_array_equal(np.triu(feedback.matrix), 0)
+    np.testing.assert_array_equal(np.sort(feedback.order), np.arange(K))
+    assert (np.diff(gram.diagonal()[feedback.order]) <= 0).all()
+    np.testing.assert_array_equal(gptq.prepare(gram, act_order=False).order, np.arange(K))
+
+
+def problem_of(weights: Array, gram: Array, spec: WeightSpec) -> Problem:
+    return Problem(weights, weights, LayerStats(gram, np.zeros(len(gram)), 100), False, spec)
+
+
+@pytest.mark.parametrize("name", ["gptq", "comq"])
+def test_damping_rises_until_the_matrix_factors(name: str) -> None:
+    weights, _ = layer(K, N)
+    spec = WeightSpec(4, 32)
+    indefinite = np.eye(K)
+    indefinite[0, 1] = indefinite[1, 0] = 1.5
+    solution = QUANTIZERS[name](problem_of(weights, indefinite, spec), Options(damping=0.01))
+    assert solution.notes[0] == "Cholesky failed at damping 0.01; used 1"
+    singular = gram_of(activations(300, K))
+    singular[5] = singular[:, 5] = 0
+    solution = QUANTIZERS[name](problem_of(weights, singular, spec), Options(damping=0.0))
+    assert solution.notes[0] == "Cholesky failed at damping 0; used 1e-06"
+    fine = QUANTIZERS[name](problem_of(weights, gram_of(activations(300, K)), spec), Options(damping=0.01))
+    assert not any("Cholesky" in note for note in fine.notes)
+
+
+def test_gptq_rounds_the_weights_of_dead_inputs() -> None:
+    weights, gram = layer(K, N)
+    gram[5] = gram[:, 5] = 0
+    spec = WeightSpec(4, 32)
+    found = gptq.quantize(weights, gram, spec)
+    np.testing.assert_array_equal(found.codes[5], rounded(weights, gram, spec).codes[5])
+
+
+@some_specs
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_sweep_is_plain_coordinate_descent(spec: WeightSpec, seed: int) -> None:
+    weights, gram = layer(K, N, seed)
+    gram[7] = gram[:, 7] = 0
+    start = rounded(weights, gram, spec)
+    found = comq.refine(weights, start, gram, sweeps=1, rescale=False)
+    assert found.sweeps == 1
+    assert (found.weight.codes != naive_sweep(weights, start, gram)).mean() < 1e-3
+    assert (found.weight.codes != start.codes).mean() > 0.05
+    np.testing.assert_array_equal(found.weight.codes[7], start.codes[7])
+    np.testing.assert_array_equal(found.weight.scales, start.scales)
+
+
+@some_specs
+@pytest.mark.parametrize("rescale", [False, True])
+def test_refining_lowers_the_error_of_any_start(spec: WeightSpec, rescale: bool) -> None:
+    weights, gram = layer(K, N)
+    for start in (rounded(weights, gram, spec), gptq.quantize(weights, gram, spec)):
+        found = comq.refine(weights, start, gram, sweeps=6, rescale=rescale, tolerance=0.0)
+        errors = np.array(found.errors)
+        assert (errors[1:] <= errors[:-1] * (1 + 1e-5)).all()
+        assert errors[-1] < 0.99 * errors[0]
+        assert errors[0] == pytest.approx(error(start, weights, gram), rel=1e-3)
+        assert errors[-1] == pytest.approx(error(found.weight, weights, gram), rel=1e-3)
+
+
+def test_refining_stops_when_it_no_longer_pays() -> None:
+    weights, gram = layer(K, N)
+    start = rounded(weights, gram, WeightSpec(4, 32))
+    found = comq.refine(weights, start, gram, sweeps=100, tolerance=0.02)
+    assert found.sweeps < 100
+    assert found.errors[-1] > 0.98 * found.errors[-2]
+    assert comq.refine(weights, start, gram, sweeps=0).weight is start
+
+
+@pytest.mark.parametrize("spec", [*SPECS, WeightSpec(3, 32, scale_dtype="float16"), WeightSpec(2, 7, symmetric=True)], ids=str)
+def test_scale_refit_never_raises_the_error_of_a_column(spec: WeightSpec) -> None:
+    weights, gram = layer(K, N)
+    h = gram.astype(np.float32)
+    start = minmax(weights, spec, 0.9).weight(minmax(weights, spec, 0.9).codes(weights))
+    found, residual = comq._rescale(weights, start, h, h @ (weights - start.dequantize()))
+    before, after = (column_errors(w.dequantize().astype(np.float64) - weights, gram) for w in (start, found))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < before.sum()
+    np.testing.assert_array_equal(found.codes, start.codes)
+    np.testing.assert_array_equal(found.scales, found.scales.astype(spec.scale_dtype).astype(np.float32))
+    np.testing.assert_allclose(residual, h @ (weights - found.dequantize()), atol=1e-4 * np.abs(residual).max())
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_scale_refit_is_the_least_squares_solution(group: int | None) -> None:
+    weights, gram = layer(K, N)
+    spec = WeightSpec(4, group)
+    start = rounded(weights, gram, spec)
+    h = gram.astype(np.float32)
+    found, _ = comq._rescale(weights, start, h, h @ (weights - start.dequantize()))
+    rows = spec.group_of_row(K)
+    root = np.linalg.cholesky(damped(gram, 1e-12)).T
+    centred = start.codes - start.zero_points.astype(np.float64)[rows]
+    for j in range(N):
+        design = root @ (centred[:, j, None] * (rows[:, None] == np.arange(spec.groups(K))))
+        best, *_ = np.linalg.lstsq(design, root @ weights[:, j].astype(np.float64))
+        np.testing.assert_allclose(found.scales[:, j], best, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [None, 7, 32])
+def test_every_quantizer_solves_every_grid(name: str, bits: int, symmetric: bool, group: int | None) -> None:
+    weights, _ = layer(45, 6)
+    x = activations(200, 45)
+    spec = WeightSpec(bits, group, symmetric)
+    problem = Problem(weights, weights, LayerStats(gram_of(x), x.mean(axis=0), 200), True, spec)
+    found = QUANTIZERS[name](problem, Options()).weight
+    assert found.spec == spec
+    assert found.codes.shape == weights.shape
+    assert found.codes.dtype == found.zero_points.dtype == np.uint8
+    assert max(found.codes.max(), found.zero_points.max()) <= spec.top
+    assert found.scales.dtype == np.float32
+    assert np.isfinite(found.dequantize()).all()
+    assert error(found, weights, problem.gram) <= error(rounded(weights, problem.gram, spec), weights, problem.gram)
+
+
+@some_specs
+def test_order_of_quantizers(spec: WeightSpec) -> None:
+    weights, gram = layer(K, N)
+    problem = problem_of(weights, gram, spec)
+    rtn_error, gptq_error, comq_error = (
+        error(QUANTIZERS[name](problem, Options()).weight, weights, gram) for name in ("rtn", "gptq", "comq")
+    )
+    assert comq_error < gptq_error < rtn_error
+
+
+@some_specs
+@pytest.mark.parametrize("tail", [0.0, 3.0])
+def test_comq_never_ends_above_gptq_under_the_matrix_it_minimises(spec: WeightSpec, tail: float) -> None:
+    weights, gram = layer(K, N, tail=tail)
+    problem = problem_of(weights, gram, spec)
+    start, found = (QUANTIZERS[name](problem, Options(damping=0.1)) for name in ("gptq", "comq"))
+    h = damped(gram, 0.1)
+    assert error(found.weight, weights, h) < error(start.weight, weights, h)
+    assert found.notes[:-1] == start.notes
+    assert "sweeps, layer error x 0." in found.notes[-1]
+
+
+@some_specs
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_without_data_is_rounding(spec: WeightSpec, act_order: bool) -> None:
+    weights, _ = layer(K, N)
+    problem = Problem(weights, weights, LayerStats.data_free(K), True, spec)
+    found, plain = (QUANTIZERS[name](problem, Options(act_order=act_order)).weight for name in ("gptq", "rtn"))
+    np.testing.assert_array_equal(found.codes, plain.codes)
+
+
+def test_factorization_is_shared_by_layers_of_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    prepare = gptq.prepare
+
+    def counted(gram: Array, damping: float, act_order: bool) -> gptq.Feedback:
+        calls.append(damping)
+        return prepare(gram, damping, act_order)
+
+    monkeypatch.setattr(gptq, "prepare", counted)
+    weights, gram = layer(K, N)
+    problem = problem_of(weights, gram, WeightSpec(4, 32))
+    sibling = dataclasses.replace(problem, weights=-weights, target=-weights)
+    for p in (problem, sibling):
+        gptq.run(p, Options(damping=0.1))
+    gptq.run(problem, Options(damping=0.2))
+    assert calls == [0.1, 0.2]
+
+
+def test_target_may_differ_from_the_weights() -> None:
+    weights, gram = layer(K, N)
+    target = weights + 0.01 * np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
+    problem = dataclasses.replace(problem_of(weights, gram, WeightSpec(4, 32)), target=target)
+    start, found = (QUANTIZERS[name](problem, Options()).weight for name in ("gptq", "comq"))
+    assert error(found, target, gram) < error(start, target, gram)

@@ -1,0 +1,134 @@
+"""Validation: the metrics are what their definitions say, on models whose difference is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx.errors import CalibrationError, RuntimeFailure
+from magr_onnx.runtime.data import open_data
+from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.validate import log_softmax, next_token_loss, validate
+from tests import graphs
+from tests.graphs import K, N, Builder, feeds, random
+
+
+def scaled(factor: float) -> ir.Model:
+    """``x W`` times a factor, with the logits of a tiny language model beside it."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "time"], ir.DataType.INT64)
+    table = b.constant("table", random(N, K, seed=4, scale=1))
+    x = b.node("Gather", [table, ids], "embed")
+    x.dtype = ir.DataType.FLOAT
+    out = b.node("MatMul", [x, b.constant("w", random(K, N) * np.float32(factor))], "head")
+    out.name, out.shape = "logits", ir.Shape(["batch", "time", N])
+    plain = b.node("Identity", [out], "copy")
+    plain.name, plain.shape, plain.dtype = "plain", ir.Shape(["batch", "time", N]), ir.DataType.FLOAT
+    return b.model_of([out, plain])
+
+
+def ids(rows: int = 6, time: int = 5) -> dict[str, np.ndarray]:
+    return {"input_ids": np.random.default_rng(0).integers(0, N, (rows, time))}
+
+
+def test_metrics_of_a_known_difference() -> None:
+    one, two = scaled(1.0), scaled(1.25)
+    with Session(one) as session:
+        data = open_data([ids(), ids(3, 9)], session.inputs)
+        logits = np.concatenate([session.run(b)[0].reshape(-1, N) for b in data]).astype(np.float64)
+    result = validate(one, two, data, arithmetics=(Arithmetic.DEFAULT,), latency=False)
+    by_name = {m.output: m for m in result.arithmetics["default"]}
+    assert set(by_name) == {"logits", "plain"}
+    m = by_name["logits"]
+    assert m.sqnr_db == pytest.approx(20 * np.log10(4), abs=1e-3)  # the error is a quarter of the signal
+    assert m.cosine == pytest.approx(1, abs=1e-6)
+    assert m.max_error == pytest.approx(np.abs(logits).max() / 4, rel=1e-4)
+    assert m.top1 == 1
+    p, q = log_softmax(logits), log_softmax(1.25 * logits)
+    assert m.kl == pytest.approx(float((np.exp(p) * (p - q)).sum(axis=1).mean()), rel=1e-4)
+    assert m.cross_entropy is not None
+    total, tokens = (sum(v) for v in zip(*(next_token_loss(y, b["input_ids"]) for y, b in _logits(one, data)), strict=True))
+    assert tokens == 6 * 4 + 3 * 8
+    assert m.cross_entropy[0] == pytest.approx(total / tokens, rel=1e-6)
+    assert by_name["plain"].top1 is by_name["plain"].kl is None
+    assert (result.layers, result.batches) == ((), 2)
+
+
+def _logits(model: ir.Model, data: object) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    with Session(model) as session:
+        return [(session.run(b)[0], b) for b in data]  # type: ignore[attr-defined]
+
+
+def test_next_token_loss_of_uniform_logits_is_log_vocabulary() -> None:
+    loss, tokens = next_token_loss(np.zeros((2, 5, N)), ids(2, 5)["input_ids"])
+    assert (loss / tokens, tokens) == (pytest.approx(np.log(N)), 8)
+
+
+def test_a_model_against_itself_is_perfect() -> None:
+    model = graphs.chain()
+    with Session(model) as session:
+        data = open_data([feeds(model)], session.inputs)
+    result = validate(model, model, data)
+    assert set(result.arithmetics) == {"default", "unoptimized", "float-qdq"}
+    m = result.arithmetics["default"][0]
+    assert (m.sqnr_db, m.cosine, m.max_error) == (float("inf"), 1, 0)
+    assert result.latency is not None
+    assert result.latency.float_ms > 0
+
+
+def test_three_arithmetics_differ_where_onnxruntime_s_do() -> None:
+    """Fused QDQ runs with int8 activations by default; asked for float, it agrees with the nodes as written."""
+    model = graphs.matmul_bias(96, 32)
+    x = feeds(model)
+    quantized, _ = magr_onnx.optimize(model, [x], format="qdq")
+    with Session(model) as session:
+        data = open_data([x], session.inputs)
+    result = validate(model, quantized, data, latency=False)
+    sqnr = {a: outputs[0].sqnr_db for a, outputs in result.arithmetics.items()}
+    assert sqnr["float-qdq"] == pytest.approx(sqnr["unoptimized"], abs=1e-3)
+    assert abs(sqnr["default"] - sqnr["unoptimized"]) > 1e-3
+
+
+def test_layer_errors_are_measured_in_the_running_model() -> None:
+    model = graphs.chain()
+    x = feeds(model)
+    quantized, _ = magr_onnx.optimize(model, [x], bits=2)
+    with Session(model) as session:
+        data = open_data([x], session.inputs)
+    layers = {m.layer: m.relative_error for m in validate(model, quantized, data, latency=False).layers}
+    assert list(layers) == ["up_out", "down_bias_out"]
+    assert all(0.001 < e < 1 for e in layers.values())
+
+
+def test_padded_rows_do_not_count() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "time", K])
+    b.input("attention_mask", ["batch", "time"], ir.DataType.INT64)
+    model = b.model(b.node("MatMul", [x, b.constant("w", random(K, N))], "layer"), ["batch", "time", N])
+    batch = feeds(model)
+    quantized, _ = magr_onnx.optimize(model, [batch], bits=2)
+    with Session(model) as session:
+        kept = {k: v[batch["attention_mask"] != 0][None] for k, v in batch.items()}
+        data, expected = open_data([batch], session.inputs), open_data([kept], session.inputs)
+    a = validate(model, quantized, data, mask="attention_mask", latency=False, layers=False)
+    e = validate(model, quantized, expected, latency=False, layers=False)
+    assert a.arithmetics["unoptimized"][0].sqnr_db == pytest.approx(e.arithmetics["unoptimized"][0].sqnr_db, abs=1e-4)
+
+
+def test_errors_name_both_sides(tmp_path: Path) -> None:
+    model = graphs.chain()
+    with pytest.raises(CalibrationError, match="x: float32"):
+        magr_onnx.validate(model, model, [{"z": np.zeros((2, 48), np.float32)}])
+    with pytest.raises(RuntimeFailure, match="cannot load"):
+        b = Builder()
+        x = b.input("x", ["batch", 4])
+        node = b.node("NoSuchOperator", [x], "odd")
+        model = b.model(node, ["batch", 4])
+        b.nodes[0].domain = "com.example"
+        model.opset_imports["com.example"] = 1
+        with Session(model):
+            pass
