@@ -1,6 +1,6 @@
 """onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
 
-from magr_onnx.api import Inspection, Optimized, Options, build_pipeline, inspect, optimize, validate
+from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate
 from magr_onnx.errors import (
     CalibrationError,
     MagrError,
@@ -12,6 +12,7 @@ from magr_onnx.errors import (
     ProviderError,
     RuntimeFailure,
 )
+from magr_onnx.options import Options, build_pipeline
 from magr_onnx.report import Report
 from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
 

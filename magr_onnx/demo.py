@@ -10,11 +10,12 @@ from pathlib import Path
 from magr_onnx import api
 from magr_onnx.errors import ModelError
 from magr_onnx.models import bundled
+from magr_onnx.options import Options
 from magr_onnx.report import Report
 from magr_onnx.runtime.session import Arithmetic
 
-RTN: api.Options = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
-SETTINGS: tuple[tuple[str, api.Options], ...] = (
+RTN: Options = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
+SETTINGS: tuple[tuple[str, Options], ...] = (
     ("4 bits, block 32, round to nearest", {"bits": 4, **RTN}),
     ("4 bits, block 32, onnx-magr", {"bits": 4}),
     ("3 bits, per channel, round to nearest", {"bits": 3, "block_size": None, **RTN}),

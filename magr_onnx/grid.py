@@ -47,10 +47,10 @@ def round_codes(weights: Array, scales: Array, zeros: Array, top: int) -> Array:
 
 
 def stored(scales: Array, spec: WeightSpec) -> Array:
-    """Scales as the file will hold them: rounded to ``spec.scale_dtype``, never zero, as float32."""
+    """Scales as the file will hold them: rounded to ``spec.scale_dtype``, never zero or infinite, as float32."""
     kind = np.dtype(spec.scale_dtype)
     smallest = float(np.finfo(kind).smallest_subnormal) if kind == np.float16 else float(np.finfo(kind).tiny)
-    result: Array = np.maximum(scales, smallest).astype(kind).astype(np.float32)
+    result: Array = np.clip(scales, smallest, float(np.finfo(kind).max)).astype(kind).astype(np.float32)
     return result
 
 

@@ -27,9 +27,10 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0) -> float:
     for i in range(iterations):
         w = (matrix @ basis[i].astype(matrix.dtype)).astype(np.float64)
         diagonal[i] = w @ basis[i]
-        w -= basis[: i + 1].T @ (basis[: i + 1] @ w)  # full reorthogonalization: i is small
+        for _ in range(2):  # once would lose orthogonality by a factor of diagonal / off a step
+            w -= basis[: i + 1].T @ (basis[: i + 1] @ w)
         off[i] = np.linalg.norm(w)
-        if off[i] <= 1e-12 * max(abs(diagonal[i]), 1e-300):
+        if off[i] <= 1e-12 * max(float(np.abs(diagonal[: i + 1]).max()), 1e-300):
             steps = i + 1
             break
         basis[i + 1] = w / off[i]
@@ -63,11 +64,13 @@ def cholesky(gram: Array, damping: float, retries: int = 8) -> Cholesky:
     Raises:
         NonFiniteError: No damping up to ``damping * 10**retries`` makes the matrix positive definite.
     """
-    for _ in range(retries + 1):
+    for attempt in range(retries + 1):
+        if attempt:
+            damping = max(10 * damping, 1e-6)
         try:
             return Cholesky(np.linalg.cholesky(damped(gram.astype(np.float64), damping)), damping)
         except np.linalg.LinAlgError:
-            damping = max(10 * damping, 1e-6)
+            continue
     raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) is not positive definite even with damping {damping:g}")
 
 

@@ -23,7 +23,7 @@ Deviations from the authors' code:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -101,18 +101,24 @@ def reduce(
         start: Warm start ``(K, N)``; None for ``W0``.
 
     Raises:
-        OptionError: Negative alpha, or shapes that do not fit.
+        OptionError: Negative alpha, an unknown method, or shapes that do not fit.
     """
     k = len(weights)
     if gram.shape != (k, k):
         raise OptionError(f"weights {weights.shape} need a Gram matrix {(k, k)}; got {gram.shape}")
     if not alpha >= 0:
         raise OptionError(f"alpha={alpha} must be 0 or more")
+    if group_size is not None and group_size < 1:
+        raise OptionError(f"group_size={group_size} must be at least 1, or None for whole columns")
+    if method not in get_args(Method):
+        raise OptionError(f"method={method!r} is not known; choose one of {', '.join(get_args(Method))}")
+    if start is not None and start.shape != weights.shape:
+        raise OptionError(f"start {start.shape} must have the shape of the weights {weights.shape}")
     a = penalty(weights, gram, alpha, relative, group_size)
     if a == 0:
         return Reduction(weights.copy(), 0.0, 0.0, 0.0, 0, True, 0.0)
     accelerate = method == "fista"
-    limit = max_iterations or (50 if accelerate else AUTHORS_ITERATIONS)
+    limit = (50 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     begin = problem.rows(weights if start is None else start)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
-from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.job import attach
+from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -136,13 +137,9 @@ def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | No
     return {name for name, shape in zip(names, shapes, strict=True) if tuple(shape[:-1]) == wanted}
 
 
-def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> Iterator[LinearLayer]:
-    """Give every layer of ``model`` its statistics, so that passes run one after the other on the whole model."""
-    from magr_onnx.passes.job import attach
-    from magr_onnx.passes.linear import find
-
+def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
+    """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other."""
     layers, _ = find(model)
     stats = collect(model, layers, data, mask=mask, provider=provider).stats
     for layer in layers:
         attach(layer, stats[input_name(layer)])
-        yield layer

@@ -59,7 +59,11 @@ def random(*shape: int, seed: int = 0, dtype: npt.DTypeLike = np.float32, scale:
 def correlated(rows: int, k: int, seed: int = 0) -> Array:
     """Rows with correlated columns, a nonzero mean and a few strong inputs: what makes quantizers differ."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, k // 4)) @ rng.standard_normal((k // 4, k)) + 0.3 * rng.standard_normal((rows, k)) + rng.standard_normal(k)
+    x = (
+        rng.standard_normal((rows, k // 4)) @ rng.standard_normal((k // 4, k))
+        + 0.3 * rng.standard_normal((rows, k))
+        + rng.standard_normal(k)
+    )
     x[:, :3] *= 6
     return x.astype(np.float32)
 
@@ -97,9 +101,7 @@ def matmul_constant(k: int = K, n: int = N) -> ir.Model:
     return b.model(b.node("MatMul", [x, weight], "layer"), ["batch", "time", n])
 
 
-def gemm(
-    k: int = K, n: int = N, trans_b: int = 1, alpha: float = 1.0, beta: float = 1.0, bias: tuple[int, ...] | None = (N,)
-) -> ir.Model:
+def gemm(k: int = K, n: int = N, trans_b: int = 1, alpha: float = 1.0, beta: float = 1.0, bias: tuple[int, ...] | None = (N,)) -> ir.Model:
     b = Builder()
     x = b.input("x", ["batch", k])
     inputs: list[ir.Value | None] = [x, b.constant("w", random(n, k) if trans_b else random(k, n))]

@@ -51,4 +51,5 @@ def project_by_sorting(columns: Array, radius: float) -> Array:
     theta = (np.cumsum(descending, axis=0) - radius) / np.arange(1, len(columns) + 1)[:, None]
     last = (descending > theta).sum(axis=0) - 1
     cut = np.maximum(np.take_along_axis(theta, last[None], axis=0), 0)
-    return np.sign(columns) * np.maximum(magnitude - cut, 0)
+    projected: Array = np.sign(columns) * np.maximum(magnitude - cut, 0)
+    return projected

@@ -173,14 +173,16 @@ def test_errors_are_one_message_and_leave_nothing(
 def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     out.write_bytes(b"precious")
-    script = (
-        "import sys, time, magr_onnx.api, magr_onnx.cli\n"
-        "collect = magr_onnx.api.calibrate.collect\n"
-        "def slow(*a, **k):\n    print('calibrating', flush=True)\n    time.sleep(60)\n"
-        "magr_onnx.api.calibrate.collect = slow\n"
-        f"sys.argv = ['onnx-magr', 'optimize', {str(folder / 'model.onnx')!r}, '-o', {str(out)!r}, '-c', {str(folder / 'calibration.npz')!r}]\n"
-        "magr_onnx.cli.main()\n"
-    )
+    arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz"]
+    script = f"""
+import sys, time, magr_onnx.api, magr_onnx.cli
+def slow(*args, **options):
+    print("calibrating", flush=True)
+    time.sleep(60)
+magr_onnx.api.calibrate.collect = slow
+sys.argv = {list(map(str, arguments))!r}
+magr_onnx.cli.main()
+"""
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "calibrating\n"

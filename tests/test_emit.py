@@ -59,7 +59,8 @@ def test_every_form_computes_with_the_chosen_codes(form: str, emitter: str) -> N
 @pytest.mark.parametrize(("emitter", "bits"), [(e, b) for e in EMITTERS for b in (2, 3, 4, 8) if (e, b) != ("qdq", 2)])
 def test_every_grid_runs(emitter: str, bits: int, block: int | None, symmetric: bool) -> None:
     k = 600 if block in (256, 512, None) else 100
-    model, (job,) = emit(graphs.matmul_bias(k, 24), Quantize(method="rtn", bits=bits, block_size=block, symmetric=symmetric), EMITTERS[emitter])
+    quantize = Quantize(method="rtn", bits=bits, block_size=block, symmetric=symmetric)
+    model, (job,) = emit(graphs.matmul_bias(k, 24), quantize, EMITTERS[emitter])
     assert job.quantized is not None
     weight = job.quantized.dequantize()
     assert np.array_equal(read_weights(model)["y"], weight)

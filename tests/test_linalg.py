@@ -20,10 +20,10 @@ def with_spectrum(eigenvalues: Array, seed: int = 0) -> Array:
 
 
 SPECTRA = {
-    "power law": 1 / np.arange(1.0, 201),
-    "heavy tail": np.exp(3 * np.random.default_rng(0).standard_normal(200)),
-    "uniform": np.linspace(0, 1, 200),
-    "clustered": np.r_[np.full(20, 1.0), np.linspace(0.98, 0.999, 40), np.full(140, 1e-3)],
+    "power law": 1 / np.arange(1.0, 101),
+    "heavy tail": np.exp(3 * np.random.default_rng(0).standard_normal(100)),
+    "uniform": np.linspace(0, 1, 100),
+    "clustered": np.r_[np.full(10, 1.0), np.linspace(0.98, 0.999, 20), np.full(70, 1e-3)],
     "flat": np.ones(100),
     "rank one": np.r_[7.0, np.zeros(99)],
     "small": np.linspace(0.1, 3, 24),

@@ -36,7 +36,9 @@ def test_text_round_trips(text: str) -> None:
 
 
 def test_text_means_what_it_says() -> None:
-    assert parse(" magr { alpha = 1e-3 } , quantize{method=comq, bits=8, block_size=channel, symmetric=true} ,emit-matmulnbits{accuracy_level=4}") == (
+    assert parse(
+        " magr { alpha = 1e-3 } , quantize{method=comq, bits=8, block_size=channel, symmetric=true} ,emit-matmulnbits{accuracy_level=4}"
+    ) == (
         MagR(alpha=1e-3),
         Quantize(method="comq", bits=8, block_size=None, symmetric=True),
         EmitMatMulNBits(accuracy_level=4),

@@ -23,7 +23,8 @@ def error(weight: QuantizedWeight, target: Array, gram: Array) -> float:
 
 
 def nearest(w: Array, scales: Array, zeros: Array, top: int) -> Array:
-    return np.clip(np.rint(w / scales) + zeros, 0, top)
+    codes: Array = np.clip(np.rint(w / scales) + zeros, 0, top)
+    return codes
 
 
 def naive_gptq(weights: Array, gram: Array, grid: Grid, damping: float, act_order: bool) -> Array:

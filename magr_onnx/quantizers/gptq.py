@@ -46,7 +46,7 @@ class Feedback:
     damping: float
 
 
-def prepare(gram: Array, damping: float = 0.01, act_order: bool = True) -> Feedback:
+def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedback:
     """Factor ``gram (K, K)``; ``K^3 / 3`` FLOPs in float64.
 
     Raises:
@@ -97,7 +97,7 @@ def quantize(
     spec: WeightSpec,
     *,
     beta: float | None = None,
-    damping: float = 0.01,
+    damping: float = 0.1,
     act_order: bool = True,
 ) -> QuantizedWeight:
     """GPTQ of ``weights (K, N)`` under ``gram (K, K)``; ``beta`` as in `magr_onnx.grid.choose`."""

@@ -54,7 +54,9 @@ def machine() -> str:
     fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.splitlines())}
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = fields.get("flags", "").split()
-    vectors = [label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_vnni", "VNNI"), ("amx_int8", "AMX")) if flag in flags]
+    vectors = [
+        label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_vnni", "VNNI"), ("amx_int8", "AMX")) if flag in flags
+    ]
     return f"{name}, {os.cpu_count()} cores{''.join(f', {v}' for v in vectors)}; {platform.system()}, Python {platform.python_version()}"
 
 
@@ -64,11 +66,15 @@ def header(title: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table, columns padded to be read as text too; the first column is flush left, the others right."""
+    """A Markdown table, columns padded to be read as text too; columns of text are flush left, of numbers right."""
     cells = [list(columns), *([("-" if c is None else str(c)) for c in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(columns))]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |" for r in cells]
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    numeric = [
+        all(row[i][:1] in "+-0123456789" for row in cells[1:]) and not any(" x " in row[i] for row in cells) for i in range(len(columns))
+    ]
+    pad = [str.rjust if right else str.ljust for right in numeric]
+    lines = ["| " + " | ".join(p(c, w) for c, w, p in zip(row, widths, pad, strict=True)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
@@ -122,7 +128,17 @@ def minilm(data: Path, work: Path) -> Path:
     if not all((folder / name).is_file() for name in MINILM):
         progress("exporting all-MiniLM-L6-v2")
         (stsb,) = sorted((data / "stsb").glob("*test*.csv"))[:1] or [data / "stsb" / "stsb-en-test.csv"]
-        command = [sys.executable, "-m", "magr_onnx.models.minilm", "--books", str(data / "books"), "--stsb", str(stsb), "--out", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "magr_onnx.models.minilm",
+            "--books",
+            str(data / "books"),
+            "--stsb",
+            str(stsb),
+            "--out",
+            str(folder),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"the export failed:\n{done.stderr[-3000:]}")
@@ -217,7 +233,9 @@ def ort_quantize(tool: str, model: Path, calibration: Path, output: Path, bits: 
 def _config(tools: Any, tool: str, calibration: Path, bits: int, block: int | None) -> Any:
     if tool == "default":
         per_channel = block is None
-        return tools.DefaultWeightOnlyQuantConfig(block_size=block or 128, is_symmetric=False, bits=bits, channel_wised_quantize=per_channel)
+        return tools.DefaultWeightOnlyQuantConfig(
+            block_size=block or 128, is_symmetric=False, bits=bits, channel_wised_quantize=per_channel
+        )
     if tool == "hqq":
         return tools.HQQWeightOnlyQuantConfig(block_size=block or 128, bits=bits)
     if tool == "k_quant":
@@ -228,7 +246,9 @@ def _config(tools: Any, tool: str, calibration: Path, bits: int, block: int | No
 def _process(tools: Any, config: Any, model: Path, output: Path, bits: int, block: int | None) -> None:
     import onnx
 
-    quantizer = tools.MatMulNBitsQuantizer(onnx.load(str(model)), bits=bits, block_size=block or 128, is_symmetric=False, algo_config=config)
+    quantizer = tools.MatMulNBitsQuantizer(
+        onnx.load(str(model)), bits=bits, block_size=block or 128, is_symmetric=False, algo_config=config
+    )
     if block is None:
         raise Unsupported("its MatMulNBits nodes cannot have one scale a channel")
     quantizer.process()
