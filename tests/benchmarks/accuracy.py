@@ -1,0 +1,366 @@
+"""Accuracy after quantization: onnxruntime's own tools and ours, on five models.
+
+    python tests/benchmarks/accuracy.py --data DATA --work WORK [--models minilm,lm,char] [--settings 4x32,2x32,3xchannel] [--methods TEXT]
+
+Every number is measured on the emitted file on disk, run by onnxruntime. Seconds are from file to file: loading, calibration where the
+method has one, quantization, writing. ``DATA`` holds ``books``, ``stsb``, ``lm`` and ``charlm``; ``WORK`` keeps the exported encoder and
+the float results.
+
+Models and metrics:
+
+- ``minilm``: all-MiniLM-L6-v2, calibrated on 128 sentences from books. Mean cosine to the float embeddings over both sentences of all
+  STS-B test pairs, and Spearman's correlation of the pairs' cosines with the gold scores.
+- ``lm``: a language model of 5.4 M parameters. Next-token cross-entropy in the first 120 held-out blocks of 256.
+- ``char``, ``char_rope``: character models, calibrated on 128 random windows of the first 90 % of their text. Next-character
+  cross-entropy inside 871 blocks of 128 of the rest.
+- ``tiny``: the model that ships with the package, on its own held-out blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from common import (
+    ORT_TOOLS,
+    Cell,
+    Feeds,
+    Unsupported,
+    header,
+    import_ort_tools,
+    matmulnbits,
+    minilm,
+    ort_quantize,
+    progress,
+    table,
+    write_json,
+)
+
+import magr_onnx
+from magr_onnx.models import bundled
+from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.validate import next_token_loss
+
+CHAR_CONTEXT = 128
+CHAR_BLOCKS = 871
+CALIBRATION_SAMPLES = 128
+LM_BLOCKS = 120
+
+
+# --- Settings and methods -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A grid: bits, and rows that share a scale (None: a whole column)."""
+
+    bits: int
+    block: int | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.bits}-bit, {'per channel' if self.block is None else f'block {self.block}'}"
+
+
+SETTINGS = {"4x32": Setting(4, 32), "2x32": Setting(2, 32), "3xchannel": Setting(3, None)}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A name and what writes the quantized file: ``run(model, calibration, output, setting)``."""
+
+    name: str
+    run: Callable[[Path, Path, Path, Setting], None]
+
+
+def theirs(tool: str) -> Method:
+    def run(model: Path, calibration: Path, output: Path, setting: Setting) -> None:
+        ort_quantize(tool, model, calibration, output, setting.bits, setting.block)
+
+    return Method(ORT_TOOLS[tool], run)
+
+
+def ours(name: str, **options: Any) -> Method:
+    def run(model: Path, calibration: Path, output: Path, setting: Setting) -> None:
+        magr_onnx.optimize(model, calibration, output=output, bits=setting.bits, block_size=setting.block, **options)
+
+    return Method(name, run)
+
+
+def passes(name: str, text: str) -> Method:
+    """Ours, by pipeline text."""
+
+    def run(model: Path, calibration: Path, output: Path, setting: Setting) -> None:
+        magr_onnx.optimize(model, calibration, output=output, pipeline_text=text)
+
+    return Method(name, run)
+
+
+METHODS = (
+    *map(theirs, ORT_TOOLS),
+    ours("RTN, min-max grid, no bias", quantizer="rtn", alpha=0, beta=1.0, bias="none"),
+    ours("RTN, searched grid", quantizer="rtn", alpha=0),
+    ours("textbook GPTQ", quantizer="gptq", alpha=0, beta=1.0, damping=0.01, act_order=False, bias="none"),
+    ours("GPTQ", quantizer="gptq", alpha=0),
+    ours("MagR + GPTQ", quantizer="gptq"),
+    ours("COMQ", alpha=0),
+    ours("MagR + COMQ (default)"),
+)
+
+
+def paper(bits: int, beta: float) -> tuple[Method, ...]:
+    """The paper's convention, per channel: min-max grid times beta, no act-order, damping 0.01, H not centred, no bias."""
+    grid = f"bits={bits},block_size=channel,beta={beta},damping=0.01,act_order=false"
+    gptq = f"quantize{{method=gptq,{grid}}},emit-matmulnbits"
+    return (
+        passes("paper: RTN", f"quantize{{method=rtn,{grid}}},emit-matmulnbits"),
+        passes("paper: GPTQ", gptq),
+        passes("paper: MagR (authors) + GPTQ", f"magr{{alpha=1e-3,relative=false,method=authors,damping=0}},{gptq}"),
+        passes("paper: MagR (ours, relative alpha) + GPTQ", f"magr{{alpha=1e-3}},{gptq}"),
+    )
+
+
+PAPER = {"3xchannel": paper(3, 0.9)}
+
+
+# --- Models -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A model, what to calibrate it with, and how to judge a file that replaces it.
+
+    Attributes:
+        title: For the heading.
+        model: The float file.
+        calibration: Its ``.npz``.
+        test: Judged on; part of the key under which float results are kept.
+        columns: Names of the metrics.
+        outputs: What a model computes on the test data, as one array.
+        metrics: Metrics of such an array, given the float model's.
+    """
+
+    title: str
+    model: Path
+    calibration: Path
+    test: Feeds
+    columns: tuple[str, str]
+    outputs: Callable[[Path], npt.NDArray[Any]]
+    metrics: Callable[[npt.NDArray[Any], npt.NDArray[Any]], tuple[float, float]]
+
+
+def sentence_encoder(data: Path, work: Path) -> Benchmark:
+    from scipy.stats import spearmanr
+
+    folder = minilm(data, work)
+    with np.load(folder / "stsb.npz") as file:
+        test = {name: file[name] for name in file.files}
+    scores = np.load(folder / "stsb_scores.npy")
+    lengths = test["attention_mask"].sum(axis=1)
+    order = np.argsort(lengths, kind="stable")
+
+    def outputs(path: Path) -> npt.NDArray[Any]:
+        """Embeddings; sentences of like length run together, cut to the longest of them (padding is masked anyway)."""
+        rows: dict[int, npt.NDArray[Any]] = {}
+        with Session(path) as session:
+            for at in range(0, len(order), 64):
+                some = order[at : at + 64]
+                batch = {name: array[some, : lengths[some].max()] for name, array in test.items()}
+                rows |= dict(zip(some.tolist(), session.run(batch)[0], strict=True))
+        return np.stack([rows[i] for i in range(len(rows))]).astype(np.float64)
+
+    def metrics(y: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, float]:
+        cosine = (y * reference).sum(axis=1) / np.linalg.norm(y, axis=1) / np.linalg.norm(reference, axis=1)
+        first, second = np.split(y, 2)
+        pairs = (first * second).sum(axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+        return float(cosine.mean()), float(spearmanr(pairs, scores).statistic)
+
+    columns = ("cosine to float", "Spearman")
+    title = f"all-MiniLM-L6-v2, {len(test['input_ids']):,} STS-B test sentences"
+    return Benchmark(title, folder / "model.onnx", folder / "calibration.npz", test, columns, outputs, metrics)
+
+
+def language_model(title: str, model: Path, calibration: Path, blocks: npt.NDArray[Any], batch: int) -> Benchmark:
+    """Cross-entropy of ``blocks (count, length)``, next tokens inside each."""
+
+    def outputs(path: Path) -> npt.NDArray[Any]:
+        """Summed cross-entropy and tokens of every batch."""
+        with Session(path) as session:
+            parts = [blocks[i : i + batch] for i in range(0, len(blocks), batch)]
+            return np.array([next_token_loss(session.run({"input_ids": part})[0], part) for part in parts])
+
+    def metrics(y: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, float]:
+        loss, float_loss = (float(v[:, 0].sum() / v[:, 1].sum()) for v in (y, reference))
+        return loss, loss - float_loss
+
+    columns = ("cross-entropy", "over float")
+    title = f"{title}, {len(blocks)} blocks of {blocks.shape[1]}"
+    return Benchmark(title, model, calibration, {"input_ids": blocks}, columns, outputs, metrics)
+
+
+def shared_lm(data: Path, work: Path) -> Benchmark:
+    with np.load(data / "lm" / "heldout.npz") as file:
+        blocks = file["input_ids"][:LM_BLOCKS]
+    return language_model("Language model, 5.4 M parameters", data / "lm" / "model.onnx", data / "lm" / "calibration.npz", blocks, 8)
+
+
+def character_model(title: str, file: str) -> Callable[[Path, Path], Benchmark]:
+    def make(data: Path, work: Path) -> Benchmark:
+        folder = data / "charlm"
+        index = {c: i for i, c in enumerate((folder / "chars.txt").read_bytes().decode())}
+        ids = np.array([index[c] for c in (folder / "shakespeare.txt").read_bytes().decode()], dtype=np.int64)
+        train, rest = np.split(ids, [int(0.9 * len(ids))])
+        starts = np.random.default_rng(0).integers(0, len(train) - CHAR_CONTEXT + 1, CALIBRATION_SAMPLES)
+        calibration = work / "char_calibration.npz"
+        np.savez_compressed(calibration, input_ids=np.stack([train[s : s + CHAR_CONTEXT] for s in starts]))
+        blocks = rest[: CHAR_BLOCKS * CHAR_CONTEXT].reshape(CHAR_BLOCKS, CHAR_CONTEXT)
+        return language_model(title, folder / file, calibration, blocks, 32)
+
+    return make
+
+
+def bundled_lm(data: Path, work: Path) -> Benchmark:
+    missing = [p.name for p in (bundled.MODEL, bundled.CALIBRATION, bundled.HELD_OUT) if not p.is_file()]
+    if missing:
+        raise Unsupported(f"the bundled model's files are not there: {', '.join(missing)}")
+    with np.load(bundled.HELD_OUT) as file:
+        blocks = file["input_ids"]
+    return language_model("The bundled language model", bundled.MODEL, bundled.CALIBRATION, blocks, 16)
+
+
+MODELS: dict[str, Callable[[Path, Path], Benchmark]] = {
+    "minilm": sentence_encoder,
+    "lm": shared_lm,
+    "char": character_model("Character model, absolute positions", "tensorforge_gpt.onnx"),
+    "char_rope": character_model("Character model, rotary positions, grouped-query attention", "tensorforge_gpt_rope_gqa.onnx"),
+    "tiny": bundled_lm,
+}
+
+
+def float_outputs(name: str, benchmark: Benchmark, work: Path) -> npt.NDArray[Any]:
+    """What the float model computes, kept in the work folder under a digest of the model and the test data."""
+    key = hashlib.sha256(benchmark.model.read_bytes())
+    for array in benchmark.test.values():
+        key.update(np.ascontiguousarray(array).tobytes())
+    path = work / f"{name}_float_{key.hexdigest()[:16]}.npy"
+    if not path.is_file():
+        progress(f"{name}: float")
+        np.save(path, benchmark.outputs(benchmark.model))
+    result: npt.NDArray[Any] = np.load(path)
+    return result
+
+
+# --- The table ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Row:
+    """One method at one setting: its metrics, or why there are none."""
+
+    setting: str
+    method: str
+    metrics: tuple[float, float] | None = None
+    seconds: float | None = None
+    megabytes: float | None = None
+    layers: int | None = None
+    reason: str | None = None
+
+
+def measure(benchmark: Benchmark, reference: npt.NDArray[Any], method: Method, setting: Setting, output: Path) -> Row:
+    """Quantize, judge the file, delete it."""
+    row = Row(setting.label, method.name)
+    output.unlink(missing_ok=True)
+    try:
+        begin = time.perf_counter()
+        method.run(benchmark.model, benchmark.calibration, output, setting)
+        row.seconds = time.perf_counter() - begin
+        row.metrics = benchmark.metrics(benchmark.outputs(output), reference)
+        row.megabytes = output.stat().st_size / 1e6
+        row.layers = len(matmulnbits(output))
+    except (Unsupported, magr_onnx.MagrError) as error:
+        row.reason = str(error).splitlines()[0]
+    finally:
+        output.unlink(missing_ok=True)
+    return row
+
+
+@dataclass(slots=True)
+class Footnotes:
+    """Reasons, each once, numbered in order of appearance."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def mark(self, reason: str) -> str:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return f"- ({self.reasons.index(reason) + 1})"
+
+    def lines(self) -> Iterator[str]:
+        return (f"({i}) {reason}" for i, reason in enumerate(self.reasons, 1))
+
+
+def render(benchmark: Benchmark, rows: list[Row]) -> str:
+    notes = Footnotes()
+    signed = benchmark.columns[1] == "over float"
+    lines: list[list[Cell]] = []
+    for row in rows:
+        if row.metrics is None:
+            a, b = notes.mark(row.reason or "no reason given"), None
+        else:
+            a, b = (f"{row.metrics[0]:.4f}", f"{row.metrics[1]:+.4f}") if signed else (f"{row.metrics[0]:.5f}", f"{row.metrics[1]:.4f}")
+        seconds = None if row.seconds is None or row.metrics is None else f"{row.seconds:.1f}"
+        size = None if row.megabytes is None else f"{row.megabytes:.2f}"
+        lines.append([row.setting, row.method, a, b, row.layers, seconds, size])
+    text = table(("setting", "method", *benchmark.columns, "layers", "seconds", "MB"), lines)
+    return "\n".join([f"## {benchmark.title}", "", text, *([""] if notes.reasons else []), *notes.lines(), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of books, stsb, lm and charlm")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the exported encoder, float results and temporary files")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (default {','.join(MODELS)})")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"comma-separated (default {','.join(SETTINGS)})")
+    parser.add_argument("--methods", default="*", help="shell pattern of method names, to run a few (default all)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too, after every one")
+    args = parser.parse_args()
+    models, settings = args.models.split(","), args.settings.split(",")
+    for given, known in ((models, MODELS), (settings, SETTINGS)):
+        if unknown := [g for g in given if g not in known]:
+            parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    import_ort_tools()
+
+    print(header("Accuracy after quantization"))
+    results: dict[str, Any] = {}
+    for name in models:
+        try:
+            benchmark = MODELS[name](args.data, args.work)
+        except Unsupported as reason:
+            print(f"## {name}\n\nSkipped: {reason}.\n", flush=True)
+            continue
+        reference = float_outputs(name, benchmark, args.work)
+        size = benchmark.model.stat().st_size / 1e6
+        rows = [Row("float", "", benchmark.metrics(reference, reference), None, size)]
+        for key in settings:
+            for method in (*METHODS, *PAPER.get(key, ())):
+                if fnmatch.fnmatch(method.name.lower(), args.methods.lower()):
+                    row = measure(benchmark, reference, method, SETTINGS[key], args.work / f"{name}_quantized.onnx")
+                    found = row.reason if row.metrics is None else ", ".join(f"{m:.5f}" for m in row.metrics)
+                    progress(f"{name}, {row.setting}, {row.method}: {found} ({row.seconds or 0:.1f} s)")
+                    rows.append(row)
+                    results[name] = {"title": benchmark.title, "columns": benchmark.columns, "rows": [asdict(r) for r in rows]}
+                    write_json(args.json, {"models": results})
+        print(render(benchmark, rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The Python interface on the real bundled model: accuracy, the report, what is in the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx import demo
+from magr_onnx.models import bundled
+from magr_onnx.passes import find, parse
+from magr_onnx.passes.readback import digest, read_weights
+from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.validate import next_token_loss
+from tests import graphs
+from tests.graphs import feeds, proto
+
+
+@pytest.fixture(scope="module")
+def held_out() -> np.ndarray:
+    return np.load(bundled.HELD_OUT)["input_ids"][:64]
+
+
+def loss(model: Any, ids: np.ndarray, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> float:
+    total, tokens = 0.0, 0
+    with Session(model, arithmetic=arithmetic) as session:
+        for at in range(0, len(ids), 16):
+            (logits,) = session.run({"input_ids": ids[at : at + 16]})
+            part, count = next_token_loss(logits, ids[at : at + 16])
+            total, tokens = total + part, tokens + count
+    return total / tokens
+
+
+@pytest.fixture(scope="module")
+def float_loss(held_out: np.ndarray) -> float:
+    return loss(bundled.MODEL, held_out)
+
+
+def added(held_out: np.ndarray, float_loss: float, **options: Any) -> float:
+    """Cross-entropy (nats a token) that quantization adds on held-out text, on the emitted model."""
+    model, _ = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, **options)
+    return loss(model, held_out) - float_loss
+
+
+PLAIN: dict[str, Any] = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
+TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bias": "none", "damping": 0.01, "act_order": False}
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (2, 32), (3, None)])
+def test_defaults_beat_textbook_gptq_beats_rounding(bits: int, block: int | None, held_out: np.ndarray, float_loss: float) -> None:
+    rtn, gptq, ours = (added(held_out, float_loss, bits=bits, block_size=block, **o) for o in (PLAIN, TEXTBOOK, {}))
+    assert ours < 0.8 * gptq
+    assert gptq < 0.9 * rtn
+
+
+def test_float_model_is_well_trained(float_loss: float) -> None:
+    assert math.exp(float_loss) < 33
+
+
+def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> None:
+    assert abs(added(held_out, float_loss, bits=8, quantizer="rtn")) < 2e-3
+
+
+def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.onnx"
+    chosen: dict[str, str] = {}
+    run_layers = magr_onnx.api.pipeline.run_layers
+
+    def spy(passes: Any, layers: Any, stats: Any, finished: Any) -> None:
+        def keep(job: Any) -> None:
+            chosen[job.layer.output.name] = digest(job.quantized.dequantize())
+            finished(job)
+
+        run_layers(passes, layers, stats, keep)
+
+    monkeypatch.setattr(magr_onnx.api.pipeline, "run_layers", spy)
+    _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, bits=3)
+    found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
+    assert found == chosen
+    assert len(found) == report.verified == len(report.layers) == 21
+    onnx.checker.check_model(str(out))
+
+
+def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = magr_onnx.api.read_weights
+
+    def tampered(model: ir.Model) -> dict[str, Any]:
+        weights = read(model)
+        weights["up_out"][0, 0] += 1e-3
+        return weights
+
+    monkeypatch.setattr(magr_onnx.api, "read_weights", tampered)
+    with pytest.raises(magr_onnx.MagrError, match="the emitted weights of up_out"):
+        magr_onnx.optimize(graphs.chain())
+
+
+@pytest.mark.parametrize("form", ["matmulnbits", "qdq"])
+def test_report_is_complete(form: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, format=form, validation_data=bundled.HELD_OUT)
+    assert (len(report.layers), len(report.skipped), report.verified) == (21, 10, 21)
+    assert {s.reason for s in report.skipped} == {"right side is computed at run time"}
+    assert all(r.rows == 128 * 128 and r.error is not None and 0 < r.error < 0.2 and r.magr for r in report.layers)
+    assert all(r.bias_compensated for r in report.layers[:-1])
+    assert report.layers[-1].bias_compensated == (form == "matmulnbits")  # the head has no bias of its own
+    assert report.bytes_after == out.stat().st_size < 0.3 * report.bytes_before
+    assert parse(report.pipeline)
+    assert ir.load(out).metadata_props["onnx_magr.pipeline"] == report.pipeline
+    assert report.validation is not None
+    for arithmetic in Arithmetic:
+        (m,) = report.validation.arithmetics[arithmetic]
+        assert m.top1 is not None
+        assert m.top1 > 0.85
+        assert m.cosine > 0.99
+    again = json.loads(report.to_json())
+    assert again["layers"][0]["name"] == report.layers[0].name
+    assert max(map(len, report.to_text().splitlines())) <= 110
+
+
+def test_results_are_reproducible() -> None:
+    one, two = (magr_onnx.optimize(graphs.chain(), [feeds(graphs.chain())], bits=2).model for _ in range(2))
+    assert ir.to_proto(one).SerializeToString(deterministic=True) == ir.to_proto(two).SerializeToString(deterministic=True)
+
+
+def test_a_small_budget_gives_the_same_result() -> None:
+    one, two = (magr_onnx.optimize(graphs.chain(), [feeds(graphs.chain())], gram_budget=b).model for b in (1 << 30, 1))
+    assert ir.to_proto(one).SerializeToString(deterministic=True) == ir.to_proto(two).SerializeToString(deterministic=True)
+
+
+def test_every_source_of_a_model_gives_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto(graphs.chain()).SerializeToString())
+    batch = [feeds(graphs.chain())]
+    weights = [read_weights(magr_onnx.optimize(m, batch).model) for m in (path, str(path), proto(graphs.chain()), graphs.chain())]
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            np.testing.assert_array_equal(weight, other[name])
+
+
+def test_torch_program() -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)).eval()
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    program = torch.onnx.export(net, (x,), dynamo=True, input_names=["x"], dynamic_shapes=({0: torch.export.Dim("b")},), verbose=False)
+    model, report = magr_onnx.optimize(program, [{"x": x.numpy()}], bits=8)
+    assert len(report.layers) == 2
+    with Session(model) as session, torch.no_grad():
+        np.testing.assert_allclose(session.run({"x": x.numpy()})[0], net(x).numpy(), atol=0.02)
+
+
+def test_magr_alone_feeds_any_other_quantizer() -> None:
+    original = ir.load(bundled.MODEL)
+    model, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, pipeline_text="magr{alpha=0.01}")
+    before = {layer.name: layer.read() for layer in find(original)[0]}
+    after = {layer.name: layer.read() for layer in find(model)[0]}
+    assert before.keys() == after.keys()
+    assert all(np.abs(after[n]).max(axis=0).sum() < np.abs(before[n]).max(axis=0).sum() for n in before)
+    assert {r.bits for r in report.layers} == {None}
+    assert [n.op_type for n in model.graph] == [n.op_type for n in original.graph]
+
+
+def test_progress_is_reported_stage_by_stage() -> None:
+    calls: list[tuple[str, int, int]] = []
+    batch = feeds(graphs.chain())
+    magr_onnx.optimize(graphs.chain(), [batch, batch], validation_data=[batch], progress=lambda *c: calls.append(c))
+    assert list(dict.fromkeys(stage for stage, _, _ in calls)) == ["calibrating", "quantizing", "validating"]
+    assert all(1 <= done <= total for _, done, total in calls)
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_option_problems_come_all_at_once_and_first() -> None:
+    with pytest.raises(magr_onnx.OptionError) as caught:
+        magr_onnx.optimize("no such file", bits=5, block_size=20, format="gguf", colour="red")  # type: ignore[call-arg,arg-type]
+    for part in ("'colour'", "'gguf'", "bits=5"):
+        assert part in str(caught.value)
+    with pytest.raises(magr_onnx.OptionError, match="not both"):
+        magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = demo.run(tmp_path)
+    assert len(result.rows) == len(list(tmp_path.iterdir())) == 6
+    for plain, ours in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert result.float_perplexity < ours.perplexity < plain.perplexity
+    assert demo.to_text(result).count("MB") == 7
