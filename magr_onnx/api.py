@@ -136,7 +136,7 @@ def optimize(
         passes = build_pipeline(**options)
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
-        pipeline.check(passes)
+    pipeline.check(passes, provider)
     provider_name(provider)
     loaded = files.load(model)
     out = None if output is None else Path(output)
@@ -309,6 +309,7 @@ def _layer_row(job: Job) -> LayerRow:
         job.stats.rows,
         facts.get("error"),
         facts.get("magr"),
+        facts.get("solver"),
         bool(facts.get("bias_compensated")),
         facts.get("emitted"),
         tuple(job.notes),

@@ -95,7 +95,7 @@ def reduce(
         relative: Whether ``alpha`` is relative to the layer or in absolute weight units.
         group_size: Rows per l_inf norm; None for whole columns.
         method: ``"fista"``, or ``"authors"`` for the published iteration.
-        max_iterations: Bound on steps; None for 50 (fista) or 200 (authors).
+        max_iterations: Bound on steps; None for 30 (fista) or 200 (authors).
         tolerance: Stop when five steps add less than this fraction to the decrease of F so far, or when the relative duality
             gap is below it (fista only).
         start: Warm start ``(K, N)``; None for ``W0``.
@@ -118,7 +118,7 @@ def reduce(
     if a == 0:
         return Reduction(weights.copy(), 0.0, 0.0, 0.0, 0, True, 0.0)
     accelerate = method == "fista"
-    limit = (50 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
+    limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     begin = problem.rows(weights if start is None else start)

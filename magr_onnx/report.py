@@ -26,6 +26,7 @@ class LayerRow:
         rows: Calibration rows behind the statistics; 0 for data-free.
         error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias compensation included.
         magr: Iterations and magnitudes of MagR, if it ran.
+        solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
         bias_compensated: Whether the bias took up the mean error.
         emitted: Name of the node that multiplies by the quantized weight.
         notes: Anything out of the ordinary.
@@ -41,6 +42,7 @@ class LayerRow:
     rows: int
     error: float | None
     magr: dict[str, Any] | None
+    solver: dict[str, float] | None
     bias_compensated: bool
     emitted: str | None
     notes: tuple[str, ...] = ()
@@ -128,14 +130,18 @@ class Report:
         return [] if self.validation is None else ["", *validation_text(self.validation)]
 
     def _notes(self) -> list[str]:
-        per_layer = [f"{r.name}: {n}" for r in self.layers for n in r.notes if "coordinate descent" not in n]
-        merged = collapse(per_layer)
-        return ["", "notes", *(f"  {n}" for n in (*self.notes, *merged))] if self.notes or merged else []
+        found = [*self.notes, *layer_notes(self.layers)]
+        return ["", "notes", *(f"  {n}" for n in found)] if found else []
 
 
-def collapse(notes: list[str], most: int = 6) -> list[str]:
-    """At most ``most`` notes; the number of the others in the last."""
-    return notes if len(notes) <= most else [*notes[: most - 1], f"... and {len(notes) - most + 1} more (see the JSON report)"]
+def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
+    """What there is to say about layers, each sentence once with the number of layers it is true of."""
+    layers: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            layers.setdefault(note, []).append(row.name)
+    lines = [f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {note}" for note, names in layers.items()]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
 
 
 def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
@@ -152,8 +158,7 @@ def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
 
 def validation_text(v: Validation) -> list[str]:
     """Metrics of every output and arithmetic, then size and latency."""
-    kind = "held-out data" if v.held_out else "the calibration data (not held out)"
-    lines = [f"validation   {v.batches} batches of {kind}: {v.data}, provider {v.provider}"]
+    lines = [f"validation   {v.data}: {v.batches} batches, provider {v.provider}"]
     header = f"  {'output':20} {'arithmetic':11} {'SQNR dB':>8} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}"
     lines.append(header)
     for arithmetic, outputs in v.arithmetics.items():

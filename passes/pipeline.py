@@ -104,8 +104,12 @@ def spec_of(passes: Sequence[LayerPass]) -> WeightSpec | None:
     return next((p.spec() for p in passes if isinstance(p, Quantize) and not p.problems(None)), None)
 
 
-def check(passes: Sequence[LayerPass]) -> None:
+def check(passes: Sequence[LayerPass], provider: str = "cpu") -> None:
     """Find everything wrong with the options of a pipeline before any work.
+
+    Args:
+        passes: The pipeline.
+        provider: Where the result will run: not every kernel exists everywhere.
 
     Raises:
         OptionError: With every problem found.
@@ -121,6 +125,8 @@ def check(passes: Sequence[LayerPass]) -> None:
             spec = spec if found else p.spec()
         elif not (invalid and isinstance(p, EmitMatMulNBits | EmitQDQ)):
             problems += p.problems(spec)
+    if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
+        problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")
     raise_all(OptionError, problems)
 
 

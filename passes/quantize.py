@@ -78,6 +78,8 @@ class Quantize(LayerPass):
         job.weight = solution.weight.dequantize()
         job.changed = True
         job.notes.extend(solution.notes)
+        if solution.facts:
+            job.facts["solver"] = solution.facts
         power = layer_error(job.reference, job.stats.gram)
         left = layer_error(job.weight - job.reference, problem.gram)
         job.facts["error"] = float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0

@@ -27,7 +27,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Arithmetic(StrEnum):
-    """The three ways onnxruntime may compute one and the same file; see docs/methods."""
+    """The three ways onnxruntime may compute one and the same file; see docs/design.md."""
 
     DEFAULT = "default"
     UNOPTIMIZED = "unoptimized"

@@ -69,7 +69,6 @@ class Validation:
 
     data: str
     batches: int
-    held_out: bool
     provider: str
     arithmetics: dict[str, tuple[OutputMetrics, ...]]
     layers: tuple[LayerMetrics, ...] = ()
@@ -147,7 +146,6 @@ def validate(
     mask: str | None = None,
     layers: bool = True,
     latency: bool = True,
-    held_out: bool = True,
     progress: Progress | None = None,
 ) -> Validation:
     """Run both models on the data and compare.
@@ -161,7 +159,6 @@ def validate(
         mask: Input whose zero elements mark rows to leave out of the metrics.
         layers: Also compare every quantized layer's output (on the first two batches).
         latency: Also time both models on the first batch.
-        held_out: Whether the data was kept from calibration; only recorded.
         progress: Called with steps done and in total.
 
     Raises:
@@ -200,7 +197,6 @@ def validate(
     return Validation(
         data.describe,
         len(data),
-        held_out,
         provider,
         results,
         per_layer,

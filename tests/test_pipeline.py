@@ -72,6 +72,14 @@ def test_all_problems_at_once() -> None:
         assert part in str(caught.value)
 
 
+def test_kernels_a_provider_lacks_are_refused() -> None:
+    passes = parse("quantize{bits=2},emit-matmulnbits")
+    check(passes)
+    for provider in ("cuda", "CUDAExecutionProvider"):
+        with pytest.raises(OptionError, match="4 and 8 bits only"):
+            check(passes, provider)
+
+
 def test_order_is_checked() -> None:
     with pytest.raises(OptionError, match="must come before quantize"):
         check(parse("quantize,magr"))

@@ -148,5 +148,5 @@ def run(problem: Problem, options: Options) -> Solution:
     start = gptq.run(problem, options)
     gram = problem.stats.memo(("damped", problem.centred, options.damping), lambda: damped(problem.gram, options.damping))
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale)
-    note = f"coordinate descent: {refined.sweeps} sweeps, layer error x {refined.errors[-1] / max(refined.errors[0], 1e-300):.3f}"
-    return Solution(refined.weight, (*start.notes, note))
+    facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]}
+    return Solution(refined.weight, start.notes, facts)

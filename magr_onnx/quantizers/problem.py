@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
@@ -52,7 +52,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """A quantized weight and what there is to say about how it was found."""
+    """A quantized weight and how it was found.
+
+    Attributes:
+        weight: Codes and grid.
+        notes: Anything out of the ordinary, as sentences.
+        facts: Figures for the report.
+    """
 
     weight: QuantizedWeight
     notes: tuple[str, ...] = ()
+    facts: dict[str, float] = field(default_factory=dict)
