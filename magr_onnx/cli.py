@@ -121,7 +121,9 @@ def optimize(
         typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 3e-4 per block]"),
     ] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Shrink of the min-max grid, up to 1. [default: searched per group]")] = None,
-    damping: Annotated[float, typer.Option("--damping", min=0, help="Added to the Gram matrix, in units of its mean diagonal.")] = 0.1,
+    damping: Annotated[
+        float | None, typer.Option("--damping", min=0, help="Added to the Gram matrix, in units of its diagonal. [default: 2 K / rows]")
+    ] = None,
     act_order: Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.")] = True,
     sweeps: Annotated[int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).")] = 8,
     bias: Annotated[BiasName, typer.Option("--bias", help="Bias compensation; auto: wherever it adds no node.")] = BiasName.auto,

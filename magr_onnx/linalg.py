@@ -38,16 +38,26 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0) -> float:
     return float(np.linalg.eigvalsh(t)[-1])
 
 
-def mean_diagonal(gram: Array) -> float:
-    """Mean of the diagonal, or 1 for an all-zero matrix: the unit of damping."""
-    return float(np.trace(gram)) / len(gram) or 1.0
-
-
 def damped(gram: Array, damping: float) -> Array:
-    """``gram + damping * mean(diag(gram)) * I``."""
+    """``gram + damping * diag(gram)``: correlations between inputs shrunk towards none, at unchanged proportions.
+
+    GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
+    that were never active get a millionth of the mean, so that the result has no zero on its diagonal.
+    """
     result: Array = gram.copy()
-    result[np.diag_indices(len(gram))] += damping * mean_diagonal(gram)
+    diagonal = gram.diagonal()
+    floor = 1e-6 * (float(diagonal.mean()) or 1.0)
+    result[np.diag_indices(len(gram))] += damping * np.maximum(diagonal, floor)
     return result
+
+
+def automatic_damping(k: int, rows: int) -> float:
+    """``2 K / n`` between 0.01 and 1, for statistics of ``n`` rows of width ``K``.
+
+    The optimal shrinkage of a sample covariance is of the order of K / n (Ledoit and Wolf 2004); the factor 2, for rows that are
+    not independent, was chosen by the layer error on held-out rows of five models.
+    """
+    return float(np.clip(2 * k / max(rows, 1), 0.01, 1.0)) if rows else 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +69,13 @@ class Cholesky:
 
 
 def cholesky(gram: Array, damping: float, retries: int = 8) -> Cholesky:
-    """Lower Cholesky factor of the damped matrix in float64, with ten times the damping at every failure.
+    """Lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping at every failure.
 
     Raises:
-        NonFiniteError: No damping up to ``damping * 10**retries`` makes the matrix positive definite.
+        NonFiniteError: NaN or infinity, or no damping up to ``damping * 10**retries`` makes the matrix positive definite.
     """
+    if not np.isfinite(gram).all():
+        raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) holds NaN or infinite values")
     for attempt in range(retries + 1):
         if attempt:
             damping = max(10 * damping, 1e-6)

@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
         symmetric: Fix the zero point in the middle (default False).
         alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 3e-4 per block, 0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
-        damping: Multiple of the Gram matrix's mean diagonal added to it (default 0.1).
+        damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows.
         act_order: Round inputs in descending power (default True).
         sweeps: Most coordinate-descent sweeps (default 8).
         bias: ``auto`` (default: existing biases, and the bias input that MatMulNBits has anyway), ``existing``, ``any`` or
@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     symmetric: bool
     alpha: float | None
     beta: float | None
-    damping: float
+    damping: float | None
     act_order: bool
     sweeps: int
     bias: str
@@ -62,7 +62,7 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     if bias not in BIAS:
         problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
     block: int | None = options.get("block_size", 32)
-    alpha, damping = options.get("alpha"), options.get("damping", 0.1)
+    alpha, damping = options.get("alpha"), options.get("damping")
     if alpha is None:
         alpha = 1e-3 if block is None else 3e-4
     quantize = Quantize(

@@ -158,29 +158,28 @@ def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
 
 def validation_text(v: Validation) -> list[str]:
     """Metrics of every output and arithmetic, then size and latency."""
-    lines = [f"validation   {v.data}: {v.batches} batches, provider {v.provider}"]
-    header = f"  {'output':20} {'arithmetic':11} {'SQNR dB':>8} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}"
-    lines.append(header)
+    lines = [
+        f"validation   {v.data}: {v.batches} batches, provider {v.provider}",
+        f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
+    ]
     for arithmetic, outputs in v.arithmetics.items():
         for m in outputs:
             top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
             kl = "" if m.kl is None else f"{m.kl:8.5f}"
-            lines.append(
-                f"  {m.output:20.20} {arithmetic:11} {m.sqnr_db:8.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}".rstrip()
-            )
+            row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
+            lines.append(row.rstrip())
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None:
             a, b = m.cross_entropy
-            lines.append(f"  perplexity of {m.output}: {math.exp(a):.3f} float, {math.exp(b):.3f} quantized ({b - a:+.4f} nats a token)")
+            lines.append(f"  perplexity {math.exp(a):.3f} -> {math.exp(b):.3f} ({b - a:+.4f} nats a token)")
+    lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         t = v.latency
-        lines.append(
-            f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs}); "
-            f"size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}"
-        )
+        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs})")
     if v.layers:
         worst = max(v.layers, key=lambda layer: layer.relative_error)
-        lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%} at {worst.layer}")
+        lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
+        lines.append(f"    at {worst.layer}")
     return [*lines, *(f"  {n}" for n in v.notes)]
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from magr_onnx import magr
-from magr_onnx.linalg import damped
+from magr_onnx.linalg import automatic_damping, damped
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.types import WeightSpec
 
@@ -21,8 +21,8 @@ class MagR(LayerPass):
         alpha: Strength; 0 does nothing.
         relative: Whether alpha is relative to the layer, or absolute as the authors define it.
         block_size: Rows per l_inf norm; none for whole columns.
-        damping: Multiple of the mean diagonal added to the Gram matrix: directions that few calibration rows excite are
-            not free to change.
+        damping: Multiple of the diagonal added to the Gram matrix, so that directions that few calibration rows excite are
+            not free to change; none for one that follows from the number of rows.
         method: ``fista``, or ``authors`` for the published iteration.
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
             matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
@@ -34,7 +34,7 @@ class MagR(LayerPass):
     alpha: float = 1e-3
     relative: bool = True
     block_size: int | None = None
-    damping: float = 0.1
+    damping: float | None = None
     method: magr.Method = "fista"
     bias: BiasPolicy | None = None
 
@@ -42,7 +42,7 @@ class MagR(LayerPass):
         found = []
         if not self.alpha >= 0:
             found.append(f"magr: alpha={self.alpha} must be 0 or more")
-        if not self.damping >= 0:
+        if self.damping is not None and not self.damping >= 0:
             found.append(f"magr: damping={self.damping} must be 0 or more")
         if self.block_size is not None and self.block_size < 1:
             found.append(f"magr: block_size={self.block_size} must be at least 1, or none")
@@ -57,7 +57,8 @@ class MagR(LayerPass):
             job.notes.append("MagR skipped: no calibration data")
             return False
         centred = job.centred(self.bias)
-        gram = job.stats.memo(("damped", centred, self.damping), lambda: damped(job.stats.objective_gram(centred), self.damping))
+        damping = automatic_damping(job.layer.k, job.stats.rows) if self.damping is None else self.damping
+        gram = job.stats.memo(("damped", centred, damping), lambda: damped(job.stats.objective_gram(centred), damping))
         result = magr.reduce(
             job.weight,
             gram,

@@ -24,7 +24,7 @@ class Quantize(LayerPass):
         block_size: Rows that share a scale; none for one grid a column.
         symmetric: Fix the zero point in the middle of the grid.
         beta: Shrink of the min-max grid; none searches it per group.
-        damping: Multiple of the mean diagonal added to the Gram matrix.
+        damping: Multiple of the diagonal added to the Gram matrix; none for one that follows from the number of rows.
         act_order: Round inputs in descending power.
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
@@ -40,7 +40,7 @@ class Quantize(LayerPass):
     block_size: int | None = 32
     symmetric: bool = False
     beta: float | None = None
-    damping: float = 0.1
+    damping: float | None = None
     act_order: bool = True
     sweeps: int = 8
     rescale: bool = True
@@ -58,7 +58,7 @@ class Quantize(LayerPass):
             found.append(f"block size {self.block_size} must be at least 1, or 'channel'")
         if self.beta is not None and not 0 < self.beta <= 1:
             found.append(f"beta={self.beta} must be above 0 and at most 1")
-        if not self.damping >= 0:
+        if self.damping is not None and not self.damping >= 0:
             found.append(f"damping={self.damping} must be 0 or more")
         if self.sweeps < 0:
             found.append(f"sweeps={self.sweeps} must be 0 or more")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.session import Arithmetic, Batch, Session
 from magr_onnx.types import Array
 
 Model = ir.Model | str | os.PathLike[str]
@@ -80,19 +81,24 @@ class Validation:
 
 @dataclass(slots=True)
 class _Sums:
+    """Running sums of the metrics of one output."""
+
     signal: float = 0.0
     noise: float = 0.0
     cosine: float = 0.0
     rows: int = 0
     max_error: float = 0.0
+    logits: bool = False
     agree: int = 0
     kl: float = 0.0
-    loss: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    float_loss: float = 0.0
+    loss: float = 0.0
     tokens: int = 0
 
-    def add(self, y: Array, y_hat: Array, keep: npt.NDArray[np.bool_] | None, logits: bool) -> None:
+    def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        keep = _rows(batch, mask, y)
         if keep is not None:
             a, b = a[keep], b[keep]
         self.signal += float((a * a).sum())
@@ -103,22 +109,27 @@ class _Sums:
         self.rows += len(a)
         self.max_error = max(self.max_error, float(np.abs(a - b).max(initial=0)))
         if logits:
-            self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
-            la, lb = log_softmax(a), log_softmax(b)
-            self.kl += float((np.exp(la) * (la - lb)).sum())
+            self._add_logits(y, y_hat, a, b, batch.get("input_ids"))
 
-    def metrics(self, name: str, logits: bool) -> OutputMetrics:
-        sqnr = float("inf") if self.noise == 0 else 10 * np.log10(max(self.signal, 1e-300) / self.noise)
-        rows = max(self.rows, 1)
-        loss = (self.loss[0] / self.tokens, self.loss[1] / self.tokens) if self.tokens else None
+    def _add_logits(self, y: Array, y_hat: Array, a: Array, b: Array, ids: npt.NDArray[Any] | None) -> None:
+        self.logits = True
+        self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+        la, lb = log_softmax(a), log_softmax(b)
+        self.kl += float((np.exp(la) * (la - lb)).sum())
+        if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
+            before, tokens = next_token_loss(y, ids)
+            self.float_loss, self.loss = self.float_loss + before, self.loss + next_token_loss(y_hat, ids)[0]
+            self.tokens += tokens
+
+    def metrics(self, name: str) -> OutputMetrics:
         return OutputMetrics(
             name,
-            float(sqnr),
-            self.cosine / rows,
+            float("inf") if self.noise == 0 else float(10 * np.log10(max(self.signal, 1e-300) / self.noise)),
+            self.cosine / self.rows,
             self.max_error,
-            self.agree / rows if logits else None,
-            self.kl / rows if logits else None,
-            loss,
+            self.agree / self.rows if self.logits else None,
+            self.kl / self.rows if self.logits else None,
+            (self.float_loss / self.tokens, self.loss / self.tokens) if self.tokens else None,
         )
 
 
@@ -165,33 +176,24 @@ def validate(
         RuntimeFailure: A model does not load or run.
     """
     notes: list[str] = []
-    steps, done = len(data) * len(arithmetics), 0
-    results: dict[str, tuple[OutputMetrics, ...]] = {}
-    with Session(float_model, provider) as reference:
-        for arithmetic in arithmetics:
-            with Session(quantized_model, provider, arithmetic) as session:
-                names = [n for n in reference.outputs if n in session.outputs]
-                if missing := sorted(set(reference.outputs) ^ set(session.outputs)):
-                    notes.append(f"outputs only one of the models has: {', '.join(missing)}")
-                sums = {n: _Sums() for n in names}
-                compared: dict[str, bool] = {}
-                for batch in data:
-                    pairs = zip(names, reference.run(batch, names), session.run(batch, names), strict=True)
-                    for name, y, y_hat in pairs:
-                        if not np.issubdtype(np.asarray(y).dtype, np.floating):
-                            continue
-                        logits = compared[name] = "logit" in name.lower() and np.ndim(y) >= 2
-                        sums[name].add(y, y_hat, _rows(batch, mask, y), logits)
-                        ids = batch.get("input_ids")
-                        if logits and ids is not None and y.shape[:-1] == ids.shape and y.ndim == 3 and ids.shape[1] > 1:
-                            for i, values in enumerate((y, y_hat)):
-                                loss, tokens = next_token_loss(values, ids)
-                                sums[name].loss[i] += loss
-                            sums[name].tokens += tokens
-                    done += 1
-                    if progress is not None:
-                        progress(done, steps)
-                results[str(arithmetic)] = tuple(sums[n].metrics(n, logits) for n, logits in compared.items())
+    with contextlib.ExitStack() as stack:
+        reference = stack.enter_context(Session(float_model, provider))
+        sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
+        names = list(reference.outputs)
+        for session in sessions.values():
+            if missing := sorted(set(names) ^ set(session.outputs)):
+                notes.append(f"outputs only one of the models has: {', '.join(missing)}")
+            names = [n for n in names if n in session.outputs]
+        sums = {a: {n: _Sums() for n in names} for a in sessions}
+        for index, batch in enumerate(data):
+            expected = reference.run(batch, names)
+            for a, session in sessions.items():
+                for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
+                    if np.issubdtype(np.asarray(y).dtype, np.floating):
+                        sums[a][name].add(y, y_hat, batch, mask, logits="logit" in name.lower() and np.ndim(y) >= 2)
+            if progress is not None:
+                progress(index + 1, len(data))
+    results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}
     per_layer = _layers(float_model, quantized_model, data.limit(2), provider) if layers else ()
     timing = _latency(float_model, quantized_model, data, provider) if latency else None
     return Validation(
@@ -207,7 +209,7 @@ def validate(
     )
 
 
-def _rows(batch: Any, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
+def _rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
     """Rows of an output to count: those the mask keeps, where it has one element a row."""
     if mask is None or mask not in batch or np.shape(batch[mask]) != np.shape(y)[:-1]:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.linalg import cholesky, column_errors, damped, lambda_max, layer_error, mean_diagonal
+from magr_onnx.linalg import automatic_damping, cholesky, column_errors, damped, lambda_max, layer_error
 from tests.helpers import Array, activations, gram_of
 
 
@@ -68,12 +68,18 @@ def test_errors_are_those_of_the_outputs(dtype: Any) -> None:
     assert layer_error(difference, gram_of(x)) == pytest.approx(squares.sum(), rel=1e-5)
 
 
-def test_damping_is_in_units_of_the_mean_diagonal() -> None:
-    gram = np.diag([1.0, 2.0, 6.0])
-    assert mean_diagonal(gram) == 3.0
-    np.testing.assert_allclose(damped(gram, 0.1), np.diag([1.3, 2.3, 6.3]))
-    np.testing.assert_array_equal(gram, np.diag([1.0, 2.0, 6.0]))
-    assert mean_diagonal(np.zeros((2, 2))) == 1.0
+def test_damping_is_in_units_of_each_input_s_power() -> None:
+    gram = np.array([[1.0, 0.5, 0], [0.5, 6.0, 0], [0, 0, 0]])
+    wanted = np.array([[1.1, 0.5, 0], [0.5, 6.6, 0], [0, 0, 0.1e-6 * 7 / 3]])  # the dead input gets a trace of the mean
+    np.testing.assert_allclose(damped(gram, 0.1), wanted)
+    assert gram[0, 0] == 1
+    np.testing.assert_allclose(damped(np.zeros((2, 2)), 0.1), 1e-7 * np.eye(2))
+
+
+def test_damping_follows_the_number_of_rows() -> None:
+    assert automatic_damping(100, 2000) == pytest.approx(0.1)
+    assert automatic_damping(100, 10) == 1
+    assert automatic_damping(100, 10**7) == automatic_damping(100, 0) == 0.01
 
 
 def test_cholesky_of_a_definite_matrix_keeps_its_damping() -> None:

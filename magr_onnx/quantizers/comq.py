@@ -146,7 +146,8 @@ def _rescale(target: Array, weight: QuantizedWeight, gram: Array, residual: Arra
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
-    gram = problem.stats.memo(("damped", problem.centred, options.damping), lambda: damped(problem.gram, options.damping))
+    damping = problem.damping(options)
+    gram = problem.stats.memo(("damped", problem.centred, damping), lambda: damped(problem.gram, damping))
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale)
     facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]}
     return Solution(refined.weight, start.notes, facts)

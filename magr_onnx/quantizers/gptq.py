@@ -13,7 +13,8 @@ Deviations from the authors' code:
 
 - Rows of inputs that were zero in all calibration data are rounded, not set to zero: no data is no licence to delete a weight.
 - With ``act_order`` (descending ``diag(H)``) groups keep their original rows (static groups), so the result needs no group index.
-- Damping is multiplied by ten when the factorization fails, and the result says what was used.
+- Damping is relative to each input's own ``H_kk``, not to their mean (`magr_onnx.linalg.damped`). It is multiplied by ten when the
+  factorization fails, and the result says what was used.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Feedback:
     Attributes:
         matrix: ``(K, K)`` float32, strictly lower: row ``k`` weighs the errors of the rows before it.
         order: ``(K,)`` the order in which rows are rounded.
-        damping: Damping in use, in units of ``mean(diag H)``.
+        damping: Damping in use, in units of ``diag H``.
     """
 
     matrix: Array
@@ -106,10 +107,11 @@ def quantize(
 
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
-    key = ("gptq", problem.centred, options.damping, options.act_order)
-    feedback = problem.stats.memo(key, lambda: prepare(problem.gram, options.damping, options.act_order))
+    damping = problem.damping(options)
+    key = ("gptq", problem.centred, damping, options.act_order)
+    feedback = problem.stats.memo(key, lambda: prepare(problem.gram, damping, options.act_order))
     grid = choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta)
     notes: tuple[str, ...] = ()
-    if feedback.damping != options.damping:
-        notes = (f"Cholesky failed at damping {options.damping:g}; used {feedback.damping:g}",)
+    if feedback.damping != damping:
+        notes = (f"Cholesky failed at damping {damping:g}; used {feedback.damping:g}",)
     return Solution(solve(problem.weights, feedback, grid), notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from magr_onnx.linalg import automatic_damping
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 
@@ -30,6 +31,10 @@ class Problem:
         """The matrix of the layer error, ``(K, K)`` float64."""
         return self.stats.objective_gram(self.centred)
 
+    def damping(self, options: Options) -> float:
+        """The damping asked for, or the one these statistics need."""
+        return automatic_damping(len(self.weights), self.stats.rows) if options.damping is None else options.damping
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -37,14 +42,14 @@ class Options:
 
     Attributes:
         beta: Shrink factor of the min-max grid; None searches the factor per group.
-        damping: Multiple of ``mean(diag H)`` added to the diagonal (gptq, comq).
+        damping: Multiple of ``diag H`` added to the diagonal (gptq, comq); None for `automatic_damping`.
         act_order: Round inputs in descending ``diag(H)`` (gptq, comq's start).
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
     """
 
     beta: float | None = None
-    damping: float = 0.1
+    damping: float | None = None
     act_order: bool = True
     sweeps: int = 8
     rescale: bool = True
