@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +112,7 @@ class Report:
             f"calibration  {self.calibration}",
             f"layers       {len(self.layers)} converted, {len(self.skipped)} left as they are; {self.verified} read back and verified",
             f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
-            f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}",
+            *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}"),
         ]
 
     def _skips(self) -> list[str]:
@@ -123,7 +124,7 @@ class Report:
         lines = ["", "left as they are"]
         for reason, rows in reasons.items():
             shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
-            lines.append(f"  {len(rows):3d}  {reason}: {shown}")
+            lines += wrapped(f"  {len(rows):3d}  {reason}: {shown}", 7)
         return lines
 
     def _validation(self) -> list[str]:
@@ -131,7 +132,12 @@ class Report:
 
     def _notes(self) -> list[str]:
         found = [*self.notes, *layer_notes(self.layers)]
-        return ["", "notes", *(f"  {n}" for n in found)] if found else []
+        return ["", "notes", *(line for n in found for line in wrapped(f"  {n}", 4))] if found else []
+
+
+def wrapped(text: str, indent: int = 13) -> list[str]:
+    """The text in lines of 80 columns, later ones indented."""
+    return textwrap.wrap(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:

@@ -120,7 +120,7 @@ def test_data_free_says_so(folder: Path) -> None:
     result = run("optimize", folder / "model.onnx", "-o", folder / "free.onnx")
     assert result.returncode == 0
     assert "none (data-free)" in result.stdout
-    assert "data-free: no calibration data was given" in result.stdout
+    assert "data-free: no calibration data was given" in " ".join(result.stdout.split())
     assert "MagR skipped" in result.stdout
 
 
