@@ -118,7 +118,7 @@ def optimize(
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle of the grid.")] = False,
     alpha: Annotated[
         float | None,
-        typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 3e-4 per block]"),
+        typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 1e-4 per block]"),
     ] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Shrink of the min-max grid, up to 1. [default: searched per group]")] = None,
     damping: Annotated[

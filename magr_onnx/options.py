@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
         quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``.
         format: ``matmulnbits`` (default) or ``qdq``.
         symmetric: Fix the zero point in the middle (default False).
-        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 3e-4 per block, 0 for none.
+        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block; 0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
         damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows.
         act_order: Round inputs in descending power (default True).
@@ -64,7 +64,7 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     block: int | None = options.get("block_size", 32)
     alpha, damping = options.get("alpha"), options.get("damping")
     if alpha is None:
-        alpha = 1e-3 if block is None else 3e-4
+        alpha = 1e-3 if block is None else 1e-4
     quantize = Quantize(
         options.get("quantizer", "comq"),
         options.get("bits", 4),
