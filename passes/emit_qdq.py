@@ -1,8 +1,8 @@
 """Emit weight-only QDQ: ``DequantizeLinear(W) -> MatMul (-> Add)``, in the forms onnxruntime fuses into MatMulNBits.
 
 1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
-2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``, which needs opset 21.
-3. 8 bits: int8 or uint8. 4 bits: int4 or uint4 (opset 21, IR version 10). 3 bits use the 4-bit types. Symmetric grids use the
+2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as that needs.
+3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
    signed type and no zero point.
 4. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
 
@@ -24,11 +24,10 @@ from magr_onnx.errors import ModelError
 from magr_onnx.packing import container_bits, pack_qdq
 from magr_onnx.passes.emit_matmulnbits import block_problems
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.passes.linear import FLOATS
+from magr_onnx.passes.linear import FLOATS, find
 from magr_onnx.types import WeightSpec
 
-OPSET = 21
-IR_VERSION = 10
+IR_VERSIONS = {13: 7, 19: 9, 21: 10}
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class EmitQDQ(LayerPass):
             found.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
         return found
 
-    def prepare(self, model: ir.Model) -> bool:
-        return raise_opset(model, OPSET)
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return spec is not None and raise_opset(model, opset_for(model, spec))
 
     def apply(self, job: Job) -> bool:
         if job.quantized is None or job.emitted:
@@ -81,8 +80,15 @@ class EmitQDQ(LayerPass):
         return True
 
 
+def opset_for(model: ir.Model, spec: WeightSpec) -> int:
+    """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for blocks and int4."""
+    if spec.group_size is not None or container_bits(spec.bits) == 4:
+        return 21
+    return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in find(model)[0]) else 13
+
+
 def raise_opset(model: ir.Model, target: int) -> bool:
-    """Convert the model to at least opset ``target`` and the IR version its types need; True if anything changed.
+    """Convert the model to at least opset ``target`` and its IR version; True if anything changed.
 
     Raises:
         ModelError: The converter cannot bring the model there.
@@ -96,11 +102,11 @@ def raise_opset(model: ir.Model, target: int) -> bool:
             raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
         if model.opset_imports.get("", 0) < target:
             raise ModelError(
-                f"the model has opset {before} and could not be converted to opset {target}, which block-wise and 4-bit "
-                "DequantizeLinear need; export it with a newer opset, or use format matmulnbits"
+                f"the model has opset {before} and could not be converted to opset {target}, which DequantizeLinear needs for this "
+                "grid; export it with a newer opset, or use format matmulnbits"
             )
         changed = True
-    if model.ir_version < IR_VERSION:
-        model.ir_version = IR_VERSION
+    if model.ir_version < IR_VERSIONS[target]:
+        model.ir_version = IR_VERSIONS[target]
         changed = True
     return changed

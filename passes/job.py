@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from magr_onnx.errors import ModelError
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
 
@@ -108,14 +109,17 @@ class LayerPass(ir.passes.InPlacePass):
         del spec
         return []
 
-    def prepare(self, model: ir.Model) -> bool:
-        """Changes to the whole model this pass needs before layers are looked at (an opset, say)."""
-        del model
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        """Changes to the whole model this pass needs for weights on a grid (an opset, say); True if there were any."""
+        del model, spec
         return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = self.prepare(model)
-        for job in list(jobs(model)):
+        found = list(jobs(model))
+        modified = self.prepare(model, next((j.quantized.spec for j in found if j.quantized is not None), None))
+        if any(job.layer.node.graph is not model.graph for job in found):
+            raise ModelError(f"{self.name}: raising the opset rebuilt the graph; convert the model before the first pass")
+        for job in found:
             modified |= self.apply(job)
             job.write_back()
         return ir.passes.PassResult(model, modified)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -60,8 +60,6 @@ class LinearLayer:
     Attributes:
         name: Node name, or a name made from its output: stable between runs, unique in the graph.
         node: The MatMul or Gemm.
-        x: Its input value, ``(..., K)``.
-        weight: The graph value read as the right side.
         tensor: The constant behind it, ``(K, N)``, or ``(N, K)`` when ``transposed``.
         transposed: See ``tensor``.
         factor: Gemm's alpha, part of the effective weight.
@@ -74,8 +72,6 @@ class LinearLayer:
 
     name: str
     node: ir.Node
-    x: ir.Value
-    weight: ir.Value
     tensor: ir.TensorProtocol
     transposed: bool
     factor: float
@@ -90,6 +86,13 @@ class LinearLayer:
         return self.node.op_type
 
     @property
+    def x(self) -> ir.Value:
+        """The input value, ``(..., K)``, as it is now: a rewrite of the layer before replaces it."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
     def dtype(self) -> ir.DataType:
         return self.tensor.dtype
 
@@ -101,7 +104,8 @@ class LinearLayer:
     @property
     def weight_name(self) -> str:
         """The name of the initializer (or Constant output) that holds the weight."""
-        return str(self.tensor.name or self.weight.name)
+        right = self.node.inputs[1]
+        return str(self.tensor.name or (right.name if right is not None else self.name))
 
     @property
     def has_bias(self) -> bool:
@@ -283,7 +287,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         bias = None if bias_value.is_graph_input() else _constant(bias_value)
         if bias is None or not _is_vector(bias, n):
             return skip(Reason.BIAS)
-    return LinearLayer(name, node, x, weight, tensor, transposed, factor, add, bias, beta, k, n)
+    return LinearLayer(name, node, tensor, transposed, factor, add, bias, beta, k, n)
 
 
 def _is_vector(tensor: ir.TensorProtocol, n: int) -> bool:
@@ -323,6 +327,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     """
     layers: list[LinearLayer] = []
     skips: list[Skip] = []
+    names: set[str] = set()
     for node in model.graph.all_nodes():
         if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -334,8 +339,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
             found = Skip(found.name, found.op, Reason.EXCLUDED)
         if isinstance(found, Skip):
             skips.append(found)
-        else:
-            layers.append(found)
+            continue
+        if found.name in names:  # ONNX asks for unique value names only
+            found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
+        names.add(found.name)
+        layers.append(found)
     for function in model.functions.values():
         for node in function.all_nodes():
             if node.domain == "" and node.op_type in ("MatMul", "Gemm"):

@@ -149,5 +149,6 @@ def run_layers(
 
 def prepare(passes: Sequence[LayerPass], model: ir.Model) -> bool:
     """Whole-model changes the passes need first."""
-    changed = [p.prepare(model) for p in passes]
+    spec = spec_of(passes)
+    changed = [p.prepare(model, spec) for p in passes]
     return any(changed)

@@ -115,6 +115,9 @@ class Session:
         except Exception as error:
             self.close()
             raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+        if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
+            self.close()
+            raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
         self._what = _describe(model)
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = tuple(

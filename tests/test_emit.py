@@ -152,6 +152,20 @@ def test_qdq_converts_older_opsets_without_changing_results(opset: int) -> None:
     assert relative(run(after), run(before)) < 0.02
 
 
+@pytest.mark.parametrize(("dtype", "opset"), [(np.float32, 13), (np.float16, 19)])
+def test_qdq_of_a_channel_needs_no_new_opset(dtype: type, opset: int) -> None:
+    model, _ = emit(graphs.matmul_bias(64, 24, dtype=dtype, opset=13), Quantize(method="rtn", bits=8, block_size=None), EmitQDQ())
+    assert (model.opset_imports[""], model.ir_version) == (opset, 9)
+    run(model)
+
+
+def test_qdq_alone_after_other_passes() -> None:
+    model = graphs.chain()
+    ir.passes.Sequential(Quantize(method="rtn"), EmitQDQ())(model)
+    assert model.opset_imports[""] == 21
+    assert len(read_weights(model)) == 2
+
+
 def test_symmetric_three_bits_need_no_zero_points() -> None:
     model, _ = emit(graphs.matmul(), Quantize(method="rtn", bits=3, symmetric=True), EmitMatMulNBits())
     node = next(n for n in model.graph if n.op_type == "MatMulNBits")
@@ -194,3 +208,5 @@ def test_weight_shared_by_two_nodes_is_emitted_for_both() -> None:
     emit(model, Quantize(method="rtn"), EmitMatMulNBits())
     assert [n.op_type for n in model.graph] == ["MatMulNBits"] * 2
     assert "w" not in model.graph.initializers
+    first, second = model.graph
+    assert second.inputs[0] is first.outputs[0]  # not a value of the replaced graph that has the same name

@@ -162,6 +162,15 @@ def test_include_and_exclude_match_node_and_weight_names() -> None:
     assert [layer.name for layer in find(model, exclude=["d*"])[0]] == ["up"]
 
 
+def test_layers_of_one_name_are_told_apart() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    hidden = b.node("MatMul", [x, b.constant("w1", random(K, K))], "same")
+    hidden.name = "hidden"
+    model = b.model(b.node("MatMul", [hidden, b.constant("w2", random(K, N))], "same"), ["batch", N])
+    assert [layer.name for layer in find(model)[0]] == ["same", "same:y"]
+
+
 def test_bias_is_not_taken_from_an_add_that_others_can_see_past() -> None:
     b = Builder()
     x = b.input("x", ["batch", K])
