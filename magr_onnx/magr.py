@@ -35,7 +35,7 @@ from magr_onnx.types import Array
 Method = Literal["fista", "authors"]
 
 AUTHORS_ITERATIONS = 200
-_CHUNK = 1 << 18  # elements of a row block whose element-wise work stays in cache
+_CHUNK = 1 << 16  # elements of a row block whose element-wise work stays in cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,58 +178,51 @@ class _Problem:
 
 
 def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, float, float, float, int, bool]:
-    """Proximal gradient, one matrix product a step; momentum and restart are per output channel."""
-    target, metric, a = problem.target, problem.metric, problem.penalty
+    """Proximal gradient, one matrix product a step; momentum and restart are per output channel.
+
+    The gradient step from the extrapolated point ``x + m (x - x')`` is ``s + m (s - s')`` with ``s = x - D^-1 H (x - W0)``: the
+    step is linear, so neither extrapolated points nor old gradients are stored, and what is not the product takes a dozen
+    passes over rows that stay in cache.
+    """
+    target, a, group = problem.target, problem.penalty, problem.group
     channels, width = target.shape
-    shaped_metric = metric if width == problem.group else metric.reshape(-1, problem.group)
+    grouped = width != group
+    metric = problem.metric.reshape(-1, group) if grouped else problem.metric
+    inverse = 1 / problem.metric
     rows = max(1, _CHUNK // width)
-    previous = x.copy()
-    product = (x - target) @ problem.gram
-    old_product = product.copy()
-    level = np.full((channels, width // problem.group), np.nan, np.float32)
-    t = np.ones(channels, np.float32)
-    momentum = np.zeros(channels, np.float32)
-    values = 0.5 * np.einsum("nk,nk->n", x - target, product, dtype=np.float64) + a * problem.norms(x)
-    first = objective = float(values.sum())
-    step, converged, mark = 0, False, first
-    difference = np.empty_like(x)
+    difference = x - target
+    product = difference @ problem.gram
+    values = 0.5 * np.einsum("nk,nk->n", difference, product, dtype=np.float64) + a * problem.norms(x)
+    first = mark = objective = float(values.sum())
+    before = x - product * inverse
+    level: Array = np.zeros((channels, width // group), np.float32)
+    t, momentum = np.ones(channels), np.zeros(channels, np.float32)
+    step, converged = 0, False
     for step in range(1, limit + 1):
-        restart = np.zeros(channels, bool)
-        quadratic, norm = np.zeros(channels), np.zeros(channels)
         for at in range(0, channels, rows):
             s = slice(at, min(at + rows, channels))
-            m = momentum[s, None]
-            now = x[s]
-            y = previous[s]
-            np.subtract(now, y, out=y)
-            y *= m
-            y += now
-            g = old_product[s]
-            np.subtract(product[s], g, out=g)
-            g *= m
-            g += product[s]
-            g /= metric
-            v = np.subtract(y, g)
-            shaped = v.reshape(len(v), -1, problem.group) if shaped_metric.ndim > 1 else v[:, None]
-            c = levels(shaped, a, shaped_metric, start=None if step == 1 else level[s])
-            level[s] = c
-            np.clip(shaped, -c[..., None], c[..., None], out=shaped)
-            if accelerate:
-                np.subtract(y, v, out=y)
-                y *= np.subtract(v, now)
-                restart[s] = y @ metric > 0
-            previous[s] = now
-            x[s] = v
-            np.subtract(v, target[s], out=difference[s])
-            norm[s] = c.sum(axis=-1, dtype=np.float64)
-        product, old_product = old_product, product
+            point = product[s]
+            np.multiply(point, inverse, out=point)
+            np.subtract(x[s], point, out=point)
+            v = before[s]
+            np.subtract(point, v, out=v)
+            v *= momentum[s, None]
+            v += point
+            shaped = v.reshape(len(v), -1, group)
+            c = levels(shaped if grouped else v, a, metric, start=None if step == 1 else level[s] if grouped else level[s, 0])
+            level[s] = c if grouped else c[:, None]
+            c = level[s][..., None]
+            np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))
+            np.subtract(x[s], target[s], out=difference[s])
+        before, product = product, before
         np.matmul(difference, problem.gram, out=product)
-        quadratic = np.einsum("nk,nk->n", difference, product, dtype=np.float64)
-        values = 0.5 * quadratic + a * norm
+        last = values
+        values = 0.5 * np.einsum("nk,nk->n", difference, product).astype(np.float64) + a * level.sum(axis=1, dtype=np.float64)
         if accelerate:
-            t_next = np.where(restart, 1, 0.5 * (1 + np.sqrt(1 + 4 * t * t)))
-            momentum = np.where(restart, 0, (t - 1) / t_next).astype(np.float32)
-            t = t_next.astype(np.float32)
+            restart = values > last
+            following = 0.5 * (1 + np.sqrt(1 + 4 * t * t))
+            momentum = np.where(restart, 0, (t - 1) / following).astype(np.float32)
+            t = np.where(restart, 1, following)
         objective = float(values.sum())
         if tolerance and step % 5 == 0:
             if mark - objective <= tolerance * (first - objective) or problem.gap(x, product) <= tolerance:

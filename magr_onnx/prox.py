@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from magr_onnx.types import Array
 
+_MARGIN = 0.95  # a warm start is taken this much lower, so that it is left of the root unless the root moved further
+
 
 def levels(values: Array, threshold: float, metric: Array | None = None, start: Array | None = None) -> Array:
     """Clipping level of every row.
@@ -34,9 +36,25 @@ def levels(values: Array, threshold: float, metric: Array | None = None, start: 
     """
     magnitude = np.abs(values)
     weights = np.ones(values.shape[-1:], values.dtype) if metric is None else metric
+    if start is None:
+        return _finish(magnitude, weights, threshold, _from_left(magnitude, weights, threshold))
+    level = _finish(magnitude, weights, threshold, np.maximum(start * _MARGIN, 0).astype(magnitude.dtype), check=True)
+    lost = np.isnan(level)
+    if lost.any():  # the root moved left of the start: begin again in those rows (all groups of a row together)
+        redo = lost if weights.ndim == 1 else lost.any(axis=-1)
+        part = magnitude[redo]
+        level[redo] = _finish(part, weights, threshold, _from_left(part, weights, threshold))
+    return level
+
+
+def _from_left(magnitude: Array, weights: Array, threshold: float) -> Array:
+    """A level at or left of every root: Newton's step from where all entries are active, then one more."""
     lower = np.maximum((_dot(magnitude, weights) - threshold) / weights.sum(axis=-1), 0)
-    level = _newton_step(magnitude, weights, threshold, lower if start is None else start, lower)
-    return _finish(magnitude, weights, threshold, level)
+    excess = np.maximum(magnitude - lower[..., None], 0)
+    gap = _dot(excess, weights) - threshold
+    slope = _dot((excess > 0).astype(magnitude.dtype), weights)
+    result: Array = np.maximum(lower + gap / np.where(slope > 0, slope, 1), lower)
+    return result
 
 
 def _dot(rows: Array, weights: Array) -> Array:
@@ -44,32 +62,29 @@ def _dot(rows: Array, weights: Array) -> Array:
     return product
 
 
-def _newton_step(magnitude: Array, weights: Array, threshold: float, at: Array, lower: Array) -> Array:
-    """One dense step from ``at``; from either side of the root it lands on or left of it."""
-    excess = np.maximum(magnitude - at[..., None], 0)
-    gap = _dot(excess, weights) - threshold
-    slope = _dot((excess > 0).astype(magnitude.dtype), weights)
-    stepped = at + gap / np.where(slope > 0, slope, 1)
-    result: Array = np.maximum(np.where(slope > 0, stepped, lower), lower)
-    return result
+def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, check: bool = False) -> Array:
+    """Newton on the entries still above the level, until the active set stands still.
 
-
-def _finish(magnitude: Array, weights: Array, threshold: float, level: Array) -> Array:
-    """Newton on the entries still above the level, until the active set stands still."""
+    The level must not be right of the root; with ``check``, NaN marks the rows where it was.
+    """
     active = np.flatnonzero(magnitude > level[..., None])
     row: npt.NDArray[np.intp] = active // magnitude.shape[-1]
     value = magnitude.reshape(-1)[active].astype(np.float64)
     weight = weights.reshape(-1)[active % weights.size].astype(np.float64)
     current = level.reshape(-1).astype(np.float64)
-    for _ in range(100):
+    lost = np.zeros(current.size, bool)
+    for step in range(100):
         slope = np.bincount(row, weight, current.size)
         total = np.bincount(row, weight * value, current.size)
+        if check and step == 0:
+            lost = (total - slope * current < threshold) & (current > 0)
         solved = (total - threshold) / np.where(slope > 0, slope, 1)
         current = np.where(slope > 0, np.maximum(current, solved), current)
         keep = value > current[row]
         if keep.all():
             break
         row, value, weight = row[keep], value[keep], weight[keep]
+    current[lost] = np.nan
     result: Array = current.astype(magnitude.dtype).reshape(level.shape)
     return result
 
