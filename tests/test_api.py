@@ -53,11 +53,13 @@ PLAIN: dict[str, Any] = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": 
 TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bias": "none", "damping": 0.01, "act_order": False}
 
 
-@pytest.mark.parametrize(("bits", "block"), [(4, 32), (2, 32), (3, None)])
-def test_defaults_beat_textbook_gptq_beats_rounding(bits: int, block: int | None, held_out: np.ndarray, float_loss: float) -> None:
+@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 0.95), (2, 32, 0.7), (3, None, 0.7)])  # seen: 0.78, 0.55, 0.52
+def test_defaults_beat_textbook_gptq_beats_rounding(
+    bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float
+) -> None:
     rtn, gptq, ours = (added(held_out, float_loss, bits=bits, block_size=block, **o) for o in (PLAIN, TEXTBOOK, {}))
-    assert ours < 0.8 * gptq
-    assert gptq < 0.9 * rtn
+    assert ours < bound * gptq
+    assert gptq < 0.8 * rtn
 
 
 def test_float_model_is_well_trained(float_loss: float) -> None:
