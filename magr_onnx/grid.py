@@ -1,6 +1,7 @@
 """Choosing the integer grid of a weight: one scale and zero point per group and column.
 
-``minmax`` spans the group's range, shrunk by ``beta``. ``search`` tries shrink factors from 1 downwards and keeps, per group,
+``minmax`` spans the group's range, both ends shrunk by ``beta`` (MagR's authors shrink the scale and keep the lower end, so that only the
+upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards and keeps, per group,
 the one whose rounding error weighted by ``diag(H)`` is smallest (the layer error with input correlations left out).
 """
 
