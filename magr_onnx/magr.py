@@ -189,8 +189,7 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
     """
     target, a, group = problem.target, problem.penalty, problem.group
     channels, width = target.shape
-    grouped = width != group
-    metric = problem.metric.reshape(-1, group) if grouped else problem.metric
+    metric = problem.metric.reshape(-1, group)
     inverse = 1 / problem.metric
     rows = max(1, _CHUNK // width)
     difference = x - target
@@ -212,8 +211,7 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
             v *= momentum[s, None]
             v += point
             shaped = v.reshape(len(v), -1, group)
-            c = levels(shaped if grouped else v, a, metric, start=None if step == 1 else level[s] if grouped else level[s, 0])
-            level[s] = c if grouped else c[:, None]
+            level[s] = levels(shaped, a, metric, start=None if step == 1 else level[s])
             c = level[s][..., None]
             np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))
             np.subtract(x[s], target[s], out=difference[s])

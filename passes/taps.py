@@ -46,7 +46,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
     opset = copy.opset_imports.get("", 13)
     outputs: list[ir.Value] = []
 
-    def add(op: str, inputs: list[ir.Value | None], name: str, **attributes: int) -> ir.Value:
+    def add(op: str, inputs: list[ir.Value | None], name: str, **attributes: int | list[int]) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=name)
         node.outputs[0].name = name
         graph.append(node)
@@ -61,10 +61,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
     def total(value: ir.Value, name: str) -> ir.Value:
         if opset >= 13:
             return add("ReduceSum", [value, constant(f"{name}_axes", np.array([0]))], name, keepdims=0)
-        node = ir.node("ReduceSum", [value], {"axes": [0], "keepdims": 0}, name=name)
-        node.outputs[0].name = name
-        graph.append(node)
-        return node.outputs[0]
+        return add("ReduceSum", [value], name, axes=[0], keepdims=0)
 
     weights: ir.Value | None = None
     if mask is not None and any(t.masked for t in taps):
