@@ -1,6 +1,7 @@
 """onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
 
-from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
 from magr_onnx.errors import (
     CalibrationError,
     MagrError,
@@ -14,11 +15,15 @@ from magr_onnx.errors import (
 )
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.report import Report
+from magr_onnx.targets import TARGETS, Target
 from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.verification import Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TARGETS",
+    "Accumulator",
     "CalibrationError",
     "Inspection",
     "LayerStats",
@@ -34,9 +39,12 @@ __all__ = [
     "QuantizedWeight",
     "Report",
     "RuntimeFailure",
+    "Target",
+    "Verification",
     "WeightSpec",
     "build_pipeline",
     "inspect",
     "optimize",
     "validate",
+    "verify",
 ]

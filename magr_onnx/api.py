@@ -1,4 +1,4 @@
-"""The Python interface: `optimize`, `inspect`, `validate`."""
+"""The Python interface: `optimize`, `inspect`, `validate`, `verify`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx import files
+from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
-from magr_onnx.passes import Job, LayerPass, LinearLayer, Reason, Skip, pipeline
+from magr_onnx.passes import EmitQDQInt8, Job, LayerPass, LinearLayer, Reason, Skip, pipeline
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.report import LayerRow, Report, SkipRow
-from magr_onnx.runtime import calibrate
+from magr_onnx.runtime import calibrate, overflow, ranges, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Arithmetic, Session, provider_name
-from magr_onnx.types import LayerStats, check_finite
+from magr_onnx.targets import Target, find_target
+from magr_onnx.types import Activation, ActivationGrid, LayerStats, check_finite
+from magr_onnx.verification import Verification
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -162,7 +165,10 @@ def optimize(
             data = open_data(calibration, inputs, batch_size)
         if validation_data is not None:
             held = open_data(validation_data, inputs, batch_size)
+    activations = pipeline.activations_of(passes)
     if data is None:
+        if activations is not None and activations.type != "dynamic":
+            raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
 
     rows: dict[str, LayerRow] = {}
@@ -179,17 +185,46 @@ def optimize(
             progress("quantizing", done, len(layers))
 
     unmasked: list[str] = []
+    quantized_inputs: dict[str, Activation] = {}
+    products: dict[str, ActivationGrid] = {}
+    quantize_products = any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes)
+    if activations is not None and data is not None:
+        report = None if progress is None else _stage(progress, "ranges")
+        values = ranges.inputs_of(layers)
+        if quantize_products:
+            read = {v.name for v in values}
+            values += [v for v in ranges.products_of(layers) if v.name not in read]
+        chosen = ranges.choose(
+            original,
+            values,
+            data,
+            method=activations.ranges,
+            kind=activations.type,
+            mask=mask_input,
+            provider=provider,
+            progress=report,
+        )
+        quantized_inputs = {name: choice.grid for name, choice in chosen.items()}
+        if quantize_products:
+            products = {name: choice.grid for name, choice in chosen.items() if isinstance(choice.grid, ActivationGrid)}
+        for name, choice in chosen.items():
+            if choice.sentinels is not None:
+                low, high = choice.sentinels
+                notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
+        clock.lap("ranges")
     groups = calibrate.plan(layers, gram_budget) if data is not None else [layers]
     for index, group in enumerate(groups):
         stats: dict[str, LayerStats] = {}
         if data is not None:
             name = "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else "")
             report = None if progress is None else _stage(progress, name)
-            result = calibrate.collect(original, group, data, mask=mask_input, provider=provider, progress=report)
+            result = calibrate.collect(
+                original, group, data, mask=mask_input, provider=provider, progress=report, quantize=quantized_inputs
+            )
             stats = result.stats
             unmasked += result.unmasked
             clock.lap("calibrate")
-        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished)  # noqa: B023
+        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, products)  # noqa: B023
         clock.lap("quantize")
     if unmasked:
         some = ", ".join(unmasked[:3])
@@ -263,6 +298,44 @@ def validate(
     )
 
 
+def verify(
+    model: Any,
+    *,
+    target: str | Target | None = None,
+    accumulator: Accumulator | None = None,
+    outer_bits: int | None = None,
+    run: bool = True,
+) -> Verification:
+    """Prove that no input of any integer dot product of a model overflows its accumulators, or show one that does.
+
+    Args:
+        model: A model in any of the forms `optimize` takes, whoever quantized it.
+        target: A machine of `magr_onnx.targets`, or its name: which registers onnxruntime's kernels use there.
+        accumulator: Registers to ask about instead.
+        outer_bits: Width of the register tile sums are added in on ``target`` (an ``accumulator`` has its own).
+        run: Run one witness a failing layer in onnxruntime on this machine.
+
+    Raises:
+        OptionError: Neither or both of ``target`` and ``accumulator``, an unknown target, or impossible widths.
+        ModelError: Not a usable model.
+    """
+    if (target is None) == (accumulator is None):
+        raise OptionError("give a target or an accumulator, and not both")
+    if accumulator is not None and outer_bits is not None:
+        raise OptionError("an accumulator has outer bits of its own; give outer_bits with a target only")
+    if outer_bits is not None and not 2 <= outer_bits <= 64:
+        raise OptionError(f"accumulators have 2 to 64 bits; got {outer_bits} outer bits")
+    machine = find_target(target) if isinstance(target, str) else target
+    text = f"{machine.name}: {machine.summary}" if machine is not None else f"accumulator: {accumulator}"
+    if machine is not None and outer_bits is not None:
+        text += f"; {outer_bits} outer bits"
+    against: Target | Accumulator | None = machine or accumulator
+    assert against is not None
+    loaded = files.load(model)
+    layers, skipped = overflow.verify(loaded.model, against, outer_bits, run)
+    return Verification(loaded.name, text, layers, skipped, witness.machine_name(), versions())
+
+
 class _Clock:
     """Seconds by stage, in order of first appearance."""
 
@@ -296,8 +369,9 @@ def _check_weights(layers: Sequence[LinearLayer]) -> None:
 def _layer_row(job: Job) -> LayerRow:
     layer, facts = job.layer, job.facts
     spec = None if job.quantized is None else job.quantized.spec
-    if spec is not None and container_bits(spec.bits) != spec.bits:
-        job.notes.append(f"{spec.bits}-bit codes are stored in {container_bits(spec.bits)} bits")
+    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
+    if spec is not None and stored != spec.bits:
+        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
     return LayerRow(
         layer.name,
         layer.op,
@@ -336,7 +410,7 @@ def _stamp(model: ir.Model, passes: Sequence[LayerPass]) -> None:
 
 def _verify(model: ir.Model, digests: dict[str, str]) -> int:
     """Read every emitted weight back and compare it with what was chosen."""
-    found = {name: digest(weight) for name, weight in read_weights(model).items()}
+    found = {name: digest(weight) for name, weight in read_weights(model, digests).items()}
     wrong = [name for name, expected in digests.items() if found.get(name) != expected]
     if wrong:
         raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")

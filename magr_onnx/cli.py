@@ -1,7 +1,7 @@
 """The command line. Each command parses, calls the Python interface and prints; no work of its own.
 
 Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, an impossible option), 2 wrong usage, 130
-interrupted. ``validate`` also returns 3 when a threshold given by the user is missed.
+interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator overflows.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import typer
 import magr_onnx
 from magr_onnx import api, console
 from magr_onnx import demo as demonstration
+from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, OptionError, OutputError
 from magr_onnx.passes.pipeline import PASSES, options_of
 from magr_onnx.report import validation_text
+from magr_onnx.targets import TARGETS
 
 app = typer.Typer(
     name="onnx-magr",
@@ -37,6 +39,9 @@ class Bits(StrEnum):
     two = "2"
     three = "3"
     four = "4"
+    five = "5"
+    six = "6"
+    seven = "7"
     eight = "8"
 
 
@@ -44,11 +49,27 @@ class QuantizerName(StrEnum):
     rtn = "rtn"
     gptq = "gptq"
     comq = "comq"
+    a2q = "a2q"
+    a2q_plus = "a2q+"
 
 
 class FormatName(StrEnum):
     matmulnbits = "matmulnbits"
     qdq = "qdq"
+    qdq_int8 = "qdq-int8"
+    dynamic_int8 = "dynamic-int8"
+
+
+class ActivationName(StrEnum):
+    uint8 = "uint8"
+    int8 = "int8"
+
+
+class RangeName(StrEnum):
+    auto = "auto"
+    min_max = "min-max"
+    percentile = "percentile"
+    min_error = "min-error"
 
 
 class BiasName(StrEnum):
@@ -92,6 +113,8 @@ onnx-magr optimize model.onnx --calibration batches/ --bits 2 --report report.js
 
 onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs.npz --validation heldout.npz
 
+onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration inputs.npz
+
 onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
 )
 def optimize(
@@ -111,11 +134,21 @@ def optimize(
     validation: Annotated[
         Path | None, typer.Option("--validation", help="Held-out inputs to compare both models on, in the same forms.")
     ] = None,
-    bits: Annotated[Bits, typer.Option("--bits", "-b", help="Bits a weight.")] = Bits.four,
-    block_size: Annotated[str, typer.Option("--block-size", help="Rows that share a scale: a multiple of 16, or 'channel'.")] = "32",
+    bits: Annotated[Bits | None, typer.Option("--bits", "-b", help="Bits a weight. [default: 4; integer formats 8]")] = None,
+    block_size: Annotated[
+        str | None,
+        typer.Option(
+            "--block-size", help="Rows that share a scale: a multiple of 16, or 'channel'. [default: 32; integer formats channel]"
+        ),
+    ] = None,
     quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="comq: GPTQ refined by coordinate descent.")] = QuantizerName.comq,
-    format: Annotated[FormatName, typer.Option("--format", help="Nodes to write.")] = FormatName.matmulnbits,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle of the grid.")] = False,
+    format: Annotated[
+        FormatName, typer.Option("--format", help="Nodes to write; qdq-int8 and dynamic-int8 also quantize layer inputs to 8 bits.")
+    ] = FormatName.matmulnbits,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle. [default: asymmetric; integer formats symmetric]"),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 1e-4 per block]"),
@@ -128,6 +161,25 @@ def optimize(
     sweeps: Annotated[int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).")] = 8,
     bias: Annotated[BiasName, typer.Option("--bias", help="Bias compensation; auto: wherever it adds no node.")] = BiasName.auto,
     accuracy_level: Annotated[int, typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.")] = 0,
+    activation_type: Annotated[
+        ActivationName | None, typer.Option("--activation-type", help="Layer inputs of qdq-int8. [default: uint8]")
+    ] = None,
+    activation_range: Annotated[
+        RangeName | None, typer.Option("--activation-range", help="Ranges of layer inputs; auto: the least measured error. [default: auto]")
+    ] = None,
+    quantize_outputs: Annotated[
+        bool, typer.Option("--quantize-outputs", help="qdq-int8: quantize what layers put out too (QLinearMatMul).")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.", show_default=False),
+    ] = None,
+    accumulator_bits: Annotated[
+        int | None, typer.Option("--accumulator-bits", help="Accumulator that may not overflow; sizes the blocks of matmulnbits.")
+    ] = None,
+    accumulator_tile: Annotated[
+        int | None, typer.Option("--accumulator-tile", help="Terms along K that share the accumulator. [default: all of them]")
+    ] = None,
     pipeline: Annotated[
         str | None, typer.Option("--pipeline", help="Passes as text, instead of the options above; see 'onnx-magr passes'.")
     ] = None,
@@ -142,8 +194,7 @@ def optimize(
 ) -> None:
     """Quantize the linear layers of a model and report what happened to every one."""
     options = {
-        "bits": int(bits.value),
-        "block_size": _block(block_size),
+        "bits": None if bits is None else int(bits.value),
         "quantizer": quantizer.value,
         "format": format.value,
         "symmetric": symmetric,
@@ -154,7 +205,17 @@ def optimize(
         "sweeps": sweeps,
         "bias": bias.value,
         "accuracy_level": accuracy_level,
+        "quantize_outputs": quantize_outputs,
+        "target": target,
+        "accumulator_bits": accumulator_bits,
+        "accumulator_tile": accumulator_tile,
     }
+    if block_size is not None:
+        options["block_size"] = _block(block_size)
+    if activation_type is not None:
+        options["activation_type"] = activation_type.value
+    if activation_range is not None:
+        options["activation_range"] = activation_range.value
     out = output or model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
     if report is not None:
         _check_report(report, {model, out})
@@ -261,6 +322,46 @@ def validate(
         if low < min_cosine:
             console.errors.print(f"error: mean cosine {low:.5f} is below {min_cosine}", style="red")
             raise typer.Exit(3)
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+onnx-magr verify model.onnx --target x86-avx2
+
+onnx-magr verify model.onnx --accumulator-bits 16 --accumulator-tile 64
+
+onnx-magr verify model.onnx --target generic --outer-bits 24 --json"""
+)
+def verify(
+    model: Annotated[Path, typer.Argument(help="ONNX model to read, whoever quantized it.", show_default=False)],
+    target: Annotated[str | None, typer.Option("--target", "-t", help=f"Machine to prove for: {', '.join(TARGETS)}.")] = None,
+    accumulator_bits: Annotated[int | None, typer.Option("--accumulator-bits", help="Width P of the register that sums a tile.")] = None,
+    accumulator_tile: Annotated[
+        int | None, typer.Option("--accumulator-tile", help="Consecutive terms T that share it. [default: the whole dot product]")
+    ] = None,
+    outer_bits: Annotated[
+        int | None, typer.Option("--outer-bits", help="Width of the register the tile sums are added in. [default: 32]")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that no input of a model overflows an integer accumulator, or show one that does.
+
+    Exits with 0 if nothing overflows and with 1 if something does; nodes that are no integer dot products are listed, not claimed.
+    """
+    accumulator = None
+    if accumulator_bits is not None:
+        outer = max(32, accumulator_bits) if outer_bits is None else outer_bits
+        accumulator = Accumulator(accumulator_bits, accumulator_tile, outer)
+    elif accumulator_tile is not None:
+        raise OptionError("--accumulator-tile needs --accumulator-bits")
+    if (target is None) == (accumulator is None):
+        raise OptionError("give --target or --accumulator-bits, and not both")
+    result = api.verify(model, target=target, accumulator=accumulator, outer_bits=None if accumulator is not None else outer_bits)
+    _show(result.to_dict(), result.to_text(), as_json, quiet)
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nonnx-magr passes --json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
@@ -30,6 +31,10 @@ class Grid:
         rows = self.spec.group_of_row(self.k)
         result: Array = round_codes(weights, self.scales[rows], self.zeros[rows], self.spec.top)
         return result
+
+    def columns(self, chosen: npt.NDArray[np.intp]) -> Grid:
+        """The grid of some columns."""
+        return Grid(self.scales[:, chosen], self.zeros[:, chosen], self.spec, self.k)
 
     def weight(self, codes: Array) -> QuantizedWeight:
         """Codes on this grid as a `QuantizedWeight`."""

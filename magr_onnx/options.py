@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
+from magr_onnx.accumulator import data_type_bits, largest_block
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, LayerPass, MagR, Quantize, check
+from magr_onnx.packing import MATMULNBITS_BLOCKS, stored_shift
+from magr_onnx.passes import (
+    CompensateBias,
+    EmitDynamicInt8,
+    EmitMatMulNBits,
+    EmitQDQ,
+    EmitQDQInt8,
+    LayerPass,
+    MagR,
+    Quantize,
+    QuantizeActivations,
+    check,
+)
 
-Format = Literal["matmulnbits", "qdq"]
-FORMATS: dict[str, Callable[[int], LayerPass]] = {
-    "matmulnbits": lambda level: EmitMatMulNBits(level),
-    "qdq": lambda level: EmitQDQ(),
-}
+Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
+NBITS_ACTIVATION = 127  # MatMulNBits quantizes activations to -127..127 at accuracy level 4
+INT8_LEVEL = 4
 
 
 class Options(TypedDict, total=False):
     """What `build_pipeline` understands; every one has a good default.
 
     Attributes:
-        bits: 2, 3, 4 (default) or 8.
-        block_size: Rows that share a scale (default 32); None for one grid a channel.
-        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``.
-        format: ``matmulnbits`` (default) or ``qdq``.
-        symmetric: Fix the zero point in the middle (default False).
-        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block; 0 for none.
+        bits: 2 to 8; default 4, or 8 for the integer formats.
+        block_size: Rows that share a scale; None for one grid a channel. Default 32; the integer formats have one grid a channel.
+        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator.
+        format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
+        symmetric: Fix the zero point in the middle (default False, True for the integer formats).
+        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block, 0 for the integer formats;
+            0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
         damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows.
         act_order: Round inputs in descending power (default True).
@@ -33,13 +46,19 @@ class Options(TypedDict, total=False):
         bias: ``auto`` (default: existing biases, and the bias input that MatMulNBits has anyway), ``existing``, ``any`` or
             ``none``.
         accuracy_level: MatMulNBits' compute type: 0 (default) unset, 1 float32, 4 int8.
+        activation_type: ``uint8`` (default) or ``int8`` for qdq-int8.
+        activation_range: ``auto`` (default), ``min-max``, ``percentile`` or ``min-error`` for qdq-int8.
+        quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
+        target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
+        accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
+        accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
     """
 
-    bits: int
+    bits: int | None
     block_size: int | None
     quantizer: str
     format: Format
-    symmetric: bool
+    symmetric: bool | None
     alpha: float | None
     beta: float | None
     damping: float | None
@@ -47,6 +66,39 @@ class Options(TypedDict, total=False):
     sweeps: int
     bias: str
     accuracy_level: int
+    activation_type: Literal["uint8", "int8"]
+    activation_range: str
+    quantize_outputs: bool
+    target: str | None
+    accumulator_bits: int | None
+    accumulator_tile: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """An output format: its last pass and what is usual for it."""
+
+    emit: Callable[[Options], LayerPass]
+    bits: int = 4
+    block_size: int | None = 32
+    symmetric: bool = False
+    bias: str = "existing"
+    activations: Callable[[Options], QuantizeActivations] | None = None
+
+
+FORMATS: dict[str, _Form] = {
+    "matmulnbits": _Form(lambda o: EmitMatMulNBits(o.get("accuracy_level", 0)), bias="any"),
+    "qdq": _Form(lambda o: EmitQDQ()),
+    "qdq-int8": _Form(
+        lambda o: EmitQDQInt8(o.get("quantize_outputs", False)),
+        8,
+        None,
+        True,
+        activations=lambda o: QuantizeActivations(o.get("activation_type", "uint8"), o.get("activation_range", "auto")),  # type: ignore[arg-type]
+    ),
+    "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, activations=lambda o: QuantizeActivations("dynamic")),
+}
+_STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
 
 def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
@@ -56,35 +108,95 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         OptionError: Unknown options or values the target kernel rejects, all of them at once.
     """
     problems = [f"unknown option {o!r}; there are {', '.join(Options.__annotations__)}" for o in options.keys() - Options.__annotations__]
-    form, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
-    if form not in FORMATS:
-        problems.append(f"format {form!r} is not known; choose one of {', '.join(FORMATS)}")
+    name, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
+    if name not in FORMATS:
+        problems.append(f"format {name!r} is not known; choose one of {', '.join(FORMATS)}")
     if bias not in BIAS:
         problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
-    block: int | None = options.get("block_size", 32)
+    form = FORMATS.get(name, FORMATS["matmulnbits"])
+    problems += [f"{o} is for format qdq-int8 only" for o in _STATIC_ONLY if name != "qdq-int8" and options.get(o)]
+    if name == "matmulnbits" and options.get("accumulator_bits") is not None:
+        try:
+            options = _sized(options)
+        except OptionError as error:
+            problems.append(str(error))
+            options = _without_accumulator(options)
+    bits, symmetric = options.get("bits"), options.get("symmetric")
+    block: int | None = options.get("block_size", form.block_size)
     alpha, damping = options.get("alpha"), options.get("damping")
     if alpha is None:
-        alpha = 1e-3 if block is None else 1e-4
+        alpha = 0 if form.activations else 1e-3 if block is None else 1e-4
     quantize = Quantize(
         options.get("quantizer", "comq"),
-        options.get("bits", 4),
+        form.bits if bits is None else bits,
         block,
-        options.get("symmetric", False),
+        form.symmetric if symmetric is None else symmetric,
         options.get("beta"),
         damping,
         options.get("act_order", True),
         options.get("sweeps", 8),
+        target=options.get("target"),
+        accumulator_bits=options.get("accumulator_bits"),
+        accumulator_tile=options.get("accumulator_tile"),
     )
-    policy = BIAS.get(bias) or ("any" if form == "matmulnbits" else "existing")
+    policy = BIAS.get(bias) or form.bias
     passes: list[LayerPass] = [MagR(alpha, True, block, damping)] if alpha != 0 else []
+    if form.activations is not None:
+        passes.append(form.activations(options))
     passes.append(quantize)
     if policy != "none":
         passes.append(CompensateBias(policy))  # type: ignore[arg-type]
-    if form in FORMATS:
-        passes.append(FORMATS[form](options.get("accuracy_level", 0)))
+    if name in FORMATS:
+        passes.append(form.emit(options))
     try:
         check(passes)
     except OptionError as error:
         problems.append(str(error))
     raise_all(OptionError, problems)
     return tuple(passes)
+
+
+def _sized(options: Options) -> Options:
+    """MatMulNBits options sized to an accumulator: the largest block, or the most bits, whose block sums fit for any codes and input.
+
+    A block is what the int8 kernel (accuracy level 4) sums before it goes on in float, so the tile is the block.
+    """
+    p, tile = options["accumulator_bits"], options.get("accumulator_tile")
+    assert p is not None
+    level = options.get("accuracy_level") or INT8_LEVEL
+    if level != INT8_LEVEL:
+        raise OptionError(f"accumulator_bits with accuracy_level={level}: only level 4 computes in integers; leave the level out")
+    if tile is not None and tile not in MATMULNBITS_BLOCKS:
+        kernel = ", ".join(map(str, MATMULNBITS_BLOCKS))
+        raise OptionError(f"accumulator_tile={tile}: MatMulNBits sums whole blocks of {kernel}; give one of these, or leave the tile out")
+    if options.get("block_size", 0) is None:
+        raise OptionError("accumulator_bits with one scale a channel: MatMulNBits sums its blocks; leave the block size out, or give one")
+    block = tile if tile is not None else options.get("block_size")
+    if tile is not None and options.get("block_size") not in (None, tile):
+        raise OptionError(
+            f"accumulator_tile={tile} and block_size={options['block_size']}: MatMulNBits' tile is its block; give one of them"
+        )
+    bits = options.get("bits")
+    least: tuple[int, int, int] | None = None
+    for b in (bits,) if bits is not None else (4, 3, 2) if block is None else (8, 4, 3, 2):
+        blocks = tuple(size for size in (MATMULNBITS_BLOCKS if block is None else (block,)) if b != 2 or size in (32, 64, 128))
+        shift = stored_shift(b) if options.get("symmetric") else 0
+        fitting = largest_block(b, p, blocks, NBITS_ACTIVATION, shift)
+        if fitting is not None:
+            sized: Options = {**options, "bits": b, "block_size": fitting, "accuracy_level": INT8_LEVEL}
+            return _without_accumulator(sized)
+        needs = [(data_type_bits(size, -NBITS_ACTIVATION, NBITS_ACTIVATION, 0, 2**b - 1 + shift), b, size) for size in blocks]
+        least = min(needs if least is None else [least, *needs])
+    if least is None:
+        raise OptionError(f"accumulator_bits={p}: the int8 kernel of 2 bits sums blocks of 32, 64 or 128; give one of these, or other bits")
+    raise OptionError(
+        f"accumulator_bits={p}: sums of {least[2]} products of int8 activations and {least[1]}-bit codes need {least[0]}; "
+        "that is the smallest that works here"
+    )
+
+
+def _without_accumulator(options: Options) -> Options:
+    rest: Options = {**options}
+    rest.pop("accumulator_bits", None)
+    rest.pop("accumulator_tile", None)
+    return rest

@@ -2,7 +2,7 @@
 
 MatMulNBits: ``B (N, blocks, block_size * bits / 8)`` uint8, a row per output channel, element ``k`` in the low bits first, the last
 block padded; zero points ``(N, ceil(blocks * bits / 8))`` packed the same way along the blocks; scales ``(N, blocks)``.
-3-bit codes travel in 4 bits.
+3-bit codes travel in 4 bits, 5 to 7 in 8.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
 
 def container_bits(bits: int) -> int:
-    """Stored width of a code: 3-bit codes use 4 bits."""
-    return 4 if bits == 3 else bits
+    """Stored width of a code in the block formats: the next of 2, 4 and 8."""
+    return next(width for width in (2, 4, 8) if width >= bits)
+
+
+def stored_shift(bits: int) -> int:
+    """How much higher the codes of a symmetric grid are stored, so that their zero point is the default of the stored width."""
+    return int(2 ** (container_bits(bits) - 1) - 2 ** (bits - 1))
 
 
 def kernel_block(group_size: int | None, k: int, bits: int) -> int | None:
@@ -92,7 +97,7 @@ def pack_matmulnbits(weight: QuantizedWeight) -> MatMulNBitsTensors:
         raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
     codes, zeros = weight.codes, weight.zero_points
     if spec.symmetric and bits != spec.bits:
-        shift = np.uint8(2 ** (bits - 1) - spec.middle)
+        shift = np.uint8(stored_shift(spec.bits))
         codes, zeros = codes + shift, zeros + shift
     count = -(-k // block)
     padded = np.zeros((n, count * block), np.uint8)

@@ -6,6 +6,7 @@ Shapes used everywhere: a layer is ``Y = X W + b`` with ``X (n, K)``, ``W (K, N)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -20,7 +21,7 @@ Codes = npt.NDArray[np.uint8]
 ScaleType = Literal["float32", "float16"]
 T = TypeVar("T")
 
-BITS = (2, 3, 4, 8)
+BITS = tuple(range(2, 9))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class WeightSpec:
     """What integer grid a weight is put on.
 
     Attributes:
-        bits: Code width: 2, 3, 4 or 8. Codes are unsigned, in ``[0, 2**bits - 1]``.
+        bits: Code width, 2 to 8. Codes are unsigned, in ``[0, 2**bits - 1]``.
         group_size: Rows that share one scale and zero point; None for one grid a column (per channel).
         symmetric: Fix the zero point at ``2**(bits - 1)``; otherwise it is chosen per group.
         scale_dtype: Type the scales are stored in. Scales are rounded to it BEFORE codes are chosen, so that what was
@@ -98,6 +99,10 @@ class QuantizedWeight:
                 f"got {self.scales.shape} and {self.zero_points.shape}"
             )
 
+    def raw(self) -> npt.NDArray[np.int16]:
+        """Codes as an int8 kernel multiplies them, ``code - 2^(bits - 1)``, ``(K, N)``."""
+        return self.codes.astype(np.int16) - np.int16(self.spec.middle)
+
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
         rows = self.spec.group_of_row(len(self.codes))
@@ -106,25 +111,91 @@ class QuantizedWeight:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationGrid:
+    """The 8-bit grid a static activation is rounded to, one for the whole tensor.
+
+    Attributes:
+        scale: Step, exactly representable in float32.
+        zero_point: The raw code of 0.
+        signed: int8 codes (-128 to 127) instead of uint8 (0 to 255).
+    """
+
+    scale: float
+    zero_point: int
+    signed: bool = False
+
+    @staticmethod
+    def of_range(low: float, high: float, signed: bool = False) -> ActivationGrid:
+        """The grid over ``[min(low, 0), max(high, 0)]``, zero exactly on it."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32(max((high - low) / 255, float(np.finfo(np.float32).tiny) * 256)))
+        zero = int(np.clip(np.rint(-low / scale), 0, 255))
+        return ActivationGrid(scale, zero - 128 if signed else zero, signed)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Least and greatest raw code of the type."""
+        return activation_limits(self.signed)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and greatest value on the grid."""
+        low, high = self.limits
+        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicRange:
+    """A uint8 grid over what each tensor turns out to hold at run time, clipped to ``[low, high]`` first."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def clips(self) -> bool:
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
+
+Activation = ActivationGrid | DynamicRange
+"""How a layer's input becomes 8-bit integers."""
+
+
+def activation_limits(signed: bool) -> tuple[int, int]:
+    """Raw codes of int8 or uint8."""
+    return (-128, 127) if signed else (0, 255)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerStats:
     """Second moments of a layer's input, shared by every layer that reads the same value.
+
+    Where the input will be quantized, the moments are of the quantized input: codes multiply that one.
 
     Attributes:
         gram: ``X^T X / n`` ``(K, K)`` float64.
         mean: ``mean(X)`` ``(K,)`` float64.
         rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
+        float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
+        activation: How the input is quantized; None where it stays float.
     """
 
     gram: Array
     mean: Array
     rows: int
+    float_mean: Array | None = None
+    activation: Activation | None = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def data_free(k: int) -> LayerStats:
         """The statistics assumed without calibration data: uncorrelated inputs of unit power, mean zero."""
         return LayerStats(np.eye(k), np.zeros(k), 0)
+
+    @property
+    def target_mean(self) -> Array:
+        """Mean of the input of the float layer, ``(K,)``."""
+        return self.mean if self.float_mean is None else self.float_mean
 
     @property
     def is_data_free(self) -> bool:
@@ -135,8 +206,12 @@ class LayerStats:
         n = self.rows + other.rows
         if n == 0:
             return self
+        if self.activation != other.activation:
+            raise ValueError(f"statistics under different grids cannot be added: {self.activation} and {other.activation}")
         a, b = self.rows / n, other.rows / n
-        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n)
+        means = self.float_mean, other.float_mean
+        float_mean: Array | None = None if means[0] is None or means[1] is None else a * means[0] + b * means[1]
+        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """``make()``, computed once: factorizations are shared by the layers that share these statistics."""

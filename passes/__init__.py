@@ -1,6 +1,8 @@
 """Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
 
+from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.job import Job, LayerPass, attach
@@ -12,13 +14,16 @@ from magr_onnx.passes.quantize import Quantize
 __all__ = [
     "PASSES",
     "CompensateBias",
+    "EmitDynamicInt8",
     "EmitMatMulNBits",
     "EmitQDQ",
+    "EmitQDQInt8",
     "Job",
     "LayerPass",
     "LinearLayer",
     "MagR",
     "Quantize",
+    "QuantizeActivations",
     "Reason",
     "Skip",
     "attach",

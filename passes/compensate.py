@@ -26,7 +26,7 @@ class CompensateBias(LayerPass):
     def apply(self, job: Job) -> bool:
         if not job.centred(self.bias) or job.emitted:
             return False
-        job.bias = compensate(job.bias, job.reference, job.weight, job.stats.mean)
+        job.bias = compensate(job.bias, job.reference, job.weight, job.stats.target_mean, job.stats.mean)
         job.changed = True
         job.facts["bias_compensated"] = True
         return True

@@ -18,16 +18,13 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnxscript import version_converter
 
-from magr_onnx.errors import ModelError
 from magr_onnx.packing import container_bits, pack_qdq
 from magr_onnx.passes.emit_matmulnbits import block_problems
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, find
+from magr_onnx.passes.opset import raise_opset
 from magr_onnx.types import WeightSpec
-
-IR_VERSIONS = {13: 7, 19: 9, 21: 10}
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class EmitQDQ(LayerPass):
         return found
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
-        return spec is not None and raise_opset(model, opset_for(model, spec))
+        return spec is not None and raise_opset(model, opset_for(model, spec), "DequantizeLinear of this grid")
 
     def apply(self, job: Job) -> bool:
         if job.quantized is None or job.emitted:
@@ -56,8 +53,9 @@ class EmitQDQ(LayerPass):
         kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed.bits == 4 else names[not symmetric])
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
+        codes = layer.constant(suffix, packed.codes.astype(kind))
         inputs: list[ir.Value | None] = [
-            layer.constant(suffix, packed.codes.astype(kind)),
+            codes,
             layer.constant(f"{suffix}_scales", packed.scales.astype(float_kind)),
         ]
         if packed.zero_points is not None:
@@ -65,7 +63,7 @@ class EmitQDQ(LayerPass):
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
-        weight.name, weight.dtype, weight.shape = f"{layer.weight_name}_dequantized", layer.dtype, ir.Shape([layer.k, layer.n])
+        weight.name, weight.dtype, weight.shape = f"{codes.name}_dequantized", layer.dtype, ir.Shape([layer.k, layer.n])
         product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
         nodes = [dequantize, product]
         if job.bias is not None:
@@ -85,28 +83,3 @@ def opset_for(model: ir.Model, spec: WeightSpec) -> int:
     if spec.group_size is not None or container_bits(spec.bits) == 4:
         return 21
     return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in find(model)[0]) else 13
-
-
-def raise_opset(model: ir.Model, target: int) -> bool:
-    """Convert the model to at least opset ``target`` and its IR version; True if anything changed.
-
-    Raises:
-        ModelError: The converter cannot bring the model there.
-    """
-    changed = False
-    if model.opset_imports.get("", 0) < target:
-        before = model.opset_imports.get("", 0)
-        try:
-            version_converter.convert_version(model, target, fallback=True)
-        except Exception as error:
-            raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
-        if model.opset_imports.get("", 0) < target:
-            raise ModelError(
-                f"the model has opset {before} and could not be converted to opset {target}, which DequantizeLinear needs for this "
-                "grid; export it with a newer opset, or use format matmulnbits"
-            )
-        changed = True
-    if model.ir_version < IR_VERSIONS[target]:
-        model.ir_version = IR_VERSIONS[target]
-        changed = True
-    return changed

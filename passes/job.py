@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
+from magr_onnx.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
 
 META = "magr_onnx.job"
 
@@ -37,6 +37,7 @@ class Job:
         emitted: Whether the layer's nodes have been replaced.
         facts: What the passes have to say, for the report.
         notes: Sentences for the report.
+        output_grid: The static grid of the product, where outputs are quantized too.
     """
 
     layer: LinearLayer
@@ -49,6 +50,7 @@ class Job:
     emitted: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    output_grid: ActivationGrid | None = None
 
     @staticmethod
     def start(layer: LinearLayer, stats: LayerStats | None) -> Job:

@@ -127,14 +127,14 @@ class LinearLayer:
         result: Array = np.broadcast_to(flat, (self.n,)).copy()
         return result
 
-    def constant(self, suffix: str, array: npt.NDArray[Any] | ir.TensorProtocol) -> ir.Value:
-        """Register a new initializer named after the weight in the layer's graph."""
+    def constant(self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None) -> ir.Value:
+        """Register a new initializer in the layer's graph, named after the weight, or after ``base``."""
         graph = self.graph
-        base = name = f"{self.weight_name}{suffix}"
+        base = name = f"{self.weight_name if base is None else base}{suffix}"
         count = 1
         while name in graph.initializers:
             name, count = f"{base}_{count}", count + 1
-        tensor = ir.tensor(array, name=name)
+        tensor = ir.tensor(np.asarray(array) if isinstance(array, np.generic) else array, name=name)
         tensor.name = name
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)

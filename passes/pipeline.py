@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.quantize import Quantize
-from magr_onnx.types import LayerStats, WeightSpec
+from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
 
-PASSES: dict[str, type[LayerPass]] = {p.name: p for p in (MagR, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ)}
+PASSES: dict[str, type[LayerPass]] = {
+    p.name: p for p in (MagR, QuantizeActivations, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
+}
+EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
 
 _PASS = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*")
 _WORDS = {"true": True, "false": False, "none": None, "channel": None}
@@ -89,9 +94,22 @@ def _value(where: str, text: str, kind: Any) -> Any:
 
 
 def resolve(passes: Sequence[LayerPass]) -> tuple[LayerPass, ...]:
-    """Passes that leave ``bias`` open get the policy of the pipeline's compensate-bias pass."""
+    """Passes that leave ``bias`` or ``activation`` open get those of the pipeline's compensate-bias and quantize-activations."""
     policy = next((p.bias for p in passes if isinstance(p, CompensateBias)), None)
-    return tuple(replace(p, bias=policy) if isinstance(p, MagR | Quantize) and p.bias is None else p for p in passes)
+    inputs = activations_of(passes)
+    resolved: list[LayerPass] = []
+    for p in passes:
+        if isinstance(p, MagR | Quantize) and p.bias is None:
+            p = replace(p, bias=policy)
+        if isinstance(p, Quantize) and p.activation is None and inputs is not None:
+            p = replace(p, activation=inputs.type)
+        resolved.append(p)
+    return tuple(resolved)
+
+
+def activations_of(passes: Sequence[LayerPass]) -> QuantizeActivations | None:
+    """The pipeline's demand on layer inputs, if it has one."""
+    return next((p for p in passes if isinstance(p, QuantizeActivations)), None)
 
 
 def text_of(passes: Iterable[LayerPass]) -> str:
@@ -117,17 +135,36 @@ def check(passes: Sequence[LayerPass], provider: str = "cpu") -> None:
     problems: list[str] = []
     spec: WeightSpec | None = None
     invalid = False
+    passes = resolve(passes)
     for p in passes:
         if isinstance(p, Quantize):
             found = p.problems(spec)
             problems += found
             invalid = bool(found)
             spec = spec if found else p.spec()
-        elif not (invalid and isinstance(p, EmitMatMulNBits | EmitQDQ)):
+        elif not (invalid and isinstance(p, EMITTERS)):
             problems += p.problems(spec)
+    problems += _activation_problems(passes)
     if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
         problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")
     raise_all(OptionError, problems)
+
+
+def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
+    """Whether the form that is written has the inputs the pipeline asks for, and the accumulator is one of integers."""
+    inputs = activations_of(passes)
+    kind = None if inputs is None else "dynamic" if inputs.type == "dynamic" else "static"
+    found = ["quantize-activations appears twice"] if sum(isinstance(p, QuantizeActivations) for p in passes) > 1 else []
+    for p in passes:
+        wanted = {EmitQDQInt8: "static", EmitDynamicInt8: "dynamic", EmitMatMulNBits: None, EmitQDQ: None}.get(type(p), kind)
+        if wanted != kind:
+            need = {"static": "quantize-activations with type uint8 or int8", "dynamic": "quantize-activations with type dynamic"}
+            found.append(
+                f"{p.name} needs {need[wanted]} before it" if wanted else f"{p.name} keeps activations float; remove quantize-activations"
+            )
+        if isinstance(p, Quantize) and p.accumulator_bits is not None and p.activation is None:
+            found.append("accumulator_bits needs a quantize-activations pass: float activations have no accumulator to overflow")
+    return found
 
 
 def run_layers(
@@ -135,11 +172,16 @@ def run_layers(
     layers: Iterable[LinearLayer],
     stats: Callable[[LinearLayer], LayerStats | None],
     finished: Callable[[Job], None],
+    products: Mapping[str, ActivationGrid] | None = None,
 ) -> None:
-    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time."""
+    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
+
+    ``products`` holds the grids of layers' products, by value name, where those are quantized too.
+    """
     resolved = resolve(passes)
     for layer in layers:
         job = attach(layer, stats(layer))
+        job.output_grid = (products or {}).get(str(layer.node.outputs[0].name))
         for p in resolved:
             p.apply(job)
         job.write_back()

@@ -8,10 +8,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.accumulator import Accumulator, Budget, smallest_feasible
+from magr_onnx.errors import OptionError
 from magr_onnx.linalg import layer_error
+from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
-from magr_onnx.quantizers import QUANTIZERS, Options, Problem
-from magr_onnx.types import BITS, WeightSpec
+from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem
+from magr_onnx.targets import find_target
+from magr_onnx.types import BITS, WeightSpec, activation_limits
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Quantize(LayerPass):
 
     Attributes:
         method: A name in the registry.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         block_size: Rows that share a scale; none for one grid a column.
         symmetric: Fix the zero point in the middle of the grid.
         beta: Shrink of the min-max grid; none searches it per group.
@@ -30,10 +34,14 @@ class Quantize(LayerPass):
         rescale: Refit scales between sweeps (comq).
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
             matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+        target: Machine whose accumulators must not overflow (`magr_onnx.targets.TARGETS`).
+        accumulator_bits: Width of the accumulator that must not overflow, instead of a target.
+        accumulator_tile: Consecutive terms along K that share it; none for whole dot products.
+        activation: Type of the layer inputs that the codes meet. A pipeline fills it in from its quantize-activations pass.
     """
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "choose integer codes: rtn, gptq or comq"
+    summary: ClassVar[str] = "choose integer codes: rtn, gptq, comq; a2q, a2q+"
 
     method: str = "gptq"
     bits: int = 4
@@ -45,6 +53,10 @@ class Quantize(LayerPass):
     sweeps: int = 8
     rescale: bool = True
     bias: BiasPolicy | None = None
+    target: str | None = None
+    accumulator_bits: int | None = None
+    accumulator_tile: int | None = None
+    activation: ActivationType | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         found = []
@@ -62,16 +74,60 @@ class Quantize(LayerPass):
             found.append(f"damping={self.damping} must be 0 or more")
         if self.sweeps < 0:
             found.append(f"sweeps={self.sweeps} must be 0 or more")
+        return found + self._accumulator_problems()
+
+    def _accumulator_problems(self) -> list[str]:
+        asked = self.target is not None or self.accumulator_bits is not None
+        if not asked:
+            if self.accumulator_tile is not None:
+                return ["accumulator_tile needs accumulator_bits"]
+            wants = self.method in QUANTIZERS and self.method.startswith("a2q")
+            return [f"quantizer {self.method} is for accumulators only; give a target or accumulator_bits"] if wants else []
+        found = []
+        if self.activation is None and self.method.startswith("a2q"):
+            found.append(f"quantizer {self.method} needs 8-bit activations; put a quantize-activations pass before it")
+        if self.activation is not None and self.block_size is not None:
+            found.append(f"block size {self.block_size} under an accumulator: its sums need one scale a column; use 'channel'")
+        if self.target is not None and self.accumulator_bits is not None:
+            found.append("give a target or accumulator_bits, not both")
+        if self.method in QUANTIZERS and self.method not in UNDER_A_BUDGET:
+            found.append(f"quantizer {self.method} knows no accumulators; choose one of {', '.join(UNDER_A_BUDGET)}")
+        try:
+            budget = self.budget()
+        except OptionError as error:
+            return [*found, str(error)]
+        if budget is not None and budget.largest_code < 1 and self.activation is not None:
+            least = smallest_feasible(budget)
+            found.append(
+                f"accumulator_bits={self.accumulator_bits}: with {self.activation} activations only zero weights cannot overflow; "
+                f"the smallest that works is {least}"
+            )
         return found
+
+    def budget(self) -> Budget | None:
+        """The accumulator the codes must fit, or None for no constraint.
+
+        Raises:
+            OptionError: An unknown target, or an accumulator that is none.
+        """
+        signed, dynamic = self.activation == "int8", self.activation == "dynamic"
+        if self.target is not None:
+            return find_target(self.target).weight_budget(signed, True, qdq=not dynamic)
+        if self.accumulator_bits is None:
+            return None
+        accumulator = Accumulator(self.accumulator_bits, self.accumulator_tile, max(32, self.accumulator_bits))
+        return Budget(accumulator, *activation_limits(signed))
 
     def spec(self, dtype: ir.DataType = ir.DataType.FLOAT) -> WeightSpec:
         """The grid for weights of a type: half-precision weights store half-precision scales."""
-        half = dtype == ir.DataType.FLOAT16
+        half = dtype == ir.DataType.FLOAT16 and self.activation is None  # integer kernels have float32 scales
         return WeightSpec(self.bits, self.block_size, self.symmetric, "float16" if half else "float32")
 
     def apply(self, job: Job) -> bool:
         centred = job.centred(self.bias)
-        problem = Problem(job.weight, job.reference, job.stats, centred, self.spec(job.layer.dtype))
+        problem = Problem(
+            job.weight, job.reference, job.stats, centred, self.spec(job.layer.dtype), self.budget() if self.activation else None
+        )
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale)
         solution = QUANTIZERS[self.method](problem, options)
         job.quantized = solution.weight

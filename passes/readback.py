@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,23 @@ from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.types import Array
 
 
-def read_weights(model: ir.Model) -> dict[str, Array]:
-    """The dequantized weight ``(K, N)`` of every MatMulNBits and weight-only QDQ MatMul, by the name of the layer's output.
+def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
+    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
 
-    The layer's output is the Add's where the product's only reader is an Add of an initializer.
+    The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
+    of an integer product, the requantization of a product, an Add of an initializer, and a Cast back to float16.
     """
     found: dict[str, Array] = {}
     for node in model.graph:
         weight: Array | None = None
         if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
             weight = _matmulnbits(node)
-        elif node.op_type == "MatMul" and node.domain == "":
+        elif node.op_type in ("MatMul", "Gemm") and node.domain == "":
             weight = _qdq(node)
+        elif node.op_type == "MatMulInteger" and node.domain == "":
+            weight = _integer(node)
         if weight is not None:
-            found[_output_name(node)] = weight
+            found[_output_name(node, outputs)] = weight
     return found
 
 
@@ -71,11 +75,53 @@ def _qdq(node: ir.Node) -> Array | None:
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))
 
 
-def _output_name(node: ir.Node) -> str:
-    out = node.outputs[0]
-    uses = list(out.uses())
-    if node.op_type == "MatMul" and len(uses) == 1 and not out.is_graph_output() and uses[0].node.op_type == "Add":
-        other = uses[0].node.inputs[1 - uses[0].idx]
-        if other is not None and other.is_initializer():
-            out = uses[0].node.outputs[0]
-    return str(out.name)
+def _integer(node: ir.Node) -> Array | None:
+    """``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``."""
+    codes = _array(node.inputs[1])
+    zeros = _array(node.inputs[3]) if len(node.inputs) > 3 else None
+    scaled = _only_reader(_only_reader(node, "Cast"), "Mul")
+    if codes is None or codes.ndim != 2 or scaled is None:
+        return None
+    factors = next((p for v in scaled.inputs if v is not None and (p := v.producer()) is not None and p.op_type == "Mul"), None)
+    scales = None if factors is None else next((a for v in factors.inputs if (a := _array(v)) is not None), None)
+    if scales is None:
+        return None
+    zero_points = None if zeros is None else zeros.astype(np.int16)
+    return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, 1, 0))
+
+
+def _only_reader(node: ir.Node | None, op: str) -> ir.Node | None:
+    """The only node that reads ``node``'s output, if it is an ``op``."""
+    if node is None or node.outputs[0].is_graph_output():
+        return None
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == op and uses[0].node.domain == "" else None
+
+
+def _output_name(node: ir.Node, outputs: Collection[str]) -> str:
+    names = [str(n.outputs[0].name) for n in _behind(node)]
+    return next((name for name in names if name in outputs), names[-1])
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """An initializer, or one that is dequantized."""
+    node = value.producer()
+    held = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else value
+    return held is not None and held.is_initializer()
+
+
+def _behind(node: ir.Node) -> Iterator[ir.Node]:
+    """The product, and the nodes behind it that an emitter may have written."""
+    last = node
+    yield last
+    if node.op_type == "MatMulNBits":
+        return
+    for op in ("Cast", "Mul") if node.op_type == "MatMulInteger" else ("QuantizeLinear", "DequantizeLinear"):
+        if (found := _only_reader(last, op)) is not None:
+            yield (last := found)
+    add = _only_reader(last, "Add")
+    if add is not None and any(v is not None and _is_constant(v) for v in add.inputs):
+        yield (last := add)
+    cast = _only_reader(last, "Cast")
+    if cast is not None and cast.attributes["to"].as_int() == ir.DataType.FLOAT16:
+        yield cast

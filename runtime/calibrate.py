@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Array, LayerStats
+from magr_onnx.types import Activation, Array, LayerStats
 
 DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30
@@ -79,6 +79,7 @@ def collect(
     mask: str | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
+    quantize: Mapping[str, Activation] | None = None,
 ) -> Calibration:
     """Gram matrices and means of everything ``layers`` read, over all batches.
 
@@ -89,21 +90,19 @@ def collect(
         mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
         provider: Where to run.
         progress: Called with batches done and in total.
+        quantize: What is done to values before their moments are taken (see `Tap.quantize`), by value name.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
         CalibrationError: The mask leaves no rows.
     """
-    widths: dict[str, int] = {}
-    readers: dict[str, list[str]] = {}
-    for layer in layers:
-        widths[input_name(layer)] = layer.k
-        readers.setdefault(input_name(layer), []).append(layer.name)
-    names = list(widths)
-    masked = _masked(model, names, data, mask, provider)
-    taps = [Tap(n, widths[n], n in masked) for n in names]
+    quantize = quantize or {}
+    readers = readers_of(layers)
+    taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
+    taps = [replace(t, quantize=quantize.get(t.value)) for t in taps]
     grams: list[Array] = [np.zeros((t.width, t.width)) for t in taps]
     sums: list[Array] = [np.zeros(t.width) for t in taps]
+    float_sums: list[Array] = [np.zeros(t.width) for t in taps]
     rows = [0.0] * len(taps)
     bad: dict[str, str] = {}
     with Session(gram_taps(model, taps, mask), provider) as session:
@@ -111,19 +110,45 @@ def collect(
             results = iter(session.run(batch))
             for i, tap in enumerate(taps):
                 gram, total, count = next(results), next(results), next(results)
-                if not np.isfinite(total).all() or not np.isfinite(np.trace(gram)):
-                    where = f"input of {', '.join(readers[tap.value])} ({tap.value})"
-                    bad.setdefault(tap.value, f"{where}: NaN or infinite activations in {data.label(index)}")
+                float_total = total if tap.quantize is None else next(results)
+                if not np.isfinite(float_total).all() or not np.isfinite(np.trace(gram)):
+                    bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
                 grams[i] += gram
                 sums[i] += total
+                float_sums[i] += float_total
                 rows[i] += float(count[0])
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
+    check_rows(rows, mask)
+    stats = {}
+    for t, g, s, f, r in zip(taps, grams, sums, float_sums, rows, strict=True):
+        stats[t.value] = LayerStats(g / r, s / r, round(r), None if t.quantize is None else f / r, t.quantize)
+    return Calibration(stats, tuple(t.value for t in taps if not t.masked) if mask is not None else ())
+
+
+def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
+    """Layers by the name of the value they read."""
+    found: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        found.setdefault(input_name(layer), []).append(layer)
+    return found
+
+
+def make_taps(model: ir.Model, widths: Mapping[str, int], data: Batches, mask: str | None, provider: str) -> list[Tap]:
+    """One tap for every value, masked where the mask fits."""
+    masked = _masked(model, list(widths), data, mask, provider)
+    return [Tap(n, k, n in masked) for n, k in widths.items()]
+
+
+def not_finite(value: str, readers: Sequence[LinearLayer], where: str) -> str:
+    return f"input of {', '.join(layer.name for layer in readers)} ({value}): NaN or infinite activations in {where}"
+
+
+def check_rows(rows: Iterable[float], mask: str | None) -> None:
+    """Refuse a mask that leaves no rows."""
     if any(r == 0 for r in rows):
         raise CalibrationError(f"the mask {mask!r} leaves no rows to calibrate with; pass another mask, or none")
-    stats = {t.value: LayerStats(g / r, s / r, round(r)) for t, g, s, r in zip(taps, grams, sums, rows, strict=True)}
-    return Calibration(stats, tuple(n for n in names if n not in masked) if mask is not None else ())
 
 
 def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | None, provider: str) -> set[str]:

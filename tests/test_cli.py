@@ -21,7 +21,7 @@ from magr_onnx.cli import app, main
 from tests import graphs
 from tests.graphs import feeds, proto
 
-COMMANDS = ("optimize", "inspect", "validate", "passes", "demo")
+COMMANDS = ("optimize", "inspect", "validate", "verify", "passes", "demo")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
         (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
         (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report folder"),
-        (("optimize", "model.onnx", "--bits", "5"), 2, "'5' is not one of"),
+        (("optimize", "model.onnx", "--bits", "9"), 2, "'9' is not one of"),
         (("optimise", "model.onnx"), 2, "No such command"),
         (("validate", "model.onnx", "model.onnx"), 2, "--data"),
         (("demo", "--folder", "none"), 1, "does not exist"),

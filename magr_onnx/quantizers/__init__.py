@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from magr_onnx.quantizers import comq, gptq, rtn
+from magr_onnx.quantizers import a2q, comq, gptq, rtn
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 
 Quantizer = Callable[[Problem, Options], Solution]
@@ -16,6 +16,12 @@ QUANTIZERS: dict[str, Quantizer] = {
     "rtn": rtn.run,
     "gptq": gptq.run,
     "comq": comq.run,
+    "a2q": a2q.run,
+    "a2q+": a2q.run_plus,
 }
 
-__all__ = ["QUANTIZERS", "Options", "Problem", "Quantizer", "Solution"]
+UNDER_A_BUDGET = ("gptq", "comq", "a2q", "a2q+")
+"""Those that know accumulator constraints; the last two know nothing else."""
+
+
+__all__ = ["QUANTIZERS", "UNDER_A_BUDGET", "Options", "Problem", "Quantizer", "Solution"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, blocks, stored
 from magr_onnx.linalg import damped
 from magr_onnx.quantizers import gptq
@@ -41,7 +42,14 @@ class Refined:
 
 
 def refine(
-    target: Array, start: QuantizedWeight, gram: Array, *, sweeps: int = 8, rescale: bool = True, tolerance: float = 2e-3
+    target: Array,
+    start: QuantizedWeight,
+    gram: Array,
+    *,
+    sweeps: int = 8,
+    rescale: bool = True,
+    tolerance: float = 2e-3,
+    budget: Budget | None = None,
 ) -> Refined:
     """Lower the layer error of ``start`` against ``target (K, N)`` under ``gram (K, K)``.
 
@@ -54,6 +62,8 @@ def refine(
         sweeps: Most sweeps over all rows.
         rescale: Refit the scales after every sweep but the last.
         tolerance: Stop when a sweep lowers E by less than this fraction.
+        budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code its tile still has room for, so E
+            still never rises. A refitted scale changes no code.
     """
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
@@ -61,7 +71,7 @@ def refine(
     residual: Array = h @ (w0 - weight.dequantize())
     errors = [_energy(w0, weight, residual)]
     for sweep in range(sweeps):
-        weight, residual = _sweep(w0, weight, h, residual)
+        weight, residual = _sweep(w0, weight, h, residual, budget)
         if rescale and sweep + 1 < sweeps:
             weight, residual = _rescale(w0, weight, h, residual)
         errors.append(_energy(w0, weight, residual))
@@ -74,7 +84,7 @@ def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
     return float(np.einsum("kn,kn->", target - weight.dequantize(), residual, dtype=np.float64))
 
 
-def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> tuple[QuantizedWeight, Array]:
+def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None) -> tuple[QuantizedWeight, Array]:
     """One pass of exact coordinate minimisation over all rows."""
     grid = Grid.of(weight)
     k = len(target)
@@ -84,6 +94,8 @@ def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array)
     groups = grid.spec.group_of_row(k)
     top = np.float32(grid.spec.top)
     codes = weight.codes.astype(np.float32)
+    middle = np.float32(grid.spec.middle)
+    room = None if budget is None else Room(budget, k, codes.shape[1], weight.raw())
     residual = residual.copy()
     for begin in range(0, len(order), BLOCK):
         rows = order[begin : begin + BLOCK]
@@ -97,6 +109,9 @@ def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array)
             q += codes[k_i]
             np.rint(q, out=q)
             np.clip(q, 0, top, out=q)
+            if room is not None:
+                room.release(k_i, codes[k_i] - middle)
+                room.clip(k_i, q, middle)
             np.subtract(q, codes[k_i], out=change[i])
             change[i] *= scale
             codes[k_i] = q
@@ -148,6 +163,6 @@ def run(problem: Problem, options: Options) -> Solution:
     start = gptq.run(problem, options)
     damping = problem.damping(options)
     gram = problem.stats.memo(("damped", problem.centred, damping), lambda: damped(problem.gram, damping))
-    refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale)
-    facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]}
+    refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
+    facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.facts
     return Solution(refined.weight, start.notes, facts)

@@ -19,17 +19,22 @@ Deviations from the authors' code:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.grid import Grid, choose
-from magr_onnx.linalg import cholesky
+from magr_onnx.accumulator import Budget, Room
+from magr_onnx.grid import Grid, choose, stored
+from magr_onnx.linalg import cholesky, column_errors, damped
+from magr_onnx.quantizers.a2q import project
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 BLOCK = 64
+_RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
+_LADDER_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,9 +67,15 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     return Feedback(matrix, order, factor.damping)
 
 
-def solve(weights: Array, feedback: Feedback, grid: Grid) -> QuantizedWeight:
-    """Codes of ``weights (K, N)`` on ``grid``; ``K^2 N`` FLOPs, nearly all of them in matrix products."""
-    k = len(weights)
+def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
+    """Codes of ``weights (K, N)`` on ``grid``; ``K^2 N`` FLOPs, nearly all of them in matrix products.
+
+    With a ``budget`` every code is clipped to what its tile's register still has room for (AXE, arXiv 2409.17092); the clipped error is
+    fed forward like any rounding error.
+    """
+    k, n = weights.shape
+    room = None if budget is None else Room(budget, k, n)
+    middle = np.float32(grid.spec.middle)
     order, f = feedback.order, feedback.matrix
     groups = grid.spec.group_of_row(k)[order]
     w = weights[order].astype(np.float32, copy=False)
@@ -81,6 +92,8 @@ def solve(weights: Array, feedback: Feedback, grid: Grid) -> QuantizedWeight:
             np.rint(q, out=q)
             q += grid.zeros[g]
             np.clip(q, 0, top, out=q)
+            if room is not None:
+                room.clip(order[i], q, middle)
             codes[i] = q
             q -= grid.zeros[g]
             q *= grid.scales[g]
@@ -105,6 +118,79 @@ def quantize(
     return solve(weights, prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
 
 
+def under_budget(
+    weights: Array, target: Array, free: QuantizedWeight, gram: Array, feedback: Feedback, budget: Budget
+) -> tuple[QuantizedWeight, int]:
+    """Columns whose codes could overflow, solved again under the budget.
+
+    A larger scale makes codes smaller: it costs resolution everywhere and saves clipping. So each column takes the best, by its layer
+    error, of a ladder of scales from the unconstrained one to the one that needs no clipping at all, with the weights as they are and with
+    the weights projected on the budget first (the soft threshold that AXE starts from, A2Q+'s projection). Where the grid has a zero
+    point, zero-centred columns (A2Q+) are in the choice too.
+
+    Args:
+        weights: ``(K, N)`` what to put on the grid.
+        target: ``(K, N)`` what the layer error is measured against.
+        free: The solution without a budget, one grid a column.
+        gram: ``(K, K)`` the damped matrix of the error.
+        feedback: Of the same matrix.
+        budget: The constraint.
+
+    Returns:
+        The weight, and the number of columns that were solved again.
+    """
+    spec, k = free.spec, len(weights)
+    low, high = budget.column_extremes(free.raw())
+    bad = np.flatnonzero((low < budget.low) | (high > budget.high))
+    codes, scales, zeros = free.codes.copy(), free.scales.copy(), free.zero_points.copy()
+    grid = Grid.of(free)
+    bad = bad[np.argsort(-_excess(weights[:, bad], grid.columns(bad), budget), kind="stable")]
+    at = 0
+    while at < len(bad):
+        rungs = _rungs(_excess(weights[:, bad[at : at + 1]], grid.columns(bad[at : at + 1]), budget)[0])
+        c = bad[at : at + max(1, _LADDER_BYTES // (16 * k * rungs))]  # columns of like excess, so that few rungs serve them
+        at += len(c)
+        best = np.full(len(c), np.inf)
+        for ladder, start in _ladder(weights[:, c], grid.columns(c), budget, rungs):
+            found = solve(start, feedback, ladder, budget)
+            error = column_errors(found.dequantize() - np.tile(target[:, c], rungs), gram).reshape(rungs, -1)
+            for i in range(rungs):
+                better = error[i] < best
+                chosen = i * len(c) + np.flatnonzero(better)
+                best[better] = error[i][better]
+                codes[:, c[better]] = found.codes[:, chosen]
+                scales[:, c[better]] = found.scales[:, chosen]
+                zeros[:, c[better]] = found.zero_points[:, chosen]
+    return QuantizedWeight(codes, scales, zeros, spec), len(bad)
+
+
+def _excess(weights: Array, grid: Grid, budget: Budget) -> Array:
+    """By how much every column's scale would have to grow for its unrounded codes to fit, at least 1, ``(N,)``."""
+    low, high = budget.column_extremes(weights / grid.scales + (grid.zeros - grid.spec.middle))
+    result: Array = np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
+    return result
+
+
+def _rungs(excess: float) -> int:
+    return int(np.clip(np.ceil(np.log(excess) / np.log(_RATIO)) + 1, 2, _MOST_RUNGS))
+
+
+def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[tuple[Grid, Array]]:
+    """Grids and weights to try, all rungs side by side: as they are, then projected on the budget; with the grid's zero, then centred."""
+    spec, k = grid.spec, len(weights)
+    zeros = [grid.zeros]
+    if not spec.symmetric:
+        zeros.append(np.clip(np.rint(spec.middle - weights.mean(axis=0) / grid.scales), 0, spec.top).astype(np.float32))
+    for zero in zeros:
+        factors = _excess(weights, replace(grid, zeros=zero), budget) ** np.linspace(0, 1, rungs)[:, None]
+        scales = stored((grid.scales * factors).reshape(1, -1), spec)
+        shift = np.rint(((zero - spec.middle) / factors).reshape(1, -1)).astype(np.float32)
+        ladder = Grid(scales, shift + spec.middle, spec, k)
+        repeated = np.tile(weights, rungs)
+        yield ladder, repeated
+        yield ladder, ((project(repeated / scales + shift, budget) - shift) * scales).astype(np.float32)
+
+
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
     damping = problem.damping(options)
@@ -114,4 +200,9 @@ def run(problem: Problem, options: Options) -> Solution:
     notes: tuple[str, ...] = ()
     if feedback.damping != damping:
         notes = (f"Cholesky failed at damping {damping:g}; used {feedback.damping:g}",)
-    return Solution(solve(problem.weights, feedback, grid), notes)
+    weight = solve(problem.weights, feedback, grid)
+    if problem.budget is None:
+        return Solution(weight, notes)
+    gram = problem.stats.memo(("damped", problem.centred, damping), lambda: damped(problem.gram, damping))
+    constrained, columns = under_budget(problem.weights, problem.target, weight, gram, feedback, problem.budget)
+    return Solution(constrained, notes, {"columns_constrained": columns})

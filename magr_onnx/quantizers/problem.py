@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from magr_onnx.accumulator import Budget
 from magr_onnx.linalg import automatic_damping
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
@@ -18,6 +19,7 @@ class Problem:
         stats: Second moments of the layer's input.
         centred: Whether a bias will absorb the mean error, which makes ``H - mu mu^T`` the matrix of the error.
         spec: The integer grid.
+        budget: What the codes that share an accumulator may add up to; None for no constraint.
     """
 
     weights: Array
@@ -25,6 +27,7 @@ class Problem:
     stats: LayerStats
     centred: bool
     spec: WeightSpec
+    budget: Budget | None = None
 
     @property
     def gram(self) -> Array:

@@ -1,0 +1,229 @@
+"""Integer accumulators: what a dot product can reach, exactly, and how large codes may be.
+
+A dot product of activations ``x`` in ``[x_min, x_max]`` (``x_min <= 0 <= x_max``) with integer codes ``q`` is summed in tiles of ``T``
+consecutive terms, each in a register of ``P`` bits; tile sums are added in an outer register. Over all inputs and all orders of
+summation a tile with ``p`` the sum of its positive codes and ``m`` the sum of its negative ones reaches exactly
+
+    x_max p + x_min m   at most,      x_max m + x_min p   at least,
+
+because positive and negative terms can be drawn separately (A2Q, Colbert et al., arXiv 2308.13504, bounds the same by the l1 norm;
+A2Q+, arXiv 2401.10432, splits it by sign; AXE, arXiv 2409.17092, keeps ``p`` and ``m`` as running sums). All of it is integer
+arithmetic: no float takes part in a verdict. Kernels multiply RAW codes, so the range of an asymmetric uint8 activation is 0 to 255
+whatever its zero point.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.errors import OptionError
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulator:
+    """A register that sums ``tile`` products, and the one that sums the tiles.
+
+    Attributes:
+        bits: Width ``P`` of the register, two's complement.
+        tile: Consecutive terms ``T`` along K that share it; None for the whole dot product.
+        outer_bits: Width of the register the tile sums are added in.
+        saturating: Whether the register clips where it overflows (else it wraps): what a witness will show.
+    """
+
+    bits: int = 32
+    tile: int | None = None
+    outer_bits: int = 32
+    saturating: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 64 or not self.bits <= self.outer_bits <= 64:
+            raise OptionError(f"accumulators have 2 to 64 bits, the outer one no fewer; got {self.bits} and {self.outer_bits}")
+        if self.tile is not None and self.tile < 1:
+            raise OptionError(f"accumulator tile {self.tile} must be at least 1, or none for the whole dot product")
+
+    def __str__(self) -> str:
+        per = "the whole dot product" if self.tile is None else f"{self.tile} terms"
+        return f"{self.bits} bits{' saturating' if self.saturating else ''} for {per}"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """An accumulator met by activations in ``[x_min, x_max]``: what codes may add up to.
+
+    Attributes:
+        accumulator: The registers.
+        x_min: Least raw activation code, 0 or negative.
+        x_max: Greatest raw activation code, positive.
+    """
+
+    accumulator: Accumulator
+    x_min: int = 0
+    x_max: int = 255
+
+    def __post_init__(self) -> None:
+        if not self.x_min <= 0 < self.x_max:
+            raise OptionError(f"the activation range [{self.x_min}, {self.x_max}] must hold 0 and a positive code")
+
+    @property
+    def high(self) -> int:
+        """The largest sum the inner register holds."""
+        return int(2 ** (self.accumulator.bits - 1) - 1)
+
+    @property
+    def low(self) -> int:
+        """The least sum the inner register holds."""
+        return int(-(2 ** (self.accumulator.bits - 1)))
+
+    @property
+    def largest_code(self) -> int:
+        """The largest ``c`` such that a lone code ``c``, and a lone ``-c``, cannot overflow; 0 when the budget is infeasible."""
+        found = min(self.high, -self.low) // self.x_max
+        return min(found, self.high // -self.x_min, -self.low // -self.x_min) if self.x_min else found
+
+    @property
+    def l1(self) -> float:
+        """The l1 norm of zero-sum codes that is always safe (A2Q+, arXiv 2401.10432, eq. 11): ``2 high / (x_max - x_min)``."""
+        return 2 * self.high / (self.x_max - self.x_min)
+
+    @property
+    def l1_any(self) -> float:
+        """The l1 norm that is safe for codes of any sign pattern (A2Q, arXiv 2308.13504, eq. 15): ``high / max |x|``."""
+        return self.high / max(self.x_max, -self.x_min)
+
+    def column_extremes(self, codes: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Least and greatest sum any tile of every column of ``codes (K, N)`` can reach, ``(N,)`` each; exact for integer codes."""
+        low, high = extremes(codes, self.accumulator.tile, self.x_min, self.x_max)
+        return low.min(axis=0), high.max(axis=0)
+
+    def tiles(self, k: int) -> int:
+        """Number of tiles of a dot product of ``k`` terms."""
+        return 1 if self.accumulator.tile is None else -(-k // self.accumulator.tile)
+
+    def tile_of_row(self, k: int) -> npt.NDArray[np.intp]:
+        """Tile index of every term, ``(k,)``."""
+        return np.zeros(k, np.intp) if self.accumulator.tile is None else np.arange(k) // self.accumulator.tile
+
+
+def tile_starts(k: int, tile: int | None, block: int | None = None) -> npt.NDArray[np.intp]:
+    """First row of every tile of ``k`` rows; tiles start afresh with every ``block`` rows (whose sums leave for floats)."""
+    blocks = range(0, max(k, 1), block or max(k, 1))
+    return np.concatenate([np.arange(b, max(min(b + (block or k), k), b + 1), tile or max(k, 1)) for b in blocks])
+
+
+def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sums of the positive and of the negative codes of every tile.
+
+    Args:
+        codes: ``(K, N)`` raw integer codes.
+        tile: Terms a tile; None for all K.
+        block: Rows after which tiles start afresh; None for never.
+
+    Returns:
+        ``p`` and ``m``, each ``(tiles, N)`` int64, ``p >= 0 >= m``.
+    """
+    real = np.issubdtype(codes.dtype, np.floating)  # codes before they are rounded
+    wide = codes if real else codes.astype(np.int64, copy=False)  # before the sign is split: the least narrow code has no negative
+    if not len(codes):
+        return np.zeros((1, codes.shape[1]), np.int64), np.zeros((1, codes.shape[1]), np.int64)
+    starts = tile_starts(len(codes), tile, block)
+    return np.add.reduceat(np.maximum(wide, 0), starts, axis=0), np.add.reduceat(np.minimum(wide, 0), starts, axis=0)
+
+
+def extremes(
+    codes: Integers, tile: int | None, x_min: int, x_max: int, block: int | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Least and greatest sum of every tile over all inputs, ``(tiles, N)`` int64 each."""
+    p, m = signed_sums(codes, tile, block)
+    return x_max * m + x_min * p, x_max * p + x_min * m
+
+
+def bits_for(low: int, high: int) -> int:
+    """The least two's complement width that holds all of ``[low, high]``."""
+    return max(max(int(high), 0).bit_length(), (-int(low) - 1).bit_length() if low < 0 else 0) + 1
+
+
+def fits(codes: Integers, budget: Budget) -> bool:
+    """Whether neither the tiles of ``codes (K, N)`` nor their outer sum can overflow, for any input."""
+    low, high = extremes(codes, budget.accumulator.tile, budget.x_min, budget.x_max)
+    if low.size and not (low.min() >= budget.low and high.max() <= budget.high):
+        return False
+    limit = 2 ** (budget.accumulator.outer_bits - 1)
+    return not low.size or bool(low.sum(axis=0).min() >= -limit and high.sum(axis=0).max() <= limit - 1)
+
+
+def data_type_bits(tile: int, x_min: int, x_max: int, q_min: int, q_max: int) -> int:
+    """The accumulator that holds ``tile`` products of any codes of the type: the bound without knowledge of the weights."""
+    corners = (x_min * q_min, x_min * q_max, x_max * q_min, x_max * q_max)
+    return bits_for(tile * min(corners), tile * max(corners))
+
+
+def smallest_feasible(budget: Budget) -> int:
+    """The fewest accumulator bits in which a code of 1 and one of -1 fit: with fewer only zero weights are safe."""
+    return bits_for(-max(budget.x_max, -budget.x_min), max(budget.x_max, -budget.x_min))
+
+
+class Room:
+    """Running sums of AXE (arXiv 2409.17092, eq. 15 to 21), exact: which codes still fit in every column's tile.
+
+    Rows may come in any order; `take` one before asking for the next of the same tile. Deviations from the paper: floors and ceilings on
+    exact integers instead of a margin for rounding, and ``[low, high]`` of the register instead of a symmetric bound.
+    """
+
+    def __init__(self, budget: Budget, k: int, n: int, codes: Integers | None = None) -> None:
+        self._budget = budget
+        self._tile = budget.tile_of_row(k)
+        if codes is None:
+            self.positive = np.zeros((budget.tiles(k), n), np.int64)
+            self.negative = np.zeros_like(self.positive)
+        else:
+            self.positive, self.negative = signed_sums(codes, budget.accumulator.tile)
+
+    def limits(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Least and greatest code ``(N,)`` that may be added at ``row``."""
+        b, t = self._budget, self._tile[row]
+        p, m = self.positive[t], self.negative[t]
+        above = b.high - (b.x_max * p + b.x_min * m)  # room below the register's largest value
+        below = (b.x_max * m + b.x_min * p) - max(b.low, 1 - 2**63)  # room above its least; int64 has no 2**63
+        upper, lower = above // b.x_max, below // b.x_max
+        if b.x_min:
+            upper, lower = np.minimum(upper, below // -b.x_min), np.minimum(lower, above // -b.x_min)
+        return -np.maximum(lower, 0), np.maximum(upper, 0)
+
+    def take(self, row: int, codes: npt.NDArray[Any]) -> None:
+        """Count ``codes (N,)`` at ``row``."""
+        t = self._tile[row]
+        whole = codes.astype(np.int64)
+        self.positive[t] += np.maximum(whole, 0)
+        self.negative[t] += np.minimum(whole, 0)
+
+    def clip(self, row: int, codes: npt.NDArray[np.floating[Any]], middle: Any) -> None:
+        """Clip wanted codes ``(N,)``, ``middle`` above the raw ones, to what still fits at ``row``, in place, and count them."""
+        lower, upper = self.limits(row)
+        np.clip(codes, lower + middle, upper + middle, out=codes)
+        self.take(row, codes - middle)
+
+    def release(self, row: int, codes: npt.NDArray[Any]) -> None:
+        """Uncount ``codes (N,)`` at ``row``."""
+        t = self._tile[row]
+        whole = codes.astype(np.int64)
+        self.positive[t] -= np.maximum(whole, 0)
+        self.negative[t] -= np.minimum(whole, 0)
+
+
+def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_max: int = 127, shift: int = 0) -> int | None:
+    """The largest block whose sum of raw ``bits``-wide codes, stored ``shift`` higher, times int8 activations fits; None if none does."""
+    fitting = [b for b in blocks if data_type_bits(b, -x_max, x_max, 0, 2**bits - 1 + shift) <= accumulator_bits]
+    return max(fitting) if fitting else None
+
+
+def log2_gap(low: int, high: int, bits: int) -> float:
+    """Headroom in bits: how often the worst case could double before it leaves ``bits``; negative when it does not fit."""
+    worst = max(high / (2 ** (bits - 1) - 1), low / -(2 ** (bits - 1)))
+    return math.inf if worst <= 0 else -math.log2(worst)

@@ -1,0 +1,76 @@
+"""A2Q (Colbert et al., arXiv 2308.13504) and A2Q+ (arXiv 2401.10432) after training: project on the accumulator's l1 ball, round to zero.
+
+    argmin_v 1/2 ||v - w||^2   subject to   ||v / s||_1 <= budget in every tile of every column
+
+Rounding towards zero can only shrink the norm, so the codes are safe. A2Q's radius holds for codes of any signs; A2Q+ subtracts the
+column's mean first, which makes the positive and the negative codes add up to the same and doubles the radius for unsigned activations.
+The mean goes into the grid's zero point, so A2Q+ needs an asymmetric grid.
+
+Deviations from the papers: no training, the projection is their initialisation; scales come from the unprojected range; tiles
+(AXE's multi-stage sums) each get a ball of their own; where a tile's mean is not the column's, each sign is held to its own half.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from magr_onnx.accumulator import Budget
+from magr_onnx.grid import Grid, stored
+from magr_onnx.prox import project_l1_ball
+from magr_onnx.quantizers.problem import Options, Problem, Solution
+from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+
+
+def tiled(columns: Array, tile: int | None) -> Array:
+    """``(K, N)`` as ``(T, tiles * N)``: every tile a column, the last padded with zeros."""
+    k, n = columns.shape
+    size = k if tile is None else min(tile, k)
+    count = -(-k // size)
+    padded = np.zeros((count * size, n), columns.dtype)
+    padded[:k] = columns
+    return padded.reshape(count, size, n).transpose(1, 0, 2).reshape(size, -1)
+
+
+def untiled(tiles: Array, k: int, n: int) -> Array:
+    """Inverse of `tiled`."""
+    size = len(tiles)
+    result: Array = tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
+    return result
+
+
+def project(codes: Array, budget: Budget) -> Array:
+    """The nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
+
+    For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is
+    sufficient.
+    """
+    tiles = tiled(codes, budget.accumulator.tile)
+    half = budget.l1 / 2
+    parts = (project_l1_ball(np.maximum(tiles, 0), half), project_l1_ball(np.minimum(tiles, 0), half))
+    return untiled(parts[0] + parts[1], *codes.shape)
+
+
+def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> QuantizedWeight:
+    """A2Q, or A2Q+ with ``plus``, of ``weights (K, N)`` on one grid a column."""
+    k, n = weights.shape
+    mean = weights.mean(axis=0, keepdims=True) if plus and not spec.symmetric else np.zeros((1, n), weights.dtype)
+    span = np.abs(weights - mean).max(axis=0, keepdims=True) / (spec.middle - 1 or 1)
+    scales = stored(np.where(span > 0, span, 1), spec)
+    shift = np.clip(np.rint(mean / scales), 1 - spec.middle, spec.middle - 1)
+    codes = weights / scales - shift
+    ball = budget.l1_any
+    projected = project(codes, budget) if plus else untiled(project_l1_ball(tiled(codes, budget.accumulator.tile), ball), k, n)
+    rounded = np.clip(np.trunc(projected), -spec.middle, spec.top - spec.middle) + spec.middle
+    return Grid(scales, (spec.middle - shift).astype(np.float32), spec, k).weight(rounded)
+
+
+def run(problem: Problem, options: Options) -> Solution:
+    """Registry form of A2Q; see `magr_onnx.quantizers`."""
+    assert problem.budget is not None
+    return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=False))
+
+
+def run_plus(problem: Problem, options: Options) -> Solution:
+    """Registry form of A2Q+; see `magr_onnx.quantizers`."""
+    assert problem.budget is not None
+    return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=True))

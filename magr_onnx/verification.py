@@ -1,0 +1,216 @@
+"""What `magr_onnx.verify` found, as data, as JSON and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from magr_onnx.proof import Claim
+from magr_onnx.report import plain, wrapped
+
+Verdict = Literal["proved", "overflows"]
+ROWS = 20  # layers of the table; the JSON has all
+
+
+@dataclass(frozen=True, slots=True)
+class WitnessRow:
+    """An input that a register cannot hold; see `magr_onnx.proof.Witness`.
+
+    Attributes:
+        claim: ``inner``, ``outer`` or ``result``.
+        column: Output channel.
+        rows: Rows of K the register had added, in the kernel's order.
+        x: Activation codes ``(K,)``.
+        x_zero: Zero point of the activation in the sum ``result``.
+        exact: The true sum in the register.
+        held: What the register holds instead.
+        dot: The true dot product of the column.
+        simulated: The same as the registers give it.
+        operator: What was run on this machine; empty if nothing could be.
+        computed: What this machine computed.
+        exact_here: Whether that is the true dot product.
+        detail: Why nothing was run.
+    """
+
+    claim: str
+    column: int
+    rows: tuple[int, ...]
+    x: tuple[int, ...]
+    x_zero: int
+    exact: int
+    held: int
+    dot: int
+    simulated: int
+    operator: str
+    computed: int | None
+    exact_here: bool | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVerdict:
+    """One integer dot product.
+
+    Attributes:
+        name: Node name; a function's nodes are ``function/node``.
+        op: Operator, and the form it has in the graph.
+        weight: Name of the weight.
+        k: Terms of the dot product.
+        n: Outputs.
+        x_type: Type of the activation codes.
+        w_type: Type of the weight codes.
+        x_range: Range of the activation codes as the kernel multiplies them.
+        accumulator: The registers, in words.
+        order: Order of K that was assumed, where it is not the graph's.
+        inner: The sum of a tile.
+        outer: The sum of the tiles, with the integer bias.
+        result: The operator's own result, with zero points; None where it is formed in floats.
+        verdict: Whether all of them fit.
+        witness: An input for which one does not.
+    """
+
+    name: str
+    op: str
+    weight: str
+    k: int
+    n: int
+    x_type: str
+    w_type: str
+    x_range: tuple[int, int]
+    accumulator: str
+    order: str
+    inner: Claim
+    outer: Claim
+    result: Claim | None
+    verdict: Verdict
+    witness: WitnessRow | None
+
+    @property
+    def headroom(self) -> float:
+        """Of the tightest register, in bits."""
+        claims = (self.inner, self.outer, self.result)
+        return min((c.headroom for c in claims if c is not None and c.headroom is not None), default=float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedNode:
+    """A node with a dot product that is neither proved nor refuted, and why."""
+
+    name: str
+    op: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Everything `magr_onnx.verify` found.
+
+    Attributes:
+        source: Path of the model, or a description.
+        against: The target or the accumulator, in words.
+        layers: Integer dot products in graph order.
+        skipped: All other nodes with dot products.
+        machine: Where witnesses were run.
+        versions: Of the packages involved.
+    """
+
+    source: str
+    against: str
+    layers: tuple[LayerVerdict, ...]
+    skipped: tuple[SkippedNode, ...]
+    machine: str
+    versions: dict[str, str]
+
+    @property
+    def failed(self) -> tuple[LayerVerdict, ...]:
+        return tuple(layer for layer in self.layers if layer.verdict != "proved")
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing overflows; what was skipped is not claimed either way."""
+        return not self.failed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**plain(dataclasses.asdict(self)), "ok": self.ok}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_text(self) -> str:
+        """Totals, the tightest layers, one witness in words, and the reasons of nodes skipped, within 80 columns."""
+        return "\n".join([*self._summary(), *self._table(), *self._witnesses(), *self._skips()])
+
+    def _summary(self) -> list[str]:
+        proved = len(self.layers) - len(self.failed)
+        if self.layers:
+            lines = [f"verdict      {proved} of {len(self.layers)} integer dot products proved, {len(self.failed)} overflow"]
+        else:
+            lines = ["verdict      nothing to prove: the model has no integer dot product"]
+        if self.skipped:
+            lines.append(f"             {len(self.skipped)} other nodes are not integer dot products or cannot be read")
+        orders = {layer.order: None for layer in self.layers if layer.order}
+        lines += [line for order in orders for line in wrapped(f"order of K   {order} in convolutions")]
+        return [f"model        {self.source}", *wrapped(f"against      {self.against}"), *lines]
+
+    def _table(self) -> list[str]:
+        if not self.layers:
+            return []
+        lines = ["", f"{'layer':30} {'K x N':>13} {'inner':>7} {'outer':>7} {'head':>6}  verdict"]
+        ranked = sorted(self.layers, key=lambda layer: (layer.verdict == "proved", layer.headroom))
+        for layer in ranked[:ROWS]:
+            name = layer.name if len(layer.name) <= 30 else f"...{layer.name[-27:]}"
+            outer = max((c for c in (layer.outer, layer.result) if c is not None), key=lambda c: c.needed)
+            head = "" if layer.headroom == float("inf") else f"{layer.headroom:6.2f}"
+            sizes = f"{f'{layer.inner.needed}/{layer.inner.bits}':>7} {f'{outer.needed}/{outer.bits}':>7}"
+            lines.append(f"{name:30} {f'{layer.k} x {layer.n}':>13} {sizes} {head:>6}  {layer.verdict}")
+        rest = ranked[ROWS:]
+        if rest:
+            failing = sum(layer.verdict != "proved" for layer in rest)
+            lines.append(f"... and {len(rest)} more, {f'{failing} of them overflow' if failing else 'all proved'}")
+        return [*lines, "inner, outer: bits needed / bits there are; head: headroom in bits"]
+
+    def _witnesses(self) -> list[str]:
+        failed = [layer for layer in self.failed if layer.witness is not None]
+        if not failed:
+            return []
+        worst = min(failed, key=lambda layer: layer.headroom)
+        witness = worst.witness
+        assert witness is not None
+        text = f"  {worst.name}, column {witness.column}, {_rows(witness)}: the sum is {witness.exact}, the register holds {witness.held}"
+        lines = ["", "witness of the worst", *wrapped(text, 4)]
+        lines += wrapped(f"  dot product {witness.dot}, with these registers {witness.simulated}; {_here(witness)}", 4)
+        ran = [layer.witness for layer in failed if layer.witness is not None and layer.witness.exact_here is not None]
+        exact = sum(bool(w.exact_here) for w in ran)
+        lines += wrapped(f"  of {len(ran)} witnesses run on this machine ({self.machine}), {exact} came out exact", 4)
+        return lines
+
+    def _skips(self) -> list[str]:
+        if not self.skipped:
+            return []
+        reasons: dict[str, list[SkippedNode]] = {}
+        for row in self.skipped:
+            reasons.setdefault(row.reason, []).append(row)
+        lines = ["", "not proved, and not claimed"]
+        for reason, rows in reasons.items():
+            shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+            details = sorted({r.detail for r in rows})
+            lines += wrapped(f"  {len(rows):3d}  {reason}{f' ({details[0]})' if details[1:] == [] and details[0] else ''}: {shown}", 7)
+        return lines
+
+
+def _rows(witness: WitnessRow) -> str:
+    rows = witness.rows
+    if len(rows) <= 4:
+        return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
+    return f"{len(rows)} rows"
+
+
+def _here(witness: WitnessRow) -> str:
+    if witness.exact_here is None:
+        return f"not run here ({witness.detail})" if witness.detail else "not run here"
+    found = "exact on this machine" if witness.exact_here else f"this machine computes {witness.computed}"
+    return f"{found} ({witness.operator})"

@@ -1,0 +1,80 @@
+"""The overflow proof of a whole model: every integer dot product against the registers it meets."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.machines import on_accumulator, on_target
+from magr_onnx.passes.dot_products import find
+from magr_onnx.passes.operands import Reason
+from magr_onnx.proof import IntegerDot, Machine, Proof, prove
+from magr_onnx.runtime import witness as witnesses
+from magr_onnx.targets import Target
+from magr_onnx.verification import LayerVerdict, SkippedNode, WitnessRow
+
+
+def verify(
+    model: ir.Model, against: Target | Accumulator, outer_bits: int | None = None, run: bool = True
+) -> tuple[tuple[LayerVerdict, ...], tuple[SkippedNode, ...]]:
+    """Verdicts of all integer dot products, and the nodes that are none or cannot be read.
+
+    Args:
+        model: The model; it is not changed.
+        against: A machine, or the registers somebody asks about.
+        outer_bits: Width of the outer register on a target, instead of its own.
+        run: Whether to run one witness a failing layer in onnxruntime.
+    """
+    dots, skips = find(model)
+    layers: list[LayerVerdict] = []
+    skipped = [SkippedNode(s.name, s.op, s.reason.value, s.detail) for s in skips]
+    for dot in dots:
+        machine = on_accumulator(dot, against) if isinstance(against, Accumulator) else on_target(dot, against, outer_bits)
+        if isinstance(machine, str):
+            skipped.append(SkippedNode(dot.name, dot.op, Reason.TARGET.value, machine))
+        else:
+            layers.append(_verdict(dot, machine, prove(dot, machine), run))
+    return tuple(layers), tuple(skipped)
+
+
+def _verdict(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> LayerVerdict:
+    shift = machine.x_shift
+    return LayerVerdict(
+        dot.name,
+        dot.op,
+        dot.weight,
+        dot.k,
+        dot.n,
+        dot.x_type,
+        dot.w_type,
+        (dot.x_range[0] + shift, dot.x_range[1] + shift),
+        str(machine.accumulator),
+        machine.label,
+        proof.inner,
+        proof.outer,
+        proof.result,
+        "proved" if proof.holds else "overflows",
+        _witness(dot, machine, proof, run),
+    )
+
+
+def _witness(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> WitnessRow | None:
+    w = proof.witness
+    if w is None:
+        return None
+    ran = witnesses.run(dot, machine, w) if run else witnesses.Run("", None, None)
+    return WitnessRow(
+        w.claim,
+        w.column,
+        w.rows,
+        tuple(w.x.tolist()),
+        w.x_zero,
+        w.exact,
+        w.held,
+        w.dot,
+        w.simulated,
+        ran.operator,
+        ran.computed,
+        ran.exact,
+        ran.detail,
+    )

@@ -1,0 +1,190 @@
+"""Choosing static activation grids: a pass over the data for histograms, and one that measures what every candidate does to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
+from magr_onnx.ranges import Histogram, Method, candidates
+from magr_onnx.runtime.calibrate import Progress, check_rows, make_taps, not_finite, readers_of
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Activation, ActivationGrid, Array, DynamicRange
+
+Kind = Literal["uint8", "int8", "dynamic"]
+WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
+SKETCH = 128  # columns of the random projection that stands for the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The grid of one value.
+
+    Attributes:
+        grid: What to round it to.
+        method: Name of the range.
+        errors: Mean squared output error of every candidate, by name.
+        sentinels: The range seen, where it held values such as -1e9 that were left out; else None.
+    """
+
+    grid: Activation
+    method: str
+    errors: dict[str, float]
+    sentinels: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A value that needs a grid.
+
+    Attributes:
+        name: Its name in the model.
+        layers: The layers it belongs to, for messages.
+        sketch: ``(K, r)``: errors are measured behind this matrix.
+    """
+
+    name: str
+    layers: tuple[LinearLayer, ...]
+    sketch: Array
+
+
+def inputs_of(layers: Sequence[LinearLayer]) -> list[Value]:
+    """What ``layers`` read, to be judged behind the weights of all layers that read it."""
+    return [
+        Value(name, tuple(some), _sketch(np.concatenate([x.read() for x in some], axis=1))) for name, some in readers_of(layers).items()
+    ]
+
+
+def product_name(layer: LinearLayer) -> str:
+    """The name of a layer's product: a Gemm's with its bias, a MatMul's without."""
+    return str(layer.node.outputs[0].name)
+
+
+def products_of(layers: Sequence[LinearLayer]) -> list[Value]:
+    """What ``layers`` put out, to be judged by itself."""
+    return [Value(product_name(layer), (layer,), _sketch(np.eye(layer.n, dtype=np.float32))) for layer in layers]
+
+
+def choose(
+    model: ir.Model,
+    values: Sequence[Value],
+    data: Batches,
+    *,
+    method: Method = "auto",
+    kind: Kind = "uint8",
+    mask: str | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Choice]:
+    """The grid of every value, by name.
+
+    Each candidate of `magr_onnx.ranges.candidates` is run over the data, and the one whose error behind the value's matrix is least is
+    taken: ``||(grid(X) - X - mean) A||^2``.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite.
+        CalibrationError: The mask leaves no rows.
+    """
+    taps = make_taps(model, {v.name: len(v.sketch) for v in values}, data, mask, provider)
+    histograms = _histograms(model, taps, values, data, mask, provider, _half(progress, 0))
+    bounded = [h.without_sentinels() for h in histograms]
+    ranges = [candidates(h, method) for h in bounded]
+    grids = [_grids(h, named, kind) for h, named in zip(bounded, ranges, strict=True)]
+    errors = _errors(model, taps, [v.sketch for v in values], bounded, grids, data, mask, provider, _half(progress, 1))
+    result = {}
+    for tap, seen, used, named, measured in zip(taps, histograms, bounded, grids, errors, strict=True):
+        best = min(measured, key=lambda name: measured[name] * (1 if name == "min-max" else WORTH_A_NODE if kind == "dynamic" else 1))
+        result[tap.value] = Choice(named[best], best, measured, None if used is seen else (seen.low, seen.high))
+    return result
+
+
+def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Kind) -> dict[str, Activation]:
+    """What to try on a value. A dynamic range needs no limits where calibration saw nothing to leave out."""
+    if kind != "dynamic":
+        return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}
+    free = not histogram.cut
+    return {name: DynamicRange() if name == "min-max" and free else DynamicRange(*ends) for name, ends in named.items()}
+
+
+def _half(progress: Progress | None, part: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(part * total + done, 2 * total)
+
+
+def _histograms(
+    model: ir.Model,
+    taps: Sequence[Tap],
+    values: Sequence[Value],
+    data: Batches,
+    mask: str | None,
+    provider: str,
+    progress: Progress | None,
+) -> list[Histogram]:
+    low, high = np.full(len(taps), np.inf), np.full(len(taps), -np.inf)
+    counts = np.zeros((len(taps), 2 * BINS))
+    bad: dict[str, str] = {}
+    with Session(range_taps(model, taps, mask), provider) as session:
+        for index, batch in enumerate(data):
+            results = iter(session.run(batch))
+            for i, tap in enumerate(taps):
+                least, greatest, histogram = next(results), next(results), next(results)
+                if not (np.isfinite(least) and np.isfinite(greatest)):
+                    bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
+                low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
+                counts[i] += histogram
+            if progress is not None:
+                progress(index + 1, len(data))
+    raise_all(NonFiniteError, bad.values())
+    return [Histogram(c[:BINS], c[BINS:], bin_edges(), float(a), float(b)) for c, a, b in zip(counts, low, high, strict=True)]
+
+
+def _errors(
+    model: ir.Model,
+    taps: Sequence[Tap],
+    sketches: Sequence[Array],
+    bounded: Sequence[Histogram],
+    grids: Sequence[dict[str, Activation]],
+    data: Batches,
+    mask: str | None,
+    provider: str,
+    progress: Progress | None,
+) -> list[dict[str, float]]:
+    """Centred output error of every grid of every tap."""
+    bounds = [(min(h.low, 0.0), max(h.high, 0.0)) for h in bounded]
+    energy = [np.zeros(len(g)) for g in grids]
+    sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
+    rows = [0.0] * len(taps)
+    with Session(error_taps(model, taps, sketches, bounds, [list(g.values()) for g in grids], mask), provider) as session:
+        for index, batch in enumerate(data):
+            results = iter(session.run(batch))
+            for i in range(len(taps)):
+                for j in range(len(grids[i])):
+                    energy[i][j] += float(next(results))
+                    sums[i][j] += next(results)
+                rows[i] += float(next(results)[0])
+            if progress is not None:
+                progress(index + 1, len(data))
+    check_rows(rows, mask)
+    found = []
+    for named, e, s, r in zip(grids, energy, sums, rows, strict=True):
+        left = e / r - np.square(s / r).sum(axis=1)
+        found.append(dict(zip(named, map(float, np.maximum(left, 0)), strict=True)))
+    return found
+
+
+def _sketch(weights: Array) -> Array:
+    """``(K, r)`` whose product with errors has the energy that ``weights (K, N)`` give them, in expectation (`SKETCH` columns at most)."""
+    n = weights.shape[1]
+    if n <= SKETCH:
+        return weights
+    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (n, SKETCH))
+    result: Array = weights @ signs / np.float32(np.sqrt(SKETCH))
+    return result
