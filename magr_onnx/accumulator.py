@@ -218,7 +218,10 @@ class Room:
 
 
 def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_max: int = 127, shift: int = 0) -> int | None:
-    """The largest block whose sum of raw ``bits``-wide codes, stored ``shift`` higher, times int8 activations fits; None if none does."""
+    """The largest block whose sum of ``bits``-wide codes, each moved up by ``shift``, times activations in ``[-x_max, x_max]`` fits.
+
+    None if no block does.
+    """
     fitting = [b for b in blocks if data_type_bits(b, -x_max, x_max, 0, 2**bits - 1 + shift) <= accumulator_bits]
     return max(fitting) if fitting else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
-from magr_onnx.passes import EmitQDQInt8, Job, LayerPass, LinearLayer, Reason, Skip, pipeline
+from magr_onnx.passes import CompensateBias, EmitQDQInt8, Job, LayerPass, LinearLayer, Reason, Skip, pipeline
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest, read_weights
-from magr_onnx.report import LayerRow, Report, SkipRow
+from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow
 from magr_onnx.runtime import calibrate, overflow, ranges, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
@@ -186,11 +187,12 @@ def optimize(
 
     unmasked: list[str] = []
     quantized_inputs: dict[str, Activation] = {}
+    bounds: dict[str, tuple[float, float]] = {}
     products: dict[str, ActivationGrid] = {}
     quantize_products = any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes)
     if activations is not None and data is not None:
         report = None if progress is None else _stage(progress, "ranges")
-        values = ranges.inputs_of(layers)
+        values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
         if quantize_products:
             read = {v.name for v in values}
             values += [v for v in ranges.products_of(layers) if v.name not in read]
@@ -208,6 +210,8 @@ def optimize(
         if quantize_products:
             products = {name: choice.grid for name, choice in chosen.items() if isinstance(choice.grid, ActivationGrid)}
         for name, choice in chosen.items():
+            if choice.bounds is not None:
+                bounds[name] = choice.bounds
             if choice.sentinels is not None:
                 low, high = choice.sentinels
                 notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
@@ -219,7 +223,7 @@ def optimize(
             name = "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else "")
             report = None if progress is None else _stage(progress, name)
             result = calibrate.collect(
-                original, group, data, mask=mask_input, provider=provider, progress=report, quantize=quantized_inputs
+                original, group, data, mask=mask_input, provider=provider, progress=report, quantize=quantized_inputs, bounds=bounds
             )
             stats = result.stats
             unmasked += result.unmasked
@@ -230,13 +234,15 @@ def optimize(
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
-    _stamp(work, passes)
+    demand = pipeline.accumulator_of(passes)
+    proof = None if demand is None else _prove(work, demand)
+    _stamp(work, passes, proof)
     if out is None:
         verified = _verify(work, digests)
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = files.save(work, out, lambda path: _verify_file(path, digests, provider))
+        written = files.save(work, out, lambda path: _verify_file(path, digests, provider, demand))
     clock.lap("write")
     comparison = None
     if held is not None:
@@ -259,6 +265,7 @@ def optimize(
             versions(),
             tuple(notes),
             comparison,
+            proof,
         ),
     )
 
@@ -387,6 +394,7 @@ def _layer_row(job: Job) -> LayerRow:
         bool(facts.get("bias_compensated")),
         facts.get("emitted"),
         tuple(job.notes),
+        facts.get("activation"),
     )
 
 
@@ -402,8 +410,19 @@ def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
 
 
-def _stamp(model: ir.Model, passes: Sequence[LayerPass]) -> None:
+def _prove(model: ir.Model, demand: Target | Accumulator) -> ProofSummary:
+    """Prove that the layers just written cannot overflow; those that were integers before are counted, not answered for."""
+    layers, skipped = overflow.verify(model, demand, run=False)
+    against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
+    room = min((layer.headroom for layer in layers), default=math.inf)
+    proved = sum(layer.verdict == "proved" for layer in layers)
+    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
+
+
+def _stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
     """Say in the model's metadata what was done to it."""
+    if proof is not None:
+        model.metadata_props["onnx_magr.accumulator"] = str(proof)
     model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
     model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
 
@@ -417,9 +436,14 @@ def _verify(model: ir.Model, digests: dict[str, str]) -> int:
     return len(digests)
 
 
-def _verify_file(path: Path, digests: dict[str, str], provider: str) -> None:
-    """The file holds the chosen codes, and onnxruntime loads it."""
-    _verify(ir.load(path), digests)
+def _verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None) -> None:
+    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
+    model = ir.load(path)
+    _verify(model, digests)
+    if demand is not None:
+        found = _prove(model, demand)
+        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
+            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
     with Session(path, provider):
         pass
 

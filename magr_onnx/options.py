@@ -21,11 +21,10 @@ from magr_onnx.passes import (
     QuantizeActivations,
     check,
 )
+from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
-NBITS_ACTIVATION = 127  # MatMulNBits quantizes activations to -127..127 at accuracy level 4
-INT8_LEVEL = 4
 
 
 class Options(TypedDict, total=False):
@@ -37,8 +36,8 @@ class Options(TypedDict, total=False):
         quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator.
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
         symmetric: Fix the zero point in the middle (default False, True for the integer formats).
-        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block, 0 for the integer formats;
-            0 for none.
+        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block, 0 for the integer formats
+            above 4 bits; 0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
         damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows.
         act_order: Round inputs in descending power (default True).
@@ -87,7 +86,7 @@ class _Form:
 
 
 FORMATS: dict[str, _Form] = {
-    "matmulnbits": _Form(lambda o: EmitMatMulNBits(o.get("accuracy_level", 0)), bias="any"),
+    "matmulnbits": _Form(lambda o: EmitMatMulNBits(o.get("accuracy_level", 0), o.get("accumulator_bits")), bias="any"),
     "qdq": _Form(lambda o: EmitQDQ()),
     "qdq-int8": _Form(
         lambda o: EmitQDQInt8(o.get("quantize_outputs", False)),
@@ -121,14 +120,18 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         except OptionError as error:
             problems.append(str(error))
             options = _without_accumulator(options)
+    if name == "matmulnbits" and options.get("accumulator_bits") is None and options.get("accumulator_tile") is not None:
+        problems.append("accumulator_tile needs accumulator_bits")
     bits, symmetric = options.get("bits"), options.get("symmetric")
     block: int | None = options.get("block_size", form.block_size)
     alpha, damping = options.get("alpha"), options.get("damping")
+    bits = form.bits if bits is None else bits
     if alpha is None:
-        alpha = 0 if form.activations else 1e-3 if block is None else 1e-4
+        # From 5 bits on a channel's grid is fine enough for MagR's change of the weights to cost more than it saves.
+        alpha = 0 if form.activations and bits > 4 else 1e-3 if block is None else 1e-4
     quantize = Quantize(
         options.get("quantizer", "comq"),
-        form.bits if bits is None else bits,
+        bits,
         block,
         form.symmetric if symmetric is None else symmetric,
         options.get("beta"),
@@ -136,8 +139,8 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         options.get("act_order", True),
         options.get("sweeps", 8),
         target=options.get("target"),
-        accumulator_bits=options.get("accumulator_bits"),
-        accumulator_tile=options.get("accumulator_tile"),
+        accumulator_bits=None if name == "matmulnbits" else options.get("accumulator_bits"),
+        accumulator_tile=None if name == "matmulnbits" else options.get("accumulator_tile"),
     )
     policy = BIAS.get(bias) or form.bias
     passes: list[LayerPass] = [MagR(alpha, True, block, damping)] if alpha != 0 else []
@@ -177,20 +180,20 @@ def _sized(options: Options) -> Options:
             f"accumulator_tile={tile} and block_size={options['block_size']}: MatMulNBits' tile is its block; give one of them"
         )
     bits = options.get("bits")
-    least: tuple[int, int, int] | None = None
+    needs: list[tuple[int, int, int]] = []
     for b in (bits,) if bits is not None else (4, 3, 2) if block is None else (8, 4, 3, 2):
         blocks = tuple(size for size in (MATMULNBITS_BLOCKS if block is None else (block,)) if b != 2 or size in (32, 64, 128))
         shift = stored_shift(b) if options.get("symmetric") else 0
-        fitting = largest_block(b, p, blocks, NBITS_ACTIVATION, shift)
+        fitting = largest_block(b, p, blocks, INT8_ACTIVATION, shift)
         if fitting is not None:
             sized: Options = {**options, "bits": b, "block_size": fitting, "accuracy_level": INT8_LEVEL}
-            return _without_accumulator(sized)
-        needs = [(data_type_bits(size, -NBITS_ACTIVATION, NBITS_ACTIVATION, 0, 2**b - 1 + shift), b, size) for size in blocks]
-        least = min(needs if least is None else [least, *needs])
-    if least is None:
+            return sized
+        needs += [(data_type_bits(size, -INT8_ACTIVATION, INT8_ACTIVATION, 0, 2**b - 1 + shift), -b, size) for size in blocks]
+    if not needs:
         raise OptionError(f"accumulator_bits={p}: the int8 kernel of 2 bits sums blocks of 32, 64 or 128; give one of these, or other bits")
+    least, fewest, smallest = min(needs)
     raise OptionError(
-        f"accumulator_bits={p}: sums of {least[2]} products of int8 activations and {least[1]}-bit codes need {least[0]}; "
+        f"accumulator_bits={p}: sums of {smallest} products of int8 activations and {-fewest}-bit codes need {least}; "
         "that is the smallest that works here"
     )
 

@@ -31,6 +31,7 @@ class LayerRow:
         bias_compensated: Whether the bias took up the mean error.
         emitted: Name of the node that multiplies by the quantized weight.
         notes: Anything out of the ordinary.
+        activation: How the input is quantized, if it is.
     """
 
     name: str
@@ -47,6 +48,30 @@ class LayerRow:
     bias_compensated: bool
     emitted: str | None
     notes: tuple[str, ...] = ()
+    activation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProofSummary:
+    """What `magr_onnx.verify` found in the result, where an accumulator was asked for.
+
+    Attributes:
+        against: The target or the accumulator, in words.
+        proved: Integer dot products that no input overflows.
+        total: Integer dot products.
+        headroom: Of the tightest register, in bits; None without integer dot products.
+        unproved: Nodes that are no integer dot products, or cannot be read.
+    """
+
+    against: str
+    proved: int
+    total: int
+    headroom: float | None
+    unproved: int
+
+    def __str__(self) -> str:
+        room = "" if self.headroom is None else f", least headroom {self.headroom:.2f} bits"
+        return f"{self.proved} of {self.total} integer dot products proved{room} ({self.against})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,7 @@ class Report:
         versions: Of the packages involved.
         notes: Whatever else should be known.
         validation: Float against quantized, if it was asked for.
+        proof: That no accumulator overflows, if that was asked for.
     """
 
     source: str
@@ -92,6 +118,7 @@ class Report:
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     validation: Validation | None = field(default=None)
+    proof: ProofSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; infinities become None."""
@@ -111,6 +138,7 @@ class Report:
             f"output       {self.output or 'in memory'}",
             f"calibration  {self.calibration}",
             f"layers       {len(self.layers)} converted, {len(self.skipped)} left as they are; {self.verified} read back and verified",
+            *([] if self.proof is None else wrapped(f"accumulator  {self.proof}")),
             f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
             *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}"),
         ]

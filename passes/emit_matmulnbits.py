@@ -14,13 +14,16 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.packing import kernel_block, pack_matmulnbits
+from magr_onnx.accumulator import data_type_bits
+from magr_onnx.packing import kernel_block, pack_matmulnbits, stored_shift
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.types import WeightSpec
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+INT8_LEVEL = 4
+INT8_ACTIVATION = 127  # the kernels quantize activations to -127..127
 
 
 def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
@@ -40,18 +43,37 @@ class EmitMatMulNBits(LayerPass):
 
     Attributes:
         accuracy_level: 0 lets the kernel decide, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
+        accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; none for no such demand.
     """
 
     name: ClassVar[str] = "emit-matmulnbits"
     summary: ClassVar[str] = "write quantized layers as com.microsoft MatMulNBits nodes"
 
     accuracy_level: int = 0
+    accumulator_bits: int | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         found = block_problems(self.name, spec)
         if self.accuracy_level not in ACCURACY_LEVELS:
             found.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
+        if self.accumulator_bits is not None and not found:
+            found += self._accumulator_problems(spec)
         return found
+
+    def _accumulator_problems(self, spec: WeightSpec | None) -> list[str]:
+        if self.accuracy_level != INT8_LEVEL:
+            return [f"accumulator_bits with accuracy_level={self.accuracy_level}: only level {INT8_LEVEL} computes in integers"]
+        if spec is None or spec.group_size is None:
+            return [f"{self.name}: accumulator_bits needs a block size: what the kernel sums in integers is a block"]
+        block = kernel_block(spec.group_size, 1 << 30, spec.bits)
+        assert block is not None
+        largest = spec.top + (stored_shift(spec.bits) if spec.symmetric else 0)
+        least = data_type_bits(block, -INT8_ACTIVATION, INT8_ACTIVATION, 0, largest)
+        if least > (self.accumulator_bits or 0):
+            return [
+                f"accumulator_bits={self.accumulator_bits}: sums of {block} products of int8 activations and {spec.bits}-bit codes need {least}"
+            ]
+        return []
 
     def apply(self, job: Job) -> bool:
         if job.quantized is None or job.emitted:

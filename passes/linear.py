@@ -27,6 +27,7 @@ class Reason(StrEnum):
     """Why a MatMul or Gemm is left as it is."""
 
     DYNAMIC_WEIGHT = "right side is computed at run time"
+    QUANTIZED = "weight is quantized already"
     CONSTANT_LEFT = "the constant is on the left side"
     WEIGHT_RANK = "weight is not two-dimensional"
     WEIGHT_DTYPE = "weight type is not float32 or float16"
@@ -229,6 +230,18 @@ def _constant(value: ir.Value) -> ir.TensorProtocol | None:
     return None
 
 
+def _is_dequantized_constant(value: ir.Value) -> bool:
+    """Whether a DequantizeLinear of a constant (perhaps quantized in the graph) makes the value."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return False
+    source, _ = _behind(node.inputs[0])
+    maker = source.producer()
+    if maker is not None and maker.op_type == "QuantizeLinear" and maker.inputs[0] is not None:
+        source = maker.inputs[0]
+    return _constant(source) is not None
+
+
 def layer_name(node: ir.Node) -> str:
     return node.name or f"{node.op_type}:{node.outputs[0].name}"
 
@@ -258,6 +271,8 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         return skip(Reason.OVERRIDABLE)
     tensor = _constant(source)
     if tensor is None:
+        if _is_dequantized_constant(source):
+            return skip(Reason.QUANTIZED)
         left = _constant(_behind(x)[0])
         return skip(Reason.CONSTANT_LEFT if left is not None else Reason.DYNAMIC_WEIGHT)
     if tensor.dtype not in FLOATS:

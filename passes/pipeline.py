@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
@@ -23,6 +24,7 @@ from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.targets import Target, find_target
 from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
 
 PASSES: dict[str, type[LayerPass]] = {
@@ -75,12 +77,15 @@ def _make(name: str, text: str) -> LayerPass:
 
 
 def _value(where: str, text: str, kind: Any) -> Any:
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kinds = (kind,) if typing.get_origin(kind) is typing.Literal else typing.get_args(kind) or (kind,)
+    choices = [c for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)]
     if choices:
+        if text == "none" and text not in choices and type(None) in kinds:
+            return None
         if text not in choices:
             raise PipelineError(f"pipeline: {where}={text}: choose one of {', '.join(choices)}")
         return text
-    allowed = set(typing.get_args(kind)) or {kind}
+    allowed = set(kinds)
     if text.lower() in _WORDS and type(_WORDS[text.lower()]) in allowed:
         return _WORDS[text.lower()]
     for convert in (int, float, str):
@@ -110,6 +115,18 @@ def resolve(passes: Sequence[LayerPass]) -> tuple[LayerPass, ...]:
 def activations_of(passes: Sequence[LayerPass]) -> QuantizeActivations | None:
     """The pipeline's demand on layer inputs, if it has one."""
     return next((p for p in passes if isinstance(p, QuantizeActivations)), None)
+
+
+def accumulator_of(passes: Sequence[LayerPass]) -> Target | Accumulator | None:
+    """The accumulator that may not overflow, if the pipeline asks for one."""
+    for p in passes:
+        if isinstance(p, Quantize) and p.target is not None:
+            return find_target(p.target)
+        if isinstance(p, Quantize) and p.accumulator_bits is not None:
+            return p.accumulator()
+        if isinstance(p, EmitMatMulNBits) and p.accumulator_bits is not None:
+            return Accumulator(p.accumulator_bits, None, max(32, p.accumulator_bits))
+    return None
 
 
 def text_of(passes: Iterable[LayerPass]) -> str:
@@ -163,7 +180,7 @@ def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
                 f"{p.name} needs {need[wanted]} before it" if wanted else f"{p.name} keeps activations float; remove quantize-activations"
             )
         if isinstance(p, Quantize) and p.accumulator_bits is not None and p.activation is None:
-            found.append("accumulator_bits needs a quantize-activations pass: float activations have no accumulator to overflow")
+            found.append("accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8, pass quantize-activations): floats have no accumulator")
     return found
 
 

@@ -90,6 +90,8 @@ class Quantize(LayerPass):
             found.append(f"block size {self.block_size} under an accumulator: its sums need one scale a column; use 'channel'")
         if self.target is not None and self.accumulator_bits is not None:
             found.append("give a target or accumulator_bits, not both")
+        if self.target is not None and self.accumulator_tile is not None:
+            found.append("a target has a tile of its own; leave accumulator_tile out, or give accumulator_bits instead of the target")
         if self.method in QUANTIZERS and self.method not in UNDER_A_BUDGET:
             found.append(f"quantizer {self.method} knows no accumulators; choose one of {', '.join(UNDER_A_BUDGET)}")
         try:
@@ -115,8 +117,12 @@ class Quantize(LayerPass):
             return find_target(self.target).weight_budget(signed, True, qdq=not dynamic)
         if self.accumulator_bits is None:
             return None
-        accumulator = Accumulator(self.accumulator_bits, self.accumulator_tile, max(32, self.accumulator_bits))
-        return Budget(accumulator, *activation_limits(signed))
+        return Budget(self.accumulator(), *activation_limits(signed))
+
+    def accumulator(self) -> Accumulator:
+        """The registers of ``accumulator_bits``."""
+        assert self.accumulator_bits is not None
+        return Accumulator(self.accumulator_bits, self.accumulator_tile, max(32, self.accumulator_bits))
 
     def spec(self, dtype: ir.DataType = ir.DataType.FLOAT) -> WeightSpec:
         """The grid for weights of a type: half-precision weights store half-precision scales."""

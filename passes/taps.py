@@ -31,12 +31,14 @@ class Tap:
         width: K.
         masked: Whether rows are weighted by the mask.
         quantize: How the value is quantized before its moments are taken; None for not at all.
+        bounds: What the value is clipped to before anything else (sentinels such as -1e9 are no signal); None for not at all.
     """
 
     value: str
     width: int
     masked: bool = False
     quantize: Activation | None = None
+    bounds: tuple[float, float] | None = None
 
 
 def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
@@ -57,7 +59,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
         taps: What to tap.
         mask: An input of any numeric or boolean type whose nonzero elements mark the rows to count, one element a row.
     """
-    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize for t in taps) else 0)
+    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize or t.bounds for t in taps) else 0)
     for i, tap in enumerate(taps):
         name = f"__tap_{i}"
         real = copy.real(tap, name)
@@ -71,8 +73,9 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
 
 
 def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
-    """A copy of the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order; min is NaN where any value is not finite.
+    """A copy of the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order.
 
+    The minimum is NaN where any value is not finite.
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
     (`bin_edges`), so that one pass serves values of any magnitude; rows that the mask leaves out fall into the bins next to zero.
     """
@@ -112,7 +115,6 @@ def error_taps(
     model: ir.Model,
     taps: Sequence[Tap],
     sketches: Sequence[Array],
-    bounds: Sequence[tuple[float, float]],
     grids: Sequence[Sequence[Activation]],
     mask: str | None = None,
 ) -> ir.Model:
@@ -125,17 +127,13 @@ def error_taps(
         model: The model.
         taps: What to tap.
         sketches: A matrix ``(K, r)`` for every tap: the weights behind it, or a projection of them.
-        bounds: Values are clipped to these before anything else, for every tap (sentinels such as -1e9 are no signal).
         grids: What to try on every tap.
         mask: See `gram_taps`.
     """
     copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=13)
-    for i, (tap, sketch, bound, tried) in enumerate(zip(taps, sketches, bounds, grids, strict=True)):
+    for i, (tap, sketch, tried) in enumerate(zip(taps, sketches, grids, strict=True)):
         name = f"__tap_{i}"
-        limits: list[ir.Value | None] = [
-            copy.constant(f"{name}_{side}", np.float32(b)) for side, b in zip(("low", "high"), bound, strict=True)
-        ]
-        real = copy.add("Clip", [copy.real(tap, name), *limits], f"{name}_clipped")
+        real = copy.real(tap, name)
         weights = copy.constant(f"{name}_sketch", sketch.astype(np.float32))
         rows = copy.rows(real, tap, name)
         for j, grid in enumerate(tried):
@@ -176,8 +174,12 @@ class _Copy:
         return value
 
     def real(self, tap: Tap, name: str) -> ir.Value:
-        """The tapped value as float32."""
-        return self.add("Cast", [self.values[tap.value]], f"{name}_float32", to=ir.DataType.FLOAT)
+        """The tapped value as float32, within its bounds."""
+        real = self.add("Cast", [self.values[tap.value]], f"{name}_float32", to=ir.DataType.FLOAT)
+        if tap.bounds is None:
+            return real
+        limits = [self.constant(f"{name}_{side}", np.float32(b)) for side, b in zip(("low", "high"), tap.bounds, strict=True)]
+        return self.add("Clip", [real, *limits], f"{name}_clipped")
 
     def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
         """As rows ``(n, K)``, those the mask leaves out set to zero."""

@@ -80,6 +80,7 @@ def collect(
     provider: str = "cpu",
     progress: Progress | None = None,
     quantize: Mapping[str, Activation] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Calibration:
     """Gram matrices and means of everything ``layers`` read, over all batches.
 
@@ -91,15 +92,16 @@ def collect(
         provider: Where to run.
         progress: Called with batches done and in total.
         quantize: What is done to values before their moments are taken (see `Tap.quantize`), by value name.
+        bounds: What values are clipped to first (see `Tap.bounds`), by value name.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
         CalibrationError: The mask leaves no rows.
     """
-    quantize = quantize or {}
+    quantize, bounds = quantize or {}, bounds or {}
     readers = readers_of(layers)
     taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
-    taps = [replace(t, quantize=quantize.get(t.value)) for t in taps]
+    taps = [replace(t, quantize=quantize.get(t.value), bounds=bounds.get(t.value)) for t in taps]
     grams: list[Array] = [np.zeros((t.width, t.width)) for t in taps]
     sums: list[Array] = [np.zeros(t.width) for t in taps]
     float_sums: list[Array] = [np.zeros(t.width) for t in taps]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.ranges import Histogram, Method, candidates
@@ -20,7 +21,7 @@ from magr_onnx.types import Activation, ActivationGrid, Array, DynamicRange
 
 Kind = Literal["uint8", "int8", "dynamic"]
 WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
-SKETCH = 128  # columns of the random projection that stands for the weights
+SKETCH = 64  # columns of the random projection that stands for the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Choice:
         method: Name of the range.
         errors: Mean squared output error of every candidate, by name.
         sentinels: The range seen, where it held values such as -1e9 that were left out; else None.
+        bounds: What is left of it without them; else None.
     """
 
     grid: Activation
     method: str
     errors: dict[str, float]
     sentinels: tuple[float, float] | None
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,18 +51,22 @@ class Value:
         name: Its name in the model.
         layers: The layers it belongs to, for messages.
         sketch: ``(K, r)``: errors are measured behind this matrix.
+        centred: Whether biases will absorb the mean error of all that read it.
     """
 
     name: str
     layers: tuple[LinearLayer, ...]
     sketch: Array
+    centred: bool = False
 
 
-def inputs_of(layers: Sequence[LinearLayer]) -> list[Value]:
-    """What ``layers`` read, to be judged behind the weights of all layers that read it."""
-    return [
-        Value(name, tuple(some), _sketch(np.concatenate([x.read() for x in some], axis=1))) for name, some in readers_of(layers).items()
-    ]
+def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> list[Value]:
+    """What ``layers`` read, to be judged behind the weights of all layers that read it; ``bias``: of the compensation that follows."""
+    found = []
+    for name, some in readers_of(layers).items():
+        sketch = _sketch(np.concatenate([x.read() for x in some], axis=1))
+        found.append(Value(name, tuple(some), sketch, bias == "any" or (bias == "existing" and all(x.has_bias for x in some))))
+    return found
 
 
 def product_name(layer: LinearLayer) -> str:
@@ -86,7 +93,7 @@ def choose(
     """The grid of every value, by name.
 
     Each candidate of `magr_onnx.ranges.candidates` is run over the data, and the one whose error behind the value's matrix is least is
-    taken: ``||(grid(X) - X - mean) A||^2``.
+    taken: ``||(grid(X) - X) A||^2``, the mean left out where biases will absorb it.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -97,11 +104,13 @@ def choose(
     bounded = [h.without_sentinels() for h in histograms]
     ranges = [candidates(h, method) for h in bounded]
     grids = [_grids(h, named, kind) for h, named in zip(bounded, ranges, strict=True)]
-    errors = _errors(model, taps, [v.sketch for v in values], bounded, grids, data, mask, provider, _half(progress, 1))
+    clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
+    errors = _errors(model, clipped, values, grids, data, mask, provider, _half(progress, 1))
     result = {}
-    for tap, seen, used, named, measured in zip(taps, histograms, bounded, grids, errors, strict=True):
+    for tap, seen, used, named, measured in zip(clipped, histograms, bounded, grids, errors, strict=True):
         best = min(measured, key=lambda name: measured[name] * (1 if name == "min-max" else WORTH_A_NODE if kind == "dynamic" else 1))
-        result[tap.value] = Choice(named[best], best, measured, None if used is seen else (seen.low, seen.high))
+        cut = used is not seen
+        result[tap.value] = Choice(named[best], best, measured, (seen.low, seen.high) if cut else None, tap.bounds if cut else None)
     return result
 
 
@@ -149,20 +158,19 @@ def _histograms(
 def _errors(
     model: ir.Model,
     taps: Sequence[Tap],
-    sketches: Sequence[Array],
-    bounded: Sequence[Histogram],
+    values: Sequence[Value],
     grids: Sequence[dict[str, Activation]],
     data: Batches,
     mask: str | None,
     provider: str,
     progress: Progress | None,
 ) -> list[dict[str, float]]:
-    """Centred output error of every grid of every tap."""
-    bounds = [(min(h.low, 0.0), max(h.high, 0.0)) for h in bounded]
+    """Mean squared output error of every grid of every tap."""
+    sketches = [v.sketch for v in values]
     energy = [np.zeros(len(g)) for g in grids]
     sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
     rows = [0.0] * len(taps)
-    with Session(error_taps(model, taps, sketches, bounds, [list(g.values()) for g in grids], mask), provider) as session:
+    with Session(error_taps(model, taps, sketches, [list(g.values()) for g in grids], mask), provider) as session:
         for index, batch in enumerate(data):
             results = iter(session.run(batch))
             for i in range(len(taps)):
@@ -174,8 +182,8 @@ def _errors(
                 progress(index + 1, len(data))
     check_rows(rows, mask)
     found = []
-    for named, e, s, r in zip(grids, energy, sums, rows, strict=True):
-        left = e / r - np.square(s / r).sum(axis=1)
+    for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):
+        left = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
         found.append(dict(zip(named, map(float, np.maximum(left, 0)), strict=True)))
     return found
 

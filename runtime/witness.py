@@ -70,7 +70,7 @@ def _type_range(kind: str) -> tuple[int, int]:
 
 def _matmul_integer(dot: IntegerDot, machine: Machine, witness: Witness) -> Run:
     """MatMulInteger of the codes in the order the kernel takes them. Where fusion moves int8 activations to uint8, so does this."""
-    shift = 128 if dot.form == "qdq" and dot.x_range[0] + machine.x_shift == 0 else 0
+    shift = machine.x_shift if dot.form == "qdq" and dot.x_range[0] < 0 <= dot.x_range[0] + machine.x_shift else 0
     x = _byte(witness.x + shift, dot.x_range[0] + shift, dot.x_range[1] + shift)
     w = _byte(dot.codes[:, witness.column].astype(np.int64), *_type_range(dot.w_type))
     if x is None or w is None:

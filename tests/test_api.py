@@ -75,12 +75,12 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
     chosen: dict[str, str] = {}
     run_layers = magr_onnx.api.pipeline.run_layers
 
-    def spy(passes: Any, layers: Any, stats: Any, finished: Any) -> None:
+    def spy(passes: Any, layers: Any, stats: Any, finished: Any, products: Any) -> None:
         def keep(job: Any) -> None:
             chosen[job.layer.output.name] = digest(job.quantized.dequantize())
             finished(job)
 
-        run_layers(passes, layers, stats, keep)
+        run_layers(passes, layers, stats, keep, products)
 
     monkeypatch.setattr(magr_onnx.api.pipeline, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, bits=3)
@@ -93,8 +93,8 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     read = magr_onnx.api.read_weights
 
-    def tampered(model: ir.Model) -> dict[str, Any]:
-        weights = read(model)
+    def tampered(model: ir.Model, outputs: Any) -> dict[str, Any]:
+        weights = read(model, outputs)
         weights["up_out"][0, 0] += 1e-3
         return weights
 
@@ -179,8 +179,8 @@ def test_progress_is_reported_stage_by_stage() -> None:
 
 def test_option_problems_come_all_at_once_and_first() -> None:
     with pytest.raises(magr_onnx.OptionError) as caught:
-        magr_onnx.optimize("no such file", bits=5, block_size=20, format="gguf", colour="red")  # type: ignore[call-arg,arg-type]
-    for part in ("'colour'", "'gguf'", "bits=5"):
+        magr_onnx.optimize("no such file", bits=9, block_size=20, format="gguf", colour="red")  # type: ignore[call-arg,arg-type]
+    for part in ("'colour'", "'gguf'", "bits=9"):
         assert part in str(caught.value)
     with pytest.raises(magr_onnx.OptionError, match="not both"):
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)

@@ -136,8 +136,8 @@ def test_golden_qdq_raises_opset_and_ir_version() -> None:
     assert (model.opset_imports, model.ir_version) == ({"": 21}, 10)
     nodes = [(n.op_type, [v and v.name for v in n.inputs], n.outputs[0].name) for n in model.graph]
     assert nodes[:3] == [
-        ("DequantizeLinear", ["w1_q4", "w1_q4_scales", "w1_q4_zero_points"], "w1_dequantized"),
-        ("MatMul", ["x", "w1_dequantized"], "up_out_product"),
+        ("DequantizeLinear", ["w1_q4", "w1_q4_scales", "w1_q4_zero_points"], "w1_q4_dequantized"),
+        ("MatMul", ["x", "w1_q4_dequantized"], "up_out_product"),
         ("Add", ["up_out_product", "w1_bias"], "up_out"),
     ]
     weight = model.graph.initializers["w1_q4"]
@@ -205,6 +205,7 @@ def test_weight_shared_by_two_nodes_is_emitted_for_both() -> None:
     weight = b.constant("w", graphs.random(40, 40))
     hidden = b.node("MatMul", [x, weight], "one")
     model = b.model(b.node("MatMul", [hidden, weight], "two"), ["batch", "time", 40])
+    emit(model.clone(), Quantize(method="rtn"), EmitQDQ())
     emit(model, Quantize(method="rtn"), EmitMatMulNBits())
     assert [n.op_type for n in model.graph] == ["MatMulNBits"] * 2
     assert "w" not in model.graph.initializers

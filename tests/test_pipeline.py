@@ -67,8 +67,8 @@ def test_bad_text_says_where_and_what_is_accepted(text: str, message: str) -> No
 
 def test_all_problems_at_once() -> None:
     with pytest.raises(OptionError) as caught:
-        check(parse("quantize{method=magic,bits=5,damping=-1},emit-matmulnbits{accuracy_level=7}"))
-    for part in ("'magic'", "bits=5", "damping=-1"):
+        check(parse("quantize{method=magic,bits=9,damping=-1},emit-matmulnbits{accuracy_level=7}"))
+    for part in ("'magic'", "bits=9", "damping=-1"):
         assert part in str(caught.value)
 
 

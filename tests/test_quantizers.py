@@ -10,7 +10,7 @@ import pytest
 from magr_onnx.grid import Grid, minmax, search
 from magr_onnx.linalg import column_errors, damped, layer_error
 from magr_onnx.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
-from magr_onnx.types import BITS, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
 from tests.helpers import Array, activations, gram_of, layer
 
 K, N = 96, 24
@@ -191,8 +191,8 @@ def test_scale_refit_is_the_least_squares_solution(group: int | None) -> None:
         np.testing.assert_allclose(found.scales[:, j], best, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["rtn", "gptq", "comq"])  # the others need an accumulator: test_constrained.py
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [None, 7, 32])
 def test_every_quantizer_solves_every_grid(name: str, bits: int, symmetric: bool, group: int | None) -> None:

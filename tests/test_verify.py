@@ -858,3 +858,16 @@ def test_wrong_questions_are_explained(saved: Path, arguments: tuple[str, ...], 
     done = run("verify", saved, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+def test_witnesses_of_qdq_layers_are_run(kind: str) -> None:
+    """As MatMulInteger of the codes the kernel multiplies: those of int8 activations plus 128 on x86, uint8 ones as they are."""
+    model = magr_onnx.optimize(
+        graphs.proto(graphs.matmul()), [graphs.feeds(graphs.matmul())], format="qdq-int8", activation_type=kind, quantizer="rtn"
+    ).model
+    (layer,) = magr_onnx.verify(model, target="x86-avx2").layers
+    assert layer.verdict == "overflows"
+    assert layer.witness is not None
+    assert layer.witness.operator == "MatMulInteger"
+    assert layer.witness.computed is not None

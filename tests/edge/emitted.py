@@ -48,6 +48,9 @@ FILES = {
     "qdq-4": File({"bits": 4, "format": "qdq"}, True),
     "qdq-8": File({"bits": 8, "format": "qdq"}, True),
     "qdq-8-channel": File({"bits": 8, "format": "qdq", "block_size": None}, True),
+    "qdq-int8": File({"format": "qdq-int8", "target": "x86-avx2"}, True),
+    "qdq-int8-4": File({"format": "qdq-int8", "bits": 4, "accumulator_bits": 16, "accumulator_tile": 64}, True),
+    "dynamic-int8": File({"format": "dynamic-int8", "target": "x86-avx2"}, True),
 }
 LANGUAGE_MODELS = {f"language-model-{bits}": File({"bits": bits, "quantizer": "rtn", "alpha": 0.0}) for bits in (4, 2)}
 ALL = FILES | LANGUAGE_MODELS

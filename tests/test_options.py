@@ -1,0 +1,274 @@
+"""Options, on the command line and in Python: what formats default to, how blocks are sized, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import magr_onnx
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.cli import app
+from magr_onnx.errors import OptionError
+from magr_onnx.options import build_pipeline
+from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, parse, text_of
+from magr_onnx.passes.pipeline import resolve
+from magr_onnx.targets import TARGETS
+from tests import graphs
+from tests.graphs import feeds, proto
+from tests.test_cli import run
+
+
+def pipeline_of(**options: Any) -> str:
+    return text_of(build_pipeline(**options))
+
+
+DEFAULTS = {
+    "matmulnbits": "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias{bias=any},emit-matmulnbits",
+    "qdq": "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias,emit-qdq",
+    "qdq-int8": "quantize-activations,quantize{method=comq,bits=8,block_size=none,symmetric=true},compensate-bias,emit-qdq-int8",
+    "dynamic-int8": (
+        "quantize-activations{type=dynamic},quantize{method=comq,bits=8,block_size=none,symmetric=true},compensate-bias,emit-dynamic-int8"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", DEFAULTS)
+def test_defaults_of_every_format(form: Any) -> None:
+    passes = build_pipeline(format=form)
+    assert resolve(parse(DEFAULTS[form])) == resolve(passes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "format": "qdq-int8",
+            "activation_type": "int8",
+            "activation_range": "percentile",
+            "quantize_outputs": True,
+            "target": "arm64-neon",
+        },
+        {"format": "dynamic-int8", "accumulator_bits": 16, "accumulator_tile": 64, "quantizer": "gptq", "bits": 5},
+        {"format": "qdq-int8", "accumulator_bits": 12, "quantizer": "a2q+", "symmetric": False, "bias": "none"},
+        {"format": "qdq-int8", "alpha": 1e-3, "bias": "any", "damping": 0.5, "beta": 0.9},
+        {"accumulator_bits": 16},
+    ],
+)
+def test_every_pipeline_is_text_and_back(options: dict[str, Any]) -> None:
+    passes = build_pipeline(**options)
+    assert parse(text_of(passes)) == passes
+    assert parse(text_of(resolve(passes))) == resolve(passes)
+
+
+def test_the_quantizer_learns_what_the_layer_reads() -> None:
+    for kind in ("uint8", "int8", "dynamic"):
+        passes = resolve(parse(f"quantize-activations{{type={kind}}},quantize{{block_size=none,accumulator_bits=16}},compensate-bias"))
+        quantize = passes[1]
+        assert isinstance(quantize, Quantize)
+        assert (quantize.activation, quantize.bias) == (kind, "existing")
+        budget = quantize.budget()
+        assert budget is not None
+        assert (budget.x_min, budget.x_max) == ((-128, 127) if kind == "int8" else (0, 255))
+    given = parse("quantize{block_size=none,accumulator_bits=16,activation=int8,bias=none}")[0]
+    assert given == Quantize(block_size=None, accumulator_bits=16, activation="int8", bias="none")
+    assert resolve((QuantizeActivations(), given))[1] == given
+
+
+# Blocks sized to an accumulator: MatMulNBits
+
+
+def sized(**options: Any) -> tuple[int, int | None, int]:
+    """Bits, block and accuracy level."""
+    quantize, emit = (next(p for p in build_pipeline(**options) if isinstance(p, kind)) for kind in (Quantize, EmitMatMulNBits))
+    assert isinstance(quantize, Quantize)
+    assert isinstance(emit, EmitMatMulNBits)
+    assert (quantize.accumulator_bits, emit.accumulator_bits) == (None, options["accumulator_bits"])
+    return quantize.bits, quantize.block_size, emit.accuracy_level
+
+
+SIZES = [  # 127 (2^bits - 1) block < 2^(P - 1), by hand
+    ({"accumulator_bits": 16}, (4, 16)),  # 1905 * 16 = 30480 < 32768
+    ({"accumulator_bits": 17}, (4, 32)),
+    ({"accumulator_bits": 20}, (4, 256)),
+    ({"accumulator_bits": 15}, (3, 16)),  # 889 * 16 = 14224 < 16384
+    ({"accumulator_bits": 32}, (4, 256)),
+    ({"accumulator_bits": 16, "bits": 2}, (2, 64)),  # 381 * 64 = 24384; 2 bits have blocks of 32, 64 and 128
+    ({"accumulator_bits": 15, "bits": 2}, (2, 32)),
+    ({"accumulator_bits": 18, "block_size": 64}, (4, 64)),
+    ({"accumulator_bits": 16, "block_size": 32}, (3, 32)),
+    ({"accumulator_bits": 24, "block_size": 128}, (8, 128)),
+    ({"accumulator_bits": 24, "accumulator_tile": 128}, (8, 128)),
+    ({"accumulator_bits": 20, "bits": 8}, (8, 16)),  # 32385 * 16 = 518160 < 524288
+    ({"accumulator_bits": 17, "bits": 5}, (5, 16)),
+    ({"accumulator_bits": 20, "bits": 5, "symmetric": True}, (5, 16)),  # stored up to 143: 127 * 143 * 16 < 524288
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), SIZES)
+def test_blocks_are_the_largest_that_fit(options: dict[str, Any], expected: tuple[int, int]) -> None:
+    assert sized(**options) == (*expected, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulator_bits": 14}, "16 products of int8 activations and 3-bit codes need 15; that is the smallest that works here"),
+        ({"accumulator_bits": 14, "bits": 2}, "32 products of int8 activations and 2-bit codes need 15"),
+        ({"accumulator_bits": 15, "bits": 4}, "16 products of int8 activations and 4-bit codes need 16"),
+        ({"accumulator_bits": 15, "bits": 3, "symmetric": True}, "16 products of int8 activations and 3-bit codes need 16"),
+        ({"accumulator_bits": 16, "block_size": 128}, "128 products of int8 activations and 2-bit codes need 17"),
+        ({"accumulator_bits": 2, "block_size": 32, "bits": 8}, "32 products of int8 activations and 8-bit codes need 21"),
+        ({"accumulator_bits": 16, "accumulator_tile": 24}, "MatMulNBits sums whole blocks of 16, 32, 64, 128, 256"),
+        ({"accumulator_bits": 16, "accumulator_tile": 64, "block_size": 32}, "MatMulNBits' tile is its block; give one of them"),
+        ({"accumulator_bits": 16, "accuracy_level": 1}, "only level 4 computes in integers"),
+        ({"accumulator_bits": 16, "block_size": None}, "leave the block size out"),
+        ({"accumulator_bits": 16, "block_size": 16, "bits": 2}, "2 bits sums blocks of 32, 64 or 128"),
+        ({"accumulator_tile": 16}, "accumulator_tile needs accumulator_bits"),
+    ],
+)
+def test_what_cannot_be_sized_says_what_can(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        build_pipeline(**options)
+    named = re.search(r"codes need (\d+)", message)
+    if named is not None:
+        assert build_pipeline(**{**options, "accumulator_bits": int(named[1])})
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_sized_file_is_proved(bits: int, symmetric: bool) -> None:
+    """Codes of 3, 5, 6 and 7 bits are stored in more, symmetric ones higher than their own width."""
+    for width in range(14, 22):
+        try:
+            build_pipeline(bits=bits, symmetric=symmetric, accumulator_bits=width)
+        except OptionError:
+            continue
+        model = graphs.matmul(64, 8)
+        made, report = magr_onnx.optimize(
+            model, [feeds(model)], bits=bits, symmetric=symmetric, accumulator_bits=width, quantizer="rtn", alpha=0.0
+        )
+        block = report.layers[0].block_size
+        (row,) = magr_onnx.verify(made, accumulator=Accumulator(width, block), run=False).layers
+        assert row.verdict == "proved"
+        return
+    pytest.fail("no width worked")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "qdq-int8", "target": "x86"}, f"unknown target 'x86'; choose one of {', '.join(TARGETS)}"),
+        ({"format": "qdq-int8", "target": "generic", "accumulator_bits": 16}, "give a target or accumulator_bits, not both"),
+        ({"format": "qdq", "accumulator_bits": 16}, "floats have no accumulator"),
+        ({"format": "qdq-int8", "block_size": 32}, "integer kernels have one scale a column; use 'channel'"),
+        ({"format": "dynamic-int8", "block_size": 32}, "integer kernels have one scale a column; use 'channel'"),
+        ({"format": "qdq-int8", "accumulator_bits": 8}, "the smallest that works is 9"),
+        ({"format": "qdq-int8", "accumulator_bits": 1}, "accumulators have 2 to 64 bits"),
+        ({"format": "qdq-int8", "accumulator_bits": 16, "accumulator_tile": 0}, "accumulator tile 0 must be at least 1"),
+        ({"format": "qdq-int8", "accumulator_tile": 4}, "accumulator_tile needs accumulator_bits"),
+        ({"format": "qdq-int8", "quantizer": "a2q"}, "a2q is for accumulators only"),
+        ({"quantizer": "a2q+", "target": "generic"}, "needs 8-bit activations"),
+        ({"format": "qdq-int8", "quantizer": "rtn", "target": "generic"}, "rtn knows no accumulators"),
+        ({"format": "qdq-int8", "activation_range": "mse"}, "choose one of auto, min-max, percentile, min-error"),
+        ({"format": "qdq-int8", "activation_type": "int4"}, "choose one of uint8, int8"),
+        ({"format": "dynamic-int8", "activation_type": "int8"}, "activation_type is for format qdq-int8 only"),
+        ({"format": "qdq", "activation_range": "auto"}, "activation_range is for format qdq-int8 only"),
+        ({"quantize_outputs": True}, "quantize_outputs is for format qdq-int8 only"),
+        ({"format": "qdq-int8", "bits": 9}, "bits=9 is not supported"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message.replace("+", r"\+")):
+        build_pipeline(**options)
+
+
+def test_all_offenders_at_once() -> None:
+    with pytest.raises(OptionError) as caught:
+        build_pipeline(
+            format="qdq-int8", bits=9, quantizer="rtn", target="x86", accumulator_bits=3, activation_range="mse", bias="all", colour=1
+        )  # type: ignore[call-arg]
+    for part in ("bits=9", "rtn knows no", "not both", "unknown target 'x86'", "'mse'", "bias='all'", "'colour'"):
+        assert part in str(caught.value)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("options")
+    (found / "model.onnx").write_bytes(proto(graphs.chain()).SerializeToString())
+    np.savez(found / "calibration.npz", **feeds(graphs.chain(), rows=64))
+    return found
+
+
+NEW_OPTIONS = (
+    "--activation-type",
+    "--activation-range",
+    "--quantize-outputs",
+    "--target",
+    "--accumulator-bits",
+    "--accumulator-tile",
+)
+
+
+def test_help_shows_the_options() -> None:
+    text = CliRunner().invoke(app, ["optimize", "--help"], env={"COLUMNS": "200"}).stdout
+    for option in (*NEW_OPTIONS, "qdq-int8", "dynamic-int8", "a2q+", "x86-avx2", "arm64-neon"):
+        assert option in text
+    listed = run("passes").stdout
+    for name in ("quantize-activations", "emit-qdq-int8", "emit-dynamic-int8"):
+        assert name in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "operators"),
+    [
+        (("--format", "qdq-int8", "--target", "x86-avx2"), {"QuantizeLinear", "DequantizeLinear"}),
+        (("--format", "qdq-int8", "--activation-type", "int8", "--activation-range", "percentile"), {"QuantizeLinear"}),
+        (("--format", "qdq-int8", "--quantize-outputs", "--accumulator-bits", "16", "--accumulator-tile", "32"), {"QuantizeLinear"}),
+        (("--format", "dynamic-int8", "--bits", "5", "--asymmetric"), {"DynamicQuantizeLinear", "MatMulInteger"}),
+        (("--accumulator-bits", "16"), {"MatMulNBits"}),
+    ],
+)
+def test_options_reach_the_file(arguments: tuple[str, ...], operators: set[str], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    result = run("optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "2 read back and verified" in result.stdout
+    assert operators <= {node.op_type for node in magr_onnx.files.load(out).model.graph}
+    if "--target" in arguments:
+        assert run("verify", out, "--target", "x86-avx2").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--format", "qdq-int8"), 1, "static 8-bit activations need calibration data"),
+        (("--format", "qdq-int8", "--target", "x86"), 1, "unknown target 'x86'; choose one of x86-avx2"),
+        (("--format", "qdq", "--accumulator-bits", "16"), 1, "accumulator_bits needs integer activations"),
+        (("--accumulator-bits", "14"), 1, "the smallest that works here"),
+        (("--format", "qdq-int8", "--activation-type", "int4"), 2, "is not one of"),
+        (("--format", "dynamic-int8", "--activation-type", "int8"), 1, "for format qdq-int8 only"),
+        (("--pipeline", "quantize", "--target", "generic"), 1, "--pipeline replaces --target"),
+    ],
+)
+def test_errors_leave_no_file(arguments: tuple[str, ...], code: int, message: str, folder: Path, tmp_path: Path) -> None:
+    result = run("optimize", folder / "model.onnx", "-o", tmp_path / "out.onnx", *arguments)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_magr_runs_before_integer_formats_only_when_asked() -> None:
+    assert not any(isinstance(p, MagR) for p in build_pipeline(format="qdq-int8"))
+    assert any(isinstance(p, MagR) for p in build_pipeline(format="qdq-int8", alpha=1e-3))
