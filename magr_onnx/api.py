@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
-from magr_onnx.options import Options, build_pipeline
-from magr_onnx.packing import container_bits
-from magr_onnx.passes import CompensateBias, EmitQDQInt8, Job, LayerPass, LinearLayer, Reason, Skip, pipeline
+from magr_onnx.errors import OptionError
+from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
 from magr_onnx.passes.linear import find
-from magr_onnx.passes.readback import digest, read_weights
-from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow
-from magr_onnx.runtime import calibrate, overflow, ranges, witness
+from magr_onnx.report import SkipRow, versions
+from magr_onnx.runtime import calibrate, overflow, witness
 from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Batches, Source, open_data
+from magr_onnx.runtime.data import Source, open_data
 from magr_onnx.runtime.session import Arithmetic, Session, provider_name
 from magr_onnx.targets import Target, find_target
-from magr_onnx.types import Activation, ActivationGrid, LayerStats, check_finite
 from magr_onnx.verification import Verification
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, steps done and steps in total."""
-
-
-class Optimized(NamedTuple):
-    """What `optimize` returns."""
-
-    model: ir.Model
-    report: Report
+__all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,184 +71,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        tuple(map(_skip_row, skips)),
-    )
-
-
-def optimize(
-    model: Any,
-    calibration: Source | None = None,
-    *,
-    output: str | os.PathLike[str] | None = None,
-    validation_data: Source | None = None,
-    pipeline_text: str | Sequence[LayerPass] | None = None,
-    provider: str = "cpu",
-    mask: str | None = "auto",
-    batch_size: int = 16,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    gram_budget: int = calibrate.DEFAULT_BUDGET,
-    progress: Progress | None = None,
-    **options: Unpack[Options],
-) -> Optimized:
-    """Quantize the linear layers of a model.
-
-    Args:
-        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
-        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
-            without error feedback, no bias compensation), and the report says so.
-        output: Where to write the result; None keeps it in memory.
-        validation_data: Held-out inputs to compare the float and the quantized model on.
-        pipeline_text: Passes, or their text, instead of ``options``.
-        provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
-        mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
-        batch_size: Samples per batch when stacked inputs are cut up.
-        include: Shell patterns of layers (by node or weight name) to convert; empty for all.
-        exclude: Patterns of layers to leave alone.
-        gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
-        progress: Called during long work.
-        **options: See `Options`.
-
-    Returns:
-        The model and the report.
-
-    Raises:
-        MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
-    """
-    clock = _Clock()
-    if pipeline_text is not None and options:
-        raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
-    if pipeline_text is None:
-        passes = build_pipeline(**options)
-    else:
-        passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
-    pipeline.check(passes, provider)
-    provider_name(provider)
-    loaded = files.load(model)
-    out = None if output is None else Path(output)
-    if out is not None:
-        raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-    mask_input = calibrate.resolve_mask(loaded.model, mask)
-    original = loaded.model
-    pipeline.prepare(passes, original)
-    work = original.clone()
-    layers, skips = find(work, include, exclude)
-    if not layers:
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
-        raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
-    _check_weights(layers)
-    clock.lap("load")
-
-    notes: list[str] = []
-    data = held = None
-    if calibration is not None or validation_data is not None:
-        with Session(loaded.path or original, provider) as session:
-            inputs = session.inputs
-        if calibration is not None:
-            data = open_data(calibration, inputs, batch_size)
-        if validation_data is not None:
-            held = open_data(validation_data, inputs, batch_size)
-    activations = pipeline.activations_of(passes)
-    if data is None:
-        if activations is not None and activations.type != "dynamic":
-            raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
-        notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
-
-    rows: dict[str, LayerRow] = {}
-    digests: dict[str, str] = {}
-    done = 0
-
-    def finished(job: Job) -> None:
-        nonlocal done
-        done += 1
-        rows[job.layer.name] = _layer_row(job)
-        if job.emitted:
-            digests[str(job.layer.output.name)] = digest(job.weight)
-        if progress is not None:
-            progress("quantizing", done, len(layers))
-
-    unmasked: list[str] = []
-    quantized_inputs: dict[str, Activation] = {}
-    bounds: dict[str, tuple[float, float]] = {}
-    products: dict[str, ActivationGrid] = {}
-    quantize_products = any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes)
-    if activations is not None and data is not None:
-        report = None if progress is None else _stage(progress, "ranges")
-        values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
-        if quantize_products:
-            read = {v.name for v in values}
-            values += [v for v in ranges.products_of(layers) if v.name not in read]
-        chosen = ranges.choose(
-            original,
-            values,
-            data,
-            method=activations.ranges,
-            kind=activations.type,
-            mask=mask_input,
-            provider=provider,
-            progress=report,
-        )
-        quantized_inputs = {name: choice.grid for name, choice in chosen.items()}
-        if quantize_products:
-            products = {name: choice.grid for name, choice in chosen.items() if isinstance(choice.grid, ActivationGrid)}
-        for name, choice in chosen.items():
-            if choice.bounds is not None:
-                bounds[name] = choice.bounds
-            if choice.sentinels is not None:
-                low, high = choice.sentinels
-                notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-        clock.lap("ranges")
-    groups = calibrate.plan(layers, gram_budget) if data is not None else [layers]
-    for index, group in enumerate(groups):
-        stats: dict[str, LayerStats] = {}
-        if data is not None:
-            name = "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else "")
-            report = None if progress is None else _stage(progress, name)
-            result = calibrate.collect(
-                original, group, data, mask=mask_input, provider=provider, progress=report, quantize=quantized_inputs, bounds=bounds
-            )
-            stats = result.stats
-            unmasked += result.unmasked
-            clock.lap("calibrate")
-        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, products)  # noqa: B023
-        clock.lap("quantize")
-    if unmasked:
-        some = ", ".join(unmasked[:3])
-        notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
-
-    demand = pipeline.accumulator_of(passes)
-    proof = None if demand is None else _prove(work, demand)
-    _stamp(work, passes, proof)
-    if out is None:
-        verified = _verify(work, digests)
-        written = files.initializer_bytes(work)
-    else:
-        verified = len(digests)
-        written = files.save(work, out, lambda path: _verify_file(path, digests, provider, demand))
-    clock.lap("write")
-    comparison = None
-    if held is not None:
-        report = None if progress is None else _stage(progress, "validating")
-        comparison = validation.validate(loaded.path or original, out or work, held, provider=provider, mask=mask_input, progress=report)
-        clock.lap("validate")
-    return Optimized(
-        work,
-        Report(
-            loaded.name,
-            None if out is None else str(out),
-            pipeline.text_of(passes),
-            _describe(data, rows, mask_input),
-            tuple(rows[layer.name] for layer in layers),
-            tuple(map(_skip_row, skips)),
-            loaded.bytes,
-            written,
-            verified,
-            clock.laps,
-            versions(),
-            tuple(notes),
-            comparison,
-            proof,
-        ),
+        tuple(map(skip_row, skips)),
     )
 
 
@@ -301,7 +106,7 @@ def validate(
         mask=calibrate.resolve_mask(a.model, mask),
         layers=layers,
         latency=latency,
-        progress=None if progress is None else _stage(progress, "validating"),
+        progress=stage(progress, "validating"),
     )
 
 
@@ -341,120 +146,3 @@ def verify(
     loaded = files.load(model)
     layers, skipped = overflow.verify(loaded.model, against, outer_bits, run)
     return Verification(loaded.name, text, layers, skipped, witness.machine_name(), versions())
-
-
-class _Clock:
-    """Seconds by stage, in order of first appearance."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
-def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(name, done, total)
-
-
-def _check_weights(layers: Sequence[LinearLayer]) -> None:
-    """Name every layer with NaN or infinite weights or bias, before any work."""
-    problems = []
-    for layer in layers:
-        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
-            try:
-                if array is not None:
-                    check_finite(f"{what} of {layer.name}", array)
-            except NonFiniteError as error:
-                problems.append(str(error))
-    raise_all(NonFiniteError, problems)
-
-
-def _layer_row(job: Job) -> LayerRow:
-    layer, facts = job.layer, job.facts
-    spec = None if job.quantized is None else job.quantized.spec
-    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
-    if spec is not None and stored != spec.bits:
-        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
-    return LayerRow(
-        layer.name,
-        layer.op,
-        layer.weight_name,
-        layer.k,
-        layer.n,
-        None if spec is None else spec.bits,
-        facts.get("block_size"),
-        job.stats.rows,
-        facts.get("error"),
-        facts.get("magr"),
-        facts.get("solver"),
-        bool(facts.get("bias_compensated")),
-        facts.get("emitted"),
-        tuple(job.notes),
-        facts.get("activation"),
-    )
-
-
-def _skip_row(skip: Skip) -> SkipRow:
-    reason: Reason = skip.reason
-    return SkipRow(skip.name, skip.op, reason.value, skip.detail)
-
-
-def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
-    if data is None:
-        return "none (data-free)"
-    most = max((r.rows for r in rows.values()), default=0)
-    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
-
-
-def _prove(model: ir.Model, demand: Target | Accumulator) -> ProofSummary:
-    """Prove that the layers just written cannot overflow; those that were integers before are counted, not answered for."""
-    layers, skipped = overflow.verify(model, demand, run=False)
-    against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
-    room = min((layer.headroom for layer in layers), default=math.inf)
-    proved = sum(layer.verdict == "proved" for layer in layers)
-    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
-
-
-def _stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
-    """Say in the model's metadata what was done to it."""
-    if proof is not None:
-        model.metadata_props["onnx_magr.accumulator"] = str(proof)
-    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
-    model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
-
-
-def _verify(model: ir.Model, digests: dict[str, str]) -> int:
-    """Read every emitted weight back and compare it with what was chosen."""
-    found = {name: digest(weight) for name, weight in read_weights(model, digests).items()}
-    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
-    if wrong:
-        raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
-    return len(digests)
-
-
-def _verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None) -> None:
-    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
-    model = ir.load(path)
-    _verify(model, digests)
-    if demand is not None:
-        found = _prove(model, demand)
-        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
-            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
-    with Session(path, provider):
-        pass
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and those it stands on."""
-    found = {}
-    for name in ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found.setdefault("onnx-magr", "unknown")
-    return found

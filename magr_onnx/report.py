@@ -7,6 +7,7 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from magr_onnx.runtime.validate import Validation
@@ -232,3 +233,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and those it stands on."""
+    found = {}
+    for name in ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found.setdefault("onnx-magr", "unknown")
+    return found

@@ -70,9 +70,8 @@ class EmitMatMulNBits(LayerPass):
         largest = spec.top + (stored_shift(spec.bits) if spec.symmetric else 0)
         least = data_type_bits(block, -INT8_ACTIVATION, INT8_ACTIVATION, 0, largest)
         if least > (self.accumulator_bits or 0):
-            return [
-                f"accumulator_bits={self.accumulator_bits}: sums of {block} products of int8 activations and {spec.bits}-bit codes need {least}"
-            ]
+            sums = f"sums of {block} products of int8 activations and {spec.bits}-bit codes"
+            return [f"accumulator_bits={self.accumulator_bits}: {sums} need {least}"]
         return []
 
     def apply(self, job: Job) -> bool:

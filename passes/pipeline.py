@@ -180,7 +180,9 @@ def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
                 f"{p.name} needs {need[wanted]} before it" if wanted else f"{p.name} keeps activations float; remove quantize-activations"
             )
         if isinstance(p, Quantize) and p.accumulator_bits is not None and p.activation is None:
-            found.append("accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8, pass quantize-activations): floats have no accumulator")
+            found.append(
+                "accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8): floats have no accumulator to overflow"
+            )
     return found
 
 

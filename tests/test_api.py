@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import demo
+from magr_onnx import demo, optimizer
 from magr_onnx.models import bundled
 from magr_onnx.passes import find, parse
 from magr_onnx.passes.readback import digest, read_weights
@@ -73,7 +73,7 @@ def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> Non
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.onnx"
     chosen: dict[str, str] = {}
-    run_layers = magr_onnx.api.pipeline.run_layers
+    run_layers = optimizer.pipeline.run_layers
 
     def spy(passes: Any, layers: Any, stats: Any, finished: Any, products: Any) -> None:
         def keep(job: Any) -> None:
@@ -82,7 +82,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
         run_layers(passes, layers, stats, keep, products)
 
-    monkeypatch.setattr(magr_onnx.api.pipeline, "run_layers", spy)
+    monkeypatch.setattr(optimizer.pipeline, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, bits=3)
     found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
     assert found == chosen
@@ -91,14 +91,14 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = magr_onnx.api.read_weights
+    read = optimizer.read_weights
 
     def tampered(model: ir.Model, outputs: Any) -> dict[str, Any]:
         weights = read(model, outputs)
         weights["up_out"][0, 0] += 1e-3
         return weights
 
-    monkeypatch.setattr(magr_onnx.api, "read_weights", tampered)
+    monkeypatch.setattr(optimizer, "read_weights", tampered)
     with pytest.raises(magr_onnx.MagrError, match="the emitted weights of up_out"):
         magr_onnx.optimize(graphs.chain())
 

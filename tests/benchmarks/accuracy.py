@@ -157,13 +157,14 @@ class Benchmark:
     metrics: Callable[[npt.NDArray[Any], npt.NDArray[Any]], tuple[float, float]]
 
 
-def sentence_encoder(data: Path, work: Path) -> Benchmark:
+def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
+    """The encoder on STS-B, or on every ``every``-th of its pairs."""
     from scipy.stats import spearmanr
 
     folder = minilm(data, work)
+    scores = np.load(folder / "stsb_scores.npy")[::every]
     with np.load(folder / "stsb.npz") as file:
-        test = {name: file[name] for name in file.files}
-    scores = np.load(folder / "stsb_scores.npy")
+        test = {name: np.concatenate([half[::every] for half in np.split(file[name], 2)]) for name in file.files}
     lengths = test["attention_mask"].sum(axis=1)
     order = np.argsort(lengths, kind="stable")
 
@@ -227,12 +228,13 @@ def character_model(title: str, file: str) -> Callable[[Path, Path], Benchmark]:
     return make
 
 
-def bundled_lm(data: Path, work: Path) -> Benchmark:
+def bundled_lm(data: Path, work: Path, every: int = 1) -> Benchmark:
+    """The bundled model on its held-out blocks, or on every ``every``-th of them."""
     missing = [p.name for p in (bundled.MODEL, bundled.CALIBRATION, bundled.HELD_OUT) if not p.is_file()]
     if missing:
         raise Unsupported(f"the bundled model's files are not there: {', '.join(missing)}")
     with np.load(bundled.HELD_OUT) as file:
-        blocks = file["input_ids"]
+        blocks = file["input_ids"][::every]
     return language_model("The bundled language model", bundled.MODEL, bundled.CALIBRATION, blocks, 16)
 
 
@@ -256,6 +258,23 @@ def float_outputs(name: str, benchmark: Benchmark, work: Path) -> npt.NDArray[An
         np.save(path, benchmark.outputs(benchmark.model))
     result: npt.NDArray[Any] = np.load(path)
     return result
+
+
+def divergences(benchmark: Benchmark, path: Path, batch: int = 8) -> npt.NDArray[np.float64]:
+    """Mean KL divergence of a language model's next-token distributions from the float model's, of every batch of blocks."""
+    (blocks,) = benchmark.test.values()
+    found = []
+    with Session(benchmark.model) as a, Session(path) as b:
+        for at in range(0, len(blocks), batch):
+            p, q = (_log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
+            found.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean(dtype=np.float64)))
+    return np.array(found)
+
+
+def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    x: npt.NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
 
 
 # --- The table ----------------------------------------------------------------------------------------------------------------
@@ -307,15 +326,17 @@ class Footnotes:
         return (f"({i}) {reason}" for i, reason in enumerate(self.reasons, 1))
 
 
+def metric_cells(benchmark: Benchmark, metrics: tuple[float, float]) -> tuple[str, str]:
+    """Both metrics with the digits that mean something."""
+    a, b = metrics
+    return (f"{a:.4f}", f"{b:+.4f}") if benchmark.columns[1] == "over float" else (f"{a:.5f}", f"{b:.4f}")
+
+
 def render(benchmark: Benchmark, rows: list[Row]) -> str:
     notes = Footnotes()
-    signed = benchmark.columns[1] == "over float"
     lines: list[list[Cell]] = []
     for row in rows:
-        if row.metrics is None:
-            a, b = notes.mark(row.reason or "no reason given"), None
-        else:
-            a, b = (f"{row.metrics[0]:.4f}", f"{row.metrics[1]:+.4f}") if signed else (f"{row.metrics[0]:.5f}", f"{row.metrics[1]:.4f}")
+        a, b = (notes.mark(row.reason or "no reason given"), None) if row.metrics is None else metric_cells(benchmark, row.metrics)
         seconds = None if row.seconds is None or row.metrics is None else f"{row.seconds:.1f}"
         size = None if row.megabytes is None else f"{row.megabytes:.2f}"
         lines.append([row.setting, row.method, a, b, row.layers, seconds, size])

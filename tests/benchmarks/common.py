@@ -253,3 +253,45 @@ def _process(tools: Any, config: Any, model: Path, output: Path, bits: int, bloc
         raise Unsupported("its MatMulNBits nodes cannot have one scale a channel")
     quantizer.process()
     onnx.save(quantizer.model.model, str(output))
+
+
+# --- onnxruntime's 8-bit quantizers -------------------------------------------------------------------------------------------
+
+
+def ort_static(model: Path, calibration: Path, output: Path, batch_size: int = BATCH_SIZE, **options: Any) -> None:
+    """Quantize ``model`` with ``onnxruntime.quantization.quantize_static``; ``options`` are its own.
+
+    Raises:
+        Unsupported: It fails.
+    """
+    with quiet():
+        from onnxruntime.quantization import quantize_static
+
+        _said(lambda: quantize_static(str(model), str(output), NpzReader(calibration, batch_size), **options))
+
+
+def ort_dynamic(model: Path, output: Path, **options: Any) -> None:
+    """Quantize ``model`` with ``onnxruntime.quantization.quantize_dynamic``; ``options`` are its own.
+
+    Raises:
+        Unsupported: It fails.
+    """
+    with quiet():
+        from onnxruntime.quantization import quantize_dynamic
+
+        _said(lambda: quantize_dynamic(str(model), str(output), **options))
+
+
+def _said(function: Callable[[], object]) -> None:
+    try:
+        function()
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise Unsupported(f"{type(error).__name__}: {lines[0] if lines else 'no message'}") from error
+
+
+def linear_layers(model: Path) -> list[str]:
+    """Names of the nodes we quantize."""
+    import magr_onnx
+
+    return [row["name"] for row in magr_onnx.inspect(model).layers]
