@@ -79,6 +79,7 @@ class BiasName(StrEnum):
     none = "none"
 
 
+WEIGHTS, INTEGERS, DATA, OUTPUT = "Weights", "Integer layers and accumulators", "Data", "Output"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
@@ -121,7 +122,8 @@ def optimize(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -129,66 +131,161 @@ def optimize(
             "--calibration",
             "-c",
             help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders. Without it: data-free.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option("--validation", help="Held-out inputs to compare both models on, in the same forms.")
+        Path | None,
+        typer.Option("--validation", help="Held-out inputs to compare both models on, in the same forms.", rich_help_panel=DATA),
     ] = None,
-    bits: Annotated[Bits | None, typer.Option("--bits", "-b", help="Bits a weight. [default: 4; integer formats 8]")] = None,
+    bits: Annotated[
+        Bits | None,
+        typer.Option("--bits", "-b", help="Bits a weight, 2 to 8. (default: 4; integer formats 8)", metavar="N", rich_help_panel=WEIGHTS),
+    ] = None,
     block_size: Annotated[
         str | None,
         typer.Option(
-            "--block-size", help="Rows that share a scale: a multiple of 16, or 'channel'. [default: 32; integer formats channel]"
+            "--block-size",
+            help="Rows that share a scale: a multiple of 16, or 'channel'. (default: 32; integer formats channel)",
+            metavar="N",
+            rich_help_panel=WEIGHTS,
         ),
     ] = None,
-    quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="comq: GPTQ refined by coordinate descent.")] = QuantizerName.comq,
+    quantizer: Annotated[
+        QuantizerName,
+        typer.Option(
+            "--quantizer",
+            help="rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = QuantizerName.comq,
     format: Annotated[
-        FormatName, typer.Option("--format", help="Nodes to write; qdq-int8 and dynamic-int8 also quantize layer inputs to 8 bits.")
+        FormatName,
+        typer.Option(
+            "--format",
+            help="Nodes to write: matmulnbits, qdq; with 8-bit layer inputs qdq-int8, dynamic-int8.",
+            metavar="NAME",
+            rich_help_panel=OUTPUT,
+        ),
     ] = FormatName.matmulnbits,
     symmetric: Annotated[
         bool | None,
-        typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle. [default: asymmetric; integer formats symmetric]"),
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Fix the zero point in the middle. (default: asymmetric; integer formats symmetric)",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option("--alpha", min=0, help="Strength of MagR, relative to the layer; 0: off. [default: 1e-3 per channel, 1e-4 per block]"),
+        typer.Option(
+            "--alpha",
+            min=0,
+            help="Strength of MagR, relative to the layer; 0: off. (default: 1e-3 per channel, 1e-4 per block; 0 for integer formats above 4 bits)",
+            metavar="X",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="Shrink of the min-max grid, up to 1. [default: searched per group]")] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            "--beta", help="Shrink of the min-max grid, up to 1. (default: searched per group)", metavar="X", rich_help_panel=WEIGHTS
+        ),
+    ] = None,
     damping: Annotated[
-        float | None, typer.Option("--damping", min=0, help="Added to the Gram matrix, in units of its diagonal. [default: 2 K / rows]")
+        float | None,
+        typer.Option(
+            "--damping",
+            min=0,
+            help="Added to the Gram matrix, in units of its diagonal. (default: 2 K / rows)",
+            metavar="X",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
-    act_order: Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.")] = True,
-    sweeps: Annotated[int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).")] = 8,
-    bias: Annotated[BiasName, typer.Option("--bias", help="Bias compensation; auto: wherever it adds no node.")] = BiasName.auto,
-    accuracy_level: Annotated[int, typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.")] = 0,
+    act_order: Annotated[
+        bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.", rich_help_panel=WEIGHTS)
+    ] = True,
+    sweeps: Annotated[
+        int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=WEIGHTS)
+    ] = 8,
+    bias: Annotated[
+        BiasName,
+        typer.Option(
+            "--bias",
+            help="Bias compensation: existing, any, none; auto: wherever it adds no node.",
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = BiasName.auto,
+    accuracy_level: Annotated[
+        int,
+        typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", metavar="N", rich_help_panel=OUTPUT),
+    ] = 0,
     activation_type: Annotated[
-        ActivationName | None, typer.Option("--activation-type", help="Layer inputs of qdq-int8. [default: uint8]")
+        ActivationName | None,
+        typer.Option(
+            "--activation-type", help="Layer inputs of qdq-int8: uint8, int8. (default: uint8)", metavar="TYPE", rich_help_panel=INTEGERS
+        ),
     ] = None,
     activation_range: Annotated[
-        RangeName | None, typer.Option("--activation-range", help="Ranges of layer inputs; auto: the least measured error. [default: auto]")
+        RangeName | None,
+        typer.Option(
+            "--activation-range",
+            help="Ranges of layer inputs: min-max, percentile, min-error; auto: the least measured error. (default: auto)",
+            metavar="NAME",
+            rich_help_panel=INTEGERS,
+        ),
     ] = None,
     quantize_outputs: Annotated[
-        bool, typer.Option("--quantize-outputs", help="qdq-int8: quantize what layers put out too (QLinearMatMul).")
+        bool,
+        typer.Option("--quantize-outputs", help="qdq-int8: quantize what layers put out too (QLinearMatMul).", rich_help_panel=INTEGERS),
     ] = False,
     target: Annotated[
         str | None,
-        typer.Option("--target", help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.", show_default=False),
+        typer.Option(
+            "--target",
+            help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.",
+            show_default=False,
+            metavar="NAME",
+            rich_help_panel=INTEGERS,
+        ),
     ] = None,
     accumulator_bits: Annotated[
-        int | None, typer.Option("--accumulator-bits", help="Accumulator that may not overflow; sizes the blocks of matmulnbits.")
+        int | None,
+        typer.Option(
+            "--accumulator-bits",
+            help="Accumulator that may not overflow; sizes the blocks of matmulnbits.",
+            metavar="P",
+            rich_help_panel=INTEGERS,
+        ),
     ] = None,
     accumulator_tile: Annotated[
-        int | None, typer.Option("--accumulator-tile", help="Terms along K that share the accumulator. [default: all of them]")
+        int | None,
+        typer.Option(
+            "--accumulator-tile",
+            help="Terms along K that share the accumulator. (default: all of them)",
+            metavar="T",
+            rich_help_panel=INTEGERS,
+        ),
     ] = None,
     pipeline: Annotated[
-        str | None, typer.Option("--pipeline", help="Passes as text, instead of the options above; see 'onnx-magr passes'.")
+        str | None,
+        typer.Option(
+            "--pipeline",
+            help="Passes as text, instead of the options above; see 'onnx-magr passes'.",
+            metavar="TEXT",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
-    report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Also write the report as JSON to this file.", rich_help_panel=OUTPUT)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -338,10 +435,10 @@ def verify(
     target: Annotated[str | None, typer.Option("--target", "-t", help=f"Machine to prove for: {', '.join(TARGETS)}.")] = None,
     accumulator_bits: Annotated[int | None, typer.Option("--accumulator-bits", help="Width P of the register that sums a tile.")] = None,
     accumulator_tile: Annotated[
-        int | None, typer.Option("--accumulator-tile", help="Consecutive terms T that share it. [default: the whole dot product]")
+        int | None, typer.Option("--accumulator-tile", help="Consecutive terms T that share it. (default: the whole dot product)")
     ] = None,
     outer_bits: Annotated[
-        int | None, typer.Option("--outer-bits", help="Width of the register the tile sums are added in. [default: 32]")
+        int | None, typer.Option("--outer-bits", help="Width of the register the tile sums are added in. (default: 32)")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
