@@ -1,0 +1,364 @@
+"""The main job: a model in, its layers through a pipeline one by one, a model out that is proved to hold what was chosen."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+import onnx_ir as ir
+
+from magr_onnx import files
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
+from magr_onnx.options import Options, build_pipeline
+from magr_onnx.packing import container_bits
+from magr_onnx.passes import CompensateBias, EmitQDQInt8, Job, LayerPass, LinearLayer, QuantizeActivations, Skip, pipeline
+from magr_onnx.passes.linear import find
+from magr_onnx.passes.readback import digest, read_weights
+from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
+from magr_onnx.runtime import calibrate, overflow, ranges
+from magr_onnx.runtime import validate as validation
+from magr_onnx.runtime.data import Batches, Source, open_data
+from magr_onnx.runtime.session import Session, provider_name
+from magr_onnx.targets import Target
+from magr_onnx.types import Activation, ActivationGrid, LayerStats, check_finite
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, steps done and steps in total."""
+
+
+class Optimized(NamedTuple):
+    """What `optimize` returns."""
+
+    model: ir.Model
+    report: Report
+
+
+def optimize(
+    model: Any,
+    calibration: Source | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    validation_data: Source | None = None,
+    pipeline_text: str | Sequence[LayerPass] | None = None,
+    provider: str = "cpu",
+    mask: str | None = "auto",
+    batch_size: int = 16,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Optimized:
+    """Quantize the linear layers of a model.
+
+    Args:
+        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
+        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
+            without error feedback, no bias compensation), and the report says so.
+        output: Where to write the result; None keeps it in memory.
+        validation_data: Held-out inputs to compare the float and the quantized model on.
+        pipeline_text: Passes, or their text, instead of ``options``.
+        provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
+        mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
+        batch_size: Samples per batch when stacked inputs are cut up.
+        include: Shell patterns of layers (by node or weight name) to convert; empty for all.
+        exclude: Patterns of layers to leave alone.
+        gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
+        progress: Called during long work.
+        **options: See `Options`.
+
+    Returns:
+        The model and the report.
+
+    Raises:
+        MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
+    """
+    clock = _Clock()
+    if pipeline_text is not None and options:
+        raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
+    if pipeline_text is None:
+        passes = build_pipeline(**options)
+    else:
+        passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
+    pipeline.check(passes, provider)
+    provider_name(provider)
+    activations = pipeline.activations_of(passes)
+    if calibration is None and activations is not None and activations.type != "dynamic":
+        raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
+    loaded = files.load(model)
+    out = None if output is None else Path(output)
+    if out is not None:
+        raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
+    mask_input = calibrate.resolve_mask(loaded.model, mask)
+    original = loaded.model
+    pipeline.prepare(passes, original)
+    work = original.clone()
+    layers, skips = find(work, include, exclude)
+    if not layers:
+        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+        raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    _check_weights(layers)
+    clock.lap("load")
+
+    notes: list[str] = []
+    data = held = None
+    if calibration is not None or validation_data is not None:
+        with Session(loaded.path or original, provider) as session:
+            inputs = session.inputs
+        if calibration is not None:
+            data = open_data(calibration, inputs, batch_size)
+        if validation_data is not None:
+            held = open_data(validation_data, inputs, batch_size)
+    if data is None:
+        notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
+
+    rows: dict[str, LayerRow] = {}
+    digests: dict[str, str] = {}
+
+    def finished(job: Job) -> None:
+        rows[job.layer.name] = _layer_row(job)
+        if job.emitted:
+            digests[str(job.layer.output.name)] = digest(job.weight)
+        if progress is not None:
+            progress("quantizing", len(rows), len(layers))
+
+    grids = _Grids()
+    if activations is not None and data is not None:
+        report = stage(progress, "ranges")
+        grids = _choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        notes += grids.notes
+        clock.lap("ranges")
+    unmasked: list[str] = []
+    groups = calibrate.plan(layers, gram_budget) if data is not None else [layers]
+    for index, group in enumerate(groups):
+        stats: dict[str, LayerStats] = {}
+        if data is not None:
+            report = stage(progress, "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""))
+            result = calibrate.collect(
+                original,
+                group,
+                data,
+                mask=mask_input,
+                provider=provider,
+                progress=report,
+                quantize=grids.inputs,
+                bounds=grids.bounds,
+            )
+            stats = result.stats
+            unmasked += result.unmasked
+            clock.lap("calibrate")
+        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, grids.products)  # noqa: B023
+        clock.lap("quantize")
+    if unmasked:
+        some = ", ".join(unmasked[:3])
+        notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
+
+    demand = pipeline.accumulator_of(passes)
+    emitted = {row.emitted for row in rows.values() if row.emitted}
+    proof = None if demand is None else _prove(work, demand, emitted)
+    _stamp(work, passes, proof)
+    if out is None:
+        verified = _verify(work, digests)
+        written = files.initializer_bytes(work)
+    else:
+        verified = len(digests)
+        written = files.save(work, out, lambda path: _verify_file(path, digests, provider, demand, emitted))
+    clock.lap("write")
+    comparison = None
+    if held is not None:
+        report = stage(progress, "validating")
+        comparison = validation.validate(loaded.path or original, out or work, held, provider=provider, mask=mask_input, progress=report)
+        clock.lap("validate")
+    return Optimized(
+        work,
+        Report(
+            loaded.name,
+            None if out is None else str(out),
+            pipeline.text_of(passes),
+            _describe(data, rows, mask_input),
+            tuple(rows[layer.name] for layer in layers),
+            tuple(map(skip_row, skips)),
+            loaded.bytes,
+            written,
+            verified,
+            clock.laps,
+            versions(),
+            tuple(notes),
+            comparison,
+            proof,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Grids:
+    """How activations are quantized, by value name.
+
+    Attributes:
+        inputs: Of what layers read.
+        products: Of what layers put out, where that is quantized too.
+        bounds: What values are clipped to in statistics, where sentinels were found.
+        notes: Sentences for the report.
+    """
+
+    inputs: dict[str, Activation] = field(default_factory=dict)
+    products: dict[str, ActivationGrid] = field(default_factory=dict)
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _choose_grids(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    data: Batches,
+    passes: Sequence[LayerPass],
+    activations: QuantizeActivations,
+    mask: str | None,
+    provider: str,
+    progress: Callable[[int, int], None] | None,
+) -> _Grids:
+    values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
+    products = ranges.products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
+    read = {v.name for v in values}
+    values += [v for v in products if v.name not in read]
+    chosen = ranges.choose(
+        model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress
+    )
+    found = _Grids({name: choice.grid for name, choice in chosen.items()})
+    for value in products:
+        grid = chosen[value.name].grid
+        if isinstance(grid, ActivationGrid):
+            found.products[value.name] = grid
+    for name, choice in chosen.items():
+        if choice.bounds is not None:
+            found.bounds[name] = choice.bounds
+        if choice.sentinels is not None:
+            low, high = choice.sentinels
+            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
+    return found
+
+
+class _Clock:
+    """Seconds by stage, in order of first appearance."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    """Progress of one stage."""
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def _check_weights(layers: Sequence[LinearLayer]) -> None:
+    """Name every layer with NaN or infinite weights or bias, before any work."""
+    problems = []
+    for layer in layers:
+        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
+            try:
+                if array is not None:
+                    check_finite(f"{what} of {layer.name}", array)
+            except NonFiniteError as error:
+                problems.append(str(error))
+    raise_all(NonFiniteError, problems)
+
+
+def _layer_row(job: Job) -> LayerRow:
+    layer, facts = job.layer, job.facts
+    spec = None if job.quantized is None else job.quantized.spec
+    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
+    if spec is not None and stored != spec.bits:
+        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
+    return LayerRow(
+        layer.name,
+        layer.op,
+        layer.weight_name,
+        layer.k,
+        layer.n,
+        None if spec is None else spec.bits,
+        facts.get("block_size"),
+        job.stats.rows,
+        facts.get("error"),
+        facts.get("magr"),
+        facts.get("solver"),
+        bool(facts.get("bias_compensated")),
+        facts.get("emitted"),
+        tuple(job.notes),
+        facts.get("activation"),
+    )
+
+
+def skip_row(skip: Skip) -> SkipRow:
+    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
+
+
+def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+    if data is None:
+        return "none (data-free)"
+    most = max((r.rows for r in rows.values()), default=0)
+    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+
+
+def _prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> ProofSummary:
+    """Prove that the nodes just written cannot overflow; those that were integers before are counted, not answered for.
+
+    Raises:
+        OptionError: A layer is too long for the outer register (all such layers).
+    """
+    layers, skipped = overflow.verify(model, demand, run=False)
+    against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
+    failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
+    if failing:
+        claims = [(layer, max((c for c in (layer.outer, layer.result) if c is not None), key=lambda c: c.needed)) for layer in failing]
+        raise_all(
+            OptionError,
+            [
+                f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits where the tiles are summed, and there are {claim.bits} "
+                f"({against}); exclude it"
+                for layer, claim in claims
+            ],
+        )
+    room = min((layer.headroom for layer in layers), default=math.inf)
+    proved = sum(layer.verdict == "proved" for layer in layers)
+    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
+
+
+def _stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
+    """Say in the model's metadata what was done to it."""
+    if proof is not None:
+        model.metadata_props["onnx_magr.accumulator"] = str(proof)
+    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
+    model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
+
+
+def _verify(model: ir.Model, digests: dict[str, str]) -> int:
+    """Read every emitted weight back and compare it with what was chosen."""
+    found = {name: digest(weight) for name, weight in read_weights(model, digests).items()}
+    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
+    if wrong:
+        raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
+    return len(digests)
+
+
+def _verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str]) -> None:
+    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
+    model = ir.load(path)
+    _verify(model, digests)
+    if demand is not None:
+        found = _prove(model, demand, emitted)
+        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
+            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
+    with Session(path, provider):
+        pass
