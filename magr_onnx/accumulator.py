@@ -15,6 +15,7 @@ whatever its zero point.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from magr_onnx.errors import OptionError
 
 Integers = npt.NDArray[np.integer[Any]]
+CHUNK = 1 << 22  # elements of a weight widened to 64 bits at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,9 @@ class Budget:
 
     def column_extremes(self, codes: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Least and greatest sum any tile of every column of ``codes (K, N)`` can reach, ``(N,)`` each; exact for integer codes."""
-        low, high = extremes(codes, self.accumulator.tile, self.x_min, self.x_max)
-        return low.min(axis=0), high.max(axis=0)
+        pieces = (extremes(codes[:, c], self.accumulator.tile, self.x_min, self.x_max) for c in column_pieces(codes))
+        bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in pieces]  # all (tiles, N) at once can be larger than the weight
+        return np.concatenate([low for low, _ in bounds]), np.concatenate([high for _, high in bounds])
 
     def tiles(self, k: int) -> int:
         """Number of tiles of a dot product of ``k`` terms."""
@@ -117,6 +120,13 @@ def tile_starts(k: int, tile: int | None, block: int | None = None) -> npt.NDArr
     return np.concatenate([np.arange(b, max(min(b + (block or k), k), b + 1), tile or max(k, 1)) for b in blocks])
 
 
+def column_pieces(codes: npt.NDArray[Any]) -> Iterator[slice]:
+    """Columns of ``(K, N)``, few enough at a time to be widened to 64 bits."""
+    k, n = codes.shape
+    step = max(1, CHUNK // max(k, 1))
+    return (slice(at, at + step) for at in range(0, max(n, 1), step))
+
+
 def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sums of the positive and of the negative codes of every tile.
 
@@ -128,12 +138,15 @@ def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> 
     Returns:
         ``p`` and ``m``, each ``(tiles, N)`` int64, ``p >= 0 >= m``.
     """
-    real = np.issubdtype(codes.dtype, np.floating)  # codes before they are rounded
-    wide = codes if real else codes.astype(np.int64, copy=False)  # before the sign is split: the least narrow code has no negative
-    if not len(codes):
-        return np.zeros((1, codes.shape[1]), np.int64), np.zeros((1, codes.shape[1]), np.int64)
-    starts = tile_starts(len(codes), tile, block)
-    return np.add.reduceat(np.maximum(wide, 0), starts, axis=0), np.add.reduceat(np.minimum(wide, 0), starts, axis=0)
+    k, n = codes.shape
+    starts = tile_starts(k, tile, block)
+    kind: Any = codes.dtype if np.issubdtype(codes.dtype, np.floating) else np.int64  # floats: codes before they are rounded
+    positive, negative = np.zeros((len(starts), n), kind), np.zeros((len(starts), n), kind)
+    for c in column_pieces(codes) if k else ():
+        wide = codes[:, c].astype(kind, copy=False)  # before the sign is split: the least narrow code has no negative
+        np.add.reduceat(np.maximum(wide, 0), starts, axis=0, out=positive[:, c])
+        np.add.reduceat(np.minimum(wide, 0), starts, axis=0, out=negative[:, c])
+    return positive, negative
 
 
 def extremes(
@@ -147,15 +160,6 @@ def extremes(
 def bits_for(low: int, high: int) -> int:
     """The least two's complement width that holds all of ``[low, high]``."""
     return max(max(int(high), 0).bit_length(), (-int(low) - 1).bit_length() if low < 0 else 0) + 1
-
-
-def fits(codes: Integers, budget: Budget) -> bool:
-    """Whether neither the tiles of ``codes (K, N)`` nor their outer sum can overflow, for any input."""
-    low, high = extremes(codes, budget.accumulator.tile, budget.x_min, budget.x_max)
-    if low.size and not (low.min() >= budget.low and high.max() <= budget.high):
-        return False
-    limit = 2 ** (budget.accumulator.outer_bits - 1)
-    return not low.size or bool(low.sum(axis=0).min() >= -limit and high.sum(axis=0).max() <= limit - 1)
 
 
 def data_type_bits(tile: int, x_min: int, x_max: int, q_min: int, q_max: int) -> int:
@@ -229,4 +233,4 @@ def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_m
 def log2_gap(low: int, high: int, bits: int) -> float:
     """Headroom in bits: how often the worst case could double before it leaves ``bits``; negative when it does not fit."""
     worst = max(high / (2 ** (bits - 1) - 1), low / -(2 ** (bits - 1)))
-    return math.inf if worst <= 0 else -math.log2(worst)
+    return math.inf if worst <= 0 else 0.0 - math.log2(worst)  # never -0.0

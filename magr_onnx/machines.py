@@ -57,7 +57,7 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
         if dot.x_type not in ("int8", "uint8") or (dot.w_type not in ("int8", "uint8")):
             return f"onnxruntime computes {dot.x_type} x {dot.w_type} in floats"
         if dot.form == "qdq" and dot.block is not None:
-            return "scales change along K: onnxruntime computes it in floats"
+            return "scales change along K: onnxruntime has no integer kernel for them, and what it fuses them into is wrong"
         x_signed, w_signed = dot.x_type == "int8", dot.w_type == "int8"
         if dot.form == "qdq" and x_signed and target.qdq_unsigned and not dot.quantized_in_graph:
             return f"int8 activations from outside the graph are not fused on {target.name}"

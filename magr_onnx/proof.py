@@ -20,12 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.accumulator import Accumulator, Integers, bits_for, extremes, log2_gap, tile_starts
+from magr_onnx.accumulator import Accumulator, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
 
 Int64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
 ClaimName = Literal["inner", "outer", "result"]
-CHUNK = 1 << 22  # elements of a weight widened to 64 bits at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +51,7 @@ class IntegerDot:
         weight_left: Whether the kernel takes the weight as its left operand (ConvInteger).
         quantized_in_graph: Whether a QuantizeLinear in the graph makes the activation codes.
         bits: Width of the weight codes.
+        bias_may_be_float: Whether the bias is added as floats where onnxruntime does not fuse it: the result must fit without it as well.
     """
 
     name: str
@@ -71,6 +71,7 @@ class IntegerDot:
     weight_left: bool = False
     quantized_in_graph: bool = True
     bits: int = 8
+    bias_may_be_float: bool = False
 
     @property
     def k(self) -> int:
@@ -143,7 +144,7 @@ class Witness:
         exact: The true sum in that register.
         held: What the register holds instead.
         dot: The true integer dot product of the layer at ``column``: raw for inner and outer (there with the bias, if that is what
-            overflows), with zero points and bias for result.
+            overflows), with zero points, and the bias where it is in the sum, for result.
         simulated: The same as the registers give it.
     """
 
@@ -221,9 +222,8 @@ def prove(dot: IntegerDot, machine: Machine) -> Proof:
     acc = machine.accumulator
     x_low, x_high = dot.x_range[0] + machine.x_shift, dot.x_range[1] + machine.x_shift
     inner, outer, result = _Worst(), _Worst(), _Worst()
-    step = max(1, CHUNK // max(dot.k, 1))
-    for first in range(0, dot.n, step):
-        columns = slice(first, first + step)
+    for columns in column_pieces(dot.codes):
+        first = columns.start
         chunk = dot.codes[:, columns].astype(np.int64)
         bias = 0 if dot.bias is None else dot.bias[columns]
         for number, order in enumerate(machine.orders):
@@ -238,7 +238,8 @@ def prove(dot: IntegerDot, machine: Machine) -> Proof:
             levels = chunk - dot.w_zeros[:, columns]
             for zero in dot.x_zeros:
                 low, high = extremes(levels, None, dot.x_range[0] - zero, dot.x_range[1] - zero, dot.block)
-                result.see(low + bias, high + bias, lambda b, c, z=zero, f=first: (z, b, f + c))  # type: ignore[misc]
+                least, most = (np.minimum(bias, 0), np.maximum(bias, 0)) if dot.bias_may_be_float else (bias, bias)
+                result.see(low + least, high + most, lambda b, c, z=zero, f=first: (z, b, f + c))  # type: ignore[misc]
     claims = (
         Claim.of(inner.low, inner.high, acc.bits),
         Claim.of(outer.low, outer.high, acc.outer_bits),
@@ -289,6 +290,8 @@ def _result_witness(dot: IntegerDot, machine: Machine, place: tuple[int, int, in
     zeros = np.broadcast_to(dot.w_zeros[:, column], (dot.k,))
     x = np.full(dot.k, zero, np.int64)
     total = 0 if dot.bias is None else int(dot.bias[column])
+    if dot.bias_may_be_float and (total > 0) != above:
+        total = 0
     for row in rows:
         level = int(dot.codes[row, column]) - int(zeros[row])
         if level:

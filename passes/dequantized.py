@@ -25,6 +25,7 @@ from magr_onnx.passes.operands import (
     integers,
     operand,
     required,
+    type_of,
     unrolled,
     weight_name,
 )
@@ -84,11 +85,11 @@ def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
     if zeros is None:
         if operand(dq, 2) is not None:
             raise NoView(Reason.ZERO_POINT, "of the weight")
-        zeros = np.zeros(scales.shape, np.int64)
+        zeros = np.zeros(scales.shape, np.int32)
     axis, block = attribute_of(dq, "axis", 1), attribute_of(dq, "block_size", 0)
     axis += codes.ndim if axis < 0 else 0
     try:
-        full = [broadcast_grid(a, codes.shape, axis, block) for a in (scales, zeros.astype(np.int64))]
+        full = [broadcast_grid(a, codes.shape, axis, block) for a in (scales, zeros.astype(np.int32))]
     except ValueError as error:
         raise NoView(Reason.SHAPE, f"scales {list(scales.shape)} for {list(codes.shape)}") from error
     for node in reversed(between):
@@ -131,6 +132,7 @@ def product(node: ir.Node) -> IntegerDot:
         raise NoView(Reason.ZERO_POINT, "of the activation")
     x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
     w_zeros = zeros[:1] if block is None else zeros
+    added = _added_bias(node) if node.op_type == "MatMul" else None
     return IntegerDot(
         "",
         f"{node.op_type} (QDQ)",
@@ -142,7 +144,8 @@ def product(node: ir.Node) -> IntegerDot:
         span,
         x_zeros,
         np.ascontiguousarray(w_zeros, np.int64),
-        _dequantized_bias(operand(node, 2), codes.shape[1]),
+        _dequantized_bias(operand(node, 2) if added is None else added, codes.shape[1]),
+        bias_may_be_float=added is not None,
         block=block,
         taps=taps,
         depthwise=depthwise,
@@ -178,10 +181,19 @@ def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
     """The int32 bias behind a DequantizeLinear; None where the bias is added as floats."""
     if value is None:
         return None
-    dq, between = _dequantize(value)
-    if dq is None or between:
+    dq, _ = _dequantize(value)
+    return None if dq is None else integer_bias(required(dq, 0), n)
+
+
+def _added_bias(node: ir.Node) -> ir.Value | None:
+    """The dequantized int32 bias in an Add that alone reads a MatMul: onnxruntime makes a Gemm of the two where it knows the shapes."""
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if len(uses) != 1 or out.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
         return None
-    return integer_bias(required(dq, 0), n)
+    other = uses[0].node.inputs[1 - uses[0].idx]
+    dq = None if other is None else _dequantize(other)[0]
+    return other if dq is not None and type_of(required(dq, 0)) == "int32" else None
 
 
 def _fused_blocks(node: ir.Node, dq: ir.Node, grid: _Grid) -> IntegerDot:

@@ -55,6 +55,8 @@ UNREAD = frozenset(
     {
         "Attention",
         "ConvTranspose",
+        "ConvTransposeWithDynamicPads",
+        "DecoderAttention",
         "DecoderMaskedMultiHeadAttention",
         "DecoderMaskedSelfAttention",
         "DeformConv",
@@ -73,12 +75,14 @@ UNREAD = frozenset(
         "LSTM",
         "MatMulBnb4",
         "MatMulFpQ4",
+        "MatMulInteger16",
         "MoE",
         "MultiHeadAttention",
         "NhwcConv",
         "NhwcFusedConv",
         "PackedAttention",
         "PackedMultiHeadAttention",
+        "PagedAttention",
         "QAttention",
         "QMoE",
         "QOrderedAttention",
@@ -93,14 +97,14 @@ UNREAD = frozenset(
 """Operators with dot products inside that no reader here takes apart."""
 
 
-def find(model: ir.Model) -> tuple[list[IntegerDot], list[Skip]]:
+def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
     """Every dot product of the model, subgraphs and functions included: those with constant integer weights, and all others.
+
+    One by one: the codes of a whole model, widened, can be several times its size.
 
     Args:
         model: The model; nothing in it is changed.
     """
-    dots: list[IntegerDot] = []
-    skips: list[Skip] = []
     names: set[str] = set()
     for node, place in _nodes(model):
         found = view(node)
@@ -112,11 +116,7 @@ def find(model: ir.Model) -> tuple[list[IntegerDot], list[Skip]]:
         if name in names:  # ONNX asks for unique value names only
             name = f"{name}:{node.outputs[0].name}"
         names.add(name)
-        if isinstance(found, Skip):
-            skips.append(replace(found, name=name))
-        else:
-            dots.append(replace(found, name=name))
-    return dots, skips
+        yield replace(found, name=name)
 
 
 def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
@@ -133,7 +133,10 @@ def view(node: ir.Node) -> IntegerDot | Skip | None:
     reader = _READERS.get((node.domain, node.op_type))
     name = node.name or f"{node.op_type}:{node.outputs[0].name}"
     if reader is None:
-        return Skip(name, node.op_type, Reason.OPERATOR) if node.op_type in UNREAD and node.domain in ("", CONTRIB) else None
+        if node.domain in ("", CONTRIB):
+            return Skip(name, node.op_type, Reason.OPERATOR) if node.op_type in UNREAD else None
+        known = node.op_type in UNREAD or any(op == node.op_type for _, op in _READERS)
+        return Skip(name, node.op_type, Reason.OPERATOR, f"domain {node.domain}") if known else None
     try:
         return replace(reader(node), name=name)
     except NoView as no:

@@ -2,8 +2,8 @@
 
 `EmitQDQInt8`, static: ``QuantizeLinear(x) -> DequantizeLinear`` and ``DequantizeLinear(W)`` before the product.
 
-1. ``MatMul``: the product stays a MatMul, the bias a float Add. Fused to MatMulIntegerToFloat. On an input of two axes, or of unknown
-   rank, onnxruntime makes a Gemm of the two first, so the bias is int32 there as in 2.
+1. ``MatMul``: the product stays a MatMul, the bias a float Add. Fused to MatMulIntegerToFloat. On an input of two axes, of unknown rank,
+   or of a constant shape, onnxruntime makes a Gemm of the two first, so the bias is int32 there as in 2.
 2. ``Gemm``: alpha, beta and transB are folded, the bias becomes int32 with scale ``s_x s_w``. Fused to QGemm. Where a bias is too large
    for that scale (int32, together with what the products can add up to) the layer is written as MatMul and Add, and the report says so.
 3. With ``outputs``, the product is quantized too, to the range calibration saw. Fused to QLinearMatMul or an all-integer QGemm.
@@ -116,6 +116,8 @@ class EmitQDQInt8(LayerPass):
         if job.quantized is None or job.emitted or not isinstance(grid, ActivationGrid):
             return False
         layer, n = job.layer, _Nodes(job, "static")
+        if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
+            job.notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
         x = _static_input(n, grid)
         codes = layer.constant(n.suffix, n.codes)
         weight = n.add(
@@ -152,8 +154,9 @@ class EmitQDQInt8(LayerPass):
 
 
 def _may_be_flat(layer: LinearLayer) -> bool:
-    """Whether onnxruntime may see two axes, so that it makes a Gemm of MatMul and Add: one of floats, if the bias is of floats."""
-    return layer.x.shape is None or len(layer.x.shape) == 2
+    """Whether onnxruntime may see or make two axes, so that it makes a Gemm of MatMul and Add: one of floats, if the bias is of floats."""
+    shape = layer.x.shape
+    return shape is None or len(shape) == 2 or shape.is_static()
 
 
 def _grid_constants(layer: LinearLayer, name: str, grid: ActivationGrid) -> list[ir.Value | None]:
@@ -190,9 +193,14 @@ def _int32_bias(job: Job, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
     """The bias in units of ``s_x s_w``, or None where it could overflow int32 together with the products."""
     scale = (np.float64(grid.scale) * n.scales).astype(np.float32)
     codes = np.rint(np.asarray(job.bias, np.float64) / np.maximum(scale, np.finfo(np.float32).tiny))
-    low, high = extremes(n.codes, None, *_widened(grid, n.zeros))
-    if not (np.abs(codes) < 2**31).all() or (high[0] + codes).max() >= 2**31 or (low[0] + codes).min() < -(2**31) or (scale == 0).any():
+    if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
         return None
+    for levels in (
+        (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,)
+    ):  # kernels add raw codes, the operator those without zero points
+        low, high = extremes(levels, None, *_widened(grid))
+        if (high[0] + codes).max() >= 2**31 or (low[0] + codes).min() < -(2**31):
+            return None
     layer = n.layer
     inputs: list[ir.Value | None] = [
         layer.constant("_bias_int32", codes.astype(np.int32)),
@@ -204,7 +212,7 @@ def _int32_bias(job: Job, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
     return value
 
 
-def _widened(grid: ActivationGrid, zeros: Any) -> tuple[int, int]:
+def _widened(grid: ActivationGrid) -> tuple[int, int]:
     """Range of the activation codes with and without their zero point: kernels may add either."""
     low, high = activation_limits(grid.signed)
     return min(low, low - grid.zero_point), max(high, high - grid.zero_point)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.machines import on_accumulator, on_target
-from magr_onnx.passes.dot_products import find
+from magr_onnx.passes.dot_products import Skip, find
 from magr_onnx.passes.operands import Reason
 from magr_onnx.proof import IntegerDot, Machine, Proof, prove
 from magr_onnx.runtime import witness as witnesses
@@ -25,10 +25,12 @@ def verify(
         outer_bits: Width of the outer register on a target, instead of its own.
         run: Whether to run one witness a failing layer in onnxruntime.
     """
-    dots, skips = find(model)
     layers: list[LayerVerdict] = []
-    skipped = [SkippedNode(s.name, s.op, s.reason.value, s.detail) for s in skips]
-    for dot in dots:
+    skipped: list[SkippedNode] = []
+    for dot in find(model):
+        if isinstance(dot, Skip):
+            skipped.append(SkippedNode(dot.name, dot.op, dot.reason.value, dot.detail))
+            continue
         machine = on_accumulator(dot, against) if isinstance(against, Accumulator) else on_target(dot, against, outer_bits)
         if isinstance(machine, str):
             skipped.append(SkippedNode(dot.name, dot.op, Reason.TARGET.value, machine))

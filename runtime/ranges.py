@@ -76,7 +76,7 @@ def product_name(layer: LinearLayer) -> str:
 
 def products_of(layers: Sequence[LinearLayer]) -> list[Value]:
     """What ``layers`` put out, to be judged by itself."""
-    return [Value(product_name(layer), (layer,), _sketch(np.eye(layer.n, dtype=np.float32))) for layer in layers]
+    return [Value(product_name(layer), (layer,), _projection(layer.n)) for layer in layers]
 
 
 def choose(
@@ -190,9 +190,12 @@ def _errors(
 
 def _sketch(weights: Array) -> Array:
     """``(K, r)`` whose product with errors has the energy that ``weights (K, N)`` give them, in expectation (`SKETCH` columns at most)."""
-    n = weights.shape[1]
-    if n <= SKETCH:
-        return weights
-    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (n, SKETCH))
-    result: Array = weights @ signs / np.float32(np.sqrt(SKETCH))
+    result: Array = weights if weights.shape[1] <= SKETCH else weights @ _projection(weights.shape[1])
     return result
+
+
+def _projection(n: int) -> Array:
+    """``(n, r)`` that keeps energies in expectation, the identity up to `SKETCH` columns."""
+    if n <= SKETCH:
+        return np.eye(n, dtype=np.float32)
+    return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))

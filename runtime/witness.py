@@ -83,8 +83,10 @@ def _matmul_integer(dot: IntegerDot, machine: Machine, witness: Witness) -> Run:
     added = 0
     if dot.bias is not None and witness.claim != "inner":
         # the sum the witness speaks of has the bias in it or not
-        plain = int(witness.x.astype(np.int64) @ dot.codes[:, witness.column].astype(np.int64))
-        added = int(dot.bias[witness.column]) if witness.claim == "result" else witness.dot - plain
+        levels = dot.codes[:, witness.column].astype(np.int64)
+        if witness.claim == "result" and dot.w_zeros is not None:
+            levels -= dot.w_zeros[:, witness.column]
+        added = witness.dot - int((witness.x - witness.x_zero) @ levels)
     return _compare("MatMulInteger", "", inputs, {}, witness, added)
 
 

@@ -18,7 +18,6 @@ from magr_onnx.accumulator import (
     bits_for,
     data_type_bits,
     extremes,
-    fits,
     largest_block,
     log2_gap,
     signed_sums,
@@ -33,6 +32,14 @@ RANGES = [(0, 3), (-2, 1), (-1, 1), (0, 1)]
 
 def all_inputs(k: int, x_min: int, x_max: int) -> Codes:
     return np.array(list(itertools.product(range(x_min, x_max + 1), repeat=k)), np.int64).reshape(-1, k)
+
+
+def fits(codes: Codes, budget: Budget) -> bool:
+    """Whether neither the tiles of ``codes (K, N)`` nor their outer sum can overflow, for any input."""
+    low, high = extremes(codes, budget.accumulator.tile, budget.x_min, budget.x_max)
+    limit = 2 ** (budget.accumulator.outer_bits - 1)
+    inside = low.min() >= budget.low and high.max() <= budget.high
+    return bool(inside and low.sum(axis=0).min() >= -limit and high.sum(axis=0).max() <= limit - 1)
 
 
 def brute(codes: Codes, tile: int | None, x_min: int, x_max: int, block: int | None = None) -> tuple[list[Any], list[Any]]:
@@ -95,6 +102,18 @@ def test_tiles_start_afresh_with_blocks(k: int, tile: int | None, block: int | N
 def test_signs_are_summed_apart() -> None:
     p, m = signed_sums(np.array([[3], [-1], [2], [-5], [1]], np.int8), 2)
     assert (p.tolist(), m.tolist()) == ([[3], [2], [1]], [[-1], [-5], [0]])
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.float32])
+def test_large_weights_are_summed_in_pieces(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.random.default_rng(0).integers(-128, 128, (7, 5)).astype(kind)
+    budget = Budget(Accumulator(16, 2, 32))
+    whole = *signed_sums(codes, 2, 3), *budget.column_extremes(codes)
+    monkeypatch.setattr("magr_onnx.accumulator.CHUNK", 14)  # two columns
+    pieces = *signed_sums(codes, 2, 3), *budget.column_extremes(codes)
+    for a, b in zip(whole, pieces, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
 
 
 @given(st.integers(-(2**40), 2**40), st.integers(-(2**40), 2**40))

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magr_onnx
+from magr_onnx import optimizer
 from magr_onnx.accumulator import Accumulator, Budget, data_type_bits, smallest_feasible
-from magr_onnx.errors import OptionError
+from magr_onnx.errors import MagrError, OptionError
 from magr_onnx.grid import search
 from magr_onnx.linalg import column_errors, damped, layer_error
 from magr_onnx.passes import Quantize, QuantizeActivations, check
@@ -322,3 +323,8 @@ def test_what_is_made_for_an_accumulator_is_proved_for_it(quantizer: str, form: 
     made, _ = magr_onnx.optimize(model, data, **FORMATS[form], quantizer=quantizer, accumulator_bits=width, accumulator_tile=tile)
     verdict = magr_onnx.verify(made, accumulator=Accumulator(width, tile), run=False)
     assert [row.verdict for row in verdict.layers] == ["proved"]
+
+
+def test_a_layer_that_the_proof_does_not_find_is_an_error() -> None:
+    with pytest.raises(MagrError, match="has not found ghost"):
+        optimizer._prove(graphs.matmul(), TARGETS["generic"], {"ghost"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from magr_onnx.passes import (
     parse,
     run_layers,
 )
+from magr_onnx.passes.job import attach
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import ActivationGrid, DynamicRange, LayerStats
+from magr_onnx.types import ActivationGrid, DynamicRange, LayerStats, QuantizedWeight, WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, proto, random
 from tests.helpers import Array
@@ -312,6 +314,30 @@ def test_a_bias_that_does_not_fit_int32_is_added_as_floats(kind: str, size: floa
         assert np.abs(found - expected).max() < step + 0.2 * graphs.correlated(12, K, 3).std()
     if not fits:
         assert "does not fit int32" in notes[0]
+
+
+def test_a_bias_that_fits_raw_codes_must_fit_beside_those_without_zero_points() -> None:
+    """255 * 128 K and the bias fit int32; the operator's result, 255 * 255 K and the bias, does not."""
+    one = np.ones((1, 1), np.float32)
+    quantized = QuantizedWeight(np.full((K, 1), 255, np.uint8), one, np.zeros((1, 1), np.uint8), WeightSpec(8, None))
+    for size, fits in ((2**31 - 255 * 255 * K - 256, True), (2**31 - 255 * 128 * K - 256, False)):
+        b = Builder()
+        constants = b.constant("w", random(K, 1)), b.constant("b", np.array([size], np.float32))
+        model = b.model(b.node("Gemm", [b.input("x", ["batch", K]), *constants], "layer"), ["batch", 1])
+        stats = replace(LayerStats.data_free(K), activation=ActivationGrid(1.0, 0))
+        job = attach(find(model)[0][0], stats)
+        job.quantized = quantized
+        EmitQDQInt8().apply(job)
+        assert bool(job.notes) is not fits
+
+
+def test_a_bias_behind_an_input_of_constant_shape_is_fused(tmp_path: Path) -> None:
+    """onnxruntime flattens it to two axes and makes a Gemm, of floats if the bias is one of floats."""
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", [2, 3, K]), b.constant("w", random(K, N))], "layer")
+    model = b.model(b.node("Add", [product, b.constant("b", random(N))], "bias"), [2, 3, N])
+    made, _ = magr_onnx.optimize(model, [{"x": random(2, 3, K, seed=3)}], format="qdq-int8")
+    assert [n.op_type for n in optimized(made, tmp_path)] == ["QuantizeLinear", "Reshape", "QGemm", "Reshape"]
 
 
 def test_a_bias_never_overflows_with_the_products() -> None:

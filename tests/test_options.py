@@ -15,7 +15,7 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.cli import app
 from magr_onnx.errors import OptionError
 from magr_onnx.options import build_pipeline
-from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, parse, text_of
+from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, check, parse, text_of
 from magr_onnx.passes.pipeline import resolve
 from magr_onnx.targets import TARGETS
 from tests import graphs
@@ -77,6 +77,13 @@ def test_the_quantizer_learns_what_the_layer_reads() -> None:
     given = parse("quantize{block_size=none,accumulator_bits=16,activation=int8,bias=none}")[0]
     assert given == Quantize(block_size=None, accumulator_bits=16, activation="int8", bias="none")
     assert resolve((QuantizeActivations(), given))[1] == given
+
+
+@pytest.mark.parametrize("before", ["quantize-activations{type=uint8},", ""])
+def test_a_budget_for_other_activations_is_refused(before: str) -> None:
+    passes = parse(f"{before}quantize{{block_size=none,accumulator_bits=16,activation=int8}}")
+    with pytest.raises(OptionError, match="quantize expects int8 activations"):
+        check(passes)
 
 
 # Blocks sized to an accumulator: MatMulNBits
@@ -182,6 +189,7 @@ def test_a_sized_file_is_proved(bits: int, symmetric: bool) -> None:
         ({"format": "dynamic-int8", "activation_type": "int8"}, "activation_type is for format qdq-int8 only"),
         ({"format": "qdq", "activation_range": "auto"}, "activation_range is for format qdq-int8 only"),
         ({"quantize_outputs": True}, "quantize_outputs is for format qdq-int8 only"),
+        ({"format": "qdq-int8", "accuracy_level": 4}, "accuracy_level is for format matmulnbits only"),
         ({"format": "qdq-int8", "bits": 9}, "bits=9 is not supported"),
     ],
 )

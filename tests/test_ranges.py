@@ -178,7 +178,8 @@ def test_sentinels_are_told_from_signal(sentinel: float, scale: float) -> None:
 
 
 def test_signal_is_no_sentinel() -> None:
-    for x in (random(1000), np.append(random(1000), 5e3), 10 ** np.linspace(-6, 9, 400), np.zeros(5), np.full(3, -1e9)):
+    sparse = np.array([0, 1e6, 0, 3e6])  # zeros say nothing about the scale of the rest
+    for x in (random(1000), np.append(random(1000), 5e3), 10 ** np.linspace(-6, 9, 400), np.zeros(5), np.full(3, -1e9), sparse):
         seen = histogram_of(x)
         assert seen.without_sentinels() is seen
 
@@ -311,6 +312,14 @@ def test_the_mean_error_is_left_out_only_where_every_reader_has_a_bias_that_take
     for policy, expected in (("existing", [False, False]), ("any", [True, True])):
         assert [v.centred for v in ranges.inputs_of(find(graphs.masked())[0], policy)] == expected  # type: ignore[arg-type]
     assert not any(v.centred for v in ranges.products_of(find(graphs.chain())[0]))
+
+
+def test_wide_products_are_judged_behind_a_narrow_projection() -> None:
+    """A vocabulary's worth of outputs would make the identity a matrix of gigabytes."""
+    (narrow,), (wide,) = (ranges.products_of(find(graphs.matmul(K, n))[0]) for n in (ranges.SKETCH, 50_000))
+    np.testing.assert_array_equal(narrow.sketch, np.eye(ranges.SKETCH, dtype=np.float32))
+    assert (wide.sketch.shape, wide.sketch.dtype) == ((50_000, ranges.SKETCH), np.float32)
+    np.testing.assert_allclose(np.square(wide.sketch).sum(axis=1), 1)
 
 
 # Statistics of quantized inputs

@@ -17,6 +17,7 @@ import magr_onnx
 from magr_onnx.models import bundled
 from magr_onnx.options import Options
 from magr_onnx.passes.dot_products import find
+from magr_onnx.proof import IntegerDot
 from tests.edge.integer import matmul_integer, saturated
 from tests.edge.jobs import Array, Job
 from tests.edge.targets import HASWELL, HOST, require
@@ -63,7 +64,7 @@ def inputs(codes: Array, witness: Array | None) -> Array:
 def jobs(path: Path, witnesses: dict[str, Array], folder: Path) -> tuple[list[str], list[Job], list[Array], list[Array]]:
     """A MatMulInteger of every layer's codes, with its exact answers and those of a machine that saturates."""
     names, work, exact, clipped = [], [], [], []
-    for i, dot in enumerate(find(ir.load(path))[0]):
+    for i, dot in enumerate(d for d in find(ir.load(path)) if isinstance(d, IntegerDot)):
         codes = dot.codes.astype(np.int8)
         x = inputs(codes, witnesses.get(dot.name))
         job, answer = matmul_integer(codes, x, folder / f"{i}.onnx")
