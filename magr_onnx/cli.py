@@ -99,7 +99,7 @@ def _version(value: bool) -> None:
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Quantize ONNX models to 2, 3, 4 or 8 bits with MagR, GPTQ and bias compensation.
+    """Quantize ONNX models to 2 to 8 bits with MagR, GPTQ and bias compensation.
 
     Try [bold]onnx-magr demo[/bold] first: it needs no model and no data.
     """
@@ -182,7 +182,8 @@ def optimize(
         typer.Option(
             "--alpha",
             min=0,
-            help="Strength of MagR, relative to the layer; 0: off. (default: 1e-3 per channel, 1e-4 per block; 0 for integer formats above 4 bits)",
+            help="Strength of MagR, relative to the layer; 0: off. "
+            "(default: 1e-3 per channel, 1e-4 per block; 0 for integer formats above 4 bits)",
             metavar="X",
             rich_help_panel=WEIGHTS,
         ),
@@ -269,6 +270,14 @@ def optimize(
             rich_help_panel=INTEGERS,
         ),
     ] = None,
+    feedback: Annotated[
+        bool,
+        typer.Option(
+            "--feedback/--no-feedback",
+            help="Quantize in stages, each layer towards the float output from its quantized inputs: lower error, more time.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = False,
     pipeline: Annotated[
         str | None,
         typer.Option(
@@ -302,6 +311,7 @@ def optimize(
         "sweeps": sweeps,
         "bias": bias.value,
         "accuracy_level": accuracy_level,
+        "feedback": feedback,
         "quantize_outputs": quantize_outputs,
         "target": target,
         "accumulator_bits": accumulator_bits,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -17,16 +17,18 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
-from magr_onnx.passes import CompensateBias, EmitQDQInt8, Job, LayerPass, LinearLayer, QuantizeActivations, Skip, pipeline
+from magr_onnx.passes import CompensateBias, EmitQDQInt8, ErrorFeedback, Job, LayerPass, LinearLayer, QuantizeActivations, Skip, pipeline
 from magr_onnx.passes.linear import find
+from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, overflow, ranges
+from magr_onnx.runtime import calibrate, overflow, ranges, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Session, provider_name
 from magr_onnx.targets import Target
-from magr_onnx.types import Activation, ActivationGrid, LayerStats, check_finite
+from magr_onnx.types import Activation, ActivationGrid, check_finite
+from magr_onnx.verification import LayerVerdict
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -91,6 +93,8 @@ def optimize(
     activations = pipeline.activations_of(passes)
     if calibration is None and activations is not None and activations.type != "dynamic":
         raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
+    if calibration is None and any(isinstance(p, ErrorFeedback) for p in passes):
+        raise OptionError("error feedback needs calibration data; give some, or leave it out")
     loaded = files.load(model)
     out = None if output is None else Path(output)
     if out is not None:
@@ -135,25 +139,11 @@ def optimize(
         notes += grids.notes
         clock.lap("ranges")
     unmasked: list[str] = []
-    groups = calibrate.plan(layers, gram_budget) if data is not None else [layers]
-    for index, group in enumerate(groups):
-        stats: dict[str, LayerStats] = {}
-        if data is not None:
-            report = stage(progress, "calibrating" + (f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""))
-            result = calibrate.collect(
-                original,
-                group,
-                data,
-                mask=mask_input,
-                provider=provider,
-                progress=report,
-                quantize=grids.inputs,
-                bounds=grids.bounds,
-            )
-            stats = result.stats
-            unmasked += result.unmasked
-            clock.lap("calibrate")
-        pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, grids.products)  # noqa: B023
+    report = stage(progress, "calibrating")
+    for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, report):
+        unmasked += result.unmasked
+        clock.lap("calibrate")
+        pipeline.run_layers(passes, group, lambda layer: result.stats.get(calibrate.input_name(layer)), finished, grids.products)  # noqa: B023
         clock.lap("quantize")
     if unmasked:
         some = ", ".join(unmasked[:3])
@@ -194,6 +184,41 @@ def optimize(
             proof,
         ),
     )
+
+
+def _statistics(
+    original: ir.Model,
+    work: ir.Model,
+    layers: Sequence[LinearLayer],
+    data: Batches | None,
+    passes: Sequence[LayerPass],
+    grids: _Grids,
+    mask: str | None,
+    provider: str,
+    gram_budget: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
+    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
+    if data is None:
+        yield layers, calibrate.Calibration({}, ())
+    elif any(isinstance(p, ErrorFeedback) for p in passes):
+        yield from stages.staged(
+            original, work, layers, data, mask=mask, provider=provider, quantize=grids.inputs, bounds=grids.bounds, progress=progress
+        )
+    else:
+        groups = calibrate.plan(layers, gram_budget)
+        for index, group in enumerate(groups):
+            part = None if progress is None else _part(progress, index, len(groups))
+            yield (
+                group,
+                calibrate.collect(
+                    original, group, data, mask=mask, provider=provider, progress=part, quantize=grids.inputs, bounds=grids.bounds
+                ),
+            )
+
+
+def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:
+    return lambda done, total: progress(index * total + done, count * total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +322,7 @@ def _layer_row(job: Job) -> LayerRow:
         facts.get("emitted"),
         tuple(job.notes),
         facts.get("activation"),
+        facts.get("feedback"),
     )
 
 
@@ -315,24 +341,27 @@ def _prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> 
     """Prove that the nodes just written cannot overflow; those that were integers before are counted, not answered for.
 
     Raises:
-        OptionError: A layer is too long for the outer register (all such layers).
+        OptionError: A layer does not fit a register (all such layers); most are too long for the outer one.
+        MagrError: A node that was written is not among those that were read.
     """
     layers, skipped = overflow.verify(model, demand, run=False)
     against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
     failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
     if failing:
-        claims = [(layer, max((c for c in (layer.outer, layer.result) if c is not None), key=lambda c: c.needed)) for layer in failing]
-        raise_all(
-            OptionError,
-            [
-                f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits where the tiles are summed, and there are {claim.bits} "
-                f"({against}); exclude it"
-                for layer, claim in claims
-            ],
-        )
+        raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
+    unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == Reason.FLOAT}
+    if unread:
+        raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
     room = min((layer.headroom for layer in layers), default=math.inf)
     proved = sum(layer.verdict == "proved" for layer in layers)
     return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
+
+
+def _overflow(layer: LayerVerdict) -> str:
+    """Which register of a layer is too narrow."""
+    claim = next(c for c in (layer.inner, layer.outer, layer.result) if c is not None and not c.holds)
+    where = "in a tile" if claim is layer.inner else "where the tiles are summed"
+    return f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits {where}, and there are {claim.bits}; exclude it"
 
 
 def _stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:

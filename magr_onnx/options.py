@@ -15,6 +15,7 @@ from magr_onnx.passes import (
     EmitMatMulNBits,
     EmitQDQ,
     EmitQDQInt8,
+    ErrorFeedback,
     LayerPass,
     MagR,
     Quantize,
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
         activation_type: ``uint8`` (default) or ``int8`` for qdq-int8.
         activation_range: ``auto`` (default), ``min-max``, ``percentile`` or ``min-error`` for qdq-int8.
         quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
+        feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before (default False).
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -68,6 +70,7 @@ class Options(TypedDict, total=False):
     activation_type: Literal["uint8", "int8"]
     activation_range: str
     quantize_outputs: bool
+    feedback: bool
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -114,6 +117,8 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
     form = FORMATS.get(name, FORMATS["matmulnbits"])
     problems += [f"{o} is for format qdq-int8 only" for o in _STATIC_ONLY if name != "qdq-int8" and options.get(o)]
+    if name != "matmulnbits" and options.get("accuracy_level"):
+        problems.append("accuracy_level is for format matmulnbits only")
     if name == "matmulnbits" and options.get("accumulator_bits") is not None:
         try:
             options = _sized(options)
@@ -143,7 +148,8 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         accumulator_tile=None if name == "matmulnbits" else options.get("accumulator_tile"),
     )
     policy = BIAS.get(bias) or form.bias
-    passes: list[LayerPass] = [MagR(alpha, True, block, damping)] if alpha != 0 else []
+    passes: list[LayerPass] = [ErrorFeedback()] if options.get("feedback", False) else []
+    passes += [MagR(alpha, True, block, damping)] if alpha != 0 else []
     if form.activations is not None:
         passes.append(form.activations(options))
     passes.append(quantize)

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from magr_onnx.types import Array
+from magr_onnx.types import Activation, ActivationGrid, Array
 
 Method = Literal["auto", "min-max", "percentile", "min-error"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -48,7 +49,7 @@ class Histogram:
 
         Masks write -1e9 or -1e30 where a softmax must see nothing; a range that spans them has no resolution left for the rest.
         """
-        occupied = np.flatnonzero(self.negative + self.positive)
+        occupied = np.flatnonzero((self.negative + self.positive)[1:]) + 1  # the first bin holds zeros, which are no signal beside 1e6
         gaps = np.flatnonzero(self.edges[occupied[1:]] >= SENTINEL_RATIO * np.maximum(self.edges[occupied[:-1] + 1], 1))
         if not len(gaps):
             return self
@@ -95,3 +96,23 @@ def candidates(histogram: Histogram, method: Method = "auto") -> dict[str, tuple
         found["least tensor error"] = histogram.least_error()
         found |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in found.items()}
+
+
+def rounded(x: npt.NDArray[Any], activation: Activation | None) -> npt.NDArray[Any]:
+    """``x`` as a layer with 8-bit inputs reads it: on its grid, in float32, as QuantizeLinear or DynamicQuantizeLinear put it there."""
+    if activation is None:
+        return x
+    real = x.astype(np.float32, copy=False)
+    if isinstance(activation, ActivationGrid):
+        low, high = activation.limits
+        scale, zero = np.float32(activation.scale), np.float32(activation.zero_point)
+    else:
+        real = np.clip(real, np.float32(activation.low), np.float32(activation.high))
+        least, most = min(float(real.min(initial=0)), 0.0), max(float(real.max(initial=0)), 0.0)
+        low, high, scale = 0, 255, np.float32((np.float32(most) - np.float32(least)) / np.float32(255))
+        if scale == 0:
+            return real
+        zero = np.clip(np.rint(np.float32(-least) / scale), 0, 255)
+    codes = np.clip(np.rint(real / scale) + zero, low, high)
+    result: npt.NDArray[Any] = (codes - zero) * scale
+    return result

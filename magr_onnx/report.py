@@ -33,6 +33,7 @@ class LayerRow:
         emitted: Name of the node that multiplies by the quantized weight.
         notes: Anything out of the ordinary.
         activation: How the input is quantized, if it is.
+        feedback: Damping and held-out errors of error feedback, if it ran.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerRow:
     emitted: str | None
     notes: tuple[str, ...] = ()
     activation: dict[str, Any] | None = None
+    feedback: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class ProofSummary:
     unproved: int
 
     def __str__(self) -> str:
+        if self.total == 0:
+            return f"nothing to prove: no layer computes in integers ({self.against})"
         room = "" if self.headroom is None else f", least headroom {self.headroom:.2f} bits"
         return f"{self.proved} of {self.total} integer dot products proved{room} ({self.against})"
 

@@ -178,6 +178,9 @@ class LayerStats:
         rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
         activation: How the input is quantized; None where it stays float.
+        cross: ``X^T X_float / n`` ``(K, K)``, where the input is that of a quantized prefix; else None.
+        float_gram: ``X_float^T X_float / n`` ``(K, K)``, with ``cross``.
+        held_out: Statistics of a part of the rows, for choices that would overfit on all of them; else None.
     """
 
     gram: Array
@@ -185,6 +188,9 @@ class LayerStats:
     rows: int
     float_mean: Array | None = None
     activation: Activation | None = None
+    cross: Array | None = None
+    float_gram: Array | None = None
+    held_out: LayerStats | None = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -209,9 +215,19 @@ class LayerStats:
         if self.activation != other.activation:
             raise ValueError(f"statistics under different grids cannot be added: {self.activation} and {other.activation}")
         a, b = self.rows / n, other.rows / n
-        means = self.float_mean, other.float_mean
-        float_mean: Array | None = None if means[0] is None or means[1] is None else a * means[0] + b * means[1]
-        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
+
+        def mix(x: Array | None, y: Array | None) -> Array | None:
+            return None if x is None or y is None else a * x + b * y
+
+        return LayerStats(
+            a * self.gram + b * other.gram,
+            a * self.mean + b * other.mean,
+            n,
+            mix(self.float_mean, other.float_mean),
+            self.activation,
+            mix(self.cross, other.cross),
+            mix(self.float_gram, other.float_gram),
+        )
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """``make()``, computed once: factorizations are shared by the layers that share these statistics."""

@@ -30,6 +30,7 @@ class Job:
         layer: The view of the graph.
         stats: Second moments of its input.
         reference: The weight as the model came, ``(K, N)``: errors are measured against it.
+        target: What the quantizer aims at, ``(K, N)``: the reference, or what error feedback makes of it.
         weight: The float weight now (after MagR, or dequantized).
         bias: The effective bias now, or None.
         quantized: The codes, once chosen.
@@ -43,6 +44,7 @@ class Job:
     layer: LinearLayer
     stats: LayerStats
     reference: Array
+    target: Array
     weight: Array
     bias: Array | None
     quantized: QuantizedWeight | None = None
@@ -61,7 +63,7 @@ class Job:
         """
         weight = layer.read()
         check_finite(f"weight of {layer.name}", weight)
-        return Job(layer, stats or LayerStats.data_free(layer.k), weight, weight, layer.read_bias())
+        return Job(layer, stats or LayerStats.data_free(layer.k), weight, weight, weight, layer.read_bias())
 
     def centred(self, bias: BiasPolicy | None) -> bool:
         """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""

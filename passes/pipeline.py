@@ -20,6 +20,7 @@ from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.magr import MagR
@@ -28,7 +29,8 @@ from magr_onnx.targets import Target, find_target
 from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
 
 PASSES: dict[str, type[LayerPass]] = {
-    p.name: p for p in (MagR, QuantizeActivations, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
+    p.name: p
+    for p in (ErrorFeedback, MagR, QuantizeActivations, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
 
@@ -104,7 +106,7 @@ def resolve(passes: Sequence[LayerPass]) -> tuple[LayerPass, ...]:
     inputs = activations_of(passes)
     resolved: list[LayerPass] = []
     for p in passes:
-        if isinstance(p, MagR | Quantize) and p.bias is None:
+        if isinstance(p, ErrorFeedback | MagR | Quantize) and p.bias is None:
             p = replace(p, bias=policy)
         if isinstance(p, Quantize) and p.activation is None and inputs is not None:
             p = replace(p, activation=inputs.type)
@@ -179,6 +181,9 @@ def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
             found.append(
                 f"{p.name} needs {need[wanted]} before it" if wanted else f"{p.name} keeps activations float; remove quantize-activations"
             )
+        if isinstance(p, Quantize) and p.activation not in (None, None if inputs is None else inputs.type):
+            other = "no pass quantizes them" if inputs is None else f"quantize-activations has type {inputs.type}"
+            found.append(f"quantize expects {p.activation} activations, and {other}; leave activation out")
         if isinstance(p, Quantize) and p.accumulator_bits is not None and p.activation is None:
             found.append(
                 "accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8): floats have no accumulator to overflow"

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx import feedback
 from magr_onnx.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.errors import OptionError
 from magr_onnx.linalg import layer_error
@@ -132,7 +133,7 @@ class Quantize(LayerPass):
     def apply(self, job: Job) -> bool:
         centred = job.centred(self.bias)
         problem = Problem(
-            job.weight, job.reference, job.stats, centred, self.spec(job.layer.dtype), self.budget() if self.activation else None
+            job.weight, job.target, job.stats, centred, self.spec(job.layer.dtype), self.budget() if self.activation else None
         )
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale)
         solution = QUANTIZERS[self.method](problem, options)
@@ -142,7 +143,14 @@ class Quantize(LayerPass):
         job.notes.extend(solution.notes)
         if solution.facts:
             job.facts["solver"] = solution.facts
-        power = layer_error(job.reference, job.stats.gram)
-        left = layer_error(job.weight - job.reference, problem.gram)
-        job.facts["error"] = float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0
+        job.facts["error"] = _relative_error(job, problem)
         return True
+
+
+def _relative_error(job: Job, problem: Problem) -> float:
+    """Output error over output, as norms; with error feedback what the layers before did wrong is in it."""
+    if job.stats.cross is not None:
+        return float(np.sqrt(feedback.error(job.weight, job.reference, job.stats, problem.centred)))
+    power = layer_error(job.reference, job.stats.gram)
+    left = layer_error(job.weight - job.reference, problem.gram)
+    return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0

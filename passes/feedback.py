@@ -1,0 +1,35 @@
+"""Error feedback as a pass: aim at the float output from the inputs the quantized layers before produce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from magr_onnx import feedback
+from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
+from magr_onnx.types import WeightSpec
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(LayerPass):
+    """Replace what a layer is quantized towards by `magr_onnx.feedback.aim`. It makes calibration run in stages.
+
+    Attributes:
+        bias: Policy of the bias compensation that will follow. A pipeline fills it in from its compensate-bias pass.
+    """
+
+    name: ClassVar[str] = "error-feedback"
+    summary: ClassVar[str] = "quantize in stages, towards the float output from the inputs of the quantized layers before"
+
+    bias: BiasPolicy | None = None
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        return [f"{self.name} must come before magr and quantize"] if spec is not None else []
+
+    def apply(self, job: Job) -> bool:
+        if job.stats.cross is None:
+            return False
+        found = feedback.aim(job.reference, job.stats, job.centred(self.bias))
+        job.facts["feedback"] = {"damping": found.damping, "held_out_before": found.before, "held_out_after": found.after}
+        job.target = job.weight = found.weights
+        return found.damping is not None

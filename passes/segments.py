@@ -1,0 +1,89 @@
+"""Cutting a graph into segments between the stages in which its layers can be quantized.
+
+The *level* of a value is the number of layers on the longest way to it from the model's inputs. Layers whose inputs have level ``s`` form
+stage ``s``: all their inputs are known once the layers of the stages before are. Segment ``s`` is what computes the values of level
+``s`` from those of lower levels. Nothing but the graph decides: residuals, branches and shared inputs need no names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from magr_onnx.passes.linear import LinearLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is computed when.
+
+    Attributes:
+        stages: Layers by stage, in order.
+        live: For every segment, the values that later segments read, from the inputs of the stage on; by name.
+    """
+
+    stages: tuple[tuple[LinearLayer, ...], ...]
+    live: tuple[tuple[str, ...], ...]
+
+
+def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
+    """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
+    own = {id(layer.node) for layer in layers}
+    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs}
+    last_read: dict[str, int] = {}
+    for node in model.graph:
+        names = [name for name in reads(node) if name in level]
+        at = max((level[name] for name in names), default=0) + (id(node) in own)
+        for name in names:
+            last_read[name] = max(last_read.get(name, 0), at)
+        level.update({str(v.name): at for v in node.outputs})
+    count = 1 + max((level[str(layer.x.name)] for layer in layers), default=-1)
+    stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
+    live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
+    return Plan(stages, live)
+
+
+def reads(node: ir.Node) -> Iterator[str]:
+    """Names of the values a node reads, those its subgraphs take from outside included."""
+    for value in node.inputs:
+        if value is not None and value.name is not None:
+            yield value.name
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from _captured(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from _captured(graph)
+
+
+def _captured(graph: ir.Graph) -> Iterator[str]:
+    inner = {v.name for v in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        yield from (name for name in reads(node) if name not in inner)
+        inner.update(v.name for v in node.outputs)
+
+
+def cut(model: ir.Model, given: Mapping[str, npt.NDArray[np.generic]], wanted: Sequence[str]) -> ir.Model:
+    """A copy of the model that computes ``wanted`` from ``given`` values (arrays, for their types and ranks)."""
+    copy = model.clone()
+    graph = copy.graph
+    values = {str(v.name): v for v in graph.inputs} | {str(v.name): v for node in graph for v in node.outputs}
+    graph.outputs.clear()
+    inputs = []
+    for name, array in given.items():
+        old = values[name]
+        new = ir.val(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
+        old.name = f"{name}__before"
+        ir.convenience.replace_all_uses_with(old, new)
+        inputs.append(new)
+        values[name] = new
+    graph.inputs.clear()
+    graph.inputs.extend(inputs)
+    graph.outputs.extend(values[name] for name in wanted)
+    RemoveUnusedNodesPass()(copy)
+    return copy

@@ -1,0 +1,245 @@
+"""Calibration in stages with error feedback: each stage's layers see the quantized layers before them.
+
+The float model and the model being quantized run side by side, segment by segment (`magr_onnx.passes.segments`), each on its own live
+values. What a stage's layers read is ``X`` in one and ``X_q`` in the other; second moments of both, and between them, are what the
+quantizers need to compute ``X W0`` from ``X_q``. Every segment runs once in each model: two forward passes over the data in all, however
+many stages there are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.segments import cut, plan
+from magr_onnx.ranges import rounded
+from magr_onnx.runtime.calibrate import Calibration, check_rows, not_finite, readers_of
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Activation, LayerStats
+
+DEFAULT_CACHE = 2 << 30
+HELD_OUT = 4  # every fourth batch is held out for choosing
+
+Tensor = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+class Cache:
+    """Live values of all batches: in memory up to a number of bytes, the rest in files of a temporary folder."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        self._files: dict[tuple[str, int], Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.spilled = 0
+
+    def put(self, name: str, batch: int, array: Tensor) -> None:
+        if self._used + array.nbytes <= self._limit:
+            self._memory[name, batch] = array
+            self._used += array.nbytes
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+        path = Path(self._folder.name, f"{len(self._files)}_{batch}.npy")
+        np.save(path, array, allow_pickle=False)
+        self._files[name, batch] = path
+        self.spilled += array.nbytes
+
+    def get(self, name: str, batch: int) -> Tensor:
+        if (name, batch) in self._memory:
+            return self._memory[name, batch]
+        loaded: Tensor = np.load(self._files[name, batch], allow_pickle=False)
+        return loaded
+
+    def drop(self, name: str, batch: int) -> None:
+        if (name, batch) in self._memory:
+            self._used -= self._memory.pop((name, batch)).nbytes
+        else:
+            self._files.pop((name, batch)).unlink()
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Drop everything but these values."""
+        for name, batch in [*self._memory, *self._files]:
+            if name not in names:
+                self.drop(name, batch)
+
+    def run(
+        self,
+        model: ir.Model,
+        given: Sequence[str],
+        wanted: Sequence[str],
+        batches: int,
+        provider: str,
+        fallback: Cache | None = None,
+        shared: frozenset[str] | set[str] = frozenset(),
+    ) -> None:
+        """Compute ``wanted`` from ``given`` over all batches; ``shared`` values come from ``fallback``."""
+
+        def fetch(name: str, batch: int) -> Tensor:
+            return fallback.get(name, batch) if fallback is not None and name in shared else self.get(name, batch)
+
+        if not wanted:  # the layers read the model's inputs
+            return
+        segment = cut(model, {n: fetch(n, 0) for n in given}, wanted)
+        with Session(segment, provider) as session:
+            needed = [i.name for i in session.inputs]
+            for b in range(batches):
+                for name, array in zip(wanted, session.run({n: fetch(n, b) for n in needed}, list(wanted)), strict=True):
+                    self.put(name, b, array)
+
+    def names(self, batch: int) -> list[str]:
+        return [n for n, b in (*self._memory, *self._files) if b == batch]
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._memory.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class _Moments:
+    """Sums over rows of one value in both models."""
+
+    def __init__(self, width: int) -> None:
+        self.gram, self.cross, self.float_gram = (np.zeros((width, width)) for _ in range(3))
+        self.mean, self.float_mean = np.zeros(width), np.zeros(width)
+        self.rows = 0
+
+    def add(self, x: Tensor, quantized: Tensor) -> None:
+        self.gram += quantized.T @ quantized
+        self.cross += quantized.T @ x
+        self.float_gram += x.T @ x
+        self.mean += quantized.sum(axis=0, dtype=np.float64)
+        self.float_mean += x.sum(axis=0, dtype=np.float64)
+        self.rows += len(x)
+
+    def stats(self, activation: Activation | None) -> LayerStats:
+        n = max(self.rows, 1)
+        return LayerStats(self.gram / n, self.mean / n, self.rows, self.float_mean / n, activation, self.cross / n, self.float_gram / n)
+
+
+def staged(
+    original: ir.Model,
+    work: ir.Model,
+    layers: Sequence[LinearLayer],
+    data: Batches,
+    *,
+    mask: str | None = None,
+    provider: str = "cpu",
+    quantize: Mapping[str, Activation] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    cache: int = DEFAULT_CACHE,
+    progress: Progress | None = None,
+) -> Iterator[tuple[tuple[LinearLayer, ...], Calibration]]:
+    """Stages of layers, each with the statistics of what its layers read.
+
+    The caller quantizes a stage's layers in ``work`` before it asks for the next one.
+
+    Args:
+        original: The float model.
+        work: The model being quantized, a copy of ``original`` so far.
+        layers: Its layers.
+        data: Batches that fit both.
+        mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
+        provider: Where to run.
+        quantize: How layer inputs will be quantized, by value name.
+        bounds: What values are clipped to first, by value name.
+        cache: Bytes of live values to hold in memory; more go to a temporary folder.
+        progress: Called with segments of batches done and in total.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite.
+        CalibrationError: The mask leaves no rows.
+    """
+    quantize, bounds = quantize or {}, bounds or {}
+    steps = plan(work, layers)
+    with Cache(cache // 2) as floats, Cache(cache // 2) as quants:
+        masks = _begin(original, data, mask, floats)
+        shared: set[str] = set(floats.names(0))  # the same in both models: nothing before them is quantized
+        for s, (stage, live) in enumerate(zip(steps.stages, steps.live, strict=True)):
+            before = floats.names(0)
+            wanted = [n for n in live if n not in before]
+            floats.run(original, before, wanted, len(data), provider)
+            if s == 0:
+                shared |= set(wanted)
+            else:
+                quants.run(work, before, wanted, len(data), provider, fallback=floats, shared=shared)
+            found = _gather(stage, floats, quants, shared, masks, data, quantize, bounds, mask)
+            if progress is not None:
+                progress(s + 1, len(steps.stages))
+            yield stage, found
+            floats.keep(live)
+            quants.keep(live)
+
+
+def _gather(
+    stage: Sequence[LinearLayer],
+    floats: Cache,
+    quants: Cache,
+    shared: set[str],
+    masks: Sequence[Tensor | None],
+    data: Batches,
+    quantize: Mapping[str, Activation],
+    bounds: Mapping[str, tuple[float, float]],
+    mask: str | None,
+) -> Calibration:
+    """Statistics of what a stage reads, every `HELD_OUT`-th batch apart."""
+    stats: dict[str, LayerStats] = {}
+    bad: list[str] = []
+    unmasked: list[str] = []
+    for name, readers in readers_of(stage).items():
+        parts = _Moments(readers[0].k), _Moments(readers[0].k)
+        for b in range(len(data)):
+            x = floats.get(name, b)
+            y = x if name in shared else quants.get(name, b)
+            if name in bounds:
+                x, y = np.clip(x, *bounds[name]), np.clip(y, *bounds[name])
+            y = rounded(y, quantize.get(name))
+            keep = _counted(x, masks[b])
+            parts[b % HELD_OUT == HELD_OUT - 1].add(_rows(x, keep), _rows(y, keep))
+            if b == 0 and keep is None and mask is not None:
+                unmasked.append(name)
+        activation = quantize.get(name)
+        kept, held = (part.stats(activation) for part in parts)
+        both = kept + held
+        if not (np.isfinite(both.target_mean).all() and np.isfinite(both.gram).all()):
+            bad.append(not_finite(name, readers, data.describe))
+        check_rows([both.rows], mask)
+        stats[name] = replace(both, held_out=held) if held.rows and kept.rows else both
+    raise_all(NonFiniteError, bad)
+    return Calibration(stats, tuple(unmasked))
+
+
+def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
+    masks: list[Tensor | None] = []
+    names = {str(v.name) for v in model.graph.inputs}
+    for b, batch in enumerate(data):
+        masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
+        for name in names:
+            cache.put(name, b, np.asarray(batch[name]))
+    return masks
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The rows of ``x`` that count, ``(n,)`` booleans; None for all."""
+    return mask.reshape(-1) if mask is not None and mask.shape == x.shape[:-1] else None
+
+
+def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return (flat if keep is None else flat[keep]).astype(np.float32, copy=False)
