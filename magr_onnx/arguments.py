@@ -1,0 +1,231 @@
+"""What the commands of the command line share: names an option may take, and options that several commands have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magr_onnx.targets import TARGETS
+
+
+class Bits(StrEnum):
+    two = "2"
+    three = "3"
+    four = "4"
+    five = "5"
+    six = "6"
+    seven = "7"
+    eight = "8"
+
+
+class QuantizerName(StrEnum):
+    rtn = "rtn"
+    gptq = "gptq"
+    comq = "comq"
+    a2q = "a2q"
+    a2q_plus = "a2q+"
+
+
+class FormatName(StrEnum):
+    matmulnbits = "matmulnbits"
+    qdq = "qdq"
+    qdq_int8 = "qdq-int8"
+    dynamic_int8 = "dynamic-int8"
+
+
+class ActivationName(StrEnum):
+    uint8 = "uint8"
+    int8 = "int8"
+
+
+class RangeName(StrEnum):
+    auto = "auto"
+    min_max = "min-max"
+    percentile = "percentile"
+    min_error = "min-error"
+
+
+class BiasName(StrEnum):
+    auto = "auto"
+    existing = "existing"
+    any = "any"
+    none = "none"
+
+
+WEIGHTS, INTEGERS, DATA, OUTPUT = "Weights", "Integer layers and accumulators", "Data", "Output"
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
+Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
+Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
+
+# Of optimize.
+ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders. Without it: data-free.",
+        rich_help_panel=DATA,
+    ),
+]
+ValidationOption = Annotated[
+    Path | None,
+    typer.Option("--validation", help="Held-out inputs to compare both models on, in the same forms.", rich_help_panel=DATA),
+]
+BitsOption = Annotated[
+    Bits | None,
+    typer.Option("--bits", "-b", help="Bits a weight, 2 to 8. (default: 4; integer formats 8)", metavar="N", rich_help_panel=WEIGHTS),
+]
+BlockSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--block-size",
+        help="Rows that share a scale: a multiple of 16, or 'channel'. (default: 32; integer formats channel)",
+        metavar="N",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+QuantizerOption = Annotated[
+    QuantizerName,
+    typer.Option(
+        "--quantizer",
+        help="rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+FormatOption = Annotated[
+    FormatName,
+    typer.Option(
+        "--format",
+        help="Nodes to write: matmulnbits, qdq; with 8-bit layer inputs qdq-int8, dynamic-int8.",
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+    ),
+]
+SymmetricOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Fix the zero point in the middle. (default: asymmetric; integer formats symmetric)",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        min=0,
+        help="Strength of MagR, relative to the layer; 0: off. "
+        "(default: 1e-3 per channel, 1e-4 per block; 0 for integer formats above 4 bits)",
+        metavar="X",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+BetaOption = Annotated[
+    float | None,
+    typer.Option("--beta", help="Shrink of the min-max grid, up to 1. (default: searched per group)", metavar="X", rich_help_panel=WEIGHTS),
+]
+DampingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--damping",
+        min=0,
+        help="Added to the Gram matrix, in units of its diagonal. (default: 2 K / rows)",
+        metavar="X",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+ActOrderOption = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.", rich_help_panel=WEIGHTS)]
+SweepsOption = Annotated[
+    int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=WEIGHTS)
+]
+BiasOption = Annotated[
+    BiasName,
+    typer.Option(
+        "--bias",
+        help="Bias compensation: existing, any, none; auto: wherever it adds no node.",
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+AccuracyLevelOption = Annotated[
+    int,
+    typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", metavar="N", rich_help_panel=OUTPUT),
+]
+ActivationTypeOption = Annotated[
+    ActivationName | None,
+    typer.Option(
+        "--activation-type", help="Layer inputs of qdq-int8: uint8, int8. (default: uint8)", metavar="TYPE", rich_help_panel=INTEGERS
+    ),
+]
+ActivationRangeOption = Annotated[
+    RangeName | None,
+    typer.Option(
+        "--activation-range",
+        help="Ranges of layer inputs: min-max, percentile, min-error; auto: the least measured error. (default: auto)",
+        metavar="NAME",
+        rich_help_panel=INTEGERS,
+    ),
+]
+QuantizeOutputsOption = Annotated[
+    bool,
+    typer.Option("--quantize-outputs", help="qdq-int8: quantize what layers put out too (QLinearMatMul).", rich_help_panel=INTEGERS),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.",
+        show_default=False,
+        metavar="NAME",
+        rich_help_panel=INTEGERS,
+    ),
+]
+AccumulatorBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--accumulator-bits",
+        help="Accumulator that may not overflow; sizes the blocks of matmulnbits.",
+        metavar="P",
+        rich_help_panel=INTEGERS,
+    ),
+]
+AccumulatorTileOption = Annotated[
+    int | None,
+    typer.Option(
+        "--accumulator-tile",
+        help="Terms along K that share the accumulator. (default: all of them)",
+        metavar="T",
+        rich_help_panel=INTEGERS,
+    ),
+]
+FeedbackOption = Annotated[
+    bool,
+    typer.Option(
+        "--feedback/--no-feedback",
+        help="Quantize in stages, each layer towards the float output from its quantized inputs: lower error, more time.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+PipelineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline",
+        help="Passes as text, instead of the options above; see 'onnx-magr passes'.",
+        metavar="TEXT",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.", rich_help_panel=OUTPUT)]
