@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import onnx_ir as ir
 from onnxscript import version_converter
 
 from magr_onnx.errors import ModelError
 
-IR_VERSIONS = {13: 7, 18: 8, 19: 9, 21: 10}
+IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converter's warning that it falls back on the converter of onnx, which is as good."""
+    logger = logging.getLogger("onnxscript.version_converter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs") -> bool:
@@ -25,7 +41,8 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
         try:
-            version_converter.convert_version(model, target, fallback=True)
+            with _quiet():
+                version_converter.convert_version(model, target, fallback=True)
         except Exception as error:
             raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
         if model.opset_imports.get("", 0) < target:

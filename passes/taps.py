@@ -79,7 +79,7 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) ->
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
     (`bin_edges`), so that one pass serves values of any magnitude; rows that the mask leaves out fall into the bins next to zero.
     """
-    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=18)
+    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=16)  # ScatterElements that adds
     zeros = copy.constant("__hist_zeros", np.zeros(2 * BINS, np.float32))
     one = copy.constant("__hist_one", np.float32(1))
     ratio = copy.constant("__hist_ratio", np.float32(BINS_PER_OCTAVE / np.log(2)))
