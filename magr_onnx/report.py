@@ -81,7 +81,7 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """One MatMul or Gemm that stayed as it was, and why."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why."""
 
     name: str
     op: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from magr_onnx.proof import Claim
-from magr_onnx.report import plain, wrapped
+from magr_onnx.report import SkipRow, plain, wrapped
 
 Verdict = Literal["proved", "overflows"]
 ROWS = 20  # layers of the table; the JSON has all
@@ -95,16 +95,6 @@ class LayerVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class SkippedNode:
-    """A node with a dot product that is neither proved nor refuted, and why."""
-
-    name: str
-    op: str
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Verification:
     """Everything `magr_onnx.verify` found.
 
@@ -120,7 +110,7 @@ class Verification:
     source: str
     against: str
     layers: tuple[LayerVerdict, ...]
-    skipped: tuple[SkippedNode, ...]
+    skipped: tuple[SkipRow, ...]
     machine: str
     versions: dict[str, str]
 
@@ -191,7 +181,7 @@ class Verification:
     def _skips(self) -> list[str]:
         if not self.skipped:
             return []
-        reasons: dict[str, list[SkippedNode]] = {}
+        reasons: dict[str, list[SkipRow]] = {}
         for row in self.skipped:
             reasons.setdefault(row.reason, []).append(row)
         lines = ["", "not proved, and not claimed"]

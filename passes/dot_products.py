@@ -8,7 +8,7 @@ fuses them into MatMulNBits with int8 activations. Subgraphs and model-local fun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from magr_onnx.packing import unpack_bits
 from magr_onnx.passes.dequantized import product
+from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import (
     CONTRIB,
     NoView,
@@ -36,20 +37,6 @@ from magr_onnx.passes.operands import (
     weight_zeros,
 )
 from magr_onnx.proof import IntegerDot
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A node with a dot product that is neither proved nor refuted."""
-
-    name: str
-    op: str
-    reason: Reason
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
 
 UNREAD = frozenset(
     {

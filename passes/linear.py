@@ -43,11 +43,11 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that was considered and not converted."""
+    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it."""
 
     name: str
     op: str
-    reason: Reason
+    reason: StrEnum
     detail: str = ""
 
     def __str__(self) -> str:

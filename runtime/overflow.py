@@ -6,17 +6,19 @@ import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.machines import on_accumulator, on_target
-from magr_onnx.passes.dot_products import Skip, find
+from magr_onnx.passes.dot_products import find
+from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
 from magr_onnx.proof import IntegerDot, Machine, Proof, prove
+from magr_onnx.report import SkipRow
 from magr_onnx.runtime import witness as witnesses
 from magr_onnx.targets import Target
-from magr_onnx.verification import LayerVerdict, SkippedNode, WitnessRow
+from magr_onnx.verification import LayerVerdict, WitnessRow
 
 
 def verify(
     model: ir.Model, against: Target | Accumulator, outer_bits: int | None = None, run: bool = True
-) -> tuple[tuple[LayerVerdict, ...], tuple[SkippedNode, ...]]:
+) -> tuple[tuple[LayerVerdict, ...], tuple[SkipRow, ...]]:
     """Verdicts of all integer dot products, and the nodes that are none or cannot be read.
 
     Args:
@@ -26,14 +28,14 @@ def verify(
         run: Whether to run one witness a failing layer in onnxruntime.
     """
     layers: list[LayerVerdict] = []
-    skipped: list[SkippedNode] = []
+    skipped: list[SkipRow] = []
     for dot in find(model):
         if isinstance(dot, Skip):
-            skipped.append(SkippedNode(dot.name, dot.op, dot.reason.value, dot.detail))
+            skipped.append(SkipRow(dot.name, dot.op, dot.reason.value, dot.detail))
             continue
         machine = on_accumulator(dot, against) if isinstance(against, Accumulator) else on_target(dot, against, outer_bits)
         if isinstance(machine, str):
-            skipped.append(SkippedNode(dot.name, dot.op, Reason.TARGET.value, machine))
+            skipped.append(SkipRow(dot.name, dot.op, Reason.TARGET.value, machine))
         else:
             layers.append(_verdict(dot, machine, prove(dot, machine), run))
     return tuple(layers), tuple(skipped)

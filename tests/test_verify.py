@@ -30,7 +30,8 @@ import magr_onnx
 from magr_onnx import OptionError
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.machines import on_accumulator, on_target
-from magr_onnx.passes.dot_products import Skip, find
+from magr_onnx.passes.dot_products import find
+from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
 from magr_onnx.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
 from magr_onnx.targets import TARGETS, Kernel, find_target

@@ -113,6 +113,7 @@ METHODS = (
     ours("MagR + GPTQ", quantizer="gptq"),
     ours("COMQ", alpha=0),
     ours("MagR + COMQ (default)"),
+    ours("default with feedback", feedback=True),
 )
 
 
