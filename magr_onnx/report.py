@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -151,14 +152,7 @@ class Report:
     def _skips(self) -> list[str]:
         if not self.skipped:
             return []
-        reasons: dict[str, list[SkipRow]] = {}
-        for row in self.skipped:
-            reasons.setdefault(row.reason, []).append(row)
-        lines = ["", "left as they are"]
-        for reason, rows in reasons.items():
-            shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
-            lines += wrapped(f"  {len(rows):3d}  {reason}: {shown}", 7)
-        return lines
+        return ["", "left as they are", *(line for reason, rows in by_reason(self.skipped).items() for line in skip_lines(reason, rows))]
 
     def _validation(self) -> list[str]:
         return [] if self.validation is None else ["", *validation_text(self.validation)]
@@ -166,6 +160,20 @@ class Report:
     def _notes(self) -> list[str]:
         found = [*self.notes, *layer_notes(self.layers)]
         return ["", "notes", *(line for n in found for line in wrapped(f"  {n}", 4))] if found else []
+
+
+def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
+    """Rows by reason, in order of appearance."""
+    found: dict[str, list[SkipRow]] = {}
+    for row in rows:
+        found.setdefault(row.reason, []).append(row)
+    return found
+
+
+def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
+    """How many, why, and the first names."""
+    shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
 
 
 def wrapped(text: str, indent: int = 13) -> list[str]:

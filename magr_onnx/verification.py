@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from magr_onnx.proof import Claim
-from magr_onnx.report import SkipRow, plain, wrapped
+from magr_onnx.report import SkipRow, by_reason, plain, skip_lines, wrapped
 
 Verdict = Literal["proved", "overflows"]
 ROWS = 20  # layers of the table; the JSON has all
@@ -181,14 +181,10 @@ class Verification:
     def _skips(self) -> list[str]:
         if not self.skipped:
             return []
-        reasons: dict[str, list[SkipRow]] = {}
-        for row in self.skipped:
-            reasons.setdefault(row.reason, []).append(row)
         lines = ["", "not proved, and not claimed"]
-        for reason, rows in reasons.items():
-            shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+        for reason, rows in by_reason(self.skipped).items():
             details = sorted({r.detail for r in rows})
-            lines += wrapped(f"  {len(rows):3d}  {reason}{f' ({details[0]})' if details[1:] == [] and details[0] else ''}: {shown}", 7)
+            lines += skip_lines(f"{reason}{f' ({details[0]})' if details[1:] == [] and details[0] else ''}", rows)
         return lines
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
@@ -19,7 +19,6 @@ from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 from magr_onnx.types import Activation, ActivationGrid, Array, DynamicRange
 
-Kind = Literal["uint8", "int8", "dynamic"]
 WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection that stands for the weights
 
@@ -85,7 +84,7 @@ def choose(
     data: Batches,
     *,
     method: Method = "auto",
-    kind: Kind = "uint8",
+    kind: ActivationType = "uint8",
     mask: str | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
@@ -114,7 +113,7 @@ def choose(
     return result
 
 
-def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Kind) -> dict[str, Activation]:
+def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> dict[str, Activation]:
     """What to try on a value. A dynamic range needs no limits where calibration saw nothing to leave out."""
     if kind != "dynamic":
         return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}

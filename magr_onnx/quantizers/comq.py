@@ -20,7 +20,6 @@ import numpy as np
 
 from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, blocks, stored
-from magr_onnx.linalg import damped
 from magr_onnx.quantizers import gptq
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 from magr_onnx.types import Array, QuantizedWeight
@@ -162,7 +161,7 @@ def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     damping = problem.damping(options)
-    gram = problem.stats.memo(("damped", problem.centred, damping), lambda: damped(problem.gram, damping))
+    gram = problem.damped_gram(damping)
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
     facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.facts
     return Solution(refined.weight, start.notes, facts)

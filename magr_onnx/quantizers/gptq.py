@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, choose, stored
-from magr_onnx.linalg import cholesky, column_errors, damped
+from magr_onnx.linalg import cholesky, column_errors
 from magr_onnx.quantizers.a2q import project
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
@@ -203,6 +203,6 @@ def run(problem: Problem, options: Options) -> Solution:
     weight = solve(problem.weights, feedback, grid)
     if problem.budget is None:
         return Solution(weight, notes)
-    gram = problem.stats.memo(("damped", problem.centred, damping), lambda: damped(problem.gram, damping))
+    gram = problem.damped_gram(damping)
     constrained, columns = under_budget(problem.weights, problem.target, weight, gram, feedback, problem.budget)
     return Solution(constrained, notes, {"columns_constrained": columns})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from magr_onnx.accumulator import Budget
-from magr_onnx.linalg import automatic_damping
+from magr_onnx.linalg import automatic_damping, damped
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 
@@ -37,6 +37,10 @@ class Problem:
     def damping(self, options: Options) -> float:
         """The damping asked for, or the one these statistics need."""
         return automatic_damping(len(self.weights), self.stats.rows) if options.damping is None else options.damping
+
+    def damped_gram(self, damping: float) -> Array:
+        """The matrix of the layer error with ``damping``; computed once for all layers that share the statistics."""
+        return self.stats.memo(("damped", self.centred, damping), lambda: damped(self.gram, damping))
 
 
 @dataclass(frozen=True, slots=True)
