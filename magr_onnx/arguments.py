@@ -21,7 +21,14 @@ class Bits(StrEnum):
     eight = "8"
 
 
+class EffortName(StrEnum):
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class QuantizerName(StrEnum):
+    auto = "auto"
     rtn = "rtn"
     gptq = "gptq"
     comq = "comq"
@@ -96,11 +103,22 @@ BlockSizeOption = Annotated[
         rich_help_panel=WEIGHTS,
     ),
 ]
+EffortOption = Annotated[
+    EffortName | None,
+    typer.Option(
+        "--effort",
+        "-e",
+        help="fast: one pass over the data; balanced: staged, options chosen per layer, up to 3 times as long; best: gradients too, "
+        "several times as long again. (default: balanced; integer formats and without calibration: fast)",
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+    ),
+]
 QuantizerOption = Annotated[
-    QuantizerName,
+    QuantizerName | None,
     typer.Option(
         "--quantizer",
-        help="rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
+        help="Instead of an effort: auto, rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
         metavar="NAME",
         rich_help_panel=WEIGHTS,
     ),
@@ -128,7 +146,7 @@ AlphaOption = Annotated[
         "--alpha",
         min=0,
         help="Strength of MagR, relative to the layer; 0: off. "
-        "(default: 1e-3 per channel, 1e-4 per block; 0 for integer formats above 4 bits)",
+        "(default: chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 for integer formats above 4 bits)",
         metavar="X",
         rich_help_panel=WEIGHTS,
     ),
@@ -142,12 +160,17 @@ DampingOption = Annotated[
     typer.Option(
         "--damping",
         min=0,
-        help="Added to the Gram matrix, in units of its diagonal. (default: 2 K / rows)",
+        help="Added to the Gram matrix, in units of its diagonal. (default: about 2 K / rows)",
         metavar="X",
         rich_help_panel=WEIGHTS,
     ),
 ]
-ActOrderOption = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round strong inputs first.", rich_help_panel=WEIGHTS)]
+ActOrderOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--act-order/--no-act-order", help="Round strong inputs first. (default: chosen per layer; fast: yes)", rich_help_panel=WEIGHTS
+    ),
+]
 SweepsOption = Annotated[
     int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=WEIGHTS)
 ]
@@ -212,11 +235,20 @@ AccumulatorTileOption = Annotated[
     ),
 ]
 FeedbackOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--feedback/--no-feedback",
-        help="Quantize in stages, each layer towards the float output from its quantized inputs: lower error, more time.",
+        help="Quantize in stages, each layer towards the float output from its quantized inputs. (default: as the effort says)",
         rich_help_panel=WEIGHTS,
+    ),
+]
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
+        metavar="SIZE",
+        rich_help_panel=DATA,
     ),
 ]
 PipelineOption = Annotated[

@@ -13,17 +13,14 @@ from __future__ import annotations
 from magr_onnx.types import Array
 
 
-def compensate(bias: Array | None, reference: Array, quantized: Array, mean: Array, quantized_mean: Array | None = None) -> Array:
+def compensate(bias: Array | None, target_mean: Array, quantized: Array, mean: Array) -> Array:
     """The compensated bias ``(N,)`` float64.
 
     Args:
         bias: ``b (N,)``; None for zero.
-        reference: ``W0 (K, N)``.
+        target_mean: ``W0^T mu (N,)``, the mean of what the layer should put out, without its bias.
         quantized: ``W_hat (K, N)``, dequantized.
-        mean: ``mu (K,)``, the mean input.
-        quantized_mean: ``mu_q (K,)``, the mean of the quantized input; None where the input stays float.
+        mean: ``mu_q (K,)``, the mean input as the quantized layer reads it.
     """
-    correction: Array = (reference.astype("float64") - quantized).T @ mean
-    if quantized_mean is not None:
-        correction += quantized.astype("float64").T @ (mean - quantized_mean)
+    correction: Array = target_mean - quantized.astype("float64").T @ mean
     return correction if bias is None else bias + correction

@@ -7,6 +7,7 @@ interrupted. ``validate`` also returns 3 when a threshold given by the user is m
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 import sys
 import tempfile
@@ -34,8 +35,10 @@ from magr_onnx.arguments import (
     BiasOption,
     BitsOption,
     BlockSizeOption,
+    CacheOption,
     CalibrationOption,
     DampingOption,
+    EffortOption,
     Exclude,
     FeedbackOption,
     FormatName,
@@ -48,7 +51,6 @@ from magr_onnx.arguments import (
     PipelineOption,
     Provider,
     QuantizeOutputsOption,
-    QuantizerName,
     QuantizerOption,
     Quiet,
     ReportOption,
@@ -92,7 +94,7 @@ def root(
 
 onnx-magr optimize model.onnx -o model.int4.onnx --calibration inputs.npz
 
-onnx-magr optimize model.onnx --calibration batches/ --bits 2 --report report.json
+onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.json
 
 onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs.npz --validation heldout.npz
 
@@ -108,13 +110,14 @@ def optimize(
     validation: ValidationOption = None,
     bits: BitsOption = None,
     block_size: BlockSizeOption = None,
-    quantizer: QuantizerOption = QuantizerName.comq,
+    effort: EffortOption = None,
+    quantizer: QuantizerOption = None,
     format: FormatOption = FormatName.matmulnbits,
     symmetric: SymmetricOption = None,
     alpha: AlphaOption = None,
     beta: BetaOption = None,
     damping: DampingOption = None,
-    act_order: ActOrderOption = True,
+    act_order: ActOrderOption = None,
     sweeps: SweepsOption = 8,
     bias: BiasOption = BiasName.auto,
     accuracy_level: AccuracyLevelOption = 0,
@@ -124,7 +127,8 @@ def optimize(
     target: TargetOption = None,
     accumulator_bits: AccumulatorBitsOption = None,
     accumulator_tile: AccumulatorTileOption = None,
-    feedback: FeedbackOption = False,
+    feedback: FeedbackOption = None,
+    cache: CacheOption = "2GB",
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -138,7 +142,8 @@ def optimize(
     """Quantize the linear layers of a model and report what happened to every one."""
     options = {
         "bits": None if bits is None else int(bits.value),
-        "quantizer": quantizer.value,
+        "effort": None if effort is None else effort.value,
+        "quantizer": None if quantizer is None else quantizer.value,
         "format": format.value,
         "symmetric": symmetric,
         "alpha": alpha,
@@ -175,6 +180,7 @@ def optimize(
             batch_size=batch_size,
             include=include or (),
             exclude=exclude or (),
+            cache=_bytes(cache),
             progress=progress,
             **_options(context, pipeline, options),
         )
@@ -201,6 +207,13 @@ def _block(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise OptionError(f"--block-size {text!r}: give a multiple of 16, or 'channel'") from None
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)I?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise OptionError(f"--cache {text!r}: give a size such as 512MB or 2GB")
+    return int(float(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2].upper()])
 
 
 def _check_report(report: Path, taken: set[Path]) -> None:

@@ -7,6 +7,7 @@ the one whose rounding error weighted by ``diag(H)`` is smallest (the layer erro
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,13 @@ def _from_range(low: Array, high: Array, spec: WeightSpec) -> tuple[Array, Array
     span = (high - low) / spec.top
     scales = stored(np.where(span > 0, span, 1), spec)
     return scales, np.clip(np.rint(-low / scales), 0, spec.top).astype(np.float32)
+
+
+def ladder(group: Array, spec: WeightSpec, shrinks: Sequence[float]) -> Iterator[tuple[Array, Array]]:
+    """Scales and zero points ``(N,)`` of one group ``(g, N)`` for every shrink factor of its range."""
+    low, high = np.minimum(group.min(axis=0), 0), np.maximum(group.max(axis=0), 0)
+    for shrink in shrinks:
+        yield _from_range(low * np.float32(shrink), high * np.float32(shrink), spec)
 
 
 def minmax(weights: Array, spec: WeightSpec, beta: float = 1.0) -> Grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -17,12 +18,24 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
-from magr_onnx.passes import CompensateBias, EmitQDQInt8, ErrorFeedback, Job, LayerPass, LinearLayer, QuantizeActivations, Skip, pipeline
+from magr_onnx.passes import (
+    CompensateBias,
+    EmitQDQInt8,
+    ErrorFeedback,
+    Job,
+    LayerPass,
+    LinearLayer,
+    OutputHessian,
+    Quantize,
+    QuantizeActivations,
+    Skip,
+    pipeline,
+)
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, overflow, ranges, stages
+from magr_onnx.runtime import calibrate, fisher, overflow, ranges, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Session, provider_name
@@ -54,6 +67,7 @@ def optimize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     gram_budget: int = calibrate.DEFAULT_BUDGET,
+    cache: int = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Optimized:
@@ -72,6 +86,7 @@ def optimize(
         include: Shell patterns of layers (by node or weight name) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
+        cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: Called during long work.
         **options: See `Options`.
 
@@ -85,6 +100,8 @@ def optimize(
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
+        if calibration is None:  # nothing to choose by
+            options.setdefault("effort", "fast")
         passes = build_pipeline(**options)
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
@@ -94,7 +111,7 @@ def optimize(
     if calibration is None and activations is not None and activations.type != "dynamic":
         raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
     if calibration is None and any(isinstance(p, ErrorFeedback) for p in passes):
-        raise OptionError("error feedback needs calibration data; give some, or leave it out")
+        raise OptionError("error feedback needs calibration data; give some, or take effort fast")
     loaded = files.load(model)
     out = None if output is None else Path(output)
     if out is not None:
@@ -139,12 +156,17 @@ def optimize(
         notes += grids.notes
         clock.lap("ranges")
     unmasked: list[str] = []
-    report = stage(progress, "calibrating")
-    for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, report):
-        unmasked += result.unmasked
-        clock.lap("calibrate")
-        pipeline.run_layers(passes, group, lambda layer: result.stats.get(calibrate.input_name(layer)), finished, grids.products)  # noqa: B023
-        clock.lap("quantize")
+    with _output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating")) as hessian:
+        if hessian is not None:
+            notes += _what_is_missing(hessian, layers)
+            clock.lap("differentiate")
+        report = stage(progress, "calibrating")
+        for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
+            unmasked += result.unmasked
+            clock.lap("calibrate")
+            begin = _beginning(result, grids, hessian)
+            pipeline.run_layers(passes, group, lambda layer: result.stats.get(calibrate.input_name(layer)), finished, begin)  # noqa: B023
+            clock.lap("quantize")
     if unmasked:
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
@@ -196,6 +218,7 @@ def _statistics(
     mask: str | None,
     provider: str,
     gram_budget: int,
+    cache: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
@@ -203,18 +226,72 @@ def _statistics(
         yield layers, calibrate.Calibration({}, ())
     elif any(isinstance(p, ErrorFeedback) for p in passes):
         yield from stages.staged(
-            original, work, layers, data, mask=mask, provider=provider, quantize=grids.inputs, bounds=grids.bounds, progress=progress
+            original,
+            work,
+            layers,
+            data,
+            mask=mask,
+            provider=provider,
+            quantize=grids.inputs,
+            bounds=grids.bounds,
+            cache=cache,
+            progress=progress,
         )
     else:
-        groups = calibrate.plan(layers, gram_budget)
+        hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
+        groups = calibrate.plan(layers, gram_budget, hold_out)
         for index, group in enumerate(groups):
             part = None if progress is None else _part(progress, index, len(groups))
             yield (
                 group,
                 calibrate.collect(
-                    original, group, data, mask=mask, provider=provider, progress=part, quantize=grids.inputs, bounds=grids.bounds
+                    original,
+                    group,
+                    data,
+                    mask=mask,
+                    provider=provider,
+                    progress=part,
+                    quantize=grids.inputs,
+                    bounds=grids.bounds,
+                    hold_out=hold_out,
                 ),
             )
+
+
+@contextlib.contextmanager
+def _output_hessian(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    data: Batches | None,
+    passes: Sequence[LayerPass],
+    provider: str,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[fisher.Fisher | None]:
+    """Second moments of gradients at layer outputs, if the pipeline asks for them."""
+    if data is None or not any(isinstance(p, OutputHessian) for p in passes):
+        yield None
+        return
+    with fisher.collect(model, layers, data, provider=provider, progress=progress) as found:
+        yield found
+
+
+def _what_is_missing(hessian: fisher.Fisher, layers: Sequence[LinearLayer]) -> list[str]:
+    if not hessian.blocked:
+        return []
+    without = sum(hessian.get(str(layer.output.name)) is None for layer in layers)
+    blocked = ", ".join(sorted(hessian.blocked))
+    return [f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same"]
+
+
+def _beginning(result: calibrate.Calibration, grids: _Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
+    """What a job should know before its passes run."""
+
+    def begin(job: Job) -> None:
+        job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
+        job.goal = result.goals.get(job.layer.name)
+        job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))
+
+    return begin
 
 
 def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:

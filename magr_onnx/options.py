@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 from magr_onnx.accumulator import data_type_bits, largest_block
 from magr_onnx.errors import OptionError, raise_all
@@ -18,6 +18,7 @@ from magr_onnx.passes import (
     ErrorFeedback,
     LayerPass,
     MagR,
+    OutputHessian,
     Quantize,
     QuantizeActivations,
     check,
@@ -25,6 +26,7 @@ from magr_onnx.passes import (
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
+Effort = Literal["fast", "balanced", "best"]
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
 
 
@@ -34,14 +36,19 @@ class Options(TypedDict, total=False):
     Attributes:
         bits: 2 to 8; default 4, or 8 for the integer formats.
         block_size: Rows that share a scale; None for one grid a channel. Default 32; the integer formats have one grid a channel.
-        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator.
+        effort: How much time to spend where no quantizer is named: ``fast`` (MagR and ``comq`` with usual options, one pass over the data),
+            ``balanced`` (default: ``auto`` with feedback, within 3 times as long) or ``best`` (an output Hessian too, several
+            times as long again). The integer formats have ``fast`` by default.
+        quantizer: ``auto`` (all of the others' steps, options chosen per layer), ``comq`` (GPTQ refined by coordinate descent),
+            ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator. None (default) follows from the effort.
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
         symmetric: Fix the zero point in the middle (default False, True for the integer formats).
-        alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block, 0 for the integer formats
-            above 4 bits; 0 for none.
+        alpha: Strength of MagR, relative to the layer; None (default) for one chosen per layer by quantizer auto, else 1e-3 per
+            channel, 1e-4 per block, 0 for the integer formats above 4 bits; 0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
-        damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows.
-        act_order: Round inputs in descending power (default True).
+        damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows
+            (auto: chosen).
+        act_order: Round inputs in descending power; None (default) for yes (auto: chosen).
         sweeps: Most coordinate-descent sweeps (default 8).
         bias: ``auto`` (default: existing biases, and the bias input that MatMulNBits has anyway), ``existing``, ``any`` or
             ``none``.
@@ -49,7 +56,8 @@ class Options(TypedDict, total=False):
         activation_type: ``uint8`` (default) or ``int8`` for qdq-int8.
         activation_range: ``auto`` (default), ``min-max``, ``percentile`` or ``min-error`` for qdq-int8.
         quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
-        feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before (default False).
+        feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before; None
+            (default) follows from the effort, and is no where a quantizer is named.
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -57,20 +65,21 @@ class Options(TypedDict, total=False):
 
     bits: int | None
     block_size: int | None
-    quantizer: str
+    effort: Effort | None
+    quantizer: str | None
     format: Format
     symmetric: bool | None
     alpha: float | None
     beta: float | None
     damping: float | None
-    act_order: bool
+    act_order: bool | None
     sweeps: int
     bias: str
     accuracy_level: int
     activation_type: Literal["uint8", "int8"]
     activation_range: str
     quantize_outputs: bool
-    feedback: bool
+    feedback: bool | None
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -85,6 +94,7 @@ class _Form:
     block_size: int | None = 32
     symmetric: bool = False
     bias: str = "existing"
+    effort: Effort = "balanced"
     activations: Callable[[Options], QuantizeActivations] | None = None
 
 
@@ -96,9 +106,10 @@ FORMATS: dict[str, _Form] = {
         8,
         None,
         True,
+        effort="fast",
         activations=lambda o: QuantizeActivations(o.get("activation_type", "uint8"), o.get("activation_range", "auto")),  # type: ignore[arg-type]
     ),
-    "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, activations=lambda o: QuantizeActivations("dynamic")),
+    "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, effort="fast", activations=lambda o: QuantizeActivations("dynamic")),
 }
 _STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
@@ -131,25 +142,38 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     block: int | None = options.get("block_size", form.block_size)
     alpha, damping = options.get("alpha"), options.get("damping")
     bits = form.bits if bits is None else bits
-    if alpha is None:
+    effort = options.get("effort") or form.effort
+    if effort not in get_args(Effort):
+        problems.append(f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}")
+    named = options.get("quantizer")
+    if named is not None and options.get("effort") is not None:
+        problems.append(f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them")
+    quantizer = named or ("comq" if effort == "fast" else "auto")
+    feedback = options.get("feedback")
+    if feedback is None:
+        feedback = named is None and effort != "fast"
+    auto = quantizer == "auto"
+    if alpha is None and not auto:
         # From 5 bits on a channel's grid is fine enough for MagR's change of the weights to cost more than it saves.
         alpha = 0 if form.activations and bits > 4 else 1e-3 if block is None else 1e-4
     quantize = Quantize(
-        options.get("quantizer", "comq"),
+        quantizer,
         bits,
         block,
         form.symmetric if symmetric is None else symmetric,
         options.get("beta"),
         damping,
-        options.get("act_order", True),
+        options.get("act_order"),
         options.get("sweeps", 8),
         target=options.get("target"),
         accumulator_bits=None if name == "matmulnbits" else options.get("accumulator_bits"),
         accumulator_tile=None if name == "matmulnbits" else options.get("accumulator_tile"),
+        alpha=alpha if auto else None,
     )
     policy = BIAS.get(bias) or form.bias
-    passes: list[LayerPass] = [ErrorFeedback()] if options.get("feedback", False) else []
-    passes += [MagR(alpha, True, block, damping)] if alpha != 0 else []
+    passes: list[LayerPass] = [ErrorFeedback()] if feedback else []
+    passes += [OutputHessian()] if named is None and effort == "best" else []
+    passes += [MagR(alpha, True, block, damping)] if alpha and not auto else []
     if form.activations is not None:
         passes.append(form.activations(options))
     passes.append(quantize)

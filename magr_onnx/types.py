@@ -178,8 +178,6 @@ class LayerStats:
         rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
         activation: How the input is quantized; None where it stays float.
-        cross: ``X^T X_float / n`` ``(K, K)``, where the input is that of a quantized prefix; else None.
-        float_gram: ``X_float^T X_float / n`` ``(K, K)``, with ``cross``.
         held_out: Statistics of a part of the rows, for choices that would overfit on all of them; else None.
     """
 
@@ -188,8 +186,6 @@ class LayerStats:
     rows: int
     float_mean: Array | None = None
     activation: Activation | None = None
-    cross: Array | None = None
-    float_gram: Array | None = None
     held_out: LayerStats | None = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -207,27 +203,16 @@ class LayerStats:
     def is_data_free(self) -> bool:
         return self.rows == 0
 
-    def __add__(self, other: LayerStats) -> LayerStats:
-        """Statistics of the union of two sets of rows."""
-        n = self.rows + other.rows
+    def combine(self, other: LayerStats, sign: int = 1) -> LayerStats:
+        """Statistics of the rows of both, or (``sign=-1``) of those that are not in ``other``."""
+        n = self.rows + sign * other.rows
         if n == 0:
             return self
         if self.activation != other.activation:
-            raise ValueError(f"statistics under different grids cannot be added: {self.activation} and {other.activation}")
-        a, b = self.rows / n, other.rows / n
-
-        def mix(x: Array | None, y: Array | None) -> Array | None:
-            return None if x is None or y is None else a * x + b * y
-
-        return LayerStats(
-            a * self.gram + b * other.gram,
-            a * self.mean + b * other.mean,
-            n,
-            mix(self.float_mean, other.float_mean),
-            self.activation,
-            mix(self.cross, other.cross),
-            mix(self.float_gram, other.float_gram),
-        )
+            raise ValueError(f"statistics under different grids cannot be combined: {self.activation} and {other.activation}")
+        a, b = self.rows / n, sign * other.rows / n
+        float_mean = None if self.float_mean is None or other.float_mean is None else a * self.float_mean + b * other.float_mean
+        return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """``make()``, computed once: factorizations are shared by the layers that share these statistics."""
@@ -241,6 +226,35 @@ class LayerStats:
         if not centred or self.is_data_free:
             return self.gram
         return self.memo("centred", lambda: self.gram - np.outer(self.mean, self.mean))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Goal:
+    """Moments of what a layer should put out, ``Y (n, N)`` without its bias, beside its input ``X_q (n, K)`` behind quantized layers.
+
+    Attributes:
+        cross: ``X_q^T Y / n`` ``(K, N)`` float64.
+        mean: ``mean(Y)`` ``(N,)``.
+        power: ``mean(Y^2)`` ``(N,)``.
+        rows: Rows ``n``.
+        held_out: The same of the rows that `LayerStats.held_out` counts; else None.
+    """
+
+    cross: Array
+    mean: Array
+    power: Array
+    rows: int
+    held_out: Goal | None = None
+
+    def columns(self, chosen: npt.NDArray[np.intp]) -> Goal:
+        """The goal of some output channels."""
+        return Goal(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
+
+    def combine(self, other: Goal, sign: int = 1) -> Goal:
+        """As `LayerStats.combine`."""
+        n = self.rows + sign * other.rows
+        a, b = self.rows / n, sign * other.rows / n
+        return Goal(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
 
 
 def check_finite(name: str, array: npt.NDArray[Any]) -> None:

@@ -9,6 +9,7 @@ from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
 from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, run_layers, spec_of, text_of
 from magr_onnx.passes.quantize import Quantize
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayerPass",
     "LinearLayer",
     "MagR",
+    "OutputHessian",
     "Quantize",
     "QuantizeActivations",
     "Reason",

@@ -26,7 +26,8 @@ class CompensateBias(LayerPass):
     def apply(self, job: Job) -> bool:
         if not job.centred(self.bias) or job.emitted:
             return False
-        job.bias = compensate(job.bias, job.reference, job.weight, job.stats.target_mean, job.stats.mean)
+        target = job.reference.astype("float64").T @ job.stats.target_mean if job.goal is None else job.goal.mean
+        job.bias = compensate(job.bias, target, job.weight, job.stats.mean)
         job.changed = True
         job.facts["bias_compensated"] = True
         return True

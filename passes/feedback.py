@@ -27,9 +27,10 @@ class ErrorFeedback(LayerPass):
         return [f"{self.name} must come before magr and quantize"] if spec is not None else []
 
     def apply(self, job: Job) -> bool:
-        if job.stats.cross is None:
+        if job.goal is None or job.goal.held_out is None:
             return False
-        found = feedback.aim(job.reference, job.stats, job.centred(self.bias))
+        found = feedback.aim(job.reference, job.stats, job.goal, job.centred(self.bias))
         job.facts["feedback"] = {"damping": found.damping, "held_out_before": found.before, "held_out_after": found.after}
         job.target = job.weight = found.weights
+        job.kept_target = found.kept
         return found.damping is not None

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
+from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_finite
 
 META = "magr_onnx.job"
 
@@ -39,6 +39,9 @@ class Job:
         facts: What the passes have to say, for the report.
         notes: Sentences for the report.
         output_grid: The static grid of the product, where outputs are quantized too.
+        goal: What the layer should put out, where layers before it are quantized.
+        kept_target: ``target`` from the rows that are not held out, after error feedback.
+        outputs: Second moments of gradients at its outputs ``(N, N)``, where they were asked for.
     """
 
     layer: LinearLayer
@@ -53,6 +56,9 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     output_grid: ActivationGrid | None = None
+    goal: Goal | None = None
+    kept_target: Array | None = None
+    outputs: Array | None = None
 
     @staticmethod
     def start(layer: LinearLayer, stats: LayerStats | None) -> Job:

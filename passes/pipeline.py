@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,13 +24,25 @@ from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.targets import Target, find_target
-from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
+from magr_onnx.types import LayerStats, WeightSpec
 
 PASSES: dict[str, type[LayerPass]] = {
     p.name: p
-    for p in (ErrorFeedback, MagR, QuantizeActivations, Quantize, CompensateBias, EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
+    for p in (
+        ErrorFeedback,
+        OutputHessian,
+        MagR,
+        QuantizeActivations,
+        Quantize,
+        CompensateBias,
+        EmitMatMulNBits,
+        EmitQDQ,
+        EmitQDQInt8,
+        EmitDynamicInt8,
+    )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
 
@@ -196,16 +208,17 @@ def run_layers(
     layers: Iterable[LinearLayer],
     stats: Callable[[LinearLayer], LayerStats | None],
     finished: Callable[[Job], None],
-    products: Mapping[str, ActivationGrid] | None = None,
+    begin: Callable[[Job], None] | None = None,
 ) -> None:
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
-    ``products`` holds the grids of layers' products, by value name, where those are quantized too.
+    ``begin`` may add to a fresh job what else is known of its layer.
     """
     resolved = resolve(passes)
     for layer in layers:
         job = attach(layer, stats(layer))
-        job.output_grid = (products or {}).get(str(layer.node.outputs[0].name))
+        if begin is not None:
+            begin(job)
         for p in resolved:
             p.apply(job)
         job.write_back()

@@ -29,8 +29,9 @@ class Quantize(LayerPass):
         block_size: Rows that share a scale; none for one grid a column.
         symmetric: Fix the zero point in the middle of the grid.
         beta: Shrink of the min-max grid; none searches it per group.
-        damping: Multiple of the diagonal added to the Gram matrix; none for one that follows from the number of rows.
-        act_order: Round inputs in descending power.
+        damping: Multiple of the diagonal added to the Gram matrix; none for one that follows from the number of rows (auto: chosen
+            around it).
+        act_order: Round inputs in descending power; none for yes (auto: chosen).
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
@@ -38,11 +39,13 @@ class Quantize(LayerPass):
         target: Machine whose accumulators must not overflow (`magr_onnx.targets.TARGETS`).
         accumulator_bits: Width of the accumulator that must not overflow, instead of a target.
         accumulator_tile: Consecutive terms along K that share it; none for whole dot products.
+        alpha: Strength of the MagR inside method auto, relative to the layer; none for one chosen. Other methods leave MagR to its
+            own pass.
         activation: Type of the layer inputs that the codes meet. A pipeline fills it in from its quantize-activations pass.
     """
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "choose integer codes: rtn, gptq, comq; a2q, a2q+"
+    summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq; a2q, a2q+"
 
     method: str = "gptq"
     bits: int = 4
@@ -50,13 +53,14 @@ class Quantize(LayerPass):
     symmetric: bool = False
     beta: float | None = None
     damping: float | None = None
-    act_order: bool = True
+    act_order: bool | None = None
     sweeps: int = 8
     rescale: bool = True
     bias: BiasPolicy | None = None
     target: str | None = None
     accumulator_bits: int | None = None
     accumulator_tile: int | None = None
+    alpha: float | None = None
     activation: ActivationType | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
@@ -73,6 +77,10 @@ class Quantize(LayerPass):
             found.append(f"beta={self.beta} must be above 0 and at most 1")
         if self.damping is not None and not self.damping >= 0:
             found.append(f"damping={self.damping} must be 0 or more")
+        if self.alpha is not None and not self.alpha >= 0:
+            found.append(f"quantize: alpha={self.alpha} must be 0 or more")
+        if self.alpha is not None and self.method != "auto":
+            found.append(f"quantize: alpha is for method auto; put a magr pass before method {self.method}")
         if self.sweeps < 0:
             found.append(f"sweeps={self.sweeps} must be 0 or more")
         return found + self._accumulator_problems()
@@ -133,9 +141,18 @@ class Quantize(LayerPass):
     def apply(self, job: Job) -> bool:
         centred = job.centred(self.bias)
         problem = Problem(
-            job.weight, job.target, job.stats, centred, self.spec(job.layer.dtype), self.budget() if self.activation else None
+            job.weight,
+            job.target,
+            job.stats,
+            centred,
+            self.spec(job.layer.dtype),
+            self.budget() if self.activation else None,
+            job.reference,
+            job.kept_target,
+            job.goal,
+            job.outputs,
         )
-        options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale)
+        options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha)
         solution = QUANTIZERS[self.method](problem, options)
         job.quantized = solution.weight
         job.weight = solution.weight.dequantize()
@@ -149,8 +166,8 @@ class Quantize(LayerPass):
 
 def _relative_error(job: Job, problem: Problem) -> float:
     """Output error over output, as norms; with error feedback what the layers before did wrong is in it."""
-    if job.stats.cross is not None:
-        return float(np.sqrt(feedback.error(job.weight, job.reference, job.stats, problem.centred)))
+    if job.goal is not None:
+        return float(np.sqrt(feedback.error(job.weight.astype(np.float64), job.stats, job.goal, problem.centred)))
     power = layer_error(job.reference, job.stats.gram)
     left = layer_error(job.weight - job.reference, problem.gram)
     return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0

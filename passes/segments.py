@@ -48,6 +48,16 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     return Plan(stages, live)
 
 
+def beside(layer: LinearLayer) -> str | None:
+    """The value that is added to the layer's output (a residual, mostly), if nothing else is done with that output; by name."""
+    output = layer.output
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
+        return None
+    other = uses[0].node.inputs[1 - uses[0].idx]
+    return None if other is None or other.name is None or other is output else str(other.name)
+
+
 def reads(node: ir.Node) -> Iterator[str]:
     """Names of the values a node reads, those its subgraphs take from outside included."""
     for value in node.inputs:

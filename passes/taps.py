@@ -43,7 +43,7 @@ class Tap:
 
 def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
     """A copy of the model that outputs the run-time shape of each value, in order."""
-    copy = _Copy(model)
+    copy = Extension(model)
     for i, name in enumerate(values):
         copy.output(copy.add("Shape", [copy.values[name]], f"__shape_{i}"), ir.DataType.INT64, [None])
     return copy.finish()
@@ -59,7 +59,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
         taps: What to tap.
         mask: An input of any numeric or boolean type whose nonzero elements mark the rows to count, one element a row.
     """
-    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize or t.bounds for t in taps) else 0)
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize or t.bounds for t in taps) else 0)
     for i, tap in enumerate(taps):
         name = f"__tap_{i}"
         real = copy.real(tap, name)
@@ -79,7 +79,7 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) ->
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
     (`bin_edges`), so that one pass serves values of any magnitude; rows that the mask leaves out fall into the bins next to zero.
     """
-    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=16)  # ScatterElements that adds
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=16)  # ScatterElements that adds
     zeros = copy.constant("__hist_zeros", np.zeros(2 * BINS, np.float32))
     one = copy.constant("__hist_one", np.float32(1))
     ratio = copy.constant("__hist_ratio", np.float32(BINS_PER_OCTAVE / np.log(2)))
@@ -130,7 +130,7 @@ def error_taps(
         grids: What to try on every tap.
         mask: See `gram_taps`.
     """
-    copy = _Copy(model, mask if any(t.masked for t in taps) else None, opset=13)
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13)
     for i, (tap, sketch, tried) in enumerate(zip(taps, sketches, grids, strict=True)):
         name = f"__tap_{i}"
         real = copy.real(tap, name)
@@ -146,7 +146,7 @@ def error_taps(
     return copy.finish()
 
 
-class _Copy:
+class Extension:
     """A copy of a model that nodes are added to, and whose outputs are replaced at the end."""
 
     def __init__(self, model: ir.Model, mask: str | None = None, opset: int = 0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,20 +14,48 @@ from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, Array, LayerStats
+from magr_onnx.types import Activation, Array, Goal, LayerStats
 
 DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30
+HELD_OUT = 4  # every fourth batch is held out for choosing
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Statistics of a set of values, by value name, and the values whose rows the mask did not fit."""
+    """What was gathered.
+
+    Attributes:
+        stats: Statistics of values, by value name.
+        unmasked: Values whose rows the mask did not fit.
+        goals: What layers behind quantized ones should put out, by layer name.
+    """
 
     stats: dict[str, LayerStats]
     unmasked: tuple[str, ...]
+    goals: dict[str, Goal] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    """Sums over rows of one value."""
+
+    gram: Array
+    mean: Array
+    float_mean: Array
+    rows: float = 0
+
+    @staticmethod
+    def of(width: int) -> _Sums:
+        return _Sums(np.zeros((width, width)), np.zeros(width), np.zeros(width))
+
+    def stats(self, tap: Tap) -> LayerStats:
+        n = max(self.rows, 1)
+        return LayerStats(
+            self.gram / n, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize
+        )
 
 
 def input_name(layer: LinearLayer) -> str:
@@ -35,7 +63,7 @@ def input_name(layer: LinearLayer) -> str:
     return str(layer.x.name)
 
 
-def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET) -> list[list[LinearLayer]]:
+def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one value at least).
 
     Each group costs one pass over the data; memory is bounded by the budget or the largest layer.
@@ -43,12 +71,13 @@ def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET) -> list[li
     groups: list[list[LinearLayer]] = []
     seen: set[str] = set()
     used = 0
+    each = 24 if hold_out else 16  # float64 sum, float32 batch, solver copy; another sum
     for layer in layers:
-        cost = 0 if input_name(layer) in seen else 16 * layer.k * layer.k  # float64 sum, float32 batch, solver copy
+        cost = 0 if input_name(layer) in seen else each * layer.k * layer.k
         if not groups or (cost and used + cost > budget):
             groups.append([])
             seen, used = set(), 0
-            cost = 16 * layer.k * layer.k
+            cost = each * layer.k * layer.k
         groups[-1].append(layer)
         seen.add(input_name(layer))
         used += cost
@@ -81,6 +110,7 @@ def collect(
     progress: Progress | None = None,
     quantize: Mapping[str, Activation] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
+    hold_out: bool = False,
 ) -> Calibration:
     """Gram matrices and means of everything ``layers`` read, over all batches.
 
@@ -93,6 +123,7 @@ def collect(
         progress: Called with batches done and in total.
         quantize: What is done to values before their moments are taken (see `Tap.quantize`), by value name.
         bounds: What values are clipped to first (see `Tap.bounds`), by value name.
+        hold_out: Also keep statistics of every `HELD_OUT`-th batch apart.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
@@ -102,30 +133,29 @@ def collect(
     readers = readers_of(layers)
     taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
     taps = [replace(t, quantize=quantize.get(t.value), bounds=bounds.get(t.value)) for t in taps]
-    grams: list[Array] = [np.zeros((t.width, t.width)) for t in taps]
-    sums: list[Array] = [np.zeros(t.width) for t in taps]
-    float_sums: list[Array] = [np.zeros(t.width) for t in taps]
-    rows = [0.0] * len(taps)
+    parts = [[_Sums.of(t.width) for t in taps] for _ in range(2)]
     bad: dict[str, str] = {}
     with Session(gram_taps(model, taps, mask), provider) as session:
         for index, batch in enumerate(data):
             results = iter(session.run(batch))
-            for i, tap in enumerate(taps):
+            held = hold_out and index % HELD_OUT == HELD_OUT - 1
+            for sums, tap in zip(parts[held], taps, strict=True):
                 gram, total, count = next(results), next(results), next(results)
                 float_total = total if tap.quantize is None else next(results)
                 if not np.isfinite(float_total).all() or not np.isfinite(np.trace(gram)):
                     bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
-                grams[i] += gram
-                sums[i] += total
-                float_sums[i] += float_total
-                rows[i] += float(count[0])
+                sums.gram += gram
+                sums.mean += total
+                sums.float_mean += float_total
+                sums.rows += float(count[0])
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
-    check_rows(rows, mask)
+    check_rows((a.rows + b.rows for a, b in zip(*parts, strict=True)), mask)
     stats = {}
-    for t, g, s, f, r in zip(taps, grams, sums, float_sums, rows, strict=True):
-        stats[t.value] = LayerStats(g / r, s / r, round(r), None if t.quantize is None else f / r, t.quantize)
+    for tap, a, b in zip(taps, *parts, strict=True):
+        kept, rest = a.stats(tap), b.stats(tap)
+        stats[tap.value] = replace(kept.combine(rest), held_out=rest) if a.rows and b.rows else kept if a.rows else rest
     return Calibration(stats, tuple(t.value for t in taps if not t.masked) if mask is not None else ())
 
 

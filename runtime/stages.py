@@ -20,16 +20,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import cut, plan
+from magr_onnx.passes.segments import beside, cut, plan
 from magr_onnx.ranges import rounded
-from magr_onnx.runtime.calibrate import Calibration, check_rows, not_finite, readers_of
+from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, LayerStats
+from magr_onnx.types import Activation, Goal, LayerStats
 
 DEFAULT_CACHE = 2 << 30
-HELD_OUT = 4  # every fourth batch is held out for choosing
 
 Tensor = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -112,25 +112,51 @@ class Cache:
             self._folder.cleanup()
 
 
-class _Moments:
-    """Sums over rows of one value in both models."""
+class _Inputs:
+    """Sums over rows of one value: in the model being quantized, and (``pair``) between it and the float one."""
 
-    def __init__(self, width: int) -> None:
-        self.gram, self.cross, self.float_gram = (np.zeros((width, width)) for _ in range(3))
-        self.mean, self.float_mean = np.zeros(width), np.zeros(width)
-        self.rows = 0
+    def __init__(self, width: int, pair: bool) -> None:
+        self.gram, self.mean, self.float_mean, self.rows = np.zeros((width, width)), np.zeros(width), np.zeros(width), 0
+        self.cross, self.float_gram = (np.zeros((width, width)) if pair else None for _ in range(2))
 
     def add(self, x: Tensor, quantized: Tensor) -> None:
         self.gram += quantized.T @ quantized
-        self.cross += quantized.T @ x
-        self.float_gram += x.T @ x
         self.mean += quantized.sum(axis=0, dtype=np.float64)
         self.float_mean += x.sum(axis=0, dtype=np.float64)
         self.rows += len(x)
+        if self.cross is not None and self.float_gram is not None:
+            self.cross += quantized.T @ x
+            self.float_gram += x.T @ x
 
     def stats(self, activation: Activation | None) -> LayerStats:
         n = max(self.rows, 1)
-        return LayerStats(self.gram / n, self.mean / n, self.rows, self.float_mean / n, activation, self.cross / n, self.float_gram / n)
+        return LayerStats(self.gram / n, self.mean / n, self.rows, self.float_mean / n, activation)
+
+    def goal(self, weights: Tensor) -> Goal:
+        assert self.cross is not None
+        assert self.float_gram is not None
+        n = max(self.rows, 1)
+        return goal_of(weights, self.cross / n, self.float_gram / n, self.float_mean / n, self.rows)
+
+
+class _Sums:
+    """Sums over rows of what one layer should put out so that the sum with the value beside it is right."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self.cross, self.mean, self.power, self.rows = np.zeros(weights.shape), *np.zeros((2, weights.shape[1])), 0
+
+    def add(self, x: Tensor, quantized: Tensor, missing: Tensor) -> None:
+        y = x @ self.weights
+        y += missing
+        self.cross += quantized.T @ y
+        self.mean += y.sum(axis=0, dtype=np.float64)
+        self.power += np.einsum("nk,nk->k", y, y, dtype=np.float64)
+        self.rows += len(x)
+
+    def goal(self) -> Goal:
+        n = max(self.rows, 1)
+        return Goal(self.cross / n, self.mean / n, self.power / n, self.rows)
 
 
 def staged(
@@ -179,7 +205,7 @@ def staged(
                 shared |= set(wanted)
             else:
                 quants.run(work, before, wanted, len(data), provider, fallback=floats, shared=shared)
-            found = _gather(stage, floats, quants, shared, masks, data, quantize, bounds, mask)
+            found = _gather(stage, floats, quants, shared, live, masks, data, quantize, bounds, mask)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
             yield stage, found
@@ -192,37 +218,59 @@ def _gather(
     floats: Cache,
     quants: Cache,
     shared: set[str],
+    live: Sequence[str],
     masks: Sequence[Tensor | None],
     data: Batches,
     quantize: Mapping[str, Activation],
     bounds: Mapping[str, tuple[float, float]],
     mask: str | None,
 ) -> Calibration:
-    """Statistics of what a stage reads, every `HELD_OUT`-th batch apart."""
+    """Statistics of what a stage reads and should put out, every `HELD_OUT`-th batch apart."""
     stats: dict[str, LayerStats] = {}
+    goals: dict[str, Goal] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
-        parts = _Moments(readers[0].k), _Moments(readers[0].k)
+        activation = quantize.get(name)
+        same = name in shared and activation is None
+        besides = {layer.name: _beside(layer, name, live, shared, floats) for layer in readers}
+        sums = {layer.name: [_Sums(layer.read()) for _ in range(2)] for layer in readers if besides[layer.name] is not None}
+        inputs = [_Inputs(readers[0].k, pair=not same and len(sums) < len(readers)) for _ in range(2)]
         for b in range(len(data)):
             x = floats.get(name, b)
             y = x if name in shared else quants.get(name, b)
             if name in bounds:
                 x, y = np.clip(x, *bounds[name]), np.clip(y, *bounds[name])
-            y = rounded(y, quantize.get(name))
+            y = rounded(y, activation)
             keep = _counted(x, masks[b])
-            parts[b % HELD_OUT == HELD_OUT - 1].add(_rows(x, keep), _rows(y, keep))
+            part = b % HELD_OUT == HELD_OUT - 1
+            rows = _rows(x, keep), _rows(y, keep)
+            inputs[part].add(*rows)
+            for layer, both in sums.items():
+                other = str(besides[layer])
+                both[part].add(*rows, _rows(floats.get(other, b) - quants.get(other, b), keep))
             if b == 0 and keep is None and mask is not None:
                 unmasked.append(name)
-        activation = quantize.get(name)
-        kept, held = (part.stats(activation) for part in parts)
-        both = kept + held
-        if not (np.isfinite(both.target_mean).all() and np.isfinite(both.gram).all()):
+        kept, held = (i.stats(activation) for i in inputs)
+        whole = kept.combine(held)
+        if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
             bad.append(not_finite(name, readers, data.describe))
-        check_rows([both.rows], mask)
-        stats[name] = replace(both, held_out=held) if held.rows and kept.rows else both
+        check_rows([whole.rows], mask)
+        parted = kept.rows > 0 and held.rows > 0
+        stats[name] = replace(whole, held_out=held) if parted else whole
+        for reader in readers if parted and not same else ():
+            parts = [s.goal() for s in sums[reader.name]] if reader.name in sums else [i.goal(reader.read()) for i in inputs]
+            goals[reader.name] = replace(parts[0].combine(parts[1]), held_out=parts[1])
     raise_all(NonFiniteError, bad)
-    return Calibration(stats, tuple(unmasked))
+    return Calibration(stats, tuple(unmasked), goals)
+
+
+def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str], floats: Cache) -> str | None:
+    """The value added to the layer's output, if both models have it by now, it differs between them, and its rows are those read."""
+    other = beside(layer)
+    if other is None or other not in live or other in shared:
+        return None
+    return other if floats.get(other, 0).shape == (*floats.get(name, 0).shape[:-1], layer.n) else None
 
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:

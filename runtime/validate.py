@@ -133,6 +133,11 @@ class _Sums:
         )
 
 
+def is_logits(name: str, rank: int) -> bool:
+    """Whether an output holds logits of a softmax, by its name."""
+    return "logit" in name.lower() and rank >= 2
+
+
 def log_softmax(x: Array) -> Array:
     """``log softmax`` along the last axis."""
     shifted = x - x.max(axis=-1, keepdims=True)
@@ -190,7 +195,7 @@ def validate(
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
-                        sums[a][name].add(y, y_hat, batch, mask, logits="logit" in name.lower() and np.ndim(y) >= 2)
+                        sums[a][name].add(y, y_hat, batch, mask, logits=is_logits(name, np.ndim(y)))
             if progress is not None:
                 progress(index + 1, len(data))
     results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from magr_onnx.quantizers import a2q, comq, gptq, rtn
+from magr_onnx.quantizers import a2q, auto, comq, gptq, rtn
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 
 Quantizer = Callable[[Problem, Options], Solution]
 
 QUANTIZERS: dict[str, Quantizer] = {
+    "auto": auto.run,
     "rtn": rtn.run,
     "gptq": gptq.run,
     "comq": comq.run,
@@ -20,7 +21,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "a2q+": a2q.run_plus,
 }
 
-UNDER_A_BUDGET = ("gptq", "comq", "a2q", "a2q+")
+UNDER_A_BUDGET = ("auto", "gptq", "comq", "a2q", "a2q+")
 """Those that know accumulator constraints; the last two know nothing else."""
 
 

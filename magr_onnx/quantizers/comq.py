@@ -70,9 +70,9 @@ def refine(
     residual: Array = h @ (w0 - weight.dequantize())
     errors = [_energy(w0, weight, residual)]
     for sweep in range(sweeps):
-        weight, residual = _sweep(w0, weight, h, residual, budget)
+        weight, residual = sweep_once(w0, weight, h, residual, budget)
         if rescale and sweep + 1 < sweeps:
-            weight, residual = _rescale(w0, weight, h, residual)
+            weight, residual = refit_scales(w0, weight, h, residual)
         errors.append(_energy(w0, weight, residual))
         if errors[-1] > (1 - tolerance) * errors[-2]:
             break
@@ -83,7 +83,9 @@ def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
     return float(np.einsum("kn,kn->", target - weight.dequantize(), residual, dtype=np.float64))
 
 
-def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None) -> tuple[QuantizedWeight, Array]:
+def sweep_once(
+    target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None
+) -> tuple[QuantizedWeight, Array]:
     """One pass of exact coordinate minimisation over all rows."""
     grid = Grid.of(weight)
     k = len(target)
@@ -120,7 +122,7 @@ def _sweep(target: Array, weight: QuantizedWeight, gram: Array, residual: Array,
     return grid.weight(codes), residual
 
 
-def _rescale(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> tuple[QuantizedWeight, Array]:
+def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> tuple[QuantizedWeight, Array]:
     """Least-squares scales for fixed codes: ``A s = b`` per column, ``A = C^T H C``, ``b = C^T H w0``.
 
     C holds the column's centred codes ``Q - z``, a group in each of its columns. Solved as a correction to the present

@@ -194,8 +194,8 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
     damping = problem.damping(options)
-    key = ("gptq", problem.centred, damping, options.act_order)
-    feedback = problem.stats.memo(key, lambda: prepare(problem.gram, damping, options.act_order))
+    act_order = options.act_order is not False
+    feedback = problem.stats.memo(("gptq", problem.centred, damping, act_order), lambda: prepare(problem.gram, damping, act_order))
     grid = choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta)
     notes: tuple[str, ...] = ()
     if feedback.damping != damping:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from magr_onnx.accumulator import Budget
 from magr_onnx.linalg import automatic_damping, damped
-from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.types import Array, Goal, LayerStats, QuantizedWeight, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +20,10 @@ class Problem:
         centred: Whether a bias will absorb the mean error, which makes ``H - mu mu^T`` the matrix of the error.
         spec: The integer grid.
         budget: What the codes that share an accumulator may add up to; None for no constraint.
+        original: ``(K, N)`` the weight as the model came, where ``target`` is not it (error feedback); else None.
+        kept_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
+        goal: What the layer should put out, where layers before it are quantized; else None.
+        outputs: ``(N, N)`` second moments of gradients at the layer's outputs, for solvers that couple outputs; else None.
     """
 
     weights: Array
@@ -28,6 +32,15 @@ class Problem:
     centred: bool
     spec: WeightSpec
     budget: Budget | None = None
+    original: Array | None = None
+    kept_target: Array | None = None
+    goal: Goal | None = None
+    outputs: Array | None = None
+
+    @property
+    def reference(self) -> Array:
+        """The weight as the model came, ``(K, N)``."""
+        return self.target if self.original is None else self.original
 
     @property
     def gram(self) -> Array:
@@ -48,18 +61,20 @@ class Options:
     """Options of all quantizers; each reads those it knows.
 
     Attributes:
+        alpha: Strength of MagR, relative to the layer (auto; the others leave MagR to its own pass); None for one chosen.
         beta: Shrink factor of the min-max grid; None searches the factor per group.
         damping: Multiple of ``diag H`` added to the diagonal (gptq, comq); None for `automatic_damping`.
-        act_order: Round inputs in descending ``diag(H)`` (gptq, comq's start).
+        act_order: Round inputs in descending ``diag(H)`` (gptq, comq's start); None for yes (auto: chosen).
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
     """
 
     beta: float | None = None
     damping: float | None = None
-    act_order: bool = True
+    act_order: bool | None = None
     sweeps: int = 8
     rescale: bool = True
+    alpha: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,153 @@
+"""Everything the other solvers have, with their options chosen for every layer by the error on held-out calibration rows.
+
+A layer is first solved several times on a sample of its output channels (columns are independent, so a sample tells as much as all
+of them) from the rows
+that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping and act-order,
+one after the
+other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ, coordinate descent with
+scale refits, and grid refits
+(scale and zero point) in between; no step is kept that raises the error it is meant to lower. Where second moments of gradients are there,
+`magr_onnx.quantizers.coupled` finishes.
+
+Options that are given are not chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from magr_onnx import feedback, magr
+from magr_onnx.grid import choose
+from magr_onnx.linalg import automatic_damping, damped, layer_error
+from magr_onnx.quantizers import comq, coupled, gptq
+from magr_onnx.quantizers.problem import Options, Problem, Solution
+from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
+from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
+
+SAMPLE = 64  # output channels that choices are made on
+ALPHAS = (0.0, 0.3, 1.0, 3.0)  # of MagR, times the usual strength
+DAMPINGS = (0.5, 1.0, 2.0)  # times the automatic one
+SWEEPS = 4  # before the grids are refitted, and in trials
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Options of one layer: MagR's relative strength, damping (of the diagonal), and whether strong inputs are rounded first."""
+
+    alpha: float
+    damping: float
+    act_order: bool
+
+
+def usual_alpha(spec: WeightSpec) -> float:
+    """MagR's strength where nothing is known of the layer: from 5 bits on its change of the weights costs more than a finer grid saves."""
+    if spec.bits > 4:
+        return 0.0
+    return 1e-3 if spec.group_size is None else 1e-4
+
+
+def run(problem: Problem, options: Options) -> Solution:
+    """Registry form; see `magr_onnx.quantizers`."""
+    stats, spec = problem.stats, problem.spec
+    if stats.is_data_free:
+        return comq.run(problem, options)
+    usual = Choice(
+        usual_alpha(spec) if options.alpha is None else options.alpha,
+        problem.damping(options),
+        True if options.act_order is None else options.act_order,
+    )
+    if problem.budget is not None:
+        reduced = _reduced(problem.weights, stats, problem.centred, usual, spec)
+        return comq.run(replace(problem, weights=reduced), options)
+    choice, tried = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
+    weight, errors, notes = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
+    facts: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": tried}
+    facts |= {"error_start": errors[0], "error": errors[-1]}
+    if problem.outputs is not None:
+        found = _coupled(problem, choice, options)
+        weight, facts["coupled_start"], facts["coupled"] = found
+    return Solution(weight, notes, facts)
+
+
+def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
+    """The best options by held-out error, and how many were tried."""
+    held = problem.stats.held_out
+    assert held is not None
+    kept = problem.stats.memo("kept", lambda: problem.stats.combine(held, -1))
+    n = problem.weights.shape[1]
+    columns = np.arange(n) if n <= SAMPLE else np.sort(np.random.default_rng(0).choice(n, SAMPLE, replace=False))
+    reference = problem.reference[:, columns]
+    target = problem.target if problem.kept_target is None else problem.kept_target
+    target = np.ascontiguousarray(target[:, columns])
+    goal = None if problem.goal is None or problem.goal.held_out is None else problem.goal.held_out.columns(columns)
+    damping = automatic_damping(len(target), kept.rows) if options.damping is None else options.damping
+    held_gram = held.objective_gram(problem.centred)
+    results: dict[Choice, float] = {}
+
+    def trial(choice: Choice) -> float:
+        if choice not in results:
+            found, *_ = _solve(target, target, kept, problem.centred, problem.spec, choice, options, quick=True)
+            weights = found.dequantize()
+            if goal is None:
+                results[choice] = layer_error(weights - reference, held_gram)
+            else:
+                results[choice] = feedback.error(weights.astype(np.float64), held, goal, problem.centred)
+        return results[choice]
+
+    best = replace(usual, damping=damping)
+    if options.alpha is None and usual.alpha > 0:
+        best = min((replace(best, alpha=usual.alpha * a) for a in ALPHAS), key=trial)
+    if options.damping is None:
+        best = min((replace(best, damping=damping * d) for d in DAMPINGS), key=trial)
+    if options.act_order is None:
+        best = min((replace(best, act_order=a) for a in (True, False)), key=trial)
+    scale = best.damping / damping if damping else 1.0
+    return replace(best, damping=problem.damping(options) * scale), len(results)
+
+
+def _solve(
+    weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
+) -> tuple[QuantizedWeight, tuple[float, ...], tuple[str, ...]]:
+    """One layer, or some columns of one; ``quick`` leaves out what hardly depends on the options."""
+    gram = _damped(stats, centred, choice.damping)
+    prepared = _prepared(stats, centred, choice)
+    reduced = _reduced(weights, stats, centred, choice, spec)
+    start = gptq.solve(reduced, prepared, choose(reduced, spec, stats.objective_gram(centred).diagonal(), options.beta))
+    refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, SWEEPS), rescale=options.rescale)
+    errors = refined.errors
+    if not quick and options.rescale and options.sweeps > SWEEPS:
+        weight = regrid(target, refined.weight, gram.astype(np.float32)) if spec.rows(len(weights)) <= MOST_ROWS else refined.weight
+        refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale)
+        errors += refined.errors[1:]
+    notes = () if prepared.damping == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {prepared.damping:g}",)
+    return refined.weight, errors, notes
+
+
+def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, float, float]:
+    """The layer under the two-sided Hessian; E of its first pass, and at the end."""
+    assert problem.outputs is not None
+    outputs = coupled.damped_outputs(problem.outputs)
+    gram = _damped(problem.stats, problem.centred, choice.damping)
+    reduced = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
+    grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)
+    blocks = coupled.blocks_of(outputs)
+    start = coupled.solve(reduced, _prepared(problem.stats, problem.centred, choice), grid, outputs, blocks)
+    weight, errors = coupled.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
+    return weight, errors[0], errors[-1]
+
+
+def _damped(stats: LayerStats, centred: bool, damping: float) -> Array:
+    return stats.memo(("damped", centred, damping), lambda: damped(stats.objective_gram(centred), damping))
+
+
+def _prepared(stats: LayerStats, centred: bool, choice: Choice) -> gptq.Feedback:
+    key = ("gptq", centred, choice.damping, choice.act_order)
+    return stats.memo(key, lambda: gptq.prepare(stats.objective_gram(centred), choice.damping, choice.act_order))
+
+
+def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> Array:
+    if choice.alpha == 0:
+        return weights
+    return magr.reduce(weights, _damped(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size).weights

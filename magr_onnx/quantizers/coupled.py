@@ -1,0 +1,119 @@
+"""Rounding under a two-sided Hessian: errors of different outputs made to cancel where the model notices them.
+
+The error of a layer matters as far as it changes the outputs of the model. With ``M (N, N)`` the second moments of gradients at
+the layer's outputs
+(`magr_onnx.runtime.fisher`), the Fisher information of the weights is about ``H (x) M`` (K-FAC; Martens and Grosse, arXiv 1503.05671), and
+
+    E = tr(M D^T H D),        D = W_hat - W
+
+is about what the layer adds to the model's loss. Other methods have M = I: they treat every output by itself. This one is the idea of
+YAQA (Tseng et al., arXiv 2505.22988) with the tools at hand: GPTQ over blocks of columns, each block rounded towards weights that make up
+for the errors of the blocks before (the LDL form, in M as GPTQ has it in H), then coordinate descent and scale refits by block, towards
+
+    W_J - (D M_:,J - D_J diag(M_JJ)) / diag(M_JJ).
+
+Deviations from YAQA: couplings inside a block of columns count in the sweeps alone, and a block's new codes are kept only if E falls.
+M is damped by its own mean diagonal as well as by its diagonal: an output of hardly any gradient would take errors so large that
+no gradient says anything about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.grid import Grid
+from magr_onnx.quantizers import comq, gptq
+from magr_onnx.types import Array, QuantizedWeight
+
+BLOCKS = 16
+DAMPING = 0.3
+
+Columns = npt.NDArray[np.intp]
+
+
+def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
+    """``M (N, N)`` with a mean diagonal of 1, damped."""
+    mean = float(outputs.diagonal().mean())
+    m = outputs / mean if mean > 0 else np.eye(len(outputs))
+    m[np.diag_indices(len(m))] += damping * (0.5 * m.diagonal() + 1)
+    result: Array = m / m.diagonal().mean()
+    return result
+
+
+def energy(difference: Array, gram: Array, outputs: Array) -> float:
+    """``tr(M D^T H D)`` of ``D (K, N)``."""
+    return float(np.einsum("kn,kn->", gram @ difference, difference @ outputs, dtype=np.float64))
+
+
+def blocks_of(outputs: Array) -> list[Columns]:
+    """Columns in descending power, in `BLOCKS` blocks."""
+    order = np.argsort(-outputs.diagonal(), kind="stable")
+    return [part for part in np.array_split(order, BLOCKS) if len(part)]
+
+
+def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Sequence[Columns]) -> QuantizedWeight:
+    """GPTQ of ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
+    order = np.concatenate(blocks)
+    back = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
+    codes = np.empty(weights.shape, np.uint8)
+    difference = np.zeros(weights.shape, np.float32)  # columns in the order of the blocks
+    at = 0
+    for c in blocks:
+        target = weights[:, c] - difference[:, :at] @ back[at : at + len(c), :at].T
+        found = gptq.solve(target, feedback, grid.columns(c))
+        codes[:, c] = found.codes
+        difference[:, at : at + len(c)] = found.dequantize() - weights[:, c]
+        at += len(c)
+    return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
+
+
+def refine(
+    target: Array,
+    start: QuantizedWeight,
+    gram: Array,
+    outputs: Array,
+    blocks: Sequence[Columns],
+    *,
+    sweeps: int = 8,
+    tolerance: float = 5e-3,
+) -> tuple[QuantizedWeight, tuple[float, ...]]:
+    """Lower E of ``start`` by coordinate descent, a block of columns at a time; the result, and E before and after every sweep.
+
+    Args:
+        target: ``W (K, N)``.
+        start: Where to begin.
+        gram: ``H (K, K)``, damped.
+        outputs: ``M (N, N)``, damped.
+        blocks: The columns, in blocks.
+        sweeps: Most sweeps over all blocks, of ``6 K^2 N + 4 K N^2`` FLOPs.
+        tolerance: Stop when a sweep lowers E by less than this fraction.
+    """
+    h, m = np.ascontiguousarray(gram, np.float32), outputs.astype(np.float32)
+    codes, scales, zeros = start.codes.copy(), start.scales.copy(), start.zero_points.copy()
+    d: Array = start.dequantize() - target
+    errors = [energy(d, h, m)]
+    for _ in range(sweeps):
+        for c in blocks:
+            now = QuantizedWeight(codes[:, c], scales[:, c], zeros[:, c], start.spec)
+            pull = d @ m[:, c]
+            own = m[c, c]
+            goal = target[:, c] - (pull - d[:, c] * own) / own
+            before = target[:, c] + d[:, c]
+            residual = h @ (goal - before)
+            found, residual = comq.sweep_once(goal, now, h, residual, None)
+            found, _ = comq.refit_scales(goal, found, h, residual)
+            change = found.dequantize() - before
+            felt = h @ change
+            rise = 2 * np.einsum("kn,kn->", pull, felt, dtype=np.float64) + np.einsum(
+                "kn,kn->", change @ m[np.ix_(c, c)], felt, dtype=np.float64
+            )
+            if rise < 0:
+                codes[:, c], scales[:, c], zeros[:, c] = found.codes, found.scales, found.zero_points
+                d[:, c] += change
+        errors.append(energy(d, h, m))
+        if errors[-1] > (1 - tolerance) * errors[-2]:
+            break
+    return QuantizedWeight(codes, scales, zeros, start.spec), tuple(errors)

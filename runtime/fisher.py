@@ -1,0 +1,115 @@
+"""How much errors of a layer's outputs matter to the model's: second moments of gradients, computed inside the graph by onnxruntime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.gradients import fisher_taps
+from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.taps import shape_taps
+from magr_onnx.runtime.calibrate import DEFAULT_BUDGET
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.validate import is_logits
+from magr_onnx.types import Array
+
+MOST_OUTPUTS = 8192  # of a layer; the moments of wider ones are not gathered
+MOST_BATCHES = 16
+
+Progress = Callable[[int, int], None]
+
+
+class Fisher:
+    """Second moments ``E g g^T (N, N)`` of layers, in files of a temporary folder: those of all would not fit into memory.
+
+    Attributes:
+        blocked: Operators that cannot be differentiated and kept some layers from having moments.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+        self._files: dict[str, Path] = {}
+        self.blocked: set[str] = set()
+
+    def put(self, name: str, moments: Array) -> None:
+        path = Path(self._folder.name, f"{len(self._files)}.npy")
+        np.save(path, moments.astype(np.float32), allow_pickle=False)
+        self._files[name] = path
+
+    def get(self, name: str) -> Array | None:
+        """The moments at the layer output of a name, if there are any."""
+        if name not in self._files:
+            return None
+        found: Array = np.load(self._files[name], allow_pickle=False).astype(np.float64)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __enter__(self) -> Fisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._folder.cleanup()
+
+
+def collect(
+    model: ir.Model,
+    layers: Iterable[LinearLayer],
+    data: Batches,
+    *,
+    provider: str = "cpu",
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> Fisher:
+    """Second moments of random gradients of the model's outputs (`magr_onnx.passes.gradients.fisher_taps`) at the outputs of layers.
+
+    One forward and one backward pass over at most `MOST_BATCHES` batches for every group of layers whose moments fit ``budget``
+    bytes. Layers that are an output of
+    the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits that are hardly ever
+    probable say nothing.
+    """
+    found = Fisher()
+    ends = {str(v.name) for v in model.graph.outputs}
+    wanted = {str(layer.output.name): layer.n for layer in layers if str(layer.output.name) not in ends and layer.n <= MOST_OUTPUTS}
+    if not wanted:
+        return found
+    data = data.limit(MOST_BATCHES)
+    names = [str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name]
+    with Session(shape_taps(model, names), provider) as session:
+        shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}
+    groups = list(_groups(wanted, budget))
+    for index, group in enumerate(groups):
+        tapped, reached, blocked = fisher_taps(model, group, shapes, is_logits)
+        found.blocked |= blocked
+        sums = [np.zeros((wanted[n], wanted[n])) for n in reached]
+        if reached:
+            with Session(tapped, provider) as session:
+                for b, batch in enumerate(data):
+                    for total, part in zip(sums, session.run(batch), strict=True):
+                        total += part
+                    if progress is not None:
+                        progress(index * len(data) + b + 1, len(groups) * len(data))
+        for name, total in zip(reached, sums, strict=True):
+            if np.isfinite(total).all() and total.trace() > 0:
+                found.put(name, total / len(data))
+    return found
+
+
+def _groups(widths: dict[str, int], budget: int) -> Iterable[Sequence[str]]:
+    group: list[str] = []
+    used = 0
+    for name, n in widths.items():
+        if group and used + 16 * n * n > budget:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += 16 * n * n
+    if group:
+        yield group
