@@ -25,6 +25,7 @@ class QuantizerName(StrEnum):
     rtn = "rtn"
     gptq = "gptq"
     comq = "comq"
+    hqq = "hqq"
     a2q = "a2q"
     a2q_plus = "a2q+"
 
@@ -100,7 +101,7 @@ QuantizerOption = Annotated[
     QuantizerName,
     typer.Option(
         "--quantizer",
-        help="rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
+        help="rtn, gptq, comq (GPTQ refined by coordinate descent), hqq (no data); a2q, a2q+ under an accumulator.",
         metavar="NAME",
         rich_help_panel=WEIGHTS,
     ),

@@ -34,7 +34,8 @@ class Options(TypedDict, total=False):
     Attributes:
         bits: 2 to 8; default 4, or 8 for the integer formats.
         block_size: Rows that share a scale; None for one grid a channel. Default 32; the integer formats have one grid a channel.
-        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator.
+        quantizer: ``comq`` (default: GPTQ refined by coordinate descent), ``gptq``, ``rtn`` or ``hqq`` (needs no
+            data); ``a2q`` or ``a2q+`` under an accumulator.
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
         symmetric: Fix the zero point in the middle (default False, True for the integer formats).
         alpha: Strength of MagR, relative to the layer; None (default) for 1e-3 per channel, 1e-4 per block, 0 for the integer formats

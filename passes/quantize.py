@@ -42,7 +42,7 @@ class Quantize(LayerPass):
     """
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "choose integer codes: rtn, gptq, comq; a2q, a2q+"
+    summary: ClassVar[str] = "choose integer codes: rtn, gptq, comq, hqq; a2q, a2q+"
 
     method: str = "gptq"
     bits: int = 4
