@@ -220,6 +220,12 @@ FeedbackOption = Annotated[
         rich_help_panel=WEIGHTS,
     ),
 ]
+LowRankOption = Annotated[
+    int,
+    typer.Option(
+        "--low-rank", min=0, help="Rank of a float branch a layer that gives back error; 0: none.", metavar="N", rich_help_panel=WEIGHTS
+    ),
+]
 PipelineOption = Annotated[
     str | None,
     typer.Option(

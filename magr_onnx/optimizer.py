@@ -127,8 +127,8 @@ def optimize(
 
     def finished(job: Job) -> None:
         rows[job.layer.name] = _layer_row(job)
-        if job.emitted:
-            digests[str(job.layer.output.name)] = digest(job.weight)
+        if job.emitted and job.quantized is not None:
+            digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
@@ -323,6 +323,7 @@ def _layer_row(job: Job) -> LayerRow:
         tuple(job.notes),
         facts.get("activation"),
         facts.get("feedback"),
+        facts.get("low_rank"),
     )
 
 

@@ -17,6 +17,7 @@ from magr_onnx.passes import (
     EmitQDQInt8,
     ErrorFeedback,
     LayerPass,
+    LowRank,
     MagR,
     Quantize,
     QuantizeActivations,
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
         activation_range: ``auto`` (default), ``min-max``, ``percentile`` or ``min-error`` for qdq-int8.
         quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
         feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before (default False).
+        low_rank: Rank of a float branch beside every product that gives back error, for two small MatMuls a layer; 0 (default) off.
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -72,6 +74,7 @@ class Options(TypedDict, total=False):
     activation_range: str
     quantize_outputs: bool
     feedback: bool
+    low_rank: int
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -154,6 +157,8 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     if form.activations is not None:
         passes.append(form.activations(options))
     passes.append(quantize)
+    if rank := options.get("low_rank", 0):
+        passes.append(LowRank(rank))
     if policy != "none":
         passes.append(CompensateBias(policy))  # type: ignore[arg-type]
     if name in FORMATS:

@@ -8,6 +8,7 @@ from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
+from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, run_layers, spec_of, text_of
 from magr_onnx.passes.quantize import Quantize
@@ -23,6 +24,7 @@ __all__ = [
     "Job",
     "LayerPass",
     "LinearLayer",
+    "LowRank",
     "MagR",
     "Quantize",
     "QuantizeActivations",

@@ -7,14 +7,15 @@ well as in `magr_onnx.passes.pipeline`, which runs them layer by layer to bound 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.linear import FLOATS, LinearLayer, find
+from magr_onnx.qera import Factors
 from magr_onnx.types import ActivationGrid, Array, LayerStats, QuantizedWeight, WeightSpec, check_finite
 
 META = "magr_onnx.job"
@@ -31,9 +32,10 @@ class Job:
         stats: Second moments of its input.
         reference: The weight as the model came, ``(K, N)``: errors are measured against it.
         target: What the quantizer aims at, ``(K, N)``: the reference, or what error feedback makes of it.
-        weight: The float weight now (after MagR, or dequantized).
+        weight: The float weight now (after MagR, or dequantized, with the product of ``factors``).
         bias: The effective bias now, or None.
         quantized: The codes, once chosen.
+        factors: A low-rank float branch beside the quantized product, if there is one.
         changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
         emitted: Whether the layer's nodes have been replaced.
         facts: What the passes have to say, for the report.
@@ -48,6 +50,7 @@ class Job:
     weight: Array
     bias: Array | None
     quantized: QuantizedWeight | None = None
+    factors: Factors | None = None
     changed: bool = False
     emitted: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,22 @@ class Job:
         if self.stats.is_data_free or bias in (None, "none"):
             return False
         return bias == "any" or self.layer.has_bias
+
+    def replace(self, nodes: Sequence[ir.Node]) -> None:
+        """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``."""
+        self.emitted = True
+        if self.factors is None:
+            self.layer.replace(nodes)
+            return
+        layer, kind = self.layer, FLOATS[self.layer.dtype]
+        quantized = nodes[-1].outputs[0]
+        down = ir.node("MatMul", [layer.x, layer.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
+        up = ir.node("MatMul", [down.outputs[0], layer.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
+        total = ir.node("Add", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
+        for value, suffix in ((quantized, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
+            value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
+        quantized.shape = up.outputs[0].shape = layer.output.shape
+        layer.replace([*nodes, down, up, total])
 
     def write_back(self) -> None:
         """Put changed floats back into the graph, unless an emitter already replaced the layer."""
@@ -111,6 +130,11 @@ class LayerPass(ir.passes.InPlacePass):
     def problems(self, spec: WeightSpec | None) -> list[str]:
         """Everything wrong with the options, given what the pipeline quantized to before this pass."""
         del spec
+        return []
+
+    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
+        """Everything wrong with this pass among ``passes``, the whole pipeline."""
+        del passes
         return []
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:

@@ -143,14 +143,14 @@ class Quantize(LayerPass):
         job.notes.extend(solution.notes)
         if solution.facts:
             job.facts["solver"] = solution.facts
-        job.facts["error"] = _relative_error(job, problem)
+        job.facts["error"] = relative_error(job, centred)
         return True
 
 
-def _relative_error(job: Job, problem: Problem) -> float:
-    """Output error over output, as norms; with error feedback what the layers before did wrong is in it."""
+def relative_error(job: Job, centred: bool) -> float:
+    """Output error of ``job.weight`` over output, as norms; with error feedback what the layers before did wrong is in it."""
     if job.stats.cross is not None:
-        return float(np.sqrt(feedback.error(job.weight, job.reference, job.stats, problem.centred)))
+        return float(np.sqrt(feedback.error(job.weight, job.reference, job.stats, centred)))
     power = layer_error(job.reference, job.stats.gram)
-    left = layer_error(job.weight - job.reference, problem.gram)
+    left = layer_error(job.weight - job.reference, job.stats.objective_gram(centred))
     return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0
