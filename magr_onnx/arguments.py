@@ -226,6 +226,10 @@ LowRankOption = Annotated[
         "--low-rank", min=0, help="Rank of a float branch a layer that gives back error; 0: none.", metavar="N", rich_help_panel=WEIGHTS
     ),
 ]
+EqualizeOption = Annotated[
+    bool,
+    typer.Option("--equalize", help="Move scales between channels into norms and layers before, at no cost.", rich_help_panel=WEIGHTS),
+]
 PipelineOption = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -21,6 +21,7 @@ from magr_onnx.passes import CompensateBias, EmitQDQInt8, ErrorFeedback, Job, La
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
+from magr_onnx.passes.rewrite import Context, Groups, Rewrite
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, ranges, stages
 from magr_onnx.runtime import validate as validation
@@ -102,6 +103,8 @@ def optimize(
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     pipeline.prepare(passes, original)
+    rewrites = [p for p in passes if isinstance(p, Rewrite)]
+    reference = loaded.path or (original.clone() if rewrites else original)
     work = original.clone()
     layers, skips = find(work, include, exclude)
     if not layers:
@@ -113,7 +116,7 @@ def optimize(
     notes: list[str] = []
     data = held = None
     if calibration is not None or validation_data is not None:
-        with Session(loaded.path or original, provider) as session:
+        with Session(reference, provider) as session:
             inputs = session.inputs
         if calibration is not None:
             data = open_data(calibration, inputs, batch_size)
@@ -121,6 +124,12 @@ def optimize(
             held = open_data(validation_data, inputs, batch_size)
     if data is None:
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
+
+    if rewrites:
+        notes += _rewrite(original, passes, Context(include=include, exclude=exclude), data, mask_input, provider, gram_budget)
+        work = original.clone()
+        layers, skips = find(work, include, exclude)
+        clock.lap("rewrite")
 
     rows: dict[str, LayerRow] = {}
     digests: dict[str, str] = {}
@@ -163,7 +172,7 @@ def optimize(
     comparison = None
     if held is not None:
         report = stage(progress, "validating")
-        comparison = validation.validate(loaded.path or original, out or work, held, provider=provider, mask=mask_input, progress=report)
+        comparison = validation.validate(reference, out or work, held, provider=provider, mask=mask_input, progress=report)
         clock.lap("validate")
     return Optimized(
         work,
@@ -184,6 +193,35 @@ def optimize(
             proof,
         ),
     )
+
+
+def _rewrite(
+    model: ir.Model,
+    passes: Sequence[LayerPass],
+    context: Context,
+    data: Batches | None,
+    mask: str | None,
+    provider: str,
+    gram_budget: int,
+) -> list[str]:
+    """Run the rewrites of ``passes`` on the float model, in place; what they did, for the report."""
+
+    def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
+        for group in calibrate.plan(layers, gram_budget):
+            yield group, {} if data is None else calibrate.collect(current, group, data, mask=mask, provider=provider).stats
+
+    context = replace(
+        context,
+        spec=pipeline.spec_of(passes) or context.spec,
+        bias=next((p.bias for p in passes if isinstance(p, CompensateBias)), None),
+        activations=pipeline.activations_of(passes) is not None,
+        statistics=statistics,
+    )
+    notes: list[str] = []
+    for p in passes:
+        if isinstance(p, Rewrite):
+            notes += p.rewrite(model, context) or [f"{p.name} changed nothing: no layer meets its conditions and gains by it"]
+    return notes
 
 
 def _statistics(

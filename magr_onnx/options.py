@@ -15,6 +15,7 @@ from magr_onnx.passes import (
     EmitMatMulNBits,
     EmitQDQ,
     EmitQDQInt8,
+    Equalize,
     ErrorFeedback,
     LayerPass,
     LowRank,
@@ -53,6 +54,7 @@ class Options(TypedDict, total=False):
         quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
         feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before (default False).
         low_rank: Rank of a float branch beside every product that gives back error, for two small MatMuls a layer; 0 (default) off.
+        equalize: Move scales between channels into norms and layers before, where that is free at inference (default False).
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -75,6 +77,7 @@ class Options(TypedDict, total=False):
     quantize_outputs: bool
     feedback: bool
     low_rank: int
+    equalize: bool
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -104,6 +107,7 @@ FORMATS: dict[str, _Form] = {
     ),
     "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, activations=lambda o: QuantizeActivations("dynamic")),
 }
+_REWRITES: dict[str, Callable[[], LayerPass]] = {"equalize": Equalize}
 _STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
 
@@ -152,7 +156,8 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         accumulator_tile=None if name == "matmulnbits" else options.get("accumulator_tile"),
     )
     policy = BIAS.get(bias) or form.bias
-    passes: list[LayerPass] = [ErrorFeedback()] if options.get("feedback", False) else []
+    passes: list[LayerPass] = [make() for option, make in _REWRITES.items() if options.get(option)]
+    passes += [ErrorFeedback()] if options.get("feedback", False) else []
     passes += [MagR(alpha, True, block, damping)] if alpha != 0 else []
     if form.activations is not None:
         passes.append(form.activations(options))

@@ -5,6 +5,7 @@ from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
@@ -20,6 +21,7 @@ __all__ = [
     "EmitMatMulNBits",
     "EmitQDQ",
     "EmitQDQInt8",
+    "Equalize",
     "ErrorFeedback",
     "Job",
     "LayerPass",

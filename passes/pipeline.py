@@ -20,6 +20,7 @@ from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
@@ -32,6 +33,7 @@ from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
 PASSES: dict[str, type[LayerPass]] = {
     p.name: p
     for p in (
+        Equalize,
         ErrorFeedback,
         MagR,
         QuantizeActivations,
