@@ -230,6 +230,16 @@ EqualizeOption = Annotated[
     bool,
     typer.Option("--equalize", help="Move scales between channels into norms and layers before, at no cost.", rich_help_panel=WEIGHTS),
 ]
+SplitOutliersOption = Annotated[
+    bool,
+    typer.Option("--split-outliers", help="Make two layers of one with outliers, at twice its cost.", rich_help_panel=WEIGHTS),
+]
+TwinRangesOption = Annotated[
+    bool,
+    typer.Option(
+        "--twin-ranges", help="qdq-int8: two ranges for inputs from GELU and Softmax, at twice the cost.", rich_help_panel=INTEGERS
+    ),
+]
 PipelineOption = Annotated[
     str | None,
     typer.Option(

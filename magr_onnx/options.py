@@ -22,6 +22,8 @@ from magr_onnx.passes import (
     MagR,
     Quantize,
     QuantizeActivations,
+    SplitOutliers,
+    TwinRanges,
     check,
 )
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
@@ -55,6 +57,8 @@ class Options(TypedDict, total=False):
         feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before (default False).
         low_rank: Rank of a float branch beside every product that gives back error, for two small MatMuls a layer; 0 (default) off.
         equalize: Move scales between channels into norms and layers before, where that is free at inference (default False).
+        split_outliers: Layers whose few outliers spoil their grids become two that are summed, at twice the cost (default False).
+        twin_ranges: qdq-int8 gives inputs from GELU and Softmax two ranges, at twice the cost of the layers they feed (default False).
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -78,6 +82,8 @@ class Options(TypedDict, total=False):
     feedback: bool
     low_rank: int
     equalize: bool
+    split_outliers: bool
+    twin_ranges: bool
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -107,7 +113,11 @@ FORMATS: dict[str, _Form] = {
     ),
     "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, activations=lambda o: QuantizeActivations("dynamic")),
 }
-_REWRITES: dict[str, Callable[[], LayerPass]] = {"equalize": Equalize}
+_REWRITES: dict[str, Callable[[], LayerPass]] = {
+    "equalize": Equalize,
+    "split_outliers": SplitOutliers,
+    "twin_ranges": TwinRanges,
+}
 _STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
 

@@ -13,6 +13,9 @@ from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, run_layers, spec_of, text_of
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.rewrite import Rewrite
+from magr_onnx.passes.split_outliers import SplitOutliers
+from magr_onnx.passes.twin_ranges import TwinRanges
 
 __all__ = [
     "PASSES",
@@ -31,7 +34,10 @@ __all__ = [
     "Quantize",
     "QuantizeActivations",
     "Reason",
+    "Rewrite",
     "Skip",
+    "SplitOutliers",
+    "TwinRanges",
     "attach",
     "check",
     "find",

@@ -75,7 +75,10 @@ class Job:
         return bias == "any" or self.layer.has_bias
 
     def replace(self, nodes: Sequence[ir.Node]) -> None:
-        """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``."""
+        """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``.
+
+        A Sum adds it: of MatMul and Add onnxruntime makes a Gemm on two axes, and would no longer see a DequantizeLinear and a MatMul.
+        """
         self.emitted = True
         if self.factors is None:
             self.layer.replace(nodes)
@@ -84,7 +87,7 @@ class Job:
         quantized = nodes[-1].outputs[0]
         down = ir.node("MatMul", [layer.x, layer.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
         up = ir.node("MatMul", [down.outputs[0], layer.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
-        total = ir.node("Add", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
+        total = ir.node("Sum", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
         for value, suffix in ((quantized, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
             value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
         quantized.shape = up.outputs[0].shape = layer.output.shape

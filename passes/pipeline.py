@@ -27,6 +27,8 @@ from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.split_outliers import SplitOutliers
+from magr_onnx.passes.twin_ranges import TwinRanges
 from magr_onnx.targets import Target, find_target
 from magr_onnx.types import ActivationGrid, LayerStats, WeightSpec
 
@@ -34,6 +36,8 @@ PASSES: dict[str, type[LayerPass]] = {
     p.name: p
     for p in (
         Equalize,
+        SplitOutliers,
+        TwinRanges,
         ErrorFeedback,
         MagR,
         QuantizeActivations,

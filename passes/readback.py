@@ -19,7 +19,7 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
     """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
 
     The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
-    of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and an Add of a low-rank
+    of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
     branch, which the weight does not include.
     """
     found: dict[str, Array] = {}
@@ -118,9 +118,9 @@ def _behind(node: ir.Node) -> Iterator[ir.Node]:
     if node.op_type != "MatMulNBits":
         for last in _behind_product(node):
             yield last
-    add = _only_reader(last, "Add")
-    if add is not None and any(_is_branch(v, node.inputs[0]) for v in add.inputs):
-        yield add
+    total = _only_reader(last, "Sum")
+    if total is not None and any(_is_branch(v, node.inputs[0]) for v in total.inputs):
+        yield total
 
 
 def _is_branch(value: ir.Value | None, x: ir.Value | None) -> bool:

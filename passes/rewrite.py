@@ -101,14 +101,18 @@ def remember(layer: LinearLayer) -> None:
     layer.node.metadata_props[NAMES] = "\n".join(dict.fromkeys(names))
 
 
-def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str) -> None:
-    """Make ``y`` of a layer ``y + x W``, with a new layer of ``weight (K, N)`` that is named after it and found by its names."""
+def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, integer: bool) -> None:
+    """Make ``y`` of a layer ``y + x W``, with a new layer of ``weight (K, N)`` that is named after it and found by its names.
+
+    On two axes onnxruntime makes one Gemm of MatMul and Add, and of Gemm and Sum. With a float addend that would be a Gemm of floats, so
+    the two are added by the other operator: by Add where both stay Gemm (``integer`` formats only), else by Sum.
+    """
     remember(layer)
     graph, last, y = layer.graph, layer.add or layer.node, layer.output
     constant = layer.constant(suffix, weight.astype(FLOATS[layer.dtype]))
-    product = ir.node("MatMul", [x, constant], name=f"{layer.name}{suffix}")
+    product = ir.node(layer.op, [x, constant], name=f"{layer.name}{suffix}")
     product.metadata_props.update(layer.node.metadata_props)
-    total = ir.node("Add", [y, product.outputs[0]], name=f"{layer.name}{suffix}_sum")
+    total = ir.node("Add" if integer and layer.op == "Gemm" else "Sum", [y, product.outputs[0]], name=f"{layer.name}{suffix}_sum")
     result = total.outputs[0]
     result.dtype, result.shape = product.outputs[0].dtype, product.outputs[0].shape = layer.dtype, y.shape
     for user, index in [(use.node, use.idx) for use in y.uses() if use.node is not total]:

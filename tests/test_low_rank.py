@@ -22,6 +22,7 @@ from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
 from tests.helpers import Array, layer
+from tests.test_emit import fused
 
 K, N = 48, 20
 
@@ -112,6 +113,17 @@ def test_every_form_computes_with_codes_and_factors(form: str, bias: str, emitte
     for arithmetic, bound in ((Arithmetic.UNOPTIMIZED, 1e-5), (Arithmetic.FLOAT_QDQ, 1e-5), (Arithmetic.DEFAULT, 2e-2)):
         with Session(model, arithmetic=arithmetic) as session:
             assert relative(session.run({"x": x})[0], expected) < bound
+
+
+@pytest.mark.parametrize("form", ["matmul", "matmul_bias", "gemm", "gemm_no_bias"])
+def test_the_branch_does_not_keep_weights_from_their_kernel(form: str, tmp_path: Path) -> None:
+    model, _ = emit(FORMS[form](), "quantize,low-rank,emit-qdq")
+    for value in (*model.graph.inputs, *model.graph.outputs):  # two axes tempt onnxruntime to make a Gemm
+        assert value.shape is not None
+        value.shape = ir.Shape(["rows", value.shape[-1]])
+    operators = fused(model, tmp_path)
+    assert "MatMulNBits" in operators
+    assert not {"DequantizeLinear", "Gemm"} & set(operators)
 
 
 def test_layers_of_one_input_and_bias_compensation_see_the_branch() -> None:
