@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -21,9 +21,8 @@ from magr_onnx.passes import CompensateBias, EmitQDQInt8, ErrorFeedback, Job, La
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
-from magr_onnx.passes.rewrite import Context, Groups, Rewrite
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, overflow, ranges, stages
+from magr_onnx.runtime import calibrate, overflow, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Session, provider_name
@@ -103,7 +102,7 @@ def optimize(
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     pipeline.prepare(passes, original)
-    rewrites = [p for p in passes if isinstance(p, Rewrite)]
+    rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or (original.clone() if rewrites else original)
     work = original.clone()
     layers, skips = find(work, include, exclude)
@@ -126,7 +125,9 @@ def optimize(
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
 
     if rewrites:
-        notes += _rewrite(original, passes, Context(include=include, exclude=exclude), data, mask_input, provider, gram_budget)
+        notes += rewriting.rewrite(
+            original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
+        )
         work = original.clone()
         layers, skips = find(work, include, exclude)
         clock.lap("rewrite")
@@ -193,35 +194,6 @@ def optimize(
             proof,
         ),
     )
-
-
-def _rewrite(
-    model: ir.Model,
-    passes: Sequence[LayerPass],
-    context: Context,
-    data: Batches | None,
-    mask: str | None,
-    provider: str,
-    gram_budget: int,
-) -> list[str]:
-    """Run the rewrites of ``passes`` on the float model, in place; what they did, for the report."""
-
-    def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
-        for group in calibrate.plan(layers, gram_budget):
-            yield group, {} if data is None else calibrate.collect(current, group, data, mask=mask, provider=provider).stats
-
-    context = replace(
-        context,
-        spec=pipeline.spec_of(passes) or context.spec,
-        bias=next((p.bias for p in passes if isinstance(p, CompensateBias)), None),
-        activations=pipeline.activations_of(passes) is not None,
-        statistics=statistics,
-    )
-    notes: list[str] = []
-    for p in passes:
-        if isinstance(p, Rewrite):
-            notes += p.rewrite(model, context) or [f"{p.name} changed nothing: no layer meets its conditions and gains by it"]
-    return notes
 
 
 def _statistics(

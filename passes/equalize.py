@@ -39,7 +39,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.linalg import layer_error
-from magr_onnx.passes.job import Job
+from magr_onnx.passes.job import absorbs
 from magr_onnx.passes.linear import FLOATS, LinearLayer, drop_if_unused, view
 from magr_onnx.passes.rewrite import Context, Rewrite, operator, remember
 from magr_onnx.quantizers import rtn
@@ -194,7 +194,7 @@ class Equalize(Rewrite):
             if readers is None or stats.is_data_free:  # treated with the reader before, or nothing is known
                 continue
             fresh = [v for r in readers if isinstance(v := view(r.node), LinearLayer)]
-            centred = [Job.start(r, stats).centred(context.bias) for r in fresh]
+            centred = [absorbs(r, context.bias) for r in fresh]
             best = search([r.read() for r in fresh], stats, centred, context.spec, context.activations)
             if best.scales is None:
                 continue

@@ -23,6 +23,11 @@ META = "magr_onnx.job"
 BiasPolicy = Literal["existing", "any", "none"]
 
 
+def absorbs(layer: LinearLayer, bias: BiasPolicy | None) -> bool:
+    """Whether a bias of the layer will take up its mean error under a policy of the bias compensation."""
+    return bias == "any" or (bias == "existing" and layer.has_bias)
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One layer being worked on.
@@ -70,9 +75,7 @@ class Job:
 
     def centred(self, bias: BiasPolicy | None) -> bool:
         """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""
-        if self.stats.is_data_free or bias in (None, "none"):
-            return False
-        return bias == "any" or self.layer.has_bias
+        return not self.stats.is_data_free and absorbs(self.layer, bias)
 
     def replace(self, nodes: Sequence[ir.Node]) -> None:
         """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -62,9 +61,6 @@ class Context:
 class Rewrite(LayerPass):
     """A pass that changes the float graph once, before layers are treated; there is nothing left for it to do layer by layer."""
 
-    needs_quantize: ClassVar[bool] = True
-    """Whether the rewrite is made for a grid, and so for a pipeline that quantizes."""
-
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         """Change ``model`` in place; sentences for the report on what was changed, none if nothing was."""
@@ -78,8 +74,8 @@ class Rewrite(LayerPass):
         found = [f"{self.name} must come before {p.name}" for p in before if not isinstance(p, Rewrite)]
         if any(isinstance(p, type(self)) for p in passes[len(before) + 1 :]):
             found.append(f"{self.name} appears twice")
-        if self.needs_quantize and not any(p.name == "quantize" for p in passes):
-            found.append(f"{self.name} needs a quantize pass after it: it scales and splits for a grid")
+        if not any(p.name == "quantize" for p in passes):
+            found.append(f"{self.name} needs a quantize pass after it: it is made for a grid")
         return found
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

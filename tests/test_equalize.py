@@ -249,6 +249,15 @@ def test_bundled_model_in_float_is_the_same() -> None:
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
 
 
+def test_under_an_accumulator() -> None:
+    model = model_of("rms_norm")
+    made, report = magr_onnx.optimize(model, [inputs()], format="qdq-int8", target="x86-avx2", equalize=True)
+    assert any(n.startswith("equalize: scaled") for n in report.notes)
+    assert report.proof is not None
+    assert report.proof.proved == report.proof.total == 2
+    assert magr_onnx.verify(made, target="x86-avx2").ok
+
+
 def test_without_data_nothing_is_known_and_the_report_says_so() -> None:
     _, report = magr_onnx.optimize(model_of("layer_norm"), equalize=True)
     assert any("equalize changed nothing" in n for n in report.notes)
