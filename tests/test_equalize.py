@@ -22,7 +22,7 @@ from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session
 from magr_onnx.types import LayerStats, WeightSpec
 from tests.graphs import Array, Builder, proto, random
-from tests.helpers import gram_of
+from tests.helpers import few_samples, gram_of
 
 K, N = 32, 24
 GAINS = np.where(np.arange(K) % 11 == 5, 20, 1).astype(np.float32)  # a few strong channels
@@ -224,7 +224,7 @@ def test_eight_bit_inputs_are_part_of_the_search() -> None:
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq-int8"])
 def test_bundled_model(form: Any) -> None:
     options: dict[str, Any] = {"format": form, "quantizer": "gptq", "include": ["node_MatMul_*"]}
-    model, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, equalize=True, **options)
+    model, report = magr_onnx.optimize(bundled.MODEL, few_samples(), equalize=True, **options)
     assert any(n.startswith("equalize: ") for n in report.notes)
     assert report.pipeline.startswith("equalize,")
     assert report.verified == len(report.layers) == 20

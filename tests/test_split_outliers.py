@@ -19,7 +19,7 @@ from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.types import WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, Builder, feeds, proto, random
-from tests.helpers import Array
+from tests.helpers import Array, few_samples
 from tests.test_emit import fused, relative
 
 INT8 = WeightSpec(8, None, True)
@@ -138,7 +138,7 @@ def test_half_precision() -> None:
 def test_bundled_model(form: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     options: dict[str, Any] = {"format": form, "bits": 8, "block_size": None, "symmetric": True, "quantizer": "rtn", "alpha": 0.0}
-    _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, split_outliers=True, **options)
+    _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, split_outliers=True, **options)
     names = [r.name for r in report.layers]
     assert report.verified == len(names) > 21
     assert all(n.removesuffix("_coarse") in names for n in names)
