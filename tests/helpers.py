@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ def layer(k: int, n: int, seed: int = 0, tail: float = 1.0) -> tuple[Array, Arra
     return weights.astype(np.float32), gram_of(activations(4 * k, k, seed, tail))
 
 
-def few_samples() -> list[dict[str, Array]]:
-    """Calibration data of the bundled model: as little as a test of anything but accuracy needs."""
-    ids = np.load(bundled.CALIBRATION)["input_ids"]
+def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
+    """Data of the bundled model: as little as a test of anything but accuracy needs."""
+    ids = np.load(source)["input_ids"]
     return [{"input_ids": ids[at : at + 16]} for at in (0, 16)]
 
 

@@ -21,7 +21,7 @@ from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
-from tests.helpers import Array, layer
+from tests.helpers import Array, few_samples, layer
 from tests.test_emit import fused
 
 K, N = 48, 20
@@ -166,9 +166,9 @@ def test_bundled_model(form: Any, tmp_path: Path) -> None:
     errors = {}
     for rank in (0, 8):
         options: dict[str, Any] = {"bits": bits, "format": form, "low_rank": rank, "quantizer": "gptq"}
-        _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, **options)
+        _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, **options)
         assert report.verified == len(report.layers) == 21
-        checked = magr_onnx.validate(bundled.MODEL, out, bundled.HELD_OUT, arithmetics=(Arithmetic.FLOAT_QDQ,), latency=False)
+        checked = magr_onnx.validate(bundled.MODEL, out, few_samples(bundled.HELD_OUT), arithmetics=(Arithmetic.FLOAT_QDQ,), latency=False)
         assert len(checked.layers) == 21
         errors[rank] = checked.arithmetics[Arithmetic.FLOAT_QDQ][0].kl
         assert all((r.low_rank is not None) == (rank > 0) for r in report.layers)
