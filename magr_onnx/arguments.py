@@ -32,6 +32,7 @@ class QuantizerName(StrEnum):
     rtn = "rtn"
     gptq = "gptq"
     comq = "comq"
+    hqq = "hqq"
     a2q = "a2q"
     a2q_plus = "a2q+"
 
@@ -118,7 +119,7 @@ QuantizerOption = Annotated[
     QuantizerName | None,
     typer.Option(
         "--quantizer",
-        help="Instead of an effort: auto, rtn, gptq, comq (GPTQ refined by coordinate descent); a2q, a2q+ under an accumulator.",
+        help="Instead of an effort: auto, rtn, gptq, comq (GPTQ refined by coordinate descent), hqq; a2q, a2q+ under an accumulator.",
         metavar="NAME",
         rich_help_panel=WEIGHTS,
     ),
@@ -249,6 +250,26 @@ CacheOption = Annotated[
         help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
         metavar="SIZE",
         rich_help_panel=DATA,
+    ),
+]
+LowRankOption = Annotated[
+    int,
+    typer.Option(
+        "--low-rank", min=0, help="Rank of a float branch a layer that gives back error; 0: none.", metavar="N", rich_help_panel=WEIGHTS
+    ),
+]
+EqualizeOption = Annotated[
+    bool,
+    typer.Option("--equalize", help="Move scales between channels into norms and layers before, at no cost.", rich_help_panel=WEIGHTS),
+]
+SplitOutliersOption = Annotated[
+    bool,
+    typer.Option("--split-outliers", help="Make two layers of one with outliers, at twice its cost.", rich_help_panel=WEIGHTS),
+]
+TwinRangesOption = Annotated[
+    bool,
+    typer.Option(
+        "--twin-ranges", help="qdq-int8: two ranges for inputs from GELU and Softmax, at twice the cost.", rich_help_panel=INTEGERS
     ),
 ]
 PipelineOption = Annotated[

@@ -35,7 +35,7 @@ from magr_onnx.passes.linear import find
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, fisher, overflow, ranges, stages
+from magr_onnx.runtime import calibrate, fisher, overflow, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Session, provider_name
@@ -119,6 +119,8 @@ def optimize(
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     pipeline.prepare(passes, original)
+    rewrites = rewriting.rewrites_of(passes)
+    reference = loaded.path or (original.clone() if rewrites else original)
     work = original.clone()
     layers, skips = find(work, include, exclude)
     if not layers:
@@ -130,7 +132,7 @@ def optimize(
     notes: list[str] = []
     data = held = None
     if calibration is not None or validation_data is not None:
-        with Session(loaded.path or original, provider) as session:
+        with Session(reference, provider) as session:
             inputs = session.inputs
         if calibration is not None:
             data = open_data(calibration, inputs, batch_size)
@@ -139,13 +141,21 @@ def optimize(
     if data is None:
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
 
+    if rewrites:
+        notes += rewriting.rewrite(
+            original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
+        )
+        work = original.clone()
+        layers, skips = find(work, include, exclude)
+        clock.lap("rewrite")
+
     rows: dict[str, LayerRow] = {}
     digests: dict[str, str] = {}
 
     def finished(job: Job) -> None:
         rows[job.layer.name] = _layer_row(job)
-        if job.emitted:
-            digests[str(job.layer.output.name)] = digest(job.weight)
+        if job.emitted and job.quantized is not None:
+            digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
@@ -185,7 +195,7 @@ def optimize(
     comparison = None
     if held is not None:
         report = stage(progress, "validating")
-        comparison = validation.validate(loaded.path or original, out or work, held, provider=provider, mask=mask_input, progress=report)
+        comparison = validation.validate(reference, out or work, held, provider=provider, mask=mask_input, progress=report)
         clock.lap("validate")
     return Optimized(
         work,
@@ -400,6 +410,7 @@ def _layer_row(job: Job) -> LayerRow:
         tuple(job.notes),
         facts.get("activation"),
         facts.get("feedback"),
+        facts.get("low_rank"),
     )
 
 

@@ -15,12 +15,16 @@ from magr_onnx.passes import (
     EmitMatMulNBits,
     EmitQDQ,
     EmitQDQInt8,
+    Equalize,
     ErrorFeedback,
     LayerPass,
+    LowRank,
     MagR,
     OutputHessian,
     Quantize,
     QuantizeActivations,
+    SplitOutliers,
+    TwinRanges,
     check,
 )
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
@@ -40,7 +44,7 @@ class Options(TypedDict, total=False):
             ``balanced`` (default: ``auto`` with feedback, within 3 times as long) or ``best`` (an output Hessian too, several
             times as long again). The integer formats have ``fast`` by default.
         quantizer: ``auto`` (all of the others' steps, options chosen per layer), ``comq`` (GPTQ refined by coordinate descent),
-            ``gptq`` or ``rtn``; ``a2q`` or ``a2q+`` under an accumulator. None (default) follows from the effort.
+            ``gptq``, ``rtn`` or ``hqq`` (needs no data); ``a2q`` or ``a2q+`` under an accumulator. None (default) follows from the effort.
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
         symmetric: Fix the zero point in the middle (default False, True for the integer formats).
         alpha: Strength of MagR, relative to the layer; None (default) for one chosen per layer by quantizer auto, else 1e-3 per
@@ -58,6 +62,10 @@ class Options(TypedDict, total=False):
         quantize_outputs: qdq-int8 also quantizes what layers put out, for all-integer QLinearMatMul and QGemm (default False).
         feedback: Quantize in stages, each layer towards the float output from the inputs of the quantized layers before; None
             (default) follows from the effort, and is no where a quantizer is named.
+        low_rank: Rank of a float branch beside every product that gives back error, for two small MatMuls a layer; 0 (default) off.
+        equalize: Move scales between channels into norms and layers before, where that is free at inference (default False).
+        split_outliers: Layers whose few outliers spoil their grids become two that are summed, at twice the cost (default False).
+        twin_ranges: qdq-int8 gives inputs from GELU and Softmax two ranges, at twice the cost of the layers they feed (default False).
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
@@ -80,6 +88,10 @@ class Options(TypedDict, total=False):
     activation_range: str
     quantize_outputs: bool
     feedback: bool | None
+    low_rank: int
+    equalize: bool
+    split_outliers: bool
+    twin_ranges: bool
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
@@ -110,6 +122,11 @@ FORMATS: dict[str, _Form] = {
         activations=lambda o: QuantizeActivations(o.get("activation_type", "uint8"), o.get("activation_range", "auto")),  # type: ignore[arg-type]
     ),
     "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, effort="fast", activations=lambda o: QuantizeActivations("dynamic")),
+}
+_REWRITES: dict[str, Callable[[], LayerPass]] = {
+    "equalize": Equalize,
+    "split_outliers": SplitOutliers,
+    "twin_ranges": TwinRanges,
 }
 _STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
@@ -171,12 +188,15 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         alpha=alpha if auto else None,
     )
     policy = BIAS.get(bias) or form.bias
-    passes: list[LayerPass] = [ErrorFeedback()] if feedback else []
+    passes: list[LayerPass] = [make() for option, make in _REWRITES.items() if options.get(option)]
+    passes += [ErrorFeedback()] if feedback else []
     passes += [OutputHessian()] if named is None and effort == "best" else []
     passes += [MagR(alpha, True, block, damping)] if alpha and not auto else []
     if form.activations is not None:
         passes.append(form.activations(options))
     passes.append(quantize)
+    if rank := options.get("low_rank", 0):
+        passes.append(LowRank(rank))
     if policy != "none":
         passes.append(CompensateBias(policy))  # type: ignore[arg-type]
     if name in FORMATS:

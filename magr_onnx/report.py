@@ -35,6 +35,7 @@ class LayerRow:
         notes: Anything out of the ordinary.
         activation: How the input is quantized, if it is.
         feedback: Damping and held-out errors of error feedback, if it ran.
+        low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerRow:
     notes: tuple[str, ...] = ()
     activation: dict[str, Any] | None = None
     feedback: dict[str, Any] | None = None
+    low_rank: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

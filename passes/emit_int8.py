@@ -43,7 +43,7 @@ class _Nodes:
 
     def __init__(self, job: Job, kind: str) -> None:
         assert job.quantized is not None
-        self.layer, self.kind = job.layer, kind
+        self.job, self.layer, self.kind = job, job.layer, kind
         self.nodes: list[ir.Node] = []
         self.half = job.layer.dtype == ir.DataType.FLOAT16
         self.suffix = f"_q{job.quantized.spec.bits}"
@@ -89,7 +89,7 @@ class _Nodes:
             for output in node.outputs:
                 if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
                     output.shape = self.layer.output.shape
-        self.layer.replace(self.nodes)
+        self.job.replace(self.nodes)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,6 @@ class EmitQDQInt8(LayerPass):
             addend = layer.constant("_bias", np.asarray(job.bias).astype(np.float32)) if bias is None else bias
             value = n.add("Add", [value, addend], f"{layer.name}_bias")
         n.finish(value)
-        job.emitted = True
         job.facts |= {"block_size": layer.k, "emitted": product.name, "stored_bits": 8}
         return True
 
@@ -248,7 +247,6 @@ class EmitDynamicInt8(LayerPass):
         if job.bias is not None:
             value = n.add("Add", [value, layer.constant("_bias", np.asarray(job.bias).astype(np.float32))], f"{layer.name}_bias")
         n.finish(value)
-        job.emitted = True
         job.facts |= {"block_size": layer.k, "emitted": product.name, "stored_bits": 8}
         return True
 

@@ -97,8 +97,7 @@ class EmitMatMulNBits(LayerPass):
         node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
         graph = layer.graph
         graph.opset_imports.setdefault(DOMAIN, 1)
-        layer.replace([node])
-        job.emitted = True
+        job.replace([node])
         job.facts["block_size"] = packed.block_size
         job.facts["emitted"] = node.name
         return True

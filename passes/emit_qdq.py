@@ -71,8 +71,7 @@ class EmitQDQ(LayerPass):
             inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
             bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
             nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
-        layer.replace(nodes)
-        job.emitted = True
+        job.replace(nodes)
         job.facts["block_size"] = packed.block_size or layer.k
         job.facts["emitted"] = product.name
         return True

@@ -7,19 +7,25 @@ well as in `magr_onnx.passes.pipeline`, which runs them layer by layer to bound 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.linear import FLOATS, LinearLayer, find
+from magr_onnx.qera import Factors
 from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_finite
 
 META = "magr_onnx.job"
 
 BiasPolicy = Literal["existing", "any", "none"]
+
+
+def absorbs(layer: LinearLayer, bias: BiasPolicy | None) -> bool:
+    """Whether a bias of the layer will take up its mean error under a policy of the bias compensation."""
+    return bias == "any" or (bias == "existing" and layer.has_bias)
 
 
 @dataclass(slots=True, eq=False)
@@ -31,9 +37,10 @@ class Job:
         stats: Second moments of its input.
         reference: The weight as the model came, ``(K, N)``: errors are measured against it.
         target: What the quantizer aims at, ``(K, N)``: the reference, or what error feedback makes of it.
-        weight: The float weight now (after MagR, or dequantized).
+        weight: The float weight now (after MagR, or dequantized, with the product of ``factors``).
         bias: The effective bias now, or None.
         quantized: The codes, once chosen.
+        factors: A low-rank float branch beside the quantized product, if there is one.
         changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
         emitted: Whether the layer's nodes have been replaced.
         facts: What the passes have to say, for the report.
@@ -51,6 +58,7 @@ class Job:
     weight: Array
     bias: Array | None
     quantized: QuantizedWeight | None = None
+    factors: Factors | None = None
     changed: bool = False
     emitted: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
@@ -73,9 +81,26 @@ class Job:
 
     def centred(self, bias: BiasPolicy | None) -> bool:
         """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""
-        if self.stats.is_data_free or bias in (None, "none"):
-            return False
-        return bias == "any" or self.layer.has_bias
+        return not self.stats.is_data_free and absorbs(self.layer, bias)
+
+    def replace(self, nodes: Sequence[ir.Node]) -> None:
+        """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``.
+
+        A Sum adds it: of MatMul and Add onnxruntime makes a Gemm on two axes, and would no longer see a DequantizeLinear and a MatMul.
+        """
+        self.emitted = True
+        if self.factors is None:
+            self.layer.replace(nodes)
+            return
+        layer, kind = self.layer, FLOATS[self.layer.dtype]
+        quantized = nodes[-1].outputs[0]
+        down = ir.node("MatMul", [layer.x, layer.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
+        up = ir.node("MatMul", [down.outputs[0], layer.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
+        total = ir.node("Sum", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
+        for value, suffix in ((quantized, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
+            value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
+        quantized.shape = up.outputs[0].shape = layer.output.shape
+        layer.replace([*nodes, down, up, total])
 
     def write_back(self) -> None:
         """Put changed floats back into the graph, unless an emitter already replaced the layer."""
@@ -117,6 +142,11 @@ class LayerPass(ir.passes.InPlacePass):
     def problems(self, spec: WeightSpec | None) -> list[str]:
         """Everything wrong with the options, given what the pipeline quantized to before this pass."""
         del spec
+        return []
+
+    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
+        """Everything wrong with this pass among ``passes``, the whole pipeline."""
+        del passes
         return []
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:

@@ -20,6 +20,9 @@ import onnx_ir as ir
 
 from magr_onnx.types import Array
 
+NAMES = "onnx_magr.names"
+"""Key of a node's properties under which a rewrite keeps the names that the layer had before, a line each."""
+
 FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
 
@@ -158,7 +161,7 @@ class LinearLayer:
         nodes[-1].metadata_props.update(self.node.metadata_props)
         ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
         for source in sources:
-            _drop_if_unused(source)
+            drop_if_unused(source)
 
     def write(self, weight: Array | None, bias: Array | None) -> None:
         """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is."""
@@ -169,14 +172,14 @@ class LinearLayer:
             old = self.node.inputs[1]
             self.node.replace_input_with(1, self.constant("_magr", np.ascontiguousarray(stored).astype(kind)))
             if old is not None:
-                _drop_if_unused(old)
+                drop_if_unused(old)
         if bias is not None and self.bias is not None:
             holder, index = self._bias_slot()
             old = holder.inputs[index]
             assert old is not None
             array = (bias / self.bias_factor).astype(kind).reshape(_bias_shape(self.bias, self.n))
             holder.replace_input_with(index, self.constant("_bias", array))
-            _drop_if_unused(old)
+            drop_if_unused(old)
 
     def _bias_slot(self) -> tuple[ir.Node, int]:
         if self.add is None:
@@ -189,7 +192,7 @@ def _bias_shape(bias: ir.TensorProtocol, n: int) -> tuple[int, ...]:
     return (*(1,) * (rank - 1), n)
 
 
-def _drop_if_unused(value: ir.Value) -> None:
+def drop_if_unused(value: ir.Value) -> None:
     """Remove an initializer or constant-making node nobody reads any more, and what only it read."""
     if value.uses() or value.is_graph_output() or value.is_graph_input():
         return
@@ -201,7 +204,7 @@ def _drop_if_unused(value: ir.Value) -> None:
         sources = [v for v in producer.inputs if v is not None]
         producer.graph.remove(producer, safe=True)
         for source in sources:
-            _drop_if_unused(source)
+            drop_if_unused(source)
 
 
 def _behind(value: ir.Value) -> tuple[ir.Value, bool]:
@@ -337,7 +340,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
     Args:
         model: The model; nothing in it is changed.
-        include: Shell patterns on the layer's name or weight name; empty for all.
+        include: Shell patterns on the layer's name or weight name, those before a rewrite included; empty for all.
         exclude: Patterns of layers to leave as they are; wins over ``include``.
     """
     layers: list[LinearLayer] = []
@@ -367,7 +370,9 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
 
 def _selected(layer: LinearLayer, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    names = (layer.name, layer.weight_name, *layer.node.metadata_props.get(NAMES, "").splitlines())
+
     def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, p) for p in patterns for name in (layer.name, layer.weight_name))
+        return any(fnmatchcase(name, p) for p in patterns for name in names)
 
     return (not include or matches(include)) and not matches(exclude)

@@ -20,23 +20,31 @@ from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
+from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
 from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.split_outliers import SplitOutliers
+from magr_onnx.passes.twin_ranges import TwinRanges
 from magr_onnx.targets import Target, find_target
 from magr_onnx.types import LayerStats, WeightSpec
 
 PASSES: dict[str, type[LayerPass]] = {
     p.name: p
     for p in (
+        Equalize,
+        SplitOutliers,
+        TwinRanges,
         ErrorFeedback,
         OutputHessian,
         MagR,
         QuantizeActivations,
         Quantize,
+        LowRank,
         CompensateBias,
         EmitMatMulNBits,
         EmitQDQ,
@@ -118,7 +126,7 @@ def resolve(passes: Sequence[LayerPass]) -> tuple[LayerPass, ...]:
     inputs = activations_of(passes)
     resolved: list[LayerPass] = []
     for p in passes:
-        if isinstance(p, ErrorFeedback | MagR | Quantize) and p.bias is None:
+        if isinstance(p, ErrorFeedback | MagR | Quantize | LowRank) and p.bias is None:
             p = replace(p, bias=policy)
         if isinstance(p, Quantize) and p.activation is None and inputs is not None:
             p = replace(p, activation=inputs.type)
@@ -175,6 +183,7 @@ def check(passes: Sequence[LayerPass], provider: str = "cpu") -> None:
             spec = spec if found else p.spec()
         elif not (invalid and isinstance(p, EMITTERS)):
             problems += p.problems(spec)
+    problems += [problem for p in passes for problem in p.fits(passes)]
     problems += _activation_problems(passes)
     if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
         problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")

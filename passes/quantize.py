@@ -45,7 +45,7 @@ class Quantize(LayerPass):
     """
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq; a2q, a2q+"
+    summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq, hqq; a2q, a2q+"
 
     method: str = "gptq"
     bits: int = 4
@@ -160,14 +160,14 @@ class Quantize(LayerPass):
         job.notes.extend(solution.notes)
         if solution.facts:
             job.facts["solver"] = solution.facts
-        job.facts["error"] = _relative_error(job, problem)
+        job.facts["error"] = relative_error(job, centred)
         return True
 
 
-def _relative_error(job: Job, problem: Problem) -> float:
-    """Output error over output, as norms; with error feedback what the layers before did wrong is in it."""
+def relative_error(job: Job, centred: bool) -> float:
+    """Output error of ``job.weight`` over output, as norms; with error feedback what the layers before did wrong is in it."""
     if job.goal is not None:
-        return float(np.sqrt(feedback.error(job.weight.astype(np.float64), job.stats, job.goal, problem.centred)))
+        return float(np.sqrt(feedback.error(job.weight.astype(np.float64), job.stats, job.goal, centred)))
     power = layer_error(job.reference, job.stats.gram)
-    left = layer_error(job.weight - job.reference, problem.gram)
+    left = layer_error(job.weight - job.reference, job.stats.objective_gram(centred))
     return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0

@@ -19,7 +19,8 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
     """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
 
     The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
-    of an integer product, the requantization of a product, an Add of an initializer, and a Cast back to float16.
+    of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
+    branch, which the weight does not include.
     """
     found: dict[str, Array] = {}
     for node in model.graph:
@@ -114,8 +115,26 @@ def _behind(node: ir.Node) -> Iterator[ir.Node]:
     """The product, and the nodes behind it that an emitter may have written."""
     last = node
     yield last
-    if node.op_type == "MatMulNBits":
-        return
+    if node.op_type != "MatMulNBits":
+        for last in _behind_product(node):
+            yield last
+    total = _only_reader(last, "Sum")
+    if total is not None and any(_is_branch(v, node.inputs[0]) for v in total.inputs):
+        yield total
+
+
+def _is_branch(value: ir.Value | None, x: ir.Value | None) -> bool:
+    """Whether ``value`` is ``(x A) B`` with constants A and B."""
+    for _ in range(2):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != "MatMul" or node.inputs[1] is None or not node.inputs[1].is_initializer():
+            return False
+        value = node.inputs[0]
+    return value is x
+
+
+def _behind_product(node: ir.Node) -> Iterator[ir.Node]:
+    last = node
     for op in ("Cast", "Mul") if node.op_type == "MatMulInteger" else ("QuantizeLinear", "DequantizeLinear"):
         if (found := _only_reader(last, op)) is not None:
             yield (last := found)

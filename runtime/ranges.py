@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes.activations import ActivationType
-from magr_onnx.passes.job import BiasPolicy
+from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.ranges import Histogram, Method, candidates
@@ -64,7 +64,7 @@ def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> 
     found = []
     for name, some in readers_of(layers).items():
         sketch = _sketch(np.concatenate([x.read() for x in some], axis=1))
-        found.append(Value(name, tuple(some), sketch, bias == "any" or (bias == "existing" and all(x.has_bias for x in some))))
+        found.append(Value(name, tuple(some), sketch, all(absorbs(x, bias) for x in some)))
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import settings
 
+from magr_onnx.models import bundled
 from magr_onnx.types import QuantizedWeight, WeightSpec
 
 Array = npt.NDArray[Any]
@@ -33,6 +35,12 @@ def layer(k: int, n: int, seed: int = 0, tail: float = 1.0) -> tuple[Array, Arra
     """Heavy-tailed weights ``(k, n)`` float32 and the Gram matrix ``(k, k)`` float64 of correlated inputs."""
     weights = np.random.default_rng(seed + 1000).standard_t(4, (k, n)) * 0.05
     return weights.astype(np.float32), gram_of(activations(4 * k, k, seed, tail))
+
+
+def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
+    """Data of the bundled model: as little as a test of anything but accuracy needs."""
+    ids = np.load(source)["input_ids"]
+    return [{"input_ids": ids[at : at + 16]} for at in (0, 16)]
 
 
 def random_quantized(k: int, n: int, spec: WeightSpec, seed: int = 0) -> QuantizedWeight:

@@ -57,6 +57,8 @@ def test_defaults_of_every_format(form: Any) -> None:
         {"format": "qdq-int8", "accumulator_bits": 12, "quantizer": "a2q+", "symmetric": False, "bias": "none"},
         {"format": "qdq-int8", "alpha": 1e-3, "bias": "any", "damping": 0.5, "beta": 0.9},
         {"accumulator_bits": 16},
+        {"equalize": True, "split_outliers": True, "low_rank": 4, "feedback": True, "quantizer": "hqq"},
+        {"format": "qdq-int8", "twin_ranges": True, "equalize": True},
     ],
 )
 def test_every_pipeline_is_text_and_back(options: dict[str, Any]) -> None:
@@ -225,6 +227,10 @@ NEW_OPTIONS = (
     "--target",
     "--accumulator-bits",
     "--accumulator-tile",
+    "--low-rank",
+    "--equalize",
+    "--split-outliers",
+    "--twin-ranges",
 )
 
 
@@ -233,7 +239,7 @@ def test_help_shows_the_options() -> None:
     for option in (*NEW_OPTIONS, "qdq-int8", "dynamic-int8", "a2q+", "x86-avx2", "arm64-neon"):
         assert option in text
     listed = run("passes").stdout
-    for name in ("quantize-activations", "emit-qdq-int8", "emit-dynamic-int8"):
+    for name in ("quantize-activations", "emit-qdq-int8", "emit-dynamic-int8", "low-rank", "equalize", "split-outliers", "twin-ranges"):
         assert name in listed
 
 
@@ -245,6 +251,7 @@ def test_help_shows_the_options() -> None:
         (("--format", "qdq-int8", "--quantize-outputs", "--accumulator-bits", "16", "--accumulator-tile", "32"), {"QuantizeLinear"}),
         (("--format", "dynamic-int8", "--bits", "5", "--asymmetric"), {"DynamicQuantizeLinear", "MatMulInteger"}),
         (("--accumulator-bits", "16"), {"MatMulNBits"}),
+        (("--low-rank", "4", "--quantizer", "hqq"), {"MatMulNBits", "Sum"}),
     ],
 )
 def test_options_reach_the_file(arguments: tuple[str, ...], operators: set[str], folder: Path, tmp_path: Path) -> None:
@@ -262,6 +269,10 @@ def test_options_reach_the_file(arguments: tuple[str, ...], operators: set[str],
     [
         (("--format", "qdq-int8"), 1, "static 8-bit activations need calibration data"),
         (("--format", "qdq-int8", "--target", "x86"), 1, "unknown target 'x86'; choose one of x86-avx2"),
+        (("--low-rank", "4", "--format", "qdq-int8"), 1, "low-rank adds float products"),
+        (("--low-rank", "-1"), 2, "greater than or equal to 0"),
+        (("--twin-ranges",), 1, "twin-ranges is for static 8-bit inputs"),
+        (("--pipeline", "quantize", "--equalize"), 1, "--pipeline replaces --equalize"),
         (("--format", "qdq", "--accumulator-bits", "16"), 1, "accumulator_bits needs integer activations"),
         (("--accumulator-bits", "14"), 1, "the smallest that works here"),
         (("--format", "qdq-int8", "--activation-type", "int4"), 2, "is not one of"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from magr_onnx.quantizers import a2q, auto, comq, gptq, rtn
+from magr_onnx.quantizers import a2q, auto, comq, gptq, hqq, rtn
 from magr_onnx.quantizers.problem import Options, Problem, Solution
 
 Quantizer = Callable[[Problem, Options], Solution]
@@ -17,6 +17,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "rtn": rtn.run,
     "gptq": gptq.run,
     "comq": comq.run,
+    "hqq": hqq.run,
     "a2q": a2q.run,
     "a2q+": a2q.run_plus,
 }

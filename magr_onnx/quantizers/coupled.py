@@ -102,7 +102,7 @@ def refine(
             own = m[c, c]
             goal = target[:, c] - (pull - d[:, c] * own) / own
             before = target[:, c] + d[:, c]
-            residual = h @ (goal - before)
+            residual: Array = h @ (goal - before)
             found, residual = comq.sweep_once(goal, now, h, residual, None)
             found, _ = comq.refit_scales(goal, found, h, residual)
             change = found.dequantize() - before

@@ -114,6 +114,9 @@ METHODS = (
     ours("COMQ", alpha=0),
     ours("MagR + COMQ (default)"),
     ours("default with feedback", feedback=True),
+    ours("HQQ", quantizer="hqq", alpha=0),
+    ours("default, low rank 8", low_rank=8),
+    ours("default, equalized", equalize=True),
 )
 
 
