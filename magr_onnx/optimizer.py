@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import files
+from magr_onnx import files, mixed
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
@@ -25,6 +25,7 @@ from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, ranges, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
+from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import Session, provider_name
 from magr_onnx.targets import Target
 from magr_onnx.types import Activation, ActivationGrid, check_finite
@@ -82,9 +83,11 @@ def optimize(
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
     clock = _Clock()
+    goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
+        goal = mixed.goal_of(options)
         passes = build_pipeline(**options)
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
@@ -95,6 +98,8 @@ def optimize(
         raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
     if calibration is None and any(isinstance(p, ErrorFeedback) for p in passes):
         raise OptionError("error feedback needs calibration data; give some, or leave it out")
+    if calibration is None and goal is not None:
+        raise OptionError(f"{goal.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
     loaded = files.load(model)
     out = None if output is None else Path(output)
     if out is not None:
@@ -138,13 +143,37 @@ def optimize(
         grids = _choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
-    unmasked: list[str] = []
-    report = stage(progress, "calibrating")
-    for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, report):
-        unmasked += result.unmasked
-        clock.lap("calibrate")
-        pipeline.run_layers(passes, group, lambda layer: result.stats.get(calibrate.input_name(layer)), finished, grids.products)  # noqa: B023
-        clock.lap("quantize")
+    search = None
+    if goal is not None and data is not None:
+        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+        inputs = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        report = stage(progress, "sensitivities")
+        search = mixed.Search(
+            goal, options, source, data, inputs=inputs, mask=mask_input, provider=provider, gram_budget=gram_budget, progress=report
+        )
+        data = search.data
+        clock.lap("sensitivities")
+    while True:
+        left: list[Skip] = []
+        assigned: Mapping[str, Sequence[LayerPass]] = {}
+        if search is not None:
+            assigned = search.plan.assigned()
+            layers, left = search.plan.select(layers)
+        unmasked: list[str] = []
+        report = stage(progress, "calibrating")
+        for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, report):
+            unmasked += result.unmasked
+            clock.lap("calibrate")
+            stats = result.stats
+            pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, grids.products, assigned)  # noqa: B023
+            clock.lap("quantize")
+        if search is None or search.accepts(work):
+            break
+        work = original.clone()
+        layers, _ = find(work, include, exclude)
+        rows.clear()
+        digests.clear()
+    skips += left
     if unmasked:
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
@@ -182,6 +211,7 @@ def optimize(
             tuple(notes),
             comparison,
             proof,
+            assignment=None if search is None else search.report(),
         ),
     )
 

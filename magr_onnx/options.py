@@ -53,6 +53,10 @@ class Options(TypedDict, total=False):
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
+        target_size: Mixed precision: the least measured loss in a file of at most this size: ``25%`` of the source, ``4bit`` (the size of
+            a uniform model of 4 bits), ``30 MB``. A ``block_size`` given as well is the only one used.
+        max_loss: Mixed precision: the smallest file that loses at most this on held-out calibration batches, ``1%`` standing for 0.01 of
+            the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
     """
 
     bits: int | None
@@ -74,6 +78,8 @@ class Options(TypedDict, total=False):
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
+    target_size: str | None
+    max_loss: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,16 +197,17 @@ def run_layers(
     stats: Callable[[LinearLayer], LayerStats | None],
     finished: Callable[[Job], None],
     products: Mapping[str, ActivationGrid] | None = None,
+    assigned: Mapping[str, Sequence[LayerPass]] | None = None,
 ) -> None:
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
-    ``products`` holds the grids of layers' products, by value name, where those are quantized too.
+    ``products`` holds the grids of layers' products, by value name, where those are quantized too; ``assigned`` the passes of layers that
+    have their own, by layer name.
     """
-    resolved = resolve(passes)
     for layer in layers:
         job = attach(layer, stats(layer))
         job.output_grid = (products or {}).get(str(layer.node.outputs[0].name))
-        for p in resolved:
+        for p in resolve((assigned or {}).get(layer.name, passes)):
             p.apply(job)
         job.write_back()
         finished(job)

@@ -98,7 +98,7 @@ class _Sums:
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-        keep = _rows(batch, mask, y)
+        keep = kept_rows(batch, mask, y)
         if keep is not None:
             a, b = a[keep], b[keep]
         self.signal += float((a * a).sum())
@@ -190,7 +190,7 @@ def validate(
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
-                        sums[a][name].add(y, y_hat, batch, mask, logits="logit" in name.lower() and np.ndim(y) >= 2)
+                        sums[a][name].add(y, y_hat, batch, mask, logits=is_logits(name, y))
             if progress is not None:
                 progress(index + 1, len(data))
     results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}
@@ -209,7 +209,12 @@ def validate(
     )
 
 
-def _rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
+def is_logits(name: str, y: Array) -> bool:
+    """Whether an output holds logits, so that distributions can be compared: by its name."""
+    return "logit" in name.lower() and np.ndim(y) >= 2
+
+
+def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
     """Rows of an output to count: those the mask keeps, where it has one element a row."""
     if mask is None or mask not in batch or np.shape(batch[mask]) != np.shape(y)[:-1]:
         return None
