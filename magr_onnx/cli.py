@@ -43,6 +43,7 @@ from magr_onnx.arguments import (
     Include,
     Json,
     Mask,
+    MaxLossOption,
     ModelArgument,
     OutputOption,
     PipelineOption,
@@ -55,6 +56,7 @@ from magr_onnx.arguments import (
     SweepsOption,
     SymmetricOption,
     TargetOption,
+    TargetSizeOption,
     ValidationOption,
 )
 from magr_onnx.errors import MagrError, OptionError, OutputError
@@ -98,6 +100,8 @@ onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs
 
 onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration inputs.npz
 
+onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
+
 onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
 )
 def optimize(
@@ -125,6 +129,8 @@ def optimize(
     accumulator_bits: AccumulatorBitsOption = None,
     accumulator_tile: AccumulatorTileOption = None,
     feedback: FeedbackOption = False,
+    target_size: TargetSizeOption = None,
+    max_loss: MaxLossOption = None,
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -153,6 +159,8 @@ def optimize(
         "target": target,
         "accumulator_bits": accumulator_bits,
         "accumulator_tile": accumulator_tile,
+        "target_size": target_size,
+        "max_loss": max_loss,
     }
     if block_size is not None:
         options["block_size"] = _block(block_size)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
 KERNEL_BLOCKS = {2: (32, 64, 128)}  # what the int8 kernel takes at 2 bits
 REFERENCES = (2, 4)
 ATTEMPTS = 3
-STAMP = 512  # bytes of metadata at most, beside the pipeline's text
+STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
 MEASURED = 8  # batches the result is measured on, at most
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|bits?|B|kB|MB|GB)\s*")
 _LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s*")
@@ -119,6 +120,16 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
     return found
 
 
+def references_of(choices: Iterable[Choice]) -> list[Choice]:
+    """The choices whose effect is measured: one of 2 and one of 4 bits, of block 32 or as near as may be; else the first there is."""
+    found = []
+    for bits in REFERENCES:
+        blocks = [c.block_size for c in choices if c.bits == bits]
+        if blocks:
+            found.append(Choice(bits, 32 if 32 in blocks else blocks[0]))
+    return found or list(choices)[:1]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
     """The model a plan is for.
@@ -181,6 +192,14 @@ class Plan:
     def assigned(self) -> dict[str, Sequence[LayerPass]]:
         """The passes of every layer that is converted, by its name."""
         return self._assigned(self._point)
+
+    def counts(self) -> list[str]:
+        """How many layers have which choice, in words."""
+        found = Counter(dict.fromkeys(range(len(self.choices)), 0))
+        for names, j in zip(self.items, self._point.choices, strict=True):
+            found[j] += len(names)
+        labels = [choice_label(c.bits, c.block_size) for c in self.choices]
+        return [f"{count} x {label}" for label, count in zip(labels, found.values(), strict=True) if count]
 
     def select(self, layers: Sequence[LinearLayer]) -> tuple[list[LinearLayer], list[Skip]]:
         """Those to convert, and those that stay float."""
@@ -267,14 +286,13 @@ class Search:
         options: Options,
         source: Source,
         data: Batches,
-        *,
         inputs: sensitivity.Inputs | None,
         mask: str | None,
         provider: str,
         gram_budget: int,
         progress: sensitivity.Progress | None = None,
     ) -> None:
-        """Measure the sensitivities and plan.
+        """Measure the sensitivities (see `magr_onnx.runtime.sensitivity.measure`) and plan.
 
         Raises:
             OptionError: No choice is possible, or none small enough.
@@ -289,12 +307,11 @@ class Search:
         self._split = sensitivity.Split.of(data)
         self.data = data if goal.loss is None else self._split.rest
         choices = choices_of(options, provider)
-        references = [Choice(b, 32) for b in REFERENCES if Choice(b, 32) in choices] or list(choices)[:1]
         found, effects = sensitivity.measure(
             source.model,
             source.layers,
             choices,
-            references,
+            references_of(choices),
             self._split,
             mask=mask,
             provider=provider,
@@ -312,6 +329,10 @@ class Search:
         """Measure a quantized model; whether it is the result."""
         with Session(work, self._provider) as session:
             return self.plan.accepts(self._reference.loss(session.run))
+
+    def stamp(self, work: ir.Model) -> None:
+        """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
+        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.plan.goal.text, *self.plan.counts()])
 
     def report(self) -> Assignment:
         """What was decided, and measured."""

@@ -146,11 +146,9 @@ def optimize(
     search = None
     if goal is not None and data is not None:
         source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
-        inputs = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
-        search = mixed.Search(
-            goal, options, source, data, inputs=inputs, mask=mask_input, provider=provider, gram_budget=gram_budget, progress=report
-        )
+        search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
         data = search.data
         clock.lap("sensitivities")
     while True:
@@ -182,6 +180,8 @@ def optimize(
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else _prove(work, demand, emitted)
     _stamp(work, passes, proof)
+    if search is not None:
+        search.stamp(work)
     if out is None:
         verified = _verify(work, digests)
         written = files.initializer_bytes(work)

@@ -98,7 +98,7 @@ class Report:
     Attributes:
         source: Path of the model, or a description.
         output: Path written, if any.
-        pipeline: Text that reproduces the passes.
+        pipeline: Text that reproduces the passes; with an ``assignment`` that has the bits and blocks of every layer instead.
         calibration: What the data was, or that there was none.
         layers: Converted layers in graph order.
         skipped: MatMul and Gemm nodes left alone.
@@ -138,7 +138,9 @@ class Report:
 
     def to_text(self) -> str:
         """A summary, a table of layers and the reasons of those skipped, within 80 columns."""
-        return "\n".join([*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._assignment(), *self._validation(), *self._notes()])
+        return "\n".join(
+            [*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._assignment(), *self._validation(), *self._notes()]
+        )
 
     def _summary(self) -> list[str]:
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0

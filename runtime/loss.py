@@ -1,7 +1,8 @@
 """How far a model's outputs are from the float model's, as one number.
 
-For outputs that hold logits (`magr_onnx.runtime.validate.is_logits`): the mean Kullback-Leibler divergence of their softmax from the float
-one, in nats a row. For a model without such outputs: 1 minus the mean cosine of the vectors along the last axis, over all outputs of floats.
+For outputs that hold logits (`magr_onnx.runtime.validate.is_logits`): the mean Kullback-Leibler divergence of their softmax from that of
+the float model, in nats a row. For a model without such outputs: 1 minus the mean cosine of the vectors along the last axis, over all float
+outputs.
 """
 
 from __future__ import annotations

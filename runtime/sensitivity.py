@@ -156,7 +156,7 @@ def measure(
                     rows = max(s.rows for s in held.values()) / len(split.effects)
                     reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), mask)
                 errors = _errors(layer, fit[name], held[name], choices)
-                points = []
+                points: list[tuple[float, float]] = []
                 for choice in references:
                     if progress is not None:
                         progress(len(found) * (1 + len(references)) + len(points), total)

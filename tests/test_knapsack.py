@@ -34,7 +34,7 @@ def test_least_loss_is_the_least(items: list[Item], share: float) -> None:
     assert found is not None
     assert found.cost <= bound
     oracle = min(p.loss for p in everything(items) if p.cost <= bound)
-    assert found.loss <= oracle + 1e-5 * max(p.loss for p in everything(items))
+    assert found.loss <= oracle + 2e-6 * max(p.loss for p in everything(items))
 
 
 @EXAMPLES
@@ -46,7 +46,7 @@ def test_least_cost_is_the_least(items: list[Item], share: float) -> None:
     assert found is not None
     assert found.loss <= bound
     within = [p for p in everything(items) if p.loss <= bound]
-    assert found.cost <= min(p.cost for p in within) + 1e-5 * max(p.cost for p in everything(items))
+    assert found.cost <= min(p.cost for p in within) + 2e-6 * max(p.cost for p in everything(items))
 
 
 @EXAMPLES
@@ -100,7 +100,7 @@ def test_a_model_of_many_layers_is_solved() -> None:
     assert above.loss <= found.loss <= below.loss
 
 
-@pytest.mark.parametrize("costs, losses", [([], []), ([1.0], [1.0, 2.0]), ([np.inf], [0.0]), ([1.0], [np.nan])])
+@pytest.mark.parametrize(("costs", "losses"), [([], []), ([1.0], [1.0, 2.0]), ([np.inf], [0.0]), ([1.0], [np.nan])])
 def test_items_are_checked(costs: list[float], losses: list[float]) -> None:
     with pytest.raises(ValueError, match="costs"):
         Item(np.array(costs), np.array(losses))

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/mixed.py --data DATA --work WORK [--models minilm,lm] [--sizes 4bit] [--json FILE]
 
-For every model: uniform models of 2, 4 and 8 bits (block 32), and mixed ones no larger than each, and between the first two. All are made with
-the same other options from the same calibration data. The loss is measured on test data that no choice was made with: the mean KL
+For every model: uniform models of 2, 4 and 8 bits (block 32), and mixed ones no larger than each, and between the first two. All are made
+with the same other options from the same calibration data. The loss is measured on test data that no choice was made with: the mean KL
 divergence of next-token distributions from the float model's, in nats (language models), or 1 minus the mean cosine of embeddings to the
 float ones (``minilm``). Sensitivities are measured once a model; the seconds of later rows are without them.
 """
