@@ -13,8 +13,8 @@ so one better than the best known, ``U``, has ``sum r_ij x_ij < U - B``: dynamic
 both cost and loss, needs to keep those only (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83(2), 1995).
 The bound closes in fast, since every state, completed as the relaxation would, is a solution. The result is within `GAP` of the least.
 
-A general mixed-integer solver (HiGHS) gives the same answers, ten to a hundred times slower, with a constraint that holds within a tolerance
-and lines of its own on standard output, where a report may be.
+A general mixed-integer solver (HiGHS) gives the same answers, but ten to a hundred times slower, with a constraint that holds within a
+tolerance, and it writes lines of its own to standard output, where a report may be.
 """
 
 from __future__ import annotations
@@ -143,17 +143,16 @@ def _solve(items: Sequence[Item], bound: float, bounded: str) -> Point | None:
     if bounded == "loss":
         weights, values = values, weights
     greedy: list[int] | None = None
-    slope = 0.0
     for choices, slope in _path(weights, values):
         if getattr(point(items, choices), bounded) > bound:
+            if greedy is None:
+                return None
+            improved = point(items, _improve(weights, values, greedy, -slope, bound))
+            if getattr(improved, bounded) <= bound:  # sums in another order may differ in the last digit
+                return improved
             break
         greedy = choices
-    else:
-        return None if greedy is None else point(items, greedy)
-    if greedy is None:
-        return None
-    improved = point(items, _improve(weights, values, greedy, -slope, bound))
-    return improved if getattr(improved, bounded) <= bound else point(items, greedy)  # sums in another order may differ in the last digit
+    return None if greedy is None else point(items, greedy)
 
 
 def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequence[int], multiplier: float, bound: float) -> list[int]:
@@ -166,14 +165,14 @@ def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequ
     rest_weight = sum(float(weights[i][greedy[i]]) for i in order)
     rest_value = least = sum(float(values[i][greedy[i]]) for i in order)
     weight, value, excess = np.zeros(1), np.zeros(1), np.zeros(1)
-    stages: list[tuple[Numbers, Numbers]] = []
+    stages: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []  # of every state: the one before it, and the choice made
     best_state = (0, 0)
     for stage, i in enumerate(order, 1):
         gap = least - below - GAP * abs(least)
         js = np.array([j for j in _front(weights[i], values[i]) if reduced[i][j] <= gap] or [greedy[i]])
-        weight, value, excess = (
-            np.add.outer(a, b[js]).ravel() for a, b in ((weight, weights[i]), (value, values[i]), (excess, reduced[i]))
-        )
+        weight = np.add.outer(weight, weights[i][js]).ravel()
+        value = np.add.outer(value, values[i][js]).ravel()
+        excess = np.add.outer(excess, reduced[i][js]).ravel()
         possible = np.flatnonzero(excess <= gap)
         kept = possible[_front(weight[possible], value[possible])]
         if not len(kept):
@@ -189,8 +188,7 @@ def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequ
                 least, best_state = float(value[top] + rest_value), (stage, top)
     chosen = list(greedy)
     stage, state = best_state
-    for stage in range(stage, 0, -1):
-        parents, js = stages[stage - 1]
-        chosen[order[stage - 1]] = int(js[state])
+    for i, (parents, js) in reversed(list(zip(order, stages[:stage], strict=False))):
+        chosen[i] = int(js[state])
         state = int(parents[state])
     return chosen

@@ -84,20 +84,55 @@ def test_what_cannot_be_met_is_none() -> None:
     assert least_cost(items, 2) == Point((1, 1), 10, 2)
 
 
-def test_a_model_of_many_layers_is_solved() -> None:
-    """300 layers of 13 choices, as close to a tie as real ones: a feasible answer that no point of the curve beats."""
-    rng = np.random.default_rng(0)
+def layers_like(count: int, seed: int) -> list[Item]:
+    """Items as near to ties as those of a real model: a sensitivity and a size each, 15 choices of bits and blocks, and float."""
+    rng = np.random.default_rng(seed)
     items = []
-    for _ in range(300):
-        bits = np.sort(rng.uniform(2, 10, 13))
-        items.append(Item(np.floor(bits * 1e5), rng.lognormal(0, 2) * 4.0**-bits))
-    bound = 5.125e5 * 300
+    for k, n in rng.choice([(256, 256), (256, 128), (256, 688), (688, 256)], count):
+        sensitivity = rng.lognormal(0, 2)
+        pairs = [(4.0 * k * n, 0.0)]
+        for bits, block in itertools.product((2, 4, 8), (16, 32, 64, 128, 256)):
+            groups = -(-k // block)
+            loss = sensitivity * 4.0**-bits * (block / 32) ** 0.4 * rng.lognormal(0, 0.1)
+            pairs.append((float(n * (groups * (block * bits // 8 + 4) - -groups * bits // 8)), loss))
+        items.append(Item(np.array([c for c, _ in pairs]), np.array([loss for _, loss in pairs])))
+    return items
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_like_a_mixed_integer_program(seed: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """43 layers, against HiGHS (which also prints)."""
+    from scipy.optimize import LinearConstraint, milp
+
+    items = layers_like(43, seed)
+    bound = float(np.floor(1.3 * smallest(items).cost))
+    owner = np.repeat(np.arange(43), [len(item.costs) for item in items])
+    costs, losses = (np.concatenate([getattr(item, name) for item in items]) for name in ("costs", "losses"))
+    one_each = LinearConstraint(owner[None] == np.arange(43)[:, None], 1, 1)
+    within = LinearConstraint(costs[None] / 1e4, -np.inf, bound / 1e4)
+    whole = np.ones(len(owner))
+    result = milp(losses * 1e3 / losses.max(), integrality=whole, bounds=(0, 1), constraints=[one_each, within])
+    found = least_loss(items, bound)
+    assert found is not None
+    assert found.cost <= bound
+    assert found.loss == pytest.approx(float(losses @ np.rint(result.x)), rel=3e-6)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_models_of_any_depth_are_solved(count: int) -> None:
+    """A feasible answer between the neighbours on the curve; back from its loss to no higher cost."""
+    items = layers_like(count, 7)
+    bound = 1.4 * smallest(items).cost
     found = least_loss(items, bound)
     assert found is not None
     assert found.cost <= bound
     below = max((p for p in curve(items) if p.cost <= bound), key=lambda p: p.cost)
     above = min((p for p in curve(items) if p.cost >= bound), key=lambda p: p.cost)
     assert above.loss <= found.loss <= below.loss
+    back = least_cost(items, found.loss)
+    assert back is not None
+    assert back.loss <= found.loss
+    assert back.cost <= found.cost * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(("costs", "losses"), [([], []), ([1.0], [1.0, 2.0]), ([np.inf], [0.0]), ([1.0], [np.nan])])
