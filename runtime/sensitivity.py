@@ -39,7 +39,7 @@ from magr_onnx.types import Activation, ActivationGrid, Array, Choice, LayerStat
 
 COLUMNS = 64  # output channels of a layer that are tried
 SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare
-ROWS = 2048  # rows of layer inputs behind the measured losses, about; one batch at least
+ROWS = 4096  # rows of layer inputs behind the measured losses, about; one batch at least
 FLOOR = 1e-12  # losses below are noise of the float model
 HELD_OUT = 4  # every fourth batch is for the effects, the one two later for the caller's own measurement
 
