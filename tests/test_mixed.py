@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from typer.testing import CliRunner
 
 import magr_onnx
 from magr_onnx import files, mixed, sizes
+from magr_onnx.cli import app
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.models import bundled
 from magr_onnx.optimizer import Optimized
@@ -304,6 +306,26 @@ def test_accumulators_are_honoured(tmp_path: Path) -> None:
         assert (choice.bits, choice.block_size) in {(4, 16), (4, 32), (4, 64), (2, 32), (2, 64), (2, 128)}
 
 
+@pytest.mark.parametrize("percent", [25, 150])
+def test_error_feedback_follows_the_choice(percent: int, tmp_path: Path) -> None:
+    """With room for everything no layer is left to quantize, in stages or not."""
+    result, before, after = written(graphs.chain(), tmp_path, target_size=f"{percent}%", feedback=True)
+    assert after <= percent / 100 * before
+    assert all(layer.feedback for layer in result.report.layers)
+    assert (percent == 150) == (not result.report.layers)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    model = unequal()
+    ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "inputs.npz", **feeds(model, 128))
+    arguments = ["optimize", str(tmp_path / "model.onnx"), "--calibration", str(tmp_path / "inputs.npz"), "--target-size", "25%", "--json"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["assignment"]["goal"] == "target size 25%"
+    assert (tmp_path / "model.magr.onnx").stat().st_size <= 0.25 * (tmp_path / "model.onnx").stat().st_size
+
+
 def test_half_precision_and_shared_weights(tmp_path: Path) -> None:
     result, before, after = written(graphs.matmul_bias(64, 96, dtype=np.float16), tmp_path, target_size="45%")
     assert after <= 0.45 * before
@@ -359,15 +381,17 @@ def divergence(path: Path) -> float:
 @pytest.fixture(scope="module")
 def bundled_mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Optimized, Path, int]:
     folder = tmp_path_factory.mktemp("mixed")
-    uniform = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=folder / "uniform.onnx").report.bytes_after
-    result = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=folder / "mixed.onnx", target_size=f"{uniform} B")
+    with np.load(bundled.CALIBRATION) as file:
+        data = [{"input_ids": part} for part in np.split(file["input_ids"][:64], 4)]  # half of it, for time
+    uniform = magr_onnx.optimize(bundled.MODEL, data, output=folder / "uniform.onnx").report.bytes_after
+    result = magr_onnx.optimize(bundled.MODEL, data, output=folder / "mixed.onnx", target_size=f"{uniform} B")
     return result, folder, uniform
 
 
 def test_mixed_beats_uniform_at_its_size(bundled_mixed: tuple[Optimized, Path, int]) -> None:
     result, folder, uniform = bundled_mixed
     assert (folder / "mixed.onnx").stat().st_size == result.report.bytes_after <= uniform
-    assert divergence(folder / "mixed.onnx") < 0.97 * divergence(folder / "uniform.onnx")  # seen: 0.91
+    assert divergence(folder / "mixed.onnx") < 0.97 * divergence(folder / "uniform.onnx")  # seen: 0.92
 
 
 def test_the_report_has_the_assignment(bundled_mixed: tuple[Optimized, Path, int]) -> None:
