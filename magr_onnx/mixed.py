@@ -160,16 +160,13 @@ class Source:
 class Plan:
     """The choice of every layer, made from what was measured, and made again where the result loses more than it may."""
 
-    def __init__(
-        self, goal: Goal, source: Source, choices: Mapping[Choice, Sequence[LayerPass]], losses: Callable[[str, Choice], float]
-    ) -> None:
-        """Find the choices.
+    def __init__(self, goal: Goal, source: Source, choices: Mapping[Choice, Sequence[LayerPass]]) -> None:
+        """Find what every choice costs, before anything is measured; `solve` comes next.
 
         Args:
             goal: The budget.
             source: The model.
             choices: All but float, with their passes.
-            losses: The loss of a layer, by name, at a choice.
 
         Raises:
             OptionError: No choices are small enough; the message gives the smallest size.
@@ -178,20 +175,29 @@ class Plan:
         self.items = _shared(source.layers)
         self.choices = [*choices, FLOAT]
         columns = [sizes.changes(source.model, self.items, passes) for passes in choices.values()]
-        self._items = [
-            knapsack.Item(
-                np.array([*(float(column[i]) for column in columns), 0.0]),
-                np.array([*(sum(losses(name, choice) for name in names) for choice in choices), 0.0]),
-            )
-            for i, names in enumerate(self.items)
-        ]
+        self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
         self._base = source.size({})
         self.attempts: list[Attempt] = []
-        self._point = self._within_size(self._target(goal)) if goal.loss is None else self._within_loss(goal.loss)
+        if goal.loss is None:
+            self._target = self._bytes(goal)
+            least = source.size(self._assigned([int(np.argmin(costs)) for costs in self._costs]))
+            if least > self._target:
+                raise OptionError(
+                    f"{goal.text}: that is {self._target:,} bytes, and the smallest possible is {least:,} ({least / source.bytes:.1%} of "
+                    "the source); ask for that much, or convert more layers"
+                )
+
+    def solve(self, losses: Callable[[str, Choice], float]) -> None:
+        """Choose, given the loss of a layer, by name, at a choice."""
+        self._items = [
+            knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.passes), 0.0]))
+            for names, costs in zip(self.items, self._costs, strict=True)
+        ]
+        self._point = self._within_size() if self.goal.loss is None else self._within_loss(self.goal.loss)
 
     def assigned(self) -> dict[str, Sequence[LayerPass]]:
         """The passes of every layer that is converted, by its name."""
-        return self._assigned(self._point)
+        return self._assigned(self._point.choices)
 
     def counts(self) -> list[str]:
         """How many layers have which choice, in words."""
@@ -239,12 +245,12 @@ class Plan:
             tuple(uniform),
         )
 
-    def _assigned(self, point: knapsack.Point) -> dict[str, Sequence[LayerPass]]:
-        pairs = zip(self.items, (self.choices[j] for j in point.choices), strict=True)
+    def _assigned(self, choices: Sequence[int]) -> dict[str, Sequence[LayerPass]]:
+        pairs = zip(self.items, (self.choices[j] for j in choices), strict=True)
         return {name: self.passes[choice] for names, choice in pairs if choice != FLOAT for name in names}
 
-    def _target(self, goal: Goal) -> int:
-        """The size asked for, in bytes."""
+    def _bytes(self, goal: Goal) -> int:
+        """The size asked for."""
         assert goal.size is not None
         if goal.unit == "%":
             return int(goal.size / 100 * self.source.bytes)
@@ -257,19 +263,15 @@ class Plan:
         choice = Choice(int(goal.size), 32 if 32 in blocks else blocks[0])
         return self.source.size({layer.name: self.passes[choice] for layer in self.source.layers})
 
-    def _within_size(self, target: int) -> knapsack.Point:
-        """The least loss whose file, nodes and names included, is no larger."""
-        room = float(target - self._base)
+    def _within_size(self) -> knapsack.Point:
+        """The least loss whose file, nodes and names included, is no larger than the target."""
+        room = float(self._target - self._base)
         while (found := knapsack.least_loss(self._items, room)) is not None:
-            excess = self.source.size(self._assigned(found)) - target
+            excess = self.source.size(self._assigned(found.choices)) - self._target
             if excess <= 0:
                 return found
             room = found.cost - excess
-        least = self.source.size(self._assigned(knapsack.smallest(self._items)))
-        raise OptionError(
-            f"{self.goal.text}: that is {target:,} bytes, and the smallest possible is {least:,} ({least / self.source.bytes:.1%} of the "
-            "source); ask for that much, or convert more layers"
-        )
+        return knapsack.smallest(self._items)
 
     def _within_loss(self, loss: float) -> knapsack.Point:
         found = knapsack.least_cost(self._items, loss)
@@ -307,6 +309,7 @@ class Search:
         self._split = sensitivity.Split.of(data)
         self.data = data if goal.loss is None else self._split.rest
         choices = choices_of(options, provider)
+        self.plan = Plan(goal, source, choices)
         found, effects = sensitivity.measure(
             source.model,
             source.layers,
@@ -319,9 +322,8 @@ class Search:
             inputs=inputs,
             progress=progress,
         )
-        self.sensitivities = found
         self._metric = effects.metric
-        self.plan = Plan(goal, source, choices, lambda name, choice: found[name].loss(choice))
+        self.plan.solve(lambda name, choice: found[name].loss(choice))
         with Session(source.model, provider) as session:
             self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
 

@@ -275,7 +275,8 @@ def test_a_missed_loss_is_tried_again_and_told() -> None:
     source = mixed.Source(model, find(model)[0], files.initializer_bytes(model), False, 0)
     goal = mixed.goal_of({"max_loss": "0.01"})
     assert goal is not None
-    plan = mixed.Plan(goal, source, choices, lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
+    plan = mixed.Plan(goal, source, choices)
+    plan.solve(lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
     bytes_before = source.size(plan.assigned())
     assert not plan.accepts(0.1)
     assert source.size(plan.assigned()) > bytes_before
