@@ -272,6 +272,27 @@ TwinRangesOption = Annotated[
         "--twin-ranges", help="qdq-int8: two ranges for inputs from GELU and Softmax, at twice the cost.", rich_help_panel=INTEGERS
     ),
 ]
+TargetSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        help="Mixed precision, least loss in a file of this size: 25% of the source, 4bit (as all layers at 4), 30MB.",
+        show_default=False,
+        metavar="SIZE",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+MaxLossOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-loss",
+        help="Mixed precision, smallest file of this loss on held-out calibration data. 1% is 0.01 of the mean KL divergence in nats "
+        "(logits) or of 1 - mean cosine (other outputs).",
+        show_default=False,
+        metavar="LOSS",
+        rich_help_panel=WEIGHTS,
+    ),
+]
 PipelineOption = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,6 @@ interrupted. ``validate`` also returns 3 when a threshold given by the user is m
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from magr_onnx.arguments import (
     Json,
     LowRankOption,
     Mask,
+    MaxLossOption,
     ModelArgument,
     OutputOption,
     PipelineOption,
@@ -60,10 +60,12 @@ from magr_onnx.arguments import (
     SweepsOption,
     SymmetricOption,
     TargetOption,
+    TargetSizeOption,
     TwinRangesOption,
     ValidationOption,
 )
 from magr_onnx.errors import MagrError, OptionError, OutputError
+from magr_onnx.options import bytes_of
 from magr_onnx.passes.pipeline import PASSES, options_of
 from magr_onnx.report import validation_text
 from magr_onnx.targets import TARGETS
@@ -104,6 +106,8 @@ onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs
 
 onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration inputs.npz
 
+onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
+
 onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
 )
 def optimize(
@@ -137,6 +141,8 @@ def optimize(
     equalize: EqualizeOption = False,
     split_outliers: SplitOutliersOption = False,
     twin_ranges: TwinRangesOption = False,
+    target_size: TargetSizeOption = None,
+    max_loss: MaxLossOption = None,
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -170,6 +176,8 @@ def optimize(
         "target": target,
         "accumulator_bits": accumulator_bits,
         "accumulator_tile": accumulator_tile,
+        "target_size": target_size,
+        "max_loss": max_loss,
     }
     if block_size is not None:
         options["block_size"] = _block(block_size)
@@ -222,10 +230,10 @@ def _block(text: str) -> int | None:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)I?B?\s*", text, re.IGNORECASE)
-    if match is None:
+    found = bytes_of(text)
+    if found is None:
         raise OptionError(f"--cache {text!r}: give a size such as 512MB or 2GB")
-    return int(float(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2].upper()])
+    return found
 
 
 def _check_report(report: Path, taken: set[Path]) -> None:

@@ -117,7 +117,10 @@ def _external_files(proto: onnx.ModelProto, path: Path) -> frozenset[Path]:
 
 
 def initializer_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    """Bytes of all initializers and of the tensors in Constant nodes of the main graph, bits packed."""
+    held = [v.const_value for v in model.graph.initializers.values()]
+    held += [n.attributes["value"].as_tensor() for n in model.graph if n.op_type == "Constant" and "value" in n.attributes]
+    return sum(t.nbytes for t in held if t is not None)
 
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import files
-from magr_onnx.accumulator import Accumulator
-from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, OutputError, raise_all
+from magr_onnx import files, mixed
+from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
+from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import (
-    CompensateBias,
-    EmitQDQInt8,
     ErrorFeedback,
     Job,
     LayerPass,
-    LinearLayer,
-    OutputHessian,
-    Quantize,
-    QuantizeActivations,
     Skip,
     pipeline,
 )
 from magr_onnx.passes.linear import find
-from magr_onnx.passes.operands import Reason
-from magr_onnx.passes.readback import digest, read_weights
-from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, fisher, overflow, ranges, rewriting, stages
+from magr_onnx.passes.readback import digest
+from magr_onnx.report import LayerRow, Report, SkipRow, versions
+from magr_onnx.runtime import calibrate, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
+from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import Session, provider_name
-from magr_onnx.targets import Target
-from magr_onnx.types import Activation, ActivationGrid, check_finite
-from magr_onnx.verification import LayerVerdict
+from magr_onnx.statistics import Grids, beginning, choose_grids, gather, output_hessian, what_is_missing
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -97,9 +86,11 @@ def optimize(
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
     clock = _Clock()
+    goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
+        goal = mixed.goal_of(options)
         if calibration is None:  # nothing to choose by
             options.setdefault("effort", "fast")
         passes = build_pipeline(**options)
@@ -112,6 +103,8 @@ def optimize(
         raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
     if calibration is None and any(isinstance(p, ErrorFeedback) for p in passes):
         raise OptionError("error feedback needs calibration data; give some, or take effort fast")
+    if calibration is None and goal is not None:
+        raise OptionError(f"{goal.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
     loaded = files.load(model)
     out = None if output is None else Path(output)
     if out is not None:
@@ -126,7 +119,7 @@ def optimize(
     if not layers:
         reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
-    _check_weights(layers)
+    check_weights(layers)
     clock.lap("load")
 
     notes: list[str] = []
@@ -159,38 +152,61 @@ def optimize(
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
-    grids = _Grids()
+    grids = Grids()
     if activations is not None and data is not None:
         report = stage(progress, "ranges")
-        grids = _choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        grids = choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
-    unmasked: list[str] = []
-    with _output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating")) as hessian:
+    search = None
+    if goal is not None and data is not None:
+        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+        integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        report = stage(progress, "sensitivities")
+        search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
+        data = search.data
+        clock.lap("sensitivities")
+    with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating")) as hessian:
         if hessian is not None:
-            notes += _what_is_missing(hessian, layers)
+            notes += what_is_missing(hessian, layers)
             clock.lap("differentiate")
-        report = stage(progress, "calibrating")
-        for group, result in _statistics(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
-            unmasked += result.unmasked
-            clock.lap("calibrate")
-            begin = _beginning(result, grids, hessian)
-            pipeline.run_layers(passes, group, lambda layer: result.stats.get(calibrate.input_name(layer)), finished, begin)  # noqa: B023
-            clock.lap("quantize")
+        while True:
+            left: list[Skip] = []
+            assigned: Mapping[str, Sequence[LayerPass]] = {}
+            if search is not None:
+                assigned = search.plan.assigned()
+                layers, left = search.plan.select(layers)
+            unmasked: list[str] = []
+            report = stage(progress, "calibrating")
+            for group, result in gather(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
+                unmasked += result.unmasked
+                clock.lap("calibrate")
+                stats, begin = result.stats, beginning(result, grids, hessian)
+                pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, begin, assigned)  # noqa: B023
+                clock.lap("quantize")
+            if search is None or search.accepts(work):
+                break
+            work = original.clone()
+            layers, _ = find(work, include, exclude)
+            rows.clear()
+            digests.clear()
+    skips += left
     if unmasked:
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
-    proof = None if demand is None else _prove(work, demand, emitted)
-    _stamp(work, passes, proof)
+    proof = None if demand is None else prove(work, demand, emitted)
+    stamp(work, passes, proof)
+    if search is not None:
+        search.stamp(work)
     if out is None:
-        verified = _verify(work, digests)
+        verified = verify_codes(work, digests)
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = files.save(work, out, lambda path: _verify_file(path, digests, provider, demand, emitted))
+        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted))
     clock.lap("write")
     comparison = None
     if held is not None:
@@ -214,146 +230,9 @@ def optimize(
             tuple(notes),
             comparison,
             proof,
+            assignment=None if search is None else search.report(),
         ),
     )
-
-
-def _statistics(
-    original: ir.Model,
-    work: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches | None,
-    passes: Sequence[LayerPass],
-    grids: _Grids,
-    mask: str | None,
-    provider: str,
-    gram_budget: int,
-    cache: int,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
-    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
-    if data is None:
-        yield layers, calibrate.Calibration({}, ())
-    elif any(isinstance(p, ErrorFeedback) for p in passes):
-        yield from stages.staged(
-            original,
-            work,
-            layers,
-            data,
-            mask=mask,
-            provider=provider,
-            quantize=grids.inputs,
-            bounds=grids.bounds,
-            cache=cache,
-            progress=progress,
-        )
-    else:
-        hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
-        groups = calibrate.plan(layers, gram_budget, hold_out)
-        for index, group in enumerate(groups):
-            part = None if progress is None else _part(progress, index, len(groups))
-            yield (
-                group,
-                calibrate.collect(
-                    original,
-                    group,
-                    data,
-                    mask=mask,
-                    provider=provider,
-                    progress=part,
-                    quantize=grids.inputs,
-                    bounds=grids.bounds,
-                    hold_out=hold_out,
-                ),
-            )
-
-
-@contextlib.contextmanager
-def _output_hessian(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches | None,
-    passes: Sequence[LayerPass],
-    provider: str,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[fisher.Fisher | None]:
-    """Second moments of gradients at layer outputs, if the pipeline asks for them."""
-    if data is None or not any(isinstance(p, OutputHessian) for p in passes):
-        yield None
-        return
-    with fisher.collect(model, layers, data, provider=provider, progress=progress) as found:
-        yield found
-
-
-def _what_is_missing(hessian: fisher.Fisher, layers: Sequence[LinearLayer]) -> list[str]:
-    if not hessian.blocked:
-        return []
-    without = sum(hessian.get(str(layer.output.name)) is None for layer in layers)
-    blocked = ", ".join(sorted(hessian.blocked))
-    return [f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same"]
-
-
-def _beginning(result: calibrate.Calibration, grids: _Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
-    """What a job should know before its passes run."""
-
-    def begin(job: Job) -> None:
-        job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
-        job.goal = result.goals.get(job.layer.name)
-        job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))
-
-    return begin
-
-
-def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:
-    return lambda done, total: progress(index * total + done, count * total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Grids:
-    """How activations are quantized, by value name.
-
-    Attributes:
-        inputs: Of what layers read.
-        products: Of what layers put out, where that is quantized too.
-        bounds: What values are clipped to in statistics, where sentinels were found.
-        notes: Sentences for the report.
-    """
-
-    inputs: dict[str, Activation] = field(default_factory=dict)
-    products: dict[str, ActivationGrid] = field(default_factory=dict)
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def _choose_grids(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches,
-    passes: Sequence[LayerPass],
-    activations: QuantizeActivations,
-    mask: str | None,
-    provider: str,
-    progress: Callable[[int, int], None] | None,
-) -> _Grids:
-    values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
-    products = ranges.products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
-    read = {v.name for v in values}
-    values += [v for v in products if v.name not in read]
-    chosen = ranges.choose(
-        model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress
-    )
-    found = _Grids({name: choice.grid for name, choice in chosen.items()})
-    for value in products:
-        grid = chosen[value.name].grid
-        if isinstance(grid, ActivationGrid):
-            found.products[value.name] = grid
-    for name, choice in chosen.items():
-        if choice.bounds is not None:
-            found.bounds[name] = choice.bounds
-        if choice.sentinels is not None:
-            low, high = choice.sentinels
-            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-    return found
 
 
 class _Clock:
@@ -372,19 +251,6 @@ class _Clock:
 def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
     """Progress of one stage."""
     return None if progress is None else lambda done, total: progress(name, done, total)
-
-
-def _check_weights(layers: Sequence[LinearLayer]) -> None:
-    """Name every layer with NaN or infinite weights or bias, before any work."""
-    problems = []
-    for layer in layers:
-        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
-            try:
-                if array is not None:
-                    check_finite(f"{what} of {layer.name}", array)
-            except NonFiniteError as error:
-                problems.append(str(error))
-    raise_all(NonFiniteError, problems)
 
 
 def _layer_row(job: Job) -> LayerRow:
@@ -423,59 +289,3 @@ def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None)
         return "none (data-free)"
     most = max((r.rows for r in rows.values()), default=0)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
-
-
-def _prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> ProofSummary:
-    """Prove that the nodes just written cannot overflow; those that were integers before are counted, not answered for.
-
-    Raises:
-        OptionError: A layer does not fit a register (all such layers); most are too long for the outer one.
-        MagrError: A node that was written is not among those that were read.
-    """
-    layers, skipped = overflow.verify(model, demand, run=False)
-    against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
-    failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
-    if failing:
-        raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
-    unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == Reason.FLOAT}
-    if unread:
-        raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
-    room = min((layer.headroom for layer in layers), default=math.inf)
-    proved = sum(layer.verdict == "proved" for layer in layers)
-    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
-
-
-def _overflow(layer: LayerVerdict) -> str:
-    """Which register of a layer is too narrow."""
-    claim = next(c for c in (layer.inner, layer.outer, layer.result) if c is not None and not c.holds)
-    where = "in a tile" if claim is layer.inner else "where the tiles are summed"
-    return f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits {where}, and there are {claim.bits}; exclude it"
-
-
-def _stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
-    """Say in the model's metadata what was done to it."""
-    if proof is not None:
-        model.metadata_props["onnx_magr.accumulator"] = str(proof)
-    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
-    model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
-
-
-def _verify(model: ir.Model, digests: dict[str, str]) -> int:
-    """Read every emitted weight back and compare it with what was chosen."""
-    found = {name: digest(weight) for name, weight in read_weights(model, digests).items()}
-    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
-    if wrong:
-        raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
-    return len(digests)
-
-
-def _verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str]) -> None:
-    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
-    model = ir.load(path)
-    _verify(model, digests)
-    if demand is not None:
-        found = _prove(model, demand, emitted)
-        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
-            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
-    with Session(path, provider):
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, get_args
@@ -32,6 +33,16 @@ from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
+
+
+_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*")
+
+
+def bytes_of(text: str) -> int | None:
+    """Bytes that a size such as ``30 MB`` stands for; None where it is none."""
+    match = _SIZE.fullmatch(text)
+    return None if match is None else round(float(match["number"]) * _UNITS[match["unit"]])
 
 
 class Options(TypedDict, total=False):
@@ -69,6 +80,10 @@ class Options(TypedDict, total=False):
         target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
+        target_size: Mixed precision: the least measured loss in a file of at most this size: ``25%`` of the source, ``4bit`` (the size of
+            a uniform model of 4 bits), ``30 MB``. A ``block_size`` given as well is the only one used.
+        max_loss: Mixed precision: the smallest file that loses at most this on held-out calibration batches, ``1%`` standing for 0.01 of
+            the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
     """
 
     bits: int | None
@@ -95,6 +110,8 @@ class Options(TypedDict, total=False):
     target: str | None
     accumulator_bits: int | None
     accumulator_tile: int | None
+    target_size: str | None
+    max_loss: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from magr_onnx.assignment import Assignment
 from magr_onnx.runtime.validate import Validation
 
 
@@ -99,7 +100,7 @@ class Report:
     Attributes:
         source: Path of the model, or a description.
         output: Path written, if any.
-        pipeline: Text that reproduces the passes.
+        pipeline: Text that reproduces the passes; with an ``assignment`` that has the bits and blocks of every layer instead.
         calibration: What the data was, or that there was none.
         layers: Converted layers in graph order.
         skipped: MatMul and Gemm nodes left alone.
@@ -111,6 +112,7 @@ class Report:
         notes: Whatever else should be known.
         validation: Float against quantized, if it was asked for.
         proof: That no accumulator overflows, if that was asked for.
+        assignment: Mixed precision under a budget, if that was asked for.
     """
 
     source: str
@@ -127,6 +129,7 @@ class Report:
     notes: tuple[str, ...] = ()
     validation: Validation | None = field(default=None)
     proof: ProofSummary | None = None
+    assignment: Assignment | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; infinities become None."""
@@ -137,7 +140,9 @@ class Report:
 
     def to_text(self) -> str:
         """A summary, a table of layers and the reasons of those skipped, within 80 columns."""
-        return "\n".join([*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._validation(), *self._notes()])
+        return "\n".join(
+            [*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._assignment(), *self._validation(), *self._notes()]
+        )
 
     def _summary(self) -> list[str]:
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
@@ -155,6 +160,9 @@ class Report:
         if not self.skipped:
             return []
         return ["", "left as they are", *(line for reason, rows in by_reason(self.skipped).items() for line in skip_lines(reason, rows))]
+
+    def _assignment(self) -> list[str]:
+        return [] if self.assignment is None else ["", *self.assignment.lines()]
 
     def _validation(self) -> list[str]:
         return [] if self.validation is None else ["", *validation_text(self.validation)]

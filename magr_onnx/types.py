@@ -74,6 +74,14 @@ class WeightSpec:
         return f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one layer may become: bits, and rows that share a scale (None: a whole column). No bits: it stays float."""
+
+    bits: int | None = None
+    block_size: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """Integer codes and their grid: the only thing an emitter accepts.

@@ -42,6 +42,7 @@ class Reason(StrEnum):
     SUBGRAPH = "inside a subgraph or function"
     EXCLUDED = "excluded by name"
     EMPTY = "weight has no elements"
+    BUDGET = "kept float by the budget of size or loss"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -218,17 +218,18 @@ def run_layers(
     stats: Callable[[LinearLayer], LayerStats | None],
     finished: Callable[[Job], None],
     begin: Callable[[Job], None] | None = None,
+    assigned: Mapping[str, Sequence[LayerPass]] | None = None,
 ) -> None:
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
-    ``begin`` may add to a fresh job what else is known of its layer.
+    ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
+    layer name.
     """
-    resolved = resolve(passes)
     for layer in layers:
         job = attach(layer, stats(layer))
         if begin is not None:
             begin(job)
-        for p in resolved:
+        for p in resolve((assigned or {}).get(layer.name, passes)):
             p.apply(job)
         job.write_back()
         finished(job)

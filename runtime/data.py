@@ -52,11 +52,15 @@ class Batches:
         """At most ``count`` batches, spread evenly."""
         if count >= self.count:
             return self
-        chosen = sorted({round(i * (self.count - 1) / max(count - 1, 1)) for i in range(count)})
+        return self.select(sorted({round(i * (self.count - 1) / max(count - 1, 1)) for i in range(count)}))
+
+    def select(self, chosen: Sequence[int]) -> Batches:
+        """The batches at some positions, in rising order."""
+        wanted = set(chosen)
 
         def read() -> Iterator[Batch]:
             for i, batch in enumerate(self.read()):
-                if i in chosen:
+                if i in wanted:
                     yield batch
 
         return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]))

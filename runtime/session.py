@@ -120,6 +120,7 @@ class Session:
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
         self._what = _describe(model)
         self.outputs = [o.name for o in self._session.get_outputs()]
+        self._overridable = {i.name for i in self._session.get_overridable_initializers()}
         self.inputs = tuple(
             InputInfo(
                 i.name,
@@ -130,12 +131,12 @@ class Session:
         )
 
     def run(self, feeds: Batch, outputs: Sequence[str] | None = None) -> list[npt.NDArray[Any]]:
-        """Run one batch.
+        """Run one batch; ``feeds`` may replace initializers that are inputs of the graph too.
 
         Raises:
             RuntimeFailure: onnxruntime fails, with the shapes it was given.
         """
-        names = {i.name for i in self.inputs}
+        names = {i.name for i in self.inputs} | self._overridable
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:

@@ -98,7 +98,7 @@ class _Sums:
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-        keep = _rows(batch, mask, y)
+        keep = kept_rows(batch, mask, y)
         if keep is not None:
             a, b = a[keep], b[keep]
         self.signal += float((a * a).sum())
@@ -214,7 +214,7 @@ def validate(
     )
 
 
-def _rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
+def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
     """Rows of an output to count: those the mask keeps, where it has one element a row."""
     if mask is None or mask not in batch or np.shape(batch[mask]) != np.shape(y)[:-1]:
         return None

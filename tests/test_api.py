@@ -75,12 +75,12 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
     chosen: dict[str, str] = {}
     run_layers = optimizer.pipeline.run_layers
 
-    def spy(passes: Any, layers: Any, stats: Any, finished: Any, products: Any) -> None:
+    def spy(passes: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(job: Any) -> None:
             chosen[job.layer.output.name] = digest(job.quantized.dequantize())
             finished(job)
 
-        run_layers(passes, layers, stats, keep, products)
+        run_layers(passes, layers, stats, keep, *rest)
 
     monkeypatch.setattr(optimizer.pipeline, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, bits=3)
@@ -91,14 +91,14 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = optimizer.read_weights
+    read = checks.read_weights
 
     def tampered(model: ir.Model, outputs: Any) -> dict[str, Any]:
         weights = read(model, outputs)
         weights["up_out"][0, 0] += 1e-3
         return weights
 
-    monkeypatch.setattr(optimizer, "read_weights", tampered)
+    monkeypatch.setattr(checks, "read_weights", tampered)
     with pytest.raises(magr_onnx.MagrError, match="the emitted weights of up_out"):
         magr_onnx.optimize(graphs.chain())
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magr_onnx
-from magr_onnx import optimizer
+from magr_onnx import checks
 from magr_onnx.accumulator import Accumulator, Budget, data_type_bits, smallest_feasible
 from magr_onnx.errors import MagrError, OptionError
 from magr_onnx.grid import search
@@ -327,4 +327,4 @@ def test_what_is_made_for_an_accumulator_is_proved_for_it(quantizer: str, form: 
 
 def test_a_layer_that_the_proof_does_not_find_is_an_error() -> None:
     with pytest.raises(MagrError, match="has not found ghost"):
-        optimizer._prove(graphs.matmul(), TARGETS["generic"], {"ghost"})
+        checks.prove(graphs.matmul(), TARGETS["generic"], {"ghost"})

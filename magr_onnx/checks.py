@@ -1,0 +1,90 @@
+"""What is checked before any work, and proved of a result before it is handed over: its codes, its accumulators, and that it loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.errors import MagrError, NonFiniteError, OptionError, raise_all
+from magr_onnx.passes import LayerPass, LinearLayer, pipeline
+from magr_onnx.passes.operands import Reason
+from magr_onnx.passes.readback import digest, read_weights
+from magr_onnx.report import ProofSummary, versions
+from magr_onnx.runtime import overflow
+from magr_onnx.runtime.session import Session
+from magr_onnx.targets import Target
+from magr_onnx.types import check_finite
+from magr_onnx.verification import LayerVerdict
+
+
+def check_weights(layers: Sequence[LinearLayer]) -> None:
+    """Name every layer with NaN or infinite weights or bias, before any work."""
+    problems = []
+    for layer in layers:
+        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
+            try:
+                if array is not None:
+                    check_finite(f"{what} of {layer.name}", array)
+            except NonFiniteError as error:
+                problems.append(str(error))
+    raise_all(NonFiniteError, problems)
+
+
+def prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> ProofSummary:
+    """Prove that the nodes just written cannot overflow; those that were integers before are counted, not answered for.
+
+    Raises:
+        OptionError: A layer does not fit a register (all such layers); most are too long for the outer one.
+        MagrError: A node that was written is not among those that were read.
+    """
+    layers, skipped = overflow.verify(model, demand, run=False)
+    against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
+    failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
+    if failing:
+        raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
+    unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == Reason.FLOAT}
+    if unread:
+        raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
+    room = min((layer.headroom for layer in layers), default=math.inf)
+    proved = sum(layer.verdict == "proved" for layer in layers)
+    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
+
+
+def _overflow(layer: LayerVerdict) -> str:
+    """Which register of a layer is too narrow."""
+    claim = next(c for c in (layer.inner, layer.outer, layer.result) if c is not None and not c.holds)
+    where = "in a tile" if claim is layer.inner else "where the tiles are summed"
+    return f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits {where}, and there are {claim.bits}; exclude it"
+
+
+def stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
+    """Say in the model's metadata what was done to it."""
+    if proof is not None:
+        model.metadata_props["onnx_magr.accumulator"] = str(proof)
+    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
+    model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
+
+
+def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
+    """Read every emitted weight back and compare it with what was chosen."""
+    found = {name: digest(weight) for name, weight in read_weights(model, digests).items()}
+    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
+    if wrong:
+        raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
+    return len(digests)
+
+
+def verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str]) -> None:
+    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
+    model = ir.load(path)
+    verify_codes(model, digests)
+    if demand is not None:
+        found = prove(model, demand, emitted)
+        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
+            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
+    with Session(path, provider):
+        pass

@@ -1,0 +1,352 @@
+"""Mixed precision under a budget of size or loss: bits and blocks for every layer, from measured sensitivities.
+
+    argmin  sum of losses   subject to   bytes of the written file <= budget        (``target_size``)
+    argmin  bytes           subject to   sum of losses <= budget                    (``max_loss``)
+
+over one choice for every layer: bits and block size as the format and the accumulator allow, or float. Losses come from
+`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.sizes`), the solution from `magr_onnx.knapsack`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx import files, knapsack, sizes
+from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
+from magr_onnx.errors import CalibrationError, OptionError, raise_all
+from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
+from magr_onnx.packing import MATMULNBITS_BLOCKS
+from magr_onnx.passes import pipeline
+from magr_onnx.passes.job import LayerPass
+from magr_onnx.passes.linear import LinearLayer, Reason, Skip
+from magr_onnx.runtime import sensitivity
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.loss import Reference
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Choice
+
+FLOAT = Choice()
+BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
+KERNEL_BLOCKS = {2: (32, 64, 128)}  # what the int8 kernel takes at 2 bits
+REFERENCES = (2, 4)
+ATTEMPTS = 3
+STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
+MEASURED = 8  # batches the result is measured on, at most
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|bits?)\s*")
+_LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What was asked for: a size in some unit (``%`` of the source, ``bit`` for that of a uniform model, bytes), or a loss."""
+
+    text: str
+    size: float | None = None
+    unit: str = ""
+    loss: float | None = None
+
+
+def goal_of(options: Options) -> Goal | None:
+    """The budget among the options, if there is one.
+
+    Raises:
+        OptionError: Both budgets, one that cannot be read, or bits that the budget is to choose.
+    """
+    size, loss = options.get("target_size"), options.get("max_loss")
+    if size is None and loss is None:
+        return None
+    problems = []
+    if size is not None and loss is not None:
+        problems.append("give target_size or max_loss, not both")
+    if options.get("bits") is not None:
+        problems.append(f"bits={options['bits']} with a budget: the budget chooses the bits of every layer; leave them out")
+    goal = None
+    if size is not None:
+        match, given = _SIZE.fullmatch(size), bytes_of(size)
+        if not (given or (match is not None and float(match["number"]) > 0)):
+            problems.append(f"target_size={size!r}: give a share of the source ('25%'), the size of a uniform model ('4bit'), or '30 MB'")
+        elif match is None:
+            goal = Goal(f"target size {size}", given, "B")
+        else:
+            goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
+    elif loss is not None:
+        match = _LOSS.fullmatch(loss)
+        if match is None or not float(match["number"]) > 0:
+            problems.append(f"max_loss={loss!r}: give a loss above 0, as '1%' (0.01) or '0.01'")
+        else:
+            goal = Goal(f"loss at most {loss}", loss=float(match["number"]) / (100 if match["percent"] else 1))
+    raise_all(OptionError, problems)
+    return goal
+
+
+def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[LayerPass, ...]]:
+    """Everything a layer may become but float, with its passes: what the format, the accumulator and the provider take.
+
+    Raises:
+        OptionError: Nothing is possible; with the reasons.
+    """
+    rest: Options = {**options}
+    for name in ("target_size", "max_loss"):
+        rest.pop(name, None)  # type: ignore[misc]
+    form = FORMATS[options.get("format", "matmulnbits")]
+    integer = form.activations is not None
+    blocks: tuple[int | None, ...] = (None,) if integer else MATMULNBITS_BLOCKS
+    if "block_size" in options:
+        blocks = (options["block_size"],)
+    found, problems = {}, []
+    for bits in (form.bits,) if integer else BITS:
+        for block in blocks:
+            if bits in KERNEL_BLOCKS and block in MATMULNBITS_BLOCKS and block not in KERNEL_BLOCKS[bits]:
+                continue
+            each: Options = {**rest, "bits": bits, "block_size": block}
+            if bits == 8 and options.get("alpha") is None:
+                each["alpha"] = 0  # the grid is fine enough for MagR's change of the weights to cost more than it saves
+            try:
+                passes = build_pipeline(**each)
+                pipeline.check(passes, provider)
+            except OptionError as error:
+                problems.append(str(error))
+            else:
+                found[Choice(bits, block)] = pipeline.resolve(passes)
+    if not found:
+        raise_all(OptionError, dict.fromkeys(problems))
+    return found
+
+
+def references_of(choices: Iterable[Choice]) -> list[Choice]:
+    """The choices whose effect is measured: one of 2 and one of 4 bits, of block 32 or as near as may be; else the first there is."""
+    found = []
+    for bits in REFERENCES:
+        blocks = [c.block_size for c in choices if c.bits == bits]
+        if blocks:
+            found.append(Choice(bits, 32 if 32 in blocks else blocks[0]))
+    return found or list(choices)[:1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """The model a plan is for.
+
+    Attributes:
+        model: The float model, prepared for what will be written.
+        layers: Its layers.
+        bytes: Size of the source as it came.
+        file: Whether a file will be written, whose every byte counts; else tensors count.
+        stamp: Bytes of metadata that will be added.
+    """
+
+    model: ir.Model
+    layers: Sequence[LinearLayer]
+    bytes: int
+    file: bool
+    stamp: int
+
+    def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
+        """Bytes of the result with the layers named in ``passes`` converted."""
+        model = sizes.blank(self.model, passes)
+        if not self.file:
+            return files.initializer_bytes(model)
+        with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
+            return files.save(model, Path(folder, "blank.onnx")) + self.stamp
+
+
+class Plan:
+    """The choice of every layer, made from what was measured, and made again where the result loses more than it may."""
+
+    def __init__(self, goal: Goal, source: Source, choices: Mapping[Choice, Sequence[LayerPass]]) -> None:
+        """Find what every choice costs, before anything is measured; `solve` comes next.
+
+        Args:
+            goal: The budget.
+            source: The model.
+            choices: All but float, with their passes.
+
+        Raises:
+            OptionError: No choices are small enough; the message gives the smallest size.
+        """
+        self.goal, self.source, self.passes = goal, source, choices
+        self.items = _shared(source.layers)
+        self.choices = [*choices, FLOAT]
+        columns = [sizes.changes(source.model, self.items, passes) for passes in choices.values()]
+        self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
+        self._base = source.size({})
+        self.attempts: list[Attempt] = []
+        if goal.loss is None:
+            self._target = self._bytes(goal)
+            least = source.size(self._assigned([int(np.argmin(costs)) for costs in self._costs]))
+            if least > self._target:
+                raise OptionError(
+                    f"{goal.text}: that is {self._target:,} bytes, and the smallest possible is {least:,} ({least / source.bytes:.1%} of "
+                    "the source); ask for that much, or convert more layers"
+                )
+
+    def solve(self, losses: Callable[[str, Choice], float]) -> None:
+        """Choose, given the loss of a layer, by name, at a choice."""
+        self._items = [
+            knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.passes), 0.0]))
+            for names, costs in zip(self.items, self._costs, strict=True)
+        ]
+        self._point = self._within_size() if self.goal.loss is None else self._within_loss(self.goal.loss)
+
+    def assigned(self) -> dict[str, Sequence[LayerPass]]:
+        """The passes of every layer that is converted, by its name."""
+        return self._assigned(self._point.choices)
+
+    def counts(self) -> list[str]:
+        """How many layers have which choice, in words."""
+        found = Counter(dict.fromkeys(range(len(self.choices)), 0))
+        for names, j in zip(self.items, self._point.choices, strict=True):
+            found[j] += len(names)
+        labels = [choice_label(c.bits, c.block_size) for c in self.choices]
+        return [f"{count} x {label}" for label, count in zip(labels, found.values(), strict=True) if count]
+
+    def select(self, layers: Sequence[LinearLayer]) -> tuple[list[LinearLayer], list[Skip]]:
+        """Those to convert, and those that stay float."""
+        passes = self.assigned()
+        kept = [Skip(layer.name, layer.op, Reason.BUDGET) for layer in layers if layer.name not in passes]
+        return [layer for layer in layers if layer.name in passes], kept
+
+    def accepts(self, measured: float) -> bool:
+        """Take note of a result's loss. Where it is more than it may be, plan again, for less by the ratio it was missed by."""
+        self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
+        if self.goal.loss is None or measured <= self.goal.loss or len(self.attempts) == ATTEMPTS:
+            return True
+        self._point = self._within_loss(self._point.loss * self.goal.loss / measured)
+        return False
+
+    def report(self, metric: str, measured_on: str) -> Assignment:
+        """What was decided."""
+        p = self._point
+        rows = []
+        for names, item, j in zip(self.items, self._items, p.choices, strict=True):
+            choice = self.choices[j]
+            rows.append(ChoiceRow(tuple(names), choice.bits, choice.block_size, int(item.costs[j]), float(item.losses[j])))
+        shift = self.attempts[-1].bytes - p.cost  # what is not tensors of layers
+        uniform = []
+        for j, choice in enumerate(self.choices[:-1]):
+            all_so = knapsack.point(self._items, [j] * len(self._items))
+            uniform.append(TradeOff(round(all_so.cost + shift), all_so.loss, choice_label(choice.bits, choice.block_size)))
+        return Assignment(
+            self.goal.text,
+            metric,
+            measured_on,
+            self.source.bytes,
+            tuple(self.attempts),
+            self.goal.loss is None or self.attempts[-1].measured <= self.goal.loss,
+            tuple(rows),
+            tuple(TradeOff(round(q.cost + shift), q.loss) for q in knapsack.curve(self._items)),
+            tuple(uniform),
+        )
+
+    def _assigned(self, choices: Sequence[int]) -> dict[str, Sequence[LayerPass]]:
+        pairs = zip(self.items, (self.choices[j] for j in choices), strict=True)
+        return {name: self.passes[choice] for names, choice in pairs if choice != FLOAT for name in names}
+
+    def _bytes(self, goal: Goal) -> int:
+        """The size asked for."""
+        assert goal.size is not None
+        if goal.unit == "%":
+            return int(goal.size / 100 * self.source.bytes)
+        if goal.unit != "bit":
+            return int(goal.size)
+        blocks = [c.block_size for c in self.passes if c.bits == goal.size]
+        if not blocks:
+            possible = ", ".join(f"{b}bit" for b in sorted({c.bits or 0 for c in self.passes}))
+            raise OptionError(f"{goal.text}: no layer can have these bits here; there are {possible}")
+        choice = Choice(int(goal.size), 32 if 32 in blocks else blocks[0])
+        return self.source.size({layer.name: self.passes[choice] for layer in self.source.layers})
+
+    def _within_size(self) -> knapsack.Point:
+        """The least loss whose file, nodes and names included, is no larger than the target."""
+        room = float(self._target - self._base)
+        while (found := knapsack.least_loss(self._items, room)) is not None:
+            excess = self.source.size(self._assigned(found.choices)) - self._target
+            if excess <= 0:
+                return found
+            room = found.cost - excess
+        return knapsack.smallest(self._items)
+
+    def _within_loss(self, loss: float) -> knapsack.Point:
+        found = knapsack.least_cost(self._items, loss)
+        assert found is not None  # float loses nothing
+        return found
+
+
+class Search:
+    """A plan with what its results are measured against."""
+
+    def __init__(
+        self,
+        goal: Goal,
+        options: Options,
+        source: Source,
+        data: Batches,
+        inputs: sensitivity.Inputs | None,
+        mask: str | None,
+        provider: str,
+        gram_budget: int,
+        progress: sensitivity.Progress | None = None,
+    ) -> None:
+        """Measure the sensitivities (see `magr_onnx.runtime.sensitivity.measure`) and plan.
+
+        Raises:
+            OptionError: No choice is possible, or none small enough.
+            CalibrationError: A loss is asked for, and there is no batch to measure it on that had no part in the quantization.
+        """
+        if goal.loss is not None and len(data) < 2:
+            raise CalibrationError(
+                f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.describe}): "
+                "give more samples, or a smaller batch size"
+            )
+        self._provider = provider
+        self._split = sensitivity.Split.of(data)
+        self.data = data if goal.loss is None else self._split.rest
+        choices = choices_of(options, provider)
+        self.plan = Plan(goal, source, choices)
+        found, effects = sensitivity.measure(
+            source.model,
+            source.layers,
+            choices,
+            references_of(choices),
+            self._split,
+            mask=mask,
+            provider=provider,
+            gram_budget=gram_budget,
+            inputs=inputs,
+            progress=progress,
+        )
+        self._metric = effects.metric
+        self.plan.solve(lambda name, choice: found[name].loss(choice))
+        with Session(source.model, provider) as session:
+            self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
+
+    def accepts(self, work: ir.Model) -> bool:
+        """Measure a quantized model; whether it is the result."""
+        with Session(work, self._provider) as session:
+            return self.plan.accepts(self._reference.loss(session.run))
+
+    def stamp(self, work: ir.Model) -> None:
+        """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
+        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.plan.goal.text, *self.plan.counts()])
+
+    def report(self) -> Assignment:
+        """What was decided, and measured."""
+        held = self._split.held_out
+        part = "held out of all else" if self.plan.goal.loss is not None else "held out of the sensitivities"
+        return self.plan.report(self._metric, f"{min(len(held), MEASURED)} calibration batches {part}")
+
+
+def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
+    """Names of layers, those with one weight together."""
+    found: dict[int, list[str]] = {}
+    for layer in layers:
+        found.setdefault(id(layer.tensor), []).append(layer.name)
+    return list(found.values())

@@ -1,0 +1,60 @@
+"""What a choice of bits and blocks costs in the written file: the emitter is asked, with blank codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.files import initializer_bytes
+from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.pipeline import EMITTERS
+from magr_onnx.passes.quantize import Quantize
+from magr_onnx.types import ActivationGrid, LayerStats, QuantizedWeight
+
+
+def changes(model: ir.Model, items: Sequence[Sequence[str]], passes: Sequence[LayerPass], calibrated: bool = True) -> list[int]:
+    """By how many bytes the tensors of ``model`` grow when the layers of an item, by name, go through ``passes``.
+
+    Items are converted one after the other in one copy of the model. Layers that share a weight belong in one item: its floats stay in the
+    file until the last of them is converted, and for ever if another node reads them.
+    """
+    copy = model.clone()
+    layers = {layer.name: layer for layer in find(copy)[0]}
+    found, before = [], initializer_bytes(copy)
+    for names in items:
+        for name in names:
+            _emit(layers[name], passes, calibrated)
+        after = initializer_bytes(copy)
+        found.append(after - before)
+        before = after
+    return found
+
+
+def blank(model: ir.Model, passes: Mapping[str, Sequence[LayerPass]], calibrated: bool = True) -> ir.Model:
+    """A copy of ``model`` with every layer named in ``passes`` converted to blank codes: the size of the result, without the work."""
+    copy = model.clone()
+    for layer in find(copy)[0]:
+        if layer.name in passes:
+            _emit(layer, passes[layer.name], calibrated)
+    return copy
+
+
+def _emit(layer: LinearLayer, passes: Iterable[LayerPass], calibrated: bool) -> None:
+    """Write the layer with codes of zero; zero points are there unless the grid is symmetric, as for nearly any real weight."""
+    nothing = np.zeros((0, 0), np.float32)
+    stats = LayerStats(nothing, np.zeros(layer.k), int(calibrated), activation=ActivationGrid(1.0, 0))
+    job = Job(layer, stats, nothing, nothing, nothing, np.zeros(layer.n) if layer.has_bias else None)
+    for p in passes:
+        if isinstance(p, Quantize):
+            spec = p.spec(layer.dtype)
+            grid = (spec.groups(layer.k), layer.n)
+            zeros = np.full(grid, spec.middle if spec.symmetric else 0, np.uint8)
+            job.quantized = QuantizedWeight(np.zeros((layer.k, layer.n), np.uint8), np.ones(grid, np.float32), zeros, spec)
+        elif isinstance(p, CompensateBias) and job.centred(p.bias):
+            job.bias = np.zeros(layer.n)
+        elif isinstance(p, EMITTERS):
+            p.apply(job)

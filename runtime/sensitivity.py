@@ -1,0 +1,264 @@
+"""How much each layer's bits matter: layer errors of every choice, and what they do to the model's outputs.
+
+The loss of a layer under a choice is that of a reference, measured at the model's outputs, moved along with the layer error:
+
+1. The calibration batches that are held out for this are in no Gram matrix here, so a wide layer that overfits its statistics is seen to.
+2. *Layer error*: a sample of output channels goes through the very passes of the choice, under the Gram matrix of the other batches. Output
+   channels are independent given that matrix, so a sample estimates the error of all. It is measured under the Gram matrix of the held-out
+   batches, centred where a bias will take up the mean.
+3. *Effect*: GPTQ of the whole layer at each reference choice replaces the layer's float weight, alone, in one running session
+   (`magr_onnx.passes.overrides`), and the loss of the outputs (`magr_onnx.runtime.loss`) is measured.
+4. Loss over error is taken as a power law between the references, and as proportional beyond them: at small errors any loss with its least
+   at the float model is quadratic in the weights, as the layer error is.
+
+Layers with 8-bit inputs have no such session: there the effect of a choice is that of the layer emitted in this form, alone.
+Losses are taken to add up over layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.linalg import layer_error
+from magr_onnx.passes import pipeline
+from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.overrides import overridable
+from magr_onnx.passes.quantize import Quantize
+from magr_onnx.runtime import calibrate
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.loss import Reference
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Activation, ActivationGrid, Array, Choice, LayerStats
+
+COLUMNS = 64  # output channels of a layer that are tried
+SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare
+ROWS = 4096  # rows of layer inputs behind the measured losses, about; one batch at least
+FLOOR = 1e-12  # losses below are noise of the float model
+HELD_OUT = 4  # every fourth batch is for the effects, the one two later for the caller's own measurement
+
+Progress = Callable[[int, int], None]
+Passes = Mapping[Choice, Sequence[LayerPass]]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Calibration batches by what they are for.
+
+    Attributes:
+        fit: Gram matrices of the sensitivities.
+        effects: Errors and losses of the sensitivities.
+        held_out: For a measurement of the result that had no part in any of it.
+        rest: All but ``held_out``.
+    """
+
+    fit: Batches
+    effects: Batches
+    held_out: Batches
+    rest: Batches
+
+    @staticmethod
+    def of(data: Batches) -> Split:
+        """Of at least 3 batches no part shares a batch with another; of 2, ``fit`` is ``effects``; one serves for all."""
+        every = list(range(len(data)))
+        held_out = every[HELD_OUT - 1 :: HELD_OUT] or every[-1:]
+        rest = [i for i in every if i not in held_out] or every
+        effects = [i for i in rest if i % HELD_OUT == 1] or rest
+        fit = [i for i in rest if i not in effects] or rest
+        return Split(data.select(fit), data.select(effects), data.select(held_out), data.select(rest))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """How layer inputs are quantized, by value name: as they are before moments are taken, and the grids of products."""
+
+    quantize: Mapping[str, Activation]
+    bounds: Mapping[str, tuple[float, float]]
+    products: Mapping[str, ActivationGrid]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What was measured for one layer.
+
+    Attributes:
+        errors: Relative squared layer error ``tr(D^T H D) / tr(W^T H W)`` of every choice.
+        references: The same of the references, and the loss of the model with this layer so and all others float; in rising error.
+    """
+
+    errors: Mapping[Choice, float]
+    references: tuple[tuple[float, float], ...]
+
+    def loss(self, choice: Choice) -> float:
+        """The estimated loss of the model with this layer at a choice and all others float."""
+        error = max(self.errors[choice], FLOOR)
+        points = self.references
+        if error <= points[0][0] or len(points) == 1:
+            return points[0][1] * error / points[0][0]
+        if error >= points[-1][0]:
+            return points[-1][1] * error / points[-1][0]
+        x, y = np.log(np.array(points)).T
+        return float(np.exp(np.interp(np.log(error), x, y)))
+
+
+def measure(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    choices: Passes,
+    references: Sequence[Choice],
+    split: Split,
+    *,
+    mask: str | None = None,
+    provider: str = "cpu",
+    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    inputs: Inputs | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Sensitivity], Reference]:
+    """Sensitivities of all layers, by name, and what losses were measured against.
+
+    Args:
+        model: The float model; it is not changed.
+        layers: Layers of ``model``, or of a copy with the same names.
+        choices: What may be chosen, and the passes each stands for, resolved (`magr_onnx.passes.pipeline.resolve`).
+        references: Choices whose effect on the outputs is measured, one or two.
+        split: Calibration batches.
+        mask: Input whose zero elements mark rows to leave out.
+        provider: Where to run.
+        gram_budget: Bytes of Gram matrices held at a time.
+        inputs: How layer inputs are quantized; None where they stay float.
+        progress: Called with steps done and in total.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite.
+        ModelError: The model has no output of floats.
+    """
+    found: dict[str, Sensitivity] = {}
+    total = len(layers) * (1 + len(references))
+    names = [layer.name for layer in layers]
+    quantize, bounds = (None, None) if inputs is None else (inputs.quantize, inputs.bounds)
+    copy, slots = overridable(model, names if inputs is None else [])
+    with Session(copy, provider) as session:
+        reference: Reference | None = None
+        for group in calibrate.plan(layers, gram_budget // 2):
+            fit, held = (
+                calibrate.collect(model, group, part, mask=mask, provider=provider, quantize=quantize, bounds=bounds).stats
+                for part in (split.fit, split.effects)
+            )
+            for layer in group:
+                name = calibrate.input_name(layer)
+                if reference is None:
+                    rows = max(s.rows for s in held.values()) / len(split.effects)
+                    reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), mask)
+                errors = _errors(layer, fit[name], held[name], choices)
+                points: list[tuple[float, float]] = []
+                for choice in references:
+                    if progress is not None:
+                        progress(len(found) * (1 + len(references)) + len(points), total)
+                    if inputs is None:
+                        job = _quantized(layer, fit[name], _quick(choices[choice]))
+                        feeds = slots[layer.name].feeds(job.weight, job.bias)
+                        loss = reference.loss(lambda batch: session.run({**batch, **feeds}))  # noqa: B023
+                        error = _sampled_error(job, held[name], job.weight, choices[choice])
+                    else:
+                        loss = _emitted(model, layer.name, choices[choice], fit[name], inputs, reference, provider)
+                        error = errors[choice]
+                    points.append((max(error, FLOOR), max(loss, FLOOR)))
+                found[layer.name] = Sensitivity(errors, _rising(points))
+        assert reference is not None
+    if progress is not None:
+        progress(total, total)
+    return found, reference
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """In rising error; where the loss does not rise with it, noise was measured, and the one of larger error stands alone."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(points):
+        while kept and (kept[-1][1] >= point[1] or kept[-1][0] >= point[0]):
+            kept.pop()
+        kept.append(point)
+    return tuple(kept)
+
+
+def _columns(n: int) -> Array:
+    return np.unique(np.linspace(0, n - 1, min(n, COLUMNS)).round().astype(int))
+
+
+def _job(layer: LinearLayer, stats: LayerStats, columns: Array | slice) -> Job:
+    weight = np.ascontiguousarray(layer.read()[:, columns])
+    bias = layer.read_bias()
+    return Job(layer, stats, weight, weight, weight, None if bias is None else bias[columns])
+
+
+def _errors(layer: LinearLayer, fit: LayerStats, held: LayerStats, choices: Passes) -> dict[Choice, float]:
+    """Of every choice; blocks that span the column are one."""
+    known: dict[Choice, float] = {}
+    found = {}
+    for choice, passes in choices.items():
+        same = Choice(choice.bits, min(choice.block_size or layer.k, layer.k))
+        if same not in known:
+            known[same] = _error(layer, fit, held, passes)
+        found[choice] = known[same]
+    return found
+
+
+def _error(layer: LinearLayer, fit: LayerStats, held: LayerStats, passes: Sequence[LayerPass]) -> float:
+    """Relative squared layer error of a sample of output channels, under ``held``."""
+    job = _job(layer, fit, _columns(layer.n))
+    for p in passes:
+        if isinstance(p, Quantize):
+            replace(p, sweeps=min(p.sweeps, SWEEPS)).apply(job)
+        elif isinstance(p, MagR):
+            p.apply(job)
+    return _relative(job, held, job.weight, job.reference, passes)
+
+
+def _sampled_error(job: Job, held: LayerStats, weight: Array, passes: Sequence[LayerPass]) -> float:
+    """The same of a whole layer, of the same sample."""
+    columns = _columns(job.layer.n)
+    return _relative(job, held, weight[:, columns], job.reference[:, columns], passes)
+
+
+def _relative(job: Job, held: LayerStats, weight: Array, reference: Array, passes: Sequence[LayerPass]) -> float:
+    centred = any(isinstance(p, CompensateBias) and job.centred(p.bias) for p in passes)
+    power = layer_error(reference, held.gram)
+    return max(layer_error(weight - reference, held.objective_gram(centred)), 0.0) / power if power > 0 else 0.0
+
+
+def _quick(passes: Sequence[LayerPass]) -> list[LayerPass]:
+    """Passes of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
+    found: list[LayerPass] = []
+    for p in passes:
+        if isinstance(p, Quantize):
+            found.append(p if p.method == "rtn" else replace(p, method="gptq"))
+        elif isinstance(p, CompensateBias):
+            found.append(p)
+    return found
+
+
+def _quantized(layer: LinearLayer, stats: LayerStats, passes: Sequence[LayerPass]) -> Job:
+    job = _job(layer, stats, slice(None))
+    for p in passes:
+        p.apply(job)
+    return job
+
+
+def _emitted(
+    model: ir.Model, name: str, passes: Sequence[LayerPass], stats: LayerStats, inputs: Inputs, reference: Reference, provider: str
+) -> float:
+    """The loss of the model with one layer emitted."""
+    copy = model.clone()
+    layer = next(layer for layer in find(copy)[0] if layer.name == name)
+
+    def begin(job: Job) -> None:
+        job.output_grid = inputs.products.get(str(job.layer.node.outputs[0].name))
+
+    pipeline.run_layers(passes, [layer], lambda _: stats, lambda _: None, begin)
+    with Session(copy, provider) as session:
+        return reference.loss(session.run)
