@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import demo, optimizer
+from magr_onnx import checks, demo, optimizer
 from magr_onnx.models import bundled
 from magr_onnx.passes import find, parse
 from magr_onnx.passes.readback import digest, read_weights
