@@ -20,11 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from magr_onnx.linalg import cholesky
+from magr_onnx.linalg import damped
 from magr_onnx.types import Array, Goal, LayerStats
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
+SAMPLE = 128  # output channels the damping is chosen on
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,17 +64,24 @@ def aim(weights: Array, stats: LayerStats, goal: Goal, centred: bool) -> Aim:
     assert held_goal is not None
     w = weights.astype(np.float64)
     kept, kept_goal = stats.memo("kept", lambda: stats.combine(held, -1)), goal.combine(held_goal, -1)
-    before = error(w, held, held_goal, centred)
-    best, chosen, nearest = before, None, w
+    some = sample(w.shape[1], SAMPLE)
+    part, part_goal, part_held = w[:, some], kept_goal.columns(some), held_goal.columns(some)
+    before = error(part, held, part_held, centred)
+    best, chosen = before, None
     for damping in DAMPINGS:
-        moved = w + _step(w, kept, kept_goal, damping, centred)
-        found = error(moved, held, held_goal, centred)
+        found = error(part + _step(part, kept, part_goal, damping, centred), held, part_held, centred)
         if found < best:
-            best, chosen, nearest = found, damping, moved
+            best, chosen = found, damping
     if chosen is None:
         return Aim(weights, weights, None, before, before)
     damping = chosen * kept.rows / max(stats.rows, 1)  # all rows need less of it
-    return Aim((w + _step(w, stats, goal, damping, centred)).astype(np.float32), nearest.astype(np.float32), damping, before, best)
+    whole, nearest = (w + _step(w, s, g, d, centred) for s, g, d in ((stats, goal, damping), (kept, kept_goal, chosen)))
+    return Aim(whole.astype(np.float32), nearest.astype(np.float32), damping, before, best)
+
+
+def sample(n: int, most: int) -> npt.NDArray[np.intp]:
+    """At most ``most`` of ``n`` output channels, in order: columns are independent, so a sample tells as much as all of them."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
 def error(quantized: Array, stats: LayerStats, goal: Goal, centred: bool) -> float:
@@ -86,10 +95,8 @@ def error(quantized: Array, stats: LayerStats, goal: Goal, centred: bool) -> flo
 
 
 def _step(weights: Array, stats: LayerStats, goal: Goal, damping: float, centred: bool) -> Array:
-    """``(H_q + a diag(H_q))^-1 (C - H_q W0)``; layers with the same input share the factor."""
+    """``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
     cross = goal.cross - np.outer(stats.mean, goal.mean) if centred else goal.cross
-    lower = stats.memo(("feedback", centred, damping), lambda: cholesky(gram, damping).lower)
-    half = np.linalg.solve(lower, cross - gram @ weights)
-    result: Array = np.linalg.solve(lower.T, half)
+    result: Array = np.linalg.solve(damped(gram, damping), cross - gram @ weights)
     return result

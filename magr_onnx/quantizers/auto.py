@@ -27,9 +27,9 @@ from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 SAMPLE = 64  # output channels that choices are made on
-ALPHAS = (0.0, 0.3, 1.0, 3.0)  # of MagR, times the usual strength
+ALPHAS = (0.0, 1.0, 3.0)  # of MagR, times the usual strength
 DAMPINGS = (0.5, 1.0, 2.0)  # times the automatic one
-SWEEPS = 4  # before the grids are refitted, and in trials
+SWEEPS, TRIAL_SWEEPS = 4, 2  # before the grids are refitted; in trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,7 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     held = problem.stats.held_out
     assert held is not None
     kept = problem.stats.memo("kept", lambda: problem.stats.combine(held, -1))
-    n = problem.weights.shape[1]
-    columns = np.arange(n) if n <= SAMPLE else np.sort(np.random.default_rng(0).choice(n, SAMPLE, replace=False))
+    columns = feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = problem.reference[:, columns]
     target = problem.target if problem.kept_target is None else problem.kept_target
     target = np.ascontiguousarray(target[:, columns])
@@ -115,7 +114,7 @@ def _solve(
     prepared = _prepared(stats, centred, choice)
     reduced = _reduced(weights, stats, centred, choice, spec)
     start = gptq.solve(reduced, prepared, choose(reduced, spec, stats.objective_gram(centred).diagonal(), options.beta))
-    refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, SWEEPS), rescale=options.rescale)
+    refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
     errors = refined.errors
     if not quick and options.rescale and options.sweeps > SWEEPS:
         weight = regrid(target, refined.weight, gram.astype(np.float32)) if spec.rows(len(weights)) <= MOST_ROWS else refined.weight

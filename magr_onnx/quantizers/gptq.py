@@ -91,7 +91,8 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
             q = wanted[i - begin] * inverse[g]
             np.rint(q, out=q)
             q += grid.zeros[g]
-            np.clip(q, 0, top, out=q)
+            np.maximum(q, 0, out=q)
+            np.minimum(q, top, out=q)
             if room is not None:
                 room.clip(order[i], q, middle)
             codes[i] = q

@@ -25,7 +25,7 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
     """
     spec = weight.spec
     k = len(target)
-    rows = spec.rows(k)
+    rows, top = spec.rows(k), np.float32(spec.top)
     codes, scales, zeros = weight.codes.copy(), weight.scales.copy(), weight.zero_points.astype(np.float32)
     now = weight.dequantize()
     residual = gram @ (target - now)
@@ -42,9 +42,15 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
             difference = np.empty(goal.shape, np.float32)
             for i in range(len(goal)):
                 wanted = goal[i] - factor[i, :i] @ difference[:i]
-                q = np.clip(np.rint(wanted / scale) + zero, 0, spec.top)
-                found[i] = q
-                difference[i] = (q - zero) * scale - goal[i]
+                q = found[i]
+                np.divide(wanted, scale, out=q)
+                np.rint(q, out=q)
+                q += zero
+                np.maximum(q, 0, out=q)
+                np.minimum(q, top, out=q)
+                np.subtract(q, zero, out=difference[i])
+                difference[i] *= scale
+                difference[i] -= goal[i]
             error = _error(difference, factor, power)
             better = error < best
             best = np.where(better, error, best)
