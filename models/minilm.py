@@ -6,7 +6,8 @@ A benchmark script; it needs the ``bench`` extra and torch. Weights, tokenizer a
     python -m magr_onnx.models.minilm --books path/to/books --stsb path/to/stsb-test.csv --out folder
 
 It writes ``model.onnx`` (fp32, opset 20, dynamic batch and length, output ``sentence_embedding``: masked mean of the last hidden
-states, of length 1), ``calibration.npz`` (128 sentences, spread over all the books), ``stsb.npz`` (both sentences of every STS-B pair:
+states, of length 1), ``calibration.npz`` (128 sentences, spread over all the books), ``calibration_1024`` (1,024 of them, in
+batches of like length), ``stsb.npz`` (both sentences of every STS-B pair:
 all the first ones, then all the second ones) and ``stsb_scores.npy`` (the gold similarity of every pair, 0 to 5).
 """
 
@@ -32,6 +33,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "sentence_embedding"
 OPSET = 20
 CALIBRATION_SENTENCES = 128
+MORE_SENTENCES, BATCH = 1024, 16
 MAX_TOKENS = 128
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -43,15 +45,18 @@ class Files(NamedTuple):
 
     model: Path
     calibration: Path
+    more: Path
     test: Path
     scores: Path
 
     @staticmethod
     def of(folder: Path) -> Files:
-        return Files(folder / "model.onnx", folder / "calibration.npz", folder / "stsb.npz", folder / "stsb_scores.npy")
+        return Files(
+            folder / "model.onnx", folder / "calibration.npz", folder / "calibration_1024", folder / "stsb.npz", folder / "stsb_scores.npy"
+        )
 
     def exist(self) -> bool:
-        return all(path.is_file() for path in self)
+        return all(path.exists() for path in self)
 
 
 def weights_folder() -> Path:
@@ -147,6 +152,12 @@ def build(books: Path, stsb: Path, out: Path) -> Files:
     export(files.model)
     calibration: dict[str, Any] = encode(sentences_of(books))
     np.savez_compressed(files.calibration, **calibration)
+    more = encode(sentences_of(books, MORE_SENTENCES))
+    lengths = more["attention_mask"].sum(axis=1)
+    files.more.mkdir(exist_ok=True)
+    for i, rows in enumerate(np.split(np.argsort(lengths, kind="stable"), MORE_SENTENCES // BATCH)):
+        batch: dict[str, Any] = {name: array[rows, : lengths[rows].max()] for name, array in more.items()}
+        np.savez_compressed(files.more / f"batch_{i:02d}.npz", **batch)
     first, second, scores = read_stsb(stsb)
     test: dict[str, Any] = encode(first + second)
     np.savez_compressed(files.test, **test)
@@ -161,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
     for path in build(args.books, args.stsb, args.out):
-        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB" if path.is_file() else f"{path}/  {len(list(path.iterdir()))} batches")
 
 
 if __name__ == "__main__":

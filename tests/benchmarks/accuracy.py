@@ -8,10 +8,10 @@ the float results.
 
 Models and metrics:
 
-- ``minilm``: all-MiniLM-L6-v2, calibrated on 128 sentences from books. Mean cosine to the float embeddings over both sentences of all
+- ``minilm``: all-MiniLM-L6-v2, calibrated on 1,024 sentences from books. Mean cosine to the float embeddings over both sentences of all
   STS-B test pairs, and Spearman's correlation of the pairs' cosines with the gold scores.
 - ``lm``: a language model of 5.4 M parameters. Next-token cross-entropy in the first 120 held-out blocks of 256.
-- ``char``, ``char_rope``: character models, calibrated on 128 random windows of the first 90 % of their text. Next-character
+- ``char``, ``char_rope``: character models, calibrated on 512 random windows of the first 90 % of their text. Next-character
   cross-entropy inside 871 blocks of 128 of the rest.
 - ``tiny``: the model that ships with the package, on its own held-out blocks.
 """
@@ -51,7 +51,7 @@ from magr_onnx.runtime.validate import next_token_loss
 
 CHAR_CONTEXT = 128
 CHAR_BLOCKS = 871
-CALIBRATION_SAMPLES = 128
+CALIBRATION_SAMPLES = 512
 LM_BLOCKS = 120
 
 
@@ -70,7 +70,10 @@ class Setting:
         return f"{self.bits}-bit, {'per channel' if self.block is None else f'block {self.block}'}"
 
 
-SETTINGS = {"4x32": Setting(4, 32), "2x32": Setting(2, 32), "3xchannel": Setting(3, None)}
+SETTINGS = {
+    f"{bits}x{block or 'channel'}": Setting(bits, block) for bits, block in ((4, 32), (2, 32), (3, None), (3, 32), (4, None), (2, None))
+}
+DEFAULT_SETTINGS = ("4x32", "2x32", "3xchannel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,18 @@ def passes(name: str, text: str) -> Method:
     return Method(name, run)
 
 
+def without_refits() -> Method:
+    """The default with the grids of the first pass: neither scales nor zero points are refitted."""
+
+    def run(model: Path, calibration: Path, output: Path, setting: Setting) -> None:
+        block = setting.block or "channel"
+        quantize = f"quantize{{method=auto,bits={setting.bits},block_size={block},rescale=false}}"
+        text = f"error-feedback,{quantize},compensate-bias{{bias=any}},emit-matmulnbits"
+        magr_onnx.optimize(model, calibration, output=output, pipeline_text=text)
+
+    return Method("balanced without refits", run)
+
+
 METHODS = (
     *map(theirs, ORT_TOOLS),
     ours("RTN, min-max grid, no bias", quantizer="rtn", alpha=0, beta=1.0, bias="none"),
@@ -111,12 +126,16 @@ METHODS = (
     ours("textbook GPTQ", quantizer="gptq", alpha=0, beta=1.0, damping=0.01, act_order=False, bias="none"),
     ours("GPTQ", quantizer="gptq", alpha=0),
     ours("MagR + GPTQ", quantizer="gptq"),
-    ours("COMQ", alpha=0),
-    ours("MagR + COMQ (default)"),
-    ours("default with feedback", feedback=True),
+    ours("COMQ", quantizer="comq", alpha=0),
     ours("HQQ", quantizer="hqq", alpha=0),
-    ours("default, low rank 8", low_rank=8),
-    ours("default, equalized", equalize=True),
+    ours("fast: MagR + COMQ", effort="fast"),
+    ours("balanced (default)"),
+    ours("balanced without feedback", quantizer="auto"),
+    ours("balanced without MagR", alpha=0),
+    ours("balanced without bias", bias="none"),
+    without_refits(),
+    ours("balanced, low rank 8", low_rank=8),
+    ours("best", effort="best"),
 )
 
 
@@ -190,7 +209,7 @@ def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
 
     columns = ("cosine to float", "Spearman")
     title = f"all-MiniLM-L6-v2, {len(test['input_ids']):,} STS-B test sentences"
-    return Benchmark(title, folder / "model.onnx", folder / "calibration.npz", test, columns, outputs, metrics)
+    return Benchmark(title, folder / "model.onnx", folder / "calibration_1024", test, columns, outputs, metrics)
 
 
 def language_model(title: str, model: Path, calibration: Path, blocks: npt.NDArray[Any], batch: int) -> Benchmark:
@@ -224,7 +243,7 @@ def character_model(title: str, file: str) -> Callable[[Path, Path], Benchmark]:
         ids = np.array([index[c] for c in (folder / "shakespeare.txt").read_bytes().decode()], dtype=np.int64)
         train, rest = np.split(ids, [int(0.9 * len(ids))])
         starts = np.random.default_rng(0).integers(0, len(train) - CHAR_CONTEXT + 1, CALIBRATION_SAMPLES)
-        calibration = work / "char_calibration.npz"
+        calibration = work / f"char_calibration_{CALIBRATION_SAMPLES}.npz"
         np.savez_compressed(calibration, input_ids=np.stack([train[s : s + CHAR_CONTEXT] for s in starts]))
         blocks = rest[: CHAR_BLOCKS * CHAR_CONTEXT].reshape(CHAR_BLOCKS, CHAR_CONTEXT)
         return language_model(title, folder / file, calibration, blocks, 32)
@@ -353,7 +372,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of books, stsb, lm and charlm")
     parser.add_argument("--work", type=Path, required=True, help="folder for the exported encoder, float results and temporary files")
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (default {','.join(MODELS)})")
-    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"comma-separated (default {','.join(SETTINGS)})")
+    parser.add_argument("--settings", default=",".join(DEFAULT_SETTINGS), help=f"comma-separated, of {','.join(SETTINGS)}")
     parser.add_argument("--methods", default="*", help="shell pattern of method names, to run a few (default all)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too, after every one")
     args = parser.parse_args()

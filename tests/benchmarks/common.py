@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 PACKAGES = ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 BATCH_SIZE = 16
-MINILM = ("model.onnx", "calibration.npz", "stsb.npz", "stsb_scores.npy")
+MINILM = ("model.onnx", "calibration.npz", "calibration_1024/batch_00.npz", "stsb.npz", "stsb_scores.npy")
 
 Cell = str | int | float | None
 Feeds = dict[str, npt.NDArray[Any]]
@@ -146,13 +146,15 @@ def minilm(data: Path, work: Path) -> Path:
 
 
 class NpzReader:
-    """An onnxruntime calibration reader over stacked inputs: the same batches `magr_onnx.optimize` cuts from the file."""
+    """An onnxruntime calibration reader over stacked inputs or a folder of batches: the same that `magr_onnx.optimize` makes of it."""
 
     def __init__(self, path: Path, batch_size: int = BATCH_SIZE) -> None:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        count = len(next(iter(arrays.values())))
-        self.batches: list[Feeds] = [{n: a[i : i + batch_size] for n, a in arrays.items()} for i in range(0, count, batch_size)]
+        self.batches: list[Feeds] = []
+        for part in sorted(path.glob("*.npz")) if path.is_dir() else [path]:
+            with np.load(part) as file:
+                arrays = {name: file[name] for name in file.files}
+            count = len(next(iter(arrays.values())))
+            self.batches += [{n: a[i : i + batch_size] for n, a in arrays.items()} for i in range(0, count, batch_size)]
         self.position = 0
 
     def get_next(self) -> Feeds | None:
