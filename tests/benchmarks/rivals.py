@@ -34,6 +34,7 @@ import onnx
 from accuracy import MODELS, SETTINGS, Benchmark, Footnotes, Setting, divergences, float_outputs, metric_cells
 from common import Cell, header, machine, progress, table
 from onnx import numpy_helper
+from onnx.inliner import inline_local_functions
 
 import magr_onnx
 from magr_onnx.runtime.session import Arithmetic, Session
@@ -117,7 +118,7 @@ def constant_weights(model: onnx.ModelProto) -> list[npt.NDArray[Any]]:
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in known and node.input[0] not in known:
             wanted.append((node.input[1], any(a.name == "transB" and a.i for a in node.attribute)))
-        elif node.input and known.issuperset(node.input):
+        elif node.op_type == "Constant" or (node.input and known.issuperset(node.input)):
             nodes.append(node)
             known.update(node.output)
     names = sorted({name for name, _ in wanted} - set(held))
@@ -135,7 +136,7 @@ def constant_weights(model: onnx.ModelProto) -> list[npt.NDArray[Any]]:
 
 def count_layers(path: Path, setting: Setting) -> tuple[int, int]:
     """Layers on the setting's grid, and all layers."""
-    model = onnx.load(str(path))
+    model = inline_local_functions(onnx.load(str(path)))
     nodes = [{a.name: a.i for a in node.attribute} for node in model.graph.node if node.op_type == "MatMulNBits"]
     found = [(n["bits"], n["block_size"]) == (setting.bits, setting.block) for n in nodes]
     found += [on_grid(w, setting.bits, setting.block or len(w)) for w in constant_weights(model)]
@@ -165,7 +166,8 @@ def measure(
             if benchmark.columns[1] == "over float":
                 row.divergence = float(divergences(every_eighth(benchmark), output, arithmetic=Arithmetic.FLOAT_QDQ).mean())
     except magr_onnx.MagrError as error:
-        row.reason = f"onnxruntime refuses its file: {str(error).splitlines()[0][-160:]}"
+        said = str(error).splitlines()[0].replace(str(output), "it")
+        row.reason = f"onnxruntime refuses its file: {said[-160:]}"
     finally:
         output.unlink(missing_ok=True)
     return row

@@ -1,7 +1,7 @@
 """AMD Quark for ONNX: its MATMUL_NBITS preset, 4 bits.
 
-Pre-processing is skipped: it fuses MatMul and Add into Gemm, which the preset then leaves in float. Its GPTQ reads the first batch
-alone, so it is given all samples as one.
+Pre-processing is skipped: it optimizes the graph, and a MatMul that becomes a Gemm would be left in float. Its GPTQ reads the first
+batch alone, so it is given all samples as one.
 """
 
 from __future__ import annotations
