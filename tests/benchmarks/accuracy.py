@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ from common import (
 
 import magr_onnx
 from magr_onnx.models import bundled
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.runtime.validate import next_token_loss
 
 CHAR_CONTEXT = 128
@@ -157,6 +157,10 @@ PAPER = {"3xchannel": paper(3, 0.9)}
 # --- Models -------------------------------------------------------------------------------------------------------------------
 
 
+class Outputs(Protocol):
+    def __call__(self, path: Path, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> npt.NDArray[Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """A model, what to calibrate it with, and how to judge a file that replaces it.
@@ -167,7 +171,7 @@ class Benchmark:
         calibration: Its ``.npz``.
         test: Judged on; part of the key under which float results are kept.
         columns: Names of the metrics.
-        outputs: What a model computes on the test data, as one array.
+        outputs: What a model computes on the test data in an arithmetic of onnxruntime's, as one array.
         metrics: Metrics of such an array, given the float model's.
     """
 
@@ -176,7 +180,7 @@ class Benchmark:
     calibration: Path
     test: Feeds
     columns: tuple[str, str]
-    outputs: Callable[[Path], npt.NDArray[Any]]
+    outputs: Outputs
     metrics: Callable[[npt.NDArray[Any], npt.NDArray[Any]], tuple[float, float]]
 
 
@@ -191,10 +195,10 @@ def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
     lengths = test["attention_mask"].sum(axis=1)
     order = np.argsort(lengths, kind="stable")
 
-    def outputs(path: Path) -> npt.NDArray[Any]:
+    def outputs(path: Path, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> npt.NDArray[Any]:
         """Embeddings; sentences of like length run together, cut to the longest of them (padding is masked anyway)."""
         rows: dict[int, npt.NDArray[Any]] = {}
-        with Session(path) as session:
+        with Session(path, arithmetic=arithmetic) as session:
             for at in range(0, len(order), 64):
                 some = order[at : at + 64]
                 batch = {name: array[some, : lengths[some].max()] for name, array in test.items()}
@@ -215,9 +219,9 @@ def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
 def language_model(title: str, model: Path, calibration: Path, blocks: npt.NDArray[Any], batch: int) -> Benchmark:
     """Cross-entropy of ``blocks (count, length)``, next tokens inside each."""
 
-    def outputs(path: Path) -> npt.NDArray[Any]:
+    def outputs(path: Path, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> npt.NDArray[Any]:
         """Summed cross-entropy and tokens of every batch."""
-        with Session(path) as session:
+        with Session(path, arithmetic=arithmetic) as session:
             parts = [blocks[i : i + batch] for i in range(0, len(blocks), batch)]
             return np.array([next_token_loss(session.run({"input_ids": part})[0], part) for part in parts])
 
@@ -283,11 +287,11 @@ def float_outputs(name: str, benchmark: Benchmark, work: Path) -> npt.NDArray[An
     return result
 
 
-def divergences(benchmark: Benchmark, path: Path, batch: int = 8) -> npt.NDArray[np.float64]:
+def divergences(benchmark: Benchmark, path: Path, batch: int = 8, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> npt.NDArray[np.float64]:
     """Mean KL divergence of a language model's next-token distributions from the float model's, of every batch of blocks."""
     (blocks,) = benchmark.test.values()
     found = []
-    with Session(benchmark.model) as a, Session(path) as b:
+    with Session(benchmark.model) as a, Session(path, arithmetic=arithmetic) as b:
         for at in range(0, len(blocks), batch):
             p, q = (_log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
             found.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean(dtype=np.float64)))
