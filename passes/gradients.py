@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.passes.segments import reads
 from magr_onnx.passes.taps import Extension
 
 Maybe = ir.Value | None
@@ -54,12 +56,12 @@ class Backward:
         nodes = list(self.graph.model.graph)
         active = self._active = set(wanted)
         for node in nodes:
-            if any(v is not None and v.name in active for v in node.inputs):
+            if not _flat(node) and any(name in active for name in reads(node)):
                 active.update(str(v.name) for v in node.outputs)
         for name, seed in seeds.items():
             self._gradients.setdefault(name, []).append(seed)
         for node in reversed(nodes):
-            inputs = [v for v in node.inputs if v is not None and v.name in active and v.dtype in _FLOATS]
+            inputs = [] if _flat(node) else self._differentiated(node)
             reached = [self.gradient(str(v.name)) for v in node.outputs]
             lost = any(v.name in self._lost for v in node.outputs)
             if not inputs or not (lost or any(g is not None for g in reached)):
@@ -70,12 +72,22 @@ class Backward:
             if found is None:
                 if not lost:
                     self.blocked.add(node.op_type)
-                self._lost.update(str(v.name) for v in inputs)
+                self._lost.update(inputs)
                 continue
-            for value, gradient in zip(node.inputs, found, strict=False):
-                if value is not None and gradient is not None and value.name in active and value.dtype in _FLOATS:
+            for value, gradient in zip_longest(node.inputs, found):
+                if value is None or value.name not in inputs:
+                    continue
+                if gradient is None:  # the rule does not know this operand
+                    self.blocked.add(node.op_type)
+                    self._lost.add(str(value.name))
+                else:
                     self._gradients.setdefault(str(value.name), []).append(gradient)
         return {name: g for name in wanted if name not in self._lost and (g := self.gradient(name)) is not None}
+
+    def _differentiated(self, node: ir.Node) -> set[str]:
+        """What a node reads (its subgraphs included) and a gradient is asked of."""
+        others = {str(v.name) for v in node.inputs if v is not None and v.dtype not in _FLOATS}
+        return {name for name in reads(node) if name in self._active} - others
 
     def gradient(self, name: str) -> ir.Value | None:
         """The sum of what has been found for a value so far; complete once all its readers were visited."""
@@ -97,7 +109,14 @@ class Backward:
     def number(self, value: float, like: Maybe) -> ir.Value:
         self._count += 1
         kind = np.float16 if like is not None and like.dtype == ir.DataType.FLOAT16 else np.float32
-        return self.graph.constant(f"__grad_{self._count}", kind(value))
+        constant = self.graph.constant(f"__grad_{self._count}", kind(value))
+        return constant if like is None or like.dtype is not None else self.cast(constant, like)
+
+    def cast(self, value: Maybe, like: Maybe) -> ir.Value:
+        """``value`` in the type of another value, which the file need not say from opset 15 on."""
+        if self.graph.opset >= 15:
+            return self.op("CastLike", value, like)
+        return self.op("Cast", value, to=(None if like is None else like.dtype) or ir.DataType.FLOAT)
 
     def integers(self, values: Sequence[int]) -> ir.Value:
         self._count += 1
@@ -138,6 +157,20 @@ class Backward:
 
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, None)
+# Constant almost everywhere, or no floats: types of values between are often missing in files, so integers are told by what makes them.
+_FLAT = frozenset(
+    (
+        *("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "IsNaN", "IsInf", "Not", "And", "Or"),
+        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Sign", "Floor", "Ceil", "Round"),
+    )
+)
+
+
+def _flat(node: ir.Node) -> bool:
+    """Whether nothing that comes out of a node has a gradient."""
+    if node.op_type == "Cast" and "to" in node.attributes:
+        return ir.DataType(node.attributes["to"].as_int()) not in _FLOATS
+    return node.op_type in _FLAT and node.domain == ""
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -171,9 +204,7 @@ def _same(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 
 @rule("Cast")
 def _cast(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    source = node.inputs[0]
-    assert source is not None
-    return [b.op("CastLike", grads[0], source)] if b.graph.opset >= 15 else [b.op("Cast", grads[0], to=source.dtype or ir.DataType.FLOAT)]
+    return [b.cast(grads[0], node.inputs[0])]
 
 
 @rule("Add", "Sub")
@@ -267,9 +298,9 @@ def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         return None
     x, starts = node.inputs[:2]
     rank = len(b.shape(x))
-    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 else list(range(rank))
-    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
-    if axes is None or (steps is not None and set(steps) != {1}):
+    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
+    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+    if axes is None or steps is None or set(steps) != {1}:
         return None
     total, left = b.op("Shape", x), b.op("Shape", node.outputs[0])
     front = {}
@@ -301,10 +332,13 @@ def _gather(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
 
 
 @rule("Softmax")
-def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     y = node.outputs[0]
+    axis = _attribute(node, "axis", -1 if b.graph.opset >= 13 else 1)
+    if b.graph.opset < 13 and axis not in (-1, len(b.shape(y)) - 1):  # over all axes from this one on
+        return None
     weighted = b.op("Mul", grads[0], y)
-    return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [_attribute(node, "axis", -1)])))]
+    return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [axis])))]
 
 
 def _normalized(b: Backward, node: ir.Node, grads: Grads, centre: bool) -> Grads | None:
@@ -390,7 +424,7 @@ def _log(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 def _pow(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     x, p = node.inputs
     result = b.shape(node.outputs[0])
-    exponent = b.op("CastLike", p, x) if b.graph.opset >= 15 else b.op("Cast", p, to=ir.DataType.FLOAT)
+    exponent = b.cast(p, x)
     slope = b.op("Mul", b.op("Pow", x, b.op("Sub", exponent, b.number(1, x))), exponent)
     return [b.to_shape_of(b.op("Mul", grads[0], slope), x, result)]
 
@@ -430,7 +464,7 @@ def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     if node.op_type == "ReduceL2":
         return [b.op("Mul", x, b.op("Div", g, y))]
     if node.op_type == "ReduceMean":
-        count = b.op("CastLike", b.op("Div", b.op("Size", x), b.op("Size", y)), g)
+        count = b.cast(b.op("Div", b.op("Size", x), b.op("Size", y)), x)
         g = b.op("Div", g, count)
     return [b.op("Expand", g, b.op("Shape", x))]
 
@@ -462,18 +496,21 @@ def fisher_taps(
         if value.dtype not in _FLOATS or name not in shapes or not shapes[name]:
             continue
         out = copy.values[name]
-        noise = backward.op("RandomNormalLike", out, seed=float(i + 1))
+        if value.dtype == ir.DataType.FLOAT16:
+            out = backward.op("Cast", out, to=ir.DataType.FLOAT)
+        noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
         if logits(name, len(shapes[name])):
             p = backward.op("Softmax", out, axis=-1)
             root = backward.op("Mul", backward.op("Sqrt", p), noise)
-            seeds[name] = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
+            seed = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
         else:
             power = (
                 backward.op("ReduceSumSquare", out, keepdims=0)
                 if copy.opset < 18
                 else backward.op("ReduceSumSquare", out, None, keepdims=0)
             )
-            seeds[name] = backward.op("Div", noise, backward.op("Sqrt", power))
+            seed = backward.op("Div", noise, backward.op("Sqrt", power))
+        seeds[name] = backward.op("Cast", seed, to=value.dtype) if value.dtype == ir.DataType.FLOAT16 else seed
     found = backward.run(seeds, values)
     for i, (name, gradient) in enumerate(found.items()):
         rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, shapes[name][-1]]))
