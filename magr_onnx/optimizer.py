@@ -100,8 +100,8 @@ def optimize(
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
-        if calibration is None:  # nothing to choose by
-            options.setdefault("effort", "fast")
+        if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
+            options["effort"] = "fast"
         passes = build_pipeline(**options)
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
