@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -19,15 +18,12 @@ from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError,
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import (
-    CompensateBias,
-    EmitQDQInt8,
     ErrorFeedback,
     Job,
     LayerPass,
     LinearLayer,
     OutputHessian,
     Quantize,
-    QuantizeActivations,
     Skip,
     pipeline,
 )
@@ -40,7 +36,7 @@ from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import Session, provider_name
 from magr_onnx.targets import Target
-from magr_onnx.types import Activation, ActivationGrid, check_finite
+from magr_onnx.types import check_finite
 from magr_onnx.verification import LayerVerdict
 
 Progress = Callable[[str, int, int], None]
@@ -159,10 +155,10 @@ def optimize(
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
-    grids = _Grids()
+    grids = ranges.Grids()
     if activations is not None and data is not None:
         report = stage(progress, "ranges")
-        grids = _choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     unmasked: list[str] = []
@@ -224,7 +220,7 @@ def _statistics(
     layers: Sequence[LinearLayer],
     data: Batches | None,
     passes: Sequence[LayerPass],
-    grids: _Grids,
+    grids: ranges.Grids,
     mask: str | None,
     provider: str,
     gram_budget: int,
@@ -293,7 +289,7 @@ def _what_is_missing(hessian: fisher.Fisher, layers: Sequence[LinearLayer]) -> l
     return [f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same"]
 
 
-def _beginning(result: calibrate.Calibration, grids: _Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
+def _beginning(result: calibrate.Calibration, grids: ranges.Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
     """What a job should know before its passes run."""
 
     def begin(job: Job) -> None:
@@ -306,54 +302,6 @@ def _beginning(result: calibrate.Calibration, grids: _Grids, hessian: fisher.Fis
 
 def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:
     return lambda done, total: progress(index * total + done, count * total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Grids:
-    """How activations are quantized, by value name.
-
-    Attributes:
-        inputs: Of what layers read.
-        products: Of what layers put out, where that is quantized too.
-        bounds: What values are clipped to in statistics, where sentinels were found.
-        notes: Sentences for the report.
-    """
-
-    inputs: dict[str, Activation] = field(default_factory=dict)
-    products: dict[str, ActivationGrid] = field(default_factory=dict)
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def _choose_grids(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches,
-    passes: Sequence[LayerPass],
-    activations: QuantizeActivations,
-    mask: str | None,
-    provider: str,
-    progress: Callable[[int, int], None] | None,
-) -> _Grids:
-    values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
-    products = ranges.products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
-    read = {v.name for v in values}
-    values += [v for v in products if v.name not in read]
-    chosen = ranges.choose(
-        model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress
-    )
-    found = _Grids({name: choice.grid for name, choice in chosen.items()})
-    for value in products:
-        grid = chosen[value.name].grid
-        if isinstance(grid, ActivationGrid):
-            found.products[value.name] = grid
-    for name, choice in chosen.items():
-        if choice.bounds is not None:
-            found.bounds[name] = choice.bounds
-        if choice.sentinels is not None:
-            low, high = choice.sentinels
-            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-    return found
 
 
 class _Clock:

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from magr_onnx.models import bundled
-from magr_onnx.passes.gradients import RULES, Backward, fisher_taps
+from magr_onnx.passes.backward import RULES, Backward
+from magr_onnx.passes.gradients import fisher_taps
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.taps import Extension, shape_taps
 from magr_onnx.runtime.session import Session
@@ -376,7 +377,7 @@ def tail(kind: str, dtype: Any = np.float32, opset: int = 20) -> tuple[ir.Model,
 
 def moments(model: ir.Model, x: Array, logits: bool, repeats: int = 1) -> Array:
     feeds = {"x": x}
-    tapped, reached, blocked = fisher_taps(model, ["first_out"], shapes_of(model, feeds), lambda name, rank: logits)
+    tapped, reached, blocked = fisher_taps(model, {"first_out": 4}, shapes_of(model, feeds), lambda name, rank: logits)
     assert (reached, blocked) == (["first_out"], set())
     with Session(tapped) as session:
         found: Array = sum(session.run(feeds)[0].astype(np.float64) for _ in range(repeats)) / repeats

@@ -52,7 +52,7 @@ def test_text_means_what_it_says() -> None:
         ("magr,", "expected a pass name at character 5"),
         ("magr quantize", "expected ','"),
         ("magr{alpha=1e-3", "expected ','"),
-        ("gptq", "no pass is called 'gptq'; there are equalize, split-outliers, twin-ranges, error-feedback, magr"),
+        ("gptq", "no pass is called 'gptq'; there are equalize, split-outliers, twin-ranges, error-feedback, output-hessian, magr"),
         ("magr{strength=1}", "magr has no option 'strength=1'; it takes alpha, relative"),
         ("quantize{bits=four}", "expected int"),
         ("quantize{act_order=1}", "expected bool"),
