@@ -144,13 +144,15 @@ def test_effort_and_cache_reach_the_run(folder: Path) -> None:
     for cache in ("1GB", "1KB"):
         out = folder / cache / "out.onnx"
         out.parent.mkdir()
-        result = run("optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--batch-size", "25", "--cache", cache)
+        result = run(
+            "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--batch-size", "25", "--cache", cache, "--json"
+        )
         assert (result.returncode, result.stderr) == (0, "")
-        assert "error-feedback,quantize{method=auto}" in result.stdout
+        assert json.loads(result.stdout)["pipeline"] == "error-feedback,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"
         made.append(out.read_bytes())
     assert made[0] == made[1]
-    best = run("optimize", folder / "model.onnx", "-o", folder / "best.onnx", "-c", folder / "calibration.npz", "--effort", "best")
-    assert "error-feedback,output-hessian,quantize{method=auto}" in best.stdout
+    best = run("optimize", folder / "model.onnx", "-o", folder / "best.onnx", "-c", folder / "calibration.npz", "-e", "best", "--json")
+    assert json.loads(best.stdout)["pipeline"].startswith("error-feedback,output-hessian,quantize{method=auto}")
 
 
 def test_pipeline_replaces_options(folder: Path) -> None:

@@ -433,3 +433,38 @@ def test_memory_for_values_between_stages_changes_nothing(effort: Any, tmp_path:
         magr_onnx.optimize(model, data, output=out, bits=3, effort=effort, cache=cache)
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("form", ["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"])
+def test_every_effort_with_every_format(form: Any, effort: Any, tmp_path: Path) -> None:
+    """The emitted model is close to the float one on fresh rows."""
+    model, out = block(), tmp_path / "out.onnx"
+    data, fresh = [graphs.feeds(model, 32, 7, seed=s) for s in range(8)], graphs.feeds(model, 50, 7, seed=99)
+    accumulator = {"target": "x86-avx2"} if form == "qdq-int8" else {}
+    report = magr_onnx.optimize(graphs.proto(model), data, output=out, format=form, effort=effort, **accumulator).report
+    assert report.verified == 3
+    assert ("error-feedback" in report.pipeline) == (effort != "fast")
+    assert not any("gradients" in note for note in report.notes)
+    with Session(model) as before, Session(out) as after:
+        expected, found = before.run(fresh)[0], after.run(fresh)[0]
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+@pytest.mark.parametrize("opset", [13, 20])
+def test_efforts_in_half_precision(effort: Any, opset: int) -> None:
+    b = Builder(opset)
+    x = b.input("x", ["batch", 32], ir.DataType.FLOAT16)
+    total = x
+    for i in range(2):
+        product = b.node("MatMul", [b.node("Tanh", [total]), b.constant(f"w{i}", random(32, 32, seed=i, dtype=np.float16))], f"layer_{i}")
+        total = b.node("Add", [product, total], f"sum_{i}")
+    head = b.node("MatMul", [total, b.constant("w", random(32, 8, seed=9, dtype=np.float16))], "head")
+    model = b.model(head, ["batch", 8])
+    data, fresh = batches(model, 8, 60), graphs.feeds(model, 100, seed=99)
+    made, report = magr_onnx.optimize(graphs.proto(model), data, effort=effort, bits=8)
+    assert report.verified == 3
+    with Session(model) as before, Session(made) as after:
+        expected, found = (s.run(fresh)[0].astype(np.float64) for s in (before, after))
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
