@@ -25,12 +25,12 @@ from magr_onnx.passes import (
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, versions
-from magr_onnx.runtime import calibrate, rewriting, stages
+from magr_onnx.runtime import calibrate, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import Session, provider_name
-from magr_onnx.statistics import Grids, beginning, choose_grids, gather, output_hessian, what_is_missing
+from magr_onnx.statistics import beginning, gather, output_hessian, what_is_missing
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -91,8 +91,8 @@ def optimize(
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
         goal = mixed.goal_of(options)
-        if calibration is None:  # nothing to choose by
-            options.setdefault("effort", "fast")
+        if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
+            options["effort"] = "fast"
         passes = build_pipeline(**options)
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
@@ -152,10 +152,10 @@ def optimize(
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
-    grids = Grids()
+    grids = ranges.Grids()
     if activations is not None and data is not None:
         report = stage(progress, "ranges")
-        grids = choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None

@@ -4,72 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from magr_onnx.passes import (
-    CompensateBias,
-    EmitQDQInt8,
     ErrorFeedback,
     Job,
     LayerPass,
     LinearLayer,
     OutputHessian,
     Quantize,
-    QuantizeActivations,
 )
 from magr_onnx.runtime import calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
-from magr_onnx.types import Activation, ActivationGrid
-
-
-@dataclass(frozen=True, slots=True)
-class Grids:
-    """How activations are quantized, by value name.
-
-    Attributes:
-        inputs: Of what layers read.
-        products: Of what layers put out, where that is quantized too.
-        bounds: What values are clipped to in statistics, where sentinels were found.
-        notes: Sentences for the report.
-    """
-
-    inputs: dict[str, Activation] = field(default_factory=dict)
-    products: dict[str, ActivationGrid] = field(default_factory=dict)
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def choose_grids(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches,
-    passes: Sequence[LayerPass],
-    activations: QuantizeActivations,
-    mask: str | None,
-    provider: str,
-    progress: Callable[[int, int], None] | None,
-) -> Grids:
-    values = ranges.inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
-    products = ranges.products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
-    read = {v.name for v in values}
-    values += [v for v in products if v.name not in read]
-    chosen = ranges.choose(
-        model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress
-    )
-    found = Grids({name: choice.grid for name, choice in chosen.items()})
-    for value in products:
-        grid = chosen[value.name].grid
-        if isinstance(grid, ActivationGrid):
-            found.products[value.name] = grid
-    for name, choice in chosen.items():
-        if choice.bounds is not None:
-            found.bounds[name] = choice.bounds
-        if choice.sentinels is not None:
-            low, high = choice.sentinels
-            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-    return found
 
 
 def gather(
@@ -78,7 +25,7 @@ def gather(
     layers: Sequence[LinearLayer],
     data: Batches | None,
     passes: Sequence[LayerPass],
-    grids: Grids,
+    grids: ranges.Grids,
     mask: str | None,
     provider: str,
     gram_budget: int,
@@ -147,7 +94,7 @@ def what_is_missing(hessian: fisher.Fisher, layers: Sequence[LinearLayer]) -> li
     return [f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same"]
 
 
-def beginning(result: calibrate.Calibration, grids: Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
+def beginning(result: calibrate.Calibration, grids: ranges.Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
     """What a job should know before its passes run."""
 
     def begin(job: Job) -> None:

@@ -2,142 +2,17 @@
 
 To teach it an operator, write its rule: a function of `Backward`, the node and the gradients of its outputs that returns a
 gradient for every input (None where there is none), under ``@rule("Operator")``.
-
-Only what lies between the values asked about and the outputs is differentiated. Where an operator without a rule is in the way,
-the values before it have no gradient, and `Backward.blocked` names it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.passes.backward import FLOATS, RULES, Backward, Grads, Maybe, rule
 from magr_onnx.passes.taps import Extension
-
-Maybe = ir.Value | None
-Grads = Sequence[Maybe]
-Rule = Callable[["Backward", ir.Node, Grads], Grads | None]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-class Backward:
-    """The copy of the model while its backward half is written.
-
-    Attributes:
-        graph: Where nodes are added.
-        blocked: Operators without a rule that were met.
-    """
-
-    def __init__(self, graph: Extension, shapes: Mapping[str, Sequence[int]]) -> None:
-        self.graph = graph
-        self.blocked: set[str] = set()
-        self._shapes = shapes
-        self._count = 0
-        self._gradients: dict[str, list[ir.Value]] = {}
-        self._lost: set[str] = set()
-        self._active: set[str] = set()
-
-    def run(self, seeds: Mapping[str, ir.Value], wanted: Iterable[str]) -> dict[str, ir.Value]:
-        """Gradients of ``sum over outputs <seed, output>`` with respect to every wanted value that has one."""
-        wanted = list(wanted)
-        nodes = list(self.graph.model.graph)
-        active = self._active = set(wanted)
-        for node in nodes:
-            if any(v is not None and v.name in active for v in node.inputs):
-                active.update(str(v.name) for v in node.outputs)
-        for name, seed in seeds.items():
-            self._gradients.setdefault(name, []).append(seed)
-        for node in reversed(nodes):
-            inputs = [v for v in node.inputs if v is not None and v.name in active and v.dtype in _FLOATS]
-            reached = [self.gradient(str(v.name)) for v in node.outputs]
-            lost = any(v.name in self._lost for v in node.outputs)
-            if not inputs or not (lost or any(g is not None for g in reached)):
-                continue
-            found: Grads | None = None
-            if not lost and node.op_type in RULES and node.domain in ("", "com.microsoft"):
-                found = RULES[node.op_type](self, node, reached)
-            if found is None:
-                if not lost:
-                    self.blocked.add(node.op_type)
-                self._lost.update(str(v.name) for v in inputs)
-                continue
-            for value, gradient in zip(node.inputs, found, strict=False):
-                if value is not None and gradient is not None and value.name in active and value.dtype in _FLOATS:
-                    self._gradients.setdefault(str(value.name), []).append(gradient)
-        return {name: g for name in wanted if name not in self._lost and (g := self.gradient(name)) is not None}
-
-    def gradient(self, name: str) -> ir.Value | None:
-        """The sum of what has been found for a value so far; complete once all its readers were visited."""
-        parts = self._gradients.get(name)
-        if not parts:
-            return None
-        total = parts[0]
-        for part in parts[1:]:
-            total = self.op("Add", total, part)
-        self._gradients[name] = [total]
-        return total
-
-    # --- What rules are written in ------------------------------------------------------------------------------------
-
-    def op(self, name: str, *inputs: Maybe, **attributes: object) -> ir.Value:
-        self._count += 1
-        return self.graph.add(name, inputs, f"__grad_{self._count}", **attributes)
-
-    def number(self, value: float, like: Maybe) -> ir.Value:
-        self._count += 1
-        kind = np.float16 if like is not None and like.dtype == ir.DataType.FLOAT16 else np.float32
-        return self.graph.constant(f"__grad_{self._count}", kind(value))
-
-    def integers(self, values: Sequence[int]) -> ir.Value:
-        self._count += 1
-        return self.graph.constant(f"__grad_{self._count}", np.array(values, np.int64))
-
-    def shape(self, value: Maybe) -> tuple[int, ...]:
-        """As it was on one batch; the rank and the axes of size 1 are what rules may read from it."""
-        assert value is not None
-        if value.const_value is not None:
-            return tuple(int(d) for d in value.const_value.shape.numpy())
-        return tuple(self._shapes[str(value.name)])
-
-    def sum(self, gradient: Maybe, axes: Sequence[int], keepdims: bool = True) -> ir.Value:
-        if self.graph.opset >= 13:
-            return self.op("ReduceSum", gradient, self.integers(axes), keepdims=int(keepdims))
-        return self.op("ReduceSum", gradient, axes=list(axes), keepdims=int(keepdims))
-
-    def mean(self, value: Maybe, axis: int = -1) -> ir.Value:
-        if self.graph.opset >= 18:
-            return self.op("ReduceMean", value, self.integers([axis]), keepdims=1)
-        return self.op("ReduceMean", value, axes=[axis], keepdims=1)
-
-    def unsqueeze(self, value: Maybe, axes: Sequence[int]) -> ir.Value:
-        if self.graph.opset >= 13:
-            return self.op("Unsqueeze", value, self.integers(axes))
-        return self.op("Unsqueeze", value, axes=list(axes))
-
-    def to_shape_of(self, gradient: Maybe, value: Maybe, result: Sequence[int]) -> Maybe:
-        """The gradient of a broadcast operand: summed over the axes along which it was repeated to the shape ``result``."""
-        if value is None or value.name not in self._active:  # never read
-            return gradient
-        own = self.shape(value)
-        leading = len(result) - len(own)
-        if leading:
-            gradient = self.sum(gradient, list(range(leading)), keepdims=False)
-        axes = [i for i, size in enumerate(own) if size == 1 and result[leading + i] != 1]
-        return self.sum(gradient, axes) if axes else gradient
-
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, None)
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -171,9 +46,7 @@ def _same(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 
 @rule("Cast")
 def _cast(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    source = node.inputs[0]
-    assert source is not None
-    return [b.op("CastLike", grads[0], source)] if b.graph.opset >= 15 else [b.op("Cast", grads[0], to=source.dtype or ir.DataType.FLOAT)]
+    return [b.cast(grads[0], node.inputs[0])]
 
 
 @rule("Add", "Sub")
@@ -267,9 +140,9 @@ def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         return None
     x, starts = node.inputs[:2]
     rank = len(b.shape(x))
-    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 else list(range(rank))
-    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
-    if axes is None or (steps is not None and set(steps) != {1}):
+    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
+    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+    if axes is None or steps is None or set(steps) != {1}:
         return None
     total, left = b.op("Shape", x), b.op("Shape", node.outputs[0])
     front = {}
@@ -301,10 +174,13 @@ def _gather(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
 
 
 @rule("Softmax")
-def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     y = node.outputs[0]
+    axis = _attribute(node, "axis", -1 if b.graph.opset >= 13 else 1)
+    if b.graph.opset < 13 and axis not in (-1, len(b.shape(y)) - 1):  # over all axes from this one on
+        return None
     weighted = b.op("Mul", grads[0], y)
-    return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [_attribute(node, "axis", -1)])))]
+    return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [axis])))]
 
 
 def _normalized(b: Backward, node: ir.Node, grads: Grads, centre: bool) -> Grads | None:
@@ -390,7 +266,7 @@ def _log(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 def _pow(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     x, p = node.inputs
     result = b.shape(node.outputs[0])
-    exponent = b.op("CastLike", p, x) if b.graph.opset >= 15 else b.op("Cast", p, to=ir.DataType.FLOAT)
+    exponent = b.cast(p, x)
     slope = b.op("Mul", b.op("Pow", x, b.op("Sub", exponent, b.number(1, x))), exponent)
     return [b.to_shape_of(b.op("Mul", grads[0], slope), x, result)]
 
@@ -430,13 +306,20 @@ def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     if node.op_type == "ReduceL2":
         return [b.op("Mul", x, b.op("Div", g, y))]
     if node.op_type == "ReduceMean":
-        count = b.op("CastLike", b.op("Div", b.op("Size", x), b.op("Size", y)), g)
+        count = b.cast(b.op("Div", b.op("Size", x), b.op("Size", y)), x)
         g = b.op("Div", g, count)
     return [b.op("Expand", g, b.op("Shape", x))]
 
 
+def measured(model: ir.Model) -> list[str]:
+    """Values whose shapes rules may ask for, and the outputs; what no rule touches need not be a tensor."""
+    known = {str(v.name): None for node in model.graph if node.op_type in RULES for v in (*node.inputs, *node.outputs) if v is not None}
+    made = {str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name}
+    return [name for name in (known | {str(v.name): None for v in model.graph.outputs}) if name in made]
+
+
 def fisher_taps(
-    model: ir.Model, values: Sequence[str], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
+    model: ir.Model, values: Mapping[str, int], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
 ) -> tuple[ir.Model, list[str], set[str]]:
     """A copy of the model that outputs ``G^T G (N, N)`` of every value ``y (..., N)`` that has one, ``G`` being random gradients.
 
@@ -447,8 +330,8 @@ def fisher_taps(
 
     Args:
         model: The model.
-        values: Values to differentiate by.
-        shapes: Of every value of the graph, on one batch.
+        values: Values to differentiate by, and their widths N.
+        shapes: Of the values that are `measured`, on one batch.
         logits: Whether an output of a name and rank is one of logits.
 
     Returns:
@@ -459,23 +342,26 @@ def fisher_taps(
     seeds = {}
     for i, value in enumerate(model.graph.outputs):
         name = str(value.name)
-        if value.dtype not in _FLOATS or name not in shapes or not shapes[name]:
+        if value.dtype not in FLOATS or name not in shapes or not shapes[name]:
             continue
         out = copy.values[name]
-        noise = backward.op("RandomNormalLike", out, seed=float(i + 1))
+        if value.dtype == ir.DataType.FLOAT16:
+            out = backward.op("Cast", out, to=ir.DataType.FLOAT)
+        noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
         if logits(name, len(shapes[name])):
             p = backward.op("Softmax", out, axis=-1)
             root = backward.op("Mul", backward.op("Sqrt", p), noise)
-            seeds[name] = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
+            seed = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
         else:
             power = (
                 backward.op("ReduceSumSquare", out, keepdims=0)
                 if copy.opset < 18
                 else backward.op("ReduceSumSquare", out, None, keepdims=0)
             )
-            seeds[name] = backward.op("Div", noise, backward.op("Sqrt", power))
+            seed = backward.op("Div", noise, backward.op("Sqrt", power))
+        seeds[name] = backward.op("Cast", seed, to=value.dtype) if value.dtype == ir.DataType.FLOAT16 else seed
     found = backward.run(seeds, values)
     for i, (name, gradient) in enumerate(found.items()):
-        rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, shapes[name][-1]]))
-        copy.output(copy.add("Gemm", [rows, rows], f"__fisher_{i}", transA=1), shape=[shapes[name][-1]] * 2)
+        rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, values[name]]))
+        copy.output(copy.add("Gemm", [rows, rows], f"__fisher_{i}", transA=1), shape=[values[name]] * 2)
     return copy.finish(), list(found), backward.blocked

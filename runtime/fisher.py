@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.passes.gradients import fisher_taps
+from magr_onnx.passes.gradients import fisher_taps, measured
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import shape_taps
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET
@@ -81,12 +81,12 @@ def collect(
     if not wanted:
         return found
     data = data.limit(MOST_BATCHES)
-    names = [str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name]
+    names = measured(model)
     with Session(shape_taps(model, names), provider) as session:
         shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}
     groups = list(_groups(wanted, budget))
     for index, group in enumerate(groups):
-        tapped, reached, blocked = fisher_taps(model, group, shapes, is_logits)
+        tapped, reached, blocked = fisher_taps(model, {n: wanted[n] for n in group}, shapes, is_logits)
         found.blocked |= blocked
         sums = [np.zeros((wanted[n], wanted[n])) for n in reached]
         if reached:

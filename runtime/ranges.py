@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes import CompensateBias, EmitQDQInt8, LayerPass, QuantizeActivations
 from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.linear import LinearLayer
@@ -198,3 +199,50 @@ def _projection(n: int) -> Array:
     if n <= SKETCH:
         return np.eye(n, dtype=np.float32)
     return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """How activations are quantized, by value name.
+
+    Attributes:
+        inputs: Of what layers read.
+        products: Of what layers put out, where that is quantized too.
+        bounds: What values are clipped to in statistics, where sentinels were found.
+        notes: Sentences for the report.
+    """
+
+    inputs: dict[str, Activation] = field(default_factory=dict)
+    products: dict[str, ActivationGrid] = field(default_factory=dict)
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_grids(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    data: Batches,
+    passes: Sequence[LayerPass],
+    activations: QuantizeActivations,
+    mask: str | None,
+    provider: str,
+    progress: Progress | None,
+) -> Grids:
+    """The grids that passes ask for, of layers' inputs and of their products where those are quantized too; see `choose`."""
+    values = inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
+    products = products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
+    read = {v.name for v in values}
+    values += [v for v in products if v.name not in read]
+    chosen = choose(model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress)
+    found = Grids({name: choice.grid for name, choice in chosen.items()})
+    for value in products:
+        grid = chosen[value.name].grid
+        if isinstance(grid, ActivationGrid):
+            found.products[value.name] = grid
+    for name, choice in chosen.items():
+        if choice.bounds is not None:
+            found.bounds[name] = choice.bounds
+        if choice.sentinels is not None:
+            low, high = choice.sentinels
+            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
+    return found

@@ -44,6 +44,7 @@ class Cache:
         self._memory: dict[tuple[str, int], Tensor] = {}
         self._files: dict[tuple[str, int], Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0  # names files: their number would give a name again once some were dropped
         self.spilled = 0
 
     def put(self, name: str, batch: int, array: Tensor) -> None:
@@ -53,9 +54,10 @@ class Cache:
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-        path = Path(self._folder.name, f"{len(self._files)}_{batch}.npy")
+        path = Path(self._folder.name, f"{self._written}.npy")
         np.save(path, array, allow_pickle=False)
         self._files[name, batch] = path
+        self._written += 1
         self.spilled += array.nbytes
 
     def get(self, name: str, batch: int) -> Tensor:

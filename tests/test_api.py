@@ -21,6 +21,19 @@ from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.runtime.validate import next_token_loss
 from tests import graphs
 from tests.graphs import feeds, proto
+from tests.helpers import few_samples
+
+Batches = list[dict[str, np.ndarray]]
+
+
+def in_batches(ids: np.ndarray) -> Batches:
+    return [{"input_ids": ids[at : at + 16]} for at in range(0, len(ids), 16)]
+
+
+@pytest.fixture(scope="module")
+def samples() -> Batches:
+    """Half of the bundled calibration data: four batches, one of which is held out."""
+    return in_batches(np.load(bundled.CALIBRATION)["input_ids"][:64])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +58,7 @@ def float_loss(held_out: np.ndarray) -> float:
 
 def added(held_out: np.ndarray, float_loss: float, **options: Any) -> float:
     """Cross-entropy (nats a token) that quantization adds on held-out text, on the emitted model."""
-    model, _ = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, **options)
+    model, _ = magr_onnx.optimize(bundled.MODEL, **options)
     return loss(model, held_out) - float_loss
 
 
@@ -53,13 +66,16 @@ PLAIN: dict[str, Any] = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": 
 TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bias": "none", "damping": 0.01, "act_order": False}
 
 
-@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 0.95), (2, 32, 0.7), (3, None, 0.7)])  # seen: 0.78, 0.55, 0.52
+@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 0.75), (2, 32, 0.7), (3, None, 0.6)])  # seen: 0.60, 0.56, 0.49
 def test_defaults_beat_textbook_gptq_beats_rounding(
-    bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float
+    bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float, samples: Batches
 ) -> None:
-    rtn, gptq, ours = (added(held_out, float_loss, bits=bits, block_size=block, **o) for o in (PLAIN, TEXTBOOK, {}))
-    assert ours < bound * gptq
-    assert gptq < 0.8 * rtn
+    rtn, gptq, fast, ours = (
+        added(held_out, float_loss, calibration=samples, bits=bits, block_size=block, **o)
+        for o in (PLAIN, TEXTBOOK, {"effort": "fast"}, {})
+    )
+    assert ours < fast < bound * gptq
+    assert gptq < 0.9 * rtn
 
 
 def test_float_model_is_well_trained(float_loss: float) -> None:
@@ -67,7 +83,7 @@ def test_float_model_is_well_trained(float_loss: float) -> None:
 
 
 def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> None:
-    assert abs(added(held_out, float_loss, bits=8, quantizer="rtn")) < 2e-3
+    assert abs(added(held_out, float_loss, calibration=few_samples(), bits=8, quantizer="rtn")) < 2e-3
 
 
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +99,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
         run_layers(passes, layers, stats, keep, *rest)
 
     monkeypatch.setattr(optimizer.pipeline, "run_layers", spy)
-    _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, bits=3)
+    _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)
     found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
     assert found == chosen
     assert len(found) == report.verified == len(report.layers) == 21
@@ -103,13 +119,17 @@ def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         magr_onnx.optimize(graphs.chain())
 
 
-@pytest.mark.parametrize("form", ["matmulnbits", "qdq"])
-def test_report_is_complete(form: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "effort"), [("matmulnbits", "balanced"), ("qdq", "fast")])
+def test_report_is_complete(form: Any, effort: Any, tmp_path: Path, samples: Batches, held_out: np.ndarray) -> None:
     out = tmp_path / "out.onnx"
-    _, report = magr_onnx.optimize(bundled.MODEL, bundled.CALIBRATION, output=out, format=form, validation_data=bundled.HELD_OUT)
+    _, report = magr_onnx.optimize(
+        bundled.MODEL, samples, output=out, format=form, effort=effort, validation_data=in_batches(held_out[:32])
+    )
     assert (len(report.layers), len(report.skipped), report.verified) == (21, 10, 21)
     assert {s.reason for s in report.skipped} == {"right side is computed at run time"}
-    assert all(r.rows == 128 * 128 and r.error is not None and 0 < r.error < 0.2 and r.magr for r in report.layers)
+    assert all(r.rows == 64 * 128 and r.error is not None and 0 < r.error < 0.4 and r.solver for r in report.layers)
+    assert all((r.magr is None) == (effort == "balanced") for r in report.layers)
+    assert sum(r.feedback is not None for r in report.layers) == (20 if effort == "balanced" else 0)
     assert all(r.bias_compensated for r in report.layers[:-1])
     assert report.layers[-1].bias_compensated == (form == "matmulnbits")  # the head has no bias of its own
     assert report.bytes_after == out.stat().st_size < 0.3 * report.bytes_before
@@ -186,9 +206,11 @@ def test_option_problems_come_all_at_once_and_first() -> None:
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)
 
 
-def test_demo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [demo.SETTINGS[4:], pytest.param(demo.SETTINGS, marks=pytest.mark.slow)])
+def test_demo(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SETTINGS", settings)
     result = demo.run(tmp_path)
-    assert len(result.rows) == len(list(tmp_path.iterdir())) == 6
+    assert len(result.rows) == len(list(tmp_path.iterdir())) == len(settings)
     for plain, ours in zip(result.rows[::2], result.rows[1::2], strict=True):
         assert result.float_perplexity < ours.perplexity < plain.perplexity
-    assert demo.to_text(result).count("MB") == 7
+    assert demo.to_text(result).count("MB") == len(settings) + 1

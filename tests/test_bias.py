@@ -23,16 +23,19 @@ def squared_error(bias: Array) -> float:
     return float(((X @ QUANTIZED.astype(np.float64) + bias - wanted) ** 2).sum(axis=1).mean())
 
 
+TARGET = (X @ REFERENCE.astype(np.float64)).mean(axis=0)
+
+
 def test_is_the_mean_output_error() -> None:
-    found = compensate(BIAS, REFERENCE, QUANTIZED, X.mean(axis=0))
+    found = compensate(BIAS, TARGET, QUANTIZED, X.mean(axis=0))
     assert found.dtype == np.float64
     expected = BIAS + (X @ REFERENCE.astype(np.float64)).mean(axis=0) - (X @ QUANTIZED.astype(np.float64)).mean(axis=0)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(compensate(None, REFERENCE, QUANTIZED, X.mean(axis=0)), expected - BIAS, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(compensate(None, TARGET, QUANTIZED, X.mean(axis=0)), expected - BIAS, rtol=1e-10, atol=1e-10)
 
 
 def test_minimises_the_squared_output_error() -> None:
-    found = compensate(BIAS, REFERENCE, QUANTIZED, X.mean(axis=0))
+    found = compensate(BIAS, TARGET, QUANTIZED, X.mean(axis=0))
     least = squared_error(found)
     assert least < squared_error(BIAS)
     for channel in range(len(found)):
@@ -43,6 +46,6 @@ def test_minimises_the_squared_output_error() -> None:
 def test_leaves_the_error_under_the_centred_gram() -> None:
     stats = LayerStats(gram_of(X), X.mean(axis=0), len(X))
     difference = QUANTIZED.astype(np.float64) - REFERENCE
-    left = squared_error(compensate(BIAS, REFERENCE, QUANTIZED, stats.mean))
+    left = squared_error(compensate(BIAS, TARGET, QUANTIZED, stats.mean))
     assert left == pytest.approx(layer_error(difference, stats.objective_gram(centred=True)), rel=1e-9)
     assert squared_error(BIAS) == pytest.approx(layer_error(difference, stats.objective_gram(centred=False)), rel=1e-9)

@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 
 import magr_onnx
-from magr_onnx.cli import app, main
+from magr_onnx.cli import _bytes, app, main
 from tests import graphs
 from tests.graphs import feeds, proto
 
@@ -85,7 +85,7 @@ def test_optimize_then_validate(folder: Path) -> None:
     out, report = folder / "small.onnx", folder / "report.json"
     result = run(
         "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--validation", folder / "heldout.npz",
-        "--report", report,
+        "--report", report, "--effort", "fast",
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")  # no progress bar in a pipe
     assert "2 converted, 1 left as they are; 2 read back and verified" in result.stdout
@@ -130,6 +130,31 @@ def test_default_output_name_and_quiet(folder: Path) -> None:
     assert (folder / "model.magr.onnx").is_file()
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("512", 512), ("1k", 1 << 10), ("1.5MB", 3 << 19), ("512 MiB", 512 << 20), ("2GB", 2 << 30), (" 2g ", 2 << 30), ("7B", 7)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert _bytes(text) == expected
+
+
+def test_effort_and_cache_reach_the_run(folder: Path) -> None:
+    """Little memory gives the same file as a lot of it."""
+    made = []
+    for cache in ("1GB", "1KB"):
+        out = folder / cache / "out.onnx"
+        out.parent.mkdir()
+        result = run(
+            "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--batch-size", "25", "--cache", cache, "--json"
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert json.loads(result.stdout)["pipeline"] == "error-feedback,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"
+        made.append(out.read_bytes())
+    assert made[0] == made[1]
+    best = run("optimize", folder / "model.onnx", "-o", folder / "best.onnx", "-c", folder / "calibration.npz", "-e", "best", "--json")
+    assert json.loads(best.stdout)["pipeline"].startswith("error-feedback,output-hessian,quantize{method=auto}")
+
+
 def test_pipeline_replaces_options(folder: Path) -> None:
     result = run(
         "optimize", folder / "model.onnx", "-o", folder / "m.onnx", "-c", folder / "calibration.npz", "--pipeline", "magr{alpha=1e-2}"
@@ -154,6 +179,14 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
         (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report folder"),
         (("optimize", "model.onnx", "--bits", "9"), 2, "'9' is not one of"),
+        (("optimize", "model.onnx", "--effort", "most"), 2, "'most' is not one of 'fast', 'balanced', 'best'"),
+        (("optimize", "model.onnx", "--effort", "best"), 1, "error feedback needs calibration data; give some, or take effort fast"),
+        (("optimize", "model.onnx", "--feedback"), 1, "error feedback needs calibration data"),
+        (("optimize", "model.onnx", "--effort", "fast", "--quantizer", "gptq"), 1, "an effort chooses the quantizer; give one of them"),
+        (("optimize", "model.onnx", "--effort", "fast", "--pipeline", "quantize"), 1, "--pipeline replaces --effort"),
+        (("optimize", "model.onnx", "--cache", "many"), 1, "--cache 'many': give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--cache", "-1MB"), 1, "give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--cache", "2XB"), 1, "give a size such as 512MB or 2GB"),
         (("optimise", "model.onnx"), 2, "No such command"),
         (("validate", "model.onnx", "model.onnx"), 2, "--data"),
         (("demo", "--folder", "none"), 1, "does not exist"),
@@ -173,7 +206,7 @@ def test_errors_are_one_message_and_leave_nothing(
 def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     out.write_bytes(b"precious")
-    arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz"]
+    arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--effort", "fast"]
     script = f"""
 import sys, time, magr_onnx.api, magr_onnx.cli
 def slow(*args, **options):

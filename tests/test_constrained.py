@@ -273,7 +273,7 @@ def test_the_smallest_width_still_has_weights() -> None:
 def test_an_accumulator_needs_one_scale_a_column_and_a_quantizer_that_knows_it() -> None:
     with pytest.raises(OptionError, match="need one scale a column"):
         check((QuantizeActivations(), Quantize(block_size=32, accumulator_bits=16)))
-    with pytest.raises(OptionError, match="rtn knows no accumulators; choose one of gptq, comq, a2q"):
+    with pytest.raises(OptionError, match="rtn knows no accumulators; choose one of auto, gptq, comq, a2q"):
         check((QuantizeActivations(), Quantize("rtn", block_size=None, accumulator_bits=16)))
     with pytest.raises(OptionError, match="a2q is for accumulators only"):
         check((QuantizeActivations(), Quantize("a2q", block_size=None)))

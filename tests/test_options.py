@@ -28,8 +28,8 @@ def pipeline_of(**options: Any) -> str:
 
 
 DEFAULTS = {
-    "matmulnbits": "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias{bias=any},emit-matmulnbits",
-    "qdq": "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias,emit-qdq",
+    "matmulnbits": "error-feedback,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits",
+    "qdq": "error-feedback,quantize{method=auto},compensate-bias,emit-qdq",
     "qdq-int8": "quantize-activations,quantize{method=comq,bits=8,block_size=none,symmetric=true},compensate-bias,emit-qdq-int8",
     "dynamic-int8": (
         "quantize-activations{type=dynamic},quantize{method=comq,bits=8,block_size=none,symmetric=true},compensate-bias,emit-dynamic-int8"
@@ -41,6 +41,39 @@ DEFAULTS = {
 def test_defaults_of_every_format(form: Any) -> None:
     passes = build_pipeline(format=form)
     assert resolve(parse(DEFAULTS[form])) == resolve(passes)
+
+
+FAST = "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias{bias=any},emit-matmulnbits"
+EFFORTS: list[tuple[dict[str, Any], str]] = [
+    ({"effort": "fast"}, FAST),
+    ({"quantizer": "comq"}, FAST),
+    ({"quantizer": "comq", "feedback": True}, f"error-feedback,{FAST}"),
+    ({"effort": "fast", "feedback": True}, f"error-feedback,{FAST}"),
+    ({"effort": "balanced"}, DEFAULTS["matmulnbits"]),
+    ({"effort": None, "quantizer": None, "feedback": None}, DEFAULTS["matmulnbits"]),
+    ({"feedback": False}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
+    ({"quantizer": "auto"}, "quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
+    ({"effort": "best"}, "error-feedback,output-hessian,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"),
+    ({"alpha": 0.0}, "error-feedback,quantize{method=auto,alpha=0},compensate-bias{bias=any},emit-matmulnbits"),
+    (
+        {"effort": "best", "format": "qdq-int8", "alpha": 2e-3, "bias": "none"},
+        "error-feedback,output-hessian,quantize-activations,"
+        "quantize{method=auto,bits=8,block_size=none,symmetric=true,alpha=0.002},emit-qdq-int8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), EFFORTS)
+def test_what_an_effort_stands_for(options: dict[str, Any], text: str) -> None:
+    assert resolve(parse(text)) == resolve(build_pipeline(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"effort": None}, {"quantizer": "gptq"}, {"quantizer": None, "effort": "fast"}])
+def test_without_data_there_is_nothing_to_choose_by(options: dict[str, Any]) -> None:
+    _, report = magr_onnx.optimize(graphs.chain(), **options)
+    assert "error-feedback" not in report.pipeline
+    assert f"method={options.get('quantizer') or 'comq'}" in report.pipeline or "quantizer" in options
+    assert any("data-free" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +226,9 @@ def test_a_sized_file_is_proved(bits: int, symmetric: bool) -> None:
         ({"quantize_outputs": True}, "quantize_outputs is for format qdq-int8 only"),
         ({"format": "qdq-int8", "accuracy_level": 4}, "accuracy_level is for format matmulnbits only"),
         ({"format": "qdq-int8", "bits": 9}, "bits=9 is not supported"),
+        ({"effort": "most"}, "effort='most' is not known; choose one of fast, balanced, best"),
+        ({"effort": "best", "quantizer": "auto"}, "effort=best and quantizer=auto: an effort chooses the quantizer; give one of them"),
+        ({"alpha": -1.0}, "alpha=-1.0 must be 0 or more"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
@@ -231,6 +267,8 @@ NEW_OPTIONS = (
     "--equalize",
     "--split-outliers",
     "--twin-ranges",
+    "--effort",
+    "--cache",
 )
 
 
@@ -239,7 +277,16 @@ def test_help_shows_the_options() -> None:
     for option in (*NEW_OPTIONS, "qdq-int8", "dynamic-int8", "a2q+", "x86-avx2", "arm64-neon"):
         assert option in text
     listed = run("passes").stdout
-    for name in ("quantize-activations", "emit-qdq-int8", "emit-dynamic-int8", "low-rank", "equalize", "split-outliers", "twin-ranges"):
+    for name in (
+        "quantize-activations",
+        "emit-qdq-int8",
+        "emit-dynamic-int8",
+        "low-rank",
+        "equalize",
+        "split-outliers",
+        "twin-ranges",
+        "output-hessian",
+    ):
         assert name in listed
 
 

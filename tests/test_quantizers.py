@@ -166,7 +166,7 @@ def test_scale_refit_never_raises_the_error_of_a_column(spec: WeightSpec) -> Non
     weights, gram = layer(K, N)
     h = gram.astype(np.float32)
     start = minmax(weights, spec, 0.9).weight(minmax(weights, spec, 0.9).codes(weights))
-    found, residual = comq._rescale(weights, start, h, h @ (weights - start.dequantize()))
+    found, residual = comq.refit_scales(weights, start, h, h @ (weights - start.dequantize()))
     before, after = (column_errors(w.dequantize().astype(np.float64) - weights, gram) for w in (start, found))
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < before.sum()
@@ -181,7 +181,7 @@ def test_scale_refit_is_the_least_squares_solution(group: int | None) -> None:
     spec = WeightSpec(4, group)
     start = rounded(weights, gram, spec)
     h = gram.astype(np.float32)
-    found, _ = comq._rescale(weights, start, h, h @ (weights - start.dequantize()))
+    found, _ = comq.refit_scales(weights, start, h, h @ (weights - start.dequantize()))
     rows = spec.group_of_row(K)
     root = np.linalg.cholesky(damped(gram, 1e-12)).T
     centred = start.codes - start.zero_points.astype(np.float64)[rows]

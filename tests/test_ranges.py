@@ -336,8 +336,8 @@ def test_moments_are_of_the_quantized_input_and_the_float_mean_is_kept(grid: Act
     np.testing.assert_allclose(stats.mean, seen.mean(axis=0), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(stats.target_mean, plain.mean(axis=0), rtol=1e-3, atol=1e-3)
     assert np.abs(stats.mean - stats.target_mean).max() > 1e-3
-    with pytest.raises(ValueError, match="under different grids cannot be added"):
-        stats + collect(model, find(model)[0], data_of(model, [x])).stats["x"]
+    with pytest.raises(ValueError, match="under different grids cannot be combined"):
+        stats.combine(collect(model, find(model)[0], data_of(model, [x])).stats["x"])
 
 
 def test_grids_hold_zero_exactly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from magr_onnx import feedback
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.segments import cut, plan, reads
 from magr_onnx.ranges import rounded
+from magr_onnx.runtime import stages
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session
 from magr_onnx.runtime.stages import Cache, staged
-from magr_onnx.types import ActivationGrid, DynamicRange, LayerStats
+from magr_onnx.types import ActivationGrid, DynamicRange, Goal, LayerStats
 from tests import graphs
 from tests.graphs import Builder, random
 
@@ -73,24 +75,32 @@ def test_values_captured_by_subgraphs_are_read() -> None:
 
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["disk", "memory"])
 def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) -> None:
-    """Nothing quantized: both inputs are the same, and all statistics those that taps gather in one pass."""
+    """Nothing quantized: both inputs are the same, the goal is what the layer computes, and moments are those taps gather in one pass."""
     model = residual()
     layers, _ = find(model)
     with Session(model) as session:
         data = open_data(batches(model), session.inputs)
-    expected = collect(model, layers, data).stats
-    seen = {}
+    expected = collect(model, layers, data, hold_out=True).stats
+    seen, goals = {}, {}
     work = model.clone()
     for _, found in staged(model, work, find(work)[0], data, cache=limit):
         seen |= found.stats
+        goals |= found.goals
     assert seen.keys() == expected.keys()
     for name, stats in seen.items():
-        for matrix in (stats.gram, stats.cross, stats.float_gram):
-            np.testing.assert_allclose(matrix, expected[name].gram, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(stats.target_mean, expected[name].mean, rtol=1e-4, atol=1e-4)
         assert stats.rows == expected[name].rows == 512
-        assert stats.held_out is not None
-        assert stats.held_out.rows == 128
+        held, rest = stats.held_out, expected[name].held_out
+        assert held is not None
+        assert rest is not None
+        assert held.rows == rest.rows == 128
+        np.testing.assert_allclose(held.gram, rest.gram, rtol=1e-4, atol=1e-4)
+    assert goals.keys() == {"down", "head"}  # the first layers read the same in both models
+    for layer in layers[2:]:
+        stats, weights = seen[str(layer.x.name)], layer.read()
+        np.testing.assert_allclose(goals[layer.name].cross, stats.gram @ weights, rtol=1e-3, atol=1e-3)
+        assert feedback.error(weights, stats, goals[layer.name], False) < 1e-5
 
 
 def test_later_stages_see_the_quantized_model() -> None:
@@ -102,14 +112,80 @@ def test_later_stages_see_the_quantized_model() -> None:
     for stage, found in staged(model, work, layers, data):
         for layer in stage:
             stats = found.stats[str(layer.x.name)]
-            assert stats.cross is not None
             if layer.name.startswith("branch"):
-                np.testing.assert_array_equal(stats.gram, stats.cross)
+                assert layer.name not in found.goals
                 layer.write(np.zeros_like(layer.read()), None)
             elif layer.name == "down":  # tanh(0)
                 assert not stats.gram.any()
-                assert stats.float_gram is not None
-                assert stats.float_gram.any()
+                assert not found.goals["down"].cross.any()
+                assert found.goals["down"].power.all()
+
+
+def block(residuals: bool = True) -> ir.Model:
+    """Two layers of a transformer's kind: each reads a function of a running sum, and its output is added to that sum."""
+    b = Builder()
+    total = b.input("x", ["batch", "time", 32])
+    mask = b.input("attention_mask", ["batch", "time"], ir.DataType.INT64)
+    for i in range(3):
+        hidden = b.node("Tanh", [total], f"read_{i}")
+        product = b.node("MatMul", [hidden, b.constant(f"w{i}", random(32, 32, seed=i))], f"layer_{i}")
+        out = b.node("Add", [product, b.constant(f"b{i}", random(32, seed=i + 10))], f"bias_{i}")
+        total = b.node("Add", [total, out] if i % 2 else [out, total], f"sum_{i}") if residuals else out
+    total.name, total.shape = "y", ir.Shape(["batch", "time", 32])
+    flags = b.node("Identity", [mask], "keep")
+    flags.name, flags.shape, flags.dtype = "mask_out", ir.Shape(["batch", "time"]), ir.DataType.INT64
+    return b.model_of([total, flags])
+
+
+def values(model: ir.Model, data: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    """Real values inside a model, a dictionary a batch."""
+    given = {str(v.name): data[0][str(v.name)] for v in model.graph.inputs}
+    with Session(cut(model, given, names)) as session:
+        inputs = [i.name for i in session.inputs]
+        return [dict(zip(names, session.run({n: feeds[n] for n in inputs}, names), strict=True)) for feeds in data]
+
+
+@pytest.mark.parametrize("mask", [None, "attention_mask"])
+@pytest.mark.parametrize("residuals", [True, False])
+def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: str | None) -> None:
+    """``X_q^T Y``, ``mean Y`` and ``mean Y^2`` in NumPy, ``Y = X W0 + R - R_q`` of values onnxruntime computes in either model."""
+    model = block(residuals)
+    work = model.clone()
+    layers, _ = find(work)
+    data = [graphs.feeds(model, 20, 7, seed=s) for s in range(6)]
+    with Session(model) as session:
+        source = open_data(data, session.inputs)
+    seen = 0
+    for (layer,), found in staged(model, work, layers, source, mask=mask):
+        weights, i = layer.read(), layer.name[-1]
+        if layer.name != "layer_0":
+            before = f"sum_{int(i) - 1}_out"
+            names = [f"read_{i}_out", *([before] if residuals else [])]
+            real, wrong = values(model, data, names), values(work, data, names)
+            x, q, y = [], [], []
+            for floats, quants, feeds in zip(real, wrong, data, strict=True):
+                keep = feeds["attention_mask"].astype(bool) if mask else np.ones((20, 7), bool)
+                a, b = (v[names[0]][keep].astype(np.float64) for v in (floats, quants))
+                x.append(a)
+                q.append(b)
+                missing = (floats[before].astype(np.float64) - quants[before])[keep] if residuals else 0.0
+                y.append(a @ weights + missing)
+            for part, stats, goal in (
+                (range(6), found.stats[layer.x.name], found.goals[layer.name]),
+                ([3], found.stats[layer.x.name].held_out, found.goals[layer.name].held_out),
+            ):
+                assert stats is not None
+                assert goal is not None
+                inputs, should = (np.concatenate([s[b] for b in part]) for s in (q, y))
+                n = len(inputs)
+                assert stats.rows == goal.rows == n
+                np.testing.assert_allclose(stats.gram, inputs.T @ inputs / n, rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(goal.cross, inputs.T @ should / n, rtol=1e-3, atol=1e-3)
+                np.testing.assert_allclose(goal.mean, should.mean(axis=0), rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(goal.power, np.square(should).mean(axis=0), rtol=1e-3, atol=1e-4)
+            seen += 1
+        layer.write(np.round(weights * 4) / 4, layer.read_bias())  # spoil it for those behind
+    assert seen == 2
 
 
 def test_masked_rows_are_left_out() -> None:
@@ -139,49 +215,122 @@ def test_cache_spills_and_forgets() -> None:
         assert not cache.names(3)
 
 
-def drifted(rows: int) -> tuple[Any, Any, LayerStats, LayerStats]:
-    """Inputs, what a quantized prefix makes of them (a rotation, and noise), their statistics with a quarter held out, and fresh ones."""
+def test_cache_keeps_values_apart_after_some_were_dropped() -> None:
+    with Cache(0) as cache:
+        arrays = {name: np.full(3, i, np.float32) for i, name in enumerate("abcd")}
+        for name in "ab":
+            cache.put(name, 0, arrays[name])
+        cache.keep(["b"])
+        for name in "cd":
+            cache.put(name, 0, arrays[name])
+        cache.keep(["b", "c"])
+        cache.put("a", 0, arrays["a"])
+        for name in "abc":
+            np.testing.assert_array_equal(cache.get(name, 0), arrays[name])
+
+
+def drifted(rows: int) -> tuple[Any, Any, LayerStats, LayerStats, Any]:
+    """Inputs, what a quantized prefix makes of them (a rotation, and noise), their statistics with a quarter held out, fresh ones,
+    and what turns weights and a part of the rows into a goal."""
     rng = np.random.default_rng(0)
     x = graphs.correlated(2 * rows, 32).astype(np.float64)
     y = x @ (np.eye(32) + 0.05 * rng.standard_normal((32, 32))) + 0.05 * rng.standard_normal(x.shape)
 
     def stats(begin: int, end: int, held: LayerStats | None = None) -> LayerStats:
         a, b, n = x[begin:end], y[begin:end], end - begin
-        return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, b.T @ a / n, a.T @ a / n, held)
+        return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held)
 
-    return x[:rows], y[:rows], stats(0, rows, stats(3 * rows // 4, rows)), stats(rows, 2 * rows)
+    def goal(weights: Any, begin: int, end: int, held: Goal | None = None) -> Goal:
+        a, b, n = x[begin:end], y[begin:end], end - begin
+        return replace(feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
+
+    return x[:rows], y[:rows], stats(0, rows, stats(3 * rows // 4, rows)), stats(rows, 2 * rows), goal
+
+
+def test_goal_of_is_the_moments_of_the_float_output() -> None:
+    x, y, _, _, goal = drifted(200)
+    weights = random(32, 5)
+    found, out = goal(weights, 0, 200), x @ weights
+    np.testing.assert_allclose(found.cross, y.T @ out / 200, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.mean, out.mean(axis=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.power, np.square(out).mean(axis=0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_aim_undoes_what_the_prefix_did_on_fresh_rows(centred: bool) -> None:
-    *_, stats, fresh = drifted(2000)
+    *_, stats, fresh, goal = drifted(2000)
     weights = random(32, 24).astype(np.float32)
-    found = feedback.aim(weights, stats, centred)
+    found = feedback.aim(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
     assert found.damping is not None
     assert found.after < 0.2 * found.before
-    assert feedback.error(found.weights, weights, fresh, centred) < 0.2 * feedback.error(weights, weights, fresh, centred)
+    after = goal(weights, 2000, 4000)
+    before = feedback.error(weights, fresh, after, centred)
+    assert feedback.error(found.weights, fresh, after, centred) < 0.2 * before
+    assert feedback.error(found.kept, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
+    assert not np.array_equal(found.kept, found.weights)
 
 
 def test_aim_is_the_weight_itself_where_nothing_changed() -> None:
     x = graphs.correlated(400, 16).astype(np.float64)
     gram, mean = x.T @ x / 400, x.mean(0)
-    same = LayerStats(gram, mean, 400, mean, None, gram, gram)
+    same = LayerStats(gram, mean, 400, mean)
     weights = random(16, 8).astype(np.float32)
-    found = feedback.aim(weights, LayerStats(gram, mean, 800, mean, None, gram, gram, same), True)
+    goal = feedback.goal_of(weights, gram, gram, mean, 400)
+    whole = replace(feedback.goal_of(weights, gram, gram, mean, 800), held_out=goal)
+    found = feedback.aim(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
+    np.testing.assert_allclose(found.kept, weights, rtol=1e-6)
+
+
+def test_aim_leaves_the_weight_where_nothing_helps_on_held_out_rows() -> None:
+    """Few rows, and noise that is new in the held-out ones."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 32))
+    q = np.concatenate([x[:40] + rng.standard_normal((40, 32)), x[40:]])
+    weights = random(32, 8)
+
+    def part(rows: slice, held: tuple[LayerStats, Goal] | None = None) -> tuple[LayerStats, Goal]:
+        a, b = x[rows], q[rows]
+        n = len(a)
+        goal = feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
+        stats = LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held and held[0])
+        return stats, replace(goal, held_out=held and held[1])
+
+    found = feedback.aim(weights, *part(slice(60), part(slice(40, 60))), False)
     assert found.damping is None
+    assert found.after == found.before
     np.testing.assert_array_equal(found.weights, weights)
+    np.testing.assert_array_equal(found.kept, weights)
 
 
 def test_error_is_that_of_the_rows() -> None:
-    x, y, stats, _ = drifted(200)
+    x, y, stats, _, goal = drifted(200)
     weights, quantized = random(32, 5), random(32, 5, seed=1)
     left = y @ quantized - x @ weights
     expected = np.square(left).sum() / np.square(x @ weights).sum()
-    assert feedback.error(quantized, weights, stats, False) == pytest.approx(expected, rel=1e-6)
+    assert feedback.error(quantized, stats, goal(weights, 0, 200), False) == pytest.approx(expected, rel=1e-6)
     left -= left.mean(axis=0)
     output = x @ weights
     expected = np.square(left).sum() / np.square(output - output.mean(axis=0)).sum()
-    assert feedback.error(quantized, weights, stats, True) == pytest.approx(expected, rel=1e-6)
+    assert feedback.error(quantized, stats, goal(weights, 0, 200), True) == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_and_goals_combine_and_part() -> None:
+    """Of rows a and b, the whole; of the whole without b, a."""
+    x, y, _, _, goal = drifted(300)
+    weights = random(32, 5)
+
+    def stats(begin: int, end: int) -> LayerStats:
+        part = y[begin:end]
+        return LayerStats(part.T @ part / len(part), part.mean(0), len(part), x[begin:end].mean(0))
+
+    for whole, a, b, names in (
+        (stats(0, 300), stats(0, 200), stats(200, 300), ("gram", "mean", "float_mean", "rows")),
+        (goal(weights, 0, 300), goal(weights, 0, 200), goal(weights, 200, 300), ("cross", "mean", "power", "rows")),
+    ):
+        for name in names:
+            np.testing.assert_allclose(getattr(a.combine(b), name), getattr(whole, name), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(getattr(whole.combine(b, -1), name), getattr(a, name), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [ActivationGrid(0.05, 77), ActivationGrid(0.04, -20, True), DynamicRange(), DynamicRange(-1.0, 2.0)])
@@ -220,7 +369,7 @@ def test_feedback_lowers_the_error_of_the_emitted_model(form: Any, tmp_path: Pat
         expected = session.run(fresh)[0]
     for on in (False, True):
         out = tmp_path / f"{on}.onnx"
-        report = magr_onnx.optimize(graphs.proto(model), data, output=out, format=form, bits=3, feedback=on).report
+        report = magr_onnx.optimize(graphs.proto(model), data, output=out, format=form, bits=3, quantizer="comq", feedback=on).report
         assert ("error-feedback" in report.pipeline) == on
         assert report.verified == 4
         with Session(out) as session:
@@ -228,6 +377,94 @@ def test_feedback_lowers_the_error_of_the_emitted_model(form: Any, tmp_path: Pat
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_reported_error_is_that_of_the_emitted_layers(bits: int) -> None:
+    """Of a chain, where the last layer's output is the model's; at 8 bits little must be left of a difference of large numbers."""
+    b = Builder()
+    x = b.input("x", ["batch", 64])
+    inner = b.node("Tanh", [b.node("MatMul", [x, b.constant("w1", random(64, 64, scale=0.05))], "first")], "inner")
+    model = b.model(b.node("MatMul", [inner, b.constant("w2", random(64, 32, seed=1))], "second"), ["batch", 32])
+    data = batches(model, 8, 256)
+    made, report = magr_onnx.optimize(model, data, bits=bits, validation_data=data)
+    wrong, power = 0.0, 0.0
+    with Session(model) as before, Session(made) as after:
+        for feeds in data:
+            (expected,), (found,) = before.run(feeds), after.run(feeds)
+            wrong += np.square(found - expected, dtype=np.float64).sum()
+            power += np.square(expected - expected.mean(axis=0), dtype=np.float64).sum()
+    assert report.layers[1].feedback is not None
+    assert report.layers[1].error == pytest.approx(np.sqrt(wrong / power), rel=0.05)
+
+
+def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the running sum on fresh rows, with targets that mend what is wrong beside the layer, and with those that do not."""
+    model = block()
+    data, fresh = [graphs.feeds(model, 64, 7, seed=s) for s in range(12)], graphs.feeds(model, 200, 7, seed=99)
+    errors = []
+    with Session(model) as session:
+        expected = session.run(fresh)[0]
+    for mended in (False, True):
+        with monkeypatch.context() as patch:
+            if not mended:
+                patch.setattr(stages, "beside", lambda layer: None)
+            made, report = magr_onnx.optimize(model, data, bits=2, mask=None)
+        assert report.verified == 3
+        with Session(made) as session:
+            errors.append(float(np.linalg.norm(session.run(fresh)[0] - expected)))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_feedback_needs_data() -> None:
     with pytest.raises(magr_onnx.OptionError, match="needs calibration data"):
         magr_onnx.optimize(graphs.proto(residual()), feedback=True)
+    with pytest.raises(magr_onnx.OptionError, match="take effort fast"):
+        magr_onnx.optimize(graphs.proto(residual()), effort="balanced")
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_memory_for_values_between_stages_changes_nothing(effort: Any, tmp_path: Path) -> None:
+    """The file is the same, byte for byte, whether values stay in memory or all of them go to files."""
+    model = block()
+    data = [graphs.feeds(model, 8, 7, seed=s) for s in range(5)]
+    made = []
+    for cache in (1 << 30, 5000, 0):
+        out = tmp_path / f"{cache}" / "out.onnx"
+        out.parent.mkdir()
+        magr_onnx.optimize(model, data, output=out, bits=3, effort=effort, cache=cache)
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("form", ["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"])
+def test_every_effort_with_every_format(form: Any, effort: Any, tmp_path: Path) -> None:
+    """The emitted model is close to the float one on fresh rows."""
+    model, out = block(), tmp_path / "out.onnx"
+    data, fresh = [graphs.feeds(model, 32, 7, seed=s) for s in range(8)], graphs.feeds(model, 50, 7, seed=99)
+    accumulator = {"target": "x86-avx2"} if form == "qdq-int8" else {}
+    report = magr_onnx.optimize(graphs.proto(model), data, output=out, format=form, effort=effort, **accumulator).report
+    assert report.verified == 3
+    assert ("error-feedback" in report.pipeline) == (effort != "fast")
+    assert not any("gradients" in note for note in report.notes)
+    with Session(model) as before, Session(out) as after:
+        expected, found = before.run(fresh)[0], after.run(fresh)[0]
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+@pytest.mark.parametrize("opset", [13, 20])
+def test_efforts_in_half_precision(effort: Any, opset: int) -> None:
+    b = Builder(opset)
+    x = b.input("x", ["batch", 32], ir.DataType.FLOAT16)
+    total = x
+    for i in range(2):
+        product = b.node("MatMul", [b.node("Tanh", [total]), b.constant(f"w{i}", random(32, 32, seed=i, dtype=np.float16))], f"layer_{i}")
+        total = b.node("Add", [product, total], f"sum_{i}")
+    head = b.node("MatMul", [total, b.constant("w", random(32, 8, seed=9, dtype=np.float16))], "head")
+    model = b.model(head, ["batch", 8])
+    data, fresh = batches(model, 8, 60), graphs.feeds(model, 100, seed=99)
+    made, report = magr_onnx.optimize(graphs.proto(model), data, effort=effort, bits=8)
+    assert report.verified == 3
+    with Session(model) as before, Session(made) as after:
+        expected, found = (s.run(fresh)[0].astype(np.float64) for s in (before, after))
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)

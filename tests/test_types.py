@@ -18,7 +18,7 @@ def stats_of(x: Array) -> LayerStats:
 
 def test_statistics_of_parts_add_to_those_of_the_whole() -> None:
     x = activations(100, 12)
-    whole, parts = stats_of(x), stats_of(x[:70]) + stats_of(x[70:])
+    whole, parts = stats_of(x), stats_of(x[:70]).combine(stats_of(x[70:]))
     assert parts.rows == 100
     np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-12, atol=1e-12)
@@ -27,8 +27,8 @@ def test_statistics_of_parts_add_to_those_of_the_whole() -> None:
 def test_data_free_statistics_weigh_nothing() -> None:
     free, real = LayerStats.data_free(12), stats_of(activations(100, 12))
     assert free.is_data_free
-    assert (free + free).is_data_free
-    for total in (free + real, real + free):
+    assert free.combine(free).is_data_free
+    for total in (free.combine(real), real.combine(free)):
         assert total.rows == 100
         np.testing.assert_array_equal(total.gram, real.gram)
         np.testing.assert_array_equal(total.mean, real.mean)

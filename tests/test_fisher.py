@@ -1,0 +1,146 @@
+"""Second moments of gradients at layers' outputs, gathered over batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx.passes.gradients import fisher_taps
+from magr_onnx.passes.linear import find
+from magr_onnx.runtime import fisher
+from magr_onnx.runtime.data import Batches, open_data
+from magr_onnx.runtime.session import Session
+from tests import graphs
+from tests.graphs import Array, Builder, random
+
+
+def tower(kind: str = "Tanh", outputs: int = 12) -> ir.Model:
+    """Three layers, something between the first two, and logits."""
+    b = Builder()
+    hidden = b.node("MatMul", [b.input("x", ["batch", 20]), b.constant("w1", random(20, 16))], "first")
+    between = [b.constant("axis", np.int64(1))] if kind == "CumSum" else []
+    hidden = b.node(kind, [hidden, *between], "between")
+    hidden = b.node("MatMul", [hidden, b.constant("w2", random(16, 24, seed=1, scale=1.0))], "second")
+    hidden = b.node("Gelu", [hidden], "gelu")
+    return b.model(
+        b.node("MatMul", [hidden, b.constant("w3", random(24, outputs, seed=2, scale=1.0))], "head"), ["batch", outputs], "logits"
+    )
+
+
+def data_of(model: ir.Model, batches: int = 4, rows: int = 30) -> Batches:
+    with Session(model) as session:
+        return open_data([graphs.feeds(model, rows, seed=s) for s in range(batches)], session.inputs)
+
+
+def collected(model: ir.Model, data: Batches, **options: Any) -> tuple[dict[str, Array], set[str]]:
+    layers, _ = find(model)
+    with fisher.collect(model, layers, data, **options) as found:
+        names = [str(layer.output.name) for layer in layers]
+        return {n: m for n in names if (m := found.get(n)) is not None}, found.blocked
+
+
+def test_moments_are_the_mean_of_the_taps_over_batches() -> None:
+    """Of batch after batch through one session: the noise goes on, it does not begin again."""
+    model = tower()
+    data = data_of(model)
+    found, blocked = collected(model, data)
+    assert not blocked
+    assert found.keys() == {"first_out", "second_out"}  # the head's output is the model's
+    shapes = {
+        "x": (30, 20),
+        "first_out": (30, 16),
+        "between_out": (30, 16),
+        "second_out": (30, 24),
+        "gelu_out": (30, 24),
+        "logits": (30, 12),
+    }
+    tapped, names, _ = fisher_taps(model, {n: len(m) for n, m in found.items()}, shapes, lambda name, rank: True)
+    with Session(tapped) as session:
+        sums = [session.run(batch) for batch in data]
+    for i, name in enumerate(names):
+        expected = sum(batch[i].astype(np.float64) for batch in sums) / len(sums)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5 * float(np.abs(expected).max()))
+    assert not np.allclose(sums[0][0], sums[1][0], rtol=1e-2)
+
+
+def test_moments_are_positive_semidefinite_and_reproducible() -> None:
+    model = tower()
+    data = data_of(model)
+    once, again = (collected(model, data)[0] for _ in range(2))
+    for name, moments in once.items():
+        np.testing.assert_array_equal(moments, again[name])
+        np.testing.assert_allclose(moments, moments.T, rtol=1e-5, atol=1e-6 * float(np.abs(moments).max()))
+        values = np.linalg.eigvalsh(moments)
+        assert values[0] > -1e-5 * values[-1]
+        assert moments.trace() > 0
+
+
+@pytest.mark.parametrize("budget", [1, 16 * 16 * 16 + 1])
+def test_groups_give_the_same_moments(budget: int) -> None:
+    """One layer at a time, or all at once: the gradients are of the same noise."""
+    model = tower()
+    data = data_of(model)
+    calls: list[tuple[int, int]] = []
+    whole, _ = collected(model, data)
+    parted, _ = collected(model, data, budget=budget, progress=lambda *c: calls.append(c))
+    assert calls == [(i + 1, 8) for i in range(8)]
+    for name, moments in whole.items():
+        np.testing.assert_allclose(parted[name], moments, rtol=1e-4, atol=1e-5 * float(np.abs(moments).max()))
+
+
+def test_wide_layers_and_later_batches_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tower()
+    monkeypatch.setattr(fisher, "MOST_OUTPUTS", 16)
+    monkeypatch.setattr(fisher, "MOST_BATCHES", 2)
+    found, _ = collected(model, data_of(model))
+    assert found.keys() == {"first_out"}
+    few, _ = collected(model, data_of(model).limit(2))
+    np.testing.assert_array_equal(found["first_out"], few["first_out"])
+    monkeypatch.setattr(fisher, "MOST_OUTPUTS", 1)
+    assert collected(model, data_of(model)) == ({}, set())
+
+
+def test_operators_in_the_way_are_named_in_the_report() -> None:
+    model = tower("CumSum")
+    found, blocked = collected(model, data_of(model))
+    assert (found.keys(), blocked) == ({"second_out"}, {"CumSum"})
+    _, report = magr_onnx.optimize(model, [graphs.feeds(model, 60, seed=s) for s in range(4)], effort="best", bits=3)
+    assert any(note.startswith("no gradients for ") and "CumSum cannot be differentiated" in note for note in report.notes)
+    coupled = [row.solver is not None and "coupled" in row.solver for row in report.layers]
+    assert coupled == [False, True, False]
+    clear = magr_onnx.optimize(tower(), [graphs.feeds(model, 60, seed=s) for s in range(4)], effort="best", bits=3).report
+    assert not any("gradients" in note for note in clear.notes)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_outputs_that_say_nothing(dtype: Any) -> None:
+    """Of integers there is no gradient; an output that is zero on all data leaves no moments, and nothing that is not finite."""
+    b = Builder()
+    kind = graphs.FLOAT if dtype == np.float32 else ir.DataType.FLOAT16
+    x = b.input("x", ["batch", 20], kind)
+    hidden = b.node("MatMul", [x, b.constant("w1", random(20, 16, dtype=dtype))], "first")
+    nothing = b.node("Mul", [hidden, b.constant("zero", dtype(0))], "nothing")
+    nothing.shape = ir.Shape(["batch", 16])
+    most = b.node("ArgMax", [hidden], "most", axis=-1, keepdims=0)
+    most.dtype, most.shape = ir.DataType.INT64, ir.Shape(["batch"])
+    model = b.model_of([nothing, most])
+    assert collected(model, data_of(model)) == ({}, set())
+
+
+def test_values_that_are_no_tensors_are_passed_over() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 20])
+    hidden = b.node("MatMul", [x, b.constant("w1", random(20, 16))], "first")
+    pair = b.node("SequenceConstruct", [hidden, b.node("Neg", [hidden])], "pair")
+    pair.type = ir.SequenceType(ir.TensorType(graphs.FLOAT))
+    back = b.node("SequenceAt", [pair, b.constant("at", np.int64(0))], "back")
+    back.type = ir.TensorType(graphs.FLOAT)
+    second = b.node("MatMul", [back, b.constant("w2", random(16, 16, seed=1))], "second")
+    model = b.model(b.node("Tanh", [second]), ["batch", 16])
+    found, blocked = collected(model, data_of(model))
+    assert found.keys() == {"second_out"}
+    assert blocked == {"SequenceAt"}
