@@ -314,6 +314,7 @@ class Row:
     setting: str
     method: str
     metrics: tuple[float, float] | None = None
+    divergence: float | None = None
     seconds: float | None = None
     megabytes: float | None = None
     layers: int | None = None
@@ -329,6 +330,7 @@ def measure(benchmark: Benchmark, reference: npt.NDArray[Any], method: Method, s
         method.run(benchmark.model, benchmark.calibration, output, setting)
         row.seconds = time.perf_counter() - begin
         row.metrics = benchmark.metrics(benchmark.outputs(output), reference)
+        row.divergence = float(divergences(benchmark, output).mean()) if is_language(benchmark) else None
         row.megabytes = output.stat().st_size / 1e6
         row.layers = len(matmulnbits(output))
     except (Unsupported, magr_onnx.MagrError) as error:
@@ -353,10 +355,14 @@ class Footnotes:
         return (f"({i}) {reason}" for i, reason in enumerate(self.reasons, 1))
 
 
+def is_language(benchmark: Benchmark) -> bool:
+    return benchmark.columns[1] == "over float"
+
+
 def metric_cells(benchmark: Benchmark, metrics: tuple[float, float]) -> tuple[str, str]:
     """Both metrics with the digits that mean something."""
     a, b = metrics
-    return (f"{a:.4f}", f"{b:+.4f}") if benchmark.columns[1] == "over float" else (f"{a:.5f}", f"{b:.4f}")
+    return (f"{a:.4f}", f"{b:+.4f}") if is_language(benchmark) else (f"{a:.5f}", f"{b:.4f}")
 
 
 def render(benchmark: Benchmark, rows: list[Row]) -> str:
@@ -366,8 +372,10 @@ def render(benchmark: Benchmark, rows: list[Row]) -> str:
         a, b = (notes.mark(row.reason or "no reason given"), None) if row.metrics is None else metric_cells(benchmark, row.metrics)
         seconds = None if row.seconds is None or row.metrics is None else f"{row.seconds:.1f}"
         size = None if row.megabytes is None else f"{row.megabytes:.2f}"
-        lines.append([row.setting, row.method, a, b, row.layers, seconds, size])
-    text = table(("setting", "method", *benchmark.columns, "layers", "seconds", "MB"), lines)
+        kl = [] if not is_language(benchmark) else [None if row.divergence is None else f"{row.divergence:.5f}"]
+        lines.append([row.setting, row.method, a, b, *kl, row.layers, seconds, size])
+    columns = (*benchmark.columns, *(["KL from float"] if is_language(benchmark) else []))
+    text = table(("setting", "method", *columns, "layers", "seconds", "MB"), lines)
     return "\n".join([f"## {benchmark.title}", "", text, *([""] if notes.reasons else []), *notes.lines(), ""])
 
 
@@ -377,7 +385,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the exported encoder, float results and temporary files")
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (default {','.join(MODELS)})")
     parser.add_argument("--settings", default=",".join(DEFAULT_SETTINGS), help=f"comma-separated, of {','.join(SETTINGS)}")
-    parser.add_argument("--methods", default="*", help="shell pattern of method names, to run a few (default all)")
+    parser.add_argument("--methods", default="*", help="shell patterns of method names, comma-separated, to run a few (default all)")
     parser.add_argument("--json", type=Path, help="write the rows to this file too, after every one")
     args = parser.parse_args()
     models, settings = args.models.split(","), args.settings.split(",")
@@ -397,10 +405,10 @@ def main() -> None:
             continue
         reference = float_outputs(name, benchmark, args.work)
         size = benchmark.model.stat().st_size / 1e6
-        rows = [Row("float", "", benchmark.metrics(reference, reference), None, size)]
+        rows = [Row("float", "", benchmark.metrics(reference, reference), megabytes=size)]
         for key in settings:
             for method in (*METHODS, *PAPER.get(key, ())):
-                if fnmatch.fnmatch(method.name.lower(), args.methods.lower()):
+                if any(fnmatch.fnmatch(method.name.lower(), m) for m in args.methods.lower().split(",")):
                     row = measure(benchmark, reference, method, SETTINGS[key], args.work / f"{name}_quantized.onnx")
                     found = row.reason if row.metrics is None else ", ".join(f"{m:.5f}" for m in row.metrics)
                     progress(f"{name}, {row.setting}, {row.method}: {found} ({row.seconds or 0:.1f} s)")

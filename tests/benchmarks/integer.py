@@ -27,7 +27,7 @@ from typing import Any
 import curve
 import numpy as np
 import numpy.typing as npt
-from accuracy import MODELS, Benchmark, Footnotes, divergences, float_outputs, metric_cells
+from accuracy import MODELS, Benchmark, Footnotes, divergences, float_outputs, is_language, metric_cells
 from common import (
     Cell,
     Feeds,
@@ -95,10 +95,6 @@ def timed(make: Make, benchmark: Benchmark, output: Path) -> float:
     return time.perf_counter() - begin
 
 
-def _language(benchmark: Benchmark) -> bool:
-    return benchmark.columns[1] == "over float"
-
-
 # --- Accuracy -----------------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +111,7 @@ class Row:
 
 
 def accuracy(name: str, benchmark: Benchmark, reference: npt.NDArray[Any], work: Path) -> tuple[str, list[dict[str, Any]]]:
-    language = _language(benchmark)
+    language = is_language(benchmark)
     rows = [Row("float", benchmark.metrics(reference, reference), 0.0 if language else None, None, benchmark.model.stat().st_size / 1e6)]
     output = work / f"{name}_integer.onnx"
     for method, make in METHODS.items():
@@ -187,7 +183,7 @@ Losses = Callable[[Path], npt.NDArray[np.float64]]
 
 def judges(benchmark: Benchmark, reference: npt.NDArray[Any]) -> dict[str, Losses]:
     """Losses of a file against the float model, one of every sentence or batch of blocks; their mean is the loss."""
-    if not _language(benchmark):
+    if not is_language(benchmark):
 
         def cosines(path: Path) -> npt.NDArray[np.float64]:
             y = benchmark.outputs(path)
