@@ -24,7 +24,7 @@ from magr_onnx.passes import (
 )
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
-from magr_onnx.report import LayerRow, Report, SkipRow, versions
+from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
 from magr_onnx.runtime import calibrate, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
@@ -177,9 +177,11 @@ def optimize(
                 assigned = search.plan.assigned()
                 layers, left = search.plan.select(layers)
             unmasked: list[str] = []
+            spilled = 0
             report = stage(progress, "calibrating")
             for group, result in gather(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
                 unmasked += result.unmasked
+                spilled = max(spilled, result.spilled)
                 clock.lap("calibrate")
                 stats, begin = result.stats, beginning(result, grids, hessian)
                 pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, begin, assigned)  # noqa: B023
@@ -191,6 +193,8 @@ def optimize(
             rows.clear()
             digests.clear()
     skips += left
+    if spilled:
+        notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(cache)})")
     if unmasked:
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")

@@ -31,11 +31,13 @@ class Calibration:
         stats: Statistics of values, by value name.
         unmasked: Values whose rows the mask did not fit.
         goals: What layers behind quantized ones should put out, by layer name.
+        spilled: Bytes of values between stages that have gone to a temporary folder so far.
     """
 
     stats: dict[str, LayerStats]
     unmasked: tuple[str, ...]
     goals: dict[str, Goal] = field(default_factory=dict)
+    spilled: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -210,7 +210,7 @@ def staged(
             found = _gather(stage, floats, quants, shared, live, masks, data, quantize, bounds, mask)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            yield stage, found
+            yield stage, replace(found, spilled=floats.spilled + quants.spilled)
             floats.keep(live)
             quants.keep(live)
 
