@@ -3,7 +3,7 @@
     python tests/benchmarks/speed.py --data DATA --work WORK [--repeats 3]
 
 all-MiniLM-L6-v2 at 4 bits, block 32, asymmetric, calibrated on 128 sentences in batches of 16. Every run has a process of its own;
-the two take turns. Seconds are from file to file (loading, calibration, quantization, writing; imports come before the clock). Memory
+they take turns. Seconds are from file to file (loading, calibration, quantization, writing; imports come before the clock). Memory
 is the process's peak resident set, what the imports alone took beside it.
 
 onnxruntime's GPTQ is ``MatMulNBitsQuantizer(..., algo_config=GPTQWeightOnlyQuantConfig(calibration_data_reader=...))``. It takes all
@@ -40,11 +40,14 @@ from common import (
 )
 
 BITS, BLOCK = 4, 32
-LABELS = {
-    "ours": "ours: MagR + COMQ (default)",
-    "ours-gptq": "ours: GPTQ alone",
-    "onnxruntime": "onnxruntime GPTQ",
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours": ("ours: balanced (default)", {}),
+    "ours-cache": ("ours: balanced, cache of 16 MB", {"cache": 16_000_000}),
+    "ours-best": ("ours: best", {"effort": "best"}),
+    "ours-gptq": ("ours: GPTQ alone", {"quantizer": "gptq", "alpha": 0}),
+    "ours-fast": ("ours: fast", {"effort": "fast"}),
 }
+LABELS = {who: label for who, (label, _) in OURS.items()} | {"onnxruntime": "onnxruntime GPTQ"}
 
 
 def peak_megabytes() -> float:
@@ -66,8 +69,9 @@ def child(who: str, folder: Path, output: Path) -> None:
 
         imported = peak_megabytes()
         begin = time.perf_counter()
-        options: dict[str, Any] = {} if who == "ours" else {"quantizer": "gptq", "alpha": 0}
-        magr_onnx.optimize(model, NpzReader(calibration), output=output, bits=BITS, block_size=BLOCK, batch_size=BATCH_SIZE, **options)
+        data = NpzReader(calibration)
+        report = magr_onnx.optimize(model, data, output=output, bits=BITS, block_size=BLOCK, batch_size=BATCH_SIZE, **OURS[who][1]).report
+        print(f"{LABELS[who]}: {'; '.join(report.notes) or 'no notes'}", file=sys.stderr)
     seconds = time.perf_counter() - begin
     print(json.dumps({"seconds": seconds, "peak_mb": peak_megabytes(), "imported_mb": imported}))
 
@@ -82,6 +86,7 @@ def run(who: str, folder: Path, output: Path) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(f"{LABELS[who]} failed:\n{done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    sys.stderr.write(done.stderr)
     return result
 
 
