@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from accuracy import MODELS, Benchmark, divergences, float_outputs
+import svg
+from accuracy import MODELS, Benchmark, divergences, float_outputs, is_language
 from common import Cell, header, progress, table, write_json
 
 import magr_onnx
@@ -58,7 +59,7 @@ def measured_once() -> Iterator[None]:
 
 def loss_of(name: str, benchmark: Benchmark, work: Path, path: Path) -> float:
     """The loss of a file on the test data."""
-    if benchmark.columns[1] == "over float":
+    if is_language(benchmark):
         return float(divergences(benchmark, path).mean())
     return 1 - benchmark.metrics(benchmark.outputs(path), float_outputs(name, benchmark, work))[0]
 
@@ -112,6 +113,15 @@ def render(benchmark: Benchmark, rows: list[Row]) -> str:
     return f"## {benchmark.title}\n\n{table(('size of', 'method', 'MB', 'of source', 'loss', 'predicted', 'seconds'), lines)}\n"
 
 
+def panel(benchmark: Benchmark, rows: list[Row]) -> svg.Panel:
+    """Loss against size of the uniform and of the mixed files, by size."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda r: r.bytes):
+        lines.setdefault(row.method, []).append((100 * row.share, row.loss))
+    measure = "KL from float, nats" if is_language(benchmark) else "1 - mean cosine"
+    return svg.Panel(benchmark.title.split(",")[0], "% of the float file", measure, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of books, stsb, lm and charlm")
@@ -119,15 +129,20 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (default {','.join(MODELS)})")
     parser.add_argument("--sizes", default="2bit,4bit,between,8bit", help="of 2bit, 4bit, 8bit; between is after 2bit and 4bit")
     parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--plot", type=Path, help="also draw loss against size as SVG")
     arguments = parser.parse_args()
     print(header("Mixed precision against uniform bits"))
     results = {}
+    panels: list[svg.Panel] = []
     for name in arguments.models.split(","):
         benchmark = MODELS[name](arguments.data, arguments.work)
         rows = list(rows_of(name, benchmark, arguments.work, arguments.sizes.split(",")))
         results[name] = [asdict(r) for r in rows]
+        panels.append(panel(benchmark, rows))
         print(render(benchmark, rows), flush=True)
     write_json(arguments.json, {"results": results})
+    if arguments.plot is not None:
+        svg.write(arguments.plot, [("Loss on test data against size", panels)])
 
 
 if __name__ == "__main__":
