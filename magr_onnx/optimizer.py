@@ -30,7 +30,7 @@ from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import Session, provider_name
-from magr_onnx.statistics import beginning, gather, output_hessian, what_is_missing
+from magr_onnx.statistics import beginning, gather, output_hessian, without_stages
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -142,6 +142,8 @@ def optimize(
         layers, skips = find(work, include, exclude)
         clock.lap("rewrite")
 
+    passes, missing = without_stages(original, layers, passes)
+    notes += missing
     rows: dict[str, LayerRow] = {}
     digests: dict[str, str] = {}
 
@@ -166,9 +168,8 @@ def optimize(
         search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
         data = search.data
         clock.lap("sensitivities")
-    with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating")) as hessian:
+    with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating"), notes) as hessian:
         if hessian is not None:
-            notes += what_is_missing(hessian, layers)
             clock.lap("differentiate")
         while True:
             left: list[Skip] = []

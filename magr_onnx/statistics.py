@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
+from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import (
     ErrorFeedback,
     Job,
@@ -14,6 +15,7 @@ from magr_onnx.passes import (
     LinearLayer,
     OutputHessian,
     Quantize,
+    segments,
 )
 from magr_onnx.runtime import calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
@@ -69,6 +71,17 @@ def gather(
             )
 
 
+def without_stages(model: ir.Model, layers: Sequence[LinearLayer], passes: Sequence[LayerPass]) -> tuple[tuple[LayerPass, ...], list[str]]:
+    """The passes, without error feedback where the model cannot be cut into stages, and why."""
+    if not any(isinstance(p, ErrorFeedback) for p in passes):
+        return tuple(passes), []
+    containers = segments.not_tensors(model, segments.plan(model, layers))
+    if not containers:
+        return tuple(passes), []
+    note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"
+    return tuple(p for p in passes if not isinstance(p, ErrorFeedback)), [note]
+
+
 @contextlib.contextmanager
 def output_hessian(
     model: ir.Model,
@@ -77,21 +90,24 @@ def output_hessian(
     passes: Sequence[LayerPass],
     provider: str,
     progress: Callable[[int, int], None] | None,
+    notes: list[str],
 ) -> Iterator[fisher.Fisher | None]:
-    """Second moments of gradients at layer outputs, if the pipeline asks for them."""
+    """Second moments of gradients at layer outputs, if the pipeline asks for them; what could not be had is noted."""
     if data is None or not any(isinstance(p, OutputHessian) for p in passes):
         yield None
         return
-    with fisher.collect(model, layers, data, provider=provider, progress=progress) as found:
+    try:
+        found = fisher.collect(model, layers, data, provider=provider, progress=progress)
+    except RuntimeFailure as error:  # the model itself runs: this is about the gradients
+        notes.append(f"no gradients, all outputs weigh the same: {str(error).splitlines()[0]}")
+        yield None
+        return
+    if found.blocked:
+        without = sum(found.get(str(layer.output.name)) is None for layer in layers)
+        blocked = ", ".join(sorted(found.blocked))
+        notes.append(f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same")
+    with found:
         yield found
-
-
-def what_is_missing(hessian: fisher.Fisher, layers: Sequence[LinearLayer]) -> list[str]:
-    if not hessian.blocked:
-        return []
-    without = sum(hessian.get(str(layer.output.name)) is None for layer in layers)
-    blocked = ", ".join(sorted(hessian.blocked))
-    return [f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same"]
 
 
 def beginning(result: calibrate.Calibration, grids: ranges.Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:

@@ -17,6 +17,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from magr_onnx.passes.linear import LinearLayer
 
+_CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -46,6 +48,15 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
     live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def not_tensors(model: ir.Model, steps: Plan) -> list[str]:
+    """Values between stages that are sequences or optionals, which cannot be kept; by name."""
+    found: set[str] = set()
+    for node in model.graph:
+        made = node.op_type in _CONTAINERS or (node.op_type == "Identity" and any(name in found for name in reads(node)))
+        found.update(str(v.name) for v in node.outputs if made or isinstance(v.type, ir.SequenceType | ir.OptionalType))
+    return sorted({name for live in steps.live for name in live if name in found})
 
 
 def beside(layer: LinearLayer) -> str | None:

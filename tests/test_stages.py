@@ -468,3 +468,25 @@ def test_efforts_in_half_precision(effort: Any, opset: int) -> None:
     with Session(model) as before, Session(made) as after:
         expected, found = (s.run(fresh)[0].astype(np.float64) for s in (before, after))
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_sequences_between_layers_do_without_stages(effort: Any, tmp_path: Path) -> None:
+    """What is no tensor cannot be kept between stages: the model is quantized in one, and the report says so."""
+    b = Builder()
+    x = b.input("x", ["batch", 48])
+    inner = b.node("MatMul", [x, b.constant("w1", random(48, 48, seed=1))], "first")
+    node = ir.node("SplitToSequence", [inner, b.constant("parts", np.array([24, 24]))], {"axis": 1}, name="split")
+    node.outputs[0].name = "pieces"
+    b.nodes.append(node)
+    piece = b.node("SequenceAt", [node.outputs[0], b.constant("index", np.array(1))], "piece")
+    out = b.node("MatMul", [piece, b.constant("w2", random(24, 16, seed=2))], "second")
+    model = b.model(out, ["batch", 16])
+    report = magr_onnx.optimize(graphs.proto(model), batches(model), output=tmp_path / "out.onnx", effort=effort).report
+    assert len(report.layers) == report.verified == 2
+    assert any("no error feedback: pieces" in note for note in report.notes)
+    assert ("no gradients" in " ".join(report.notes)) == (effort == "best")
+    with Session(model) as a, Session(tmp_path / "out.onnx") as c:
+        fresh = graphs.feeds(model, 50, seed=9)
+        expected = a.run(fresh)[0]
+        assert np.linalg.norm(c.run(fresh)[0] - expected) < 0.2 * np.linalg.norm(expected)
