@@ -136,6 +136,11 @@ def optimize(
             held = open_data(validation_data, inputs, batch_size)
     if data is None:
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
+    elif len(data) < calibrate.HELD_OUT and (chosen := _held_out_for(passes)):
+        notes.append(
+            f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
+            "give more samples, or cut them into smaller batches"
+        )
 
     if rewrites:
         notes += rewriting.rewrite(
@@ -262,6 +267,12 @@ def _statistics(
                     hold_out=hold_out,
                 ),
             )
+
+
+def _held_out_for(passes: Sequence[LayerPass]) -> str:
+    """What needs a part of the rows held out."""
+    wants = ["choice of options per layer"] if any(isinstance(p, Quantize) and p.method == "auto" for p in passes) else []
+    return " and no ".join(["error feedback"] * any(isinstance(p, ErrorFeedback) for p in passes) + wants)
 
 
 @contextlib.contextmanager

@@ -414,6 +414,24 @@ def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPat
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({}, "no error feedback and no choice of options per layer"),
+        ({"quantizer": "comq", "feedback": True}, "no error feedback;"),
+        ({"quantizer": "auto"}, "no choice of options per layer;"),
+        ({"effort": "fast"}, None),
+    ],
+)
+def test_too_few_batches_are_said(options: Any, missing: str | None) -> None:
+    model = residual()
+    for count in (3, 4):
+        report = magr_onnx.optimize(model, batches(model, count), **options).report
+        notes = [note for note in report.notes if "calibration batches are too few" in note]
+        assert len(notes) == (count == 3 and missing is not None)
+        assert all(note.startswith("3 calibration batches") and str(missing) in note for note in notes)
+
+
 def test_feedback_needs_data() -> None:
     with pytest.raises(magr_onnx.OptionError, match="needs calibration data"):
         magr_onnx.optimize(graphs.proto(residual()), feedback=True)
