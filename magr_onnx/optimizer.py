@@ -30,7 +30,7 @@ from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import Session, provider_name
-from magr_onnx.statistics import beginning, gather, output_hessian, without_stages
+from magr_onnx.statistics import beginning, gather, held_out_for, output_hessian, without_stages
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -133,6 +133,11 @@ def optimize(
             held = open_data(validation_data, inputs, batch_size)
     if data is None:
         notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
+    elif len(data) < calibrate.HELD_OUT and (chosen := held_out_for(passes)):
+        notes.append(
+            f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
+            "give more samples, or cut them into smaller batches"
+        )
 
     if rewrites:
         notes += rewriting.rewrite(
@@ -142,7 +147,7 @@ def optimize(
         layers, skips = find(work, include, exclude)
         clock.lap("rewrite")
 
-    passes, missing = without_stages(original, layers, passes)
+    passes, missing = without_stages(work, layers, passes)
     notes += missing
     rows: dict[str, LayerRow] = {}
     digests: dict[str, str] = {}

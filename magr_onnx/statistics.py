@@ -71,6 +71,12 @@ def gather(
             )
 
 
+def held_out_for(passes: Sequence[LayerPass]) -> str:
+    """What needs a part of the rows held out."""
+    wants = ["choice of options per layer"] if any(isinstance(p, Quantize) and p.method == "auto" for p in passes) else []
+    return " and no ".join(["error feedback"] * any(isinstance(p, ErrorFeedback) for p in passes) + wants)
+
+
 def without_stages(model: ir.Model, layers: Sequence[LinearLayer], passes: Sequence[LayerPass]) -> tuple[tuple[LayerPass, ...], list[str]]:
     """The passes, without error feedback where the model cannot be cut into stages, and why."""
     if not any(isinstance(p, ErrorFeedback) for p in passes):

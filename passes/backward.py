@@ -104,9 +104,9 @@ class Backward:
 
     def number(self, value: float, like: Maybe) -> ir.Value:
         self._count += 1
-        kind = np.float16 if like is not None and like.dtype == ir.DataType.FLOAT16 else np.float32
-        constant = self.graph.constant(f"__grad_{self._count}", kind(value))
-        return constant if like is None or like.dtype is not None else self.cast(constant, like)
+        kind = None if like is None else like.dtype
+        constant = self.graph.constant(f"__grad_{self._count}", np.array(value, (kind or ir.DataType.FLOAT).numpy()))
+        return constant if like is None or kind is not None else self.cast(constant, like)
 
     def cast(self, value: Maybe, like: Maybe) -> ir.Value:
         """``value`` in the type of another value, which the file need not say from opset 15 on."""
@@ -152,7 +152,7 @@ class Backward:
         return self.sum(gradient, axes) if axes else gradient
 
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, None)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, None)
 # Constant almost everywhere, or no floats: types of values between are often missing in files, so integers are told by what makes them.
 _FLAT = frozenset(
     (

@@ -345,7 +345,8 @@ def fisher_taps(
         if value.dtype not in FLOATS or name not in shapes or not shapes[name]:
             continue
         out = copy.values[name]
-        if value.dtype == ir.DataType.FLOAT16:
+        other = value.dtype not in (ir.DataType.FLOAT, None)
+        if other:
             out = backward.op("Cast", out, to=ir.DataType.FLOAT)
         noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
         if logits(name, len(shapes[name])):
@@ -359,7 +360,7 @@ def fisher_taps(
                 else backward.op("ReduceSumSquare", out, None, keepdims=0)
             )
             seed = backward.op("Div", noise, backward.op("Sqrt", power))
-        seeds[name] = backward.op("Cast", seed, to=value.dtype) if value.dtype == ir.DataType.FLOAT16 else seed
+        seeds[name] = backward.op("Cast", seed, to=value.dtype) if other else seed
     found = backward.run(seeds, values)
     for i, (name, gradient) in enumerate(found.items()):
         rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, values[name]]))

@@ -67,6 +67,17 @@ def test_energy_never_rises(spec: WeightSpec) -> None:
 
 
 @some_specs
+def test_energy_never_rises_where_a_block_moves_as_one(spec: WeightSpec) -> None:
+    """Gradients of all outputs nearly the same: every column of a block would mend the same error, and together too much of it."""
+    n = 160
+    weights, gram = layer(K, n)
+    gram, outputs = damped(gram, 0.05), np.ones((n, n)) + 0.01 * np.eye(n)
+    _, found, errors = solved(weights, gram, outputs, spec)
+    assert all(after <= before * (1 + 1e-3) for before, after in pairwise(errors))
+    assert errors[-1] == pytest.approx(energy(found, weights, gram, outputs), rel=0.02)
+
+
+@some_specs
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_less_energy_than_columns_by_themselves(spec: WeightSpec, seed: int) -> None:
     weights, gram = layer(K, N, seed)

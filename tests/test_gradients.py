@@ -183,6 +183,14 @@ def split(b: Builder) -> tuple[Sequence[ir.Value], dict[str, Array], Sequence[st
     return [b.node("Exp", [node.outputs[0]]), b.node("Tanh", [node.outputs[2]])], {"x": normal(2, 6)}, ["x"]
 
 
+def precise(b: Builder) -> tuple[Sequence[ir.Value], dict[str, Array], Sequence[str]]:
+    """A part of a graph in double precision, with rules that add constants."""
+    double = b.node("Cast", [b.input("x", [2, 3])], to=ir.DataType.DOUBLE)
+    double.dtype = ir.DataType.DOUBLE
+    squared = b.node("Pow", [b.node("Sigmoid", [double]), b.constant("p", np.array(2.0))])
+    return [b.node("Cast", [b.node("ReduceMean", [squared], keepdims=0)], to=ir.DataType.FLOAT)], {"x": normal(2, 3)}, ["x"]
+
+
 def fan(b: Builder) -> tuple[Sequence[ir.Value], dict[str, Array], Sequence[str]]:
     """A value read three times, once twice by one node, and put out as well."""
     x = b.input("x", [2, 3])
@@ -190,7 +198,7 @@ def fan(b: Builder) -> tuple[Sequence[ir.Value], dict[str, Array], Sequence[str]
     return [middle, b.node("Mul", [middle, middle]), b.node("Exp", [b.node("Add", [middle, x])])], {"x": normal(2, 3)}, ["x"]
 
 
-CASES |= {"Where-broadcast": where, "Split-unused": split, "fan-out": fan}
+CASES |= {"Where-broadcast": where, "Split-unused": split, "fan-out": fan, "Cast-around": precise}
 
 
 def model_of(build: Case, opset: int) -> tuple[ir.Model, dict[str, Array], Sequence[str]]:

@@ -414,6 +414,24 @@ def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPat
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({}, "no error feedback and no choice of options per layer"),
+        ({"quantizer": "comq", "feedback": True}, "no error feedback;"),
+        ({"quantizer": "auto"}, "no choice of options per layer;"),
+        ({"effort": "fast"}, None),
+    ],
+)
+def test_too_few_batches_are_said(options: Any, missing: str | None) -> None:
+    model = residual()
+    for count in (3, 4):
+        report = magr_onnx.optimize(model, batches(model, count), **options).report
+        notes = [note for note in report.notes if "calibration batches are too few" in note]
+        assert len(notes) == (count == 3 and missing is not None)
+        assert all(note.startswith("3 calibration batches") and str(missing) in note for note in notes)
+
+
 def test_feedback_needs_data() -> None:
     with pytest.raises(magr_onnx.OptionError, match="needs calibration data"):
         magr_onnx.optimize(graphs.proto(residual()), feedback=True)
@@ -477,13 +495,18 @@ def test_sequences_between_layers_do_without_stages(effort: Any, tmp_path: Path)
     x = b.input("x", ["batch", 48])
     inner = b.node("MatMul", [x, b.constant("w1", random(48, 48, seed=1))], "first")
     node = ir.node("SplitToSequence", [inner, b.constant("parts", np.array([24, 24]))], {"axis": 1}, name="split")
-    node.outputs[0].name = "pieces"
+    node.outputs[0].name, node.outputs[0].type = "pieces", ir.SequenceType(ir.TensorType(graphs.FLOAT))
     b.nodes.append(node)
-    piece = b.node("SequenceAt", [node.outputs[0], b.constant("index", np.array(1))], "piece")
-    out = b.node("MatMul", [piece, b.constant("w2", random(24, 16, seed=2))], "second")
+    half = b.node("SequenceAt", [node.outputs[0], b.constant("one", np.array(1))], "half")
+    second = b.node("MatMul", [half, b.constant("w2", random(24, 24, seed=2))], "second")
+    nothing = b.node("Mul", [b.node("ReduceMax", [second], "most", keepdims=0), b.constant("zero", np.float32(0))], "nothing")
+    index = b.node("Cast", [nothing], "index", to=ir.DataType.INT64)  # so that the sequence is read a stage later
+    index.dtype = ir.DataType.INT64
+    other = b.node("SequenceAt", [node.outputs[0], index], "other")
+    out = b.node("MatMul", [b.node("Add", [second, other], "sum"), b.constant("w3", random(24, 16, seed=3))], "third")
     model = b.model(out, ["batch", 16])
     report = magr_onnx.optimize(graphs.proto(model), batches(model), output=tmp_path / "out.onnx", effort=effort).report
-    assert len(report.layers) == report.verified == 2
+    assert len(report.layers) == report.verified == 3
     assert any("no error feedback: pieces" in note for note in report.notes)
     assert ("no gradients" in " ".join(report.notes)) == (effort == "best")
     with Session(model) as a, Session(tmp_path / "out.onnx") as c:
