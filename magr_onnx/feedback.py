@@ -1,9 +1,8 @@
 """Error feedback across layers: the weights that compute the float output from the quantized prefix's inputs.
 
-Behind quantized layers a layer reads ``X_q`` where the float model reads ``X``. What it should put out is ``Y = X W0``, and where
-its output is
-added to a value that is already wrong (``R_q`` instead of the float model's residual ``R``), ``Y = X W0 + R - R_q``, which makes
-the sum right. The weights nearest to that are
+Behind quantized layers a layer reads ``X_q`` where the float model reads ``X``. What it should put out is ``Y = X W0``, and where its
+output is added to a value that is already wrong (``R_q`` instead of the float model's residual ``R``), ``Y = X W0 + R - R_q``, which
+makes the sum right. The weights nearest to that are
 
     W* = argmin_W || X_q W - Y ||^2 = H_q^-1 C,      H_q = X_q^T X_q / n,   C = X_q^T Y / n,
 

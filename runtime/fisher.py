@@ -70,10 +70,9 @@ def collect(
 ) -> Fisher:
     """Second moments of random gradients of the model's outputs (`magr_onnx.passes.gradients.fisher_taps`) at the outputs of layers.
 
-    One forward and one backward pass over at most `MOST_BATCHES` batches for every group of layers whose moments fit ``budget``
-    bytes. Layers that are an output of
-    the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits that are hardly ever
-    probable say nothing.
+    One forward and one backward pass over at most `MOST_BATCHES` batches for every group of layers whose moments fit ``budget`` bytes.
+    Layers that are an output of the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits
+    that are hardly ever probable say nothing.
     """
     found = Fisher()
     ends = {str(v.name) for v in model.graph.outputs}

@@ -1,13 +1,10 @@
 """Everything the other solvers have, with their options chosen for every layer by the error on held-out calibration rows.
 
-A layer is first solved several times on a sample of its output channels (columns are independent, so a sample tells as much as all
-of them) from the rows
-that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping and act-order,
-one after the
-other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ, coordinate descent with
-scale refits, and grid refits
-(scale and zero point) in between; no step is kept that raises the error it is meant to lower. Where second moments of gradients are there,
-`magr_onnx.quantizers.coupled` finishes.
+A layer is first solved several times on a sample of its output channels (columns are independent, so a sample tells as much as all of
+them) from the rows that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping
+and act-order, one after the other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ,
+coordinate descent with scale refits, and grid refits (scale and zero point) in between; no step is kept that raises the error it is
+meant to lower. Where second moments of gradients are there, `magr_onnx.quantizers.coupled` finishes.
 
 Options that are given are not chosen.
 """
@@ -27,8 +24,9 @@ from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 SAMPLE = 64  # output channels that choices are made on
-ALPHAS = (0.0, 1.0, 3.0)  # of MagR, times the usual strength
-DAMPINGS = (0.5, 1.0, 2.0)  # times the automatic one
+ALPHAS = (1.0, 3.0)  # of MagR, times the usual strength
+DAMPINGS = (0.5, 2.0)  # times the automatic one
+MARGIN = 0.005  # by which the error must fall for MagR, another damping or another order to be taken: less is chance
 SWEEPS, TRIAL_SWEEPS = 4, 2  # before the grids are refitted; in trials
 
 
@@ -95,13 +93,17 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
                 results[choice] = feedback.error(weights.astype(np.float64), held, goal, problem.centred)
         return results[choice]
 
+    def better(simple: Choice, others: list[Choice]) -> Choice:
+        found = min(others, key=trial)
+        return found if trial(found) < (1 - MARGIN) * trial(simple) else simple
+
     best = replace(usual, damping=damping)
     if options.alpha is None and usual.alpha > 0:
-        best = min((replace(best, alpha=usual.alpha * a) for a in ALPHAS), key=trial)
+        best = better(replace(best, alpha=0.0), [replace(best, alpha=usual.alpha * a) for a in ALPHAS])
     if options.damping is None:
-        best = min((replace(best, damping=damping * d) for d in DAMPINGS), key=trial)
+        best = better(best, [replace(best, damping=damping * d) for d in DAMPINGS])
     if options.act_order is None:
-        best = min((replace(best, act_order=a) for a in (True, False)), key=trial)
+        best = better(best, [replace(best, act_order=False)])
     scale = best.damping / damping if damping else 1.0
     return replace(best, damping=problem.damping(options) * scale), len(results)
 

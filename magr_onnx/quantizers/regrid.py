@@ -1,10 +1,9 @@
 """Refitting the grid of a group, scale and zero point together, with its codes, while the rest of its column stays.
 
-For fixed codes the best zero point is nearly always the present one (it is an integer, and the codes were rounded with it), so a
-closed form over
-codes would never move it. Here every group is solved again: the weights that would make up for the errors of all other groups,
-``t = w_hat + H_gg^-1 R_g``, are put on each of a ladder of grids by GPTQ inside the group, and a column takes what leaves the smallest
-exact error. Groups are visited one after the other, and the error never rises.
+For fixed codes the best zero point is nearly always the present one (it is an integer, and the codes were rounded with it), so a closed
+form over codes would never move it. Here every group is solved again: the weights that would make up for the errors of all other
+groups, ``t = w_hat + H_gg^-1 R_g``, are put on each of a ladder of grids by GPTQ inside the group, and a column takes what leaves the
+smallest exact error. Groups are visited one after the other, and the error never rises.
 """
 
 from __future__ import annotations
