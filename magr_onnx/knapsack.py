@@ -94,11 +94,6 @@ def curve(items: Sequence[Item]) -> list[Point]:
     return [point(items, choices) for choices, _ in _path(costs, losses)]
 
 
-def undominated(item: Item) -> list[int]:
-    """Choices no other one beats in cost without losing more, in rising cost and falling loss."""
-    return _front(item.costs, item.losses)
-
-
 def _front(weights: Numbers, values: Numbers) -> list[int]:
     """Positions that no other beats in weight without being as high in value, in rising weight and falling value."""
     order = np.lexsort((values, weights))

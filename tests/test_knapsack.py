@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magr_onnx.knapsack import Item, Point, best, curve, least_cost, least_loss, point, smallest, undominated
+from magr_onnx.knapsack import Item, Point, best, curve, least_cost, least_loss, point, smallest
 from tests.helpers import EXAMPLES
 
 ITEMS = st.lists(
@@ -63,17 +63,6 @@ def test_curve_is_every_supported_optimum(items: list[Item]) -> None:
         costs, losses = [p.cost for p in points], [p.loss for p in points]
         for q in tried:
             assert q.loss >= np.interp(q.cost, costs, losses) - 1e-9
-
-
-@EXAMPLES
-@given(ITEMS)
-def test_undominated_choices_trade(items: list[Item]) -> None:
-    for item in items:
-        kept = undominated(item)
-        assert (np.diff(item.costs[kept]) > 0).all()
-        assert (np.diff(item.losses[kept]) < 0).all()
-        for j in range(len(item.costs)):
-            assert any(item.costs[i] <= item.costs[j] and item.losses[i] <= item.losses[j] for i in kept)
 
 
 def test_what_cannot_be_met_is_none() -> None:
