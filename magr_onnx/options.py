@@ -35,14 +35,14 @@ Effort = Literal["fast", "balanced", "best"]
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
 
 
-_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*")
+_UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*", re.IGNORECASE)
 
 
 def bytes_of(text: str) -> int | None:
     """Bytes that a size such as ``30 MB`` stands for; None where it is none."""
     match = _SIZE.fullmatch(text)
-    return None if match is None else round(float(match["number"]) * _UNITS[match["unit"]])
+    return None if match is None else round(float(match["number"]) * _UNITS[match["unit"].lower()])
 
 
 class Options(TypedDict, total=False):

@@ -132,7 +132,7 @@ def test_default_output_name_and_quiet(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("0", 0), ("512", 512), ("1k", 1 << 10), ("1.5MB", 3 << 19), ("512 MiB", 512 << 20), ("2GB", 2 << 30), (" 2g ", 2 << 30), ("7B", 7)],
+    [("0B", 0), ("512 B", 512), ("1kB", 1000), ("1.5MB", 1_500_000), ("512 mb", 512_000_000), (" 2GB ", 2_000_000_000), ("7B", 7)],
 )
 def test_sizes(text: str, expected: int) -> None:
     assert _bytes(text) == expected

@@ -312,7 +312,9 @@ def test_error_feedback_follows_the_choice(percent: int, tmp_path: Path) -> None
     """With room for everything no layer is left to quantize, in stages or not."""
     result, before, after = written(graphs.chain(), tmp_path, target_size=f"{percent}%", feedback=True)
     assert after <= percent / 100 * before
-    assert all(layer.feedback for layer in result.report.layers)
+    assert [bool(layer.feedback) for layer in result.report.layers] == [False, True, True][
+        : len(result.report.layers)
+    ]  # the first reads the input
     assert (percent == 150) == (not result.report.layers)
 
 

@@ -37,14 +37,15 @@ class File:
     in_float: str = ""
 
 
+FAST: Options = {"effort": "fast"}  # with error feedback the codes of later layers would follow the arithmetic of the layers before
 FILES = {
-    "matmulnbits-4": File({"bits": 4}),
+    "matmulnbits-4": File({"bits": 4, **FAST}),
     "matmulnbits-4-channel": File({"bits": 4, "block_size": None}),
-    "matmulnbits-4-int8": File({"bits": 4, "accuracy_level": 4}, True, "matmulnbits-4"),
-    "matmulnbits-2": File({"bits": 2}),
-    "matmulnbits-2-int8": File({"bits": 2, "accuracy_level": 4}, True, "matmulnbits-2"),
-    "matmulnbits-8": File({"bits": 8}),
-    "matmulnbits-8-int8": File({"bits": 8, "accuracy_level": 4}, True, "matmulnbits-8"),
+    "matmulnbits-4-int8": File({"bits": 4, "accuracy_level": 4, **FAST}, True, "matmulnbits-4"),
+    "matmulnbits-2": File({"bits": 2, **FAST}),
+    "matmulnbits-2-int8": File({"bits": 2, "accuracy_level": 4, **FAST}, True, "matmulnbits-2"),
+    "matmulnbits-8": File({"bits": 8, **FAST}),
+    "matmulnbits-8-int8": File({"bits": 8, "accuracy_level": 4, **FAST}, True, "matmulnbits-8"),
     "qdq-4": File({"bits": 4, "format": "qdq"}, True),
     "qdq-8": File({"bits": 8, "format": "qdq"}, True),
     "qdq-8-channel": File({"bits": 8, "format": "qdq", "block_size": None}, True),
