@@ -147,7 +147,7 @@ AlphaOption = Annotated[
         "--alpha",
         min=0,
         help="Strength of MagR, relative to the layer; 0: off. "
-        "(default: chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 for integer formats above 4 bits)",
+        "(default: chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 above 4 bits)",
         metavar="X",
         rich_help_panel=WEIGHTS,
     ),

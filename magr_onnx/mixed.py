@@ -107,8 +107,6 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             if bits in KERNEL_BLOCKS and block in MATMULNBITS_BLOCKS and block not in KERNEL_BLOCKS[bits]:
                 continue
             each: Options = {**rest, "bits": bits, "block_size": block}
-            if bits == 8 and options.get("alpha") is None:
-                each["alpha"] = 0  # the grid is fine enough for MagR's change of the weights to cost more than it saves
             try:
                 passes = build_pipeline(**each)
                 pipeline.check(passes, provider)

@@ -29,6 +29,7 @@ from magr_onnx.passes import (
     check,
 )
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
+from magr_onnx.quantizers.auto import usual_alpha
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
@@ -59,7 +60,7 @@ class Options(TypedDict, total=False):
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
         symmetric: Fix the zero point in the middle (default False, True for the integer formats).
         alpha: Strength of MagR, relative to the layer; None (default) for one chosen per layer by quantizer auto, else 1e-3 per
-            channel, 1e-4 per block, 0 for the integer formats above 4 bits; 0 for none.
+            channel, 1e-4 per block, 0 above 4 bits; 0 for none.
         beta: Shrink of the min-max grid; None (default) searches it per group.
         damping: Multiple of the Gram matrix's diagonal added to it; None (default) for one that follows from the number of rows
             (auto: chosen).
@@ -188,8 +189,7 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         feedback = named is None and effort != "fast"
     auto = quantizer == "auto"
     if alpha is None and not auto:
-        # From 5 bits on a channel's grid is fine enough for MagR's change of the weights to cost more than it saves.
-        alpha = 0 if form.activations and bits > 4 else 1e-3 if block is None else 1e-4
+        alpha = usual_alpha(bits, block)
     quantize = Quantize(
         quantizer,
         bits,

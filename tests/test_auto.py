@@ -65,7 +65,7 @@ def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int)
     problem, _ = problem_of(spec, seed=seed)
     options = Options()
     kept = automatic_damping(64, 600)
-    best, alpha = Choice(usual_alpha(spec), kept, True), usual_alpha(spec)
+    best, alpha = Choice(usual_alpha(spec.bits, spec.group_size), kept, True), usual_alpha(spec.bits, spec.group_size)
     tried = set()
 
     def left(choice: Choice) -> float:
@@ -155,7 +155,7 @@ def test_codes_are_in_range_and_it_is_no_worse_than_comq(spec: WeightSpec, centr
         assert found.codes.max() <= spec.top
         assert found.spec == spec
         gram = problem.damped_gram(problem.damping(Options()))
-        reduced = magr.reduce(problem.weights, gram, alpha=usual_alpha(spec), group_size=spec.group_size).weights
+        reduced = magr.reduce(problem.weights, gram, alpha=usual_alpha(spec.bits, spec.group_size), group_size=spec.group_size).weights
         usual = comq.run(replace(problem, weights=reduced), Options()).weight
         own, other = (error(w.dequantize(), problem, stats_of(fresh)) for w in (found, usual))
         assert own < 1.1 * other
@@ -201,7 +201,7 @@ def test_goals_are_what_choices_are_judged_by() -> None:
     kept = stats.combine(held, -1)
     errors = {}
     for a in auto.ALPHAS:
-        alpha = a * usual_alpha(problem.spec)
+        alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
         choice = Choice(alpha, automatic_damping(48, kept.rows), True)
         tried, *_ = auto._solve(aimed.kept, aimed.kept, kept, True, problem.spec, choice, Options(), quick=True)
         errors[alpha] = feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)

@@ -39,11 +39,11 @@ class Choice:
     act_order: bool
 
 
-def usual_alpha(spec: WeightSpec) -> float:
+def usual_alpha(bits: int, group_size: int | None) -> float:
     """MagR's strength where nothing is known of the layer: from 5 bits on its change of the weights costs more than a finer grid saves."""
-    if spec.bits > 4:
+    if bits > 4:
         return 0.0
-    return 1e-3 if spec.group_size is None else 1e-4
+    return 1e-3 if group_size is None else 1e-4
 
 
 def run(problem: Problem, options: Options) -> Solution:
@@ -52,7 +52,7 @@ def run(problem: Problem, options: Options) -> Solution:
     if stats.is_data_free:
         return comq.run(problem, options)
     usual = Choice(
-        usual_alpha(spec) if options.alpha is None else options.alpha,
+        usual_alpha(spec.bits, spec.group_size) if options.alpha is None else options.alpha,
         problem.damping(options),
         True if options.act_order is None else options.act_order,
     )
