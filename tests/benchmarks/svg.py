@@ -64,9 +64,8 @@ def _panel(panel: Panel, left: float, top: float, xs: Sequence[float], powers: t
         y = place(xs[0], 10.0**power)[1]
         parts.append(f'<path d="M{x0:g} {y:.1f}H{x1:g}" stroke="#dddddd"/>')
         parts.append(_text(x0 - 4, y + 3, f"{10.0**power:g}", "end"))
-    for x in xs:
-        if x == int(x) and int(x) % 2 == 0:
-            parts.append(_text(place(x, 1)[0], y0 + 13, f"{x:g}", "middle"))
+    for x in range(2 * math.ceil(xs[0] / 2), math.floor(xs[-1]) + 1, 2):
+        parts.append(_text(place(x, 1)[0], y0 + 13, f"{x:g}", "middle"))
     for name, line in reversed(panel.lines.items()):  # the first line on top
         points = [place(x, y) for x, y in sorted(line)]
         if points:
