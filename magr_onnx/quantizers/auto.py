@@ -60,12 +60,14 @@ def run(problem: Problem, options: Options) -> Solution:
         reduced = _reduced(problem.weights, stats, problem.centred, usual, spec)
         return comq.run(replace(problem, weights=reduced), options)
     choice, tried = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
-    weight, errors, notes = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
     facts: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": tried}
-    facts |= {"error_start": errors[0], "error": errors[-1]}
     if problem.outputs is not None:
-        found = _coupled(problem, choice, options)
-        weight, facts["coupled_start"], facts["coupled"] = found
+        weight, facts["coupled_start"], facts["coupled"] = _coupled(problem, choice, options)
+    else:
+        weight, errors = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
+        facts |= {"error_start": errors[0], "error": errors[-1]}
+    used = _prepared(stats, problem.centred, choice).damping
+    notes = () if used == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {used:g}",)
     return Solution(weight, notes, facts)
 
 
@@ -110,7 +112,7 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
 
 def _solve(
     weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
-) -> tuple[QuantizedWeight, tuple[float, ...], tuple[str, ...]]:
+) -> tuple[QuantizedWeight, tuple[float, ...]]:
     """One layer, or some columns of one; ``quick`` leaves out what hardly depends on the options."""
     gram = _damped(stats, centred, choice.damping)
     prepared = _prepared(stats, centred, choice)
@@ -122,8 +124,7 @@ def _solve(
         weight = regrid(target, refined.weight, gram.astype(np.float32)) if spec.rows(len(weights)) <= MOST_ROWS else refined.weight
         refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale)
         errors += refined.errors[1:]
-    notes = () if prepared.damping == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {prepared.damping:g}",)
-    return refined.weight, errors, notes
+    return refined.weight, errors
 
 
 def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, float, float]:
