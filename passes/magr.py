@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from magr_onnx import magr
-from magr_onnx.linalg import automatic_damping, damped
+from magr_onnx.linalg import automatic_damping
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
+from magr_onnx.quantizers.problem import damped_gram
 from magr_onnx.types import WeightSpec
 
 
@@ -58,7 +59,7 @@ class MagR(LayerPass):
             return False
         centred = job.centred(self.bias)
         damping = automatic_damping(job.layer.k, job.stats.rows) if self.damping is None else self.damping
-        gram = job.stats.memo(("damped", centred, damping), lambda: damped(job.stats.objective_gram(centred), damping))
+        gram = damped_gram(job.stats, centred, damping)
         result = magr.reduce(
             job.weight,
             gram,

@@ -4,7 +4,7 @@ A layer is first solved several times on a sample of its output channels (column
 them) from the rows that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping
 and act-order, one after the other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ,
 coordinate descent with scale refits, and grid refits (scale and zero point) in between; no step is kept that raises the error it is
-meant to lower. Where second moments of gradients are there, `magr_onnx.quantizers.coupled` finishes.
+meant to lower. Where second moments of gradients are there, `magr_onnx.quantizers.coupled` solves it instead, with the options so chosen.
 
 Options that are given are not chosen.
 """
@@ -17,9 +17,9 @@ import numpy as np
 
 from magr_onnx import feedback, magr
 from magr_onnx.grid import choose
-from magr_onnx.linalg import automatic_damping, damped, layer_error
+from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.quantizers import comq, coupled, gptq
-from magr_onnx.quantizers.problem import Options, Problem, Solution
+from magr_onnx.quantizers.problem import Options, Problem, Solution, damped_gram
 from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
 from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
@@ -66,7 +66,7 @@ def run(problem: Problem, options: Options) -> Solution:
     else:
         weight, errors = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
         facts |= {"error_start": errors[0], "error": errors[-1]}
-    used = _prepared(stats, problem.centred, choice).damping
+    used = gptq.prepared(stats, problem.centred, choice.damping, choice.act_order).damping
     notes = () if used == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {used:g}",)
     return Solution(weight, notes, facts)
 
@@ -114,8 +114,8 @@ def _solve(
     weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
 ) -> tuple[QuantizedWeight, tuple[float, ...]]:
     """One layer, or some columns of one; ``quick`` leaves out what hardly depends on the options."""
-    gram = _damped(stats, centred, choice.damping)
-    prepared = _prepared(stats, centred, choice)
+    gram = damped_gram(stats, centred, choice.damping)
+    prepared = gptq.prepared(stats, centred, choice.damping, choice.act_order)
     reduced = _reduced(weights, stats, centred, choice, spec)
     start = gptq.solve(reduced, prepared, choose(reduced, spec, stats.objective_gram(centred).diagonal(), options.beta))
     refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
@@ -131,25 +131,16 @@ def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[Quanti
     """The layer under the two-sided Hessian; E of its first pass, and at the end."""
     assert problem.outputs is not None
     outputs = coupled.damped_outputs(problem.outputs)
-    gram = _damped(problem.stats, problem.centred, choice.damping)
+    gram = damped_gram(problem.stats, problem.centred, choice.damping)
     reduced = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
     grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)
     blocks = coupled.blocks_of(outputs)
-    start = coupled.solve(reduced, _prepared(problem.stats, problem.centred, choice), grid, outputs, blocks)
+    start = coupled.solve(reduced, gptq.prepared(problem.stats, problem.centred, choice.damping, choice.act_order), grid, outputs, blocks)
     weight, errors = coupled.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
     return weight, errors[0], errors[-1]
-
-
-def _damped(stats: LayerStats, centred: bool, damping: float) -> Array:
-    return stats.memo(("damped", centred, damping), lambda: damped(stats.objective_gram(centred), damping))
-
-
-def _prepared(stats: LayerStats, centred: bool, choice: Choice) -> gptq.Feedback:
-    key = ("gptq", centred, choice.damping, choice.act_order)
-    return stats.memo(key, lambda: gptq.prepare(stats.objective_gram(centred), choice.damping, choice.act_order))
 
 
 def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> Array:
     if choice.alpha == 0:
         return weights
-    return magr.reduce(weights, _damped(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size).weights
+    return magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size).weights

@@ -30,7 +30,7 @@ from magr_onnx.grid import Grid, choose, stored
 from magr_onnx.linalg import cholesky, column_errors
 from magr_onnx.quantizers.a2q import project
 from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -65,6 +65,11 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     upper = factor.lower[::-1, ::-1]
     matrix = np.tril((upper / np.diag(upper)).T, -1).astype(np.float32)
     return Feedback(matrix, order, factor.damping)
+
+
+def prepared(stats: LayerStats, centred: bool, damping: float, act_order: bool) -> Feedback:
+    """`prepare` of the matrix of the layer error; computed once for all that share the statistics."""
+    return stats.memo(("gptq", centred, damping, act_order), lambda: prepare(stats.objective_gram(centred), damping, act_order))
 
 
 def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
@@ -196,7 +201,7 @@ def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
     damping = problem.damping(options)
     act_order = options.act_order is not False
-    feedback = problem.stats.memo(("gptq", problem.centred, damping, act_order), lambda: prepare(problem.gram, damping, act_order))
+    feedback = prepared(problem.stats, problem.centred, damping, act_order)
     grid = choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta)
     notes: tuple[str, ...] = ()
     if feedback.damping != damping:

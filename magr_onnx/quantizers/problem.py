@@ -52,8 +52,13 @@ class Problem:
         return automatic_damping(len(self.weights), self.stats.rows) if options.damping is None else options.damping
 
     def damped_gram(self, damping: float) -> Array:
-        """The matrix of the layer error with ``damping``; computed once for all layers that share the statistics."""
-        return self.stats.memo(("damped", self.centred, damping), lambda: damped(self.gram, damping))
+        """`damped_gram` of this layer."""
+        return damped_gram(self.stats, self.centred, damping)
+
+
+def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Array:
+    """The matrix of the layer error, damped; computed once for all that share the statistics."""
+    return stats.memo(("damped", centred, damping), lambda: damped(stats.objective_gram(centred), damping))
 
 
 @dataclass(frozen=True, slots=True)
