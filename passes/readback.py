@@ -24,16 +24,21 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
     """
     found: dict[str, Array] = {}
     for node in model.graph:
-        weight: Array | None = None
-        if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
-            weight = _matmulnbits(node)
-        elif node.op_type in ("MatMul", "Gemm") and node.domain == "":
-            weight = _qdq(node)
-        elif node.op_type == "MatMulInteger" and node.domain == "":
-            weight = _integer(node)
+        weight = emitted_weight(node)
         if weight is not None:
             found[_output_name(node, outputs)] = weight
     return found
+
+
+def emitted_weight(node: ir.Node) -> Array | None:
+    """The dequantized weight ``(K, N)`` a product multiplies by, or None where it is not one of the forms above."""
+    if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
+        return _matmulnbits(node)
+    if node.op_type in ("MatMul", "Gemm") and node.domain == "":
+        return _qdq(node)
+    if node.op_type == "MatMulInteger" and node.domain == "":
+        return _integer(node)
+    return None
 
 
 def digest(weight: Array) -> str:
