@@ -29,7 +29,8 @@ def _trap(
     """A trap of one output; its only layer is called ``fc`` and is converted unless ``layers`` says otherwise."""
 
     def build() -> onnx.ModelProto:
-        return model(text, **of_model, **(initializers or {"w": W}))
+        given: dict[str, Any] = {**of_model, **(initializers or {"w": W})}
+        return model(text, **given)
 
     def feeds(rng: np.random.Generator) -> dict[str, Tensor]:
         return {name: rng.standard_normal(shape).astype(dtype) for name, shape in inputs.items()}
@@ -130,7 +131,9 @@ SIDES = (
     ),
     _trap(
         "gemm-constant-left-and-matrix-added",
-        "g (float[n, 48] x, float[24, n] c) => (float[24, n] y) { [fc] y = Gemm<alpha = 0.5, beta = 2.0, transA = 1, transB = 1>(w, x, c) }",
+        """g (float[n, 48] x, float[24, n] c) => (float[24, n] y) {
+            [fc] y = Gemm<alpha = 0.5, beta = 2.0, transA = 1, transB = 1>(w, x, c)
+        }""",
         {"x": (6, K), "c": (N, 6)},
         lambda f, w: w["fc"].T @ f["x"].T + 2 * f["c"],
     ),
@@ -189,21 +192,21 @@ VECTORS = (
 EINSUMS = (
     _trap(
         "einsum-heads-out",
-        "g (float[n, t, 48] x) => (float[n, t, 4, 6] y) { [fc] y = Einsum<equation = \"bsd,dhk->bshk\">(x, w) }",
+        'g (float[n, t, 48] x) => (float[n, t, 4, 6] y) { [fc] y = Einsum<equation = "bsd,dhk->bshk">(x, w) }',
         {"x": (2, 5, K)},
         lambda f, w: (f["x"] @ w["fc"]).reshape(2, 5, 4, 6),
         initializers={"w": W.reshape(K, 4, 6)},
     ),
     _trap(
         "einsum-heads-in",
-        "g (float[n, t, 6, 8] x) => (float[n, t, 24] y) { [fc] y = Einsum<equation = \"bshk, hkd -> bsd\">(x, w) }",
+        'g (float[n, t, 6, 8] x) => (float[n, t, 24] y) { [fc] y = Einsum<equation = "bshk, hkd -> bsd">(x, w) }',
         {"x": (2, 5, 6, 8)},
         lambda f, w: f["x"].reshape(2, 5, K) @ w["fc"],
         initializers={"w": W.reshape(6, 8, N)},
     ),
     _trap(
         "einsum-implicit-result-constant-first",
-        "g (float[48, n] x) => (float[24, n] y) { [fc] y = Einsum<equation = \"ji,jk\">(w, x) }",
+        'g (float[48, n] x) => (float[24, n] y) { [fc] y = Einsum<equation = "ji,jk">(w, x) }',
         {"x": (K, 5)},
         lambda f, w: w["fc"].T @ f["x"],
     ),
@@ -219,7 +222,7 @@ EINSUMS = (
     ),
     _trap(
         "einsum-experts-summed-axis",
-        "g (float[n, 3, 2, 48] x) => (float[3, 24, n] y) { [fc] y = Einsum<equation = \"beak,ekn->enb\">(x, w) }",
+        'g (float[n, 3, 2, 48] x) => (float[3, 24, n] y) { [fc] y = Einsum<equation = "beak,ekn->enb">(x, w) }',
         {"x": (4, E, 2, K)},
         lambda f, w: np.einsum("bek,ekn->enb", f["x"].sum(axis=2), _parts(w)),
         STACKED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,8 @@ K, N, H = 48, 24, 8
 W, V = constant("w", K, N), constant("v", K, N)
 STEP = np.float32(0.01)
 CODES = np.clip(np.rint(V / STEP), -128, 127).astype(np.int8)
-OTHER, FUSED, QUANTIZED = "an operator without a quantized form", "a fused operator that no format can replace", "weight is quantized already"
+OTHER, FUSED = "an operator without a quantized form", "a fused operator that no format can replace"
+QUANTIZED = "weight is quantized already"
 MICROSOFT = ("com.microsoft",)
 
 
@@ -31,7 +33,8 @@ def _trap(
     """A trap with one input ``x`` and, beside what it is about, an ordinary layer ``fc``."""
 
     def build() -> onnx.ModelProto:
-        return model(text, domains=domains, opset=opset, **initializers)
+        given: dict[str, Any] = dict(initializers)
+        return model(text, domains=domains, opset=opset, **given)
 
     return Trap(
         name,
@@ -93,7 +96,11 @@ TRAPS = (
         }""",
         lambda x, w: [x @ w["fc"]],
         {"fc": CONVERTED},
-        {"codes": np.ascontiguousarray(CODES.T), "steps": np.linspace(0.01, 0.02, N, dtype=np.float32), "zeros": np.arange(-12, 12, dtype=np.int8)},
+        {
+            "codes": np.ascontiguousarray(CODES.T),
+            "steps": np.linspace(0.01, 0.02, N, dtype=np.float32),
+            "zeros": np.arange(-12, 12, dtype=np.int8),
+        },
         requantize=True,
     ),
     _trap(

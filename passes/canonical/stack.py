@@ -55,7 +55,7 @@ def stacked(edit: Edit, x: ir.Value, shape: Dims, axis: int, matrices: ir.Value)
     parts = [x] * count if shape[axis] == 1 else edit.split(x, axis, count)
     out: Dims = [*shape[:axis], 1, *shape[axis + 1 : -1], n]
     products = [
-        edit.product("MatMul", [part, edit.reshape(matrix, (k, n))], out, index, held.name)
+        edit.product("MatMul", [part, edit.reshape(matrix, (k, n))], out, None, index, held.name)
         for index, (part, matrix) in enumerate(zip(parts, edit.split(matrices, 0, count), strict=True))
     ]
     return edit.concat(products, axis)
