@@ -92,7 +92,8 @@ def test_magr_alone_writes_floats(trap: Trap, tmp_path: Path) -> None:
 @st.composite
 def equations(draw: st.DrawFn) -> tuple[str, dict[str, int], bool]:
     """An equation that is a product with a constant, the sizes of its labels, and whether the constant is first."""
-    letters = draw(st.permutations(string.ascii_letters))
+    left_out = draw(st.booleans())
+    letters = draw(st.permutations(string.ascii_lowercase if left_out else string.ascii_letters))  # onnxruntime's limits
     counts = [draw(st.integers(low, high)) for low, high in ((0, 2), (0, 2), (1, 2), (0, 2), (0, 1))]
     parts = []
     for count in counts:
@@ -103,7 +104,7 @@ def equations(draw: st.DrawFn) -> tuple[str, dict[str, int], bool]:
     w = "".join(draw(st.permutations(batch + inner + outer)))
     out = "".join(draw(st.permutations(rows + batch + outer)))
     sizes = {c: draw(st.integers(1, 4)) for c in rows + batch + inner + outer + summed}
-    implicit = not batch and not summed and draw(st.booleans())
+    implicit = left_out and not batch and not summed
     if implicit:
         out = "".join(sorted(rows + outer))
     first = draw(st.booleans())
