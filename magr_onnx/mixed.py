@@ -113,7 +113,7 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.resolve(passes)
+                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found

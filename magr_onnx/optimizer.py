@@ -97,6 +97,7 @@ def optimize(
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
     pipeline.check(passes, provider)
+    passes = pipeline.suited(passes, provider)
     provider_name(provider)
     activations = pipeline.activations_of(passes)
     if calibration is None and activations is not None and activations.type != "dynamic":
