@@ -346,5 +346,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
     found: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.tensor), []).append(layer.name)
+        found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())
