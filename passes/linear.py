@@ -371,7 +371,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
 
 def _selected(layer: LinearLayer, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    names = (layer.name, layer.weight_name, *layer.node.metadata_props.get(NAMES, "").splitlines())
+    return selected((layer.name, layer.weight_name, *layer.node.metadata_props.get(NAMES, "").splitlines()), include, exclude)
+
+
+def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a layer with these names is asked for."""
 
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, p) for p in patterns for name in names)
