@@ -5,23 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError, raise_all
-from magr_onnx.passes import LayerPass, LinearLayer, pipeline
+from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.report import ProofSummary, versions
 from magr_onnx.runtime import overflow
 from magr_onnx.runtime.session import Session
 from magr_onnx.targets import Target
-from magr_onnx.types import check_finite
+from magr_onnx.types import Array, check_finite
 from magr_onnx.verification import LayerVerdict
 
 
-def check_weights(layers: Sequence[LinearLayer]) -> None:
+class Readable(Protocol):
+    """A view of something with a weight and perhaps a bias."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> Array: ...
+
+    def read_bias(self) -> Array | None: ...
+
+
+def check_weights(layers: Sequence[Readable]) -> None:
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import files, mixed
+from magr_onnx import beginnings, files, mixed
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
@@ -116,6 +116,7 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
+    passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
     pipeline.prepare(passes, original)
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or original.clone()
@@ -123,11 +124,11 @@ def optimize(
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))
-    skips += elsewhere
-    if not layers:
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+    others, unconverted = beginnings.look(work, passes, include, exclude)
+    if not layers and not others:
+        reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
-    check_weights(layers)
+    check_weights([*layers, *others])
     clock.lap("load")
 
     data = held = None
@@ -150,10 +151,15 @@ def optimize(
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
         )
-        work = original.clone()
-        layers, skips = find(work, include, exclude)
-        skips += elsewhere
         clock.lap("rewrite")
+    base = original.clone()
+    report = stage(progress, "convolutions")
+    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, provider, gram_budget, report)
+    work = base.clone()
+    layers, skips = find(work, include, exclude)
+    skips += [*elsewhere, *begun.skips]
+    if begun.rows:
+        clock.lap("convolutions")
 
     passes, missing = without_stages(work, layers, passes)
     notes += missing
@@ -168,14 +174,14 @@ def optimize(
             progress("quantizing", len(rows), len(layers))
 
     grids = ranges.Grids()
-    if activations is not None and data is not None:
+    if activations is not None and data is not None and layers:
         report = stage(progress, "ranges")
         grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None
-    if goal is not None and data is not None:
-        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+    if goal is not None and data is not None and layers:
+        source = mixed.Source(base, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP, original)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
         search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
@@ -193,7 +199,10 @@ def optimize(
             unmasked: list[str] = []
             spilled = 0
             report = stage(progress, "calibrating")
-            for group, result in gather(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
+            changed = begun.digests
+            for group, result in gather(
+                original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report, changed
+            ):
                 unmasked += result.unmasked
                 spilled = max(spilled, result.spilled)
                 clock.lap("calibrate")
@@ -202,7 +211,7 @@ def optimize(
                 clock.lap("quantize")
             if search is None or search.accepts(work):
                 break
-            work = original.clone()
+            work = base.clone()
             layers, _ = find(work, include, exclude)
             rows.clear()
             digests.clear()
@@ -213,6 +222,7 @@ def optimize(
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
+    digests |= begun.digests
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)
@@ -238,7 +248,7 @@ def optimize(
             None if out is None else str(out),
             pipeline.text_of(passes),
             _describe(data, rows, mask_input),
-            tuple(rows[layer.name] for layer in layers),
+            (*begun.rows, *(rows[layer.name] for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
             written,

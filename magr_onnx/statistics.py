@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -33,8 +33,12 @@ def gather(
     gram_budget: int,
     cache: int,
     progress: Callable[[int, int], None] | None,
+    changed: Collection[str] = (),
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
-    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
+    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
+
+    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning.
+    """
     if data is None:
         yield layers, calibrate.Calibration({}, ())
     elif any(isinstance(p, ErrorFeedback) for p in passes):
@@ -48,6 +52,7 @@ def gather(
             quantize=grids.inputs,
             bounds=grids.bounds,
             cache=cache,
+            changed=changed,
             progress=progress,
         )
     else:

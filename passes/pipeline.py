@@ -17,6 +17,7 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
@@ -50,6 +51,7 @@ PASSES: dict[str, type[LayerPass]] = {
         EmitQDQ,
         EmitQDQInt8,
         EmitDynamicInt8,
+        Convolutions,
     )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)

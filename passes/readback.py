@@ -11,12 +11,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.packing import MatMulNBitsTensors, QdqTensors, dequantize_matmulnbits, dequantize_qdq
+from magr_onnx.passes.conv import OPS as CONVOLUTIONS
+from magr_onnx.passes.emit_conv import emitted_matrices
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.types import Array
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
-    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
+    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, scaled MatMulInteger and QDQ convolution, by the
+    layer's output name; ``(G, K, N)`` of convolutions in several groups.
 
     The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
     of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
@@ -38,6 +41,8 @@ def emitted_weight(node: ir.Node) -> Array | None:
         return _qdq(node)
     if node.op_type == "MatMulInteger" and node.domain == "":
         return _integer(node)
+    if node.op_type in CONVOLUTIONS and node.domain == "":
+        return emitted_matrices(node)
     return None
 
 
@@ -120,6 +125,8 @@ def _behind(node: ir.Node) -> Iterator[ir.Node]:
     """The product, and the nodes behind it that an emitter may have written."""
     last = node
     yield last
+    if node.op_type in CONVOLUTIONS:
+        return
     if node.op_type != "MatMulNBits":
         for last in _behind_product(node):
             yield last

@@ -9,7 +9,7 @@ many stages there are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ import onnx_ir as ir
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import beside, cut, plan
+from magr_onnx.passes.segments import behind, beside, cut, plan
 from magr_onnx.ranges import rounded
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.data import Batches
@@ -172,6 +172,7 @@ def staged(
     quantize: Mapping[str, Activation] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     cache: int = DEFAULT_CACHE,
+    changed: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Iterator[tuple[tuple[LinearLayer, ...], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
@@ -180,7 +181,7 @@ def staged(
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far.
+        work: The model being quantized, a copy of ``original`` so far but for what makes the ``changed`` values.
         layers: Its layers.
         data: Batches that fit both.
         mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
@@ -188,6 +189,7 @@ def staged(
         quantize: How layer inputs will be quantized, by value name.
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
+        changed: Values of ``work`` that differ from the float ones already, by name (convolutions are quantized first).
         progress: Called with segments of batches done and in total.
 
     Raises:
@@ -196,17 +198,19 @@ def staged(
     """
     quantize, bounds = quantize or {}, bounds or {}
     steps = plan(work, layers)
+    moved = behind(work, changed)
+    known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
+    kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
     with Cache(cache // 2) as floats, Cache(cache // 2) as quants:
         masks = _begin(original, data, mask, floats)
         shared: set[str] = set(floats.names(0))  # the same in both models: nothing before them is quantized
-        for s, (stage, live) in enumerate(zip(steps.stages, steps.live, strict=True)):
+        for s, (stage, live) in enumerate(zip(steps.stages, kept, strict=True)):
             before = floats.names(0)
             wanted = [n for n in live if n not in before]
             floats.run(original, before, wanted, len(data), provider)
             if s == 0:
-                shared |= set(wanted)
-            else:
-                quants.run(work, before, wanted, len(data), provider, fallback=floats, shared=shared)
+                shared |= set(wanted) - moved
+            quants.run(work, before, [n for n in wanted if n not in shared], len(data), provider, fallback=floats, shared=shared)
             found = _gather(stage, floats, quants, shared, live, masks, data, quantize, bounds, mask)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
