@@ -23,7 +23,7 @@ from magr_onnx.passes.readback import digest
 from magr_onnx.quantizers import grouped
 from magr_onnx.quantizers.auto import usual_alpha
 from magr_onnx.report import LayerRow
-from magr_onnx.runtime import patches
+from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats
 from magr_onnx.types import Array, QuantizedWeight
@@ -87,7 +87,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     provider: str = "cpu",
-    gram_budget: int = patches.DEFAULT_BUDGET,
+    gram_budget: int = calibrate.DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Quantize the convolutions of ``work``, in place, by the statistics of ``model``, of which it is a copy.

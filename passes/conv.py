@@ -232,11 +232,9 @@ class Convolutions(LayerPass):
     alpha: float | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        if self.bits not in BITS:
-            return [
-                f"convolutions: bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}, or none to leave them float"
-            ]
-        return []
+        if self.bits in BITS:
+            return []
+        return [f"convolutions: bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}, or none to leave them float"]
 
     def fits(self, passes: Sequence[LayerPass]) -> list[str]:
         if any(p.name == "quantize" for p in passes):

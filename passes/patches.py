@@ -55,7 +55,7 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
     first, last = copy.constant(f"{name}_first", np.array([0])), copy.constant(f"{name}_last", np.array([2]))
     rank = 1 + len(layer.kernel)
-    shapes = ([g, k, k], [g, k], [], [None] * rank)
+    shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * rank]
     held = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
     nodes: list[ir.Node] = []
 

@@ -72,18 +72,17 @@ def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list
     return groups
 
 
-def too_large(
-    model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str = "cpu", limit: int = PATCH_LIMIT
-) -> dict[str, str]:
+def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int = PATCH_LIMIT) -> dict[str, str]:
     """Layers whose patches do not fit the limit, by name, with the reason as a sentence; measured on the first batch."""
     with Session(shape_taps(model, [str(layer.output.name) for layer in layers]), provider) as session:
         shapes = session.run(next(iter(data)))
-    sizes = {layer.name: 4 * layer.group * layer.k * math.prod(map(int, s[2:])) for layer, s in zip(layers, shapes, strict=True)}
-    return {
-        name: f"data-free: its patches take {size / 1e6:.0f} MB a sample, and {limit / 1e6:.0f} MB is the limit; calibrate on smaller inputs"
-        for name, size in sizes.items()
-        if size > limit
-    }
+    found = {}
+    for layer, shape in zip(layers, shapes, strict=True):
+        size = 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
+        if size > limit:
+            why = f"its patches take {size / 1e6:.0f} MB a sample, and the limit is {limit / 1e6:.0f} MB"
+            found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
+    return found
 
 
 def collect(

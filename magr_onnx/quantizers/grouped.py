@@ -5,8 +5,8 @@ the same row of all groups together. Minimises, for every column ``w`` of every 
 
     E(w_hat) = (w_hat - w)^T H_g (w_hat - w)
 
-by GPTQ (the form of `magr_onnx.quantizers.gptq`, rows in natural order) on a ladder of grids, the best by E kept for each column, and then
-coordinate descent over its codes, which only lowers E.
+by GPTQ (the form of `magr_onnx.quantizers.gptq`, rows in natural order) and coordinate descent over the codes, on a ladder of grids of
+which every column keeps the one that is best by E.
 
 There is no MagR here: choosing the scale by the exact error of every column, with error feedback, is what a smaller range is for.
 """
@@ -18,10 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.grid import SHRINKS, ladder
+from magr_onnx.grid import ladder
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 MOST_ROWS, FEWEST_GROUPS = 64, 8  # where this pays: more rows keep a solver busy, fewer groups are soon done one by one
+_SHRINKS = [float(x) for x in np.linspace(1.02, 0.5, 53)]
 _RETRIES = 8
 
 
@@ -51,19 +52,17 @@ def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps
     gram, factors = _factors(grams, damping)
     flat = weights.transpose(1, 0, 2).reshape(k, g * n)
     best: Array = np.full((g, n), np.inf)
-    codes, scales, zeros = np.zeros(weights.shape, np.float32), np.ones((g, n), np.float32), np.zeros((g, n), np.float32)
-    for s, z in ladder(flat, spec, list(SHRINKS)):
+    codes, scales, zeros = np.zeros(weights.shape), np.ones((g, n), np.float32), np.zeros((g, n), np.float32)
+    for s, z in ladder(flat, spec, _SHRINKS):
         scale, zero = s.reshape(g, n), z.reshape(g, n)
-        found = _feedback(weights, factors, scale, zero, spec.top)
+        found = _descend(weights, gram, _feedback(weights, factors, scale, zero, spec.top), scale, zero, spec.top, sweeps)
         error = _errors((found - zero[:, None]) * scale[:, None] - weights, gram)
         better = error < best
         best = np.where(better, error, best)
         codes = np.where(better[:, None], found, codes)
         scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
-    codes = _descend(weights, gram, codes, scales, zeros, spec.top, sweeps)
-    errors = _errors((codes - zeros[:, None]) * scales[:, None] - weights, gram).sum(axis=1)
     whole = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
-    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*whole, strict=True)], errors)
+    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*whole, strict=True)], best.sum(axis=1))
 
 
 def _factors(grams: Array, damping: float) -> tuple[Array, Array]:
