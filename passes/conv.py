@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
+from magr_onnx.passes.constants import Held
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import NoView, constant, operand
@@ -119,7 +120,10 @@ class ConvLayer:
         """A linear layer of one group's matrix ``(K, N)`` and bias ``(N,)``, for passes that read a layer and write nothing."""
         kind = FLOATS[self.dtype]
         held = None if bias is None else ir.tensor(bias)
-        return LinearLayer(self.name, self.node, ir.tensor(weight.astype(kind)), False, 1.0, None, held, 1.0, *weight.shape)
+        tensor = ir.tensor(weight.astype(kind), name=self.weight_name)
+        value = self.node.inputs[1]
+        assert value is not None
+        return LinearLayer(self.name, self.node, Held(value, tensor, (), False), tensor, False, 1.0, None, held, 1.0, *weight.shape)
 
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:

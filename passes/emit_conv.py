@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.packing import QdqTensors, dequantize_qdq, pack_qdq
-from magr_onnx.passes.conv import ConvLayer, from_matrices, to_matrices
 from magr_onnx.passes.constants import drop_if_unused
+from magr_onnx.passes.conv import ConvLayer, from_matrices, to_matrices
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
 from magr_onnx.types import Array, QuantizedWeight
