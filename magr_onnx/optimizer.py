@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import onnx_ir as ir
 
 from magr_onnx import files, mixed
+from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
@@ -43,6 +44,7 @@ class Optimized(NamedTuple):
     report: Report
 
 
+@explained
 def optimize(
     model: Any,
     calibration: Source | None = None,
@@ -122,7 +124,7 @@ def optimize(
     check_weights(layers)
     clock.lap("load")
 
-    notes: list[str] = []
+    notes = list(loaded.notes)
     data = held = None
     if calibration is not None or validation_data is not None:
         with Session(reference, provider) as session:
@@ -216,7 +218,7 @@ def optimize(
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted))
+        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference))
     clock.lap("write")
     comparison = None
     if held is not None:

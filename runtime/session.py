@@ -20,6 +20,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from magr_onnx.errors import ProviderError, RuntimeFailure
+from magr_onnx.sanity import custom_operators
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -114,7 +115,7 @@ class Session:
             self._session = ort.InferenceSession(str(path), options, providers=[name, *fallback])
         except Exception as error:
             self.close()
-            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error
         if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
             self.close()
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
@@ -159,3 +160,12 @@ class Session:
 
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
     return "the model in memory" if isinstance(model, ir.Model) else str(model)
+
+
+def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
+    """The custom operators of a model that did not load, as the end of a message."""
+    try:
+        names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
+    except Exception:  # what is wrong with the file has been said
+        return ""
+    return f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)}" if names else ""
