@@ -14,8 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from magr_onnx import sanity
-from magr_onnx.densify import densify
 from magr_onnx.errors import MagrError, ModelError, OutputError
+from magr_onnx.oldforms import modernize
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 
@@ -87,7 +87,7 @@ def _load_path(path: Path) -> Loaded:
 
 def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
-        return ir.from_proto(densify(proto))
+        return ir.from_proto(modernize(proto))
     except Exception as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
 

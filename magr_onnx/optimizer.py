@@ -26,7 +26,7 @@ from magr_onnx.passes import (
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
-from magr_onnx.runtime import calibrate, ranges, rewriting, stages
+from magr_onnx.runtime import calibrate, conversion, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
@@ -113,7 +113,9 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
+    opset, given = original.opset_imports.get(""), original.clone()
     pipeline.prepare(passes, original)
+    raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or (original.clone() if rewrites else original)
     work = original.clone()
@@ -141,6 +143,8 @@ def optimize(
             "give more samples, or cut them into smaller batches"
         )
 
+    if raised:
+        notes += conversion.check(loaded.path or given, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget

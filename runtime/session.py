@@ -141,7 +141,7 @@ class Session:
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in feeds.items())
+            shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
 
     def close(self) -> None:

@@ -1,4 +1,8 @@
-"""Sparse constants made dense: onnxruntime does so when it loads a model, and onnx-ir has no form for them."""
+"""Constants in the forms of old files, brought to that of today: a dense initializer that is no input.
+
+Sparse constants: onnxruntime makes them dense when it loads a model, and onnx-ir has no form for them. Constants among the inputs: before
+IR version 4 every initializer had to be one, and onnxruntime lets nobody override them there; from version 4 on it means that callers may.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,34 @@ import onnx
 
 from magr_onnx.sanity import graphs
 
+CONSTANTS = 4
+"""The IR version from which initializers need not be inputs."""
 
-def densify(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every sparse initializer and sparse Constant dense; the same object where it has none.
+
+def modernize(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every constant a dense initializer or Constant; the same object where it is so already.
 
     Args:
         proto: A model that `sanity.check` has passed, which bounds what its sparse tensors stand for.
     """
-    if not any(_sparse(graph) for graph in graphs(proto)):
+    sparse = any(_sparse(graph) for graph in graphs(proto))
+    if not sparse and proto.ir_version >= CONSTANTS:
         return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    for graph in graphs(copy):
+    if sparse:
+        _densify(copy)
+    if proto.ir_version < CONSTANTS:
+        held = {t.name for t in copy.graph.initializer}
+        inputs = [v for v in copy.graph.input if v.name not in held]
+        copy.graph.ClearField("input")
+        copy.graph.input.extend(inputs)
+        copy.ir_version = CONSTANTS
+    return copy
+
+
+def _densify(proto: onnx.ModelProto) -> None:
+    for graph in graphs(proto):
         if isinstance(graph, onnx.GraphProto):
             graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
             graph.ClearField("sparse_initializer")
@@ -28,7 +48,6 @@ def densify(proto: onnx.ModelProto) -> onnx.ModelProto:
             tensor = _dense(attribute.sparse_tensor)
             attribute.Clear()
             attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
-    return copy
 
 
 def _sparse(graph: onnx.GraphProto | onnx.FunctionProto) -> bool:
