@@ -10,7 +10,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.errors import MagrError, NonFiniteError, OptionError, raise_all
+from magr_onnx.errors import MagrError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, read_weights
@@ -90,13 +90,30 @@ def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
     return len(digests)
 
 
-def verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str]) -> None:
-    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
+def verify_file(
+    path: Path,
+    digests: dict[str, str],
+    provider: str,
+    demand: Target | Accumulator | None,
+    emitted: set[str],
+    source: ir.Model | Path,
+) -> None:
+    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it.
+
+    Raises:
+        RuntimeFailure: onnxruntime does not load the ``source`` either.
+        MagrError: The result is not what was chosen, or does not load although the source does.
+    """
     model = ir.load(path)
     verify_codes(model, digests)
     if demand is not None:
         found = prove(model, demand, emitted)
         if str(found) != model.metadata_props["onnx_magr.accumulator"]:
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
-    with Session(path, provider):
-        pass
+    try:
+        with Session(path, provider):
+            return
+    except RuntimeFailure as error:
+        result = error
+    with Session(source, provider):
+        raise MagrError(f"internal error: the result does not load, and the model does; please report this: {result}") from result

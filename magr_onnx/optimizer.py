@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import onnx_ir as ir
 
 from magr_onnx import beginnings, files, mixed
+from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
@@ -27,7 +28,7 @@ from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
-from magr_onnx.runtime import calibrate, ranges, rewriting, stages
+from magr_onnx.runtime import calibrate, conversion, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
@@ -45,6 +46,7 @@ class Optimized(NamedTuple):
     report: Report
 
 
+@explained
 def optimize(
     model: Any,
     calibration: Source | None = None,
@@ -116,11 +118,13 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
+    opset, given = original.opset_imports.get(""), original.clone()
     passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
     pipeline.prepare(passes, original)
+    raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or original.clone()
-    notes = canonicalize(original, include, exclude, again=requantize)
+    notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))
@@ -147,6 +151,8 @@ def optimize(
             "give more samples, or cut them into smaller batches"
         )
 
+    if raised:
+        notes += conversion.check(loaded.path or given, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
@@ -234,7 +240,7 @@ def optimize(
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted))
+        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference))
     clock.lap("write")
     comparison = None
     if held is not None:

@@ -175,7 +175,10 @@ class LinearLayer:
         result, value = self.output, nodes[-1].outputs[0]
         value.type, value.shape = result.type, result.shape
         value.metadata_props.update(result.metadata_props)
+        value.meta.update(result.meta)
+        value.doc_string = result.doc_string
         nodes[-1].metadata_props.update(self.node.metadata_props)
+        nodes[-1].doc_string = self.node.doc_string
         ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
         for source in sources:
             drop_if_unused(source)

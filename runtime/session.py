@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from magr_onnx.errors import ProviderError, RuntimeFailure
+from magr_onnx.sanity import custom_operators
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -119,7 +120,7 @@ class Session:
             self._session = ort.InferenceSession(str(path), options, providers=[name, *fallback])
         except Exception as error:
             self.close()
-            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error
         if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
             self.close()
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
@@ -145,7 +146,7 @@ class Session:
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in feeds.items())
+            shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
 
     def close(self) -> None:
@@ -172,3 +173,12 @@ def _preload() -> None:
 
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
     return "the model in memory" if isinstance(model, ir.Model) else str(model)
+
+
+def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
+    """The custom operators of a model that did not load, as the end of a message."""
+    try:
+        names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
+    except Exception:  # what is wrong with the file has been said
+        return ""
+    return f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)}" if names else ""
