@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, knapsack, sizes
+from magr_onnx import files, knapsack, sizes, writing
 from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
@@ -155,7 +155,7 @@ class Source:
         if not self.file:
             return files.initializer_bytes(model)
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
-            return files.save(model, Path(folder, "blank.onnx")) + self.stamp
+            return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
 
 class Plan:

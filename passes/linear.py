@@ -135,7 +135,10 @@ class LinearLayer:
     def read(self) -> Array:
         """The effective weight ``(K, N)`` float32, contiguous."""
         stored = self.tensor.numpy()
-        array = np.ascontiguousarray(stored.T if self.transposed else stored).astype(np.float32)
+        array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
+        if isinstance(self.tensor, ir.ExternalTensor):
+            del stored
+            self.tensor.release()  # or every file stays mapped, and counts as memory in use
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array
