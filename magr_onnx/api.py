@@ -10,6 +10,7 @@ import numpy as np
 
 from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
+from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
 from magr_onnx.passes.canonical import canonicalize
@@ -38,6 +39,7 @@ class Inspection:
     skipped: tuple[SkipRow, ...]
 
 
+@explained
 def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
     """The linear layers of a model, with shapes and ranges, and what would be left alone and why; see `optimize` for the arguments.
 
@@ -79,6 +81,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     )
 
 
+@explained
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -114,6 +117,7 @@ def validate(
     )
 
 
+@explained
 def verify(
     model: Any,
     *,

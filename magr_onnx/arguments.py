@@ -256,6 +256,42 @@ CacheOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Run models of more than a third of this in stages only, with finished layers on disk. (default: 4GB; docs/large.md)",
+        metavar="SIZE",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        help="Keep finished layers in this folder; after a kill the same command goes on from there, to the same file.",
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ShardSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        help="Put the weights into data files of at most this size, as 2GB.",
+        metavar="SIZE",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+ExternalDataOption = Annotated[
+    bool,
+    typer.Option(
+        "--external-data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", rich_help_panel=OUTPUT
+    ),
+]
 LowRankOption = Annotated[
     int,
     typer.Option(

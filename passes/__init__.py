@@ -2,6 +2,7 @@
 
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
@@ -21,6 +22,7 @@ from magr_onnx.passes.twin_ranges import TwinRanges
 __all__ = [
     "PASSES",
     "CompensateBias",
+    "Convolutions",
     "EmitDynamicInt8",
     "EmitMatMulNBits",
     "EmitQDQ",

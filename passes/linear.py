@@ -135,7 +135,10 @@ class LinearLayer:
     def read(self) -> Array:
         """The effective weight ``(K, N)`` float32, contiguous."""
         stored = self.tensor.numpy()
-        array = np.ascontiguousarray(stored.T if self.transposed else stored).astype(np.float32)
+        array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
+        if isinstance(self.tensor, ir.ExternalTensor):
+            del stored
+            self.tensor.release()  # or every file stays mapped, and counts as memory in use
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array
@@ -175,7 +178,10 @@ class LinearLayer:
         result, value = self.output, nodes[-1].outputs[0]
         value.type, value.shape = result.type, result.shape
         value.metadata_props.update(result.metadata_props)
+        value.meta.update(result.meta)
+        value.doc_string = result.doc_string
         nodes[-1].metadata_props.update(self.node.metadata_props)
+        nodes[-1].doc_string = self.node.doc_string
         ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
         for source in sources:
             drop_if_unused(source)

@@ -7,7 +7,7 @@ stage ``s``: all their inputs are known once the layers of the stages before are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,15 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
     live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def behind(model: ir.Model, values: Collection[str]) -> set[str]:
+    """``values`` and every value that depends on one of them, by name."""
+    found = set(values)
+    for node in model.graph:
+        if any(name in found for name in reads(node)):
+            found.update(str(v.name) for v in node.outputs)
+    return found
 
 
 def not_tensors(model: ir.Model, steps: Plan) -> list[str]:
