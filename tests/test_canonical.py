@@ -301,6 +301,26 @@ def test_layers_that_read_one_value_still_do() -> None:
     assert first.x is second.x
 
 
+def test_layers_in_bodies_are_brought_into_form_too() -> None:
+    text = """g (float[n, 48] x, bool c) => (float[n, 24] y) {
+        y = If(c) <
+            then_branch = t () => (float[n, 24] a) { [first] a = Einsum<equation = "bk,hk->bh">(x, w) },
+            else_branch = e () => (float[n, 24] a) {
+                h = Transpose(x)
+                [second] p = MatMul(w, h)
+                a = Transpose(p)
+            }
+        >
+    }"""
+    proto, x = model(text, w=constant("w", 24, 48)), np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    work = ir.from_proto(proto)
+    assert len(canonicalize(work)) == 2
+    onnx.checker.check_model(ir.to_proto(work), full_check=True)
+    assert [n.op_type for n in work.graph.all_nodes()] == ["If", "Transpose", "MatMul", "Transpose", "MatMul", "Transpose", "Transpose"]
+    for c in (np.array(True), np.array(False)):
+        np.testing.assert_allclose(run(work, {"x": x, "c": c})[0], run(proto, {"x": x, "c": c})[0], rtol=1e-5, atol=1e-5)
+
+
 def test_requantizing_what_is_quantized_in_the_graph_is_refused() -> None:
     text = """g (float[n, 48] x) => (float[n, 24] y) {
         codes = QuantizeLinear(v, step)
