@@ -95,7 +95,11 @@ class Held:
             array = self.stored.numpy()
             for step in self.steps:
                 array = step.apply(array)
-            return ir.tensor(np.ascontiguousarray(array), dtype=self.dtype)
+            result = ir.tensor(np.array(array, order="C"), dtype=self.dtype)
+            if isinstance(self.stored, ir.ExternalTensor):
+                del array
+                self.stored.release()  # or every file stays mapped, and counts as memory in use
+            return result
 
         return ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=self.name)
 

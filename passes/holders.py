@@ -49,5 +49,5 @@ def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
             continue
         reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER, "")
         size = sum({id(c.stored): c.stored.nbytes for c in found}.values())
-        text = f"{', '.join(c.name for c in found)}: {size / 1e6:.2f} MB"
+        text = f"{', '.join(dict.fromkeys(c.name for c in found))}: {size / 1e6:.2f} MB"
         yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text)

@@ -92,9 +92,12 @@ def _qdq(node: ir.Node) -> Array | None:
     if codes is None or scales is None or codes.ndim != 2:
         return None
     axis, block = _attribute(producer, "axis", 1), _attribute(producer, "block_size", 0)
-    if (axis, block > 0) not in ((1, False), (0, True)):
+    if scales.ndim > 0 and (axis, block > 0) not in ((1, False), (0, True)):
         return None
     zero_points = None if zeros is None else zeros.astype(np.int16)
+    if scales.ndim == 0:  # one grid a tensor, which others write
+        scales, axis = np.broadcast_to(scales, codes.shape[1:]), 1
+        zero_points = None if zero_points is None else np.broadcast_to(zero_points, codes.shape[1:])
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))
 
 

@@ -36,7 +36,7 @@ class Plan:
 def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
     own = {id(layer.node) for layer in layers}
-    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs}
+    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs if not v.is_initializer()}
     last_read: dict[str, int] = {}
     for node in model.graph:
         names = [name for name in reads(node) if name in level]

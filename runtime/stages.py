@@ -309,7 +309,7 @@ def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str]
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    names = {str(v.name) for v in model.graph.inputs}
+    names = {str(v.name) for v in model.graph.inputs if not v.is_initializer()}
     for b, batch in enumerate(data):
         masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -190,10 +190,16 @@ class Edit:
         return self._axes("ReduceSum", x, "axes", list(axes), after, keepdims=0)
 
     def product(
-        self, op: str, inputs: Sequence[ir.Value], shape: Dims | None, index: int | None = None, weight: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        shape: Dims | None,
+        attributes: Mapping[str, Any] | None = None,
+        index: int | None = None,
+        weight: str = "",
     ) -> ir.Value:
         """A layer, with the name and the properties of the node; one of several has its index behind its name."""
-        found = self._made(op, list(inputs), shape, 1, fresh=True, **attributes)[0]
+        found = self._made(op, list(inputs), shape, 1, fresh=True, **(attributes or {}))[0]
         made = found.producer()
         assert made is not None
         made.metadata_props.update(self.node.metadata_props)
@@ -229,7 +235,8 @@ class Edit:
 
     def _axes(self, op: str, x: ir.Value, name: str, axes: list[int], shape: Dims | None, **attributes: Any) -> ir.Value:
         if self.canvas.opset < 13:
-            return self._make(op, [x], shape, **attributes, **{name: axes})
+            attributes[name] = axes
+            return self._make(op, [x], shape, **attributes)
         return self._make(op, [x, self.ints(axes)], shape, **attributes)
 
     def _make(self, op: str, inputs: list[ir.Value], shape: Dims | None, dtype: ir.DataType | None = None, **attributes: Any) -> ir.Value:
