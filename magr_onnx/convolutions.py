@@ -88,6 +88,7 @@ def convert(
     exclude: Sequence[str] = (),
     provider: str = "cpu",
     gram_budget: int = calibrate.DEFAULT_BUDGET,
+    patch_limit: int = patches.PATCH_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Quantize the convolutions of ``work``, in place, by the statistics of ``model``, of which it is a copy.
@@ -101,6 +102,7 @@ def convert(
         exclude: Patterns of what will not.
         provider: Where to run.
         gram_budget: Bytes of Gram matrices held at a time.
+        patch_limit: Bytes of one sample's patches; convolutions that need more are solved data-free, and the report says so.
         progress: Called with convolutions done and in total.
 
     Raises:
@@ -114,7 +116,7 @@ def convert(
     integer = pipeline.activations_of(passes) is not None
     units = _units(layers)
     ordered = [layer for unit in units for layer in unit]
-    large = {} if data is None else patches.too_large(model, ordered, data, provider)
+    large = {} if data is None else patches.too_large(model, ordered, data, provider, patch_limit)
     left = iter(units)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
@@ -230,6 +232,10 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
     group, k, _ = matrices.shape
     if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
         return _together(layer, matrices, stats, quantize, absorbs)
+    return _one_by_one(matrices, layer, stats, passes, absorbs)
+
+
+def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     jobs: list[tuple[QuantizedWeight, Array | None, float, float]] = []
     magr: dict[str, Any] | None = None
     notes: dict[str, None] = {}
@@ -244,7 +250,7 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
         notes |= dict.fromkeys(job.notes)
     weights, biases, errors, powers = zip(*jobs, strict=True)
     added = np.concatenate(biases) if absorbs else None
-    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if group == 1 else None, tuple(notes))
+    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if len(matrices) == 1 else None, tuple(notes))
 
 
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:

@@ -60,7 +60,7 @@ def optimize(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Optimized:
-    """Quantize the linear layers of a model.
+    """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
@@ -241,7 +241,7 @@ def optimize(
             loaded.name,
             None if out is None else str(out),
             pipeline.text_of(passes),
-            _describe(data, rows, mask_input),
+            _describe(data, [*begun.rows, *rows.values()], mask_input),
             (*begun.rows, *(rows[layer.name] for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
@@ -306,8 +306,8 @@ def skip_row(skip: Skip) -> SkipRow:
     return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
 
 
-def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
     if data is None:
         return "none (data-free)"
-    most = max((r.rows for r in rows.values()), default=0)
+    most = max((r.rows for r in rows), default=0)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

@@ -73,15 +73,16 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight]) -> ir.Val
     if not symmetric:
         zeros = np.concatenate([p.zero_points for p in packed if p.zero_points is not None])
         inputs.append(place.constant(f"{suffix}_zero_points", zeros.astype(kind), base=base))
-    nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{layer.name}_dequantize")]
+    name = str(inputs[0].name)
+    nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     if turned and (n > 1 or k > math.prod(layer.kernel)):
         parted = place.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]), base=base)
         whole = place.constant(f"{suffix}_whole", np.array([layer.channels, n, *layer.kernel]), base=base)
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{layer.name}_parted"))
-        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{layer.name}_turned"))
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], whole], name=f"{layer.name}_whole"))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], whole], name=f"{name}_join"))
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{inputs[0].name}_{node.name.rpartition('_')[2]}d", layer.dtype  # type: ignore[union-attr]
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}d", layer.dtype
     nodes[-1].outputs[0].shape = ir.Shape(layer.weight.shape)
     place.graph.insert_before(layer.node, nodes)
     return nodes[-1].outputs[0]

@@ -7,9 +7,9 @@ here and its line in that module's ``TRAPS``.
 
 from __future__ import annotations
 
-from magr_onnx.models.zoo import convolutions, plain
+from magr_onnx.models.zoo import convolutions, embeddings, plain
 from magr_onnx.models.zoo.trap import Trap
 
-ZOO: dict[str, Trap] = {trap.name: trap for module in (plain, convolutions) for trap in module.TRAPS}
+ZOO: dict[str, Trap] = {trap.name: trap for module in (plain, convolutions, embeddings) for trap in module.TRAPS}
 
 __all__ = ["ZOO", "Trap"]
