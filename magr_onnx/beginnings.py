@@ -47,6 +47,7 @@ def convert(
     goal: mixed.Goal | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    mask: str | None,
     provider: str,
     gram_budget: int,
     progress: Callable[[int, int], None] | None,
@@ -60,4 +61,7 @@ def convert(
     layers = convolutions.convert(
         model, work, passes, seen, include=include, exclude=exclude, provider=provider, gram_budget=gram_budget, progress=progress
     )
-    return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests)
+    notes = []
+    if mask is not None and any(row.rows for row in layers.rows):
+        notes.append(f"mask {mask!r} marks no positions of convolutions: all of theirs count")
+    return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)

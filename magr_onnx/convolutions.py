@@ -39,11 +39,13 @@ class Converted:
         rows: A row of the report for everything that was converted.
         skips: What was left alone, and why.
         digests: Of the dequantized weights, by the name of the output.
+        notes: Whatever else should be known.
     """
 
     rows: list[LayerRow] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +115,7 @@ def convert(
     demand = wanted(passes)
     if demand is None or not layers:
         return result
-    integer = pipeline.activations_of(passes) is not None
+    integer = pipeline.activations_of(passes) is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
     units = _units(layers)
     ordered = [layer for unit in units for layer in unit]
     large = {} if data is None else patches.too_large(model, ordered, data, provider, patch_limit)

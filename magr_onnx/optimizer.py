@@ -148,10 +148,11 @@ def optimize(
         clock.lap("rewrite")
     base = original.clone()
     report = stage(progress, "convolutions")
-    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, provider, gram_budget, report)
+    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, mask_input, provider, gram_budget, report)
     work = base.clone()
     layers, skips = find(work, include, exclude)
     skips += begun.skips
+    notes += begun.notes
     if begun.rows:
         clock.lap("convolutions")
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
@@ -88,6 +88,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     """
     tables: list[Table] = []
     skips: list[Skip] = []
+    names: set[str] = set()
     for node in model.graph.all_nodes():
         if node.domain != "" or node.op_type != "Gather":
             continue
@@ -97,6 +98,9 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if isinstance(found, Skip):
             skips.append(found)
         elif found is not None:
+            if found.name in names:  # ONNX asks for unique value names only
+                found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
+            names.add(found.name)
             tables.append(found)
     return tables, skips
 

@@ -330,7 +330,7 @@ def test_a_bias_is_added_only_where_the_policy_says_any() -> None:
 
 
 def test_no_convolution_becomes_one_of_integers(tmp_path: Path) -> None:
-    """Between integer layers a quantized convolution without a bias would be fused into QLinearConv; see emit_conv."""
+    """Between integer layers a DequantizeLinear next to a convolution would be fused into QLinearConv, a float bias or not."""
     proto = model(
         """g (float[n, 16, 8] x) => (float[n, 16, 4] y) {
             [first] a = MatMul(x, w)
@@ -339,6 +339,7 @@ def test_no_convolution_becomes_one_of_integers(tmp_path: Path) -> None:
         }""",
         w=constant("w", 8, 8),
         k=constant("k", 16, 16, 1),
+        kb=constant("kb", 16),
         v=constant("v", 8, 4),
     )
     batches = [{"x": np.random.default_rng(i).standard_normal((4, 16, 8)).astype(np.float32)} for i in range(4)]
@@ -415,6 +416,27 @@ def test_convolutions_that_cannot_be_viewed_say_why() -> None:
     }
     assert find(ir.from_proto(net()), include=["point", "w1"])[0][0].name == "stem"
     assert [s.name for s in find(ir.from_proto(net()), exclude=["p*"])[1]] == ["point"]
+
+
+def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
+    proto = model(
+        """g (float[n, 4, 8, 8] x) => (float[n, 5] y) {
+            [c] h = Conv(x, k)
+            a = Add<broadcast = 1, axis = 1>(h, b)
+            p = GlobalAveragePool(a)
+            f = Flatten(p)
+            [fc] y = MatMul(f, w)
+        }""",
+        opset=6,  # its Add has an axis, which no converter knows to express
+        ir_version=4,
+        k=constant("k", 8, 4, 3, 3),
+        b=constant("b", 8),
+        w=constant("w", 8, 5),
+    )
+    report = magr_onnx.optimize(proto).report
+    assert [row.name for row in report.layers] == ["fc"]
+    assert [(s.name, s.detail) for s in report.skipped] == [("c", "from 6 to 13; export it with a newer opset")]
+    assert report.skipped[0].reason.startswith("the model's opset cannot be raised")
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
