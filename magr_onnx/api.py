@@ -10,9 +10,12 @@ import numpy as np
 
 from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
+from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
 from magr_onnx.passes import conv
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, witness
@@ -37,14 +40,19 @@ class Inspection:
     skipped: tuple[SkipRow, ...]
 
 
-def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
+@explained
+def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
     """The linear layers and convolutions of a model, with shapes and ranges, and what would be left alone and why.
+
+    See `optimize` for the arguments.
 
     Raises:
         ModelError: Not a usable model.
     """
     loaded = files.load(model)
+    canonicalize(loaded.model, include, exclude, again=requantize)
     layers, skips = find(loaded.model, include, exclude)
+    skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
     found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
@@ -79,6 +87,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     )
 
 
+@explained
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -114,6 +123,7 @@ def validate(
     )
 
 
+@explained
 def verify(
     model: Any,
     *,

@@ -93,6 +93,10 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a b
 Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
 
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take weights that are quantized already for the floats they stand for, and quantize those.")
+]
+
 # Of optimize.
 ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)]
 OutputOption = Annotated[
@@ -271,6 +275,42 @@ CacheOption = Annotated[
         help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
         metavar="SIZE",
         rich_help_panel=DATA,
+    ),
+]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Run models of more than a third of this in stages only, with finished layers on disk. (default: 4GB; docs/large.md)",
+        metavar="SIZE",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        help="Keep finished layers in this folder; after a kill the same command goes on from there, to the same file.",
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ShardSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        help="Put the weights into data files of at most this size, as 2GB.",
+        metavar="SIZE",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+ExternalDataOption = Annotated[
+    bool,
+    typer.Option(
+        "--external-data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", rich_help_panel=OUTPUT
     ),
 ]
 LowRankOption = Annotated[

@@ -50,13 +50,15 @@ def convert(
     mask: str | None,
     provider: str,
     gram_budget: int,
+    large: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
 
-    Batches that a budget of loss will be measured on have no part in it.
+    Batches that a budget of loss will be measured on have no part in it. A ``large`` model cannot be run as a whole, so that its
+    convolutions are solved without data.
     """
-    seen = Split.of(data).rest if data is not None and goal is not None and goal.loss is not None else data
+    seen = None if large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
     tables = embeddings.convert(work, passes, include, exclude)
     layers = convolutions.convert(
         model, work, passes, seen, include=include, exclude=exclude, provider=provider, gram_budget=gram_budget, progress=progress
@@ -64,4 +66,6 @@ def convert(
     notes = []
     if mask is not None and any(row.rows for row in layers.rows):
         notes.append(f"mask {mask!r} marks no positions of convolutions: all of theirs count")
+    if large and data is not None and layers.rows:
+        notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)

@@ -45,6 +45,7 @@ from magr_onnx.arguments import (
     EmbeddingsOption,
     EqualizeOption,
     Exclude,
+    ExternalDataOption,
     FeedbackOption,
     FormatName,
     FormatOption,
@@ -53,6 +54,7 @@ from magr_onnx.arguments import (
     LowRankOption,
     Mask,
     MaxLossOption,
+    MaxMemoryOption,
     ModelArgument,
     OutputOption,
     PipelineOption,
@@ -61,6 +63,9 @@ from magr_onnx.arguments import (
     QuantizerOption,
     Quiet,
     ReportOption,
+    Requantize,
+    ResumeOption,
+    ShardSizeOption,
     SplitOutliersOption,
     SweepsOption,
     SymmetricOption,
@@ -154,9 +159,14 @@ def optimize(
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
+    max_memory: MaxMemoryOption = None,
+    resume: ResumeOption = None,
+    external_data: ExternalDataOption = False,
+    shard_size: ShardSizeOption = None,
     report: ReportOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -212,7 +222,12 @@ def optimize(
             batch_size=batch_size,
             include=include or (),
             exclude=exclude or (),
+            requantize=requantize,
             cache=_bytes(cache),
+            max_memory=max_memory,
+            resume=resume,
+            external_data=external_data,
+            shard_size=shard_size,
             progress=progress,
             **_options(context, pipeline, options),
         )
@@ -266,10 +281,11 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     as_json: Json = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
-    found = api.inspect(model, include=include or (), exclude=exclude or ())
+    found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
     lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
     lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in found.layers:

@@ -6,7 +6,7 @@ A group of channels is a job like any linear layer. Groups that are many and sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,9 +139,9 @@ def convert(
 
 def _units(layers: Iterable[ConvLayer]) -> list[list[ConvLayer]]:
     """Layers that share a weight together."""
-    found: dict[tuple[int, str, int], list[ConvLayer]] = {}
+    found: dict[Hashable, list[ConvLayer]] = {}
     for layer in layers:
-        found.setdefault((id(layer.node.inputs[1]), layer.op, layer.group), []).append(layer)
+        found.setdefault((id(layer.held.stored), layer.held.way, layer.op, layer.group), []).append(layer)
     return list(found.values())
 
 

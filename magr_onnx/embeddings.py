@@ -5,7 +5,7 @@ No calibration is needed: how often a token occurs weighs whole rows, and no row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -40,7 +40,7 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
     demand = _wanted(passes)
     for unit in _units(tables) if demand is not None else ():
         assert demand is not None
-        names, spec, array = [t.weight_name for t in unit], demand.spec(unit[0].dtype), unit[0].array
+        names, spec, array = [t.weight_name for t in unit], demand.spec(unit[0].dtype), unit[0].array()
         weight = quantize(array, spec)
         whole = weight.dequantize().T
         difference = float(np.linalg.norm(whole - array.astype(np.float32)))
@@ -76,7 +76,7 @@ def _wanted(passes: Sequence[LayerPass]) -> Embeddings | None:
 
 def _units(tables: Iterable[Table]) -> list[list[Table]]:
     """Gathers of one table together."""
-    found: dict[int, list[Table]] = {}
+    found: dict[Hashable, list[Table]] = {}
     for table in tables:
-        found.setdefault(id(table.node.inputs[0]), []).append(table)
+        found.setdefault((id(table.held.stored), table.held.way), []).append(table)
     return list(found.values())

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, knapsack, sizes
+from magr_onnx import files, knapsack, sizes, writing
 from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
@@ -113,7 +113,7 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.resolve(passes)
+                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found
@@ -155,7 +155,7 @@ class Source:
         if not self.file:
             return files.initializer_bytes(model)
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
-            return files.save(model, Path(folder, "blank.onnx")) + self.stamp
+            return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
 
 class Plan:
@@ -348,5 +348,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
     found: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.tensor), []).append(layer.name)
+        found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())

@@ -20,8 +20,9 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.packing import QdqTensors, dequantize_qdq, pack_qdq
+from magr_onnx.passes.constants import drop_if_unused
 from magr_onnx.passes.conv import ConvLayer, from_matrices, to_matrices
-from magr_onnx.passes.linear import FLOATS, drop_if_unused
+from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
 from magr_onnx.types import Array, QuantizedWeight
 
@@ -80,11 +81,11 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], apart: bo
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
     if turned or apart:
-        shape = place.constant(f"{suffix}_shape", np.array(layer.weight.shape), base=base)
+        shape = place.constant(f"{suffix}_shape", np.array(layer.shape), base=base)
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype = f"{node.name}d", layer.dtype
-    nodes[-1].outputs[0].shape = ir.Shape(layer.weight.shape)
+    nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
     place.graph.insert_before(layer.node, nodes)
     return nodes[-1].outputs[0]
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -19,15 +20,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.packing import pack_bits, pack_qdq, unpack_bits
+from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
+from magr_onnx.passes.holders import LEAST
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, drop_if_unused, layer_name, selected
+from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
-SMALLEST = 1 << 16  # values of a table worth looking at: smaller ones are no weight to speak of
 BLOCK = 32
 
 
@@ -46,12 +48,12 @@ class Table:
     Attributes:
         name: Node name, or a name made from its output.
         node: The Gather.
-        array: The table ``(rows, width)``, as stored.
+        held: The constant table ``(rows, width)``.
     """
 
     name: str
     node: ir.Node
-    array: npt.NDArray[Any]
+    held: Held
 
     @property
     def op(self) -> str:
@@ -63,23 +65,27 @@ class Table:
 
     @property
     def weight_name(self) -> str:
-        value = self.node.inputs[0]
-        return self.name if value is None else str(value.name)
+        """The name of the constant that holds the table."""
+        return self.held.name
 
     @property
     def dtype(self) -> ir.DataType:
-        return ir.DataType.from_numpy(self.array.dtype)
+        return self.held.dtype
+
+    def array(self) -> npt.NDArray[Any]:
+        """The table ``(rows, width)`` in its own type."""
+        return self.held.tensor().numpy()
 
     def read(self) -> Array:
         """The table ``(rows, width)`` float32."""
-        return self.array.astype(np.float32)
+        return self.array().astype(np.float32)
 
     def read_bias(self) -> None:
         """Tables have none."""
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Table], list[Skip]]:
-    """Every Gather of rows of a constant float matrix of at least `SMALLEST` values, in graph order, and those that are not such.
+    """Every Gather of rows of a constant float matrix of at least `LEAST` values, in graph order, and those that are not such.
 
     Args:
         model: The model; nothing in it is changed.
@@ -93,7 +99,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if node.domain != "" or node.op_type != "Gather":
             continue
         found = _view(node, node.graph is model.graph)
-        if isinstance(found, Table) and not selected((found.name, found.weight_name), include, exclude):
+        if isinstance(found, Table) and not selected(node, found.name, found.weight_name, include, exclude):
             found = Skip(found.name, found.op, Reason.EXCLUDED)
         if isinstance(found, Skip):
             skips.append(found)
@@ -106,18 +112,8 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
 
 def _view(node: ir.Node, main: bool) -> Table | Skip | None:
-    name, value = layer_name(node), operand(node, 0)
-    if value is None:
-        return None
-    try:
-        array = constant(value)
-    except NoView:
-        return Skip(name, node.op_type, Reason.OVERRIDABLE)
-    if (
-        array is None
-        or array.size < SMALLEST
-        or ir.DataType.from_numpy(array.dtype) not in (*FLOATS, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
-    ):
+    name, table = layer_name(node), held(operand(node, 0))
+    if table is None or math.prod(table.shape) < LEAST or table.dtype not in CASTS:
         return None
 
     def skip(reason: StrEnum, detail: str = "") -> Skip:
@@ -125,15 +121,17 @@ def _view(node: ir.Node, main: bool) -> Table | Skip | None:
 
     if not main:
         return skip(Reason.SUBGRAPH)
-    if value.is_graph_output():
+    if table.overridable:
+        return skip(Reason.OVERRIDABLE)
+    if table.exposed:
         return skip(Reason.GRAPH_OUTPUT)
-    if ir.DataType.from_numpy(array.dtype) not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(ir.DataType.from_numpy(array.dtype)))
-    if array.ndim != 2:
-        return skip(Reason.WEIGHT_RANK, f"shape {list(array.shape)}")
+    if table.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(table.dtype))
+    if len(table.shape) != 2:
+        return skip(Reason.WEIGHT_RANK, f"shape {list(table.shape)}")
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
-    return Table(name, node, array)
+    return Table(name, node, table)
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,8 @@ class Embeddings(LayerPass):
 
     def fits_table(self, table: Table) -> Skip | None:
         """Why this form cannot hold a table."""
-        odd = self.bits == 4 and table.array.shape[1] % 2
-        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.array.shape[1]} columns") if odd else None
+        odd = self.bits == 4 and table.held.shape[1] % 2
+        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.held.shape[1]} columns") if odd else None
 
     def apply(self, job: Job) -> bool:
         del job
@@ -182,38 +180,38 @@ def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[s
     """Write one table, as ``(width, rows)`` codes, into all Gathers that read it; the names of the nodes that gather codes."""
     first = tables[0]
     kind = FLOATS[first.dtype]
-    place = LinearLayer(first.name, first.node, ir.tensor(np.zeros((1, 1), kind)), False, 1.0, None, None, 1.0, 1, 1)
+    place = LinearLayer(first.name, first.node, first.held, first.held.stored, False, 1.0, None, None, 1.0, 1, 1)
     base, bits = first.weight_name, weight.spec.bits
     if form == "dequantize":
         packed = pack_qdq(weight)
         scales = packed.scales.astype(kind)[:, None]
-        held = [
+        constants = [
             place.constant(f"_q{bits}", np.ascontiguousarray(packed.codes.T.astype(np.int8)), base=base),
             place.constant(f"_q{bits}_scales", scales, base=base),
         ]
     else:
-        held = [
+        constants = [
             place.constant(f"_q{bits}", pack_bits(np.ascontiguousarray(weight.codes.T), bits), base=base),
             place.constant(f"_q{bits}_scales", np.ascontiguousarray(weight.scales.T).astype(kind), base=base),
             place.constant(f"_q{bits}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits), base=base),
         ]
-    return [_replace(table, held, bits, form) for table in tables]
+    return [_replace(table, constants, bits, form) for table in tables]
 
 
-def _replace(table: Table, held: Sequence[ir.Value], bits: int, form: Form) -> str:
+def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
     node, name = table.node, f"{table.name}_q{bits}"
     source, index = node.inputs
     assert source is not None
     if form == "dequantize":
-        codes = ir.node("Gather", [held[0], index], {"axis": 0}, name=name)
-        scales = ir.node("Gather", [held[1], index], {"axis": 0}, name=f"{name}_scales")
+        codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
+        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
         cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=f"{name}_cast")
         nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}_scaled")]
         for inner in nodes[:-1]:
             inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
     else:
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        nodes = [ir.node("GatherBlockQuantized", [held[0], index, *held[1:]], attributes, domain=DOMAIN, version=1, name=name)]
+        nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
     graph, result, value = node.graph, table.output, nodes[-1].outputs[0]
     assert isinstance(graph, ir.Graph)
     if form != "dequantize":

@@ -26,12 +26,15 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
     of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
     branch, which the weight does not include.
     """
-    found: dict[str, Array] = {}
+    return dict(iterate(model, outputs))
+
+
+def iterate(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[str, Array]]:
+    """`read_weights` one by one: only one is in memory at a time."""
     for node in model.graph:
         weight = emitted_weight(node)
         if weight is not None:
-            found[_output_name(node, outputs)] = weight
-    return found
+            yield _output_name(node, outputs), weight
 
 
 def emitted_weight(node: ir.Node) -> Array | None:
@@ -55,7 +58,16 @@ def digest(weight: Array) -> str:
 
 
 def _array(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+    return None if value is None or value.const_value is None else _numpy(value.const_value)
+
+
+def _numpy(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """The values of a tensor. What was unpacked from a file is not kept: a model has many of them."""
+    array = tensor.numpy()
+    if isinstance(tensor, ir.ExternalTensor):
+        array = array.copy()
+        tensor.release()
+    return array
 
 
 def _attribute(node: ir.Node, name: str, default: int) -> int:

@@ -21,7 +21,8 @@ from magr_onnx import convolutions
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
-from magr_onnx.passes.conv import ConvLayer, Convolutions, find, from_matrices, to_matrices
+from magr_onnx.passes.constants import Held
+from magr_onnx.passes.conv import ConvLayer, Convolutions, ConvReason, find, from_matrices, to_matrices
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.quantizers import grouped
 from magr_onnx.report import Report
@@ -433,10 +434,13 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
         b=constant("b", 8),
         w=constant("w", 8, 5),
     )
-    report = magr_onnx.optimize(proto).report
-    assert [row.name for row in report.layers] == ["fc"]
-    assert [(s.name, s.detail) for s in report.skipped] == [("c", "from 6 to 13; export it with a newer opset")]
-    assert report.skipped[0].reason.startswith("the model's opset cannot be raised")
+    found, demand = ir.from_proto(proto), Convolutions()
+    before = [str(node) for node in found.graph]
+    assert not demand.prepare(found, None)
+    assert [str(node) for node in found.graph] == before
+    layers, skips = convolutions.look(found, [demand])
+    assert layers == []
+    assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
@@ -468,7 +472,8 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     x = rng.standard_normal((g, 500, k)) @ (np.eye(k) + 0.4 * rng.standard_normal((g, k, k)))
     stats = patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
     node = ir.node("Conv", [None, None], name="c")
-    layer = ConvLayer("c", node, from_matrices(weights, "Conv", (3, 3)), None, True, g)
+    source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
+    layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
     demand = Convolutions(4, symmetric, alpha=0.0)
     for method in ("rtn", "gptq", "comq"):
         passes = convolutions.solver_of(parse(f"quantize{{method={method}}}"), demand, False)

@@ -16,7 +16,8 @@ from magr_onnx.embeddings import quantize
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError
 from magr_onnx.grid import minmax
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.gather import SMALLEST, find
+from magr_onnx.passes.gather import find
+from magr_onnx.passes.holders import LEAST
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.types import WeightSpec
@@ -111,7 +112,7 @@ def test_small_tables_and_gathers_of_other_things_are_not_spoken_of() -> None:
             s = Gather(shape, zero)
             z = Gather(x, i)
         }""",
-        small=constant("small", SMALLEST // 64 - 1, 64),
+        small=constant("small", LEAST // 64 - 1, 64),
         zero=np.array([0]),
     )
     assert find(ir.from_proto(proto)) == ([], [])
@@ -167,15 +168,15 @@ def test_a_table_with_nan_is_named() -> None:
 
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 def test_a_table_that_is_not_what_was_chosen_is_refused(form: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = checks.read_weights
+    read = checks.iterate
 
-    def tampered(found: ir.Model, outputs: Any) -> dict[str, Array]:
+    def tampered(found: ir.Model, outputs: Any) -> Any:
         codes = next(v for name, v in found.graph.initializers.items() if name.endswith(f"_q{bits}"))
         array = codes.const_value.numpy().copy()  # type: ignore[union-attr]
         array[1, 1] ^= 1
         codes.const_value = ir.tensor(array)
         return read(found, outputs)
 
-    monkeypatch.setattr(checks, "read_weights", tampered)
+    monkeypatch.setattr(checks, "iterate", tampered)
     with pytest.raises(MagrError, match="not those that were chosen"):
         magr_onnx.optimize(looked_up(constant("table", 1024, 64)), embeddings=form, embedding_bits=bits)
