@@ -13,6 +13,8 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, witness
@@ -38,14 +40,16 @@ class Inspection:
 
 
 @explained
-def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
-    """The linear layers of a model, with shapes and ranges, and what would be left alone and why.
+def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
+    """The linear layers of a model, with shapes and ranges, and what would be left alone and why; see `optimize` for the arguments.
 
     Raises:
         ModelError: Not a usable model.
     """
     loaded = files.load(model)
+    canonicalize(loaded.model, include, exclude, again=requantize)
     layers, skips = find(loaded.model, include, exclude)
+    skips += holders(loaded.model.graph.all_nodes())
     rows = []
     for layer in layers:
         weight = layer.read()

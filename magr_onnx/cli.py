@@ -56,6 +56,7 @@ from magr_onnx.arguments import (
     QuantizerOption,
     Quiet,
     ReportOption,
+    Requantize,
     SplitOutliersOption,
     SweepsOption,
     SymmetricOption,
@@ -146,6 +147,7 @@ def optimize(
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
@@ -200,6 +202,7 @@ def optimize(
             batch_size=batch_size,
             include=include or (),
             exclude=exclude or (),
+            requantize=requantize,
             cache=_bytes(cache),
             progress=progress,
             **_options(context, pipeline, options),
@@ -254,10 +257,11 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     as_json: Json = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
-    found = api.inspect(model, include=include or (), exclude=exclude or ())
+    found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
     lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
     lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in found.layers:

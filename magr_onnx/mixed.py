@@ -113,7 +113,7 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.resolve(passes)
+                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found
@@ -346,5 +346,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
     found: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.tensor), []).append(layer.name)
+        found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())

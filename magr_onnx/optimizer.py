@@ -23,6 +23,8 @@ from magr_onnx.passes import (
     Skip,
     pipeline,
 )
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
@@ -57,6 +59,7 @@ def optimize(
     batch_size: int = 16,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    requantize: bool = False,
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: int = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
@@ -76,6 +79,7 @@ def optimize(
         batch_size: Samples per batch when stacked inputs are cut up.
         include: Shell patterns of layers (by node or weight name) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
+        requantize: Take weights that are quantized already for the floats they stand for.
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: Called during long work.
@@ -99,6 +103,7 @@ def optimize(
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
     pipeline.check(passes, provider)
+    passes = pipeline.suited(passes, provider)
     provider_name(provider)
     activations = pipeline.activations_of(passes)
     if calibration is None and activations is not None and activations.type != "dynamic":
@@ -117,16 +122,18 @@ def optimize(
     pipeline.prepare(passes, original)
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
-    reference = loaded.path or (original.clone() if rewrites else original)
+    reference = loaded.path or given
+    notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
+    elsewhere = list(holders(original.graph.all_nodes()))
+    skips += elsewhere
     if not layers:
         reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
     check_weights(layers)
     clock.lap("load")
 
-    notes = list(loaded.notes)
     data = held = None
     if calibration is not None or validation_data is not None:
         with Session(reference, provider) as session:
@@ -144,13 +151,14 @@ def optimize(
         )
 
     if raised:
-        notes += conversion.check(loaded.path or given, original, data, provider)
+        notes += conversion.check(reference, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
         )
         work = original.clone()
         layers, skips = find(work, include, exclude)
+        skips += elsewhere
         clock.lap("rewrite")
 
     passes, missing = without_stages(work, layers, passes)

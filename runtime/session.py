@@ -5,6 +5,9 @@ Models that live in memory are written to a temporary folder with external data,
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -96,6 +99,8 @@ class Session:
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
         name = provider_name(provider)
+        if name == PROVIDERS["cuda"]:
+            _preload()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -156,6 +161,14 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+@functools.cache
+def _preload() -> None:
+    """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says whether it starts
+            ort.preload_dlls()
 
 
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
