@@ -141,7 +141,7 @@ def optimize(
     pipeline.prepare(passes, original)
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
-    reference = loaded.path or original.clone()
+    reference = loaded.path or given
     notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
@@ -171,7 +171,7 @@ def optimize(
     settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
     run.resume(resume, loaded, data, passes, {**asked, **settings})
     if raised:
-        notes += conversion.check(loaded.path or given, original, data, provider)
+        notes += conversion.check(reference, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=run.gram_budget

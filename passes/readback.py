@@ -82,6 +82,8 @@ def _matmulnbits(node: ir.Node) -> Array | None:
         return None
     bits, block = _attribute(node, "bits", 4), _attribute(node, "block_size", 0)
     k, n = _attribute(node, "K", 0), _attribute(node, "N", 0)
+    if block <= 0 or weight.shape != (n, -(-k // block), block * bits // 8) or scales.size != n * -(-k // block):
+        return None
     return dequantize_matmulnbits(MatMulNBitsTensors(weight, scales, zeros, bits, block, k, n))
 
 
@@ -96,6 +98,9 @@ def _qdq(node: ir.Node) -> Array | None:
         return None
     axis, block = _attribute(producer, "axis", 1), _attribute(producer, "block_size", 0)
     if scales.ndim > 0 and (axis, block > 0) not in ((1, False), (0, True)):
+        return None
+    grid = (codes.shape[1],) if block == 0 else (-(-len(codes) // block), codes.shape[1])
+    if scales.shape != grid or (zeros is not None and zeros.shape != grid):  # one scale for all, or no valid node: not written here
         return None
     zero_points = None if zeros is None else zeros.astype(np.int16)
     if scales.ndim == 0:  # one grid a tensor, which others write
