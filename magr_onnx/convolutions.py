@@ -6,7 +6,7 @@ A group of channels is a job like any linear layer. Groups that are many and sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,11 +39,13 @@ class Converted:
         rows: A row of the report for everything that was converted.
         skips: What was left alone, and why.
         digests: Of the dequantized weights, by the name of the output.
+        notes: Whatever else should be known.
     """
 
     rows: list[LayerRow] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,7 @@ def convert(
     exclude: Sequence[str] = (),
     provider: str = "cpu",
     gram_budget: int = calibrate.DEFAULT_BUDGET,
+    patch_limit: int = patches.PATCH_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Quantize the convolutions of ``work``, in place, by the statistics of ``model``, of which it is a copy.
@@ -101,6 +104,7 @@ def convert(
         exclude: Patterns of what will not.
         provider: Where to run.
         gram_budget: Bytes of Gram matrices held at a time.
+        patch_limit: Bytes of one sample's patches; convolutions that need more are solved data-free, and the report says so.
         progress: Called with convolutions done and in total.
 
     Raises:
@@ -111,10 +115,10 @@ def convert(
     demand = wanted(passes)
     if demand is None or not layers:
         return result
-    integer = pipeline.activations_of(passes) is not None
+    integer = pipeline.activations_of(passes) is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
     units = _units(layers)
     ordered = [layer for unit in units for layer in unit]
-    large = {} if data is None else patches.too_large(model, ordered, data, provider)
+    large = {} if data is None else patches.too_large(model, ordered, data, provider, patch_limit)
     left = iter(units)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
@@ -135,9 +139,9 @@ def convert(
 
 def _units(layers: Iterable[ConvLayer]) -> list[list[ConvLayer]]:
     """Layers that share a weight together."""
-    found: dict[tuple[int, str, int], list[ConvLayer]] = {}
+    found: dict[Hashable, list[ConvLayer]] = {}
     for layer in layers:
-        found.setdefault((id(layer.node.inputs[1]), layer.op, layer.group), []).append(layer)
+        found.setdefault((id(layer.held.stored), layer.held.way, layer.op, layer.group), []).append(layer)
     return list(found.values())
 
 
@@ -230,6 +234,10 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
     group, k, _ = matrices.shape
     if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
         return _together(layer, matrices, stats, quantize, absorbs)
+    return _one_by_one(matrices, layer, stats, passes, absorbs)
+
+
+def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     jobs: list[tuple[QuantizedWeight, Array | None, float, float]] = []
     magr: dict[str, Any] | None = None
     notes: dict[str, None] = {}
@@ -244,7 +252,7 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
         notes |= dict.fromkeys(job.notes)
     weights, biases, errors, powers = zip(*jobs, strict=True)
     added = np.concatenate(biases) if absorbs else None
-    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if group == 1 else None, tuple(notes))
+    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if len(matrices) == 1 else None, tuple(notes))
 
 
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:

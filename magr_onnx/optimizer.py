@@ -76,7 +76,7 @@ def optimize(
     resume: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Optimized:
-    """Quantize the linear layers of a model.
+    """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
@@ -141,7 +141,7 @@ def optimize(
     pipeline.prepare(passes, original)
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
-    reference = loaded.path or original.clone()
+    reference = loaded.path or given
     notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
@@ -171,7 +171,7 @@ def optimize(
     settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
     run.resume(resume, loaded, data, passes, {**asked, **settings})
     if raised:
-        notes += conversion.check(loaded.path or given, original, data, provider)
+        notes += conversion.check(reference, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=run.gram_budget
@@ -180,10 +180,13 @@ def optimize(
         clock.lap("rewrite")
     base = original.clone()
     report = stage(progress, "convolutions")
-    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, provider, gram_budget, report)
+    budget = (run.gram_budget, run.large)
+    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, mask_input, provider, *budget, report)
+    run.sweep(base)
     work = base.clone()
     layers, skips = find(work, include, exclude)
     skips += [*elsewhere, *begun.skips]
+    notes += begun.notes
     if begun.rows:
         clock.lap("convolutions")
 
@@ -279,7 +282,7 @@ def optimize(
             loaded.name,
             None if out is None else str(out),
             pipeline.text_of(passes),
-            _describe(data, rows, mask_input),
+            _describe(data, [*begun.rows, *rows.values()], mask_input),
             (*begun.rows, *(rows[layer.name] for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
@@ -349,8 +352,8 @@ def skip_row(skip: Skip) -> SkipRow:
     return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
 
 
-def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
     if data is None:
         return "none (data-free)"
-    most = max((r.rows for r in rows.values()), default=0)
+    most = max((r.rows for r in rows), default=0)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

@@ -13,6 +13,7 @@ from magr_onnx.packing import MATMULNBITS_BLOCKS, stored_shift
 from magr_onnx.passes import (
     CompensateBias,
     Convolutions,
+    Embeddings,
     EmitDynamicInt8,
     EmitMatMulNBits,
     EmitQDQ,
@@ -88,6 +89,9 @@ class Options(TypedDict, total=False):
             the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
         conv_bits: Bits of the weights of convolutions, 3 to 8, one scale an output channel, in every format; None leaves them float.
             Default 8 where the model has any.
+        embeddings: ``none`` (default), ``gather-block-quantized`` (4 or 8 bits, blocks of 32, one contrib operator) or ``dequantize`` (8
+            bits, one scale a row, standard operators) for tables that are gathered from.
+        embedding_bits: 4 or 8 (default) bits of a table.
     """
 
     bits: int | None
@@ -117,6 +121,8 @@ class Options(TypedDict, total=False):
     target_size: str | None
     max_loss: str | None
     conv_bits: int | None
+    embeddings: str
+    embedding_bits: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,11 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         passes.append(form.emit(options))
     if (conv_bits := options.get("conv_bits")) is not None:
         passes.append(convolutions(conv_bits, options))
+    embedding_bits = options.get("embedding_bits")
+    if (tables := options.get("embeddings", "none")) != "none":
+        passes.append(Embeddings(tables, 8 if embedding_bits is None else embedding_bits))  # type: ignore[arg-type]
+    elif embedding_bits is not None:
+        problems.append(f"embedding_bits={embedding_bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits")
     try:
         check(passes)
     except OptionError as error:

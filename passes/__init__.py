@@ -8,6 +8,7 @@ from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
+from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
 from magr_onnx.passes.low_rank import LowRank
@@ -23,6 +24,7 @@ __all__ = [
     "PASSES",
     "CompensateBias",
     "Convolutions",
+    "Embeddings",
     "EmitDynamicInt8",
     "EmitMatMulNBits",
     "EmitQDQ",

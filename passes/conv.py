@@ -19,10 +19,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.constants import Held
+from magr_onnx.passes.constants import Held, held, is_dequantized
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
-from magr_onnx.passes.operands import NoView, constant, operand
+from magr_onnx.passes.operands import operand
 from magr_onnx.passes.opset import raise_opset
 from magr_onnx.types import Array, WeightSpec
 
@@ -46,16 +46,16 @@ class ConvLayer:
     Attributes:
         name: Node name, or a name made from its output; unique among the model's convolutions.
         node: The Conv or ConvTranspose.
-        weight: ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose, as stored.
-        bias: The constant bias ``(M,)`` as stored, if there is one.
+        held: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
+        bias: The constant bias ``(M,)``, if there is one.
         takes_bias: Whether a bias could be written: False where one is computed at run time.
         group: ``G``.
     """
 
     name: str
     node: ir.Node
-    weight: npt.NDArray[Any]
-    bias: npt.NDArray[Any] | None
+    held: Held
+    bias: ir.TensorProtocol | None
     takes_bias: bool
     group: int
 
@@ -76,23 +76,27 @@ class ConvLayer:
 
     @property
     def dtype(self) -> ir.DataType:
-        return ir.DataType.from_numpy(self.weight.dtype)
+        return self.held.dtype
 
     @property
     def weight_name(self) -> str:
-        """The name of the value that holds the weight."""
-        value = self.node.inputs[1]
-        return self.name if value is None else str(value.name)
+        """The name of the constant that holds the weight."""
+        return self.held.name
 
     @property
     def kernel(self) -> tuple[int, ...]:
         """Size of the kernel, an axis each."""
-        return self.weight.shape[2:]
+        return self.shape[2:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.held.shape
 
     @property
     def channels(self) -> int:
         """Input channels ``C``."""
-        return int(self.weight.shape[0] if self.op == "ConvTranspose" else self.weight.shape[1] * self.group)
+        return self.shape[0] if self.op == "ConvTranspose" else self.shape[1] * self.group
 
     @property
     def k(self) -> int:
@@ -102,7 +106,7 @@ class ConvLayer:
     @property
     def n(self) -> int:
         """Output channels of a group."""
-        return int(self.weight.shape[1] if self.op == "ConvTranspose" else self.weight.shape[0] // self.group)
+        return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group
 
     @property
     def has_bias(self) -> bool:
@@ -110,20 +114,18 @@ class ConvLayer:
 
     def read(self) -> Array:
         """The matrices ``(G, K, N)`` float32."""
-        return to_matrices(self.weight.astype(np.float32), self.op, self.group)
+        return to_matrices(self.held.tensor().numpy().astype(np.float32), self.op, self.group)
 
     def read_bias(self) -> Array | None:
         """The bias ``(M,)`` float64, or None."""
-        return None if self.bias is None else self.bias.astype(np.float64)
+        return None if self.bias is None else self.bias.numpy().astype(np.float64)
 
     def matrix(self, weight: Array, bias: Array | None) -> LinearLayer:
         """A linear layer of one group's matrix ``(K, N)`` and bias ``(N,)``, for passes that read a layer and write nothing."""
-        kind = FLOATS[self.dtype]
-        held = None if bias is None else ir.tensor(bias)
-        tensor = ir.tensor(weight.astype(kind), name=self.weight_name)
-        value = self.node.inputs[1]
-        assert value is not None
-        return LinearLayer(self.name, self.node, Held(value, tensor, (), False), tensor, False, 1.0, None, held, 1.0, *weight.shape)
+        tensor = ir.tensor(weight.astype(FLOATS[self.dtype]), name=self.weight_name)
+        added = None if bias is None else ir.tensor(bias)
+        alone = Held(self.held.source, tensor, (), False)
+        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, *weight.shape)
 
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
@@ -155,30 +157,25 @@ def view(node: ir.Node) -> ConvLayer | Skip:
     x, value = operand(node, 0), operand(node, 1)
     if x is None or value is None:
         return skip(ConvReason.SHAPE, "an input is missing")
-    try:
-        weight = constant(value)
-    except NoView:
-        return skip(Reason.OVERRIDABLE)
+    weight = held(value)
     if weight is None:
-        maker = value.producer()
-        return skip(Reason.QUANTIZED if maker is not None and maker.op_type == "DequantizeLinear" else ConvReason.DYNAMIC_WEIGHT)
-    dtype = ir.DataType.from_numpy(weight.dtype)
-    if dtype not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(dtype))
-    if value.is_graph_output():
+        return skip(Reason.QUANTIZED if is_dequantized(value) else ConvReason.DYNAMIC_WEIGHT)
+    if weight.overridable:
+        return skip(Reason.OVERRIDABLE)
+    if weight.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(weight.dtype))
+    if weight.exposed:
         return skip(Reason.GRAPH_OUTPUT)
-    if weight.size == 0:
+    if 0 in weight.shape:
         return skip(Reason.EMPTY)
     given = node.attributes.get("group")
     group = 1 if given is None else given.as_int()
-    if weight.ndim < 3 or group < 1 or weight.shape[0] % group:
+    if len(weight.shape) < 3 or group < 1 or weight.shape[0] % group:
         return skip(ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
-    held = operand(node, 2)
-    try:
-        bias = constant(held)
-    except NoView:
-        bias = None
-    return ConvLayer(name, node, weight, bias, held is None or bias is not None, group)
+    bias = held(operand(node, 2))
+    fixed = bias is not None and not bias.overridable
+    takes_bias = fixed or operand(node, 2) is None
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group)
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:

@@ -5,8 +5,9 @@
 3. In several groups a channel's scale lies on no axis of a ConvTranspose's weight: codes ``(M, C / G, ...)`` on axis 0, then Reshape,
    Transpose, Reshape; none of them where every group has one channel in and one out.
 4. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
-5. Where layer inputs become integers a convolution without a bias gets one of zeros: between a DequantizeLinear and a QuantizeLinear
-   onnxruntime would make it a QLinearConv, in integers that nobody asked for; not with a float bias.
+5. Where the model has integer activations a Reshape that changes nothing stands between the two: between a DequantizeLinear and a
+   QuantizeLinear onnxruntime would make a QLinearConv of the convolution, rounding a float bias as well, in integers that nobody asked
+   for. It sees no weight behind a Reshape.
 """
 
 from __future__ import annotations
@@ -26,24 +27,22 @@ from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
 from magr_onnx.types import Array, QuantizedWeight
 
 
-def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases: Sequence[Array | None], no_fusion: bool) -> None:
+def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases: Sequence[Array | None], apart: bool) -> None:
     """Write one weight, a `QuantizedWeight` a group, into all convolutions that share it.
 
     Args:
         layers: The convolutions.
         weights: Codes of every group, one grid a column.
         biases: A bias ``(M,)`` for every layer; None leaves what is there.
-        no_fusion: Whether to see to it that onnxruntime cannot compute them in integers.
+        apart: Whether to see to it that onnxruntime does not compute them in integers.
     """
     first = layers[0]
-    weight = _dequantized(first, weights)
+    weight = _dequantized(first, weights, apart)
     for layer, bias in zip(layers, biases, strict=True):
         node, old = layer.node, layer.node.inputs[1]
         node.replace_input_with(1, weight)
         if old is not None:
             drop_if_unused(old)
-        if bias is None and no_fusion and operand(node, 2) is None:
-            bias = np.zeros(layer.group * layer.n)
         if bias is not None:
             held = operand(node, 2)
             base = layer.weight_name if held is None else str(held.name)
@@ -55,7 +54,7 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         node.name = f"{layer.name}_q{weights[0].spec.bits}"
 
 
-def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight]) -> ir.Value:
+def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], apart: bool) -> ir.Value:
     """The weight as the layer reads it, made of codes before the layer."""
     packed = [pack_qdq(w) for w in weights]
     symmetric = packed[0].zero_points is None
@@ -74,16 +73,19 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight]) -> ir.Val
     if not symmetric:
         zeros = np.concatenate([p.zero_points for p in packed if p.zero_points is not None])
         inputs.append(place.constant(f"{suffix}_zero_points", zeros.astype(kind), base=base))
-    nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{layer.name}_dequantize")]
-    if turned and (n > 1 or k > math.prod(layer.kernel)):
+    name = str(inputs[0].name)
+    nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
+    turned &= n > 1 or k > math.prod(layer.kernel)
+    if turned:
         parted = place.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]), base=base)
-        whole = place.constant(f"{suffix}_whole", np.array([layer.channels, n, *layer.kernel]), base=base)
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{layer.name}_parted"))
-        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{layer.name}_turned"))
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], whole], name=f"{layer.name}_whole"))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
+    if turned or apart:
+        shape = place.constant(f"{suffix}_shape", np.array(layer.shape), base=base)
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{inputs[0].name}_{node.name.rpartition('_')[2]}d", layer.dtype  # type: ignore[union-attr]
-    nodes[-1].outputs[0].shape = ir.Shape(layer.weight.shape)
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}d", layer.dtype
+    nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
     place.graph.insert_before(layer.node, nodes)
     return nodes[-1].outputs[0]
 

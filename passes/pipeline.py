@@ -23,6 +23,7 @@ from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBit
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
+from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.low_rank import LowRank
@@ -53,6 +54,7 @@ PASSES: dict[str, type[LayerPass]] = {
         EmitQDQInt8,
         EmitDynamicInt8,
         Convolutions,
+        Embeddings,
     )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)

@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from magr_onnx.passes.linear import LinearLayer
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,20 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     own = {id(layer.node) for layer in layers}
     level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs if not v.is_initializer()}
     last_read: dict[str, int] = {}
+    constants: set[str] = set()  # made of constants alone: every segment makes them again, and quantized ones disappear from the model
     for node in model.graph:
         names = [name for name in reads(node) if name in level]
+        if constants.issuperset(names) and node.op_type not in _RANDOM:
+            constants.update(str(v.name) for v in node.outputs)
         at = max((level[name] for name in names), default=0) + (id(node) in own)
         for name in names:
             last_read[name] = max(last_read.get(name, 0), at)
         level.update({str(v.name): at for v in node.outputs})
     count = 1 + max((level[str(layer.x.name)] for layer in layers), default=-1)
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
-    live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
+    constants -= {str(layer.x.name) for layer in layers}
+    kept = [(n, at) for n, at in level.items() if n not in constants]
+    live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
 
 

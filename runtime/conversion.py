@@ -20,8 +20,8 @@ _BATCHES = 2
 _UNKNOWN = (4, 1, 8, 16)
 """What dimensions of any size are tried as, one after the other."""
 
-_TOLERANCE = {2: 1e-2, 4: 1e-4, 8: 1e-8}
-"""Of the largest value, by bytes a value: the same operators add in the same order, those an adapter wrote differently may not."""
+_TOLERANCE = {2: 1e-2}
+"""Of the largest value, by bytes a value: what an adapter wrote differently adds in another order, and 1e-4 is generous for that."""
 
 
 def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:
@@ -90,7 +90,7 @@ def _same(a: Any, b: Any) -> bool:
     if a.dtype.kind not in "fc" or a.size == 0:
         return bool((a == b).all())
     size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
-    return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE.get(a.dtype.itemsize, 1e-8) * size, equal_nan=True))
+    return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE.get(a.dtype.itemsize, 1e-4) * size, equal_nan=True))
 
 
 def _distance(a: Any, b: Any) -> str:

@@ -72,7 +72,7 @@ def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list
     return groups
 
 
-def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int = PATCH_LIMIT) -> dict[str, str]:
+def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
     """Layers whose patches do not fit the limit, by name, with the reason as a sentence; measured on the first batch."""
     with Session(shape_taps(model, [str(layer.output.name) for layer in layers]), provider) as session:
         shapes = session.run(next(iter(data)))

@@ -24,11 +24,11 @@ def convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, dilation: i
     x = np.pad(x, [(0, 0), (0, 0), *[pads] * spatial])
     out = [(d - dilation * (size - 1) - 1) // stride + 1 for d in x.shape[2:]]
     y = np.zeros((len(x), groups * n, *out), x.dtype)
-    for at in itertools.product(*map(range, out)):
+    for at in np.ndindex(*out):
         window = tuple(slice(i * stride, i * stride + dilation * (size - 1) + 1, dilation) for i in at)
         for g in range(groups):
-            patch = x[(slice(None), slice(g * inner, (g + 1) * inner), *window)].reshape(len(x), -1)
-            y[(slice(None), slice(g * n, (g + 1) * n), *at)] = patch @ w[g]
+            patch = x[:, g * inner : (g + 1) * inner][(slice(None), slice(None), *window)].reshape(len(x), -1)
+            y[:, g * n : (g + 1) * n][(slice(None), slice(None), *at)] = patch @ w[g]
     return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
 
 
