@@ -184,9 +184,6 @@ def test_einsums_that_are_left_alone(equation: str, w: tuple[int, ...], detail: 
     proto = model(text, w=constant("w", *w))
     work = ir.from_proto(proto)
     assert canonicalize(work) == []
-    if len(w) == 1:  # no matrix, so not worth a line
-        assert list(holders(work.graph)) == []
-        return
     (skip,) = holders(work.graph)
     assert skip.reason == "an Einsum that is no product with a constant matrix"
     assert skip.detail.startswith(f"{equation}: {detail}; w: ")
@@ -341,6 +338,8 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
         [attention] d = com.microsoft.MultiHeadAttention<num_heads = 4>(x, x, x, bias)
         [big] e = Mul(x, mask)
         [small] f = Mul(x, row)
+        [dequantized] codes8 = DequantizeLinear(int8, s8)
+        [sum] g1 = Add(codes8, x)
         [chain] turned = Transpose(mask)
         [table] g2 = Where(cond, turned, turned)
     }"""
@@ -357,6 +356,8 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
             bias=np.zeros(192, np.float32),
             mask=constant("mask", 64, 64),
             row=np.ones((1, 64), np.float32),
+            int8=np.zeros((64, 64), np.int8),
+            s8=np.ones((), np.float32),
             cond=np.ones((64, 64), bool),
         )
     )
@@ -366,6 +367,7 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
         "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),
         "moe": ("a fused operator that no format can replace", "router, experts: 0.03 MB"),
         "lstm": ("a recurrent operator", "lw, lr: 0.02 MB"),
+        "sum": ("weight is quantized already", "int8: 0.00 MB"),
         "big": (other, "mask: 0.02 MB"),
         "table": (other, "mask: 0.02 MB"),
     }
