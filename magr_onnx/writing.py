@@ -23,10 +23,10 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.locking import replace, sync, workspace
+from magr_onnx.runtime.in_place import most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1
-SIZES = 1 << 16
 SMALL = 256  # bytes up to which a tensor stays in the protobuf, as onnx and onnx-ir have it
 _CHUNK = 1 << 24
 _LARGE_PROTOBUF = 1 << 28  # is not read only to learn which data files it names
@@ -151,13 +151,8 @@ def model_values(model: ir.Model) -> list[ir.Value]:
 def _large(model: ir.Model) -> list[ir.Value]:
     """The initializers that go to data files. Where the small ones alone are too many for a protobuf, all of them."""
     tensors = [(v, v.const_value) for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
-    small = sum(tensor.nbytes for _, tensor in tensors if tensor.nbytes <= _most_inline(tensor))
-    return [value for value, tensor in tensors if tensor.nbytes > (_most_inline(tensor) if small <= INLINE_LIMIT // 4 else 0)]
-
-
-def _most_inline(tensor: ir.TensorProtocol) -> int:
-    """Bytes up to which a tensor stays in the protobuf: more for integers, which may be sizes that shapes are inferred from."""
-    return SIZES if tensor.dtype == ir.DataType.INT64 else SMALL
+    small = sum(tensor.nbytes for _, tensor in tensors if tensor.nbytes <= most_inline(tensor, SMALL))
+    return [value for value, tensor in tensors if tensor.nbytes > (most_inline(tensor, SMALL) if small <= INLINE_LIMIT // 4 else 0)]
 
 
 @dataclass(slots=True)

@@ -318,11 +318,14 @@ def test_a_stack_that_others_read_is_not_stored_twice() -> None:
 
 def test_sizes_stay_in_the_file_when_tensors_go_beside_it(tmp_path: Path) -> None:
     """onnxruntime infers shapes from them, and does not read data files for that."""
-    text = "g (float[200, n, 16] x) => (float[200, n, 4] y) { [fc] y = MatMul(x, w) }"
-    proto, x = model(text, w=constant("w", 200, 16, 4)), np.random.default_rng(0).standard_normal((200, 2, 16)).astype(np.float32)
-    report = optimize(proto, output=tmp_path / "q.onnx", bits=8, block_size=16, external_data=True).report
+    many = model("g (float[200, n, 16] x) => (float[200, n, 4] y) { [fc] y = MatMul(x, w) }", w=constant("w", 200, 16, 4))
+    outputs = [f"p{i}" for i in range(200)]
+    many.graph.node.append(onnx.helper.make_node("Split", ["x", "ones"], outputs, axis=0))
+    many.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(200, np.int64), "ones"))
+    x = np.random.default_rng(0).standard_normal((200, 2, 16)).astype(np.float32)
+    report = optimize(many, [{"x": x}] * 2, output=tmp_path / "q.onnx", bits=8, block_size=16, external_data=True).report
     assert len(report.layers) == 200
-    np.testing.assert_allclose(run(ir.load(tmp_path / "q.onnx"), {"x": x})[0], run(proto, {"x": x})[0], atol=0.1)
+    np.testing.assert_allclose(run(ir.load(tmp_path / "q.onnx"), {"x": x})[0], run(many, {"x": x})[0], atol=0.1)
 
 
 def test_layers_that_read_one_value_still_do() -> None:

@@ -174,12 +174,12 @@ class Edit:
         return self._make("Expand", [x, self.ints(dims)], after)
 
     def split(self, x: ir.Value, axis: int, count: int) -> list[ir.Value]:
-        """Parts of length one along an axis."""
+        """Parts of length one along an axis that has ``count`` of them."""
         shape = self.shape(x)
         after = None if shape is None else [*shape[:axis], 1, *shape[axis + 1 :]]
-        if self.canvas.opset < 13:
-            return self._made("Split", [x], after, count, axis=axis, split=[1] * count)
-        return self._made("Split", [x, self.ints([1] * count)], after, count, axis=axis)
+        if self.canvas.opset < 18:
+            return self._made("Split", [x], after, count, axis=axis)
+        return self._made("Split", [x], after, count, axis=axis, num_outputs=count)
 
     def matrices(self, stack: ir.Value) -> list[ir.Value]:
         """The matrices ``(K, N)`` of a constant ``(E, K, N)``.
