@@ -102,7 +102,7 @@ class Session:
         if name == PROVIDERS["cuda"]:
             _preload()
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
