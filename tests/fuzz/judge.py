@@ -104,7 +104,7 @@ def _judge(
     try:
         report = optimize(path, calibration, output=out, **options).report
     except MagrError as error:
-        if "internal error" in str(error):
+        if "please report" in str(error):
             return Outcome("error", str(error))
         if left := set(path.parent.iterdir()) - before:
             return Outcome("left files", str(sorted(left)))
