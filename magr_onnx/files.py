@@ -1,11 +1,8 @@
-"""Models in and out: every form a caller may have, checked before work; outputs written whole or not at all."""
+"""Models in: every form a caller may have, checked before work; and what stands against an output."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from magr_onnx import sanity
-from magr_onnx.errors import MagrError, ModelError, OutputError
+from magr_onnx.errors import ModelError
 from magr_onnx.oldforms import modernize
-
-INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
+from magr_onnx.writing import is_ours
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +78,7 @@ def _load_path(path: Path) -> Loaded:
     _check(str(path), str(path))
     model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
+    _load_attributes(model, path.parent)
     return Loaded(model, path, external, _dropped(proto))
 
 
@@ -97,6 +94,17 @@ def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
     return (f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes",) * bool(
         proto.training_info
     )
+
+
+def _load_attributes(model: ir.Model, folder: Path) -> None:
+    """Read external data of attributes: what is written keeps that of initializers only."""
+    for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
+        for node in nodes:
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    tensor = attribute.value
+                    tensor.base_dir = folder
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
 def _check(model: str | onnx.ModelProto, name: str) -> None:
@@ -128,62 +136,6 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
     elif output.exists() and not os.access(output, os.W_OK):
         found.append(f"output {output} exists and is not writable")
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
-    if output.resolve() in sources or _data_name(output).resolve() in sources:
+    if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
         found.append(f"output {output} would overwrite the input model or its data; choose another name")
     return found
-
-
-def _data_name(output: Path) -> Path:
-    return output.with_name(output.name + ".data")
-
-
-def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = None) -> int:
-    """Write a model under a temporary name, verify it, then rename; returns the bytes written.
-
-    Tensors go to ``<output>.data`` when the file would pass protobuf's 2 GiB. On any error, an interrupt included, the old
-    output stays and nothing is left behind.
-
-    Args:
-        model: What to write.
-        output: Final path.
-        verify: Called with the temporary file; an exception it raises stops the rename.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error}") from error
-    try:
-        part = folder / output.name
-        data = _data_name(part).name if initializer_bytes(model) > INLINE_LIMIT else None
-        try:
-            ir.save(_inline(model) if data is None else model, part, external_data=data)
-        except OSError as error:
-            raise OutputError(f"cannot write {output}: {error}") from error
-        if verify is not None:
-            verify(part)
-        size = sum(p.stat().st_size for p in folder.iterdir())
-        mode = 0o666 & ~_umask()
-        for file in folder.iterdir():
-            file.chmod(mode)
-        if data is not None:
-            os.replace(folder / data, output.parent / data)
-        os.replace(part, output)
-        return size
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error}") from error
-    except ValueError as error:
-        raise MagrError(f"the result cannot be serialized to {output}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _inline(model: ir.Model) -> ir.Model:
-    """A model whose tensors are in memory, so that it is written as one file."""
-    ir.external_data.load_to_model(model)
-    return model

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, knapsack, sizes
+from magr_onnx import files, knapsack, sizes, writing
 from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
@@ -139,6 +139,7 @@ class Source:
         bytes: Size of the source as it came.
         file: Whether a file will be written, whose every byte counts; else tensors count.
         stamp: Bytes of metadata that will be added.
+        reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
     """
 
     model: ir.Model
@@ -146,6 +147,7 @@ class Source:
     bytes: int
     file: bool
     stamp: int
+    reference: ir.Model | None = None
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
         """Bytes of the result with the layers named in ``passes`` converted."""
@@ -153,7 +155,7 @@ class Source:
         if not self.file:
             return files.initializer_bytes(model)
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
-            return files.save(model, Path(folder, "blank.onnx")) + self.stamp
+            return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
 
 class Plan:
@@ -323,7 +325,7 @@ class Search:
         )
         self._metric = effects.metric
         self.plan.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.model, provider) as session:
+        with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
 
     def accepts(self, work: ir.Model) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import files, mixed
+from magr_onnx import beginnings, files, mixed
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
@@ -20,6 +21,7 @@ from magr_onnx.passes import (
     ErrorFeedback,
     Job,
     LayerPass,
+    LinearLayer,
     Skip,
     pipeline,
 )
@@ -28,12 +30,15 @@ from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
+from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import calibrate, conversion, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
-from magr_onnx.runtime.session import Session, provider_name
+from magr_onnx.runtime.session import inputs_of, provider_name
 from magr_onnx.statistics import beginning, gather, held_out_for, output_hessian, without_stages
+from magr_onnx.types import LayerStats
+from magr_onnx.writing import save
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
@@ -47,7 +52,9 @@ class Optimized(NamedTuple):
 
 
 @explained
+@with_run
 def optimize(
+    run: Run,
     model: Any,
     calibration: Source | None = None,
     *,
@@ -63,9 +70,13 @@ def optimize(
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: int = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
+    max_memory: Size | None = None,
+    shard_size: Size | None = None,
+    external_data: bool = False,
+    resume: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Optimized:
-    """Quantize the linear layers of a model.
+    """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
@@ -83,6 +94,11 @@ def optimize(
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: Called during long work.
+        max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
+            fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
+        shard_size: Most bytes of a data file of the output, which then has as many as it needs.
+        external_data: Write tensors beside the output even where they would fit into it.
+        resume: A job directory: finished layers are kept there, and the same call after a kill goes on with those that are not.
         **options: See `Options`.
 
     Returns:
@@ -92,6 +108,7 @@ def optimize(
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
     clock = _Clock()
+    asked = dict(options)
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
@@ -116,9 +133,11 @@ def optimize(
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
+    run.open(loaded, out, max_memory, gram_budget, cache, shard_size, external_data)
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     opset, given = original.opset_imports.get(""), original.clone()
+    passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
     pipeline.prepare(passes, original)
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
@@ -127,17 +146,16 @@ def optimize(
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))
-    skips += elsewhere
-    if not layers:
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+    others, unconverted = beginnings.look(work, passes, include, exclude)
+    if not layers and not others:
+        reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
-    check_weights(layers)
+    check_weights([*layers, *others])
     clock.lap("load")
 
     data = held = None
     if calibration is not None or validation_data is not None:
-        with Session(reference, provider) as session:
-            inputs = session.inputs
+        inputs = inputs_of(original)
         if calibration is not None:
             data = open_data(calibration, inputs, batch_size)
         if validation_data is not None:
@@ -150,16 +168,27 @@ def optimize(
             "give more samples, or cut them into smaller batches"
         )
 
+    settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
+    run.resume(resume, loaded, data, passes, {**asked, **settings})
     if raised:
         notes += conversion.check(reference, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
-            original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=gram_budget
+            original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=run.gram_budget
         )
-        work = original.clone()
-        layers, skips = find(work, include, exclude)
-        skips += elsewhere
+        run.sweep(original)
         clock.lap("rewrite")
+    base = original.clone()
+    report = stage(progress, "convolutions")
+    budget = (run.gram_budget, run.large)
+    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, mask_input, provider, *budget, report)
+    run.sweep(base)
+    work = base.clone()
+    layers, skips = find(work, include, exclude)
+    skips += [*elsewhere, *begun.skips]
+    notes += begun.notes
+    if begun.rows:
+        clock.lap("convolutions")
 
     passes, missing = without_stages(work, layers, passes)
     notes += missing
@@ -170,18 +199,19 @@ def optimize(
         rows[job.layer.name] = _layer_row(job)
         if job.emitted and job.quantized is not None:
             digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
+        run.sweep(work)
         if progress is not None:
             progress("quantizing", len(rows), len(layers))
 
     grids = ranges.Grids()
-    if activations is not None and data is not None:
+    if activations is not None and data is not None and layers:
         report = stage(progress, "ranges")
         grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None
-    if goal is not None and data is not None:
-        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+    if goal is not None and data is not None and layers:
+        source = mixed.Source(base, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP, original)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
         search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
@@ -196,29 +226,38 @@ def optimize(
             if search is not None:
                 assigned = search.plan.assigned()
                 layers, left = search.plan.select(layers)
+            run.plan(passes, assigned)
             unmasked: list[str] = []
             spilled = 0
             report = stage(progress, "calibrating")
-            for group, result in gather(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
+            budgets, changed = (run.gram_budget, run.cache), begun.digests
+            for group, result in gather(
+                original, work, layers, data, passes, grids, mask_input, provider, *budgets, report, changed, run.large, run.left
+            ):
                 unmasked += result.unmasked
                 spilled = max(spilled, result.spilled)
                 clock.lap("calibrate")
                 stats, begin = result.stats, beginning(result, grids, hessian)
-                pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, begin, assigned)  # noqa: B023
+                known = partial(_known, stats)
+                pipeline.run_layers(passes, group, known, finished, begin, assigned, run.store)
+                stats.clear()  # the next ones are made while this loop still holds these
+                result.goals.clear()
                 clock.lap("quantize")
             if search is None or search.accepts(work):
                 break
-            work = original.clone()
+            work = base.clone()
             layers, _ = find(work, include, exclude)
             rows.clear()
             digests.clear()
     skips += left
+    notes += run.notes
     if spilled:
-        notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(cache)})")
+        notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if unmasked:
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
+    digests |= begun.digests
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)
@@ -230,7 +269,7 @@ def optimize(
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = files.save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference))
+        written = save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference), run.layout)
     clock.lap("write")
     comparison = None
     if held is not None:
@@ -243,8 +282,8 @@ def optimize(
             loaded.name,
             None if out is None else str(out),
             pipeline.text_of(passes),
-            _describe(data, rows, mask_input),
-            tuple(rows[layer.name] for layer in layers),
+            _describe(data, [*begun.rows, *rows.values()], mask_input),
+            (*begun.rows, *(rows[layer.name] for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
             written,
@@ -257,6 +296,11 @@ def optimize(
             assignment=None if search is None else search.report(),
         ),
     )
+
+
+def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
+    """The statistics of what a layer reads, where they were gathered."""
+    return stats.get(calibrate.input_name(layer))
 
 
 class _Clock:
@@ -308,8 +352,8 @@ def skip_row(skip: Skip) -> SkipRow:
     return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
 
 
-def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
     if data is None:
         return "none (data-free)"
-    most = max((r.rows for r in rows.values()), default=0)
+    most = max((r.rows for r in rows), default=0)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

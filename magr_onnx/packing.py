@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.types import Array, Codes, QuantizedWeight
+from magr_onnx.types import Array, Codes, QuantizedWeight, scaled
 
 MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -132,9 +132,7 @@ def unpack_matmulnbits(tensors: MatMulNBitsTensors) -> tuple[Codes, Array, Codes
 def dequantize_matmulnbits(tensors: MatMulNBitsTensors) -> Array:
     """The float weight ``(K, N)`` a MatMulNBits node multiplies by."""
     codes, scales, zeros = unpack_matmulnbits(tensors)
-    rows = np.arange(tensors.k) // tensors.block_size
-    result: Array = (codes.astype(np.float32) - zeros[rows]) * scales[rows]
-    return result
+    return scaled(codes, zeros, scales, np.arange(tensors.k) // tensors.block_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

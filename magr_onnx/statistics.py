@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -33,11 +33,19 @@ def gather(
     gram_budget: int,
     cache: int,
     progress: Callable[[int, int], None] | None,
+    changed: Collection[str] = (),
+    large: bool = False,
+    left: Callable[[LinearLayer], bool] = lambda layer: True,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
-    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
+    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
+
+    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a ``large`` model
+    runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be solved come without statistics.
+    """
+    feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     if data is None:
         yield layers, calibrate.Calibration({}, ())
-    elif any(isinstance(p, ErrorFeedback) for p in passes):
+    elif feedback or (large and not segments.not_tensors(work, segments.plan(work, layers))):
         yield from stages.staged(
             original,
             work,
@@ -48,13 +56,21 @@ def gather(
             quantize=grids.inputs,
             bounds=grids.bounds,
             cache=cache,
+            changed=changed,
             progress=progress,
+            feedback=feedback,
+            hold_out=any(isinstance(p, Quantize) and p.method == "auto" for p in passes),
+            gram_budget=gram_budget if large else None,
+            wanted=left,
         )
     else:
         hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
         groups = calibrate.plan(layers, gram_budget, hold_out)
         for index, group in enumerate(groups):
             part = None if progress is None else _part(progress, index, len(groups))
+            if not any(map(left, group)):
+                yield group, calibrate.Calibration({}, ())
+                continue
             yield (
                 group,
                 calibrate.collect(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.constants import Held, drop_if_unused, held, is_dequantized
+from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
 
 NAMES = "onnx_magr.names"
@@ -135,7 +135,10 @@ class LinearLayer:
     def read(self) -> Array:
         """The effective weight ``(K, N)`` float32, contiguous."""
         stored = self.tensor.numpy()
-        array = np.ascontiguousarray(stored.T if self.transposed else stored).astype(np.float32)
+        array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
+        if isinstance(self.tensor, ir.ExternalTensor):
+            del stored
+            self.tensor.release()  # or every file stays mapped, and counts as memory in use
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array
@@ -238,7 +241,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         return skip(Reason.DYNAMIC_WEIGHT)
     right, left = held(weight), held(x)
     if right is None:
-        if is_dequantized(weight):
+        if dequantized(weight) is not None:
             return skip(Reason.QUANTIZED)
         return skip(Reason.DYNAMIC_WEIGHT if left is None else Reason.CONSTANT_LEFT)
     if right.overridable:
@@ -251,8 +254,8 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         return skip(Reason.GRAPH_OUTPUT)
     if 0 in right.shape:
         return skip(Reason.EMPTY)
-    if left is not None and not left.overridable:
-        return skip(Reason.CONSTANT)
+    if left is not None:
+        return skip(Reason.CONSTANT, "a caller may override the input" if left.overridable else "")
     right, transposed = right.before_transposes()
     rows, columns = right.shape
     factor, beta = 1.0, 1.0

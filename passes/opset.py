@@ -58,8 +58,22 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
                 "opset, or use format matmulnbits"
             )
         labels.restore(model, kept)
+        _distinct_names(model.graph)
         changed = True
     if model.ir_version < IR_VERSIONS.get(target, 0):
         model.ir_version = IR_VERSIONS[target]
         changed = True
     return changed
+
+
+def _distinct_names(graph: ir.Graph) -> None:
+    """Rename nodes that have another's name: the converter puts nodes named like a Softmax around it, which onnxruntime refuses."""
+    seen: set[str] = set()
+    for node in graph.all_nodes():
+        if not node.name:
+            continue
+        name, count = node.name, 1
+        while name in seen:
+            name, count = f"{node.name}_{count}", count + 1
+        node.name = name
+        seen.add(name)

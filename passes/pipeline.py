@@ -17,15 +17,18 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
+from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.outcome import Store
 from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.passes.split_outliers import SplitOutliers
@@ -50,6 +53,8 @@ PASSES: dict[str, type[LayerPass]] = {
         EmitQDQ,
         EmitQDQInt8,
         EmitDynamicInt8,
+        Convolutions,
+        Embeddings,
     )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
@@ -228,17 +233,25 @@ def run_layers(
     finished: Callable[[Job], None],
     begin: Callable[[Job], None] | None = None,
     assigned: Mapping[str, Sequence[LayerPass]] | None = None,
+    store: Store | None = None,
 ) -> None:
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
     ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
-    layer name.
+    layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
     """
     for layer in layers:
         job = attach(layer, stats(layer))
         if begin is not None:
             begin(job)
-        for p in resolve((assigned or {}).get(layer.name, passes)):
+        todo = resolve((assigned or {}).get(layer.name, passes))
+        solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
+        if store is None or not store.restore(job, todo):
+            for p in todo[:solving]:
+                p.apply(job)
+            if store is not None:
+                store.keep(job, todo)
+        for p in todo[solving:]:
             p.apply(job)
         job.write_back()
         finished(job)

@@ -7,7 +7,7 @@ stage ``s``: all their inputs are known once the layers of the stages before are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,15 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
 def given_inputs(model: ir.Model) -> list[str]:
     """The inputs that data has: those with an initializer keep its value."""
     return [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
+
+
+def behind(model: ir.Model, values: Collection[str]) -> set[str]:
+    """``values`` and every value that depends on one of them, by name."""
+    found = set(values)
+    for node in model.graph:
+        if any(name in found for name in reads(node)):
+            found.update(str(v.name) for v in node.outputs)
+    return found
 
 
 def not_tensors(model: ir.Model, steps: Plan) -> list[str]:

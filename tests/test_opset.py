@@ -250,3 +250,19 @@ def test_made_up_inputs_have_the_model_s_types() -> None:
         "d": ((1,), "object"),
     }
     assert numpy_helper.from_array(batch["d"]).data_type == onnx.TensorProto.STRING
+
+
+def test_nodes_that_the_converter_adds_have_names_of_their_own(tmp_path: Path) -> None:
+    proto = model(
+        """g (float[2, 3, 48] x) => (float[2, 3, 24] y) {
+            [soft] s = Softmax<axis = 1>(x)
+            [fc] y = MatMul(s, w)
+        }""",
+        opset=11,
+        w=constant("w", 48, 24),
+    )
+    report = magr_onnx.optimize(proto, output=tmp_path / "q.onnx", format="qdq", bits=8, block_size=None).report
+    assert [row.name for row in report.layers] == ["fc"]
+    names = [node.name for node in ir.load(tmp_path / "q.onnx").graph if node.name]
+    assert len(set(names)) == len(names)
+    assert "soft" in names

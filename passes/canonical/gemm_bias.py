@@ -20,7 +20,7 @@ def rewrite(edit: Edit) -> bool | None:
     if right is not None and _is_vector(edit, right.shape):
         return None
     attributes = {name: attribute for name, attribute in edit.node.attributes.items() if name != "beta"}
-    product = edit.product("Gemm", [a, b], edit.shape(edit.node.outputs[0]), **attributes)
+    product = edit.product("Gemm", [a, b], edit.shape(edit.node.outputs[0]), attributes)
     beta = edit.real("beta")
     return edit.finish(edit.add(product, edit.scaled(c, beta))) if beta else edit.finish(product)
 

@@ -26,10 +26,10 @@ def rewrite(edit: Edit) -> Refusal | bool | None:
     if edit.node.op_type == "Gemm":
         if edit.input(2) is not None:
             return None
-        attributes = {name: attribute for name, attribute in edit.node.attributes.items() if name == "alpha"}
+        attributes = {"alpha": edit.real("alpha"), "transB": 1 - edit.integer("transA")}
         shape = _turned(edit.shape(edit.node.outputs[0]))
         turned = x if edit.integer("transB") else edit.transpose(x, (1, 0))
-        product = edit.product("Gemm", [turned, left], shape, transB=1 - edit.integer("transA"), **attributes)
+        product = edit.product("Gemm", [turned, left], shape, attributes)
         return edit.finish(edit.transpose(product, (1, 0)))
     shape = edit.shape(x)
     if shape is None:

@@ -34,13 +34,14 @@ def rewrite(edit: Edit) -> Refusal | bool | None:
     count = held.shape[axes[0]]
     if count > MOST_MATRICES:
         return Refusal(Reason.WEIGHT_RANK, f"{text}: more than {MOST_MATRICES} matrices")
-    if edit.canvas.opset < 8:
-        return Refusal(Reason.WEIGHT_RANK, f"{text}: opset {edit.canvas.opset} has no Expand")
-    back = rank - axes[0]  # the axis, counted from the last
-    x = edit.unsqueeze(x, more)
     shape = [*[1] * more, *shape]
+    back = rank - axes[0]  # the axis, counted from the last
     axis = len(shape) - back
-    if known(shape[axis]) is None:
+    unknown = known(shape[axis]) is None
+    if unknown and edit.canvas.opset < 8:
+        return Refusal(Reason.WEIGHT_RANK, f"{text}, the input has as many or one, and opset {edit.canvas.opset} has no Expand")
+    x = edit.unsqueeze(x, more)
+    if unknown:
         x = edit.expand(x, [count, *[1] * (back - 1)])
     matrices = edit.reshape(right, (count, *held.shape[-2:]))
     return edit.finish(stacked(edit, x, [*shape[:axis], count if known(shape[axis]) != 1 else 1, *shape[axis + 1 :]], axis, matrices))
@@ -54,7 +55,7 @@ def stacked(edit: Edit, x: ir.Value, shape: Dims, axis: int, matrices: ir.Value)
     parts = [x] * count if shape[axis] == 1 else edit.split(x, axis, count)
     out: Dims = [*shape[:axis], 1, *shape[axis + 1 : -1], n]
     products = [
-        edit.product("MatMul", [part, edit.reshape(matrix, (k, n))], out, index, held.name)
+        edit.product("MatMul", [part, edit.reshape(matrix, (k, n))], out, None, index, held.name)
         for index, (part, matrix) in enumerate(zip(parts, edit.split(matrices, 0, count), strict=True))
     ]
     return edit.concat(products, axis)

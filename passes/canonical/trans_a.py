@@ -12,7 +12,7 @@ def rewrite(edit: Edit) -> bool | None:
     rest = [v for v in edit.node.inputs[2:] if v is not None]
     attributes = {name: attribute for name, attribute in edit.node.attributes.items() if name != "transA"}
     turned = edit.transpose(x, (1, 0))
-    return edit.finish(edit.product("Gemm", [turned, right, *rest], edit.shape(edit.node.outputs[0]), **attributes))
+    return edit.finish(edit.product("Gemm", [turned, right, *rest], edit.shape(edit.node.outputs[0]), attributes))
 
 
 FORM = Form("a Gemm that transposes its input", ("Gemm",), rewrite)

@@ -19,7 +19,7 @@ def rewrite(edit: Edit) -> bool | None:
     if held is None or x is None or weight(x) is not None or held.dtype not in KINDS:
         return None
     inputs = [edit.cast(v, ir.DataType.FLOAT) for v in edit.node.inputs if v is not None]
-    product = edit.product(edit.node.op_type, inputs, edit.shape(edit.node.outputs[0]), **dict(edit.node.attributes))
+    product = edit.product(edit.node.op_type, inputs, edit.shape(edit.node.outputs[0]), edit.node.attributes)
     return edit.finish(edit.cast(product, held.dtype))
 
 
