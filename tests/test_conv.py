@@ -574,6 +574,22 @@ def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize("group", [1, 2, 16])
+def test_inputs_that_hardly_differ_from_their_mean_have_gram_matrices_that_can_be_factored(effort: Any, group: int) -> None:
+    proto = model(
+        f"g (float[n, 32, 8, 8] x) => (float[n, 16, 8, 8] y) {{ [c] y = Conv<group = {group}>(x, k, b) }}",
+        k=constant("k", 16, 32 // group, 1, 1),
+        b=constant("b", 16),
+    )
+    rng = np.random.default_rng(0)
+    mean = 50 + 100 * rng.random((1, 32, 1, 1))
+    data = [{"x": (mean + 1e-3 * rng.standard_normal((4, 32, 8, 8))).astype(np.float32)} for _ in range(8)]
+    found, report = magr_onnx.optimize(proto, data, effort=effort, conv_bits=4)
+    assert report.layers[0].bias_compensated
+    assert error(found, proto, data) < 1e-4  # the bias takes up all there is
+
+
 def test_a_mask_does_not_reach_convolutions_and_that_is_said() -> None:
     proto = model(
         """g (float[n, 4, 8] x, int64[n, 8] attention_mask) => (float[n, 6, 8] y, int64[n, 8] m) {
