@@ -19,10 +19,6 @@ from magr_onnx.runtime.session import Session
 from magr_onnx.types import Array, LayerStats
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
-ROUNDING = 1e-5
-"""What is added to the diagonals, in units of them: more than float32 sums are wrong by. Patches that hardly differ from their mean (of an
-image that is one colour, of pooled values) would otherwise have centred Gram matrices with negative eigenvalues."""
-
 Progress = Callable[[int, int], None]
 
 
@@ -56,10 +52,7 @@ class _Sums:
 
     def stats(self) -> PatchStats:
         n = max(self.rows, 1)
-        gram = self.gram / n
-        k = np.arange(gram.shape[1])
-        gram[:, k, k] *= 1 + ROUNDING
-        return PatchStats(gram, self.total / n, round(self.rows))
+        return PatchStats(self.gram / n, self.total / n, round(self.rows))
 
 
 def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
