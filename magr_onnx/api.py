@@ -12,6 +12,7 @@ from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
+from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.linear import find
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, witness
@@ -43,6 +44,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         ModelError: Not a usable model.
     """
     loaded = files.load(model)
+    open_up(loaded.model)
     layers, skips = find(loaded.model, include, exclude)
     rows = []
     for layer in layers:

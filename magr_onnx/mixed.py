@@ -135,6 +135,7 @@ class Source:
 
     Attributes:
         model: The float model, prepared for what will be written.
+        tapped: The same with what layers in bodies read as values of the main graph.
         layers: Its layers.
         bytes: Size of the source as it came.
         file: Whether a file will be written, whose every byte counts; else tensors count.
@@ -142,6 +143,7 @@ class Source:
     """
 
     model: ir.Model
+    tapped: ir.Model
     layers: Sequence[LinearLayer]
     bytes: int
     file: bool
@@ -310,7 +312,7 @@ class Search:
         choices = choices_of(options, provider)
         self.plan = Plan(goal, source, choices)
         found, effects = sensitivity.measure(
-            source.model,
+            source.tapped,
             source.layers,
             choices,
             references_of(choices),

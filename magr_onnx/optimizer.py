@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -21,11 +22,13 @@ from magr_onnx.passes import (
     LayerPass,
     Skip,
     pipeline,
+    shared,
 )
+from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
-from magr_onnx.runtime import calibrate, ranges, rewriting, stages
+from magr_onnx.runtime import bodies, calibrate, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
@@ -111,6 +114,7 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
+    inlined = open_up(original)
     pipeline.prepare(passes, original)
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or (original.clone() if rewrites else original)
@@ -122,7 +126,7 @@ def optimize(
     check_weights(layers)
     clock.lap("load")
 
-    notes: list[str] = []
+    notes = inlined
     data = held = None
     if calibration is not None or validation_data is not None:
         with Session(reference, provider) as session:
@@ -147,6 +151,9 @@ def optimize(
         layers, skips = find(work, include, exclude)
         clock.lap("rewrite")
 
+    source = bodies.tapped(original, layers, data, passes, provider)
+    layers, lost = source.split(layers, needed=goal is not None or (activations is not None and activations.type != "dynamic"))
+    skips += lost
     passes, missing = without_stages(work, layers, passes)
     notes += missing
     rows: dict[str, LayerRow] = {}
@@ -162,15 +169,15 @@ def optimize(
     grids = ranges.Grids()
     if activations is not None and data is not None:
         report = stage(progress, "ranges")
-        grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        grids = ranges.choose_grids(source.model, source.reached(layers), data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None
     if goal is not None and data is not None:
-        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+        floats = mixed.Source(original, source.model, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
-        search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
+        search = mixed.Search(goal, options, floats, data, integer, mask_input, provider, gram_budget, report)
         data = search.data
         clock.lap("sensitivities")
     with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating"), notes) as hessian:
@@ -185,17 +192,18 @@ def optimize(
             unmasked: list[str] = []
             spilled = 0
             report = stage(progress, "calibrating")
-            for group, result in gather(original, work, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report):
+            groups = gather(original, work, source, layers, data, passes, grids, mask_input, provider, gram_budget, cache, report)
+            for group, result in groups:
                 unmasked += result.unmasked
                 spilled = max(spilled, result.spilled)
                 clock.lap("calibrate")
-                stats, begin = result.stats, beginning(result, grids, hessian)
+                stats, begin = result.stats, beginning(result, source, grids, hessian, data)
                 pipeline.run_layers(passes, group, lambda layer: stats.get(calibrate.input_name(layer)), finished, begin, assigned)  # noqa: B023
                 clock.lap("quantize")
             if search is None or search.accepts(work):
                 break
             work = original.clone()
-            layers, _ = find(work, include, exclude)
+            layers, _ = source.split(find(work, include, exclude)[0], bool(lost))
             rows.clear()
             digests.clear()
     skips += left
@@ -205,6 +213,7 @@ def optimize(
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
+    said = shared.remarks(work, layers)
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)
@@ -230,7 +239,7 @@ def optimize(
             None if out is None else str(out),
             pipeline.text_of(passes),
             _describe(data, rows, mask_input),
-            tuple(rows[layer.name] for layer in layers),
+            tuple(replace(rows[layer.name], notes=(*rows[layer.name].notes, *said[layer.name])) for layer in layers),
             tuple(map(skip_row, skips)),
             loaded.bytes,
             written,

@@ -17,13 +17,14 @@ from magr_onnx.passes import (
     Quantize,
     segments,
 )
-from magr_onnx.runtime import calibrate, fisher, ranges, stages
+from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
 
 
 def gather(
     original: ir.Model,
     work: ir.Model,
+    source: bodies.Tapped,
     layers: Sequence[LinearLayer],
     data: Batches | None,
     passes: Sequence[LayerPass],
@@ -34,15 +35,42 @@ def gather(
     cache: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
-    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's."""
+    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
+
+    ``source`` is what is tapped for the latter: the float model with what bodies read. Layers in bodies and those that share a weight have
+    no one place among the stages; they come first, from the float model, and the stages see them quantized.
+    """
     if data is None:
         yield layers, calibrate.Calibration({}, ())
-    elif any(isinstance(p, ErrorFeedback) for p in passes):
+        return
+    staged = any(isinstance(p, ErrorFeedback) for p in passes)
+    hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
+    first = segments.apart(layers) if staged else layers
+    behind = segments.behind(work, first) if staged else set()
+    groups = calibrate.plan(first, gram_budget, hold_out)
+    for index, group in enumerate(groups):
+        yield (
+            group,
+            calibrate.collect(
+                source.model,
+                source.reached(group),
+                data,
+                mask=mask,
+                provider=provider,
+                progress=None if progress is None or staged else _part(progress, index, len(groups)),
+                quantize=grids.inputs,
+                bounds=grids.bounds,
+                hold_out=hold_out,
+            ),
+        )
+    if staged:
+        taken = {layer.name for layer in first}
         yield from stages.staged(
             original,
             work,
-            layers,
+            [layer for layer in layers if layer.name not in taken],
             data,
+            changed=behind,
             mask=mask,
             provider=provider,
             quantize=grids.inputs,
@@ -50,25 +78,6 @@ def gather(
             cache=cache,
             progress=progress,
         )
-    else:
-        hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
-        groups = calibrate.plan(layers, gram_budget, hold_out)
-        for index, group in enumerate(groups):
-            part = None if progress is None else _part(progress, index, len(groups))
-            yield (
-                group,
-                calibrate.collect(
-                    original,
-                    group,
-                    data,
-                    mask=mask,
-                    provider=provider,
-                    progress=part,
-                    quantize=grids.inputs,
-                    bounds=grids.bounds,
-                    hold_out=hold_out,
-                ),
-            )
 
 
 def held_out_for(passes: Sequence[LayerPass]) -> str:
@@ -81,7 +90,8 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], passes: Seque
     """The passes, without error feedback where the model cannot be cut into stages, and why."""
     if not any(isinstance(p, ErrorFeedback) for p in passes):
         return tuple(passes), []
-    containers = segments.not_tensors(model, segments.plan(model, layers))
+    taken = {layer.name for layer in segments.apart(layers)}
+    containers = segments.not_tensors(model, segments.plan(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
         return tuple(passes), []
     note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"
@@ -102,6 +112,7 @@ def output_hessian(
     if data is None or not any(isinstance(p, OutputHessian) for p in passes):
         yield None
         return
+    layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
         found = fisher.collect(model, layers, data, provider=provider, progress=progress)
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
@@ -116,10 +127,14 @@ def output_hessian(
         yield found
 
 
-def beginning(result: calibrate.Calibration, grids: ranges.Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
-    """What a job should know before its passes run."""
+def beginning(
+    result: calibrate.Calibration, source: bodies.Tapped, grids: ranges.Grids, hessian: fisher.Fisher | None, data: Batches | None
+) -> Callable[[Job], None]:
+    """What a job should know before its passes run, and say where there is no data of its layer."""
 
     def begin(job: Job) -> None:
+        if data is not None and job.stats.is_data_free:
+            job.notes.append(f"data-free: {source.why(job.layer) or bodies.NEVER}")
         job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
         job.goal = result.goals.get(job.layer.name)
         job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))

@@ -8,7 +8,7 @@ when every rewrite through it is safe; otherwise the node yields a `Skip` with i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -18,7 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.passes.bodies import inner_names, opaque, walk
 from magr_onnx.types import Array
+
+OPERATORS = ("MatMul", "Gemm")
+"""Operators of ONNX that may be linear layers."""
 
 NAMES = "onnx_magr.names"
 """Key of a node's properties under which a rewrite keeps the names that the layer had before, a line each."""
@@ -39,7 +43,8 @@ class Reason(StrEnum):
     TRANS_A = "Gemm transposes its input"
     BIAS = "Gemm bias is not a constant vector"
     ALPHA = "Gemm alpha is zero or not finite"
-    SUBGRAPH = "inside a subgraph or function"
+    SUBGRAPH = "inside a subgraph or function that cannot be opened"
+    NO_STATISTICS = "there are no statistics of its input"
     EXCLUDED = "excluded by name"
     EMPTY = "weight has no elements"
     BUDGET = "kept float by the budget of size or loss"
@@ -73,6 +78,7 @@ class LinearLayer:
         bias_factor: Gemm's beta, part of the effective bias.
         k: Input width.
         n: Output width.
+        main: The main graph, where the layer is in the body of an If, Loop or Scan; None for layers of the main graph.
     """
 
     name: str
@@ -85,6 +91,17 @@ class LinearLayer:
     bias_factor: float
     k: int
     n: int
+    main: ir.Graph | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the layer is in the body of an If, Loop or Scan."""
+        return self.main is not None
+
+    @property
+    def weight_key(self) -> tuple[int, bool, float]:
+        """The same for all layers that multiply by the very same matrix."""
+        return id(self.tensor), self.transposed, self.factor
 
     @property
     def op(self) -> str:
@@ -133,11 +150,11 @@ class LinearLayer:
         return result
 
     def constant(self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None) -> ir.Value:
-        """Register a new initializer in the layer's graph, named after the weight, or after ``base``."""
-        graph = self.graph
+        """Register a new initializer in the main graph (bodies read it from there), named after the weight, or after ``base``."""
+        graph = self.root
         base = name = f"{self.weight_name if base is None else base}{suffix}"
         count = 1
-        while name in graph.initializers:
+        while name in graph.initializers or name in inner_names(graph):
             name, count = f"{base}_{count}", count + 1
         tensor = ir.tensor(np.asarray(array) if isinstance(array, np.generic) else array, name=name)
         tensor.name = name
@@ -146,7 +163,13 @@ class LinearLayer:
         return value
 
     @property
+    def root(self) -> ir.Graph:
+        """The main graph."""
+        return self.main or self.graph
+
+    @property
     def graph(self) -> ir.Graph:
+        """The graph the layer's nodes are in."""
         graph = self.node.graph
         assert isinstance(graph, ir.Graph)
         return graph
@@ -164,14 +187,17 @@ class LinearLayer:
         for source in sources:
             drop_if_unused(source)
 
-    def write(self, weight: Array | None, bias: Array | None) -> None:
-        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is."""
+    def write(self, weight: Array | None, bias: Array | None, constant: Callable[[str, Any], ir.Value] | None = None) -> None:
+        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is.
+
+        ``constant`` makes the weight's initializer where it is not the layer's own.
+        """
         kind = FLOATS[self.dtype]
         if weight is not None:
             array = (weight / np.float32(self.factor)) if self.factor != 1.0 else weight
             stored = array.T if self.op == "Gemm" and _int_attribute(self.node, "transB") else array
             old = self.node.inputs[1]
-            self.node.replace_input_with(1, self.constant("_magr", np.ascontiguousarray(stored).astype(kind)))
+            self.node.replace_input_with(1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
             if old is not None:
                 drop_if_unused(old)
         if bias is not None and self.bias is not None:
@@ -261,7 +287,7 @@ def _int_attribute(node: ir.Node, name: str) -> int:
 
 
 def view(node: ir.Node) -> LinearLayer | Skip:
-    """The layer at a MatMul or Gemm of the main graph, or why there is none."""
+    """The layer at a MatMul or Gemm, or why there is none."""
     name = layer_name(node)
 
     def skip(reason: Reason, detail: str = "") -> Skip:
@@ -337,7 +363,7 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[LinearLayer], list[Skip]]:
-    """Every linear layer of the main graph in graph order, and every MatMul or Gemm that is not one.
+    """Every linear layer of the main graph and of the bodies in it, in graph order, and every MatMul or Gemm that is not one.
 
     Args:
         model: The model; nothing in it is changed.
@@ -347,11 +373,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     layers: list[LinearLayer] = []
     skips: list[Skip] = []
     names: set[str] = set()
-    for node in model.graph.all_nodes():
-        if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
+    for node, place in walk(model.graph):
+        if node.domain != "" or node.op_type not in OPERATORS:
             continue
-        if node.graph is not model.graph:
-            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
+        if (closed := opaque(place)) is not None:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
             continue
         found = view(node)
         if isinstance(found, LinearLayer) and not _selected(found, include, exclude):
@@ -362,10 +388,10 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if found.name in names:  # ONNX asks for unique value names only
             found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
         names.add(found.name)
-        layers.append(found)
+        layers.append(replace(found, main=model.graph) if place else found)
     for function in model.functions.values():
         for node in function.all_nodes():
-            if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+            if node.domain == "" and node.op_type in OPERATORS:
                 skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
     return layers, skips
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes import shared
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
@@ -223,14 +224,22 @@ def run_layers(
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
     ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
-    layer name.
+    layer name. Layers that share a weight are solved together, so all of them must be here at once.
     """
+    layers = list(layers)
+    bonds = shared.bonds(layers, stats)
     for layer in layers:
         job = attach(layer, stats(layer))
         if begin is not None:
             begin(job)
+        bond = bonds.get(layer.weight_key)
+        if bond is not None:
+            job.stored = bond.stored
         for p in resolve((assigned or {}).get(layer.name, passes)):
-            p.apply(job)
+            if bond is not None and p.solves:
+                bond.apply(p, job)
+            else:
+                p.apply(job)
         job.write_back()
         finished(job)
         layer.node.meta.pop(META, None)

@@ -18,12 +18,12 @@ from magr_onnx.types import Array
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
     """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
 
-    The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
-    of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
-    branch, which the weight does not include.
+    Bodies are read like the main graph. The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is
+    what is left after the Cast and Mul of an integer product, the requantization of a product, an Add of an initializer, a Cast back to
+    float16, and a Sum with a low-rank branch, which the weight does not include.
     """
     found: dict[str, Array] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         weight = emitted_weight(node)
         if weight is not None:
             found[_output_name(node, outputs)] = weight

@@ -15,7 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from magr_onnx.passes.bodies import bodies_of
 from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 
@@ -48,6 +50,23 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
     live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def apart(layers: Sequence[LinearLayer]) -> list[LinearLayer]:
+    """Layers that belong to no one stage: those in bodies, and those that share their weight."""
+    shared = sharing(layers)
+    return [layer for layer in layers if layer.nested or layer.name in shared]
+
+
+def behind(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
+    """Names of the values of the main graph that ``layers`` have a part in."""
+    own = {id(layer.node) for layer in layers}
+    found: set[str] = set()
+    for node in model.graph:
+        inner = (id(n) for _, body in bodies_of(node) for n in body.all_nodes())
+        if id(node) in own or any(i in own for i in inner) or any(name in found for name in reads(node)):
+            found.update(str(v.name) for v in node.outputs)
+    return found
 
 
 def not_tensors(model: ir.Model, steps: Plan) -> list[str]:

@@ -9,7 +9,7 @@ many stages there are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -173,6 +173,7 @@ def staged(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     cache: int = DEFAULT_CACHE,
     progress: Progress | None = None,
+    changed: Collection[str] = (),
 ) -> Iterator[tuple[tuple[LinearLayer, ...], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
 
@@ -180,7 +181,7 @@ def staged(
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far.
+        work: The model being quantized, a copy of ``original`` so far but for layers that have been quantized before.
         layers: Its layers.
         data: Batches that fit both.
         mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
@@ -189,6 +190,7 @@ def staged(
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
         progress: Called with segments of batches done and in total.
+        changed: Names of the values that layers quantized before have a part in.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -204,9 +206,8 @@ def staged(
             wanted = [n for n in live if n not in before]
             floats.run(original, before, wanted, len(data), provider)
             if s == 0:
-                shared |= set(wanted)
-            else:
-                quants.run(work, before, wanted, len(data), provider, fallback=floats, shared=shared)
+                shared |= set(wanted) - set(changed)
+            quants.run(work, before, [n for n in wanted if n not in shared], len(data), provider, fallback=floats, shared=shared)
             found = _gather(stage, floats, quants, shared, live, masks, data, quantize, bounds, mask)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
@@ -257,9 +258,11 @@ def _gather(
         whole = kept.combine(held)
         if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
             bad.append(not_finite(name, readers, data.describe))
-        check_rows([whole.rows], mask)
+        if mask is not None:
+            check_rows([whole.rows], mask)
         parted = kept.rows > 0 and held.rows > 0
-        stats[name] = replace(whole, held_out=held) if parted else whole
+        if whole.rows:
+            stats[name] = replace(whole, held_out=held) if parted else whole
         for reader in readers if parted and not same else ():
             parts = [s.goal() for s in sums[reader.name]] if reader.name in sums else [i.goal(reader.read()) for i in inputs]
             goals[reader.name] = replace(parts[0].combine(parts[1]), held_out=parts[1])

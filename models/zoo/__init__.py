@@ -7,9 +7,9 @@ here and its line in that module's ``TRAPS``.
 
 from __future__ import annotations
 
-from magr_onnx.models.zoo import plain
+from magr_onnx.models.zoo import nested, plain
 from magr_onnx.models.zoo.trap import Trap
 
-ZOO: dict[str, Trap] = {trap.name: trap for module in (plain,) for trap in module.TRAPS}
+ZOO: dict[str, Trap] = {trap.name: trap for module in (plain, nested) for trap in module.TRAPS}
 
 __all__ = ["ZOO", "Trap"]
