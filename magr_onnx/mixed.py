@@ -135,19 +135,19 @@ class Source:
 
     Attributes:
         model: The float model, prepared for what will be written.
-        tapped: The same with what layers in bodies read as values of the main graph.
         layers: Its layers.
         bytes: Size of the source as it came.
         file: Whether a file will be written, whose every byte counts; else tensors count.
         stamp: Bytes of metadata that will be added.
+        tapped: The model with what layers in bodies read as values of the main graph, where there are such layers.
     """
 
     model: ir.Model
-    tapped: ir.Model
     layers: Sequence[LinearLayer]
     bytes: int
     file: bool
     stamp: int
+    tapped: ir.Model | None = None
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
         """Bytes of the result with the layers named in ``passes`` converted."""
@@ -312,7 +312,7 @@ class Search:
         choices = choices_of(options, provider)
         self.plan = Plan(goal, source, choices)
         found, effects = sensitivity.measure(
-            source.tapped,
+            source.tapped or source.model,
             source.layers,
             choices,
             references_of(choices),

@@ -20,6 +20,7 @@ from magr_onnx.passes import (
     ErrorFeedback,
     Job,
     LayerPass,
+    LinearLayer,
     Skip,
     pipeline,
     shared,
@@ -120,9 +121,7 @@ def optimize(
     reference = loaded.path or (original.clone() if rewrites else original)
     work = original.clone()
     layers, skips = find(work, include, exclude)
-    if not layers:
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
-        raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    _require(layers, skips, loaded.name)
     check_weights(layers)
     clock.lap("load")
 
@@ -154,6 +153,7 @@ def optimize(
     source = bodies.tapped(original, layers, data, passes, provider)
     layers, lost = source.split(layers, needed=goal is not None or (activations is not None and activations.type != "dynamic"))
     skips += lost
+    _require(layers, skips, loaded.name)
     passes, missing = without_stages(work, layers, passes)
     notes += missing
     rows: dict[str, LayerRow] = {}
@@ -174,7 +174,7 @@ def optimize(
         clock.lap("ranges")
     search = None
     if goal is not None and data is not None:
-        floats = mixed.Source(original, source.model, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+        floats = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP, source.model)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
         search = mixed.Search(goal, options, floats, data, integer, mask_input, provider, gram_budget, report)
@@ -252,6 +252,12 @@ def optimize(
             assignment=None if search is None else search.report(),
         ),
     )
+
+
+def _require(layers: Sequence[LinearLayer], skips: Sequence[Skip], name: str) -> None:
+    if not layers:
+        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+        raise ModelError(f"{name}: no layer can be converted: {reasons}")
 
 
 class _Clock:

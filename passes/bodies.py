@@ -43,6 +43,12 @@ def opaque(place: Place) -> str | None:
     return next((holder.op_type for holder, _ in place if holder.domain != "" or holder.op_type not in BODIES), None)
 
 
+def captured(value: ir.Value, place: Place) -> str:
+    """A name for what a body sees of a value from outside: none of it where the body is not run."""
+    holder, attribute = place[-1]
+    return f"{value.name}@{next((v.name for v in holder.outputs if v.name), holder.name)}.{attribute}"
+
+
 def inner_names(graph: ir.Graph) -> set[str]:
     """Names of all values in the bodies of a main graph: a new initializer of the same name would be hidden there."""
     known = graph.meta.get(_INNER)

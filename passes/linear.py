@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.bodies import inner_names, opaque, walk
+from magr_onnx.passes.bodies import Place, captured, inner_names, opaque, walk
 from magr_onnx.types import Array
 
 OPERATORS = ("MatMul", "Gemm")
@@ -78,7 +78,7 @@ class LinearLayer:
         bias_factor: Gemm's beta, part of the effective bias.
         k: Input width.
         n: Output width.
-        main: The main graph, where the layer is in the body of an If, Loop or Scan; None for layers of the main graph.
+        place: The nodes whose bodies the layer is in; empty for layers of the main graph.
     """
 
     name: str
@@ -91,12 +91,12 @@ class LinearLayer:
     bias_factor: float
     k: int
     n: int
-    main: ir.Graph | None = None
+    place: Place = ()
 
     @property
     def nested(self) -> bool:
         """Whether the layer is in the body of an If, Loop or Scan."""
-        return self.main is not None
+        return bool(self.place)
 
     @property
     def weight_key(self) -> tuple[int, bool, float]:
@@ -113,6 +113,12 @@ class LinearLayer:
         value = self.node.inputs[0]
         assert value is not None
         return value
+
+    @property
+    def reads(self) -> str:
+        """The name of what the layer reads, as calibration knows it: the same for all layers that read it equally often."""
+        inside = not self.place or self.x.graph is self.node.graph
+        return str(self.x.name) if inside else captured(self.x, self.place)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -165,7 +171,9 @@ class LinearLayer:
     @property
     def root(self) -> ir.Graph:
         """The main graph."""
-        return self.main or self.graph
+        graph = self.place[0][0].graph if self.place else self.graph
+        assert isinstance(graph, ir.Graph)
+        return graph
 
     @property
     def graph(self) -> ir.Graph:
@@ -388,7 +396,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if found.name in names:  # ONNX asks for unique value names only
             found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
         names.add(found.name)
-        layers.append(replace(found, main=model.graph) if place else found)
+        layers.append(replace(found, place=place) if place else found)
     for function in model.functions.values():
         for node in function.all_nodes():
             if node.domain == "" and node.op_type in OPERATORS:

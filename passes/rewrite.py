@@ -59,7 +59,7 @@ class Context:
         """``layers`` with the statistics of what they read, gathered in groups that fit memory."""
         for group, stats in self.statistics(model, layers):
             for layer in group:
-                yield layer, stats.get(str(layer.x.name)) or LayerStats.data_free(layer.k)
+                yield layer, stats.get(layer.reads) or LayerStats.data_free(layer.k)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Rewrite(LayerPass):
 
         Statistics describe the graph as it was, so a graph that changed loses them: rewrite first, then gather them again.
         """
-        known = {str(j.layer.x.name): j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
+        known = {j.layer.reads: j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
         notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, known)]))
         if notes:
             for node in model.graph:

@@ -1,19 +1,20 @@
 """What calibration data reaches in the bodies of If, Loop and Scan, before any of it is measured.
 
-A branch that is never taken, a loop that never turns, and a value whose rows change between iterations have no statistics. All others can
-be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.hoist`).
+A branch that is never taken, a loop that never turns, and a value whose rows change between the steps of a Scan have no statistics. All
+others can be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.hoist`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import EmitQDQInt8, LayerPass, LinearLayer, Reason, Skip
-from magr_onnx.passes.hoist import hoist, inside
+from magr_onnx.passes.hoist import hoist
 from magr_onnx.passes.taps import shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -35,7 +36,7 @@ class Tapped:
 
     def why(self, layer: LinearLayer) -> str | None:
         """Why a layer has no statistics."""
-        return self.missing.get(str(layer.x.name)) or self.missing.get(str(layer.node.outputs[0].name))
+        return self.missing.get(layer.reads) or self.missing.get(str(layer.node.outputs[0].name))
 
     def reached(self, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
         """Those with statistics."""
@@ -64,37 +65,41 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
     nested = [layer for layer in layers if layer.nested]
     if data is None or not nested:
         return Tapped(model)
-    known = inside(model)
-    widths = {str(layer.x.name): layer.k for layer in nested}
+    widths = {layer.reads: layer.k for layer in nested}
     if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes):
         widths |= {str(layer.node.outputs[0].name): layer.n for layer in nested}
-    widths = {name: width for name, width in widths.items() if name in known}  # what a body reads from outside can be tapped there
     reached: dict[str, int] = {}
     missing: dict[str, str] = {}
+    growing: set[str] = set()
     try:
         reached = _count(model, widths, data, provider)
     except RuntimeFailure:
         with Session(model, provider) as session:
             session.run(next(iter(data)))  # the model itself must run
         for name, width in widths.items():
-            try:
+            with contextlib.suppress(RuntimeFailure):
                 reached |= _count(model, {name: width}, data, provider)
+                continue
+            try:
+                reached |= _count(model, {name: width}, data, provider, growing={name})
+                growing.add(name)
             except RuntimeFailure as error:
-                missing[name] = f"onnxruntime cannot bring its rows out of the body: {_last_line(error)}"
+                missing[name] = f"onnxruntime cannot bring its rows out of the body: {_reason(error)}"
     missing |= {name: NEVER for name, rows in reached.items() if rows == 0}
     found = {name: width for name, width in widths.items() if name not in missing}
-    return Tapped(hoist(model, found), missing)
+    return Tapped(hoist(model, found, growing), missing)
 
 
-def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str) -> dict[str, int]:
+def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:
     """Rows of every value over all batches."""
     counts = dict.fromkeys(widths, 0)
-    with Session(shape_taps(hoist(model, widths), list(widths)), provider) as session:
+    with Session(shape_taps(hoist(model, widths, growing), list(widths)), provider, quiet=True) as session:
         for batch in data:
             for name, shape in zip(widths, session.run(batch), strict=True):
                 counts[name] += int(shape[0])
     return counts
 
 
-def _last_line(error: RuntimeFailure) -> str:
-    return str(error).strip().splitlines()[-1][-200:]
+def _reason(error: RuntimeFailure) -> str:
+    """onnxruntime's own words."""
+    return str(error).split("Status Message: ")[-1].splitlines()[0][:160]

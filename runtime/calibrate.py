@@ -66,7 +66,7 @@ class _Sums:
 
 def input_name(layer: LinearLayer) -> str:
     """The name of the value a layer reads: layers with the same one share statistics."""
-    return str(layer.x.name)
+    return layer.reads
 
 
 def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
@@ -151,6 +151,8 @@ def collect(
             for sums, tap in zip(parts[held], taps, strict=True):
                 gram, total, count = next(results), next(results), next(results)
                 float_total = total if tap.quantize is None else next(results)
+                if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
+                    continue
                 if not np.isfinite(float_total).all() or not np.isfinite(np.trace(gram)):
                     bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
                 sums.gram += gram

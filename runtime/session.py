@@ -87,8 +87,9 @@ class Session:
         provider: str = "cpu",
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
+        quiet: bool = False,
     ) -> None:
-        """Load the model.
+        """Load the model; ``quiet`` where it may fail, which onnxruntime would print.
 
         Raises:
             ProviderError: The provider is not available.
@@ -96,7 +97,7 @@ class Session:
         """
         name = provider_name(provider)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4 if quiet else 3
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
