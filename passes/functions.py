@@ -58,7 +58,7 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
         return []
     try:
         InlinePass(lambda function: function.identifier() in chosen)(model)
-    except (ir.passes.PassError, ValueError) as error:
+    except (ir.passes.InvariantError, ValueError) as error:
         raise ModelError(f"the model's functions cannot be inlined: {error}; inline them with another tool") from error
     return [f"{count} model-local function{'s' * (count > 1)} with linear layers inlined ({', '.join(sorted(i[1] for i in chosen)[:3])})"]
 

@@ -42,6 +42,7 @@ class Bond:
         self._readers = readers
         self._stats: dict[BiasPolicy | None, LayerStats] = {}
         self._first: Job | None = None
+        self._changed = False
         self._facts: dict[str, Any] = {}
         self._notes: list[str] = []
 
@@ -61,7 +62,7 @@ class Bond:
             self._solve(p, job, policy)
         elif job.quantized is None and job.factors is None:
             job.weight, job.quantized, job.factors = self._first.weight, self._first.quantized, self._first.factors
-            job.changed = self._first.changed
+            job.changed = self._changed
             job.facts |= self._facts
             job.notes += self._notes
         if "error" in job.facts:
@@ -71,7 +72,7 @@ class Bond:
         own, facts, notes = job.stats, dict(job.facts), len(job.notes)
         job.stats, job.outputs = self.stats(policy), None
         p.apply(job)
-        job.stats = own
+        job.stats, self._changed = own, job.changed
         self._facts |= {name: fact for name, fact in job.facts.items() if facts.get(name) is not fact}
         self._notes += job.notes[notes:]
 
