@@ -1,23 +1,19 @@
-"""Models in and out: every form a caller may have, checked before work; outputs written whole or not at all."""
+"""Models in: every form a caller may have, checked before work; and what stands against an output."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from magr_onnx.errors import MagrError, ModelError, OutputError, raise_all
-
-INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
+from magr_onnx import sanity
+from magr_onnx.errors import ModelError
+from magr_onnx.oldforms import modernize
+from magr_onnx.writing import is_ours
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +23,7 @@ class Loaded:
     model: ir.Model
     path: Path | None
     external: frozenset[Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,8 +48,10 @@ def load(source: Any) -> Loaded:
     if isinstance(source, str | os.PathLike):
         return _load_path(Path(source))
     if isinstance(source, onnx.ModelProto):
-        _check(source, "the given ModelProto")
-        return Loaded(ir.from_proto(source), None, frozenset())
+        name = "the given ModelProto"
+        sanity.check(source, name, None)
+        _check(source, name)
+        return Loaded(_convert(source, name), None, frozenset(), _dropped(source))
     inner = getattr(source, "model", None)
     model = source if isinstance(source, ir.Model) else inner if isinstance(inner, ir.Model) else None
     if model is None:
@@ -67,20 +66,45 @@ def _load_path(path: Path) -> Loaded:
     if not path.is_file():
         raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     size = path.stat().st_size
+    if size > sanity.LARGEST_FILE:
+        raise ModelError(f"{path} has {size} bytes; an ONNX file is at most 2 GiB, with its tensors in files beside it")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except Exception as error:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model, or is truncated: {error}") from error
     if not proto.HasField("graph") or not proto.ir_version:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model: it has no graph or no IR version")
-    external = _external_files(proto, path)
+    external = sanity.check(proto, str(path), path.parent)
     _check(str(path), str(path))
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
-    return Loaded(model, path, external)
+    _load_attributes(model, path.parent)
+    return Loaded(model, path, external, _dropped(proto))
+
+
+def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
+    try:
+        return ir.from_proto(modernize(proto))
+    except Exception as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
+
+
+def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """What the result will not have, for the report."""
+    return (f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes",) * bool(
+        proto.training_info
+    )
+
+
+def _load_attributes(model: ir.Model, folder: Path) -> None:
+    """Read external data of attributes: what is written keeps that of initializers only."""
+    for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
+        for node in nodes:
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    tensor = attribute.value
+                    tensor.base_dir = folder
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
 def _check(model: str | onnx.ModelProto, name: str) -> None:
@@ -90,30 +114,6 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} is not a valid ONNX model: {str(error).strip()}") from error
     except Exception as error:
         raise ModelError(f"{name} cannot be checked: {error}") from error
-
-
-def _external_files(proto: onnx.ModelProto, path: Path) -> frozenset[Path]:
-    """Files that hold the model's tensors, after checking that each is there and long enough."""
-    problems: list[str] = []
-    files: set[Path] = set()
-    folder = path.parent.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        if not uses_external_data(tensor):
-            continue
-        info = ExternalDataInfo(tensor)
-        file = path.parent / info.location
-        if not file.resolve().is_relative_to(folder):
-            problems.append(f"tensor {tensor.name}: external data {info.location!r} lies outside {folder}")
-        elif not file.is_file():
-            problems.append(f"tensor {tensor.name}: external data file {file} is missing; keep it beside the model")
-        else:
-            end = (info.offset or 0) + (info.length or 0)
-            if end > file.stat().st_size:
-                problems.append(f"tensor {tensor.name}: {file} has {file.stat().st_size} bytes, but the tensor ends at {end}")
-            files.add(file)
-    if problems:
-        raise_all(ModelError, [f"{path}: {p}" for p in problems[:20]])
-    return frozenset(files)
 
 
 def initializer_bytes(model: ir.Model) -> int:
@@ -136,62 +136,6 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
     elif output.exists() and not os.access(output, os.W_OK):
         found.append(f"output {output} exists and is not writable")
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
-    if output.resolve() in sources or _data_name(output).resolve() in sources:
+    if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
         found.append(f"output {output} would overwrite the input model or its data; choose another name")
     return found
-
-
-def _data_name(output: Path) -> Path:
-    return output.with_name(output.name + ".data")
-
-
-def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = None) -> int:
-    """Write a model under a temporary name, verify it, then rename; returns the bytes written.
-
-    Tensors go to ``<output>.data`` when the file would pass protobuf's 2 GiB. On any error, an interrupt included, the old
-    output stays and nothing is left behind.
-
-    Args:
-        model: What to write.
-        output: Final path.
-        verify: Called with the temporary file; an exception it raises stops the rename.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error}") from error
-    try:
-        part = folder / output.name
-        data = _data_name(part).name if initializer_bytes(model) > INLINE_LIMIT else None
-        try:
-            ir.save(_inline(model) if data is None else model, part, external_data=data)
-        except OSError as error:
-            raise OutputError(f"cannot write {output}: {error}") from error
-        if verify is not None:
-            verify(part)
-        size = sum(p.stat().st_size for p in folder.iterdir())
-        mode = 0o666 & ~_umask()
-        for file in folder.iterdir():
-            file.chmod(mode)
-        if data is not None:
-            os.replace(folder / data, output.parent / data)
-        os.replace(part, output)
-        return size
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error}") from error
-    except ValueError as error:
-        raise MagrError(f"the result cannot be serialized to {output}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _inline(model: ir.Model) -> ir.Model:
-    """A model whose tensors are in memory, so that it is written as one file."""
-    ir.external_data.load_to_model(model)
-    return model

@@ -5,27 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.types import Array
+from magr_onnx.types import LARGE, LARGE_ROWS, Array
 
 
-def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0) -> float:
-    """Largest eigenvalue of a symmetric positive semidefinite ``(K, K)`` matrix, by Lanczos iteration.
+def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array | None = None) -> float:
+    """Largest eigenvalue of a symmetric positive semidefinite ``(K, K)`` matrix, by Lanczos iteration; of ``S matrix S`` with
+    ``S = diag(scale)`` if a scale is given.
 
     Costs one product with the matrix an iteration (``2 K^2`` FLOPs). The Ritz value is a lower bound, tight to about
     1e-3 in 24 iterations even where the top of the spectrum is clustered; callers that need an upper bound add a margin.
     """
     k = len(matrix)
     if k <= iterations:
-        return float(np.linalg.eigvalsh(matrix.astype(np.float64))[-1])
+        whole = matrix.astype(np.float64)
+        return float(np.linalg.eigvalsh(whole if scale is None else whole * scale * scale[:, None])[-1])
     basis = np.zeros((iterations + 1, k))
     diagonal, off = np.zeros(iterations), np.zeros(iterations)
     v = np.random.default_rng(seed).standard_normal(k)
     basis[0] = v / np.linalg.norm(v)
     steps = iterations
     for i in range(iterations):
-        w = (matrix @ basis[i].astype(matrix.dtype)).astype(np.float64)
+        x = basis[i] if scale is None else basis[i] * scale
+        w = (matrix @ x.astype(matrix.dtype)).astype(np.float64)
+        if scale is not None:
+            w *= scale
         diagonal[i] = w @ basis[i]
         for _ in range(2):  # once would lose orthogonality by a factor of diagonal / off a step
             w -= basis[: i + 1].T @ (basis[: i + 1] @ w)
@@ -38,14 +44,14 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0) -> float:
     return float(np.linalg.eigvalsh(t)[-1])
 
 
-def damped(gram: Array, damping: float) -> Array:
+def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
     """``gram + damping * diag(gram)``: correlations between inputs shrunk towards none, at unchanged proportions.
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
     that were never active get a millionth of the mean, so that the result has no zero on its diagonal.
     """
-    result: Array = gram.copy()
-    diagonal = gram.diagonal()
+    result: Array = gram if overwrite else gram.copy()
+    diagonal = gram.diagonal().copy()
     floor = 1e-6 * (float(diagonal.mean()) or 1.0)
     result[np.diag_indices(len(gram))] += damping * np.maximum(diagonal, floor)
     return result
@@ -68,8 +74,10 @@ class Cholesky:
     damping: float
 
 
-def cholesky(gram: Array, damping: float, retries: int = 8) -> Cholesky:
+def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None) -> Cholesky:
     """Lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping at every failure.
+
+    With an ``order (K,)``, of the matrix with its rows and columns in that order. Nothing but the factor is of its size where K is `LARGE`.
 
     Raises:
         NonFiniteError: NaN or infinity, or no damping up to ``damping * 10**retries`` makes the matrix positive definite.
@@ -80,10 +88,39 @@ def cholesky(gram: Array, damping: float, retries: int = 8) -> Cholesky:
         if attempt:
             damping = max(10 * damping, 1e-6)
         try:
-            return Cholesky(np.linalg.cholesky(damped(gram.astype(np.float64), damping)), damping)
+            return Cholesky(_factor(damped(_ordered(gram, order), damping, overwrite=True)), damping)
         except np.linalg.LinAlgError:
             continue
     raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) is not positive definite even with damping {damping:g}")
+
+
+def _ordered(gram: Array, order: npt.NDArray[np.intp] | None) -> Array:
+    """A copy in float64, rows and columns in ``order``."""
+    if order is None:
+        return gram.astype(np.float64)
+    result: Array = np.empty(gram.shape)
+    for at in range(0, len(gram), LARGE_ROWS):
+        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]][:, order]
+    return result
+
+
+def _factor(matrix: Array) -> Array:
+    """Lower Cholesky factor of ``matrix (K, K)`` float64; in its place, block column by block column, where K is `LARGE`.
+
+    NumPy's own needs room for three such matrices.
+    """
+    k = len(matrix)
+    if k < LARGE:
+        return np.linalg.cholesky(matrix)
+    for a in range(0, k, LARGE_ROWS):
+        b = min(a + LARGE_ROWS, k)
+        matrix[a:, a:b] -= matrix[a:, :a] @ matrix[a:b, :a].T
+        matrix[a:b, a:b] = np.linalg.cholesky(matrix[a:b, a:b])
+        for c in range(b, k, LARGE_ROWS):
+            s = slice(c, min(c + LARGE_ROWS, k))
+            matrix[s, a:b] = np.linalg.solve(matrix[a:b, a:b], matrix[s, a:b].T).T
+        matrix[a:b, b:] = 0
+    return matrix
 
 
 def layer_error(difference: Array, gram: Array) -> float:

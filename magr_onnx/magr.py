@@ -31,7 +31,7 @@ import numpy as np
 from magr_onnx.errors import OptionError
 from magr_onnx.linalg import lambda_max
 from magr_onnx.prox import levels
-from magr_onnx.types import Array
+from magr_onnx.types import Array, column_parts
 
 Method = Literal["fista", "authors"]
 
@@ -123,11 +123,38 @@ def reduce(
     accelerate = method == "fista"
     limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
+    if len(parts := column_parts(*weights.shape)) > 1:
+        h = np.ascontiguousarray(gram, np.float32)
+        return _joined(
+            [_solve(weights[:, c], h, a, size, accelerate, limit, tolerance, None if start is None else start[:, c]) for c in parts], a
+        )
+    return _solve(weights, gram, a, size, accelerate, limit, tolerance, start)
+
+
+def _solve(
+    weights: Array, gram: Array, a: float, size: int, accelerate: bool, limit: int, tolerance: float, start: Array | None
+) -> Reduction:
+    """The problem for some output channels, or all."""
+    k = len(weights)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     begin = problem.rows(weights if start is None else start)
     x, objective, first, gap, steps, converged = _iterate(problem, begin, limit, tolerance if accelerate else 0.0, accelerate)
     result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
     return Reduction(result, objective, first, gap, steps, converged, a)
+
+
+def _joined(parts: list[Reduction], a: float) -> Reduction:
+    """Output channels solved in parts, side by side; the gap is the weighted mean, which bounds that of the whole."""
+    objective = sum(p.objective for p in parts)
+    return Reduction(
+        np.hstack([p.weights for p in parts]),
+        objective,
+        sum(p.start for p in parts),
+        sum(p.gap * p.objective for p in parts) / max(objective, 1e-300),
+        max(p.iterations for p in parts),
+        all(p.converged for p in parts),
+        a,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,12 +171,13 @@ class _Problem:
     def make(weights: Array, gram: Array, a: float, size: int, precondition: bool) -> _Problem:
         k = len(gram)
         padded = -(-k // size) * size
-        h = np.zeros((padded, padded), np.float32)
-        h[:k, :k] = gram
+        h = np.ascontiguousarray(gram, np.float32)
+        if padded != k:
+            h = np.pad(h, (0, padded - k))
         diagonal = np.maximum(np.diag(h), 1e-6 * max(float(np.diag(h)[:k].mean()), 1e-30)).astype(np.float32)
         if precondition:
             root = 1 / np.sqrt(diagonal)
-            metric = lambda_max(h * root * root[:, None]) / _STEP * diagonal
+            metric = lambda_max(h, scale=root) / _STEP * diagonal
         else:
             metric = np.full(padded, lambda_max(gram), np.float32)
         target = np.zeros((weights.shape[1], padded), np.float32)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, knapsack, sizes
+from magr_onnx import files, knapsack, sizes, writing
 from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
@@ -113,7 +113,7 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.resolve(passes)
+                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found
@@ -139,7 +139,8 @@ class Source:
         bytes: Size of the source as it came.
         file: Whether a file will be written, whose every byte counts; else tensors count.
         stamp: Bytes of metadata that will be added.
-        tapped: The model with what layers in bodies read as values of the main graph, where there are such layers.
+        reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
+        tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
     """
 
     model: ir.Model
@@ -147,6 +148,7 @@ class Source:
     bytes: int
     file: bool
     stamp: int
+    reference: ir.Model | None = None
     tapped: ir.Model | None = None
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
@@ -155,7 +157,7 @@ class Source:
         if not self.file:
             return files.initializer_bytes(model)
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
-            return files.save(model, Path(folder, "blank.onnx")) + self.stamp
+            return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
 
 class Plan:
@@ -325,7 +327,7 @@ class Search:
         )
         self._metric = effects.metric
         self.plan.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.model, provider) as session:
+        with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
 
     def accepts(self, work: ir.Model) -> bool:
@@ -348,5 +350,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
     found: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.tensor), []).append(layer.name)
+        found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -34,26 +34,39 @@ def gather(
     gram_budget: int,
     cache: int,
     progress: Callable[[int, int], None] | None,
+    changed: Collection[str] = (),
+    large: bool = False,
+    left: Callable[[LinearLayer], bool] = lambda layer: True,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
 
-    ``source`` is what is tapped for the latter: the float model with what bodies read. Layers in bodies and those that share a weight have
-    no one place among the stages; they come first, from the float model, and the stages see them quantized.
+    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a ``large`` model
+    runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be solved come without statistics.
+
+    Layers in bodies and those that share a weight have no one place among stages: they come first, with statistics of the float model
+    (tapped as ``source``), and the stages see them quantized. Where the float model cannot run as a whole, layers in bodies have none, and
+    those that share a weight are solved one by one.
     """
     if data is None:
         yield layers, calibrate.Calibration({}, ())
         return
-    staged = any(isinstance(p, ErrorFeedback) for p in passes)
+    feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
-    first = segments.apart(layers) if staged else layers
-    behind = segments.behind(work, first) if staged else set()
+    first = [layer for layer in segments.apart(layers) if layer.nested or not large]
+    taken = {layer.name for layer in first}
+    rest = [layer for layer in layers if layer.name not in taken]
+    staged = feedback or (large and not segments.not_tensors(work, segments.plan(work, rest)))
+    if not staged:
+        first, rest = list(layers), []
+    changed = {*changed, *segments.made_by(work, first)} if rest else changed
     groups = calibrate.plan(first, gram_budget, hold_out)
     for index, group in enumerate(groups):
+        seen = source.reached(group) if any(map(left, group)) else []
         yield (
             group,
             calibrate.collect(
                 source.model,
-                source.reached(group),
+                seen,
                 data,
                 mask=mask,
                 provider=provider,
@@ -63,20 +76,23 @@ def gather(
                 hold_out=hold_out,
             ),
         )
-    if staged:
-        taken = {layer.name for layer in first}
+    if rest:
         yield from stages.staged(
             original,
             work,
-            [layer for layer in layers if layer.name not in taken],
+            rest,
             data,
-            changed=behind,
             mask=mask,
             provider=provider,
             quantize=grids.inputs,
             bounds=grids.bounds,
             cache=cache,
+            changed=changed,
             progress=progress,
+            feedback=feedback,
+            hold_out=hold_out,
+            gram_budget=gram_budget if large else None,
+            wanted=left,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,10 @@ ScaleType = Literal["float32", "float16"]
 T = TypeVar("T")
 
 BITS = tuple(range(2, 9))
+LARGE = 6144
+"""Inputs of a layer from which its ``(K, K)`` matrices are held in float32, few at a time, and worked on in place."""
+LARGE_ROWS = 512  # of such a matrix worked on at a time
+COLUMN_BYTES = 1 << 26  # of float32 output channels that solvers work on at a time: channels are independent of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +118,30 @@ class QuantizedWeight:
 
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
-        rows = self.spec.group_of_row(len(self.codes))
-        levels = self.codes.astype(np.float32) - self.zero_points.astype(np.float32)[rows]
-        result: Array = levels * self.scales[rows]
-        return result
+        return scaled(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
+
+
+def scaled(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:
+    """``scale * (code - zero point)`` ``(K, N)`` float32 of grids ``(G, N)``; ``rows (K,)`` gives the group of every row."""
+    result: Array = np.empty(codes.shape, np.float32)
+    for at in range(0, len(codes), LARGE_ROWS):  # so that no more than the result is of its size
+        part, group = result[at : at + LARGE_ROWS], rows[at : at + LARGE_ROWS]
+        np.subtract(codes[at : at + LARGE_ROWS], zeros.astype(np.float32)[group], out=part)
+        part *= scales.astype(np.float32, copy=False)[group]
+    return result
+
+
+def column_parts(k: int, n: int) -> list[slice]:
+    """Output channels of a layer ``(k, n)`` in parts of `COLUMN_BYTES`: one for most layers."""
+    count = max(1, -(-4 * k * n // COLUMN_BYTES))
+    edges = [n * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def gram_type(k: int) -> type[np.float32] | type[np.float64]:
+    """The type that ``(K, K)`` statistics are held in. They are summed in float64; rounding them after that changes nothing that matters
+    beside the damping, and halves what the largest layers need."""
+    return np.float32 if k >= LARGE else np.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +206,7 @@ class LayerStats:
     Where the input will be quantized, the moments are of the quantized input: codes multiply that one.
 
     Attributes:
-        gram: ``X^T X / n`` ``(K, K)`` float64.
+        gram: ``X^T X / n`` ``(K, K)``, float64; float32 from `LARGE` inputs on (see `gram_type`). To be read only.
         mean: ``mean(X)`` ``(K,)`` float64.
         rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
@@ -200,7 +225,9 @@ class LayerStats:
     @staticmethod
     def data_free(k: int) -> LayerStats:
         """The statistics assumed without calibration data: uncorrelated inputs of unit power, mean zero."""
-        return LayerStats(np.eye(k), np.zeros(k), 0)
+        line = np.zeros(2 * k - 1)
+        line[k - 1] = 1
+        return LayerStats(np.lib.stride_tricks.sliding_window_view(line, k)[::-1], np.zeros(k), 0)  # the identity, in 2 K numbers
 
     @property
     def target_mean(self) -> Array:
@@ -233,7 +260,16 @@ class LayerStats:
         """The matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias will absorb the mean error."""
         if not centred or self.is_data_free:
             return self.gram
+        if len(self.mean) >= LARGE:
+            return self._centred()
         return self.memo("centred", lambda: self.gram - np.outer(self.mean, self.mean))
+
+    def _centred(self) -> Array:
+        """The centred matrix row by row, without another of its size."""
+        result: Array = self.gram.copy()
+        for at in range(0, len(result), LARGE_ROWS):
+            result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
+        return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)

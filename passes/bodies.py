@@ -6,7 +6,7 @@ another one first (`unique_names`); names in the main graph, which callers know,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
@@ -63,12 +63,12 @@ def values_of(graph: ir.Graph) -> list[ir.Value]:
     return list(dict.fromkeys([*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]))
 
 
-def unique_names(model: ir.Model, operators: tuple[str, ...]) -> None:
+def unique_names(model: ir.Model, operators: Collection[str]) -> None:
     """Give values in bodies names of their own, and so the nodes of ``operators`` in bodies; the main graph keeps its names."""
     used = {str(v.name) for v in values_of(model.graph)}
     nodes = {str(node.name) for node in model.graph}
     for node, place in walk(model.graph):
-        if place and node.op_type in operators:
+        if place and f"{node.domain}.{node.op_type}".removeprefix(".") in operators:
             node.name = _free(node.name or f"{node.op_type}:{node.outputs[0].name}", nodes)
         for _, body in bodies_of(node):
             for value in values_of(body):

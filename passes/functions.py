@@ -17,9 +17,13 @@ from onnx_ir.passes.common import InlinePass
 
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.bodies import unique_names
+from magr_onnx.passes.canonical import FORMS
 from magr_onnx.passes.linear import OPERATORS
 
 Id = tuple[str, str, str]
+
+HOLDING = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for form in FORMS for operator in form.operators)))
+"""Operators that are layers, or become layers in a canonical form, with their domain where that is not ONNX's."""
 
 
 def open_up(model: ir.Model) -> list[str]:
@@ -30,8 +34,8 @@ def open_up(model: ir.Model) -> list[str]:
     Raises:
         ModelError: Functions call each other in a circle.
     """
-    notes = inline(model, OPERATORS)
-    unique_names(model, OPERATORS)
+    notes = inline(model, HOLDING)
+    unique_names(model, HOLDING)
     return notes
 
 
@@ -40,7 +44,7 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
 
     Args:
         model: Changed in place.
-        operators: Names of the ONNX operators that make layers.
+        operators: Operators that make layers, as in `HOLDING`.
 
     Raises:
         ModelError: Functions call each other in a circle.
@@ -64,7 +68,7 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
 
 
 def _is(node: ir.Node, operators: Collection[str]) -> bool:
-    return node.domain == "" and node.op_type in operators
+    return f"{node.domain}.{node.op_type}".removeprefix(".") in operators
 
 
 def _called(model: ir.Model, nodes: Iterable[ir.Node]) -> set[Id]:

@@ -18,15 +18,18 @@ from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import shared
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
-from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
+from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
+from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.low_rank import LowRank
 from magr_onnx.passes.magr import MagR
+from magr_onnx.passes.outcome import Store
 from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.passes.split_outliers import SplitOutliers
@@ -51,6 +54,8 @@ PASSES: dict[str, type[LayerPass]] = {
         EmitQDQ,
         EmitQDQInt8,
         EmitDynamicInt8,
+        Convolutions,
+        Embeddings,
     )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
@@ -191,6 +196,15 @@ def check(passes: Sequence[LayerPass], provider: str = "cpu") -> None:
     raise_all(OptionError, problems)
 
 
+def suited(passes: Sequence[LayerPass], provider: str) -> tuple[LayerPass, ...]:
+    """The passes, with what they write kept to what the kernels of ``provider`` take."""
+    if "cuda" not in provider.lower():
+        return tuple(passes)
+    return tuple(
+        replace(p, largest_block=min(p.largest_block, CUDA_LARGEST_BLOCK)) if isinstance(p, EmitMatMulNBits) else p for p in passes
+    )
+
+
 def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
     """Whether the form that is written has the inputs the pipeline asks for, and the accumulator is one of integers."""
     inputs = activations_of(passes)
@@ -220,11 +234,13 @@ def run_layers(
     finished: Callable[[Job], None],
     begin: Callable[[Job], None] | None = None,
     assigned: Mapping[str, Sequence[LayerPass]] | None = None,
+    store: Store | None = None,
 ) -> None:
     """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
 
     ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
-    layer name. Layers that share a weight are solved together, so all of them must be here at once.
+    layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
+    Layers that share a weight and are here at once are solved together.
     """
     layers = list(layers)
     bonds = shared.bonds(layers, stats)
@@ -235,11 +251,18 @@ def run_layers(
         bond = bonds.get(layer.weight_key)
         if bond is not None:
             job.stored = bond.stored
-        for p in resolve((assigned or {}).get(layer.name, passes)):
-            if bond is not None and p.solves:
-                bond.apply(p, job)
-            else:
-                p.apply(job)
+        todo = resolve((assigned or {}).get(layer.name, passes))
+        solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
+        if store is None or not store.restore(job, todo):
+            for p in todo[:solving]:
+                if bond is not None and p.solves:
+                    bond.apply(p, job)
+                else:
+                    p.apply(job)
+            if store is not None:
+                store.keep(job, todo)
+        for p in todo[solving:]:
+            p.apply(job)
         job.write_back()
         finished(job)
         layer.node.meta.pop(META, None)

@@ -169,6 +169,10 @@ def relative_error(job: Job, centred: bool) -> float:
     """Output error of ``job.weight`` over output, as norms; with error feedback what the layers before did wrong is in it."""
     if job.goal is not None:
         return float(np.sqrt(feedback.error(job.weight.astype(np.float64), job.stats, job.goal, centred)))
+    if job.stats.is_data_free:  # H = I
+        difference = job.weight - job.reference
+        squares = [float(np.einsum("kn,kn->", a, a, dtype=np.float64)) for a in (difference, job.reference)]
+        return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
     power = layer_error(job.reference, job.stats.gram)
     left = layer_error(job.weight - job.reference, job.stats.objective_gram(centred))
     return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0

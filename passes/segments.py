@@ -7,7 +7,7 @@ stage ``s``: all their inputs are known once the layers of the stages before are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +39,22 @@ class Plan:
 def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
     own = {id(layer.node) for layer in layers}
-    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs}
+    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs if not v.is_initializer()}
     last_read: dict[str, int] = {}
+    constants: set[str] = set()  # made of constants alone: every segment makes them again, and quantized ones disappear from the model
     for node in model.graph:
         names = [name for name in reads(node) if name in level]
+        if constants.issuperset(names) and node.op_type not in _RANDOM:
+            constants.update(str(v.name) for v in node.outputs)
         at = max((level[name] for name in names), default=0) + (id(node) in own)
         for name in names:
             last_read[name] = max(last_read.get(name, 0), at)
         level.update({str(v.name): at for v in node.outputs})
     count = 1 + max((level[str(layer.x.name)] for layer in layers), default=-1)
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
-    live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
+    constants -= {str(layer.x.name) for layer in layers}
+    kept = [(n, at) for n, at in level.items() if n not in constants]
+    live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
 
 
@@ -58,13 +64,21 @@ def apart(layers: Sequence[LinearLayer]) -> list[LinearLayer]:
     return [layer for layer in layers if layer.nested or layer.name in shared]
 
 
-def behind(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
-    """Names of the values of the main graph that ``layers`` have a part in."""
+def made_by(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
+    """Names of the outputs of the nodes of the main graph that are ``layers``, or hold them in a body."""
     own = {id(layer.node) for layer in layers}
     found: set[str] = set()
     for node in model.graph:
-        inner = (id(n) for _, body in bodies_of(node) for n in body.all_nodes())
-        if id(node) in own or any(i in own for i in inner) or any(name in found for name in reads(node)):
+        if id(node) in own or any(id(n) in own for _, body in bodies_of(node) for n in body.all_nodes()):
+            found.update(str(v.name) for v in node.outputs)
+    return found
+
+
+def behind(model: ir.Model, values: Collection[str]) -> set[str]:
+    """``values`` and every value that depends on one of them, by name."""
+    found = set(values)
+    for node in model.graph:
+        if any(name in found for name in reads(node)):
             found.update(str(v.name) for v in node.outputs)
     return found
 

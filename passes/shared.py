@@ -13,20 +13,18 @@ Second moments of gradients differ between readers and do not add up to one matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from magr_onnx.passes.bodies import walk
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass, Stored, absorbs
 from magr_onnx.passes.linear import LinearLayer, layer_name
 from magr_onnx.passes.quantize import relative_error
 from magr_onnx.types import LayerStats
 
-Key = tuple[int, bool, float]
+Key = Hashable
 
 
 class Bond:
@@ -42,6 +40,7 @@ class Bond:
         self._readers = readers
         self._stats: dict[BiasPolicy | None, LayerStats] = {}
         self._first: Job | None = None
+        self._names = [layer.name for layer, _ in readers]
         self._changed = False
         self._facts: dict[str, Any] = {}
         self._notes: list[str] = []
@@ -58,6 +57,9 @@ class Bond:
         policy: BiasPolicy | None = getattr(p, "bias", None)
         if self._first is None:
             self._first = job
+        note = f"shares its weight with {_some([n for n in self._names if n != job.layer.name])}: one solve for all, codes stored once"
+        if note not in job.notes:
+            job.notes.append(note)
         if job is self._first:
             self._solve(p, job, policy)
         elif job.quantized is None and job.factors is None:
@@ -106,41 +108,22 @@ def by_weight(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
     return list(found.values())
 
 
-def remarks(model: ir.Model, layers: Sequence[LinearLayer]) -> dict[str, list[str]]:
-    """What there is to say of converted layers whose weight others read too, by layer name.
-
-    Args:
-        model: The model they were converted in.
-        layers: The layers, as they were found.
-    """
+def remarks(layers: Sequence[LinearLayer]) -> dict[str, list[str]]:
+    """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name."""
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
-    kept = _kept(model)
     for layer in layers:
-        related = [x for x in layers if x is not layer and x.tensor is layer.tensor]
-        same = [x.name for x in related if x.weight_key == layer.weight_key]
-        others = [x.name for x in related if x.weight_key != layer.weight_key]
-        if same:
-            found[layer.name].append(f"shares its weight with {_some(same)}: one solve for all, codes stored once")
-        if others:
-            found[layer.name].append(f"{_some(others)} reads the same weight transposed or scaled, so that their codes cannot be shared")
-        if id(layer.tensor) in kept:
-            readers = kept[id(layer.tensor)]
-            found[layer.name].append(f"its float weight stays in the file ({layer.tensor.nbytes} bytes) for {_some(readers)}")
+        turned = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
+        if turned:
+            found[layer.name].append(f"{_some(turned)} reads the same weight transposed or scaled, so that their codes cannot be shared")
+        readers = [f"{layer_name(use.node)} ({use.node.op_type})" for use in layer.weight.source.uses()]
+        if readers:
+            found[layer.name].append(f"its float weight stays in the file ({layer.weight.stored.nbytes} bytes) for {_some(readers)}")
     return found
 
 
-def _kept(model: ir.Model) -> dict[int, list[str]]:
-    """Readers of the float tensors that are still there, by the tensor's id."""
-    values = [v for graph in model.graphs() for v in graph.initializers.values()]
-    values += [node.outputs[0] for node, _ in walk(model.graph) if node.op_type == "Constant" and "value" in node.attributes]
-    found = {}
-    for value in values:
-        maker = value.producer()
-        tensor = value.const_value if maker is None else maker.attributes["value"].as_tensor()
-        readers = [f"{layer_name(use.node)} ({use.node.op_type})" for use in value.uses()]
-        if tensor is not None and readers:
-            found[id(tensor)] = readers
-    return found
+def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
+    """Whether two layers read the same elements of a tensor, and not two parts of it."""
+    return a.weight.stored is b.weight.stored and a.weight.way == b.weight.way
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from magr_onnx.passes.taps import shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 
+TOO_LARGE = "the model is too large to be run as a whole in the memory there is (max_memory)"
 NEVER = "no calibration data reaches it: a branch is never taken, or a loop never turns"
 
 
@@ -29,10 +30,18 @@ class Tapped:
     Attributes:
         model: The model, with what layers in bodies read as values of the main graph; itself where there are none.
         missing: Why a value in a body has no statistics, by its name.
+        widths: Names and widths of the values that were brought out of bodies.
+        growing: Those that have other rows in every iteration.
     """
 
     model: ir.Model
     missing: Mapping[str, str] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    growing: Collection[str] = ()
+
+    def on(self, model: ir.Model) -> ir.Model:
+        """The same of another model with these values."""
+        return hoist(model, self.widths, self.growing) if self.widths else model
 
     def why(self, layer: LinearLayer) -> str | None:
         """Why a layer has no statistics."""
@@ -49,7 +58,9 @@ class Tapped:
         return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, why) for x in layers if (why := self.why(x)) is not None]
 
 
-def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, passes: Sequence[LayerPass], provider: str) -> Tapped:
+def tapped(
+    model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, passes: Sequence[LayerPass], provider: str, large: bool = False
+) -> Tapped:
     """Bring out what layers in bodies read, wherever ``data`` reaches it.
 
     Args:
@@ -58,6 +69,7 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
         data: Batches that fit the model; None for none.
         passes: The pipeline: some ask for what layers put out, too.
         provider: Where to run.
+        large: Whether the model is too large to be run as a whole: nothing is brought out.
 
     Raises:
         RuntimeFailure: The model itself does not run on the data.
@@ -68,6 +80,8 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
     widths = {layer.reads: layer.k for layer in nested}
     if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes):
         widths |= {str(layer.node.outputs[0].name): layer.n for layer in nested}
+    if large:
+        return Tapped(model, dict.fromkeys(widths, TOO_LARGE))
     reached: dict[str, int] = {}
     missing: dict[str, str] = {}
     growing: set[str] = set()
@@ -87,7 +101,7 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
                 missing[name] = f"onnxruntime cannot bring its rows out of the body: {_reason(error)}"
     missing |= {name: NEVER for name, rows in reached.items() if rows == 0}
     found = {name: width for name, width in widths.items() if name not in missing}
-    return Tapped(hoist(model, found, growing), missing)
+    return Tapped(hoist(model, found, growing), missing, found, growing)
 
 
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:

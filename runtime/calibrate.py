@@ -18,7 +18,7 @@ from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
 from magr_onnx.runtime.bodies import tapped
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, Array, Goal, LayerStats
+from magr_onnx.types import Activation, Array, Goal, LayerStats, gram_type
 
 DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30
@@ -59,9 +59,8 @@ class _Sums:
 
     def stats(self, tap: Tap) -> LayerStats:
         n = max(self.rows, 1)
-        return LayerStats(
-            self.gram / n, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize
-        )
+        gram: Array = (self.gram / n).astype(gram_type(len(self.mean)), copy=False)
+        return LayerStats(gram, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize)
 
 
 def input_name(layer: LinearLayer) -> str:

@@ -1,10 +1,13 @@
 """onnxruntime sessions, made in one place.
 
-Models that live in memory are written to a temporary folder with external data, so that models of any size load.
+Models of any size load: what lies in files is read there, and what is in memory goes to a temporary folder (`magr_onnx.runtime.in_place`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,8 +23,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from magr_onnx.errors import ProviderError, RuntimeFailure
+from magr_onnx.runtime.in_place import serialized
+from magr_onnx.sanity import custom_operators
+from magr_onnx.writing import tensor_bytes
 
 Batch = Mapping[str, npt.NDArray[Any]]
+
+LEAN_BYTES = 2_000_000_000
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -78,6 +86,21 @@ _TYPES = {
 }
 
 
+def inputs_of(model: ir.Model) -> tuple[InputInfo, ...]:
+    """What the model has to be fed, as a session would say it, without loading one."""
+    found = []
+    for value in model.graph.inputs:
+        if str(value.name) in model.graph.initializers:  # may be fed, need not
+            continue
+        try:
+            dtype = np.dtype(object) if value.dtype in (None, ir.DataType.STRING) else value.dtype.numpy()
+        except TypeError:
+            dtype = np.dtype(object)
+        shape = () if value.shape is None else tuple(d if isinstance(d, int) and d >= 0 else None for d in value.shape)
+        found.append(InputInfo(str(value.name), dtype, shape))
+    return tuple(found)
+
+
 class Session:
     """An onnxruntime session on a file or an in-memory model; a context manager."""
 
@@ -87,35 +110,54 @@ class Session:
         provider: str = "cpu",
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
+        lean: bool | None = None,
         quiet: bool = False,
     ) -> None:
-        """Load the model; ``quiet`` where it may fail, which onnxruntime would print.
+        """Load the model.
+
+        Args:
+            model: A file, or a model in memory.
+            provider: Where to run.
+            arithmetic: How to optimize it.
+            threads: Of one operator; 0 for all cores.
+            lean: Leave weights in their memory-mapped files: no optimizations that would make copies of them, and no prepacking. None for
+                where a model in memory has more than `LEAN_BYTES` of them.
+            quiet: Print no errors of onnxruntime: for what may fail.
 
         Raises:
             ProviderError: The provider is not available.
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
         name = provider_name(provider)
+        if name == PROVIDERS["cuda"]:
+            _preload()
+        if lean is None:
+            lean = isinstance(model, ir.Model) and tensor_bytes(model) > LEAN_BYTES
         options = ort.SessionOptions()
         options.log_severity_level = 4 if quiet else 3
         options.intra_op_num_threads = threads
-        if arithmetic is Arithmetic.UNOPTIMIZED:
+        if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         elif arithmetic is Arithmetic.FLOAT_QDQ:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
+            source: str | bytes
             if isinstance(model, ir.Model):
                 self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-                path = Path(self._folder.name, "model.onnx")
-                ir.save(model, path, external_data="model.data", size_threshold_bytes=1024)
+                source, entries = serialized(model, Path(self._folder.name))
+                for key, value in entries.items():
+                    options.add_session_config_entry(key, value)
             else:
-                path = Path(model)
+                source = str(model)
             fallback = [] if name == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
-            self._session = ort.InferenceSession(str(path), options, providers=[name, *fallback])
+            self._session = ort.InferenceSession(source, options, providers=[name, *fallback])
         except Exception as error:
             self.close()
-            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error
         if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
             self.close()
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
@@ -141,7 +183,7 @@ class Session:
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in feeds.items())
+            shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
 
     def close(self) -> None:
@@ -158,5 +200,22 @@ class Session:
         self.close()
 
 
+@functools.cache
+def _preload() -> None:
+    """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says whether it starts
+            ort.preload_dlls()
+
+
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
     return "the model in memory" if isinstance(model, ir.Model) else str(model)
+
+
+def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
+    """The custom operators of a model that did not load, as the end of a message."""
+    try:
+        names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
+    except Exception:  # what is wrong with the file has been said
+        return ""
+    return f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)}" if names else ""

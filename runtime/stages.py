@@ -4,6 +4,9 @@ The float model and the model being quantized run side by side, segment by segme
 values. What a stage's layers read is ``X`` in one and ``X_q`` in the other; second moments of both, and between them, are what the
 quantizers need to compute ``X W0`` from ``X_q``. Every segment runs once in each model: two forward passes over the data in all, however
 many stages there are.
+
+Without error feedback the float model runs alone, in the same way: a session then holds the weights of one segment, so that models are
+calibrated that are larger than memory.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import onnx_ir as ir
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import beside, cut, plan
+from magr_onnx.passes.segments import behind, beside, cut, plan
 from magr_onnx.ranges import rounded
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
+from magr_onnx.runtime.calibrate import plan as plan_groups
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, Goal, LayerStats
+from magr_onnx.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
 
 DEFAULT_CACHE = 2 << 30
 
@@ -118,11 +122,14 @@ class _Inputs:
     """Sums over rows of one value: in the model being quantized, and (``pair``) between it and the float one."""
 
     def __init__(self, width: int, pair: bool) -> None:
-        self.gram, self.mean, self.float_mean, self.rows = np.zeros((width, width)), np.zeros(width), np.zeros(width), 0
+        self.gram: Tensor = np.zeros((width, width))
+        self.mean, self.float_mean, self.rows = np.zeros(width), np.zeros(width), 0
         self.cross, self.float_gram = (np.zeros((width, width)) if pair else None for _ in range(2))
 
     def add(self, x: Tensor, quantized: Tensor) -> None:
-        self.gram += quantized.T @ quantized
+        step = LARGE_ROWS if len(self.mean) >= LARGE else len(self.mean)
+        for at in range(0, len(self.mean), step):  # of a large matrix no second one is made
+            self.gram[at : at + step] += quantized[:, at : at + step].T @ quantized
         self.mean += quantized.sum(axis=0, dtype=np.float64)
         self.float_mean += x.sum(axis=0, dtype=np.float64)
         self.rows += len(x)
@@ -132,7 +139,10 @@ class _Inputs:
 
     def stats(self, activation: Activation | None) -> LayerStats:
         n = max(self.rows, 1)
-        return LayerStats(self.gram / n, self.mean / n, self.rows, self.float_mean / n, activation)
+        gram, self.gram = self.gram, np.zeros((0, 0))
+        gram /= n
+        gram = gram.astype(gram_type(len(self.mean)), copy=False)
+        return LayerStats(gram, self.mean / n, self.rows, self.float_mean / n, activation)
 
     def goal(self, weights: Tensor) -> Goal:
         assert self.cross is not None
@@ -172,16 +182,20 @@ def staged(
     quantize: Mapping[str, Activation] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     cache: int = DEFAULT_CACHE,
-    progress: Progress | None = None,
     changed: Collection[str] = (),
-) -> Iterator[tuple[tuple[LinearLayer, ...], Calibration]]:
+    progress: Progress | None = None,
+    feedback: bool = True,
+    hold_out: bool = True,
+    gram_budget: int | None = None,
+    wanted: Callable[[LinearLayer], bool] = lambda layer: True,
+) -> Iterator[tuple[Sequence[LinearLayer], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
 
-    The caller quantizes a stage's layers in ``work`` before it asks for the next one.
+    The caller quantizes a stage's layers in ``work`` before it asks for the next one, and lets go of the statistics.
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far but for layers that have been quantized before.
+        work: The model being quantized, a copy of ``original`` so far but for what makes the ``changed`` values.
         layers: Its layers.
         data: Batches that fit both.
         mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
@@ -189,8 +203,13 @@ def staged(
         quantize: How layer inputs will be quantized, by value name.
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
+        changed: Values of ``work`` that differ from the float ones already, by name: convolutions, and layers that belong to no
+            stage, are quantized first.
         progress: Called with segments of batches done and in total.
-        changed: Names of the values that layers quantized before have a part in.
+        feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
+        hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
+        gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
+        wanted: Layers that statistics are for; those of others are left out.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -198,20 +217,29 @@ def staged(
     """
     quantize, bounds = quantize or {}, bounds or {}
     steps = plan(work, layers)
+    moved = behind(work, changed)
+    known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
+    kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
     with Cache(cache // 2) as floats, Cache(cache // 2) as quants:
         masks = _begin(original, data, mask, floats)
         shared: set[str] = set(floats.names(0))  # the same in both models: nothing before them is quantized
-        for s, (stage, live) in enumerate(zip(steps.stages, steps.live, strict=True)):
+        for s, (stage, live) in enumerate(zip(steps.stages, kept, strict=True)):
             before = floats.names(0)
-            wanted = [n for n in live if n not in before]
-            floats.run(original, before, wanted, len(data), provider)
-            if s == 0:
-                shared |= set(wanted) - set(changed)
-            quants.run(work, before, [n for n in wanted if n not in shared], len(data), provider, fallback=floats, shared=shared)
-            found = _gather(stage, floats, quants, shared, live, masks, data, quantize, bounds, mask)
+            new = [n for n in live if n not in before]
+            floats.run(original, before, new, len(data), provider)
+            if not feedback:
+                shared |= set(new)
+            elif s == 0:
+                shared |= set(new) - moved
+            if feedback:
+                quants.run(work, before, [n for n in new if n not in shared], len(data), provider, fallback=floats, shared=shared)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            yield stage, replace(found, spilled=floats.spilled + quants.spilled)
+            for part in [stage] if gram_budget is None else plan_groups(stage, gram_budget, hold_out):
+                left = [layer for layer in part if wanted(layer)]
+                found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
+                yield part, replace(found, spilled=floats.spilled + quants.spilled)
+                del found  # before the next ones are made
             floats.keep(live)
             quants.keep(live)
 
@@ -227,18 +255,21 @@ def _gather(
     quantize: Mapping[str, Activation],
     bounds: Mapping[str, tuple[float, float]],
     mask: str | None,
+    feedback: bool,
+    hold_out: bool,
 ) -> Calibration:
-    """Statistics of what a stage reads and should put out, every `HELD_OUT`-th batch apart."""
+    """Statistics of what a stage reads and (with feedback) should put out, every `HELD_OUT`-th batch apart if wanted."""
+    hold_out |= feedback
     stats: dict[str, LayerStats] = {}
     goals: dict[str, Goal] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
         activation = quantize.get(name)
-        same = name in shared and activation is None
+        same = name in shared and (activation is None or not feedback)
         besides = {layer.name: _beside(layer, name, live, shared, floats) for layer in readers}
         sums = {layer.name: [_Sums(layer.read()) for _ in range(2)] for layer in readers if besides[layer.name] is not None}
-        inputs = [_Inputs(readers[0].k, pair=not same and len(sums) < len(readers)) for _ in range(2)]
+        inputs = [_Inputs(readers[0].k, pair=not same and len(sums) < len(readers)) for _ in range(1 + hold_out)]
         for b in range(len(data)):
             x = floats.get(name, b)
             y = x if name in shared else quants.get(name, b)
@@ -246,7 +277,7 @@ def _gather(
                 x, y = np.clip(x, *bounds[name]), np.clip(y, *bounds[name])
             y = rounded(y, activation)
             keep = _counted(x, masks[b])
-            part = b % HELD_OUT == HELD_OUT - 1
+            part = hold_out and b % HELD_OUT == HELD_OUT - 1
             rows = _rows(x, keep), _rows(y, keep)
             inputs[part].add(*rows)
             for layer, both in sums.items():
@@ -254,13 +285,14 @@ def _gather(
                 both[part].add(*rows, _rows(floats.get(other, b) - quants.get(other, b), keep))
             if b == 0 and keep is None and mask is not None:
                 unmasked.append(name)
-        kept, held = (i.stats(activation) for i in inputs)
-        whole = kept.combine(held)
+        kept, *rest = (i.stats(activation) for i in inputs)
+        held = rest[0] if hold_out else None
+        whole = kept if held is None else kept.combine(held)
         if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
             bad.append(not_finite(name, readers, data.describe))
         if mask is not None:
             check_rows([whole.rows], mask)
-        parted = kept.rows > 0 and held.rows > 0
+        parted = held is not None and kept.rows > 0 and held.rows > 0
         if whole.rows:
             stats[name] = replace(whole, held_out=held) if parted else whole
         for reader in readers if parted and not same else ():
@@ -280,7 +312,7 @@ def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str]
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    names = {str(v.name) for v in model.graph.inputs}
+    names = {str(v.name) for v in model.graph.inputs if not v.is_initializer()}
     for b, batch in enumerate(data):
         masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
         for name in names:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import files
+from magr_onnx import files, writing
 from magr_onnx.errors import MagrError, ModelError, OutputError
 from tests import graphs
 from tests.graphs import proto
@@ -178,13 +178,13 @@ def test_a_failed_write_keeps_the_old_file(failure: BaseException, tmp_path: Pat
         raise failure
 
     with pytest.raises((KeyboardInterrupt, MagrError)):
-        files.save(graphs.chain(), out, verify)
+        writing.save(graphs.chain(), out, verify)
     assert out.read_bytes() == b"precious"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
 
 
 def test_large_models_go_to_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "INLINE_LIMIT", 100)
+    monkeypatch.setattr(writing, "INLINE_LIMIT", 100)
     out = tmp_path / "out.onnx"
     _, report = magr_onnx.optimize(graphs.chain(), output=out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
@@ -213,7 +213,7 @@ def test_weights_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
 def test_a_model_with_nothing_to_convert_is_refused() -> None:
     b = graphs.Builder()
     x = b.input("x", ["batch", 4])
-    with pytest.raises(ModelError, match="no MatMul or Gemm"):
+    with pytest.raises(ModelError, match="no MatMul, Gemm or convolution"):
         magr_onnx.optimize(b.model(b.node("Relu", [x]), ["batch", 4]))
 
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import files, mixed, sizes
+from magr_onnx import files, mixed, sizes, writing
 from magr_onnx.cli import app
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.models import bundled
@@ -99,7 +99,7 @@ def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any
     blank = sizes.blank(source, {name: passes})
     assert files.initializer_bytes(blank) == files.initializer_bytes(real)
     assert sizes.changes(source, [[name]], passes) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
-    assert files.save(blank, tmp_path / "blank.onnx") == files.save(real, tmp_path / "real.onnx")
+    assert writing.save(blank, tmp_path / "blank.onnx") == writing.save(real, tmp_path / "real.onnx")
 
 
 @pytest.mark.parametrize("gathered", [False, True])

@@ -12,7 +12,6 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import files
 from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.nested import SQUARE, TRAPS, U, W
@@ -229,10 +228,11 @@ def test_mixed_precision_chooses_for_bodies(options: dict[str, Any]) -> None:
     assert all(row.rows for row in result.report.layers)
 
 
-def test_external_data_holds_what_bodies_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "INLINE_LIMIT", 100)
+def test_external_data_holds_what_bodies_read(tmp_path: Path) -> None:
     trap, rng = ZOO["weights-in-a-branch"], np.random.default_rng(0)
-    report = magr_onnx.optimize(trap.build(), output=tmp_path / "q.onnx", bits=8, block_size=16, exclude=["other"]).report
+    report = magr_onnx.optimize(
+        trap.build(), output=tmp_path / "q.onnx", bits=8, block_size=16, exclude=["other"], external_data=True
+    ).report
     assert (tmp_path / "q.onnx.data").stat().st_size > 0
     assert len(report.layers) == 1
     with Session(tmp_path / "q.onnx") as session, Session(ir.from_proto(trap.build())) as floats:

@@ -211,13 +211,14 @@ def test_stages_see_what_was_solved_before_them() -> None:
     layers, _ = find(work)
     first = segments.apart(layers)
     assert [layer.name for layer in first] == ["first", "last"]
-    behind = segments.behind(work, first)
-    assert behind == {"first_out", "a_out", "between_out", "b_out", "y"}
+    changed = segments.made_by(work, first)
+    assert changed == {"first_out", "y"}
+    assert segments.behind(work, changed) == {"first_out", "a_out", "between_out", "b_out", "y"}
     run_layers(parse("quantize{bits=2,block_size=16},emit-matmulnbits"), first, lambda _: None, lambda _: None)
     feeds = [{"x": correlated(64, K, seed=s)} for s in range(4)]
     with Session(model) as session:
         data = open_data(feeds, session.inputs)
-    ((stage, found),) = staged(model, work, [layers[1]], data, changed=behind)
+    ((stage, found),) = staged(model, work, [layers[1]], data, changed=changed)
     assert [layer.name for layer in stage] == ["between"]
     quantized = next(iter(read_weights(work).values()))
     x = np.concatenate([np.tanh(f["x"] @ quantized) for f in feeds])
@@ -234,7 +235,7 @@ def test_error_feedback_converts_all() -> None:
 
 def test_nothing_is_said_of_a_weight_read_once() -> None:
     model = readers(1)
-    assert remarks(model, find(model)[0]) == {"fc0": [f"its float weight stays in the file ({WEIGHT.nbytes} bytes) for fc0 (MatMul)"]}
+    assert remarks(find(model)[0]) == {"fc0": [f"its float weight stays in the file ({WEIGHT.nbytes} bytes) for fc0 (MatMul)"]}
     made, report = magr_onnx.optimize(readers(1), bits=4, block_size=16)
     assert not any("weight" in note for note in report.layers[0].notes)
     assert "w" not in made.graph.initializers

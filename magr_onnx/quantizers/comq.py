@@ -20,9 +20,9 @@ import numpy as np
 
 from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, blocks, stored
-from magr_onnx.quantizers import gptq
+from magr_onnx.quantizers import gptq, separable
 from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.types import Array, QuantizedWeight, column_parts
 
 BLOCK = 64
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
@@ -64,6 +64,8 @@ def refine(
         budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code its tile still has room for, so E
             still never rises. A refitted scale changes no code.
     """
+    if len(parts := column_parts(*target.shape)) > 1:
+        return _in_parts(parts, target, start, gram, sweeps, rescale, tolerance, budget)
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
     weight = start
@@ -77,6 +79,27 @@ def refine(
         if errors[-1] > (1 - tolerance) * errors[-2]:
             break
     return Refined(weight, tuple(errors))
+
+
+def _in_parts(
+    parts: list[slice],
+    target: Array,
+    start: QuantizedWeight,
+    gram: Array,
+    sweeps: int,
+    rescale: bool,
+    tolerance: float,
+    budget: Budget | None,
+) -> Refined:
+    """`refine` of some output channels after the others, for layers whose temporaries would be larger than the layer many times over."""
+    gram = np.ascontiguousarray(gram, dtype=np.float32)
+    codes, scales, errors = np.empty_like(start.codes), np.empty_like(start.scales), list[float]()
+    for c in parts:
+        weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
+        found = refine(np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget)
+        codes[:, c], scales[:, c] = found.weight.codes, found.weight.scales
+        errors = separable.joined(errors, list(found.errors))
+    return Refined(QuantizedWeight(codes, scales, start.zero_points, start.spec), tuple(errors))
 
 
 def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
@@ -163,6 +186,9 @@ def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: 
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
+    if problem.stats.is_data_free and problem.budget is None:
+        weight, errors = separable.refine(problem.target, start.weight, options.sweeps, options.rescale)
+        return Solution(weight, start.notes, {"sweeps": len(errors) - 1, "error_start": errors[0], "error": errors[-1]})
     damping = problem.damping(options)
     gram = problem.damped_gram(damping)
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)

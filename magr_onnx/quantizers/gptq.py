@@ -28,9 +28,10 @@ import numpy.typing as npt
 from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, choose, stored
 from magr_onnx.linalg import cholesky, column_errors
+from magr_onnx.quantizers import rtn
 from magr_onnx.quantizers.a2q import project
 from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.types import LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -61,9 +62,12 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     k = len(gram)
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(k)
     reverse = order[::-1]
-    factor = cholesky(gram[np.ix_(reverse, reverse)], damping)
+    factor = cholesky(gram, damping, order=reverse)
     upper = factor.lower[::-1, ::-1]
-    matrix = np.tril((upper / np.diag(upper)).T, -1).astype(np.float32)
+    matrix, pivots = np.zeros((k, k), np.float32), upper.diagonal()
+    for at in range(0, k, LARGE_ROWS):
+        s = slice(at, at + LARGE_ROWS)
+        matrix[s] = np.tril((upper[:, s] / pivots[s]).T, at - 1)
     return Feedback(matrix, order, factor.damping)
 
 
@@ -78,6 +82,9 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     With a ``budget`` every code is clipped to what its tile's register still has room for (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
+    if len(parts := column_parts(*weights.shape)) > 1:
+        solved = [solve(weights[:, c], feedback, Grid(grid.scales[:, c], grid.zeros[:, c], grid.spec, grid.k), budget) for c in parts]
+        return QuantizedWeight(np.hstack([s.codes for s in solved]), grid.scales, grid.zeros.astype(np.uint8), grid.spec)
     k, n = weights.shape
     room = None if budget is None else Room(budget, k, n)
     middle = np.float32(grid.spec.middle)
@@ -199,6 +206,8 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
 
 def run(problem: Problem, options: Options) -> Solution:
     """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
+    if problem.stats.is_data_free and problem.budget is None:  # nothing to feed forward
+        return rtn.run(problem, options)
     damping = problem.damping(options)
     act_order = options.act_order is not False
     feedback = prepared(problem.stats, problem.centred, damping, act_order)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from magr_onnx.accumulator import Budget
 from magr_onnx.linalg import automatic_damping, damped
-from magr_onnx.types import Array, Goal, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,9 @@ class Problem:
 
 
 def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Array:
-    """The matrix of the layer error, damped; computed once for all that share the statistics."""
+    """The matrix of the layer error, damped; computed once for all that share the statistics where K is not `LARGE`."""
+    if len(stats.mean) >= LARGE:
+        return damped(stats.objective_gram(centred), damping, overwrite=centred and not stats.is_data_free)
     return stats.memo(("damped", centred, damping), lambda: damped(stats.objective_gram(centred), damping))
 
 

@@ -365,6 +365,26 @@ TRAPS = (
         {"head": CONVERTED},
     ),
     Trap(
+        "disguised-in-a-branch",
+        lambda: model(
+            """g (float[n, 24] x, bool c) => (float[n, 24] y) {
+                y = If(c) <
+                    then_branch = yes () => (float[n, 24] a) { r = Relu(x)  [sum] a = Einsum<equation = "nk,km->nm">(r, u) },
+                    else_branch = no () => (float[n, 24] d) {
+                        t = Transpose(x)
+                        [left] h = MatMul(v, t)
+                        d = Transpose(h)
+                    }
+                >
+            }""",
+            u=U,
+            v=np.ascontiguousarray(U[::-1]),
+        ),
+        _choosing(x=(7, 24)),
+        lambda feeds, w: [_relu(feeds["x"]) @ w["sum"] if feeds["c"] else feeds["x"] @ w["left"]],
+        {"sum": CONVERTED, "left": CONVERTED},
+    ),
+    Trap(
         "body-of-a-sequence-map",
         lambda: model(
             """g (float[n, 48] x) => (float[m, 24] y) {
@@ -378,6 +398,6 @@ TRAPS = (
         ),
         _inputs(x=(7, 48)),
         lambda feeds, w: [feeds["x"] @ w["fc"] @ U],
-        {"fc": CONVERTED, "inner": "inside a subgraph or function that cannot be opened"},
+        {"fc": CONVERTED, "inner": "inside a subgraph or function"},
     ),
 )

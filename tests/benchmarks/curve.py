@@ -23,7 +23,7 @@ from accuracy import Benchmark, bundled_lm, divergences, sentence_encoder
 from common import BATCH_SIZE, Cell, progress, table
 
 import magr_onnx
-from magr_onnx import files
+from magr_onnx import files, writing
 from magr_onnx.accumulator import Accumulator, data_type_bits
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
@@ -73,7 +73,7 @@ class Calibrated:
         passes = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
         work = self.model.clone()
         pipeline.run_layers(passes, find(work)[0], lambda layer: self.stats[calibrate.input_name(layer)], lambda job: None)
-        files.save(work, output)
+        writing.save(work, output)
 
 
 @contextlib.contextmanager

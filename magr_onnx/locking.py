@@ -1,0 +1,104 @@
+"""Locks that die with their process, and temporary folders that the next run clears when theirs did.
+
+A lock is held by the operating system for as long as its file is open (flock), so a killed process holds none: whoever gets the lock of a
+folder knows that its owner is dead. Where there is no flock (Windows), nothing is refused and nothing of others is cleared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_OWNER = "owner.lock"
+_MARK = b"onnx-magr temporary folder; cleared by the next run on the same output once its process is dead\n"
+_MIDDLE = ".magr-"
+
+
+def lock(path: Path) -> IO[bytes] | None:
+    """An open, locked file, created if there is none; None where another process holds it."""
+    file = path.open("a+b")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+    return file
+
+
+@contextlib.contextmanager
+def workspace(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output``, on its file system, so that files in it can be renamed into place; removed at the end.
+
+    Folders of the same output whose runs were killed are removed first.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    clear(output)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}{_MIDDLE}", dir=output.parent))
+    owner: IO[bytes] | None = None
+    try:
+        owner = lock(folder / "new.lock")
+        if owner is not None:
+            owner.write(_MARK)
+            owner.flush()
+        os.replace(folder / "new.lock", folder / _OWNER)  # only now: a folder with this file is locked from the first moment on
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if owner is not None:
+            owner.close()
+
+
+def clear(output: Path) -> None:
+    """Remove temporary folders of ``output`` that are surely ours (their mark says so) and dead (nobody holds their lock)."""
+    if fcntl is None:
+        return
+    for folder in output.parent.glob(f".{_escaped(output.name)}{_MIDDLE}*"):
+        owner = folder / _OWNER
+        try:
+            if folder.is_symlink() or owner.read_bytes() != _MARK:
+                continue
+            held = lock(owner)
+        except OSError:
+            continue
+        if held is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            held.close()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file or a folder's entries to the disk, where it can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # folders on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir():  # some file systems cannot sync folders; a file that cannot be synced may be lost
+            raise error
+    finally:
+        os.close(handle)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file over another, after its bytes and before the renaming reach the disk."""
+    sync(source)
+    os.replace(source, target)
+    sync(target.parent)

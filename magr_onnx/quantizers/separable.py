@@ -1,0 +1,92 @@
+"""Rounding without calibration data: ``H = I`` couples no two weights, so nothing has to be as large as ``(K, K)``.
+
+Under ``E = ||W_hat - W||^2`` GPTQ is rounding to nearest (there is nothing to feed forward), and coordinate descent with scale refits is
+Lloyd's iteration in every group: nearest codes for the scale, then the least-squares scale for the codes,
+
+    s = sum w c / sum c^2,    c = q - z.
+
+Neither step raises E. The scale kept is the one the file will store, and only where it lowers E.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from magr_onnx.grid import Grid, blocks, stored
+from magr_onnx.types import Array, QuantizedWeight
+
+_VALUES = 1 << 22  # weights worked on at a time
+
+
+def refine(
+    target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, tolerance: float = 2e-3
+) -> tuple[QuantizedWeight, list[float]]:
+    """Lower E of ``start`` against ``target (K, N)``.
+
+    Args:
+        target: What to be close to.
+        start: A quantized weight to begin from.
+        sweeps: Most rounds.
+        rescale: Refit the scales after every round but the last.
+        tolerance: Stop when a round lowers E by less than this fraction.
+
+    Returns:
+        The weight, and E at the start and after every round.
+    """
+    k, n = target.shape
+    codes, scales = np.empty((k, n), np.uint8), np.empty_like(start.scales)
+    errors: list[float] = []
+    step = max(1, _VALUES // k)
+    for at in range(0, n, step):
+        c = np.arange(at, min(at + step, n))
+        part, grid = target[:, c], Grid.of(start).columns(c)
+        weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
+        found, these = _refine(part, weight, grid, sweeps, rescale, tolerance)
+        codes[:, c], scales[:, c] = found.codes, found.scales
+        errors = joined(errors, these)
+    return QuantizedWeight(codes, scales, start.zero_points, start.spec), errors
+
+
+def joined(a: list[float], b: list[float]) -> list[float]:
+    """Errors of two sets of columns added up; the one that stopped earlier keeps its last."""
+    length = max(len(a), len(b))
+    long = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
+    return [x + y for x, y in zip(*long, strict=True)]
+
+
+def _refine(
+    target: Array, weight: QuantizedWeight, grid: Grid, sweeps: int, rescale: bool, tolerance: float
+) -> tuple[QuantizedWeight, list[float]]:
+    errors = [_error(target, weight)]
+    for sweep in range(sweeps):
+        grid = Grid.of(weight)
+        weight = grid.weight(grid.codes(target))
+        if rescale and sweep + 1 < sweeps:
+            weight = _refit(target, weight)
+        errors.append(_error(target, weight))
+        if errors[-1] > (1 - tolerance) * errors[-2]:
+            break
+    return weight, errors
+
+
+def _refit(target: Array, weight: QuantizedWeight) -> QuantizedWeight:
+    spec = weight.spec
+    grouped = blocks(target, spec)
+    levels = blocks(weight.codes.astype(np.float32) - weight.zero_points.astype(np.float32)[spec.group_of_row(len(target))], spec)
+    power = np.einsum("grn,grn->gn", levels, levels)
+    inner = np.einsum("grn,grn->gn", levels, grouped)
+    fitted = inner / np.where(power > 0, power, 1)
+    scales = stored(np.where(fitted > 0, fitted, weight.scales), spec)
+
+    def error(s: Array) -> Array:
+        """Of every group, without ``sum w^2``."""
+        result: Array = s.astype(np.float64) ** 2 * power - 2 * s.astype(np.float64) * inner
+        return result
+
+    return QuantizedWeight(weight.codes, np.where(error(scales) < error(weight.scales), scales, weight.scales), weight.zero_points, spec)
+
+
+def _error(target: Array, weight: QuantizedWeight) -> float:
+    difference = weight.dequantize()
+    difference -= target
+    return float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))

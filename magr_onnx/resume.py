@@ -1,0 +1,214 @@
+"""The job directory: finished layers on disk, so that a run that was killed goes on where it was, to the same bytes.
+
+    DIR/lock             held (flock) while a run works in it
+    DIR/manifest.json    what the layers depend on: hashes of the model and the data, pipeline, options, versions, threads
+    DIR/layers/KEY.npz   the outcome of a layer (`magr_onnx.passes.outcome`); KEY is a hash of its name, shape and passes
+
+Every file is written under another name, synced and renamed, so there are whole files only. A file that is damaged all the same counts as
+not there. Arrays are read without pickle and everything else is JSON: a directory of somebody else can give wrong codes, as a model of
+theirs can, but runs no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.files import Loaded
+from magr_onnx.locking import lock, replace
+from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
+from magr_onnx.passes.outcome import Arrays, from_arrays, most_bytes, to_arrays
+from magr_onnx.report import versions
+from magr_onnx.runtime.data import Batches
+from magr_onnx.writing import explained, file_digest
+
+MANIFEST, LAYERS, LOCK = "manifest.json", "layers", "lock"
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def manifest_of(loaded: Loaded, data: Batches | None, passes: Sequence[LayerPass], options: Mapping[str, Any]) -> dict[str, str]:
+    """Everything that the result depends on, as text by what to call it.
+
+    Raises:
+        OptionError: The model is not in a file.
+    """
+    if loaded.path is None:
+        raise OptionError("resume needs a model in a file: a model in memory is gone with the process; save it first")
+    found = {"model": file_digest(loaded.path)}
+    found |= {f"data file {p.name}": file_digest(p) for p in sorted(loaded.external)}
+    found["calibration"] = "none" if data is None else data_digest(data)
+    found["pipeline"] = pipeline.text_of(passes)
+    found |= {f"option {name}": str(value) for name, value in options.items()}
+    found |= {f"version of {name}": value for name, value in versions().items()}
+    found["processors"] = f"{platform.machine()}, {_processors()}"
+    found |= {name: os.environ.get(name, "not set") for name in _THREADS}
+    return found
+
+
+def data_digest(data: Batches) -> str:
+    """SHA-256 of all batches: names, types, shapes and values."""
+    found = hashlib.sha256()
+    for batch in data:
+        for name in sorted(batch):
+            array = np.asarray(batch[name])
+            found.update(f"{name} {array.dtype} {array.shape};".encode())
+            found.update(repr(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirectory]:
+    """The job directory at ``path``, made if there is none, and locked.
+
+    Raises:
+        OptionError: It holds a run of something else; the message says what differs.
+        OutputError: Another process works in it, or it cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = lock(path / LOCK)
+    except OSError as error:
+        raise OutputError(f"job directory {path}: {explained(error)}") from error
+    if held is None:
+        raise OutputError(f"job directory {path}: another run is working in it; wait until it ends, or give another directory")
+    with held:
+        _check(path, manifest)
+        yield JobDirectory(path)
+
+
+def _check(path: Path, manifest: Mapping[str, str]) -> None:
+    """Compare the directory with this run, or begin it."""
+    try:
+        for left in path.rglob("*.tmp"):  # of a process that is dead, for the lock is ours
+            left.unlink()
+        if not (path / MANIFEST).exists():
+            others = [p.name for p in path.iterdir() if p.name not in (LOCK, LAYERS)]
+            if others:
+                raise OptionError(f"job directory {path} is not one: it holds {', '.join(sorted(others)[:3])}; give a new directory")
+            (path / LAYERS).mkdir(exist_ok=True)
+            _write(path / MANIFEST, json.dumps(dict(manifest), indent=1).encode())
+            return
+        (path / LAYERS).mkdir(exist_ok=True)
+        before = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(f"job directory {path}: {explained(error)}") from error
+    except ValueError as error:
+        raise OptionError(f"job directory {path}: {MANIFEST} is damaged ({error}); delete the directory, or give another one") from error
+    if not isinstance(before, dict):
+        raise OptionError(f"job directory {path}: {MANIFEST} is damaged; delete the directory, or give another one")
+    names = [name for name in (*manifest, *before) if before.get(name) != manifest.get(name)]
+    if names:
+        changes = "\n".join(f"  - {n}: was {_short(before.get(n))}, is {_short(manifest.get(n))}" for n in dict.fromkeys(names))
+        raise OptionError(
+            f"job directory {path} belongs to another run; what differs:\n{changes}\n"
+            "Give another directory, or delete this one to begin again; nothing was changed"
+        )
+
+
+class JobDirectory:
+    """Outcomes of layers on disk: a store for `magr_onnx.passes.pipeline.run_layers`."""
+
+    def __init__(self, path: Path) -> None:
+        self._layers = path / LAYERS
+        self._path = path
+        self._plan = ""
+        self._whole: set[Path] = set()
+        self.notes: list[str] = []
+        self.restored = 0
+
+    def plan(self, passes: Sequence[LayerPass], assigned: Mapping[str, Sequence[LayerPass]]) -> None:
+        """Say what is done to all layers: under error feedback the others decide what a layer sees."""
+        text = [pipeline.text_of(passes), *(f"{name}={pipeline.text_of(own)}" for name, own in assigned.items())]
+        self._plan = hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+    def has(self, layer: LinearLayer) -> bool:
+        """Whether the layer is finished and its file whole."""
+        path = self._file(layer)
+        if path in self._whole:
+            return True
+        if not path.exists():
+            return False
+        try:
+            job = Job.start(layer, None)
+            from_arrays(job, self._read(path, job))
+        except _DAMAGED as error:
+            self.notes.append(f"{layer.name}: its result in {self._path} was damaged ({error}) and has been computed again")
+            path.unlink(missing_ok=True)
+            return False
+        self._whole.add(path)
+        return True
+
+    def restore(self, job: Job, passes: Sequence[LayerPass]) -> bool:
+        """See `magr_onnx.passes.outcome.Store`."""
+        del passes  # the plan has them
+        if not self.has(job.layer):
+            return False
+        path = self._file(job.layer)
+        try:
+            from_arrays(job, self._read(path, job))
+        except _DAMAGED as error:  # it was whole when the statistics were gathered, without those of this layer
+            raise OutputError(
+                f"job directory {self._path}: {path.name} was damaged while the run went on ({error}); start again"
+            ) from error
+        self.restored += 1
+        return True
+
+    def keep(self, job: Job, passes: Sequence[LayerPass]) -> None:
+        """See `magr_onnx.passes.outcome.Store`."""
+        del passes
+        try:
+            _write(self._file(job.layer), to_arrays(job))
+        except OSError as error:
+            raise OutputError(
+                f"job directory {self._path}: {explained(error)}. The layers finished so far are kept; the same command goes on from there"
+            ) from error
+
+    def _file(self, layer: LinearLayer) -> Path:
+        key = json.dumps([layer.name, layer.weight_name, layer.k, layer.n, self._plan])
+        return self._layers / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+
+    def _read(self, path: Path, job: Job) -> Arrays:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > most_bytes(job):
+            raise ValueError(f"{size} bytes are no outcome of a {job.layer.k} x {job.layer.n} layer")
+        with np.load(path, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+
+
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, OptionError)
+
+
+def _write(path: Path, content: bytes | Arrays) -> None:
+    """A whole file or none."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with part.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.savez(file, allow_pickle=False, **content)
+        replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _short(text: Any) -> str:
+    found = "nothing" if text is None else str(text)
+    return found if len(found) <= 100 else f"{found[:97]}..."
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

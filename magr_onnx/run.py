@@ -1,0 +1,144 @@
+"""What a run holds besides its model: how much memory it may use, where finished constants go, and its job directory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import onnx_ir as ir
+
+from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.files import Loaded
+from magr_onnx.locking import clear, workspace
+from magr_onnx.options import bytes_of
+from magr_onnx.passes import LayerPass, LinearLayer
+from magr_onnx.resume import JobDirectory, job_directory, manifest_of
+from magr_onnx.runtime.data import Batches
+from magr_onnx.spool import Spool
+from magr_onnx.writing import INLINE_LIMIT, Layout, explained
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Size = int | str
+
+DEFAULT_MEMORY = 4_000_000_000
+WHOLE = 3  # times its size is what a model needs that onnxruntime holds as a whole: weights, their packed copies, activations
+
+
+def with_run(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
+    """Give a function a `Run` of its own as its first argument, closed when it returns."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            return function(Run(stack), *args, **kwargs)
+
+    signature = inspect.signature(function)
+    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+    return call
+
+
+class Run:
+    """Resources of one run.
+
+    Attributes:
+        large: Whether the model is too large to be run as a whole in the memory there is.
+        gram_budget: Bytes of Gram matrices held at a time.
+        cache: Bytes of values between stages held in memory.
+        layout: How the result is laid out in files.
+        store: The job directory, if there is one.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._spool: Spool | None = None
+        self.large = False
+        self.gram_budget = self.cache = 0
+        self.layout = Layout()
+        self.store: JobDirectory | None = None
+
+    def open(
+        self,
+        loaded: Loaded,
+        output: Path | None,
+        memory: Size | None,
+        gram_budget: int,
+        cache: int,
+        shard_size: Size | None,
+        external: bool,
+    ) -> None:
+        """Decide between ways by the size of the model, and make a place for what does not stay in memory.
+
+        Raises:
+            OptionError: A size that is none.
+            OutputError: The folder of the output cannot be written to.
+        """
+        limit = DEFAULT_MEMORY if memory is None else size_of(memory, "max_memory")
+        shard = None if shard_size is None else size_of(shard_size, "shard_size")
+        self.large = WHOLE * loaded.bytes > limit
+        self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)
+        self.layout = Layout(external, shard, limit // 8 if self.large else INLINE_LIMIT)
+        if output is None:
+            if shard is not None or external:
+                raise OptionError("shard_size and external_data are about files; give an output")
+            return
+        clear(output)
+        if self.large:
+            try:
+                self._spool = Spool(self._stack.enter_context(workspace(output)))
+            except OSError as error:
+                raise OutputError(f"cannot write to {output.parent}: {explained(error)}") from error
+
+    def resume(
+        self,
+        path: str | os.PathLike[str] | None,
+        loaded: Loaded,
+        data: Batches | None,
+        passes: Sequence[LayerPass],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Open the job directory, if one is asked for; see `magr_onnx.resume.job_directory` for what may be wrong with it."""
+        if path is not None:
+            decided = {"large": self.large, "gram_budget": self.gram_budget}
+            self.store = self._stack.enter_context(job_directory(Path(path), manifest_of(loaded, data, passes, {**options, **decided})))
+
+    def plan(self, passes: Sequence[LayerPass], assigned: Mapping[str, Sequence[LayerPass]]) -> None:
+        """Say what will be done to the layers."""
+        if self.store is not None:
+            self.store.plan(passes, assigned)
+
+    def left(self, layer: LinearLayer) -> bool:
+        """Whether the layer is still to be solved."""
+        return self.store is None or not self.store.has(layer)
+
+    def sweep(self, model: ir.Model) -> None:
+        """Take what is finished out of memory."""
+        if self._spool is not None:
+            self._spool.sweep(model)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say about it in the report."""
+        if self.store is None:
+            return []
+        return [
+            *([f"{self.store.restored} layers were finished before and taken from the job directory"] if self.store.restored else []),
+            *self.store.notes,
+        ]
+
+
+def size_of(value: Size, name: str) -> int:
+    """Bytes of a number, or of a text such as ``2 GB``.
+
+    Raises:
+        OptionError: It is neither, or not positive.
+    """
+    found = bytes_of(value) if isinstance(value, str) else int(value)
+    if found is None or found < 1:
+        raise OptionError(f"{name}={value!r}: give a size such as 512MB or 2GB")
+    return found

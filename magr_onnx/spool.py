@@ -1,0 +1,48 @@
+"""Constants of finished layers on disk instead of in memory: the graph holds memory-mapped tensors of a file that grows layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from magr_onnx.errors import OutputError
+from magr_onnx.writing import explained, model_values
+
+SMALL = 1 << 12  # bytes up to which a tensor stays in memory
+FILE_BYTES = 1 << 30  # a tensor maps the whole of its file, so that many files are better than one
+
+
+class Spool:
+    """Files of a temporary folder that take a model's tensors out of memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+        self._used = 0
+
+    def sweep(self, model: ir.Model) -> None:
+        """Move every tensor that is in memory, and no small one, to disk.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        try:
+            for value in model_values(model):
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.release()
+                elif isinstance(tensor, ir.Tensor) and tensor.nbytes > SMALL:
+                    value.const_value = self._move(tensor, str(value.name))
+        except OSError as error:
+            raise OutputError(f"cannot write temporary files to {self._folder.parent}: {explained(error)}") from error
+
+    def _move(self, tensor: ir.Tensor, name: str) -> ir.ExternalTensor:  # type: ignore[type-arg]
+        if self._used > FILE_BYTES:
+            self._number, self._used = self._number + 1, 0
+        path = self._folder / f"spool-{self._number}.data"
+        with path.open("ab") as file:
+            offset = file.tell()
+            file.write(tensor.tobytes())  # not tofile: NumPy does not say that a disk is full
+            self._used = file.tell()
+        return ir.ExternalTensor(path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=self._folder)

@@ -1,0 +1,289 @@
+"""Writing a model of any size: tensors one by one, in one file or in shards, and all of it in place at once or not at all.
+
+A model and its data files are a set. They are written into a folder of their own beside the output, verified there, and renamed: data
+first, the model last, so that at every moment the name of the output means a whole model, the old one or the new one. For that the new
+data must not take the names that an old model reads from: then they carry the beginning of their SHA-256, and the old ones are removed
+when nothing needs them any more. The names follow from what is there and what is written, so a run that is repeated repeats them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from magr_onnx.errors import MagrError, OutputError
+from magr_onnx.locking import replace, sync, workspace
+
+INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
+PROTOBUF_LIMIT = (1 << 31) - 1
+SMALL = 256  # bytes up to which a tensor stays in the protobuf, as onnx and onnx-ir have it
+_CHUNK = 1 << 24
+_LARGE_PROTOBUF = 1 << 28  # is not read only to learn which data files it names
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is laid out in files.
+
+    Attributes:
+        external: Whether tensors go to data files in any case; else they do where the model would pass ``inline_limit`` bytes.
+        shard_size: Most bytes of a data file; a tensor that is larger has a file of its own. None for no data files, or one.
+        inline_limit: See ``external``.
+    """
+
+    external: bool = False
+    shard_size: int | None = None
+    inline_limit: int = INLINE_LIMIT
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Bytes of all tensors of the model, those in attributes and subgraphs included."""
+    held = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    total = sum(t.nbytes for t in held if t is not None)
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                total += attribute.as_tensor().nbytes
+    return total
+
+
+def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = None, layout: Layout | None = None) -> int:
+    """Write a model under a temporary name, verify it, then rename; returns the bytes written.
+
+    On any error, an interrupt included, the old output stays whole and nothing is left behind. After a kill (or a power cut) the old
+    output, or the new one, is whole, and the next run on the same output clears what was left.
+
+    Args:
+        model: What to write. Its tensors lie in the new data files afterwards, where there are any.
+        output: Final path.
+        verify: Called with the temporary file; an exception it raises stops the rename.
+        layout: Data files or not.
+
+    Raises:
+        OutputError: The disk is full, or the folder is not to be written to.
+        MagrError: The model without its tensors is larger than a protobuf can be.
+    """
+    try:
+        with workspace(output) as folder:
+            return _save(model, output, folder, verify, layout or Layout())
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {explained(error)}") from error
+    except ValueError as error:
+        raise MagrError(f"the result cannot be serialized to {output}: {error}") from error
+
+
+def explained(error: OSError) -> str:
+    """What to do about an error of the file system."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free space there, or write to another disk",
+        errno.EDQUOT: "the disk quota is used up; free space there, or write to another disk",
+        errno.EFBIG: "files may not grow that large here; give a shard size below the limit (--shard-size), or raise it (ulimit -f)",
+        errno.EROFS: "the file system is read-only; write to another folder",
+        errno.EACCES: "no permission; write to another folder, or change its permissions",
+        errno.EPERM: "no permission; write to another folder, or change its permissions",
+    }.get(error.errno or 0)
+    return f"{error}" if advice is None else f"{error.strerror} ({advice})"
+
+
+def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], None] | None, layout: Layout) -> int:
+    limit = min(layout.inline_limit, INLINE_LIMIT)
+    external = layout.external or layout.shard_size is not None or tensor_bytes(model) > limit
+    old = data_files(output)
+    part = folder / output.name
+    if external:
+        LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=SMALL // 4)(model)
+    values = _large(model) if external else []
+    before = [v.const_value for v in model_values(model)]
+    files = _write_data([v.const_value for v in values if v.const_value is not None], folder, layout.shard_size)
+    names = _names(output, [f.digest for f in files], old)
+    done = False
+    try:
+        for file, name in zip(files, names, strict=True):
+            os.replace(file.path, folder / name)
+            for index, offset in file.tensors:
+                values[index].const_value = _external(values[index], name, offset, folder)
+        for value in model_values(model):
+            if value.const_value is not None and isinstance(value.const_value, ir.ExternalTensor) and value.const_value.base_dir != folder:
+                value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.const_value.name, dtype=value.const_value.dtype)
+        _write_protobuf(model, part)
+        if verify is not None:
+            verify(part)
+        made = [folder / name for name in names]
+        size = sum(p.stat().st_size for p in (*made, part))
+        mode = 0o666 & ~_umask()
+        for path in (*made, part):
+            path.chmod(mode)
+            sync(path)
+        for path in made:
+            replace(path, output.parent / path.name)
+        replace(part, output)
+        done = True
+    finally:
+        for value, tensor in zip(model_values(model), before, strict=True):
+            held = value.const_value
+            if done and isinstance(held, ir.ExternalTensor):
+                held.release()
+                held.base_dir = output.parent
+            else:
+                value.const_value = tensor
+    for path in old - {output.parent / name for name in names}:
+        if is_ours(path, output):
+            path.unlink(missing_ok=True)
+    return size
+
+
+def model_values(model: ir.Model) -> list[ir.Value]:
+    """The initializers of the model and its subgraphs."""
+    return [v for graph in model.graphs() for v in graph.initializers.values()]
+
+
+def _large(model: ir.Model) -> list[ir.Value]:
+    """The initializers that go to data files. Where the small ones alone are too many for a protobuf, all of them."""
+    values = [v for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
+    small = sum(v.const_value.nbytes for v in values if v.const_value is not None and v.const_value.nbytes <= SMALL)
+    least = SMALL if small <= INLINE_LIMIT // 4 else 0
+    return [v for v in values if v.const_value is not None and v.const_value.nbytes > least]
+
+
+@dataclass(slots=True)
+class _DataFile:
+    """A data file being written: its place, its hash, and the number and offset of every tensor in it."""
+
+    path: Path
+    digest: str
+    tensors: list[tuple[int, int]]
+
+
+class _Hashed:
+    """A file that hashes what is written to it. It has no file number, so that tensors copy themselves through it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for at in range(0, len(view), _CHUNK):
+            self._file.write(view[at : at + _CHUNK])
+            self._hash.update(view[at : at + _CHUNK])
+        self.size += len(view)
+        return len(view)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: int | None) -> list[_DataFile]:
+    """Write tensors in order, a new file wherever the next one would pass the shard size."""
+    groups: list[list[int]] = []
+    used = 0
+    for index, tensor in enumerate(tensors):
+        if not groups or (shard_size is not None and used + tensor.nbytes > shard_size):
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += tensor.nbytes
+    files = []
+    for number, group in enumerate(groups):
+        path = folder / f"{number}.part"
+        with path.open("wb") as raw:
+            file = _Hashed(raw)
+            places = []
+            for index in group:
+                places.append((index, file.size))
+                _copy(tensors[index], file)
+        files.append(_DataFile(path, file.digest(), places))
+    return files
+
+
+def _copy(tensor: ir.TensorProtocol, file: _Hashed) -> None:
+    start = file.size
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.tofile(file)
+        tensor.release()
+    else:
+        file.write(tensor.tobytes())
+    if file.size - start != tensor.nbytes:
+        raise ValueError(f"tensor {tensor.name} wrote {file.size - start} bytes and should have {tensor.nbytes}")
+
+
+def _external(value: ir.Value, name: str, offset: int, folder: Path) -> ir.ExternalTensor:
+    tensor = value.const_value
+    assert tensor is not None
+    return ir.ExternalTensor(name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=folder)  # type: ignore[arg-type]
+
+
+def _write_protobuf(model: ir.Model, path: Path) -> None:
+    proto = ir.to_proto(model)
+    if proto.ByteSize() > PROTOBUF_LIMIT:
+        raise ValueError(f"without its large initializers it still has {proto.ByteSize()} bytes, and a protobuf has 2 GiB at most")
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def data_files(model: Path) -> set[Path]:
+    """The data files that a model on disk reads from; none where there is no such model. Of a very large one, all that it may read."""
+    if model.is_file() and model.stat().st_size > _LARGE_PROTOBUF:
+        return {path for path in model.parent.iterdir() if is_ours(path, model)}
+    try:
+        proto = onnx.load(str(model), load_external_data=False)
+    except Exception:  # whatever is there is no model, and so reads from nothing
+        return set()
+    found = set()
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            found.add(model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location)
+    return found
+
+
+def data_name(output: Path, number: int = 0, count: int = 1, tag: str = "") -> str:
+    """The name of a data file: ``m.onnx.data``, or ``m.onnx-00001-of-00003.data``; a tag comes before."""
+    stem = f"{output.name}{f'.{tag}' if tag else ''}"
+    return f"{stem}.data" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.data"
+
+
+def _names(output: Path, digests: Sequence[str], old: set[Path]) -> list[str]:
+    """Names for data files of these contents, by which nothing of the old output is overwritten with anything else."""
+    count = len(digests)
+    tag = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+    plain = [data_name(output, i, count) for i in range(count)]
+    tagged = [data_name(output, i, count, tag) for i in range(count)]
+
+    def free(names: Sequence[str]) -> bool:
+        paths = [output.parent / name for name in names]
+        return all(p not in old or file_digest(p) == d for p, d in zip(paths, digests, strict=True))
+
+    there = all(
+        (output.parent / name).is_file() and file_digest(output.parent / name) == d for name, d in zip(tagged, digests, strict=True)
+    )
+    return tagged if (there and count) or not free(plain) else plain
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def is_ours(path: Path, output: Path) -> bool:
+    """Whether a data file has a name that only this output gives."""
+    return re.fullmatch(rf"{re.escape(output.name)}(\.[0-9a-f]{{12}})?(-\d{{5}}-of-\d{{5}})?\.data", path.name) is not None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

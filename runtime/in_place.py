@@ -1,0 +1,55 @@
+"""A model in memory as onnxruntime can load it: its external data is read where it lies, and only what is in memory is written.
+
+onnxruntime takes external data only from below one folder. Told that this folder is the root of the file system, it finds every file of
+any source, memory-maps it, and nothing has to be copied however large the model is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx_ir as ir
+
+THRESHOLD = 1024  # bytes from which a tensor in memory goes to the data file; the rest stays in the protobuf
+FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
+    """The model as bytes, and the session options that let onnxruntime find its tensors.
+
+    Tensors in memory of more than `THRESHOLD` bytes are written to ``folder / "model.data"``, one at a time. The model is as it was
+    afterwards.
+
+    Raises:
+        OSError: The folder cannot be written to.
+        ValueError: The protobuf passes 2 GiB without its large tensors.
+    """
+    root = Path(folder.resolve().anchor)
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    before = [v.const_value for v in values]
+    data = folder.resolve() / "model.data"
+    try:
+        with data.open("wb") as file:
+            for value in values:
+                tensor = value.const_value
+                assert tensor is not None
+                if isinstance(tensor, ir.ExternalTensor):
+                    path = Path(os.path.abspath(tensor.path))
+                    path = path.parent.resolve() / path.name  # a link to a folder, followed; a link to a file is checked by its reader
+                    if Path(path.anchor) == root:
+                        value.const_value = _external(tensor, path, root, tensor.offset or 0)
+                        continue
+                if tensor.nbytes > THRESHOLD:
+                    offset = file.tell()
+                    file.write(tensor.tobytes())
+                    value.const_value = _external(tensor, data, root, offset)
+        return ir.to_proto(model).SerializeToString(), {FOLDER_KEY: str(root)}
+    finally:
+        for value, old in zip(values, before, strict=True):
+            value.const_value = old
+
+
+def _external(tensor: ir.TensorProtocol, path: Path, root: Path, offset: int) -> ir.ExternalTensor:
+    location = path.relative_to(root).as_posix()
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(tensor.name), base_dir=root)  # type: ignore[arg-type]
