@@ -230,9 +230,8 @@ def test_mixed_precision_chooses_for_bodies(options: dict[str, Any]) -> None:
 
 def test_external_data_holds_what_bodies_read(tmp_path: Path) -> None:
     trap, rng = ZOO["weights-in-a-branch"], np.random.default_rng(0)
-    report = magr_onnx.optimize(
-        trap.build(), output=tmp_path / "q.onnx", bits=8, block_size=16, exclude=["other"], external_data=True
-    ).report
+    options = {"bits": 8, "block_size": 16, "exclude": ["other"], "external_data": True}
+    report = magr_onnx.optimize(trap.build(), output=tmp_path / "q.onnx", **options).report
     assert (tmp_path / "q.onnx.data").stat().st_size > 0
     assert len(report.layers) == 1
     with Session(tmp_path / "q.onnx") as session, Session(ir.from_proto(trap.build())) as floats:

@@ -369,8 +369,11 @@ TRAPS = (
         lambda: model(
             """g (float[n, 24] x, bool c) => (float[n, 24] y) {
                 y = If(c) <
-                    then_branch = yes () => (float[n, 24] a) { r = Relu(x)  [sum] a = Einsum<equation = "nk,km->nm">(r, u) },
-                    else_branch = no () => (float[n, 24] d) {
+                    then_branch = yes () => (float[n, 24] a) <float[n, 24] r> {
+                        r = Relu(x)
+                        [sum] a = Einsum<equation = "nk,km->nm">(r, u)
+                    },
+                    else_branch = no () => (float[n, 24] d) <float[24, n] t, float[24, n] h> {
                         t = Transpose(x)
                         [left] h = MatMul(v, t)
                         d = Transpose(h)

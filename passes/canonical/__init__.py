@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx.passes.bodies import opaque, walk
 from magr_onnx.passes.canonical import einsum, fused, gemm_bias, left, requantize, stack, trans_a, types, vector
 from magr_onnx.passes.canonical.edit import Canvas, Edit, Form, Refusal, weight
 from magr_onnx.passes.linear import REFUSED, Reason, selected
@@ -30,7 +29,7 @@ FORMS: tuple[Form, ...] = (
 
 
 def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = (), *, again: bool = False) -> list[str]:
-    """Bring layers, those in bodies included, into the form they are found in; sentences for the report on what changed.
+    """Bring the layers of the main graph into the form they are found in; sentences for the report on what changed.
 
     Args:
         model: Changed in place.
@@ -42,7 +41,7 @@ def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence
     names = [pattern.partition("[")[0] for pattern in include]  # a part of a stack, by the name it will have
     for form in (requantize.FORM, *FORMS) if again else FORMS:
         done = []
-        for node in [node for node, place in walk(model.graph) if opaque(place) is None]:
+        for node in list(model.graph):
             if f"{node.domain}.{node.op_type}".removeprefix(".") not in form.operators:
                 continue
             edit = Edit(canvas, node)
