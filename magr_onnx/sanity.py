@@ -158,7 +158,7 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
             _attribute(node, attribute, inside_function, found)
         if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
             known[node.output[0]] = node.attribute[0].t
-        size = unfolded(node, known)
+        size = None if found.problems else unfolded(node, known)
         if size is not None and size > LARGEST_CONSTANT:
             found.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
 

@@ -24,7 +24,7 @@ def unfolded(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> flo
 
     Args:
         node: Any node.
-        known: The constants of its graph, by value name.
+        known: The constants of its graph that hold what they say, by value name.
     """
     make = _UNFOLDING.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if make is None:
@@ -37,10 +37,7 @@ def _small(tensor: onnx.TensorProto | None) -> Array | None:
     """The values of a constant that may be a shape, flat."""
     if tensor is None or uses_external_data(tensor) or tensor.data_type == onnx.TensorProto.STRING or math.prod(tensor.dims) > _SMALL:
         return None
-    try:
-        return onnx.numpy_helper.to_array(tensor).astype(np.float64).reshape(-1)
-    except (TypeError, ValueError):  # the checks of tensors say what is wrong
-        return None
+    return onnx.numpy_helper.to_array(tensor).astype(np.float64).reshape(-1)
 
 
 def _of_shape(node: onnx.NodeProto, arrays: Arrays, dims: Dims) -> float | None:

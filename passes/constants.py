@@ -149,16 +149,16 @@ def behind(value: ir.Value) -> ir.Value:
     return value
 
 
-def is_dequantized(value: ir.Value) -> bool:
-    """Whether a DequantizeLinear of a constant (perhaps quantized in the graph) makes the value, or what it is a view of."""
-    node = behind(value).producer()
+def dequantized(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant that a DequantizeLinear makes a value of, or what the value is a view of; it may be quantized in the graph."""
+    node = None if value is None else behind(value).producer()
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
-        return False
+        return None
     source = behind(node.inputs[0])
     maker = source.producer()
     if maker is not None and maker.op_type == "QuantizeLinear" and maker.inputs[0] is not None:
         source = behind(maker.inputs[0])
-    return constant(source) is not None
+    return constant(source)
 
 
 def drop_if_unused(value: ir.Value) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.constants import Held, held, is_dequantized
+from magr_onnx.passes.constants import Held, dequantized, held
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import operand
@@ -159,7 +159,7 @@ def view(node: ir.Node) -> ConvLayer | Skip:
         return skip(ConvReason.SHAPE, "an input is missing")
     weight = held(value)
     if weight is None:
-        return skip(Reason.QUANTIZED if is_dequantized(value) else ConvReason.DYNAMIC_WEIGHT)
+        return skip(Reason.QUANTIZED if dequantized(value) is not None else ConvReason.DYNAMIC_WEIGHT)
     if weight.overridable:
         return skip(Reason.OVERRIDABLE)
     if weight.dtype not in FLOATS:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
-from magr_onnx.passes.constants import CASTS, held, is_step
+from magr_onnx.passes.constants import CASTS, dequantized, held, is_step
 from magr_onnx.passes.linear import REFUSED, Reason, Skip, layer_name
 
 LEAST = 2048
@@ -38,16 +38,23 @@ def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
         if operator in _LAYERS or is_step(node):
             continue
         kind = _KINDS.get(operator)
-        found = []
+        found: list[ir.TensorProtocol] = []
+        floats = False
         for value in node.inputs:
             constant = held(value)
-            if constant is None or len(constant.shape) < 2 or (constant.dtype not in CASTS and kind != Reason.QUANTIZED):
+            shape, stored = ((), dequantized(value)) if constant is None else (constant.shape, constant.stored)
+            if stored is None:
                 continue
-            if kind is not None or math.prod(constant.shape) >= LEAST:
-                found.append(constant)
+            shape = shape or tuple(int(d) for d in stored.shape.numpy())
+            real = constant is not None and constant.dtype in CASTS
+            if constant is not None and not real and kind != Reason.QUANTIZED:
+                continue  # indices, shapes, masks
+            if len(shape) >= (1 if kind == Reason.EINSUM else 2) and (kind is not None or math.prod(shape) >= LEAST):
+                found.append(stored)
+                floats |= real
         if not found:
             continue
-        reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER, "")
-        size = sum({id(c.stored): c.stored.nbytes for c in found}.values())
-        text = f"{', '.join(dict.fromkeys(c.name for c in found))}: {size / 1e6:.2f} MB"
+        reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER if floats else Reason.QUANTIZED, "")
+        size = sum({id(t): t.nbytes for t in found}.values())
+        text = f"{', '.join(dict.fromkeys(str(t.name) for t in found))}: {size / 1e6:.2f} MB"
         yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text)

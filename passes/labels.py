@@ -39,10 +39,12 @@ def restore(model: ir.Model, kept: Labels) -> None:
     """Give nodes and values back what they have lost; what they have stays."""
     model.graph.name, model.graph.doc_string = kept.graph[:2]
     model.graph.metadata_props.update(kept.graph[2])
+    taken = {node.name for node in model.graph.all_nodes()}  # one node may have become several, and names must differ
     for node in model.graph.all_nodes():
         if node.outputs and (found := kept.nodes.get(str(node.outputs[0].name))) is not None:
             name, doc_string, properties = found
-            node.name = node.name or name
+            if not node.name and name not in taken:
+                node.name = name
             node.doc_string = node.doc_string or doc_string
             _add(node.metadata_props, properties)
     for key, value in _values(model):

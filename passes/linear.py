@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.passes.bodies import Place, captured, inner_names, opaque, walk
-from magr_onnx.passes.constants import Held, drop_if_unused, held, is_dequantized
+from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
 
 OPERATORS = ("MatMul", "Gemm")
@@ -270,7 +270,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         return skip(Reason.DYNAMIC_WEIGHT)
     right, left = held(weight), held(x)
     if right is None:
-        if is_dequantized(weight):
+        if dequantized(weight) is not None:
             return skip(Reason.QUANTIZED)
         return skip(Reason.DYNAMIC_WEIGHT if left is None else Reason.CONSTANT_LEFT)
     if right.overridable:
@@ -283,8 +283,8 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         return skip(Reason.GRAPH_OUTPUT)
     if 0 in right.shape:
         return skip(Reason.EMPTY)
-    if left is not None and not left.overridable:
-        return skip(Reason.CONSTANT)
+    if left is not None:
+        return skip(Reason.CONSTANT, "a caller may override the input" if left.overridable else "")
     right, transposed = right.before_transposes()
     rows, columns = right.shape
     factor, beta = 1.0, 1.0

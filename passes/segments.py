@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from magr_onnx.passes.bodies import bodies_of
+from magr_onnx.passes.constants import held
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.shared import sharing
 
@@ -44,6 +45,8 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     constants: set[str] = set()  # made of constants alone: every segment makes them again, and quantized ones disappear from the model
     for node in model.graph:
         names = [name for name in reads(node) if name in level]
+        if not names and all(held(v) is not None for v in node.outputs):
+            continue  # a part of the way to a weight, which is no value to be kept for every batch
         if constants.issuperset(names) and node.op_type not in _RANDOM:
             constants.update(str(v.name) for v in node.outputs)
         at = max((level[name] for name in names), default=0) + (id(node) in own)

@@ -184,9 +184,6 @@ def test_einsums_that_are_left_alone(equation: str, w: tuple[int, ...], detail: 
     proto = model(text, w=constant("w", *w))
     work = ir.from_proto(proto)
     assert canonicalize(work) == []
-    if len(w) == 1:  # no matrix, so not worth a line
-        assert list(holders(work.graph)) == []
-        return
     (skip,) = holders(work.graph)
     assert skip.reason == "an Einsum that is no product with a constant matrix"
     assert skip.detail.startswith(f"{equation}: {detail}; w: ")
@@ -301,6 +298,26 @@ def test_layers_that_read_one_value_still_do() -> None:
     assert first.x is second.x
 
 
+def test_layers_in_bodies_are_brought_into_form_too() -> None:
+    text = """g (float[n, 48] x, bool c) => (float[n, 24] y) {
+        y = If(c) <
+            then_branch = t () => (float[n, 24] a) { [first] a = Einsum<equation = "bk,hk->bh">(x, w) },
+            else_branch = e () => (float[n, 24] a) {
+                h = Transpose(x)
+                [second] p = MatMul(w, h)
+                a = Transpose(p)
+            }
+        >
+    }"""
+    proto, x = model(text, w=constant("w", 24, 48)), np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    work = ir.from_proto(proto)
+    assert len(canonicalize(work)) == 2
+    onnx.checker.check_model(ir.to_proto(work), full_check=True)
+    assert [n.op_type for n in work.graph.all_nodes()] == ["If", "Transpose", "MatMul", "Transpose", "MatMul", "Transpose", "Transpose"]
+    for c in (np.array(True), np.array(False)):
+        np.testing.assert_allclose(run(work, {"x": x, "c": c})[0], run(proto, {"x": x, "c": c})[0], rtol=1e-5, atol=1e-5)
+
+
 def test_requantizing_what_is_quantized_in_the_graph_is_refused() -> None:
     text = """g (float[n, 48] x) => (float[n, 24] y) {
         codes = QuantizeLinear(v, step)
@@ -321,6 +338,8 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
         [attention] d = com.microsoft.MultiHeadAttention<num_heads = 4>(x, x, x, bias)
         [big] e = Mul(x, mask)
         [small] f = Mul(x, row)
+        [dequantized] codes8 = DequantizeLinear(int8, s8)
+        [sum] g1 = Add(codes8, x)
         [chain] turned = Transpose(mask)
         [table] g2 = Where(cond, turned, turned)
     }"""
@@ -337,6 +356,8 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
             bias=np.zeros(192, np.float32),
             mask=constant("mask", 64, 64),
             row=np.ones((1, 64), np.float32),
+            int8=np.zeros((64, 64), np.int8),
+            s8=np.ones((), np.float32),
             cond=np.ones((64, 64), bool),
         )
     )
@@ -346,6 +367,7 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
         "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),
         "moe": ("a fused operator that no format can replace", "router, experts: 0.03 MB"),
         "lstm": ("a recurrent operator", "lw, lr: 0.02 MB"),
+        "sum": ("weight is quantized already", "int8: 0.00 MB"),
         "big": (other, "mask: 0.02 MB"),
         "table": (other, "mask: 0.02 MB"),
     }

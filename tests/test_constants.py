@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from magr_onnx.passes.constants import FOLLOW, drop_if_unused, held
 from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.segments import plan
 from magr_onnx.runtime.session import Arithmetic, Session
 from tests.graphs import Builder, random
 
@@ -188,6 +189,19 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     np.testing.assert_array_equal(layer.read(), random(6, 4).astype(np.float16).T.astype(np.float32))
     layer.read()
     assert len(reads) == 2  # nothing is kept
+
+
+def test_constant_ways_are_no_values_between_stages() -> None:
+    """They would be kept for every batch."""
+    b = Builder(20)
+    x = b.input("x", ["batch", 6])
+    held_back = b.node("Constant", [], "held", value=ir.tensor(random(6, 6, seed=2)))
+    first = b.node("MatMul", [x, b.node("Transpose", [b.constant("w1", random(6, 6))], perm=[1, 0])], "first")
+    second = b.node("MatMul", [first, b.node("Transpose", [held_back], perm=[1, 0])], "second")
+    model = b.model(b.node("Add", [second, x], "sum"), ["batch", 6])
+    steps = plan(model, find(model)[0])
+    assert [[layer.name for layer in stage] for stage in steps.stages] == [["first"], ["second"]]
+    assert steps.live == (("x",), ("x", "first_out"))
 
 
 def two(

@@ -181,6 +181,13 @@ def test_every_opset_is_raised_without_a_word_and_without_a_change(opset: int, t
     np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
 
 
+def test_an_operator_that_becomes_several_keeps_one_name(tmp_path: Path) -> None:
+    text = "g (float[n, m, 16] x) => (float[n, m, 8] y) { h = MatMul(x, w) [soft] y = Softmax<axis = 1>(h) }"
+    proto, path = model(text, opset=11, ir_version=6, w=W), tmp_path / "out.onnx"
+    magr_onnx.optimize(proto, output=path, format="qdq", bits=8)
+    assert [n.name for n in onnx.load(path).graph.node].count("soft") == 1
+
+
 def test_opsets_are_raised_no_further_than_the_format_needs(tmp_path: Path) -> None:
     proto = old_model(11)
     opsets = {form: magr_onnx.optimize(proto, **FORMATS[form]).model.opset_imports[""] for form in ("matmulnbits", "qdq", "dynamic-int8")}

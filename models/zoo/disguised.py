@@ -236,6 +236,7 @@ EINSUMS = (
         }""",
         {"x": (4, K)},
         lambda f, w: (f["x"] * constant("scales", 1, K)) @ w["fc"],
+        {"fc": CONVERTED, "scaled": EINSUM},
         initializers={"w": W, "scales": constant("scales", 1, K)[0]},
     ),
     _trap(

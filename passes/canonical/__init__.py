@@ -29,7 +29,7 @@ FORMS: tuple[Form, ...] = (
 
 
 def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = (), *, again: bool = False) -> list[str]:
-    """Bring the layers of the main graph into the form they are found in; sentences for the report on what changed.
+    """Bring the layers of the main graph and of the bodies in it into the form they are found in; sentences for the report on what changed.
 
     Args:
         model: Changed in place.
@@ -41,7 +41,7 @@ def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence
     names = [pattern.partition("[")[0] for pattern in include]  # a part of a stack, by the name it will have
     for form in (requantize.FORM, *FORMS) if again else FORMS:
         done = []
-        for node in list(model.graph):
+        for node in list(model.graph.all_nodes()):
             if f"{node.domain}.{node.op_type}".removeprefix(".") not in form.operators:
                 continue
             edit = Edit(canvas, node)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from magr_onnx.passes.constants import CASTS, Held, held
+from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held, ints
 from magr_onnx.passes.linear import NAMES, Reason, layer_name
 
 Dims = list[int | ir.SymbolicDim]
@@ -48,7 +48,7 @@ class Canvas:
     """What the edits of one model share.
 
     Attributes:
-        graph: The main graph.
+        graph: The main graph; constants are kept there, where its bodies see them too.
         opset: Of ONNX's own operators.
     """
 
@@ -59,7 +59,7 @@ class Canvas:
         self._model = model
         self._inferred: dict[str, Dims] | None = None
         self._names = {v.name for node in model.graph.all_nodes() for v in node.outputs}
-        self._names |= {v.name for v in model.graph.inputs} | set(model.graph.initializers)
+        self._names |= {name for g in model.graphs() for name in (*g.initializers, *(v.name for v in g.inputs))}
 
     def unique(self, base: str) -> str:
         """A name that no value has."""
@@ -88,7 +88,11 @@ def _inferred(model: ir.Model) -> dict[str, Dims]:
         ShapeInferencePass(check_type=False, strict_mode=False)(copy)
     finally:
         logger.setLevel(level)
-    return {str(v.name): list(v.shape) for node in copy.graph for v in node.outputs if v.shape is not None}
+    found: dict[str, Dims | None] = {}
+    for value in (v for node in copy.graph.all_nodes() for v in node.outputs):
+        name, shape = str(value.name), None if value.shape is None else list(value.shape)
+        found[name] = shape if found.get(name, shape) == shape else None  # bodies may use a name twice
+    return {name: shape for name, shape in found.items() if shape is not None}
 
 
 def known(dim: int | ir.SymbolicDim) -> int | None:
@@ -107,6 +111,13 @@ class Edit:
 
     def __init__(self, canvas: Canvas, node: ir.Node) -> None:
         self.node, self.canvas, self.name = node, canvas, layer_name(node)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph, or the body the node is in."""
+        graph = self.node.graph
+        assert isinstance(graph, ir.Graph)
+        return graph
 
     @property
     def dtype(self) -> ir.DataType:
@@ -130,6 +141,10 @@ class Edit:
     # Operators. Each sets the shape and the type of what it makes; asked twice for the same, it gives the first.
 
     def transpose(self, x: ir.Value, perm: Sequence[int]) -> ir.Value:
+        before = x.producer()
+        if before is not None and before.op_type == "Transpose" and before.domain == "" and before.inputs[0] is not None:
+            first = ints(before, "perm", 1) or list(reversed(range(len(perm))))
+            return self.transpose(before.inputs[0], [first[p] for p in perm])  # two in a row are one
         if list(perm) == list(range(len(perm))):
             return x
         shape = self.shape(x)
@@ -137,7 +152,10 @@ class Edit:
 
     def reshape(self, x: ir.Value, target: Sequence[int]) -> ir.Value:
         """``target`` as in ONNX: 0 keeps the dimension at its place, -1 is what is left."""
-        return self._make("Reshape", [x, self.ints(target)], _reshaped(self.shape(x), target))
+        shape = self.shape(x)
+        if shape == list(target):
+            return x
+        return self._make("Reshape", [x, self.ints(target)], _reshaped(shape, target))
 
     def unsqueeze(self, x: ir.Value, count: int) -> ir.Value:
         """``count`` leading axes of one."""
@@ -215,13 +233,16 @@ class Edit:
         value.type = value.type if result.type is None else result.type
         value.shape = value.shape if result.shape is None else result.shape
         value.metadata_props.update(result.metadata_props)
-        ir.convenience.replace_nodes_and_values(self.canvas.graph, self.node, [self.node], [], [result], [value])
+        inputs = [v for v in self.node.inputs if v is not None]
+        ir.convenience.replace_nodes_and_values(self.graph, self.node, [self.node], [], [result], [value])
+        for unread in inputs:
+            drop_if_unused(unread)
         return True
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A constant of integers."""
         key = ("ints", tuple(values))
-        if key not in self.canvas.made:
+        if (found := self.canvas.made.get(key)) is None or found[0].graph is None:
             name = "onnx_magr_" + ("_".join(map(str, values)).replace("-", "minus") or "scalar")
             self.canvas.made[key] = [self._constant(name[:80], np.asarray(values, np.int64).reshape(-1))]
         return self.canvas.made[key][0]
@@ -252,15 +273,16 @@ class Edit:
         fresh: bool = False,
         **attributes: Any,
     ) -> list[ir.Value]:
-        key = (op, *map(id, inputs), *((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(attributes.items())))
-        if not fresh and key in self.canvas.made:
-            return self.canvas.made[key]
+        key = (op, id(self.graph), *map(id, inputs), *((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(attributes.items())))
+        found = None if fresh else self.canvas.made.get(key)
+        if found is not None and all((maker := v.producer()) is not None and maker.graph is not None for v in found):
+            return found
         node = ir.node(op, inputs, attributes, num_outputs=count, name=self.canvas.unique(f"{self.name}_{op.lower()}"))
         for output in node.outputs:
             output.name = self.canvas.unique(f"{node.name}_out")
             output.dtype = dtype or inputs[0].dtype or self.dtype
             output.shape = None if shape is None else ir.Shape(shape)
-        self.canvas.graph.insert_before(self.node, node)
+        self.graph.insert_before(self.node, node)
         if not fresh:
             self.canvas.made[key] = list(node.outputs)
         return list(node.outputs)

@@ -1,4 +1,4 @@
-"""FusedMatMul of onnxruntime, ``alpha op(A) op(B)``: Transposes, a MatMul, and a Mul by alpha."""
+"""FusedMatMul of onnxruntime (TransposeMatMul, once), ``alpha op(A) op(B)``: Transposes, a MatMul, and a Mul by alpha."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ def rewrite(edit: Edit) -> Refusal | bool | None:
     return edit.finish(edit.scaled(product, edit.real("alpha")))
 
 
-FORM = Form("a FusedMatMul", ("com.microsoft.FusedMatMul",), rewrite)
+FORM = Form("a FusedMatMul", ("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"), rewrite)

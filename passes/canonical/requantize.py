@@ -5,14 +5,15 @@ Only where the caller asks for it: what the first rounding lost does not come ba
 
 from __future__ import annotations
 
+from magr_onnx.passes.canonical import fused
 from magr_onnx.passes.canonical.edit import Edit, Form
-from magr_onnx.passes.constants import FOLLOW, behind, held, is_dequantized
+from magr_onnx.passes.constants import FOLLOW, behind, dequantized, held
 
 
 def rewrite(edit: Edit) -> bool | None:
     done = None
     for value in edit.node.inputs[:2]:
-        if value is None or not is_dequantized(value):
+        if value is None or dequantized(value) is None:
             continue
         node = behind(value).producer()
         assert node is not None
@@ -24,4 +25,6 @@ def rewrite(edit: Edit) -> bool | None:
     return done
 
 
-FORM = Form("a weight quantized before, now taken for the floats it stands for", ("MatMul", "Gemm", "Einsum"), rewrite)
+FORM = Form(
+    "a weight quantized before, now taken for the floats it stands for", ("MatMul", "Gemm", "Einsum", *fused.FORM.operators), rewrite
+)
