@@ -268,7 +268,7 @@ def optimize(
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
     digests |= begun.digests
-    said = shared.remarks(layers)
+    said = shared.remarks(layers, run.large)
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)

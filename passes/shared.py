@@ -108,10 +108,18 @@ def by_weight(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
     return list(found.values())
 
 
-def remarks(layers: Sequence[LinearLayer]) -> dict[str, list[str]]:
-    """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name."""
+def remarks(layers: Sequence[LinearLayer], alone: bool = False) -> dict[str, list[str]]:
+    """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name.
+
+    ``alone`` is for stages of a model too large to be run as a whole, which solve every layer by itself.
+    """
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
     for layer in layers:
+        same = [
+            x.name for x in layers if alone and x is not layer and not x.nested and not layer.nested and x.weight_key == layer.weight_key
+        ]
+        if same:
+            found[layer.name].append(f"{_some(same)} reads the same weight in another stage, and has codes of its own")
         turned = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
         if turned:
             found[layer.name].append(f"{_some(turned)} reads the same weight transposed or scaled, so that their codes cannot be shared")

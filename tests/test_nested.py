@@ -20,6 +20,7 @@ from magr_onnx.passes.bodies import unique_names, walk
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.hoist import hoist, hoisted
 from magr_onnx.passes.linear import OPERATORS, Reason, find
+from magr_onnx.passes.pipeline import parse
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime import bodies, calibrate
 from magr_onnx.runtime.data import open_data
@@ -350,3 +351,50 @@ def test_bodies_do_not_hide_what_is_captured_twice() -> None:
             for feeds in data:
                 wanted = feeds["x"] @ w + feeds["x"] @ (u if feeds["c"] else v)
                 assert np.linalg.norm(session.run(feeds)[0] - wanted) <= 0.05 * np.linalg.norm(wanted)
+
+
+def test_passes_run_on_the_whole_model_one_after_the_other() -> None:
+    trap, rng = ZOO["if-in-a-loop"], np.random.default_rng(0)
+    source = ir.from_proto(trap.build())
+    with Session(source) as session:
+        data = open_data([trap.feeds(rng) for _ in range(4)], session.inputs)
+    calibrate.attach_stats(source, data)
+    ir.passes.Sequential(*parse("magr,quantize{bits=8,block_size=16},emit-matmulnbits"))(source)
+    weights = read_weights(source)
+    assert len(weights) == 2
+    feeds = trap.feeds(rng)
+    with Session(source) as session:
+        names = dict(zip(("even", "odd"), weights.values(), strict=True))
+        np.testing.assert_allclose(session.run(feeds)[0], trap.evaluate(feeds, names)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_too_large_to_run_is_data_free_in_its_bodies(tmp_path: Path) -> None:
+    trap, rng = ZOO["weight-shared-by-three-layers"], np.random.default_rng(0)
+    onnx.save(trap.build(), tmp_path / "in.onnx")
+    data = [trap.feeds(rng) for _ in range(8)]
+    options = {"bits": 8, "block_size": 16, "output": tmp_path / "q.onnx", "max_memory": 1000}
+    report = magr_onnx.optimize(tmp_path / "in.onnx", data, **options).report
+    rows = {row.name: row for row in report.layers}
+    assert [rows[name].rows > 0 for name in ("first", "second", "third")] == [True, False, True]
+    assert f"data-free: {bodies.TOO_LARGE}" in rows["second"].notes
+    assert "third reads the same weight in another stage, and has codes of its own" in rows["first"].notes
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """The first reader of a weight finished before, the others not."""
+    trap, rng = ZOO["weight-shared-by-three-layers"], np.random.default_rng(0)
+    onnx.save(trap.build(), tmp_path / "in.onnx")
+    data = [trap.feeds(rng) for _ in range(8)]
+
+    def run(name: str) -> bytes:
+        magr_onnx.optimize(tmp_path / "in.onnx", data, bits=4, block_size=16, output=tmp_path / name, resume=tmp_path / "job")
+        return (tmp_path / name).read_bytes()
+
+    whole = run("a.onnx")
+    layers = sorted((tmp_path / "job" / "layers").iterdir())
+    assert len(layers) == 3
+    for finished in range(3):
+        for i, file in enumerate(layers):
+            if i != finished:
+                file.unlink()
+        assert run(f"b{finished}.onnx") == whole
