@@ -53,6 +53,7 @@ class Job:
         kept_target: ``target`` from the rows that are not held out, after error feedback.
         outputs: Second moments of gradients at its outputs ``(N, N)``, where they were asked for.
         stored: What `constant` has made; one for all layers that share the weight.
+        alone: Whether no other layer shares it.
     """
 
     layer: LinearLayer
@@ -72,6 +73,7 @@ class Job:
     kept_target: Array | None = None
     outputs: Array | None = None
     stored: Stored = field(default_factory=dict)
+    alone: bool = True
 
     @staticmethod
     def start(layer: LinearLayer, stats: LayerStats | None) -> Job:
@@ -88,13 +90,13 @@ class Job:
         """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""
         return not self.stats.is_data_free and absorbs(self.layer, bias)
 
-    def constant(self, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A constant made of the weight, as `LinearLayer.constant`; layers that share the weight have it once."""
+    def constant(self, suffix: str, array: npt.NDArray[Any], inside: bool = False) -> ir.Value:
+        """A constant made of the weight, as `LinearLayer.constant`; layers that share the weight have it once, and in the main graph."""
         known = self.stored.setdefault(suffix, [])
         for value in known:
             if value.const_value is not None and _same(value.const_value.numpy(), array):
                 return value
-        known.append(self.layer.constant(suffix, array))
+        known.append(self.layer.constant(suffix, array, inside=inside and self.alone))
         return known[-1]
 
     def own_name(self, constant: ir.Value, suffix: str) -> str:

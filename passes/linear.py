@@ -169,16 +169,24 @@ class LinearLayer:
         result: Array = np.broadcast_to(flat, (self.n,)).copy()
         return result
 
-    def constant(self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None) -> ir.Value:
-        """Register a new initializer in the main graph (bodies read it from there), named after the weight, or after ``base``."""
-        graph = self.root
+    def constant(
+        self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None, inside: bool = False
+    ) -> ir.Value:
+        """Register a new initializer, named after the weight, or after ``base``.
+
+        It is in the main graph, which bodies can read, or ``inside`` the layer's own.
+        """
+        graph, hidden = self.root, inner_names(self.root)
         base = name = f"{self.weight_name if base is None else base}{suffix}"
         count = 1
-        while name in graph.initializers or name in inner_names(graph):
+        while name in graph.initializers or name in hidden:
             name, count = f"{base}_{count}", count + 1
         tensor = ir.tensor(np.asarray(array) if isinstance(array, np.generic) else array, name=name)
         tensor.name = name
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        if inside and self.nested:
+            hidden.add(name)
+            graph = self.graph
         graph.register_initializer(value)
         return value
 

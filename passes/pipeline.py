@@ -250,7 +250,7 @@ def run_layers(
             begin(job)
         bond = bonds.get(layer.weight_key)
         if bond is not None:
-            job.stored = bond.stored
+            job.stored, job.alone = bond.stored, False
         todo = resolve((assigned or {}).get(layer.name, passes))
         solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
         if store is None or not store.restore(job, todo):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import magr_onnx
@@ -24,7 +25,7 @@ from magr_onnx.passes.pipeline import parse
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime import bodies, calibrate
 from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.session import Arithmetic, Session
 
 Array = Any
 BODIES = [t for t in TRAPS if any(word in t.name for word in ("branch", "loop", "scan", "three"))]
@@ -313,7 +314,7 @@ def test_opsets_are_raised_in_bodies(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((3, 1, 24)).astype(np.float32)
     (weight,) = read_weights(ir.load(tmp_path / "q.onnx")).values()
     h = np.exp(x @ weight)
-    with Session(tmp_path / "q.onnx") as session:
+    with Session(tmp_path / "q.onnx", arithmetic=Arithmetic.UNOPTIMIZED) as session:
         np.testing.assert_allclose(session.run({"x": x, "c": np.array(True)})[0], (h / h.sum()).sum(axis=1), rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(session.run({"x": x, "c": np.array(False)})[0], x[:, 0])
 
@@ -398,3 +399,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             if i != finished:
                 file.unlink()
         assert run(f"b{finished}.onnx") == whole
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["one file", "data beside it"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_fuses_weight_only_products_in_bodies(bits: int, external: bool, tmp_path: Path) -> None:
+    path = tmp_path / "q.onnx"
+    magr_onnx.optimize(model(TURNS, w=SQUARE), output=path, bits=bits, block_size=16, format="qdq", external_data=external)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = ir.load(tmp_path / "optimized.onnx").graph.all_nodes()
+    assert [node.op_type for node in nodes if node.op_type not in ("Loop", "Identity", "Tanh")] == ["MatMulNBits"]
