@@ -107,7 +107,7 @@ def tapped(
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:
     """Rows of every value over all batches."""
     counts = dict.fromkeys(widths, 0)
-    with Session(shape_taps(hoist(model, widths, growing), list(widths)), provider, quiet=True) as session:
+    with Session(shape_taps(hoist(model, widths, growing), list(widths)), provider) as session:
         for batch in data:
             for name, shape in zip(widths, session.run(batch), strict=True):
                 counts[name] += int(shape[0])

@@ -111,7 +111,6 @@ class Session:
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
         lean: bool | None = None,
-        quiet: bool = False,
     ) -> None:
         """Load the model.
 
@@ -122,7 +121,6 @@ class Session:
             threads: Of one operator; 0 for all cores.
             lean: Leave weights in their memory-mapped files: no optimizations that would make copies of them, and no prepacking. None for
                 where a model in memory has more than `LEAN_BYTES` of them.
-            quiet: Print no errors of onnxruntime: for what may fail.
 
         Raises:
             ProviderError: The provider is not available.
@@ -134,7 +132,7 @@ class Session:
         if lean is None:
             lean = isinstance(model, ir.Model) and tensor_bytes(model) > LEAN_BYTES
         options = ort.SessionOptions()
-        options.log_severity_level = 4 if quiet else 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
