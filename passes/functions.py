@@ -64,7 +64,7 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
         InlinePass(lambda function: function.identifier() in chosen)(model)
     except (ir.passes.InvariantError, ValueError) as error:
         raise ModelError(f"the model's functions cannot be inlined: {error}; inline them with another tool") from error
-    return [f"{count} model-local function{'s' * (count > 1)} with linear layers inlined ({', '.join(sorted(i[1] for i in chosen)[:3])})"]
+    return [f"{count} model-local function{'s' * (count > 1)} with layers inlined ({', '.join(sorted(i[1] for i in chosen)[:3])})"]
 
 
 def _is(node: ir.Node, operators: Collection[str]) -> bool:

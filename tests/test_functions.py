@@ -44,7 +44,7 @@ def test_functions_without_layers_stay_calls() -> None:
     made, report = magr_onnx.optimize(ZOO["function-with-weights-passed-in"].build(), bits=8, block_size=16)
     assert [f.name for f in made.functions.values()] == ["plain"]
     assert "plain" in [node.op_type for node in made.graph]
-    assert any(note.startswith("1 model-local function with linear layers inlined (dense)") for note in report.notes)
+    assert any(note.startswith("1 model-local function with layers inlined (dense)") for note in report.notes)
 
 
 def test_models_without_functions_are_left_alone() -> None:
@@ -75,13 +75,13 @@ def outer_and_inner(version: int) -> ir.Model:
 
 def test_functions_of_another_opset_stay_calls_with_what_they_call() -> None:
     source = outer_and_inner(16)
-    assert inline(source, OPERATORS) == ["1 model-local function with linear layers inlined (fresh)"]
+    assert inline(source, OPERATORS) == ["1 model-local function with layers inlined (fresh)"]
     assert sorted(f.name for f in source.functions.values()) == ["dense", "old"]
     layers, skips = find(source)
     assert [layer.name for layer in layers] == ["fc"]
     assert [(s.name, s.reason, s.detail) for s in skips] == [("inner", Reason.SUBGRAPH, "function dense")]
     source = outer_and_inner(17)
-    assert inline(source, OPERATORS) == ["3 model-local functions with linear layers inlined (dense, fresh, old)"]
+    assert inline(source, OPERATORS) == ["3 model-local functions with layers inlined (dense, fresh, old)"]
     assert [layer.name for layer in find(source)[0]] == ["inner", "fc"]
 
 
