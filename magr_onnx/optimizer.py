@@ -126,7 +126,6 @@ def optimize(
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-    run.open(loaded, out, max_memory, gram_budget, cache, shard_size, external_data)
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     pipeline.prepare(passes, original)
@@ -137,6 +136,7 @@ def optimize(
     if not layers:
         reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    run.open(loaded, layers, out, max_memory, gram_budget, cache, shard_size, external_data)
     check_weights(layers)
     clock.lap("load")
 
@@ -227,7 +227,7 @@ def optimize(
             rows.clear()
             digests.clear()
     skips += left
-    notes += run.notes
+    notes += run.notes(work)
     if spilled:
         notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if unmasked:
