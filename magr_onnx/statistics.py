@@ -17,6 +17,7 @@ from magr_onnx.passes import (
     Quantize,
     segments,
 )
+from magr_onnx.passes.linear import find
 from magr_onnx.runtime import calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
 
@@ -42,9 +43,11 @@ def gather(
     solved come without statistics.
     """
     feedback = any(isinstance(p, ErrorFeedback) for p in passes)
+    every = find(work)[0] if large else []  # also those that stay as they are: cut there, no segment is large
+    cuttable = large and not segments.not_tensors(work, segments.plan(work, every))
     if data is None:
         yield layers, calibrate.Calibration({}, ())
-    elif feedback or (large and not segments.not_tensors(work, segments.plan(work, layers))):
+    elif feedback or cuttable:
         yield from stages.staged(
             original,
             work,
@@ -60,6 +63,7 @@ def gather(
             hold_out=any(isinstance(p, Quantize) and p.method == "auto" for p in passes),
             gram_budget=gram_budget if large else None,
             wanted=left,
+            cuts=every if cuttable else None,
         )
     else:
         hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)

@@ -1,6 +1,6 @@
 """The command line in a process that kills itself: SIGKILL, as a power cut would, right before its Nth renaming of a file.
 
-    python tests/killed.py N optimize MODEL ...
+python tests/killed.py N optimize MODEL ...
 """
 
 from __future__ import annotations

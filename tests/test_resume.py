@@ -57,8 +57,8 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(path: Path) -> list[bytes]:
-    """The bytes of a model, and of its data; without the data's name, which has the model's in it."""
-    return [path.read_bytes().replace(path.name.encode(), b""), *(p.read_bytes() for p in sorted(data_files(path)))]
+    """The bytes of a model, and of its data."""
+    return [p.read_bytes() for p in (path, *sorted(data_files(path)))]
 
 
 def plain_row(row: LayerRow) -> Any:
@@ -82,7 +82,9 @@ def test_error_feedback_in_many_stages_goes_on_to_the_same_bytes(tmp_path: Path)
 
 def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, Any], folder: Path) -> None:
     """Without a job directory, with one, and with one that lacks every second layer: one and the same file."""
-    plain, kept, half = (folder / f"{n}.onnx" for n in ("plain", "kept", "half"))
+    plain, kept, half = (folder / n / "out.onnx" for n in ("plain", "kept", "half"))
+    for path in (plain, kept, half):
+        path.parent.mkdir()
     job = folder / "job"
     magr_onnx.optimize(model, samples, output=plain, **options)
     _, first = magr_onnx.optimize(model, samples, output=kept, resume=job, **options)
@@ -93,7 +95,7 @@ def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, A
         path.unlink()
     _, second = magr_onnx.optimize(model, samples, output=half, resume=job, **options)
     assert written(half) == written(plain)
-    assert any(f"{len(whole) // 2} layers were finished before" in note for note in second.notes)
+    assert any(f"{len(whole) // 2} layers were finished before" in note for note in second.notes) == (len(whole) > 1)
     assert layer_files(job) == whole
     for a, b in zip(first.layers, second.layers, strict=True):
         assert plain_row(a) == plain_row(b)

@@ -38,7 +38,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run needed: seconds, those of processors, the most resident memory of the process, the most of the group without and with file pages, in bytes."""
+    """What a run needed: seconds, and of processors; bytes of memory at most: of the process, of its group without and with file pages."""
 
     run: str
     parameters: int
