@@ -10,9 +10,13 @@ import numpy as np
 
 from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
+from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
-from magr_onnx.passes.linear import find
+from magr_onnx.passes import conv
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.holders import holders
+from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, overflow, witness
 from magr_onnx.runtime import validate as validation
@@ -36,16 +40,23 @@ class Inspection:
     skipped: tuple[SkipRow, ...]
 
 
-def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Inspection:
-    """The linear layers of a model, with shapes and ranges, and what would be left alone and why.
+@explained
+def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
+    """The linear layers and convolutions of a model, with shapes and ranges, and what would be left alone and why.
+
+    See `optimize` for the arguments.
 
     Raises:
         ModelError: Not a usable model.
     """
     loaded = files.load(model)
+    canonicalize(loaded.model, include, exclude, again=requantize)
     layers, skips = find(loaded.model, include, exclude)
+    skips += holders(loaded.model.graph.all_nodes())
+    convolutions, unfit = conv.find(loaded.model, include, exclude)
+    found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
-    for layer in layers:
+    for layer in found:
         weight = layer.read()
         magnitude = np.abs(weight)
         mean = float(magnitude.mean())
@@ -54,7 +65,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
                 "name": layer.name,
                 "op": layer.op,
                 "weight": layer.weight_name,
-                "input": calibrate.input_name(layer),
+                "input": str(layer.x.name),
                 "k": layer.k,
                 "n": layer.n,
                 "dtype": layer.dtype.name.lower(),
@@ -63,6 +74,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
                 "max": float(weight.max()),
                 "peak_to_mean": float(magnitude.max()) / mean if mean else 0.0,
                 "finite": bool(np.isfinite(weight).all()),
+                "groups": layer.group if isinstance(layer, conv.ConvLayer) else 1,
             }
         )
     return Inspection(
@@ -71,10 +83,11 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        tuple(map(skip_row, skips)),
+        tuple(map(skip_row, skips + unfit)),
     )
 
 
+@explained
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -110,6 +123,7 @@ def validate(
     )
 
 
+@explained
 def verify(
     model: Any,
     *,

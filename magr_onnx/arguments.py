@@ -56,6 +56,27 @@ class RangeName(StrEnum):
     min_error = "min-error"
 
 
+class ConvBits(StrEnum):
+    none = "none"
+    three = "3"
+    four = "4"
+    five = "5"
+    six = "6"
+    seven = "7"
+    eight = "8"
+
+
+class EmbeddingsName(StrEnum):
+    none = "none"
+    gather_block_quantized = "gather-block-quantized"
+    dequantize = "dequantize"
+
+
+class EmbeddingBits(StrEnum):
+    four = "4"
+    eight = "8"
+
+
 class BiasName(StrEnum):
     auto = "auto"
     existing = "existing"
@@ -71,6 +92,10 @@ Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to 
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
 Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
+
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Take weights that are quantized already for the floats they stand for, and quantize those.")
+]
 
 # Of optimize.
 ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)]
@@ -328,6 +353,28 @@ MaxLossOption = Annotated[
         metavar="LOSS",
         rich_help_panel=WEIGHTS,
     ),
+]
+ConvBitsOption = Annotated[
+    ConvBits | None,
+    typer.Option(
+        "--conv-bits",
+        help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float. (default: 8)",
+        metavar="N",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+EmbeddingsOption = Annotated[
+    EmbeddingsName,
+    typer.Option(
+        "--embeddings",
+        help="Tables of embeddings: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",
+        metavar="NAME",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+EmbeddingBitsOption = Annotated[
+    EmbeddingBits | None,
+    typer.Option("--embedding-bits", help="Bits of a table, 4 or 8. (default: 8)", metavar="N", rich_help_panel=WEIGHTS),
 ]
 PipelineOption = Annotated[
     str | None,

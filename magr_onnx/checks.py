@@ -5,26 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.errors import MagrError, NonFiniteError, OptionError, raise_all
-from magr_onnx.passes import LayerPass, LinearLayer, pipeline
+from magr_onnx.errors import MagrError, NonFiniteError, OptionError, RuntimeFailure, raise_all
+from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, iterate
 from magr_onnx.report import ProofSummary, versions
 from magr_onnx.runtime import overflow
 from magr_onnx.runtime.session import Session
 from magr_onnx.targets import Target
-from magr_onnx.types import check_finite
+from magr_onnx.types import Array, check_finite
 from magr_onnx.verification import LayerVerdict
 from magr_onnx.writing import data_files
 
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 
 
-def check_weights(layers: Sequence[LinearLayer]) -> None:
+class Readable(Protocol):
+    """A view of something with a weight and perhaps a bias."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> Array: ...
+
+    def read_bias(self) -> Array | None: ...
+
+
+def check_weights(layers: Sequence[Readable]) -> None:
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:
@@ -81,8 +93,20 @@ def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
     return len(digests)
 
 
-def verify_file(path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str]) -> None:
-    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it."""
+def verify_file(
+    path: Path,
+    digests: dict[str, str],
+    provider: str,
+    demand: Target | Accumulator | None,
+    emitted: set[str],
+    source: ir.Model | Path,
+) -> None:
+    """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it.
+
+    Raises:
+        RuntimeFailure: onnxruntime does not load the ``source`` either.
+        MagrError: The result is not what was chosen, or does not load although the source does.
+    """
     model = ir.load(path)
     verify_codes(model, digests)
     if demand is not None:
@@ -90,5 +114,10 @@ def verify_file(path: Path, digests: dict[str, str], provider: str, demand: Targ
         if str(found) != model.metadata_props["onnx_magr.accumulator"]:
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
-    with Session(path, provider, lean=size > LARGE):  # a large model's weights stay in their files
-        pass
+    try:
+        with Session(path, provider, lean=size > LARGE):  # a large model's weights stay in their files
+            return
+    except RuntimeFailure as error:
+        result = error
+    with Session(source, provider):
+        raise MagrError(f"internal error: the result does not load, and the model does; please report this: {result}") from result

@@ -36,8 +36,13 @@ from magr_onnx.arguments import (
     BlockSizeOption,
     CacheOption,
     CalibrationOption,
+    ConvBits,
+    ConvBitsOption,
     DampingOption,
     EffortOption,
+    EmbeddingBitsOption,
+    EmbeddingsName,
+    EmbeddingsOption,
     EqualizeOption,
     Exclude,
     ExternalDataOption,
@@ -58,6 +63,7 @@ from magr_onnx.arguments import (
     QuantizerOption,
     Quiet,
     ReportOption,
+    Requantize,
     ResumeOption,
     ShardSizeOption,
     SplitOutliersOption,
@@ -147,9 +153,13 @@ def optimize(
     twin_ranges: TwinRangesOption = False,
     target_size: TargetSizeOption = None,
     max_loss: MaxLossOption = None,
+    conv_bits: ConvBitsOption = None,
+    embeddings: EmbeddingsOption = EmbeddingsName.none,
+    embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
@@ -161,7 +171,7 @@ def optimize(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the linear layers of a model and report what happened to every one."""
+    """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
     options = {
         "bits": None if bits is None else int(bits.value),
         "effort": None if effort is None else effort.value,
@@ -186,7 +196,11 @@ def optimize(
         "accumulator_tile": accumulator_tile,
         "target_size": target_size,
         "max_loss": max_loss,
+        "embeddings": embeddings.value,
+        "embedding_bits": None if embedding_bits is None else int(embedding_bits.value),
     }
+    if conv_bits is not None:
+        options["conv_bits"] = None if conv_bits is ConvBits.none else int(conv_bits.value)
     if block_size is not None:
         options["block_size"] = _block(block_size)
     if activation_type is not None:
@@ -208,6 +222,7 @@ def optimize(
             batch_size=batch_size,
             include=include or (),
             exclude=exclude or (),
+            requantize=requantize,
             cache=_bytes(cache),
             max_memory=max_memory,
             resume=resume,
@@ -266,10 +281,11 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
     include: Include = None,
     exclude: Exclude = None,
+    requantize: Requantize = False,
     as_json: Json = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
-    found = api.inspect(model, include=include or (), exclude=exclude or ())
+    found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
     lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
     lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in found.layers:

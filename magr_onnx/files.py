@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from magr_onnx.errors import ModelError, raise_all
+from magr_onnx import sanity
+from magr_onnx.errors import ModelError
+from magr_onnx.oldforms import modernize
 from magr_onnx.writing import is_ours
 
 
@@ -23,6 +23,7 @@ class Loaded:
     model: ir.Model
     path: Path | None
     external: frozenset[Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,8 +48,10 @@ def load(source: Any) -> Loaded:
     if isinstance(source, str | os.PathLike):
         return _load_path(Path(source))
     if isinstance(source, onnx.ModelProto):
-        _check(source, "the given ModelProto")
-        return Loaded(ir.from_proto(source), None, frozenset())
+        name = "the given ModelProto"
+        sanity.check(source, name, None)
+        _check(source, name)
+        return Loaded(_convert(source, name), None, frozenset(), _dropped(source))
     inner = getattr(source, "model", None)
     model = source if isinstance(source, ir.Model) else inner if isinstance(inner, ir.Model) else None
     if model is None:
@@ -63,21 +66,34 @@ def _load_path(path: Path) -> Loaded:
     if not path.is_file():
         raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     size = path.stat().st_size
+    if size > sanity.LARGEST_FILE:
+        raise ModelError(f"{path} has {size} bytes; an ONNX file is at most 2 GiB, with its tensors in files beside it")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except Exception as error:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model, or is truncated: {error}") from error
     if not proto.HasField("graph") or not proto.ir_version:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model: it has no graph or no IR version")
-    external = _external_files(proto, path)
+    external = sanity.check(proto, str(path), path.parent)
     _check(str(path), str(path))
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
     _load_attributes(model, path.parent)
-    return Loaded(model, path, external)
+    return Loaded(model, path, external, _dropped(proto))
+
+
+def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
+    try:
+        return ir.from_proto(modernize(proto))
+    except Exception as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
+
+
+def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """What the result will not have, for the report."""
+    return (f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes",) * bool(
+        proto.training_info
+    )
 
 
 def _load_attributes(model: ir.Model, folder: Path) -> None:
@@ -98,30 +114,6 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} is not a valid ONNX model: {str(error).strip()}") from error
     except Exception as error:
         raise ModelError(f"{name} cannot be checked: {error}") from error
-
-
-def _external_files(proto: onnx.ModelProto, path: Path) -> frozenset[Path]:
-    """Files that hold the model's tensors, after checking that each is there and long enough."""
-    problems: list[str] = []
-    files: set[Path] = set()
-    folder = path.parent.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        if not uses_external_data(tensor):
-            continue
-        info = ExternalDataInfo(tensor)
-        file = path.parent / info.location
-        if not file.resolve().is_relative_to(folder):
-            problems.append(f"tensor {tensor.name}: external data {info.location!r} lies outside {folder}")
-        elif not file.is_file():
-            problems.append(f"tensor {tensor.name}: external data file {file} is missing; keep it beside the model")
-        else:
-            end = (info.offset or 0) + (info.length or 0)
-            if end > file.stat().st_size:
-                problems.append(f"tensor {tensor.name}: {file} has {file.stat().st_size} bytes, but the tensor ends at {end}")
-            files.add(file)
-    if problems:
-        raise_all(ModelError, [f"{path}: {p}" for p in problems[:20]])
-    return frozenset(files)
 
 
 def initializer_bytes(model: ir.Model) -> int:

@@ -113,7 +113,7 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.resolve(passes)
+                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found
@@ -139,6 +139,7 @@ class Source:
         bytes: Size of the source as it came.
         file: Whether a file will be written, whose every byte counts; else tensors count.
         stamp: Bytes of metadata that will be added.
+        reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
     """
 
     model: ir.Model
@@ -146,6 +147,7 @@ class Source:
     bytes: int
     file: bool
     stamp: int
+    reference: ir.Model | None = None
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
         """Bytes of the result with the layers named in ``passes`` converted."""
@@ -323,7 +325,7 @@ class Search:
         )
         self._metric = effects.metric
         self.plan.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.model, provider) as session:
+        with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
 
     def accepts(self, work: ir.Model) -> bool:
@@ -346,5 +348,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
     found: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.tensor), []).append(layer.name)
+        found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import files, mixed
+from magr_onnx import beginnings, files, mixed
+from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
@@ -24,11 +25,13 @@ from magr_onnx.passes import (
     Skip,
     pipeline,
 )
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
 from magr_onnx.run import Run, Size, with_run
-from magr_onnx.runtime import calibrate, ranges, rewriting, stages
+from magr_onnx.runtime import calibrate, conversion, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
@@ -48,6 +51,7 @@ class Optimized(NamedTuple):
     report: Report
 
 
+@explained
 @with_run
 def optimize(
     run: Run,
@@ -62,6 +66,7 @@ def optimize(
     batch_size: int = 16,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    requantize: bool = False,
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: int = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
@@ -71,7 +76,7 @@ def optimize(
     resume: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Optimized:
-    """Quantize the linear layers of a model.
+    """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
@@ -85,6 +90,7 @@ def optimize(
         batch_size: Samples per batch when stacked inputs are cut up.
         include: Shell patterns of layers (by node or weight name) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
+        requantize: Take weights that are quantized already for the floats they stand for.
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: Called during long work.
@@ -114,6 +120,7 @@ def optimize(
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
     pipeline.check(passes, provider)
+    passes = pipeline.suited(passes, provider)
     provider_name(provider)
     activations = pipeline.activations_of(passes)
     if calibration is None and activations is not None and activations.type != "dynamic":
@@ -128,19 +135,25 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
+    opset, given = original.opset_imports.get(""), original.clone()
+    passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
     pipeline.prepare(passes, original)
+    raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
-    reference = loaded.path or (original.clone() if rewrites else original)
+    reference = loaded.path or given
+    notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
-    if not layers:
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul or Gemm"
+    elsewhere = list(holders(original.graph.all_nodes()))
+    others, unconverted = beginnings.look(work, passes, include, exclude)
+    if not layers and not others:
+        reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
     run.open(loaded, layers, out, max_memory, gram_budget, cache, shard_size, external_data)
-    check_weights(layers)
+    run.sweep(original)
+    check_weights([*layers, *others])
     clock.lap("load")
 
-    notes: list[str] = []
     data = held = None
     if calibration is not None or validation_data is not None:
         inputs = inputs_of(original)
@@ -157,15 +170,26 @@ def optimize(
         )
 
     settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
-    run.resume(resume, loaded, data, passes, {**asked, **settings})
+    run.resume(resume, loaded, data, passes, {**asked, **settings, "requantize": requantize})
+    if raised:
+        notes += conversion.check(reference, original, data, provider)
     if rewrites:
         notes += rewriting.rewrite(
             original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=run.gram_budget
         )
         run.sweep(original)
-        work = original.clone()
-        layers, skips = find(work, include, exclude)
         clock.lap("rewrite")
+    base = original.clone()
+    report = stage(progress, "convolutions")
+    budget = (run.gram_budget, run.large)
+    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, mask_input, provider, *budget, report)
+    run.sweep(base)
+    work = base.clone()
+    layers, skips = find(work, include, exclude)
+    skips += [*elsewhere, *begun.skips]
+    notes += begun.notes
+    if begun.rows:
+        clock.lap("convolutions")
 
     passes, missing = without_stages(work, layers, passes)
     notes += missing
@@ -181,14 +205,14 @@ def optimize(
             progress("quantizing", len(rows), len(layers))
 
     grids = ranges.Grids()
-    if activations is not None and data is not None:
+    if activations is not None and data is not None and layers:
         report = stage(progress, "ranges")
         grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None
-    if goal is not None and data is not None:
-        source = mixed.Source(original, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP)
+    if goal is not None and data is not None and layers:
+        source = mixed.Source(base, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP, original)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
         search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
@@ -207,9 +231,9 @@ def optimize(
             unmasked: list[str] = []
             spilled = 0
             report = stage(progress, "calibrating")
-            budgets = run.gram_budget, run.cache
+            budgets, changed = (run.gram_budget, run.cache), begun.digests
             for group, result in gather(
-                original, work, layers, data, passes, grids, mask_input, provider, *budgets, report, run.large, run.left
+                original, work, layers, data, passes, grids, mask_input, provider, *budgets, report, changed, run.large, run.left
             ):
                 unmasked += result.unmasked
                 spilled = max(spilled, result.spilled)
@@ -222,7 +246,7 @@ def optimize(
                 clock.lap("quantize")
             if search is None or search.accepts(work):
                 break
-            work = original.clone()
+            work = base.clone()
             layers, _ = find(work, include, exclude)
             rows.clear()
             digests.clear()
@@ -234,6 +258,7 @@ def optimize(
         some = ", ".join(unmasked[:3])
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
+    digests |= begun.digests
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)
@@ -245,7 +270,7 @@ def optimize(
         written = files.initializer_bytes(work)
     else:
         verified = len(digests)
-        written = save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted), run.layout)
+        written = save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference), run.layout)
     clock.lap("write")
     comparison = None
     if held is not None:
@@ -258,8 +283,8 @@ def optimize(
             loaded.name,
             None if out is None else str(out),
             pipeline.text_of(passes),
-            _describe(data, rows, mask_input),
-            tuple(rows[layer.name] for layer in layers),
+            _describe(data, [*begun.rows, *rows.values()], mask_input),
+            (*begun.rows, *(rows[layer.name] for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
             written,
@@ -328,8 +353,8 @@ def skip_row(skip: Skip) -> SkipRow:
     return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
 
 
-def _describe(data: Batches | None, rows: dict[str, LayerRow], mask: str | None) -> str:
+def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
     if data is None:
         return "none (data-free)"
-    most = max((r.rows for r in rows.values()), default=0)
+    most = max((r.rows for r in rows), default=0)
     return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

@@ -12,6 +12,8 @@ from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.packing import MATMULNBITS_BLOCKS, stored_shift
 from magr_onnx.passes import (
     CompensateBias,
+    Convolutions,
+    Embeddings,
     EmitDynamicInt8,
     EmitMatMulNBits,
     EmitQDQ,
@@ -85,6 +87,11 @@ class Options(TypedDict, total=False):
             a uniform model of 4 bits), ``30 MB``. A ``block_size`` given as well is the only one used.
         max_loss: Mixed precision: the smallest file that loses at most this on held-out calibration batches, ``1%`` standing for 0.01 of
             the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
+        conv_bits: Bits of the weights of convolutions, 3 to 8, one scale an output channel, in every format; None leaves them float.
+            Default 8 where the model has any.
+        embeddings: ``none`` (default), ``gather-block-quantized`` (4 or 8 bits, blocks of 32, one contrib operator) or ``dequantize`` (8
+            bits, one scale a row, standard operators) for tables that are gathered from.
+        embedding_bits: 4 or 8 (default) bits of a table.
     """
 
     bits: int | None
@@ -113,6 +120,9 @@ class Options(TypedDict, total=False):
     accumulator_tile: int | None
     target_size: str | None
     max_loss: str | None
+    conv_bits: int | None
+    embeddings: str
+    embedding_bits: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +228,25 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         passes.append(CompensateBias(policy))  # type: ignore[arg-type]
     if name in FORMATS:
         passes.append(form.emit(options))
+    if (conv_bits := options.get("conv_bits")) is not None:
+        passes.append(convolutions(conv_bits, options))
+    embedding_bits = options.get("embedding_bits")
+    if (tables := options.get("embeddings", "none")) != "none":
+        passes.append(Embeddings(tables, 8 if embedding_bits is None else embedding_bits))  # type: ignore[arg-type]
+    elif embedding_bits is not None:
+        problems.append(f"embedding_bits={embedding_bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits")
     try:
         check(passes)
     except OptionError as error:
         problems.append(str(error))
     raise_all(OptionError, problems)
     return tuple(passes)
+
+
+def convolutions(bits: int, options: Options) -> Convolutions:
+    """The pass that quantizes convolutions, with the other options that concern it."""
+    symmetric = options.get("symmetric")
+    return Convolutions(bits, True if symmetric is None else symmetric, options.get("alpha"))
 
 
 def _sized(options: Options) -> Options:

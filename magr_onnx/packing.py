@@ -28,12 +28,13 @@ def stored_shift(bits: int) -> int:
     return int(2 ** (container_bits(bits) - 1) - 2 ** (bits - 1))
 
 
-def kernel_block(group_size: int | None, k: int, bits: int) -> int | None:
-    """Block size a kernel with blocks of 16 to 256 (powers of two) uses for groups of ``group_size``.
+def kernel_block(group_size: int | None, k: int, bits: int, largest: int = 256) -> int | None:
+    """Block size a kernel with blocks of 16 to ``largest`` (powers of two) uses for groups of ``group_size``.
 
     A group that is not such a block is written as smaller blocks that repeat its scale: the largest power of two that
     divides it. Where one group spans the column, the block that needs the fewest bytes. None if there is no such block.
     """
+    blocks = [b for b in MATMULNBITS_BLOCKS if b <= largest]
     if group_size is None or group_size >= k:
         width = container_bits(bits)
 
@@ -41,8 +42,8 @@ def kernel_block(group_size: int | None, k: int, bits: int) -> int | None:
             count = -(-k // block)
             return count * (block * width // 8 + 4) + -(-count * width // 8)
 
-        return min(MATMULNBITS_BLOCKS, key=lambda block: (size(block), -block))
-    fitting = [b for b in MATMULNBITS_BLOCKS if group_size % b == 0]
+        return min(blocks, key=lambda block: (size(block), -block))
+    fitting = [b for b in blocks if group_size % b == 0]
     return max(fitting) if fitting else None
 
 
@@ -80,8 +81,8 @@ class MatMulNBitsTensors:
     n: int
 
 
-def pack_matmulnbits(weight: QuantizedWeight) -> MatMulNBitsTensors:
-    """A quantized weight in MatMulNBits' layout.
+def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBitsTensors:
+    """A quantized weight in MatMulNBits' layout, in blocks of at most ``largest``.
 
     Zero points are left out where all equal the operator's default ``2^(bits - 1)``; symmetric 3-bit codes are moved up so
     that this holds for them too.
@@ -92,7 +93,7 @@ def pack_matmulnbits(weight: QuantizedWeight) -> MatMulNBitsTensors:
     spec = weight.spec
     k, n = weight.codes.shape
     bits = container_bits(spec.bits)
-    block = kernel_block(spec.group_size, k, spec.bits)
+    block = kernel_block(spec.group_size, k, spec.bits, largest)
     if block is None:
         raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
     codes, zeros = weight.codes, weight.zero_points

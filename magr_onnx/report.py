@@ -21,7 +21,7 @@ class LayerRow:
 
     Attributes:
         name: Node name.
-        op: MatMul or Gemm.
+        op: MatMul, Gemm, Conv or ConvTranspose.
         weight: Initializer name.
         k: Input width.
         n: Output width.
@@ -38,6 +38,7 @@ class LayerRow:
         activation: How the input is quantized, if it is.
         feedback: Damping and held-out errors of error feedback, if it ran.
         low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
+        groups: Matrices ``k x n`` of a convolution, one a group of channels.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LayerRow:
     activation: dict[str, Any] | None = None
     feedback: dict[str, Any] | None = None
     low_rank: dict[str, Any] | None = None
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Report:
         pipeline: Text that reproduces the passes; with an ``assignment`` that has the bits and blocks of every layer instead.
         calibration: What the data was, or that there was none.
         layers: Converted layers in graph order.
-        skipped: MatMul and Gemm nodes left alone.
+        skipped: Nodes with weights that were left alone.
         bytes_before: Size of the source.
         bytes_after: Size of the result.
         verified: Layers whose codes were read back from the result and found equal to those chosen.
@@ -210,7 +212,8 @@ def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
         name = r.name if len(r.name) <= 40 else f"...{r.name[-37:]}"
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and r.error == worst and len(rows) > 1 else ""
-        lines.append(f"{name:40} {f'{r.k} x {r.n}':>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
+        shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
+        lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -34,13 +34,14 @@ def gather(
     gram_budget: int,
     cache: int,
     progress: Callable[[int, int], None] | None,
+    changed: Collection[str] = (),
     large: bool = False,
     left: Callable[[LinearLayer], bool] = lambda layer: True,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
 
-    The float model of a ``large`` model runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be
-    solved come without statistics.
+    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a ``large`` model
+    runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be solved come without statistics.
     """
     feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     every = find(work)[0] if large else []  # also those that stay as they are: cut there, no segment is large
@@ -58,6 +59,7 @@ def gather(
             quantize=grids.inputs,
             bounds=grids.bounds,
             cache=cache,
+            changed=changed,
             progress=progress,
             feedback=feedback,
             hold_out=any(isinstance(p, Quantize) and p.method == "auto" for p in passes),

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.accumulator import data_type_bits
-from magr_onnx.packing import kernel_block, pack_matmulnbits, stored_shift
+from magr_onnx.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.types import WeightSpec
@@ -37,6 +37,9 @@ def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
     return []
 
 
+CUDA_LARGEST_BLOCK = 128
+
+
 @dataclass(frozen=True)
 class EmitMatMulNBits(LayerPass):
     """Replace quantized layers by MatMulNBits nodes.
@@ -44,6 +47,8 @@ class EmitMatMulNBits(LayerPass):
     Attributes:
         accuracy_level: 0 lets the kernel decide, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
         accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; none for no such demand.
+        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. On cuda it becomes 128:
+            one row times 4-bit blocks of 256 fails there (onnxruntime 1.31.1).
     """
 
     name: ClassVar[str] = "emit-matmulnbits"
@@ -51,11 +56,14 @@ class EmitMatMulNBits(LayerPass):
 
     accuracy_level: int = 0
     accumulator_bits: int | None = None
+    largest_block: int = 256
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         found = block_problems(self.name, spec)
         if self.accuracy_level not in ACCURACY_LEVELS:
             found.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
+        if self.largest_block not in MATMULNBITS_BLOCKS:
+            found.append(f"largest_block={self.largest_block} is no block; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
         if self.accumulator_bits is not None and not found:
             found += self._accumulator_problems(spec)
         return found
@@ -78,7 +86,7 @@ class EmitMatMulNBits(LayerPass):
         if job.quantized is None or job.emitted:
             return False
         layer = job.layer
-        packed = pack_matmulnbits(job.quantized)
+        packed = pack_matmulnbits(job.quantized, self.largest_block)
         kind = FLOATS[layer.dtype]
         suffix = f"_q{packed.bits}"
         inputs: list[ir.Value | None] = [

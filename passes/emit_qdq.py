@@ -22,7 +22,7 @@ import onnx_ir as ir
 from magr_onnx.packing import container_bits, pack_qdq
 from magr_onnx.passes.emit_matmulnbits import block_problems
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.passes.linear import FLOATS, find
+from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.opset import raise_opset
 from magr_onnx.types import WeightSpec
 
@@ -81,4 +81,6 @@ def opset_for(model: ir.Model, spec: WeightSpec) -> int:
     """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for blocks and int4."""
     if spec.group_size is not None or container_bits(spec.bits) == 4:
         return 21
-    return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in find(model)[0]) else 13
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
+    return 19 if any(value.dtype == ir.DataType.FLOAT16 for value in values) else 13

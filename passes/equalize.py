@@ -39,8 +39,9 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.linalg import layer_error
+from magr_onnx.passes.constants import drop_if_unused
 from magr_onnx.passes.job import absorbs
-from magr_onnx.passes.linear import FLOATS, LinearLayer, drop_if_unused, view
+from magr_onnx.passes.linear import FLOATS, LinearLayer, view
 from magr_onnx.passes.rewrite import Context, Rewrite, operator, remember
 from magr_onnx.quantizers import rtn
 from magr_onnx.types import Array, LayerStats, WeightSpec

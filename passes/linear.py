@@ -1,14 +1,15 @@
 """Finding linear layers in a graph, and the only way to write them back.
 
 A `LinearLayer` is a view of a MatMul or Gemm whose right side is constant: always ``Y = X W + b`` with ``W (K, N)``, whatever the
-graph says (Gemm's transB, alpha and beta, a Transpose or Constant in between, a bias in a following Add). A view is made only
-when every rewrite through it is safe; otherwise the node yields a `Skip` with its reason.
+graph says (Gemm's transB, alpha and beta, a bias in a following Add, and whatever `magr_onnx.passes.constants` sees through). A view is
+made only when every rewrite through it is safe; otherwise the node yields a `Skip` with its reason. Other forms become these two first
+(`magr_onnx.passes.canonical`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -18,20 +19,25 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
 
 NAMES = "onnx_magr.names"
 """Key of a node's properties under which a rewrite keeps the names that the layer had before, a line each."""
 
+REFUSED = "onnx_magr.refused"
+"""Key of a node's ``meta`` store under which a canonical form keeps why it could not be made: a `Reason` and details."""
+
 FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
 
 class Reason(StrEnum):
-    """Why a MatMul or Gemm is left as it is."""
+    """Why an operator that holds weights is left as it is."""
 
     DYNAMIC_WEIGHT = "right side is computed at run time"
     QUANTIZED = "weight is quantized already"
     CONSTANT_LEFT = "the constant is on the left side"
+    CONSTANT = "both sides are constant"
     WEIGHT_RANK = "weight is not two-dimensional"
     WEIGHT_DTYPE = "weight type is not float32 or float16"
     OVERRIDABLE = "weight is a graph input that a caller may override"
@@ -42,6 +48,10 @@ class Reason(StrEnum):
     SUBGRAPH = "inside a subgraph or function"
     EXCLUDED = "excluded by name"
     EMPTY = "weight has no elements"
+    EINSUM = "an Einsum that is no product with a constant matrix"
+    FUSED = "a fused operator that no format can replace"
+    RECURRENT = "a recurrent operator"
+    OTHER = "an operator without a quantized form"
     BUDGET = "kept float by the budget of size or loss"
 
 
@@ -65,7 +75,8 @@ class LinearLayer:
     Attributes:
         name: Node name, or a name made from its output: stable between runs, unique in the graph.
         node: The MatMul or Gemm.
-        tensor: The constant behind it, ``(K, N)``, or ``(N, K)`` when ``transposed``.
+        weight: Where the constant is kept, and the way from it to ``tensor``.
+        tensor: The constant ``(K, N)``, or ``(N, K)`` when ``transposed``; computed when read where it is not kept in this form.
         transposed: See ``tensor``.
         factor: Gemm's alpha, part of the effective weight.
         add: The Add that holds the bias of a MatMul, if there is one.
@@ -77,6 +88,7 @@ class LinearLayer:
 
     name: str
     node: ir.Node
+    weight: Held
     tensor: ir.TensorProtocol
     transposed: bool
     factor: float
@@ -109,8 +121,12 @@ class LinearLayer:
     @property
     def weight_name(self) -> str:
         """The name of the initializer (or Constant output) that holds the weight."""
-        right = self.node.inputs[1]
-        return str(self.tensor.name or (right.name if right is not None else self.name))
+        return self.weight.name
+
+    @property
+    def weight_key(self) -> Hashable:
+        """Equal for layers that multiply by the very same matrix."""
+        return (id(self.weight.stored), self.weight.way, self.transposed, self.factor)
 
     @property
     def has_bias(self) -> bool:
@@ -162,7 +178,10 @@ class LinearLayer:
         result, value = self.output, nodes[-1].outputs[0]
         value.type, value.shape = result.type, result.shape
         value.metadata_props.update(result.metadata_props)
+        value.meta.update(result.meta)
+        value.doc_string = result.doc_string
         nodes[-1].metadata_props.update(self.node.metadata_props)
+        nodes[-1].doc_string = self.node.doc_string
         ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
         for source in sources:
             drop_if_unused(source)
@@ -196,59 +215,6 @@ def _bias_shape(bias: ir.TensorProtocol, n: int) -> tuple[int, ...]:
     return (*(1,) * (rank - 1), n)
 
 
-def drop_if_unused(value: ir.Value) -> None:
-    """Remove an initializer or constant-making node nobody reads any more, and what only it read."""
-    if value.uses() or value.is_graph_output() or value.is_graph_input():
-        return
-    producer = value.producer()
-    if producer is None:
-        if value.graph is not None and value.name is not None and value.name in value.graph.initializers:
-            del value.graph.initializers[value.name]
-    elif producer.op_type in ("Constant", "Transpose", "Identity") and producer.graph is not None:
-        sources = [v for v in producer.inputs if v is not None]
-        producer.graph.remove(producer, safe=True)
-        for source in sources:
-            drop_if_unused(source)
-
-
-def _behind(value: ir.Value) -> tuple[ir.Value, bool]:
-    """The value behind Identity and 2-D Transpose nodes, and whether it is transposed on the way."""
-    transposed = False
-    for _ in range(16):
-        node = value.producer()
-        if node is None or node.domain != "" or node.op_type not in ("Transpose", "Identity") or node.inputs[0] is None:
-            break
-        if node.op_type == "Transpose":
-            perm = node.attributes.get("perm")
-            if perm is not None and list(perm.as_ints()) != [1, 0]:
-                break
-            transposed = not transposed
-        value = node.inputs[0]
-    return value, transposed
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or Constant node, else None."""
-    node = value.producer()
-    if node is None:
-        return value.const_value if value.is_initializer() else None
-    if node.op_type == "Constant" and node.domain == "":
-        return ir.convenience.get_const_tensor(value)
-    return None
-
-
-def _is_dequantized_constant(value: ir.Value) -> bool:
-    """Whether a DequantizeLinear of a constant (perhaps quantized in the graph) makes the value."""
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
-        return False
-    source, _ = _behind(node.inputs[0])
-    maker = source.producer()
-    if maker is not None and maker.op_type == "QuantizeLinear" and maker.inputs[0] is not None:
-        source = maker.inputs[0]
-    return _constant(source) is not None
-
-
 def layer_name(node: ir.Node) -> str:
     return node.name or f"{node.op_type}:{node.outputs[0].name}"
 
@@ -273,24 +239,25 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     x, weight = node.inputs[0], node.inputs[1]
     if x is None or weight is None:
         return skip(Reason.DYNAMIC_WEIGHT)
-    source, transposed = _behind(weight)
-    if source.is_graph_input() and source.is_initializer():
-        return skip(Reason.OVERRIDABLE)
-    tensor = _constant(source)
-    if tensor is None:
-        if _is_dequantized_constant(source):
+    right, left = held(weight), held(x)
+    if right is None:
+        if dequantized(weight) is not None:
             return skip(Reason.QUANTIZED)
-        left = _constant(_behind(x)[0])
-        return skip(Reason.CONSTANT_LEFT if left is not None else Reason.DYNAMIC_WEIGHT)
-    if tensor.dtype not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(tensor.dtype))
-    if len(tensor.shape) != 2:
-        return skip(Reason.WEIGHT_RANK, f"shape {list(tensor.shape.numpy())}")
-    if source.is_graph_output() or weight.is_graph_output():
+        return skip(Reason.DYNAMIC_WEIGHT if left is None else Reason.CONSTANT_LEFT)
+    if right.overridable:
+        return skip(Reason.OVERRIDABLE)
+    if right.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(right.dtype))
+    if len(right.shape) != 2:
+        return skip(Reason.WEIGHT_RANK, f"shape {list(right.shape)}")
+    if right.exposed:
         return skip(Reason.GRAPH_OUTPUT)
-    rows, columns = (int(d) for d in tensor.shape.numpy())
-    if rows * columns == 0:
+    if 0 in right.shape:
         return skip(Reason.EMPTY)
+    if left is not None:
+        return skip(Reason.CONSTANT, "a caller may override the input" if left.overridable else "")
+    right, transposed = right.before_transposes()
+    rows, columns = right.shape
     factor, beta = 1.0, 1.0
     if node.op_type == "Gemm":
         if _int_attribute(node, "transA"):
@@ -305,16 +272,19 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     if node.op_type == "MatMul":
         add, bias = _bias_add(node, n)
     elif len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0:
-        bias_value = node.inputs[2]
-        bias = None if bias_value.is_graph_input() else _constant(bias_value)
-        if bias is None or not _is_vector(bias, n):
+        bias = _bias(node.inputs[2], n)
+        if bias is None:
             return skip(Reason.BIAS)
-    return LinearLayer(name, node, tensor, transposed, factor, add, bias, beta, k, n)
+    return LinearLayer(name, node, right, right.tensor(), transposed, factor, add, bias, beta, k, n)
 
 
-def _is_vector(tensor: ir.TensorProtocol, n: int) -> bool:
-    shape = [int(d) for d in tensor.shape.numpy()]
-    return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, n)) and tensor.dtype in FLOATS
+def _bias(value: ir.Value | None, n: int) -> ir.TensorProtocol | None:
+    """The constant vector behind a value, if it is one that fits ``n`` outputs."""
+    found = held(value)
+    if found is None or found.overridable or found.dtype not in FLOATS:
+        return None
+    shape = found.shape
+    return found.tensor() if all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, n)) else None
 
 
 def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol | None]:
@@ -327,10 +297,8 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
     if add.op_type != "Add" or add.domain != "" or add.graph is not node.graph:
         return None, None
     other = add.inputs[1 - uses[0].idx]
-    if other is None or other.is_graph_input():
-        return None, None
-    tensor = _constant(other)
-    if tensor is None or not _is_vector(tensor, n):
+    tensor = _bias(other, n)
+    if tensor is None:
         return None, None
     x = node.inputs[0]
     rank = None if x is None or x.shape is None else len(x.shape)
@@ -357,8 +325,10 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
             skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
             continue
         found = view(node)
-        if isinstance(found, LinearLayer) and not _selected(found, include, exclude):
+        if isinstance(found, LinearLayer) and not selected(node, found.name, found.weight_name, include, exclude):
             found = Skip(found.name, found.op, Reason.EXCLUDED)
+        elif isinstance(found, Skip) and (refused := node.meta.get(REFUSED)) is not None:
+            found = Skip(found.name, found.op, *refused)
         if isinstance(found, Skip):
             skips.append(found)
             continue
@@ -373,10 +343,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     return layers, skips
 
 
-def _selected(layer: LinearLayer, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    names = (layer.name, layer.weight_name, *layer.node.metadata_props.get(NAMES, "").splitlines())
+def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns choose the layer of a node: by its name, its weight's, or those it had before a rewrite."""
+    names = (name, weight, *node.metadata_props.get(NAMES, "").splitlines())
 
     def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, p) for p in patterns for name in names)
+        return any(name == p or fnmatchcase(name, p) for p in patterns for name in names)
 
     return (not include or matches(include)) and not matches(exclude)

@@ -17,11 +17,13 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
+from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
-from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
+from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
+from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import META, Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.low_rank import LowRank
@@ -51,6 +53,8 @@ PASSES: dict[str, type[LayerPass]] = {
         EmitQDQ,
         EmitQDQInt8,
         EmitDynamicInt8,
+        Convolutions,
+        Embeddings,
     )
 }
 EMITTERS = (EmitMatMulNBits, EmitQDQ, EmitQDQInt8, EmitDynamicInt8)
@@ -189,6 +193,15 @@ def check(passes: Sequence[LayerPass], provider: str = "cpu") -> None:
     if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
         problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")
     raise_all(OptionError, problems)
+
+
+def suited(passes: Sequence[LayerPass], provider: str) -> tuple[LayerPass, ...]:
+    """The passes, with what they write kept to what the kernels of ``provider`` take."""
+    if "cuda" not in provider.lower():
+        return tuple(passes)
+    return tuple(
+        replace(p, largest_block=min(p.largest_block, CUDA_LARGEST_BLOCK)) if isinstance(p, EmitMatMulNBits) else p for p in passes
+    )
 
 
 def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:

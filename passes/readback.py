@@ -11,12 +11,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.packing import MatMulNBitsTensors, QdqTensors, dequantize_matmulnbits, dequantize_qdq
+from magr_onnx.passes.conv import OPS as CONVOLUTIONS
+from magr_onnx.passes.emit_conv import emitted_matrices
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
+from magr_onnx.passes.gather import emitted_table
 from magr_onnx.types import Array
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
-    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, and scaled MatMulInteger, by the layer's output name.
+    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, scaled MatMulInteger and QDQ convolution, by the
+    layer's output name; ``(G, K, N)`` of convolutions in several groups, and gathered tables ``(rows, width)``.
 
     The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
     of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
@@ -41,6 +45,10 @@ def emitted_weight(node: ir.Node) -> Array | None:
         return _qdq(node)
     if node.op_type == "MatMulInteger" and node.domain == "":
         return _integer(node)
+    if node.op_type in CONVOLUTIONS and node.domain == "":
+        return emitted_matrices(node)
+    if (node.domain, node.op_type) in (("", "Gather"), (DOMAIN, "GatherBlockQuantized")):
+        return emitted_table(node, _only_reader(_only_reader(node, "Cast"), "Mul"))
     return None
 
 
@@ -74,6 +82,8 @@ def _matmulnbits(node: ir.Node) -> Array | None:
         return None
     bits, block = _attribute(node, "bits", 4), _attribute(node, "block_size", 0)
     k, n = _attribute(node, "K", 0), _attribute(node, "N", 0)
+    if block <= 0 or weight.shape != (n, -(-k // block), block * bits // 8) or scales.size != n * -(-k // block):
+        return None
     return dequantize_matmulnbits(MatMulNBitsTensors(weight, scales, zeros, bits, block, k, n))
 
 
@@ -87,9 +97,15 @@ def _qdq(node: ir.Node) -> Array | None:
     if codes is None or scales is None or codes.ndim != 2:
         return None
     axis, block = _attribute(producer, "axis", 1), _attribute(producer, "block_size", 0)
-    if (axis, block > 0) not in ((1, False), (0, True)):
+    if scales.ndim > 0 and (axis, block > 0) not in ((1, False), (0, True)):
+        return None
+    grid = (codes.shape[1],) if block == 0 else (-(-len(codes) // block), codes.shape[1])
+    if scales.shape != grid or (zeros is not None and zeros.shape != grid):  # one scale for all, or no valid node: not written here
         return None
     zero_points = None if zeros is None else zeros.astype(np.int16)
+    if scales.ndim == 0:  # one grid a tensor, which others write
+        scales, axis = np.broadcast_to(scales, codes.shape[1:]), 1
+        zero_points = None if zero_points is None else np.broadcast_to(zero_points, codes.shape[1:])
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))
 
 
@@ -132,6 +148,8 @@ def _behind(node: ir.Node) -> Iterator[ir.Node]:
     """The product, and the nodes behind it that an emitter may have written."""
     last = node
     yield last
+    if node.op_type in (*CONVOLUTIONS, "GatherBlockQuantized"):
+        return
     if node.op_type != "MatMulNBits":
         for last in _behind_product(node):
             yield last
@@ -152,7 +170,7 @@ def _is_branch(value: ir.Value | None, x: ir.Value | None) -> bool:
 
 def _behind_product(node: ir.Node) -> Iterator[ir.Node]:
     last = node
-    for op in ("Cast", "Mul") if node.op_type == "MatMulInteger" else ("QuantizeLinear", "DequantizeLinear"):
+    for op in ("Cast", "Mul") if node.op_type in ("MatMulInteger", "Gather") else ("QuantizeLinear", "DequantizeLinear"):
         if (found := _only_reader(last, op)) is not None:
             yield (last := found)
     add = _only_reader(last, "Add")

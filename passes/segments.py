@@ -7,7 +7,7 @@ stage ``s``: all their inputs are known once the layers of the stages before are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from magr_onnx.passes.constants import held
 from magr_onnx.passes.linear import LinearLayer
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +38,34 @@ class Plan:
 def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
     own = {id(layer.node) for layer in layers}
-    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs}
+    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs if not v.is_initializer()}
     last_read: dict[str, int] = {}
+    constants: set[str] = set()  # made of constants alone: every segment makes them again, and quantized ones disappear from the model
     for node in model.graph:
         names = [name for name in reads(node) if name in level]
+        if not names and all(held(v) is not None for v in node.outputs):
+            continue  # a part of the way to a weight, which is no value to be kept for every batch
+        if constants.issuperset(names) and node.op_type not in _RANDOM:
+            constants.update(str(v.name) for v in node.outputs)
         at = max((level[name] for name in names), default=0) + (id(node) in own)
         for name in names:
             last_read[name] = max(last_read.get(name, 0), at)
         level.update({str(v.name): at for v in node.outputs})
     count = 1 + max((level[str(layer.x.name)] for layer in layers), default=-1)
     stages = tuple(tuple(layer for layer in layers if level[str(layer.x.name)] == s) for s in range(count))
-    live = tuple(tuple(n for n, at in level.items() if at <= s < last_read.get(n, -1)) for s in range(count))
+    constants -= {str(layer.x.name) for layer in layers}
+    kept = [(n, at) for n, at in level.items() if n not in constants]
+    live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def behind(model: ir.Model, values: Collection[str]) -> set[str]:
+    """``values`` and every value that depends on one of them, by name."""
+    found = set(values)
+    for node in model.graph:
+        if any(name in found for name in reads(node)):
+            found.update(str(v.name) for v in node.outputs)
+    return found
 
 
 def not_tensors(model: ir.Model, steps: Plan) -> list[str]:

@@ -64,7 +64,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
         name = f"__tap_{i}"
         real = copy.real(tap, name)
         rows = copy.rows(real if tap.quantize is None else copy.quantized(real, tap.quantize, f"{name}_q"), tap, name)
-        copy.output(copy.add("Gemm", [rows, rows], f"__gram_{i}", transA=1), shape=[tap.width] * 2)
+        copy.output(copy.gram(rows, f"__gram_{i}"), shape=[tap.width] * 2)
         copy.output(copy.total(rows, f"__sum_{i}"), shape=[tap.width])
         copy.output(copy.count(rows, tap, f"__rows_{i}"))
         if tap.quantize is not None:
@@ -204,6 +204,11 @@ class Extension:
             self.model.graph.append(node)
             codes, scale, zero = node.outputs
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
+
+    def gram(self, rows: ir.Value, name: str) -> ir.Value:
+        """``rows^T rows``."""
+        addend = [] if self.opset >= 11 else [self.constant(f"{name}_zero", np.zeros(1, np.float32))]
+        return self.add("Gemm", [rows, rows, *addend], name, transA=1)
 
     def total(self, value: ir.Value, name: str) -> ir.Value:
         """Sum over rows."""

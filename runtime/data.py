@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
 
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.runtime.session import Batch, InputInfo
@@ -80,9 +80,11 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     if isinstance(source, str | os.PathLike):
         batches = _open_path(Path(source), inputs, batch_size)
     elif isinstance(source, DataReader):
-        batches = _in_memory(list(iter(source.get_next, None)), "the calibration data reader")
-    else:
+        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+    elif isinstance(source, Iterable):
         batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
+    else:
+        raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
     problems: list[str] = []
@@ -121,7 +123,10 @@ def _list(inputs: Sequence[InputInfo]) -> str:
 def _as_arrays(batch: Batch, index: int) -> Batch:
     if not hasattr(batch, "keys"):
         raise CalibrationError(f"batch {index} is a {type(batch).__name__}; expected a dict of input name to array")
-    return {k: np.asarray(batch[k]) for k in batch}
+    try:
+        return {k: np.asarray(batch[k]) for k in batch}
+    except ValueError as error:
+        raise CalibrationError(f"batch {index} holds what is no array: {error}") from error
 
 
 def _in_memory(batches: list[Any], describe: str) -> Batches:
@@ -139,9 +144,26 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise CalibrationError(f"{path} holds a single array; save named inputs with numpy.savez")
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            archive = loaded.zip
+            assert archive is not None
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > _memory() // 2:
+                raise CalibrationError(f"{path} unpacks to {unpacked} bytes, more than half of this machine's memory; cut it into a folder")
+            arrays = {name: loaded[name] for name in loaded.files}
+    except CalibrationError:
+        raise
+    except Exception as error:  # numpy's reader and its parser of headers raise anything on bytes that are not theirs
         raise CalibrationError(f"{path} is not a readable .npz file: {error}") from error
+    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise CalibrationError(f"{path}: {', '.join(other)} are no arrays; save named inputs with numpy.savez")
+    return arrays
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; where the system does not say, more than any machine has."""
+    if not hasattr(os, "sysconf"):
+        return 1 << 62
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
@@ -193,6 +215,8 @@ def _load_test_data(path: Path, inputs: Sequence[InputInfo]) -> Batch:
         tensor = onnx.TensorProto()
         try:
             tensor.ParseFromString(file.read_bytes())
+            if uses_external_data(tensor):
+                raise ValueError("its data lies in another file")
             array = numpy_helper.to_array(tensor)
         except Exception as error:
             raise CalibrationError(f"{file} is not a serialized ONNX tensor: {error}") from error

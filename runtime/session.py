@@ -5,6 +5,9 @@ Models of any size load: what lies in files is read there, and what is in memory
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,7 @@ import onnxruntime as ort
 
 from magr_onnx.errors import ProviderError, RuntimeFailure
 from magr_onnx.runtime.in_place import serialized
+from magr_onnx.sanity import custom_operators
 from magr_onnx.writing import tensor_bytes
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -123,6 +127,8 @@ class Session:
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
         name = provider_name(provider)
+        if name == PROVIDERS["cuda"]:
+            _preload()
         if lean is None:
             lean = isinstance(model, ir.Model) and tensor_bytes(model) > LEAN_BYTES
         options = ort.SessionOptions()
@@ -149,7 +155,7 @@ class Session:
             self._session = ort.InferenceSession(source, options, providers=[name, *fallback])
         except Exception as error:
             self.close()
-            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}") from error
+            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error
         if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
             self.close()
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
@@ -175,7 +181,7 @@ class Session:
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in feeds.items())
+            shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
 
     def close(self) -> None:
@@ -192,5 +198,22 @@ class Session:
         self.close()
 
 
+@functools.cache
+def _preload() -> None:
+    """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says whether it starts
+            ort.preload_dlls()
+
+
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
     return "the model in memory" if isinstance(model, ir.Model) else str(model)
+
+
+def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
+    """The custom operators of a model that did not load, as the end of a message."""
+    try:
+        names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
+    except Exception:  # what is wrong with the file has been said
+        return ""
+    return f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)}" if names else ""

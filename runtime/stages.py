@@ -12,7 +12,7 @@ calibrated that are larger than memory.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ import onnx_ir as ir
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import beside, cut, plan
+from magr_onnx.passes.segments import behind, beside, cut, plan
 from magr_onnx.ranges import rounded
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibrate import plan as plan_groups
@@ -182,6 +182,7 @@ def staged(
     quantize: Mapping[str, Activation] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     cache: int = DEFAULT_CACHE,
+    changed: Collection[str] = (),
     progress: Progress | None = None,
     feedback: bool = True,
     hold_out: bool = True,
@@ -195,7 +196,7 @@ def staged(
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far.
+        work: The model being quantized, a copy of ``original`` so far but for what makes the ``changed`` values.
         layers: Its layers.
         data: Batches that fit both.
         mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
@@ -203,6 +204,7 @@ def staged(
         quantize: How layer inputs will be quantized, by value name.
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
+        changed: Values of ``work`` that differ from the float ones already, by name (convolutions are quantized first).
         progress: Called with segments of batches done and in total.
         feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
@@ -217,17 +219,22 @@ def staged(
     quantize, bounds = quantize or {}, bounds or {}
     steps = plan(work, layers if cuts is None else cuts)
     own = {id(layer.node): layer for layer in layers}
+    moved = behind(work, changed)
+    known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
+    kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
     with Cache(cache // 2) as floats, Cache(cache // 2) as quants:
         masks = _begin(original, data, mask, floats)
         shared: set[str] = set(floats.names(0))  # the same in both models: nothing before them is quantized
-        for s, (stage, live) in enumerate(zip(steps.stages, steps.live, strict=True)):
+        for s, (stage, live) in enumerate(zip(steps.stages, kept, strict=True)):
             before = floats.names(0)
             new = [n for n in live if n not in before]
             floats.run(original, before, new, len(data), provider)
-            if s == 0 or not feedback:
+            if not feedback:
                 shared |= set(new)
-            else:
-                quants.run(work, before, new, len(data), provider, fallback=floats, shared=shared)
+            elif s == 0:
+                shared |= set(new) - moved
+            if feedback:
+                quants.run(work, before, [n for n in new if n not in shared], len(data), provider, fallback=floats, shared=shared)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
             mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
@@ -306,7 +313,7 @@ def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str]
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    names = {str(v.name) for v in model.graph.inputs}
+    names = {str(v.name) for v in model.graph.inputs if not v.is_initializer()}
     for b, batch in enumerate(data):
         masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
         for name in names:

@@ -213,7 +213,7 @@ def test_weights_that_are_not_finite_are_all_named(tmp_path: Path) -> None:
 def test_a_model_with_nothing_to_convert_is_refused() -> None:
     b = graphs.Builder()
     x = b.input("x", ["batch", 4])
-    with pytest.raises(ModelError, match="no MatMul or Gemm"):
+    with pytest.raises(ModelError, match="no MatMul, Gemm or convolution"):
         magr_onnx.optimize(b.model(b.node("Relu", [x]), ["batch", 4]))
 
 

@@ -7,13 +7,15 @@ import onnx_ir as ir
 import pytest
 
 from magr_onnx.errors import OptionError, PipelineError
+from magr_onnx.packing import dequantize_matmulnbits, pack_matmulnbits
 from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
-from magr_onnx.passes.pipeline import check, options_of, resolve
+from magr_onnx.passes.pipeline import check, options_of, resolve, suited
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import LayerStats
+from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import correlated, feeds
+from tests.helpers import random_quantized
 
 
 def stats_of(k: int, rows: int = 400) -> LayerStats:
@@ -78,6 +80,23 @@ def test_kernels_a_provider_lacks_are_refused() -> None:
     for provider in ("cuda", "CUDAExecutionProvider"):
         with pytest.raises(OptionError, match="4 and 8 bits only"):
             check(passes, provider)
+
+
+def test_blocks_are_kept_to_what_a_provider_takes() -> None:
+    passes = parse("quantize{block_size=channel},emit-matmulnbits")
+    assert suited(passes, "cpu") == passes
+    assert suited(passes, "cuda") == parse("quantize{block_size=channel},emit-matmulnbits{largest_block=128}")
+    assert suited(parse("quantize,emit-matmulnbits{largest_block=32}"), "cuda")[-1] == EmitMatMulNBits(largest_block=32)
+    with pytest.raises(OptionError, match="largest_block=48"):
+        check(parse("quantize,emit-matmulnbits{largest_block=48}"))
+
+
+@pytest.mark.parametrize(("group", "block"), [(None, 128), (256, 128), (512, 128), (64, 64), (96, 32)])
+def test_a_smaller_largest_block_repeats_scales(group: int | None, block: int) -> None:
+    weight = random_quantized(512, 8, WeightSpec(4, group))
+    packed = pack_matmulnbits(weight, 128)
+    assert packed.block_size == block
+    np.testing.assert_array_equal(dequantize_matmulnbits(packed), weight.dequantize())
 
 
 def test_order_is_checked() -> None:

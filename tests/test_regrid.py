@@ -9,7 +9,7 @@ import pytest
 
 from magr_onnx.grid import ladder, search
 from magr_onnx.linalg import column_errors, damped
-from magr_onnx.quantizers import comq, gptq
+from magr_onnx.quantizers import comq, gptq, rtn
 from magr_onnx.quantizers.regrid import SHRINKS, regrid
 from magr_onnx.types import QuantizedWeight, WeightSpec
 from tests.helpers import Array, layer
@@ -112,3 +112,18 @@ def test_a_group_already_right_stays() -> None:
     start = grid.weight(grid.codes(target))
     found = refit(start.dequantize(), start, damped(gram, 0.05))
     np.testing.assert_allclose(found.dequantize(), start.dequantize(), atol=1e-5 * np.abs(target).max())
+
+
+def test_groups_whose_gram_matrix_is_hardly_definite_are_refitted_all_the_same() -> None:
+    """Patches of a smooth image: nine nearly equal inputs."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 1)) + 1e-5 * rng.standard_normal((200, 9))
+    gram = (x.T @ x / 200).astype(np.float32)
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(gram.astype(np.float64))
+    target = rng.standard_normal((9, 4)).astype(np.float32)
+    start = rtn.quantize(target, gram.diagonal(), WeightSpec(3, None))
+    found = refit(target, start, gram)
+    assert found.codes.shape == target.shape
+    wide = np.full((9, 9), 1.0)  # what such a matrix is in the limit
+    assert errors(found, target, wide).sum() <= errors(start, target, wide).sum() * 1.01

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.grid import ladder
+from magr_onnx.linalg import cholesky
 from magr_onnx.types import Array, QuantizedWeight
 
 SHRINKS = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72)
@@ -30,9 +31,8 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
     residual = gram @ (target - now)
     for g in range(spec.groups(k)):
         s = slice(g * rows, min((g + 1) * rows, k))
-        local = gram[s, s].astype(np.float64)
-        goal = (now[s] + np.linalg.solve(local, residual[s])).astype(np.float32)
-        upper = np.linalg.cholesky(local[::-1, ::-1])[::-1, ::-1]
+        upper = cholesky(gram[s, s][::-1, ::-1], 0.0).lower[::-1, ::-1]  # rounded to float32, the group may no longer be definite
+        goal = (now[s] + np.linalg.solve(upper.T, np.linalg.solve(upper, residual[s]))).astype(np.float32)
         factor = (upper / np.diag(upper)).T.astype(np.float32)  # row i weighs the errors of the rows before it
         power = np.square(np.diag(upper)).astype(np.float32)
         best = _error(now[s] - goal, factor, power)

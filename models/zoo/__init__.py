@@ -7,9 +7,10 @@ here and its line in that module's ``TRAPS``.
 
 from __future__ import annotations
 
-from magr_onnx.models.zoo import plain
+from magr_onnx.models.zoo import convolutions, disguised, elsewhere, embeddings, plain
 from magr_onnx.models.zoo.trap import Trap
 
-ZOO: dict[str, Trap] = {trap.name: trap for module in (plain,) for trap in module.TRAPS}
+MODULES = (plain, disguised, elsewhere, convolutions, embeddings)
+ZOO: dict[str, Trap] = {trap.name: trap for module in MODULES for trap in module.TRAPS}
 
 __all__ = ["ZOO", "Trap"]

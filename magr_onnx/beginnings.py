@@ -1,0 +1,71 @@
+"""What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, and convolutions.
+
+Everything here is written into one copy of the float model, which linear layers then start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from magr_onnx import convolutions, embeddings, mixed, options
+from magr_onnx.convolutions import Converted
+from magr_onnx.passes import LayerPass, Skip, conv
+from magr_onnx.passes.conv import ConvLayer
+from magr_onnx.passes.gather import Table
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.sensitivity import Split
+
+CONV_BITS = 8
+
+
+def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Options | None) -> tuple[LayerPass, ...]:
+    """The pipeline with a pass for convolutions, if the model has some that can be converted and nothing was said of them.
+
+    ``given`` are the options the pipeline is made of; None where it was written by hand, and says all there is to say.
+    """
+    if given is None or "conv_bits" in given or not conv.find(model)[0]:
+        return tuple(passes)
+    return (*passes, options.convolutions(CONV_BITS, given))
+
+
+def look(
+    model: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[Table | ConvLayer], list[Skip]]:
+    """What will be converted, and what will not and why."""
+    tables, untouched = embeddings.look(model, passes, include, exclude)
+    layers, skips = convolutions.look(model, passes, include, exclude)
+    return [*tables, *layers], [*untouched, *skips]
+
+
+def convert(
+    model: ir.Model,
+    work: ir.Model,
+    passes: Sequence[LayerPass],
+    data: Batches | None,
+    goal: mixed.Goal | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    mask: str | None,
+    provider: str,
+    gram_budget: int,
+    large: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Converted:
+    """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
+
+    Batches that a budget of loss will be measured on have no part in it. A ``large`` model cannot be run as a whole, so that its
+    convolutions are solved without data.
+    """
+    seen = None if large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    tables = embeddings.convert(work, passes, include, exclude)
+    layers = convolutions.convert(
+        model, work, passes, seen, include=include, exclude=exclude, provider=provider, gram_budget=gram_budget, progress=progress
+    )
+    notes = []
+    if mask is not None and any(row.rows for row in layers.rows):
+        notes.append(f"mask {mask!r} marks no positions of convolutions: all of theirs count")
+    if large and data is not None and layers.rows:
+        notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
+    return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)

@@ -1,0 +1,287 @@
+"""What a model file may not do: reach outside its folder, claim data it does not have, or stand for more than a machine holds.
+
+Everything here reads the protobuf message only, in one walk without recursion: the time is linear in the file, and no constant is made.
+onnx's checker comes after it, and with it what is about operators: their inputs, the types of their attributes, the order of nodes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.external_data_helper import uses_external_data
+
+from magr_onnx.errors import ModelError, raise_all
+from magr_onnx.unfolding import unfolded
+
+OLDEST_OPSET = 7
+"""Before it, Add and its like broadcast by an attribute, and onnxruntime promises nothing."""
+
+LARGEST_CONSTANT = 1 << 32
+"""Bytes a constant may unfold to where the graph only describes it (ConstantOfShape, Expand, sparse tensors ...)."""
+
+LARGEST_FILE = (1 << 31) - 1
+"""Bytes of a protobuf message."""
+
+_ALIASES = 16
+"""How often all bytes of the external files may be used on average; tied weights use them twice or a few times."""
+
+_MOST_PROBLEMS = 20
+_FIELDS = {
+    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
+    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
+    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
+    "INT64": "int64_data",
+    "STRING": "string_data",
+}
+
+
+@dataclass(slots=True)
+class _Findings:
+    """Problems, and what external files hold."""
+
+    folder: Path | None
+    problems: list[str] = field(default_factory=list)
+    files: dict[Path, int] = field(default_factory=dict)
+    external_bytes: int = 0
+
+    def add(self, text: str) -> None:
+        self.problems.append(text)
+
+    @property
+    def full(self) -> bool:
+        return len(self.problems) >= _MOST_PROBLEMS
+
+
+def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[Path]:
+    """Look for everything above in a model.
+
+    Args:
+        proto: The message, external data not loaded.
+        name: What to call the model in messages.
+        folder: Where external data lies; None for a model in memory, which may have none.
+
+    Returns:
+        The files of the model's external data.
+
+    Raises:
+        ModelError: With all problems found, up to 20.
+    """
+    found = _Findings(folder)
+    _opsets(proto, found)
+    for graph in _walk(_main(proto)):
+        _graph(graph, False, found)
+    for body in _walk(proto.functions):
+        _graph(body, True, found)
+    if found.external_bytes > max(LARGEST_CONSTANT, _ALIASES * sum(found.files.values())):
+        found.add(f"tensors take {found.external_bytes} bytes from external files that have {sum(found.files.values())}")
+    raise_all(ModelError, [f"{name}: {p}" for p in found.problems[:_MOST_PROBLEMS]])
+    return frozenset(found.files)
+
+
+def custom_operators(model: ir.Model) -> list[str]:
+    """The operators (``domain::name``) of a model that are neither ONNX's, nor onnxruntime's, nor functions of the model."""
+    own = {(f.domain, f.name) for f in model.functions.values()}
+    nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
+    return sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in _DOMAINS and (n.domain, n.op_type) not in own})
+
+
+_DOMAINS = {
+    "",
+    "ai.onnx.ml",
+    "ai.onnx.preview",
+    "ai.onnx.preview.training",
+    "ai.onnx.training",
+    "com.microsoft",
+    "com.microsoft.dml",
+    "com.microsoft.experimental",
+    "com.microsoft.nchwc",
+    "com.ms.internal.nhwc",
+    "org.pytorch.aten",
+}
+
+
+def _opsets(proto: onnx.ModelProto, found: _Findings) -> None:
+    versions: dict[str, int] = {}
+    for entry in proto.opset_import:
+        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        if versions.setdefault(domain, entry.version) != entry.version:
+            found.add(f"imports opsets {versions[domain]} and {entry.version} of domain {domain!r}; there can be only one")
+    opset, newest = versions.get(""), onnx.defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        remedy = (
+            "convert it with onnx.version_converter"
+            if opset < OLDEST_OPSET
+            else "update onnx and onnxruntime, or export it with an older one"
+        )
+        found.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {remedy}")
+    if proto.ir_version > onnx.IR_VERSION:
+        found.add(f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx; update onnx and onnxruntime")
+
+
+def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """Every graph and function body of a model, subgraphs and training graphs included."""
+    yield from _walk(_main(proto))
+    yield from _walk(proto.functions)
+
+
+def _main(proto: onnx.ModelProto) -> list[onnx.GraphProto]:
+    return [proto.graph, *(g for info in proto.training_info for g in (info.initialization, info.algorithm))]
+
+
+def _walk(roots: Iterable[onnx.GraphProto | onnx.FunctionProto]) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    stack = list(roots)
+    while stack:
+        graph = stack.pop()
+        yield graph
+        stack += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+
+
+def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, found: _Findings) -> None:
+    known: dict[str, onnx.TensorProto] = {}
+    if isinstance(graph, onnx.GraphProto):
+        for tensor in graph.initializer:
+            _tensor(tensor, found)
+            known[tensor.name] = tensor
+        for sparse in graph.sparse_initializer:
+            _sparse(sparse, found)
+    for node in graph.node:
+        if found.full:
+            return
+        for attribute in node.attribute:
+            _attribute(node, attribute, inside_function, found)
+        if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
+            known[node.output[0]] = node.attribute[0].t
+        size = None if found.problems else unfolded(node, known)
+        if size is not None and size > LARGEST_CONSTANT:
+            found.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
+
+
+def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_function: bool, found: _Findings) -> None:
+    where = f"attribute {attribute.name!r} of node {node.name or list(node.output)} ({node.op_type})"
+    if attribute.ref_attr_name and not inside_function:
+        found.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
+    if attribute.type not in _ATTRIBUTE_TYPES:
+        found.add(f"{where} has the unknown type {attribute.type}")
+    if attribute.HasField("t"):
+        _tensor(attribute.t, found, where)
+    for tensor in attribute.tensors:
+        _tensor(tensor, found, where)
+    if attribute.HasField("sparse_tensor"):
+        _sparse(attribute.sparse_tensor, found, where)
+    for sparse in attribute.sparse_tensors:
+        _sparse(sparse, found, where)
+
+
+_ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
+
+
+def _too_large() -> str:
+    return f"more than the {LARGEST_CONSTANT >> 30} GiB that are unfolded at most"
+
+
+def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
+    """Elements and bytes of a dense tensor, of any size; a string counts as one byte.
+
+    Raises:
+        ValueError: An unknown type, or a negative dimension.
+    """
+    try:
+        kind = ir.DataType(dtype)
+    except ValueError:
+        raise ValueError(f"has the unknown type {dtype}") from None
+    if kind == ir.DataType.UNDEFINED:
+        raise ValueError("has no type")
+    if any(d < 0 for d in dims):
+        raise ValueError(f"has negative dimensions: {list(dims)}")
+    count = math.prod(dims)
+    return count, count if kind == ir.DataType.STRING else -(-count * kind.bitwidth // 8)
+
+
+def _tensor(tensor: onnx.TensorProto, found: _Findings, where: str = "") -> None:
+    what = f"tensor {tensor.name}" if tensor.name or not where else where
+    try:
+        count, size = _size(tensor.data_type, tensor.dims)
+    except ValueError as error:
+        found.add(f"{what} {error}")
+        return
+    if uses_external_data(tensor):
+        problem = _external(tensor, size, found)
+        if problem:
+            found.add(f"{what}: {problem}")
+        return
+    kind = ir.DataType(tensor.data_type)
+    if tensor.HasField("raw_data"):
+        held, wanted, unit = len(tensor.raw_data), size, "bytes"
+        if kind == ir.DataType.STRING:
+            found.add(f"{what} holds strings as raw data, which have no form")
+            return
+    else:
+        held, unit = len(getattr(tensor, _FIELDS.get(kind.name, "int32_data"))), "values"
+        packed = max(8 // kind.bitwidth, 1) if kind != ir.DataType.STRING else 1
+        wanted = 2 * count if kind.name.startswith("COMPLEX") else -(-count // packed)
+    if held != wanted:
+        found.add(f"{what} of type {kind.name} and shape {list(tensor.dims)} must hold {wanted} {unit}, and has {held}")
+
+
+def _external(tensor: onnx.TensorProto, size: int, found: _Findings) -> str | None:
+    """What is wrong with a tensor's data in another file, which ought to be ``size`` bytes."""
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    if found.folder is None:
+        return f"its data is in the file {location!r}, and a model in memory has no folder; give the model's path"
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return "strings cannot be external data"
+    try:
+        offset, length = (int(entries.get(key) or default) for key, default in (("offset", 0), ("length", size)))
+    except ValueError:
+        return f"offset {entries.get('offset', '')[:40]!r} and length {entries.get('length', '')[:40]!r} must be whole numbers"
+    if offset < 0 or length != size:
+        return f"needs {size} bytes of external data, and is said to have {length} at offset {offset}"
+    file = found.folder / location
+    try:
+        inside = file.resolve().is_relative_to(found.folder.resolve())
+        if location and not os.path.isabs(location) and inside and file.is_file():
+            held = found.files.setdefault(file, file.stat().st_size)
+            found.external_bytes += size
+            return None if offset + size <= held else f"{file} has {held} bytes, but the tensor ends at {offset + size}"
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte, a name that is too long
+        return f"external data {location[:80]!r} cannot be found: {error}"
+    if not location or os.path.isabs(location) or not inside:
+        link = " (a link leads there; put the file itself beside the model)" if location and file.is_symlink() else ""
+        return f"external data {location[:80]!r} lies outside {found.folder.resolve()}{link}"
+    return f"external data file {file} is missing; keep it beside the model"
+
+
+def _sparse(sparse: onnx.SparseTensorProto, found: _Findings, where: str = "") -> None:
+    what = f"sparse tensor {sparse.values.name}" if sparse.values.name or not where else where
+    before = len(found.problems)
+    for part, tensor in (("values", sparse.values), ("indices", sparse.indices)):
+        _tensor(tensor, found, f"{part} of {what}")
+        if uses_external_data(tensor):
+            found.add(f"{part} of {what}: sparse tensors cannot be external data")
+    if len(found.problems) > before:
+        return
+    try:
+        count, size = _size(sparse.values.data_type, sparse.dims)
+    except ValueError as error:
+        found.add(f"{what} {error}")
+        return
+    if size > LARGEST_CONSTANT:
+        found.add(f"{what} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
+        return
+    number, rank = math.prod(sparse.values.dims), len(sparse.dims)
+    form = list(sparse.indices.dims)
+    if len(sparse.values.dims) != 1 or sparse.indices.data_type != onnx.TensorProto.INT64 or form not in ([number], [number, rank]):
+        found.add(f"{what}: {number} values need as many int64 indices, flat or of rank {rank}, and have {form}")
+        return
+    indices = onnx.numpy_helper.to_array(sparse.indices)
+    most = count if indices.ndim == 1 else np.asarray(sparse.dims)
+    if ((indices < 0) | (indices >= most)).any():
+        found.add(f"{what} has indices beyond its shape {list(sparse.dims)}")

@@ -1,0 +1,267 @@
+"""Finding convolutions, and their weights as matrices.
+
+A `ConvLayer` is a view of a Conv or ConvTranspose of any number of spatial axes whose weight is constant. With ``G`` groups it is ``G``
+products ``Y_g = P_g W_g + b_g``: the rows of ``P_g (n, K)`` are the patches of the input that meet at an output position, ``K = C / G *``
+the size of the kernel, and ``W_g (K, N)`` has ``N = M / G`` output channels. (``C`` and ``M`` count the channels of input and output.) A
+ConvTranspose is the same with the patches of `magr_onnx.passes.patches`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.errors import ModelError
+from magr_onnx.passes.constants import Held, dequantized, held
+from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
+from magr_onnx.passes.operands import operand
+from magr_onnx.passes.opset import raise_opset
+from magr_onnx.types import Array, WeightSpec
+
+OPS = ("Conv", "ConvTranspose")
+BITS = tuple(range(3, 9))
+
+
+class ConvReason(StrEnum):
+    """Why a convolution is left as it is, beside the reasons it shares with linear layers."""
+
+    DYNAMIC_WEIGHT = "weight is computed at run time"
+    UNASKED = "convolutions stay float (conv_bits gives them bits)"
+    OPSET = "the model's opset cannot be raised as far as a quantized convolution needs"
+    SHAPE = "shapes do not fit"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConvLayer:
+    """A safe view of one convolution.
+
+    Attributes:
+        name: Node name, or a name made from its output; unique among the model's convolutions.
+        node: The Conv or ConvTranspose.
+        held: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
+        bias: The constant bias ``(M,)``, if there is one.
+        takes_bias: Whether a bias could be written: False where one is computed at run time.
+        group: ``G``.
+    """
+
+    name: str
+    node: ir.Node
+    held: Held
+    bias: ir.TensorProtocol | None
+    takes_bias: bool
+    group: int
+
+    @property
+    def op(self) -> str:
+        return self.node.op_type
+
+    @property
+    def x(self) -> ir.Value:
+        """The input value, ``(batch, C, ...)``."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def output(self) -> ir.Value:
+        return self.node.outputs[0]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.held.dtype
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the constant that holds the weight."""
+        return self.held.name
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel, an axis each."""
+        return self.shape[2:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.held.shape
+
+    @property
+    def channels(self) -> int:
+        """Input channels ``C``."""
+        return self.shape[0] if self.op == "ConvTranspose" else self.shape[1] * self.group
+
+    @property
+    def k(self) -> int:
+        """Rows of a group's matrix."""
+        return self.channels // self.group * math.prod(self.kernel)
+
+    @property
+    def n(self) -> int:
+        """Output channels of a group."""
+        return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    def read(self) -> Array:
+        """The matrices ``(G, K, N)`` float32."""
+        return to_matrices(self.held.tensor().numpy().astype(np.float32), self.op, self.group)
+
+    def read_bias(self) -> Array | None:
+        """The bias ``(M,)`` float64, or None."""
+        return None if self.bias is None else self.bias.numpy().astype(np.float64)
+
+    def matrix(self, weight: Array, bias: Array | None) -> LinearLayer:
+        """A linear layer of one group's matrix ``(K, N)`` and bias ``(N,)``, for passes that read a layer and write nothing."""
+        tensor = ir.tensor(weight.astype(FLOATS[self.dtype]), name=self.weight_name)
+        added = None if bias is None else ir.tensor(bias)
+        alone = Held(self.held.source, tensor, (), False)
+        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, *weight.shape)
+
+
+def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
+    """A convolution's weight as ``(G, K, N)``; rows go through a group's channels, and for every channel through the kernel."""
+    if op == "ConvTranspose":
+        channels, n = weight.shape[:2]
+        parts = weight.reshape(group, channels // group, n, -1).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(parts.reshape(group, -1, n))
+    return np.ascontiguousarray(weight.reshape(group, len(weight) // group, -1).transpose(0, 2, 1))
+
+
+def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) -> npt.NDArray[Any]:
+    """Inverse of `to_matrices`."""
+    group, k, n = matrices.shape
+    inner = k // math.prod(kernel)
+    if op == "ConvTranspose":
+        parts = matrices.reshape(group, inner, -1, n).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(parts.reshape(group * inner, n, *kernel))
+    return np.ascontiguousarray(matrices.transpose(0, 2, 1).reshape(group * n, inner, *kernel))
+
+
+def view(node: ir.Node) -> ConvLayer | Skip:
+    """The layer at a Conv or ConvTranspose, or why there is none."""
+    name = layer_name(node)
+
+    def skip(reason: StrEnum, detail: str = "") -> Skip:
+        return Skip(name, node.op_type, reason, detail)
+
+    x, value = operand(node, 0), operand(node, 1)
+    if x is None or value is None:
+        return skip(ConvReason.SHAPE, "an input is missing")
+    weight = held(value)
+    if weight is None:
+        return skip(Reason.QUANTIZED if dequantized(value) is not None else ConvReason.DYNAMIC_WEIGHT)
+    if weight.overridable:
+        return skip(Reason.OVERRIDABLE)
+    if weight.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(weight.dtype))
+    if weight.exposed:
+        return skip(Reason.GRAPH_OUTPUT)
+    if 0 in weight.shape:
+        return skip(Reason.EMPTY)
+    given = node.attributes.get("group")
+    group = 1 if given is None else given.as_int()
+    if len(weight.shape) < 3 or group < 1 or weight.shape[0] % group:
+        return skip(ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
+    bias = held(operand(node, 2))
+    fixed = bias is not None and not bias.overridable
+    takes_bias = fixed or operand(node, 2) is None
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group)
+
+
+def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
+    """Every convolution of the main graph with a constant weight, in graph order, and the others with the reason.
+
+    Args:
+        model: The model; nothing in it is changed.
+        include: Shell patterns on the node's or the weight's name; empty for all.
+        exclude: Patterns of those to leave as they are; wins over ``include``.
+    """
+    layers: list[ConvLayer] = []
+    skips: list[Skip] = []
+    names: set[str] = set()
+    for node in model.graph.all_nodes():
+        if node.domain != "" or node.op_type not in OPS:
+            continue
+        if node.graph is not model.graph:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
+            continue
+        found = view(node)
+        if isinstance(found, ConvLayer) and not selected(found.node, found.name, found.weight_name, include, exclude):
+            found = Skip(found.name, found.op, Reason.EXCLUDED)
+        if isinstance(found, Skip):
+            skips.append(found)
+            continue
+        if found.name in names:  # ONNX asks for unique value names only
+            found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
+        names.add(found.name)
+        layers.append(found)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            if node.domain == "" and node.op_type in OPS:
+                skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
+    return layers, skips
+
+
+@dataclass(frozen=True)
+class Convolutions(LayerPass):
+    """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
+
+    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float from
+    dequantized weights in every format. On a linear layer the pass does nothing.
+
+    Attributes:
+        bits: 3 to 8.
+        symmetric: Fix the zero point in the middle.
+        alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
+    """
+
+    name: ClassVar[str] = "convolutions"
+    summary: ClassVar[str] = "write convolutions with quantized weights too, as DequantizeLinear + Conv"
+
+    bits: int = 8
+    symmetric: bool = True
+    alpha: float | None = None
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        if self.bits in BITS:
+            return []
+        return [f"convolutions: bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}, or none to leave them float"]
+
+    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
+        if any(p.name == "quantize" for p in passes):
+            return []
+        return ["convolutions needs a quantize pass: it names the quantizer"]
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""
+        del spec
+        needed = self.opset(find(model)[0])
+        if model.opset_imports.get("", 0) >= needed:
+            return raise_opset(model, needed)  # the IR version
+        try:
+            raise_opset(model.clone(), needed)
+        except ModelError:
+            return False
+        return raise_opset(model, needed)
+
+    def opset(self, layers: Sequence[ConvLayer]) -> int:
+        """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for int4; 0 without layers."""
+        if not layers:
+            return 0
+        if self.bits <= 4:
+            return 21
+        return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
+
+    def apply(self, job: Job) -> bool:
+        del job
+        return False

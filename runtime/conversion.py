@@ -1,0 +1,114 @@
+"""Proof by example that raising a model's opset has not changed its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.errors import ModelError, RuntimeFailure, raise_all
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Arithmetic, Batch, InputInfo, Session
+
+Array = npt.NDArray[Any]
+
+_BATCHES = 2
+_UNKNOWN = (4, 1, 8, 16)
+"""What dimensions of any size are tried as, one after the other."""
+
+_TOLERANCE = {2: 1e-2}
+"""Of the largest value, by bytes a value: what an adapter wrote differently adds in another order, and 1e-4 is generous for that."""
+
+
+def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:
+    """Run a model before and after its opset was raised on the same inputs.
+
+    Args:
+        before: The model as it was given.
+        after: With its opset raised.
+        data: Calibration data; its first batches are taken. None makes inputs from the types of the model's.
+        provider: Where to run.
+
+    Returns:
+        Sentences for the report: what could not be compared.
+
+    Raises:
+        ModelError: Outputs differ, or are not the same ones.
+        RuntimeFailure: onnxruntime does not load one of the two.
+    """
+    with Session(before, provider, Arithmetic.UNOPTIMIZED) as old, Session(after, provider, Arithmetic.UNOPTIMIZED) as new:
+        if old.outputs != new.outputs or {i.name for i in old.inputs} != {i.name for i in new.inputs}:
+            raise ModelError(
+                f"raising the opset changed the model's inputs or outputs ({', '.join(old.outputs)} became {', '.join(new.outputs)}); "
+                "export the model with a newer opset"
+            )
+        failure = ""
+        compared = 0
+        for batch in data.limit(_BATCHES) if data is not None else made_up(old.inputs):
+            try:
+                expected = old.run(batch)
+            except RuntimeFailure as error:
+                failure = str(error)
+                continue
+            try:
+                got = new.run(batch)
+            except RuntimeFailure as error:
+                raise ModelError(f"raising the opset broke the model; export it with a newer opset: {error}") from error
+            compared += 1
+            _compare(old, batch, expected, got)
+            if data is None:
+                break
+    if compared:
+        return []
+    return [f"whether raising the opset has changed outputs is not known, since the model does not run on made-up inputs: {failure}"]
+
+
+def _compare(old: Session, batch: Batch, expected: Sequence[Any], got: Sequence[Any]) -> None:
+    differing = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if not _same(a, b)]
+    if not differing:
+        return
+    again = old.run(batch)
+    problems = [
+        f"raising the opset changed output {old.outputs[i]!r} ({_distance(expected[i], got[i])}); export the model with a newer opset"
+        for i in differing
+        if _same(expected[i], again[i])  # one that draws random numbers never repeats itself
+    ]
+    raise_all(ModelError, problems)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(_same, a, b))
+    if not isinstance(a, np.ndarray):
+        return type(a) is type(b)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if a.dtype.kind not in "fc" or a.size == 0:
+        return bool((a == b).all())
+    size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
+    return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE.get(a.dtype.itemsize, 1e-4) * size, equal_nan=True))
+
+
+def _distance(a: Any, b: Any) -> str:
+    if not isinstance(a, np.ndarray) or a.shape != np.shape(b) or a.dtype.kind != "f":
+        return "another type, shape or value"
+    return f"by up to {float(np.nanmax(np.abs(a - b))):.3g}, where the largest value is {float(np.nanmax(np.abs(a))):.3g}"
+
+
+def made_up(inputs: Sequence[InputInfo]) -> list[Batch]:
+    """Random inputs of the model's types: floats around zero, whole numbers and truth values 0 or 1; one batch for each guess at sizes."""
+    return [{i.name: _random(i, unknown) for i in inputs} for unknown in _UNKNOWN]
+
+
+def _random(info: InputInfo, unknown: int) -> Array:
+    rng = np.random.default_rng(0)
+    shape = [unknown if d is None else d for d in info.shape]
+    if info.dtype.kind == "f":
+        return rng.standard_normal(shape).astype(info.dtype)
+    if info.dtype.kind in "iub":
+        return rng.integers(0, 2, shape).astype(info.dtype)
+    return np.full(shape, "a", dtype=object)

@@ -1,0 +1,125 @@
+"""Second moments of what convolutions multiply: patches gathered and multiplied inside onnxruntime, summed in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.passes.conv import ConvLayer
+from magr_onnx.passes.patches import geometry, patch_taps
+from magr_onnx.passes.taps import shape_taps
+from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.session import Session
+from magr_onnx.types import Array, LayerStats
+
+PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchStats:
+    """Second moments of the patches of every group: Gram matrices ``(G, K, K)`` and means ``(G, K)`` of ``rows`` rows, float64."""
+
+    gram: Array
+    mean: Array
+    rows: int
+    held_out: PatchStats | None = None
+
+    def of_group(self, index: int) -> LayerStats:
+        """What one group's passes read."""
+        held = None if self.held_out is None else self.held_out.of_group(index)
+        return LayerStats(self.gram[index], self.mean[index], self.rows, held_out=held)
+
+    def combine(self, other: PatchStats) -> PatchStats:
+        """Statistics of the rows of both; of layers that share a weight, which one solution must serve."""
+        n = self.rows + other.rows
+        a, b = self.rows / n, other.rows / n
+        held = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
+        return PatchStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, held)
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    gram: Array
+    total: Array
+    rows: float = 0
+
+    def stats(self) -> PatchStats:
+        n = max(self.rows, 1)
+        return PatchStats(self.gram / n, self.total / n, round(self.rows))
+
+
+def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one layer at least)."""
+    groups: list[list[ConvLayer]] = []
+    seen: set[tuple[object, ...]] = set()
+    used = 0
+    for layer in layers:
+        cost = 24 * layer.group * layer.k**2  # two float64 sums, a float32 batch and what it is added to
+        if not groups or (geometry(layer) not in seen and used + cost > budget):
+            groups.append([])
+            seen, used = set(), 0
+        groups[-1].append(layer)
+        used += 0 if geometry(layer) in seen else cost
+        seen.add(geometry(layer))
+    return groups
+
+
+def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
+    """Layers whose patches do not fit the limit, by name, with the reason as a sentence; measured on the first batch."""
+    with Session(shape_taps(model, [str(layer.output.name) for layer in layers]), provider) as session:
+        shapes = session.run(next(iter(data)))
+    found = {}
+    for layer, shape in zip(layers, shapes, strict=True):
+        size = 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
+        if size > limit:
+            why = f"its patches take {size / 1e6:.0f} MB a sample, and the limit is {limit / 1e6:.0f} MB"
+            found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
+    return found
+
+
+def collect(
+    model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Progress | None = None
+) -> dict[str, PatchStats]:
+    """Statistics of every layer, by its name; every `HELD_OUT`-th batch also apart.
+
+    Args:
+        model: The float model; it is not changed.
+        layers: Its convolutions.
+        data: Batches that fit the model.
+        provider: Where to run.
+        progress: Called with batches done and in total.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
+    """
+    tapped = {geometry(layer): layer for layer in reversed(layers)}
+    sums = {key: [_Sums(np.zeros((t.group, t.k, t.k)), np.zeros((t.group, t.k))) for _ in range(2)] for key, t in tapped.items()}
+    bad: dict[tuple[object, ...], str] = {}
+    with Session(patch_taps(model, list(tapped.values())), provider) as session:
+        for index, batch in enumerate(data):
+            results = iter(session.run(batch))
+            for key, layer in tapped.items():
+                gram, total, count = next(results), next(results), next(results)
+                if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
+                    names = ", ".join(other.name for other in layers if geometry(other) == key)
+                    bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
+                part = sums[key][index % HELD_OUT == HELD_OUT - 1]
+                part.gram += gram
+                part.total += total
+                part.rows += float(count) / (layer.group * layer.k)
+            if progress is not None:
+                progress(index + 1, len(data))
+    raise_all(NonFiniteError, bad.values())
+    found = {}
+    for key, (a, b) in sums.items():
+        kept, rest = a.stats(), b.stats()
+        found[key] = replace(kept.combine(rest), held_out=rest) if a.rows and b.rows else kept if a.rows else rest
+    return {layer.name: found[geometry(layer)] for layer in layers}

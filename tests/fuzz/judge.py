@@ -1,0 +1,181 @@
+"""What became of one model: converted and right, refused with a reason, or a bug."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from magr_onnx import optimize
+from magr_onnx.errors import MagrError, RuntimeFailure
+from magr_onnx.runtime.session import Arithmetic, Session
+
+Feeds = Mapping[str, Any]
+
+CONVERTED, REFUSED, FLOAT_FAILS = "converted", "refused", "onnxruntime refuses the float model"
+CONTRADICTS = "onnxruntime's optimizer changes the float model"
+BUGS = ("error", "unloadable", "fails to run", "wrong", "crash", "timeout", "left files")
+"""Outcomes that are ours: no MagrError, a result onnxruntime does not load or run, other outputs, a dead process ..."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "matmulnbits": {"format": "matmulnbits", "bits": 8},
+    "qdq": {"format": "qdq", "bits": 8},
+    "dynamic-int8": {"format": "dynamic-int8"},
+}
+TOLERANCE = {"matmulnbits": 0.06, "qdq": 0.06, "qdq-int8": 0.3, "dynamic-int8": 0.15}
+"""Of the largest output, by format, at 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One of the words above, and the rest of the sentence."""
+
+    kind: str
+    detail: str = ""
+    layers: int = 0
+    skipped: int = 0
+
+    @property
+    def bug(self) -> bool:
+        return self.kind in BUGS
+
+
+def judge(
+    model: onnx.ModelProto | bytes,
+    feeds: Feeds | None,
+    options: Mapping[str, Any],
+    calibration: Any = None,
+    at: Callable[[str], None] = lambda stage: None,
+    files: Mapping[str, bytes] | None = None,
+    values: bool = True,
+) -> Outcome:
+    """Optimize a model in a folder of its own and compare the result with it.
+
+    Args:
+        model: The model, or the bytes of a file.
+        feeds: Inputs to compare on; None only loads the result.
+        options: Of `magr_onnx.optimize`.
+        calibration: Data for it.
+        at: Called with the name of every stage before it begins, so that who watches the process knows where it died.
+        files: External data, by name.
+        values: Whether values are compared; types and shapes are anyway.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="judge-"))
+    try:
+        path = folder / "model.onnx"
+        path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content)
+        return _judge(path, folder / "out.onnx", feeds, options, calibration, at, values)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _judge(
+    path: Path,
+    out: Path,
+    feeds: Feeds | None,
+    options: Mapping[str, Any],
+    calibration: Any,
+    at: Callable[[str], None],
+    values: bool,
+) -> Outcome:
+    expected: list[Any] | None = None
+    fused: list[Any] = []
+    before = set(path.parent.iterdir())
+    at("float")
+    try:
+        with Session(path, arithmetic=Arithmetic.UNOPTIMIZED, threads=1) as session, Session(path, threads=1) as optimized:
+            if feeds is not None:
+                expected, again, fused = session.run(feeds), session.run(feeds), optimized.run(feeds)
+        loads = True
+    except RuntimeFailure as error:
+        loads, reason = False, "and optimize does not: " + ("run" if "failed on" in str(error) else "load")
+    at("optimize")
+    try:
+        report = optimize(path, calibration, output=out, **options).report
+    except MagrError as error:
+        if "internal error" in str(error):
+            return Outcome("error", str(error))
+        if left := set(path.parent.iterdir()) - before:
+            return Outcome("left files", str(sorted(left)))
+        return Outcome(REFUSED, reason_of(error)) if loads else Outcome(FLOAT_FAILS, reason_of(error))
+    except Exception as error:
+        return Outcome("error", f"{type(error).__name__}: {error}")
+    if not loads:
+        return Outcome(FLOAT_FAILS, reason)
+    counts = len(report.layers), len(report.skipped)
+    at("result")
+    try:
+        session = Session(out, threads=1)
+    except RuntimeFailure as error:
+        return Outcome("unloadable", str(error), *counts)
+    with session:
+        if expected is None or feeds is None:
+            return Outcome(CONVERTED, "not run", *counts)
+        try:
+            got = session.run(feeds)
+        except RuntimeFailure as error:
+            return Outcome("fails to run", str(error), *counts)
+    tolerance = TOLERANCE[options.get("format", "matmulnbits")] if values else np.inf
+    for name, ours, floats, repeated, other in zip(session.outputs, got, expected, again, fused, strict=True):
+        if difference(floats, repeated, 0.0) is not None:
+            continue  # random
+        if problem := difference(floats, ours, tolerance):
+            if difference(floats, other, tolerance):
+                return Outcome(CONTRADICTS, name, *counts)
+            return Outcome("wrong", f"output {name}: {problem}", *counts)
+    return Outcome(CONVERTED, "", *counts)
+
+
+def difference(expected: Any, got: Any, tolerance: float) -> str | None:
+    """How a value of onnxruntime differs from another one, or None."""
+    if isinstance(expected, list):
+        if not isinstance(got, list) or len(got) != len(expected):
+            return "a sequence of another length"
+        return next((d for a, b in zip(expected, got, strict=True) if (d := difference(a, b, tolerance))), None)
+    if not isinstance(expected, np.ndarray):
+        return None if type(expected) is type(got) else f"{type(got).__name__} instead of {type(expected).__name__}"
+    if (expected.shape, expected.dtype) != (got.shape, got.dtype):
+        return f"{got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"
+    if expected.dtype.kind not in "fc":
+        wrong = float(np.mean(expected != got)) if expected.size else 0.0
+        return f"{wrong:.1%} of the values differ" if wrong > 10 * tolerance else None
+    return _distance(expected.astype(np.complex128 if expected.dtype.kind == "c" else np.float64), got, tolerance)
+
+
+def _distance(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: float) -> str | None:
+    finite = np.isfinite(expected)
+    if (finite != np.isfinite(got)).any():
+        return "not finite in other places"
+    if not finite.any():
+        return None
+    size = float(np.abs(expected[finite]).max())
+    error = float(np.abs(expected[finite] - got[finite]).max())
+    half = 0.005 if got.dtype == np.float16 else 0.0
+    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-6 else None
+
+
+def reason_of(error: MagrError) -> str:
+    """What can be counted of a message: its kind and the first words, without names."""
+    text = re.sub(r"\S*judge-\S*: |'[^']*'|\d+(\.\d+)?(e[+-]?\d+)?", "", str(error).split("\n")[0])
+    for cut in (
+        "is not a valid ONNX model",
+        "onnxruntime cannot load",
+        "onnxruntime failed",
+        "cannot be converted",
+        "is not an ONNX model",
+    ):
+        if cut in text:
+            text = cut
+    if "no layer can be converted" in text:
+        text = "no layer can be converted: " + text.split("): ")[-1].split(";")[0].split(" (")[0].split(": ")[-1]
+    return f"{type(error).__name__}: {text[:100]}"

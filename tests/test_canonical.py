@@ -1,0 +1,373 @@
+"""Layers in disguise: what they become computes the same, is found, and goes through every format."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magr_onnx import inspect, optimize
+from magr_onnx.models.zoo import ZOO, Trap
+from magr_onnx.models.zoo.disguised import TRAPS
+from magr_onnx.models.zoo.trap import CONVERTED, Tensor, constant, model
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.canonical.einsum import parse
+from magr_onnx.passes.holders import holders
+from magr_onnx.passes.linear import find
+from magr_onnx.runtime.session import Arithmetic, Session
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "matmulnbits": {"bits": 8, "block_size": 16},
+    "qdq": {"bits": 8, "block_size": None},
+    "qdq-int8": {},
+    "dynamic-int8": {},
+}
+
+
+def run(proto: onnx.ModelProto | ir.Model, feeds: dict[str, Tensor]) -> list[Tensor]:
+    of = proto if isinstance(proto, ir.Model) else ir.from_proto(proto)
+    with Session(of, arithmetic=Arithmetic.UNOPTIMIZED) as session:
+        return session.run(feeds)
+
+
+def fates(proto: onnx.ModelProto, **options: Any) -> dict[str, tuple[str, str]]:
+    """Every layer and every node left alone: its fate, and details."""
+    found = inspect(proto, **options)
+    return {row["name"]: (CONVERTED, "") for row in found.layers} | {row.name: (row.reason, row.detail) for row in found.skipped}
+
+
+@pytest.mark.parametrize("trap", [t for t in ZOO.values() if t.refused is None], ids=lambda t: t.name)
+def test_the_canonical_model_computes_the_same_and_stays_as_it_is(trap: Trap) -> None:
+    proto, feeds = trap.build(), trap.feeds(np.random.default_rng(5))
+    work = ir.from_proto(proto)
+    canonicalize(work, again=True)
+    onnx.checker.check_model(ir.to_proto(work), full_check=True)
+    for value, before in zip(work.graph.outputs, proto.graph.output, strict=True):
+        assert value.name == before.name
+        assert str(ir.to_proto(value)) == str(before)
+    for got, wanted in zip(run(work, feeds), run(proto, feeds), strict=True):
+        fine = 2e-2 if wanted.dtype == np.float16 else 1e-5
+        np.testing.assert_allclose(got, wanted, rtol=fine, atol=fine)
+    assert canonicalize(work, again=True) == []
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: t.name)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_with_calibration_and_feedback(trap: Trap, form: str, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(1), tmp_path / "q.onnx"
+    proto, data = trap.build(), [trap.feeds(rng) for _ in range(12)]
+    report = optimize(proto, data, output=path, format=form, effort="balanced", **FORMATS[form], **trap.options).report  # type: ignore[arg-type]
+    assert {row.name for row in report.layers} == {name for name, fate in trap.layers.items() if fate == CONVERTED}
+    onnx.checker.check_model(str(path))
+    feeds = trap.feeds(rng)
+    with Session(path) as session:
+        outputs = session.run(feeds)
+    for got, wanted in zip(outputs, run(proto, feeds), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        assert np.abs(got - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: t.name)
+def test_magr_alone_writes_floats(trap: Trap, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(1), tmp_path / "q.onnx"
+    proto, data = trap.build(), [trap.feeds(rng) for _ in range(12)]
+    report = optimize(proto, data, output=path, pipeline_text="magr{alpha=1e-4}").report
+    assert {row.name for row in report.layers} == {name for name, fate in trap.layers.items() if fate == CONVERTED}
+    feeds = trap.feeds(rng)
+    changed = False
+    for got, wanted in zip(run(ir.load(path), feeds), run(proto, feeds), strict=True):
+        changed |= bool((got != wanted).any())
+        assert np.abs(got - wanted).max() < 0.1 * np.abs(wanted).max()
+    assert changed
+
+
+@st.composite
+def equations(draw: st.DrawFn) -> tuple[str, dict[str, int], bool]:
+    """An equation that is a product with a constant, the sizes of its labels, and whether the constant is first."""
+    left_out = draw(st.booleans())
+    letters = draw(st.permutations(string.ascii_lowercase if left_out else string.ascii_letters))  # onnxruntime's limits
+    counts = [draw(st.integers(low, high)) for low, high in ((0, 2), (0, 2), (1, 2), (0, 2), (0, 1))]
+    parts = []
+    for count in counts:
+        parts.append("".join(letters[:count]))
+        letters = letters[count:]
+    rows, batch, inner, outer, summed = parts
+    x = "".join(draw(st.permutations(rows + batch + inner + summed)))
+    w = "".join(draw(st.permutations(batch + inner + outer)))
+    out = "".join(draw(st.permutations(rows + batch + outer)))
+    sizes = {c: draw(st.integers(1, 4)) for c in rows + batch + inner + outer + summed}
+    implicit = left_out and not batch and not summed
+    if implicit:
+        out = "".join(sorted(rows + outer))
+    first = draw(st.booleans())
+    if draw(st.booleans()) and not implicit and rows and rows[0] == x[0] == out[0]:  # an axis that is written as dots
+        x, out = "..." + x[1:], "..." + out[1:]
+        sizes["..."] = sizes.pop(rows[0])
+    left = f"{w},{x}" if first else f"{x}, {w}"
+    return left if implicit else f"{left} -> {out}", sizes, first
+
+
+@settings(max_examples=60, deadline=None)
+@given(equations())
+def test_einsum_of_any_labels_is_a_layer(case: tuple[str, dict[str, int], bool]) -> None:
+    equation, sizes, first = case
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    shapes = [[sizes[c] for c in (["..."] if "..." in term else []) + list(term.replace("...", ""))] for term in terms]
+    x = np.random.default_rng(0).standard_normal(shapes[first]).astype(np.float32)
+    w = constant("w", *shapes[not first])
+    wanted = np.einsum(equation, *((w, x) if first else (x, w)))
+    names = "w, x" if first else "x, w"
+    dims = ", ".join(f"d{i}" if i % 2 else str(d) for i, d in enumerate(x.shape))  # every other size known
+    out = ", ".join(f"o{i}" for i in range(wanted.ndim))
+    ends = [f"float[{t}] {n}" if t else f"float {n}" for t, n in ((dims, "x"), (out, "y"))]
+    proto = model(f'g ({ends[0]}) => ({ends[1]}) {{ [fc] y = Einsum<equation = "{equation}">({names}) }}', w=w)
+    floats = ir.from_proto(proto)
+    canonicalize(floats)
+    unstretched = not [n for n in floats.graph if n.op_type == "Einsum"]
+    np.testing.assert_allclose(run(floats, {"x": x})[0], wanted, rtol=1e-4, atol=1e-5)
+    own = terms[not first]
+    of_x = dict(zip((["."] if "..." in terms[first] else []) + list(terms[first].replace("...", "")), range(x.ndim), strict=True))
+    known_one = {c for c in own if c in of_x and sizes[c] == 1 and of_x[c] % 2}  # of one, in an axis that may be anything
+    assert unstretched == (not known_one)
+    if unstretched:
+        quantized, report = optimize(proto, bits=8, block_size=16)
+        assert all(row.name.startswith("fc") for row in report.layers)
+        np.testing.assert_allclose(run(quantized, {"x": x})[0], wanted, rtol=0.05, atol=0.05 * np.abs(wanted).max() + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("equation", "operands", "result"),
+    [
+        (" i j , jk ", ("ij", "jk"), "ik"),
+        ("ba,cb", ("ba", "cb"), "ac"),
+        ("...d,df", ("012d", "df"), "012f"),
+        ("...d,df->f...", ("012d", "df"), "f012"),
+        ("bsd,...->bs", ("bsd", ""), "bs"),
+    ],
+)
+def test_equations(equation: str, operands: tuple[str, str], result: str) -> None:
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    ranks = [len(t.replace("...", "")) + (3 if t == "...d" else 0) for t in terms]
+    found = parse(equation, (ranks[0], ranks[1]))
+    assert (found.operands, found.result) == (operands, result)
+
+
+@pytest.mark.parametrize("equation", ["ij,jk,kl->il", "ij,jk->iz", "ij,jk->ii", "ijk,jk->i", "i1,1k->ik", "ij,jk->i->k"])
+def test_what_is_no_equation_of_two_matrices(equation: str) -> None:
+    with pytest.raises(ValueError):
+        parse(equation, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("equation", "w", "detail"),
+    [
+        ("bk,kk->b", (6, 6), "a label stands twice in one operand"),
+        ("bk,kn->bk", (6, 4), "n is summed in the constant alone"),
+        ("bk,bk->bk", (5, 6), "nothing is summed over"),
+        ("bk,n->bkn", (4,), "nothing is summed over"),
+        ("bk,kn->bn", (1, 4), "the axis k is one on a side, and may be stretched"),
+        ("sk,skn->sn", (600, 6, 2), "a stack of 600 matrices; layers are made of 512 at most"),
+    ],
+)
+def test_einsums_that_are_left_alone(equation: str, w: tuple[int, ...], detail: str) -> None:
+    rows = 600 if w[0] == 600 else 5
+    out = ", ".join(f"d{i}" for i in range(len(equation.partition("->")[2])))
+    text = f'g (float[{rows}, 6] x) => (float[{out}] y) {{ [e] y = Einsum<equation = "{equation}">(x, w) }}'
+    proto = model(text, w=constant("w", *w))
+    work = ir.from_proto(proto)
+    assert canonicalize(work) == []
+    (skip,) = holders(work.graph)
+    assert skip.reason == "an Einsum that is no product with a constant matrix"
+    assert skip.detail.startswith(f"{equation}: {detail}; w: ")
+
+
+OPSETS: dict[str, Callable[[], tuple[str, dict[str, tuple[int, ...]], tuple[int, ...]]]] = {
+    "left": lambda: ("g (float[n, 48, t] x) => (float[n, 24, t] y) { [fc] y = MatMul(w, x) }", {"x": (2, 48, 3)}, (24, 48)),
+    "vector": lambda: ("g (float[n, t, 48] x) => (float[n, t] y) { [fc] y = MatMul(x, w) }", {"x": (2, 3, 48)}, (48,)),
+    "ones": lambda: ("g (float[n, 48] x) => (float[1, 1, n, 8] y) { [fc] y = MatMul(x, w) }", {"x": (3, 48)}, (1, 1, 48, 8)),
+    "shared": lambda: ("g (float[n, 48] x) => (float[3, n, 8] y) { [fc] y = MatMul(x, w) }", {"x": (5, 48)}, (3, 48, 8)),
+    "own": lambda: ("g (float[3, n, 48] x) => (float[3, n, 8] y) { [fc] y = MatMul(x, w) }", {"x": (3, 5, 48)}, (3, 48, 8)),
+    "transposed": lambda: ("g (float[48, n] x) => (float[n, 8] y) { [fc] y = Gemm<transA = 1>(x, w, c) }", {"x": (48, 5)}, (48, 8)),
+}
+
+
+@pytest.mark.parametrize("opset", [7, 8, 11, 12, 13, 18, 21, 23])
+@pytest.mark.parametrize("form", OPSETS)
+def test_forms_in_every_opset(form: str, opset: int) -> None:
+    text, shapes, w = OPSETS[form]()
+    more = {"c": constant("c", 8)} if form == "transposed" else {}
+    proto = model(text, opset=opset, ir_version=10, w=constant("w", *w), **more)
+    feeds = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    work = ir.from_proto(proto)
+    assert canonicalize(work)
+    assert work.opset_imports[""] == opset
+    onnx.checker.check_model(ir.to_proto(work), full_check=True)
+    assert [row.name for row in find(work)[0]] in (["fc"], [f"fc[{i}]" for i in range(3)])
+    np.testing.assert_allclose(run(work, feeds)[0], run(proto, feeds)[0], rtol=1e-5, atol=1e-5)
+    quantized, _ = optimize(proto, bits=8, block_size=None, format="qdq")
+    np.testing.assert_allclose(run(quantized, feeds)[0], run(proto, feeds)[0], atol=0.1)
+
+
+def test_bfloat16_runs_as_float32_where_onnxruntime_has_no_such_product() -> None:
+    text = """g (float[n, 48] x) => (float[n, 24] y) {
+        small = Cast<to = 16>(x)
+        [fc] h = MatMul(small, w)
+        y = Cast<to = 1>(h)
+    }"""
+    proto = model(text)
+    w = constant("w", 48, 24)
+    proto.graph.initializer.append(onnx.helper.make_tensor("w", onnx.TensorProto.BFLOAT16, w.shape, w.reshape(-1)))
+    quantized, report = optimize(proto, bits=8, block_size=16)
+    assert [row.name for row in report.layers] == ["fc"]
+    assert any("bfloat16" in note and "fc" in note for note in report.notes)
+    x = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    np.testing.assert_allclose(run(quantized, {"x": x})[0], x @ w, atol=0.05)
+
+
+def stack_of_experts() -> onnx.ModelProto:
+    return model(
+        """g (float[n, 48] x) => (float[3, n, 24] y, float[n, 24] z) {
+            [moe] y = MatMul(x, experts)
+            [fc] z = MatMul(x, w)
+        }""",
+        experts=constant("stack", 3, 48, 24),
+        w=constant("w", 48, 24),
+    )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "converted"),
+    [
+        ({"exclude": ["moe"]}, {"fc"}),
+        ({"exclude": ["experts"]}, {"fc"}),
+        ({"exclude": ["moe[1]"]}, {"fc", "moe[0]", "moe[2]"}),
+        ({"include": ["moe"]}, {"moe[0]", "moe[1]", "moe[2]"}),
+        ({"include": ["experts"]}, {"moe[0]", "moe[1]", "moe[2]"}),
+        ({"include": ["moe[2]"]}, {"moe[2]"}),
+        ({"include": ["f*"]}, {"fc"}),
+    ],
+)
+def test_patterns_know_layers_by_the_names_of_their_nodes(patterns: dict[str, list[str]], converted: set[str]) -> None:
+    proto, x = stack_of_experts(), np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    quantized, report = optimize(proto, bits=8, block_size=16, **patterns)
+    assert {row.name for row in report.layers} == converted
+    assert {row.reason for row in report.skipped} == ({"excluded by name"} if len(converted) < 4 else set())
+    for got, wanted in zip(run(quantized, {"x": x}), run(proto, {"x": x}), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=0.05)
+
+
+def test_excluded_nodes_are_not_touched() -> None:
+    work = ir.from_proto(stack_of_experts())
+    before = str(ir.to_proto(work))
+    assert canonicalize(work, exclude=["moe"]) == []
+    assert str(ir.to_proto(work)) == before
+
+
+def test_layers_under_a_budget_of_size(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((64, 48)).astype(np.float32)} for _ in range(8)]
+    path = tmp_path / "m.onnx"
+    onnx.save(stack_of_experts(), path)
+    report = optimize(path, data, output=tmp_path / "q.onnx", target_size="40%").report
+    assert {row.name for row in report.layers} == {"fc", "moe[0]", "moe[1]", "moe[2]"}
+    assert report.bytes_after <= 0.4 * report.bytes_before
+
+
+def test_layers_that_read_one_value_still_do() -> None:
+    """So that they share statistics, and the quantized input of the integer formats."""
+    work = ir.from_proto(
+        model(
+            """g (float[n, 48, t] x) => (float[n, t, 4, 6] y, float[n, t, 24] z) {
+                [q] y = Einsum<equation = "bdt,dhk->bthk">(x, q)
+                [k] z = Einsum<equation = "bdt,dn->btn">(x, k)
+            }""",
+            q=constant("q", 48, 4, 6),
+            k=constant("k", 48, 24),
+        )
+    )
+    canonicalize(work)
+    first, second = find(work)[0]
+    assert first.x is second.x
+
+
+def test_layers_in_bodies_are_brought_into_form_too() -> None:
+    text = """g (float[n, 48] x, bool c) => (float[n, 24] y) {
+        y = If(c) <
+            then_branch = t () => (float[n, 24] a) { [first] a = Einsum<equation = "bk,hk->bh">(x, w) },
+            else_branch = e () => (float[n, 24] a) {
+                h = Transpose(x)
+                [second] p = MatMul(w, h)
+                a = Transpose(p)
+            }
+        >
+    }"""
+    proto, x = model(text, w=constant("w", 24, 48)), np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    work = ir.from_proto(proto)
+    assert len(canonicalize(work)) == 2
+    onnx.checker.check_model(ir.to_proto(work), full_check=True)
+    assert [n.op_type for n in work.graph.all_nodes()] == ["If", "Transpose", "MatMul", "Transpose", "MatMul", "Transpose", "Transpose"]
+    for c in (np.array(True), np.array(False)):
+        np.testing.assert_allclose(run(work, {"x": x, "c": c})[0], run(proto, {"x": x, "c": c})[0], rtol=1e-5, atol=1e-5)
+
+
+def test_requantizing_what_is_quantized_in_the_graph_is_refused() -> None:
+    text = """g (float[n, 48] x) => (float[n, 24] y) {
+        codes = QuantizeLinear(v, step)
+        floats = DequantizeLinear(codes, step)
+        [old] h = MatMul(x, floats)
+        [fc] p = MatMul(x, w)
+        y = Add(h, p)
+    }"""
+    proto = model(text, w=constant("w", 48, 24), v=constant("v", 48, 24), step=np.float32(0.01).reshape(()))
+    assert fates(proto, requantize=True) == {"fc": (CONVERTED, ""), "old": ("weight is quantized already", "")}
+
+
+def test_what_holds_weights_is_reported_with_its_bytes() -> None:
+    text = """g (float[n, t, 64] x, uint8[64, 64] q, float s, uint8 z) => (float[n, t, 64] y) {
+        [nbits] a = com.microsoft.MatMulNBits<K = 64, N = 64, bits = 4, block_size = 32>(x, codes, scales)
+        [moe] b = com.microsoft.MoE<k = 1>(a, router, experts)
+        [lstm] c = LSTM<hidden_size = 16>(b, lw, lr)
+        [attention] d = com.microsoft.MultiHeadAttention<num_heads = 4>(x, x, x, bias)
+        [big] e = Mul(x, mask)
+        [small] f = Mul(x, row)
+        [dequantized] codes8 = DequantizeLinear(int8, s8)
+        [sum] g1 = Add(codes8, x)
+        [chain] turned = Transpose(mask)
+        [table] g2 = Where(cond, turned, turned)
+    }"""
+    work = ir.from_proto(
+        model(
+            text,
+            domains=("com.microsoft",),
+            codes=np.zeros((64, 2, 16), np.uint8),
+            scales=np.ones((64, 2), np.float32),
+            router=np.zeros((8, 4), np.float32),
+            experts=constant("e", 4, 64, 32),
+            lw=constant("lw", 1, 64, 64),
+            lr=constant("lr", 1, 64, 16),
+            bias=np.zeros(192, np.float32),
+            mask=constant("mask", 64, 64),
+            row=np.ones((1, 64), np.float32),
+            int8=np.zeros((64, 64), np.int8),
+            s8=np.ones((), np.float32),
+            cond=np.ones((64, 64), bool),
+        )
+    )
+    found = {skip.name: (str(skip.reason), skip.detail) for skip in holders(work.graph)}
+    other = "an operator without a quantized form"
+    assert found == {
+        "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),
+        "moe": ("a fused operator that no format can replace", "router, experts: 0.03 MB"),
+        "lstm": ("a recurrent operator", "lw, lr: 0.02 MB"),
+        "sum": ("weight is quantized already", "int8: 0.00 MB"),
+        "big": (other, "mask: 0.02 MB"),
+        "table": (other, "mask: 0.02 MB"),
+    }

@@ -1,0 +1,510 @@
+"""Convolutions: their patches against loops, their codes in the file, and what becomes of everything around them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import magr_onnx
+from magr_onnx import convolutions
+from magr_onnx.errors import NonFiniteError, OptionError
+from magr_onnx.models.zoo.trap import constant, model
+from magr_onnx.passes import parse
+from magr_onnx.passes.constants import Held
+from magr_onnx.passes.conv import ConvLayer, Convolutions, ConvReason, find, from_matrices, to_matrices
+from magr_onnx.passes.readback import emitted_weight
+from magr_onnx.quantizers import grouped
+from magr_onnx.report import Report
+from magr_onnx.runtime import patches
+from magr_onnx.runtime.data import open_data
+from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.types import WeightSpec
+
+Array = np.ndarray[Any, Any]
+
+
+def convolution(op: str, x: Array, shape: tuple[int, ...], attributes: dict[str, Any], bias: bool = False) -> onnx.ModelProto:
+    """One convolution with random weights."""
+    inputs = ["x", "w", "b"] if bias else ["x", "w"]
+    node = onnx.helper.make_node(op, inputs, ["y"], name="c", **attributes)
+    channels = shape[0] if op == "Conv" else shape[1] * attributes.get("group", 1)
+    held = {"w": constant("w", *shape)} | ({"b": constant("b", channels)} if bias else {})
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", *x.shape[1:]])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", channels, *[None] * (x.ndim - 2)])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in held.items()],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def collected(proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> dict[str, patches.PatchStats]:
+    found = ir.from_proto(proto)
+    with Session(found) as session:
+        data = open_data(batches, session.inputs, 4)
+    return patches.collect(found, find(found)[0], data)
+
+
+def gathered(x: Array, kernel: tuple[int, ...], strides: list[int], dilations: list[int], pads: list[int], out: tuple[int, ...]) -> Array:
+    """Patches ``(batch, positions, C * places)`` of ``x``, one output position and one place at a time."""
+    rank = len(kernel)
+    padded = np.pad(x, [(0, 0), (0, 0), *((pads[i], pads[rank + i]) for i in range(rank))])
+    rows = np.zeros((len(x), math.prod(out), x.shape[1], math.prod(kernel)), np.float64)
+    for p, at in enumerate(itertools.product(*map(range, out))):
+        for t, place in enumerate(itertools.product(*map(range, kernel))):
+            where = tuple(at[i] * strides[i] + place[i] * dilations[i] for i in range(rank))
+            rows[:, p, :, t] = padded[(slice(None), slice(None), *where)]
+    return rows.reshape(len(x), math.prod(out), -1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Array, tuple[int, ...], dict[str, Any]]:
+    rank, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    each = st.integers(1, 3)
+    kernel = tuple(draw(each) for _ in range(rank))
+    attributes: dict[str, Any] = {"group": group, "strides": [draw(st.integers(1, 2)) for _ in range(rank)]}
+    attributes["dilations"] = [draw(st.integers(1, 2)) for _ in range(rank)]
+    mode = draw(st.sampled_from(["pads", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if mode == "pads":
+        attributes["pads"] = [draw(st.integers(0, 2)) for _ in range(2 * rank)]
+    else:
+        attributes["auto_pad"] = mode
+        attributes["dilations"] = [1] * rank
+    sizes = [draw(st.integers(5, 7)) for _ in range(rank)]
+    inner, n = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    x = np.random.default_rng(draw(st.integers(0, 99))).standard_normal((3, inner * group, *sizes)).astype(np.float32)
+    return x, (n * group, inner, *kernel), attributes
+
+
+def pads_of(attributes: dict[str, Any], x: Array, kernel: tuple[int, ...]) -> list[int]:
+    """Begins and ends of the padding, by ONNX's definition of auto_pad."""
+    mode = attributes.get("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        return list(attributes["pads"])
+    begins, ends = [], []
+    for size, k, stride in zip(x.shape[2:], kernel, attributes["strides"], strict=True):
+        total = 0 if mode == "VALID" else max((-(-size // stride) - 1) * stride + k - size, 0)
+        begins.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
+        ends.append(total - begins[-1])
+    return begins + ends
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_gram_matrices_are_those_of_patches_gathered_by_loops(case: tuple[Array, tuple[int, ...], dict[str, Any]]) -> None:
+    x, shape, attributes = case
+    proto = convolution("Conv", x, shape, attributes)
+    with Session(ir.from_proto(proto)) as session:
+        (y,) = session.run({"x": x})
+    kernel, group = shape[2:], attributes["group"]
+    rows = gathered(x, kernel, attributes["strides"], attributes["dilations"], pads_of(attributes, x, kernel), y.shape[2:])
+    parts = rows.reshape(-1, group, rows.shape[-1] // group)
+    found = collected(proto, [{"x": x[:2]}, {"x": x[2:]}])["c"]
+    assert found.rows == len(parts)
+    np.testing.assert_allclose(found.gram, np.einsum("ngk,ngl->gkl", parts, parts) / len(parts), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.mean, parts.mean(axis=0), rtol=1e-4, atol=1e-5)
+    product = np.einsum("ngk,gkm->ngm", parts, to_matrices(constant("w", *shape), "Conv", group)).reshape(len(x), -1, y.shape[1])
+    np.testing.assert_allclose(np.moveaxis(y, 1, -1).reshape(product.shape), product, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.integers(0, 1))
+def test_patches_of_a_transposed_convolution_explain_its_output(case: tuple[Array, tuple[int, ...], dict[str, Any]], more: int) -> None:
+    """``Y = P W``: the second moments of the output follow from those of the patches, for any weight."""
+    x, (m, inner, *kernel), attributes = case
+    group = attributes["group"]
+    shape = (inner * group, m // group, *kernel)
+    attributes = {k: v for k, v in attributes.items() if k != "auto_pad"}
+    attributes["pads"] = [0] * (2 * len(kernel))
+    attributes["output_padding"] = [min(more, s - 1) for s in attributes["strides"]]
+    proto = convolution("ConvTranspose", x, shape, attributes)
+    with Session(ir.from_proto(proto)) as session:
+        (y,) = session.run({"x": x})
+    found = collected(proto, [{"x": x}])["c"]
+    w = to_matrices(constant("w", *shape), "ConvTranspose", group).astype(np.float64)
+    rows = np.moveaxis(y, 1, -1).reshape(-1, group, m // group).astype(np.float64)
+    assert found.rows == len(rows)
+    np.testing.assert_allclose(
+        np.einsum("gkm,gkl,gln->gmn", w, found.gram, w), np.einsum("ngm,ngl->gml", rows, rows) / len(rows), rtol=1e-3, atol=1e-4
+    )
+    np.testing.assert_allclose(np.einsum("gkm,gk->gm", w, found.mean), rows.mean(axis=0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "group"), [("Conv", (6, 2, 3, 2), 3), ("ConvTranspose", (6, 4, 3), 2), ("Conv", (4, 5, 2, 2, 2), 1)]
+)
+def test_matrices_and_back(op: str, shape: tuple[int, ...], group: int) -> None:
+    weight = constant("w", *shape)
+    matrices = to_matrices(weight, op, group)
+    np.testing.assert_array_equal(from_matrices(matrices, op, shape[2:]), weight)
+    assert matrices.shape[0] == group
+
+
+def image(rng: np.random.Generator, *shape: int) -> Array:
+    """Smooth, positive on average: patches whose places are correlated, with a mean."""
+    x = rng.standard_normal(shape)
+    for axis in (2, 3):
+        x = x + 0.8 * np.roll(x, 1, axis) + 0.4 * np.roll(x, 2, axis)
+    return (x + 0.3).astype(np.float32)
+
+
+def net(seed: str = "") -> onnx.ModelProto:
+    """Plain, depthwise and pointwise convolutions, a stride, and a linear layer."""
+
+    def kernel(name: str, *shape: int) -> Array:
+        return np.ascontiguousarray(constant(name + seed, math.prod(shape[1:]), shape[0]).T).reshape(shape) * np.float32(1.3)
+
+    return model(
+        """g (float[n, 4, 16, 16] x) => (float[n, 10] y) {
+            [stem] a = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(x, w1, b1)
+            ar = Relu(a)
+            [depthwise] d = Conv<group = 24, pads = [1, 1, 1, 1]>(ar, w2, b2)
+            dr = Relu(d)
+            [point] p = Conv(dr, w3, b3)
+            s = Add(p, ar)
+            [up] u = ConvTranspose<strides = [2, 2]>(s, w4, b4)
+            ur = Relu(u)
+            m = GlobalAveragePool(ur)
+            f = Flatten(m)
+            [fc] y = Gemm<transB = 1>(f, wf, bf)
+        }""",
+        w1=kernel("w1", 24, 4, 3, 3),
+        b1=constant("b1", 24),
+        w2=kernel("w2", 24, 1, 3, 3),
+        b2=constant("b2", 24),
+        w3=kernel("w3", 24, 24, 1, 1),
+        b3=constant("b3", 24),
+        w4=kernel("w4", 24, 16, 2, 2),
+        b4=constant("b4", 16),
+        wf=constant("wf", 10, 16),
+        bf=constant("bf", 10),
+    )
+
+
+def samples(count: int, seed: int = 0) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": image(rng, 4, 4, 16, 16)} for _ in range(count)]
+
+
+def outputs(found: Any, batches: list[dict[str, Array]], arithmetic: Arithmetic = Arithmetic.DEFAULT) -> Array:
+    with Session(found if isinstance(found, ir.Model | Path) else ir.from_proto(found), arithmetic=arithmetic) as session:
+        return np.concatenate([session.run(b)[0] for b in batches])
+
+
+def error(found: Any, proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> float:
+    y = outputs(proto, batches)
+    return float(np.linalg.norm(outputs(found, batches) - y) / np.linalg.norm(y))
+
+
+@pytest.mark.parametrize("seed", ["", "b", "c"])
+def test_calibrated_4_bit_convolutions_beat_rounding_on_held_out_inputs(seed: str) -> None:
+    proto, data, held = net(seed), samples(16), samples(4, seed=9)
+    options = {"conv_bits": 4, "bits": 8, "bias": "existing"}
+    rounded = magr_onnx.optimize(proto, quantizer="rtn", alpha=0.0, **options)
+    fast = magr_onnx.optimize(proto, data, effort="fast", **options)
+    best = magr_onnx.optimize(proto, data, effort="balanced", **options)
+    errors = [error(found.model, proto, held) for found in (rounded, fast, best)]
+    assert errors[1] < 0.6 * errors[0]
+    assert errors[2] < 0.6 * errors[0]
+
+
+def with_dequantized(proto: onnx.ModelProto, found: ir.Model, report: Report) -> onnx.ModelProto:
+    """The float model with the weights and biases read from the emitted one."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    nodes = {node.name: node for node in found.graph}
+    held = {i.name: i for i in copy.graph.initializer}
+    for row in report.layers:
+        mine = next(n for n in copy.graph.node if n.name == row.name)
+        node, matrices = nodes[str(row.emitted)], emitted_weight(nodes[str(row.emitted)])
+        assert matrices is not None
+        if row.op == "Gemm":
+            held[mine.input[1]].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(matrices.T), mine.input[1]))
+            bias = node.inputs[5]
+        else:
+            kernel = onnx.numpy_helper.to_array(held[mine.input[1]]).shape[2:]
+            weight = from_matrices(matrices.reshape(row.groups, row.k, row.n), row.op, kernel)
+            held[mine.input[1]].CopyFrom(onnx.numpy_helper.from_array(weight, mine.input[1]))
+            bias = node.inputs[2]
+        assert bias is not None
+        assert bias.const_value is not None
+        held[mine.input[2]].CopyFrom(onnx.numpy_helper.from_array(bias.const_value.numpy(), mine.input[2]))
+    return copy
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_arithmetic_computes_what_the_codes_say(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    proto, path = net(), tmp_path / "q.onnx"
+    report = magr_onnx.optimize(proto, samples(8), output=path, conv_bits=bits, symmetric=symmetric, bits=8, accuracy_level=1).report
+    found = ir.load(path)
+    assert [row.bits for row in report.layers] == [bits] * 4 + [8]
+    assert report.verified == 5
+    wanted = outputs(with_dequantized(proto, found, report), samples(2, seed=5))
+    for arithmetic in Arithmetic:
+        np.testing.assert_allclose(outputs(path, samples(2, seed=5), arithmetic), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"])
+def test_every_format_has_quantized_convolutions(form: Any, tmp_path: Path) -> None:
+    report = magr_onnx.optimize(net(), samples(8), output=tmp_path / "q.onnx", format=form).report
+    assert [(r.op, r.k, r.n, r.groups) for r in report.layers] == [
+        ("Conv", 36, 24, 1),
+        ("Conv", 9, 1, 24),
+        ("Conv", 24, 24, 1),
+        ("ConvTranspose", 96, 16, 1),
+        ("Gemm", 16, 10, 1),
+    ]
+    assert all(r.bias_compensated and r.rows >= 8 * 4 for r in report.layers)
+    assert error(tmp_path / "q.onnx", net(), samples(4, seed=9)) < 0.05
+    assert "24 x 9 x 1" in report.to_text()
+
+
+def test_the_option_is_part_of_the_pipeline_only_where_there_are_convolutions() -> None:
+    text = magr_onnx.optimize(net(), effort="fast").report.pipeline
+    assert text.endswith(",convolutions")
+    again = magr_onnx.optimize(net(), pipeline_text=text).report
+    assert [r.op for r in again.layers] == ["Conv", "Conv", "Conv", "ConvTranspose", "Gemm"]
+    plain = magr_onnx.optimize(net(), effort="fast", conv_bits=None).report
+    assert "convolutions" not in plain.pipeline
+    assert [s.name for s in plain.skipped] == ["stem", "depthwise", "point", "up"]
+
+
+def test_linear_layers_behind_make_up_for_what_convolutions_did() -> None:
+    report = magr_onnx.optimize(net(), samples(16), conv_bits=3, bits=8).report
+    (layer,) = (row for row in report.layers if row.op == "Gemm")
+    assert layer.feedback is not None
+    alone = magr_onnx.optimize(net(), samples(16), conv_bits=None, bits=8).report
+    assert next(row for row in alone.layers if row.op == "Gemm").feedback is None  # the first layer reads what the float model gives
+
+
+def test_one_weight_of_two_convolutions_keeps_their_biases_apart() -> None:
+    proto = model(
+        """g (float[n, 6, 8, 8] x) => (float[n, 6, 8, 8] y, float[n, 6, 8, 8] z) {
+            [a] y = Conv<pads = [1, 1, 1, 1]>(x, k, b)
+            r = Relu(y)
+            [c] z = Conv<pads = [1, 1, 1, 1]>(r, k, d)
+        }""",
+        k=constant("k", 6, 6, 3, 3) * np.float32(0.3),
+        b=constant("b", 6),
+        d=constant("d", 6),
+    )
+    rng = np.random.default_rng(0)
+    found, report = magr_onnx.optimize(proto, [{"x": image(rng, 4, 6, 8, 8)} for _ in range(4)], conv_bits=4)
+    first, second = (node for node in found.graph if node.op_type == "Conv")
+    assert first.inputs[1] is second.inputs[1]
+    biases = [node.inputs[2].const_value.numpy() for node in (first, second)]  # type: ignore[union-attr]
+    np.testing.assert_allclose(biases[1] - biases[0], constant("d", 6) - constant("b", 6), atol=1e-5)
+    assert np.abs(biases[0] - constant("b", 6)).max() > 1e-4
+    assert all("one solution for all" in row.notes[0] for row in report.layers)
+    assert report.bytes_after < report.bytes_before
+
+
+def test_a_dynamic_bias_stays_and_the_weight_is_converted() -> None:
+    proto = model("g (float[n, 4, 6, 6] x, float[8] b) => (float[n, 8, 4, 4] y) { [c] y = Conv(x, k, b) }", k=constant("k", 8, 4, 3, 3))
+    rng = np.random.default_rng(0)
+    batches = [{"x": image(rng, 4, 4, 6, 6), "b": rng.standard_normal(8).astype(np.float32)} for _ in range(4)]
+    found, report = magr_onnx.optimize(proto, batches)
+    assert [row.bias_compensated for row in report.layers] == [False]
+    assert error(found, proto, batches) < 0.02
+
+
+def test_a_bias_is_added_only_where_the_policy_says_any() -> None:
+    proto = model("g (float[n, 4, 6, 6] x) => (float[n, 8, 4, 4] y) { [c] y = Conv(x, k) }", k=constant("k", 8, 4, 3, 3))
+    rng = np.random.default_rng(0)
+    batches = [{"x": image(rng, 4, 4, 6, 6)} for _ in range(4)]
+    for bias, inputs in (("any", 3), ("existing", 2), ("none", 2)):
+        found = magr_onnx.optimize(proto, batches, bias=bias, conv_bits=4).model
+        assert [len(node.inputs) for node in found.graph if node.op_type == "Conv"] == [inputs]
+
+
+def test_no_convolution_becomes_one_of_integers(tmp_path: Path) -> None:
+    """Between integer layers a DequantizeLinear next to a convolution would be fused into QLinearConv, a float bias or not."""
+    proto = model(
+        """g (float[n, 16, 8] x) => (float[n, 16, 4] y) {
+            [first] a = MatMul(x, w)
+            [c] c = Conv(a, k)
+            [last] y = MatMul(c, v)
+        }""",
+        w=constant("w", 8, 8),
+        k=constant("k", 16, 16, 1),
+        kb=constant("kb", 16),
+        v=constant("v", 8, 4),
+    )
+    batches = [{"x": np.random.default_rng(i).standard_normal((4, 16, 8)).astype(np.float32)} for i in range(4)]
+    path = tmp_path / "q.onnx"
+    report = magr_onnx.optimize(proto, batches, output=path, format="qdq-int8", quantize_outputs=True, target="x86-avx2").report
+    assert [row.op for row in report.layers] == ["Conv", "MatMul", "MatMul"]
+    assert report.proof is not None
+    assert report.proof.proved == report.proof.total
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ops = {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
+    assert "QLinearConv" not in ops
+    assert ops & {"QLinearMatMul", "MatMulIntegerToFloat"}
+
+
+def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
+    found = ir.from_proto(net())
+    with Session(found) as session:
+        data = open_data(samples(4), session.inputs, 4)
+    layers = find(found)[0]
+    sizes = {"stem": 4 * 36 * 64, "depthwise": 4 * 216 * 64, "point": 4 * 24 * 64, "up": 4 * 96 * 256}
+    for limit in (0, 10_000, 60_000, 98_304):
+        large = patches.too_large(found, layers, data, "cpu", limit)
+        assert set(large) == {name for name, size in sizes.items() if size > limit}
+    passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
+    result = convolutions.convert(found, found.clone(), passes, data, patch_limit=60_000)
+    assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
+    assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
+    assert result.rows[3].notes[0].startswith("data-free: its patches take")
+    assert [row.bias_compensated for row in result.rows] == [True, True, True, False]
+
+
+def test_groups_of_gram_matrices_change_nothing() -> None:
+    whole = magr_onnx.optimize(net(), samples(4), effort="fast", conv_bits=4)
+    split = magr_onnx.optimize(net(), samples(4), effort="fast", conv_bits=4, gram_budget=1)
+    for a, b in zip(whole.model.graph, split.model.graph, strict=True):
+        if (weight := emitted_weight(a)) is not None:
+            np.testing.assert_array_equal(weight, emitted_weight(b))
+
+
+def test_convolutions_that_cannot_be_viewed_say_why() -> None:
+    found = ir.from_proto(
+        model(
+            """g (float[n, 8, 6, 6] x, bool c, float[8, 8, 1, 1] given) => (float[n, 8, 6, 6] y, float[8, 8, 1, 1] k) {
+                y = If(c) <
+                    then_branch = t () => (float[n, 8, 6, 6] p) { [inside] p = Conv(x, k) },
+                    else_branch = e () => (float[n, 8, 6, 6] q) { [lost] u = Conv(x, k) [output] q = Identity(u) }
+                >
+                [shown] z = Conv(x, k)
+                [overridable] o = Conv(x, given)
+                xd = Cast<to = 11>(x)
+                [double] od = Conv(xd, kd)
+                xb = Cast<to = 16>(x)
+                [brain] ob = Conv(xb, kb)
+                [odd] oo = Conv<group = 3>(x, k)
+            }""",
+            k=constant("k", 8, 8, 1, 1),
+            given=constant("k", 8, 8, 1, 1),
+            kd=constant("k", 8, 8, 1, 1, dtype=np.float64),
+            kb=constant("k", 8, 8, 1, 1).astype(ml_dtypes.bfloat16),
+        )
+    )
+    layers, skips = find(found)
+    assert layers == []
+    assert {s.name: s.reason.value for s in skips} == {
+        "inside": "inside a subgraph or function",
+        "lost": "inside a subgraph or function",
+        "shown": "weight is a graph output",
+        "overridable": "weight is a graph input that a caller may override",
+        "double": "weight type is not float32 or float16",
+        "brain": "weight type is not float32 or float16",
+        "odd": "weight is a graph output",
+    }
+    assert find(ir.from_proto(net()), include=["point", "w1"])[0][0].name == "stem"
+    assert [s.name for s in find(ir.from_proto(net()), exclude=["p*"])[1]] == ["point"]
+
+
+def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
+    proto = model(
+        """g (float[n, 4, 8, 8] x) => (float[n, 5] y) {
+            [c] h = Conv(x, k)
+            a = Add<broadcast = 1, axis = 1>(h, b)
+            p = GlobalAveragePool(a)
+            f = Flatten(p)
+            [fc] y = MatMul(f, w)
+        }""",
+        opset=6,  # its Add has an axis, which no converter knows to express
+        ir_version=4,
+        k=constant("k", 8, 4, 3, 3),
+        b=constant("b", 8),
+        w=constant("w", 8, 5),
+    )
+    found, demand = ir.from_proto(proto), Convolutions()
+    before = [str(node) for node in found.graph]
+    assert not demand.prepare(found, None)
+    assert [str(node) for node in found.graph] == before
+    layers, skips = convolutions.look(found, [demand])
+    assert layers == []
+    assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    for bits in (2, 9):
+        with pytest.raises(OptionError, match=f"convolutions: bits={bits} is not supported"):
+            magr_onnx.optimize(net(), conv_bits=bits)
+    with pytest.raises(OptionError, match="convolutions needs a quantize pass"):
+        magr_onnx.optimize(net(), pipeline_text="magr,convolutions")
+
+
+def test_numbers_that_are_none_are_named() -> None:
+    proto = net()
+    weight = constant("w1", 24, 4, 3, 3)
+    weight[0, 0, 0, 0] = np.nan
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "w1"))
+    with pytest.raises(NonFiniteError, match="weight of stem: 1 of 864 values are NaN"):
+        magr_onnx.optimize(proto)
+    batch = samples(1)[0]
+    batch["x"][0, 0, 0, 0] = 1e30  # its square is no float32
+    with pytest.raises(NonFiniteError, match=r"input of stem \(x\): NaN or infinite"):
+        magr_onnx.optimize(net(), [batch])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> None:
+    rng = np.random.default_rng(0)
+    g, k, n = 40, 9, 2
+    weights = rng.standard_normal((g, k, n)).astype(np.float32) * 0.2
+    x = rng.standard_normal((g, 500, k)) @ (np.eye(k) + 0.4 * rng.standard_normal((g, k, k)))
+    stats = patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
+    node = ir.node("Conv", [None, None], name="c")
+    source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
+    layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
+    demand = Convolutions(4, symmetric, alpha=0.0)
+    for method in ("rtn", "gptq", "comq"):
+        passes = convolutions.solver_of(parse(f"quantize{{method={method}}}"), demand, False)
+        together = convolutions._solve(layer, stats, passes, False)
+        assert together.error < 1.001 * convolutions._one_by_one(weights, layer, stats, passes, False).error
+        difference = np.stack([w.dequantize() for w in together.weights]) - weights
+        left = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)
+        assert together.error == pytest.approx(np.sqrt(left), rel=1e-4)
+
+
+def test_small_groups_find_the_best_codes_of_all() -> None:
+    """Every choice of 3-bit codes of 3 rows, on the grid that was chosen: none is better for nearly all columns."""
+    rng = np.random.default_rng(1)
+    weights = rng.standard_normal((30, 3, 1)).astype(np.float32)
+    x = rng.standard_normal((30, 40, 3)) @ (np.eye(3) + 0.5 * rng.standard_normal((30, 3, 3)))
+    grams = x.transpose(0, 2, 1) @ x / 40
+    found = grouped.solve(weights, grams, WeightSpec(3, None, True), 0.0)
+    levels = np.array(list(itertools.product(range(8), repeat=3)))
+    optimal = 0
+    for weight, w, gram, left in zip(found.weights, weights, grams, found.errors, strict=True):
+        difference = (levels - 4) * weight.scales[0, 0] - w[:, 0]
+        best = np.einsum("ak,kl,al->a", difference, gram, difference).min()
+        assert left >= best * (1 - 1e-5)
+        optimal += left <= best * (1 + 1e-5)
+    assert optimal >= 27
+
+
+def test_groups_without_input_are_rounded() -> None:
+    """A channel that is always zero has no Gram matrix to speak of; its weights are kept as they are, rounded."""
+    rng = np.random.default_rng(2)
+    weights = rng.standard_normal((8, 9, 1)).astype(np.float32)
+    found = grouped.solve(weights, np.zeros((8, 9, 9)), WeightSpec(8, None, True), 0.01)
+    for weight, w in zip(found.weights, weights, strict=True):
+        assert np.abs(weight.dequantize() - w).max() < 0.02 * np.abs(w).max()

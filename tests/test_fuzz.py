@@ -1,0 +1,100 @@
+"""Random graphs, damaged files and onnx's backend tests through `optimize`: converted and right, or refused with a reason; never a bug."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, target
+from hypothesis import strategies as st
+
+from tests.fuzz import backend, isolated, mutate
+from tests.fuzz.generate import Made, make
+from tests.fuzz.judge import CONVERTED, OPTIONS, REFUSED, Outcome, judge
+
+SEED = int(os.environ.get("ONNX_MAGR_FUZZ_SEED", "0"))
+RUNS: dict[str, tuple[dict[str, Any], bool]] = {
+    **{f"{name}, data-free": (options, False) for name, options in OPTIONS.items()},
+    **{f"{name}, calibrated": (options, True) for name, options in OPTIONS.items()},
+    "qdq-int8": ({"format": "qdq-int8", "bits": 8}, True),
+    "fast": ({"format": "matmulnbits", "bits": 8, "effort": "fast"}, True),
+}
+
+
+def judge_made(made: Made, run: str) -> Outcome:
+    options, calibrated = RUNS[run]
+    return judge(made.model, made.feeds, options, made.calibration if calibrated else None)
+
+
+def verdict(made: Made, run: str) -> str | None:
+    """What is wrong with what became of a random graph."""
+    outcome = judge_made(made, run)
+    if outcome.bug or (outcome.kind == REFUSED and "no layer can be converted" not in outcome.detail):
+        return f"{run}: {outcome.kind}: {outcome.detail}\n{made.text}"
+    if outcome.kind == CONVERTED and outcome.layers + outcome.skipped < made.linear:
+        return f"{run}: {made.linear} linear layers, {outcome.layers} converted, {outcome.skipped} skipped\n{made.text}"
+    return None
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(sorted(RUNS)))
+def test_random_graphs(rng: random.Random, run: str) -> None:
+    made = make(rng)
+    target(float(made.linear))
+    assert verdict(made, run) is None
+
+
+def test_random_graphs_are_mostly_converted() -> None:
+    kinds = Counter(judge_made(make(random.Random(seed)), "qdq, data-free").kind for seed in range(40))
+    assert kinds[CONVERTED] > 25, kinds
+
+
+@pytest.mark.slow
+def test_many_random_graphs() -> None:
+    problems = [p for i in range(2000) if (p := verdict(make(random.Random(SEED + i)), list(RUNS)[i % len(RUNS)])) is not None]
+    assert not problems, "\n\n".join(problems[:10])
+
+
+def bugs(found: Sequence[tuple[int, Outcome]]) -> str:
+    return "\n".join(f"seed {seed}: {outcome.kind}: {outcome.detail[:300]}" for seed, outcome in found if outcome.bug)
+
+
+def test_damaged_files() -> None:
+    found = mutate.campaign(300, SEED)
+    print(f"seeds from {SEED}\n{isolated.table([outcome for _, outcome in found])}")
+    assert not bugs(found)
+    assert len({outcome.kind for _, outcome in found}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_many_damaged_files() -> None:
+    found = mutate.campaign(10_000, SEED)
+    print(f"seeds from {SEED}\n{isolated.table([outcome for _, outcome in found])}")
+    assert not bugs(found)
+
+
+def test_a_sample_of_the_backend_tests() -> None:
+    formats = list(OPTIONS)
+    cases = backend.all_cases(formats)
+    assert backend.report(cases, formats, range(0, len(cases), 61)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_all_backend_tests() -> None:
+    formats = list(OPTIONS)
+    cases = backend.all_cases(formats)
+    assert backend.report(cases, formats, range(len(cases))) == 0
+
+
+def test_a_worker_that_dies_is_an_outcome() -> None:
+    module = "tests.fuzz.dying"
+    found = dict(isolated.outcomes(module, [], range(4), seconds=12))
+    assert [found[i].kind for i in range(4)] == [CONVERTED, "crash", "timeout", CONVERTED]
+    assert found[1].detail == "at float: SIGSEGV"
+    assert found[2].detail == "at optimize"
