@@ -136,7 +136,6 @@ def optimize(
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-    run.open(loaded, out, max_memory, gram_budget, cache, shard_size, external_data)
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     opset, given = original.opset_imports.get(""), original.clone()
@@ -154,6 +153,8 @@ def optimize(
     if not layers and not others:
         reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    run.open(loaded, layers, out, max_memory, gram_budget, cache, shard_size, external_data)
+    run.sweep(original)
     check_weights([*layers, *others])
     clock.lap("load")
 
@@ -173,7 +174,7 @@ def optimize(
         )
 
     settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
-    run.resume(resume, loaded, data, passes, {**asked, **settings})
+    run.resume(resume, loaded, data, passes, {**asked, **settings, "requantize": requantize})
     if raised:
         notes += conversion.check(reference, original, data, provider)
     if rewrites:
@@ -260,7 +261,7 @@ def optimize(
             rows.clear()
             digests.clear()
     skips += left
-    notes += run.notes
+    notes += run.notes(work)
     if spilled:
         notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if unmasked:

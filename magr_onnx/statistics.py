@@ -17,6 +17,7 @@ from magr_onnx.passes import (
     Quantize,
     segments,
 )
+from magr_onnx.passes.linear import find
 from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
 
@@ -55,7 +56,9 @@ def gather(
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
     taken = {layer.name for layer in first}
     rest = [layer for layer in layers if layer.name not in taken]
-    staged = feedback or (large and not segments.not_tensors(work, segments.plan(work, rest)))
+    every = [layer for layer in find(work)[0] if not layer.nested] if large else []  # cut at all of them, no segment is large
+    cuttable = large and not segments.not_tensors(work, segments.plan(work, every))
+    staged = feedback or cuttable
     if not staged:
         first, rest = list(layers), []
     changed = {*changed, *segments.made_by(work, first)} if rest else changed
@@ -93,6 +96,7 @@ def gather(
             hold_out=hold_out,
             gram_budget=gram_budget if large else None,
             wanted=left,
+            cuts=every if cuttable else None,
         )
 
 

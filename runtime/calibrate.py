@@ -59,7 +59,9 @@ class _Sums:
 
     def stats(self, tap: Tap) -> LayerStats:
         n = max(self.rows, 1)
-        gram: Array = (self.gram / n).astype(gram_type(len(self.mean)), copy=False)
+        self.gram /= n
+        gram: Array = self.gram.astype(gram_type(len(self.mean)), copy=False)
+        self.gram = np.zeros((0, 0))  # may be the largest thing in memory
         return LayerStats(gram, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize)
 
 
@@ -164,9 +166,11 @@ def collect(
     check_rows((a.rows + b.rows for tap, a, b in zip(taps, *parts, strict=True) if tap.masked), mask)
     stats = {}
     for tap, a, b in zip(taps, *parts, strict=True):
-        kept, rest = a.stats(tap), b.stats(tap)
-        if a.rows or b.rows:
-            stats[tap.value] = replace(kept.combine(rest), held_out=rest) if a.rows and b.rows else kept if a.rows else rest
+        if a.rows and b.rows:
+            kept, rest = a.stats(tap), b.stats(tap)
+            stats[tap.value] = replace(kept.combine(rest), held_out=rest)
+        elif a.rows or b.rows:
+            stats[tap.value] = (a if a.rows else b).stats(tap)
     return Calibration(stats, tuple(t.value for t in taps if not t.masked) if mask is not None else ())
 
 

@@ -188,6 +188,7 @@ def staged(
     hold_out: bool = True,
     gram_budget: int | None = None,
     wanted: Callable[[LinearLayer], bool] = lambda layer: True,
+    cuts: Sequence[LinearLayer] | None = None,
 ) -> Iterator[tuple[Sequence[LinearLayer], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
 
@@ -210,13 +211,15 @@ def staged(
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
         gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
         wanted: Layers that statistics are for; those of others are left out.
+        cuts: Layers to cut the model at, those of ``layers`` among them, so that no segment has many; None for ``layers`` alone.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
         CalibrationError: The mask leaves no rows.
     """
     quantize, bounds = quantize or {}, bounds or {}
-    steps = plan(work, layers)
+    steps = plan(work, layers if cuts is None else cuts)
+    own = {id(layer.node): layer for layer in layers}
     moved = behind(work, changed)
     known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
     kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
@@ -235,7 +238,8 @@ def staged(
                 quants.run(work, before, [n for n in new if n not in shared], len(data), provider, fallback=floats, shared=shared)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            for part in [stage] if gram_budget is None else plan_groups(stage, gram_budget, hold_out):
+            mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
+            for part in [mine] if gram_budget is None else plan_groups(mine, gram_budget, hold_out):
                 left = [layer for layer in part if wanted(layer)]
                 found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
                 yield part, replace(found, spilled=floats.spilled + quants.spilled)
