@@ -24,6 +24,7 @@ from magr_onnx.passes import (
     LinearLayer,
     Skip,
     pipeline,
+    unused,
 )
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.holders import holders
@@ -142,7 +143,7 @@ def optimize(
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or given
-    notes = [*loaded.notes, *canonicalize(original, include, exclude, again=requantize)]
+    notes = [*loaded.notes, *unused.remove(original), *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))
