@@ -49,12 +49,11 @@ def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
     that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave constant
-    inputs less than nothing once their mean is taken off.
+    inputs with less than nothing once their mean is taken off.
     """
     result: Array = gram if overwrite else gram.copy()
     diagonal = gram.diagonal().copy()
-    mean = float(diagonal.mean())
-    floor = 1e-6 * (mean if mean > 0 else 1.0)
+    floor = 1e-6 * (float(np.abs(diagonal).mean()) or 1.0)
     result[np.diag_indices(len(gram))] += damping * np.maximum(diagonal, floor)
     return result
 
