@@ -273,7 +273,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     def skip(reason: Reason, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    x, weight = node.inputs[0], node.inputs[1]
+    x, weight = (*node.inputs, None, None)[:2]  # a function may be called with fewer inputs than it has
     if x is None or weight is None:
         return skip(Reason.DYNAMIC_WEIGHT)
     right, left = held(weight), held(x)
