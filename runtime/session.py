@@ -132,7 +132,7 @@ class Session:
         if lean is None:
             lean = isinstance(model, ir.Model) and tensor_bytes(model) > LEAN_BYTES
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import behind, beside, cut, plan
+from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
 from magr_onnx.ranges import rounded
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibrate import plan as plan_groups
@@ -309,7 +309,7 @@ def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str]
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    names = {str(v.name) for v in model.graph.inputs if not v.is_initializer()}
+    names = given_inputs(model)
     for b, batch in enumerate(data):
         masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
         for name in names:
