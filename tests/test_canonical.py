@@ -140,7 +140,8 @@ def test_einsum_of_any_labels_is_a_layer(case: tuple[str, dict[str, int], bool])
     if unstretched:
         quantized, report = optimize(proto, bits=8, block_size=16)
         assert all(row.name.startswith("fc") for row in report.layers)
-        np.testing.assert_allclose(run(quantized, {"x": x})[0], wanted, rtol=0.05, atol=0.05 * np.abs(wanted).max() + 1e-6)
+        both = [np.abs(a) for a in ((w, x) if first else (x, w))]
+        assert (np.abs(run(quantized, {"x": x})[0] - wanted) <= 0.03 * np.einsum(equation, *both).max() + 1e-6).all()
 
 
 @st.composite
