@@ -182,6 +182,9 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         and attribute.i not in onnx.TensorProto.DataType.values()
     ):
         found.add(f"{where} is the unknown type {attribute.i}")
+    counts = attribute.ints if attribute.type == onnx.AttributeProto.INTS else [attribute.i]
+    if node.domain in _ONNX and attribute.name in _COUNTS and not attribute.ref_attr_name and any(i < 1 for i in counts):
+        found.add(f"{where} is {list(counts)}; a convolution or pool counts from 1")
     if attribute.HasField("t"):
         _tensor(attribute.t, found, where)
     for tensor in attribute.tensors:
@@ -203,6 +206,9 @@ def _is_text(attribute: onnx.AttributeProto) -> bool:
 
 
 _ONNX = ("", "ai.onnx")
+_COUNTS = ("group", "strides", "dilations", "kernel_shape")
+"""Attributes onnxruntime divides by, some without a look at them."""
+
 _DATA_TYPES = set(onnx.TensorProto.DataType.values())
 _TYPES = ("to", "dtype", "output_dtype", "stash_type")
 _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}

@@ -200,6 +200,8 @@ def reason_of(error: MagrError) -> str:
     ):
         if cut in text:
             text = cut
+    if "InsertedPrecisionFreeCast" in str(error):
+        text = "onnxruntime loses a cast of its own in a subgraph"
     if "no layer can be converted" in text:
         text = "no layer can be converted: " + text.split("): ")[-1].split(";")[0].split(" (")[0].split(": ")[-1]
     return f"{type(error).__name__}: {text[:100]}"
