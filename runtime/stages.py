@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.errors import NonFiniteError, OutputError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.segments import behind, beside, cut, plan
@@ -32,6 +32,7 @@ from magr_onnx.runtime.calibrate import plan as plan_groups
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 from magr_onnx.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
+from magr_onnx.writing import explained
 
 DEFAULT_CACHE = 2 << 30
 
@@ -56,10 +57,16 @@ class Cache:
             self._memory[name, batch] = array
             self._used += array.nbytes
             return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-        path = Path(self._folder.name, f"{self._written}.npy")
-        np.save(path, array, allow_pickle=False)
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+            path = Path(self._folder.name, f"{self._written}.npy")
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise OutputError(
+                f"cannot write values between stages to {where}: {explained(error)}; or give a larger --cache, or set TMPDIR"
+            ) from error
         self._files[name, batch] = path
         self._written += 1
         self.spilled += array.nbytes
