@@ -66,6 +66,11 @@ class ConvBits(StrEnum):
     eight = "8"
 
 
+class ConvFormName(StrEnum):
+    fold = "fold"
+    dequantize = "dequantize"
+
+
 class EmbeddingsName(StrEnum):
     none = "none"
     gather_block_quantized = "gather-block-quantized"
@@ -361,6 +366,16 @@ ConvBitsOption = Annotated[
         help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float. (default: 8)",
         metavar="N",
         rich_help_panel=WEIGHTS,
+    ),
+]
+ConvFormOption = Annotated[
+    ConvFormName | None,
+    typer.Option(
+        "--conv-form",
+        help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
+        "speed). (default: dequantize in formats qdq and qdq-int8, else fold)",
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
     ),
 ]
 EmbeddingsOption = Annotated[

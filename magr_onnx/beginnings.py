@@ -17,8 +17,6 @@ from magr_onnx.passes.gather import Table
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Split
 
-CONV_BITS = 8
-
 
 def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Options | None) -> tuple[LayerPass, ...]:
     """The pipeline with a pass for convolutions, if the model has some that can be converted and nothing was said of them.
@@ -27,7 +25,7 @@ def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Option
     """
     if given is None or "conv_bits" in given or not conv.find(model)[0]:
         return tuple(passes)
-    return (*passes, options.convolutions(CONV_BITS, given))
+    return (*passes, options.convolutions(given))
 
 
 def look(

@@ -120,4 +120,6 @@ def verify_file(
     except RuntimeFailure as error:
         result = error
     with Session(source, provider):
-        raise MagrError(f"internal error: the result does not load, and the model does; please report this: {result}") from result
+        raise MagrError(
+            f"{result}; the model itself loads: if it declares shapes that its values do not have, remove them, else please report this"
+        ) from result

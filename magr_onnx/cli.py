@@ -38,6 +38,7 @@ from magr_onnx.arguments import (
     CalibrationOption,
     ConvBits,
     ConvBitsOption,
+    ConvFormOption,
     DampingOption,
     EffortOption,
     EmbeddingBitsOption,
@@ -154,6 +155,7 @@ def optimize(
     target_size: TargetSizeOption = None,
     max_loss: MaxLossOption = None,
     conv_bits: ConvBitsOption = None,
+    conv_form: ConvFormOption = None,
     embeddings: EmbeddingsOption = EmbeddingsName.none,
     embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
@@ -201,6 +203,8 @@ def optimize(
     }
     if conv_bits is not None:
         options["conv_bits"] = None if conv_bits is ConvBits.none else int(conv_bits.value)
+    if conv_form is not None:
+        options["conv_form"] = conv_form.value
     if block_size is not None:
         options["block_size"] = _block(block_size)
     if activation_type is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.errors import ModelError
 from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
@@ -59,9 +60,20 @@ class _Solution:
     notes: tuple[str, ...] = ()
 
 
-def wanted(passes: Sequence[LayerPass]) -> Convolutions | None:
-    """The pipeline's demand on convolutions, if it has one."""
-    return next((p for p in passes if isinstance(p, Convolutions)), None)
+def wanted(model: ir.Model, passes: Sequence[LayerPass]) -> Convolutions | None:
+    """The pipeline's demand on convolutions, if it has one, in the form that this model needs.
+
+    Beside static integer activations it is DequantizeLinear: onnxruntime would fold the other, round the weight anew in its own way and
+    compute the convolution in integers.
+    """
+    demand = next((p for p in passes if isinstance(p, Convolutions)), None)
+    return replace(demand, form="dequantize") if demand is not None and _integer(model, passes) else demand
+
+
+def _integer(model: ir.Model, passes: Sequence[LayerPass]) -> bool:
+    inputs = pipeline.activations_of(passes)
+    static = inputs is not None and inputs.type != "dynamic"
+    return static or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
 
 
 def look(
@@ -69,7 +81,7 @@ def look(
 ) -> tuple[list[ConvLayer], list[Skip]]:
     """Convolutions that will be converted, and all others with the reason."""
     layers, skips = find(model, include, exclude)
-    demand = wanted(passes)
+    demand = wanted(model, passes)
     reason, detail = None, ""
     if demand is None:
         reason = ConvReason.UNASKED
@@ -112,10 +124,10 @@ def convert(
     """
     layers, skips = look(work, passes, include, exclude)
     result = Converted(skips=skips)
-    demand = wanted(passes)
+    demand = wanted(model, passes)
     if demand is None or not layers:
         return result
-    integer = pipeline.activations_of(passes) is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+    integer = _integer(model, passes)
     units = _units(layers)
     ordered = [layer for unit in units for layer in unit]
     large = {} if data is None else patches.too_large(model, ordered, data, provider, patch_limit)
@@ -124,7 +136,12 @@ def convert(
     unit = next(left, None)
     for group in patches.plan(ordered, gram_budget):
         measured = [layer for layer in group if layer.name not in large]
-        found = patches.collect(model, measured, data, provider=provider) if data is not None and measured else {}
+        found: dict[str, PatchStats] = {}
+        if data is not None and measured:
+            try:
+                found = patches.collect(model, measured, data, provider=provider)
+            except ModelError as error:  # the opset of a copy of it cannot be raised
+                large |= {layer.name: f"data-free: its patches cannot be gathered: {error}" for layer in measured}
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):
             known = [stats for layer in unit if (stats := gathered.pop(layer.name)) is not None]
@@ -165,7 +182,7 @@ def _convert(
     solution = _solve(unit[0], stats, solver_of(passes, demand, absorbs), absorbs)
     biases = [_added(layer.read_bias(), solution.added) for layer in unit]
     names = [layer.weight_name for layer in unit]
-    emit(unit, solution.weights, biases, integer)
+    emit(unit, solution.weights, biases, demand.form, integer)
     written = digest(np.stack([w.dequantize() for w in solution.weights]))
     stored = container_bits(demand.bits)
     for layer, name in zip(unit, names, strict=True):

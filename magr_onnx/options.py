@@ -30,11 +30,13 @@ from magr_onnx.passes import (
     TwinRanges,
     check,
 )
+from magr_onnx.passes.conv import Form as ConvForm
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
 from magr_onnx.quantizers.auto import usual_alpha
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
+CONV_BITS = 8
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
 
 
@@ -89,6 +91,9 @@ class Options(TypedDict, total=False):
             the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
         conv_bits: Bits of the weights of convolutions, 3 to 8, one scale an output channel, in every format; None leaves them float.
             Default 8 where the model has any.
+        conv_form: ``dequantize``: DequantizeLinear, which other tools know too; onnxruntime computes it in every run. ``fold``: codes that
+            onnxruntime makes floats of when it loads the file, as fast as the float model. Default: the first in the formats qdq and
+            qdq-int8 (in qdq-int8 always), the second in those of onnxruntime's own operators.
         embeddings: ``none`` (default), ``gather-block-quantized`` (4 or 8 bits, blocks of 32, one contrib operator) or ``dequantize`` (8
             bits, one scale a row, standard operators) for tables that are gathered from.
         embedding_bits: 4 or 8 (default) bits of a table.
@@ -121,6 +126,7 @@ class Options(TypedDict, total=False):
     target_size: str | None
     max_loss: str | None
     conv_bits: int | None
+    conv_form: ConvForm
     embeddings: str
     embedding_bits: int | None
 
@@ -228,8 +234,14 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
         passes.append(CompensateBias(policy))  # type: ignore[arg-type]
     if name in FORMATS:
         passes.append(form.emit(options))
-    if (conv_bits := options.get("conv_bits")) is not None:
-        passes.append(convolutions(conv_bits, options))
+    if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:
+        problems.append(f"conv_form={options['conv_form']!r} needs conv_bits")
+    elif "conv_bits" in options or "conv_form" in options:
+        asked = convolutions(options)
+        if "conv_bits" not in options:  # whether there are any to convert is not known here
+            problems += asked.problems(None)
+        elif options["conv_bits"] is not None:
+            passes.append(asked)
     embedding_bits = options.get("embedding_bits")
     if (tables := options.get("embeddings", "none")) != "none":
         passes.append(Embeddings(tables, 8 if embedding_bits is None else embedding_bits))  # type: ignore[arg-type]
@@ -243,10 +255,16 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     return tuple(passes)
 
 
-def convolutions(bits: int, options: Options) -> Convolutions:
+def convolutions(options: Options) -> Convolutions:
     """The pass that quantizes convolutions, with the other options that concern it."""
-    symmetric = options.get("symmetric")
-    return Convolutions(bits, True if symmetric is None else symmetric, options.get("alpha"))
+    bits, symmetric = options.get("conv_bits"), options.get("symmetric")
+    usual: ConvForm = "dequantize" if options.get("format", "").startswith("qdq") else "fold"
+    return Convolutions(
+        CONV_BITS if bits is None else bits,
+        True if symmetric is None else symmetric,
+        options.get("alpha"),
+        options.get("conv_form", usual),
+    )
 
 
 def _sized(options: Options) -> Options:

@@ -154,8 +154,12 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
     for node in graph.node:
         if found.full:
             return
+        if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
+            found.add(f"node {node.name!r} ({node.op_type!r}) has a name that is not UTF-8")
         for attribute in node.attribute:
             _attribute(node, attribute, inside_function, found)
+        if node.op_type == "Constant" and node.domain in _ONNX and len(node.attribute) != 1:
+            found.add(f"Constant {node.name or list(node.output)} must have one attribute, and has {len(node.attribute)}")
         if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
             known[node.output[0]] = node.attribute[0].t
         size = None if found.problems else unfolded(node, known)
@@ -169,6 +173,15 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         found.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
     if attribute.type not in _ATTRIBUTE_TYPES:
         found.add(f"{where} has the unknown type {attribute.type}")
+    if node.domain in _ONNX and not _is_text(attribute):
+        found.add(f"{where} is not UTF-8")
+    if (
+        node.domain in _ONNX
+        and attribute.name in _TYPES
+        and attribute.HasField("i")
+        and attribute.i not in onnx.TensorProto.DataType.values()
+    ):
+        found.add(f"{where} is the unknown type {attribute.i}")
     if attribute.HasField("t"):
         _tensor(attribute.t, found, where)
     for tensor in attribute.tensors:
@@ -179,6 +192,19 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         _sparse(sparse, found, where)
 
 
+def _is_text(attribute: onnx.AttributeProto) -> bool:
+    """Whether the strings of an attribute of ONNX's operators are what they have to be."""
+    try:
+        for text in (attribute.s, *attribute.strings):
+            text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_ONNX = ("", "ai.onnx")
+_DATA_TYPES = set(onnx.TensorProto.DataType.values())
+_TYPES = ("to", "dtype", "output_dtype", "stash_type")
 _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
 
 

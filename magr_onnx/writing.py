@@ -24,6 +24,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.locking import replace, sync, workspace
+from magr_onnx.runtime.in_place import most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1
@@ -164,10 +165,9 @@ def model_values(model: ir.Model) -> list[ir.Value]:
 
 def _large(model: ir.Model) -> list[ir.Value]:
     """The initializers that go to data files. Where the small ones alone are too many for a protobuf, all of them."""
-    values = [v for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
-    small = sum(v.const_value.nbytes for v in values if v.const_value is not None and v.const_value.nbytes <= SMALL)
-    least = SMALL if small <= INLINE_LIMIT // 4 else 0
-    return [v for v in values if v.const_value is not None and v.const_value.nbytes > least]
+    tensors = [(v, v.const_value) for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
+    small = sum(tensor.nbytes for _, tensor in tensors if tensor.nbytes <= most_inline(tensor, SMALL))
+    return [value for value, tensor in tensors if tensor.nbytes > (most_inline(tensor, SMALL) if small <= INLINE_LIMIT // 4 else 0)]
 
 
 @dataclass(slots=True)

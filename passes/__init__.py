@@ -1,6 +1,7 @@
 """Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
 
 from magr_onnx.passes.activations import QuantizeActivations
+from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.conv import Convolutions
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
@@ -45,6 +46,7 @@ __all__ = [
     "SplitOutliers",
     "TwinRanges",
     "attach",
+    "canonicalize",
     "check",
     "find",
     "parse",

@@ -31,13 +31,13 @@ class Step:
     """What one node does to a constant.
 
     Attributes:
-        key: Equal for steps that do the same.
+        key: What it is, and more; equal for steps that do the same.
         shape: The shape after it.
         dtype: The type after it.
         apply: Does it.
     """
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     shape: tuple[int, ...]
     dtype: ir.DataType
     apply: Callable[[Tensor], Tensor]

@@ -12,14 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.constants import Held, dequantized, held
+from magr_onnx.passes.constants import Held, constant, dequantized, held
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import operand
@@ -27,6 +27,8 @@ from magr_onnx.passes.opset import raise_opset
 from magr_onnx.types import Array, WeightSpec
 
 OPS = ("Conv", "ConvTranspose")
+Form = Literal["fold", "dequantize"]
+FORMS: tuple[Form, ...] = ("fold", "dequantize")
 BITS = tuple(range(3, 9))
 
 
@@ -147,6 +149,17 @@ def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) ->
     return np.ascontiguousarray(matrices.transpose(0, 2, 1).reshape(group * n, inner, *kernel))
 
 
+def is_made_of_codes(value: ir.Value) -> bool:
+    """Whether a weight is computed from an integer constant: dequantized, in whatever form."""
+    for _ in range(16):
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose") or node.inputs[0] is None:
+            break
+        value = node.inputs[0]
+    tensor = constant(value)
+    return tensor is not None and tensor.dtype.is_integer()
+
+
 def view(node: ir.Node) -> ConvLayer | Skip:
     """The layer at a Conv or ConvTranspose, or why there is none."""
     name = layer_name(node)
@@ -159,7 +172,8 @@ def view(node: ir.Node) -> ConvLayer | Skip:
         return skip(ConvReason.SHAPE, "an input is missing")
     weight = held(value)
     if weight is None:
-        return skip(Reason.QUANTIZED if dequantized(value) is not None else ConvReason.DYNAMIC_WEIGHT)
+        known = dequantized(value) is not None or is_made_of_codes(value)
+        return skip(Reason.QUANTIZED if known else ConvReason.DYNAMIC_WEIGHT)
     if weight.overridable:
         return skip(Reason.OVERRIDABLE)
     if weight.dtype not in FLOATS:
@@ -216,26 +230,32 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 class Convolutions(LayerPass):
     """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
 
-    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float from
-    dequantized weights in every format. On a linear layer the pass does nothing.
+    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
+    format. On a linear layer the pass does nothing.
 
     Attributes:
         bits: 3 to 8.
         symmetric: Fix the zero point in the middle.
         alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
+        form: ``fold`` or ``dequantize``: how codes become floats; see `magr_onnx.passes.emit_conv`.
     """
 
     name: ClassVar[str] = "convolutions"
-    summary: ClassVar[str] = "write convolutions with quantized weights too, as DequantizeLinear + Conv"
+    summary: ClassVar[str] = "write convolutions with quantized weights too"
 
     bits: int = 8
     symmetric: bool = True
     alpha: float | None = None
+    form: Form = "fold"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        if self.bits in BITS:
-            return []
-        return [f"convolutions: bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}, or none to leave them float"]
+        found = []
+        if self.bits not in BITS:
+            known = ", ".join(map(str, BITS))
+            found.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
+        if self.form not in FORMS:
+            found.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
+        return found
 
     def fits(self, passes: Sequence[LayerPass]) -> list[str]:
         if any(p.name == "quantize" for p in passes):
@@ -255,8 +275,8 @@ class Convolutions(LayerPass):
         return raise_opset(model, needed)
 
     def opset(self, layers: Sequence[ConvLayer]) -> int:
-        """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for int4; 0 without layers."""
-        if not layers:
+        """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""
+        if not layers or (self.form == "fold" and self.bits > 4):
             return 0
         if self.bits <= 4:
             return 21

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.taps import Extension
 
-OPSET = 13
+OPSET = 9  # Scan
 
 
 def geometry(layer: ConvLayer) -> tuple[object, ...]:
@@ -53,11 +53,17 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     shape = (layer.channels, places) if layer.op == "ConvTranspose" else (layer.channels * places, 1)
     kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
     rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
-    first, last = copy.constant(f"{name}_first", np.array([0])), copy.constant(f"{name}_last", np.array([2]))
+    axes = [copy.constant(f"{name}_axes_{axis}", np.array([axis])) for axis in (0, 2)] if copy.opset >= 13 else None
     rank = 1 + len(layer.kernel)
     shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * rank]
     held = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
     nodes: list[ir.Node] = []
+
+    def along(op: str, value: ir.Value, axis: int, label: str, **attributes: object) -> ir.Value:
+        """An operator whose axes are an input since opset 13."""
+        if axes is None:
+            return add(op, [value], label, axes=[axis], **attributes)
+        return add(op, [value, axes[axis // 2]], label, **attributes)
 
     def add(op: str, inputs: Sequence[ir.Value], label: str, **attributes: object) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=f"{name}_{label}")  # type: ignore[arg-type]
@@ -65,7 +71,7 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
         nodes.append(node)
         return node.outputs[0]
 
-    sample = add("Unsqueeze", [held[3], first], "sample")
+    sample = along("Unsqueeze", held[3], 0, "sample")
     same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
     gather = ir.node(layer.op, [sample, kernel], name=f"{name}_gather")
     gather.attributes.update(same)
@@ -74,7 +80,7 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     nodes.append(gather)
     patches = add("Reshape", [gather.outputs[0], rows], "patches")
     gram = add("MatMul", [patches, add("Transpose", [patches], "turned", perm=[0, 2, 1])], "gram_of_one")
-    total = add("ReduceSum", [patches, last], "sum_of_one", keepdims=0)
+    total = along("ReduceSum", patches, 2, "sum_of_one", keepdims=0)
     count = add("Cast", [add("Size", [patches], "size")], "count_of_one", to=ir.DataType.FLOAT)
     outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(held[:3], (gram, total, count), strict=True))]
     for output, s in zip(outputs, shapes, strict=False):

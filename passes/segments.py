@@ -15,8 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from magr_onnx.passes.constants import held
+from magr_onnx.passes.bodies import bodies_of
 from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
@@ -38,13 +39,11 @@ class Plan:
 def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
     own = {id(layer.node) for layer in layers}
-    level: dict[str, int] = {str(v.name): 0 for v in model.graph.inputs if not v.is_initializer()}
+    level: dict[str, int] = dict.fromkeys(given_inputs(model), 0)
     last_read: dict[str, int] = {}
     constants: set[str] = set()  # made of constants alone: every segment makes them again, and quantized ones disappear from the model
     for node in model.graph:
         names = [name for name in reads(node) if name in level]
-        if not names and all(held(v) is not None for v in node.outputs):
-            continue  # a part of the way to a weight, which is no value to be kept for every batch
         if constants.issuperset(names) and node.op_type not in _RANDOM:
             constants.update(str(v.name) for v in node.outputs)
         at = max((level[name] for name in names), default=0) + (id(node) in own)
@@ -57,6 +56,27 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     kept = [(n, at) for n, at in level.items() if n not in constants]
     live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def apart(layers: Sequence[LinearLayer]) -> list[LinearLayer]:
+    """Layers that belong to no one stage: those in bodies, and those that share their weight."""
+    shared = sharing(layers)
+    return [layer for layer in layers if layer.nested or layer.name in shared]
+
+
+def made_by(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
+    """Names of the outputs of the nodes of the main graph that are ``layers``, or hold them in a body."""
+    own = {id(layer.node) for layer in layers}
+    found: set[str] = set()
+    for node in model.graph:
+        if id(node) in own or any(id(n) in own for _, body in bodies_of(node) for n in body.all_nodes()):
+            found.update(str(v.name) for v in node.outputs)
+    return found
+
+
+def given_inputs(model: ir.Model) -> list[str]:
+    """The inputs that data has: those with an initializer keep its value."""
+    return [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
 
 
 def behind(model: ir.Model, values: Collection[str]) -> set[str]:
@@ -124,5 +144,26 @@ def cut(model: ir.Model, given: Mapping[str, npt.NDArray[np.generic]], wanted: S
     graph.inputs.clear()
     graph.inputs.extend(inputs)
     graph.outputs.extend(values[name] for name in wanted)
+    _detach_unused_bodies(graph)
     RemoveUnusedNodesPass()(copy)
     return copy
+
+
+def _detach_unused_bodies(graph: ir.Graph) -> None:
+    """Take their inputs from nodes in subgraphs nobody needs, so that what only they read is seen to be unused."""
+    needed = {str(v.name) for v in graph.outputs}
+    for node in reversed(list(graph)):
+        if not needed.isdisjoint(str(v.name) for v in node.outputs):
+            needed.update(reads(node))
+            continue
+        for attribute in node.attributes.values():
+            bodies = (
+                [attribute.as_graph()]
+                if attribute.type == ir.AttributeType.GRAPH
+                else attribute.as_graphs()
+                if attribute.type == ir.AttributeType.GRAPHS
+                else []
+            )
+            for inner in (n for body in bodies for n in body.all_nodes()):
+                for i in range(len(inner.inputs)):
+                    inner.replace_input_with(i, None)

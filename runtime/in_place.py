@@ -12,7 +12,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 THRESHOLD = 1024  # bytes from which a tensor in memory goes to the data file; the rest stays in the protobuf
+SIZES = 1 << 16
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+def most_inline(tensor: ir.TensorProtocol, usual: int) -> int:
+    """Bytes up to which a tensor stays in the protobuf: more for integers, which may be sizes that onnxruntime infers shapes from.
+
+    It does not read data files for that, and refuses the model.
+    """
+    return max(usual, SIZES) if tensor.dtype == ir.DataType.INT64 else usual
 
 
 def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
@@ -40,7 +49,7 @@ def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
                     if Path(path.anchor) == root:
                         value.const_value = _external(tensor, path, root, tensor.offset or 0)
                         continue
-                if tensor.nbytes > THRESHOLD:
+                if tensor.nbytes > most_inline(tensor, THRESHOLD):
                     offset = file.tell()
                     file.write(tensor.tobytes())
                     value.const_value = _external(tensor, data, root, offset)

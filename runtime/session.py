@@ -135,7 +135,7 @@ class Session:
             else:
                 lean = arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

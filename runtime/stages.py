@@ -25,7 +25,7 @@ import onnx_ir as ir
 from magr_onnx.errors import NonFiniteError, OutputError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import behind, beside, cut, plan
+from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
 from magr_onnx.ranges import rounded
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibrate import plan as plan_groups
@@ -211,7 +211,8 @@ def staged(
         quantize: How layer inputs will be quantized, by value name.
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
-        changed: Values of ``work`` that differ from the float ones already, by name (convolutions are quantized first).
+        changed: Values of ``work`` that differ from the float ones already, by name: convolutions, and layers that belong to no
+            stage, are quantized first.
         progress: Called with segments of batches done and in total.
         feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
@@ -300,9 +301,11 @@ def _gather(
         whole = kept if held is None else kept.combine(held)
         if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
             bad.append(not_finite(name, readers, data.describe))
-        check_rows([whole.rows], mask)
+        if mask is not None:
+            check_rows([whole.rows], mask)
         parted = held is not None and kept.rows > 0 and held.rows > 0
-        stats[name] = replace(whole, held_out=held) if parted else whole
+        if whole.rows:
+            stats[name] = replace(whole, held_out=held) if parted else whole
         for reader in readers if parted and not same else ():
             parts = [s.goal() for s in sums[reader.name]] if reader.name in sums else [i.goal(reader.read()) for i in inputs]
             goals[reader.name] = replace(parts[0].combine(parts[1]), held_out=parts[1])
@@ -320,7 +323,7 @@ def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str]
 
 def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    names = {str(v.name) for v in model.graph.inputs if not v.is_initializer()}
+    names = given_inputs(model)
     for b, batch in enumerate(data):
         masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
         for name in names:

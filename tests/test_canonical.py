@@ -281,6 +281,53 @@ def test_layers_under_a_budget_of_size(tmp_path: Path) -> None:
     assert report.bytes_after <= 0.4 * report.bytes_before
 
 
+def test_the_matrices_of_a_stack_stay_where_they_are(tmp_path: Path) -> None:
+    """In the data file, and in the memory of a tensor, with no node between; where another node reads the stack, it is not stored twice."""
+    onnx.save(stack_of_experts(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    for source in (ir.load(tmp_path / "m.onnx"), ir.from_proto(stack_of_experts())):
+        whole = source.graph.initializers["experts"].const_value
+        assert whole is not None
+        canonicalize(source)
+        assert "experts" not in source.graph.initializers
+        assert not any(node.op_type == "Split" for node in source.graph)
+        for i in range(3):
+            part = source.graph.initializers[f"experts[{i}]"].const_value
+            assert part is not None
+            np.testing.assert_array_equal(part.numpy(), constant("stack", 3, 48, 24)[i])
+            if isinstance(whole, ir.ExternalTensor):
+                assert isinstance(part, ir.ExternalTensor)
+                assert (part.location, part.offset, part.length) == ("m.data", (whole.offset or 0) + i * 4 * 48 * 24, 4 * 48 * 24)
+            else:
+                assert part.numpy().base is not None
+
+
+def test_a_stack_that_others_read_is_not_stored_twice() -> None:
+    text = """g (float[n, 48] x) => (float[3, n, 24] y, float[3, 48, 24] z, float[3, n, 24] v) {
+        [moe] y = MatMul(x, experts)
+        z = Relu(experts)
+        [again] v = MatMul(x, experts)
+    }"""
+    work = ir.from_proto(model(text, experts=constant("stack", 3, 48, 24)))
+    canonicalize(work)
+    assert {name for name in work.graph.initializers if not name.startswith("onnx_magr_")} == {"experts"}
+    layers = find(work)[0]
+    assert [layer.name for layer in layers] == ["moe[0]", "moe[1]", "moe[2]", "again[0]", "again[1]", "again[2]"]
+    assert [layer.weight_key for layer in layers[:3]] == [layer.weight_key for layer in layers[3:]]
+    assert len({layer.weight_key for layer in layers}) == 3
+
+
+def test_sizes_stay_in_the_file_when_tensors_go_beside_it(tmp_path: Path) -> None:
+    """onnxruntime infers shapes from them, and does not read data files for that."""
+    many = model("g (float[200, n, 16] x) => (float[200, n, 4] y) { [fc] y = MatMul(x, w) }", w=constant("w", 200, 16, 4))
+    outputs = [f"p{i}" for i in range(200)]
+    many.graph.node.append(onnx.helper.make_node("Split", ["x", "ones"], outputs, axis=0))
+    many.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(200, np.int64), "ones"))
+    x = np.random.default_rng(0).standard_normal((200, 2, 16)).astype(np.float32)
+    report = optimize(many, [{"x": x}] * 2, output=tmp_path / "q.onnx", bits=8, block_size=16, external_data=True).report
+    assert len(report.layers) == 200
+    np.testing.assert_allclose(run(ir.load(tmp_path / "q.onnx"), {"x": x})[0], run(many, {"x": x})[0], atol=0.1)
+
+
 def test_layers_that_read_one_value_still_do() -> None:
     """So that they share statistics, and the quantized input of the integer formats."""
     work = ir.from_proto(

@@ -22,7 +22,7 @@ from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
 from magr_onnx.passes.constants import Held
-from magr_onnx.passes.conv import ConvLayer, Convolutions, ConvReason, find, from_matrices, to_matrices
+from magr_onnx.passes.conv import FORMS, ConvLayer, Convolutions, ConvReason, Form, find, from_matrices, to_matrices
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.quantizers import grouped
 from magr_onnx.report import Report
@@ -246,9 +246,11 @@ def with_dequantized(proto: onnx.ModelProto, found: ir.Model, report: Report) ->
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_every_arithmetic_computes_what_the_codes_say(bits: int, symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_every_arithmetic_computes_what_the_codes_say(bits: int, symmetric: bool, form: Form, tmp_path: Path) -> None:
     proto, path = net(), tmp_path / "q.onnx"
-    report = magr_onnx.optimize(proto, samples(8), output=path, conv_bits=bits, symmetric=symmetric, bits=8, accuracy_level=1).report
+    options = {"conv_bits": bits, "symmetric": symmetric, "conv_form": form, "bits": 8, "accuracy_level": 1}
+    report = magr_onnx.optimize(proto, samples(8), output=path, effort="fast", **options).report  # type: ignore[arg-type]
     found = ir.load(path)
     assert [row.bits for row in report.layers] == [bits] * 4 + [8]
     assert report.verified == 5
@@ -330,7 +332,8 @@ def test_a_bias_is_added_only_where_the_policy_says_any() -> None:
         assert [len(node.inputs) for node in found.graph if node.op_type == "Conv"] == [inputs]
 
 
-def test_no_convolution_becomes_one_of_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_no_convolution_becomes_one_of_integers(form: Form, tmp_path: Path) -> None:
     """Between integer layers a DequantizeLinear next to a convolution would be fused into QLinearConv, a float bias or not."""
     proto = model(
         """g (float[n, 16, 8] x) => (float[n, 16, 4] y) {
@@ -345,14 +348,13 @@ def test_no_convolution_becomes_one_of_integers(tmp_path: Path) -> None:
     )
     batches = [{"x": np.random.default_rng(i).standard_normal((4, 16, 8)).astype(np.float32)} for i in range(4)]
     path = tmp_path / "q.onnx"
-    report = magr_onnx.optimize(proto, batches, output=path, format="qdq-int8", quantize_outputs=True, target="x86-avx2").report
+    report = magr_onnx.optimize(
+        proto, batches, output=path, format="qdq-int8", quantize_outputs=True, target="x86-avx2", conv_form=form
+    ).report
     assert [row.op for row in report.layers] == ["Conv", "MatMul", "MatMul"]
     assert report.proof is not None
     assert report.proof.proved == report.proof.total
-    options = ort.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
-    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    ops = {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
+    ops = set(loaded_operators(path, tmp_path / "optimized.onnx"))
     assert "QLinearConv" not in ops
     assert ops & {"QLinearMatMul", "MatMulIntegerToFloat"}
 
@@ -434,7 +436,7 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
         b=constant("b", 8),
         w=constant("w", 8, 5),
     )
-    found, demand = ir.from_proto(proto), Convolutions()
+    found, demand = ir.from_proto(proto), Convolutions(form="dequantize")
     before = [str(node) for node in found.graph]
     assert not demand.prepare(found, None)
     assert [str(node) for node in found.graph] == before
@@ -443,10 +445,42 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
     assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
 
 
+def loaded_operators(path: Path, optimized: Path) -> list[str]:
+    """What onnxruntime makes of a file at its default level."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in ir.load(optimized).graph]
+
+
+def test_folded_weights_are_small_in_the_file_and_nothing_at_run_time(tmp_path: Path) -> None:
+    proto = net()
+    onnx.save(proto, tmp_path / "float.onnx")
+    operators = loaded_operators(tmp_path / "float.onnx", tmp_path / "optimized.onnx")
+    for bits in (4, 8):
+        report = magr_onnx.optimize(proto, output=tmp_path / "q.onnx", conv_bits=bits, bits=8).report
+        after = loaded_operators(tmp_path / "q.onnx", tmp_path / "optimized.onnx")
+        assert sorted(op for op in after if "Conv" in op) == sorted(op for op in operators if "Conv" in op)
+        assert not {"Cast", "Mul", "DequantizeLinear"} & set(after)
+        assert report.bytes_after < (0.55 if bits == 4 else 0.7) * report.bytes_before  # of a file that is small to begin with
+        assert ir.load(tmp_path / "q.onnx").opset_imports[""] == (21 if bits == 4 else 17)
+
+
+def test_the_result_is_known_as_quantized(tmp_path: Path) -> None:
+    for form in FORMS:
+        found = magr_onnx.optimize(net(), conv_form=form).model
+        assert {str(s.reason) for s in find(found)[1]} == {"weight is quantized already"}
+        assert len(find(found)[1]) == 4
+
+
 def test_options_that_cannot_be(tmp_path: Path) -> None:
     for bits in (2, 9):
         with pytest.raises(OptionError, match=f"convolutions: bits={bits} is not supported"):
             magr_onnx.optimize(net(), conv_bits=bits)
+    with pytest.raises(OptionError, match="form='fast' is not known"):
+        magr_onnx.optimize(net(), conv_form="fast")  # type: ignore[typeddict-item]
+    with pytest.raises(OptionError, match="conv_form='fold' needs conv_bits"):
+        magr_onnx.optimize(net(), conv_form="fold", conv_bits=None)
     with pytest.raises(OptionError, match="convolutions needs a quantize pass"):
         magr_onnx.optimize(net(), pipeline_text="magr,convolutions")
 

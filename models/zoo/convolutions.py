@@ -151,18 +151,22 @@ TRAPS = (
         lambda feeds, weights: [spread(feeds["x"], one(weights["t"]), B, 3, 2, (1, 0))],
         {"t": CONVERTED},
     ),
-    Trap(
-        "conv-transpose-groups",
-        lambda: model(
-            """g (float[n, 6, 5, 5] x) => (float[n, 8, 10, 10] y) {
+    *(
+        Trap(
+            f"conv-transpose-groups-{form}",
+            lambda: model(
+                """g (float[n, 6, 5, 5] x) => (float[n, 8, 10, 10] y) {
                 [t] y = ConvTranspose<strides = [2, 2], group = 2>(x, k, b)
             }""",
-            k=kernel(6, 4, 2, 2),
-            b=B,
-        ),
-        images(4, 6, 5, 5),
-        lambda feeds, weights: [spread(feeds["x"], weights["t"], B, 2, 2, (0, 0))],
-        {"t": CONVERTED},
+                k=kernel(6, 4, 2, 2),
+                b=B,
+            ),
+            images(4, 6, 5, 5),
+            lambda feeds, weights: [spread(feeds["x"], weights["t"], B, 2, 2, (0, 0))],
+            {"t": CONVERTED},
+            {"conv_form": form},
+        )
+        for form in ("fold", "dequantize")
     ),
     Trap(
         "conv-transpose-depthwise",

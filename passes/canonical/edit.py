@@ -48,7 +48,7 @@ class Canvas:
     """What the edits of one model share.
 
     Attributes:
-        graph: The main graph; constants are kept there, where its bodies see them too.
+        graph: The main graph.
         opset: Of ONNX's own operators.
     """
 
@@ -174,12 +174,38 @@ class Edit:
         return self._make("Expand", [x, self.ints(dims)], after)
 
     def split(self, x: ir.Value, axis: int, count: int) -> list[ir.Value]:
-        """Parts of length one along an axis."""
+        """Parts of length one along an axis that has ``count`` of them."""
         shape = self.shape(x)
         after = None if shape is None else [*shape[:axis], 1, *shape[axis + 1 :]]
-        if self.canvas.opset < 13:
-            return self._made("Split", [x], after, count, axis=axis, split=[1] * count)
-        return self._made("Split", [x, self.ints([1] * count)], after, count, axis=axis)
+        if self.canvas.opset < 18:
+            return self._made("Split", [x], after, count, axis=axis)
+        return self._made("Split", [x], after, count, axis=axis, num_outputs=count)
+
+    def matrices(self, stack: ir.Value) -> list[ir.Value]:
+        """The matrices ``(K, N)`` of a constant ``(E, K, N)``.
+
+        Where they lie one behind the other in a tensor that only this node reads, they become initializers, parts of the same memory or
+        file; else a Split and Reshapes, so that nothing is stored twice.
+        """
+        found = weight(stack)
+        assert found is not None
+        count, k, n = found.shape
+        if any(step.key[0] != "reshape" for step in found.steps) or self._shared(stack):
+            return [self.reshape(part, (k, n)) for part in self.split(stack, 0, count)]
+        values = [self._initializer(f"{found.name}[{i}]", part) for i, part in enumerate(_parts(found.stored, count, k, n))]
+        drop_if_unused(stack)
+        return values
+
+    def _shared(self, value: ir.Value) -> bool:
+        """Whether another node reads a constant, or what it is a view of."""
+        below: ir.Node | None = None
+        while True:
+            if any(use.node not in (self.node, below) for use in value.uses()):
+                return True
+            below = value.producer()
+            if below is None or below.op_type == "Constant" or below.inputs[0] is None:
+                return False
+            value = below.inputs[0]
 
     def concat(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
         shape = self.shape(values[0])
@@ -242,15 +268,18 @@ class Edit:
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A constant of integers."""
         key = ("ints", tuple(values))
-        if (found := self.canvas.made.get(key)) is None or found[0].graph is None:
+        if not (found := self.canvas.made.get(key, [])) or found[0].graph is None:
             name = "onnx_magr_" + ("_".join(map(str, values)).replace("-", "minus") or "scalar")
-            self.canvas.made[key] = [self._constant(name[:80], np.asarray(values, np.int64).reshape(-1))]
-        return self.canvas.made[key][0]
+            found = self.canvas.made[key] = [self._constant(name[:80], np.asarray(values, np.int64).reshape(-1))]
+        return found[0]
 
     def _constant(self, name: str, array: Any) -> ir.Value:
-        name = self.canvas.unique(name)
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        return self._initializer(name, ir.tensor(array))
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """In the main graph, which its bodies see too."""
+        tensor.name = name = self.canvas.unique(name)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.canvas.graph.register_initializer(value)
         return value
 
@@ -274,8 +303,7 @@ class Edit:
         **attributes: Any,
     ) -> list[ir.Value]:
         key = (op, id(self.graph), *map(id, inputs), *((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(attributes.items())))
-        found = None if fresh else self.canvas.made.get(key)
-        if found is not None and all((maker := v.producer()) is not None and maker.graph is not None for v in found):
+        if not fresh and _there(found := self.canvas.made.get(key, [])):
             return found
         node = ir.node(op, inputs, attributes, num_outputs=count, name=self.canvas.unique(f"{self.name}_{op.lower()}"))
         for output in node.outputs:
@@ -286,6 +314,20 @@ class Edit:
         if not fresh:
             self.canvas.made[key] = list(node.outputs)
         return list(node.outputs)
+
+
+def _parts(tensor: ir.TensorProtocol, count: int, k: int, n: int) -> list[ir.TensorProtocol]:
+    """A tensor as ``count`` matrices ``(k, n)``: places in its data file, or parts of one array."""
+    shape, size = ir.Shape([k, n]), tensor.nbytes // count
+    if isinstance(tensor, ir.ExternalTensor):
+        place, start, folder = tensor.location, tensor.offset or 0, tensor.base_dir
+        return [ir.ExternalTensor(place, start + i * size, size, tensor.dtype, shape=shape, name="", base_dir=folder) for i in range(count)]
+    return [ir.Tensor(part, tensor.dtype, shape=shape) for part in tensor.numpy().reshape(count, k, n)]
+
+
+def _there(values: Sequence[ir.Value]) -> bool:
+    """Whether values were made, and are still in their graph."""
+    return bool(values) and all((node := v.producer()) is not None and node.graph is not None for v in values)
 
 
 def _reshaped(shape: Dims | None, target: Sequence[int]) -> Dims | None:

@@ -51,12 +51,12 @@ def stacked(edit: Edit, x: ir.Value, shape: Dims, axis: int, matrices: ir.Value)
     """``x (..., K)`` times ``matrices (E, K, N)``, one for every index of ``axis``, or each times all of x where that axis is one."""
     held = weight(matrices)
     assert held is not None
-    count, k, n = held.shape
+    count, _, n = held.shape
     parts = [x] * count if shape[axis] == 1 else edit.split(x, axis, count)
     out: Dims = [*shape[:axis], 1, *shape[axis + 1 : -1], n]
     products = [
-        edit.product("MatMul", [part, edit.reshape(matrix, (k, n))], out, None, index, held.name)
-        for index, (part, matrix) in enumerate(zip(parts, edit.split(matrices, 0, count), strict=True))
+        edit.product("MatMul", [part, matrix], out, None, index, held.name)
+        for index, (part, matrix) in enumerate(zip(parts, edit.matrices(matrices), strict=True))
     ]
     return edit.concat(products, axis)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 
 from magr_onnx import optimize
 from magr_onnx.errors import MagrError, RuntimeFailure
@@ -103,7 +104,7 @@ def _judge(
     try:
         report = optimize(path, calibration, output=out, **options).report
     except MagrError as error:
-        if "internal error" in str(error):
+        if "please report" in str(error):
             return Outcome("error", str(error))
         if left := set(path.parent.iterdir()) - before:
             return Outcome("left files", str(sorted(left)))
@@ -132,8 +133,31 @@ def _judge(
         if problem := difference(floats, ours, tolerance):
             if difference(floats, other, tolerance):
                 return Outcome(CONTRADICTS, name, *counts)
+            if _explained(path, feeds, name, floats, ours, options):
+                continue
             return Outcome("wrong", f"output {name}: {problem}", *counts)
     return Outcome(CONVERTED, "", *counts)
+
+
+def _explained(path: Path, feeds: Feeds, name: str, floats: Any, ours: Any, options: Mapping[str, Any]) -> bool:
+    """Whether noise of the size of rounding in all matrices changes an output, where terms cancel, by as much as quantizing did."""
+    rng, largest = np.random.default_rng(0), 0.0
+    for _ in range(4):
+        model = onnx.load(path)
+        nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+        inner = [g for n in nodes for a in n.attribute for g in [a.g]]
+        held = [t for g in (model.graph, *inner) for t in g.initializer]
+        held += [a.t for n in (*nodes, *(n for g in inner for n in g.node)) for a in n.attribute if n.op_type == "Constant"]
+        for tensor in held:
+            array = onnx.numpy_helper.to_array(tensor)
+            if array.dtype.kind == "f" and array.size > 1:
+                noise = rng.uniform(-1, 1, array.shape) * np.abs(array).max() / 127
+                tensor.CopyFrom(onnx.numpy_helper.from_array((array + noise).astype(array.dtype), tensor.name))
+        with Session(ir.from_proto(model), arithmetic=Arithmetic.UNOPTIMIZED, threads=1) as session:
+            got = session.run(feeds, [name])[0]
+        largest = max(largest, float(np.nanmax(np.abs(got - floats), initial=0)))
+    factor = 12 if "int8" in str(options.get("format")) else 4
+    return bool(np.nanmax(np.abs(ours - floats), initial=0) <= factor * largest)
 
 
 def difference(expected: Any, got: Any, tolerance: float) -> str | None:
@@ -161,7 +185,7 @@ def _distance(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: floa
     size = float(np.abs(expected[finite]).max())
     error = float(np.abs(expected[finite] - got[finite]).max())
     half = 0.005 if got.dtype == np.float16 else 0.0
-    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-6 else None
+    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-4 else None
 
 
 def reason_of(error: MagrError) -> str:
