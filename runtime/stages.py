@@ -217,7 +217,7 @@ def staged(
         feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
         gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
-        wanted: Layers that statistics are for; those of others are left out.
+        wanted: Layers that statistics are for; parts without one come without.
         cuts: Layers to cut the model at, those of ``layers`` among them, so that no segment has many; None for ``layers`` alone.
 
     Raises:
@@ -247,7 +247,7 @@ def staged(
                 progress(s + 1, len(steps.stages))
             mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
             for part in [mine] if gram_budget is None else plan_groups(mine, gram_budget, hold_out):
-                left = [layer for layer in part if wanted(layer)]
+                left = part if any(map(wanted, part)) else []  # all of them: layers that share a weight are solved together
                 found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
                 yield part, replace(found, spilled=floats.spilled + quants.spilled)
                 del found  # before the next ones are made
