@@ -15,6 +15,7 @@ from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
 from magr_onnx.passes import conv
 from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.report import SkipRow, versions
@@ -50,6 +51,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         ModelError: Not a usable model.
     """
     loaded = files.load(model)
+    open_up(loaded.model)
     canonicalize(loaded.model, include, exclude, again=requantize)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())

@@ -372,8 +372,8 @@ ConvFormOption = Annotated[
     ConvFormName | None,
     typer.Option(
         "--conv-form",
-        help="Quantized convolutions: fold (floats again when the file is loaded, full speed) or dequantize (DequantizeLinear, "
-        "small in memory, slower). (default: fold)",
+        help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
+        "speed). (default: dequantize in formats qdq and qdq-int8, else fold)",
         metavar="NAME",
         rich_help_panel=OUTPUT,
     ),

@@ -117,9 +117,9 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
 
 
 def initializer_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers and of the tensors in Constant nodes of the main graph, bits packed."""
-    held = [v.const_value for v in model.graph.initializers.values()]
-    held += [n.attributes["value"].as_tensor() for n in model.graph if n.op_type == "Constant" and "value" in n.attributes]
+    """Bytes of all initializers and of the tensors in Constant nodes, those of bodies included, bits packed."""
+    held = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    held += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
     return sum(t.nbytes for t in held if t is not None)
 
 

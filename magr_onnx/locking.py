@@ -49,11 +49,10 @@ def workspace(output: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}{_MIDDLE}", dir=output.parent))
     owner: IO[bytes] | None = None
     try:
-        owner = lock(folder / "new.lock")
+        owner = lock(folder / _OWNER)
         if owner is not None:
             owner.write(_MARK)
             owner.flush()
-        os.replace(folder / "new.lock", folder / _OWNER)  # only now: a folder with this file is locked from the first moment on
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -62,15 +61,22 @@ def workspace(output: Path) -> Iterator[Path]:
 
 
 def clear(output: Path) -> None:
-    """Remove temporary folders of ``output`` that are surely ours (their mark says so) and dead (nobody holds their lock)."""
+    """Remove temporary folders of ``output`` that are surely ours and dead: nobody holds the lock that has our mark.
+
+    A process that was killed between its first two steps leaves an empty folder, or an empty lock in it; those go too.
+    """
     if fcntl is None:
         return
     for folder in output.parent.glob(f".{_escaped(output.name)}{_MIDDLE}*"):
-        owner = folder / _OWNER
         try:
-            if folder.is_symlink() or owner.read_bytes() != _MARK:
+            names = [] if folder.is_symlink() else [p.name for p in folder.iterdir()]
+            if not names:
+                folder.rmdir()
                 continue
-            held = lock(owner)
+            mark = (folder / _OWNER).read_bytes()
+            if mark != _MARK and (mark or len(names) > 1):
+                continue
+            held = lock(folder / _OWNER)
         except OSError:
             continue
         if held is not None:

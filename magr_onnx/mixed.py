@@ -140,6 +140,7 @@ class Source:
         file: Whether a file will be written, whose every byte counts; else tensors count.
         stamp: Bytes of metadata that will be added.
         reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
+        tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
     """
 
     model: ir.Model
@@ -148,6 +149,7 @@ class Source:
     file: bool
     stamp: int
     reference: ir.Model | None = None
+    tapped: ir.Model | None = None
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
         """Bytes of the result with the layers named in ``passes`` converted."""
@@ -312,7 +314,7 @@ class Search:
         choices = choices_of(options, provider)
         self.plan = Plan(goal, source, choices)
         found, effects = sensitivity.measure(
-            source.model,
+            source.tapped or source.model,
             source.layers,
             choices,
             references_of(choices),

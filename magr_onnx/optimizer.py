@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -24,15 +25,17 @@ from magr_onnx.passes import (
     LinearLayer,
     Skip,
     pipeline,
+    shared,
     unused,
 )
 from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
 from magr_onnx.run import Run, Size, with_run
-from magr_onnx.runtime import calibrate, conversion, ranges, rewriting, stages
+from magr_onnx.runtime import bodies, calibrate, conversion, ranges, rewriting, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.sensitivity import Inputs
@@ -134,16 +137,16 @@ def optimize(
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-    run.open(loaded, out, max_memory, gram_budget, cache, shard_size, external_data)
     mask_input = calibrate.resolve_mask(loaded.model, mask)
     original = loaded.model
     opset, given = original.opset_imports.get(""), original.clone()
+    inlined = open_up(original)
     passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
     pipeline.prepare(passes, original)
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or given
-    notes = [*loaded.notes, *unused.remove(original), *canonicalize(original, include, exclude, again=requantize)]
+    notes = [*loaded.notes, *inlined, *unused.remove(original), *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))
@@ -151,6 +154,8 @@ def optimize(
     if not layers and not others:
         reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
         raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
+    run.open(loaded, layers, out, max_memory, gram_budget, cache, shard_size, external_data)
+    run.sweep(original)
     check_weights([*layers, *others])
     clock.lap("load")
 
@@ -170,7 +175,7 @@ def optimize(
         )
 
     settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
-    run.resume(resume, loaded, data, passes, {**asked, **settings})
+    run.resume(resume, loaded, data, passes, {**asked, **settings, "requantize": requantize})
     if raised:
         notes += conversion.check(reference, original, data, provider)
     if rewrites:
@@ -191,6 +196,11 @@ def optimize(
     if begun.rows:
         clock.lap("convolutions")
 
+    source = bodies.tapped(original, layers, data, passes, provider, run.large)
+    layers, lost = source.split(layers, needed=goal is not None or (activations is not None and activations.type != "dynamic"))
+    skips += lost
+    if not layers and not begun.rows:
+        raise ModelError(f"{loaded.name}: no layer can be converted: {'; '.join(map(str, skips[:5]))}")
     passes, missing = without_stages(work, layers, passes)
     notes += missing
     rows: dict[str, LayerRow] = {}
@@ -207,15 +217,16 @@ def optimize(
     grids = ranges.Grids()
     if activations is not None and data is not None and layers:
         report = stage(progress, "ranges")
-        grids = ranges.choose_grids(original, layers, data, passes, activations, mask_input, provider, report)
+        grids = ranges.choose_grids(source.model, source.reached(layers), data, passes, activations, mask_input, provider, report)
         notes += grids.notes
         clock.lap("ranges")
     search = None
     if goal is not None and data is not None and layers:
-        source = mixed.Source(base, layers, loaded.bytes, out is not None, len(pipeline.text_of(passes)) + mixed.STAMP, original)
+        room = len(pipeline.text_of(passes)) + mixed.STAMP
+        floats = mixed.Source(base, layers, loaded.bytes, out is not None, room, original, source.on(base))
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         report = stage(progress, "sensitivities")
-        search = mixed.Search(goal, options, source, data, integer, mask_input, provider, gram_budget, report)
+        search = mixed.Search(goal, options, floats, data, integer, mask_input, provider, gram_budget, report)
         data = search.data
         clock.lap("sensitivities")
     with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating"), notes) as hessian:
@@ -233,12 +244,12 @@ def optimize(
             report = stage(progress, "calibrating")
             budgets, changed = (run.gram_budget, run.cache), begun.digests
             for group, result in gather(
-                original, work, layers, data, passes, grids, mask_input, provider, *budgets, report, changed, run.large, run.left
+                original, work, source, layers, data, passes, grids, mask_input, provider, *budgets, report, changed, run.large, run.left
             ):
                 unmasked += result.unmasked
                 spilled = max(spilled, result.spilled)
                 clock.lap("calibrate")
-                stats, begin = result.stats, beginning(result, grids, hessian)
+                stats, begin = result.stats, beginning(result, source, grids, hessian, data)
                 known = partial(_known, stats)
                 pipeline.run_layers(passes, group, known, finished, begin, assigned, run.store)
                 stats.clear()  # the next ones are made while this loop still holds these
@@ -247,11 +258,11 @@ def optimize(
             if search is None or search.accepts(work):
                 break
             work = base.clone()
-            layers, _ = find(work, include, exclude)
+            layers, _ = source.split(find(work, include, exclude)[0], bool(lost))
             rows.clear()
             digests.clear()
     skips += left
-    notes += run.notes
+    notes += run.notes(work)
     if spilled:
         notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if unmasked:
@@ -259,6 +270,7 @@ def optimize(
         notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
 
     digests |= begun.digests
+    said = shared.remarks(layers, run.large)
     demand = pipeline.accumulator_of(passes)
     emitted = {row.emitted for row in rows.values() if row.emitted}
     proof = None if demand is None else prove(work, demand, emitted)
@@ -284,7 +296,7 @@ def optimize(
             None if out is None else str(out),
             pipeline.text_of(passes),
             _describe(data, [*begun.rows, *rows.values()], mask_input),
-            (*begun.rows, *(rows[layer.name] for layer in layers)),
+            (*begun.rows, *(replace(rows[layer.name], notes=(*rows[layer.name].notes, *said[layer.name])) for layer in layers)),
             tuple(map(skip_row, skips)),
             loaded.bytes,
             written,

@@ -91,8 +91,9 @@ class Options(TypedDict, total=False):
             the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
         conv_bits: Bits of the weights of convolutions, 3 to 8, one scale an output channel, in every format; None leaves them float.
             Default 8 where the model has any.
-        conv_form: ``fold`` (default): codes that onnxruntime makes floats of when it loads the file, as fast as the float model; or
-            ``dequantize``: DequantizeLinear, computed in every run, small in memory too (always so beside static 8-bit activations).
+        conv_form: ``dequantize``: DequantizeLinear, which other tools know too; onnxruntime computes it in every run. ``fold``: codes that
+            onnxruntime makes floats of when it loads the file, as fast as the float model. Default: the first in the formats qdq and
+            qdq-int8 (in qdq-int8 always), the second in those of onnxruntime's own operators.
         embeddings: ``none`` (default), ``gather-block-quantized`` (4 or 8 bits, blocks of 32, one contrib operator) or ``dequantize`` (8
             bits, one scale a row, standard operators) for tables that are gathered from.
         embedding_bits: 4 or 8 (default) bits of a table.
@@ -257,7 +258,7 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
 def convolutions(options: Options) -> Convolutions:
     """The pass that quantizes convolutions, with the other options that concern it."""
     bits, symmetric = options.get("conv_bits"), options.get("symmetric")
-    usual: ConvForm = "dequantize" if options.get("format") == "qdq-int8" else "fold"
+    usual: ConvForm = "dequantize" if options.get("format", "").startswith("qdq") else "fold"
     return Convolutions(
         CONV_BITS if bits is None else bits,
         True if symmetric is None else symmetric,

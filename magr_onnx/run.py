@@ -20,7 +20,7 @@ from magr_onnx.passes import LayerPass, LinearLayer
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
 from magr_onnx.runtime.data import Batches
 from magr_onnx.spool import Spool
-from magr_onnx.writing import INLINE_LIMIT, Layout, explained
+from magr_onnx.writing import INLINE_LIMIT, Layout, explained, oversized
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +28,7 @@ Size = int | str
 
 DEFAULT_MEMORY = 4_000_000_000
 WHOLE = 3  # times its size is what a model needs that onnxruntime holds as a whole: weights, their packed copies, activations
+GRAM = 24  # bytes an element of the widest layer's Gram matrix beside that: onnxruntime's, and a sum in float64 and its mean
 
 
 def with_run(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
@@ -65,6 +66,7 @@ class Run:
     def open(
         self,
         loaded: Loaded,
+        layers: Sequence[LinearLayer],
         output: Path | None,
         memory: Size | None,
         gram_budget: int,
@@ -80,7 +82,8 @@ class Run:
         """
         limit = DEFAULT_MEMORY if memory is None else size_of(memory, "max_memory")
         shard = None if shard_size is None else size_of(shard_size, "shard_size")
-        self.large = WHOLE * loaded.bytes > limit
+        widest = max((layer.k for layer in layers), default=0)
+        self.large = WHOLE * loaded.bytes + GRAM * widest**2 > limit
         self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)
         self.layout = Layout(external, shard, limit // 8 if self.large else INLINE_LIMIT)
         if output is None:
@@ -121,15 +124,15 @@ class Run:
         if self._spool is not None:
             self._spool.sweep(model)
 
-    @property
-    def notes(self) -> list[str]:
-        """What to say about it in the report."""
-        if self.store is None:
-            return []
-        return [
-            *([f"{self.store.restored} layers were finished before and taken from the job directory"] if self.store.restored else []),
-            *self.store.notes,
-        ]
+    def notes(self, model: ir.Model) -> list[str]:
+        """What to say about it in the report of the finished ``model``."""
+        found = []
+        if self.store is not None and self.store.restored:
+            found.append(f"{self.store.restored} layers were finished before and taken from the job directory")
+        found += [] if self.store is None else self.store.notes
+        if large := oversized(model, self.layout):
+            found.append(f"{', '.join(large[:3])}: larger than a shard ({len(large)} tensors); each has a data file of its own")
+        return found
 
 
 def size_of(value: Size, name: str) -> int:

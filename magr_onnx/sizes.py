@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from magr_onnx.files import initializer_bytes
 from magr_onnx.passes.compensate import CompensateBias
-from magr_onnx.passes.job import Job, LayerPass
+from magr_onnx.passes.job import Job, LayerPass, Stored
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.pipeline import EMITTERS
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.shared import Key, sharing
 from magr_onnx.types import ActivationGrid, LayerStats, QuantizedWeight
 
 
@@ -25,9 +26,11 @@ def changes(model: ir.Model, items: Sequence[Sequence[str]], passes: Sequence[La
     copy = model.clone()
     layers = {layer.name: layer for layer in find(copy)[0]}
     found, before = [], initializer_bytes(copy)
+    stored: dict[Key, Stored] = {}
+    shared = sharing(layers.values())
     for names in items:
         for name in names:
-            _emit(layers[name], passes, calibrated)
+            _emit(layers[name], passes, calibrated, stored, name not in shared)
         after = initializer_bytes(copy)
         found.append(after - before)
         before = after
@@ -37,17 +40,23 @@ def changes(model: ir.Model, items: Sequence[Sequence[str]], passes: Sequence[La
 def blank(model: ir.Model, passes: Mapping[str, Sequence[LayerPass]], calibrated: bool = True) -> ir.Model:
     """A copy of ``model`` with every layer named in ``passes`` converted to blank codes: the size of the result, without the work."""
     copy = model.clone()
-    for layer in find(copy)[0]:
-        if layer.name in passes:
-            _emit(layer, passes[layer.name], calibrated)
+    stored: dict[Key, Stored] = {}
+    layers = [layer for layer in find(copy)[0] if layer.name in passes]
+    shared = sharing(layers)
+    for layer in layers:
+        _emit(layer, passes[layer.name], calibrated, stored, layer.name not in shared)
     return copy
 
 
-def _emit(layer: LinearLayer, passes: Iterable[LayerPass], calibrated: bool) -> None:
-    """Write the layer with codes of zero; zero points are there unless the grid is symmetric, as for nearly any real weight."""
+def _emit(layer: LinearLayer, passes: Iterable[LayerPass], calibrated: bool, stored: dict[Key, Stored], alone: bool) -> None:
+    """Write the layer with codes of zero; zero points are there unless the grid is symmetric, as for nearly any real weight.
+
+    ``stored`` holds the constants of weights that layers share; this one may have its own ``alone``.
+    """
     nothing = np.zeros((0, 0), np.float32)
     stats = LayerStats(nothing, np.zeros(layer.k), int(calibrated), activation=ActivationGrid(1.0, 0))
     job = Job(layer, stats, nothing, nothing, nothing, np.zeros(layer.n) if layer.has_bias else None)
+    job.stored, job.alone = stored.setdefault(layer.weight_key, {}), alone
     for p in passes:
         if isinstance(p, Quantize):
             spec = p.spec(layer.dtype)

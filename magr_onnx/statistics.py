@@ -17,13 +17,15 @@ from magr_onnx.passes import (
     Quantize,
     segments,
 )
-from magr_onnx.runtime import calibrate, fisher, ranges, stages
+from magr_onnx.passes.linear import find
+from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
 
 
 def gather(
     original: ir.Model,
     work: ir.Model,
+    source: bodies.Tapped,
     layers: Sequence[LinearLayer],
     data: Batches | None,
     passes: Sequence[LayerPass],
@@ -41,15 +43,47 @@ def gather(
 
     ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a ``large`` model
     runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be solved come without statistics.
+
+    Layers in bodies and those that share a weight have no one place among stages: they come first, with statistics of the float model
+    (tapped as ``source``), and the stages see them quantized. Where the float model cannot run as a whole, layers in bodies have none, and
+    those that share a weight are solved one by one.
     """
-    feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     if data is None:
         yield layers, calibrate.Calibration({}, ())
-    elif feedback or (large and not segments.not_tensors(work, segments.plan(work, layers))):
+        return
+    feedback = any(isinstance(p, ErrorFeedback) for p in passes)
+    hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
+    first = [layer for layer in segments.apart(layers) if layer.nested or not large]
+    taken = {layer.name for layer in first}
+    rest = [layer for layer in layers if layer.name not in taken]
+    every = [layer for layer in find(work)[0] if not layer.nested] if large else []  # cut at all of them, no segment is large
+    cuttable = large and not segments.not_tensors(work, segments.plan(work, every))
+    staged = feedback or cuttable
+    if not staged:
+        first, rest = list(layers), []
+    changed = {*changed, *segments.made_by(work, first)} if rest else changed
+    groups = calibrate.plan(first, gram_budget, hold_out)
+    for index, group in enumerate(groups):
+        seen = source.reached(group) if any(map(left, group)) else []
+        yield (
+            group,
+            calibrate.collect(
+                source.model,
+                seen,
+                data,
+                mask=mask,
+                provider=provider,
+                progress=None if progress is None or staged else _part(progress, index, len(groups)),
+                quantize=grids.inputs,
+                bounds=grids.bounds,
+                hold_out=hold_out,
+            ),
+        )
+    if rest:
         yield from stages.staged(
             original,
             work,
-            layers,
+            rest,
             data,
             mask=mask,
             provider=provider,
@@ -59,32 +93,11 @@ def gather(
             changed=changed,
             progress=progress,
             feedback=feedback,
-            hold_out=any(isinstance(p, Quantize) and p.method == "auto" for p in passes),
+            hold_out=hold_out,
             gram_budget=gram_budget if large else None,
             wanted=left,
+            cuts=every if cuttable else None,
         )
-    else:
-        hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
-        groups = calibrate.plan(layers, gram_budget, hold_out)
-        for index, group in enumerate(groups):
-            part = None if progress is None else _part(progress, index, len(groups))
-            if not any(map(left, group)):
-                yield group, calibrate.Calibration({}, ())
-                continue
-            yield (
-                group,
-                calibrate.collect(
-                    original,
-                    group,
-                    data,
-                    mask=mask,
-                    provider=provider,
-                    progress=part,
-                    quantize=grids.inputs,
-                    bounds=grids.bounds,
-                    hold_out=hold_out,
-                ),
-            )
 
 
 def held_out_for(passes: Sequence[LayerPass]) -> str:
@@ -97,7 +110,8 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], passes: Seque
     """The passes, without error feedback where the model cannot be cut into stages, and why."""
     if not any(isinstance(p, ErrorFeedback) for p in passes):
         return tuple(passes), []
-    containers = segments.not_tensors(model, segments.plan(model, layers))
+    taken = {layer.name for layer in segments.apart(layers)}
+    containers = segments.not_tensors(model, segments.plan(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
         return tuple(passes), []
     note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"
@@ -118,6 +132,7 @@ def output_hessian(
     if data is None or not any(isinstance(p, OutputHessian) for p in passes):
         yield None
         return
+    layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
         found = fisher.collect(model, layers, data, provider=provider, progress=progress)
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
@@ -132,10 +147,14 @@ def output_hessian(
         yield found
 
 
-def beginning(result: calibrate.Calibration, grids: ranges.Grids, hessian: fisher.Fisher | None) -> Callable[[Job], None]:
-    """What a job should know before its passes run."""
+def beginning(
+    result: calibrate.Calibration, source: bodies.Tapped, grids: ranges.Grids, hessian: fisher.Fisher | None, data: Batches | None
+) -> Callable[[Job], None]:
+    """What a job should know before its passes run, and say where there is no data of its layer."""
 
     def begin(job: Job) -> None:
+        if data is not None and job.stats.is_data_free:
+            job.notes.append(f"data-free: {source.why(job.layer) or bodies.NEVER}")
         job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
         job.goal = result.goals.get(job.layer.name)
         job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))

@@ -27,7 +27,7 @@ LARGE = 6144
 """Inputs of a layer from which its ``(K, K)`` matrices are held in float32, few at a time, and worked on in place."""
 LARGE_ROWS = 512  # of such a matrix worked on at a time
 NOISE = 3e-7  # of a second moment that was summed in single precision
-COLUMN_BYTES = 1 << 26  # of float32 output channels that solvers work on at a time: channels are independent of each other
+COLUMN_BYTES = 1 << 25  # of float32 output channels that solvers work on at a time: channels are independent of each other
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,13 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
     return size
 
 
+def oversized(model: ir.Model, layout: Layout) -> list[str]:
+    """Names of tensors that are larger than a shard, each of which gets a file of its own."""
+    if layout.shard_size is None:
+        return []
+    return [str(v.name) for v in model_values(model) if v.const_value is not None and v.const_value.nbytes > layout.shard_size]
+
+
 def model_values(model: ir.Model) -> list[ir.Value]:
     """The initializers of the model and its subgraphs."""
     return [v for graph in model.graphs() for v in graph.initializers.values()]

@@ -1,8 +1,9 @@
 """Constants behind shapes and types: what a weight is after the Transpose, Reshape, Cast ... nodes between it and its reader.
 
 Nothing is computed until somebody reads, and the graph is not changed. Only operators whose result is no larger than a cast of their input
-are followed: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and DequantizeLinear where a
-caller asked for that (`FOLLOW`). Not Expand, Tile or ConstantOfShape: a file of a few bytes could ask for any amount of memory with them.
+are followed: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and QuantizeLinear and
+DequantizeLinear where a caller asked for that (`FOLLOW`). Not Expand, Tile or ConstantOfShape: a file of a few bytes could ask for any
+amount of memory with them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import onnx_ir as ir
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 FOLLOW = "onnx_magr.follow"
-"""Key of the ``meta`` store of a DequantizeLinear whose values are to be taken for float weights."""
+"""Key of the ``meta`` store of a DequantizeLinear, or a QuantizeLinear before it, whose values are to be taken for float weights."""
 
 Tensor = npt.NDArray[Any]
 
@@ -187,7 +188,7 @@ def _steps(node: ir.Node) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return False
     return node.op_type == "Identity" or (
-        node.op_type in _STEPS and (node.op_type != "DequantizeLinear" or node.meta.get(FOLLOW) is not None)
+        node.op_type in _STEPS and (node.op_type not in ("DequantizeLinear", "QuantizeLinear") or node.meta.get(FOLLOW) is not None)
     )
 
 
@@ -296,34 +297,70 @@ def _split(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType
     return Step(("slice", axis, start, stop), (*shape[:axis], stop - start, *shape[axis + 1 :]), dtype, lambda a: a[part])
 
 
-def _dequantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
-    scale = constant(node.inputs[1])
-    given = len(node.inputs) > 2 and node.inputs[2] is not None
-    zero = constant(node.inputs[2]) if given else None
-    if scale is None or (given and zero is None) or any(v is not None and v.is_graph_input() for v in node.inputs[1:]):
+def _grid(node: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None, int, int] | None:
+    """Scales, zero points, axis and block of a QuantizeLinear or DequantizeLinear, where they are constant."""
+    values = [v for v in node.inputs[1:3] if v is not None]
+    tensors = [constant(v) for v in values]
+    if not tensors or tensors[0] is None or tensors[-1] is None or any(v.is_graph_input() for v in values):
         return None
-    axis, block = _integer(node, "axis", 1), _integer(node, "block_size", 0)
-    to = ir.DataType(_integer(node, "output_dtype", 0)) or scale.dtype
-    kind = ir.DataType(to).numpy()
+    return tensors[0], tensors[1] if len(tensors) > 1 else None, _integer(node, "axis", 1), _integer(node, "block_size", 0)
 
-    def spread(array: Tensor) -> Tensor:
-        """Scales or zero points along the shape of the codes: one in all, one an index of the axis, or one a block."""
-        if array.size == 1:
-            return array.reshape(())
-        if array.ndim == 1:
-            return array.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
-        return np.repeat(array, block, axis=axis).take(range(shape[axis]), axis=axis) if block else array
+
+def _spread(tensor: ir.TensorProtocol, shape: tuple[int, ...], axis: int, block: int) -> Tensor:
+    """Scales or zero points along ``shape``: one in all, one an index of the axis, or one a block; in float32."""
+    array = tensor.numpy().astype(np.float32)
+    if array.size == 1:
+        return array.reshape(())
+    if array.ndim == 1:
+        return array.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+    return np.repeat(array, block, axis=axis).take(range(shape[axis]), axis=axis) if block else array
+
+
+def _dequantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
+    grid = _grid(node)
+    if grid is None:
+        return None
+    scale, zero, axis, block = grid
+    to = ir.DataType(_integer(node, "output_dtype", 0)) or scale.dtype
 
     def apply(codes: Tensor) -> Tensor:
         real = codes.astype(np.float32)
         if zero is not None:
-            real -= spread(zero.numpy()).astype(np.float32)
-        result: Tensor = (real * spread(scale.numpy()).astype(np.float32)).astype(kind)
+            real -= _spread(zero, shape, axis, block)
+        result: Tensor = (real * _spread(scale, shape, axis, block)).astype(to.numpy())
         return result
 
-    return Step(("dequantize", id(scale), id(zero), axis, block), shape, to, apply)
+    return Step(("dequantize", id(scale), id(zero), axis, block, to), shape, to, apply)
 
 
+def _quantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
+    grid = _grid(node)
+    if grid is None:
+        return None
+    scale, zero, axis, block = grid
+    to = zero.dtype if zero is not None else ir.DataType(_integer(node, "output_dtype", 0)) or ir.DataType.UINT8
+    if to not in _CODES or dtype not in CASTS:
+        return None
+    low, high = _CODES[to]
+
+    def apply(real: Tensor) -> Tensor:
+        codes = np.rint(real.astype(np.float32) / _spread(scale, shape, axis, block))
+        if zero is not None:
+            codes += _spread(zero, shape, axis, block)
+        result: Tensor = np.clip(codes, low, high).astype(to.numpy())
+        return result
+
+    return Step(("quantize", id(scale), id(zero), axis, block, to), shape, to, apply)
+
+
+_CODES = {
+    ir.DataType.INT4: (-8, 7),
+    ir.DataType.UINT4: (0, 15),
+    ir.DataType.INT8: (-128, 127),
+    ir.DataType.UINT8: (0, 255),
+    ir.DataType.INT16: (-32768, 32767),
+    ir.DataType.UINT16: (0, 65535),
+}
 _STEPS: dict[str, Callable[[ir.Node, int, tuple[int, ...], ir.DataType], Step | None]] = {
     "Transpose": _transpose,
     "Reshape": _reshape,
@@ -333,4 +370,5 @@ _STEPS: dict[str, Callable[[ir.Node, int, tuple[int, ...], ir.DataType], Step | 
     "Cast": _cast,
     "Split": _split,
     "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize,
 }

@@ -49,6 +49,7 @@ class _Nodes:
         self.suffix = f"_q{job.quantized.spec.bits}"
         self.codes = job.quantized.raw().astype(np.int8)
         self.scales = job.quantized.scales[0]
+        self.x_name = f"{job.layer.name}_x" if job.layer.nested else str(job.layer.x.name)  # bodies may read one value from outside
         self.zeros = job.quantized.zero_points[0].astype(np.int16) - job.quantized.spec.middle
 
     def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
@@ -61,7 +62,7 @@ class _Nodes:
         """What an earlier layer made of the same input."""
         for use in self.layer.x.uses():
             found = use.node.meta.get(_META)
-            if found is not None and found[0] == self.kind:
+            if found is not None and found[0] == self.kind and use.node.graph is self.layer.graph:
                 return list(found[1])
         return None
 
@@ -77,7 +78,7 @@ class _Nodes:
         x = self.layer.x
         if not self.half:
             return x
-        value = self.add("Cast", [x], f"{x.name}_float32", to=ir.DataType.FLOAT)
+        value = self.add("Cast", [x], f"{self.x_name}_float32", to=ir.DataType.FLOAT)
         value.shape = x.shape
         return value
 
@@ -119,18 +120,18 @@ class EmitQDQInt8(LayerPass):
         if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
             job.notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
         x = _static_input(n, grid)
-        codes = layer.constant(n.suffix, n.codes)
+        codes = job.constant(n.suffix, n.codes)
         weight = n.add(
             "DequantizeLinear",
             [
                 codes,
-                layer.constant(f"{n.suffix}_scales", n.scales.astype(np.float32)),
-                layer.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)),
+                job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32)),
+                job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)),
             ],
             f"{layer.name}_dequantize",
             axis=1,
         )
-        weight.name, weight.shape = f"{codes.name}_dequantized", ir.Shape([layer.k, layer.n])
+        weight.name, weight.shape = job.own_name(codes, "_dequantized"), ir.Shape([layer.k, layer.n])
         gemm = layer.op == "Gemm"
         requantize = self.outputs and job.output_grid is not None
         may_fuse = gemm or (_may_be_flat(layer) and not requantize)
@@ -170,7 +171,7 @@ def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
     found = n.shared()
     if found is not None:
         return found[0]
-    name = str(n.layer.x.name)
+    name = n.x_name
     constants = _grid_constants(n.layer, name, grid)
     real = n.real()
     codes = n.add("QuantizeLinear", [real, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
@@ -235,13 +236,13 @@ class EmitDynamicInt8(LayerPass):
             return False
         layer, n = job.layer, _Nodes(job, "dynamic")
         codes, scale, zero = _dynamic_input(n, job.stats.activation)
-        inputs: list[ir.Value | None] = [codes, layer.constant(n.suffix, n.codes), zero]
+        inputs: list[ir.Value | None] = [codes, job.constant(n.suffix, n.codes), zero]
         if n.zeros.any():
-            inputs.append(layer.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)))
+            inputs.append(job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)))
         sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", ir.DataType.INT32)
         product = n.nodes[-1]
         real = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
-        factors = n.add("Mul", [scale, layer.constant(f"{n.suffix}_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
+        factors = n.add("Mul", [scale, job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
         factors.shape = ir.Shape([layer.n])
         value = n.add("Mul", [real, factors], f"{layer.name}_scaled")
         if job.bias is not None:
@@ -254,7 +255,7 @@ class EmitDynamicInt8(LayerPass):
 def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, ir.Value, ir.Value]:
     found = n.shared()
     if found is None:
-        name = str(n.layer.x.name)
+        name = n.x_name
         real = n.real()
         if isinstance(activation, DynamicRange) and activation.clips:
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]

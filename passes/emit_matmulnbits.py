@@ -91,11 +91,11 @@ class EmitMatMulNBits(LayerPass):
         suffix = f"_q{packed.bits}"
         inputs: list[ir.Value | None] = [
             layer.x,
-            layer.constant(suffix, packed.weight),
-            layer.constant(f"{suffix}_scales", packed.scales.astype(kind)),
+            job.constant(suffix, packed.weight),
+            job.constant(f"{suffix}_scales", packed.scales.astype(kind)),
         ]
         if packed.zero_points is not None:
-            inputs.append(layer.constant(f"{suffix}_zero_points", packed.zero_points))
+            inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points))
         if job.bias is not None:
             inputs += [None] * (5 - len(inputs))
             inputs.append(layer.constant("_bias", np.asarray(job.bias).astype(kind)))
@@ -103,8 +103,7 @@ class EmitMatMulNBits(LayerPass):
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
-        graph = layer.graph
-        graph.opset_imports.setdefault(DOMAIN, 1)
+        layer.root.opset_imports.setdefault(DOMAIN, 1)
         job.replace([node])
         job.facts["block_size"] = packed.block_size
         job.facts["emitted"] = node.name

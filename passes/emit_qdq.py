@@ -4,7 +4,10 @@
 2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as that needs.
 3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
    signed type and no zero point.
-4. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
+4. In the body of an If, Loop or Scan the codes are kept in the body: onnxruntime's fusion looks for them there only, and refuses to load a
+   model that has them outside [measured, 1.31]. Where layers elsewhere share them, they and the DequantizeLinear stand in the main graph,
+   and the product in the body is one of floats.
+5. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
 
 At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
 ``session.qdq_matmulnbits_accuracy_level=0`` asks for float.
@@ -53,19 +56,23 @@ class EmitQDQ(LayerPass):
         kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed.bits == 4 else names[not symmetric])
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
-        codes = layer.constant(suffix, packed.codes.astype(kind))
+        codes = job.constant(suffix, packed.codes.astype(kind), inside=True)
         inputs: list[ir.Value | None] = [
             codes,
-            layer.constant(f"{suffix}_scales", packed.scales.astype(float_kind)),
+            job.constant(f"{suffix}_scales", packed.scales.astype(float_kind), inside=True),
         ]
         if packed.zero_points is not None:
-            inputs.append(layer.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind)))
+            inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind), inside=True))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
-        weight.name, weight.dtype, weight.shape = f"{codes.name}_dequantized", layer.dtype, ir.Shape([layer.k, layer.n])
+        weight.name, weight.dtype, weight.shape = job.own_name(codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
         product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
-        nodes = [dequantize, product]
+        nodes = [product]
+        if layer.nested and not job.alone:
+            layer.root.insert_before(layer.root[0], dequantize)
+        else:
+            nodes.insert(0, dequantize)
         if job.bias is not None:
             inner = product.outputs[0]
             inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape

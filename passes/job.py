@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
@@ -21,6 +22,8 @@ from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWe
 META = "magr_onnx.job"
 
 BiasPolicy = Literal["existing", "any", "none"]
+Stored = dict[str, list[ir.Value]]
+"""Constants made of a weight, by the suffix of their names."""
 
 
 def absorbs(layer: LinearLayer, bias: BiasPolicy | None) -> bool:
@@ -49,6 +52,8 @@ class Job:
         goal: What the layer should put out, where layers before it are quantized.
         kept_target: ``target`` from the rows that are not held out, after error feedback.
         outputs: Second moments of gradients at its outputs ``(N, N)``, where they were asked for.
+        stored: What `constant` has made; one for all layers that share the weight.
+        alone: Whether no other layer shares it.
     """
 
     layer: LinearLayer
@@ -67,6 +72,8 @@ class Job:
     goal: Goal | None = None
     kept_target: Array | None = None
     outputs: Array | None = None
+    stored: Stored = field(default_factory=dict)
+    alone: bool = True
 
     @staticmethod
     def start(layer: LinearLayer, stats: LayerStats | None) -> Job:
@@ -83,6 +90,19 @@ class Job:
         """Whether the mean error will be absorbed by a bias, so that the centred Gram matrix is the objective."""
         return not self.stats.is_data_free and absorbs(self.layer, bias)
 
+    def constant(self, suffix: str, array: npt.NDArray[Any], inside: bool = False) -> ir.Value:
+        """A constant made of the weight, as `LinearLayer.constant`; layers that share the weight have it once, and in the main graph."""
+        known = self.stored.setdefault(suffix, [])
+        for value in known:
+            if value.const_value is not None and _same(value.const_value.numpy(), array):
+                return value
+        known.append(self.layer.constant(suffix, array, inside=inside and self.alone))
+        return known[-1]
+
+    def own_name(self, constant: ir.Value, suffix: str) -> str:
+        """A name for what the layer makes of a constant: after the constant, or after the layer where others read that too."""
+        return f"{self.layer.name if len(list(constant.uses())) > 1 else constant.name}{suffix}"
+
     def replace(self, nodes: Sequence[ir.Node]) -> None:
         """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``.
 
@@ -94,8 +114,8 @@ class Job:
             return
         layer, kind = self.layer, FLOATS[self.layer.dtype]
         quantized = nodes[-1].outputs[0]
-        down = ir.node("MatMul", [layer.x, layer.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
-        up = ir.node("MatMul", [down.outputs[0], layer.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
+        down = ir.node("MatMul", [layer.x, self.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
+        up = ir.node("MatMul", [down.outputs[0], self.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
         total = ir.node("Sum", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
         for value, suffix in ((quantized, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
             value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
@@ -105,8 +125,12 @@ class Job:
     def write_back(self) -> None:
         """Put changed floats back into the graph, unless an emitter already replaced the layer."""
         if self.changed and not self.emitted:
-            self.layer.write(self.weight, self.bias)
+            self.layer.write(self.weight, self.bias, self.constant)
             self.changed = False
+
+
+def _same(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def attach(layer: LinearLayer, stats: LayerStats | None) -> Job:
@@ -134,6 +158,8 @@ class LayerPass(ir.passes.InPlacePass):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    solves: ClassVar[bool] = False
+    """Whether the pass chooses a weight: for all layers that share one together (`magr_onnx.passes.shared`)."""
 
     @abc.abstractmethod
     def apply(self, job: Job) -> bool:
@@ -157,7 +183,7 @@ class LayerPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = list(jobs(model))
         modified = self.prepare(model, next((j.quantized.spec for j in found if j.quantized is not None), None))
-        if any(job.layer.node.graph is not model.graph for job in found):
+        if any(job.layer.root is not model.graph for job in found):
             raise ModelError(f"{self.name}: raising the opset rebuilt the graph; convert the model before the first pass")
         for job in found:
             modified |= self.apply(job)

@@ -9,7 +9,7 @@ made only when every rewrite through it is safe; otherwise the node yields a `Sk
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -19,8 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.passes.bodies import Place, captured, inner_names, opaque, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
+
+OPERATORS = ("MatMul", "Gemm")
+"""Operators of ONNX that are looked at as linear layers."""
 
 NAMES = "onnx_magr.names"
 """Key of a node's properties under which a rewrite keeps the names that the layer had before, a line each."""
@@ -52,6 +56,7 @@ class Reason(StrEnum):
     FUSED = "a fused operator that no format can replace"
     RECURRENT = "a recurrent operator"
     OTHER = "an operator without a quantized form"
+    NO_STATISTICS = "there are no statistics of its input"
     BUDGET = "kept float by the budget of size or loss"
 
 
@@ -84,6 +89,7 @@ class LinearLayer:
         bias_factor: Gemm's beta, part of the effective bias.
         k: Input width.
         n: Output width.
+        place: The nodes whose bodies the layer is in; empty for layers of the main graph.
     """
 
     name: str
@@ -97,6 +103,12 @@ class LinearLayer:
     bias_factor: float
     k: int
     n: int
+    place: Place = ()
+
+    @property
+    def nested(self) -> bool:
+        """Whether the layer is in the body of an If, Loop or Scan."""
+        return bool(self.place)
 
     @property
     def op(self) -> str:
@@ -108,6 +120,12 @@ class LinearLayer:
         value = self.node.inputs[0]
         assert value is not None
         return value
+
+    @property
+    def reads(self) -> str:
+        """The name of what the layer reads, as calibration knows it: the same for all layers that read it equally often."""
+        inside = not self.place or self.x.graph is self.node.graph
+        return str(self.x.name) if inside else captured(self.x, self.place)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -151,21 +169,37 @@ class LinearLayer:
         result: Array = np.broadcast_to(flat, (self.n,)).copy()
         return result
 
-    def constant(self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None) -> ir.Value:
-        """Register a new initializer in the layer's graph, named after the weight, or after ``base``."""
-        graph = self.graph
+    def constant(
+        self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None, inside: bool = False
+    ) -> ir.Value:
+        """Register a new initializer, named after the weight, or after ``base``.
+
+        It is in the main graph, which bodies can read, or ``inside`` the layer's own.
+        """
+        graph, hidden = self.root, inner_names(self.root)
         base = name = f"{self.weight_name if base is None else base}{suffix}"
         count = 1
-        while name in graph.initializers:
+        while name in graph.initializers or name in hidden:
             name, count = f"{base}_{count}", count + 1
         tensor = ir.tensor(np.asarray(array) if isinstance(array, np.generic) else array, name=name)
         tensor.name = name
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        if inside and self.nested:
+            hidden.add(name)
+            graph = self.graph
         graph.register_initializer(value)
         return value
 
     @property
+    def root(self) -> ir.Graph:
+        """The main graph."""
+        graph = self.place[0][0].graph if self.place else self.graph
+        assert isinstance(graph, ir.Graph)
+        return graph
+
+    @property
     def graph(self) -> ir.Graph:
+        """The graph the layer's nodes are in."""
         graph = self.node.graph
         assert isinstance(graph, ir.Graph)
         return graph
@@ -186,14 +220,17 @@ class LinearLayer:
         for source in sources:
             drop_if_unused(source)
 
-    def write(self, weight: Array | None, bias: Array | None) -> None:
-        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is."""
+    def write(self, weight: Array | None, bias: Array | None, constant: Callable[[str, Any], ir.Value] | None = None) -> None:
+        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is.
+
+        ``constant`` makes the weight's initializer where it is not the layer's own.
+        """
         kind = FLOATS[self.dtype]
         if weight is not None:
             array = (weight / np.float32(self.factor)) if self.factor != 1.0 else weight
             stored = array.T if self.op == "Gemm" and _int_attribute(self.node, "transB") else array
             old = self.node.inputs[1]
-            self.node.replace_input_with(1, self.constant("_magr", np.ascontiguousarray(stored).astype(kind)))
+            self.node.replace_input_with(1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
             if old is not None:
                 drop_if_unused(old)
         if bias is not None and self.bias is not None:
@@ -230,7 +267,7 @@ def _int_attribute(node: ir.Node, name: str) -> int:
 
 
 def view(node: ir.Node) -> LinearLayer | Skip:
-    """The layer at a MatMul or Gemm of the main graph, or why there is none."""
+    """The layer at a MatMul or Gemm, or why there is none."""
     name = layer_name(node)
 
     def skip(reason: Reason, detail: str = "") -> Skip:
@@ -308,7 +345,7 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[LinearLayer], list[Skip]]:
-    """Every linear layer of the main graph in graph order, and every MatMul or Gemm that is not one.
+    """Every linear layer of the main graph and of the bodies in it, in graph order, and every MatMul or Gemm that is not one.
 
     Args:
         model: The model; nothing in it is changed.
@@ -318,11 +355,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     layers: list[LinearLayer] = []
     skips: list[Skip] = []
     names: set[str] = set()
-    for node in model.graph.all_nodes():
-        if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
+    for node, place in walk(model.graph):
+        if node.domain != "" or node.op_type not in OPERATORS:
             continue
-        if node.graph is not model.graph:
-            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
+        if (closed := opaque(place)) is not None:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
             continue
         found = view(node)
         if isinstance(found, LinearLayer) and not selected(node, found.name, found.weight_name, include, exclude):
@@ -335,10 +372,10 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if found.name in names:  # ONNX asks for unique value names only
             found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
         names.add(found.name)
-        layers.append(found)
+        layers.append(replace(found, place=place) if place else found)
     for function in model.functions.values():
         for node in function.all_nodes():
-            if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+            if node.domain == "" and node.op_type in OPERATORS:
                 skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
     return layers, skips
 

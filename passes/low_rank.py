@@ -29,6 +29,7 @@ class LowRank(LayerPass):
 
     name: ClassVar[str] = "low-rank"
     summary: ClassVar[str] = "add a low-rank float branch that gives back quantization error (two small MatMuls a layer)"
+    solves: ClassVar[bool] = True
 
     rank: int = 8
     kind: qera.Kind = "exact"

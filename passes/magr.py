@@ -31,6 +31,7 @@ class MagR(LayerPass):
 
     name: ClassVar[str] = "magr"
     summary: ClassVar[str] = "reduce weight magnitudes at nearly unchanged output (float to float)"
+    solves: ClassVar[bool] = True
 
     alpha: float = 1e-3
     relative: bool = True

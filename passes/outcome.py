@@ -64,11 +64,13 @@ def from_arrays(job: Job, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
             _array(arrays, "zero_points", grid, np.uint8),
             spec,
         )
+        weight = quantized.dequantize()
     elif "weight" in arrays:
         weight = _array(arrays, "weight", (k, n), np.float32)
     if "down" in arrays:
         rank = arrays["down"].shape[-1]
         factors = Factors(_array(arrays, "down", (k, rank), np.float32), _array(arrays, "up", (rank, n), np.float32))
+        weight = weight + factors.product()
     if "bias" in arrays:
         bias = _array(arrays, "bias", (n,), np.float64)
     job.stats = replace(job.stats, rows=int(facts["rows"]))

@@ -50,7 +50,7 @@ def _open(layer: LinearLayer) -> Slot:
     product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_free")
     inner = product.outputs[0]
     inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
-    graph = layer.graph
+    root = layer.root
     layer.replace([product, ir.node("Add", [inner, bias], name=f"{layer.name}_free_bias")])
-    graph.inputs.extend([weight, bias])
+    root.inputs.extend([weight, bias])
     return Slot(str(weight.name), str(bias.name), layer.dtype)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes import shared
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.conv import Convolutions
@@ -239,16 +240,25 @@ def run_layers(
 
     ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
     layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
+    Layers that share a weight and are here at once are solved together.
     """
+    layers = list(layers)
+    bonds = shared.bonds(layers, stats)
     for layer in layers:
         job = attach(layer, stats(layer))
         if begin is not None:
             begin(job)
+        bond = bonds.get(layer.weight_key)
+        if bond is not None:
+            job.stored, job.alone = bond.stored, False
         todo = resolve((assigned or {}).get(layer.name, passes))
         solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
         if store is None or not store.restore(job, todo):
             for p in todo[:solving]:
-                p.apply(job)
+                if bond is not None and p.solves:
+                    bond.apply(p, job)
+                else:
+                    p.apply(job)
             if store is not None:
                 store.keep(job, todo)
         for p in todo[solving:]:

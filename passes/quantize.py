@@ -46,6 +46,7 @@ class Quantize(LayerPass):
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq, hqq; a2q, a2q+"
+    solves: ClassVar[bool] = True
 
     method: str = "gptq"
     bits: int = 4

@@ -22,16 +22,16 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
     """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, scaled MatMulInteger and QDQ convolution, by the
     layer's output name; ``(G, K, N)`` of convolutions in several groups, and gathered tables ``(rows, width)``.
 
-    The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is what is left after the Cast and Mul
-    of an integer product, the requantization of a product, an Add of an initializer, a Cast back to float16, and a Sum with a low-rank
-    branch, which the weight does not include.
+    Bodies are read like the main graph. The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is
+    what is left after the Cast and Mul of an integer product, the requantization of a product, an Add of an initializer, a Cast back to
+    float16, and a Sum with a low-rank branch, which the weight does not include.
     """
     return dict(iterate(model, outputs))
 
 
 def iterate(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[str, Array]]:
     """`read_weights` one by one: only one is in memory at a time."""
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         weight = emitted_weight(node)
         if weight is not None:
             yield _output_name(node, outputs), weight

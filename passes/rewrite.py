@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.job import META, BiasPolicy, Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, NAMES, LinearLayer, find
+from magr_onnx.passes.shared import sharing
 from magr_onnx.types import Array, LayerStats, WeightSpec
 
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
@@ -47,14 +48,18 @@ class Context:
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
-        """The layers of ``model`` that will be converted."""
-        return find(model, self.include, self.exclude)[0]
+        """The layers of ``model`` that will be converted, but for those in bodies (a rewrite would change what is captured elsewhere) and
+        those that share their weight (it would be stored once for each).
+        """
+        layers, _ = find(model, self.include, self.exclude)
+        shared = sharing(layers)
+        return [layer for layer in layers if not layer.nested and layer.name not in shared]
 
     def measured(self, model: ir.Model, layers: Sequence[LinearLayer]) -> Iterator[tuple[LinearLayer, LayerStats]]:
         """``layers`` with the statistics of what they read, gathered in groups that fit memory."""
         for group, stats in self.statistics(model, layers):
             for layer in group:
-                yield layer, stats.get(str(layer.x.name)) or LayerStats.data_free(layer.k)
+                yield layer, stats.get(layer.reads) or LayerStats.data_free(layer.k)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Rewrite(LayerPass):
 
         Statistics describe the graph as it was, so a graph that changed loses them: rewrite first, then gather them again.
         """
-        known = {str(j.layer.x.name): j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
+        known = {j.layer.reads: j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
         notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, known)]))
         if notes:
             for node in model.graph:

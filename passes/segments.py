@@ -15,7 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from magr_onnx.passes.bodies import bodies_of
 from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
@@ -54,6 +56,22 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     kept = [(n, at) for n, at in level.items() if n not in constants]
     live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def apart(layers: Sequence[LinearLayer]) -> list[LinearLayer]:
+    """Layers that belong to no one stage: those in bodies, and those that share their weight."""
+    shared = sharing(layers)
+    return [layer for layer in layers if layer.nested or layer.name in shared]
+
+
+def made_by(model: ir.Model, layers: Sequence[LinearLayer]) -> set[str]:
+    """Names of the outputs of the nodes of the main graph that are ``layers``, or hold them in a body."""
+    own = {id(layer.node) for layer in layers}
+    found: set[str] = set()
+    for node in model.graph:
+        if id(node) in own or any(id(n) in own for _, body in bodies_of(node) for n in body.all_nodes()):
+            found.update(str(v.name) for v in node.outputs)
+    return found
 
 
 def given_inputs(model: ir.Model) -> list[str]:

@@ -9,9 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
+from magr_onnx.passes.functions import open_up
+from magr_onnx.passes.hoist import hoisted
 from magr_onnx.passes.job import attach
 from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.shared import by_weight
 from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
+from magr_onnx.runtime.bodies import tapped
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 from magr_onnx.types import Activation, Array, Goal, LayerStats, gram_type
@@ -55,32 +59,35 @@ class _Sums:
 
     def stats(self, tap: Tap) -> LayerStats:
         n = max(self.rows, 1)
-        gram: Array = (self.gram / n).astype(gram_type(len(self.mean)), copy=False)
+        self.gram /= n
+        gram: Array = self.gram.astype(gram_type(len(self.mean)), copy=False)
+        self.gram = np.zeros((0, 0))  # may be the largest thing in memory
         return LayerStats(gram, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize)
 
 
 def input_name(layer: LinearLayer) -> str:
     """The name of the value a layer reads: layers with the same one share statistics."""
-    return str(layer.x.name)
+    return layer.reads
 
 
 def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
-    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one value at least).
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (those of one weight's readers at least).
 
-    Each group costs one pass over the data; memory is bounded by the budget or the largest layer.
+    Each group costs one pass over the data; memory is bounded by the budget or the largest layer, or layers that share their weight.
     """
     groups: list[list[LinearLayer]] = []
     seen: set[str] = set()
     used = 0
     each = 24 if hold_out else 16  # float64 sum, float32 batch, solver copy; another sum
-    for layer in layers:
-        cost = 0 if input_name(layer) in seen else each * layer.k * layer.k
+    for some in by_weight(layers):
+        widths = {input_name(layer): layer.k for layer in some}
+        cost = sum(each * k * k for name, k in widths.items() if name not in seen)
         if not groups or (cost and used + cost > budget):
             groups.append([])
             seen, used = set(), 0
-            cost = each * layer.k * layer.k
-        groups[-1].append(layer)
-        seen.add(input_name(layer))
+            cost = sum(each * k * k for k in widths.values())
+        groups[-1] += some
+        seen |= set(widths)
         used += cost
     return groups
 
@@ -113,7 +120,7 @@ def collect(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     hold_out: bool = False,
 ) -> Calibration:
-    """Gram matrices and means of everything ``layers`` read, over all batches.
+    """Gram matrices and means of everything ``layers`` read, over all batches; nothing of a value without any rows.
 
     Args:
         model: The float model; it is not changed.
@@ -132,6 +139,10 @@ def collect(
     """
     quantize, bounds = quantize or {}, bounds or {}
     readers = readers_of(layers)
+    if not readers:
+        return Calibration({}, ())
+    if not readers:
+        return Calibration({}, ())
     taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
     taps = [replace(t, quantize=quantize.get(t.value), bounds=bounds.get(t.value)) for t in taps]
     parts = [[_Sums.of(t.width) for t in taps] for _ in range(2)]
@@ -143,6 +154,8 @@ def collect(
             for sums, tap in zip(parts[held], taps, strict=True):
                 gram, total, count = next(results), next(results), next(results)
                 float_total = total if tap.quantize is None else next(results)
+                if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
+                    continue
                 if not np.isfinite(float_total).all() or not np.isfinite(np.trace(gram)):
                     bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
                 sums.gram += gram
@@ -152,11 +165,14 @@ def collect(
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
-    check_rows((a.rows + b.rows for a, b in zip(*parts, strict=True)), mask)
+    check_rows((a.rows + b.rows for tap, a, b in zip(taps, *parts, strict=True) if tap.masked), mask)
     stats = {}
     for tap, a, b in zip(taps, *parts, strict=True):
-        kept, rest = a.stats(tap), b.stats(tap)
-        stats[tap.value] = replace(kept.combine(rest), held_out=rest) if a.rows and b.rows else kept if a.rows else rest
+        if a.rows and b.rows:
+            kept, rest = a.stats(tap), b.stats(tap)
+            stats[tap.value] = replace(kept.combine(rest), held_out=rest)
+        elif a.rows or b.rows:
+            stats[tap.value] = (a if a.rows else b).stats(tap)
     return Calibration(stats, tuple(t.value for t in taps if not t.masked) if mask is not None else ())
 
 
@@ -185,19 +201,28 @@ def check_rows(rows: Iterable[float], mask: str | None) -> None:
 
 
 def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | None, provider: str) -> set[str]:
-    """Values with one row per element of the mask: all axes but the last have the mask's shape, on the first batch."""
+    """Values with one row per element of the mask: all axes but the last have the mask's shape, on the first batch.
+
+    None that was brought out of a body: its rows may fit one batch and not the next.
+    """
     if mask is None:
         return set()
     first = next(iter(data))
     wanted = tuple(first[mask].shape)
     with Session(shape_taps(model, names), provider) as session:
         shapes = session.run(first)
-    return {name for name, shape in zip(names, shapes, strict=True) if tuple(shape[:-1]) == wanted}
+    outside = hoisted(model)
+    return {name for name, shape in zip(names, shapes, strict=True) if tuple(shape[:-1]) == wanted and name not in outside}
 
 
 def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
-    """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other."""
+    """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other.
+
+    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.functions.open_up`).
+    """
+    open_up(model)
     layers, _ = find(model)
-    stats = collect(model, layers, data, mask=mask, provider=provider).stats
+    source = tapped(model, layers, data, (), provider)
+    stats = collect(source.model, source.reached(layers), data, mask=mask, provider=provider).stats
     for layer in layers:
-        attach(layer, stats[input_name(layer)])
+        attach(layer, stats.get(input_name(layer)))

@@ -145,6 +145,8 @@ def _histograms(
             results = iter(session.run(batch))
             for i, tap in enumerate(taps):
                 least, greatest, histogram = next(results), next(results), next(results)
+                if least > greatest:  # no rows: the least of nothing is infinite
+                    continue
                 if not (np.isfinite(least) and np.isfinite(greatest)):
                     bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
                 low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
@@ -229,6 +231,8 @@ def choose_grids(
     progress: Progress | None,
 ) -> Grids:
     """The grids that passes ask for, of layers' inputs and of their products where those are quantized too; see `choose`."""
+    if not layers:
+        return Grids()
     values = inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
     products = products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
     read = {v.name for v in values}

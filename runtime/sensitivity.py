@@ -152,21 +152,23 @@ def measure(
             )
             for layer in group:
                 name = calibrate.input_name(layer)
+                nothing = LayerStats.data_free(layer.k)  # where only other batches reach a layer
+                of_fit, of_held = fit.get(name, nothing), held.get(name, nothing)
                 if reference is None:
-                    rows = max(s.rows for s in held.values()) / len(split.effects)
+                    rows = max([s.rows for s in held.values()], default=1) / len(split.effects)
                     reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), mask)
-                errors = _errors(layer, fit[name], held[name], choices)
+                errors = _errors(layer, of_fit, of_held, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
                     if progress is not None:
                         progress(len(found) * (1 + len(references)) + len(points), total)
                     if inputs is None:
-                        job = _quantized(layer, fit[name], _quick(choices[choice]))
+                        job = _quantized(layer, of_fit, _quick(choices[choice]))
                         feeds = slots[layer.name].feeds(job.weight, job.bias)
                         loss = reference.loss(lambda batch: session.run({**batch, **feeds}))  # noqa: B023
-                        error = _sampled_error(job, held[name], job.weight, choices[choice])
+                        error = _sampled_error(job, of_held, job.weight, choices[choice])
                     else:
-                        loss = _emitted(model, layer.name, choices[choice], fit[name], inputs, reference, provider)
+                        loss = _emitted(model, layer.name, choices[choice], of_fit, inputs, reference, provider)
                         error = errors[choice]
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
                 found[layer.name] = Sensitivity(errors, _rising(points))

@@ -188,6 +188,7 @@ def staged(
     hold_out: bool = True,
     gram_budget: int | None = None,
     wanted: Callable[[LinearLayer], bool] = lambda layer: True,
+    cuts: Sequence[LinearLayer] | None = None,
 ) -> Iterator[tuple[Sequence[LinearLayer], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
 
@@ -203,19 +204,22 @@ def staged(
         quantize: How layer inputs will be quantized, by value name.
         bounds: What values are clipped to first, by value name.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
-        changed: Values of ``work`` that differ from the float ones already, by name (convolutions are quantized first).
+        changed: Values of ``work`` that differ from the float ones already, by name: convolutions, and layers that belong to no
+            stage, are quantized first.
         progress: Called with segments of batches done and in total.
         feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
         gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
         wanted: Layers that statistics are for; those of others are left out.
+        cuts: Layers to cut the model at, those of ``layers`` among them, so that no segment has many; None for ``layers`` alone.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
         CalibrationError: The mask leaves no rows.
     """
     quantize, bounds = quantize or {}, bounds or {}
-    steps = plan(work, layers)
+    steps = plan(work, layers if cuts is None else cuts)
+    own = {id(layer.node): layer for layer in layers}
     moved = behind(work, changed)
     known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
     kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
@@ -234,7 +238,8 @@ def staged(
                 quants.run(work, before, [n for n in new if n not in shared], len(data), provider, fallback=floats, shared=shared)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            for part in [stage] if gram_budget is None else plan_groups(stage, gram_budget, hold_out):
+            mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
+            for part in [mine] if gram_budget is None else plan_groups(mine, gram_budget, hold_out):
                 left = [layer for layer in part if wanted(layer)]
                 found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
                 yield part, replace(found, spilled=floats.spilled + quants.spilled)
@@ -289,9 +294,11 @@ def _gather(
         whole = kept if held is None else kept.combine(held)
         if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
             bad.append(not_finite(name, readers, data.describe))
-        check_rows([whole.rows], mask)
+        if mask is not None:
+            check_rows([whole.rows], mask)
         parted = held is not None and kept.rows > 0 and held.rows > 0
-        stats[name] = replace(whole, held_out=held) if parted else whole
+        if whole.rows:
+            stats[name] = replace(whole, held_out=held) if parted else whole
         for reader in readers if parted and not same else ():
             parts = [s.goal() for s in sums[reader.name]] if reader.name in sums else [i.goal(reader.read()) for i in inputs]
             goals[reader.name] = replace(parts[0].combine(parts[1]), held_out=parts[1])

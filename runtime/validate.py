@@ -223,9 +223,9 @@ def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_]
 
 
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
-    """Relative error at every quantized layer whose output has the same name in both models."""
+    """Relative error at every quantized layer whose output has the same name in both main graphs."""
     a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
-    produced = {v.name for node in a.graph for v in node.outputs}
+    produced = {v.name for node in a.graph for v in node.outputs} & {v.name for node in b.graph for v in node.outputs}
     names = [n for n in read_weights(b) if n in produced]
     if not names:
         return ()

@@ -325,3 +325,24 @@ def test_dequantized_weights_are_what_onnxruntime_makes_of_them(shape: tuple[int
     with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
         (wanted,) = session.run({"x": np.ones(1, np.float32)})
     np.testing.assert_array_equal(found.tensor().numpy(), wanted)
+
+
+@pytest.mark.parametrize("zero", [None, np.uint8, np.int8, np.int16])
+@pytest.mark.parametrize(("shape", "axis"), [((), 1), ((4,), 1), ((6,), -2)])
+def test_weights_rounded_in_the_graph_are_what_onnxruntime_makes_of_them(shape: tuple[int, ...], axis: int, zero: Any) -> None:
+    b, rng = Builder(21), np.random.default_rng(0)
+    grid = [b.constant("s", rng.random(shape, np.float32) / 100)]
+    if zero is not None:
+        grid.append(b.constant("z", rng.integers(0, 9, shape).astype(zero)))
+    codes = b.node("QuantizeLinear", [b.constant("w", random(6, 4)), *grid], axis=axis)
+    codes.dtype = ir.DataType.UINT8 if zero is None else ir.DataType.from_numpy(np.dtype(zero))
+    value = b.node("DequantizeLinear", [codes, *grid], axis=axis)
+    value.dtype = ir.DataType.FLOAT
+    model = b.model(b.node("Mul", [value, b.input("x", [1])]), [6, 4])
+    for node in model.graph:
+        node.meta[FOLLOW] = True
+    found = held(value)
+    assert found is not None
+    with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
+        (wanted,) = session.run({"x": np.ones(1, np.float32)})
+    np.testing.assert_array_equal(found.tensor().numpy(), wanted)

@@ -137,7 +137,7 @@ def test_skip_reason(make: Callable[[], ir.Model], reason: Reason) -> None:
     assert "layer" in str(skips[0])
 
 
-def test_subgraphs_are_reported() -> None:
+def test_layers_in_bodies_are_found() -> None:
     x = ir.val("x", ir.DataType.FLOAT, ["batch", K])
     condition = ir.val("condition", ir.DataType.BOOL, [])
     branches = []
@@ -149,8 +149,8 @@ def test_subgraphs_are_reported() -> None:
     node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
     model = ir.Model(ir.Graph([x, condition], [node.outputs[0]], nodes=[node], opset_imports={"": 20}, name="g"), ir_version=9)
     layers, skips = find(model)
-    assert not layers
-    assert [s.reason for s in skips] == [Reason.SUBGRAPH] * 2
+    assert [(layer.name, layer.nested, layer.root) for layer in layers] == [(f"branch_{i}", True, model.graph) for i in range(2)]
+    assert skips == []
 
 
 def test_include_and_exclude_match_node_and_weight_names() -> None:

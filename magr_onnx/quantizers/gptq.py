@@ -31,7 +31,7 @@ from magr_onnx.linalg import cholesky, column_errors
 from magr_onnx.quantizers import rtn
 from magr_onnx.quantizers.a2q import project
 from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
+from magr_onnx.types import LARGE, LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -63,6 +63,7 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(k)
     reverse = order[::-1]
     factor = cholesky(gram, damping, order=reverse)
+    del gram  # of a large one nobody else holds it, and the matrix below takes its room
     upper = factor.lower[::-1, ::-1]
     matrix, pivots = np.zeros((k, k), np.float32), upper.diagonal()
     for at in range(0, k, LARGE_ROWS):
@@ -72,7 +73,9 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
 
 
 def prepared(stats: LayerStats, centred: bool, damping: float, act_order: bool) -> Feedback:
-    """`prepare` of the matrix of the layer error; computed once for all that share the statistics."""
+    """`prepare` of the matrix of the layer error; computed once for all that share the statistics, if K is not `LARGE`."""
+    if len(stats.mean) >= LARGE:
+        return prepare(stats.objective_gram(centred), damping, act_order)
     return stats.memo(("gptq", centred, damping, act_order), lambda: prepare(stats.objective_gram(centred), damping, act_order))
 
 

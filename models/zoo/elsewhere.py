@@ -116,6 +116,22 @@ TRAPS = (
         opset=21,
     ),
     _trap(
+        "quantized-in-the-graph-again",
+        """g (float[n, 48] x) => (float[n, 24] y) {
+            codes = QuantizeLinear<axis = 0>(v, steps, zeros)
+            floats = DequantizeLinear<axis = 0>(codes, steps, zeros)
+            [fc] y = Gemm<transB = 1>(x, floats)
+        }""",
+        lambda x, w: [x @ w["fc"]],
+        {"fc": CONVERTED},
+        {
+            "v": np.ascontiguousarray(V.T),
+            "steps": np.linspace(0.01, 0.02, N, dtype=np.float32),
+            "zeros": np.zeros(N, np.int8),
+        },
+        requantize=True,
+    ),
+    _trap(
         "caller-may-override",
         """g (float[n, 48] x, float[48, 24] v) => (float[n, 24] y) {
             [free] h = MatMul(x, v)

@@ -223,8 +223,11 @@ class Edit:
         number = self._constant(f"{self.name}_factor", np.asarray(factor, (x.dtype or self.dtype).numpy()))
         return self._make("Mul", [x, number], self.shape(x))
 
-    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        return self._make("Add", [x, y], self.shape(self.node.outputs[0]))
+    def plus(self, x: ir.Value, y: ir.Value | None, factor: float) -> ir.Value:
+        """``x + factor y``, of the node's shape; x alone where y is none."""
+        if y is None or factor == 0:
+            return x
+        return self._make("Add", [x, self.scaled(y, factor)], self.shape(self.node.outputs[0]))
 
     def total(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
         """Sums over axes, which are gone."""

@@ -1,7 +1,6 @@
 """Gemm whose addend is no constant vector: ``alpha A B + beta C`` as a Gemm without it, a Mul by beta, and an Add.
 
-C may be a matrix ``(M, N)``, a column ``(M, 1)``, or computed at run time; the product is a layer either way. Where the constant is on the
-left, C comes off in any case: that form has no place for it.
+C may be a matrix ``(M, N)``, a column ``(M, 1)``, or computed at run time; the product is a layer either way.
 """
 
 from __future__ import annotations
@@ -12,17 +11,12 @@ from magr_onnx.passes.constants import held
 
 def rewrite(edit: Edit) -> bool | None:
     a, b, c = (edit.input(i) for i in range(3))
-    if a is None or b is None or c is None:
-        return None
     right = weight(b)
-    if right is None and weight(a) is None:
-        return None
-    if right is not None and _is_vector(edit, right.shape):
+    if a is None or b is None or c is None or right is None or weight(a) is not None or _is_vector(edit, right.shape):
         return None
     attributes = {name: attribute for name, attribute in edit.node.attributes.items() if name != "beta"}
     product = edit.product("Gemm", [a, b], edit.shape(edit.node.outputs[0]), attributes)
-    beta = edit.real("beta")
-    return edit.finish(edit.add(product, edit.scaled(c, beta))) if beta else edit.finish(product)
+    return edit.finish(edit.plus(product, c, edit.real("beta")))
 
 
 def _is_vector(edit: Edit, shape: tuple[int, ...]) -> bool:

@@ -1,7 +1,7 @@
 """Products with the constant on the left, ``Y = W X``, as ``Y^T = X^T W^T``.
 
 MatMul: the last two axes of X, W and Y change places; a vector on either side becomes a matrix of one row or column first, and the axis
-goes at the end. Gemm: ``op(A) op(B)`` becomes ``op(B)^T op(A)^T`` with alpha, its addend taken off before (`gemm_bias`).
+goes at the end. Gemm: ``op(A) op(B)`` becomes ``op(B)^T op(A)^T`` with alpha, and what is added comes after.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ def rewrite(edit: Edit) -> Refusal | bool | None:
     if held is None or left is None or x is None or weight(x) is not None:
         return None
     if edit.node.op_type == "Gemm":
-        if edit.input(2) is not None:
-            return None
         attributes = {"alpha": edit.real("alpha"), "transB": 1 - edit.integer("transA")}
         shape = _turned(edit.shape(edit.node.outputs[0]))
         turned = x if edit.integer("transB") else edit.transpose(x, (1, 0))
         product = edit.product("Gemm", [turned, left], shape, attributes)
-        return edit.finish(edit.transpose(product, (1, 0)))
+        return edit.finish(edit.plus(edit.transpose(product, (1, 0)), edit.input(2), edit.real("beta")))
     shape = edit.shape(x)
     if shape is None:
         return Refusal(Reason.CONSTANT_LEFT, "the rank of the right side is unknown")
@@ -42,8 +40,11 @@ def rewrite(edit: Edit) -> Refusal | bool | None:
     flat = len(held.shape) == 1
     rows = edit.reshape(left, (held.shape[0], 1)) if flat else edit.transpose(left, _swapped(len(held.shape)))
     rank = max(len(shape), len(held.shape))
-    columns: Dims = [1] if flat else [held.shape[-2]]
-    out = None if len(shape) < len(held.shape) else [*shape[:-2], shape[-1], *columns]
+    lead = held.shape[:-2]
+    before = [*[1] * (rank - len(shape)), *shape[:-2]]
+    for i, d in enumerate(lead, start=rank - 2 - len(lead)):
+        before[i] = d if d > 1 else before[i]
+    out: Dims = [*before, shape[-1], 1 if flat else held.shape[-2]]
     turned = edit.transpose(x, _swapped(len(shape)))
     product = edit.product("MatMul", [turned, rows], out)
     if flat:

@@ -15,13 +15,15 @@ def rewrite(edit: Edit) -> bool | None:
     for value in edit.node.inputs[:2]:
         if value is None or dequantized(value) is None:
             continue
-        node = behind(value).producer()
-        assert node is not None
-        node.meta[FOLLOW] = True
-        if held(value) is None:  # quantized in the graph, or with scales that are computed
-            del node.meta[FOLLOW]
-        else:
+        nodes = []
+        while (node := behind(value).producer()) is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            node.meta[FOLLOW] = True
+            nodes.append(node)
+        if held(value) is not None:
             done = True
+            continue
+        for node in nodes:  # scales are computed
+            del node.meta[FOLLOW]
     return done
 
 

@@ -16,7 +16,7 @@ KINDS = (ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 def rewrite(edit: Edit) -> bool | None:
     x, right = edit.input(0), edit.input(1)
     held = weight(right)
-    if held is None or x is None or weight(x) is not None or held.dtype not in KINDS:
+    if held is None or x is None or weight(x) is not None or held.dtype not in KINDS or len(held.shape) != 2:
         return None
     inputs = [edit.cast(v, ir.DataType.FLOAT) for v in edit.node.inputs if v is not None]
     product = edit.product(edit.node.op_type, inputs, edit.shape(edit.node.outputs[0]), edit.node.attributes)

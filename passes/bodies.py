@@ -1,0 +1,84 @@
+"""Bodies of If, Loop and Scan: walking them, and names that are unique in the whole model.
+
+ONNX lets two branches use one name for two values. Statistics, codes and reports go by names, so values in bodies whose name is taken get
+another one first (`unique_names`); names in the main graph, which callers know, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import onnx_ir as ir
+
+BODIES = ("If", "Loop", "Scan")
+"""Operators whose bodies onnxruntime runs as part of the graph around them."""
+
+_INNER = "magr_onnx.inner_names"
+
+Place = tuple[tuple[ir.Node, str], ...]
+"""Where a node is: the nodes that hold it, outermost first, each with the attribute of its body; empty in the main graph."""
+
+
+def bodies_of(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs a node holds, with the names of their attributes."""
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from ((name, graph) for graph in attribute.as_graphs())
+
+
+def walk(graph: ir.Graph, place: Place = ()) -> Iterator[tuple[ir.Node, Place]]:
+    """Every node of a graph and of the bodies in it, with its place, in order."""
+    for node in graph:
+        yield node, place
+        for name, body in bodies_of(node):
+            yield from walk(body, (*place, (node, name)))
+
+
+def opaque(place: Place) -> str | None:
+    """The operator in the way where a body on the way is not one of `BODIES`."""
+    return next((holder.op_type for holder, _ in place if holder.domain != "" or holder.op_type not in BODIES), None)
+
+
+def captured(value: ir.Value, place: Place) -> str:
+    """A name for what a body sees of a value from outside: none of it where the body is not run."""
+    holder, attribute = place[-1]
+    return f"{value.name}@{next((v.name for v in holder.outputs if v.name), holder.name)}.{attribute}"
+
+
+def inner_names(graph: ir.Graph) -> set[str]:
+    """Names of all values in the bodies of a main graph: a new initializer of the same name would be hidden there."""
+    known = graph.meta.get(_INNER)
+    if known is None:
+        known = graph.meta[_INNER] = {str(v.name) for body in graph.subgraphs() for v in values_of(body)}
+    names: set[str] = known
+    return names
+
+
+def values_of(graph: ir.Graph) -> list[ir.Value]:
+    """The values a graph itself makes: inputs, initializers and outputs of its nodes."""
+    return list(dict.fromkeys([*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]))
+
+
+def unique_names(model: ir.Model, operators: Collection[str]) -> None:
+    """Give values in bodies names of their own, and so the nodes of ``operators`` in bodies; the main graph keeps its names."""
+    used = {str(v.name) for v in values_of(model.graph)}
+    nodes = {str(node.name) for node in model.graph}
+    for node, place in walk(model.graph):
+        if place and f"{node.domain}.{node.op_type}".removeprefix(".") in operators:
+            node.name = _free(node.name or f"{node.op_type}:{node.outputs[0].name}", nodes)
+        for _, body in bodies_of(node):
+            for value in values_of(body):
+                if value.name or value.uses():
+                    value.name = _free(value.name or "value", used)
+
+
+def _free(name: str, used: set[str]) -> str:
+    found, count = name, 1
+    while found in used:
+        found, count = f"{name}_{count}", count + 1
+    used.add(found)
+    return found

@@ -1,0 +1,139 @@
+"""Hoisting: values in the bodies of If, Loop and Scan as values of the main graph, in a copy of the model made to be tapped.
+
+A value ``(..., K)`` leaves its body as float32 rows ``(n, K)``:
+
+1. If: one more output of both branches; the branch without the value gives no rows, ``(0, K)``.
+2. Loop and Scan: one more scan output, the rows of every iteration, flattened outside. onnxruntime stacks them, so every iteration must
+   have as many rows as the first. Where that is not so, a Loop (not a Scan) can carry the rows along and append to them, which copies
+   them at every turn (``growing``).
+3. Bodies in bodies: the same again, outwards.
+
+The hoisted rows take the value's name, so that taps of `magr_onnx.passes.taps` find them by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.bodies import Place, bodies_of, captured, values_of, walk
+
+_HOISTED = "magr_onnx.hoisted"
+
+
+def hoisted(model: ir.Model) -> set[str]:
+    """Names of the values that were brought out of bodies: what is known of a batch's rows says nothing of theirs."""
+    return {str(v.name) for node in model.graph for v in node.outputs if v.meta.get(_HOISTED)}
+
+
+def inside(model: ir.Model) -> dict[str, tuple[ir.Value, Place]]:
+    """What bodies make, by name (`unique_names` first), and what they read from outside, by `captured`; each with the body's place."""
+    found: dict[str, tuple[ir.Value, Place]] = {}
+    for node, place in walk(model.graph):
+        for attribute, body in bodies_of(node):
+            here = (*place, (node, attribute))
+            found.update({str(v.name): (v, here) for v in values_of(body)})
+            outside = {v for n in body for v in n.inputs if v is not None and v.graph is not body}
+            found.update({captured(v, here): (v, here) for v in outside})
+    return found
+
+
+def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] = ()) -> ir.Model:
+    """A copy of the model in which the values named in ``widths`` (with their K) are rows ``(n, K)`` of the main graph.
+
+    Those of ``growing`` may have other rows in every iteration of a Loop.
+    """
+    copy = model.clone()
+    values = inside(copy)
+    for name, width in widths.items():
+        value, path = values[name]
+        place = list(path)
+        body = place[-1][0].attributes[place[-1][1]].as_graph()
+        if value.graph is body:
+            value.name = f"{name}__inside"
+        rows = _rows(body, value, width, name)
+        for depth in range(len(place) - 1, -1, -1):
+            holder, attribute = place[depth]
+            if holder.op_type == "Loop" and name in growing:
+                rows = _carried(holder, attribute, rows, width, f"{name}__{depth}")
+            else:
+                rows = _out(holder, attribute, rows, width, f"{name}__{depth}")
+        rows.name = name
+        rows.meta[_HOISTED] = True
+    return copy
+
+
+def _rows(graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
+    """``value`` as float32 rows, made at the end of its graph."""
+    shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
+    real = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    rows = ir.node("Reshape", [real.outputs[0], shape.outputs[0]])
+    for node, suffix in ((shape, "shape"), (real, "real"), (rows, "rows")):
+        node.outputs[0].name = f"{name}__{suffix}"
+    graph.extend([shape, real, rows])
+    return _typed(rows.outputs[0], width)
+
+
+def _typed(value: ir.Value, width: int) -> ir.Value:
+    value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape([None, width])
+    return value
+
+
+def _out(holder: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+    """Rows of a body in the graph around it."""
+    for other, body in bodies_of(holder):
+        body.outputs.append(rows if other == attribute else _none(body, width, f"{name}_none"))
+    if holder.op_type == "Scan":
+        _one_more(holder)
+    holder.resize_outputs(len(holder.outputs) + 1)
+    result = holder.outputs[-1]
+    result.name = f"{name}_out"
+    if holder.op_type == "If":
+        return _typed(result, width)
+    graph = holder.graph
+    assert isinstance(graph, ir.Graph)
+    return _rows(graph, result, width, name)
+
+
+def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
+    node = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
+    node.outputs[0].name = name
+    graph.append(node)
+    return _typed(node.outputs[0], width)
+
+
+def _carried(loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+    """Rows of a Loop's body in the graph around it, as a state that every iteration appends to."""
+    graph, body = loop.graph, loop.attributes[attribute].as_graph()
+    assert isinstance(graph, ir.Graph)
+    states = len(loop.inputs) - 2
+    before = _typed(ir.Value(name=f"{name}_before"), width)
+    append = ir.node("Concat", [before, rows], {"axis": 0})
+    append.outputs[0].name = f"{name}_after"
+    body.append(append)
+    body.inputs.append(before)
+    body.outputs.insert(1 + states, _typed(append.outputs[0], width))
+    none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
+    none.outputs[0].name = f"{name}_none"
+    graph.insert_before(loop, none)
+    loop.resize_inputs(len(loop.inputs) + 1)
+    loop.replace_input_with(len(loop.inputs) - 1, none.outputs[0])
+    loop.resize_outputs(len(loop.outputs) + 1)
+    for i in range(len(loop.outputs) - 1, states, -1):  # states come before scan outputs: those move on by one
+        old, new = loop.outputs[i - 1], loop.outputs[i]
+        new.type, new.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        name_of, old.name = old.name, f"{name}_moved"
+        new.name = name_of
+    result = loop.outputs[states]
+    result.name, result.type = f"{name}_out", None
+    return _typed(result, width)
+
+
+def _one_more(scan: ir.Node) -> None:
+    """Axis and direction of one more output, where a Scan gives those of each."""
+    for name in ("scan_output_axes", "scan_output_directions"):
+        if name in scan.attributes:
+            scan.attributes[name] = ir.AttrInt64s(name, [*scan.attributes[name].as_ints(), 0])

@@ -1,0 +1,241 @@
+"""Weights that several layers multiply by: one solve for all, codes stored once, biases of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx import files
+from magr_onnx.models.zoo import ZOO
+from magr_onnx.models.zoo.nested import TABLE, W
+from magr_onnx.passes import Job, find, parse, run_layers, segments
+from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes.shared import Bond, remarks, sharing
+from magr_onnx.runtime import calibrate
+from magr_onnx.runtime.data import open_data
+from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.stages import staged
+from magr_onnx.types import LayerStats
+from tests.graphs import Array, Builder, correlated, random
+
+K, N = 32, 24
+WEIGHT = random(K, N, seed=3)
+
+
+def readers(count: int, biased: tuple[int, ...] = ()) -> ir.Model:
+    """Layers ``fc0``, ``fc1`` ... of one weight, each on an input of its own; those of ``biased`` have a bias."""
+    b = Builder()
+    w, outputs = b.constant("w", WEIGHT), []
+    for i in range(count):
+        y = b.node("MatMul", [b.input(f"x{i}", [f"rows{i}", K]), w], f"fc{i}")
+        outputs.append(b.node("Add", [y, b.constant(f"b{i}", random(N, seed=i))], f"bias{i}") if i in biased else y)
+    return b.model_of(outputs)
+
+
+def rows_of(i: int) -> Array:
+    return correlated(64 + 32 * i, K, seed=i).astype(np.float64) * (i + 1)
+
+
+def stats_of(x: Array) -> LayerStats:
+    return LayerStats(x.T @ x / len(x), x.mean(axis=0), len(x))
+
+
+def solved(model: ir.Model, pipeline: str, stats: dict[str, LayerStats]) -> dict[str, Job]:
+    """Jobs after a pipeline, by layer name."""
+    done: dict[str, Job] = {}
+    layers, _ = find(model)
+    run_layers(parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda job: done.update({job.layer.name: job}))
+    return done
+
+
+QUANTIZE = "magr,quantize{method=gptq,bits=3,block_size=16}"
+
+
+def test_the_shared_solve_is_the_solve_on_all_rows() -> None:
+    rows = [rows_of(i) for i in range(3)]
+    many = solved(readers(3), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)})
+    one = solved(readers(1), QUANTIZE, {"fc0": stats_of(np.concatenate(rows))})["fc0"]
+    alone = solved(readers(1), QUANTIZE, {"fc0": stats_of(rows[0])})["fc0"]
+    assert one.quantized is not None
+    assert alone.quantized is not None
+    assert (alone.quantized.codes != one.quantized.codes).any()
+    for job in many.values():
+        assert job.quantized is not None
+        np.testing.assert_array_equal(job.quantized.codes, one.quantized.codes)
+        np.testing.assert_array_equal(job.quantized.scales, one.quantized.scales)
+
+
+@pytest.mark.parametrize("biased", [(), (0, 1), (1,)], ids=["none", "both", "one"])
+def test_rows_are_centred_where_a_bias_takes_up_their_mean(biased: tuple[int, ...]) -> None:
+    rows = [rows_of(i) for i in range(2)]
+    compensated = QUANTIZE + ",compensate-bias{bias=existing}"
+    many = solved(readers(2, biased), compensated, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)})
+    seen = np.concatenate([x - x.mean(axis=0) if i in biased else x for i, x in enumerate(rows)])
+    one = solved(readers(1), QUANTIZE, {"fc0": stats_of(seen)})["fc0"]
+    assert one.quantized is not None
+    for i, job in enumerate(many.values()):
+        assert job.quantized is not None
+        assert (job.quantized.codes == one.quantized.codes).mean() > 0.999  # statistics are the same up to rounding
+        if i in biased:
+            wanted = random(N, seed=i) + (WEIGHT - job.weight).T.astype(np.float64) @ rows[i].mean(axis=0)
+            np.testing.assert_allclose(np.asarray(job.bias), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_errors_are_each_reader_s_own() -> None:
+    rows = [rows_of(i) for i in range(2)]
+    for job, x in zip(solved(readers(2), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
+        wanted = np.linalg.norm(x @ (job.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
+        assert job.facts["error"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_reader_without_data_takes_no_part() -> None:
+    layers, _ = find(readers(2))
+    seen = stats_of(rows_of(0))
+    bond = Bond([(layers[0], seen), (layers[1], None)])
+    np.testing.assert_allclose(bond.stats(None).gram, seen.gram)
+    assert Bond([(layer, None) for layer in layers]).stats(None).is_data_free
+
+
+def test_held_out_rows_are_those_of_all_readers() -> None:
+    layers, _ = find(readers(2))
+    parts = [[rows_of(i)[:16], rows_of(i)[16:]] for i in range(2)]
+    stats = [replace(stats_of(np.concatenate(p)), held_out=stats_of(p[0])) for p in parts]
+    held = Bond(list(zip(layers, stats, strict=True))).stats(None).held_out
+    assert held is not None
+    assert held.rows == 32
+    x = np.concatenate([p[0] for p in parts])
+    np.testing.assert_allclose(held.gram, x.T @ x / 32)
+
+
+FORMATS: dict[str, tuple[dict[str, Any], int]] = {
+    "matmulnbits": ({"bits": 4, "block_size": 16}, 0),
+    "qdq": ({"bits": 4, "block_size": 16, "format": "qdq"}, 0),
+    "static": ({"format": "qdq-int8"}, 4 + 1),  # scale and zero point of the other input
+    "dynamic": ({"format": "dynamic-int8"}, 0),
+    "low rank": ({"bits": 4, "block_size": 16, "low_rank": 4}, 0),
+    "magr": ({"pipeline_text": "magr"}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_codes_are_stored_once(kind: str) -> None:
+    options, more = FORMATS[kind]
+    feeds = {f"x{i}": rows_of(i).astype(np.float32) for i in range(2)}
+    if "pipeline_text" not in options:
+        options = {"bias": "none"} | options
+    one, _ = magr_onnx.optimize(readers(1), [{"x0": feeds["x0"]}] * 4, **options)
+    two, report = magr_onnx.optimize(readers(2), [feeds] * 4, **options)
+    assert files.initializer_bytes(two) == files.initializer_bytes(one) + more
+    assert "w" not in two.graph.initializers
+    assert len(report.layers) == 2
+    with Session(two) as session, Session(readers(2)) as floats:
+        for ours, original in zip(session.run(feeds), floats.run(feeds), strict=True):
+            assert np.linalg.norm(ours - original) < 0.15 * np.linalg.norm(original)
+
+
+def test_one_weight_in_a_branch_and_outside_is_stored_once() -> None:
+    trap, rng = ZOO["weight-shared-by-three-layers"], np.random.default_rng(0)
+    data = [trap.feeds(rng) for _ in range(8)]
+    made, report = magr_onnx.optimize(trap.build(), data, bits=8, block_size=16, bias="existing")
+    codes = [v for v in made.graph.initializers.values() if str(v.name).endswith("_q8")]
+    assert len(codes) == 1
+    weights = list(read_weights(made).values())
+    assert len(weights) == len(report.layers) == 3
+    for other in weights[1:]:
+        np.testing.assert_array_equal(weights[0], other)
+
+
+def test_notes_name_the_others() -> None:
+    def notes(name: str, **options: Any) -> dict[str, tuple[str, ...]]:
+        return {row.name: row.notes for row in magr_onnx.optimize(ZOO[name].build(), bits=8, block_size=16, **options).report.layers}
+
+    shared = notes("weight-shared-by-three-layers")
+    assert any("shares its weight with second, third" in note for note in shared["first"])
+    turned = notes("weight-and-its-transpose")
+    assert turned["down"] == ("up reads the same weight transposed or scaled, so that their codes cannot be shared",)
+    (tied,) = notes("tied-embedding")["head"]
+    assert tied.startswith(f"its float weight stays in the file ({TABLE.nbytes} bytes) for ")
+    assert "(Gather)" in tied
+
+
+def test_transposes_are_matrices_of_their_own_and_the_floats_go() -> None:
+    made, _ = magr_onnx.optimize(ZOO["weight-and-its-transpose"].build(), bits=8, block_size=16)
+    assert "w" not in made.graph.initializers
+    down, up = read_weights(made).values()
+    assert down.shape == up.T.shape == W.shape
+
+
+def test_a_rewrite_leaves_shared_weights_alone() -> None:
+    """Scaled for one reader, a weight would be stored once for each."""
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    gain, shift = b.constant("g", np.exp(random(K, scale=2)).astype(np.float32)), b.constant("s", random(K, seed=3))
+    w = b.constant("w", WEIGHT)
+    one = b.node("MatMul", [b.node("LayerNormalization", [x, gain, shift], "norm", axis=-1), w], "one")
+    model = b.model(b.node("Tanh", [b.node("Add", [one, b.node("MatMul", [x, w], "two")], "sum")], "end"), ["batch", N])
+    data = [{"x": correlated(64, K)}]
+    made, report = magr_onnx.optimize(model, data, pipeline_text="equalize,quantize{bits=4,block_size=16},emit-matmulnbits")
+    assert "equalize changed nothing: no layer meets its conditions and gains by it" in report.notes
+    assert sum(str(v.name).endswith("_q4") for v in made.graph.initializers.values()) == 1
+
+
+def test_readers_stay_together_whatever_the_budget() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    w, v = b.constant("w", random(K, K)), b.constant("v", random(K, K, seed=1))
+    h = b.node("Tanh", [b.node("MatMul", [x, w], "first")])
+    h = b.node("Tanh", [b.node("MatMul", [h, v], "between")])
+    layers, _ = find(b.model(b.node("MatMul", [h, w], "last"), ["batch", K]))
+    assert sharing(layers) == {"first", "last"}
+    assert [[x.name for x in group] for group in calibrate.plan(layers, 1)] == [["first", "last"], ["between"]]
+
+
+def stack() -> ir.Model:
+    """A weight at both ends of a layer of its own."""
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    w = b.constant("w", random(K, K))
+    h = b.node("Tanh", [b.node("MatMul", [x, w], "first")], "a")
+    h = b.node("Tanh", [b.node("MatMul", [h, b.constant("v", random(K, K, seed=1))], "between")], "b")
+    return b.model(b.node("MatMul", [h, w], "last"), ["batch", K])
+
+
+def test_stages_see_what_was_solved_before_them() -> None:
+    """Statistics of a layer behind a shared one are those of the model with the shared one quantized."""
+    model, work = stack(), stack()
+    layers, _ = find(work)
+    first = segments.apart(layers)
+    assert [layer.name for layer in first] == ["first", "last"]
+    changed = segments.made_by(work, first)
+    assert changed == {"first_out", "y"}
+    assert segments.behind(work, changed) == {"first_out", "a_out", "between_out", "b_out", "y"}
+    run_layers(parse("quantize{bits=2,block_size=16},emit-matmulnbits"), first, lambda _: None, lambda _: None)
+    feeds = [{"x": correlated(64, K, seed=s)} for s in range(4)]
+    with Session(model) as session:
+        data = open_data(feeds, session.inputs)
+    ((stage, found),) = staged(model, work, [layers[1]], data, changed=changed)
+    assert [layer.name for layer in stage] == ["between"]
+    quantized = next(iter(read_weights(work).values()))
+    x = np.concatenate([np.tanh(f["x"] @ quantized) for f in feeds])
+    np.testing.assert_allclose(found.stats["a_out"].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
+    assert set(found.goals) == {"between"}  # it reads another input than in the float model
+
+
+def test_error_feedback_converts_all() -> None:
+    feeds = [{"x": correlated(64, K, seed=s)} for s in range(8)]
+    report = magr_onnx.optimize(stack(), feeds, bits=4, block_size=16, effort="balanced").report
+    assert {row.name: row.feedback is not None for row in report.layers} == {"first": False, "between": True, "last": False}
+    assert [row.name for row in report.layers] == ["first", "between", "last"]
+
+
+def test_nothing_is_said_of_a_weight_read_once() -> None:
+    model = readers(1)
+    assert remarks(find(model)[0]) == {"fc0": [f"its float weight stays in the file ({WEIGHT.nbytes} bytes) for fc0 (MatMul)"]}
+    made, report = magr_onnx.optimize(readers(1), bits=4, block_size=16)
+    assert not any("weight" in note for note in report.layers[0].notes)
+    assert "w" not in made.graph.initializers
