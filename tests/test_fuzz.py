@@ -109,3 +109,8 @@ def test_a_worker_that_dies_is_an_outcome() -> None:
     assert [found[i].kind for i in range(4)] == [CONVERTED, "crash", "timeout", CONVERTED]
     assert found[1].detail == "at float: SIGSEGV"
     assert found[2].detail == "at optimize"
+
+
+def test_a_worker_that_does_not_start_is_no_outcome() -> None:
+    with pytest.raises(RuntimeError, match="does not start"):
+        list(isolated.outcomes("tests.fuzz.no_such_module", [], range(4)))

@@ -341,6 +341,12 @@ def reference() -> onnx.ModelProto:
     return proto
 
 
+def contradicting() -> onnx.ModelProto:
+    proto = graph()
+    proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.STRING, [16, 8]))
+    return proto
+
+
 def recursive() -> onnx.ModelProto:
     proto = graph("h = MatMul(x, w) y = F(h)")
     proto.graph.node[1].domain = "own"
@@ -364,10 +370,12 @@ def recursive() -> onnx.ModelProto:
         (gemm("transB", [1]), "transB.*Expected: 'INT', actual: 'INTS'"),
         (gemm("alpha", float("nan")), "not finite"),
         (reference(), "refers to attribute 'turn' of a function, and is in none"),
+        (contradicting(), "input w has type 8, and its initializer type 1"),
         (recursive(), "recursive"),
         (graph(f"{BODY} z = Conv<group = 0>(x, w)"), "counts from 1"),
         (graph(f"{BODY} z = MaxPool<kernel_shape = [2], strides = [0]>(x)"), "counts from 1"),
         (graph(f"{BODY} z = Cast<to = 1000000>(x)"), "is the unknown type 1000000"),
+        (graph(f'{BODY} z = Einsum<equation = "a%b->a">(x)'), "is no equation"),
         (graph(f"{BODY} z = Constant()"), "must have one attribute, and has 0"),
         (broken(lambda m: attribute(m.graph.node[0], "mode", b"\xff\xfe")), "is not UTF-8"),
         (broken(lambda m: m.graph.ClearField("node")), "is not an output of any node"),

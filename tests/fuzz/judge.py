@@ -185,7 +185,7 @@ def _distance(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: floa
     size = float(np.abs(expected[finite]).max())
     error = float(np.abs(expected[finite] - got[finite]).max())
     half = 0.005 if got.dtype == np.float16 else 0.0
-    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-4 else None
+    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-3 else None
 
 
 def reason_of(error: MagrError) -> str:
