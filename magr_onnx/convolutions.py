@@ -275,9 +275,7 @@ def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, pas
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:
     group, k, _ = matrices.shape
     whole = np.broadcast_to(np.eye(k), (group, k, k)) if stats is None else stats.gram
-    gram = whole
-    if absorbs and stats is not None:
-        gram = whole - stats.mean[:, :, None] * stats.mean[:, None, :]
+    gram = whole if stats is None else np.stack([stats.of_group(g).objective_gram(absorbs) for g in range(group)])
     rows = 0 if stats is None else stats.rows
     damping = automatic_damping(k, rows) if quantize.damping is None else quantize.damping
     used = gram * np.eye(k) if quantize.method == "rtn" else gram  # nearest codes are the best where inputs are uncorrelated

@@ -48,11 +48,12 @@ def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
     """``gram + damping * diag(gram)``: correlations between inputs shrunk towards none, at unchanged proportions.
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
-    that were never active get a millionth of the mean, so that the result has no zero on its diagonal.
+    that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave constant
+    inputs with less than nothing once their mean is taken off.
     """
     result: Array = gram if overwrite else gram.copy()
     diagonal = gram.diagonal().copy()
-    floor = 1e-6 * (float(diagonal.mean()) or 1.0)
+    floor = 1e-6 * (float(np.abs(diagonal).mean()) or 1.0)
     result[np.diag_indices(len(gram))] += damping * np.maximum(diagonal, floor)
     return result
 

@@ -26,6 +26,7 @@ from magr_onnx.passes import (
     Skip,
     pipeline,
     shared,
+    unused,
 )
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
@@ -145,7 +146,7 @@ def optimize(
     raised = original.opset_imports.get("") != opset
     rewrites = rewriting.rewrites_of(passes)
     reference = loaded.path or given
-    notes = [*loaded.notes, *inlined, *canonicalize(original, include, exclude, again=requantize)]
+    notes = [*loaded.notes, *inlined, *unused.remove(original), *canonicalize(original, include, exclude, again=requantize)]
     work = original.clone()
     layers, skips = find(work, include, exclude)
     elsewhere = list(holders(original.graph.all_nodes()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,10 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
             known[tensor.name] = tensor
         for sparse in graph.sparse_initializer:
             _sparse(sparse, found)
+        for value in graph.input:
+            kind = value.type.tensor_type.elem_type
+            if value.name in known and known[value.name].data_type != kind:
+                found.add(f"input {value.name} has type {kind}, and its initializer type {known[value.name].data_type}")
     for node in graph.node:
         if found.full:
             return
@@ -173,15 +178,10 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         found.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
     if attribute.type not in _ATTRIBUTE_TYPES:
         found.add(f"{where} has the unknown type {attribute.type}")
-    if node.domain in _ONNX and not _is_text(attribute):
-        found.add(f"{where} is not UTF-8")
-    if (
-        node.domain in _ONNX
-        and attribute.name in _TYPES
-        and attribute.HasField("i")
-        and attribute.i not in onnx.TensorProto.DataType.values()
-    ):
-        found.add(f"{where} is the unknown type {attribute.i}")
+    if node.domain in _ONNX and not attribute.ref_attr_name:
+        problem = _value(node, attribute)
+        if problem:
+            found.add(f"{where} {problem}")
     if attribute.HasField("t"):
         _tensor(attribute.t, found, where)
     for tensor in attribute.tensors:
@@ -190,6 +190,20 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         _sparse(attribute.sparse_tensor, found, where)
     for sparse in attribute.sparse_tensors:
         _sparse(sparse, found, where)
+
+
+def _value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> str | None:
+    """What is wrong with the value of an attribute of ONNX's operators, where the libraries below do not say so but crash or hang."""
+    if not _is_text(attribute):
+        return "is not UTF-8"
+    if node.op_type == "Einsum" and attribute.name == "equation" and not _EQUATION.fullmatch(attribute.s):
+        return f"is no equation: {attribute.s[:80]!r}"
+    if attribute.name in _TYPES and attribute.type == onnx.AttributeProto.INT and attribute.i not in _DATA_TYPES:
+        return f"is the unknown type {attribute.i}"
+    counts = attribute.ints if attribute.type == onnx.AttributeProto.INTS else [attribute.i]
+    if attribute.name in _COUNTS and any(i < 1 for i in counts):
+        return f"is {list(counts)}; a convolution or pool counts from 1"
+    return None
 
 
 def _is_text(attribute: onnx.AttributeProto) -> bool:
@@ -203,6 +217,12 @@ def _is_text(attribute: onnx.AttributeProto) -> bool:
 
 
 _ONNX = ("", "ai.onnx")
+_EQUATION = re.compile(rb"[A-Za-z,.> -]*")
+"""ONNX's own inference of shapes does not come back from other characters."""
+
+_COUNTS = ("group", "strides", "dilations", "kernel_shape")
+"""Attributes onnxruntime divides by, some without a look at them."""
+
 _DATA_TYPES = set(onnx.TensorProto.DataType.values())
 _TYPES = ("to", "dtype", "output_dtype", "stash_type")
 _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
@@ -260,6 +280,8 @@ def _external(tensor: onnx.TensorProto, size: int, found: _Findings) -> str | No
     """What is wrong with a tensor's data in another file, which ought to be ``size`` bytes."""
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
+    if not isinstance(location, str):
+        return f"external data {location[:80]!r} has a name that is not UTF-8"
     if found.folder is None:
         return f"its data is in the file {location!r}, and a model in memory has no folder; give the model's path"
     if tensor.data_type == onnx.TensorProto.STRING:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.errors import OutputError
-from magr_onnx.writing import explained, model_values
+from magr_onnx.writing import explained, let_go, model_values
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
 FILE_BYTES = 1 << 30  # a tensor maps the whole of its file, so that many files are better than one
@@ -31,7 +31,7 @@ class Spool:
             for value in model_values(model):
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    tensor.release()
+                    let_go(tensor)
                 elif isinstance(tensor, ir.Tensor) and tensor.nbytes > SMALL:
                     value.const_value = self._move(tensor, str(value.name))
         except OSError as error:

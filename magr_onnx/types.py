@@ -26,6 +26,7 @@ BITS = tuple(range(2, 9))
 LARGE = 6144
 """Inputs of a layer from which its ``(K, K)`` matrices are held in float32, few at a time, and worked on in place."""
 LARGE_ROWS = 512  # of such a matrix worked on at a time
+NOISE = 3e-7  # of a second moment that was summed in single precision
 COLUMN_BYTES = 1 << 25  # of float32 output channels that solvers work on at a time: channels are independent of each other
 
 
@@ -260,15 +261,16 @@ class LayerStats:
         """The matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias will absorb the mean error."""
         if not centred or self.is_data_free:
             return self.gram
-        if len(self.mean) >= LARGE:
-            return self._centred()
-        return self.memo("centred", lambda: self.gram - np.outer(self.mean, self.mean))
+        return self._centred() if len(self.mean) >= LARGE else self.memo("centred", self._centred)
 
     def _centred(self) -> Array:
-        """The centred matrix row by row, without another of its size."""
+        """The centred matrix row by row, without another of its size; inputs that never change leave only noise, which is taken out."""
         result: Array = self.gram.copy()
         for at in range(0, len(result), LARGE_ROWS):
             result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
+        still = np.flatnonzero(result.diagonal() <= NOISE * self.gram.diagonal())
+        result[still] = 0
+        result[:, still] = 0
         return result
 
 

@@ -8,6 +8,7 @@ when nothing needs them any more. The names follow from what is there and what i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -133,7 +134,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
         for value, tensor in zip(model_values(model), before, strict=True):
             held = value.const_value
             if done and isinstance(held, ir.ExternalTensor):
-                held.release()
+                let_go(held)
                 held.base_dir = output.parent
             else:
                 value.const_value = tensor
@@ -141,6 +142,13 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
         if is_ours(path, output):
             path.unlink(missing_ok=True)
     return size
+
+
+def let_go(tensor: ir.TensorProtocol) -> None:
+    """Unmap a tensor's file, if it has one, or every file that was ever read counts as memory in use. It is mapped again when read."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # somebody still looks at its values
+            tensor.release()
 
 
 def oversized(model: ir.Model, layout: Layout) -> list[str]:
@@ -218,7 +226,7 @@ def _copy(tensor: ir.TensorProtocol, file: _Hashed) -> None:
     start = file.size
     if isinstance(tensor, ir.ExternalTensor):
         tensor.tofile(file)
-        tensor.release()
+        let_go(tensor)
     else:
         file.write(tensor.tobytes())
     if file.size - start != tensor.nbytes:

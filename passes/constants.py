@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.writing import let_go
+
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 FOLLOW = "onnx_magr.follow"
@@ -97,9 +99,8 @@ class Held:
             for step in self.steps:
                 array = step.apply(array)
             result = ir.tensor(np.array(array, order="C"), dtype=self.dtype)
-            if isinstance(self.stored, ir.ExternalTensor):
-                del array
-                self.stored.release()  # or every file stays mapped, and counts as memory in use
+            del array
+            let_go(self.stored)
             return result
 
         return ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=self.name)

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from magr_onnx.passes.bodies import Place, captured, inner_names, opaque, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
+from magr_onnx.writing import let_go
 
 OPERATORS = ("MatMul", "Gemm")
 """Operators of ONNX that are looked at as linear layers."""
@@ -154,9 +155,8 @@ class LinearLayer:
         """The effective weight ``(K, N)`` float32, contiguous."""
         stored = self.tensor.numpy()
         array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
-        if isinstance(self.tensor, ir.ExternalTensor):
-            del stored
-            self.tensor.release()  # or every file stays mapped, and counts as memory in use
+        del stored
+        let_go(self.tensor)
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array
@@ -273,7 +273,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     def skip(reason: Reason, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    x, weight = node.inputs[0], node.inputs[1]
+    x, weight = (*node.inputs, None, None)[:2]  # a function may be called with fewer inputs than it has
     if x is None or weight is None:
         return skip(Reason.DYNAMIC_WEIGHT)
     right, left = held(weight), held(x)

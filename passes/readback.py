@@ -16,6 +16,7 @@ from magr_onnx.passes.emit_conv import emitted_matrices
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.gather import emitted_table
 from magr_onnx.types import Array
+from magr_onnx.writing import let_go
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
@@ -66,7 +67,7 @@ def _numpy(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
     array = tensor.numpy()
     if isinstance(tensor, ir.ExternalTensor):
         array = array.copy()
-        tensor.release()
+        let_go(tensor)
     return array
 
 

@@ -141,6 +141,8 @@ def collect(
     readers = readers_of(layers)
     if not readers:
         return Calibration({}, ())
+    if not readers:
+        return Calibration({}, ())
     taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
     taps = [replace(t, quantize=quantize.get(t.value), bounds=bounds.get(t.value)) for t in taps]
     parts = [[_Sums.of(t.width) for t in taps] for _ in range(2)]

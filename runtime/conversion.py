@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ _BATCHES = 2
 _UNKNOWN = (4, 1, 8, 16)
 """What dimensions of any size are tried as, one after the other."""
 
+_LARGEST = 1 << 24
+"""Elements of an input that are made up; a declared shape may ask for anything."""
+
 _TOLERANCE = {2: 1e-2}
-"""Of the largest value, by bytes a value: what an adapter wrote differently adds in another order, and 1e-4 is generous for that."""
+"""Of the largest value, by bytes a value: what is added in another order, with casts to half
+precision inside, stays within 1e-3."""
 
 
 def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:
@@ -46,7 +51,7 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
                 f"raising the opset changed the model's inputs or outputs ({', '.join(old.outputs)} became {', '.join(new.outputs)}); "
                 "export the model with a newer opset"
             )
-        failure = ""
+        failure = "they would be too large"
         compared = 0
         for batch in data.limit(_BATCHES) if data is not None else made_up(old.inputs):
             try:
@@ -90,7 +95,7 @@ def _same(a: Any, b: Any) -> bool:
     if a.dtype.kind not in "fc" or a.size == 0:
         return bool((a == b).all())
     size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
-    return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE.get(a.dtype.itemsize, 1e-4) * size, equal_nan=True))
+    return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE.get(a.dtype.itemsize, 1e-3) * size, equal_nan=True))
 
 
 def _distance(a: Any, b: Any) -> str:
@@ -101,7 +106,8 @@ def _distance(a: Any, b: Any) -> str:
 
 def made_up(inputs: Sequence[InputInfo]) -> list[Batch]:
     """Random inputs of the model's types: floats around zero, whole numbers and truth values 0 or 1; one batch for each guess at sizes."""
-    return [{i.name: _random(i, unknown) for i in inputs} for unknown in _UNKNOWN]
+    sizes = [u for u in _UNKNOWN if all(math.prod(u if d is None else d for d in i.shape) <= _LARGEST for i in inputs)]
+    return [{i.name: _random(i, unknown) for i in inputs} for unknown in sizes]
 
 
 def _random(info: InputInfo, unknown: int) -> Array:

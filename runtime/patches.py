@@ -19,7 +19,6 @@ from magr_onnx.runtime.session import Session
 from magr_onnx.types import Array, LayerStats
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
-
 Progress = Callable[[int, int], None]
 
 
@@ -78,9 +77,10 @@ def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provi
         shapes = session.run(next(iter(data)))
     found = {}
     for layer, shape in zip(layers, shapes, strict=True):
-        size = 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
+        kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one-hot, a place each
+        size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
-            why = f"its patches take {size / 1e6:.0f} MB a sample, and the limit is {limit / 1e6:.0f} MB"
+            why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
             found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
     return found
 

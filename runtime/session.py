@@ -22,10 +22,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from magr_onnx.errors import ProviderError, RuntimeFailure
+from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
 from magr_onnx.runtime.in_place import serialized
 from magr_onnx.sanity import custom_operators
-from magr_onnx.writing import tensor_bytes
+from magr_onnx.writing import data_files, explained, tensor_bytes
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -120,7 +120,7 @@ class Session:
             arithmetic: How to optimize it.
             threads: Of one operator; 0 for all cores.
             lean: Leave weights in their memory-mapped files: no optimizations that would make copies of them, and no prepacking. None for
-                where a model in memory has more than `LEAN_BYTES` of them.
+                where there are more than `LEAN_BYTES` of them (in a file: and it is not to be optimized).
 
         Raises:
             ProviderError: The provider is not available.
@@ -130,7 +130,10 @@ class Session:
         if name == PROVIDERS["cuda"]:
             _preload()
         if lean is None:
-            lean = isinstance(model, ir.Model) and tensor_bytes(model) > LEAN_BYTES
+            if isinstance(model, ir.Model):
+                lean = tensor_bytes(model) > LEAN_BYTES
+            else:
+                lean = arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads
@@ -153,6 +156,9 @@ class Session:
                 source = str(model)
             fallback = [] if name == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
             self._session = ort.InferenceSession(source, options, providers=[name, *fallback])
+        except OSError as error:
+            self.close()
+            raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {explained(error)}; or set TMPDIR") from error
         except Exception as error:
             self.close()
             raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error

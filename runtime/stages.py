@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.errors import NonFiniteError, OutputError, raise_all
 from magr_onnx.feedback import goal_of
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
@@ -32,6 +32,7 @@ from magr_onnx.runtime.calibrate import plan as plan_groups
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 from magr_onnx.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
+from magr_onnx.writing import explained
 
 DEFAULT_CACHE = 2 << 30
 
@@ -56,10 +57,16 @@ class Cache:
             self._memory[name, batch] = array
             self._used += array.nbytes
             return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-        path = Path(self._folder.name, f"{self._written}.npy")
-        np.save(path, array, allow_pickle=False)
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+            path = Path(self._folder.name, f"{self._written}.npy")
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise OutputError(
+                f"cannot write values between stages to {where}: {explained(error)}; or give a larger --cache, or set TMPDIR"
+            ) from error
         self._files[name, batch] = path
         self._written += 1
         self.spilled += array.nbytes
@@ -210,7 +217,7 @@ def staged(
         feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
         hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
         gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
-        wanted: Layers that statistics are for; those of others are left out.
+        wanted: Layers that statistics are for; parts without one come without.
         cuts: Layers to cut the model at, those of ``layers`` among them, so that no segment has many; None for ``layers`` alone.
 
     Raises:
@@ -240,7 +247,7 @@ def staged(
                 progress(s + 1, len(steps.stages))
             mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
             for part in [mine] if gram_budget is None else plan_groups(mine, gram_budget, hold_out):
-                left = [layer for layer in part if wanted(layer)]
+                left = part if any(map(wanted, part)) else []  # all of them: layers that share a weight are solved together
                 found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
                 yield part, replace(found, spilled=floats.spilled + quants.spilled)
                 del found  # before the next ones are made

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from typer.main import get_command
 
 import magr_onnx
 from magr_onnx.cli import _bytes, app, main
+from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
 from tests.graphs import feeds, proto
 
@@ -237,3 +239,26 @@ def test_inspect_shows_what_would_be_skipped(folder: Path) -> None:
     assert "1 layers to convert, 2 to leave as they are" in result.stdout
     assert "up (Gemm): excluded by name" in result.stdout
     assert max(map(len, result.stdout.splitlines()[1:])) <= 80
+
+
+def test_convolutions_and_tables_have_options(tmp_path: Path) -> None:
+    text = """g (int64[n, 8] i) => (float[n, 4] y) {
+        [emb] h = Gather(table, i)
+        t = Transpose<perm = [0, 2, 1]>(h)
+        [c] a = Conv(t, k)
+        p = GlobalAveragePool(a)
+        f = Flatten(p)
+        [fc] y = MatMul(f, w)
+    }"""
+    onnx.save(model(text, table=constant("table", 128, 32), k=constant("k", 16, 32, 3), w=constant("w", 16, 4)), tmp_path / "m.onnx")
+    result = run(
+        "optimize", "m.onnx", "--conv-bits", "4", "--conv-form", "dequantize", "--embeddings", "dequantize", "--json", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {row["op"]: row["bits"] for row in report["layers"]} == {"Gather": 8, "Conv": 4, "MatMul": 4}
+    assert report["pipeline"].endswith("convolutions{bits=4,form=dequantize},embeddings{form=dequantize}")
+    result = run("optimize", "m.onnx", "--conv-bits", "none", "--quiet", "--report", "r.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {row["op"] for row in json.loads((tmp_path / "r.json").read_text())["skipped"]} == {"Gather", "Conv"}
+    assert "embedding_bits=4 needs embeddings" in run("optimize", "m.onnx", "--embedding-bits", "4", cwd=tmp_path).stderr

@@ -364,12 +364,14 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
     with Session(found) as session:
         data = open_data(samples(4), session.inputs, 4)
     layers = find(found)[0]
-    sizes = {"stem": 4 * 36 * 64, "depthwise": 4 * 216 * 64, "point": 4 * 24 * 64, "up": 4 * 96 * 256}
-    for limit in (0, 10_000, 60_000, 98_304):
+    gathered = {"stem": 36 * 64, "depthwise": 216 * 64, "point": 24 * 64, "up": 96 * 256}
+    one_hot = {"stem": 4 * 81, "depthwise": 24 * 81, "point": 24, "up": 24 * 16}
+    sizes = {name: 4 * (gathered[name] + one_hot[name]) for name in gathered}
+    for limit in (0, 10_000, 70_000, 99_840):
         large = patches.too_large(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
-    result = convolutions.convert(found, found.clone(), passes, data, patch_limit=60_000)
+    result = convolutions.convert(found, found.clone(), passes, data, patch_limit=70_000)
     assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
     assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
     assert result.rows[3].notes[0].startswith("data-free: its patches take")
@@ -542,3 +544,74 @@ def test_groups_without_input_are_rounded() -> None:
     found = grouped.solve(weights, np.zeros((8, 9, 9)), WeightSpec(8, None, True), 0.01)
     for weight, w in zip(found.weights, weights, strict=True):
         assert np.abs(weight.dequantize() - w).max() < 0.02 * np.abs(w).max()
+
+
+def test_a_budget_counts_convolutions_and_leaves_their_bits_alone(tmp_path: Path) -> None:
+    proto, path = net(), tmp_path / "q.onnx"
+    size = len(proto.SerializeToString())
+    report = magr_onnx.optimize(proto, samples(8), output=path, target_size="60%", conv_bits=4).report
+    assert report.bytes_after <= 0.6 * size
+    assert [row.bits for row in report.layers if row.op != "Gemm"] == [4] * 4
+    assert report.assignment is not None
+    lossy = magr_onnx.optimize(net(), samples(8), max_loss="0.000001%", conv_bits=3).report
+    assert lossy.assignment is not None
+    assert not lossy.assignment.met  # what convolutions lose counts too
+
+
+def test_a_model_too_large_to_run_has_data_free_convolutions(tmp_path: Path) -> None:
+    onnx.save(net(), tmp_path / "m.onnx")
+    report = magr_onnx.optimize(tmp_path / "m.onnx", samples(8), output=tmp_path / "q.onnx", max_memory=20_000).report
+    assert [row.rows for row in report.layers if row.op != "Gemm"] == [0] * 4
+    assert any("convolutions are data-free: the model is too large" in note for note in report.notes)
+    assert error(tmp_path / "q.onnx", net(), samples(2, seed=9)) < 0.2
+
+
+def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path: Path) -> None:
+    onnx.save(net(), tmp_path / "m.onnx")
+    for name in ("a.onnx", "b.onnx"):
+        report = magr_onnx.optimize(tmp_path / "m.onnx", samples(8), output=tmp_path / name, resume=tmp_path / "job").report
+        assert len(report.layers) == report.verified == 5
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize("group", [1, 2, 16])
+def test_inputs_that_hardly_differ_from_their_mean_have_gram_matrices_that_can_be_factored(effort: Any, group: int) -> None:
+    proto = model(
+        f"g (float[n, 32, 8, 8] x) => (float[n, 16, 8, 8] y) {{ [c] y = Conv<group = {group}>(x, k, b) }}",
+        k=constant("k", 16, 32 // group, 1, 1),
+        b=constant("b", 16),
+    )
+    rng = np.random.default_rng(0)
+    mean = 50 + 100 * rng.random((1, 32, 1, 1))
+    data = [{"x": (mean + 1e-3 * rng.standard_normal((4, 32, 8, 8))).astype(np.float32)} for _ in range(8)]
+    found, report = magr_onnx.optimize(proto, data, effort=effort, conv_bits=4)
+    assert report.layers[0].bias_compensated
+    assert error(found, proto, data) < 1e-4  # the bias takes up all there is
+
+
+def test_a_mask_does_not_reach_convolutions_and_that_is_said() -> None:
+    proto = model(
+        """g (float[n, 4, 8] x, int64[n, 8] attention_mask) => (float[n, 6, 8] y, int64[n, 8] m) {
+            [c] y = Conv<pads = [1, 1]>(x, k, b)
+            m = Identity(attention_mask)
+        }""",
+        k=constant("k", 6, 4, 3),
+        b=constant("b", 6),
+    )
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.standard_normal((5, 4, 8), np.float32), "attention_mask": np.eye(5, 8, dtype=np.int64)}
+    report = magr_onnx.optimize(proto, [batch]).report
+    assert [row.rows for row in report.layers] == [40]
+    assert "mask 'attention_mask' marks no positions of convolutions: all of theirs count" in report.notes
+
+
+def test_inspection_lists_convolutions() -> None:
+    found = magr_onnx.inspect(net(), exclude=["point"])
+    assert [(row["name"], row["op"], row["k"], row["n"], row["groups"]) for row in found.layers] == [
+        ("fc", "Gemm", 16, 10, 1),
+        ("stem", "Conv", 36, 24, 1),
+        ("depthwise", "Conv", 9, 1, 24),
+        ("up", "ConvTranspose", 96, 16, 1),
+    ]
+    assert [row.name for row in found.skipped] == ["point"]

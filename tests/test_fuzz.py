@@ -33,7 +33,8 @@ def judge_made(made: Made, run: str) -> Outcome:
 def verdict(made: Made, run: str) -> str | None:
     """What is wrong with what became of a random graph."""
     outcome = judge_made(made, run)
-    if outcome.bug or (outcome.kind == REFUSED and "no layer can be converted" not in outcome.detail):
+    fine = ("no layer can be converted", "onnxruntime loses a cast")
+    if outcome.bug or (outcome.kind == REFUSED and not any(reason in outcome.detail for reason in fine)):
         return f"{run}: {outcome.kind}: {outcome.detail}\n{made.text}"
     if outcome.kind == CONVERTED and outcome.layers + outcome.skipped < made.linear:
         return f"{run}: {made.linear} linear layers, {outcome.layers} converted, {outcome.skipped} skipped\n{made.text}"
@@ -46,6 +47,16 @@ def test_random_graphs(rng: random.Random, run: str) -> None:
     made = make(rng)
     target(float(made.linear))
     assert verdict(made, run) is None
+
+
+FOUND = (1531, 1107, 1715, 3028, 3435, 3527, 3535, 345, 165, 4443, 4086)
+"""Seeds whose graphs once failed: overridable weights and dead subgraphs between stages, inputs that never change, Gemm below opset 11."""
+
+
+@pytest.mark.parametrize("seed", FOUND)
+@pytest.mark.parametrize("run", ["matmulnbits, calibrated", "fast"])
+def test_graphs_that_failed_once(seed: int, run: str) -> None:
+    assert verdict(make(random.Random(seed)), run) is None
 
 
 def test_random_graphs_are_mostly_converted() -> None:
@@ -98,3 +109,8 @@ def test_a_worker_that_dies_is_an_outcome() -> None:
     assert [found[i].kind for i in range(4)] == [CONVERTED, "crash", "timeout", CONVERTED]
     assert found[1].detail == "at float: SIGSEGV"
     assert found[2].detail == "at optimize"
+
+
+def test_a_worker_that_does_not_start_is_no_outcome() -> None:
+    with pytest.raises(RuntimeError, match="does not start"):
+        list(isolated.outcomes("tests.fuzz.no_such_module", [], range(4)))

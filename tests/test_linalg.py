@@ -109,3 +109,12 @@ def test_cholesky_gives_up_and_names_the_last_damping_it_tried() -> None:
         cholesky(-1e9 * np.diag([0.0, 0.0, 0.0, 1.0]) + 1e9 * np.diag([1.0, 0.0, 0.0, 0.0]), 0.01, retries=3)
     with pytest.raises(NonFiniteError):
         cholesky(np.full((4, 4), np.nan), 0.01)
+
+
+def test_what_rounding_leaves_of_constant_inputs_is_damped() -> None:
+    """Once the mean of inputs that never change is taken off, nothing but noise of either sign is left."""
+    noise = np.random.default_rng(0).standard_normal((24, 24)) * 1e-7
+    for gram in (noise + noise.T, np.full((1, 1), -1e-8), np.zeros((3, 3))):
+        factor = cholesky(gram, 0.1)
+        assert np.isfinite(factor.lower).all()
+        assert (np.diag(factor.lower) > 0).all()

@@ -80,6 +80,19 @@ def test_error_feedback_in_many_stages_goes_on_to_the_same_bytes(tmp_path: Path)
     same_after_a_kill(bundled.MODEL, few_samples(), {"effort": "balanced", "bits": 3}, tmp_path)
 
 
+@pytest.mark.parametrize("memory", [None, "1kB"])
+def test_layers_that_share_a_weight_go_on_to_the_same_bytes(memory: str | None, tmp_path: Path) -> None:
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 48])
+    weight = b.constant("w", graphs.random(48, 48))
+    one = b.node("Tanh", [b.node("MatMul", [x, weight], "one")])
+    both = b.node("Mul", [one, b.node("MatMul", [x, weight], "beside")])
+    model = b.model(b.node("MatMul", [both, weight], "two"), ["batch", 48])
+    onnx.save(proto(model), tmp_path / "model.onnx")
+    samples = [graphs.feeds(model, seed=i) for i in range(8)]
+    same_after_a_kill(tmp_path / "model.onnx", samples, {"effort": "fast", "max_memory": memory}, tmp_path)
+
+
 def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, Any], folder: Path) -> None:
     """Without a job directory, with one, and with one that lacks every second layer: one and the same file."""
     plain, kept, half = (folder / n / "out.onnx" for n in ("plain", "kept", "half"))

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.locking import clear, lock, workspace
 from magr_onnx.models import bundled
 from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.stages import Cache
 from magr_onnx.writing import Layout, save
 from tests import graphs
 from tests.graphs import feeds, proto
@@ -243,6 +245,16 @@ def test_finished_layers_on_a_full_disk(tmp_path: Path) -> None:
         out = disk / "out.onnx"
         with pytest.raises(OutputError, match=r"temporary files.*the disk is full"):
             magr_onnx.optimize(bundled.MODEL, output=out, max_memory="1MB")
+        assert names(disk) == []
+
+
+def test_temporary_files_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path, 64 << 10) as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(OutputError, match=r"temporary files to .*disk.*set TMPDIR"):
+            Session(ir.from_proto(onnx.load(bundled.MODEL)))
+        with Cache(0) as cache, pytest.raises(OutputError, match="larger --cache, or set TMPDIR"):
+            cache.put("x", 0, np.zeros(1 << 16))
         assert names(disk) == []
 
 

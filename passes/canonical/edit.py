@@ -148,7 +148,8 @@ class Edit:
         if list(perm) == list(range(len(perm))):
             return x
         shape = self.shape(x)
-        return self._make("Transpose", [x], None if shape is None else [shape[p] for p in perm], perm=list(perm))
+        fits = shape is not None and len(shape) == len(perm)  # what a file declares may be wrong
+        return self._make("Transpose", [x], [shape[p] for p in perm] if fits and shape is not None else None, perm=list(perm))
 
     def reshape(self, x: ir.Value, target: Sequence[int]) -> ir.Value:
         """``target`` as in ONNX: 0 keeps the dimension at its place, -1 is what is left."""
@@ -246,8 +247,8 @@ class Edit:
         weight: str = "",
     ) -> ir.Value:
         """A layer, with the name and the properties of the node; one of several has its index behind its name."""
-        if op == "Gemm" and len(inputs) == 2 and self.canvas.opset < 11:  # which must add something
-            inputs = [*inputs, self._constant(f"{self.name}_nothing", np.zeros(1, self.dtype.numpy()))]
+        if op == "Gemm" and len(inputs) == 2 and self.canvas.opset < 11:  # where its addend is not optional yet
+            inputs = [*inputs, self._constant(f"{self.name}_zero", np.zeros(1, self.dtype.numpy()))]
         found = self._made(op, list(inputs), shape, 1, fresh=True, **(attributes or {}))[0]
         made = found.producer()
         assert made is not None

@@ -23,6 +23,7 @@ from tests.fuzz.judge import Outcome
 
 MEMORY = 3 << 30
 SECONDS = 60.0
+ENDED = "the worker ended between two cases"
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,6 +55,8 @@ def outcomes(module: str, arguments: Sequence[str], indices: Sequence[int], seco
     while waiting:
         done = 0
         for index, outcome in _one_worker(module, arguments, waiting, seconds):
+            if not done and outcome in (Outcome("crash", "at nothing: exit 1"), Outcome("crash", ENDED)):
+                raise RuntimeError(f"python -m {module} {' '.join(arguments)} does not start; run it to see why")
             done += 1
             yield index, outcome
         waiting = waiting[done:]
@@ -79,9 +82,9 @@ def _one_worker(module: str, arguments: Sequence[str], indices: Sequence[int], s
                 process.stdin.write(f"{index}\n".encode())
                 process.stdin.flush()
             except BrokenPipeError:
-                yield index, Outcome("crash", "the worker ended between two cases")
+                yield index, Outcome("crash", ENDED)
                 return
-            stage, deadline = "start", time.monotonic() + seconds
+            stage, deadline = "nothing", time.monotonic() + seconds
             while True:
                 line = lines.next(deadline)
                 if line is None:

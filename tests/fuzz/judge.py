@@ -185,7 +185,7 @@ def _distance(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: floa
     size = float(np.abs(expected[finite]).max())
     error = float(np.abs(expected[finite] - got[finite]).max())
     half = 0.005 if got.dtype == np.float16 else 0.0
-    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-4 else None
+    return f"differs by {error:.3g} where the largest is {size:.3g}" if error > (tolerance + half) * size + 1e-3 else None
 
 
 def reason_of(error: MagrError) -> str:
@@ -200,6 +200,8 @@ def reason_of(error: MagrError) -> str:
     ):
         if cut in text:
             text = cut
+    if "InsertedPrecisionFreeCast" in str(error):
+        text = "onnxruntime loses a cast of its own in a subgraph"
     if "no layer can be converted" in text:
         text = "no layer can be converted: " + text.split("): ")[-1].split(";")[0].split(" (")[0].split(": ")[-1]
     return f"{type(error).__name__}: {text[:100]}"
