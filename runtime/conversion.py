@@ -18,8 +18,8 @@ from magr_onnx.runtime.session import Arithmetic, Batch, InputInfo, Session
 Array = npt.NDArray[Any]
 
 _BATCHES = 2
-_UNKNOWN = (4, 1, 8, 16)
-"""What dimensions of any size are tried as, one after the other."""
+_UNKNOWN = ((4, 4), (1, 8), (2, 16))
+"""What first and other dimensions of any size are tried as, in turn; some operators would broadcast an inner axis of one."""
 
 _LARGEST = 1 << 24
 """Elements of an input that are made up; a declared shape may ask for anything."""
@@ -106,13 +106,13 @@ def _distance(a: Any, b: Any) -> str:
 
 def made_up(inputs: Sequence[InputInfo]) -> list[Batch]:
     """Random inputs of the model's types: floats around zero, whole numbers and truth values 0 or 1; one batch for each guess at sizes."""
-    sizes = [u for u in _UNKNOWN if all(math.prod(u if d is None else d for d in i.shape) <= _LARGEST for i in inputs)]
-    return [{i.name: _random(i, unknown) for i in inputs} for unknown in sizes]
+    tried = [{i.name: [d if d is not None else sizes[axis > 0] for axis, d in enumerate(i.shape)] for i in inputs} for sizes in _UNKNOWN]
+    fitting = [shapes for shapes in tried if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
+    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in fitting]
 
 
-def _random(info: InputInfo, unknown: int) -> Array:
+def _random(info: InputInfo, shape: Sequence[int]) -> Array:
     rng = np.random.default_rng(0)
-    shape = [unknown if d is None else d for d in info.shape]
     if info.dtype.kind == "f":
         return rng.standard_normal(shape).astype(info.dtype)
     if info.dtype.kind in "iub":

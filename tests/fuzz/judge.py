@@ -178,6 +178,8 @@ def difference(expected: Any, got: Any, tolerance: float) -> str | None:
 
 def _distance(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: float) -> str | None:
     finite = np.isfinite(expected)
+    if np.isinf(tolerance):
+        return None
     if (finite != np.isfinite(got)).any():
         return "not finite in other places"
     if not finite.any():
