@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
@@ -140,8 +140,9 @@ def convert(
         if data is not None and measured:
             try:
                 found = patches.collect(model, measured, data, provider=provider)
-            except ModelError as error:  # the opset of a copy of it cannot be raised
-                large |= {layer.name: f"data-free: its patches cannot be gathered: {error}" for layer in measured}
+            except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
+                why = f"data-free: its patches cannot be gathered: {str(error).splitlines()[0]}"
+                large |= {layer.name: why for layer in measured}
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):
             known = [stats for layer in unit if (stats := gathered.pop(layer.name)) is not None]
