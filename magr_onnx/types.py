@@ -303,11 +303,17 @@ class Goal:
         return Goal(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
 
 
+LARGEST = 1e15
+"""Of a weight: sums of squares of larger ones are infinite in float32."""
+
+
 def check_finite(name: str, array: npt.NDArray[Any]) -> None:
-    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity."""
+    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity, or what becomes infinite when it is squared."""
     if not np.isfinite(array).all():
         bad = np.argwhere(~np.isfinite(array))
         raise NonFiniteError(
             f"{name}: {len(bad)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, bad[0]))}); "
             "repair the export or exclude the layer"
         )
+    if (largest := max(float(array.max(initial=0)), -float(array.min(initial=0)))) > LARGEST:
+        raise NonFiniteError(f"{name}: values up to {largest:.3g}, and {LARGEST:g} is the most that can be squared; exclude the layer")

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 import magr_onnx
 from magr_onnx import files, sanity
 from magr_onnx.boundary import explained
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, RuntimeFailure
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteError, RuntimeFailure
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.session import Arithmetic, Session
@@ -582,3 +582,11 @@ def test_half_precision_in_a_branch_is_right_at_every_level(tmp_path: Path) -> N
         for arithmetic in Arithmetic:
             with Session(path, arithmetic=arithmetic) as session:
                 np.testing.assert_allclose(session.run(feeds)[0], expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Conv"])
+def test_weights_that_cannot_be_squared_are_named(op: str) -> None:
+    shape, x, y = ((16, 8), "[n, 16]", "[n, 8]") if op == "MatMul" else ((8, 16, 1), "[1, 16, n]", "[1, 8, n]")
+    proto = model(f"g (float{x} x) => (float{y} y) {{ [fc] y = {op}(x, w) }}", w=constant("w", *shape) * np.float32(1e27))
+    with pytest.raises(NonFiniteError, match="weight of fc: values up to"):
+        magr_onnx.optimize(proto)
