@@ -20,7 +20,7 @@ from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.setting import Setting
-from magr_onnx.statistics import beginning, gather, output_hessian, without_stages
+from magr_onnx.statistics import beginning, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.types import LayerStats
 
 
@@ -118,6 +118,9 @@ def solve(
         raise prepared.nothing(skips)
     passes, missing = without_stages(work, layers, passes)
     notes += missing
+    if run.large and data is not None and (whole := uncuttable(work)):
+        some = ", ".join(whole[:3])
+        notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
     grids = ranges.Grids()
     if activations is not None and data is not None and layers:
         grids = ranges.choose_grids(

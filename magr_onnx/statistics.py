@@ -54,8 +54,8 @@ def gather(
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
     taken = {layer.name for layer in first}
     rest = [layer for layer in layers if layer.name not in taken]
-    every = [layer for layer in find(work)[0] if not layer.nested] if large else []  # cut at all of them, no segment is large
-    cuttable = large and not segments.not_tensors(work, segments.plan(work, every))
+    every = _main_layers(work) if large else []  # cut at all of them, no segment is large
+    cuttable = large and not uncuttable(work)
     staged = feedback or cuttable
     if not staged:
         first, rest = list(layers), []
@@ -96,6 +96,15 @@ def gather(
             wanted=run.left,
             cuts=every if cuttable else None,
         )
+
+
+def _main_layers(model: ir.Model) -> list[LinearLayer]:
+    return [layer for layer in find(model)[0] if not layer.nested]
+
+
+def uncuttable(model: ir.Model) -> list[str]:
+    """Values between linear layers that cannot be kept from one stage to the next, by name."""
+    return segments.not_tensors(model, segments.plan(model, _main_layers(model)))
 
 
 def held_out_for(passes: Sequence[LayerPass]) -> str:

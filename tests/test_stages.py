@@ -509,6 +509,8 @@ def test_sequences_between_layers_do_without_stages(effort: Any, tmp_path: Path)
     assert len(report.layers) == report.verified == 3
     assert any("no error feedback: pieces" in note for note in report.notes)
     assert ("no gradients" in " ".join(report.notes)) == (effort == "best")
+    small = magr_onnx.optimize(graphs.proto(model), batches(model), effort="fast", max_memory=1000).report
+    assert any("run as a whole" in note and "pieces" in note for note in small.notes)
     with Session(model) as a, Session(tmp_path / "out.onnx") as c:
         fresh = graphs.feeds(model, 50, seed=9)
         expected = a.run(fresh)[0]
