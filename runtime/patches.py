@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.errors import ModelError, NonFiniteError, raise_all
 from magr_onnx.passes.conv import ConvLayer
-from magr_onnx.passes.patches import geometry, patch_taps
-from magr_onnx.passes.taps import shape_taps
+from magr_onnx.passes.patches import extent_taps, geometry, patch_taps
+from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -71,18 +73,38 @@ def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list
     return groups
 
 
-def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
-    """Layers whose patches do not fit the limit, by name, with the reason as a sentence; measured on the first batch."""
-    with Session(shape_taps(model, [str(layer.output.name) for layer in layers]), provider) as session:
-        shapes = session.run(next(iter(data)))
+def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
+    """Layers without statistics, by name, with the reason as a sentence: their patches do not fit the limit, or data does not reach them.
+
+    Measured on the first batch, and in the bodies of If, Loop and Scan on all.
+    """
+    try:
+        taps = extent_taps(model, layers)
+    except ModelError as error:
+        return {layer.name: cannot_gather(error) for layer in layers}
+    shapes: Sequence[npt.NDArray[Any]] = []
+    with Session(taps, provider) as session:
+        for batch in data:
+            seen = session.run(batch)
+            shapes = [np.maximum(a, b) for a, b in zip(shapes, seen, strict=True)] if shapes else seen
+            if not any(layer.place for layer in layers):
+                break
     found = {}
     for layer, shape in zip(layers, shapes, strict=True):
+        if not shape.all():
+            found[layer.name] = f"data-free: {NEVER}"
+            continue
         kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one-hot, a place each
         size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
             why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
             found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
     return found
+
+
+def cannot_gather(error: ModelError) -> str:
+    """The sentence for a model that no patches can be gathered in: the opset of a copy of it cannot be raised."""
+    return f"data-free: its patches cannot be gathered: {error}"
 
 
 def collect(
