@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
@@ -140,7 +140,7 @@ def convert(
         if data is not None and measured:
             try:
                 found = patches.collect(model, measured, data, provider=provider)
-            except ModelError as error:
+            except (ModelError, RuntimeFailure) as error:
                 unmeasured |= dict.fromkeys((layer.name for layer in measured), patches.cannot_gather(error))
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):

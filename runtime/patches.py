@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError, NonFiniteError, raise_all
+from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.patches import extent_taps, geometry, patch_taps
 from magr_onnx.runtime.bodies import NEVER
@@ -76,19 +76,19 @@ def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list
 def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
     """Layers without statistics, by name, with the reason as a sentence: their patches do not fit the limit, or data does not reach them.
 
-    Measured on the first batch, and in the bodies of If, Loop and Scan on all.
+    Measured on the first batch that reaches all layers, and on all batches where some are in the bodies of If, Loop and Scan.
     """
+    nested = [layer for layer in layers if layer.place]
     try:
-        taps = extent_taps(model, layers)
-    except ModelError as error:
-        return {layer.name: cannot_gather(error) for layer in layers}
-    shapes: Sequence[npt.NDArray[Any]] = []
-    with Session(taps, provider) as session:
-        for batch in data:
-            seen = session.run(batch)
-            shapes = [np.maximum(a, b) for a, b in zip(shapes, seen, strict=True)] if shapes else seen
-            if not any(layer.place for layer in layers):
-                break
+        shapes = _extents(model, layers, data, provider)
+    except (ModelError, RuntimeFailure) as error:
+        if not nested:
+            raise
+        with Session(model, provider) as session:
+            session.run(next(iter(data)))  # the model itself must run
+        others = [layer for layer in layers if not layer.place]
+        rest = unmeasured(model, others, data, provider, limit) if others else {}
+        return {layer.name: cannot_gather(error) for layer in nested} | rest
     found = {}
     for layer, shape in zip(layers, shapes, strict=True):
         if not shape.all():
@@ -102,9 +102,21 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
     return found
 
 
-def cannot_gather(error: ModelError) -> str:
-    """The sentence for a model that no patches can be gathered in: the opset of a copy of it cannot be raised."""
-    return f"data-free: its patches cannot be gathered: {error}"
+def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> list[npt.NDArray[Any]]:
+    """The largest shape of every layer's output; zeros where there was none."""
+    nested = any(layer.place for layer in layers)
+    found = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
+    with Session(extent_taps(model, layers), provider) as session:
+        for batch in data:
+            found = [np.maximum(a, b) for a, b in zip(found, session.run(batch), strict=True)]
+            if not nested and all(shape.all() for shape in found):
+                break
+    return found
+
+
+def cannot_gather(error: MagrError) -> str:
+    """The sentence for patches that a copy of the model cannot gather: its opset cannot be raised, or onnxruntime does not run it."""
+    return f"data-free: its patches cannot be gathered: {str(error).splitlines()[0]}"
 
 
 def collect(

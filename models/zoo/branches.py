@@ -161,7 +161,7 @@ def _looked_up(feeds: Tensors, weights: Tensors) -> list[Tensor]:
     i = feeds["i"]
     if feeds["c"]:
         return [weights["main"][i] + weights["emb"][-i]]
-    return [weights["main"][i] + weights["emb_1"][i] + constant("second", 32, 64)[i]]
+    return [weights["main"][i] + weights["emb_1"][i] + constant("second", 31, 64)[i]]
 
 
 TRAPS = (
@@ -253,8 +253,8 @@ TRAPS = (
     *(
         Trap(
             f"table-in-both-branches-{form}",
-            lambda: model(LOOKED_UP, table=TABLE, second=constant("second", 32, 64)),
-            lambda rng: {"i": rng.integers(0, 32, 9), "c": np.array(rng.random() < 0.5)},
+            lambda: model(LOOKED_UP, table=TABLE, second=constant("second", 31, 64)),
+            lambda rng: {"i": rng.integers(0, 31, 9), "c": np.array(rng.random() < 0.5)},
             _looked_up,
             {"main": CONVERTED, "emb": CONVERTED, "emb_1": CONVERTED},
             {"embeddings": form},
