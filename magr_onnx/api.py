@@ -12,7 +12,7 @@ from magr_onnx import files
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
-from magr_onnx.optimizer import Optimized, Progress, optimize, skip_row, stage
+from magr_onnx.optimizer import Optimized, optimize, skip_row
 from magr_onnx.passes import conv
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
@@ -23,6 +23,7 @@ from magr_onnx.runtime import calibrate, overflow, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Source, open_data
 from magr_onnx.runtime.session import Arithmetic, Session, provider_name
+from magr_onnx.setting import Progress, stage
 from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
 

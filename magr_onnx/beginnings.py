@@ -5,7 +5,7 @@ Everything here is written into one copy of the float model, which linear layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -14,8 +14,10 @@ from magr_onnx.convolutions import Converted
 from magr_onnx.passes import LayerPass, Skip, conv
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.gather import Table
+from magr_onnx.run import Run
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Split
+from magr_onnx.setting import Setting
 
 
 def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Options | None) -> tuple[LayerPass, ...]:
@@ -43,27 +45,31 @@ def convert(
     passes: Sequence[LayerPass],
     data: Batches | None,
     goal: mixed.Goal | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    mask: str | None,
-    provider: str,
-    gram_budget: int,
-    large: bool,
-    progress: Callable[[int, int], None] | None,
+    setting: Setting,
+    run: Run,
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
 
-    Batches that a budget of loss will be measured on have no part in it. A ``large`` model cannot be run as a whole, so that its
+    Batches that a budget of loss will be measured on have no part in it. A large model cannot be run as a whole, so that its
     convolutions are solved without data.
     """
-    seen = None if large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    include, exclude = setting.include, setting.exclude
+    seen = None if run.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
     tables = embeddings.convert(work, passes, include, exclude)
     layers = convolutions.convert(
-        model, work, passes, seen, include=include, exclude=exclude, provider=provider, gram_budget=gram_budget, progress=progress
+        model,
+        work,
+        passes,
+        seen,
+        include=include,
+        exclude=exclude,
+        provider=setting.provider,
+        gram_budget=run.gram_budget,
+        progress=setting.stage("convolutions"),
     )
     notes = []
-    if mask is not None and any(row.rows for row in layers.rows):
-        notes.append(f"mask {mask!r} marks no positions of convolutions: all of theirs count")
-    if large and data is not None and layers.rows:
+    if setting.mask is not None and any(row.rows for row in layers.rows):
+        notes.append(f"mask {setting.mask!r} marks no positions of convolutions: all of theirs count")
+    if run.large and data is not None and layers.rows:
         notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)

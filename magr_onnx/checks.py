@@ -10,13 +10,12 @@ from typing import Protocol
 import onnx_ir as ir
 
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.errors import MagrError, NonFiniteError, OptionError, RuntimeFailure, raise_all
+from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, iterate
 from magr_onnx.report import ProofSummary, versions
-from magr_onnx.runtime import overflow
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime import apart, overflow, session
 from magr_onnx.targets import Target
 from magr_onnx.types import Array, check_finite
 from magr_onnx.verification import LayerVerdict
@@ -104,6 +103,7 @@ def verify_file(
     """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it.
 
     Raises:
+        ModelError: onnxruntime crashes on the ``source``.
         RuntimeFailure: onnxruntime does not load the ``source`` either.
         MagrError: The result is not what was chosen, or does not load although the source does.
     """
@@ -115,11 +115,15 @@ def verify_file(
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
-        with Session(path, provider, lean=size > LARGE):  # a large model's weights stay in their files
-            return
-    except RuntimeFailure as error:
+        apart.call(session.load, size, path=str(path), provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
+        return
+    except (RuntimeFailure, apart.Died) as error:
         result = error
-    with Session(source, provider):
-        raise MagrError(
-            f"{result}; the model itself loads: if it declares shapes that its values do not have, remove them, else please report this"
-        ) from result
+    try:
+        with apart.as_file(source) as given:
+            apart.call(session.load, size, path=given, provider=provider, lean=True)
+    except apart.Died as error:
+        raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
+    raise MagrError(
+        f"{result}; the model itself loads: if it declares shapes that its values do not have, remove them, else please report this"
+    ) from result

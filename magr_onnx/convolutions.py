@@ -140,7 +140,7 @@ def convert(
         if data is not None and measured:
             try:
                 found = patches.collect(model, measured, data, provider=provider)
-            except (ModelError, RuntimeFailure) as error:
+            except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
                 unmeasured |= dict.fromkeys((layer.name for layer in measured), patches.cannot_gather(error))
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):

@@ -1,51 +1,31 @@
-"""The main job: a model in, its layers through a pipeline one by one, a model out that is proved to hold what was chosen."""
+"""The main job: a model in, its layers through a pipeline, a model out that is proved to hold what was chosen."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, files, mixed
+from magr_onnx import files, mixed
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
-from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
+from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.options import Options, build_pipeline
-from magr_onnx.packing import container_bits
-from magr_onnx.passes import (
-    ErrorFeedback,
-    Job,
-    LayerPass,
-    LinearLayer,
-    Skip,
-    pipeline,
-    shared,
-    unused,
-)
-from magr_onnx.passes.canonical import canonicalize
-from magr_onnx.passes.functions import open_up
-from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import find
-from magr_onnx.passes.readback import digest
-from magr_onnx.report import LayerRow, Report, SkipRow, megabytes, versions
+from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
+from magr_onnx.preparing import prepare
+from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
-from magr_onnx.runtime import bodies, calibrate, conversion, ranges, rewriting, stages
+from magr_onnx.runtime import calibrate, conversion, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
-from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.runtime.session import inputs_of, provider_name
-from magr_onnx.statistics import beginning, gather, held_out_for, output_hessian, without_stages
-from magr_onnx.types import LayerStats
+from magr_onnx.setting import Progress, Setting
+from magr_onnx.solving import Solved, solve
+from magr_onnx.statistics import held_out_for
 from magr_onnx.writing import save
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, steps done and steps in total."""
 
 
 class Optimized(NamedTuple):
@@ -111,7 +91,6 @@ def optimize(
     Raises:
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
-    clock = _Clock()
     asked = dict(options)
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
@@ -126,239 +105,101 @@ def optimize(
     pipeline.check(passes, provider)
     passes = pipeline.suited(passes, provider)
     provider_name(provider)
-    activations = pipeline.activations_of(passes)
-    if calibration is None and activations is not None and activations.type != "dynamic":
-        raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
-    if calibration is None and any(isinstance(p, ErrorFeedback) for p in passes):
-        raise OptionError("error feedback needs calibration data; give some, or take effort fast")
-    if calibration is None and goal is not None:
-        raise OptionError(f"{goal.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
+    if calibration is None:
+        _check_data_free(passes, goal)
     loaded = files.load(model)
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-    mask_input = calibrate.resolve_mask(loaded.model, mask)
-    original = loaded.model
-    opset, given = original.opset_imports.get(""), original.clone()
-    inlined = open_up(original)
-    passes = beginnings.complete(passes, original, None if pipeline_text is not None else options)
-    pipeline.prepare(passes, original)
-    raised = original.opset_imports.get("") != opset
-    rewrites = rewriting.rewrites_of(passes)
-    reference = loaded.path or given
-    notes = [*loaded.notes, *inlined, *unused.remove(original), *canonicalize(original, include, exclude, again=requantize)]
-    work = original.clone()
-    layers, skips = find(work, include, exclude)
-    elsewhere = list(holders(original.graph.all_nodes()))
-    others, unconverted = beginnings.look(work, passes, include, exclude)
-    if not layers and not others:
-        reasons = "; ".join(map(str, (skips + elsewhere + unconverted)[:5])) or "it has no MatMul, Gemm or convolution"
-        raise ModelError(f"{loaded.name}: no layer can be converted: {reasons}")
-    run.open(loaded, layers, out, max_memory, gram_budget, cache, shard_size, external_data)
-    run.sweep(original)
-    check_weights([*layers, *others])
-    clock.lap("load")
+    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress)
+    prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize)
+    run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
+    run.sweep(prepared.model)
+    check_weights(prepared.readable)
+    run.lap("load")
 
     data = held = None
-    if calibration is not None or validation_data is not None:
-        inputs = inputs_of(original)
-        if calibration is not None:
-            data = open_data(calibration, inputs, batch_size)
-        if validation_data is not None:
-            held = open_data(validation_data, inputs, batch_size)
-    if data is None:
-        notes.append("data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy")
-    elif len(data) < calibrate.HELD_OUT and (chosen := held_out_for(passes)):
-        notes.append(
-            f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
-            "give more samples, or cut them into smaller batches"
-        )
-
-    settings = {"include": include, "exclude": exclude, "mask": mask_input, "batch_size": batch_size, "provider": provider}
-    run.resume(resume, loaded, data, passes, {**asked, **settings, "requantize": requantize})
-    if raised:
-        notes += conversion.check(reference, original, data, provider)
-    if rewrites:
-        notes += rewriting.rewrite(
-            original, passes, data, include=include, exclude=exclude, mask=mask_input, provider=provider, gram_budget=run.gram_budget
-        )
-        run.sweep(original)
-        clock.lap("rewrite")
-    base = original.clone()
-    report = stage(progress, "convolutions")
-    budget = (run.gram_budget, run.large)
-    begun = beginnings.convert(original, base, passes, data, goal, include, exclude, mask_input, provider, *budget, report)
-    run.sweep(base)
-    work = base.clone()
-    layers, skips = find(work, include, exclude)
-    skips += [*elsewhere, *begun.skips]
-    notes += begun.notes
-    if begun.rows:
-        clock.lap("convolutions")
-
-    source = bodies.tapped(original, layers, data, passes, provider, run.large)
-    layers, lost = source.split(layers, needed=goal is not None or (activations is not None and activations.type != "dynamic"))
-    skips += lost
-    if not layers and not begun.rows:
-        raise ModelError(f"{loaded.name}: no layer can be converted: {'; '.join(map(str, skips[:5]))}")
-    passes, missing = without_stages(work, layers, passes)
-    notes += missing
-    rows: dict[str, LayerRow] = {}
-    digests: dict[str, str] = {}
-
-    def finished(job: Job) -> None:
-        rows[job.layer.name] = _layer_row(job)
-        if job.emitted and job.quantized is not None:
-            digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
-        run.sweep(work)
-        if progress is not None:
-            progress("quantizing", len(rows), len(layers))
-
-    grids = ranges.Grids()
-    if activations is not None and data is not None and layers:
-        report = stage(progress, "ranges")
-        grids = ranges.choose_grids(source.model, source.reached(layers), data, passes, activations, mask_input, provider, report)
-        notes += grids.notes
-        clock.lap("ranges")
-    search = None
-    if goal is not None and data is not None and layers:
-        room = len(pipeline.text_of(passes)) + mixed.STAMP
-        floats = mixed.Source(base, layers, loaded.bytes, out is not None, room, original, source.on(base))
-        integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
-        report = stage(progress, "sensitivities")
-        search = mixed.Search(goal, options, floats, data, integer, mask_input, provider, gram_budget, report)
-        data = search.data
-        clock.lap("sensitivities")
-    with output_hessian(original, layers, data, passes, provider, stage(progress, "differentiating"), notes) as hessian:
-        if hessian is not None:
-            clock.lap("differentiate")
-        while True:
-            left: list[Skip] = []
-            assigned: Mapping[str, Sequence[LayerPass]] = {}
-            if search is not None:
-                assigned = search.plan.assigned()
-                layers, left = search.plan.select(layers)
-            run.plan(passes, assigned)
-            unmasked: list[str] = []
-            spilled = 0
-            report = stage(progress, "calibrating")
-            budgets, changed = (run.gram_budget, run.cache), begun.digests
-            for group, result in gather(
-                original, work, source, layers, data, passes, grids, mask_input, provider, *budgets, report, changed, run.large, run.left
-            ):
-                unmasked += result.unmasked
-                spilled = max(spilled, result.spilled)
-                clock.lap("calibrate")
-                stats, begin = result.stats, beginning(result, source, grids, hessian, data)
-                known = partial(_known, stats)
-                pipeline.run_layers(passes, group, known, finished, begin, assigned, run.store)
-                stats.clear()  # the next ones are made while this loop still holds these
-                result.goals.clear()
-                clock.lap("quantize")
-            if search is None or search.accepts(work):
-                break
-            work = base.clone()
-            layers, _ = source.split(find(work, include, exclude)[0], bool(lost))
-            rows.clear()
-            digests.clear()
-    skips += left
-    notes += run.notes(work)
-    if spilled:
-        notes.append(f"{megabytes(spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
-    if unmasked:
-        some = ", ".join(unmasked[:3])
-        notes.append(f"mask {mask_input!r} does not fit the rows of {len(unmasked)} inputs ({some}); all their rows count")
-
-    digests |= begun.digests
-    said = shared.remarks(layers, run.large)
-    demand = pipeline.accumulator_of(passes)
-    emitted = {row.emitted for row in rows.values() if row.emitted}
-    proof = None if demand is None else prove(work, demand, emitted)
-    stamp(work, passes, proof)
-    if search is not None:
-        search.stamp(work)
-    if out is None:
-        verified = verify_codes(work, digests)
-        written = files.initializer_bytes(work)
-    else:
-        verified = len(digests)
-        written = save(work, out, lambda path: verify_file(path, digests, provider, demand, emitted, reference), run.layout)
-    clock.lap("write")
+    if calibration is not None:
+        data = open_data(calibration, inputs_of(prepared.model), batch_size)
+    if validation_data is not None:
+        held = open_data(validation_data, inputs_of(prepared.model), batch_size)
+    notes = [*prepared.notes, *_data_notes(data, passes)]
+    choices = {"include": include, "exclude": exclude, "mask": setting.mask, "batch_size": batch_size, "provider": provider}
+    run.resume(resume, loaded, data, prepared.passes, {**asked, **choices, "requantize": requantize})
+    if prepared.raised:
+        notes += conversion.check(prepared.reference, prepared.model, data, provider)
+    solved = solve(prepared, data, goal, options, setting, run, gram_budget)
+    written, proof = _write(solved, out, prepared.reference, provider, run)
     comparison = None
     if held is not None:
-        report = stage(progress, "validating")
-        comparison = validation.validate(reference, out or work, held, provider=provider, mask=mask_input, progress=report)
-        clock.lap("validate")
+        comparison = validation.validate(
+            prepared.reference,
+            out or solved.model,
+            held,
+            provider=provider,
+            mask=setting.mask,
+            progress=setting.stage("validating"),
+        )
+        run.lap("validate")
     return Optimized(
-        work,
+        solved.model,
         Report(
             loaded.name,
             None if out is None else str(out),
-            pipeline.text_of(passes),
-            _describe(data, [*begun.rows, *rows.values()], mask_input),
-            (*begun.rows, *(replace(rows[layer.name], notes=(*rows[layer.name].notes, *said[layer.name])) for layer in layers)),
-            tuple(map(skip_row, skips)),
+            pipeline.text_of(solved.passes),
+            _describe(solved.data, solved.rows, setting.mask),
+            tuple(solved.rows),
+            tuple(map(skip_row, solved.skips)),
             loaded.bytes,
             written,
-            verified,
-            clock.laps,
+            len(solved.digests),
+            run.seconds,
             versions(),
-            tuple(notes),
+            (*notes, *solved.notes),
             comparison,
             proof,
-            assignment=None if search is None else search.report(),
+            assignment=None if solved.search is None else solved.search.report(),
         ),
     )
 
 
-def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
-    """The statistics of what a layer reads, where they were gathered."""
-    return stats.get(calibrate.input_name(layer))
+def _check_data_free(passes: Sequence[LayerPass], goal: mixed.Goal | None) -> None:
+    """Refuse what cannot be done without calibration data."""
+    activations = pipeline.activations_of(passes)
+    if activations is not None and activations.type != "dynamic":
+        raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
+    if any(isinstance(p, ErrorFeedback) for p in passes):
+        raise OptionError("error feedback needs calibration data; give some, or take effort fast")
+    if goal is not None:
+        raise OptionError(f"{goal.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
 
 
-class _Clock:
-    """Seconds by stage, in order of first appearance."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
-def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    """Progress of one stage."""
-    return None if progress is None else lambda done, total: progress(name, done, total)
+def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
+    """What the report says of the amount of data."""
+    if data is None:
+        return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
+    if len(data) < calibrate.HELD_OUT and (chosen := held_out_for(passes)):
+        return [
+            f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
+            "give more samples, or cut them into smaller batches"
+        ]
+    return []
 
 
-def _layer_row(job: Job) -> LayerRow:
-    layer, facts = job.layer, job.facts
-    spec = None if job.quantized is None else job.quantized.spec
-    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
-    if spec is not None and stored != spec.bits:
-        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
-    return LayerRow(
-        layer.name,
-        layer.op,
-        layer.weight_name,
-        layer.k,
-        layer.n,
-        None if spec is None else spec.bits,
-        facts.get("block_size"),
-        job.stats.rows,
-        facts.get("error"),
-        facts.get("magr"),
-        facts.get("solver"),
-        bool(facts.get("bias_compensated")),
-        facts.get("emitted"),
-        tuple(job.notes),
-        facts.get("activation"),
-        facts.get("feedback"),
-        facts.get("low_rank"),
-    )
+def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provider: str, run: Run) -> tuple[int, ProofSummary | None]:
+    """Prove, stamp, write and read back; the bytes written and the proof, if one was asked for."""
+    work, demand = solved.model, pipeline.accumulator_of(solved.passes)
+    proof = None if demand is None else prove(work, demand, solved.emitted)
+    stamp(work, solved.passes, proof)
+    if solved.search is not None:
+        solved.search.stamp(work)
+    if out is None:
+        verify_codes(work, solved.digests)
+        written = files.initializer_bytes(work)
+    else:
+        written = save(work, out, lambda path: verify_file(path, solved.digests, provider, demand, solved.emitted, reference), run.layout)
+    run.lap("write")
+    return written, proof
 
 
 def skip_row(skip: Skip) -> SkipRow:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -53,10 +54,15 @@ class Run:
         cache: Bytes of values between stages held in memory.
         layout: How the result is laid out in files.
         store: The job directory, if there is one.
+        writes: Whether the result is written to a file.
+        seconds: Wall time by stage, in order of first appearance.
     """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.writes = False
         self._spool: Spool | None = None
         self.large = False
         self.gram_budget = self.cache = 0
@@ -86,6 +92,7 @@ class Run:
         self.large = WHOLE * loaded.bytes + GRAM * widest**2 > limit
         self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)
         self.layout = Layout(external, shard, limit // 8 if self.large else INLINE_LIMIT)
+        self.writes = output is not None
         if output is None:
             if shard is not None or external:
                 raise OptionError("shard_size and external_data are about files; give an output")
@@ -118,6 +125,12 @@ class Run:
     def left(self, layer: LinearLayer) -> bool:
         """Whether the layer is still to be solved."""
         return self.store is None or not self.store.has(layer)
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as that of a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
     def sweep(self, model: ir.Model) -> None:
         """Take what is finished out of memory."""

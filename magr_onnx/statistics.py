@@ -18,8 +18,10 @@ from magr_onnx.passes import (
     segments,
 )
 from magr_onnx.passes.linear import find
+from magr_onnx.run import Run
 from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
+from magr_onnx.setting import Setting
 
 
 def gather(
@@ -30,19 +32,14 @@ def gather(
     data: Batches | None,
     passes: Sequence[LayerPass],
     grids: ranges.Grids,
-    mask: str | None,
-    provider: str,
-    gram_budget: int,
-    cache: int,
-    progress: Callable[[int, int], None] | None,
+    setting: Setting,
+    run: Run,
     changed: Collection[str] = (),
-    large: bool = False,
-    left: Callable[[LinearLayer], bool] = lambda layer: True,
 ) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
 
-    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a ``large`` model
-    runs in stages too, so that it is never in memory as a whole. Layers that are not ``left`` to be solved come without statistics.
+    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a large model
+    runs in stages too, so that it is never in memory as a whole. Layers that a job directory has come without statistics.
 
     Layers in bodies and those that share a weight have no one place among stages: they come first, with statistics of the float model
     (tapped as ``source``), and the stages see them quantized. Where the float model cannot run as a whole, layers in bodies have none, and
@@ -51,6 +48,7 @@ def gather(
     if data is None:
         yield layers, calibrate.Calibration({}, ())
         return
+    large, progress = run.large, setting.stage("calibrating")
     feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
@@ -62,17 +60,17 @@ def gather(
     if not staged:
         first, rest = list(layers), []
     changed = {*changed, *segments.made_by(work, first)} if rest else changed
-    groups = calibrate.plan(first, gram_budget, hold_out)
+    groups = calibrate.plan(first, run.gram_budget, hold_out)
     for index, group in enumerate(groups):
-        seen = source.reached(group) if any(map(left, group)) else []
+        seen = source.reached(group) if any(map(run.left, group)) else []
         yield (
             group,
             calibrate.collect(
                 source.model,
                 seen,
                 data,
-                mask=mask,
-                provider=provider,
+                mask=setting.mask,
+                provider=setting.provider,
                 progress=None if progress is None or staged else _part(progress, index, len(groups)),
                 quantize=grids.inputs,
                 bounds=grids.bounds,
@@ -85,17 +83,17 @@ def gather(
             work,
             rest,
             data,
-            mask=mask,
-            provider=provider,
+            mask=setting.mask,
+            provider=setting.provider,
             quantize=grids.inputs,
             bounds=grids.bounds,
-            cache=cache,
+            cache=run.cache,
             changed=changed,
             progress=progress,
             feedback=feedback,
             hold_out=hold_out,
-            gram_budget=gram_budget if large else None,
-            wanted=left,
+            gram_budget=run.gram_budget if large else None,
+            wanted=run.left,
             cuts=every if cuttable else None,
         )
 

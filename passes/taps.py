@@ -151,6 +151,10 @@ class Extension:
 
     def __init__(self, model: ir.Model, mask: str | None = None, opset: int = 0) -> None:
         self.model = model.clone()
+        if self.model.opset_imports.get("", 0) < opset:  # converters drop what nobody reads, and a tap may; `finish` takes outputs away
+            graph = self.model.graph
+            unread = [v for node in graph for v in node.outputs if v.name and not v.uses() and not v.is_graph_output()]
+            graph.outputs.extend(unread)
         raise_opset(self.model, opset)
         self.opset = self.model.opset_imports.get("", 13)
         self.values = _values(self.model)

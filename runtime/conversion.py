@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError, RuntimeFailure, raise_all
+from magr_onnx.runtime import apart
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Arithmetic, Batch, InputInfo, Session
+from magr_onnx.writing import tensor_bytes
 
 Array = npt.NDArray[Any]
 
+_UNKNOWN_OUTPUTS = "whether raising the model's opset has changed its outputs is not known"
+_LARGEST_MODEL = 2 << 30  # bytes that are copied for a comparison on inputs that are made up
+_MEMORY = 8 << 30  # bytes for such a comparison, where the system can bound them: such inputs may ask for any amount
 _BATCHES = 2
-_UNKNOWN = (4, 1, 8, 16)
-"""What dimensions of any size are tried as, one after the other."""
+_UNKNOWN = ((4, 4), (1, 8), (2, 16))
+"""What first and other dimensions of any size are tried as, in turn; some operators would broadcast an inner axis of one."""
 
 _LARGEST = 1 << 24
 """Elements of an input that are made up; a declared shape may ask for anything."""
@@ -45,6 +51,26 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
         ModelError: Outputs differ, or are not the same ones.
         RuntimeFailure: onnxruntime does not load one of the two.
     """
+    if data is not None:
+        return _check(before, after, data, provider)
+    size = tensor_bytes(after)
+    if size > _LARGEST_MODEL:
+        return [f"{_UNKNOWN_OUTPUTS}: the model is large, and there is no calibration data"]
+    try:
+        with apart.as_file(before) as old, apart.as_file(after) as new:
+            notes: list[str] = apart.call(compare, 2 * size, before=old, after=new, provider=provider)
+    except apart.Died as error:
+        return [f"{_UNKNOWN_OUTPUTS}: on made-up inputs, {error}"]
+    return notes
+
+
+def compare(before: str, after: str, provider: str) -> list[str]:
+    """`check` of two files on inputs that are made up, to be called in a process that may die of it."""
+    with bounded(_MEMORY) if provider == "cpu" else contextlib.nullcontext():
+        return _check(Path(before), Path(after), None, provider)
+
+
+def _check(before: ir.Model | Path, after: ir.Model | Path, data: Batches | None, provider: str) -> list[str]:
     with Session(before, provider, Arithmetic.UNOPTIMIZED) as old, Session(after, provider, Arithmetic.UNOPTIMIZED) as new:
         if old.outputs != new.outputs or {i.name for i in old.inputs} != {i.name for i in new.inputs}:
             raise ModelError(
@@ -69,7 +95,23 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
                 break
     if compared:
         return []
-    return [f"whether raising the opset has changed outputs is not known, since the model does not run on made-up inputs: {failure}"]
+    return [f"{_UNKNOWN_OUTPUTS}: it does not run on made-up inputs: {failure}"]
+
+
+@contextlib.contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """No more than ``size`` bytes for this process, where the system can do that."""
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _compare(old: Session, batch: Batch, expected: Sequence[Any], got: Sequence[Any]) -> None:
@@ -106,13 +148,13 @@ def _distance(a: Any, b: Any) -> str:
 
 def made_up(inputs: Sequence[InputInfo]) -> list[Batch]:
     """Random inputs of the model's types: floats around zero, whole numbers and truth values 0 or 1; one batch for each guess at sizes."""
-    sizes = [u for u in _UNKNOWN if all(math.prod(u if d is None else d for d in i.shape) <= _LARGEST for i in inputs)]
-    return [{i.name: _random(i, unknown) for i in inputs} for unknown in sizes]
+    tried = [{i.name: [d if d is not None else sizes[axis > 0] for axis, d in enumerate(i.shape)] for i in inputs} for sizes in _UNKNOWN]
+    fitting = [shapes for shapes in tried if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
+    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in fitting]
 
 
-def _random(info: InputInfo, unknown: int) -> Array:
+def _random(info: InputInfo, shape: Sequence[int]) -> Array:
     rng = np.random.default_rng(0)
-    shape = [unknown if d is None else d for d in info.shape]
     if info.dtype.kind == "f":
         return rng.standard_normal(shape).astype(info.dtype)
     if info.dtype.kind in "iub":

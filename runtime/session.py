@@ -204,6 +204,12 @@ class Session:
         self.close()
 
 
+def load(path: str, provider: str, lean: bool) -> None:
+    """Load a file and let go of it; see `Session` for what may be wrong with it."""
+    with Session(path, provider, lean=lean):
+        pass
+
+
 @functools.cache
 def _preload() -> None:
     """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""

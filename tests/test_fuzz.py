@@ -49,12 +49,12 @@ def test_random_graphs(rng: random.Random, run: str) -> None:
     assert verdict(made, run) is None
 
 
-FOUND = (1531, 1107, 1715, 3028, 3435, 3527, 3535, 345, 165, 4443, 4086)
+FOUND = (1531, 1107, 1715, 3028, 3435, 3527, 3535, 345, 165, 4443, 4086, 6213, 6341, 6581, 6637)
 """Seeds whose graphs once failed: overridable weights and dead subgraphs between stages, inputs that never change, Gemm below opset 11."""
 
 
 @pytest.mark.parametrize("seed", FOUND)
-@pytest.mark.parametrize("run", ["matmulnbits, calibrated", "fast"])
+@pytest.mark.parametrize("run", ["matmulnbits, calibrated", "dynamic-int8, calibrated"])
 def test_graphs_that_failed_once(seed: int, run: str) -> None:
     assert verdict(make(random.Random(seed)), run) is None
 

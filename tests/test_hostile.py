@@ -21,7 +21,9 @@ import magr_onnx
 from magr_onnx import files, sanity
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, RuntimeFailure
+from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
+from magr_onnx.runtime.session import Arithmetic, Session
 
 W = constant("w", 16, 8)
 BODY = "[fc] y = MatMul(x, w)"
@@ -567,3 +569,16 @@ def test_test_data_does_not_read_other_files(tmp_path: Path) -> None:
     (folder / "input_0.pb").write_bytes(tensor.SerializeToString())
     with pytest.raises(CalibrationError, match="another file"):
         magr_onnx.optimize(graph(), folder)
+
+
+def test_half_precision_in_a_branch_is_right_at_every_level(tmp_path: Path) -> None:
+    """onnxruntime makes zeros of it where it fuses a DequantizeLinear and a MatMul inside a body."""
+    trap, path = ZOO["half-precision-in-a-branch"], tmp_path / "q.onnx"
+    feeds = trap.feeds(np.random.default_rng(0))
+    with Session(ir.from_proto(trap.build())) as session:
+        (expected,) = session.run(feeds)
+    for form in ("qdq", "matmulnbits", "dynamic-int8"):
+        magr_onnx.optimize(trap.build(), output=path, format=form, **({} if form == "dynamic-int8" else {"bits": 8}))
+        for arithmetic in Arithmetic:
+            with Session(path, arithmetic=arithmetic) as session:
+                np.testing.assert_allclose(session.run(feeds)[0], expected, atol=0.05 * np.abs(expected).max())

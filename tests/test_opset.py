@@ -245,7 +245,7 @@ def test_made_up_inputs_have_the_model_s_types() -> None:
         assert len(session.run(batch)) == 1
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
         "a": ((1, 3), "float16"),
-        "b": ((2, 1), "int32"),
+        "b": ((2, 8), "int32"),
         "c": ((), "bool"),
         "d": ((1,), "object"),
     }

@@ -253,6 +253,28 @@ EINSUMS = (
     ),
 )
 
+BODIES = (
+    _trap(
+        "disguised-in-two-bodies",
+        """g (float[n, 48] x) => (float[n, 24] y) <float zero = {0.0}> {
+            sum = ReduceSum<keepdims = 0>(x)
+            c = Greater(sum, zero)
+            y = If (c) <
+                then_branch = t () => (float[n, 24] a) { [up] a = Einsum<equation = "bk,hk->bh">(x, w) },
+                else_branch = e () => (float[n, 24] a) {
+                    h = Transpose(x)
+                    [down] p = MatMul(w, h)
+                    a = Transpose(p)
+                }
+            >
+        }""",
+        {"x": (6, K)},
+        lambda f, w: f["x"] @ w["up" if f["x"].sum() > 0 else "down"],
+        {"up": CONVERTED, "down": CONVERTED},
+        {"w": np.ascontiguousarray(W.T)},
+    ),
+)
+
 STACKS = (
     _trap(
         "experts-share-an-input",
@@ -348,4 +370,4 @@ TYPES = (
         {"w": W, "table": np.eye(K, N, dtype=np.int32)},
     ),
 )
-TRAPS = (*CHAINS, *SIDES, *VECTORS, *EINSUMS, *STACKS, *TYPES)
+TRAPS = (*CHAINS, *SIDES, *VECTORS, *EINSUMS, *BODIES, *STACKS, *TYPES)

@@ -59,6 +59,24 @@ TRAPS = (
         {"fc": CONVERTED},
     ),
     Trap(
+        "half-precision-in-a-branch",
+        lambda: model(
+            """g (float16[n, 48] x, bool c) => (float16[n, 24] y) {
+                y = If(c) <
+                    then_branch = t () => (float16[n, 24] ty) { [one] ty = MatMul(x, w) },
+                    else_branch = e () => (float16[n, 24] ey) { [other] ey = MatMul(x, v) }
+                >
+            }""",
+            opset=21,
+            ir_version=10,
+            w=W.astype(np.float16),
+            v=-W.astype(np.float16),
+        ),
+        lambda rng: {"x": rng.standard_normal((6, 48)).astype(np.float16), "c": np.array(True)},
+        lambda feeds, weights: [(feeds["x"].astype(np.float32) @ weights["one"]).astype(np.float16)],
+        {"one": CONVERTED, "other": CONVERTED},
+    ),
+    Trap(
         "constant-of-terabytes",
         lambda: model("g (float[n, 48] x) => (float[n, 24] y) { [fc] y = MatMul(x, w) z = ConstantOfShape(s) }", w=W, s=HUGE),
         lambda rng: {},

@@ -22,6 +22,8 @@ def rewrite(edit: Edit) -> bool | None:
 def _is_vector(edit: Edit, shape: tuple[int, ...]) -> bool:
     """Whether the addend is a constant the layer can have for its bias."""
     found = held(edit.input(2))
+    if len(shape) != 2:
+        return True  # no Gemm: `find` says so
     n = shape[0 if edit.integer("transB") else -1]
     return found is not None and not found.overridable and all(d == 1 for d in found.shape[:-1]) and found.shape[-1:] in ((), (1,), (n,))
 

@@ -15,7 +15,7 @@ def _swapped(rank: int) -> list[int]:
 
 
 def _turned(shape: Dims | None) -> Dims | None:
-    return None if shape is None else [shape[i] for i in _swapped(len(shape))]
+    return None if shape is None or len(shape) < 2 else [shape[i] for i in _swapped(len(shape))]
 
 
 def rewrite(edit: Edit) -> Refusal | bool | None:

@@ -263,7 +263,8 @@ def campaign(count: int, seed: int) -> list[tuple[int, Outcome]]:
 
 
 def _blame(outcome: Outcome) -> Outcome:
-    if outcome.kind in ("crash", "timeout") and outcome.detail.startswith("at float"):
+    died = outcome.kind == "timeout" or "SIG" in outcome.detail
+    if outcome.kind in ("crash", "timeout") and died and outcome.detail.startswith("at float"):
         return Outcome(f"onnxruntime: {outcome.kind} on the damaged file", outcome.detail)
     return outcome
 

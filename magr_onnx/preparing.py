@@ -1,0 +1,89 @@
+"""From a file to a float model whose layers can be converted, and everything that can be said against it before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from magr_onnx import beginnings
+from magr_onnx.checks import Readable
+from magr_onnx.errors import ModelError
+from magr_onnx.files import Loaded
+from magr_onnx.options import Options
+from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline, unused
+from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.functions import open_up
+from magr_onnx.passes.holders import holders
+from magr_onnx.setting import Setting
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A float model to convert.
+
+    Attributes:
+        name: Of the file, for messages.
+        bytes: Size of the source.
+        reference: The model as the caller gave it.
+        model: The same with its functions opened, in canonical form, at the opset the pipeline needs.
+        raised: Whether its opset had to be raised.
+        passes: The pipeline, with what the model needs beside what was asked for.
+        layers: Its linear layers.
+        others: Convolutions and tables that will be converted.
+        elsewhere: Nodes that hold weights and are no layers of any kind.
+        notes: What was done to it, for the report.
+    """
+
+    name: str
+    bytes: int
+    reference: Path | ir.Model
+    model: ir.Model
+    raised: bool
+    passes: tuple[LayerPass, ...]
+    layers: list[LinearLayer]
+    others: Sequence[Readable]
+    elsewhere: list[Skip]
+    notes: list[str]
+
+    @property
+    def readable(self) -> list[Readable]:
+        """Everything with a weight that will be read."""
+        return [*self.layers, *self.others]
+
+    def nothing(self, skips: Sequence[Skip]) -> ModelError:
+        """The error to raise where nothing is converted."""
+        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul, Gemm or convolution"
+        return ModelError(f"{self.name}: no layer can be converted: {reasons}")
+
+
+def prepare(loaded: Loaded, passes: Sequence[LayerPass], options: Options | None, setting: Setting, requantize: bool) -> Prepared:
+    """Bring a model into the form that layers are looked for in.
+
+    Args:
+        loaded: The model; it is changed.
+        passes: The pipeline.
+        options: What the pipeline was made of; None where it was written by hand.
+        setting: What else was asked for.
+        requantize: Take quantized weights for the floats they stand for.
+
+    Raises:
+        ModelError: No layer can be converted, or the opset cannot be raised as far as the pipeline needs.
+    """
+    model = loaded.model
+    opset, given = model.opset_imports.get(""), model.clone()
+    notes = [*loaded.notes, *open_up(model)]
+    passes = beginnings.complete(passes, model, options)
+    pipeline.prepare(passes, model)
+    raised = model.opset_imports.get("") != opset
+    notes += unused.remove(model)
+    notes += canonicalize(model, setting.include, setting.exclude, again=requantize)
+    layers, skips = setting.find(model)
+    elsewhere = list(holders(model.graph.all_nodes()))
+    others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)
+    found = Prepared(loaded.name, loaded.bytes, loaded.path or given, model, raised, passes, layers, others, elsewhere, notes)
+    if not layers and not others:
+        raise found.nothing([*skips, *elsewhere, *unconverted])
+    return found

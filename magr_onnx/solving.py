@@ -1,0 +1,218 @@
+"""The long work: statistics, and every layer through the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import onnx_ir as ir
+
+from magr_onnx import beginnings, mixed
+from magr_onnx.options import Options
+from magr_onnx.packing import container_bits
+from magr_onnx.passes import Job, LayerPass, LinearLayer, Skip, pipeline, shared
+from magr_onnx.passes.readback import digest
+from magr_onnx.preparing import Prepared
+from magr_onnx.report import LayerRow, megabytes
+from magr_onnx.run import Run
+from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
+from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.sensitivity import Inputs
+from magr_onnx.setting import Setting
+from magr_onnx.statistics import beginning, gather, output_hessian, without_stages
+from magr_onnx.types import LayerStats
+
+
+@dataclass(slots=True, eq=False)
+class Solved:
+    """A converted model, and what is to be said of it.
+
+    Attributes:
+        model: The result.
+        passes: The pipeline as it ran.
+        data: What it was calibrated on.
+        rows: A row for every converted layer, in the order of the report.
+        digests: Hashes of the dequantized weights, by the output of their layers.
+        emitted: Names of the nodes of linear layers.
+        skips: What was left as it is.
+        notes: Sentences for the report.
+        search: Mixed precision, if it was asked for.
+    """
+
+    model: ir.Model
+    passes: tuple[LayerPass, ...]
+    data: Batches | None
+    rows: list[LayerRow]
+    digests: dict[str, str]
+    emitted: set[str]
+    skips: list[Skip]
+    notes: list[str]
+    search: mixed.Search | None
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """What the layers of one round through the pipeline have come to."""
+
+    rows: dict[str, LayerRow] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    unmasked: list[str] = field(default_factory=list)
+    spilled: int = 0
+
+    def add(self, job: Job) -> None:
+        self.rows[job.layer.name] = _layer_row(job)
+        if job.emitted and job.quantized is not None:
+            self.digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
+
+
+def solve(
+    prepared: Prepared, data: Batches | None, goal: mixed.Goal | None, options: Options, setting: Setting, run: Run, gram_budget: int
+) -> Solved:
+    """Convert everything that can be converted.
+
+    Args:
+        prepared: The float model; rewrites of the pipeline change it.
+        data: Calibration data; None for none.
+        goal: A budget, for mixed precision.
+        options: What choices of mixed precision are made from.
+        setting: What else was asked for.
+        run: Memory, time and the job directory.
+        gram_budget: Bytes of Gram matrices held at a time, as asked for.
+
+    Raises:
+        ModelError: Nothing can be converted after all.
+        MagrError: Whatever goes wrong on the way.
+    """
+    model, passes, provider = prepared.model, prepared.passes, setting.provider
+    notes: list[str] = []
+    if rewriting.rewrites_of(passes):
+        notes += rewriting.rewrite(
+            model,
+            passes,
+            data,
+            include=setting.include,
+            exclude=setting.exclude,
+            mask=setting.mask,
+            provider=provider,
+            gram_budget=run.gram_budget,
+        )
+        run.sweep(model)
+        run.lap("rewrite")
+    base = model.clone()
+    begun = beginnings.convert(model, base, passes, data, goal, setting, run)
+    run.sweep(base)
+    notes += begun.notes
+    if begun.rows:
+        run.lap("convolutions")
+
+    work = base.clone()
+    layers, skips = setting.find(work)
+    skips += [*prepared.elsewhere, *begun.skips]
+    activations = pipeline.activations_of(passes)
+    static = activations is not None and activations.type != "dynamic"
+    source = bodies.tapped(model, layers, data, passes, provider, run.large)
+    layers, lost = source.split(layers, needed=goal is not None or static)
+    skips += lost
+    if not layers and not begun.rows:
+        raise prepared.nothing(skips)
+    passes, missing = without_stages(work, layers, passes)
+    notes += missing
+    grids = ranges.Grids()
+    if activations is not None and data is not None and layers:
+        grids = ranges.choose_grids(
+            source.model, source.reached(layers), data, passes, activations, setting.mask, provider, setting.stage("ranges")
+        )
+        notes += grids.notes
+        run.lap("ranges")
+    search = None
+    if goal is not None and data is not None and layers:
+        room = len(pipeline.text_of(passes)) + mixed.STAMP
+        floats = mixed.Source(base, layers, prepared.bytes, run.writes, room, model, source.on(base))
+        integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        search = mixed.Search(goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities"))
+        data = search.data
+        run.lap("sensitivities")
+
+    with output_hessian(model, layers, data, passes, provider, setting.stage("differentiating"), notes) as hessian:
+        if hessian is not None:
+            run.lap("differentiate")
+        while True:
+            left: list[Skip] = []
+            assigned: Mapping[str, Sequence[LayerPass]] = {}
+            if search is not None:
+                assigned = search.plan.assigned()
+                layers, left = search.plan.select(layers)
+            run.plan(passes, assigned)
+            done = _Progress()
+            finished = partial(_finished, done, len(layers), work, setting, run)
+            for group, result in gather(model, work, source, layers, data, passes, grids, setting, run, begun.digests):
+                done.unmasked += result.unmasked
+                done.spilled = max(done.spilled, result.spilled)
+                run.lap("calibrate")
+                stats, begin = result.stats, beginning(result, source, grids, hessian, data)
+                pipeline.run_layers(passes, group, partial(_known, stats), finished, begin, assigned, run.store)
+                stats.clear()  # the next ones are made while this loop still holds these
+                result.goals.clear()
+                run.lap("quantize")
+            if search is None or search.accepts(work):
+                break
+            work = base.clone()
+            layers, _ = source.split(setting.find(work)[0], bool(lost))
+    notes += _remarks(done, run, setting.mask)
+    said = shared.remarks(layers, run.large)
+    rows = [replace(done.rows[layer.name], notes=(*done.rows[layer.name].notes, *said[layer.name])) for layer in layers]
+    emitted = {row.emitted for row in rows if row.emitted}
+    return Solved(
+        work, passes, data, [*begun.rows, *rows], done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search
+    )
+
+
+def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run: Run, job: Job) -> None:
+    """Take note of a layer that has been through the pipeline."""
+    done.add(job)
+    run.sweep(work)
+    if (progress := setting.stage("quantizing")) is not None:
+        progress(len(done.rows), count)
+
+
+def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
+    """The statistics of what a layer reads, where they were gathered."""
+    return stats.get(calibrate.input_name(layer))
+
+
+def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
+    found = []
+    if done.spilled:
+        found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
+    if done.unmasked:
+        some = ", ".join(done.unmasked[:3])
+        found.append(f"mask {mask!r} does not fit the rows of {len(done.unmasked)} inputs ({some}); all their rows count")
+    return found
+
+
+def _layer_row(job: Job) -> LayerRow:
+    layer, facts = job.layer, job.facts
+    spec = None if job.quantized is None else job.quantized.spec
+    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
+    if spec is not None and stored != spec.bits:
+        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
+    return LayerRow(
+        layer.name,
+        layer.op,
+        layer.weight_name,
+        layer.k,
+        layer.n,
+        None if spec is None else spec.bits,
+        facts.get("block_size"),
+        job.stats.rows,
+        facts.get("error"),
+        facts.get("magr"),
+        facts.get("solver"),
+        bool(facts.get("bias_compensated")),
+        facts.get("emitted"),
+        tuple(job.notes),
+        facts.get("activation"),
+        facts.get("feedback"),
+        facts.get("low_rank"),
+    )

@@ -1,0 +1,80 @@
+"""Models that crash or hang onnxruntime: the caller lives on, and says what happened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import magr_onnx
+from magr_onnx.errors import RuntimeFailure
+from magr_onnx.models.zoo.trap import constant, model
+from magr_onnx.runtime import apart, session
+
+W = constant("w", 16, 8)
+
+
+def saved(proto: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(proto, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def test_what_a_call_returns_and_raises(tmp_path: Path) -> None:
+    path = saved(model("g (float[n, 16] x) => (float[n, 8] y) { y = MatMul(x, w) }", w=W), tmp_path)
+    assert apart.call(session.load, path=str(path), provider="cpu", lean=False) is None
+    with pytest.raises(RuntimeFailure, match="missing"):
+        apart.call(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
+
+
+def test_a_process_that_dies_is_an_error_and_the_next_call_works() -> None:
+    with pytest.raises(apart.Died, match="SIGABRT"):
+        apart.call(os.abort)
+    assert apart.call(os.getpid) != os.getpid()
+
+
+def scan_of_nothing(opset: int) -> onnx.ModelProto:
+    """Along any axis but the first, that ends the process in onnxruntime 1.31."""
+    return model(
+        """g (float[4, n] x) => (float[4, 8] y, float[4, s] z) {
+            r = Reshape(x, all)
+            [fc] y = MatMul(r, w)
+            none = Slice(x, begin, begin, one)
+            z = Scan<num_scan_inputs = 1, scan_input_axes = [1], scan_output_axes = [1], body = b (float[4] a) => (float[4] c) {
+                c = Relu(a)
+            }>(none)
+        }""",
+        opset=opset,
+        w=W,
+        all=np.array([4, 16]),
+        begin=np.zeros(1, np.int64),
+        one=np.ones(1, np.int64),
+    )
+
+
+def test_made_up_inputs_that_crash_onnxruntime_are_a_note(tmp_path: Path) -> None:
+    report = magr_onnx.optimize(saved(scan_of_nothing(11), tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
+    assert any("is not known" in note and "crashed" in note for note in report.notes)
+    assert (tmp_path / "q.onnx").is_file()
+
+
+def test_made_up_inputs_that_never_end_are_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = model(
+        """g (float[n, 16] x, bool go) => (float[n, 8] y, float[n, 16] last) {
+            [fc] y = MatMul(x, w)
+            last = Loop(turns, yes, x) <body = b (int64 i, bool c, float[n, 16] s) => (bool d, float[n, 16] t) {
+                d = Identity(c)
+                t = Relu(s)
+            }>
+        }""",
+        opset=11,
+        w=W,
+        turns=np.asarray(2**62),
+        yes=np.asarray(True),
+    )
+    monkeypatch.setattr(apart, "SECONDS", 3.0)
+    report = magr_onnx.optimize(saved(proto, tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
+    assert any("did not come to an end" in note for note in report.notes)
+    assert apart.call(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
