@@ -130,23 +130,22 @@ def convert(
     integer = _integer(model, passes)
     units = _units(layers)
     ordered = [layer for unit in units for layer in unit]
-    large = {} if data is None else patches.too_large(model, ordered, data, provider, patch_limit)
+    unmeasured = {} if data is None else patches.unmeasured(model, ordered, data, provider, patch_limit)
     left = iter(units)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
     for group in patches.plan(ordered, gram_budget):
-        measured = [layer for layer in group if layer.name not in large]
+        measured = [layer for layer in group if layer.name not in unmeasured]
         found: dict[str, PatchStats] = {}
         if data is not None and measured:
             try:
                 found = patches.collect(model, measured, data, provider=provider)
             except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
-                why = f"data-free: its patches cannot be gathered: {str(error).splitlines()[0]}"
-                large |= {layer.name: why for layer in measured}
+                unmeasured |= dict.fromkeys((layer.name for layer in measured), patches.cannot_gather(error))
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):
             known = [stats for layer in unit if (stats := gathered.pop(layer.name)) is not None]
-            _convert(unit, known, demand, passes, integer, large, result)
+            _convert(unit, known, demand, passes, integer, unmeasured, result)
             unit = next(left, None)
             if progress is not None:
                 progress(len(result.rows), len(ordered))
@@ -169,7 +168,7 @@ def _convert(
     demand: Convolutions,
     passes: Sequence[LayerPass],
     integer: bool,
-    large: Mapping[str, str],
+    unmeasured: Mapping[str, str],
     result: Converted,
 ) -> None:
     """Solve and write one weight."""
@@ -188,8 +187,8 @@ def _convert(
     stored = container_bits(demand.bits)
     for layer, name in zip(unit, names, strict=True):
         notes = list(solution.notes)
-        if layer.name in large:
-            notes.append(large[layer.name])
+        if layer.name in unmeasured:
+            notes.append(unmeasured[layer.name])
         if len(unit) > 1:
             notes.append(f"one weight for {len(unit)} convolutions: one solution for all")
         if stored != demand.bits:

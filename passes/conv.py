@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
+from magr_onnx.passes.bodies import Place, captured, opaque, walk
 from magr_onnx.passes.constants import Held, constant, dequantized, held
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
@@ -52,6 +53,7 @@ class ConvLayer:
         bias: The constant bias ``(M,)``, if there is one.
         takes_bias: Whether a bias could be written: False where one is computed at run time.
         group: ``G``.
+        place: The nodes whose bodies the convolution is in; empty in the main graph.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ConvLayer:
     bias: ir.TensorProtocol | None
     takes_bias: bool
     group: int
+    place: Place = ()
 
     @property
     def op(self) -> str:
@@ -71,6 +74,12 @@ class ConvLayer:
         value = self.node.inputs[0]
         assert value is not None
         return value
+
+    @property
+    def reads(self) -> str:
+        """A name for what it reads: the same for all convolutions that read it equally often."""
+        inside = not self.place or self.x.graph is self.node.graph
+        return str(self.x.name) if inside else captured(self.x, self.place)
 
     @property
     def output(self) -> ir.Value:
@@ -127,7 +136,8 @@ class ConvLayer:
         tensor = ir.tensor(weight.astype(FLOATS[self.dtype]), name=self.weight_name)
         added = None if bias is None else ir.tensor(bias)
         alone = Held(self.held.source, tensor, (), False)
-        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, *weight.shape)
+        k, n = weight.shape
+        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, k, n, self.place)
 
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
@@ -193,7 +203,7 @@ def view(node: ir.Node) -> ConvLayer | Skip:
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
-    """Every convolution of the main graph with a constant weight, in graph order, and the others with the reason.
+    """Every convolution of the main graph and of the bodies in it with a constant weight, in graph order, and the others with the reason.
 
     Args:
         model: The model; nothing in it is changed.
@@ -203,11 +213,11 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     layers: list[ConvLayer] = []
     skips: list[Skip] = []
     names: set[str] = set()
-    for node in model.graph.all_nodes():
+    for node, place in walk(model.graph):
         if node.domain != "" or node.op_type not in OPS:
             continue
-        if node.graph is not model.graph:
-            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH))
+        if (closed := opaque(place)) is not None:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
             continue
         found = view(node)
         if isinstance(found, ConvLayer) and not selected(found.node, found.name, found.weight_name, include, exclude):
@@ -218,7 +228,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if found.name in names:  # ONNX asks for unique value names only
             found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
         names.add(found.name)
-        layers.append(found)
+        layers.append(replace(found, place=place) if place else found)
     for function in model.functions.values():
         for node in function.all_nodes():
             if node.domain == "" and node.op_type in OPS:

@@ -1,6 +1,8 @@
 """Emit convolutions of quantized weights: integer codes in the file, one scale an output channel, floats before the convolution.
 
-1. The node stays, with its attributes; only its weight and bias inputs change. Convolutions that share a weight share its codes.
+1. The node stays, with its attributes; only its weight and bias inputs change. Convolutions that share a weight share its codes. Constants
+   are in the main graph; what makes floats of codes is before the convolution, in its body too, or at the beginning of the main graph
+   where convolutions of several graphs share a weight. onnxruntime folds it in either place.
 2. ``fold``: ``Mul(Cast(codes), scales)``, with a Sub of zero points where there are some. onnxruntime computes that once, when it loads the
    file, and the convolution is then the float one, as fast, in its own memory layout. Operators of any opset.
 3. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools know. onnxruntime keeps it, so that the weight is small in
@@ -42,8 +44,12 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         form: How codes become floats, see above.
         apart: Whether to see to it that onnxruntime does not compute them in integers.
     """
-    first = layers[0]
-    weight = _dequantized(first, weights, form, apart)
+    first, place = layers[0], layers[0].matrix(np.zeros((1, 1)), None)
+    weight, nodes = _dequantized(first, weights, form, apart)
+    if all(layer.node.graph is first.node.graph for layer in layers):
+        place.graph.insert_before(first.node, nodes)
+    else:
+        place.root.insert_before(place.root[0], nodes)
     for layer, bias in zip(layers, biases, strict=True):
         node, old = layer.node, layer.node.inputs[1]
         node.replace_input_with(1, weight)
@@ -60,8 +66,8 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         node.name = f"{layer.name}_q{weights[0].spec.bits}"
 
 
-def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> ir.Value:
-    """The weight as the layer reads it, made of codes before the layer."""
+def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> tuple[ir.Value, list[ir.Node]]:
+    """The weight as the layer reads it, and the nodes that make it of codes."""
     packed = [pack_qdq(w) for w in weights]
     symmetric = packed[0].zero_points is None
     names = ("int4", "uint4") if packed[0].bits == 4 else ("int8", "uint8")
@@ -102,8 +108,7 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: For
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
     nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
-    place.graph.insert_before(layer.node, nodes)
-    return nodes[-1].outputs[0]
+    return nodes[-1].outputs[0], nodes
 
 
 def emitted_matrices(node: ir.Node) -> Array | None:

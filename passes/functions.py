@@ -35,7 +35,7 @@ def open_up(model: ir.Model) -> list[str]:
         ModelError: Functions call each other in a circle.
     """
     notes = inline(model, HOLDING)
-    unique_names(model, HOLDING)
+    unique_names(model, {*HOLDING, "Gather"})
     return notes
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.packing import pack_bits, pack_qdq, unpack_bits
+from magr_onnx.passes.bodies import Place, opaque, walk
 from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.holders import LEAST
@@ -49,11 +50,13 @@ class Table:
         name: Node name, or a name made from its output.
         node: The Gather.
         held: The constant table ``(rows, width)``.
+        place: The nodes whose bodies the Gather is in; empty in the main graph.
     """
 
     name: str
     node: ir.Node
     held: Held
+    place: Place = ()
 
     @property
     def op(self) -> str:
@@ -95,10 +98,10 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     tables: list[Table] = []
     skips: list[Skip] = []
     names: set[str] = set()
-    for node in model.graph.all_nodes():
+    for node, place in walk(model.graph):
         if node.domain != "" or node.op_type != "Gather":
             continue
-        found = _view(node, node.graph is model.graph)
+        found = _view(node, place)
         if isinstance(found, Table) and not selected(node, found.name, found.weight_name, include, exclude):
             found = Skip(found.name, found.op, Reason.EXCLUDED)
         if isinstance(found, Skip):
@@ -111,7 +114,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     return tables, skips
 
 
-def _view(node: ir.Node, main: bool) -> Table | Skip | None:
+def _view(node: ir.Node, place: Place) -> Table | Skip | None:
     name, table = layer_name(node), held(operand(node, 0))
     if table is None or math.prod(table.shape) < LEAST or table.dtype not in CASTS:
         return None
@@ -119,8 +122,8 @@ def _view(node: ir.Node, main: bool) -> Table | Skip | None:
     def skip(reason: StrEnum, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    if not main:
-        return skip(Reason.SUBGRAPH)
+    if (closed := opaque(place)) is not None:
+        return skip(Reason.SUBGRAPH, f"body of {closed}")
     if table.overridable:
         return skip(Reason.OVERRIDABLE)
     if table.exposed:
@@ -131,7 +134,7 @@ def _view(node: ir.Node, main: bool) -> Table | Skip | None:
         return skip(Reason.WEIGHT_RANK, f"shape {list(table.shape)}")
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
-    return Table(name, node, table)
+    return Table(name, node, table, place)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[s
     """Write one table, as ``(width, rows)`` codes, into all Gathers that read it; the names of the nodes that gather codes."""
     first = tables[0]
     kind = FLOATS[first.dtype]
-    place = LinearLayer(first.name, first.node, first.held, first.held.stored, False, 1.0, None, None, 1.0, 1, 1)
+    place = LinearLayer(first.name, first.node, first.held, first.held.stored, False, 1.0, None, None, 1.0, 1, 1, first.place)
     base, bits = first.weight_name, weight.spec.bits
     if form == "dequantize":
         packed = pack_qdq(weight)
@@ -195,6 +198,7 @@ def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[s
             place.constant(f"_q{bits}_scales", np.ascontiguousarray(weight.scales.T).astype(kind), base=base),
             place.constant(f"_q{bits}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits), base=base),
         ]
+        place.root.opset_imports.setdefault(DOMAIN, 1)
     return [_replace(table, constants, bits, form) for table in tables]
 
 
@@ -214,8 +218,6 @@ def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form)
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
     graph, result, value = node.graph, table.output, nodes[-1].outputs[0]
     assert isinstance(graph, ir.Graph)
-    if form != "dequantize":
-        graph.opset_imports.setdefault(DOMAIN, 1)
     value.type, value.shape = result.type, result.shape
     nodes[-1].metadata_props.update(node.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [result], [value])

@@ -9,6 +9,8 @@ A value ``(..., K)`` leaves its body as float32 rows ``(n, K)``:
 3. Bodies in bodies: the same again, outwards.
 
 The hoisted rows take the value's name, so that taps of `magr_onnx.passes.taps` find them by it.
+
+What is summed inside a body (`carry_out`) has one shape at every turn, so that a Loop or Scan can always carry it along as a state.
 """
 
 from __future__ import annotations
@@ -65,6 +67,41 @@ def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] =
     return copy
 
 
+def carry_out(value: ir.Value, place: Place, start: ir.Value, op: str, name: str) -> ir.Value:
+    """What a body makes, of all turns together, as a value of the main graph; the model is changed in place.
+
+    Args:
+        value: Made in the body, of one type and shape at every turn.
+        place: The body's place.
+        start: A constant of the main graph of that type and shape: what there is where the body is not run.
+        op: What puts two together: Add, or another operator that ``start`` is neutral to.
+        name: Of the result; names in between are made of it.
+    """
+    for depth in range(len(place) - 1, -1, -1):
+        holder, attribute = place[depth]
+        if holder.op_type != "If":
+            value = _state(holder, attribute, value, start, op, {}, f"{name}__{depth}")
+            continue
+        for other, body in bodies_of(holder):
+            body.outputs.append(value if other == attribute else _same(body, start, f"{name}__{depth}_none"))
+        holder.resize_outputs(len(holder.outputs) + 1)
+        value = _like(holder.outputs[-1], start, f"{name}__{depth}_out")
+    value.name = name
+    return value
+
+
+def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """A value from outside, as one that a body makes."""
+    node = ir.node("Identity", [value])
+    graph.append(node)
+    return _like(node.outputs[0], value, name)
+
+
+def _like(value: ir.Value, other: ir.Value, name: str) -> ir.Value:
+    value.name, value.type, value.shape = name, other.type, other.shape
+    return value
+
+
 def _rows(graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
     """``value`` as float32 rows, made at the end of its graph."""
     shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
@@ -106,30 +143,38 @@ def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
 
 def _carried(loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
     """Rows of a Loop's body in the graph around it, as a state that every iteration appends to."""
-    graph, body = loop.graph, loop.attributes[attribute].as_graph()
+    graph = loop.graph
     assert isinstance(graph, ir.Graph)
-    states = len(loop.inputs) - 2
-    before = _typed(ir.Value(name=f"{name}_before"), width)
-    append = ir.node("Concat", [before, rows], {"axis": 0})
-    append.outputs[0].name = f"{name}_after"
-    body.append(append)
-    body.inputs.append(before)
-    body.outputs.insert(1 + states, _typed(append.outputs[0], width))
     none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
     none.outputs[0].name = f"{name}_none"
     graph.insert_before(loop, none)
-    loop.resize_inputs(len(loop.inputs) + 1)
-    loop.replace_input_with(len(loop.inputs) - 1, none.outputs[0])
-    loop.resize_outputs(len(loop.outputs) + 1)
-    for i in range(len(loop.outputs) - 1, states, -1):  # states come before scan outputs: those move on by one
-        old, new = loop.outputs[i - 1], loop.outputs[i]
+    return _state(loop, attribute, rows, _typed(none.outputs[0], width), "Concat", {"axis": 0}, name)
+
+
+def _state(
+    holder: ir.Node, attribute: str, value: ir.Value, start: ir.Value, op: str, attributes: Mapping[str, int], name: str
+) -> ir.Value:
+    """One more state of a Loop or Scan: ``start``, to which every turn does ``op`` with its ``value``; what it is at the end."""
+    body, scan = holder.attributes[attribute].as_graph(), holder.op_type == "Scan"
+    states = len(holder.inputs) - (holder.attributes["num_scan_inputs"].as_int() if scan else 2)
+    own = 0 if scan else 1  # a Loop's body puts out the condition first, and reads it and the turn's number; the node reads as many
+    before = _like(ir.Value(), start, f"{name}_before")
+    after = ir.node(op, [before, value], attributes)
+    body.append(after)
+    body.inputs.insert(2 * own + states, before)
+    body.outputs.insert(own + states, _like(after.outputs[0], start, f"{name}_after"))
+    inputs = [*holder.inputs[: 2 * own + states], start, *holder.inputs[2 * own + states :]]
+    holder.resize_inputs(len(inputs))
+    for index, given in enumerate(inputs):
+        holder.replace_input_with(index, given)
+    holder.resize_outputs(len(holder.outputs) + 1)
+    for i in range(len(holder.outputs) - 1, states, -1):  # states come before scan outputs: those move on by one
+        old, new = holder.outputs[i - 1], holder.outputs[i]
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         name_of, old.name = old.name, f"{name}_moved"
         new.name = name_of
-    result = loop.outputs[states]
-    result.name, result.type = f"{name}_out", None
-    return _typed(result, width)
+    return _like(holder.outputs[states], start, f"{name}_out")
 
 
 def _one_more(scan: ir.Node) -> None:

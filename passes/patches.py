@@ -6,6 +6,9 @@ dilations, pads and auto_pad are right because the same operator does them. The 
     Y[m] = sum over c, t of W[c, m, t] P[c, t],   P[c, t] = ConvTranspose(X[c], one-hot at t).
 
 Patches are as many times the input as the kernel has places, so a Scan goes through the batch: only those of one sample live at a time.
+
+In the body of an If, Loop or Scan all this is done in the body, and its sums are carried out (`magr_onnx.passes.hoist.carry_out`): nothing
+is added for a branch that is not taken, and patches may have other numbers of rows at every turn.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.passes.conv import ConvLayer
-from magr_onnx.passes.taps import Extension
+from magr_onnx.passes.bodies import Place, walk
+from magr_onnx.passes.conv import OPS, ConvLayer
+from magr_onnx.passes.hoist import carry_out
+from magr_onnx.passes.taps import Extension, append
 
 OPSET = 9  # Scan
 
@@ -25,24 +30,51 @@ OPSET = 9  # Scan
 def geometry(layer: ConvLayer) -> tuple[object, ...]:
     """Everything the patches depend on: layers with equal geometry share them."""
     kept = {name: str(a.value) for name, a in layer.node.attributes.items() if name != "kernel_shape"}
-    return (layer.op, str(layer.x.name), layer.channels, layer.kernel, layer.group, *sorted(kept.items()))
+    return (layer.op, layer.reads, layer.channels, layer.kernel, layer.group, *sorted(kept.items()))
+
+
+def _placed(copy: Extension) -> dict[str, tuple[ir.Node, Place]]:
+    """The copy's convolutions with their places, by the name of the output."""
+    return {str(node.outputs[0].name): (node, place) for node, place in walk(copy.model.graph) if node.op_type in OPS}
+
+
+def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
+    """A copy of the model that puts out the shape of every layer's output, in order, as floats: the largest of all turns of a body,
+    and zeros where it was never run."""
+    copy = Extension(model, opset=OPSET if any(layer.place for layer in layers) else 0)
+    placed = _placed(copy)
+    for i, layer in enumerate(layers):
+        node, place = placed[str(layer.output.name)]
+        name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
+        assert isinstance(graph, ir.Graph)
+        shape = append(graph, "Shape", [node.outputs[0]], f"{name}_shape")
+        extent = append(graph, "Cast", [shape], f"{name}_real", to=ir.DataType.FLOAT)
+        if place:
+            extent = carry_out(extent, place, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
+        copy.output(extent, shape=[rank])
+    return copy.finish()
 
 
 def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     """A copy of the model with three outputs a layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows."""
     copy = Extension(model, opset=OPSET)
+    placed = _placed(copy)
     for i, layer in enumerate(layers):
         name = f"__patches_{i}"
-        real = copy.add("Cast", [copy.values[str(layer.x.name)]], f"{name}_x", to=ir.DataType.FLOAT)
+        node, place = placed[str(layer.output.name)]
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        real = append(graph, "Cast", [node.inputs[0]], f"{name}_x", to=ir.DataType.FLOAT)
         g, k = layer.group, layer.k
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
         body = _body(copy, layer, name)
         scan = ir.node("Scan", [*starts, real], {"body": body, "num_scan_inputs": 1}, num_outputs=3, name=name)
-        for output, part in zip(scan.outputs, ("gram", "sum", "count"), strict=True):
+        graph.append(scan)
+        for output, start, part, shape in zip(scan.outputs, starts, ("gram", "sum", "count"), ([g, k, k], [g, k], []), strict=True):
             output.name = f"{name}_{part}"
-        copy.model.graph.append(scan)
-        for output, shape in zip(scan.outputs, ([g, k, k], [g, k], []), strict=True):
-            copy.output(output, shape=shape)
+            output.type, output.shape = start.type, start.shape
+            result = carry_out(output, place, start, "Add", f"{output.name}_of_all") if place else output
+            copy.output(result, shape=shape)
     return copy.finish()
 
 

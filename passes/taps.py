@@ -166,10 +166,7 @@ class Extension:
             self._weights = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=name)
-        node.outputs[0].name = name
-        self.model.graph.append(node)
-        return node.outputs[0]
+        return append(self.model.graph, op, inputs, name, **attributes)
 
     def constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
         tensor = ir.tensor(np.asarray(array), name=name)
@@ -234,6 +231,14 @@ class Extension:
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(self._outputs)
         return self.model
+
+
+def append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+    """The output of a new node at the end of a graph; both have the name."""
+    node = ir.node(op, inputs, attributes, name=name)
+    node.outputs[0].name = name
+    graph.append(node)
+    return node.outputs[0]
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

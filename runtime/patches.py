@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import NonFiniteError, raise_all
+from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.conv import ConvLayer
-from magr_onnx.passes.patches import geometry, patch_taps
-from magr_onnx.passes.taps import shape_taps
+from magr_onnx.passes.patches import extent_taps, geometry, patch_taps
+from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -71,18 +73,50 @@ def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list
     return groups
 
 
-def too_large(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
-    """Layers whose patches do not fit the limit, by name, with the reason as a sentence; measured on the first batch."""
-    with Session(shape_taps(model, [str(layer.output.name) for layer in layers]), provider) as session:
-        shapes = session.run(next(iter(data)))
+def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
+    """Layers without statistics, by name, with the reason as a sentence: their patches do not fit the limit, or data does not reach them.
+
+    Measured on the first batch that reaches all layers, and on all batches where some are in the bodies of If, Loop and Scan.
+    """
+    nested = [layer for layer in layers if layer.place]
+    try:
+        shapes = _extents(model, layers, data, provider)
+    except (ModelError, RuntimeFailure) as error:
+        if not nested:
+            raise
+        with Session(model, provider) as session:
+            session.run(next(iter(data)))  # the model itself must run
+        others = [layer for layer in layers if not layer.place]
+        rest = unmeasured(model, others, data, provider, limit) if others else {}
+        return {layer.name: cannot_gather(error) for layer in nested} | rest
     found = {}
     for layer, shape in zip(layers, shapes, strict=True):
+        if not shape.all():
+            found[layer.name] = f"data-free: {NEVER}"
+            continue
         kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one-hot, a place each
         size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
             why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
             found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
     return found
+
+
+def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> list[npt.NDArray[Any]]:
+    """The largest shape of every layer's output; zeros where there was none."""
+    nested = any(layer.place for layer in layers)
+    found = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
+    with Session(extent_taps(model, layers), provider) as session:
+        for batch in data:
+            found = [np.maximum(a, b) for a, b in zip(found, session.run(batch), strict=True)]
+            if not nested and all(shape.all() for shape in found):
+                break
+    return found
+
+
+def cannot_gather(error: MagrError) -> str:
+    """The sentence for patches that a copy of the model cannot gather: its opset cannot be raised, or onnxruntime does not run it."""
+    return f"data-free: its patches cannot be gathered: {str(error).splitlines()[0]}"
 
 
 def collect(

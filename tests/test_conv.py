@@ -368,7 +368,7 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
     one_hot = {"stem": 4 * 81, "depthwise": 24 * 81, "point": 24, "up": 24 * 16}
     sizes = {name: 4 * (gathered[name] + one_hot[name]) for name in gathered}
     for limit in (0, 10_000, 70_000, 99_840):
-        large = patches.too_large(found, layers, data, "cpu", limit)
+        large = patches.unmeasured(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
     result = convolutions.convert(found, found.clone(), passes, data, patch_limit=70_000)
@@ -411,8 +411,8 @@ def test_convolutions_that_cannot_be_viewed_say_why() -> None:
     layers, skips = find(found)
     assert layers == []
     assert {s.name: s.reason.value for s in skips} == {
-        "inside": "inside a subgraph or function",
-        "lost": "inside a subgraph or function",
+        "inside": "weight is a graph output",
+        "lost": "weight is a graph output",
         "shown": "weight is a graph output",
         "overridable": "weight is a graph input that a caller may override",
         "double": "weight type is not float32 or float16",
