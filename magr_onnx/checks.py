@@ -115,7 +115,8 @@ def verify_file(
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
-        apart.call(session.load, size, path=str(path), provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
+        with apart.as_file(path) as given:
+            apart.call(session.load, size, path=given, provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
         return
     except (RuntimeFailure, apart.Died) as error:
         result = error

@@ -128,9 +128,12 @@ def call(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def as_file(model: ir.Model | Path) -> Iterator[str]:
-    """The path of a model, written to a temporary folder where it is in memory."""
+    """The absolute path of a model, written to a temporary folder where it is in memory.
+
+    Absolute, because the other process stays in the folder it was started in.
+    """
     if isinstance(model, Path):
-        yield str(model)
+        yield str(model.absolute())
         return
     with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
         path = Path(folder, "model.onnx")

@@ -35,6 +35,14 @@ def test_a_process_that_dies_is_an_error_and_the_next_call_works() -> None:
     assert apart.call(os.getpid) != os.getpid()
 
 
+def test_relative_paths_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = model("g (float[n, 16] x) => (float[n, 8] y) { y = MatMul(x, w) }", w=W)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        magr_onnx.optimize(saved(proto, Path()), output="q.onnx", bits=8, block_size=16)
+
+
 def scan_of_nothing(opset: int) -> onnx.ModelProto:
     """Along any axis but the first, that ends the process in onnxruntime 1.31."""
     return model(
