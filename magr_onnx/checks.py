@@ -17,7 +17,7 @@ from magr_onnx.passes.readback import digest, iterate
 from magr_onnx.report import ProofSummary, versions
 from magr_onnx.runtime import apart, overflow, session
 from magr_onnx.targets import Target
-from magr_onnx.types import Array, check_finite
+from magr_onnx.types import Array, check_finite, check_weight
 from magr_onnx.verification import LayerVerdict
 from magr_onnx.writing import data_files
 
@@ -39,10 +39,10 @@ def check_weights(layers: Sequence[Readable]) -> None:
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:
-        for what, array in (("weight", layer.read()), ("bias", layer.read_bias())):
+        for what, array, check in (("weight", layer.read(), check_weight), ("bias", layer.read_bias(), check_finite)):
             try:
                 if array is not None:
-                    check_finite(f"{what} of {layer.name}", array)
+                    check(f"{what} of {layer.name}", array)
             except NonFiniteError as error:
                 problems.append(str(error))
     raise_all(NonFiniteError, problems)

@@ -308,12 +308,17 @@ LARGEST = 1e15
 
 
 def check_finite(name: str, array: npt.NDArray[Any]) -> None:
-    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity, or what becomes infinite when it is squared."""
+    """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity."""
     if not np.isfinite(array).all():
         bad = np.argwhere(~np.isfinite(array))
         raise NonFiniteError(
             f"{name}: {len(bad)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, bad[0]))}); "
             "repair the export or exclude the layer"
         )
-    if (largest := max(float(array.max(initial=0)), -float(array.min(initial=0)))) > LARGEST:
+
+
+def check_weight(name: str, weight: Array) -> None:
+    """`check_finite`, of the squares too."""
+    check_finite(name, weight)
+    if (largest := max(float(weight.max(initial=0)), -float(weight.min(initial=0)))) > LARGEST:
         raise NonFiniteError(f"{name}: values up to {largest:.3g}, and {LARGEST:g} is the most that can be squared; exclude the layer")

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
 from magr_onnx.qera import Factors
-from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_finite
+from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_weight
 
 META = "magr_onnx.job"
 
@@ -83,7 +83,7 @@ class Job:
             NonFiniteError: The weight holds NaN or infinity.
         """
         weight = layer.read()
-        check_finite(f"weight of {layer.name}", weight)
+        check_weight(f"weight of {layer.name}", weight)
         return Job(layer, stats or LayerStats.data_free(layer.k), weight, weight, weight, layer.read_bias())
 
     def centred(self, bias: BiasPolicy | None) -> bool:
