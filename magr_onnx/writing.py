@@ -204,6 +204,7 @@ def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: 
     groups: list[list[int]] = []
     used = 0
     for index, tensor in enumerate(tensors):
+        used = _aligned(used, tensor.nbytes)
         if not groups or (shard_size is not None and used + tensor.nbytes > shard_size):
             groups.append([])
             used = 0
@@ -216,10 +217,17 @@ def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: 
             file = _Hashed(raw)
             places = []
             for index in group:
+                file.write(bytes(_aligned(file.size, tensors[index].nbytes) - file.size))
                 places.append((index, file.size))
                 _copy(tensors[index], file)
         files.append(_DataFile(path, file.digest(), places))
     return files
+
+
+def _aligned(offset: int, size: int) -> int:
+    """Where a tensor of ``size`` bytes may begin from ``offset`` on: kernels read mapped memory, and large tensors are mapped by pages."""
+    step = 4096 if size >= 1 << 20 else 64 if size > SMALL else 8
+    return -(-offset // step) * step
 
 
 def _copy(tensor: ir.TensorProtocol, file: _Hashed) -> None:

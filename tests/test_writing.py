@@ -298,3 +298,25 @@ def test_a_protobuf_that_is_too_large_says_so(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MagrError, match="a protobuf has 2 GiB at most"):
         save(graphs.chain(), tmp_path / "out.onnx")
     assert names(tmp_path) == []
+
+
+def test_tensors_begin_where_kernels_and_pages_like_it(tmp_path: Path) -> None:
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 4])
+    y = b.node("Add", [x, b.constant("odd", np.ones((99, 4), np.float32)[:1])])
+    for i, rows in enumerate((1001, 70_001, 33)):
+        tall = b.constant(f"t{i}", np.full((rows, 4), i + 1, np.float32))
+        y = b.node("Add", [y, b.node("ReduceMax", [tall], axes=[0], keepdims=1)])
+    out = tmp_path / "out.onnx"
+    model = b.model(y, ["batch", 4])
+    model.graph.opset_imports[""] = 17
+    save(model, out, layout=Layout(external=True))
+    loaded = ir.load(out)
+    places = {v.name: t for v in loaded.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    assert {name: tensor.offset % (4096 if tensor.nbytes >= 1 << 20 else 64) for name, tensor in places.items()} == {
+        "t0": 0,
+        "t1": 0,
+        "t2": 0,
+    }
+    with Session(out) as session:
+        np.testing.assert_array_equal(session.run({"x": np.zeros((1, 4), np.float32)})[0], np.full((1, 4), 7, np.float32))
