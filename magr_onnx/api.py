@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.report import SkipRow, versions
-from magr_onnx.runtime import calibrate, overflow, witness
+from magr_onnx.runtime import calibrate, custom, overflow, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Source, open_data
-from magr_onnx.runtime.session import Arithmetic, Session, provider_name
+from magr_onnx.runtime.session import Arithmetic, inputs_of, provider_name
 from magr_onnx.setting import Progress, stage
 from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
@@ -102,28 +103,31 @@ def validate(
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
     layers: bool = True,
     latency: bool = True,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | None = None,
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
+
+    ``custom_ops`` are shared libraries with custom operators of the two.
 
     Raises:
         MagrError: A model or the data cannot be used.
     """
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    with Session(a.path or a.model, provider) as session:
-        batches = open_data(data, session.inputs, batch_size)
-    return validation.validate(
-        a.path or a.model,
-        b.path or b.model,
-        batches,
-        provider=provider,
-        arithmetics=arithmetics,
-        mask=calibrate.resolve_mask(a.model, mask),
-        layers=layers,
-        latency=latency,
-        progress=stage(progress, "validating"),
-    )
+    batches = open_data(data, inputs_of(a.model), batch_size)
+    with custom.using(custom_ops):
+        return validation.validate(
+            a.path or a.model,
+            b.path or b.model,
+            batches,
+            provider=provider,
+            arithmetics=arithmetics,
+            mask=calibrate.resolve_mask(a.model, mask),
+            layers=layers,
+            latency=latency,
+            progress=stage(progress, "validating"),
+        )
 
 
 @explained

@@ -98,6 +98,10 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a b
 Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
 
+CustomOps = Annotated[
+    list[Path] | None,
+    typer.Option("--custom-ops", metavar="FILE", help="Shared library with custom operators of the model; may be given again."),
+]
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="Take weights that are quantized already for the floats they stand for, and quantize those.")
 ]

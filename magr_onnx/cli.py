@@ -39,6 +39,7 @@ from magr_onnx.arguments import (
     ConvBits,
     ConvBitsOption,
     ConvFormOption,
+    CustomOps,
     DampingOption,
     EffortOption,
     EmbeddingBitsOption,
@@ -162,6 +163,7 @@ def optimize(
     include: Include = None,
     exclude: Exclude = None,
     requantize: Requantize = False,
+    custom_ops: CustomOps = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
@@ -227,6 +229,7 @@ def optimize(
             include=include or (),
             exclude=exclude or (),
             requantize=requantize,
+            custom_ops=custom_ops or (),
             cache=_bytes(cache),
             max_memory=max_memory,
             resume=resume,
@@ -319,12 +322,14 @@ def validate(
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
     provider: Provider = "cpu",
+    custom_ops: CustomOps = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
+    options: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "custom_ops": custom_ops or ()}
     with console.progress_bar(not quiet) as progress:
-        result = api.validate(float_model, quantized_model, data, provider=provider, mask=mask, batch_size=batch_size, progress=progress)
+        result = api.validate(float_model, quantized_model, data, progress=progress, **options)
     _show(_plain(result), "\n".join(validation_text(result)), as_json, quiet)
     if min_cosine is not None:
         low = min((m.cosine for outputs in result.arithmetics.values() for m in outputs), default=1.0)

@@ -51,6 +51,7 @@ def optimize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     requantize: bool = False,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: int = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def optimize(
         include: Shell patterns of layers (by node or weight name) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
+        custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: Called during long work.
@@ -105,6 +107,7 @@ def optimize(
     pipeline.check(passes, provider)
     passes = pipeline.suited(passes, provider)
     provider_name(provider)
+    run.register(custom_ops)
     if calibration is None:
         _check_data_free(passes, goal)
     loaded = files.load(model)
@@ -124,8 +127,9 @@ def optimize(
     if validation_data is not None:
         held = open_data(validation_data, inputs_of(prepared.model), batch_size)
     notes = [*prepared.notes, *_data_notes(data, passes)]
-    choices = {"include": include, "exclude": exclude, "mask": setting.mask, "batch_size": batch_size, "provider": provider}
-    run.resume(resume, loaded, data, prepared.passes, {**asked, **choices, "requantize": requantize})
+    choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
+    choices |= {"mask": setting.mask, "batch_size": batch_size, "provider": provider}
+    run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
         notes += conversion.check(prepared.reference, prepared.model, data, provider)
     solved = solve(prepared, data, goal, options, setting, run, gram_budget)

@@ -19,6 +19,7 @@ from magr_onnx.locking import clear, workspace
 from magr_onnx.options import bytes_of
 from magr_onnx.passes import LayerPass, LinearLayer
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
+from magr_onnx.runtime import custom
 from magr_onnx.runtime.data import Batches
 from magr_onnx.spool import Spool
 from magr_onnx.writing import INLINE_LIMIT, Layout, explained, oversized
@@ -68,6 +69,10 @@ class Run:
         self.gram_budget = self.cache = 0
         self.layout = Layout()
         self.store: JobDirectory | None = None
+
+    def register(self, libraries: Sequence[str | os.PathLike[str]]) -> None:
+        """Have custom operators in all sessions of the run; see `magr_onnx.runtime.custom.using`."""
+        self._stack.enter_context(custom.using(libraries))
 
     def open(
         self,

@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from magr_onnx import errors
 from magr_onnx.errors import MagrError
+from magr_onnx.runtime.custom import LIBRARIES, using
 
 SECONDS = 120.0
 """Most time for a request, beside what its bytes need."""
@@ -119,7 +120,7 @@ def call(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
         Died: It crashed, or took longer than it may.
         MagrError: What it raised.
     """
-    request = {"module": function.__module__, "function": function.__name__, "arguments": arguments}
+    request = {"module": function.__module__, "function": function.__name__, "arguments": arguments, "libraries": LIBRARIES.get()}
     answer = _worker().ask(request, SECONDS + SECONDS_A_GIGABYTE * size / 1e9)
     if "error" in answer:
         raise getattr(errors, answer["error"], MagrError)(answer["message"])
@@ -150,7 +151,8 @@ def _serve() -> None:
         request = json.loads(line)
         try:
             function = getattr(import_module(request["module"]), request["function"])
-            answer: dict[str, Any] = {"result": function(**request["arguments"])}
+            with using(request["libraries"]):
+                answer: dict[str, Any] = {"result": function(**request["arguments"])}
         except MagrError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         except Exception as error:  # whatever it is, the caller must hear of it

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
+from magr_onnx.runtime.custom import LIBRARIES
 from magr_onnx.runtime.in_place import serialized
 from magr_onnx.sanity import custom_operators
 from magr_onnx.writing import data_files, explained, tensor_bytes
@@ -136,6 +137,11 @@ class Session:
                 lean = arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised
+        for library in LIBRARIES.get():
+            try:
+                options.register_custom_ops_library(library)
+            except Exception as error:
+                raise RuntimeFailure(f"{library} is no library of custom operators for this onnxruntime: {error}") from error
         options.intra_op_num_threads = threads
         if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -228,4 +234,8 @@ def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
         names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
     except Exception:  # what is wrong with the file has been said
         return ""
-    return f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)}" if names else ""
+    return (
+        f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)} (custom_ops names libraries that have some)"
+        if names
+        else ""
+    )
