@@ -18,7 +18,7 @@ from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.preparing import prepare
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
-from magr_onnx.runtime import calibrate, conversion, stages
+from magr_onnx.runtime import apart, calibrate, conversion, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, open_data
 from magr_onnx.runtime.session import inputs_of, provider_name
@@ -114,6 +114,7 @@ def optimize(
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
+        apart.start()
     setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize)
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)

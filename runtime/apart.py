@@ -43,6 +43,10 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
+    def start(self) -> None:
+        with self._lock:
+            self._running()
+
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         with self._lock:
             process = self._running()
@@ -127,6 +131,11 @@ def call(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
     return answer["result"]
 
 
+def start() -> None:
+    """Start the process if there is none, so that it is ready when it is asked."""
+    _worker().start()
+
+
 @contextlib.contextmanager
 def as_file(model: ir.Model | Path) -> Iterator[str]:
     """The absolute path of a model, written to a temporary folder where it is in memory.
@@ -147,6 +156,7 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
 
 def _serve() -> None:
     """Answer requests until there are no more."""
+    import_module("magr_onnx.runtime.conversion")  # and with it onnxruntime, before anybody waits
     for line in sys.stdin:
         request = json.loads(line)
         try:
