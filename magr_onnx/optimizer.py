@@ -67,7 +67,7 @@ def optimize(
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
         calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so.
-        output: Where to write the result; None keeps it in memory.
+        output: Where to write the result; None keeps it in memory, its codes verified, but not loaded by onnxruntime.
         validation_data: Held-out inputs to compare the float and the quantized model on.
         pipeline_text: Passes, or their text, instead of ``options``.
         provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
