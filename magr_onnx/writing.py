@@ -248,7 +248,13 @@ def _external(value: ir.Value, name: str, offset: int, folder: Path) -> ir.Exter
 
 
 def _write_protobuf(model: ir.Model, path: Path) -> None:
-    proto = ir.to_proto(model)
+    try:
+        proto = ir.to_proto(model)
+    except Exception as error:  # of onnx-ir, with the whole model in its message; the cause says what it is
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{type(cause).__name__}: {str(cause)[:300]}") from error
     if proto.ByteSize() > PROTOBUF_LIMIT:
         raise ValueError(f"without its large initializers it still has {proto.ByteSize()} bytes, and a protobuf has 2 GiB at most")
     path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -108,7 +108,13 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
     found = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
     with Session(extent_taps(model, layers), provider) as session:
         for batch in data:
-            found = [np.maximum(a, b) for a, b in zip(found, session.run(batch), strict=True)]
+            shapes = session.run(batch)
+            wrong = [layer.name for layer, a, b in zip(layers, found, shapes, strict=True) if len(a) != len(b)]
+            if wrong:  # onnxruntime believes what is declared
+                raise ModelError(
+                    f"output of {', '.join(wrong[:5])}: declared with a number of axes that it does not have; remove its shape"
+                )
+            found = [np.maximum(a, b) for a, b in zip(found, shapes, strict=True)]
             if not nested and all(shape.all() for shape in found):
                 break
     return found

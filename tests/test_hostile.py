@@ -590,3 +590,35 @@ def test_weights_that_cannot_be_squared_are_named(op: str) -> None:
     proto = model(f"g (float{x} x) => (float{y} y) {{ [fc] y = {op}(x, w) }}", w=constant("w", *shape) * np.float32(1e27))
     with pytest.raises(NonFiniteError, match="weight of fc: values up to"):
         magr_onnx.optimize(proto)
+
+
+def test_names_in_bodies_that_are_not_utf8(tmp_path: Path) -> None:
+    """onnx reads them, and nothing can write them again."""
+    proto = model(
+        """g (float[n, 16] x, int64 turns, bool go) => (float[n, 8] y, float[n, 16] last) {
+            [fc] y = MatMul(x, w)
+            last = Loop(turns, go, x) <body = b (int64 i, bool c, float[n, 16] inside) => (bool d, float[n, 16] t) {
+                d = Identity(c)
+                t = Relu(inside)
+            }>
+        }""",
+        w=constant("w", 16, 8),
+    )
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString().replace(b"inside", b"in\xe4\xffde"))
+    with pytest.raises(MagrError):
+        magr_onnx.optimize(path, output=tmp_path / "q.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_convolution_with_fewer_axes_declared_than_it_has() -> None:
+    proto = model(
+        """g (float[n] x, int64[r] shape) => (float y) {
+            h = Reshape(x, shape)
+            [c] y = Conv(h, k)
+        }""",
+        k=constant("k", 4, 8, 3),
+    )
+    data = [{"x": np.ones(128, np.float32), "shape": np.array([1, 8, 16])}]
+    with pytest.raises(ModelError, match="output of c: declared"):
+        magr_onnx.optimize(proto, data)
