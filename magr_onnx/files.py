@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from magr_onnx import sanity
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.oldforms import modernize
 from magr_onnx.writing import is_ours
 
@@ -59,7 +59,16 @@ def load(source: Any) -> Loaded:
             f"cannot read a model from {type(source).__name__}; give a path, an onnx.ModelProto, an onnx_ir.Model or a "
             "torch.onnx.ONNXProgram"
         )
-    return Loaded(model.clone(), None, frozenset())
+    return Loaded(model.clone(), None, _data_of(model))
+
+
+def _data_of(model: ir.Model) -> frozenset[Path]:
+    """The files that tensors of a model in memory are still to be read from."""
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    found = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    missing = [f"the given model reads {p}, and there is no such file from {Path.cwd()}" for p in sorted(found) if not p.is_file()]
+    raise_all(ModelError, missing)
+    return frozenset(found)
 
 
 def _load_path(path: Path) -> Loaded:

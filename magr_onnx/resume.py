@@ -77,6 +77,7 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _check_ours(path)
         held = lock(path / LOCK)
     except OSError as error:
         raise OutputError(f"job directory {path}: {explained(error)}") from error
@@ -87,15 +88,23 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
         yield JobDirectory(path)
 
 
+def _check_ours(path: Path) -> None:
+    """Refuse a folder of something else, before anything is done to it."""
+    known = (LOCK, LAYERS, MANIFEST, f"{MANIFEST}{_PART}")
+    others = [p.name for p in path.iterdir() if p.name not in known]
+    if others and not (path / MANIFEST).exists():
+        raise OptionError(f"job directory {path} is not one: it holds {', '.join(sorted(others)[:3])}; give a new directory")
+
+
 def _check(path: Path, manifest: Mapping[str, str]) -> None:
     """Compare the directory with this run, or begin it."""
     try:
-        for left in path.rglob("*.tmp"):  # of a process that is dead, for the lock is ours
-            left.unlink()
+        for left in (
+            path / f"{MANIFEST}{_PART}",
+            *(path / LAYERS).glob(f"*.npz{_PART}"),
+        ):  # the lock is ours, so who wrote them is dead
+            left.unlink(missing_ok=True)
         if not (path / MANIFEST).exists():
-            others = [p.name for p in path.iterdir() if p.name not in (LOCK, LAYERS)]
-            if others:
-                raise OptionError(f"job directory {path} is not one: it holds {', '.join(sorted(others)[:3])}; give a new directory")
             (path / LAYERS).mkdir(exist_ok=True)
             _write(path / MANIFEST, json.dumps(dict(manifest), indent=1).encode())
             return
@@ -187,12 +196,13 @@ class JobDirectory:
             return {name: loaded[name] for name in loaded.files}
 
 
+_PART = ".tmp"  # behind the name of a file that is being written
 _DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, OptionError)
 
 
 def _write(path: Path, content: bytes | Arrays) -> None:
     """A whole file or none."""
-    part = path.with_name(path.name + ".tmp")
+    part = path.with_name(path.name + _PART)
     try:
         with part.open("wb") as file:
             if isinstance(content, bytes):

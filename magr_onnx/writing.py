@@ -107,7 +107,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
     values = _large(model) if external else []
     before = [v.const_value for v in model_values(model)]
     files = _write_data([v.const_value for v in values if v.const_value is not None], folder, layout.shard_size)
-    names = _names(output, [f.digest for f in files], old)
+    names = _names(output, [f.digest for f in files])
     done = False
     try:
         for file, name in zip(files, names, strict=True):
@@ -138,8 +138,10 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
                 held.base_dir = output.parent
             else:
                 value.const_value = tensor
-    for path in old - {output.parent / name for name in names}:
-        if is_ours(path, output):
+    outdated = {path for path in old - {output.parent / name for name in names} if is_ours(path, output)}
+    if outdated:
+        read = {path for other in output.parent.glob("*.onnx") if other != output for path in data_files(other)}
+        for path in outdated - read:  # a copy of the old output may still be there
             path.unlink(missing_ok=True)
     return size
 
@@ -281,8 +283,8 @@ def data_name(output: Path, number: int = 0, count: int = 1, tag: str = "") -> s
     return f"{stem}.data" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.data"
 
 
-def _names(output: Path, digests: Sequence[str], old: set[Path]) -> list[str]:
-    """Names for data files of these contents, by which nothing of the old output is overwritten with anything else."""
+def _names(output: Path, digests: Sequence[str]) -> list[str]:
+    """Names for data files of these contents, by which no file is overwritten with anything else: a model may read it."""
     count = len(digests)
     tag = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
     plain = [data_name(output, i, count) for i in range(count)]
@@ -290,7 +292,7 @@ def _names(output: Path, digests: Sequence[str], old: set[Path]) -> list[str]:
 
     def free(names: Sequence[str]) -> bool:
         paths = [output.parent / name for name in names]
-        return all(p not in old or file_digest(p) == d for p, d in zip(paths, digests, strict=True))
+        return all(not p.exists() or file_digest(p) == d for p, d in zip(paths, digests, strict=True))
 
     there = all(
         (output.parent / name).is_file() and file_digest(output.parent / name) == d for name, d in zip(tagged, digests, strict=True)

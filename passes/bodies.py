@@ -69,11 +69,24 @@ def unique_names(model: ir.Model, operators: Collection[str]) -> None:
     nodes = {str(node.name) for node in model.graph}
     for node, place in walk(model.graph):
         if place and f"{node.domain}.{node.op_type}".removeprefix(".") in operators:
-            node.name = _free(node.name or f"{node.op_type}:{node.outputs[0].name}", nodes)
+            name = node.name or f"{node.op_type}:{node.outputs[0].name}"
+            node.name = _free(name, nodes)
+            if node.name != name:
+                remember(node, name)
         for _, body in bodies_of(node):
             for value in values_of(body):
                 if value.name or value.uses():
                     value.name = _free(value.name or "value", used)
+
+
+NAMES = "onnx_magr.names"
+"""Key of a node's properties under which the names that a layer had before are kept for patterns, a line each."""
+
+
+def remember(node: ir.Node, *names: str) -> None:
+    """Keep names at a node, so that patterns find it by them."""
+    known = node.metadata_props.get(NAMES, "").splitlines()
+    node.metadata_props[NAMES] = "\n".join(dict.fromkeys([*known, *names]))
 
 
 def _free(name: str, used: set[str]) -> str:

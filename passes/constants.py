@@ -251,7 +251,7 @@ def _squeeze(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataTy
     if axes is None:
         return None if _given(node, "axes", 1) else _reshaped([d for d in shape if d != 1], dtype)
     gone = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
-    if len(gone) != len(axes) or any(shape[a] != 1 for a in gone):
+    if not axes or len(gone) != len(axes) or any(shape[a] != 1 for a in gone):
         return None
     return _reshaped([d for i, d in enumerate(shape) if i not in gone], dtype)
 
@@ -312,7 +312,7 @@ def _spread(tensor: ir.TensorProtocol, shape: tuple[int, ...], axis: int, block:
     array = tensor.numpy().astype(np.float32)
     if array.size == 1:
         return array.reshape(())
-    if array.ndim == 1:
+    if array.ndim == 1 and not block:
         return array.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
     return np.repeat(array, block, axis=axis).take(range(shape[axis]), axis=axis) if block else array
 

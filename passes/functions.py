@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.bodies import unique_names
+from magr_onnx.passes.bodies import remember, unique_names
 from magr_onnx.passes.canonical import FORMS
 from magr_onnx.passes.linear import OPERATORS
 
@@ -57,6 +57,9 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
     chosen = holding - kept
     for id_ in chosen:
         _part_outputs(model.functions[id_])
+        for node in model.functions[id_].all_nodes():
+            if node.name and _is(node, operators):
+                remember(node, node.name)  # every call but the first renames it
     count = len(chosen & _closure(_called(model, model.graph.all_nodes()), calls))
     if not count:
         return []

@@ -19,16 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.bodies import Place, captured, inner_names, opaque, walk
+from magr_onnx.passes.bodies import NAMES, Place, captured, inner_names, opaque, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
 from magr_onnx.writing import let_go
 
 OPERATORS = ("MatMul", "Gemm")
 """Operators of ONNX that are looked at as linear layers."""
-
-NAMES = "onnx_magr.names"
-"""Key of a node's properties under which a rewrite keeps the names that the layer had before, a line each."""
 
 REFUSED = "onnx_magr.refused"
 """Key of a node's ``meta`` store under which a canonical form keeps why it could not be made: a `Reason` and details."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.passes import bodies
 from magr_onnx.passes.job import META, BiasPolicy, Job, LayerPass
-from magr_onnx.passes.linear import FLOATS, NAMES, LinearLayer, find
+from magr_onnx.passes.linear import FLOATS, LinearLayer, find
 from magr_onnx.passes.shared import sharing
 from magr_onnx.types import Array, LayerStats, WeightSpec
 
@@ -98,8 +99,7 @@ class Rewrite(LayerPass):
 
 def remember(layer: LinearLayer) -> None:
     """Keep the names of a layer at its node, so that patterns find it under new ones."""
-    names = [*layer.node.metadata_props.get(NAMES, "").splitlines(), layer.name, layer.weight_name]
-    layer.node.metadata_props[NAMES] = "\n".join(dict.fromkeys(names))
+    bodies.remember(layer.node, layer.name, layer.weight_name)
 
 
 def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, integer: bool) -> None:

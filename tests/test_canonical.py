@@ -472,3 +472,37 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
         "big": (other, "mask: 0.02 MB"),
         "table": (other, "mask: 0.02 MB"),
     }
+
+
+def test_a_squeeze_of_no_axes_is_not_followed() -> None:
+    """onnxruntime takes it for one of all axes, ONNX for none."""
+    w = constant("w", 1, 16, 16)
+    proto = model(
+        "g (float[n, 16] x) => (float[n, 16] y, float[n, 16] z) { m = Squeeze(w, none) [a] y = MatMul(x, m) [b] z = MatMul(x, v) }",
+        w=w,
+        none=np.zeros(0, np.int64),
+        v=w[0],
+    )
+    report = optimize(proto, bits=8, block_size=16).report
+    assert [row.name for row in report.layers] == ["b"]
+    assert [row.name for row in report.skipped if row.op == "MatMul"] == ["a"]
+
+
+def test_a_vector_quantized_in_blocks_is_quantized_again() -> None:
+    codes = np.arange(64, dtype=np.int8) - 30
+    scales = np.linspace(0.01, 0.04, 4, dtype=np.float32)
+    proto = model(
+        """g (float[n, 64] x) => (float[n] y) {
+            w = DequantizeLinear<axis = 0, block_size = 16>(c, s)
+            [fc] y = MatMul(x, w)
+        }""",
+        opset=21,
+        ir_version=10,
+        c=codes,
+        s=scales,
+    )
+    made, report = optimize(proto, bits=8, block_size=16, requantize=True)
+    assert [row.name for row in report.layers] == ["fc"]
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    with Session(made) as session:
+        np.testing.assert_allclose(session.run({"x": x})[0], x @ (codes * scales.repeat(16)), atol=0.05)

@@ -144,3 +144,12 @@ def test_a_circle_of_functions_is_refused() -> None:
     dense.append(ir.node("old", list(dense.inputs), domain="local"))
     with pytest.raises(ModelError, match="cannot be inlined: Cyclic dependency"):
         inline(source, OPERATORS)
+
+
+@pytest.mark.parametrize("name", ["fc", "f?"])
+def test_patterns_mean_every_call_of_a_function(name: str) -> None:
+    proto = ZOO["function-called-twice-with-different-weights"].build()
+    kept = magr_onnx.optimize(proto, include=[name], bits=8).report
+    assert len(kept.layers) == 2
+    with pytest.raises(ModelError, match="excluded by name"):
+        magr_onnx.optimize(proto, exclude=[name], bits=8)

@@ -411,3 +411,10 @@ def test_onnxruntime_fuses_weight_only_products_in_bodies(bits: int, external: b
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     nodes = ir.load(tmp_path / "optimized.onnx").graph.all_nodes()
     assert [node.op_type for node in nodes if node.op_type not in ("Loop", "Identity", "Tanh")] == ["MatMulNBits"]
+
+
+def test_patterns_mean_layers_of_one_name_in_both_branches() -> None:
+    proto = ZOO["names-in-both-branches"].build()
+    with pytest.raises(ModelError, match="excluded by name"):
+        magr_onnx.optimize(proto, exclude=["fc"], bits=8)
+    assert len(magr_onnx.optimize(proto, include=["fc"], bits=8).report.layers) == 2

@@ -306,3 +306,14 @@ def test_a_damaged_manifest_and_a_folder_of_something_else_are_refused(tmp_path:
 def test_a_model_in_memory_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="resume needs a model in a file"):
         magr_onnx.optimize(graphs.chain(), resume=tmp_path / "job")
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("thesis.txt", "notes.tmp", "sub/more.tmp"):
+        (folder / name).write_text("mine")
+    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    with pytest.raises(magr_onnx.OptionError, match="is not one"):
+        magr_onnx.optimize(bundled.MODEL, output=tmp_path / "out.onnx", resume=folder, quantizer="rtn")
+    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before

@@ -320,3 +320,32 @@ def test_tensors_begin_where_kernels_and_pages_like_it(tmp_path: Path) -> None:
     }
     with Session(out) as session:
         np.testing.assert_array_equal(session.run({"x": np.zeros((1, 4), np.float32)})[0], np.full((1, 4), 7, np.float32))
+
+
+def test_data_that_another_model_reads_is_neither_overwritten_nor_removed(tmp_path: Path) -> None:
+    out, other = tmp_path / "out.onnx", tmp_path / "other.onnx"
+    magr_onnx.optimize(bundled.MODEL, output=out, external_data=True, quantizer="rtn")
+    expected = ir.load(out).graph.initializers
+    weights = {name: v.const_value.numpy().copy() for name, v in expected.items() if v.const_value is not None}
+    out.rename(other)
+    for bits in (3, 8):  # the second time there is an old output too
+        magr_onnx.optimize(bundled.MODEL, output=out, external_data=True, quantizer="rtn", bits=bits)
+    out.with_name("copy.onnx").write_bytes(out.read_bytes())
+    magr_onnx.optimize(bundled.MODEL, output=out, external_data=True, quantizer="rtn", bits=5)
+    for path in (other, out, out.with_name("copy.onnx")):
+        with Session(path):
+            pass
+    for name, value in ir.load(other).graph.initializers.items():
+        assert value.const_value is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), weights[name])
+
+
+def test_a_model_in_memory_keeps_its_data_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    ir.save(ir.load(bundled.MODEL), out, external_data="out.onnx.data", size_threshold_bytes=0)
+    given = ir.load(out)
+    with pytest.raises(magr_onnx.OutputError, match="overwrite the input model or its data"):
+        magr_onnx.optimize(given, output=out, external_data=True, quantizer="rtn")
+    (tmp_path / "out.onnx.data").rename(tmp_path / "moved")
+    with pytest.raises(magr_onnx.ModelError, match="no such file"):
+        magr_onnx.optimize(ir.load(out), output=tmp_path / "q.onnx", quantizer="rtn")

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from magr_onnx.passes.bodies import remember
 from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held, ints
-from magr_onnx.passes.linear import NAMES, Reason, layer_name
+from magr_onnx.passes.linear import Reason, layer_name
 
 Dims = list[int | ir.SymbolicDim]
 
@@ -255,8 +256,7 @@ class Edit:
         made.metadata_props.update(self.node.metadata_props)
         made.name = self.name if index is None else f"{self.name}[{index}]"
         if index is not None:
-            names = [*self.node.metadata_props.get(NAMES, "").splitlines(), self.name, weight]
-            made.metadata_props[NAMES] = "\n".join(dict.fromkeys(names))
+            remember(made, self.name, weight)
         return found
 
     def finish(self, value: ir.Value) -> bool:
