@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnxruntime_extensions import get_library_path
 from typer.testing import CliRunner
 
 import magr_onnx
@@ -18,6 +18,14 @@ from magr_onnx.runtime import custom
 from magr_onnx.runtime.session import Session
 
 W = constant("w", 32, 8)
+
+
+def get_library_path() -> str:
+    """What the function of this name in the package returns; importing that would change this process's environment."""
+    spec = find_spec("onnxruntime_extensions")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return str(next(Path(spec.submodule_search_locations[0]).glob("_extensions_pydll*")))
 
 
 @pytest.fixture

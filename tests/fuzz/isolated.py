@@ -65,6 +65,7 @@ def outcomes(module: str, arguments: Sequence[str], indices: Sequence[int], seco
 def _one_worker(module: str, arguments: Sequence[str], indices: Sequence[int], seconds: float) -> Iterator[tuple[int, Outcome]]:
     """Outcomes until the worker dies, its death included."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", None)  # a package that other tests import sets it
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
         stdin=subprocess.PIPE,

@@ -241,7 +241,7 @@ def same_numbers(data: bytes, base: onnx.ModelProto) -> bool:
     """Whether a damaged file has no weights or factors that the valid one has not: 8 bits are not enough for wild ones."""
     try:
         return _numbers(onnx.ModelProto.FromString(data)) <= _numbers(base)
-    except DecodeError:
+    except (DecodeError, UnicodeDecodeError):
         return False
 
 
