@@ -25,7 +25,8 @@ def get_library_path() -> str:
     spec = find_spec("onnxruntime_extensions")
     assert spec is not None
     assert spec.submodule_search_locations
-    return str(next(Path(spec.submodule_search_locations[0]).glob("_extensions_pydll*")))
+    found = Path(spec.submodule_search_locations[0]).glob("_extensions_pydll*")
+    return str(next(p for p in found if p.suffix in (".so", ".pyd", ".dylib")))
 
 
 @pytest.fixture
