@@ -43,6 +43,12 @@ def opaque(place: Place) -> str | None:
     return next((holder.op_type for holder, _ in place if holder.domain != "" or holder.op_type not in BODIES), None)
 
 
+def seen_as(value: ir.Value, node: ir.Node, place: Place) -> str:
+    """A name for a value that a node at ``place`` reads: the same for all nodes that read it equally often."""
+    inside = not place or value.graph is node.graph
+    return str(value.name) if inside else captured(value, place)
+
+
 def captured(value: ir.Value, place: Place) -> str:
     """A name for what a body sees of a value from outside: none of it where the body is not run."""
     holder, attribute = place[-1]

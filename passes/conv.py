@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.bodies import Place, captured, opaque, walk
+from magr_onnx.passes.bodies import Place, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, constant, dequantized, held
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
@@ -78,8 +78,7 @@ class ConvLayer:
     @property
     def reads(self) -> str:
         """A name for what it reads: the same for all convolutions that read it equally often."""
-        inside = not self.place or self.x.graph is self.node.graph
-        return str(self.x.name) if inside else captured(self.x, self.place)
+        return seen_as(self.x, self.node, self.place)
 
     @property
     def output(self) -> ir.Value:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.bodies import NAMES, Place, captured, inner_names, opaque, walk
+from magr_onnx.passes.bodies import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.types import Array
 from magr_onnx.writing import let_go
@@ -122,8 +122,7 @@ class LinearLayer:
     @property
     def reads(self) -> str:
         """The name of what the layer reads, as calibration knows it: the same for all layers that read it equally often."""
-        inside = not self.place or self.x.graph is self.node.graph
-        return str(self.x.name) if inside else captured(self.x, self.place)
+        return seen_as(self.x, self.node, self.place)
 
     @property
     def dtype(self) -> ir.DataType:
