@@ -41,3 +41,11 @@ def say(text: str) -> None:
 
 def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:
+    """The result of a command: as JSON if asked for, as text unless it shall be quiet."""
+    if as_json:
+        say_json(value)
+    elif not quiet:
+        say(text)

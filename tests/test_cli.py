@@ -18,7 +18,8 @@ import pytest
 from typer.main import get_command
 
 import magr_onnx
-from magr_onnx.cli import _bytes, app, main
+from magr_onnx.cli import app, main
+from magr_onnx.commands.optimize import _bytes
 from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
 from tests.graphs import feeds, proto

@@ -1,0 +1,9 @@
+"""One command a file: a function that parses, calls the Python interface and prints, and its examples in ``EPILOG``.
+
+**A new command**: a file here, and its place in `COMMANDS`.
+"""
+
+from magr_onnx.commands import demo, inspect, optimize, passes, validate, verify
+
+COMMANDS = {"optimize": optimize, "inspect": inspect, "validate": validate, "verify": verify, "passes": passes, "demo": demo}
+"""Modules by the name of their command, which is also the name of the function, in the order of the help."""

@@ -1,0 +1,30 @@
+"""`onnx-magr demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magr_onnx import console
+from magr_onnx import demo as demonstration
+from magr_onnx.arguments import Json, Quiet
+from magr_onnx.errors import OutputError
+
+EPILOG = "[bold]Example[/bold]\n\nonnx-magr demo"
+
+
+def demo(
+    folder: Annotated[Path | None, typer.Option("--folder", help="Keep the quantized models here; default: they are removed.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the bundled language model and print its perplexity before and after."""
+    if folder is not None and not folder.is_dir():
+        raise OutputError(f"folder {folder} does not exist; create it first")
+    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet) as progress:
+        result = demonstration.run(folder or Path(temporary), progress)
+    console.show(dataclasses.asdict(result), demonstration.to_text(result), as_json, quiet)

@@ -1,0 +1,40 @@
+"""`onnx-magr inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magr_onnx import api, console
+from magr_onnx.arguments import Exclude, Include, Json, Requantize
+
+EPILOG = """[bold]Examples[/bold]
+
+onnx-magr inspect model.onnx
+
+onnx-magr inspect model.onnx --exclude '*head*' --json"""
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
+    include: Include = None,
+    exclude: Exclude = None,
+    requantize: Requantize = False,
+    as_json: Json = False,
+) -> None:
+    """List linear layers with shapes and ranges, and what would be left alone and why."""
+    found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
+    lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
+    lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
+    for row in found.layers:
+        name = row["name"] if len(row["name"]) <= 34 else f"...{row['name'][-31:]}"
+        bias = "yes" if row["bias"] else "-"
+        shape = f"{row['k']} x {row['n']}"
+        lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
+    lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
+    lines += [f"  {s.name} ({s.op}): {s.reason}{f' ({s.detail})' if s.detail else ''}" for s in found.skipped]
+    value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers")}
+    value["skipped"] = [{"name": s.name, "op": s.op, "reason": s.reason, "detail": s.detail} for s in found.skipped]
+    console.show(value, "\n".join(lines), as_json)

@@ -1,0 +1,27 @@
+"""`onnx-magr passes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from magr_onnx import console
+from magr_onnx.arguments import Json
+from magr_onnx.passes.pipeline import PASSES, options_of
+
+EPILOG = "[bold]Example[/bold]\n\nonnx-magr passes --json"
+
+
+def passes(as_json: Json = False) -> None:
+    """List the passes a pipeline may name, with their options and defaults."""
+    lines, value = [], []
+    for name, kind in PASSES.items():
+        known = options_of(kind)
+        lines.append(f"{name}: {kind.summary}")
+        lines += [f"    {option}={_shown(default)}" for option, (_, default) in known.items()]
+        value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in known.items()}})
+    lines += ["", "example: 'magr{alpha=1e-3},quantize{method=gptq,bits=4},compensate-bias,emit-matmulnbits'"]
+    console.show(value, "\n".join(lines), as_json)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,43 @@
+"""`onnx-magr validate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from magr_onnx import api, console
+from magr_onnx.arguments import BatchSize, CustomOps, Json, Mask, Provider, Quiet
+from magr_onnx.report import validation_text
+
+EPILOG = """[bold]Examples[/bold]
+
+onnx-magr validate model.onnx model.int4.onnx --data heldout.npz
+
+onnx-magr validate model.onnx model.int4.onnx --data heldout/ --min-cosine 0.98"""
+
+
+def validate(
+    float_model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The reference model.", show_default=False)],
+    quantized_model: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The model to judge.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Held-out inputs, in the forms 'optimize --calibration' takes.")],
+    min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Exit with 3 if an output's mean cosine is below this.")] = None,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    provider: Provider = "cpu",
+    custom_ops: CustomOps = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
+    options: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "custom_ops": custom_ops or ()}
+    with console.progress_bar(not quiet) as progress:
+        result = api.validate(float_model, quantized_model, data, progress=progress, **options)
+    console.show(dataclasses.asdict(result), "\n".join(validation_text(result)), as_json, quiet)
+    if min_cosine is not None:
+        low = min((m.cosine for outputs in result.arithmetics.values() for m in outputs), default=1.0)
+        if low < min_cosine:
+            console.errors.print(f"error: mean cosine {low:.5f} is below {min_cosine}", style="red")
+            raise typer.Exit(3)

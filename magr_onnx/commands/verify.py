@@ -1,0 +1,53 @@
+"""`onnx-magr verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magr_onnx import api, console
+from magr_onnx.accumulator import Accumulator
+from magr_onnx.arguments import Json, Quiet
+from magr_onnx.errors import OptionError
+from magr_onnx.targets import TARGETS
+
+EPILOG = """[bold]Examples[/bold]
+
+onnx-magr verify model.onnx --target x86-avx2
+
+onnx-magr verify model.onnx --accumulator-bits 16 --accumulator-tile 64
+
+onnx-magr verify model.onnx --target generic --outer-bits 24 --json"""
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="ONNX model to read, whoever quantized it.", show_default=False)],
+    target: Annotated[str | None, typer.Option("--target", "-t", help=f"Machine to prove for: {', '.join(TARGETS)}.")] = None,
+    accumulator_bits: Annotated[int | None, typer.Option("--accumulator-bits", help="Width P of the register that sums a tile.")] = None,
+    accumulator_tile: Annotated[
+        int | None, typer.Option("--accumulator-tile", help="Consecutive terms T that share it. (default: the whole dot product)")
+    ] = None,
+    outer_bits: Annotated[
+        int | None, typer.Option("--outer-bits", help="Width of the register the tile sums are added in. (default: 32)")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that no input of a model overflows an integer accumulator, or show one that does.
+
+    Exits with 0 if nothing overflows and with 1 if something does; nodes that are no integer dot products are listed, not claimed.
+    """
+    accumulator = None
+    if accumulator_bits is not None:
+        outer = max(32, accumulator_bits) if outer_bits is None else outer_bits
+        accumulator = Accumulator(accumulator_bits, accumulator_tile, outer)
+    elif accumulator_tile is not None:
+        raise OptionError("--accumulator-tile needs --accumulator-bits")
+    if (target is None) == (accumulator is None):
+        raise OptionError("give --target or --accumulator-bits, and not both")
+    result = api.verify(model, target=target, accumulator=accumulator, outer_bits=None if accumulator is not None else outer_bits)
+    console.show(result.to_dict(), result.to_text(), as_json, quiet)
+    if not result.ok:
+        raise typer.Exit(1)
