@@ -23,13 +23,17 @@ html_title = f"onnx-magr {release}"
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
+copybutton_prompt_text = "$ "
 html_copy_source = False
 html_show_sphinx = False
 
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True  # a dataclass's fields are described in its docstring, once
 napoleon_numpy_docstring = False

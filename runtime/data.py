@@ -77,12 +77,14 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     Raises:
         CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
     """
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, Batches):
+        batches = source
+    elif isinstance(source, str | os.PathLike):
         batches = _open_path(Path(source), inputs, batch_size)
     elif isinstance(source, DataReader):
-        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+        batches = in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
     elif isinstance(source, Iterable):
-        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
+        batches = in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
     else:
         raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
     if len(batches) == 0:
@@ -129,7 +131,8 @@ def _as_arrays(batch: Batch, index: int) -> Batch:
         raise CalibrationError(f"batch {index} holds what is no array: {error}") from error
 
 
-def _in_memory(batches: list[Any], describe: str) -> Batches:
+def in_memory(batches: list[Any], describe: str) -> Batches:
+    """Batches of what is in memory anyway, under a name for messages."""
     return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
 
 
@@ -186,7 +189,7 @@ def _stacked(path: Path, arrays: dict[str, npt.NDArray[Any]], inputs: Sequence[I
     """Cut stacked inputs into batches along the first axis; inputs of rank 0 are the same for all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
-        return _in_memory([arrays] if arrays else [], str(path))
+        return in_memory([arrays] if arrays else [], str(path))
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{n} {c}" for n, c in counts.items())
         raise CalibrationError(f"{path}: inputs have different numbers of samples along the first axis: {found}")

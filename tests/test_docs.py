@@ -16,7 +16,7 @@ from magr_onnx.cli import app
 from tests.docs_blocks import Block, blocks, run
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GROUP = get_command(app)
 
@@ -96,23 +96,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-W",
-            "-n",
-            "-q",
-            "--keep-going",
-            "-d",
-            str(tmp_path / "trees"),
-            str(ROOT / "docs"),
-            str(tmp_path / "site"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "--keep-going", "-d", str(tmp_path / "trees")]
+    done = subprocess.run([*command, str(ROOT / "docs"), str(tmp_path / "site")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     fetched = re.compile(r'<(?:script|img|link)[^>]+(?:src|href)="https?:')
     for page in (tmp_path / "site").rglob("*.html"):

@@ -13,6 +13,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def _unmarked(text: str | None) -> str:
     return Text.from_markup(inspect.cleandoc(text or "")).plain
 
 
+# --- Files beside docs/ -------------------------------------------------------------------------------------------------
+
+
+def _root(name: str) -> Iterator[str]:
+    """A page that lies at the root of the repository, its links as they are from here."""
+    text = (Path(__file__).parents[2] / name).read_text()
+    text = re.sub(r"\]\(docs/", "](", text)
+    yield re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda m: f"]({m[1].lower()}.md", text)
+
+
 # --- Both ----------------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +146,12 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-GENERATORS: dict[str, Callable[[], Iterator[str]]] = {"passes": _passes, "command line": _commands}
+GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
+    "passes": _passes,
+    "command line": _commands,
+    "contributing": partial(_root, "CONTRIBUTING.md"),
+    "changelog": partial(_root, "CHANGELOG.md"),
+}
 
 
 def _insert(app: Sphinx, page: str, source: list[str]) -> None:

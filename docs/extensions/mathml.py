@@ -5,6 +5,8 @@ A formula that docutils cannot convert is an error.
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -13,12 +15,15 @@ from sphinx.errors import ExtensionError
 from sphinx.util.typing import ExtensionMetadata
 from sphinx.writers.html5 import HTML5Translator
 
+_BARS = re.compile(r"<mo[^>]*>([|‖])</mo>")  # which browsers take for infix operators, with space around them, and stretch
+
 
 def _formula(node: nodes.math | nodes.math_block, as_block: bool) -> str:
     try:
-        return str(tex2mathml(node.astext(), as_block=as_block))
+        formula = str(tex2mathml(node.astext(), as_block=as_block))
     except MathError as error:
         raise ExtensionError(f"formula {node.astext()!r} in {node.source}: {error}") from error
+    return _BARS.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', formula)
 
 
 def _inline(translator: HTML5Translator, node: nodes.math) -> None:
