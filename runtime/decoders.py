@@ -218,9 +218,7 @@ def _no_steps(decoder: Decoder, parts: Sequence[Array], runs: object) -> str | N
     if decoder.tokens.shape[1] is not None:
         return f"the model takes {decoder.tokens.shape[1]} tokens at a time"
     if len(parts) < HELD_OUT:
-        return (
-            f"{len(parts)} batches of tokens: with fewer than {HELD_OUT} nothing but decode steps would be held out for choosing"
-        )
+        return f"{len(parts)} batches of tokens: with fewer than {HELD_OUT} nothing but decode steps would be held out for choosing"
     return None if any(ids.shape[1] > 1 for ids in parts) else "the samples have one token each"
 
 
