@@ -95,6 +95,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
 Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
+DecodeSteps = Annotated[
+    int,
+    typer.Option("--decode-steps", min=0, help="Decoders with a cache: last tokens of each sample that are fed once more, one by one."),
+]
 Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
 
