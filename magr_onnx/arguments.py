@@ -111,17 +111,27 @@ Requantize = Annotated[
 ]
 
 # Of optimize.
-ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)]
+ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read, or a folder of models.", show_default=False)]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--models", metavar="PATTERN", help="Of a folder: only these models, the others are copied; repeatable.", rich_help_panel=OUTPUT
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result.", rich_help_panel=OUTPUT)]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--output", "-o", help="File to write, or folder for a folder; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
         "-c",
-        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders. Without it: data-free.",
+        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; for a folder with a tokenizer also "
+        ".txt, a sample a line. Without it: data-free.",
         rich_help_panel=DATA,
     ),
 ]

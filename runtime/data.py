@@ -88,6 +88,8 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     Raises:
         CalibrationError: There is no such source, or it cannot be read.
     """
+    if isinstance(source, Batches):
+        return source
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source), inputs, batch_size)
     if isinstance(source, DataReader):

@@ -3,7 +3,15 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, optimize, passes, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, validate, verify
 
-COMMANDS = {"optimize": optimize, "inspect": inspect, "validate": validate, "verify": verify, "passes": passes, "demo": demo}
-"""Modules by the name of their command, which is also the name of the function, in the order of the help."""
+COMMANDS = {
+    "optimize": optimize,
+    "inspect": inspect,
+    "validate": validate,
+    "verify": verify,
+    "passes": passes,
+    "olive-config": olive_config,
+    "demo": demo,
+}
+"""Modules by the name of their command, which (with _ for -) is also the name of the function, in the order of the help."""

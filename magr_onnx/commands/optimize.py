@@ -47,7 +47,9 @@ from magr_onnx.arguments import (
     MaxLossOption,
     MaxMemoryOption,
     ModelArgument,
+    ModelsOption,
     OutputOption,
+    OverwriteOption,
     PipelineOption,
     Provider,
     QuantizeOutputsOption,
@@ -66,7 +68,9 @@ from magr_onnx.arguments import (
     ValidationOption,
 )
 from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.options import bytes_of
+from magr_onnx.report import Report
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -80,7 +84,9 @@ onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration 
 
 onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
 
-onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
+onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz
+
+onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 
 def optimize(
@@ -133,6 +139,8 @@ def optimize(
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
     report: ReportOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -175,35 +183,47 @@ def optimize(
         options["activation_type"] = activation_type.value
     if activation_range is not None:
         options["activation_range"] = activation_range.value
-    out = output or model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
+    if not model.is_dir() and (models or overwrite):
+        raise OptionError(f"--models and --overwrite are for a folder of models, and {model} is none")
+    out = output or _output(model)
     if report is not None:
         _check_report(report, {model, out})
     with console.progress_bar(not quiet) as progress:
-        result = api.optimize(
-            model,
-            calibration,
-            output=out,
-            validation_data=validation,
-            pipeline_text=pipeline,
-            provider=provider,
-            mask=mask,
-            batch_size=batch_size,
-            decode_steps=decode_steps,
-            include=include or (),
-            exclude=exclude or (),
-            requantize=requantize,
-            custom_ops=custom_ops or (),
-            cache=_bytes(cache),
-            max_memory=max_memory,
-            resume=resume,
-            external_data=external_data,
-            shard_size=shard_size,
-            progress=progress,
+        shared: dict[str, Any] = {
+            "output": out,
+            "validation_data": validation,
+            "pipeline_text": pipeline,
+            "provider": provider,
+            "mask": mask,
+            "batch_size": batch_size,
+            "decode_steps": decode_steps,
+            "include": include or (),
+            "exclude": exclude or (),
+            "requantize": requantize,
+            "custom_ops": custom_ops or (),
+            "cache": _bytes(cache),
+            "max_memory": max_memory,
+            "resume": resume,
+            "external_data": external_data,
+            "shard_size": shard_size,
+            "progress": progress,
             **_options(context, pipeline, options),
-        )
+        }
+        if model.is_dir():
+            result: Report | OptimizedFolder = optimize_folder(model, calibration, models=models or (), overwrite=overwrite, **shared)
+        else:
+            result = api.optimize(model, calibration, **shared).report
     if report is not None:
-        report.write_text(result.report.to_json() + "\n", encoding="utf-8")
-    console.show(result.report.to_dict(), result.report.to_text(), as_json, quiet)
+        for path, written in result.files(report).items() if isinstance(result, OptimizedFolder) else [(report, result)]:
+            path.write_text(written.to_json() + "\n", encoding="utf-8")
+    console.show(result.to_dict(), result.to_text(), as_json, quiet)
+
+
+def _output(model: Path) -> Path:
+    if model.is_dir():
+        folder = model.resolve()  # which has a name, where "." has none
+        return folder.with_name(f"{folder.name}.magr")
+    return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
 def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any]) -> Any:
