@@ -42,8 +42,8 @@ def export(
     Args:
         model: The module.
         example_inputs: A tensor, the positional arguments as a tuple or list, or the keyword arguments as a dict.
-        dynamic_shapes: As `torch.onnx.export` takes it, None for the shapes of the example; ``"batch"`` (default) lets the first axis of all
-            tensors vary together, and falls back on fixed shapes where the module does not allow it, with a note.
+        dynamic_shapes: As `torch.onnx.export` takes it, None for the shapes of the example; ``"batch"`` (default) lets the first axis of
+            all tensors vary together, and falls back on the shapes of the example where the module does not allow it, with a note.
         input_names: Names of the inputs; those of forward's parameters by default.
         output_names: Names of the outputs.
         opset_version: Opset; None for the exporter's default.
@@ -68,21 +68,9 @@ def export(
             return Exported(_run(source, args, kwargs, dynamic_shapes, names), tuple(notes))
         if dynamic_shapes != "batch":
             raise OptionError(f"dynamic_shapes={dynamic_shapes!r}: give 'batch', None, or what torch.onnx.export takes")
-        size = _batch_of([*args, *kwargs.values()])
-        if size is None:
-            why = "the tensors of the example do not share their first axis"
-        else:
-            try:
-                program = _run(
-                    source,
-                    tuple(_doubled(a, size) for a in args),
-                    {k: _doubled(a, size) for k, a in kwargs.items()},
-                    _any_batch(args, kwargs),
-                    names,
-                )
-                return Exported(program, tuple(notes))
-            except ExportError as error:
-                why = str(error.__cause__).strip().splitlines()[0]
+        program, why = _any_batch(source, args, kwargs, names)
+        if program is not None:
+            return Exported(program, tuple(notes))
         notes.append(f"shapes are fixed to those of the example, the batch size too: {why}; dynamic_shapes says what may vary")
         return Exported(_run(source, args, kwargs, None, names), tuple(notes))
 
@@ -90,7 +78,7 @@ def export(
 def _arguments(example: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, torch.Tensor):
         return (example,), {}
-    args, kwargs = ((), {str(k): example[k] for k in example}) if hasattr(example, "keys") else (tuple(example), {})
+    args, kwargs = ((), dict(example.items())) if isinstance(example, Mapping) else (tuple(example), {})
     if not args and not kwargs:
         raise OptionError("example_inputs is empty; give the arguments of the module's forward: a tensor, a tuple or a dict")
     return args, kwargs
@@ -122,13 +110,25 @@ def _doubled(value: Any, size: int) -> Any:
     return torch.cat([value, value]) if size == 1 and isinstance(value, torch.Tensor) else value
 
 
-def _any_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _any_batch(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Mapping[str, Any]
+) -> tuple[torch.onnx.ONNXProgram | None, str]:
+    """The program for batches of any size, or None and why there is none."""
+    size = _batch_of([*args, *kwargs.values()])
+    if size is None:
+        return None, "the tensors of the example do not share their first axis"
     batch = torch.export.Dim("batch")
 
     def axes(value: Any) -> Any:
         return {0: batch} if isinstance(value, torch.Tensor) else None
 
-    return {k: axes(v) for k, v in kwargs.items()} if kwargs else tuple(map(axes, args))
+    shapes = {k: axes(v) for k, v in kwargs.items()} if kwargs else tuple(map(axes, args))
+    try:
+        program = _run(model, tuple(_doubled(a, size) for a in args), {k: _doubled(a, size) for k, a in kwargs.items()}, shapes, names)
+    except ExportError as error:
+        return None, _reason(error)
+    fixed = [str(v.name) for v in program.model.graph.inputs if v.shape is not None and len(v.shape) and isinstance(v.shape[0], int)]
+    return (None, f"the module asks for this size of {', '.join(fixed)}") if fixed else (program, "")
 
 
 def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, names: Mapping[str, Any]) -> Any:
@@ -138,7 +138,9 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside torch
-            return torch.onnx.export(model, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            program = torch.onnx.export(model, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            assert program is not None
+            return program
     except Exception as error:
         raise ExportError(
             f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}; see what torch.onnx.export(..., dynamo=True, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from magr_onnx.errors import CalibrationError
+from magr_onnx.runtime.data import Batches, in_memory
 from magr_onnx.runtime.session import Batch, InputInfo
 
 SAMPLES = 512
@@ -23,13 +25,13 @@ def feeds(
     to_inputs: ToInputs | None = None,
     samples: int | None = SAMPLES,
     batch_size: int = 16,
-) -> tuple[list[Batch], list[str]]:
+) -> Batches:
     """What the batches of a DataLoader, or of anything that yields batches, feed to a model.
 
     1. A tensor is the only input.
     2. A dict gives inputs by name; what is no input (labels) is dropped.
-    3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple or
-       list, that is the inputs.
+    3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple
+       or list, that is the inputs.
     4. ``to_inputs`` turns a batch into one of these first, for everything else.
 
     Numbers are brought to the type of the input where both are floats or both integers. Batches are cut to ``batch_size``, so that some can
@@ -43,7 +45,7 @@ def feeds(
         batch_size: Most samples of a feed.
 
     Returns:
-        The feeds, and notes on what was dropped.
+        The feeds, with notes on what was dropped.
 
     Raises:
         CalibrationError: A batch that does not give the inputs.
@@ -61,7 +63,7 @@ def feeds(
         arrays = {i.name: _array(named[i.name], i, f"batch {index}") for i in inputs}
         seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
         found += _cut(arrays, inputs, batch_size)
-    return found, list(notes)
+    return replace(in_memory(found, f"the given {type(batches).__name__}"), notes=tuple(notes))
 
 
 def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, Any], str]:
@@ -83,7 +85,7 @@ def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[st
         if len(batch) < len(names):
             raise CalibrationError(f"{where} has {len(batch)} items; {remedy}")
         extra = len(batch) - len(names)
-        return dict(zip(names, batch, strict=False)), f"{extra} item{'s' * (extra > 1)} behind the {len(names)} of the inputs" if extra else ""
+        return dict(zip(names, batch, strict=False)), f"what comes behind the first {len(names)} ({extra})" if extra else ""
     raise CalibrationError(f"{where} is a {type(batch).__name__}; expected a tensor, a tuple, a list or a dict; {remedy}")
 
 

@@ -12,7 +12,7 @@ import torch
 from magr_onnx import api
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
-from magr_onnx.runtime.data import DataReader, Source
+from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
@@ -75,17 +75,14 @@ def optimized(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> api.Optimized:
-    """`magr_onnx.optimize` on batches of torch, with the notes on both in the report."""
+    """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report."""
     inputs = inputs_of(exported.program.model)
-    data, notes = _source(calibration, inputs, to_inputs, samples, batch_size)
-    held, _ = _source(validation_data, inputs, to_inputs, samples, batch_size)
+    data, held = (_source(s, inputs, to_inputs, samples, batch_size) for s in (calibration, validation_data))
     result = api.optimize(exported.program, data, validation_data=held, batch_size=batch_size, **options)
-    return result._replace(report=replace(result.report, notes=(*exported.notes, *notes, *result.report.notes)))
+    return result._replace(report=replace(result.report, notes=(*exported.notes, *result.report.notes)))
 
 
-def _source(
-    source: Any, inputs: Sequence[InputInfo], to_inputs: ToInputs | None, samples: int | None, batch_size: int
-) -> tuple[Source | None, list[str]]:
-    if source is None or isinstance(source, str | os.PathLike | DataReader):
-        return source, []
+def _source(source: Any, inputs: Sequence[InputInfo], to_inputs: ToInputs | None, samples: int | None, batch_size: int) -> Source | None:
+    if source is None or isinstance(source, str | os.PathLike | DataReader | Batches):
+        return source
     return feeds(source, inputs, to_inputs=to_inputs, samples=samples, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""MagR for a torch module: smaller weights at nearly the same outputs, written back where they came from, for any torch quantizer to follow.
+"""MagR for a torch module: smaller weights at nearly the same outputs, written back to where they came from.
 
 The module is exported without constant folding, so that ONNX initializers are parameters under their names. A parameter is written only if
 
@@ -174,7 +174,8 @@ def _reduced(
     layers, skips = find(before)
     reasons = {s.name: str(s.reason) for s in skips} | {s.name: s.reason for s in result.report.skipped}
     values: dict[str, Array] = {}
-    changed, unchanged = [], {}
+    changed: list[Change] = []
+    unchanged: dict[str, str] = {}
     for names, parameter in _parameters(module):
         why, new, readers = _new_value(names, parameter, before, layers, reduced, errors, reasons)
         if why is not None:
