@@ -11,9 +11,13 @@ from magr_onnx.errors import (
     OutputError,
     PipelineError,
     ProviderError,
+    RecipeError,
     RuntimeFailure,
 )
+from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
+from magr_onnx.presets import PRESETS, Preset
+from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
 from magr_onnx.targets import TARGETS, Target
 from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
@@ -22,10 +26,12 @@ from magr_onnx.verification import Verification
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "TARGETS",
     "Accumulator",
     "CalibrationError",
     "Inspection",
+    "LayerOptions",
     "LayerStats",
     "MagrError",
     "ModelError",
@@ -35,8 +41,11 @@ __all__ = [
     "Options",
     "OutputError",
     "PipelineError",
+    "Preset",
     "ProviderError",
     "QuantizedWeight",
+    "Recipe",
+    "RecipeError",
     "Report",
     "RuntimeFailure",
     "Target",
