@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from magr_onnx.errors import OptionError, raise_all
+from magr_onnx.keys import closest, problem, unknown, unworded, worded
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.linear import known_as, matched
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.schema import closest, problem, unknown, unworded, worded
 
 LAYER_OPTIONS = (
     "bits",

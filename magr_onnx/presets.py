@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from magr_onnx.errors import OptionError
+from magr_onnx.keys import closest
 from magr_onnx.layerwise import LayerOptions, described
 from magr_onnx.options import Options
-from magr_onnx.schema import closest
 
 _HEAD = ("*lm_head*", "*output_projection*")
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from magr_onnx.errors import OutputError, RecipeError, raise_all
+from magr_onnx.keys import KEYS, OPTIONS, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.options import FORMATS, Options
 from magr_onnx.presets import find_preset
 from magr_onnx.report import Report, megabytes
-from magr_onnx.schema import KEYS, OPTIONS, problem, unknown, unworded, worded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ class Recipe:
     """A run in words.
 
     Attributes:
-        values: By key; see `magr_onnx.schema.KEYS`.
+        values: By key; see `magr_onnx.keys.KEYS`.
         layers: Options of single layers, in order: later ones win.
     """
 
@@ -144,11 +144,20 @@ class Recipe:
 
 
 _SECTIONS = {
-    "What goes in and comes out; paths are relative to this file": ("model", "calibration", "validation", "output", "custom_ops", "resume"),
+    "What goes in and comes out; paths are relative to this file": (
+        "model",
+        "models",
+        "calibration",
+        "validation",
+        "output",
+        "overwrite",
+        "custom_ops",
+        "resume",
+    ),
     "Where the options below start from": ("preset",),
     "Weights and formats": ("pipeline", *OPTIONS),
     "Which layers": ("include", "exclude", "requantize"),
-    "How the run is made": ("mask", "batch_size", "provider", "cache", "max_memory", "external_data", "shard_size"),
+    "How the run is made": ("mask", "batch_size", "decode_steps", "provider", "cache", "max_memory", "external_data", "shard_size"),
 }
 
 
@@ -186,6 +195,8 @@ def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
             merged, tables = {**over(dict(preset.options), merged), "preset": name}, [*preset.layers, *tables]
         if "pipeline_text" in merged:
             tables = [table for table in tables if not table.optional]
+        if folder := [name for name in ("models", "overwrite") if name in merged]:
+            raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.folders.optimize_folder)")
         merged["layers"] = tuple(tables)
         return function(merged.pop(first, None), **merged)
 
@@ -281,20 +292,21 @@ def _line(text: str, key: str, table: int | None) -> str:
     return ""
 
 
-def remarks(report: Report) -> list[str]:
-    """Comments for the recipe of a run: what it came to."""
-    preset = [note for note in report.notes if note.startswith("preset ")]
-    return [
-        f"Written by onnx-magr {report.versions['onnx-magr']} after this run. The same again, to the same bytes:",
+def remarks(reports: Sequence[Report]) -> list[str]:
+    """Comments for the recipe of a run: what it came to, for every model."""
+    found = [
+        f"Written by onnx-magr {reports[0].versions['onnx-magr']} after this run. The same again, to the same bytes:",
         "",
         "    onnx-magr optimize --recipe FILE",
         "",
-        "Keys are long options of the command line with underscores; docs/guides/recipes.md has them all. What is",
-        "not named below had its default. In full, the layers went through these passes:",
-        "",
-        f"    {report.pipeline}",
-        "",
-        *preset,
-        f"{len(report.layers)} layers were converted, {len(report.skipped)} left as they are; "
-        f"{megabytes(report.bytes_before)} became {megabytes(report.bytes_after)}.",
+        "Keys are long options of the command line with underscores (docs/guides/recipes.md). What is not named below had its default.",
     ]
+    for report in reports:
+        found += [
+            "",
+            f"{report.source}: {len(report.layers)} layers were converted, {len(report.skipped)} left as they are; "
+            f"{megabytes(report.bytes_before)} became {megabytes(report.bytes_after)}. In full, layers went through",
+            f"    {report.pipeline}",
+            *(note for note in report.notes if note.startswith("preset ")),
+        ]
+    return found

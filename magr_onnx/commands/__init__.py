@@ -3,7 +3,7 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, optimize, passes, presets, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, validate, verify
 
 COMMANDS = {
     "optimize": optimize,
@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": verify,
     "passes": passes,
     "presets": presets,
+    "olive-config": olive_config,
     "demo": demo,
 }
-"""Modules by the name of their command, which is also the name of the function, in the order of the help."""
+"""Modules by the name of their command, which (with _ for -) is also the name of the function, in the order of the help."""

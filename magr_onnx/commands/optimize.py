@@ -28,6 +28,7 @@ from magr_onnx.arguments import (
     ConvFormOption,
     CustomOps,
     DampingOption,
+    DecodeSteps,
     EffortOption,
     EmbeddingBitsOption,
     EmbeddingsOption,
@@ -44,7 +45,9 @@ from magr_onnx.arguments import (
     MaxLossOption,
     MaxMemoryOption,
     ModelArgument,
+    ModelsOption,
     OutputOption,
+    OverwriteOption,
     PipelineOption,
     PresetOption,
     Provider,
@@ -68,10 +71,11 @@ from magr_onnx.arguments import (
 )
 from magr_onnx.choices import BiasName, EmbeddingsName, FormatName
 from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.folders import OptimizedFolder, optimize_folder
+from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, remarks
-from magr_onnx.report import MOST
-from magr_onnx.schema import KEYS
+from magr_onnx.report import MOST, Report
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -89,7 +93,9 @@ onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration 
 
 onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
 
-onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
+onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz
+
+onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 
 def optimize(
@@ -141,32 +147,50 @@ def optimize(
     custom_ops: CustomOps = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
     max_memory: MaxMemoryOption = None,
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
     asked = said(context).over(Recipe() if recipe is None else Recipe.load(recipe))
-    source = asked.values.get("model")
+    arguments = asked.arguments()
+    source = arguments.pop("model", None)
     if source is None:
         raise OptionError("no model: give one, or a recipe that names one")
     source = Path(source)
-    out = Path(asked.values.get("output") or source.with_name(f"{source.stem}.magr{source.suffix or '.onnx'}"))
+    if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
+        raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
+    out = arguments["output"] = Path(arguments.get("output") or _output(source))
     for file in (report, save_recipe):
         if file is not None:
-            _check_written(file, {source, out, *({recipe} if recipe and file is not save_recipe else ())})
+            _check_written(file, {source, out, *({recipe} if recipe is not None and file is report else ())})
     with console.watch(quiet or as_json, verbose) as (progress, on_layer):
-        result = api.optimize(source, recipe=asked, output=out, progress=progress, on_layer=on_layer)
+        watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
+        if source.is_dir():
+            result: Report | OptimizedFolder = optimize_folder(source, **watched)
+        else:
+            result = api.optimize(source, **watched).report
     if report is not None:
-        report.write_text(result.report.to_json() + "\n", encoding="utf-8")
+        for path, written in result.files(report).items() if isinstance(result, OptimizedFolder) else [(report, result)]:
+            path.write_text(written.to_json() + "\n", encoding="utf-8")
     if save_recipe is not None:
-        asked.save(save_recipe, remarks(result.report))
-    console.show(result.report.to_dict(), result.report.to_text(None if verbose else MOST), as_json, quiet)
+        asked.save(save_recipe, remarks([result] if isinstance(result, Report) else list(result.reports.values())))
+    console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
+
+
+def _output(model: Path) -> Path:
+    if model.is_dir():
+        folder = model.resolve()  # which has a name, where "." has none
+        return folder.with_name(f"{folder.name}.magr")
+    return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
 def said(context: typer.Context) -> Recipe:
