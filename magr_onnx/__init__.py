@@ -11,6 +11,7 @@ from magr_onnx.errors import (
     OutputError,
     PipelineError,
     ProviderError,
+    ReportError,
     RuntimeFailure,
 )
 from magr_onnx.options import Options, build_pipeline
@@ -38,6 +39,7 @@ __all__ = [
     "ProviderError",
     "QuantizedWeight",
     "Report",
+    "ReportError",
     "RuntimeFailure",
     "Target",
     "Verification",

@@ -404,4 +404,13 @@ PipelineOption = Annotated[
         rich_help_panel=WEIGHTS,
     ),
 ]
-ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.", rich_help_panel=OUTPUT)]
+ReportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]

@@ -3,7 +3,15 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, optimize, passes, validate, verify
+from magr_onnx.commands import demo, inspect, optimize, passes, report, validate, verify
 
-COMMANDS = {"optimize": optimize, "inspect": inspect, "validate": validate, "verify": verify, "passes": passes, "demo": demo}
+COMMANDS = {
+    "optimize": optimize,
+    "inspect": inspect,
+    "validate": validate,
+    "verify": verify,
+    "report": report,
+    "passes": passes,
+    "demo": demo,
+}
 """Modules by the name of their command, which is also the name of the function, in the order of the help."""

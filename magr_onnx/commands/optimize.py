@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import typer
 
-from magr_onnx import api, console
+from magr_onnx import api, console, reporting
 from magr_onnx.arguments import (
     AccumulatorBitsOption,
     AccumulatorTileOption,
@@ -64,14 +64,14 @@ from magr_onnx.arguments import (
     TwinRangesOption,
     ValidationOption,
 )
-from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.errors import OptionError
 from magr_onnx.options import bytes_of
 
 EPILOG = """[bold]Examples[/bold]
 
 onnx-magr optimize model.onnx -o model.int4.onnx --calibration inputs.npz
 
-onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.json
+onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.html
 
 onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs.npz --validation heldout.npz
 
@@ -174,8 +174,7 @@ def optimize(
     if activation_range is not None:
         options["activation_range"] = activation_range.value
     out = output or model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
-    if report is not None:
-        _check_report(report, {model, out})
+    reporting.check(report or (), {model, out})
     with console.progress_bar(not quiet) as progress:
         result = api.optimize(
             model,
@@ -198,9 +197,10 @@ def optimize(
             progress=progress,
             **_options(context, pipeline, options),
         )
-    if report is not None:
-        report.write_text(result.report.to_json() + "\n", encoding="utf-8")
-    console.show(result.report.to_dict(), result.report.to_text(), as_json, quiet)
+    done = replace(result.report, command=console.command_line())
+    for path in report or ():
+        done.save(path)
+    console.show(done.to_dict(), done.to_text(), as_json, quiet)
 
 
 def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any]) -> Any:
@@ -228,10 +228,3 @@ def _bytes(text: str) -> int:
     if found is None:
         raise OptionError(f"--cache {text!r}: give a size such as 512MB or 2GB")
     return found
-
-
-def _check_report(report: Path, taken: set[Path]) -> None:
-    if not report.parent.is_dir():
-        raise OutputError(f"report folder {report.parent} does not exist; create it first")
-    if report.is_dir() or report.resolve() in {p.resolve() for p in taken}:
-        raise OutputError(f"report {report} would overwrite a folder or a model; choose another name")
