@@ -23,7 +23,6 @@ Deviations from the authors' code:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -149,6 +148,9 @@ def _solve(
 def _joined(parts: list[Reduction], a: float) -> Reduction:
     """Output channels solved in parts, side by side; the gap is the weighted mean, which bounds that of the whole."""
     objective = sum(p.objective for p in parts)
+    trace: list[float] = []
+    for p in parts:
+        trace = joined(trace, p.trace)
     return Reduction(
         np.hstack([p.weights for p in parts]),
         objective,
@@ -157,7 +159,7 @@ def _joined(parts: list[Reduction], a: float) -> Reduction:
         max(p.iterations for p in parts),
         all(p.converged for p in parts),
         a,
-        tuple(functools.reduce(joined, (p.trace for p in parts), list[float]())),
+        tuple(trace),
     )
 
 

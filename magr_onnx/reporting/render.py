@@ -44,9 +44,10 @@ def page(report: Report) -> str:
 
 def comparison(first: Report, second: Report) -> str:
     """Two reports side by side."""
-    names = [summary.name_of(r) for r in (first, second)]
+    names = [summary.result_of(r) for r in (first, second)]
     values = {
         "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
+        "names": names,
         "reports": (first, second),
         "rows": summary.compared(first, second),
         "options": summary.options_compared(first, second),

@@ -62,7 +62,16 @@ class Finding:
 
 def name_of(report: Report) -> str:
     """The model's short name."""
-    return PurePath(report.source.replace("\\", "/")).name or report.source
+    return _short(report.source)
+
+
+def result_of(report: Report) -> str:
+    """That of the result, if it was written to a file."""
+    return _short(report.output or report.source)
+
+
+def _short(path: str) -> str:
+    return PurePath(path.replace("\\", "/")).name or path
 
 
 def lines_of(report: Report) -> list[Line]:
@@ -232,7 +241,7 @@ def measures(report: Report) -> dict[str, tuple[str, float | None, bool]]:
         found["proved"] = (f"{report.proof.proved} of {report.proof.total}", None, False)
         if report.proof.headroom is not None:
             found["least headroom (bits)"] = (f"{report.proof.headroom:.3f}", report.proof.headroom, False)
-    found["time"] = (duration(sum(report.seconds.values())), sum(report.seconds.values()), True)
+    found["time of the run"] = (duration(sum(report.seconds.values())), sum(report.seconds.values()), True)
     return found
 
 

@@ -29,8 +29,11 @@ async function draw(place, spec, about) {
   await vegaEmbed(place, whole, { actions: false, renderer: "svg", ast: false, tooltip: { theme: "custom" } });
 }
 
-// Layers along an axis: their order is their place in the table, their names would not fit.
-const ALONG = { field: "at", type: "ordinal", axis: { labels: false, ticks: false, title: "layers, inputs to outputs" } };
+// Layers along an axis: their order is their place in the table, their names would not fit. All have a place, those without a value too.
+function along(count) {
+  const scale = { domain: Array.from({ length: count }, (_, i) => i) };
+  return { field: "at", type: "ordinal", scale, axis: { labels: false, ticks: false, title: "layers, inputs to outputs" } };
+}
 
 function percentAxis(title) {
   return { title, axis: PERCENT, type: "quantitative" };
@@ -39,7 +42,7 @@ function percentAxis(title) {
 const CHARTS = {
   errors: ([layers]) => ({
     data: { values: layers },
-    encoding: { x: ALONG },
+    encoding: { x: along(layers.length) },
     layer: [
       {
         mark: { type: "bar", color: colour("fill"), cursor: "pointer" },
@@ -80,20 +83,20 @@ const CHARTS = {
   peaks: ([layers]) => ({
     data: { values: layers },
     mark: { type: "bar", color: colour("fill") },
-    encoding: { x: ALONG, y: { field: "peak", ...percentAxis("lower by") }, tooltip: tips("name", "peak") },
+    encoding: { x: along(layers.length), y: { field: "peak", ...percentAxis("lower by") }, tooltip: tips("name", "peak") },
   }),
 
   headroom: ([layers]) => ({
     data: { values: layers },
     mark: { type: "bar", color: colour("fill") },
-    encoding: { x: ALONG, y: { field: "headroom", type: "quantitative", title: "bits" }, tooltip: tips("name", "headroom") },
+    encoding: { x: along(layers.length), y: { field: "headroom", type: "quantitative", title: "bits" }, tooltip: tips("name", "headroom") },
   }),
 
   activations: ([layers]) => ({
     data: { values: layers.filter((l) => l.high != null) },
     mark: { type: "bar", color: colour("fill") },
     encoding: {
-      x: ALONG,
+      x: along(layers.length),
       y: { field: "low", type: "quantitative", title: "value", scale: { type: "symlog" }, axis: { tickCount: 5 } },
       y2: { field: "high" },
       tooltip: tips("name", "low", "high"),
@@ -159,7 +162,7 @@ const CHARTS = {
     const each = (g.top + 1) / g.codes.length;
     const codes = share(g.codes).map((s, i) => ({ code: each === 1 ? `${i}` : `${i * each} to ${(i + 1) * each - 1}`, from: i * each - 0.5, to: (i + 1) * each - 0.5, count: s / each, zero: 0 }));
     const lines = g.top <= 31 ? Array.from({ length: g.top + 1 }, (_, i) => ({ at: i })) : [{ at: 0 }, { at: g.top }];
-    const x = { type: "quantitative", title: "weight in steps of its own grid; codes are whole numbers", scale: { domain: [g.low, g.high], nice: false }, axis: { grid: false, tickMinStep: 1 } };
+    const x = { type: "quantitative", title: "weight in steps of its grid", scale: { domain: [g.low, g.high], nice: false }, axis: { grid: false, tickMinStep: 1 } };
     const y = { field: "count", type: "quantitative", title: "share a step", axis: { format: ".0%" } };
     return {
       encoding: { y },
@@ -233,7 +236,7 @@ function sideBySide(sides, field) {
     data: { values },
     mark: { type: "line", strokeWidth: 1.4, point: { size: 24 } },
     encoding: {
-      x: ALONG,
+      x: along(place.size),
       y: { field, ...percentAxis("relative error") },
       color: { field: "side", type: "nominal", scale: { domain: ["A", "B"], range: [colour("accent"), colour("second")] } },
       tooltip: [{ field: "side", title: "report" }, ...tips("name", "bits", field)],

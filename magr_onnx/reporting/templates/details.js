@@ -29,12 +29,12 @@ function facts(l) {
     ["Largest weight", l.magr ? `${l.magr.max_before.toPrecision(4)} → ${l.magr.max_after.toPrecision(4)}` : null],
     ["Headroom", l.headroom == null ? null : `${l.headroom.toFixed(3)} bits`],
     ["Input", a ? `${a.type}${a.high == null ? "" : `, ${a.low.toPrecision(4)} to ${a.high.toPrecision(4)}`}` : null],
-    ["Error feedback", f ? (f.damping == null ? "tried, no gain" : `held-out error ${percent(f.held_out_before)} → ${percent(f.held_out_after)}`) : null],
+    ["Error feedback", f ? (f.damping == null ? "tried, no gain" : `held-out error ${percent(Math.sqrt(f.held_out_before))} → ${percent(Math.sqrt(f.held_out_after))}`) : null],
     ["Low rank", r ? `rank ${r.rank}` : null],
     ["Mean error", l.bias_compensated ? "taken up by the bias" : null],
     ["Weight", l.weight],
     ["Written as", l.emitted],
-    ...Object.entries(l.solver ?? {}).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
+    ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled)/.test(name)).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
   ].filter(([, value]) => value != null);
 }
 
