@@ -64,7 +64,7 @@ def test_a_terminal_has_bars_with_stage_layer_error_and_time(folder: Path) -> No
     code, text = on_terminal(*RUN, cwd=folder)
     assert code == 0
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
-    assert re.search(r"quantizing +\S+ +2/2 0:00:\d\d 0:00:00 left", plain)
+    assert re.search(r"quantizing +\S+ +2/2 +0:00:\d\d 0:00:00 left", plain)
     assert re.search(r"layer error +last \d+\.\d\d% down, most \d+\.\d\d% \w+", plain)
     assert COLOUR.search(text)
     after = plain.rsplit("left", 1)[1]
