@@ -20,8 +20,9 @@ from magr_onnx import files, locking, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
+from magr_onnx.passes.caches import PREFIX
 from magr_onnx.report import Report, megabytes, wrapped
-from magr_onnx.runtime import texts
+from magr_onnx.runtime import decoders, texts
 from magr_onnx.runtime.data import Source, open_data
 from magr_onnx.runtime.session import InputInfo, inputs_of
 from magr_onnx.writing import data_files
@@ -242,7 +243,10 @@ def _opened(source: Source | None, folder: Path, model: _Model, batch_size: int)
         if path.suffix == ".txt":
             beside = (folder / model.name).parent
             return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, model.inputs, batch_size)
-        open_data(path, model.inputs, batch_size)
+        if any(i.name.startswith(PREFIX) for i in model.inputs):  # a decoder, which tokens are enough for
+            decoders.open_for(files.load(folder / model.name).model, path, batch_size, steps=0)
+        else:
+            open_data(path, model.inputs, batch_size)
     return source
 
 
