@@ -13,6 +13,7 @@ from magr_onnx.errors import (
     ProviderError,
     RuntimeFailure,
 )
+from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.report import Report
 from magr_onnx.targets import TARGETS, Target
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Optimized",
+    "OptimizedFolder",
     "OptionError",
     "Options",
     "OutputError",
@@ -45,6 +47,7 @@ __all__ = [
     "build_pipeline",
     "inspect",
     "optimize",
+    "optimize_folder",
     "validate",
     "verify",
 ]

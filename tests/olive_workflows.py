@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 from olive.data.registry import Registry
+from olive.hardware import DEFAULT_CPU_ACCELERATOR
 from olive.workflows import run
 
-from magr_onnx.olive import package_config
+from magr_onnx.olive import OnnxMagr, package_config
 
 
 class _Samples:
@@ -92,6 +93,7 @@ def main(folder: Path) -> None:
     metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1, "higher_is_better": False}]}
     judged = {"search_strategy": search, "evaluators": {"size": {"type": "OnnxEvaluator", "metrics": [metric]}}, "evaluator": "size"}
     found["searched"] = workflow(folder, "searched", bits=[8, 4, 2], format="qdq", **judged)
+    found["described"] = {name: p.description for name, p in OnnxMagr.default_config(DEFAULT_CPU_ACCELERATOR).items()}
     print(json.dumps(found))
 
 
