@@ -82,6 +82,11 @@ def main(folder: Path) -> None:
     found["data_config"] = workflow(folder, "data_config", data_configs=[data], data_config="samples")
     found["wrong"] = workflow(folder, "wrong", format="qdq", bits=2, accuracy_level=4, calibration="nowhere.npz")
     found["mistyped"] = workflow(folder, "mistyped", format="int4")
+    found["out_of_range"] = workflow(folder, "out_of_range", bits=9)
+    (folder / "recipe.toml").write_text('version = 1\ncalibration = "inputs.npz"\nbits = 8\n')
+    own = {"recipe": str(folder / "recipe.toml"), "format": "qdq", "layer": [{"match": "up", "bits": 3}]}
+    found["recipe"] = workflow(folder, "recipe", **own)
+    found["recipe"]["layers"] = json.loads((folder / "recipe" / "model.magr.json").read_text())["layers"]
     found["unknown"] = workflow(folder, "unknown", bitz=4)
     np.savez(folder / "misfit.npz", y=np.zeros((4, 3), np.float32))
     found["data_misfit"] = workflow(folder, "data_misfit", calibration=str(folder / "misfit.npz"))

@@ -148,8 +148,16 @@ def test_errors_name_the_parameters(many: dict[str, Any]) -> None:
     assert "nowhere.npz does not exist" in many["wrong"]["error"]
     assert "accuracy_level is for format matmulnbits only" in many["wrong"]["error"]
     assert "'matmulnbits', 'qdq', 'qdq-int8' or 'dynamic-int8'" in many["mistyped"]["error"]
-    assert "unknown parameters bitz; there are bits," in many["unknown"]["error"]
+    assert "unknown key 'bitz'; did you mean 'bits'?" in many["unknown"]["error"]
+    assert "bits=9" in many["out_of_range"]["error"] or "bits = 9" in many["out_of_range"]["error"]
     assert "the model's inputs are x: float32" in many["data_misfit"]["error"]
+
+
+def test_recipes_and_layers_of_their_own(many: dict[str, Any]) -> None:
+    """The recipe's 8 bits but for one layer, and the format that was given beside it."""
+    pipelines = {row["name"]: row["bits"] for row in many["recipe"]["layers"]}
+    assert pipelines == {"up": 3, "down": 8}
+    assert many["recipe"]["models"]["model.onnx"].count("DequantizeLinear") == 2
 
 
 def test_components_have_data_and_reports_of_their_own(many: dict[str, Any]) -> None:
