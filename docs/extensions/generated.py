@@ -42,7 +42,9 @@ def _passes() -> Iterator[str]:
         if options := options_of(kind):
             yield "| option | takes | default | |\n|---|---|---|---|"
             for option, (hint, default) in options.items():
-                yield f"| `{option}` | {_takes(hint)} | `{_shown(default)}` | {_cell(described.get(option, ''))} |"
+                if option not in described:
+                    raise ExtensionError(f"the docstring of {kind.__name__} does not describe its option {option}")
+                yield f"| `{option}` | {_takes(hint)} | `{_shown(default)}` | {_cell(described[option])} |"
             yield ""
         if story := _story(kind):
             yield f"### How {name} works\n\n{story}\n"
