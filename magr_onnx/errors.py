@@ -29,12 +29,24 @@ class PipelineError(OptionError):
     """A textual pipeline that does not parse, or names an unknown pass or option."""
 
 
+class RecipeError(OptionError):
+    """A recipe that does not parse, or names unknown keys or impossible values."""
+
+
 class OutputError(MagrError):
     """The output cannot be written where it was asked for."""
 
 
 class ProviderError(MagrError):
     """The execution provider is not available in the installed onnxruntime."""
+
+
+class ExportError(MagrError):
+    """A torch module that torch cannot export to ONNX."""
+
+
+class DependencyError(MagrError, ImportError):
+    """A package of an optional extra is not installed."""
 
 
 class RuntimeFailure(MagrError):

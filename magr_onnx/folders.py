@@ -61,11 +61,11 @@ class OptimizedFolder:
         stems = {name: name.removesuffix(".onnx").replace("/", ".") for name in self.reports}
         return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
 
-    def to_text(self) -> str:
-        """The report, of one model; a line a model and their notes, of several."""
+    def to_text(self, most: int | None = None) -> str:
+        """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""
         carried = wrapped(f"carried      {len(self.carried)} files: {', '.join(self.carried)}") if self.carried else []
         if len(self.reports) == 1:
-            return "\n".join([next(iter(self.reports.values())).to_text(), "", *carried])
+            return "\n".join([next(iter(self.reports.values())).to_text(most), "", *carried])
         lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
         lines.append(f"{'model':36} {'layers':>6} {'skipped':>7} {'before':>12} {'after':>12}")
         for name, report in self.reports.items():

@@ -9,18 +9,19 @@ Needs the extra ``olive``; nothing else imports this module.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, raise_all
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
@@ -31,7 +32,7 @@ try:
     from olive.common.config_utils import ParamCategory, validate_config
     from olive.data.config import DataConfig
     from olive.hardware.accelerator import AcceleratorSpec
-    from olive.model import ONNXModelHandler
+    from olive.model import CompositeModelHandler, ONNXModelHandler
     from olive.model.utils import resolve_onnx_path
     from olive.package_config import OlivePackageConfig
     from olive.passes import Pass
@@ -53,6 +54,7 @@ ENTRY: Mapping[str, Any] = {
     "dataset": "dataset_optional",
 }
 ATTRIBUTE = "onnx_magr"
+SUFFIX = ".magr.json"
 _WORDS = {"block_size": "channel", "conv_bits": "none"}  # what stands for None, which Olive takes for a parameter that is not given
 
 
@@ -78,6 +80,7 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             parameters, gives no result of another version or of other data.
 
     Where a search strategy is set, Olive searches over options that are given as lists of values.
+    An error of this package reaches Olive as a ValueError, which it raises.
     The report is beside the model (``NAME.magr.json``, carried along as an additional file) and in short in its ``model_attributes``,
     under ``onnx_magr``.
     """
@@ -114,15 +117,28 @@ class OnnxMagr(Pass):  # type: ignore[misc]
         }
 
     @classmethod
+    def get_config_params(cls, accelerator_spec: AcceleratorSpec, config: Any = None, disable_search: bool = False) -> Any:
+        """Olive's, which would leave out parameters that it does not know.
+
+        Raises:
+            ValueError: Parameters there are none of.
+        """
+        known = cls.default_config(accelerator_spec)
+        if unknown := [name for name in config or {} if name not in known]:
+            raise ValueError(f"{NAME}: unknown parameters {', '.join(unknown)}; there are {', '.join(known)}")
+        return super().get_config_params(accelerator_spec, config, disable_search)
+
+    @classmethod
     def generate_config(cls, accelerator_spec: AcceleratorSpec, config: Any = None, point: Any = None, disable_search: bool = False) -> Any:
         """Olive's, with the fingerprint.
 
         Raises:
-            OptionError: Without a search, where values do not go together: before any pass of the workflow runs.
+            ValueError: Without a search, where values do not go together: before any pass of the workflow runs.
         """
         made = super().generate_config(accelerator_spec, config, point, disable_search)
         if disable_search:
-            _check(made)
+            with _raised():
+                _check(made)
         made.fingerprint = _fingerprint(made)
         return made
 
@@ -136,6 +152,25 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             return False
         return True
 
+    def run(self, model: Any, output_model_path: str) -> Any:
+        """Olive's, with the reports of all components among the files that Olive keeps with a composite model.
+
+        Raises:
+            ValueError: What `magr_onnx.optimize` raises, with its message.
+        """
+        with _raised():
+            result = super().run(model, output_model_path)
+        if isinstance(result, CompositeModelHandler):
+            attributes = dict(result.model_attributes or {})
+            kept = set(attributes.get("additional_files") or ())
+            for name, component in result.get_model_components():
+                made = Path(component.model_path).parent / component.model_attributes[ATTRIBUTE]["report"]
+                kept.add(str(made.replace(Path(result.model_path) / f"{name}{SUFFIX}")))
+                component.model_attributes[ATTRIBUTE]["report"] = f"{name}{SUFFIX}"
+                component.model_attributes["additional_files"].remove(str(made))
+            result.model_attributes = {**attributes, "additional_files": sorted(kept)}
+        return result
+
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         if not isinstance(model, ONNXModelHandler):
             raise ModelError(f"{NAME} takes ONNX models and this is a {type(model).__name__}; put OnnxConversion before it")
@@ -143,8 +178,13 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             raise ModelError(
                 f"{model.model_path} keeps weights in files that Olive feeds it; put {NAME} before the pass that took them out"
             )
+        if model.onnx_file_name and Path(model.onnx_file_name).is_absolute():
+            raise ModelError(
+                f"Olive takes {model.onnx_file_name}, in the working directory, for the result of the pass before {NAME}, which has the "
+                "same name; run olive from a folder without such a file"
+            )
         source = Path(model.model_path)
-        output = Path(resolve_onnx_path(output_model_path, source.name))
+        output = Path(resolve_onnx_path(output_model_path, _name(source, config.fingerprint)))
         component = Path(output_model_path).stem
         values = config.model_dump()
         shared = ("include", "exclude", "requantize", "custom_ops", "mask", "batch_size", "provider", "max_memory", "external_data")
@@ -158,7 +198,7 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             **{name: values[name] for name in shared if values[name] is not None},
             **_options(values),
         )
-        report = output.with_name(f"{output.stem}.magr.json")
+        report = output.with_name(f"{source.stem}{SUFFIX}")
         report.write_text(result.report.to_json() + "\n", encoding="utf-8")
         attributes = {**(model.model_attributes or {}), ATTRIBUTE: _summary(result.report, report.name)}
         attributes["additional_files"] = sorted({*attributes.get("additional_files", []), str(report)})
@@ -169,6 +209,20 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             use_ort_extensions=model.use_ort_extensions,
             model_attributes=attributes,
         )
+
+
+@contextlib.contextmanager
+def _raised() -> Iterator[None]:
+    """Errors of this package as Olive's errors of users: of all others it only says in its log that there was one, and goes on."""
+    try:
+        yield
+    except MagrError as error:
+        raise ValueError(f"{NAME}: {error}") from error
+
+
+def _name(source: Path, fingerprint: str) -> str:
+    """A name for the result that no file in the working directory has: Olive 0.13 would take that file for it."""
+    return source.name if not Path(source.name).exists() else f"{source.stem}-{fingerprint}.onnx"
 
 
 def _type(name: str, kind: Any) -> Any:
@@ -201,8 +255,7 @@ def _check(config: Any) -> None:
             pipeline.check(pipeline.parse(config.pipeline), config.provider)
     except OptionError as error:
         problems.append(str(error))
-    if problems:
-        raise OptionError(f"{NAME}: " + "\n".join(problems))
+    raise_all(OptionError, problems)
 
 
 def _calibration(model: Any, config: Any, component: str) -> Any:

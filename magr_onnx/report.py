@@ -14,6 +14,9 @@ from typing import Any
 from magr_onnx.assignment import Assignment
 from magr_onnx.runtime.validate import Validation
 
+MOST = 25
+"""Layers in a table for a person in a hurry."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
@@ -141,10 +144,21 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def to_text(self) -> str:
-        """A summary, a table of layers and the reasons of those skipped, within 80 columns."""
+    def to_text(self, most: int | None = None) -> str:
+        """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.
+
+        Lines have 80 columns, but for paths.
+        """
         return "\n".join(
-            [*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._assignment(), *self._validation(), *self._notes()]
+            [
+                *self._summary(),
+                "",
+                *layer_table(self.layers, most),
+                *self._skips(),
+                *self._assignment(),
+                *self._validation(),
+                *self._notes(),
+            ]
         )
 
     def _summary(self) -> list[str]:
@@ -204,8 +218,13 @@ def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
 
 
-def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
-    """Layers as text, worst error marked."""
+def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
+    """Layers as text, worst error marked; of more than ``most`` those with the largest errors, largest first."""
+    if most is not None and len(rows) > most:
+        ordered = sorted(rows, key=lambda row: -(row.error or 0))
+        errors = [row.error or 0 for row in ordered[most:]]
+        rest = f"... and {len(errors)} more layers with errors from {min(errors):.2%} to {max(errors):.2%} (--verbose shows all)"
+        return [*layer_table(ordered[:most]), rest]
     lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
     worst = max((r.error or 0 for r in rows), default=0)
     for r in rows:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.errors import CalibrationError, raise_all
+from magr_onnx.passes.caches import PREFIX
 from magr_onnx.runtime.data import Batches, in_memory
 from magr_onnx.runtime.session import Batch, InputInfo
 
@@ -35,7 +36,7 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
         CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
     """
     wanted = {i.name: i for i in inputs}
-    other = [str(i) for i in inputs if i.name not in INPUTS]
+    other = [str(i) for i in inputs if i.name not in INPUTS and not i.name.startswith(PREFIX)]  # a past follows from tokens
     listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
     problems = [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)

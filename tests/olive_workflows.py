@@ -77,15 +77,21 @@ def main(folder: Path) -> None:
     found["other_data"] = workflow(folder, "other_data", calibration=inputs)
     found["runs"]["other_data"] = len(list(runs.iterdir())) - count
     data = {"name": "samples", "load_dataset_config": {"type": "npz_samples", "params": {"path": inputs}}}
-    data |= {"dataloader_config": {"params": {"batch_size": 8}}}
+    data |= {"dataloader_config": {"params": {"batch_size": 16}}}
     found["data_config"] = workflow(folder, "data_config", data_configs=[data], data_config="samples")
     found["wrong"] = workflow(folder, "wrong", format="qdq", bits=2, accuracy_level=4, calibration="nowhere.npz")
     found["mistyped"] = workflow(folder, "mistyped", format="int4")
     found["unknown"] = workflow(folder, "unknown", bitz=4)
+    np.savez(folder / "misfit.npz", y=np.zeros((4, 3), np.float32))
+    found["data_misfit"] = workflow(folder, "data_misfit", calibration=str(folder / "misfit.npz"))
     parts = {"type": "CompositeModel", "model_component_names": ["a", "b"], "model_components": []}
     parts["model_components"] = [{"type": "OnnxModel", "model_path": str(folder / "parts" / f"{n}.onnx")} for n in "ab"]  # type: ignore[assignment]
     composite = {"type": "CompositeModel", "config": {k: v for k, v in parts.items() if k != "type"}}
     found["composite"] = workflow(folder, "composite", composite, calibration=str(folder / "parts"), block_size="channel")
+    search = {"execution_order": "joint", "sampler": "sequential"}
+    metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1, "higher_is_better": False}]}
+    judged = {"search_strategy": search, "evaluators": {"size": {"type": "OnnxEvaluator", "metrics": [metric]}}, "evaluator": "size"}
+    found["searched"] = workflow(folder, "searched", bits=[8, 4, 2], format="qdq", **judged)
     print(json.dumps(found))
 
 

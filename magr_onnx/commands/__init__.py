@@ -3,7 +3,7 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, validate, verify
 
 COMMANDS = {
     "optimize": optimize,
@@ -11,6 +11,7 @@ COMMANDS = {
     "validate": validate,
     "verify": verify,
     "passes": passes,
+    "presets": presets,
     "olive-config": olive_config,
     "demo": demo,
 }
