@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import magr_onnx
 from magr_onnx.cli import app
 from magr_onnx.passes.pipeline import PASSES, options_of
 from tests.docs_blocks import Block, blocks, run
@@ -107,6 +108,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     _holds(tmp_path / "site" / "reference" / "passes.html", PASSES, [o for kind in PASSES.values() for o in options_of(kind)])
     commands = GROUP.commands  # type: ignore[attr-defined]
     options = [o for c in commands.values() for p in c.params if p.param_type_name == "option" and p.name != "help" for o in p.opts]
+    python = (tmp_path / "site" / "reference" / "python.html").read_text()
+    assert [name for name in magr_onnx.__all__ if f'id="magr_onnx.{name}"' not in python] == []
     _holds(tmp_path / "site" / "reference" / "command-line.html", [f"onnx-magr {name}" for name in commands], options)
 
 

@@ -23,7 +23,9 @@ from sphinx.errors import ExtensionError
 from sphinx.util.typing import ExtensionMetadata
 from typer.main import get_command
 
+import magr_onnx
 from magr_onnx.cli import app as command_line
+from magr_onnx.errors import MagrError
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.pipeline import PASSES, options_of
 
@@ -126,6 +128,24 @@ def _unmarked(text: str | None) -> str:
     return Text.from_markup(inspect.cleandoc(text or "")).plain
 
 
+# --- Python --------------------------------------------------------------------------------------------------------------
+
+
+def _errors() -> Iterator[str]:
+    """The exception tree, from what `magr_onnx` exports."""
+    yield "```{eval-rst}\n.. currentmodule:: magr_onnx\n"
+    for name in magr_onnx.__all__:
+        if inspect.isclass(kind := getattr(magr_onnx, name)) and issubclass(kind, MagrError):
+            yield f".. autoexception:: {name}\n   :show-inheritance:"
+    yield "```\n"
+
+
+def _presets() -> Iterator[str]:
+    yield from ("| preset | for | sets |", "|---|---|---|")
+    yield from (f"| `{preset.name}` | {_cell(preset.summary)} | {_cell(str(preset))} |" for preset in magr_onnx.PRESETS.values())
+    yield ""
+
+
 # --- Files beside docs/ -------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +171,8 @@ def _cell(text: str) -> str:
 GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
     "passes": _passes,
     "command line": _commands,
+    "errors": _errors,
+    "presets": _presets,
     "contributing": partial(_root, "CONTRIBUTING.md"),
     "changelog": partial(_root, "CHANGELOG.md"),
 }
