@@ -42,11 +42,11 @@ def _passes() -> Iterator[str]:
         text, described = _described(kind)
         yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: `magr_onnx.passes.{kind.__name__}`.\n\n{text}\n"
         if options := options_of(kind):
-            yield "| option | takes | default | |\n|---|---|---|---|"
+            yield "| option | default | |\n|---|---|---|"
             for option, (hint, default) in options.items():
                 if option not in described:
                     raise ExtensionError(f"the docstring of {kind.__name__} does not describe its option {option}")
-                yield f"| `{option}` | {_takes(hint)} | `{_shown(default)}` | {_cell(described[option])} |"
+                yield f"| `{option}`<br>{_takes(hint)} | `{_shown(default)}` | {_cell(described[option])} |"
             yield ""
         if story := _story(kind):
             yield f"### How {name} works\n\n{story}\n"
@@ -97,7 +97,7 @@ def _commands() -> Iterator[str]:
         arguments = " ".join(_argument(p) for p in shown if p.param_type_name == "argument")
         yield f"## onnx-magr {name}\n\n{_plain(_unmarked(command.help))}\n"
         yield f"```text\nonnx-magr {name} [OPTIONS] {arguments}\n```\n"
-        yield from ("| | takes | |", "|---|---|---|", *(_row(p, hints[p.name]) for p in shown), "")
+        yield from ("| | |", "|---|---|", *(_row(p, hints[p.name]) for p in shown), "")
         if examples := re.findall(r"^onnx-magr .*$", _unmarked(command.epilog), re.M):
             yield "```console\n" + "\n".join(f"$ {line}" for line in examples) + "\n```\n"
 
@@ -117,7 +117,7 @@ def _row(parameter: Any, hint: Any) -> str:
     text = _cell(_unmarked(parameter.help))
     if isinstance(default, str | int | float) and not isinstance(default, bool):
         text += f" (default: `{getattr(default, 'value', default)}`)"
-    return f"| {' '.join(f'`{n}`' for n in names)} | {takes} | {text} |"
+    return f"| {' '.join(f'`{n}`' for n in names)}{f'<br>{takes}' if takes else ''} | {text} |"
 
 
 _KINDS = {bool: "", str: "text", int: "integer", float: "number", Path: "path", list: "text, may be repeated"}
