@@ -16,6 +16,7 @@ from magr_onnx.passes import LayerPass, Skip
 from magr_onnx.passes.gather import Embeddings, Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow
+from magr_onnx.sketch import sketch
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 CHUNK = 1 << 22  # values treated at a time
@@ -52,7 +53,23 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
             error = difference / power if power else 0.0
             result.digests[str(table.output.name)] = written
             result.rows.append(
-                LayerRow(table.name, table.op, name, rows, width, demand.bits, spec.rows(width), 0, error, None, None, False, node)
+                LayerRow(
+                    table.name,
+                    table.op,
+                    name,
+                    rows,
+                    width,
+                    demand.bits,
+                    spec.rows(width),
+                    0,
+                    error,
+                    None,
+                    None,
+                    False,
+                    node,
+                    weights=sketch(array.T, None, weight),
+                    output=table.output.name,
+                )
             )
     return result
 
