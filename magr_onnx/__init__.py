@@ -4,6 +4,8 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
 from magr_onnx.errors import (
     CalibrationError,
+    DependencyError,
+    ExportError,
     MagrError,
     ModelError,
     NonFiniteError,
@@ -26,6 +28,8 @@ __all__ = [
     "TARGETS",
     "Accumulator",
     "CalibrationError",
+    "DependencyError",
+    "ExportError",
     "Inspection",
     "LayerStats",
     "MagrError",

@@ -20,10 +20,10 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.report import SkipRow, versions
-from magr_onnx.runtime import calibrate, custom, overflow, witness
+from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Source, open_data
-from magr_onnx.runtime.session import Arithmetic, inputs_of, provider_name
+from magr_onnx.runtime.data import Source
+from magr_onnx.runtime.session import Arithmetic, provider_name
 from magr_onnx.setting import Progress, stage
 from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
@@ -100,6 +100,7 @@ def validate(
     provider: str = "cpu",
     mask: str | None = "auto",
     batch_size: int = 16,
+    decode_steps: int = decoders.STEPS,
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
     layers: bool = True,
     latency: bool = True,
@@ -108,15 +109,15 @@ def validate(
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
 
-    ``custom_ops`` are shared libraries with custom operators of the two.
+    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two.
 
     Raises:
         MagrError: A model or the data cannot be used.
     """
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    batches = open_data(data, inputs_of(a.model), batch_size)
     with custom.using(custom_ops):
+        batches = decoders.open_for(a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model)
         return validation.validate(
             a.path or a.model,
             b.path or b.model,

@@ -95,6 +95,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
 Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
+DecodeSteps = Annotated[
+    int,
+    typer.Option("--decode-steps", min=0, help="Decoders with a cache: last tokens of each sample that are fed once more, one by one."),
+]
 Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
 
@@ -107,17 +111,27 @@ Requantize = Annotated[
 ]
 
 # Of optimize.
-ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)]
+ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read, or a folder of models.", show_default=False)]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--models", metavar="PATTERN", help="Of a folder: only these models, the others are copied; repeatable.", rich_help_panel=OUTPUT
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result.", rich_help_panel=OUTPUT)]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="File to write; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--output", "-o", help="File to write, or folder for a folder; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
         "-c",
-        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders. Without it: data-free.",
+        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; for a folder with a tokenizer also "
+        ".txt, a sample a line. Without it: data-free.",
         rich_help_panel=DATA,
     ),
 ]

@@ -44,7 +44,7 @@ def root(
 
 
 for _name, _module in COMMANDS.items():
-    app.command(_name, epilog=_module.EPILOG)(getattr(_module, _name))
+    app.command(_name, epilog=_module.EPILOG)(getattr(_module, _name.replace("-", "_")))
 
 
 class _Interrupted(BaseException):

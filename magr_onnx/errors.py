@@ -41,6 +41,14 @@ class ProviderError(MagrError):
     """The execution provider is not available in the installed onnxruntime."""
 
 
+class ExportError(MagrError):
+    """A torch module that torch cannot export to ONNX."""
+
+
+class DependencyError(MagrError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
 class RuntimeFailure(MagrError):
     """onnxruntime could not load or run a model."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magr_onnx import sanity
+from magr_onnx import sanity, schemas
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.oldforms import modernize
 from magr_onnx.writing import is_ours
@@ -117,6 +117,7 @@ def _load_attributes(model: ir.Model, folder: Path) -> None:
 
 
 def _check(model: str | onnx.ModelProto, name: str) -> None:
+    schemas.register()
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:

@@ -18,10 +18,10 @@ from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.preparing import prepare
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
-from magr_onnx.runtime import apart, calibrate, conversion, stages
+from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Batches, Source, open_data
-from magr_onnx.runtime.session import inputs_of, provider_name
+from magr_onnx.runtime.data import Batches, Source
+from magr_onnx.runtime.session import provider_name
 from magr_onnx.setting import Progress, Setting
 from magr_onnx.solving import Solved, solve
 from magr_onnx.statistics import held_out_for
@@ -48,6 +48,7 @@ def optimize(
     provider: str = "cpu",
     mask: str | None = "auto",
     batch_size: int = 16,
+    decode_steps: int = decoders.STEPS,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     requantize: bool = False,
@@ -73,6 +74,8 @@ def optimize(
         provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
         mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
         batch_size: Samples per batch when stacked inputs are cut up.
+        decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
+            `magr_onnx.runtime.decoders`), where the data has no past values.
         include: Shell patterns of layers (by node or weight name) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
@@ -122,14 +125,18 @@ def optimize(
     check_weights(prepared.readable)
     run.lap("load")
 
+    def opened(source: Source) -> Batches:
+        runs = None if run.large else prepared.reference
+        return decoders.open_for(prepared.model, source, batch_size, steps=decode_steps, provider=provider, runs=runs)
+
     data = held = None
     if calibration is not None:
-        data = open_data(calibration, inputs_of(prepared.model), batch_size)
+        data = opened(calibration)
     if validation_data is not None:
-        held = open_data(validation_data, inputs_of(prepared.model), batch_size)
+        held = opened(validation_data)
     notes = [*prepared.notes, *_data_notes(data, passes)]
     choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
-    choices |= {"mask": setting.mask, "batch_size": batch_size, "provider": provider}
+    choices |= {"mask": setting.mask, "batch_size": batch_size, "decode_steps": decode_steps, "provider": provider}
     run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
         notes += conversion.check(prepared.reference, prepared.model, data, provider)
@@ -187,10 +194,11 @@ def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
         return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
     if len(data) < calibrate.HELD_OUT and (chosen := held_out_for(passes)):
         return [
+            *data.notes,
             f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
-            "give more samples, or cut them into smaller batches"
+            "give more samples, or cut them into smaller batches",
         ]
-    return []
+    return list(data.notes)
 
 
 def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provider: str, run: Run) -> tuple[int, ProofSummary | None]:

@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -198,6 +198,10 @@ class Report:
         except OSError as error:
             raise ReportError(f"report {os.fspath(path)}: {error.strerror or error}") from error
         return cls.from_json(text, f"report {os.fspath(path)}")
+
+    def asked_by(self, command: str) -> Self:
+        """The same with another ``command``."""
+        return replace(self, command=command)
 
     def to_html(self) -> str:
         """A page that shows everything, in one file that needs no network.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from magr_onnx.passes.backward import FLOATS, RULES, Backward, Grads, Maybe, rule
+from magr_onnx.passes.caches import pairs_of
 from magr_onnx.passes.taps import Extension
 
 
@@ -340,9 +341,10 @@ def fisher_taps(
     copy = Extension(model)
     backward = Backward(copy, shapes)
     seeds = {}
+    cache = set(pairs_of(model).values())  # not what the model is for, and on the way of every layer
     for i, value in enumerate(model.graph.outputs):
         name = str(value.name)
-        if value.dtype not in FLOATS or name not in shapes or not shapes[name]:
+        if name in cache or value.dtype not in FLOATS or name not in shapes or not shapes[name]:
             continue
         out = copy.values[name]
         other = value.dtype not in (ir.DataType.FLOAT, None)

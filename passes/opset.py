@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnxscript import version_converter
 
+from magr_onnx import schemas
 from magr_onnx.errors import ModelError
 from magr_onnx.passes import labels
 
@@ -47,6 +48,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
         kept = labels.collect(model)
+        schemas.register()
         try:
             with _quiet():
                 version_converter.convert_version(model, target, fallback=True)

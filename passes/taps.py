@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.passes.caches import TOKENS, pairs_of
 from magr_onnx.passes.opset import raise_opset
 from magr_onnx.types import Activation, ActivationGrid, Array
 
@@ -161,7 +162,7 @@ class Extension:
         self._outputs: list[ir.Value] = []
         self._weights: ir.Value | None = None
         if mask is not None:
-            truth = self.add("Cast", [self.values[mask]], "__mask_bool", to=ir.DataType.BOOL)
+            truth = self.add("Cast", [self._current(mask)], "__mask_bool", to=ir.DataType.BOOL)
             real = self.add("Cast", [truth], "__mask_float", to=ir.DataType.FLOAT)
             self._weights = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
 
@@ -173,6 +174,18 @@ class Extension:
         value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
+
+    def _current(self, mask: str) -> ir.Value:
+        """The mask of the tokens fed now (see `magr_onnx.passes.caches.current_mask`)."""
+        whole = self.values[mask]
+        if TOKENS not in self.values or not pairs_of(self.model):
+            return whole
+        columns = self.add("Gather", [self.add("Shape", [self.values[TOKENS]], "__mask_tokens"), self._one("axis", 1)], "__mask_columns")
+        start = self.add("Neg", [columns], "__mask_start")
+        return self.add("Slice", [whole, start, self._one("end", np.iinfo(np.int64).max), self._one("axes", 1)], "__mask_current")
+
+    def _one(self, name: str, value: int) -> ir.Value:
+        return self.constant(f"__mask_{name}", np.array([value]))
 
     def real(self, tap: Tap, name: str) -> ir.Value:
         """The tapped value as float32, within its bounds."""

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
+from magr_onnx.passes.caches import current_mask
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.hoist import hoisted
 from magr_onnx.passes.job import attach
@@ -208,7 +209,7 @@ def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | No
     if mask is None:
         return set()
     first = next(iter(data))
-    wanted = tuple(first[mask].shape)
+    wanted = current_mask(first, mask).shape
     with Session(shape_taps(model, names), provider) as session:
         shapes = session.run(first)
     outside = hoisted(model)

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from magr_onnx.errors import CalibrationError, raise_all
+from magr_onnx.passes.caches import PREFIX
 from magr_onnx.runtime.session import Batch, InputInfo
 
 
@@ -35,12 +36,13 @@ Source = str | os.PathLike[str] | DataReader | Iterable[Batch]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
-    """Batches that can be read any number of times, with what to call them in messages."""
+    """Batches that can be read any number of times, with what to call them in messages, and ``notes`` on them for the report."""
 
     count: int
     describe: str
     read: Callable[[], Iterator[Batch]]
     label: Callable[[int], str]
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
@@ -63,7 +65,7 @@ class Batches:
                 if i in wanted:
                     yield batch
 
-        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]))
+        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]), self.notes)
 
 
 def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
@@ -77,14 +79,28 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     Raises:
         CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
     """
+    return checked(open_source(source, inputs, batch_size), inputs)
+
+
+def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
+    """Open a source without a look at the batches; see `open_data`.
+
+    Raises:
+        CalibrationError: There is no such source, or it cannot be read.
+    """
+    if isinstance(source, Batches):
+        return source
     if isinstance(source, str | os.PathLike):
-        batches = _open_path(Path(source), inputs, batch_size)
-    elif isinstance(source, DataReader):
-        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
-    elif isinstance(source, Iterable):
-        batches = _in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
-    else:
-        raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
+        return _open_path(Path(source), inputs, batch_size)
+    if isinstance(source, DataReader):
+        return in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+    if isinstance(source, Iterable):
+        return in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
+    raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
+
+
+def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
+    """``batches``, if all of them fit; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
     problems: list[str] = []
@@ -109,7 +125,7 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
         if array.dtype != info.dtype or not shape_fits:
             found.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
-        elif array.size == 0:
+        elif array.size == 0 and not name.startswith(PREFIX):  # before the first token there is no past
             found.append(f"{name} is empty, shape {array.shape}")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             found.append(f"{name} holds NaN or infinite values")
@@ -129,7 +145,8 @@ def _as_arrays(batch: Batch, index: int) -> Batch:
         raise CalibrationError(f"batch {index} holds what is no array: {error}") from error
 
 
-def _in_memory(batches: list[Any], describe: str) -> Batches:
+def in_memory(batches: list[Any], describe: str) -> Batches:
+    """Batches that are held in a list."""
     return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
 
 
@@ -186,7 +203,7 @@ def _stacked(path: Path, arrays: dict[str, npt.NDArray[Any]], inputs: Sequence[I
     """Cut stacked inputs into batches along the first axis; inputs of rank 0 are the same for all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
-        return _in_memory([arrays] if arrays else [], str(path))
+        return in_memory([arrays] if arrays else [], str(path))
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{n} {c}" for n, c in counts.items())
         raise CalibrationError(f"{path}: inputs have different numbers of samples along the first axis: {found}")

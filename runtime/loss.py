@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.errors import ModelError
+from magr_onnx.passes.caches import pairs
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Batch, Session
 from magr_onnx.runtime.validate import is_logits, kept_rows, log_softmax
@@ -47,7 +48,10 @@ class Reference:
         """
         self._batches = list(data)
         results = [session.run(batch) for batch in self._batches]
-        floats = [i for i, y in enumerate(results[0]) if np.issubdtype(np.asarray(y).dtype, np.floating)]
+        cache = set(pairs((i.name for i in session.inputs), session.outputs).values())
+        floats = [
+            i for i, y in enumerate(results[0]) if np.issubdtype(np.asarray(y).dtype, np.floating) and session.outputs[i] not in cache
+        ]
         if not floats:
             raise ModelError(f"no output is of floats ({', '.join(session.outputs)}), so there is no loss to measure")
         logits = [i for i in floats if is_logits(session.outputs[i], results[0][i].ndim)]

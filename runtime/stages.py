@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import NonFiniteError, OutputError, raise_all
 from magr_onnx.feedback import goal_of
+from magr_onnx.passes.caches import current_mask
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
 from magr_onnx.ranges import rounded
@@ -325,7 +326,7 @@ def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> li
     masks: list[Tensor | None] = []
     names = given_inputs(model)
     for b, batch in enumerate(data):
-        masks.append(None if mask is None else np.asarray(batch[mask]) != 0)
+        masks.append(None if mask is None else current_mask(batch, mask))
         for name in names:
             cache.put(name, b, np.asarray(batch[name]))
     return masks

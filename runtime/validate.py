@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Arithmetic, Batch, Session
@@ -189,6 +190,10 @@ def validate(
             if missing := sorted(set(names) ^ set(session.outputs)):
                 notes.append(f"outputs only one of the models has: {', '.join(missing)}")
             names = [n for n in names if n in session.outputs]
+        presents = set(pairs((i.name for i in reference.inputs), names).values())
+        if presents and not presents.issuperset(names):
+            names = [n for n in names if n not in presents]
+            notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
         sums = {a: {n: _Sums() for n in names} for a in sessions}
         for index, batch in enumerate(data):
             expected = reference.run(batch, names)
@@ -210,16 +215,16 @@ def validate(
         timing,
         _size(float_model),
         _size(quantized_model),
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*data.notes, *notes])),
     )
 
 
 def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
     """Rows of an output to count: those the mask keeps, where it has one element a row."""
-    if mask is None or mask not in batch or np.shape(batch[mask]) != np.shape(y)[:-1]:
+    if mask is None or mask not in batch:
         return None
-    result: npt.NDArray[np.bool_] = np.asarray(batch[mask]).reshape(-1) != 0
-    return result
+    truth = current_mask(batch, mask)
+    return truth.reshape(-1) if truth.shape == np.shape(y)[:-1] else None
 
 
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:

@@ -60,3 +60,12 @@ def test_sizes_of_modules() -> None:
     long = [p.name for f in ("magr_onnx", "passes", "runtime") for p in (ROOT / f).rglob("*.py") if len(p.read_text().splitlines()) > 450]
     assert long == []
     assert (ROOT / "models" / "tiny_lm" / "model.onnx").stat().st_size <= 8_000_000
+
+
+def test_citation_has_the_version() -> None:
+    assert f"\nversion: {magr_onnx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_registries_are_where_the_guide_for_contributors_says() -> None:
+    for name, path in re.findall(r"`([A-Z]+)` in `(\w+/[\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert re.search(rf"^{name}\b", (ROOT / path).read_text(), re.M), f"{name} is not in {path}"

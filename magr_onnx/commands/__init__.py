@@ -3,7 +3,7 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, optimize, passes, report, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, report, validate, verify
 
 COMMANDS = {
     "optimize": optimize,
@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": verify,
     "report": report,
     "passes": passes,
+    "olive-config": olive_config,
     "demo": demo,
 }
-"""Modules by the name of their command, which is also the name of the function, in the order of the help."""
+"""Modules by the name of their command, which (with _ for -) is also the name of the function, in the order of the help."""

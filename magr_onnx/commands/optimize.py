@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import typer
@@ -29,6 +28,7 @@ from magr_onnx.arguments import (
     ConvFormOption,
     CustomOps,
     DampingOption,
+    DecodeSteps,
     EffortOption,
     EmbeddingBitsOption,
     EmbeddingsName,
@@ -46,7 +46,9 @@ from magr_onnx.arguments import (
     MaxLossOption,
     MaxMemoryOption,
     ModelArgument,
+    ModelsOption,
     OutputOption,
+    OverwriteOption,
     PipelineOption,
     Provider,
     QuantizeOutputsOption,
@@ -65,7 +67,9 @@ from magr_onnx.arguments import (
     ValidationOption,
 )
 from magr_onnx.errors import OptionError
+from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.options import bytes_of
+from magr_onnx.report import Report
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -79,7 +83,9 @@ onnx-magr optimize model.onnx --format qdq-int8 --target x86-avx2 --calibration 
 
 onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
 
-onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz"""
+onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz
+
+onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 
 def optimize(
@@ -126,11 +132,14 @@ def optimize(
     custom_ops: CustomOps = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
     max_memory: MaxMemoryOption = None,
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
     report: ReportOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -173,34 +182,46 @@ def optimize(
         options["activation_type"] = activation_type.value
     if activation_range is not None:
         options["activation_range"] = activation_range.value
-    out = output or model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
+    if not model.is_dir() and (models or overwrite):
+        raise OptionError(f"--models and --overwrite are for a folder of models, and {model} is none")
+    out = output or _output(model)
     reporting.check(report or (), {model, out})
     with console.progress_bar(not quiet) as progress:
-        result = api.optimize(
-            model,
-            calibration,
-            output=out,
-            validation_data=validation,
-            pipeline_text=pipeline,
-            provider=provider,
-            mask=mask,
-            batch_size=batch_size,
-            include=include or (),
-            exclude=exclude or (),
-            requantize=requantize,
-            custom_ops=custom_ops or (),
-            cache=_bytes(cache),
-            max_memory=max_memory,
-            resume=resume,
-            external_data=external_data,
-            shard_size=shard_size,
-            progress=progress,
+        shared: dict[str, Any] = {
+            "output": out,
+            "validation_data": validation,
+            "pipeline_text": pipeline,
+            "provider": provider,
+            "mask": mask,
+            "batch_size": batch_size,
+            "decode_steps": decode_steps,
+            "include": include or (),
+            "exclude": exclude or (),
+            "requantize": requantize,
+            "custom_ops": custom_ops or (),
+            "cache": _bytes(cache),
+            "max_memory": max_memory,
+            "resume": resume,
+            "external_data": external_data,
+            "shard_size": shard_size,
+            "progress": progress,
             **_options(context, pipeline, options),
-        )
-    done = replace(result.report, command=console.command_line())
+        }
+        if model.is_dir():
+            result: Report | OptimizedFolder = optimize_folder(model, calibration, models=models or (), overwrite=overwrite, **shared)
+        else:
+            result = api.optimize(model, calibration, **shared).report
+    result = result.asked_by(console.command_line())
     for path in report or ():
-        done.save(path)
-    console.show(done.to_dict(), done.to_text(), as_json, quiet)
+        result.save(path)
+    console.show(result.to_dict(), result.to_text(), as_json, quiet)
+
+
+def _output(model: Path) -> Path:
+    if model.is_dir():
+        folder = model.resolve()  # which has a name, where "." has none
+        return folder.with_name(f"{folder.name}.magr")
+    return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
 def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from magr_onnx import api, console
-from magr_onnx.arguments import BatchSize, CustomOps, Json, Mask, Provider, Quiet
+from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet
 from magr_onnx.report import validation_text
 
 EPILOG = """[bold]Examples[/bold]
@@ -26,13 +26,20 @@ def validate(
     min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Exit with 3 if an output's mean cosine is below this.")] = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
     custom_ops: CustomOps = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
-    options: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "custom_ops": custom_ops or ()}
+    options: dict[str, Any] = {
+        "provider": provider,
+        "mask": mask,
+        "batch_size": batch_size,
+        "decode_steps": decode_steps,
+        "custom_ops": custom_ops or (),
+    }
     with console.progress_bar(not quiet) as progress:
         result = api.validate(float_model, quantized_model, data, progress=progress, **options)
     console.show(dataclasses.asdict(result), "\n".join(validation_text(result)), as_json, quiet)

@@ -1,0 +1,169 @@
+"""Pages made from the code: ``<!-- generated: NAME -->`` in a page becomes the Markdown that a function here writes.
+
+Nothing is written to disk, so nothing can go stale.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from sphinx.util.typing import ExtensionMetadata
+from typer.main import get_command
+
+from magr_onnx.cli import app as command_line
+from magr_onnx.passes.job import LayerPass
+from magr_onnx.passes.pipeline import PASSES, options_of
+
+_MARK = re.compile(r"<!-- generated: ([\w ]+) -->")
+_FIELD = re.compile(r"^    (\w+): (.*)$")
+
+
+# --- Passes -------------------------------------------------------------------------------------------------------------
+
+
+def _passes() -> Iterator[str]:
+    """A section for every pass of the registry: summary, docstring, options, and what its file has to say."""
+    for name, kind in PASSES.items():
+        text, described = _described(kind)
+        yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: `magr_onnx.passes.{kind.__name__}`.\n\n{text}\n"
+        if options := options_of(kind):
+            yield "| option | takes | default | |\n|---|---|---|---|"
+            for option, (hint, default) in options.items():
+                yield f"| `{option}` | {_takes(hint)} | `{_shown(default)}` | {_cell(described.get(option, ''))} |"
+            yield ""
+        if story := _story(kind):
+            yield f"### How {name} works\n\n{story}\n"
+
+
+def _described(kind: type[LayerPass]) -> tuple[str, dict[str, str]]:
+    """The docstring of a pass without its fields, and the fields."""
+    text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    last = ""
+    for line in rest.splitlines():
+        if match := _FIELD.match(line):
+            last, found[match[1]] = match[1], match[2]
+        elif last and line.strip():
+            found[last] += " " + line.strip()
+    return _plain(text).strip(), found
+
+
+def _story(kind: type[LayerPass]) -> str:
+    """The docstring of a pass's file behind its first paragraph, if the file is about this pass alone."""
+    module = sys.modules[kind.__module__]
+    if sum(k.__module__ == kind.__module__ for k in PASSES.values()) > 1:
+        return ""
+    return _plain(inspect.cleandoc(module.__doc__ or "").partition("\n\n")[2])
+
+
+def _takes(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " ".join(f"`{word}`" for word in typing.get_args(hint))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " ".join(_takes(part) for part in typing.get_args(hint))
+    return "`none`" if hint is type(None) else {bool: "`true` `false`", int: "integer", float: "number", str: "text"}[hint]
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- The command line ----------------------------------------------------------------------------------------------------
+
+
+def _commands() -> Iterator[str]:
+    """A section for every command: what it does, its arguments and options, its examples."""
+    group: Any = get_command(command_line)
+    for name, command in group.commands.items():
+        hints = typing.get_type_hints(inspect.unwrap(command.callback))
+        shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name in hints]
+        arguments = " ".join(_argument(p) for p in shown if p.param_type_name == "argument")
+        yield f"## onnx-magr {name}\n\n{_plain(_unmarked(command.help))}\n"
+        yield f"```text\nonnx-magr {name} [OPTIONS] {arguments}\n```\n"
+        yield from ("| | takes | |", "|---|---|---|", *(_row(p, hints[p.name]) for p in shown), "")
+        if examples := re.findall(r"^onnx-magr .*$", _unmarked(command.epilog), re.M):
+            yield "```console\n" + "\n".join(f"$ {line}" for line in examples) + "\n```\n"
+
+
+def _argument(parameter: Any) -> str:
+    text = parameter.metavar or parameter.name.upper()
+    return text if parameter.required else f"[{text}]"
+
+
+def _row(parameter: Any, hint: Any) -> str:
+    names = [_argument(parameter)] if parameter.param_type_name == "argument" else [*parameter.opts, *parameter.secondary_opts]
+    kinds = [typing.get_origin(k) or k for k in (*typing.get_args(hint), hint)]
+    kind = next(k for k in kinds if k in _KINDS or (isinstance(k, type) and issubclass(k, enum.Enum)))
+    choices = [f"`{choice.value}`" for choice in kind] if issubclass(kind, enum.Enum) else []
+    default = parameter.default
+    takes = " ".join(choices) or _KINDS[kind]
+    text = _cell(_unmarked(parameter.help))
+    if isinstance(default, str | int | float) and not isinstance(default, bool):
+        text += f" (default: `{getattr(default, 'value', default)}`)"
+    return f"| {' '.join(f'`{n}`' for n in names)} | {takes} | {text} |"
+
+
+_KINDS = {bool: "", str: "text", int: "integer", float: "number", Path: "path", list: "text, may be repeated"}
+
+
+def _unmarked(text: str | None) -> str:
+    """Help text without the markup of the terminal."""
+    return Text.from_markup(inspect.cleandoc(text or "")).plain
+
+
+# --- Files beside docs/ -------------------------------------------------------------------------------------------------
+
+
+def _root(name: str) -> Iterator[str]:
+    """A page that lies at the root of the repository, its links as they are from here."""
+    text = (Path(__file__).parents[2] / name).read_text()
+    text = re.sub(r"\]\(docs/", "](", text)
+    yield re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda m: f"]({m[1].lower()}.md", text)
+
+
+# --- Both ----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    """Docstring text as Markdown: the two agree but for references with a tilde and headings, which docstrings have none of."""
+    return textwrap.dedent(text).replace("`~", "`")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
+    "passes": _passes,
+    "command line": _commands,
+    "contributing": partial(_root, "CONTRIBUTING.md"),
+    "changelog": partial(_root, "CHANGELOG.md"),
+}
+
+
+def _insert(app: Sphinx, page: str, source: list[str]) -> None:
+    def text(match: re.Match[str]) -> str:
+        if match[1] not in GENERATORS:
+            raise ExtensionError(f"{page}: nothing generates {match[1]!r}; there are {', '.join(GENERATORS)}")
+        return "\n".join(GENERATORS[match[1]]())
+
+    source[0] = _MARK.sub(text, source[0])
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Connect to pages as they are read."""
+    app.connect("source-read", _insert)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,313 @@
+"""Folders of models as exporters leave them: models optimized, all else carried along, in place at once or not at all.
+
+What `optimum-cli export onnx`, onnxruntime-genai's model builder and others write is a folder: one or several ``.onnx`` files, their
+external data, and the configuration and the tokenizer that whoever loads the folder reads beside them. Here every model keeps its name,
+so the result loads wherever the source did.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from magr_onnx import files, locking, reporting
+from magr_onnx.boundary import explained
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
+from magr_onnx.optimizer import optimize
+from magr_onnx.report import Report, megabytes, wrapped
+from magr_onnx.runtime import texts
+from magr_onnx.runtime.data import Source, open_data
+from magr_onnx.runtime.session import InputInfo, inputs_of
+from magr_onnx.writing import data_files
+from magr_onnx.writing import explained as advice
+
+FolderSource = Source | Mapping[str, Source | None]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizedFolder:
+    """What `optimize_folder` did.
+
+    Attributes:
+        source: The folder read.
+        output: The folder written.
+        reports: One for every optimized model, by its path in the folder.
+        carried: Files that are byte for byte those of the source.
+    """
+
+    source: str
+    output: str
+    reports: dict[str, Report]
+    carried: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        reports = {name: report.to_dict() for name, report in self.reports.items()}
+        return {"source": self.source, "output": self.output, "models": reports, "carried": list(self.carried)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
+        """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
+        if len(self.reports) == 1:
+            return {path: next(iter(self.reports.values()))}
+        stems = {name: name.removesuffix(".onnx").replace("/", ".") for name in self.reports}
+        return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
+
+    def asked_by(self, command: str) -> OptimizedFolder:
+        """The same with another ``command`` in the reports."""
+        return replace(self, reports={name: report.asked_by(command) for name, report in self.reports.items()})
+
+    def save(self, path: Path) -> None:
+        """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
+        found = self.files(path)
+        for file, one in found.items():
+            if isinstance(one, Report):
+                one.save(file)
+            elif file.suffix.lower() in reporting.PAGES:
+                pages = [other.name for other in found if other != file]
+                reporting.write(reporting.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
+            else:
+                reporting.write(one.to_json() + "\n", file)
+
+    def to_text(self) -> str:
+        """The report, of one model; a line a model and their notes, of several."""
+        carried = wrapped(f"carried      {len(self.carried)} files: {', '.join(self.carried)}") if self.carried else []
+        if len(self.reports) == 1:
+            return "\n".join([next(iter(self.reports.values())).to_text(), "", *carried])
+        lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
+        lines.append(f"{'model':36} {'layers':>6} {'skipped':>7} {'before':>12} {'after':>12}")
+        for name, report in self.reports.items():
+            sizes = f"{megabytes(report.bytes_before):>12} {megabytes(report.bytes_after):>12}"
+            lines.append(f"{name[-36:]:36} {len(report.layers):6d} {len(report.skipped):7d} {sizes}")
+        for name, report in self.reports.items():
+            lines += ["", name, *(line for note in report.notes for line in wrapped(f"  {note}", 4))] if report.notes else []
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model to optimize: its path in the folder, the files it reads its data from, and what it is fed."""
+
+    name: str
+    external: frozenset[Path]
+    inputs: tuple[InputInfo, ...]
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".onnx")
+
+
+@explained
+def optimize_folder(
+    folder: str | os.PathLike[str],
+    calibration: FolderSource | None = None,
+    *,
+    output: str | os.PathLike[str],
+    models: Sequence[str] = (),
+    overwrite: bool = False,
+    validation_data: FolderSource | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    **arguments: Any,
+) -> OptimizedFolder:
+    """Optimize the models of a folder into a new folder, which has everything else as it is.
+
+    The new folder appears when all of it is there; a run that fails leaves nothing.
+
+    Args:
+        folder: Has ``.onnx`` files, perhaps in folders of their own.
+        calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
+            ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
+            ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
+        output: The folder to write. It must not exist, be empty, or see ``overwrite``.
+        models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along.
+        overwrite: Replace an earlier result: a folder that has the same models. It stays until the new one is whole; a process that is
+            killed between the two renames leaves neither under that name.
+        validation_data: Held-out inputs, in the same forms.
+        resume: A job directory, with one for each model in it.
+        **arguments: All others of `magr_onnx.optimize`.
+
+    Returns:
+        A report for every model, and what was carried along.
+
+    Raises:
+        MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
+    """
+    source, out = Path(folder), Path(output)
+    names = _names(source, models)
+    raise_all(OutputError, _check_output(source, out, names, overwrite))
+    found = _read(source, names)
+    size = int(arguments.get("batch_size", 16))
+    data = _sources(calibration, source, found, size, "calibration")
+    held = _sources(validation_data, source, found, size, "validation")
+    reports: dict[str, Report] = {}
+    carried = _carried(source, found)
+    try:
+        with locking.workspace(out) as work:
+            part = work / out.name
+            part.mkdir()
+            for path in carried:
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source / path, part / path)
+            for model in found:
+                (part / model.name).parent.mkdir(parents=True, exist_ok=True)
+                result = optimize(
+                    source / model.name,
+                    data[model.name],
+                    output=part / model.name,
+                    validation_data=held[model.name],
+                    resume=None if resume is None else Path(resume) / model.stem,
+                    **arguments,
+                )
+                reports[model.name] = replace(result.report, output=str(out / model.name))
+            _put(part, out, work)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {advice(error)}") from error
+    return OptimizedFolder(str(source), str(out), reports, tuple(sorted(p.as_posix() for p in carried)))
+
+
+def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The paths in the folder of the models to optimize."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder")
+    there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.onnx") if p.is_file())
+    if not there:
+        raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
+    if not patterns:
+        return there
+    unused = [p for p in patterns if not any(_matches(name, p) for name in there)]
+    raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in unused])
+    return [name for name in there if any(_matches(name, p) for p in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".onnx"), pattern)
+
+
+def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:
+    """What stands against writing the folder."""
+    a, b = folder.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
+    if out.exists() and not out.is_dir():
+        return [f"output {out} is a file; the result of a folder is a folder"]
+    if not b.parent.is_dir():
+        return [f"{out.parent} does not exist; create it first"]
+    if not out.is_dir() or not any(out.iterdir()):
+        return []
+    if not overwrite:
+        return [f"output folder {out} exists and is not empty; choose another, remove it, or ask to overwrite it (--overwrite)"]
+    missing = [name for name in names if not (out / name).is_file()]
+    return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
+
+
+def _read(folder: Path, names: Sequence[str]) -> list[_Model]:
+    """All models read and checked once, so that no long work is done for a folder of which one cannot be read."""
+    found, problems = [], []
+    for name in names:
+        try:
+            loaded = files.load(folder / name)
+        except MagrError as error:
+            problems.append(str(error))
+        else:
+            found.append(_Model(name, loaded.external, inputs_of(loaded.model)))
+    raise_all(ModelError, problems)
+    return found
+
+
+def _carried(folder: Path, models: Sequence[_Model]) -> list[Path]:
+    """Files that are neither models to optimize nor data that only those read; paths in the folder."""
+    gone = {(folder / m.name).resolve() for m in models} | {p.resolve() for m in models for p in m.external}
+    every = [p for p in folder.rglob("*") if p.is_file()]
+    kept = [p for p in every if p.suffix == ".onnx" and p.resolve() not in gone]
+    gone -= {data.resolve() for model in kept for data in data_files(model)}
+    return sorted(p.relative_to(folder) for p in every if p.resolve() not in gone)
+
+
+def _sources(given: FolderSource | None, folder: Path, models: Sequence[_Model], batch_size: int, what: str) -> dict[str, Source | None]:
+    """Where each model's data comes from, opened once to see that it fits."""
+    found: dict[str, Source | None] = {}
+    problems: list[str] = []
+    by_model = _by_model(given, models, what)
+    for model in models:
+        try:
+            found[model.name] = _opened(by_model[model.name], folder, model, batch_size)
+        except MagrError as error:
+            problems.append(f"{model.name}: {error}" if len(models) > 1 else str(error))
+    raise_all(CalibrationError, problems)
+    return found
+
+
+def _opened(source: Source | None, folder: Path, model: _Model, batch_size: int) -> Source | None:
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.suffix == ".txt":
+            beside = (folder / model.name).parent
+            return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, model.inputs, batch_size)
+        open_data(path, model.inputs, batch_size)
+    return source
+
+
+def _by_model(given: FolderSource | None, models: Sequence[_Model], what: str) -> dict[str, Source | None]:
+    """The source of every model among those given.
+
+    Raises:
+        CalibrationError: A model has none, or a source belongs to no model.
+    """
+    if given is None:
+        return dict.fromkeys(m.name for m in models)
+    if isinstance(given, Mapping):
+        known = {m.name: m.name for m in models} | {m.stem: m.name for m in models}
+        problems = [
+            f"{what} data for {name!r}, and no such model is optimized; there are {', '.join(m.name for m in models)}"
+            for name in given
+            if name not in known
+        ]
+        named: dict[str, Source | None] = {known[name]: source for name, source in given.items() if name in known}
+        problems += [f"no {what} data for {m.name}; give some, or None for data-free" for m in models if m.name not in named]
+        raise_all(CalibrationError, problems)
+        return named
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        beside = {m.name: file_of(path, m.stem) for m in models}
+        if any(p is not None for p in beside.values()):
+            missing = [
+                f"{path} has no {m.stem}.npz, {m.stem}.txt or folder {m.stem} for {m.name}; add one, or leave that model out (--models)"
+                for m in models
+                if beside[m.name] is None
+            ]
+            raise_all(CalibrationError, missing)
+            return dict(beside)
+    if len(models) == 1 or (isinstance(given, str | os.PathLike) and Path(given).suffix == ".txt"):
+        return dict.fromkeys((m.name for m in models), given)
+    raise CalibrationError(
+        f"{what} data of one model for {len(models)}: {', '.join(m.name for m in models)}; give a folder with {models[0].stem}.npz "
+        "and so on, or choose one model (--models)"
+    )
+
+
+def file_of(folder: Path, stem: str) -> Path | None:
+    """What a folder has for a model of that name."""
+    candidates = [folder / f"{stem}.npz", folder / f"{stem}.txt", folder / stem]
+    return next((p for p in candidates if p.exists()), None)
+
+
+def _put(part: Path, out: Path, work: Path) -> None:
+    """Rename the finished folder into place, and what was there out of it."""
+    old = work / "old"
+    there = out.exists()
+    if there:
+        os.replace(out, old)
+    try:
+        locking.replace(part, out)
+    except BaseException:
+        if there:
+            os.replace(old, out)
+        raise

@@ -1,0 +1,112 @@
+"""Batches of a DataLoader as feeds of an ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from magr_onnx.errors import CalibrationError
+from magr_onnx.runtime.data import Batches, in_memory
+from magr_onnx.runtime.session import Batch, InputInfo
+
+SAMPLES = 512
+ToInputs = Callable[[Any], Any]
+
+
+def feeds(
+    batches: Iterable[Any],
+    inputs: Sequence[InputInfo],
+    *,
+    to_inputs: ToInputs | None = None,
+    samples: int | None = SAMPLES,
+    batch_size: int = 16,
+) -> Batches:
+    """What the batches of a DataLoader, or of anything that yields batches, feed to a model.
+
+    1. A tensor is the only input.
+    2. A dict gives inputs by name; what is no input (labels) is dropped.
+    3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple
+       or list, that is the inputs.
+    4. ``to_inputs`` turns a batch into one of these first, for everything else.
+
+    Numbers are brought to the type of the input where both are floats or both integers. Batches are cut to ``batch_size``, so that some can
+    be held out for choices.
+
+    Args:
+        batches: Read once, and no further than needed.
+        inputs: The model's inputs.
+        to_inputs: See above.
+        samples: How many are enough; None for all there are.
+        batch_size: Most samples of a feed.
+
+    Returns:
+        The feeds, with notes on what was dropped.
+
+    Raises:
+        CalibrationError: A batch that does not give the inputs.
+    """
+    found: list[Batch] = []
+    notes: dict[str, None] = {}
+    seen = 0
+    for index, batch in enumerate(batches):
+        if samples is not None and seen >= samples:
+            notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
+            break
+        named, dropped = _named(batch if to_inputs is None else to_inputs(batch), inputs, f"batch {index}")
+        if dropped:
+            notes[f"not inputs of the model, and dropped from batches: {dropped}"] = None
+        arrays = {i.name: _array(named[i.name], i, f"batch {index}") for i in inputs}
+        seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
+        found += _cut(arrays, inputs, batch_size)
+    return replace(in_memory(found, f"the given {type(batches).__name__}"), notes=tuple(notes))
+
+
+def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, Any], str]:
+    """Inputs by name, and a word on what was dropped."""
+    names = [i.name for i in inputs]
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        batch = [batch]
+    if isinstance(batch, tuple | list) and batch and (hasattr(batch[0], "keys") or isinstance(batch[0], tuple | list)):
+        named, dropped = _named(batch[0], inputs, where)
+        rest = f"{len(batch) - 1} items behind the first" if len(batch) > 1 else ""
+        return named, ", ".join(filter(None, (dropped, rest)))
+    remedy = f"the model's inputs are {'; '.join(map(str, inputs))}; to_inputs can pick them out of a batch"
+    if hasattr(batch, "keys"):
+        keys = list(batch.keys())
+        if missing := [n for n in names if n not in keys]:
+            raise CalibrationError(f"{where} has {', '.join(map(str, keys)) or 'nothing'} and lacks {', '.join(missing)}; {remedy}")
+        return {n: batch[n] for n in names}, ", ".join(str(k) for k in keys if k not in names)
+    if isinstance(batch, tuple | list):
+        if len(batch) < len(names):
+            raise CalibrationError(f"{where} has {len(batch)} items; {remedy}")
+        extra = len(batch) - len(names)
+        return dict(zip(names, batch, strict=False)), f"what comes behind the first {len(names)} ({extra})" if extra else ""
+    raise CalibrationError(f"{where} is a {type(batch).__name__}; expected a tensor, a tuple, a list or a dict; {remedy}")
+
+
+def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: {info.name} is no array: {error}") from error
+    kinds = {array.dtype.kind, info.dtype.kind}
+    return array.astype(info.dtype) if kinds == {"f"} or kinds <= {"i", "u"} else array
+
+
+def _cut(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[Batch]:
+    """Parts of a batch along the first axis, where all arrays have it in common and the model does not fix it."""
+    counts = {len(a) if a.ndim else 0 for a in arrays.values()}
+    fixed = any(i.shape and i.shape[0] is not None for i in inputs)
+    if len(counts) != 1 or fixed or max(counts) <= size:
+        yield dict(arrays)
+        return
+    for at in range(0, max(counts), size):
+        yield {n: a[at : at + size] for n, a in arrays.items()}

@@ -1,0 +1,280 @@
+"""MagR for a torch module: smaller weights at nearly the same outputs, written back to where they came from.
+
+The module is exported without constant folding, so that ONNX initializers are parameters under their names. A parameter is written only if
+
+1. an initializer of its name, or of that of a parameter it is tied to, holds the same bits;
+2. every node that reads it is a linear layer that MagR changed (a table of embeddings that is also the last layer's weight is not: the
+   embeddings would change with it);
+3. what the layer multiplied by is the parameter as it is, or transposed, bit by bit.
+
+Nothing is guessed: what does not fit is left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from magr_onnx import files
+from magr_onnx.boundary import explained
+from magr_onnx.errors import ModelError
+from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
+from magr_onnx.passes.functions import open_up
+from magr_onnx.report import Report
+from magr_onnx.torch.export import DynamicShapes, Examples, export
+from magr_onnx.torch.feeds import SAMPLES, ToInputs
+from magr_onnx.torch.interface import optimized
+
+Array = npt.NDArray[Any]
+_PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One parameter with smaller weights.
+
+    Attributes:
+        name: As in the state dict; of tied parameters the first.
+        tied: Other names of the same parameter.
+        layers: The layers that read it, as ONNX names them.
+        before: Largest magnitude it had.
+        after: Largest magnitude it has.
+        error: Relative error of the layer's outputs on the calibration data, the largest of the layers'.
+    """
+
+    name: str
+    tied: tuple[str, ...]
+    layers: tuple[str, ...]
+    before: float
+    after: float
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What MagR did to a module.
+
+    Attributes:
+        changed: Parameters with new values.
+        unchanged: Weights of two axes or more that were left alone, with the reason, by name.
+        report: That of the run on the exported model.
+    """
+
+    changed: tuple[Change, ...]
+    unchanged: dict[str, str]
+    report: Report
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} parameters changed, {len(self.unchanged)} left as they are"]
+        lines += [f"  {c.name}: largest magnitude {c.before:.4g} -> {c.after:.4g}" for c in self.changed]
+        lines += [f"  {name}: {why}" for name, why in self.unchanged.items()]
+        return "\n".join(lines)
+
+
+@explained
+def magr(
+    module: torch.nn.Module,
+    example_inputs: Examples,
+    calibration: Iterable[Any],
+    *,
+    alpha: float = 1e-3,
+    relative: bool = True,
+    block_size: int | None = None,
+    damping: float | None = None,
+    to_inputs: ToInputs | None = None,
+    samples: int | None = SAMPLES,
+    batch_size: int = 16,
+    dynamic_shapes: DynamicShapes | Literal["batch"] = "batch",
+    **settings: Any,
+) -> tuple[dict[str, torch.Tensor], Reduced]:
+    """MagR on a copy of the weights: a state dict for `module.load_state_dict`; the module is left as it is.
+
+    Args:
+        module: The module; it is run in evaluation mode.
+        example_inputs: See `magr_onnx.torch.optimize`, as for what follows.
+        calibration: Batches.
+        alpha: Strength; 1e-3 suits quantizers with one scale a channel, 1e-4 those with a scale a block (see `magr_onnx.passes.MagR`).
+        relative: Whether alpha is relative to the layer.
+        block_size: Rows per l_inf norm; None for whole channels.
+        damping: Multiple of the Gram matrix's diagonal; None for one that follows from the number of rows.
+        to_inputs: What of a batch is input.
+        samples: How many samples of a loader are enough; None for all.
+        batch_size: Most samples run at a time.
+        dynamic_shapes: See `magr_onnx.torch.export`.
+        **settings: ``include``, ``exclude``, ``mask``, ``provider`` and the like of `magr_onnx.optimize`.
+
+    Returns:
+        The state dict (new tensors for what changed, tied ones still one; the module's own for all others), and what happened.
+
+    Raises:
+        ExportError: torch cannot export the module.
+        ModelError: There is no layer to change.
+        MagrError: Whatever `magr_onnx.optimize` raises.
+    """
+    found, reduced = _reduced(
+        module,
+        example_inputs,
+        calibration,
+        MagR(alpha, relative, block_size, damping),
+        (to_inputs, samples, batch_size),
+        dynamic_shapes,
+        settings,
+    )
+    state = module.state_dict()
+    for change in reduced.changed:
+        old = state[change.name]
+        new = torch.from_numpy(found[change.name]).to(device=old.device, dtype=old.dtype)
+        state |= dict.fromkeys((change.name, *change.tied), new)
+    return state, reduced
+
+
+def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterable[Any], **options: Any) -> Reduced:
+    """`magr`, written back into the module: same parameters, types, devices and ties, other values.
+
+    Args:
+        module: The module; changed in place.
+        example_inputs: See `magr`.
+        calibration: See `magr`.
+        **options: See `magr`.
+
+    Raises:
+        MagrError: See `magr`; the module is then as it was.
+    """
+    state, reduced = magr(module, example_inputs, calibration, **options)
+    own = module.state_dict()
+    with torch.no_grad():
+        for change in reduced.changed:
+            own[change.name].copy_(state[change.name])
+    return reduced
+
+
+def _reduced(
+    module: torch.nn.Module,
+    example: Examples,
+    calibration: Iterable[Any],
+    strength: MagR,
+    reading: tuple[ToInputs | None, int | None, int],
+    shapes: Any,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Array], Reduced]:
+    """New values by parameter name, and what to say of them."""
+    exported = export(module, example, dynamic_shapes=shapes, fold=False)
+    before = files.load(exported.program).model
+    open_up(before)
+    canonicalize(before)
+    result = optimized(exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]})
+    reduced = {layer.name: layer for layer in find(result.model)[0]}
+    errors = {row.name: row.error for row in result.report.layers}
+    layers, skips = find(before)
+    reasons = {s.name: str(s.reason) for s in skips} | {s.name: s.reason for s in result.report.skipped}
+    values: dict[str, Array] = {}
+    changed: list[Change] = []
+    unchanged: dict[str, str] = {}
+    for names, parameter in _parameters(module):
+        why, new, readers = _new_value(names, parameter, before, layers, reduced, errors, reasons)
+        if why is not None:
+            unchanged |= dict.fromkeys(names, why)
+            continue
+        assert new is not None
+        old = _array(parameter)
+        values[names[0]] = new
+        read = tuple(layer.name for layer in readers)
+        worst = max((e for n in read if (e := errors[n]) is not None), default=None)
+        changed.append(Change(names[0], tuple(names[1:]), read, float(np.abs(old).max()), float(np.abs(new).max()), worst))
+    if not changed:
+        raise ModelError("MagR changed no parameter: " + "; ".join(f"{n}: {why}" for n, why in list(unchanged.items())[:5]))
+    return values, Reduced(tuple(changed), unchanged, result.report)
+
+
+def _parameters(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
+    """Floating-point parameters of two axes or more, each with all its names."""
+    found: dict[int, tuple[list[str], torch.nn.Parameter]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.ndim >= 2 and parameter.is_floating_point():
+            found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def _array(parameter: torch.Tensor) -> Array:
+    """The values as NumPy has them: bfloat16 as float32, which holds them exactly."""
+    value = parameter.detach().cpu()
+    array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return array
+
+
+def _new_value(
+    names: Sequence[str],
+    parameter: torch.Tensor,
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    reduced: Mapping[str, LinearLayer],
+    errors: Mapping[str, float | None],
+    reasons: Mapping[str, str],
+) -> tuple[str | None, Array | None, list[LinearLayer]]:
+    """Why a parameter is left alone; or its new value, in float32, and the layers that read it."""
+    held = [v for n in names if (v := model.graph.initializers.get(n)) is not None]
+    if not held:
+        return "not in the exported model under its name", None, []
+    old, value = _array(parameter), held[0]
+    if value.const_value is None or not _same(value.const_value.numpy(), old):
+        return "its values are not those of the initializer of its name", None, []
+    own = {id(layer.node): layer for layer in layers}
+    ends = list(_readers(value))
+    others = [n for n in ends if n is None or id(n) not in own]
+    if others:
+        return _reason(others, reasons), None, []
+    readers = [own[id(n)] for n in ends if n is not None]
+    if missing := [layer.name for layer in readers if layer.name not in errors or layer.name not in reduced]:
+        return "; ".join(f"{n}: {reasons.get(n, 'not converted')}" for n in missing), None, []
+    news = []
+    for layer in readers:
+        turn = _turn(old, layer)
+        if turn is None:
+            return f"{layer.name} multiplies by something else made of it", None, []
+        news.append(turn(reduced[layer.name].read()))
+    if not all(_same(news[0], n) for n in news[1:]):
+        return f"{', '.join(layer.name for layer in readers)} came to different values for it", None, []
+    return None, np.ascontiguousarray(news[0]), readers
+
+
+def _turn(old: Array, layer: LinearLayer) -> Callable[[Array], Array] | None:
+    """From what a layer multiplies by to the parameter; None where it is neither the parameter nor its transpose."""
+    weight = layer.read()
+    if old.ndim != 2:
+        return None
+    if layer.transposed and _same(old.T.astype(np.float32), weight):
+        return np.transpose
+    if _same(old.astype(np.float32), weight):
+        return lambda w: w
+    return np.transpose if _same(old.T.astype(np.float32), weight) else None
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node | None]:
+    """The nodes that compute with a constant, behind those that only turn it; None for the model's outputs."""
+    if value.is_graph_output():
+        yield None
+    for node, _ in value.uses():
+        if node.domain == "" and node.op_type in _PASSED:
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
+
+
+def _reason(others: Sequence[ir.Node | None], reasons: Mapping[str, str]) -> str:
+    node = others[0]
+    if node is None:
+        return "it is an output of the model"
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return "a convolution: MagR alone is for linear layers"
+    why = reasons.get(str(node.name))
+    return f"{node.op_type} {node.name} reads it" + (f" ({why})" if why else ", and would change with it")

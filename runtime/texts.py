@@ -1,0 +1,115 @@
+"""Lines of text as calibration data, through the tokenizer that lies beside a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magr_onnx.errors import CalibrationError, raise_all
+from magr_onnx.passes.caches import PREFIX
+from magr_onnx.runtime.data import Batches, in_memory
+from magr_onnx.runtime.session import Batch, InputInfo
+
+TOKENIZER = "tokenizer.json"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+LONGEST = 512  # tokens; more say little more about a layer's inputs, and attention costs their square
+
+
+def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
+    """Batches of the inputs a model wants, from a text file of one sample a line; empty lines are left out.
+
+    Samples are sorted by length, so that little is padded, and cut at 512 tokens, at the tokenizer's ``model_max_length`` or at the length
+    the model fixes, whichever is the least. A model without an ``attention_mask`` is fed one sample at a time: it could not tell padding
+    from text.
+
+    Args:
+        texts: The text file, UTF-8.
+        folder: Where ``tokenizer.json`` lies (of the package tokenizers), and ``tokenizer_config.json`` if there is one.
+        inputs: The model's inputs; ids (batch, length) and what follows from them.
+        batch_size: Samples a batch, unless the model fixes it; then samples that fill no batch are left out.
+
+    Raises:
+        CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
+    """
+    wanted = {i.name: i for i in inputs}
+    other = [str(i) for i in inputs if i.name not in INPUTS and not i.name.startswith(PREFIX)]  # a past follows from tokens
+    listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+    problems = [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
+    problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)
+    problems += [f"there is no {TOKENIZER} in {folder} to read text with; give an .npz"] * (not (folder / TOKENIZER).is_file())
+    raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
+    length, batch = _fixed(wanted["input_ids"])
+    samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
+    if batch is None:
+        batch = batch_size if "attention_mask" in wanted or length is not None else 1
+    samples = samples[: len(samples) - len(samples) % batch] if _fixed(wanted["input_ids"])[1] is not None else samples
+    if not samples:
+        raise CalibrationError(f"{texts}: too few lines of text; the model takes {batch} at a time")
+    padding = _pad_id(folder)
+    chunks = [samples[at : at + batch] for at in range(0, len(samples), batch)]
+    return in_memory([_batch(chunk, length or len(chunk[-1]), padding, wanted) for chunk in chunks], str(texts))
+
+
+def _fixed(ids: InputInfo) -> tuple[int | None, int | None]:
+    """The length and the batch size that the model fixes."""
+    return (ids.shape[1] if len(ids.shape) > 1 else None), (ids.shape[0] if ids.shape else None)
+
+
+def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
+    """The ids of every line, sorted by their number."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise CalibrationError("calibration with text needs the package tokenizers: pip install tokenizers") from None
+    try:
+        lines = [line for line in texts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{texts} cannot be read as UTF-8 text: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # the library raises plain exceptions
+        raise CalibrationError(f"{folder / TOKENIZER} is no tokenizer that the package tokenizers can read: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(most)
+    found = [list(encoding.ids) for encoding in tokenizer.encode_batch(lines)]
+    return sorted((ids for ids in found if ids), key=len)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CalibrationError(f"{path} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _longest(folder: Path) -> int:
+    """The most tokens the model was made for; transformers writes 1e30 where nobody said."""
+    most = _config(folder).get("model_max_length")
+    return int(most) if isinstance(most, int | float) and most >= 1 else LONGEST
+
+
+def _pad_id(folder: Path) -> int:
+    """What to fill up with; any id will do where the mask is zero, so 0 where there is none."""
+    from tokenizers import Tokenizer
+
+    token = _config(folder).get("pad_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    found = None if text is None else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
+    return 0 if found is None else int(found)
+
+
+def _batch(samples: Sequence[Sequence[int]], length: int, padding: int, wanted: dict[str, InputInfo]) -> Batch:
+    ids = np.full((len(samples), length), padding, np.int64)
+    mask = np.zeros_like(ids)
+    for i, sample in enumerate(samples):
+        ids[i, : len(sample)] = sample
+        mask[i, : len(sample)] = 1
+    positions = np.broadcast_to(np.arange(length), ids.shape)
+    arrays = dict(zip(INPUTS, (ids, mask, np.zeros_like(ids), positions), strict=True))
+    return {name: arrays[name].astype(info.dtype) for name, info in wanted.items()}

@@ -1,0 +1,328 @@
+"""From torch modules to quantized files, and MagR on modules themselves; outputs are compared in torch and in onnxruntime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import magr_onnx  # noqa: E402
+import magr_onnx.torch as magr_torch  # noqa: E402
+from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
+from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
+from magr_onnx.torch.feeds import feeds  # noqa: E402
+
+nn = torch.nn
+
+
+class Net(nn.Module):
+    """Embeddings tied to the last layer, two layers that share a weight, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(48, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.first, self.second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(32, 48, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Any) -> Any:
+        x = self.tokens(input_ids)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.drop(self.down(torch.relu(self.up(x))))
+        return self.head(self.second(torch.tanh(self.first(x))))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.norm, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16 * 16, 10)
+
+    def forward(self, image: Any) -> Any:
+        return self.out(torch.relu(self.norm(self.conv(image))).flatten(1))
+
+
+def tokens(count: int = 32, seed: int = 0) -> Any:
+    return torch.randint(0, 48, (count, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def loader(*tensors: Any, batch_size: int = 8) -> Any:
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=batch_size)
+
+
+def values(module: Any) -> dict[str, Any]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_untouched(module: Any, before: dict[str, Any]) -> None:
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Any, Path]:
+    net = Net()
+    net.down.eval()  # one submodule in another mode than the rest
+    before, output = values(net), tmp_path_factory.mktemp("torch") / "net.int8.onnx"
+    data = loader(tokens(), torch.zeros(32))
+    result = magr_torch.optimize(
+        net, tokens(1), calibration=data, validation_data=data, output=output, output_names=["logits"], bits=8, effort="fast"
+    )
+    assert_untouched(net, before)
+    assert net.training
+    assert net.drop.training
+    assert not net.down.training
+    return net, result.report, output
+
+
+def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
+    net, report, output = optimized
+    assert len(report.layers) == 7
+    assert report.calibration.startswith("the given DataLoader: 4 batches")
+    assert "not inputs of the model, and dropped from batches: what comes behind the first 1 (1)" in report.notes
+    with Session(output) as session, torch.no_grad():
+        for count in (1, 5):  # any batch size, from an example of one
+            found = session.run({"input_ids": tokens(count, 7).numpy()})[0]
+            expected = net.eval()(tokens(count, 7)).numpy()
+            assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
+    net.train()
+    net.down.eval()
+
+
+def test_names_shapes_and_metadata_are_kept(optimized: tuple[Net, Any, Path]) -> None:
+    net, _, output = optimized
+    model = ir.load(output)
+    assert [(v.name, str(v.shape[0]), v.shape[1]) for v in model.graph.inputs] == [("input_ids", "batch", 6)]
+    assert [(v.name, str(v.shape[0]), v.shape[2]) for v in model.graph.outputs] == [("logits", "batch", 48)]
+    assert model.producer_name == "pytorch"
+    program = magr_torch.export(net, tokens(1)).program
+    names = {n.name: n.metadata_props["namespace"] for n in program.model.graph if "namespace" in n.metadata_props}
+    kept = {n.name: n.metadata_props["namespace"] for n in model.graph if n.name in names}
+    assert len(kept) > 10
+    assert all(kept[name] == names[name] for name in kept)
+
+
+def test_a_program_of_the_callers(optimized: tuple[Net, Any, Path]) -> None:
+    net, report, _ = optimized
+    dims = {"input_ids": {0: torch.export.Dim("samples"), 1: torch.export.Dim("time", min=2, max=64)}}
+    program = magr_torch.export(net, {"input_ids": tokens(2)}, dynamic_shapes=dims).program
+    batches = [{"input_ids": t, "labels": t} for t in tokens().split(8)]
+    result = magr_torch.optimize(program, calibration=batches, bits=8, effort="fast")
+    assert [str(d) for d in result.model.graph.inputs[0].shape] == ["samples", "time"]
+    assert "not inputs of the model, and dropped from batches: labels" in result.report.notes
+    assert [r.error for r in result.report.layers] == pytest.approx([r.error for r in report.layers], rel=1e-3)
+
+
+def test_shapes_that_cannot_vary_stay_fixed() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 16)
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x.reshape(4, 32)) if x.shape[0] == 4 else x
+
+    result = magr_torch.optimize(Fixed(), torch.randn(4, 32), calibration=[torch.randn(4, 32) for _ in range(4)], effort="fast")
+    assert result.model.graph.inputs[0].shape == [4, 32]
+    assert any("shapes are fixed to those of the example, the batch size too" in n for n in result.report.notes)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision(kind: Any) -> None:
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).to(kind)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    result = magr_torch.optimize(net, x[:2].to(kind), calibration=loader(x.to(kind)), bits=8, effort="fast")
+    assert net[0].weight.dtype == kind
+    assert any("bfloat16" in n for n in result.report.notes) == (kind == torch.bfloat16)
+    with Session(result.model) as session, torch.no_grad():
+        found = session.run({session.inputs[0].name: x.numpy().astype(session.inputs[0].dtype)})[0].astype(np.float32)
+        expected = net(x.to(kind)).float().numpy()
+    assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
+
+
+def test_convolutions() -> None:
+    images = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    net = Images()
+    result = magr_torch.optimize(net, images[:1], calibration=loader(images, torch.zeros(32)), bits=8, effort="fast")
+    assert {r.op for r in result.report.layers} == {"Conv", "Gemm"}
+    assert net.training
+    with Session(result.model) as session, torch.no_grad():
+        found, expected = session.run({"image": images.numpy()})[0], net.eval()(images).numpy()
+    assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
+
+
+@pytest.fixture(scope="module")
+def reduced() -> tuple[Net, Net, Any]:
+    net, original = Net(), Net()
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    result = magr_torch.magr_(net, tokens(2), loader(tokens()), alpha=0.02)
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        assert parameter is parameters[name]
+        assert parameter.requires_grad
+    assert net.training
+    return net, original, result
+
+
+def test_magr_changes_what_it_may(reduced: tuple[Net, Net, Any]) -> None:
+    net, original, result = reduced
+    assert {c.name: c.tied for c in result.changed} == {
+        "attention.in_proj_weight": (),
+        "attention.out_proj.weight": (),
+        "up.weight": (),
+        "down.weight": (),
+        "first.weight": ("second.weight",),
+    }
+    assert result.unchanged.keys() == {"tokens.weight", "head.weight"}
+    assert "Gather" in result.unchanged["head.weight"]
+    assert net.second.weight is net.first.weight
+    assert net.head.weight is net.tokens.weight
+    changed = {n for c in result.changed for n in (c.name, *c.tied)}
+    for name, value in original.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value) == (name not in changed), name
+    for change in result.changed:
+        assert net.state_dict()[change.name].abs().max() == pytest.approx(change.after)
+        assert change.after < change.before == pytest.approx(float(original.state_dict()[change.name].abs().max()))
+    assert "first.weight: largest magnitude" in str(result)
+
+
+def test_the_module_computes_what_the_onnx_model_of_magr_does(reduced: tuple[Net, Net, Any]) -> None:
+    net, original, result = reduced
+    program = magr_torch.export(original, tokens(2)).program
+    head = next(layer["name"] for layer in magr_onnx.inspect(program).layers if layer["n"] == 48)
+    data = [{"input_ids": t.numpy()} for t in tokens().split(8)]
+    model = magr_onnx.optimize(program, data, pipeline_text="magr{alpha=0.02}", exclude=[head]).model
+    x = tokens(9, seed=5)
+    with Session(model) as session, Session(program.model) as floats, torch.no_grad():
+        expected, before = (s.run({"input_ids": x.numpy()})[0] for s in (session, floats))
+        found = net.eval()(x).numpy()
+    net.train()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(before - expected).max() > 1e-3 * np.abs(expected).max()
+    assert result.report.pipeline.startswith("magr{alpha=0.02")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_state_dict_leaves_the_module_alone(kind: Any) -> None:
+    net = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).to(kind)
+    before = values(net)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).to(kind)
+    state, result = magr_torch.magr(net, x[:2], loader(x), alpha=0.05)
+    assert_untouched(net, before)
+    assert [c.name for c in result.changed] == ["0.weight", "2.weight"]
+    assert {n: t.dtype for n, t in state.items()} == {n: t.dtype for n, t in before.items()}
+    other = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).to(kind)
+    other.load_state_dict(state)
+    with torch.no_grad():
+        a, b = net(x).float(), other(x).float()
+    assert 0 < float((a - b).square().sum() / a.square().sum()) < 0.02
+
+
+def test_what_magr_leaves_alone_in_a_module() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.used, self.unused = nn.Conv2d(3, 8, 2), nn.Linear(32, 32), nn.Linear(32, 32)
+            self.scaled, self.part = nn.Linear(32, 8), nn.Linear(32, 32)
+
+        def forward(self, x: Any) -> Any:
+            y = self.used(self.conv(x).flatten(1))
+            return nn.functional.linear(y, 2 * self.scaled.weight), y @ self.part.weight[:, :16]
+
+    x = torch.randn(16, 3, 3, 3)
+    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]], exclude=["nothing"])
+    assert [c.name for c in result.changed] == ["used.weight"]
+    assert {n: why.split()[0] for n, why in result.unchanged.items()} == {
+        "conv.weight": "a",
+        "unused.weight": "not",
+        "scaled.weight": "Mul",
+        "part.weight": "Slice",
+    }
+    with pytest.raises(MagrError, match=r"no layer can be converted|changed no parameter"):
+        magr_torch.magr(nn.Sequential(nn.Conv2d(3, 8, 2)), x[:2], [x])
+
+
+INPUTS = (InputInfo("ids", np.dtype("int64"), (None, None)), InputInfo("scale", np.dtype("float32"), (None,)))
+IDS, SCALE, LABEL = torch.arange(6).reshape(3, 2), torch.ones(3), torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IDS, SCALE),
+        [IDS, SCALE, LABEL],
+        {"ids": IDS, "labels": LABEL, "scale": SCALE},
+        ((IDS, SCALE), LABEL),
+        ({"ids": IDS, "scale": SCALE}, LABEL),
+        (IDS.to(torch.int32), SCALE.to(torch.bfloat16)),
+        (IDS.numpy(), SCALE.double().numpy()),
+    ],
+)
+def test_forms_of_batches(batch: Any) -> None:
+    (found,) = feeds([batch], INPUTS)
+    assert {n: a.dtype for n, a in found.items()} == {"ids": np.int64, "scale": np.float32}
+    np.testing.assert_array_equal(found["ids"], IDS.numpy())
+    np.testing.assert_array_equal(found["scale"], SCALE.numpy())
+
+
+def test_batches_are_cut_and_counted() -> None:
+    found = feeds(iter([(IDS, SCALE)] * 5), INPUTS, samples=7, batch_size=2)
+    assert [len(b["ids"]) for b in found] == [2, 1] * 3
+    assert found.notes == ("calibration stopped after 9 samples (samples=7)",)
+    assert len(feeds([(IDS, SCALE)] * 5, INPUTS, samples=None)) == 5
+    picked = feeds([{"x": IDS, "y": SCALE}], INPUTS, to_inputs=lambda b: (b["x"], b["y"]))
+    assert picked.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (IDS, "batch 0 has 1 items; the model's inputs are ids: int64"),
+        ({"ids": IDS}, "batch 0 has ids and lacks scale"),
+        (3, "batch 0 is a int; expected a tensor, a tuple, a list or a dict"),
+    ],
+)
+def test_batches_that_do_not_fit(batch: Any, message: str) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        feeds([batch], INPUTS)
+    assert message in str(caught.value)
+
+
+def test_errors_say_what_to_do() -> None:
+    class Jump(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(ExportError, match=r"torch cannot export Jump to ONNX: .*torch\.cond"):
+        magr_torch.optimize(Jump(), torch.randn(2, 4))
+    with pytest.raises(OptionError, match="example_inputs are needed"):
+        magr_torch.optimize(nn.Linear(4, 4))
+    with pytest.raises(OptionError, match="example_inputs is empty"):
+        magr_torch.export(nn.Linear(4, 4), ())
+    with pytest.raises(OptionError, match="dynamic_shapes='all'"):
+        magr_torch.export(nn.Linear(4, 4), torch.randn(2, 4), dynamic_shapes="all")
+
+
+def test_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import magr_onnx\n"
+        "try:\n    import magr_onnx.torch\n"
+        "except magr_onnx.DependencyError as error:\n    print(isinstance(error, ImportError), error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("True magr_onnx.torch needs torch")
+    assert "pip install 'onnx-magr[torch]'" in out
+    assert issubclass(DependencyError, MagrError)
