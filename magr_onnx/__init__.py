@@ -13,10 +13,14 @@ from magr_onnx.errors import (
     OutputError,
     PipelineError,
     ProviderError,
+    RecipeError,
     ReportError,
     RuntimeFailure,
 )
+from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
+from magr_onnx.presets import PRESETS, Preset
+from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
 from magr_onnx.targets import TARGETS, Target
 from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
@@ -25,12 +29,14 @@ from magr_onnx.verification import Verification
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "TARGETS",
     "Accumulator",
     "CalibrationError",
     "DependencyError",
     "ExportError",
     "Inspection",
+    "LayerOptions",
     "LayerStats",
     "MagrError",
     "ModelError",
@@ -40,8 +46,11 @@ __all__ = [
     "Options",
     "OutputError",
     "PipelineError",
+    "Preset",
     "ProviderError",
     "QuantizedWeight",
+    "Recipe",
+    "RecipeError",
     "Report",
     "ReportError",
     "RuntimeFailure",

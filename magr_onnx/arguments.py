@@ -1,97 +1,44 @@
-"""What the commands of the command line share: names an option may take, and options that several commands have."""
+"""Options of the command line: those that several commands have, and those of optimize."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from magr_onnx import console
+from magr_onnx.choices import (
+    ActivationName,
+    BiasName,
+    Bits,
+    ConvBits,
+    ConvFormName,
+    EffortName,
+    EmbeddingBits,
+    EmbeddingsName,
+    FormatName,
+    QuantizerName,
+    RangeName,
+)
+from magr_onnx.passes.pipeline import PASSES
+from magr_onnx.presets import PRESETS
 from magr_onnx.targets import TARGETS
 
-
-class Bits(StrEnum):
-    two = "2"
-    three = "3"
-    four = "4"
-    five = "5"
-    six = "6"
-    seven = "7"
-    eight = "8"
-
-
-class EffortName(StrEnum):
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
-
-
-class QuantizerName(StrEnum):
-    auto = "auto"
-    rtn = "rtn"
-    gptq = "gptq"
-    comq = "comq"
-    hqq = "hqq"
-    a2q = "a2q"
-    a2q_plus = "a2q+"
-
-
-class FormatName(StrEnum):
-    matmulnbits = "matmulnbits"
-    qdq = "qdq"
-    qdq_int8 = "qdq-int8"
-    dynamic_int8 = "dynamic-int8"
-
-
-class ActivationName(StrEnum):
-    uint8 = "uint8"
-    int8 = "int8"
-
-
-class RangeName(StrEnum):
-    auto = "auto"
-    min_max = "min-max"
-    percentile = "percentile"
-    min_error = "min-error"
-
-
-class ConvBits(StrEnum):
-    none = "none"
-    three = "3"
-    four = "4"
-    five = "5"
-    six = "6"
-    seven = "7"
-    eight = "8"
-
-
-class ConvFormName(StrEnum):
-    fold = "fold"
-    dequantize = "dequantize"
-
-
-class EmbeddingsName(StrEnum):
-    none = "none"
-    gather_block_quantized = "gather-block-quantized"
-    dequantize = "dequantize"
-
-
-class EmbeddingBits(StrEnum):
-    four = "4"
-    eight = "8"
-
-
-class BiasName(StrEnum):
-    auto = "auto"
-    existing = "existing"
-    any = "any"
-    none = "none"
-
-
-WEIGHTS, INTEGERS, DATA, OUTPUT = "Weights", "Integer layers and accumulators", "Data", "Output"
+DATA, RECIPES, WEIGHTS = "Data and output", "Recipes and presets", "Bits, formats and accuracy"
+FINE, OTHERS, INTEGERS = "Fine tuning of the solvers", "Convolutions and embeddings", "Integer layers and accumulators"
+LARGE, TERMINAL = "Large models and where it runs", "What is printed"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Print stages, memory and every layer as it is finished, whole tables and lists, and where unexpected errors come from.",
+        callback=console.be_verbose,
+    ),
+]
 Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
 Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
@@ -110,19 +57,64 @@ Requantize = Annotated[
     bool, typer.Option("--requantize", help="Take weights that are quantized already for the floats they stand for, and quantize those.")
 ]
 
+
+def target_names() -> list[tuple[str, str]]:
+    """Targets for the shell to complete, with a line about each."""
+    return [(name, target.summary) for name, target in TARGETS.items()]
+
+
+def _passes(incomplete: str) -> list[str]:
+    """Pipelines that go on with one more pass."""
+    before, comma, start = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in PASSES if name.startswith(start)]
+
+
 # Of optimize.
-ModelArgument = Annotated[Path, typer.Argument(help="ONNX model to read, or a folder of models.", show_default=False)]
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(help="ONNX model to read, or a folder of models; a recipe may name it instead.", show_default=False),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", "-r", metavar="FILE", help="TOML file that describes the run; options given here win over it.", rich_help_panel=RECIPES
+    ),
+]
+SaveRecipeOption = Annotated[
+    Path | None,
+    typer.Option("--save-recipe", metavar="FILE", help="Write the recipe of this run, with comments.", rich_help_panel=RECIPES),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        metavar="NAME",
+        help=f"Options to start from: {', '.join(PRESETS)}; see 'onnx-magr presets'.",
+        rich_help_panel=RECIPES,
+        autocompletion=lambda: [(name, preset.summary) for name, preset in PRESETS.items()],
+    ),
+]
+LayerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="PATTERN:OPTIONS",
+        help="Options of matching layers, as '*lm_head*:bits=8,block_size=32'; repeatable, later ones win.",
+        rich_help_panel=RECIPES,
+    ),
+]
 ModelsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--models", metavar="PATTERN", help="Of a folder: only these models, the others are copied; repeatable.", rich_help_panel=OUTPUT
+        "--models", metavar="PATTERN", help="Of a folder: only these models, the others are copied; repeatable.", rich_help_panel=DATA
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result.", rich_help_panel=OUTPUT)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result.", rich_help_panel=DATA)]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="File to write, or folder for a folder; default: MODEL with .magr before its suffix.", rich_help_panel=OUTPUT
+        "--output", "-o", help="File to write, or folder for a folder; default: MODEL with .magr before its suffix.", rich_help_panel=DATA
     ),
 ]
 CalibrationOption = Annotated[
@@ -178,7 +170,7 @@ FormatOption = Annotated[
         "--format",
         help="Nodes to write: matmulnbits, qdq; with 8-bit layer inputs qdq-int8, dynamic-int8.",
         metavar="NAME",
-        rich_help_panel=OUTPUT,
+        rich_help_panel=WEIGHTS,
     ),
 ]
 SymmetricOption = Annotated[
@@ -197,12 +189,12 @@ AlphaOption = Annotated[
         help="Strength of MagR, relative to the layer; 0: off. "
         "(default: chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 above 4 bits)",
         metavar="X",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=FINE,
     ),
 ]
 BetaOption = Annotated[
     float | None,
-    typer.Option("--beta", help="Shrink of the min-max grid, up to 1. (default: searched per group)", metavar="X", rich_help_panel=WEIGHTS),
+    typer.Option("--beta", help="Shrink of the min-max grid, up to 1. (default: searched per group)", metavar="X", rich_help_panel=FINE),
 ]
 DampingOption = Annotated[
     float | None,
@@ -211,17 +203,17 @@ DampingOption = Annotated[
         min=0,
         help="Added to the Gram matrix, in units of its diagonal. (default: about 2 K / rows)",
         metavar="X",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=FINE,
     ),
 ]
 ActOrderOption = Annotated[
     bool | None,
     typer.Option(
-        "--act-order/--no-act-order", help="Round strong inputs first. (default: chosen per layer; fast: yes)", rich_help_panel=WEIGHTS
+        "--act-order/--no-act-order", help="Round strong inputs first. (default: chosen per layer; fast: yes)", rich_help_panel=FINE
     ),
 ]
 SweepsOption = Annotated[
-    int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=WEIGHTS)
+    int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=FINE)
 ]
 BiasOption = Annotated[
     BiasName,
@@ -229,12 +221,12 @@ BiasOption = Annotated[
         "--bias",
         help="Bias compensation: existing, any, none; auto: wherever it adds no node.",
         metavar="NAME",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=FINE,
     ),
 ]
 AccuracyLevelOption = Annotated[
     int,
-    typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", metavar="N", rich_help_panel=OUTPUT),
+    typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", metavar="N", rich_help_panel=WEIGHTS),
 ]
 ActivationTypeOption = Annotated[
     ActivationName | None,
@@ -262,6 +254,7 @@ TargetOption = Annotated[
         help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.",
         show_default=False,
         metavar="NAME",
+        autocompletion=target_names,
         rich_help_panel=INTEGERS,
     ),
 ]
@@ -288,7 +281,7 @@ FeedbackOption = Annotated[
     typer.Option(
         "--feedback/--no-feedback",
         help="Quantize in stages, each layer towards the float output from its quantized inputs. (default: as the effort says)",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=FINE,
     ),
 ]
 CacheOption = Annotated[
@@ -297,7 +290,7 @@ CacheOption = Annotated[
         "--cache",
         help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
         metavar="SIZE",
-        rich_help_panel=DATA,
+        rich_help_panel=LARGE,
     ),
 ]
 MaxMemoryOption = Annotated[
@@ -307,7 +300,7 @@ MaxMemoryOption = Annotated[
         help="Run models of more than a third of this in stages only, with finished layers on disk. (default: 4GB; docs/large.md)",
         metavar="SIZE",
         show_default=False,
-        rich_help_panel=DATA,
+        rich_help_panel=LARGE,
     ),
 ]
 ResumeOption = Annotated[
@@ -317,7 +310,7 @@ ResumeOption = Annotated[
         help="Keep finished layers in this folder; after a kill the same command goes on from there, to the same file.",
         metavar="DIR",
         show_default=False,
-        rich_help_panel=DATA,
+        rich_help_panel=LARGE,
     ),
 ]
 ShardSizeOption = Annotated[
@@ -327,28 +320,28 @@ ShardSizeOption = Annotated[
         help="Put the weights into data files of at most this size, as 2GB.",
         metavar="SIZE",
         show_default=False,
-        rich_help_panel=OUTPUT,
+        rich_help_panel=LARGE,
     ),
 ]
 ExternalDataOption = Annotated[
     bool,
     typer.Option(
-        "--external-data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", rich_help_panel=OUTPUT
+        "--external-data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", rich_help_panel=LARGE
     ),
 ]
 LowRankOption = Annotated[
     int,
     typer.Option(
-        "--low-rank", min=0, help="Rank of a float branch a layer that gives back error; 0: none.", metavar="N", rich_help_panel=WEIGHTS
+        "--low-rank", min=0, help="Rank of a float branch a layer that gives back error; 0: none.", metavar="N", rich_help_panel=FINE
     ),
 ]
 EqualizeOption = Annotated[
     bool,
-    typer.Option("--equalize", help="Move scales between channels into norms and layers before, at no cost.", rich_help_panel=WEIGHTS),
+    typer.Option("--equalize", help="Move scales between channels into norms and layers before, at no cost.", rich_help_panel=FINE),
 ]
 SplitOutliersOption = Annotated[
     bool,
-    typer.Option("--split-outliers", help="Make two layers of one with outliers, at twice its cost.", rich_help_panel=WEIGHTS),
+    typer.Option("--split-outliers", help="Make two layers of one with outliers, at twice its cost.", rich_help_panel=FINE),
 ]
 TwinRangesOption = Annotated[
     bool,
@@ -383,7 +376,7 @@ ConvBitsOption = Annotated[
         "--conv-bits",
         help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float. (default: 8)",
         metavar="N",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=OTHERS,
     ),
 ]
 ConvFormOption = Annotated[
@@ -393,7 +386,7 @@ ConvFormOption = Annotated[
         help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
         "speed). (default: dequantize in formats qdq and qdq-int8, else fold)",
         metavar="NAME",
-        rich_help_panel=OUTPUT,
+        rich_help_panel=OTHERS,
     ),
 ]
 EmbeddingsOption = Annotated[
@@ -402,12 +395,12 @@ EmbeddingsOption = Annotated[
         "--embeddings",
         help="Tables of embeddings: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",
         metavar="NAME",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=OTHERS,
     ),
 ]
 EmbeddingBitsOption = Annotated[
     EmbeddingBits | None,
-    typer.Option("--embedding-bits", help="Bits of a table, 4 or 8. (default: 8)", metavar="N", rich_help_panel=WEIGHTS),
+    typer.Option("--embedding-bits", help="Bits of a table, 4 or 8. (default: 8)", metavar="N", rich_help_panel=OTHERS),
 ]
 PipelineOption = Annotated[
     str | None,
@@ -415,7 +408,8 @@ PipelineOption = Annotated[
         "--pipeline",
         help="Passes as text, instead of the options above; see 'onnx-magr passes'.",
         metavar="TEXT",
-        rich_help_panel=WEIGHTS,
+        rich_help_panel=FINE,
+        autocompletion=_passes,
     ),
 ]
 ReportOption = Annotated[
@@ -425,6 +419,6 @@ ReportOption = Annotated[
         help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
         metavar="FILE",
         show_default=False,
-        rich_help_panel=OUTPUT,
+        rich_help_panel=DATA,
     ),
 ]

@@ -1,7 +1,8 @@
 """The command line. Each command parses, calls the Python interface and prints; no work of its own.
 
-Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, an impossible option), 2 wrong usage, 130
-interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator overflows.
+Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, an impossible option), 2 wrong usage, 70 a mistake of this
+program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator
+overflows.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def main() -> None:
     try:
         app()
     except MagrError as error:
-        console.errors.print("error:", style="bold red", end=" ")
-        console.errors.print(str(error), markup=False)
+        console.explain(error)
         sys.exit(1)
     except _Interrupted:
         console.errors.print("interrupted; no output was changed")
@@ -70,6 +70,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        console.apologize(error, magr_onnx.__version__)
+        sys.exit(70)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ class PipelineError(OptionError):
     """A textual pipeline that does not parse, or names an unknown pass or option."""
 
 
+class RecipeError(OptionError):
+    """A recipe that does not parse, or names unknown keys or impossible values."""
+
+
 class OutputError(MagrError):
     """The output cannot be written where it was asked for."""
 

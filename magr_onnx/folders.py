@@ -61,9 +61,9 @@ class OptimizedFolder:
         stems = {name: name.removesuffix(".onnx").replace("/", ".") for name in self.reports}
         return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
 
-    def asked_by(self, command: str) -> OptimizedFolder:
-        """The same with another ``command`` in the reports."""
-        return replace(self, reports={name: report.asked_by(command) for name, report in self.reports.items()})
+    def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
+        """The same with another ``command`` and ``recipe`` in the reports."""
+        return replace(self, reports={name: report.asked_by(command, recipe) for name, report in self.reports.items()})
 
     def save(self, path: Path) -> None:
         """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
@@ -77,11 +77,11 @@ class OptimizedFolder:
             else:
                 reporting.write(one.to_json() + "\n", file)
 
-    def to_text(self) -> str:
-        """The report, of one model; a line a model and their notes, of several."""
+    def to_text(self, most: int | None = None) -> str:
+        """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""
         carried = wrapped(f"carried      {len(self.carried)} files: {', '.join(self.carried)}") if self.carried else []
         if len(self.reports) == 1:
-            return "\n".join([next(iter(self.reports.values())).to_text(), "", *carried])
+            return "\n".join([next(iter(self.reports.values())).to_text(most), "", *carried])
         lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
         lines.append(f"{'model':36} {'layers':>6} {'skipped':>7} {'before':>12} {'after':>12}")
         for name, report in self.reports.items():

@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,7 @@ class Source:
         stamp: Bytes of metadata that will be added.
         reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
         tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
+        fixed: Passes of layers that have no choice, by name; they are not among ``layers``.
     """
 
     model: ir.Model
@@ -150,10 +151,11 @@ class Source:
     stamp: int
     reference: ir.Model | None = None
     tapped: ir.Model | None = None
+    fixed: Mapping[str, Sequence[LayerPass]] = field(default_factory=dict)
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
-        """Bytes of the result with the layers named in ``passes`` converted."""
-        model = sizes.blank(self.model, passes)
+        """Bytes of the result with the layers named in ``passes`` converted, beside those that have no choice."""
+        model = sizes.blank(self.model, {**self.fixed, **passes})
         if not self.file:
             return files.initializer_bytes(model)
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
@@ -174,6 +176,8 @@ class Plan:
         Raises:
             OptionError: No choices are small enough; the message gives the smallest size.
         """
+        if not source.layers:
+            raise OptionError(f"{goal.text}: every layer has bits of its own, so that there is nothing to choose; leave the budget out")
         self.goal, self.source, self.passes = goal, source, choices
         self.items = _shared(source.layers)
         self.choices = [*choices, FLOAT]
@@ -200,7 +204,7 @@ class Plan:
 
     def assigned(self) -> dict[str, Sequence[LayerPass]]:
         """The passes of every layer that is converted, by its name."""
-        return self._assigned(self._point.choices)
+        return {**self.source.fixed, **self._assigned(self._point.choices)}
 
     def counts(self) -> list[str]:
         """How many layers have which choice, in words."""

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import files, mixed, provenance
+from magr_onnx import files, layerwise, mixed, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
+from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.preparing import prepare
+from magr_onnx.presets import find_preset
+from magr_onnx.recipe import Recipe, with_recipe
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.run import Run, Size, with_run
+from magr_onnx.run import Run, Size, size_of, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source
 from magr_onnx.runtime.session import provider_name
-from magr_onnx.setting import Progress, Setting
+from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
 from magr_onnx.statistics import held_out_for
 from magr_onnx.writing import save
@@ -36,12 +39,16 @@ class Optimized(NamedTuple):
 
 
 @explained
+@with_recipe
 @with_run
 def optimize(
     run: Run,
-    model: Any,
+    model: Any = None,
     calibration: Source | None = None,
     *,
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    layers: Sequence[LayerOptions | Mapping[str, Any]] = (),
     output: str | os.PathLike[str] | None = None,
     validation_data: Source | None = None,
     pipeline_text: str | Sequence[LayerPass] | None = None,
@@ -54,8 +61,9 @@ def optimize(
     requantize: bool = False,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     gram_budget: int = calibrate.DEFAULT_BUDGET,
-    cache: int = stages.DEFAULT_CACHE,
+    cache: Size = stages.DEFAULT_CACHE,
     progress: Progress | None = None,
+    on_layer: OnLayer | None = None,
     max_memory: Size | None = None,
     shard_size: Size | None = None,
     external_data: bool = False,
@@ -65,9 +73,14 @@ def optimize(
     """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
-        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed.
+        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None takes
+            the recipe's.
         calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so.
+        recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
+        preset: A name of `magr_onnx.presets.PRESETS`: options to start from, under those of the recipe and those given.
+        layers: Options of single layers, as ``{"match": "*lm_head*", "bits": 8}`` (`magr_onnx.layerwise`), after those of the recipe;
+            of several that match a layer, later ones win.
         output: Where to write the result; None keeps it in memory, its codes verified, but not loaded by onnxruntime.
         validation_data: Held-out inputs to compare the float and the quantized model on.
         pipeline_text: Passes, or their text, instead of ``options``.
@@ -81,8 +94,10 @@ def optimize(
         requantize: Take weights that are quantized already for the floats they stand for.
         custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
-        cache: Bytes of values between stages held in memory under error feedback; more go to a temporary folder.
-        progress: Called during long work.
+        cache: Bytes (or text such as ``"2 GB"``) of values between stages held in memory under error feedback; more go
+            to a temporary folder.
+        progress: Called during long work with a stage's name, steps done and steps in total.
+        on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
         max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
             fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
         shard_size: Most bytes of a data file of the output, which then has as many as it needs.
@@ -96,10 +111,16 @@ def optimize(
     Raises:
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
-    asked = dict(options)
+    if model is None:
+        raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
+    tables, asked = cast(tuple[LayerOptions, ...], tuple(layers)), dict(options)
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
+    if pipeline_text is not None and tables:
+        raise OptionError(
+            f"options of single layers ({'; '.join(map(str, tables))}) need the run's options to start from, and it has a pipeline"
+        )
     if pipeline_text is None:
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
@@ -110,6 +131,7 @@ def optimize(
     pipeline.check(passes, provider)
     passes = pipeline.suited(passes, provider)
     provider_name(provider)
+    special = layerwise.pipelines(tables, options, passes, provider)
     run.register(custom_ops)
     if calibration is None:
         _check_data_free(passes, goal)
@@ -118,9 +140,10 @@ def optimize(
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         apart.start()
-    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress)
-    prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize)
-    run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
+    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress, on_layer, tables)
+    prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
+    layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
+    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache"), shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
     run.lap("load")
@@ -135,12 +158,17 @@ def optimize(
     if validation_data is not None:
         held = opened(validation_data)
     notes = [*prepared.notes, *_data_notes(data, passes)]
+    if preset is not None:
+        notes.insert(0, f"preset {preset} sets {find_preset(preset)}, where nothing else was given")
     choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
     choices |= {"mask": setting.mask, "batch_size": batch_size, "decode_steps": decode_steps, "provider": provider}
+    choices |= {"layers": "; ".join(map(str, tables))}
     run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
         notes += conversion.check(prepared.reference, prepared.model, data, provider)
     solved = solve(prepared, data, goal, options, setting, run, gram_budget)
+    if tables:
+        solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
     written, proof = _write(solved, out, prepared.reference, provider, run)
     comparison = None
     if held is not None:

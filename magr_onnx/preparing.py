@@ -8,13 +8,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings
+from magr_onnx import beginnings, layerwise
 from magr_onnx.checks import Readable
 from magr_onnx.errors import ModelError
 from magr_onnx.files import Loaded
 from magr_onnx.options import Options
 from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline, unused
 from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.setting import Setting
@@ -59,7 +60,14 @@ class Prepared:
         return ModelError(f"{self.name}: no layer can be converted: {reasons}")
 
 
-def prepare(loaded: Loaded, passes: Sequence[LayerPass], options: Options | None, setting: Setting, requantize: bool) -> Prepared:
+def prepare(
+    loaded: Loaded,
+    passes: Sequence[LayerPass],
+    options: Options | None,
+    setting: Setting,
+    requantize: bool,
+    special: Sequence[Sequence[LayerPass]] = (),
+) -> Prepared:
     """Bring a model into the form that layers are looked for in.
 
     Args:
@@ -68,21 +76,25 @@ def prepare(loaded: Loaded, passes: Sequence[LayerPass], options: Options | None
         options: What the pipeline was made of; None where it was written by hand.
         setting: What else was asked for.
         requantize: Take quantized weights for the floats they stand for.
+        special: Pipelines that some layers will have instead; the model is prepared for them too.
 
     Raises:
         ModelError: No layer can be converted, or the opset cannot be raised as far as the pipeline needs.
+        OptionError: Options are for layers that there are not.
     """
     model = loaded.model
     opset, given = model.opset_imports.get(""), model.clone()
     notes = [*loaded.notes, *open_up(model)]
     passes = beginnings.complete(passes, model, options)
-    pipeline.prepare(passes, model)
+    for some in (passes, *special):
+        pipeline.prepare(some, model)
     raised = model.opset_imports.get("") != opset
     notes += unused.remove(model)
     notes += canonicalize(model, setting.include, setting.exclude, again=requantize)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
     others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)
+    notes += layerwise.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     found = Prepared(loaded.name, loaded.bytes, loaded.path or given, model, raised, passes, layers, others, elsewhere, notes)
     if not layers and not others:
         raise found.nothing([*skips, *elsewhere, *unconverted])

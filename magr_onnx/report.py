@@ -19,6 +19,9 @@ from magr_onnx.decoding import decode
 from magr_onnx.errors import ReportError
 from magr_onnx.runtime.validate import Validation
 
+MOST = 25
+"""Layers in a table for a person in a hurry."""
+
 SCHEMA = 2
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
 
@@ -140,6 +143,7 @@ class Report:
         assignment: Mixed precision under a budget, if that was asked for.
         command: The command or the Python call that does the same again; paths are as they were given.
         options: What was asked for, defaults left out; objects that are no plain data are text.
+        recipe: The same as the text of a recipe, where the command line was used.
         schema: Version of this structure, as `SCHEMA`.
     """
 
@@ -160,6 +164,7 @@ class Report:
     assignment: Assignment | None = None
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,9 +204,9 @@ class Report:
             raise ReportError(f"report {os.fspath(path)}: {error.strerror or error}") from error
         return cls.from_json(text, f"report {os.fspath(path)}")
 
-    def asked_by(self, command: str) -> Self:
-        """The same with another ``command``."""
-        return replace(self, command=command)
+    def asked_by(self, command: str, recipe: str) -> Self:
+        """The same with another ``command`` and ``recipe``."""
+        return replace(self, command=command, recipe=recipe)
 
     def to_html(self) -> str:
         """A page that shows everything, in one file that needs no network.
@@ -224,10 +229,21 @@ class Report:
 
         reporting.save(self, Path(path))
 
-    def to_text(self) -> str:
-        """A summary, a table of layers and the reasons of those skipped, within 80 columns."""
+    def to_text(self, most: int | None = None) -> str:
+        """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.
+
+        Lines have 80 columns, but for paths.
+        """
         return "\n".join(
-            [*self._summary(), "", *layer_table(self.layers), *self._skips(), *self._assignment(), *self._validation(), *self._notes()]
+            [
+                *self._summary(),
+                "",
+                *layer_table(self.layers, most),
+                *self._skips(),
+                *self._assignment(),
+                *self._validation(),
+                *self._notes(),
+            ]
         )
 
     def _summary(self) -> list[str]:
@@ -287,8 +303,13 @@ def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
 
 
-def layer_table(rows: tuple[LayerRow, ...]) -> list[str]:
-    """Layers as text, worst error marked."""
+def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
+    """Layers as text, worst error marked; of more than ``most`` those with the largest errors, largest first."""
+    if most is not None and len(rows) > most:
+        ordered = sorted(rows, key=lambda row: -(row.error or 0))
+        errors = [row.error or 0 for row in ordered[most:]]
+        rest = f"... and {len(errors)} more layers with errors from {min(errors):.2%} to {max(errors):.2%} (--verbose shows all)"
+        return [*layer_table(ordered[:most]), rest]
     lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
     worst = max((r.error or 0 for r in rows), default=0)
     for r in rows:

@@ -8,10 +8,10 @@ from functools import partial
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, mixed
+from magr_onnx import beginnings, layerwise, mixed
 from magr_onnx.options import Options
 from magr_onnx.packing import container_bits
-from magr_onnx.passes import Job, LayerPass, LinearLayer, Skip, pipeline, shared
+from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.segments import depths
 from magr_onnx.preparing import Prepared
@@ -106,6 +106,7 @@ def solve(
     notes += begun.notes
     if begun.rows:
         run.lap("convolutions")
+    setting.finished(begun.rows)
 
     work = base.clone()
     layers, skips = setting.find(work)
@@ -129,10 +130,12 @@ def solve(
         )
         notes += grids.notes
         run.lap("ranges")
+    own = layerwise.assign(setting.tables, layers, options, passes, provider)
     search = None
     if goal is not None and data is not None and layers:
         room = len(pipeline.text_of(passes)) + mixed.STAMP
-        floats = mixed.Source(base, layers, prepared.bytes, run.writes, room, model, source.on(base))
+        chosen = [layer for layer in layers if layer.name not in own.passes]
+        floats = mixed.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.passes)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         search = mixed.Search(goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities"))
         data = search.data
@@ -143,14 +146,15 @@ def solve(
             run.lap("differentiate")
         while True:
             left: list[Skip] = []
-            assigned: Mapping[str, Sequence[LayerPass]] = {}
+            assigned: Mapping[str, Sequence[LayerPass]] = own.passes
             if search is not None:
                 assigned = search.plan.assigned()
                 layers, left = search.plan.select(layers)
             run.plan(passes, assigned)
             done = _Progress()
             finished = partial(_finished, done, len(layers), work, setting, run)
-            for group, result in gather(model, work, source, layers, data, passes, grids, setting, run, begun.digests):
+            sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
+            for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):
                 done.unmasked += result.unmasked
                 done.spilled = max(done.spilled, result.spilled)
                 run.lap("calibrate")
@@ -165,6 +169,8 @@ def solve(
             layers, _ = source.split(setting.find(work)[0], bool(lost))
     notes += _remarks(done, run, setting.mask)
     said = shared.remarks(layers, run.large)
+    for name, given in own.options.items():
+        said[name].append(f"options of its own: {layerwise.described(given)}")
     rows = [replace(done.rows[layer.name], notes=(*done.rows[layer.name].notes, *said[layer.name])) for layer in layers]
     emitted = {row.emitted for row in rows if row.emitted}
     rows = [*begun.rows, *rows]
@@ -177,6 +183,7 @@ def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run
     """Take note of a layer that has been through the pipeline."""
     done.add(job)
     run.sweep(work)
+    setting.finished([done.rows[job.layer.name]])
     if (progress := setting.stage("quantizing")) is not None:
         progress(len(done.rows), count)
 

@@ -377,10 +377,16 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
 
 def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns choose the layer of a node: by its name, its weight's, or those it had before a rewrite."""
-    names = (name, weight, *node.metadata_props.get(NAMES, "").splitlines())
+    """Whether patterns choose the layer of a node, by any of the names it is `known_as`."""
+    names = known_as(node, name, weight)
+    return (not include or matched(names, include)) and not matched(names, exclude)
 
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(name == p or fnmatchcase(name, p) for p in patterns for name in names)
 
-    return (not include or matches(include)) and not matches(exclude)
+def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
+    """The names patterns may find the layer of a node by: its own, its weight's, and those it had before a rewrite."""
+    return (name, weight, *node.metadata_props.get(NAMES, "").splitlines())
+
+
+def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether one of the shell patterns fits one of the names."""
+    return any(name == p or fnmatchcase(name, p) for p in patterns for name in names)

@@ -19,12 +19,12 @@ from typer.main import get_command
 
 import magr_onnx
 from magr_onnx.cli import app, main
-from magr_onnx.commands.optimize import _bytes
 from magr_onnx.models.zoo.trap import constant, model
+from magr_onnx.options import bytes_of
 from tests import graphs
 from tests.graphs import feeds, proto
 
-COMMANDS = ("optimize", "inspect", "validate", "verify", "passes", "olive-config", "demo")
+COMMANDS = ("optimize", "inspect", "validate", "verify", "passes", "presets", "olive-config", "demo")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def test_default_output_name_and_quiet(folder: Path) -> None:
     [("0B", 0), ("512 B", 512), ("1kB", 1000), ("1.5MB", 1_500_000), ("512 mb", 512_000_000), (" 2GB ", 2_000_000_000), ("7B", 7)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert _bytes(text) == expected
+    assert bytes_of(text) == expected
 
 
 def test_effort_and_cache_reach_the_run(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_pipeline_replaces_options(folder: Path) -> None:
     assert result.returncode == 0
     both = run("optimize", folder / "model.onnx", "--pipeline", "magr", "--bits", "4")
     assert both.returncode == 1
-    assert "--pipeline replaces --bits" in both.stderr
+    assert "pipeline replaces bits; give one or the other" in both.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "-c", "none.npz"), 1, "does not exist"),
         (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "multiple of 16"),
         (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "2 bits with format qdq"),
-        (("optimize", "model.onnx", "--block-size", "big"), 1, "multiple of 16, or 'channel'"),
+        (("optimize", "model.onnx", "--block-size", "big"), 1, "a multiple of 16 or 'channel'"),
         (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
         (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
         (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report folder"),
@@ -186,8 +186,8 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "--effort", "best"), 1, "error feedback needs calibration data; give some, or take effort fast"),
         (("optimize", "model.onnx", "--feedback"), 1, "error feedback needs calibration data"),
         (("optimize", "model.onnx", "--effort", "fast", "--quantizer", "gptq"), 1, "an effort chooses the quantizer; give one of them"),
-        (("optimize", "model.onnx", "--effort", "fast", "--pipeline", "quantize"), 1, "--pipeline replaces --effort"),
-        (("optimize", "model.onnx", "--cache", "many"), 1, "--cache 'many': give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--effort", "fast", "--pipeline", "quantize"), 1, "pipeline replaces effort"),
+        (("optimize", "model.onnx", "--cache", "many"), 1, "cache = 'many': give a size such as 512MB or 2GB"),
         (("optimize", "model.onnx", "--cache", "-1MB"), 1, "give a size such as 512MB or 2GB"),
         (("optimize", "model.onnx", "--cache", "2XB"), 1, "give a size such as 512MB or 2GB"),
         (("optimise", "model.onnx"), 2, "No such command"),

@@ -66,7 +66,7 @@ def test_arrays_of_numbers_take_a_line(reports: dict[str, Report]) -> None:
 
 def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     old = reports["integer"].to_dict()
-    for name in ("schema", "command", "options"):
+    for name in ("schema", "command", "recipe", "options"):
         del old[name]
     del old["proof"]["by_node"]
     for row in old["layers"]:
@@ -272,6 +272,12 @@ def test_the_call_of_a_report_does_the_same_again(tmp_path: Path) -> None:
     assert "progress" not in report.options
 
 
+def test_options_of_layers_are_in_the_call() -> None:
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", layers=[{"match": "*down*", "bits": 8}]).report
+    assert report.options["layers"] == [{"match": "*down*", "bits": 8}]
+    assert "layers=[{'match': '*down*', 'bits': 8}]" in report.command
+
+
 def test_calls_name_the_type_of_what_has_no_text() -> None:
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", progress=lambda *_: None).report
     assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
@@ -285,6 +291,11 @@ def test_reports_of_the_command_line(tmp_path: Path) -> None:
     report = Report.load(tmp_path / "r.json")
     assert report.command == "onnx-magr optimize m.onnx -o o.onnx -q --report r.html --report r.json"
     assert (tmp_path / "r.html").read_text() == report.to_html()
+    (tmp_path / "again.toml").write_text(report.recipe)
+    first = (tmp_path / "o.onnx").read_bytes()
+    (tmp_path / "o.onnx").unlink()
+    assert run("optimize", "--recipe", "again.toml", "-q", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o.onnx").read_bytes() == first
     again = run("report", "r.json", "-o", "again.html", cwd=tmp_path)
     assert again.stdout == "again.html\n"
     assert (tmp_path / "again.html").read_text() == report.to_html()

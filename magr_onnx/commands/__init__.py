@@ -3,7 +3,7 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, report, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, report, validate, verify
 
 COMMANDS = {
     "optimize": optimize,
@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": verify,
     "report": report,
     "passes": passes,
+    "presets": presets,
     "olive-config": olive_config,
     "demo": demo,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,11 @@ from magr_onnx.arguments import (
     AlphaOption,
     BatchSize,
     BetaOption,
-    BiasName,
     BiasOption,
     BitsOption,
     BlockSizeOption,
     CacheOption,
     CalibrationOption,
-    ConvBits,
     ConvBitsOption,
     ConvFormOption,
     CustomOps,
@@ -32,16 +31,15 @@ from magr_onnx.arguments import (
     DecodeSteps,
     EffortOption,
     EmbeddingBitsOption,
-    EmbeddingsName,
     EmbeddingsOption,
     EqualizeOption,
     Exclude,
     ExternalDataOption,
     FeedbackOption,
-    FormatName,
     FormatOption,
     Include,
     Json,
+    LayerOption,
     LowRankOption,
     Mask,
     MaxLossOption,
@@ -51,13 +49,16 @@ from magr_onnx.arguments import (
     OutputOption,
     OverwriteOption,
     PipelineOption,
+    PresetOption,
     Provider,
     QuantizeOutputsOption,
     QuantizerOption,
     Quiet,
+    RecipeOption,
     ReportOption,
     Requantize,
     ResumeOption,
+    SaveRecipeOption,
     ShardSizeOption,
     SplitOutliersOption,
     SweepsOption,
@@ -66,15 +67,23 @@ from magr_onnx.arguments import (
     TargetSizeOption,
     TwinRangesOption,
     ValidationOption,
+    Verbose,
 )
-from magr_onnx.errors import OptionError
+from magr_onnx.choices import BiasName, EmbeddingsName, FormatName
+from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.folders import OptimizedFolder, optimize_folder
-from magr_onnx.options import bytes_of
-from magr_onnx.report import Report
+from magr_onnx.keys import KEYS
+from magr_onnx.layerwise import LayerOptions
+from magr_onnx.recipe import Recipe, remarks
+from magr_onnx.report import MOST, Report
 
 EPILOG = """[bold]Examples[/bold]
 
 onnx-magr optimize model.onnx -o model.int4.onnx --calibration inputs.npz
+
+onnx-magr optimize model.onnx --preset llm-int4 --calibration inputs.npz --save-recipe recipe.toml
+
+onnx-magr optimize --recipe recipe.toml --bits 8
 
 onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.html
 
@@ -91,10 +100,15 @@ onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 def optimize(
     context: typer.Context,
-    model: ModelArgument,
+    model: ModelArgument = None,
     output: OutputOption = None,
     calibration: CalibrationOption = None,
     validation: ValidationOption = None,
+    report: ReportOption = None,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
+    preset: PresetOption = None,
+    layer: LayerOption = None,
     bits: BitsOption = None,
     block_size: BlockSizeOption = None,
     effort: EffortOption = None,
@@ -141,81 +155,35 @@ def optimize(
     shard_size: ShardSizeOption = None,
     models: ModelsOption = None,
     overwrite: OverwriteOption = False,
-    report: ReportOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
-    options = {
-        "bits": None if bits is None else int(bits.value),
-        "effort": None if effort is None else effort.value,
-        "quantizer": None if quantizer is None else quantizer.value,
-        "format": format.value,
-        "symmetric": symmetric,
-        "alpha": alpha,
-        "beta": beta,
-        "damping": damping,
-        "act_order": act_order,
-        "sweeps": sweeps,
-        "bias": bias.value,
-        "accuracy_level": accuracy_level,
-        "feedback": feedback,
-        "low_rank": low_rank,
-        "equalize": equalize,
-        "split_outliers": split_outliers,
-        "twin_ranges": twin_ranges,
-        "quantize_outputs": quantize_outputs,
-        "target": target,
-        "accumulator_bits": accumulator_bits,
-        "accumulator_tile": accumulator_tile,
-        "target_size": target_size,
-        "max_loss": max_loss,
-        "embeddings": embeddings.value,
-        "embedding_bits": None if embedding_bits is None else int(embedding_bits.value),
-    }
-    if conv_bits is not None:
-        options["conv_bits"] = None if conv_bits is ConvBits.none else int(conv_bits.value)
-    if conv_form is not None:
-        options["conv_form"] = conv_form.value
-    if block_size is not None:
-        options["block_size"] = _block(block_size)
-    if activation_type is not None:
-        options["activation_type"] = activation_type.value
-    if activation_range is not None:
-        options["activation_range"] = activation_range.value
-    if not model.is_dir() and (models or overwrite):
-        raise OptionError(f"--models and --overwrite are for a folder of models, and {model} is none")
-    out = output or _output(model)
-    reporting.check(report or (), {model, out})
-    with console.progress_bar(not quiet) as progress:
-        shared: dict[str, Any] = {
-            "output": out,
-            "validation_data": validation,
-            "pipeline_text": pipeline,
-            "provider": provider,
-            "mask": mask,
-            "batch_size": batch_size,
-            "decode_steps": decode_steps,
-            "include": include or (),
-            "exclude": exclude or (),
-            "requantize": requantize,
-            "custom_ops": custom_ops or (),
-            "cache": _bytes(cache),
-            "max_memory": max_memory,
-            "resume": resume,
-            "external_data": external_data,
-            "shard_size": shard_size,
-            "progress": progress,
-            **_options(context, pipeline, options),
-        }
-        if model.is_dir():
-            result: Report | OptimizedFolder = optimize_folder(model, calibration, models=models or (), overwrite=overwrite, **shared)
+    asked = said(context).over(Recipe() if recipe is None else Recipe.load(recipe))
+    arguments = asked.arguments()
+    source = arguments.pop("model", None)
+    if source is None:
+        raise OptionError("no model: give one, or a recipe that names one")
+    source = Path(source)
+    if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
+        raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
+    out = arguments["output"] = Path(arguments.get("output") or _output(source))
+    reporting.check(report or (), {source, out, *({recipe} if recipe is not None else ())})
+    if save_recipe is not None:
+        _check_written(save_recipe, {source, out})
+    with console.watch(quiet or as_json, verbose) as (progress, on_layer):
+        watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
+        if source.is_dir():
+            result: Report | OptimizedFolder = optimize_folder(source, **watched)
         else:
-            result = api.optimize(model, calibration, **shared).report
-    result = result.asked_by(console.command_line())
+            result = api.optimize(source, **watched).report
+    result = result.asked_by(console.command_line(), asked.to_text())
     for path in report or ():
         result.save(path)
-    console.show(result.to_dict(), result.to_text(), as_json, quiet)
+    if save_recipe is not None:
+        asked.save(save_recipe, remarks([result] if isinstance(result, Report) else list(result.reports.values())))
+    console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
 
 
 def _output(model: Path) -> Path:
@@ -225,28 +193,27 @@ def _output(model: Path) -> Path:
     return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
-def _options(context: typer.Context, pipeline: str | None, values: dict[str, Any]) -> Any:
-    """The options, unless a pipeline replaces them: then options given as well are an error."""
-    if pipeline is None:
-        return values
-    given = [name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise OptionError(f"--pipeline replaces {flags}; give one or the other")
-    return {}
+def said(context: typer.Context) -> Recipe:
+    """What was given on the command line, as a recipe: options have the names of its keys.
+
+    Raises:
+        OptionError: With everything that is wrong in it.
+    """
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    values = {name: _plain(name, value) for name, value in context.params.items() if name in given and name in KEYS}
+    tables = [LayerOptions.parse(text) for text in (context.params["layer"] or ())]
+    return Recipe(Recipe.from_dict(values).values, tuple(tables))
 
 
-def _block(text: str) -> int | None:
-    if text == "channel":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise OptionError(f"--block-size {text!r}: give a multiple of 16, or 'channel'") from None
+def _plain(name: str, value: Any) -> Any:
+    """A value as it is written in a recipe."""
+    value = value.value if isinstance(value, Enum) else value
+    numeric = int in KEYS[name].types and isinstance(value, str) and value.isdigit()
+    return int(value) if numeric else value
 
 
-def _bytes(text: str) -> int:
-    found = bytes_of(text)
-    if found is None:
-        raise OptionError(f"--cache {text!r}: give a size such as 512MB or 2GB")
-    return found
+def _check_written(file: Path, taken: set[Path]) -> None:
+    if not file.parent.is_dir():
+        raise OutputError(f"folder {file.parent} of {file.name} does not exist; create it first")
+    if file.is_dir() or file.resolve() in {p.resolve() for p in taken}:
+        raise OutputError(f"{file} would overwrite a folder or a model; choose another name")

@@ -9,7 +9,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.arguments import Json, Quiet
+from magr_onnx.arguments import Json, Quiet, target_names
 from magr_onnx.errors import OptionError
 from magr_onnx.targets import TARGETS
 
@@ -24,7 +24,9 @@ onnx-magr verify model.onnx --target generic --outer-bits 24 --json"""
 
 def verify(
     model: Annotated[Path, typer.Argument(help="ONNX model to read, whoever quantized it.", show_default=False)],
-    target: Annotated[str | None, typer.Option("--target", "-t", help=f"Machine to prove for: {', '.join(TARGETS)}.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help=f"Machine to prove for: {', '.join(TARGETS)}.", autocompletion=target_names)
+    ] = None,
     accumulator_bits: Annotated[int | None, typer.Option("--accumulator-bits", help="Width P of the register that sums a tile.")] = None,
     accumulator_tile: Annotated[
         int | None, typer.Option("--accumulator-tile", help="Consecutive terms T that share it. (default: the whole dot product)")

@@ -1,0 +1,156 @@
+"""Names and types of everything that may be said of a run in words: in a recipe, for a layer, or by an option of the command line.
+
+One dictionary, made from `magr_onnx.options.Options` and from what a run has beside those, so that an option is declared once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal
+
+from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
+from magr_onnx.passes.gather import Form as TableForm
+from magr_onnx.quantizers import QUANTIZERS
+from magr_onnx.ranges import METHODS
+from magr_onnx.targets import TARGETS
+from magr_onnx.types import BITS
+
+WORDS = {"block_size": "channel", "conv_bits": "none"}
+"""What None is called where there is no None, by option."""
+
+_CHOICES: dict[str, Collection[Any]] = {
+    "bits": BITS,
+    "quantizer": QUANTIZERS,
+    "format": FORMATS,
+    "bias": BIAS,
+    "activation_range": METHODS,
+    "embeddings": ("none", *typing.get_args(TableForm)),
+    "target": TARGETS,
+}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+
+Kind = Literal["value", "path", "paths", "patterns", "size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What may be said under one name.
+
+    Attributes:
+        types: Python types of the value; None among them where there is a word for it.
+        choices: All accepted values, where they can be listed.
+        kind: ``path`` and ``paths`` are relative to the recipe; ``patterns`` and ``paths`` are a text or a list of them; ``size`` is a
+            number of bytes, or a text such as ``2GB``.
+    """
+
+    types: tuple[type, ...] = (str,)
+    choices: tuple[Any, ...] = ()
+    kind: Kind = "value"
+
+
+def _key(name: str, hint: Any) -> Key:
+    parts = [hint] if typing.get_origin(hint) is Literal else list(typing.get_args(hint)) or [hint]
+    literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+    choices = tuple(literals or _CHOICES.get(name, ()))
+    types = tuple(str if typing.get_origin(part) is Literal else part for part in parts)
+    return Key(types, choices)
+
+
+OPTIONS = {name: _key(name, hint) for name, hint in typing.get_type_hints(Options).items()}
+"""What a pipeline is made of."""
+
+RUN = {
+    "model": Key(kind="path"),
+    "output": Key(kind="path"),
+    "calibration": Key(kind="path"),
+    "validation": Key(kind="path"),
+    "models": Key(kind="patterns"),
+    "overwrite": Key((bool,)),
+    "preset": Key(),
+    "pipeline": Key(),
+    "include": Key(kind="patterns"),
+    "exclude": Key(kind="patterns"),
+    "requantize": Key((bool,)),
+    "custom_ops": Key(kind="paths"),
+    "mask": Key(),
+    "batch_size": Key((int,)),
+    "decode_steps": Key((int,)),
+    "provider": Key(),
+    "cache": Key(kind="size"),
+    "max_memory": Key(kind="size"),
+    "resume": Key(kind="path"),
+    "external_data": Key((bool,)),
+    "shard_size": Key(kind="size"),
+}
+"""What a run is told beside them."""
+
+KEYS = {**RUN, **OPTIONS}
+
+
+def problem(name: str, value: Any) -> str | None:
+    """What is wrong with a value, if anything is; ``name`` is among `KEYS`."""
+    key = KEYS[name]
+    if key.kind in ("patterns", "paths"):
+        texts = [value] if isinstance(value, str | os.PathLike) else value
+        good = isinstance(texts, list | tuple) and all(isinstance(text, str | os.PathLike) for text in texts)
+        return None if good else f"{name} = {_shown(value)}: expected a text or a list of texts, found {_found(value)}"
+    if key.kind == "size":
+        good = bytes_of(value) is not None if isinstance(value, str) else isinstance(value, int) and not isinstance(value, bool)
+        return None if good else f"{name} = {_shown(value)}: give a size such as 512MB or 2GB"
+    if (
+        (key.kind == "path" and isinstance(value, os.PathLike))
+        or (value is None and NoneType in key.types)
+        or (name in WORDS and value == WORDS[name])
+    ):
+        return None
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not (type(value) in key.types or (number and float in key.types)):
+        return f"{name} = {_shown(value)}: expected {_expected(name, key)}, found {_found(value)}"
+    if key.choices and value not in key.choices:
+        return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, key.choices))}{closest(str(value), map(str, key.choices))}"
+    return None
+
+
+def worded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with None in words, or left out where there is none for it."""
+    found = {name: WORDS.get(name) if value is None else value for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def unworded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with None for the words that stand for it."""
+    return {name: None if value == WORDS.get(name) else value for name, value in values.items()}
+
+
+def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
+    """What to say of a name that is none of ``names``."""
+    near = closest(name, names)
+    return f"unknown key {name!r}{near}" if near else f"unknown key {name!r}; there are {', '.join(names)}"
+
+
+def closest(name: str, names: typing.Iterable[str]) -> str:
+    """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
+    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _expected(name: str, key: Key) -> str:
+    names = [_NAMES[kind] for kind in key.types if kind in _NAMES]
+    if name == "block_size":
+        names = ["a multiple of 16"]
+    words = [repr(WORDS[name])] if name in WORDS else []
+    return " or ".join(names + words)
+
+
+def _found(value: Any) -> str:
+    return _NAMES.get(type(value), f"a {type(value).__name__}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,263 @@
+"""Options of single layers: tables that name layers by patterns, and what each layer gets from them.
+
+Tables apply in order to every layer they match; where two give the same option, the later one wins. What a layer gets makes it a
+pipeline of its own, as a choice of mixed precision does, in which everything that is the whole run's stays as it is.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from magr_onnx.errors import OptionError, raise_all
+from magr_onnx.keys import closest, problem, unknown, unworded, worded
+from magr_onnx.options import Options, build_pipeline
+from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
+from magr_onnx.passes.conv import ConvLayer
+from magr_onnx.passes.linear import known_as, matched
+from magr_onnx.passes.shared import by_weight
+
+LAYER_OPTIONS = (
+    "bits",
+    "block_size",
+    "quantizer",
+    "symmetric",
+    "alpha",
+    "beta",
+    "damping",
+    "act_order",
+    "sweeps",
+    "bias",
+    "accuracy_level",
+    "low_rank",
+)
+"""Options that a layer may have for itself."""
+
+_WHOLE = {
+    "format": "a file has one format",
+    "effort": "error feedback and gradients belong to the whole run; give the layer a quantizer",
+    "feedback": "stages are those of the whole model",
+    "target": "a proof is of the whole file",
+    "accumulator_bits": "a proof is of the whole file",
+    "accumulator_tile": "a proof is of the whole file",
+    "activation_type": "layers share their inputs",
+    "activation_range": "layers share their inputs",
+    "quantize_outputs": "layers share values",
+    "equalize": "it moves scales between layers",
+    "split_outliers": "it changes the model before layers are looked for",
+    "twin_ranges": "it changes the model before layers are looked for",
+    "target_size": "a budget is of the whole file",
+    "max_loss": "a budget is of the whole file",
+    "conv_bits": "it is for convolutions, all of them",
+    "conv_form": "it is for convolutions, all of them",
+    "embeddings": "it is for tables of embeddings, all of them",
+    "embedding_bits": "it is for tables of embeddings, all of them",
+}
+_BUDGETS = ("target_size", "max_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """Options of the layers that a pattern matches.
+
+    Attributes:
+        match: Shell patterns on the name of a layer or of its weight.
+        options: What these layers have instead of the run's options; names are among `LAYER_OPTIONS`.
+        optional: Whether a model without such a layer is no mistake.
+    """
+
+    match: tuple[str, ...]
+    options: Options = field(default_factory=Options)
+    optional: bool = False
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> LayerOptions:
+        """From plain data: ``{"match": "*lm_head*", "bits": 8}``.
+
+        Raises:
+            OptionError: Everything that is wrong with it.
+        """
+        raise_all(OptionError, [text for _, text in problems_of(table)])
+        match = table["match"]
+        options = unworded({name: value for name, value in table.items() if name != "match"})
+        return LayerOptions((match,) if isinstance(match, str) else tuple(match), cast(Options, options))
+
+    @staticmethod
+    def parse(text: str) -> LayerOptions:
+        """From ``PATTERN:option=value,...``, as ``*lm_head*:bits=8,block_size=channel``.
+
+        Raises:
+            OptionError: It is not that.
+        """
+        match, colon, given = text.rpartition(":")
+        pairs = [part.partition("=") for part in given.split(",")]
+        if not (match and colon and all(equals for _, equals, _ in pairs)):
+            raise OptionError(f"--layer {text!r}: give PATTERN:option=value,..., such as '*lm_head*:bits=8,block_size=32'")
+        try:
+            return LayerOptions.of({"match": match, **{name.strip(): _value(value.strip()) for name, _, value in pairs}})
+        except OptionError as error:
+            raise OptionError(f"--layer {text!r}: {error}") from error
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Plain data that `of` takes."""
+        return {"match": self.match[0] if len(self.match) == 1 else list(self.match), **worded(self.options)}
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.match)}: {described(self.options)}"
+
+
+def problems_of(table: Any) -> list[tuple[str, str]]:
+    """Everything wrong with the plain data of one table: the key it is about, and a sentence."""
+    if not isinstance(table, Mapping):
+        return [("", f"a layer's options are a table with match and options, found {table!r}")]
+    found = []
+    for name, value in table.items():
+        text = None
+        if name == "match":
+            patterns = [value] if isinstance(value, str) else value
+            if not (isinstance(patterns, list | tuple) and patterns and all(isinstance(p, str) for p in patterns)):
+                text = f"match = {value!r}: expected a pattern or a list of patterns"
+        elif name in _WHOLE:
+            text = f"{name} cannot differ by layer: {_WHOLE[name]}"
+        elif name not in LAYER_OPTIONS:
+            text = unknown(name, ("match", *LAYER_OPTIONS))
+        else:
+            text = problem(name, value)
+        if text is not None:
+            found.append((name, text))
+    if "match" not in table:
+        found.append(("", "match is missing: give the pattern of the layers these options are for"))
+    elif len(table) == 1:
+        found.append(("match", f"no options; give some of {', '.join(LAYER_OPTIONS)}"))
+    return found
+
+
+def pipelines(tables: Sequence[LayerOptions], options: Options, passes: Sequence[LayerPass], provider: str) -> list[tuple[LayerPass, ...]]:
+    """The pipeline of every table by itself, to find early what cannot be.
+
+    Raises:
+        OptionError: With everything that no kernel, budget or format takes.
+    """
+    found, wrong = [], []
+    for table in tables:
+        try:
+            found.append(_pipeline(table.options, options, passes, provider))
+        except OptionError as error:
+            wrong.append(f"layers {', '.join(table.match)}: {error}")
+    raise_all(OptionError, wrong)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """Layers with options of their own.
+
+    Attributes:
+        passes: Their pipelines, by layer name.
+        options: What was given, by layer name.
+    """
+
+    passes: dict[str, tuple[LayerPass, ...]] = field(default_factory=dict)
+    options: dict[str, Options] = field(default_factory=dict)
+
+
+def assign(
+    tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, passes: Sequence[LayerPass], provider: str
+) -> Assigned:
+    """What each layer gets from the tables.
+
+    Raises:
+        OptionError: Options that are good in no kernel together, and layers of one weight that would get different ones.
+    """
+    given = {layer.name: _merged(tables, layer) for layer in layers}
+    wrong = []
+    for same in by_weight(layers):
+        if any(given[layer.name] != given[same[0].name] for layer in same):
+            names = ", ".join(layer.name for layer in same)
+            wrong.append(f"{names} have one weight, {same[0].weight_name}, and so the same options; match that name, or all of them")
+    made: dict[str, tuple[LayerPass, ...]] = {}
+    result = Assigned()
+    for name, own in given.items():
+        if not own:
+            continue
+        try:
+            key = repr(sorted(own.items()))
+            if key not in made:
+                made[key] = _pipeline(own, options, passes, provider)
+        except OptionError as error:
+            wrong.append(f"{name}: {error}")
+            continue
+        result.passes[name], result.options[name] = made[key], own
+    raise_all(OptionError, wrong)
+    return result
+
+
+def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], convolutions: Iterable[ConvLayer]) -> list[str]:
+    """Refuse patterns that no layer has the name of.
+
+    Returns:
+        Notes about convolutions that a pattern matches beside layers.
+
+    Raises:
+        OptionError: With every such pattern, and the names that are like it.
+    """
+    names = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in layers}
+    others = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions}
+    known = list(dict.fromkeys(name for some in names.values() for name in some))
+    wrong, notes = [], []
+    for table in tables:
+        if table.optional:
+            continue
+        for pattern in table.match:
+            hit = any(matched(some, [pattern]) for some in names.values())
+            convs = [name for name, some in others.items() if matched(some, [pattern])]
+            if convs and not hit:
+                wrong.append(f"{pattern!r} matches convolutions only ({_some(convs)}), and their bits are conv_bits, for all of them")
+            elif convs:
+                notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
+            elif not hit:
+                like = closest(pattern.strip("*?"), known) or f"; there are {_some(list(names))}"
+                wrong.append(f"{pattern!r} matches no layer that is converted{like}")
+    raise_all(OptionError, [f"layer options: {text}" for text in wrong])
+    return notes
+
+
+def described(options: Options) -> str:
+    """Options in words, for the report."""
+    return ", ".join(f"{name}={value}" for name, value in worded(options).items())
+
+
+def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
+    names = known_as(layer.node, layer.name, layer.weight_name)
+    found: dict[str, Any] = {}
+    for table in tables:
+        if matched(names, table.match):
+            found |= table.options
+    return cast(Options, found)
+
+
+def _pipeline(own: Options, options: Options, passes: Sequence[LayerPass], provider: str) -> tuple[LayerPass, ...]:
+    """The passes of a layer with options of its own: ``options`` made ``passes``, those of the run."""
+    rest: dict[str, Any] = {name: value for name, value in options.items() if name not in _BUDGETS}
+    if any(options.get(name) is not None for name in _BUDGETS) and own.get("bits") is None:
+        raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
+    if own.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
+        rest |= {"effort": None, "feedback": any(isinstance(p, ErrorFeedback) for p in passes)}
+    made = build_pipeline(**cast(Options, {**rest, **own}))
+    pipeline.check(made, provider)
+    return pipeline.suited(made, provider)
+
+
+def _value(text: str) -> Any:
+    """A value as TOML reads it; a text where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
