@@ -162,7 +162,7 @@ def optimize(
         notes.insert(0, f"preset {preset} sets {find_preset(preset)}, where nothing else was given")
     choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
     choices |= {"mask": setting.mask, "batch_size": batch_size, "decode_steps": decode_steps, "provider": provider}
-    choices |= {"layers": "; ".join(map(str, tables))}
+    choices |= {"layers": "; ".join(map(str, tables)) or "none"}
     run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
         notes += conversion.check(prepared.reference, prepared.model, data, provider)
