@@ -14,6 +14,7 @@ from magr_onnx.errors import (
     PipelineError,
     ProviderError,
     RecipeError,
+    ReportError,
     RuntimeFailure,
 )
 from magr_onnx.layerwise import LayerOptions
@@ -51,6 +52,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "ReportError",
     "RuntimeFailure",
     "Target",
     "Verification",

@@ -412,4 +412,13 @@ PipelineOption = Annotated[
         autocompletion=_passes,
     ),
 ]
-ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.", rich_help_panel=DATA)]
+ReportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]

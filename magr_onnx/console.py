@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -152,6 +153,11 @@ def apologize(error: Exception, version: str) -> None:
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     explanation = f"this should not have happened ({said}). No output was changed. Please report it with the traceback. {where}"
     errors.print(Text("error: ", style="bold red") + Text(f"onnx-magr {version}: {explanation}"), soft_wrap=not errors.is_terminal)
+
+
+def command_line() -> str:
+    """The command that is running, as a shell takes it."""
+    return shlex.join(["onnx-magr", *sys.argv[1:]])
 
 
 def say(text: str) -> None:

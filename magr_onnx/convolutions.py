@@ -28,7 +28,8 @@ from magr_onnx.report import LayerRow
 from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.sketch import sketch
+from magr_onnx.types import Array, QuantizedWeight, joined
 
 _TOGETHER = ("auto", "comq", "gptq", "rtn")  # quantizers of which `grouped` is a form
 
@@ -52,13 +53,15 @@ class Converted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Solution:
-    """The weight of every group, what is added to the biases ``(M,)``, and figures for the report."""
+    """The weight of every group, what is added to the biases ``(M,)``, and figures for the report (see `LayerRow`)."""
 
     weights: list[QuantizedWeight]
     added: Array | None
     error: float
     magr: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    values: dict[str, Any] | None = None
+    errors: Sequence[float] = ()
 
 
 def wanted(model: ir.Model, passes: Sequence[LayerPass]) -> Convolutions | None:
@@ -172,7 +175,8 @@ def _convert(
     absorbs = stats is not None and (
         (policy == "any" and all(layer.takes_bias for layer in unit)) or (policy == "existing" and all(layer.has_bias for layer in unit))
     )
-    solution = _solve(unit[0], stats, solver_of(passes, demand, absorbs), absorbs)
+    matrices = unit[0].read()
+    solution = _solve(unit[0], matrices, stats, solver_of(passes, demand, absorbs), absorbs)
     biases = [_added(layer.read_bias(), solution.added) for layer in unit]
     names = [layer.weight_name for layer in unit]
     emit(unit, solution.weights, biases, demand.form, integer)
@@ -204,8 +208,17 @@ def _convert(
                 layer.node.name,
                 tuple(notes),
                 groups=layer.group,
+                weights=solution.values or _sketch(matrices, solution.weights),
+                errors=tuple(solution.errors),
+                output=layer.output.name,
             )
         )
+
+
+def _sketch(matrices: Array, weights: Sequence[QuantizedWeight]) -> dict[str, Any]:
+    """Of all groups together, whose grids are a column each."""
+    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+    return sketch(np.hstack(list(matrices)), None, QuantizedWeight(codes, scales, zeros, weights[0].spec))
 
 
 def _added(bias: Array | None, added: Array | None) -> Array | None:
@@ -238,8 +251,7 @@ def solver_of(passes: Sequence[LayerPass], demand: Convolutions, absorbs: bool) 
     return (*reduce, chosen, *([CompensateBias("any")] if absorbs else []))
 
 
-def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
-    matrices = layer.read()
+def _solve(layer: ConvLayer, matrices: Array, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     quantize = next(p for p in passes if isinstance(p, Quantize))
     group, k, _ = matrices.shape
     if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
@@ -249,7 +261,8 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
 
 def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     jobs: list[tuple[QuantizedWeight, Array | None, float, float]] = []
-    magr: dict[str, Any] | None = None
+    facts: dict[str, Any] = {}
+    trace: list[float] = []
     notes: dict[str, None] = {}
     for index, matrix in enumerate(matrices):
         job = Job.start(layer.matrix(matrix, None), None if stats is None else stats.of_group(index))
@@ -258,11 +271,15 @@ def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, pas
         assert job.quantized is not None
         gram = job.stats.objective_gram(absorbs)
         jobs.append((job.quantized, job.bias, layer_error(job.weight - matrix, gram), layer_error(matrix, job.stats.gram)))
-        magr = magr or job.facts.get("magr")
+        facts = job.facts
+        trace = joined(trace, facts.get("errors", []))
         notes |= dict.fromkeys(job.notes)
     weights, biases, errors, powers = zip(*jobs, strict=True)
     added = np.concatenate(biases) if absorbs else None
-    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if len(matrices) == 1 else None, tuple(notes))
+    error = _relative(sum(errors), sum(powers))
+    if len(matrices) > 1:
+        facts = {}
+    return _Solution(list(weights), added, error, facts.get("magr"), tuple(notes), facts.get("weights"), trace)
 
 
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:

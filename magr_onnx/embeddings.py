@@ -13,6 +13,7 @@ from magr_onnx.passes.embeddings import Embeddings, quantize, units
 from magr_onnx.passes.gather import Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow
+from magr_onnx.sketch import sketch
 
 
 def look(
@@ -46,7 +47,23 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
             error = difference / power if power else 0.0
             result.digests[str(table.output.name)] = written
             result.rows.append(
-                LayerRow(table.name, table.op, name, rows, width, demand.bits, spec.rows(width), 0, error, None, None, False, node)
+                LayerRow(
+                    table.name,
+                    table.op,
+                    name,
+                    rows,
+                    width,
+                    demand.bits,
+                    spec.rows(width),
+                    0,
+                    error,
+                    None,
+                    None,
+                    False,
+                    node,
+                    weights=sketch(array.T, None, weight),
+                    output=table.output.name,
+                )
             )
     return result
 
