@@ -106,10 +106,18 @@ def optimize(
     calibration: CalibrationOption = None,
     validation: ValidationOption = None,
     report: ReportOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     preset: PresetOption = None,
     layer: LayerOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    requantize: Requantize = False,
     bits: BitsOption = None,
     block_size: BlockSizeOption = None,
     effort: EffortOption = None,
@@ -130,7 +138,6 @@ def optimize(
     accumulator_bits: AccumulatorBitsOption = None,
     accumulator_tile: AccumulatorTileOption = None,
     feedback: FeedbackOption = None,
-    cache: CacheOption = "2GB",
     low_rank: LowRankOption = 0,
     equalize: EqualizeOption = False,
     split_outliers: SplitOutliersOption = False,
@@ -142,20 +149,13 @@ def optimize(
     embeddings: EmbeddingsOption = EmbeddingsName.none,
     embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    requantize: Requantize = False,
     custom_ops: CustomOps = None,
-    mask: Mask = "auto",
-    batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
+    cache: CacheOption = "2GB",
     max_memory: MaxMemoryOption = None,
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
-    models: ModelsOption = None,
-    overwrite: OverwriteOption = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -174,7 +174,7 @@ def optimize(
     reporting.check(reports, {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
     if save_recipe is not None:
         raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
-    with console.watch(quiet or as_json, verbose) as (progress, on_layer):
+    with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
             folder = optimize_folder(source, **watched)
