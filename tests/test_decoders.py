@@ -17,6 +17,7 @@ from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes.segments import beside
 from magr_onnx.runtime import decoders as feeding
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import in_memory, open_data
@@ -298,3 +299,15 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert by_tokens.exit_code == 0, by_tokens.output
     for name, weight in read_weights(ir.load(output / "model.onnx")).items():
         np.testing.assert_array_equal(weight, read_weights(ir.load(tmp_path / "again" / "model.onnx"))[name])
+
+
+def test_a_residual_that_a_norm_adds_is_seen() -> None:
+    """Of every attention and feed-forward block: what error feedback aims at makes up for it."""
+    model = decoders.genai()
+    found = {layer.name.split("/", 3)[-1]: beside(layer) for layer in find(model)[0] if "layers.0" in layer.name}
+    assert found == dict.fromkeys(("attn/q_proj/MatMul", "attn/k_proj/MatMul", "attn/v_proj/MatMul"), None) | {
+        "attn/o_proj/MatMul": "/model/embed_tokens/Gather/output_0",
+        "mlp/gate_proj/MatMul": None,
+        "mlp/up_proj/MatMul": None,
+        "mlp/down_proj/MatMul": "/model/layers.0/post_attention_layernorm/SkipLayerNorm/output_3",
+    }
