@@ -14,6 +14,7 @@ from magr_onnx.errors import (
     PipelineError,
     ProviderError,
     RecipeError,
+    ReportError,
     RuntimeFailure,
 )
 from magr_onnx.folders import OptimizedFolder, optimize_folder
@@ -53,6 +54,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "ReportError",
     "RuntimeFailure",
     "Target",
     "Verification",

@@ -65,7 +65,8 @@ def prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> P
         raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
     room = min((layer.headroom for layer in layers), default=math.inf)
     proved = sum(layer.verdict == "proved" for layer in layers)
-    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped))
+    rooms = {layer.name: layer.headroom for layer in layers if math.isfinite(layer.headroom)}
+    return ProofSummary(against, proved, len(layers), None if math.isinf(room) else room, len(skipped), rooms)
 
 
 def _overflow(layer: LayerVerdict) -> str:

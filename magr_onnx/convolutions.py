@@ -6,7 +6,7 @@ A group of channels is a job like any linear layer. Groups that are many and sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
-from magr_onnx.passes.conv import ConvLayer, Convolutions, ConvReason, find
+from magr_onnx.passes.conv import ConvLayer, ConvReason, find
+from magr_onnx.passes.convolutions import Convolutions, units
 from magr_onnx.passes.emit_conv import emit
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
@@ -27,7 +28,8 @@ from magr_onnx.report import LayerRow
 from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.sketch import sketch
+from magr_onnx.types import Array, QuantizedWeight, joined
 
 _TOGETHER = ("auto", "comq", "gptq", "rtn")  # quantizers of which `grouped` is a form
 
@@ -51,13 +53,15 @@ class Converted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Solution:
-    """The weight of every group, what is added to the biases ``(M,)``, and figures for the report."""
+    """The weight of every group, what is added to the biases ``(M,)``, and figures for the report (see `LayerRow`)."""
 
     weights: list[QuantizedWeight]
     added: Array | None
     error: float
     magr: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    values: dict[str, Any] | None = None
+    errors: Sequence[float] = ()
 
 
 def wanted(model: ir.Model, passes: Sequence[LayerPass]) -> Convolutions | None:
@@ -128,10 +132,10 @@ def convert(
     if demand is None or not layers:
         return result
     integer = _integer(model, passes)
-    units = _units(layers)
-    ordered = [layer for unit in units for layer in unit]
+    groups = units(layers)
+    ordered = [layer for unit in groups for layer in unit]
     unmeasured = {} if data is None else patches.unmeasured(model, ordered, data, provider, patch_limit)
-    left = iter(units)
+    left = iter(groups)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
     for group in patches.plan(ordered, gram_budget):
@@ -154,14 +158,6 @@ def convert(
     return result
 
 
-def _units(layers: Iterable[ConvLayer]) -> list[list[ConvLayer]]:
-    """Layers that share a weight together."""
-    found: dict[Hashable, list[ConvLayer]] = {}
-    for layer in layers:
-        found.setdefault((id(layer.held.stored), layer.held.way, layer.op, layer.group), []).append(layer)
-    return list(found.values())
-
-
 def _convert(
     unit: Sequence[ConvLayer],
     known: Sequence[PatchStats],
@@ -179,7 +175,8 @@ def _convert(
     absorbs = stats is not None and (
         (policy == "any" and all(layer.takes_bias for layer in unit)) or (policy == "existing" and all(layer.has_bias for layer in unit))
     )
-    solution = _solve(unit[0], stats, solver_of(passes, demand, absorbs), absorbs)
+    matrices = unit[0].read()
+    solution = _solve(unit[0], matrices, stats, solver_of(passes, demand, absorbs), absorbs)
     biases = [_added(layer.read_bias(), solution.added) for layer in unit]
     names = [layer.weight_name for layer in unit]
     emit(unit, solution.weights, biases, demand.form, integer)
@@ -211,8 +208,17 @@ def _convert(
                 layer.node.name,
                 tuple(notes),
                 groups=layer.group,
+                weights=solution.values or _sketch(matrices, solution.weights),
+                errors=tuple(solution.errors),
+                output=layer.output.name,
             )
         )
+
+
+def _sketch(matrices: Array, weights: Sequence[QuantizedWeight]) -> dict[str, Any]:
+    """Of all groups together, whose grids are a column each."""
+    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+    return sketch(np.hstack(list(matrices)), None, QuantizedWeight(codes, scales, zeros, weights[0].spec))
 
 
 def _added(bias: Array | None, added: Array | None) -> Array | None:
@@ -245,8 +251,7 @@ def solver_of(passes: Sequence[LayerPass], demand: Convolutions, absorbs: bool) 
     return (*reduce, chosen, *([CompensateBias("any")] if absorbs else []))
 
 
-def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
-    matrices = layer.read()
+def _solve(layer: ConvLayer, matrices: Array, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     quantize = next(p for p in passes if isinstance(p, Quantize))
     group, k, _ = matrices.shape
     if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
@@ -256,7 +261,8 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
 
 def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
     jobs: list[tuple[QuantizedWeight, Array | None, float, float]] = []
-    magr: dict[str, Any] | None = None
+    facts: dict[str, Any] = {}
+    trace: list[float] = []
     notes: dict[str, None] = {}
     for index, matrix in enumerate(matrices):
         job = Job.start(layer.matrix(matrix, None), None if stats is None else stats.of_group(index))
@@ -265,11 +271,15 @@ def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, pas
         assert job.quantized is not None
         gram = job.stats.objective_gram(absorbs)
         jobs.append((job.quantized, job.bias, layer_error(job.weight - matrix, gram), layer_error(matrix, job.stats.gram)))
-        magr = magr or job.facts.get("magr")
+        facts = job.facts
+        trace = joined(trace, facts.get("errors", []))
         notes |= dict.fromkeys(job.notes)
     weights, biases, errors, powers = zip(*jobs, strict=True)
     added = np.concatenate(biases) if absorbs else None
-    return _Solution(list(weights), added, _relative(sum(errors), sum(powers)), magr if len(matrices) == 1 else None, tuple(notes))
+    error = _relative(sum(errors), sum(powers))
+    if len(matrices) > 1:
+        facts = {}
+    return _Solution(list(weights), added, error, facts.get("magr"), tuple(notes), facts.get("weights"), trace)
 
 
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:

@@ -37,6 +37,10 @@ class OutputError(MagrError):
     """The output cannot be written where it was asked for."""
 
 
+class ReportError(MagrError):
+    """A file that is no report, or one of a newer version."""
+
+
 class ProviderError(MagrError):
     """The execution provider is not available in the installed onnxruntime."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, locking
+from magr_onnx import files, locking, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
@@ -58,12 +58,19 @@ class OptimizedFolder:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
-        """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
-        if len(self.reports) == 1:
-            return {path: next(iter(self.reports.values()))}
-        stems = {name: _stem(name).replace("/", ".") for name in self.reports}
-        return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
+    def save(self, path: Path) -> None:
+        """Write reports, as `Report.save`: of one model at ``path``; of several each beside it, as ``NAME.MODEL.html``, and as JSON
+        all together at ``path``.
+
+        Raises:
+            OptionError: The extra ``report`` is not installed, or the suffix is another.
+            OutputError: A file cannot be written.
+        """
+        several = len(self.reports) > 1
+        for name, report in self.reports.items():
+            report.save(path.with_name(f"{path.stem}.{_stem(name).replace('/', '.')}{path.suffix}") if several else path)
+        if several and path.suffix.lower() not in reporting.PAGES:
+            reporting.write(self.to_json() + "\n", path)
 
     def to_text(self, most: int | None = None) -> str:
         """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""

@@ -31,7 +31,7 @@ import numpy as np
 from magr_onnx.errors import OptionError
 from magr_onnx.linalg import lambda_max
 from magr_onnx.prox import levels
-from magr_onnx.types import Array, column_parts
+from magr_onnx.types import Array, column_parts, joined
 
 Method = Literal["fista", "authors"]
 
@@ -53,6 +53,7 @@ class Reduction:
         iterations: Steps taken.
         converged: Whether a stopping rule ended the iteration rather than the count.
         penalty: The ``a`` of the objective that ``alpha`` stood for.
+        trace: ``F`` at the start and after every step.
     """
 
     weights: Array
@@ -62,6 +63,7 @@ class Reduction:
     iterations: int
     converged: bool
     penalty: float
+    trace: tuple[float, ...] = ()
 
 
 def penalty(weights: Array, gram: Array, alpha: float, relative: bool = True, group_size: int | None = None) -> float:
@@ -138,14 +140,17 @@ def _solve(
     k = len(weights)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     begin = problem.rows(weights if start is None else start)
-    x, objective, first, gap, steps, converged = _iterate(problem, begin, limit, tolerance if accelerate else 0.0, accelerate)
+    x, trace, gap, converged = _iterate(problem, begin, limit, tolerance if accelerate else 0.0, accelerate)
     result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
-    return Reduction(result, objective, first, gap, steps, converged, a)
+    return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
 
 
 def _joined(parts: list[Reduction], a: float) -> Reduction:
     """Output channels solved in parts, side by side; the gap is the weighted mean, which bounds that of the whole."""
     objective = sum(p.objective for p in parts)
+    trace: list[float] = []
+    for p in parts:
+        trace = joined(trace, p.trace)
     return Reduction(
         np.hstack([p.weights for p in parts]),
         objective,
@@ -154,6 +159,7 @@ def _joined(parts: list[Reduction], a: float) -> Reduction:
         max(p.iterations for p in parts),
         all(p.converged for p in parts),
         a,
+        tuple(trace),
     )
 
 
@@ -208,12 +214,15 @@ class _Problem:
         return float((primal - dual).sum() / max(primal.sum(), 1e-300))
 
 
-def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, float, float, float, int, bool]:
+def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
     """Proximal gradient, one matrix product a step; momentum and restart are per output channel.
 
     The gradient step from the extrapolated point ``x + m (x - x')`` is ``s + m (s - s')`` with ``s = x - D^-1 H (x - W0)``: the
     step is linear, so neither extrapolated points nor old gradients are stored, and what is not the product takes a dozen
     passes over rows that stay in cache.
+
+    Returns:
+        The weights, the objective at the start and after every step, the relative duality gap, and whether a rule ended it.
     """
     target, a, group = problem.target, problem.penalty, problem.group
     channels, width = target.shape
@@ -223,11 +232,12 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
     difference = x - target
     product = difference @ problem.gram
     values = 0.5 * np.einsum("nk,nk->n", difference, product, dtype=np.float64) + a * problem.norms(x)
-    first = mark = objective = float(values.sum())
+    trace = [float(values.sum())]
+    mark = trace[0]
     before = x - product * inverse
     level: Array = np.zeros((channels, width // group), np.float32)
     momentum = np.zeros(channels, np.float32)
-    step, converged = 0, False
+    converged = False
     for step in range(1, limit + 1):
         for at in range(0, channels, rows):
             s = slice(at, min(at + rows, channels))
@@ -250,9 +260,10 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
         if accelerate:
             momentum = np.where(values > last, 0, _MOMENTUM).astype(np.float32)
         objective = float(values.sum())
+        trace.append(objective)
         if tolerance and step % 5 == 0:
-            if mark - objective <= tolerance * (first - objective) or problem.gap(x, product) <= tolerance:
+            if mark - objective <= tolerance * (trace[0] - objective) or problem.gap(x, product) <= tolerance:
                 converged = True
                 break
             mark = objective
-    return x, objective, first, problem.gap(x, product), step, converged
+    return x, trace, problem.gap(x, product), converged

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import files, layerwise, mixed
+from magr_onnx import files, layerwise, mixed, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
@@ -199,6 +199,8 @@ def optimize(
             comparison,
             proof,
             assignment=None if solved.search is None else solved.search.report(),
+            command=provenance.call("magr_onnx.optimize", run.given),
+            options=provenance.options(run.given),
         ),
     )
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from magr_onnx.assignment import Assignment
+from magr_onnx.decoding import decode
+from magr_onnx.errors import ReportError
 from magr_onnx.runtime.validate import Validation
 
 MOST = 25
 """Layers in a table for a person in a hurry."""
+SCHEMA = 2
+"""Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
+
+_NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,11 @@ class LayerRow:
         feedback: Damping and held-out errors of error feedback, if it ran.
         low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
         groups: Matrices ``k x n`` of a convolution, one a group of channels.
+        weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.sketch.sketch`.
+        errors: What the quantizer lowers, at the start and after every sweep (of at most 50).
+        tiles: Headroom of a constrained accumulator along K; see `magr_onnx.sketch.tile_headroom`.
+        depth: Converted layers before it on the longest way from the inputs.
+        output: Name of its output, by which `Validation.layers` has it.
     """
 
     name: str
@@ -62,6 +76,11 @@ class LayerRow:
     feedback: dict[str, Any] | None = None
     low_rank: dict[str, Any] | None = None
     groups: int = 1
+    weights: dict[str, Any] | None = None
+    errors: tuple[float, ...] = ()
+    tiles: dict[str, Any] | None = None
+    depth: int | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,7 @@ class ProofSummary:
         total: Integer dot products.
         headroom: Of the tightest register, in bits; None without integer dot products.
         unproved: Nodes that are no integer dot products, or cannot be read.
+        by_node: Headroom of the tightest register of every node that is one, in bits, by node name in the result.
     """
 
     against: str
@@ -81,6 +101,7 @@ class ProofSummary:
     total: int
     headroom: float | None
     unproved: int
+    by_node: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.total == 0:
@@ -119,6 +140,9 @@ class Report:
         validation: Float against quantized, if it was asked for.
         proof: That no accumulator overflows, if that was asked for.
         assignment: Mixed precision under a budget, if that was asked for.
+        command: The command or the Python call that does the same again; paths are as they were given.
+        options: What was asked for, defaults left out; objects that are no plain data are text.
+        schema: Version of this structure, as `SCHEMA`.
     """
 
     source: str
@@ -136,13 +160,67 @@ class Report:
     validation: Validation | None = field(default=None)
     proof: ProofSummary | None = None
     assignment: Assignment | None = None
+    command: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; infinities become None."""
         return plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        """JSON, an array of numbers a line; `from_json` gives the same report back."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "report") -> Self:
+        """The report that `to_json` wrote, in this version or an older one, whose missing parts are empty.
+
+        Raises:
+            ReportError: No report, or one of a newer version; the message begins with ``where``.
+        """
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ReportError(f"{where}: not JSON ({error}); give a file that 'optimize --report FILE.json' wrote") from error
+        if isinstance(value, dict) and isinstance(made := value.setdefault("schema", 1), int) and made > SCHEMA:
+            raise ReportError(f"{where}: written by a newer onnx-magr (schema {made}, this one reads up to {SCHEMA}); update onnx-magr")
+        return decode(cls, value, where)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """`from_json` of a file.
+
+        Raises:
+            ReportError: It cannot be read, or is no report.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ReportError(f"report {os.fspath(path)}: {error.strerror or error}") from error
+        return cls.from_json(text, f"report {os.fspath(path)}")
+
+    def to_html(self) -> str:
+        """A page that shows everything, in one file that needs no network.
+
+        Raises:
+            OptionError: The extra ``report`` is not installed.
+        """
+        from magr_onnx import reporting  # an extra: most users of reports need no page
+
+        return reporting.page(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a file: a page to ``.html``, else JSON to ``.json``.
+
+        Raises:
+            OptionError: The extra ``report`` is not installed, or the suffix is another.
+            OutputError: The file cannot be written.
+        """
+        from magr_onnx import reporting
+
+        reporting.save(self, Path(path))
 
     def to_text(self, most: int | None = None) -> str:
         """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.

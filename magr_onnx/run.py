@@ -34,15 +34,16 @@ GRAM = 24  # bytes an element of the widest layer's Gram matrix beside that: onn
 
 
 def with_run(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
-    """Give a function a `Run` of its own as its first argument, closed when it returns."""
+    """Give a function a `Run` of its own as its first argument, which knows the others, closed when it returns."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         with contextlib.ExitStack() as stack:
-            return function(Run(stack), *args, **kwargs)
+            return function(Run(stack, own.bind(*args, **kwargs).arguments), *args, **kwargs)
 
     signature = inspect.signature(function)
-    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+    own = signature.replace(parameters=list(signature.parameters.values())[1:])
+    call.__signature__ = own  # type: ignore[attr-defined]
     return call
 
 
@@ -50,6 +51,7 @@ class Run:
     """Resources of one run.
 
     Attributes:
+        given: The arguments of the call, by name.
         large: Whether the model is too large to be run as a whole in the memory there is.
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.
@@ -59,8 +61,9 @@ class Run:
         seconds: Wall time by stage, in order of first appearance.
     """
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    def __init__(self, stack: contextlib.ExitStack, given: Mapping[str, Any]) -> None:
         self._stack = stack
+        self.given = given
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.writes = False

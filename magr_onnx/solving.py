@@ -13,6 +13,7 @@ from magr_onnx.options import Options
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
 from magr_onnx.passes.readback import digest
+from magr_onnx.passes.segments import depths
 from magr_onnx.preparing import Prepared
 from magr_onnx.report import LayerRow, megabytes
 from magr_onnx.run import Run
@@ -172,9 +173,10 @@ def solve(
         said[name].append(f"options of its own: {layerwise.described(given)}")
     rows = [replace(done.rows[layer.name], notes=(*done.rows[layer.name].notes, *said[layer.name])) for layer in layers]
     emitted = {row.emitted for row in rows if row.emitted}
-    return Solved(
-        work, passes, data, [*begun.rows, *rows], done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search
-    )
+    rows = [*begun.rows, *rows]
+    depth = depths(model, {row.name for row in rows})
+    rows = [replace(row, depth=depth.get(row.name)) for row in rows]
+    return Solved(work, passes, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search)
 
 
 def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run: Run, job: Job) -> None:
@@ -225,4 +227,8 @@ def _layer_row(job: Job) -> LayerRow:
         facts.get("activation"),
         facts.get("feedback"),
         facts.get("low_rank"),
+        weights=facts.get("weights"),
+        errors=tuple(facts.get("errors", ())),
+        tiles=facts.get("tiles"),
+        output=layer.output.name,
     )

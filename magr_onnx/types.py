@@ -7,7 +7,7 @@ Shapes used everywhere: a layer is ``Y = X W + b`` with ``X (n, K)``, ``W (K, N)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -137,6 +137,13 @@ def column_parts(k: int, n: int) -> list[slice]:
     count = max(1, -(-4 * k * n // COLUMN_BYTES))
     edges = [n * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def joined(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Objectives of two sets of columns, step by step, added up; the one that stopped earlier keeps its last."""
+    length = max(len(a), len(b))
+    long = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
+    return [x + y for x, y in zip(*long, strict=True)]
 
 
 def gram_type(k: int) -> type[np.float32] | type[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from magr_onnx import magr
 from magr_onnx.linalg import automatic_damping
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.quantizers.problem import damped_gram
-from magr_onnx.types import WeightSpec
+from magr_onnx.sketch import sketch, thinned
+from magr_onnx.types import Array, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,22 @@ class MagR(LayerPass):
             group_size=self.block_size,
             method=self.method,
         )
-        before, after = float(np.abs(job.weight).max()), float(np.abs(result.weights).max())
-        job.facts["magr"] = {
-            "iterations": result.iterations,
-            "converged": result.converged,
-            "objective": result.objective,
-            "objective_start": result.start,
-            "gap": result.gap,
-            "max_before": before,
-            "max_after": after,
-        }
+        job.facts["magr"] = facts_of(job.weight, result)
+        job.facts["weights"] = sketch(job.weight, result.weights, None)
         job.weight = result.weights
         job.changed = True
         return True
+
+
+def facts_of(weights: Array, result: magr.Reduction) -> dict[str, Any]:
+    """What MagR did to ``weights``, for the report."""
+    return {
+        "iterations": result.iterations,
+        "converged": result.converged,
+        "objective": result.objective,
+        "objective_start": result.start,
+        "gap": result.gap,
+        "max_before": float(np.abs(weights).max()),
+        "max_after": float(np.abs(result.weights).max()),
+        "trace": thinned(result.trace),
+    }

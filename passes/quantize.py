@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,9 @@ from magr_onnx.errors import OptionError
 from magr_onnx.linalg import layer_error
 from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
-from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem
+from magr_onnx.passes.magr import facts_of
+from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
+from magr_onnx.sketch import sketch, thinned, tile_headroom
 from magr_onnx.targets import find_target
 from magr_onnx.types import BITS, WeightSpec, activation_limits
 
@@ -155,14 +157,26 @@ class Quantize(LayerPass):
         )
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha)
         solution = QUANTIZERS[self.method](problem, options)
+        if solution.reduction is not None:
+            job.facts["magr"] = facts_of(job.weight, solution.reduction)
+        job.facts["weights"] = self._sketch(job, solution)
+        if problem.budget is not None:
+            job.facts["tiles"] = tile_headroom(solution.weight, problem.budget)
         job.quantized = solution.weight
         job.weight = solution.weight.dequantize()
         job.changed = True
         job.notes.extend(solution.notes)
         if solution.facts:
             job.facts["solver"] = solution.facts
+        if solution.errors:
+            job.facts["errors"] = thinned(solution.errors)
         job.facts["error"] = relative_error(job, centred)
         return True
+
+    def _sketch(self, job: Job, solution: Solution) -> dict[str, Any]:
+        """The weight before and after MagR, which ran in the solver, or in a pass before (then the target is what it was given)."""
+        reduced = job.weight if solution.reduction is None else solution.reduction.weights
+        return sketch(job.target, reduced if "magr" in job.facts else None, solution.weight)
 
 
 def relative_error(job: Job, centred: bool) -> float:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from magr_onnx.passes.bodies import bodies_of
-from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.linear import LinearLayer, layer_name
 from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
@@ -56,6 +56,20 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     kept = [(n, at) for n, at in level.items() if n not in constants]
     live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
     return Plan(stages, live)
+
+
+def depths(model: ir.Model, names: Collection[str]) -> dict[str, int]:
+    """How many of the layers called ``names`` are before each of them on the longest way from the inputs; those in bodies as the node
+    that holds these."""
+    level: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for node in model.graph:
+        at = max((level.get(name, 0) for name in reads(node)), default=0)
+        inside = (n for _, body in bodies_of(node) for n in body.all_nodes())
+        own = [name for name in map(layer_name, (node, *inside)) if name in names]
+        found |= dict.fromkeys(own, at)
+        level.update({str(v.name): at + bool(own) for v in node.outputs})
+    return found
 
 
 def apart(layers: Sequence[LinearLayer]) -> list[LinearLayer]:

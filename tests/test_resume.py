@@ -242,8 +242,8 @@ def truncated(content: bytes, trap: Path) -> bytes:
 
 
 def flipped(content: bytes, trap: Path) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+    at = content.index(b"\x93NUMPY") + 136  # among the values of the first array
+    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
 
 
 def empty(content: bytes, trap: Path) -> bytes:

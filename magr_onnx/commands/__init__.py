@@ -3,13 +3,14 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, validate, verify
+from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, report, validate, verify
 
 COMMANDS = {
     "optimize": optimize,
     "inspect": inspect,
     "validate": validate,
     "verify": verify,
+    "report": report,
     "passes": passes,
     "presets": presets,
     "olive-config": olive_config,

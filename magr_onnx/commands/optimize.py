@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from magr_onnx import api, console
+from magr_onnx import api, console, reporting
 from magr_onnx.arguments import (
     AccumulatorBitsOption,
     AccumulatorTileOption,
@@ -70,7 +71,7 @@ from magr_onnx.arguments import (
     Verbose,
 )
 from magr_onnx.choices import BiasName, EmbeddingsName, FormatName
-from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
@@ -85,7 +86,7 @@ onnx-magr optimize model.onnx --preset llm-int4 --calibration inputs.npz --save-
 
 onnx-magr optimize --recipe recipe.toml --bits 8
 
-onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.json
+onnx-magr optimize model.onnx --calibration batches/ --bits 2 --effort best --report report.html
 
 onnx-magr optimize model.onnx --bits 3 --block-size channel --calibration inputs.npz --validation heldout.npz
 
@@ -105,10 +106,18 @@ def optimize(
     calibration: CalibrationOption = None,
     validation: ValidationOption = None,
     report: ReportOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     preset: PresetOption = None,
     layer: LayerOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    requantize: Requantize = False,
     bits: BitsOption = None,
     block_size: BlockSizeOption = None,
     effort: EffortOption = None,
@@ -129,7 +138,6 @@ def optimize(
     accumulator_bits: AccumulatorBitsOption = None,
     accumulator_tile: AccumulatorTileOption = None,
     feedback: FeedbackOption = None,
-    cache: CacheOption = "2GB",
     low_rank: LowRankOption = 0,
     equalize: EqualizeOption = False,
     split_outliers: SplitOutliersOption = False,
@@ -141,20 +149,13 @@ def optimize(
     embeddings: EmbeddingsOption = EmbeddingsName.none,
     embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    requantize: Requantize = False,
     custom_ops: CustomOps = None,
-    mask: Mask = "auto",
-    batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
+    cache: CacheOption = "2GB",
     max_memory: MaxMemoryOption = None,
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
-    models: ModelsOption = None,
-    overwrite: OverwriteOption = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -169,21 +170,27 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    for file in (report, save_recipe):
-        if file is not None:
-            _check_written(file, {source, out, *({recipe} if recipe is not None and file is report else ())})
-    with console.watch(quiet or as_json, verbose) as (progress, on_layer):
+    reports = report or []
+    reporting.check(reports, {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
+    if save_recipe is not None:
+        raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
+    with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
-            result: Report | OptimizedFolder = optimize_folder(source, **watched)
+            folder = optimize_folder(source, **watched)
+            result: Report | OptimizedFolder = replace(folder, reports={n: _signed(r) for n, r in folder.reports.items()})
         else:
-            result = api.optimize(source, **watched).report
-    if report is not None:
-        for path, written in result.files(report).items() if isinstance(result, OptimizedFolder) else [(report, result)]:
-            path.write_text(written.to_json() + "\n", encoding="utf-8")
+            result = _signed(api.optimize(source, **watched).report)
+    for path in reports:
+        result.save(path)
     if save_recipe is not None:
-        asked.save(save_recipe, remarks([result] if isinstance(result, Report) else list(result.reports.values())))
+        asked.save(save_recipe, remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result]))
     console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
+
+
+def _signed(report: Report) -> Report:
+    """The report with the command that made it."""
+    return replace(report, command=console.command_line())
 
 
 def _output(model: Path) -> Path:
@@ -210,10 +217,3 @@ def _plain(name: str, value: Any) -> Any:
     value = value.value if isinstance(value, Enum) else value
     numeric = int in KEYS[name].types and isinstance(value, str) and value.isdigit()
     return int(value) if numeric else value
-
-
-def _check_written(file: Path, taken: set[Path]) -> None:
-    if not file.parent.is_dir():
-        raise OutputError(f"report folder {file.parent} of {file.name} does not exist; create it first")
-    if file.is_dir() or file.resolve() in {p.resolve() for p in taken}:
-        raise OutputError(f"{file} would overwrite a folder or a model; choose another name")

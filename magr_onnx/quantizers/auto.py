@@ -18,6 +18,7 @@ import numpy as np
 from magr_onnx import feedback, magr
 from magr_onnx.grid import choose
 from magr_onnx.linalg import automatic_damping, layer_error
+from magr_onnx.magr import Reduction
 from magr_onnx.quantizers import comq, coupled, gptq
 from magr_onnx.quantizers.problem import Options, Problem, Solution, damped_gram
 from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
@@ -57,18 +58,19 @@ def run(problem: Problem, options: Options) -> Solution:
         True if options.act_order is None else options.act_order,
     )
     if problem.budget is not None:
-        reduced = _reduced(problem.weights, stats, problem.centred, usual, spec)
-        return comq.run(replace(problem, weights=reduced), options)
+        reduced, reduction = _reduced(problem.weights, stats, problem.centred, usual, spec)
+        return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)
     choice, tried = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
     facts: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": tried}
     if problem.outputs is not None:
-        weight, facts["coupled_start"], facts["coupled"] = _coupled(problem, choice, options)
+        weight, errors, reduction = _coupled(problem, choice, options)
+        facts |= {"coupled_start": errors[0], "coupled": errors[-1]}
     else:
-        weight, errors = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
+        weight, errors, reduction = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
         facts |= {"error_start": errors[0], "error": errors[-1]}
     used = gptq.prepared(stats, problem.centred, choice.damping, choice.act_order).damping
     notes = () if used == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {used:g}",)
-    return Solution(weight, notes, facts)
+    return Solution(weight, notes, facts, errors, reduction)
 
 
 def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
@@ -112,11 +114,11 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
 
 def _solve(
     weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
-) -> tuple[QuantizedWeight, tuple[float, ...]]:
-    """One layer, or some columns of one; ``quick`` leaves out what hardly depends on the options."""
+) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
+    """One layer, or some columns of one, its error by sweep, and what MagR did; ``quick`` leaves out what hardly depends on the options."""
     gram = damped_gram(stats, centred, choice.damping)
     prepared = gptq.prepared(stats, centred, choice.damping, choice.act_order)
-    reduced = _reduced(weights, stats, centred, choice, spec)
+    reduced, reduction = _reduced(weights, stats, centred, choice, spec)
     start = gptq.solve(reduced, prepared, choose(reduced, spec, stats.objective_gram(centred).diagonal(), options.beta))
     refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
     errors = refined.errors
@@ -124,23 +126,24 @@ def _solve(
         weight = regrid(target, refined.weight, gram.astype(np.float32)) if spec.rows(len(weights)) <= MOST_ROWS else refined.weight
         refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale)
         errors += refined.errors[1:]
-    return refined.weight, errors
+    return refined.weight, errors, reduction
 
 
-def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, float, float]:
-    """The layer under the two-sided Hessian; E of its first pass, and at the end."""
+def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
+    """The layer under the two-sided Hessian, E after its first pass and by sweep, and what MagR did."""
     assert problem.outputs is not None
     outputs = coupled.damped_outputs(problem.outputs)
     gram = damped_gram(problem.stats, problem.centred, choice.damping)
-    reduced = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
+    reduced, reduction = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
     grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)
     blocks = coupled.blocks_of(outputs)
     start = coupled.solve(reduced, gptq.prepared(problem.stats, problem.centred, choice.damping, choice.act_order), grid, outputs, blocks)
     weight, errors = coupled.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
-    return weight, errors[0], errors[-1]
+    return weight, errors, reduction
 
 
-def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> Array:
+def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> tuple[Array, Reduction | None]:
     if choice.alpha == 0:
-        return weights
-    return magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size).weights
+        return weights, None
+    found = magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size)
+    return found.weights, found

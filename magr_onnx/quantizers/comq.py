@@ -22,7 +22,7 @@ from magr_onnx.accumulator import Budget, Room
 from magr_onnx.grid import Grid, blocks, stored
 from magr_onnx.quantizers import gptq, separable
 from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, column_parts
+from magr_onnx.types import Array, QuantizedWeight, column_parts, joined
 
 BLOCK = 64
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
@@ -98,7 +98,7 @@ def _in_parts(
         weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
         found = refine(np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget)
         codes[:, c], scales[:, c] = found.weight.codes, found.weight.scales
-        errors = separable.joined(errors, list(found.errors))
+        errors = joined(errors, found.errors)
     return Refined(QuantizedWeight(codes, scales, start.zero_points, start.spec), tuple(errors))
 
 
@@ -188,9 +188,9 @@ def run(problem: Problem, options: Options) -> Solution:
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
         weight, errors = separable.refine(problem.target, start.weight, options.sweeps, options.rescale)
-        return Solution(weight, start.notes, {"sweeps": len(errors) - 1, "error_start": errors[0], "error": errors[-1]})
+        return Solution(weight, start.notes, {"sweeps": len(errors) - 1, "error_start": errors[0], "error": errors[-1]}, tuple(errors))
     damping = problem.damping(options)
     gram = problem.damped_gram(damping)
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
     facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.facts
-    return Solution(refined.weight, start.notes, facts)
+    return Solution(refined.weight, start.notes, facts, refined.errors)

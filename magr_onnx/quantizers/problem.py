@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from magr_onnx.accumulator import Budget
 from magr_onnx.linalg import automatic_damping, damped
+from magr_onnx.magr import Reduction
 from magr_onnx.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
 
 
@@ -92,8 +93,12 @@ class Solution:
         weight: Codes and grid.
         notes: Anything out of the ordinary, as sentences.
         facts: Figures for the report.
+        errors: The layer error at the start and after every sweep, for solvers that have any.
+        reduction: What MagR did to the weights before, where the solver called it.
     """
 
     weight: QuantizedWeight
     notes: tuple[str, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
+    errors: tuple[float, ...] = ()
+    reduction: Reduction | None = None

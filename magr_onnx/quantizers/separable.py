@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.grid import Grid, blocks, stored
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.types import Array, QuantizedWeight, joined
 
 _VALUES = 1 << 22  # weights worked on at a time
 
@@ -45,13 +45,6 @@ def refine(
         codes[:, c], scales[:, c] = found.codes, found.scales
         errors = joined(errors, these)
     return QuantizedWeight(codes, scales, start.zero_points, start.spec), errors
-
-
-def joined(a: list[float], b: list[float]) -> list[float]:
-    """Errors of two sets of columns added up; the one that stopped earlier keeps its last."""
-    length = max(len(a), len(b))
-    long = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
-    return [x + y for x, y in zip(*long, strict=True)]
 
 
 def _refine(

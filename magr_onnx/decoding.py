@@ -1,0 +1,81 @@
+"""Plain data, as JSON has it, back to the dataclasses it was made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from magr_onnx.errors import ReportError
+
+T = TypeVar("T")
+
+_PLAIN: Mapping[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}  # as Python's own rules
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """The inverse of `magr_onnx.report.plain` of ``dataclasses.asdict``: lists become tuples, nested dictionaries their dataclasses.
+
+    A field that is missing takes its default and one that is not known is left out, so that versions can differ. None where there must be a
+    float stands for infinity, which JSON has not.
+
+    Args:
+        kind: A dataclass of numbers, text, tuples, dictionaries and other such dataclasses.
+        value: The data.
+        where: What to call it in errors.
+
+    Raises:
+        ReportError: A field without a default is missing, or a value is of another type.
+    """
+    found: T = _decode(kind, value, where)
+    return found
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _fields(kind, value, where)
+    if origin is types.UnionType or origin is typing.Union:
+        inner = [p for p in parts if p is not type(None)]
+        return None if value is None and len(inner) < len(parts) else _decode(inner[0], value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = [parts[0]] * len(value) if parts[-1] is ... else list(parts)
+        if len(kinds) == len(value):
+            return tuple(_decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(parts[1], v, f"{where}.{key}") for key, v in value.items()}
+    if kind is float and value is None:
+        return math.inf
+    if isinstance(value, _PLAIN.get(kind, ())):
+        return value
+    raise ReportError(f"{where}: found {_short(value)}, expected {_name(kind)}")
+
+
+def _fields(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ReportError(f"{where}: found {_short(value)}, expected {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    given = {}
+    missing = []
+    for f in dataclasses.fields(kind):
+        if f.name in value:
+            given[f.name] = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            missing.append(f.name)
+    if missing:
+        raise ReportError(f"{where}: {', '.join(missing)} missing; give a file that 'optimize --report FILE.json' wrote")
+    return kind(**given)
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

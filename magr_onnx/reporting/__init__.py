@@ -1,0 +1,96 @@
+"""Reports as pages: one HTML file each, with everything in it.
+
+The library of the plots (Vega-Lite) and the templates' (Jinja) are an extra, ``pip install 'onnx-magr[report]'``; what needs neither works
+without.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from magr_onnx.errors import OptionError, OutputError, raise_all
+
+if TYPE_CHECKING:
+    from magr_onnx.report import Report
+
+NEEDED = ("jinja2", "vl_convert")
+PAGES = (".html", ".htm")
+
+
+def page(report: Report) -> str:
+    """One report as HTML.
+
+    Raises:
+        OptionError: The extra ``report`` is not installed.
+    """
+    _check_extra("a page")
+    from magr_onnx.reporting.render import page
+
+    return page(report)
+
+
+def comparison(first: Report, second: Report) -> str:
+    """Two reports side by side as HTML, and what differs between them.
+
+    Raises:
+        OptionError: The extra ``report`` is not installed.
+    """
+    _check_extra("a page")
+    from magr_onnx.reporting.render import comparison
+
+    return comparison(first, second)
+
+
+def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:
+    """See that reports can be written to ``paths``, and are none of the files that are ``taken``.
+
+    Raises:
+        OutputError: A folder does not exist, or a file of the run would be overwritten.
+        OptionError: The suffix is neither of a page nor of JSON, or the extra ``report`` is not installed.
+    """
+    found = list(paths)
+    raise_all(OutputError, [p for path in found for p in misplaced(f"report {path}", path, taken)])
+    for path in found:
+        if path.suffix.lower() in PAGES:
+            _check_extra(f"report {path}")
+        elif path.suffix.lower() != ".json":
+            raise OptionError(f"report {path}: give a name that ends in .html (a page) or .json (data)")
+
+
+def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
+    """Why a small file cannot be written to ``path``."""
+    if not path.parent.is_dir():
+        return [f"{what}: folder {path.parent} does not exist; create it first"]
+    if path.is_dir() or path.resolve() in {p.resolve() for p in taken}:
+        return [f"{what} would overwrite a folder or a file of this run; choose another name"]
+    return []
+
+
+def save(report: Report, path: Path) -> None:
+    """See `Report.save`."""
+    check([path])
+    write(page(report) if path.suffix.lower() in PAGES else report.to_json() + "\n", path)
+
+
+def write(text: str, path: Path) -> None:
+    """A text file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"report {os.fspath(path)}: {error.strerror or error}") from error
+
+
+def _check_extra(what: str) -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"{what} needs the extra 'report' ({', '.join(missing)} not installed): pip install 'onnx-magr[report]'; JSON needs none"
+        )

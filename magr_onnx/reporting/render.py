@@ -1,0 +1,88 @@
+"""Templates, styles and scripts put together into one file that asks for nothing else."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from magr_onnx.report import Report, layer_notes, versions
+from magr_onnx.reporting import summary
+
+FOLDER = Path(__file__).resolve().parent / "templates"
+SCRIPTS = ("table.js", "charts.js", "details.js", "page.js")
+
+
+def page(report: Report) -> str:
+    """One report."""
+    lines = summary.lines_of(report)
+    values = {
+        "title": f"{summary.name_of(report)} · onnx-magr",
+        "report": report,
+        "lines": lines,
+        "cards": summary.cards(report),
+        "findings": summary.findings(report, lines),
+        "notes": [*report.notes, *layer_notes(report.layers)],
+        "skips": summary.skips(report),
+        "has": {
+            "running": any(line.running is not None for line in lines),
+            "peak": any(line.peak is not None for line in lines),
+            "sweeps": any(line.sweeps is not None for line in lines),
+            "headroom": any(line.headroom is not None for line in lines),
+            "activation": any((line.row.activation or {}).get("high") is not None for line in lines),
+            "tiles": any(line.row.tiles for line in lines),
+            "curves": any(line.row.errors or line.row.magr for line in lines),
+        },
+    }
+    return _render("report.html.jinja", values, [report])
+
+
+def comparison(first: Report, second: Report) -> str:
+    """Two reports side by side."""
+    names = [summary.result_of(r) for r in (first, second)]
+    values = {
+        "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
+        "names": names,
+        "reports": (first, second),
+        "rows": summary.compared(first, second),
+        "options": summary.options_compared(first, second),
+        "layers": summary.differences(first, second),
+    }
+    return _render("comparison.html.jinja", values, [first, second])
+
+
+def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str:
+    found = _templates().get_template(template)
+    return found.render(
+        **values,
+        made_by=f"onnx-magr {versions()['onnx-magr']}",
+        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        scripts=Markup("\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)),
+        library=_library(),
+        data=[_embedded(r) for r in reports],
+    )
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(FOLDER)
+    found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    found.filters |= {"duration": summary.duration, "decibels": summary.decibels}
+    return found
+
+
+@functools.cache
+def _library() -> Markup:
+    """Vega-Embed, with Vega-Lite and Vega; no text in it ends the element it stands in."""
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _embedded(report: Report) -> Markup:
+    """JSON for a script element: a name with ``</script>`` in it must not end that."""
+    text = json.dumps(report.to_dict(), separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

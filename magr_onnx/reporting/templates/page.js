@@ -1,0 +1,111 @@
+// What ties the page together. The plots' library is large: it is run only when the page has been painted.
+
+const root = document.documentElement;
+const reports = [...document.querySelectorAll(".report-data")].map((place) => JSON.parse(place.textContent));
+const sides = reports.map(withPlaces);
+const dialog = document.getElementById("details");
+let shown = null;
+
+// Layers as the table has them: by depth, with what the validation and the proof say of each.
+function withPlaces(report) {
+  const running = new Map((report.validation?.layers ?? []).map((m) => [m.layer, m.relative_error]));
+  const rooms = report.proof?.by_node ?? {};
+  const sorted = report.layers.map((l, i) => [l.depth ?? Infinity, i, l]).sort((a, b) => (a[0] === b[0] ? a[1] - b[1] : a[0] - b[0]));
+  return sorted.map(([, , l], at) => ({
+    errors: [],
+    ...l,
+    at,
+    shape: `${l.groups > 1 ? `${l.groups} × ` : ""}${l.k} × ${l.n}`,
+    running: running.get(l.output ?? l.name) ?? null,
+    headroom: rooms[l.emitted] ?? null,
+    peak: l.magr?.max_before ? 1 - l.magr.max_after / l.magr.max_before : null,
+    low: l.activation?.low,
+    high: l.activation?.high,
+  }));
+}
+
+const library = new Promise((done) => {
+  const run = () => {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("library").textContent;
+    document.head.append(script);
+    done();
+  };
+  requestAnimationFrame(() => setTimeout(run, 0));
+});
+
+async function plot(figure) {
+  await library;
+  const chart = CHARTS[figure.dataset.chart](sides, reports);
+  await draw(figure.querySelector(".plot"), chart, figure.querySelector("h3").textContent);
+}
+
+const seen = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    seen.unobserve(entry.target);
+    plot(entry.target);
+  }
+}, { rootMargin: "300px" });
+
+function plotAll() {
+  for (const figure of document.querySelectorAll("figure[data-chart]")) seen.observe(figure);
+  if (shown != null && dialog.open) fill(document.getElementById("details-body"), sides[0][shown]);
+}
+
+function show(index) {
+  shown = index;
+  document.getElementById("details-title").textContent = sides[0][index].name;
+  const others = visible();
+  document.getElementById("previous").disabled = others[0] === index;
+  document.getElementById("next").disabled = others[others.length - 1] === index;
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+  fill(document.getElementById("details-body"), sides[0][index]);
+}
+
+// Layers of the table in its order of now, without those filtered out.
+function visible() {
+  return [...document.querySelectorAll("#layers tbody tr:not([hidden])")].map((row) => Number(row.dataset.layer));
+}
+
+function step(by) {
+  const others = visible();
+  const next = others[others.indexOf(shown) + by];
+  if (next != null) show(next);
+}
+
+function switchTheme() {
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  plotAll();
+}
+
+function download() {
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(reports[0], null, 1)], { type: "application/json" }));
+  link.download = "report.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+document.getElementById("theme").addEventListener("click", switchTheme);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", plotAll);
+document.querySelectorAll("#layers").forEach(sortable);
+document.querySelectorAll(".filter input").forEach(filterable);
+document.getElementById("download")?.addEventListener("click", download);
+if (dialog) {
+  document.addEventListener("click", (event) => {
+    const place = event.target.closest("[data-layer]");
+    if (place) show(Number(place.dataset.layer));
+  });
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  dialog.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+  document.getElementById("close").addEventListener("click", () => dialog.close());
+  document.getElementById("previous").addEventListener("click", () => step(-1));
+  document.getElementById("next").addEventListener("click", () => step(1));
+}
+plotAll();

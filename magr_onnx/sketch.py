@@ -1,0 +1,101 @@
+"""A weight in a few dozen numbers, for the report: how its values are spread before and after MagR, and over the codes of its grid.
+
+Groups have grids of their own, so that no one grid can be drawn over a histogram of a block-wise weight. In units of the grid,
+``w / s + z``, all groups share one: the integers 0 to ``2^bits - 1``. The sketch has both: values, and values in units of their own grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.accumulator import Budget, column_pieces, extremes, log2_gap
+from magr_onnx.types import Array, QuantizedWeight
+
+BINS = 64  # at most, of every histogram
+POINTS = 50  # at most, of every curve
+SAMPLE = 1 << 22  # values looked at: more of a weight are thinned to every so many columns
+
+
+def sketch(before: Array, after: Array | None, weight: QuantizedWeight | None) -> dict[str, Any]:
+    """Histograms of a weight ``(K, N)``, as plain data.
+
+    Args:
+        before: The weight that MagR, or else the quantizer, was given.
+        after: What MagR made of it; None where it did not run.
+        weight: The codes; None where the weight stays float.
+
+    Returns:
+        ``of``, the number of values counted; ``low`` and ``high``, the range of the bins; ``before`` and ``after``, counts of values.
+        With a ``weight`` also ``grid``: the same in units of each group's own grid (``low``, ``high``, ``before``, ``after``; values
+        beyond are in the bins at the ends), ``top``, the largest code, and ``codes``, how often each is used (in at most `BINS` bins).
+    """
+    columns = np.arange(0, before.shape[1], max(1, -(-before.size // SAMPLE)))
+    first = before[:, columns].astype(np.float32, copy=False)
+    pair = [first, None if after is None else after[:, columns]]
+    low, high = float(first.min()), float(first.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    found: dict[str, Any] = {"of": first.size, "low": low, "high": high}
+    found |= _counted(pair, low, high, BINS)
+    if weight is not None:
+        found["grid"] = _on_grid(pair, weight, columns)
+    return found
+
+
+def _counted(pair: Sequence[Array | None], low: float, high: float, bins: int) -> dict[str, Any]:
+    """Histograms ``before`` and ``after``."""
+    return {name: None if a is None else _counts(a, low, high, bins) for name, a in zip(("before", "after"), pair, strict=True)}
+
+
+def _counts(values: npt.NDArray[Any], low: float, high: float, bins: int) -> list[int]:
+    """Values by bin; those beyond the range count in the bins at its ends."""
+    place = np.clip((values - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
+    found: list[int] = np.bincount(place.ravel(), minlength=bins).tolist()
+    return found
+
+
+def _on_grid(pair: Sequence[Array | None], weight: QuantizedWeight, columns: npt.NDArray[np.intp]) -> dict[str, Any]:
+    """Histograms in units of the grid: bins are a whole number a code, or codes a whole number a bin, so that none falls between."""
+    spec = weight.spec
+    rows = spec.group_of_row(len(weight.codes))
+    scales, zeros = weight.scales[:, columns], weight.zero_points[:, columns].astype(np.float32)
+    units = [None if a is None else a / scales[rows] + zeros[rows] for a in pair]
+    codes = spec.top + 1
+    margin = max(1, codes // 8)
+    span = codes + 2 * margin
+    bins = span * (BINS // span) if span <= BINS else max(b for b in range(1, BINS + 1) if span % b == 0)
+    low = -0.5 - margin
+    found: dict[str, Any] = {"low": low, "high": low + span} | _counted(units, low, low + span, bins)
+    used = np.bincount(weight.codes[:, columns].ravel(), minlength=codes)
+    return found | {"top": spec.top, "codes": used.reshape(min(codes, BINS), -1).sum(axis=1).tolist()}
+
+
+def thinned(curve: Sequence[float]) -> list[float]:
+    """At most `POINTS` of a curve, its ends among them, to seven digits."""
+    places = range(len(curve)) if len(curve) <= POINTS else np.linspace(0, len(curve) - 1, POINTS).round().astype(int)
+    return [_short(curve[i]) for i in places]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def tile_headroom(weight: QuantizedWeight, budget: Budget) -> dict[str, Any]:
+    """Headroom of the inner register in every tile along K, in bits, over all columns and all inputs.
+
+    Returns:
+        ``bits`` and ``tile`` of the accumulator, ``tiles``, how many there are, and ``headroom``: the least of every tile, or of as many
+        next to each other as leave `BINS`. None stands for tiles of zeros, which cannot overflow.
+    """
+    accumulator, raw = budget.accumulator, weight.raw()
+    bounds = [extremes(raw[:, c], accumulator.tile, budget.x_min, budget.x_max) for c in column_pieces(raw)]
+    lows = np.min([low.min(axis=1) for low, _ in bounds], axis=0)
+    highs = np.max([high.max(axis=1) for _, high in bounds], axis=0)
+    rooms = [log2_gap(int(low), int(high), accumulator.bits) for low, high in zip(lows, highs, strict=True)]
+    least = [min(part) for part in np.array_split(rooms, min(len(rooms), BINS))]
+    found = [_short(room) if np.isfinite(room) else None for room in least]
+    return {"bits": accumulator.bits, "tile": accumulator.tile, "tiles": len(rooms), "headroom": found}
