@@ -58,19 +58,28 @@ class OptimizedFolder:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
-    def save(self, path: Path) -> None:
-        """Write reports, as `Report.save`: of one model at ``path``; of several each beside it, as ``NAME.MODEL.html``, and as JSON
-        all together at ``path``.
+    def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
+        """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
+        if len(self.reports) == 1:
+            return {path: next(iter(self.reports.values()))}
+        stems = {name: _stem(name).replace("/", ".") for name in self.reports}
+        return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
 
-        Raises:
-            OptionError: The extra ``report`` is not installed, or the suffix is another.
-            OutputError: A file cannot be written.
-        """
-        several = len(self.reports) > 1
-        for name, report in self.reports.items():
-            report.save(path.with_name(f"{path.stem}.{_stem(name).replace('/', '.')}{path.suffix}") if several else path)
-        if several and path.suffix.lower() not in reporting.PAGES:
-            reporting.write(self.to_json() + "\n", path)
+    def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
+        """The same with another ``command`` and ``recipe`` in the reports."""
+        return replace(self, reports={name: report.asked_by(command, recipe) for name, report in self.reports.items()})
+
+    def save(self, path: Path) -> None:
+        """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
+        found = self.files(path)
+        for file, one in found.items():
+            if isinstance(one, Report):
+                one.save(file)
+            elif file.suffix.lower() in reporting.PAGES:
+                pages = [other.name for other in found if other != file]
+                reporting.write(reporting.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
+            else:
+                reporting.write(one.to_json() + "\n", file)
 
     def to_text(self, most: int | None = None) -> str:
         """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from magr_onnx.layerwise import LayerOptions
+
 
 def call(function: str, given: Mapping[str, Any]) -> str:
     """A Python call with the arguments that were given, by name; objects that have no short text are named by their type: ``<Module>``."""
@@ -14,7 +16,7 @@ def call(function: str, given: Mapping[str, Any]) -> str:
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same as plain data."""
-    return {name: value if value is None or isinstance(value, bool | int | float) else _plain(value) for name, value in _flat(given)}
+    return {name: _plain(value) for name, value in _flat(given)}
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -22,20 +24,28 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in given.items():
         if name == "options":
             yield from value.items()
-        elif name != "progress":
+        elif name == "layers":
+            yield name, [table.table if isinstance(table, LayerOptions) else dict(table) for table in value]
+        elif name not in ("progress", "on_layer"):
             yield name, value
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str | os.PathLike):
+    """Words and numbers as they are, and lists and tables of them; anything else by its type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) for v in value):
-        return [os.fspath(v) for v in value]
+    if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) or _is_table(v) for v in value):
+        return [v if isinstance(v, dict) else os.fspath(v) for v in value]
     return f"<{type(value).__name__}>"
 
 
+def _is_table(value: Any) -> bool:
+    """Options of a layer, as a table of a recipe has them."""
+    return isinstance(value, dict) and isinstance(value.get("match"), str | list | tuple)
+
+
 def _text(value: Any) -> str:
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
     found = _plain(value)
-    return found if isinstance(found, str) and found.startswith("<") and not isinstance(value, str | os.PathLike) else repr(found)
+    return found if isinstance(found, str) and not isinstance(value, str | os.PathLike) else repr(found)

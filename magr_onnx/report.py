@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from magr_onnx.runtime.validate import Validation
 
 MOST = 25
 """Layers in a table for a person in a hurry."""
+
 SCHEMA = 2
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
 
@@ -142,6 +143,7 @@ class Report:
         assignment: Mixed precision under a budget, if that was asked for.
         command: The command or the Python call that does the same again; paths are as they were given.
         options: What was asked for, defaults left out; objects that are no plain data are text.
+        recipe: The same as the text of a recipe, where the command line was used.
         schema: Version of this structure, as `SCHEMA`.
     """
 
@@ -162,6 +164,7 @@ class Report:
     assignment: Assignment | None = None
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,6 +203,10 @@ class Report:
         except OSError as error:
             raise ReportError(f"report {os.fspath(path)}: {error.strerror or error}") from error
         return cls.from_json(text, f"report {os.fspath(path)}")
+
+    def asked_by(self, command: str, recipe: str) -> Self:
+        """The same with another ``command`` and ``recipe``."""
+        return replace(self, command=command, recipe=recipe)
 
     def to_html(self) -> str:
         """A page that shows everything, in one file that needs no network.

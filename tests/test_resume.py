@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -242,8 +243,10 @@ def truncated(content: bytes, trap: Path) -> bytes:
 
 
 def flipped(content: bytes, trap: Path) -> bytes:
-    at = content.index(b"\x93NUMPY") + 136  # among the values of the first array
-    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        codes = archive.getinfo("codes.npy")
+    middle = codes.header_offset + codes.file_size // 2  # between the headers of the archive no bit matters
+    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
 
 
 def empty(content: bytes, trap: Path) -> bytes:

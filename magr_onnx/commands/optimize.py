@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -170,27 +169,21 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    reports = report or []
-    reporting.check(reports, {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
+    reporting.check(report or (), {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
     if save_recipe is not None:
         raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
     with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
-            folder = optimize_folder(source, **watched)
-            result: Report | OptimizedFolder = replace(folder, reports={n: _signed(r) for n, r in folder.reports.items()})
+            result: Report | OptimizedFolder = optimize_folder(source, **watched)
         else:
-            result = _signed(api.optimize(source, **watched).report)
-    for path in reports:
+            result = api.optimize(source, **watched).report
+    result = result.asked_by(console.command_line(), asked.to_text())
+    for path in report or ():
         result.save(path)
     if save_recipe is not None:
         asked.save(save_recipe, remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result]))
     console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
-
-
-def _signed(report: Report) -> Report:
-    """The report with the command that made it."""
-    return replace(report, command=console.command_line())
 
 
 def _output(model: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,18 @@ def comparison(first: Report, second: Report) -> str:
     from magr_onnx.reporting.render import comparison
 
     return comparison(first, second)
+
+
+def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
+    """A list of pages as HTML: by file name what to call the model, and its report.
+
+    Raises:
+        OptionError: The extra ``report`` is not installed.
+    """
+    _check_extra("a page")
+    from magr_onnx.reporting.render import index
+
+    return index(source, pages)
 
 
 def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from magr_onnx.report import Report, layer_notes, versions
+from magr_onnx.report import Report, layer_notes, megabytes, versions
 from magr_onnx.reporting import summary
 
 FOLDER = Path(__file__).resolve().parent / "templates"
@@ -56,6 +57,11 @@ def comparison(first: Report, second: Report) -> str:
     return _render("comparison.html.jinja", values, [first, second])
 
 
+def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
+    """A list of pages."""
+    return _render("index.html.jinja", {"title": f"{source} · onnx-magr", "pages": pages}, [])
+
+
 def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str:
     found = _templates().get_template(template)
     return found.render(
@@ -63,7 +69,7 @@ def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str
         made_by=f"onnx-magr {versions()['onnx-magr']}",
         style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
         scripts=Markup("\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)),
-        library=_library(),
+        library=_library() if reports else "",
         data=[_embedded(r) for r in reports],
     )
 
@@ -72,7 +78,7 @@ def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str
 def _templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(FOLDER)
     found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    found.filters |= {"duration": summary.duration, "decibels": summary.decibels}
+    found.filters |= {"duration": summary.duration, "decibels": summary.decibels, "megabytes": megabytes}
     return found
 
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -29,11 +30,15 @@ ARM64 = FOLDER / "arm64"
 def require(target: Target) -> None:
     """Skip the test where the target cannot run, or fail it where ONNX_MAGR_REQUIRE_EDGE=1 says that every target must."""
     reason = target.missing()
-    if reason is None:
-        return
+    if reason is not None:
+        refuse(target.name, reason)
+
+
+def refuse(name: str, reason: str) -> NoReturn:
+    """Skip the test, or fail it; see `require`."""
     if os.environ.get("ONNX_MAGR_REQUIRE_EDGE") == "1":
-        pytest.fail(f"{target.name}: {reason}")
-    pytest.skip(f"{target.name}: {reason}")
+        pytest.fail(f"{name}: {reason}")
+    pytest.skip(f"{name}: {reason}")
 
 
 def _host_saturates() -> bool | None:

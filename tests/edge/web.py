@@ -51,7 +51,7 @@ class Web(Target):
     saturates: bool | None = False
 
     def missing(self) -> str | None:
-        if _browser() is None:
+        if browser_path() is None:
             return f"none of {', '.join(BROWSERS)} is installed (.ci/edge does it)"
         if not (self.dist / "ort.wasm.min.mjs").is_file():
             return f"onnxruntime-web is not in {self.dist} (.ci/edge puts it there)"
@@ -66,14 +66,15 @@ class Web(Target):
         return [Answer(server.outputs.get(i, {}), errors_of[i]) for i in range(len(jobs))]
 
 
-def _browser() -> str | None:
+def browser_path() -> str | None:
+    """Where the browser is, if it is installed."""
     return next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 
 @contextlib.contextmanager
 def _open(url: str) -> Iterator[Path]:
     """The browser on a page, with a home of its own; yields the file of what it has to say."""
-    browser = _browser()
+    browser = browser_path()
     assert browser is not None
     with tempfile.TemporaryDirectory(prefix="onnx-magr-web-", ignore_cleanup_errors=True) as home:
         log = Path(home, "said.txt")

@@ -48,11 +48,11 @@ const CHARTS = {
         mark: { type: "bar", color: colour("fill"), cursor: "pointer" },
         encoding: { y: { field: "error", ...percentAxis("relative error") }, tooltip: tips("name", "shape", "bits", "error", "running") },
       },
-      {
+      ...(layers.some((l) => l.running != null) ? [{
         transform: [{ filter: "isValid(datum.running)" }],
         mark: { type: "line", point: { filled: true, size: 22, color: colour("second") }, color: colour("second"), strokeWidth: 1, opacity: 0.9 },
         encoding: { y: { field: "running", ...percentAxis("relative error") }, tooltip: tips("name", "error", "running") },
-      },
+      }] : []),
     ],
   }),
 

@@ -1,0 +1,354 @@
+"""Reports: what they record is true, JSON gives them back as they were, and pages that cannot be made are refused before the work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import magr_onnx
+from magr_onnx import Report, magr, sketch
+from magr_onnx.accumulator import Accumulator, Budget, log2_gap
+from magr_onnx.errors import OptionError, OutputError, ReportError
+from magr_onnx.passes.segments import depths
+from magr_onnx.report import SCHEMA, LayerRow
+from magr_onnx.types import WeightSpec
+from tests import graphs
+from tests.graphs import Builder, proto, random
+from tests.helpers import layer, random_quantized
+from tests.test_cli import run
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"bits": 3},
+    "integer": {"format": "qdq-int8", "bits": 4, "accumulator_bits": 16, "accumulator_tile": 16},
+    "mixed": {"effort": "fast", "target_size": "70%"},
+    "magr": {"pipeline_text": "magr{alpha=1e-3}"},
+    "nothing": {"pipeline_text": "magr{alpha=0}"},
+}
+
+
+def samples(count: int = 8, seed: int = 0) -> list[dict[str, Any]]:
+    return [graphs.feeds(graphs.chain(), seed=seed + i) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    """One of every kind, with validation."""
+    return {n: magr_onnx.optimize(graphs.chain(), samples(), validation_data=samples(3, 50), **o).report for n, o in RUNS.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_json_gives_the_report_back(reports: dict[str, Report], name: str, tmp_path: Path) -> None:
+    report = reports[name]
+    assert Report.from_json(report.to_json()) == report
+    report.save(tmp_path / "r.json")
+    assert Report.load(tmp_path / "r.json") == report
+    assert json.loads(report.to_json()) == report.to_dict()
+    assert report.schema == SCHEMA
+    assert (name == "nothing") == (report.validation is not None and report.validation.arithmetics["default"][0].sqnr_db == np.inf)
+    assert (report.assignment is not None) == (name == "mixed")
+    assert (report.proof is not None) == (name == "integer")
+
+
+def test_arrays_of_numbers_take_a_line(reports: dict[str, Report]) -> None:
+    text = reports["fast"].to_json()
+    counts = reports["fast"].layers[0].weights
+    assert counts is not None
+    assert json.dumps(counts["before"]) in text
+
+
+def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
+    old = reports["integer"].to_dict()
+    for name in ("schema", "command", "recipe", "options"):
+        del old[name]
+    del old["proof"]["by_node"]
+    for row in old["layers"]:
+        for name in ("weights", "errors", "tiles", "depth", "output"):
+            del row[name]
+        row["magr"].pop("trace", None)
+    found = Report.from_json(json.dumps(old))
+    assert found.schema == 1
+    assert found.command == ""
+    assert [row.name for row in found.layers] == [row.name for row in reports["integer"].layers]
+    assert found.layers[0].weights is None
+    assert "<html" in found.to_html()
+
+
+def test_what_is_no_report_is_refused(reports: dict[str, Report], tmp_path: Path) -> None:
+    good = reports["fast"].to_dict()
+    with pytest.raises(ReportError, match=r"newer onnx-magr \(schema 99, this one reads up to 2\)"):
+        Report.from_json(json.dumps({**good, "schema": 99}))
+    with pytest.raises(ReportError, match="report: source, bytes_before missing"):
+        Report.from_json(json.dumps({k: v for k, v in good.items() if k not in ("source", "bytes_before")}))
+    with pytest.raises(ReportError, match=r"report.layers\[0\].k: found 'many', expected int"):
+        Report.from_json(json.dumps({**good, "layers": [{**good["layers"][0], "k": "many"}]}))
+    with pytest.raises(ReportError, match=r"report.layers: found 3, expected tuple"):
+        Report.from_json(json.dumps({**good, "layers": 3}))
+    with pytest.raises(ReportError, match=r"found \[\], expected Report"):
+        Report.from_json("[]")
+    with pytest.raises(ReportError, match="not JSON"):
+        Report.from_json("{")
+    with pytest.raises(ReportError, match="No such file"):
+        Report.load(tmp_path / "none.json")
+
+
+def test_every_field_is_documented() -> None:
+    for kind in (Report, LayerRow):
+        assert kind.__doc__ is not None
+        assert [f.name for f in fields(kind) if f"        {f.name}: " not in kind.__doc__] == []
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [None, 16, 7])
+def test_histograms_count_every_weight_where_it_is(bits: int, group: int | None) -> None:
+    spec = WeightSpec(bits, group)
+    weight = random_quantized(45, 30, spec)
+    before = weight.dequantize() + random(45, 30, seed=1, scale=0.05)
+    after = before * np.float32(0.9)
+    found = sketch.sketch(before, after, weight)
+    assert found["of"] == before.size
+    for name, values in (("before", before), ("after", after)):
+        expected = np.histogram(values, sketch.BINS, (found["low"], found["high"]))[0]
+        assert sum(found[name]) == values.size
+        assert np.abs(np.array(found[name]) - expected).sum() <= 4  # edges fall to one side or the other in float32
+        units = values / weight.scales[spec.group_of_row(45)] + weight.zero_points[spec.group_of_row(45)]
+        grid = found["grid"]
+        inside = units[(units > grid["low"]) & (units < grid["high"])]
+        expected = np.histogram(inside, len(grid[name]), (grid["low"], grid["high"]))[0]
+        expected[[0, -1]] += [(units <= grid["low"]).sum(), (units >= grid["high"]).sum()]
+        assert np.abs(np.array(grid[name]) - expected).sum() <= 4
+    assert len(grid["before"]) <= sketch.BINS
+    assert grid["low"] < -0.5
+    assert grid["high"] > grid["top"] + 0.5
+    assert sum(grid["codes"]) == before.size
+    if bits <= 6:
+        assert grid["codes"] == np.bincount(weight.codes.ravel(), minlength=2**bits).tolist()
+
+
+def test_weights_on_the_grid_are_in_the_bins_of_its_codes() -> None:
+    weight = random_quantized(64, 20, WeightSpec(4, 16))
+    grid = sketch.sketch(weight.dequantize(), None, weight)["grid"]
+    edges = np.linspace(grid["low"], grid["high"], len(grid["before"]) + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    by_code = [int(np.array(grid["before"])[np.abs(middles - code) < 0.5].sum()) for code in range(16)]
+    assert by_code == grid["codes"]
+    assert grid["after"] is None
+
+
+def test_large_weights_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch, "SAMPLE", 100)
+    found = sketch.sketch(random(10, 35), None, None)
+    assert found["of"] == sum(found["before"]) == 90  # every fourth column
+
+
+def test_a_constant_weight_has_a_histogram() -> None:
+    found = sketch.sketch(np.full((4, 3), 2.0, np.float32), None, None)
+    assert sum(found["before"]) == 12
+    assert found["low"] < 2 < found["high"]
+
+
+def test_curves_keep_their_ends() -> None:
+    assert sketch.thinned([3.0, 2.0, 1.0]) == [3, 2, 1]
+    long = sketch.thinned(np.linspace(1, 0, 999).tolist())
+    assert len(long) == sketch.POINTS
+    assert (long[0], long[-1]) == (1, 0)
+    assert long == sorted(long, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["fista", "authors"])
+def test_the_trace_of_magr_is_its_objective(method: Any) -> None:
+    weights, gram = layer(40, 12)
+    whole = magr.reduce(weights, gram, alpha=1e-2, method=method)
+    assert whole.trace[0] == whole.start
+    assert whole.trace[-1] == whole.objective
+    assert len(whole.trace) == whole.iterations + 1
+    for steps in (1, 3):  # the same run, ended early
+        early = magr.reduce(weights, gram, alpha=1e-2, method=method, max_iterations=steps, tolerance=0)
+        assert early.trace == pytest.approx(whole.trace[: steps + 1], rel=1e-5)
+        difference = (early.weights - weights).astype(np.float64)
+        value = 0.5 * np.sum(difference * (gram @ difference)) + early.penalty * np.abs(early.weights).max(axis=0).sum()
+        assert early.trace[-1] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("tile", [None, 16, 7])
+def test_headroom_by_tile_is_that_of_the_worst_column(tile: int | None) -> None:
+    weight = random_quantized(50, 9, WeightSpec(4, None))
+    budget = Budget(Accumulator(20, tile), -128, 127)
+    found = sketch.tile_headroom(weight, budget)
+    size = tile or 50
+    expected = []
+    for at in range(0, 50, size):
+        codes = weight.raw()[at : at + size].astype(int)
+        highest = np.maximum(codes * 127, codes * -128).sum(axis=0).max()
+        lowest = np.minimum(codes * 127, codes * -128).sum(axis=0).min()
+        expected.append(log2_gap(int(lowest), int(highest), 20))
+    assert found["headroom"] == pytest.approx(expected, rel=1e-6)
+    assert (found["bits"], found["tile"], found["tiles"]) == (20, tile, len(expected))
+
+
+def test_what_a_run_records_of_its_layers(reports: dict[str, Report]) -> None:
+    for name in ("fast", "balanced", "integer", "mixed"):
+        for row in reports[name].layers:
+            assert row.weights is not None
+            assert sum(row.weights["before"]) == sum(row.weights["grid"]["codes"]) == row.k * row.n
+            assert (row.weights["after"] is None) == (row.magr is None)
+            if row.magr is not None:
+                assert row.magr["trace"][-1] == pytest.approx(row.magr["objective"], rel=1e-6)
+    fast = reports["fast"]
+    assert [row.depth for row in fast.layers] == list(range(len(fast.layers)))
+    assert fast.validation is not None
+    assert {row.output for row in fast.layers} == {m.layer for m in fast.validation.layers}
+    assert all(row.errors and row.errors[-1] <= row.errors[0] for row in fast.layers)
+    integer = reports["integer"]
+    assert integer.proof is not None
+    assert {row.emitted for row in integer.layers} == set(integer.proof.by_node)
+    for row in integer.layers:
+        assert row.tiles is not None
+        assert row.emitted is not None
+        assert min(row.tiles["headroom"]) == pytest.approx(integer.proof.by_node[row.emitted], abs=1e-6)
+    only = reports["magr"].layers[0]
+    assert only.weights is not None
+    assert "grid" not in only.weights
+
+
+def test_codes_of_the_report_are_those_of_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(graphs.chain(), samples(), output=out, effort="fast", format="qdq", block_size=16)
+    stored = [
+        node.inputs[0].const_value for node in ir.load(out).graph if node.op_type == "DequantizeLinear" and node.inputs[0] is not None
+    ]
+    codes = [array.numpy().astype(int) for array in stored if array is not None]
+    assert len(codes) == len(report.layers)
+    for row, own in zip(report.layers, codes, strict=True):
+        assert row.weights is not None
+        assert np.bincount(own.ravel(), minlength=16).tolist() == row.weights["grid"]["codes"]
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_convolutions_and_tables_have_histograms_too(group: int) -> None:
+    b = Builder()
+    ids = b.input("ids", ["batch", 6], ir.DataType.INT64)
+    rows = b.node("Gather", [b.constant("table", random(400, 32)), ids], "gather")
+    turned = b.node("Transpose", [rows], "turn", perm=[0, 2, 1])
+    model = b.model(b.node("Conv", [turned, b.constant("kernel", random(8, 32 // group, 3))], "conv", group=group), ["batch", 8, 4])
+    data = [{"ids": np.random.default_rng(i).integers(0, 400, (4, 6))} for i in range(4)]
+    _, report = magr_onnx.optimize(model, data, effort="fast", embeddings="dequantize", conv_bits=4)
+    assert [row.op for row in report.layers] == ["Gather", "Conv"]
+    for row in report.layers:
+        assert row.weights is not None
+        assert row.weights["of"] == sum(row.weights["grid"]["codes"]) == row.k * row.n * row.groups
+
+
+def test_depth_is_the_longest_way() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 8])
+    one = b.node("MatMul", [x, b.constant("a", random(8, 8))], "one")
+    two = b.node("MatMul", [b.node("Relu", [one]), b.constant("b", random(8, 8))], "two")
+    beside = b.node("MatMul", [x, b.constant("c", random(8, 8))], "beside")
+    last = b.node("MatMul", [b.node("Add", [two, beside]), b.constant("d", random(8, 8))], "last")
+    model = b.model(last, ["batch", 8])
+    assert depths(model, {"one", "two", "beside", "last"}) == {"one": 0, "two": 1, "beside": 0, "last": 2}
+    assert depths(model, {"two", "last"}) == {"two": 0, "last": 1}
+
+
+def test_the_call_of_a_report_does_the_same_again(tmp_path: Path) -> None:
+    onnx.save(proto(graphs.chain()), tmp_path / "model.onnx")
+    np.savez(tmp_path / "inputs.npz", **graphs.feeds(graphs.chain(), rows=32))  # type: ignore[arg-type]
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["no*"])
+    first = out.read_bytes()
+    out.unlink()
+    eval(report.command, {"magr_onnx": magr_onnx})
+    assert out.read_bytes() == first
+    assert report.options["bits"] == 3
+    assert report.options["exclude"] == ["no*"]
+    assert "progress" not in report.options
+
+
+def test_options_of_layers_are_in_the_call() -> None:
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", layers=[{"match": "*down*", "bits": 8}]).report
+    assert report.options["layers"] == [{"match": "*down*", "bits": 8}]
+    assert "layers=[{'match': '*down*', 'bits': 8}]" in report.command
+
+
+def test_calls_name_the_type_of_what_has_no_text() -> None:
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", progress=lambda *_: None).report
+    assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
+    assert report.options == {"model": "<Model>", "calibration": "<list>", "effort": "fast"}
+
+
+def test_reports_of_the_command_line(tmp_path: Path) -> None:
+    onnx.save(proto(graphs.chain()), tmp_path / "m.onnx")
+    done = run("optimize", "m.onnx", "-o", "o.onnx", "-q", "--report", "r.html", "--report", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = Report.load(tmp_path / "r.json")
+    assert report.command == "onnx-magr optimize m.onnx -o o.onnx -q --report r.html --report r.json"
+    assert (tmp_path / "r.html").read_text() == report.to_html()
+    (tmp_path / "again.toml").write_text(report.recipe)
+    first = (tmp_path / "o.onnx").read_bytes()
+    (tmp_path / "o.onnx").unlink()
+    assert run("optimize", "--recipe", "again.toml", "-q", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o.onnx").read_bytes() == first
+    again = run("report", "r.json", "-o", "again.html", cwd=tmp_path)
+    assert again.stdout == "again.html\n"
+    assert (tmp_path / "again.html").read_text() == report.to_html()
+    both = run("report", "r.json", "r.json", cwd=tmp_path)
+    assert both.stdout == "r_r.html\n"
+    assert "onnx-magr comparison" in (tmp_path / "r_r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("optimize", "m.onnx", "--report", "r.txt"), "report r.txt: give a name that ends in .html (a page) or .json (data)"),
+        (("optimize", "m.onnx", "--report", "m.onnx"), "would overwrite"),
+        (("report", "m.onnx"), "m.onnx: not JSON"),
+        (("report", "none.json"), "No such file"),
+        (("report", "a.json", "b.json", "c.json"), "3 reports given"),
+        (("report", "a.json", "-o", "page.pdf"), "page.pdf: give a name that ends in .html"),
+    ],
+)
+def test_wrong_names_are_explained(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    onnx.save(proto(graphs.matmul()), tmp_path / "m.onnx")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert said in " ".join(done.stderr.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
+
+
+def test_without_the_extra_pages_are_refused_before_the_work_and_json_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = magr_onnx.optimize(graphs.matmul()).report
+    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
+    with pytest.raises(OptionError, match=r"vl_convert not installed\): pip install 'onnx-magr\[report\]'; JSON needs none"):
+        magr_onnx.reporting.check([tmp_path / "r.html"])
+    with pytest.raises(OptionError, match="a page needs the extra"):
+        report.to_html()
+    report.save(tmp_path / "r.json")
+    assert Report.load(tmp_path / "r.json") == report
+
+
+def test_a_report_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
+    report = magr_onnx.optimize(graphs.matmul()).report
+    with pytest.raises(OutputError, match=r": folder .* does not exist"):
+        report.save(tmp_path / "no" / "r.json")
+    with pytest.raises(OptionError, match=r"ends in \.html"):
+        report.save(tmp_path / "r.pdf")
+
+
+def test_names_cannot_break_out_of_a_page() -> None:
+    b = Builder()
+    bad = "</script><script>alert(1)</script><b>&amp;"
+    x = b.input("x", ["batch", 8])
+    model = b.model(b.node("MatMul", [x, b.constant("w", random(8, 8))], bad), ["batch", 8])
+    report = magr_onnx.optimize(model).report
+    assert report.layers[0].name == bad
+    page = report.to_html()
+    assert "<script>alert" not in page
+    assert asdict(report)["layers"][0]["name"] == bad
