@@ -32,6 +32,7 @@ def test_wheel_has_every_module_and_the_bundled_model(wheel: zipfile.ZipFile) ->
         if not any(part in {"__pycache__"} for part in p.parts)
     }
     data = {f"magr_onnx/models/tiny_lm/{n}" for n in ("model.onnx", "calibration.npz", "heldout.npz", "tokenizer.json")}
+    data |= {str(p.relative_to(ROOT)) for p in (ROOT / "magr_onnx" / "reporting" / "templates").iterdir()}
     assert names == expected | data | {"magr_onnx/py.typed", "magr_onnx/models/README.md"}
     assert not any(n.startswith(("passes/", "runtime/", "models/", "tests/")) for n in names)
 
@@ -45,7 +46,8 @@ def test_wheel_needs_no_torch(wheel: zipfile.ZipFile) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, magr_onnx.cli; print([m for m in ('torch', 'matplotlib', 'scipy', 'transformers') if m in sys.modules])"
+    heavy = ("torch", "matplotlib", "scipy", "transformers", "jinja2", "vl_convert")
+    code = f"import sys, magr_onnx.cli; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
 
