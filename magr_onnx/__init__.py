@@ -17,6 +17,7 @@ from magr_onnx.errors import (
     ReportError,
     RuntimeFailure,
 )
+from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.presets import PRESETS, Preset
@@ -42,6 +43,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Optimized",
+    "OptimizedFolder",
     "OptionError",
     "Options",
     "OutputError",
@@ -60,6 +62,7 @@ __all__ = [
     "build_pipeline",
     "inspect",
     "optimize",
+    "optimize_folder",
     "validate",
     "verify",
 ]

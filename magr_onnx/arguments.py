@@ -25,9 +25,9 @@ from magr_onnx.passes.pipeline import PASSES
 from magr_onnx.presets import PRESETS
 from magr_onnx.targets import TARGETS
 
-DATA, RECIPES, WEIGHTS = "Data and output", "Recipes and presets", "Bits, formats and accuracy"
+DATA, RECIPES, LAYERS, WEIGHTS = "Data and output", "Recipes and presets", "Which layers", "Bits, formats and accuracy"
 FINE, OTHERS, INTEGERS = "Fine tuning of the solvers", "Convolutions and embeddings", "Integer layers and accumulators"
-LARGE, TERMINAL = "Large models and where it runs", "What is printed"
+LARGE = "Large models and where it runs"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[
@@ -35,26 +35,45 @@ Verbose = Annotated[
     typer.Option(
         "--verbose",
         "-v",
-        help="Print stages, memory and every layer as it is finished, whole tables and lists, and where unexpected errors come from.",
+        help="Say everything: stages, memory, layers as they are finished, whole lists, where unexpected errors come from.",
         callback=console.be_verbose,
     ),
 ]
-Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.")]
-Mask = Annotated[str, typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.")]
+Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda, or an onnxruntime provider name.", rich_help_panel=LARGE)]
+Mask = Annotated[
+    str,
+    typer.Option("--mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.", rich_help_panel=DATA),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch when a stacked .npz is cut up.", rich_help_panel=DATA)]
 DecodeSteps = Annotated[
     int,
-    typer.Option("--decode-steps", min=0, help="Decoders with a cache: last tokens of each sample that are fed once more, one by one."),
+    typer.Option(
+        "--decode-steps",
+        min=0,
+        help="Decoders with a cache: last tokens of each sample that are fed once more, one by one.",
+        rich_help_panel=DATA,
+    ),
 ]
-Include = Annotated[list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.", rich_help_panel=LAYERS)
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.", rich_help_panel=LAYERS)
+]
 
 CustomOps = Annotated[
     list[Path] | None,
-    typer.Option("--custom-ops", metavar="FILE", help="Shared library with custom operators of the model; may be given again."),
+    typer.Option(
+        "--custom-ops", metavar="FILE", help="Shared library with custom operators of the model; may be given again.", rich_help_panel=LARGE
+    ),
 ]
 Requantize = Annotated[
-    bool, typer.Option("--requantize", help="Take weights that are quantized already for the floats they stand for, and quantize those.")
+    bool,
+    typer.Option(
+        "--requantize",
+        help="Take weights that are quantized already for the floats they stand for, and quantize those.",
+        rich_help_panel=LAYERS,
+    ),
 ]
 
 
@@ -92,7 +111,7 @@ PresetOption = Annotated[
         metavar="NAME",
         help=f"Options to start from: {', '.join(PRESETS)}; see 'onnx-magr presets'.",
         rich_help_panel=RECIPES,
-        autocompletion=lambda: [(name, preset.summary) for name, preset in PRESETS.items()],
+        autocompletion=lambda: [(name, preset.summary.partition(":")[0]) for name, preset in PRESETS.items()],
     ),
 ]
 LayerOption = Annotated[

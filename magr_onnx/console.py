@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -82,18 +83,18 @@ class _Watch:
 
 
 @contextmanager
-def watch(quiet: bool = False, verbose: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
+def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
     """Callbacks for the steps and the layers of a run.
 
     They draw bars on standard error, with time left, if that is a terminal. Lines about every stage and layer are for those who want
     them. In a pipe there is nothing else.
     """
     terminal = errors.is_terminal and not errors.is_dumb_terminal
-    if quiet or not (terminal or verbose):
+    if quiet or not (terminal or _verbose):
         yield None, None
         return
     if not terminal:
-        watching = _Watch(None, verbose)
+        watching = _Watch(None, _verbose)
         yield watching.step, watching.layer
         return
     columns = (
@@ -105,7 +106,7 @@ def watch(quiet: bool = False, verbose: bool = False) -> Iterator[tuple[Steps | 
         TextColumn("left"),
     )
     with _Bars(*columns, console=errors, transient=True) as bars:
-        watching = _Watch(bars, verbose)
+        watching = _Watch(bars, _verbose)
         yield watching.step, watching.layer
 
 
@@ -137,7 +138,7 @@ def explain(error: Exception) -> None:
     lines = str(error).splitlines()
     if len(lines) > LINES and not _verbose:
         lines = [*lines[: LINES - 1], f"  ... and {len(lines) - LINES + 1} more (--verbose shows all)"]
-    errors.print(Text("error: ", style="bold red") + Text("\n".join(lines)), soft_wrap=not errors.is_terminal)
+    _error("\n".join(lines))
 
 
 def apologize(error: Exception, version: str) -> None:
@@ -152,7 +153,18 @@ def apologize(error: Exception, version: str) -> None:
         where = f"The traceback is in {Path(file.name)} (--verbose prints it)."
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     explanation = f"this should not have happened ({said}). No output was changed. Please report it with the traceback. {where}"
-    errors.print(Text("error: ", style="bold red") + Text(f"onnx-magr {version}: {explanation}"), soft_wrap=not errors.is_terminal)
+    _error(f"onnx-magr {version}: {explanation}")
+
+
+def _error(text: str) -> None:
+    """The message; on a terminal in lines that fit it, later ones indented."""
+    text = f"error: {text}"
+    if errors.is_terminal:
+        wrapped = (textwrap.wrap(line, errors.width, subsequent_indent="    ", break_on_hyphens=False) for line in text.splitlines())
+        text = "\n".join("\n".join(lines) for lines in wrapped)
+    shown = Text(text)
+    shown.stylize("bold red", 0, len("error:"))
+    errors.print(shown)
 
 
 def command_line() -> str:

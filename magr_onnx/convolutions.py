@@ -6,7 +6,7 @@ A group of channels is a job like any linear layer. Groups that are many and sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
-from magr_onnx.passes.conv import ConvLayer, Convolutions, ConvReason, find
+from magr_onnx.passes.conv import ConvLayer, ConvReason, find
+from magr_onnx.passes.convolutions import Convolutions, units
 from magr_onnx.passes.emit_conv import emit
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
@@ -131,10 +132,10 @@ def convert(
     if demand is None or not layers:
         return result
     integer = _integer(model, passes)
-    units = _units(layers)
-    ordered = [layer for unit in units for layer in unit]
+    groups = units(layers)
+    ordered = [layer for unit in groups for layer in unit]
     unmeasured = {} if data is None else patches.unmeasured(model, ordered, data, provider, patch_limit)
-    left = iter(units)
+    left = iter(groups)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
     for group in patches.plan(ordered, gram_budget):
@@ -155,14 +156,6 @@ def convert(
     order = {layer.name: i for i, layer in enumerate(layers)}
     result.rows.sort(key=lambda row: order[row.name])
     return result
-
-
-def _units(layers: Iterable[ConvLayer]) -> list[list[ConvLayer]]:
-    """Layers that share a weight together."""
-    found: dict[Hashable, list[ConvLayer]] = {}
-    for layer in layers:
-        found.setdefault((id(layer.held.stored), layer.held.way, layer.op, layer.group), []).append(layer)
-    return list(found.values())
 
 
 def _convert(

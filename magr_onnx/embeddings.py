@@ -1,25 +1,19 @@
-"""Tables of embeddings on their way to integer rows: a grid searched for every block, then rounding.
-
-No calibration is needed: how often a token occurs weighs whole rows, and no row takes from another.
-"""
+"""Tables of embeddings on their way to integer rows, with what the report says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.convolutions import Converted
-from magr_onnx.grid import search
 from magr_onnx.passes import LayerPass, Skip
-from magr_onnx.passes.gather import Embeddings, Table, TableReason, emit, find
+from magr_onnx.passes.embeddings import Embeddings, quantize, units
+from magr_onnx.passes.gather import Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
 from magr_onnx.report import LayerRow
 from magr_onnx.sketch import sketch
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
-
-CHUNK = 1 << 22  # values treated at a time
 
 
 def look(
@@ -39,7 +33,7 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
     tables, skips = look(work, passes, include, exclude)
     result = Converted(skips=skips)
     demand = _wanted(passes)
-    for unit in _units(tables) if demand is not None else ():
+    for unit in units(tables) if demand is not None else ():
         assert demand is not None
         names, spec, array = [t.weight_name for t in unit], demand.spec(unit[0].dtype), unit[0].array()
         weight = quantize(array, spec)
@@ -74,26 +68,5 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
     return result
 
 
-def quantize(table: Array, spec: WeightSpec) -> QuantizedWeight:
-    """Nearest codes of every row of ``table (rows, width)`` on searched grids, as a weight ``(width, rows)``."""
-    rows, width = table.shape
-    step = max(1, CHUNK // width)
-    parts = []
-    for at in range(0, rows, step):
-        part = np.ascontiguousarray(table[at : at + step].T.astype(np.float32))
-        grid = search(part, spec, np.ones(width))
-        parts.append(grid.weight(grid.codes(part)))
-    codes, zeros = np.concatenate([p.codes for p in parts], axis=1), np.concatenate([p.zero_points for p in parts], axis=1)
-    return QuantizedWeight(codes, np.concatenate([p.scales for p in parts], axis=1), zeros, spec)
-
-
 def _wanted(passes: Sequence[LayerPass]) -> Embeddings | None:
     return next((p for p in passes if isinstance(p, Embeddings)), None)
-
-
-def _units(tables: Iterable[Table]) -> list[list[Table]]:
-    """Gathers of one table together."""
-    found: dict[Hashable, list[Table]] = {}
-    for table in tables:
-        found.setdefault((id(table.held.stored), table.held.way), []).append(table)
-    return list(found.values())

@@ -16,17 +16,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
 from magr_onnx import files, locking, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
 from magr_onnx.report import Report, megabytes, wrapped
-from magr_onnx.runtime import texts
-from magr_onnx.runtime.data import Source, open_data
+from magr_onnx.runtime import calibrate, decoders, texts
+from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
 from magr_onnx.writing import data_files
 from magr_onnx.writing import explained as advice
 
+_MASK = InputInfo(calibrate.DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding in text; a decoder with a cache is fed none
 FolderSource = Source | Mapping[str, Source | None]
 
 
@@ -58,7 +62,7 @@ class OptimizedFolder:
         """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
         if len(self.reports) == 1:
             return {path: next(iter(self.reports.values()))}
-        stems = {name: name.removesuffix(".onnx").replace("/", ".") for name in self.reports}
+        stems = {name: _stem(name).replace("/", ".") for name in self.reports}
         return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
 
     def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
@@ -94,15 +98,12 @@ class OptimizedFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model to optimize: its path in the folder, the files it reads its data from, and what it is fed."""
+    """A model to optimize: its path in the folder, the files it reads its data from, and what to calibrate and to judge it with."""
 
     name: str
     external: frozenset[Path]
-    inputs: tuple[InputInfo, ...]
-
-    @property
-    def stem(self) -> str:
-        return self.name.removesuffix(".onnx")
+    data: Source | None
+    held: Source | None
 
 
 @explained
@@ -143,10 +144,8 @@ def optimize_folder(
     source, out = Path(folder), Path(output)
     names = _names(source, models)
     raise_all(OutputError, _check_output(source, out, names, overwrite))
-    found = _read(source, names)
     size = int(arguments.get("batch_size", 16))
-    data = _sources(calibration, source, found, size, "calibration")
-    held = _sources(validation_data, source, found, size, "validation")
+    found = _read(source, _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation"), size)
     reports: dict[str, Report] = {}
     carried = _carried(source, found)
     try:
@@ -160,10 +159,10 @@ def optimize_folder(
                 (part / model.name).parent.mkdir(parents=True, exist_ok=True)
                 result = optimize(
                     source / model.name,
-                    data[model.name],
+                    model.data,
                     output=part / model.name,
-                    validation_data=held[model.name],
-                    resume=None if resume is None else Path(resume) / model.stem,
+                    validation_data=model.held,
+                    resume=None if resume is None else Path(resume) / _stem(model.name),
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
@@ -188,7 +187,7 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".onnx"), pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_stem(name), pattern)
 
 
 def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:
@@ -208,18 +207,36 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
 
 
-def _read(folder: Path, names: Sequence[str]) -> list[_Model]:
-    """All models read and checked once, so that no long work is done for a folder of which one cannot be read."""
-    found, problems = [], []
-    for name in names:
+def _read(folder: Path, data: Mapping[str, Source | None], held: Mapping[str, Source | None], batch_size: int) -> list[_Model]:
+    """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
+    found, models, sources = [], [], []
+    for name in data:
         try:
             loaded = files.load(folder / name)
         except MagrError as error:
-            problems.append(str(error))
-        else:
-            found.append(_Model(name, loaded.external, inputs_of(loaded.model)))
-    raise_all(ModelError, problems)
+            models.append(str(error))
+            continue
+        try:
+            opened = [_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name])]
+            found.append(_Model(name, loaded.external, *opened))
+        except MagrError as error:
+            sources.append(f"{name}: {error}")
+    raise_all(ModelError, models)
+    raise_all(CalibrationError, sources)
     return found
+
+
+def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:
+    """The source, once it is known to fit; text as batches."""
+    if not isinstance(source, str | os.PathLike):
+        return source
+    path = Path(source)
+    if path.suffix != ".txt":
+        decoders.open_for(model, path, batch_size, runs=None)
+        return path
+    decoder = decoders.recognise(model)
+    wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
+    return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, wanted, batch_size)
 
 
 def _carried(folder: Path, models: Sequence[_Model]) -> list[Path]:
@@ -231,66 +248,44 @@ def _carried(folder: Path, models: Sequence[_Model]) -> list[Path]:
     return sorted(p.relative_to(folder) for p in every if p.resolve() not in gone)
 
 
-def _sources(given: FolderSource | None, folder: Path, models: Sequence[_Model], batch_size: int, what: str) -> dict[str, Source | None]:
-    """Where each model's data comes from, opened once to see that it fits."""
-    found: dict[str, Source | None] = {}
-    problems: list[str] = []
-    by_model = _by_model(given, models, what)
-    for model in models:
-        try:
-            found[model.name] = _opened(by_model[model.name], folder, model, batch_size)
-        except MagrError as error:
-            problems.append(f"{model.name}: {error}" if len(models) > 1 else str(error))
-    raise_all(CalibrationError, problems)
-    return found
-
-
-def _opened(source: Source | None, folder: Path, model: _Model, batch_size: int) -> Source | None:
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.suffix == ".txt":
-            beside = (folder / model.name).parent
-            return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, model.inputs, batch_size)
-        open_data(path, model.inputs, batch_size)
-    return source
-
-
-def _by_model(given: FolderSource | None, models: Sequence[_Model], what: str) -> dict[str, Source | None]:
+def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
     """The source of every model among those given.
 
     Raises:
         CalibrationError: A model has none, or a source belongs to no model.
     """
     if given is None:
-        return dict.fromkeys(m.name for m in models)
+        return dict.fromkeys(names)
     if isinstance(given, Mapping):
-        known = {m.name: m.name for m in models} | {m.stem: m.name for m in models}
+        known = {name: name for name in names} | {_stem(name): name for name in names}
         problems = [
-            f"{what} data for {name!r}, and no such model is optimized; there are {', '.join(m.name for m in models)}"
-            for name in given
-            if name not in known
+            f"{what} data for {key!r}, and no such model is optimized; there are {', '.join(names)}" for key in given if key not in known
         ]
-        named: dict[str, Source | None] = {known[name]: source for name, source in given.items() if name in known}
-        problems += [f"no {what} data for {m.name}; give some, or None for data-free" for m in models if m.name not in named]
+        named: dict[str, Source | None] = {known[key]: source for key, source in given.items() if key in known}
+        problems += [f"no {what} data for {name}; give some, or None for data-free" for name in names if name not in named]
         raise_all(CalibrationError, problems)
         return named
     if isinstance(given, str | os.PathLike):
         path = Path(given)
-        beside = {m.name: file_of(path, m.stem) for m in models}
-        if any(p is not None for p in beside.values()):
+        beside: dict[str, Source | None] = {name: file_of(path, _stem(name)) for name in names}
+        if any(found is not None for found in beside.values()):
             missing = [
-                f"{path} has no {m.stem}.npz, {m.stem}.txt or folder {m.stem} for {m.name}; add one, or leave that model out (--models)"
-                for m in models
-                if beside[m.name] is None
+                f"{path} has no {_stem(name)}.npz, {_stem(name)}.txt or folder {_stem(name)}; add one, or leave {name} out (--models)"
+                for name in names
+                if beside[name] is None
             ]
             raise_all(CalibrationError, missing)
-            return dict(beside)
-    if len(models) == 1 or (isinstance(given, str | os.PathLike) and Path(given).suffix == ".txt"):
-        return dict.fromkeys((m.name for m in models), given)
+            return beside
+    if len(names) == 1 or (isinstance(given, str | os.PathLike) and Path(given).suffix == ".txt"):
+        return dict.fromkeys(names, given)
     raise CalibrationError(
-        f"{what} data of one model for {len(models)}: {', '.join(m.name for m in models)}; give a folder with {models[0].stem}.npz "
-        "and so on, or choose one model (--models)"
+        f"{what} data of one model for {len(names)}: {', '.join(names)}; give a folder with {_stem(names[0])}.npz and so on, or choose one "
+        "model (--models)"
     )
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".onnx")
 
 
 def file_of(folder: Path, stem: str) -> Path | None:

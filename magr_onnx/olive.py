@@ -17,14 +17,17 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
-from magr_onnx import folders
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, raise_all
+from magr_onnx import folders, mixed
+from magr_onnx.errors import MagrError, ModelError, OptionError, raise_all
+from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
+from magr_onnx.presets import find_preset
+from magr_onnx.recipe import Recipe, over
 from magr_onnx.report import Report
 from magr_onnx.writing import file_digest
 
@@ -55,7 +58,8 @@ ENTRY: Mapping[str, Any] = {
 }
 ATTRIBUTE = "onnx_magr"
 SUFFIX = ".magr.json"
-_WORDS = {"block_size": "channel", "conv_bits": "none"}  # what stands for None, which Olive takes for a parameter that is not given
+_OLIVES = ("model", "output", "models", "overwrite", "resume")  # have another place in a workflow, or none
+_TYPES = {"path": str | Path, "paths": list[str] | str, "patterns": list[str] | str, "size": int | str}
 
 
 def package_config() -> dict[str, Any]:
@@ -67,16 +71,15 @@ def package_config() -> dict[str, Any]:
 class OnnxMagr(Pass):  # type: ignore[misc]
     """Quantizes linear layers, convolutions and tables of an ONNX model; see `magr_onnx.optimize`.
 
-    Its parameters are all of `magr_onnx.Options`, and:
+    Its parameters are the keys of a recipe (`magr_onnx.recipe`) but those that Olive has an own place for (model, output), and:
 
     Attributes:
-        pipeline: Passes as text, instead of options.
-        data_config: Calibration data from one of Olive's data configurations.
-        calibration: Calibration data from a path, in any form that `magr_onnx.optimize` takes; for a composite model a folder with
-            ``COMPONENT.npz`` or a folder ``COMPONENT`` for each component.
-        validation: Held-out inputs in the same forms, to compare the model before and after on.
-        include, exclude, requantize, custom_ops, mask, batch_size, provider, max_memory, external_data, shard_size: As there.
-        fingerprint: Set by the pass: of this package's version and the bytes behind the paths above, so that Olive's cache, which goes by
+        recipe: A recipe file; parameters given beside it win.
+        layer: Options of single layers, a list of tables as in a recipe: ``[{"match": "*head*", "bits": 8}]``.
+        data_config: Calibration data from one of Olive's data configurations, instead of ``calibration``.
+        calibration: A path, as in a recipe; for a composite model a folder with ``COMPONENT.npz`` or a folder ``COMPONENT`` for
+            each component.
+        fingerprint: Set by the pass: of this package's version and the bytes behind all paths, so that Olive's cache, which goes by
             parameters, gives no result of another version or of other data.
 
     Where a search strategy is set, Olive searches over options that are given as lists of values.
@@ -88,31 +91,26 @@ class OnnxMagr(Pass):  # type: ignore[misc]
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
         texts = _descriptions()
-        params = {
-            name: PassConfigParam(
-                type_=_type(name, kind),
-                default_value=None,
-                search_defaults=Categorical([None]),  # one choice: nothing is searched over unless a list is given
-                description=texts.get(name, name),
-            )
-            for name, kind in get_type_hints(Options).items()
+        one = Categorical([None])  # one choice: nothing is searched over unless a list is given
+        options = {
+            name: PassConfigParam(type_=_type(name, hint), search_defaults=one, description=texts[name])
+            for name, hint in get_type_hints(Options).items()
         }
-        path = {"type_": str | Path, "category": ParamCategory.PATH}
-        return params | {
-            "pipeline": PassConfigParam(type_=str, description="Passes as text, instead of options."),
+        run = {
+            name: PassConfigParam(
+                type_=_TYPES.get(key.kind, key.types[0]),
+                category=ParamCategory.PATH if key.kind == "path" else ParamCategory.NONE,
+                description=f"As {name} in a recipe.",
+            )
+            for name, key in RUN.items()
+            if name not in _OLIVES
+        }
+        return {
+            **options,
+            **run,
+            "recipe": PassConfigParam(type_=str | Path, category=ParamCategory.PATH, description="A recipe file; what is given here wins."),
+            "layer": PassConfigParam(type_=list[dict[str, Any]], description="Options of single layers, as tables with match and options."),
             "data_config": PassConfigParam(type_=DataConfig | dict, description="Calibration data, as one of Olive's data configurations."),
-            "calibration": PassConfigParam(**path, description="Calibration data: .npz, folder of .npz; not together with data_config."),
-            "validation": PassConfigParam(**path, description="Held-out inputs to compare the model before and after on."),
-            "include": PassConfigParam(type_=list[str], description="Shell patterns of layers to convert; default: all."),
-            "exclude": PassConfigParam(type_=list[str], description="Patterns of layers to leave alone."),
-            "requantize": PassConfigParam(type_=bool, default_value=False, description="Take quantized weights for floats."),
-            "custom_ops": PassConfigParam(type_=list[str], description="Shared libraries with custom operators of the model."),
-            "mask": PassConfigParam(type_=str, default_value="auto", description="Input that marks rows to count; auto, or none."),
-            "batch_size": PassConfigParam(type_=int, default_value=16, description="Samples a batch when an .npz is cut up."),
-            "provider": PassConfigParam(type_=str, default_value="cpu", description="Where calibration runs: cpu, cuda, or a full name."),
-            "max_memory": PassConfigParam(type_=int | str, description="Bytes, or text such as '3 GB'."),
-            "external_data": PassConfigParam(type_=bool, default_value=False, description="Write tensors beside the model in any case."),
-            "shard_size": PassConfigParam(type_=int | str, description="Most bytes of a data file."),
             "fingerprint": PassConfigParam(type_=str, description="Set by the pass; of data and version, for Olive's cache."),
         }
 
@@ -124,8 +122,8 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             ValueError: Parameters there are none of.
         """
         known = cls.default_config(accelerator_spec)
-        if unknown := [name for name in config or {} if name not in known]:
-            raise ValueError(f"{NAME}: unknown parameters {', '.join(unknown)}; there are {', '.join(known)}")
+        if wrong := [name for name in config or {} if name not in known]:
+            raise ValueError(f"{NAME}: {'; '.join(unknown(name, known) for name in wrong)}")
         return super().get_config_params(accelerator_spec, config, disable_search)
 
     @classmethod
@@ -136,10 +134,10 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             ValueError: Without a search, where values do not go together: before any pass of the workflow runs.
         """
         made = super().generate_config(accelerator_spec, config, point, disable_search)
-        if disable_search:
-            with _raised():
+        with _raised():
+            if disable_search:
                 _check(made)
-        made.fingerprint = _fingerprint(made)
+            made.fingerprint = _fingerprint(made)
         return made
 
     @classmethod
@@ -185,19 +183,9 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             )
         source = Path(model.model_path)
         output = Path(resolve_onnx_path(output_model_path, _name(source, config.fingerprint)))
-        component = Path(output_model_path).stem
-        values = config.model_dump()
-        shared = ("include", "exclude", "requantize", "custom_ops", "mask", "batch_size", "provider", "max_memory", "external_data")
-        result = optimize(
-            source,
-            _calibration(model, config, component),
-            output=output,
-            validation_data=_of_component(config.validation, component),
-            pipeline_text=config.pipeline,
-            shard_size=config.shard_size,
-            **{name: values[name] for name in shared if values[name] is not None},
-            **_options(values),
-        )
+        asked = _asked(config)
+        calibration, held = _data(model, config, asked, Path(output_model_path).stem)
+        result = optimize(source, recipe=asked, calibration=calibration, output=output, validation_data=held)
         report = output.with_name(f"{source.stem}{SUFFIX}")
         report.write_text(result.report.to_json() + "\n", encoding="utf-8")
         attributes = {**(model.model_attributes or {}), ATTRIBUTE: _summary(result.report, report.name)}
@@ -225,52 +213,56 @@ def _name(source: Path, fingerprint: str) -> str:
     return source.name if not Path(source.name).exists() else f"{source.stem}-{fingerprint}.onnx"
 
 
-def _type(name: str, kind: Any) -> Any:
+def _type(name: str, hint: Any) -> Any:
     """What Olive may be given for an option."""
-    return kind | Literal[_WORDS[name]] if name in _WORDS else kind
+    return hint | Literal[WORDS[name]] if name in WORDS else hint
 
 
-def _options(values: Mapping[str, Any]) -> Options:
-    """The options that were given."""
-    given = {name: values[name] for name in Options.__annotations__ if values[name] is not None}
-    return {name: None if value == _WORDS.get(name) else value for name, value in given.items()}  # type: ignore[return-value]
+def _asked(config: Any) -> Recipe:
+    """All that a configuration says, its recipe included.
+
+    Raises:
+        RecipeError: With everything that is wrong in it.
+    """
+    given = {name: value for name, value in config.model_dump().items() if value is not None and (name in KEYS or name == "layer")}
+    asked = Recipe.from_dict(given)
+    return asked if config.recipe is None else asked.over(Recipe.load(config.recipe))
 
 
 def _check(config: Any) -> None:
     """Raise one error for all that does not go together."""
-    values = config.model_dump()
-    options = _options(values)
+    asked = _asked(config)
     problems = []
-    if config.pipeline is not None and options:
-        problems.append(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if config.data_config is not None and config.calibration is not None:
         problems.append("give data_config or calibration, not both")
-    problems += [
-        f"{name}: {path} does not exist" for name in ("calibration", "validation") if (path := values[name]) and not Path(path).exists()
-    ]
+    problems += [f"{path} does not exist" for path in _paths(asked) if not path.exists()]
     try:
-        if config.pipeline is None:
-            build_pipeline(**options)
+        if (text := asked.values.get("pipeline")) is not None:
+            pipeline.check(pipeline.parse(text))
         else:
-            pipeline.check(pipeline.parse(config.pipeline), config.provider)
+            preset = asked.values.get("preset")
+            options = cast(Options, over({} if preset is None else dict(find_preset(preset).options), asked.options))
+            mixed.goal_of(options)
+            build_pipeline(**options)
     except OptionError as error:
         problems.append(str(error))
     raise_all(OptionError, problems)
 
 
-def _calibration(model: Any, config: Any, component: str) -> Any:
-    if config.data_config is None:
-        return _of_component(config.calibration, component)
-    container = validate_config(config.data_config, DataConfig).to_data_container()
-    reader = container.create_calibration_dataloader(model_path=model.model_path, io_config=model.io_config)
-    if not hasattr(reader, "get_next"):
-        raise CalibrationError(f"data_config {config.data_config} gives no calibration data; see Olive's data containers")
-    return reader
+def _paths(asked: Recipe) -> list[Path]:
+    """The files and folders that are read, but the model."""
+    single = [asked.values[name] for name in ("calibration", "validation") if name in asked.values]
+    return [Path(path) for path in (*single, *asked.values.get("custom_ops", ()))]
 
 
-def _of_component(path: str | Path | None, component: str) -> str | Path | None:
-    """What a folder has for a component of a composite model; else the path itself."""
-    return path if path is None else folders.file_of(Path(path), component) or path
+def _data(model: Any, config: Any, asked: Recipe, component: str) -> tuple[Any, Any]:
+    """Data to calibrate with and held-out data; of a folder with data for each component, that of this one."""
+    paths = [asked.values.get(name) for name in ("calibration", "validation")]
+    data, held = (None if path is None else folders.file_of(Path(path), component) or path for path in paths)
+    if config.data_config is not None:
+        container = validate_config(config.data_config, DataConfig).to_data_container()
+        data = container.create_calibration_dataloader(model_path=model.model_path, io_config=model.io_config)
+    return data, held
 
 
 def _summary(report: Report, name: str) -> dict[str, Any]:
@@ -281,11 +273,12 @@ def _summary(report: Report, name: str) -> dict[str, Any]:
 
 
 def _fingerprint(config: Any) -> str:
-    """A hash of this package's version and of every file behind the paths of a configuration."""
+    """A hash of this package's version, of the recipe, and of every file behind the paths of a configuration."""
     found = hashlib.sha256(magr_onnx.__version__.encode())
-    for path in (config.calibration, config.validation, *(config.custom_ops or ())):
-        root = None if path is None else Path(path)
-        for file in [] if root is None else sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.is_file()):
+    if config.recipe is not None:
+        found.update(Path(config.recipe).read_bytes())
+    for path in _paths(_asked(config)):
+        for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]
 

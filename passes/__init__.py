@@ -3,13 +3,13 @@
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.compensate import CompensateBias
-from magr_onnx.passes.conv import Convolutions
+from magr_onnx.passes.convolutions import Convolutions
+from magr_onnx.passes.embeddings import Embeddings
 from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit_matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit_qdq import EmitQDQ
 from magr_onnx.passes.equalize import Equalize
 from magr_onnx.passes.feedback import ErrorFeedback
-from magr_onnx.passes.gather import Embeddings
 from magr_onnx.passes.job import Job, LayerPass, attach
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip, find
 from magr_onnx.passes.low_rank import LowRank

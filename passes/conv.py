@@ -12,20 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError
 from magr_onnx.passes.bodies import Place, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, constant, dequantized, held
-from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import operand
-from magr_onnx.passes.opset import raise_opset
-from magr_onnx.types import Array, WeightSpec
+from magr_onnx.types import Array
 
 OPS = ("Conv", "ConvTranspose")
 Form = Literal["fold", "dequantize"]
@@ -233,64 +230,3 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
             if node.domain == "" and node.op_type in OPS:
                 skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
     return layers, skips
-
-
-@dataclass(frozen=True)
-class Convolutions(LayerPass):
-    """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
-
-    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
-    format. On a linear layer the pass does nothing.
-
-    Attributes:
-        bits: 3 to 8.
-        symmetric: Fix the zero point in the middle.
-        alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
-        form: ``fold`` or ``dequantize``: how codes become floats; see `magr_onnx.passes.emit_conv`.
-    """
-
-    name: ClassVar[str] = "convolutions"
-    summary: ClassVar[str] = "write convolutions with quantized weights too"
-
-    bits: int = 8
-    symmetric: bool = True
-    alpha: float | None = None
-    form: Form = "fold"
-
-    def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = []
-        if self.bits not in BITS:
-            known = ", ".join(map(str, BITS))
-            found.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
-        if self.form not in FORMS:
-            found.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
-        return found
-
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        if any(p.name == "quantize" for p in passes):
-            return []
-        return ["convolutions needs a quantize pass: it names the quantizer"]
-
-    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
-        """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""
-        del spec
-        needed = self.opset(find(model)[0])
-        if model.opset_imports.get("", 0) >= needed:
-            return raise_opset(model, needed)  # the IR version
-        try:
-            raise_opset(model.clone(), needed)
-        except ModelError:
-            return False
-        return raise_opset(model, needed)
-
-    def opset(self, layers: Sequence[ConvLayer]) -> int:
-        """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""
-        if not layers or (self.form == "fold" and self.bits > 4):
-            return 0
-        if self.bits <= 4:
-            return 21
-        return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
-
-    def apply(self, job: Job) -> bool:
-        del job
-        return False

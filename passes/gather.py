@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,9 @@ from magr_onnx.passes.bodies import Place, opaque, walk
 from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.holders import LEAST
-from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.types import Array, QuantizedWeight
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
@@ -135,48 +134,6 @@ def _view(node: ir.Node, place: Place) -> Table | Skip | None:
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
     return Table(name, node, table, place)
-
-
-@dataclass(frozen=True)
-class Embeddings(LayerPass):
-    """Tables of embeddings on an integer grid: rows rounded to grids searched for the least squared error. On a layer it does nothing.
-
-    Attributes:
-        form: ``gather-block-quantized`` or ``dequantize``, as above.
-        bits: 4 or 8; dequantize has 8.
-    """
-
-    name: ClassVar[str] = "embeddings"
-    summary: ClassVar[str] = "write tables of embeddings with quantized rows"
-
-    form: Form = "gather-block-quantized"
-    bits: int = 8
-
-    def problems(self, spec: WeightSpec | None) -> list[str]:
-        del spec
-        found = []
-        if self.form not in FORMS:
-            found.append(f"embeddings={self.form!r} is not known; choose one of {', '.join(FORMS)}, or none")
-        if self.bits not in (4, 8):
-            found.append(f"embeddings: bits={self.bits} is not supported; choose 4 or 8")
-        elif self.form == "dequantize" and self.bits != 8:
-            found.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
-        return found
-
-    def spec(self, dtype: ir.DataType) -> WeightSpec:
-        """The grid of a table; a row of it is a column to the solvers."""
-        half = dtype == ir.DataType.FLOAT16
-        block = BLOCK if self.form == "gather-block-quantized" else None
-        return WeightSpec(self.bits, block, self.form == "dequantize", "float16" if half else "float32")
-
-    def fits_table(self, table: Table) -> Skip | None:
-        """Why this form cannot hold a table."""
-        odd = self.bits == 4 and table.held.shape[1] % 2
-        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.held.shape[1]} columns") if odd else None
-
-    def apply(self, job: Job) -> bool:
-        del job
-        return False
 
 
 def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[str]:

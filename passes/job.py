@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
 from magr_onnx.qera import Factors
 from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_weight
@@ -182,7 +182,9 @@ class LayerPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = list(jobs(model))
-        modified = self.prepare(model, next((j.quantized.spec for j in found if j.quantized is not None), None))
+        spec = next((j.quantized.spec for j in found if j.quantized is not None), None)
+        raise_all(OptionError, self.problems(spec))
+        modified = self.prepare(model, spec)
         if any(job.layer.root is not model.graph for job in found):
             raise ModelError(f"{self.name}: raising the opset rebuilt the graph; convert the model before the first pass")
         for job in found:

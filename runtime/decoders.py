@@ -60,16 +60,23 @@ class Past:
         present: The output with its next value.
         batch: The axis of samples; None where there is none.
         length: The axis that grows with the tokens; None for a buffer of a fixed size.
+        shape: That of the input, with what the graph tells of dimensions that it only names.
     """
 
     info: InputInfo
     present: str
     batch: int | None
     length: int | None
+    shape: tuple[int | None, ...]
+
+    @property
+    def unknown(self) -> list[int]:
+        """Axes whose size nothing tells."""
+        return [i for i, d in enumerate(self.shape) if d is None and i not in (self.batch, self.length)]
 
     def empty(self, samples: int) -> Array:
         """The past before the first token: of no length, or zeros where the size is fixed."""
-        dims = [d if d is not None else 1 for d in self.info.shape]
+        dims = [d if d is not None else 1 for d in self.shape]
         if self.batch is not None:
             dims[self.batch] = samples
         if self.length is not None:
@@ -126,8 +133,9 @@ def recognise(model: ir.Model) -> Decoder | None:
     other = [i for i in inputs if i.name not in MAKERS and i.name not in twins]
     if other:
         problems.append(f"the model's inputs {'; '.join(map(str, other))} do not follow from {TOKENS}")
-    axes = {str(v.name): _axes(v, model) for v in model.graph.inputs if str(v.name) in twins}
-    pasts = tuple(Past(i, twins[i.name], *axes[i.name]) for i in inputs if i.name in twins)
+    values = {str(v.name): v for v in model.graph.inputs}
+    pasts = tuple(_past(i, values[i.name], twins[i.name], model) for i in inputs if i.name in twins)
+    problems += [f"the size of axis {p.unknown[0]} of the past input {p.info} is not known" for p in pasts if p.unknown][:1]
     fixed = [p.info for p in pasts if p.length is None and len(p.info.shape) == 4]
     if fixed and not any(node.op_type == FUSED for node in model.graph.all_nodes()):
         problems.append(
@@ -136,6 +144,39 @@ def recognise(model: ir.Model) -> Decoder | None:
     remedy = f"; give whole feeds, every input of the model in each batch (see {GUIDE})"
     raise_all(CalibrationError, [p + remedy for p in problems])
     return Decoder(inputs, pasts)
+
+
+def _past(info: InputInfo, value: ir.Value, present: str, model: ir.Model) -> Past:
+    batch, length = _axes(value, model)
+    size = next((found for use in value.uses() if use.node.op_type == FUSED and (found := _head_size(use.node)) is not None), None)
+    last = len(info.shape) - 1
+    shape = tuple(size if i == last and d is None and i not in (batch, length) else d for i, d in enumerate(info.shape))
+    return Past(info, present, batch, length, shape)
+
+
+def _head_size(node: ir.Node) -> int | None:
+    """The size of a head of a GroupQueryAttention, which newer builders only name: the width of its queries by their number."""
+    query, key = node.inputs[:2]
+    heads, shared = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+    width = _width(query)
+    packed = key is None or not key.name
+    return None if width is None or not heads else width // (heads + 2 * shared if packed else heads)
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """The last dimension of a value, from its shape or the product that makes it."""
+    if value is None:
+        return None
+    if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int):
+        return int(value.shape[-1])
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("N", 0) or None
+    if node.op_type in ("MatMul", "Add"):
+        return _width(node.inputs[1]) or (_width(node.inputs[0]) if node.op_type == "Add" else None)
+    return _width(node.inputs[0]) if node.op_type in ("Cast", "Identity") else None
 
 
 def _axes(value: ir.Value, model: ir.Model) -> tuple[int | None, int | None]:
@@ -279,7 +320,7 @@ class _Spool:
 
     def __init__(self, decoder: Decoder, parts: Sequence[Array], steps: int, session: Session) -> None:
         self.samples = self._count = 0
-        token = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.info.shape) for p in decoder.pasts)
+        token = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
         left = MOST_BYTES
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="onnx-magr-"))

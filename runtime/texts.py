@@ -35,8 +35,8 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     Raises:
         CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
     """
-    wanted = {i.name: i for i in inputs}
-    other = [str(i) for i in inputs if i.name not in INPUTS and not i.name.startswith(PREFIX)]  # a past follows from tokens
+    wanted = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
+    other = [str(i) for i in wanted.values() if i.name not in INPUTS]
     listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
     problems = [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,3 +237,11 @@ def _bias(g: _Graph, mask: ir.Value, ids: ir.Value) -> ir.Value:
 def tokens(samples: int = 16, length: int = 12, seed: int = 0) -> Array:
     """Token ids ``(samples, length)``."""
     return np.random.default_rng(seed).integers(0, VOCAB, (samples, length))
+
+
+def tokenizer(path: Path) -> None:
+    """A tokenizer of the words ``w0`` to ``w95``."""
+    vocabulary = {f"w{i}": i for i in range(VOCAB)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    parts = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None}
+    path.write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}))

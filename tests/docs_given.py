@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 import magr_onnx
-from tests import graphs
+from tests import decoders, graphs
 from tests.graphs import Array, Builder, random
 
 WIDTH, INNER = 128, 256
@@ -69,6 +70,24 @@ def report_json(path: Path) -> None:
     path.with_suffix(".tmp.onnx").unlink()
 
 
+def decoder(path: Path) -> None:
+    """A small decoder as onnxruntime-genai's builder writes it: 2 layers, 96 tokens, random weights."""
+    path.write_bytes(ir.to_proto(decoders.genai()).SerializeToString())
+
+
+def decoder_folder(path: Path) -> None:
+    """The folder such a model comes in."""
+    path.mkdir()
+    decoder(path / "model.onnx")
+    decoders.tokenizer(path / "tokenizer.json")
+    (path / "genai_config.json").write_text('{"model": {"type": "llama"}}')
+
+
+def text(path: Path) -> None:
+    """16 lines that the tokenizer of the decoder knows."""
+    path.write_text("".join(" ".join(f"w{i}" for i in ids) + "\n" for ids in decoders.tokens()))
+
+
 def _quantized(path: Path, **options: object) -> magr_onnx.Optimized:
     source, data = (put([name], path.parent) / name for name in ("model.onnx", "inputs.npz"))
     return magr_onnx.optimize(source, calibration=data, output=path, **options)  # type: ignore[arg-type]
@@ -82,6 +101,9 @@ GIVEN: dict[str, Callable[[Path], object]] = {
     "model.int4.onnx": model_int4,
     "model.int8.onnx": model_int8,
     "report.json": report_json,
+    "decoder.onnx": decoder,
+    "decoder": decoder_folder,
+    "text.txt": text,
 }
 
 

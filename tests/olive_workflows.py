@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 from olive.data.registry import Registry
+from olive.hardware import DEFAULT_CPU_ACCELERATOR
 from olive.workflows import run
 
-from magr_onnx.olive import package_config
+from magr_onnx.olive import OnnxMagr, package_config
 
 
 class _Samples:
@@ -81,6 +82,11 @@ def main(folder: Path) -> None:
     found["data_config"] = workflow(folder, "data_config", data_configs=[data], data_config="samples")
     found["wrong"] = workflow(folder, "wrong", format="qdq", bits=2, accuracy_level=4, calibration="nowhere.npz")
     found["mistyped"] = workflow(folder, "mistyped", format="int4")
+    found["out_of_range"] = workflow(folder, "out_of_range", bits=9)
+    (folder / "recipe.toml").write_text('version = 1\ncalibration = "inputs.npz"\nbits = 8\n')
+    own = {"recipe": str(folder / "recipe.toml"), "format": "qdq", "layer": [{"match": "up", "bits": 3}]}
+    found["recipe"] = workflow(folder, "recipe", **own)
+    found["recipe"]["layers"] = json.loads((folder / "recipe" / "model.magr.json").read_text())["layers"]
     found["unknown"] = workflow(folder, "unknown", bitz=4)
     np.savez(folder / "misfit.npz", y=np.zeros((4, 3), np.float32))
     found["data_misfit"] = workflow(folder, "data_misfit", calibration=str(folder / "misfit.npz"))
@@ -92,6 +98,7 @@ def main(folder: Path) -> None:
     metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1, "higher_is_better": False}]}
     judged = {"search_strategy": search, "evaluators": {"size": {"type": "OnnxEvaluator", "metrics": [metric]}}, "evaluator": "size"}
     found["searched"] = workflow(folder, "searched", bits=[8, 4, 2], format="qdq", **judged)
+    found["described"] = {name: p.description for name, p in OnnxMagr.default_config(DEFAULT_CPU_ACCELERATOR).items()}
     print(json.dumps(found))
 
 

@@ -24,7 +24,7 @@ from magr_onnx.options import bytes_of
 from tests import graphs
 from tests.graphs import feeds, proto
 
-COMMANDS = ("optimize", "inspect", "validate", "verify", "passes", "presets", "olive-config", "demo")
+COMMANDS = ("optimize", "inspect", "validate", "verify", "report", "passes", "presets", "olive-config", "demo")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "--block-size", "big"), 1, "a multiple of 16 or 'channel'"),
         (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
         (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
-        (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report folder"),
+        (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report no/report.json: folder no"),
         (("optimize", "model.onnx", "--bits", "9"), 2, "'9' is not one of"),
         (("optimize", "model.onnx", "--effort", "most"), 2, "'most' is not one of 'fast', 'balanced', 'best'"),
         (("optimize", "model.onnx", "--effort", "best"), 1, "error feedback needs calibration data; give some, or take effort fast"),

@@ -22,7 +22,8 @@ from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
 from magr_onnx.passes.constants import Held
-from magr_onnx.passes.conv import FORMS, ConvLayer, Convolutions, ConvReason, Form, find, from_matrices, to_matrices
+from magr_onnx.passes.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
+from magr_onnx.passes.convolutions import Convolutions
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.quantizers import grouped
 from magr_onnx.report import Report

@@ -22,7 +22,7 @@ from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import in_memory, open_data
 from magr_onnx.runtime.fisher import collect as fisher
 from magr_onnx.runtime.session import Session, inputs_of
-from tests import decoders
+from tests import decoders, docs_given
 from tests.graphs import Array
 
 KINDS: dict[str, Callable[[], ir.Model]] = {
@@ -273,3 +273,22 @@ def test_an_opset_is_raised_around_operators_onnx_lacks() -> None:
     with Session(model) as floats, Session(result.model) as session:
         expected, found = (s.run(decoder.start(ids), ["logits"])[0] for s in (floats, session))
     assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
+
+
+def test_a_folder_with_text(tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder leaves it: a model, a tokenizer, a configuration."""
+    folder, output, text = tmp_path / "decoder", tmp_path / "out", tmp_path / "text.txt"
+    docs_given.decoder_folder(folder)
+    docs_given.text(text)
+    pytest.importorskip("tokenizers")
+    result = CliRunner().invoke(app, ["optimize", str(folder), "-o", str(output), "--calibration", str(text), "--effort", "fast"])
+    assert result.exit_code == 0, result.output
+    assert "prefill of 192 tokens" in " ".join(result.output.split())
+    assert (output / "genai_config.json").read_bytes() == (folder / "genai_config.json").read_bytes()
+    np.savez(tmp_path / "tokens.npz", input_ids=decoders.tokens())
+    by_tokens = CliRunner().invoke(
+        app, ["optimize", str(folder), "-o", str(tmp_path / "again"), "--calibration", str(tmp_path / "tokens.npz"), "--effort", "fast"]
+    )
+    assert by_tokens.exit_code == 0, by_tokens.output
+    for name, weight in read_weights(ir.load(output / "model.onnx")).items():
+        np.testing.assert_array_equal(weight, read_weights(ir.load(tmp_path / "again" / "model.onnx"))[name])

@@ -7,12 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
+import magr_onnx
 from magr_onnx.cli import app
+from magr_onnx.passes.pipeline import PASSES, options_of
 from tests.docs_blocks import Block, blocks, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +105,20 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     fetched = re.compile(r'<(?:script|img|link)[^>]+(?:src|href)="https?:')
     for page in (tmp_path / "site").rglob("*.html"):
         assert not fetched.search(page.read_text()), f"{page.name} fetches something from the network"
+    _holds(tmp_path / "site" / "reference" / "passes.html", PASSES, [o for kind in PASSES.values() for o in options_of(kind)])
+    commands = GROUP.commands  # type: ignore[attr-defined]
+    options = [o for c in commands.values() for p in c.params if p.param_type_name == "option" and p.name != "help" for o in p.opts]
+    python = (tmp_path / "site" / "reference" / "python.html").read_text()
+    assert [name for name in magr_onnx.__all__ if f'id="magr_onnx.{name}"' not in python] == []
+    _holds(tmp_path / "site" / "reference" / "command-line.html", [f"onnx-magr {name}" for name in commands], options)
+
+
+def _holds(page: Path, headings: Iterable[str], names: Iterable[str]) -> None:
+    text = page.read_text()
+    for heading in headings:
+        assert f"<h2>{heading}<a" in text, f"{page.name} has no section {heading}"
+    for name in names:
+        assert f">{name}</span>" in text, f"{page.name} does not name {name}"
 
 
 # --- The harness itself ---------------------------------------------------------------------------------------------------

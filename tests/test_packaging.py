@@ -32,8 +32,9 @@ def test_wheel_has_every_module_and_the_bundled_model(wheel: zipfile.ZipFile) ->
         if not any(part in {"__pycache__"} for part in p.parts)
     }
     data = {f"magr_onnx/models/tiny_lm/{n}" for n in ("model.onnx", "calibration.npz", "heldout.npz", "tokenizer.json")}
-    data |= {str(p.relative_to(ROOT)) for p in (ROOT / "magr_onnx" / "reporting" / "templates").iterdir()}
-    assert names == expected | data | {"magr_onnx/py.typed", "magr_onnx/models/README.md"}
+    pages = {str(p.relative_to(ROOT)) for p in (ROOT / "magr_onnx" / "reporting").rglob("*") if p.suffix in {".jinja", ".css", ".js"}}
+    assert len(pages) > 2
+    assert names == expected | data | pages | {"magr_onnx/py.typed", "magr_onnx/models/README.md"}
     assert not any(n.startswith(("passes/", "runtime/", "models/", "tests/")) for n in names)
 
 

@@ -23,7 +23,9 @@ from sphinx.errors import ExtensionError
 from sphinx.util.typing import ExtensionMetadata
 from typer.main import get_command
 
+import magr_onnx
 from magr_onnx.cli import app as command_line
+from magr_onnx.errors import MagrError
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.pipeline import PASSES, options_of
 
@@ -40,9 +42,11 @@ def _passes() -> Iterator[str]:
         text, described = _described(kind)
         yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: `magr_onnx.passes.{kind.__name__}`.\n\n{text}\n"
         if options := options_of(kind):
-            yield "| option | takes | default | |\n|---|---|---|---|"
+            yield "| option | default | |\n|---|---|---|"
             for option, (hint, default) in options.items():
-                yield f"| `{option}` | {_takes(hint)} | `{_shown(default)}` | {_cell(described.get(option, ''))} |"
+                if option not in described:
+                    raise ExtensionError(f"the docstring of {kind.__name__} does not describe its option {option}")
+                yield f"| `{option}`<br>{_takes(hint)} | `{_shown(default)}` | {_cell(described[option])} |"
             yield ""
         if story := _story(kind):
             yield f"### How {name} works\n\n{story}\n"
@@ -93,7 +97,7 @@ def _commands() -> Iterator[str]:
         arguments = " ".join(_argument(p) for p in shown if p.param_type_name == "argument")
         yield f"## onnx-magr {name}\n\n{_plain(_unmarked(command.help))}\n"
         yield f"```text\nonnx-magr {name} [OPTIONS] {arguments}\n```\n"
-        yield from ("| | takes | |", "|---|---|---|", *(_row(p, hints[p.name]) for p in shown), "")
+        yield from ("| | |", "|---|---|", *(_row(p, hints[p.name]) for p in shown), "")
         if examples := re.findall(r"^onnx-magr .*$", _unmarked(command.epilog), re.M):
             yield "```console\n" + "\n".join(f"$ {line}" for line in examples) + "\n```\n"
 
@@ -113,7 +117,7 @@ def _row(parameter: Any, hint: Any) -> str:
     text = _cell(_unmarked(parameter.help))
     if isinstance(default, str | int | float) and not isinstance(default, bool):
         text += f" (default: `{getattr(default, 'value', default)}`)"
-    return f"| {' '.join(f'`{n}`' for n in names)} | {takes} | {text} |"
+    return f"| {' '.join(f'`{n}`' for n in names)}{f'<br>{takes}' if takes else ''} | {text} |"
 
 
 _KINDS = {bool: "", str: "text", int: "integer", float: "number", Path: "path", list: "text, may be repeated"}
@@ -122,6 +126,24 @@ _KINDS = {bool: "", str: "text", int: "integer", float: "number", Path: "path", 
 def _unmarked(text: str | None) -> str:
     """Help text without the markup of the terminal."""
     return Text.from_markup(inspect.cleandoc(text or "")).plain
+
+
+# --- Python --------------------------------------------------------------------------------------------------------------
+
+
+def _errors() -> Iterator[str]:
+    """The exception tree, from what `magr_onnx` exports."""
+    yield "```{eval-rst}\n.. currentmodule:: magr_onnx\n"
+    for name in magr_onnx.__all__:
+        if inspect.isclass(kind := getattr(magr_onnx, name)) and issubclass(kind, MagrError):
+            yield f".. autoexception:: {name}\n   :show-inheritance:"
+    yield "```\n"
+
+
+def _presets() -> Iterator[str]:
+    yield from ("| preset | for | sets |", "|---|---|---|")
+    yield from (f"| `{preset.name}` | {_cell(preset.summary)} | {_cell(str(preset))} |" for preset in magr_onnx.PRESETS.values())
+    yield ""
 
 
 # --- Files beside docs/ -------------------------------------------------------------------------------------------------
@@ -149,6 +171,8 @@ def _cell(text: str) -> str:
 GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
     "passes": _passes,
     "command line": _commands,
+    "errors": _errors,
+    "presets": _presets,
     "contributing": partial(_root, "CONTRIBUTING.md"),
     "changelog": partial(_root, "CHANGELOG.md"),
 }

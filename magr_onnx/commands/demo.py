@@ -11,7 +11,7 @@ import typer
 
 from magr_onnx import console
 from magr_onnx import demo as demonstration
-from magr_onnx.arguments import Json, Quiet
+from magr_onnx.arguments import Json, Quiet, Verbose
 from magr_onnx.errors import OutputError
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr demo"
@@ -21,6 +21,7 @@ def demo(
     folder: Annotated[Path | None, typer.Option("--folder", help="Keep the quantized models here; default: they are removed.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantize the bundled language model and print its perplexity before and after."""
     if folder is not None and not folder.is_dir():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from magr_onnx import api, console
-from magr_onnx.arguments import Exclude, Include, Json, Requantize
+from magr_onnx.arguments import Exclude, Include, Json, Requantize, Verbose
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -23,6 +23,7 @@ def inspect(
     exclude: Exclude = None,
     requantize: Requantize = False,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
     found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)

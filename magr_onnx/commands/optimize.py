@@ -70,7 +70,7 @@ from magr_onnx.arguments import (
     Verbose,
 )
 from magr_onnx.choices import BiasName, EmbeddingsName, FormatName
-from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
@@ -105,10 +105,18 @@ def optimize(
     calibration: CalibrationOption = None,
     validation: ValidationOption = None,
     report: ReportOption = None,
+    models: ModelsOption = None,
+    overwrite: OverwriteOption = False,
+    mask: Mask = "auto",
+    batch_size: BatchSize = 16,
+    decode_steps: DecodeSteps = 4,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     preset: PresetOption = None,
     layer: LayerOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    requantize: Requantize = False,
     bits: BitsOption = None,
     block_size: BlockSizeOption = None,
     effort: EffortOption = None,
@@ -129,7 +137,6 @@ def optimize(
     accumulator_bits: AccumulatorBitsOption = None,
     accumulator_tile: AccumulatorTileOption = None,
     feedback: FeedbackOption = None,
-    cache: CacheOption = "2GB",
     low_rank: LowRankOption = 0,
     equalize: EqualizeOption = False,
     split_outliers: SplitOutliersOption = False,
@@ -141,20 +148,13 @@ def optimize(
     embeddings: EmbeddingsOption = EmbeddingsName.none,
     embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    requantize: Requantize = False,
     custom_ops: CustomOps = None,
-    mask: Mask = "auto",
-    batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = 4,
     provider: Provider = "cpu",
+    cache: CacheOption = "2GB",
     max_memory: MaxMemoryOption = None,
     resume: ResumeOption = None,
     external_data: ExternalDataOption = False,
     shard_size: ShardSizeOption = None,
-    models: ModelsOption = None,
-    overwrite: OverwriteOption = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -169,10 +169,10 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    reporting.check(report or (), {source, out, *({recipe} if recipe is not None else ())})
+    reporting.check(report or (), {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
     if save_recipe is not None:
-        _check_written(save_recipe, {source, out})
-    with console.watch(quiet or as_json, verbose) as (progress, on_layer):
+        raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
+    with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
             result: Report | OptimizedFolder = optimize_folder(source, **watched)
@@ -182,7 +182,7 @@ def optimize(
     for path in report or ():
         result.save(path)
     if save_recipe is not None:
-        asked.save(save_recipe, remarks([result] if isinstance(result, Report) else list(result.reports.values())))
+        asked.save(save_recipe, remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result]))
     console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
 
 
@@ -210,10 +210,3 @@ def _plain(name: str, value: Any) -> Any:
     value = value.value if isinstance(value, Enum) else value
     numeric = int in KEYS[name].types and isinstance(value, str) and value.isdigit()
     return int(value) if numeric else value
-
-
-def _check_written(file: Path, taken: set[Path]) -> None:
-    if not file.parent.is_dir():
-        raise OutputError(f"folder {file.parent} of {file.name} does not exist; create it first")
-    if file.is_dir() or file.resolve() in {p.resolve() for p in taken}:
-        raise OutputError(f"{file} would overwrite a folder or a model; choose another name")

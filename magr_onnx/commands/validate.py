@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from magr_onnx import api, console
-from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet
+from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
 from magr_onnx.report import validation_text
 
 EPILOG = """[bold]Examples[/bold]
@@ -31,6 +31,7 @@ def validate(
     custom_ops: CustomOps = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
     options: dict[str, Any] = {

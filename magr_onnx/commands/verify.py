@@ -9,7 +9,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.accumulator import Accumulator
-from magr_onnx.arguments import Json, Quiet, target_names
+from magr_onnx.arguments import Json, Quiet, Verbose, target_names
 from magr_onnx.errors import OptionError
 from magr_onnx.targets import TARGETS
 
@@ -36,6 +36,7 @@ def verify(
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Prove that no input of a model overflows an integer accumulator, or show one that does.
 

@@ -64,19 +64,22 @@ def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:
         OutputError: A folder does not exist, or a file of the run would be overwritten.
         OptionError: The suffix is neither of a page nor of JSON, or the extra ``report`` is not installed.
     """
-    others = {p.resolve() for p in taken}
-    problems = []
-    for path in paths:
-        if not path.parent.is_dir():
-            problems.append(f"report folder {path.parent} does not exist; create it first")
-        elif path.is_dir() or path.resolve() in others:
-            problems.append(f"report {path} would overwrite a folder or a model; choose another name")
-    raise_all(OutputError, problems)
-    for path in paths:
+    found = list(paths)
+    raise_all(OutputError, [p for path in found for p in misplaced(f"report {path}", path, taken)])
+    for path in found:
         if path.suffix.lower() in PAGES:
             _check_extra(f"report {path}")
         elif path.suffix.lower() != ".json":
             raise OptionError(f"report {path}: give a name that ends in .html (a page) or .json (data)")
+
+
+def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
+    """Why a small file cannot be written to ``path``."""
+    if not path.parent.is_dir():
+        return [f"{what}: folder {path.parent} does not exist; create it first"]
+    if path.is_dir() or path.resolve() in {p.resolve() for p in taken}:
+        return [f"{what} would overwrite a folder or a file of this run; choose another name"]
+    return []
 
 
 def save(report: Report, path: Path) -> None:

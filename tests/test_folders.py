@@ -1,0 +1,271 @@
+"""Folders of models: what is optimized, what is carried along, what appears and what does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from magr_onnx import CalibrationError, ModelError, OutputError, optimize_folder
+from magr_onnx.runtime import texts
+from magr_onnx.runtime.session import InputInfo
+from tests import graphs
+from tests.decoders import optimum as decoder
+from tests.graphs import Builder, proto, random
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]]
+INT64 = ir.DataType.INT64
+
+
+def write_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "[PAD]"}, "model_max_length": 8}))
+
+
+def encoder(length: int | str = "length") -> ir.Model:
+    """Tokens, their embeddings, two layers; the mask counts."""
+    b = Builder()
+    ids, mask = (b.input(name, ["batch", length], INT64) for name in ("input_ids", "attention_mask"))
+    x = b.node("Gather", [b.constant("table", random(len(WORDS), 32)), ids])
+    x.dtype = ir.DataType.FLOAT
+    hidden = b.node("Relu", [b.node("MatMul", [x, b.constant("w1", random(32, 48, seed=1))], "up")])
+    y = b.node("MatMul", [hidden, b.constant("w2", random(48, 32, seed=2))], "down")
+    kept = b.node("Cast", [b.node("Unsqueeze", [mask, b.constant("axis", np.array([2]))])], to=int(ir.DataType.FLOAT))
+    kept.dtype = ir.DataType.FLOAT
+    return b.model(b.node("Mul", [y, kept]), ["batch", length, 32], "last_hidden_state")
+
+
+def save(model: ir.Model, path: Path, external: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(proto(model), str(path), save_as_external_data=external is not None, location=external, size_threshold=256)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """One model with its data beside it, and what transformers reads."""
+    folder = tmp_path / "exported"
+    save(encoder(), folder / "model.onnx", "model.onnx_data")
+    write_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type":  "bert"}\n')
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "notes.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "texts.txt").write_text("one two three\n\nfour five\nsix seven eight nine ten one two three four\n" * 8)
+    return folder
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Two models that share a data file with one another, in folders of their own kind."""
+    folder = tmp_path / "several"
+    save(graphs.matmul(), folder / "encoder_model.onnx", "encoder_model.onnx_data")
+    save(graphs.chain(), folder / "decoder_model.onnx")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run(path: Path, **feed: Any) -> Any:
+    return onnxruntime.InferenceSession(str(path)).run(None, feed)[0]
+
+
+def test_all_else_is_carried_along(exported: Path, tmp_path: Path) -> None:
+    before = tree(exported)
+    made = optimize_folder(exported, tmp_path / "texts.txt", output=tmp_path / "out")
+    after = tree(tmp_path / "out")
+    assert tree(exported) == before
+    assert sorted(made.carried) == ["config.json", "onnx/notes.bin", "tokenizer.json", "tokenizer_config.json"]
+    assert {name: after[name] for name in made.carried} == {name: before[name] for name in made.carried}
+    assert after.keys() == {"model.onnx", *made.carried}
+    report = made.reports["model.onnx"]
+    assert (len(report.layers), report.verified) == (2, 2)
+    assert report.output == str(tmp_path / "out" / "model.onnx")
+    assert "texts.txt: " in report.calibration
+
+
+def test_the_result_loads_and_is_close(exported: Path, tmp_path: Path) -> None:
+    optimize_folder(exported, tmp_path / "texts.txt", output=tmp_path / "out", external_data=True)
+    assert (tmp_path / "out" / "model.onnx.data").is_file()
+    feed = {"input_ids": np.array([[2, 4, 9, 13, 3]]), "attention_mask": np.ones((1, 5), np.int64)}
+    wanted, found = (run(f / "model.onnx", **feed) for f in (exported, tmp_path / "out"))
+    assert 0 < np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
+
+
+def test_every_model_has_its_data(several: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "decoder_model").mkdir(parents=True)
+    np.savez(data / "encoder_model.npz", **graphs.feeds(graphs.matmul()))  # type: ignore[arg-type]
+    np.savez(data / "decoder_model" / "0.npz", **graphs.feeds(graphs.chain()))  # type: ignore[arg-type]
+    made = optimize_folder(several, data, output=tmp_path / "out", resume=tmp_path / "job")
+    assert made.reports.keys() == {"encoder_model.onnx", "decoder_model.onnx"}
+    assert "encoder_model.npz" in made.reports["encoder_model.onnx"].calibration
+    assert str(data / "decoder_model") in made.reports["decoder_model.onnx"].calibration
+    named = {"encoder_model": graphs.feeds(graphs.matmul()), "decoder_model.onnx": None}
+    again = optimize_folder(several, {k: v and [v] for k, v in named.items()}, output=tmp_path / "again")
+    assert again.reports["encoder_model.onnx"].calibration.startswith("the given batches")
+    assert "data-free" in again.reports["decoder_model.onnx"].calibration
+
+
+def test_models_not_asked_for_stay_as_they_are(several: Path, tmp_path: Path) -> None:
+    made = optimize_folder(several, output=tmp_path / "out", models=["decoder*"])
+    before, after = tree(several), tree(tmp_path / "out")
+    assert list(made.reports) == ["decoder_model.onnx"]
+    for name in ("encoder_model.onnx", "encoder_model.onnx_data", "config.json"):
+        assert after[name] == before[name]
+
+
+def test_data_that_another_model_reads_is_kept(several: Path, tmp_path: Path) -> None:
+    (several / "copy.onnx").write_bytes((several / "encoder_model.onnx").read_bytes())
+    optimize_folder(several, output=tmp_path / "out", models=["encoder_model"])
+    x = graphs.feeds(graphs.matmul())
+    np.testing.assert_array_equal(run(tmp_path / "out" / "copy.onnx", **x), run(several / "copy.onnx", **x))
+
+
+def test_a_decoder_with_a_cache_reads_text(tmp_path: Path) -> None:
+    folder = tmp_path / "decoder"
+    save(decoder(), folder / "model.onnx")
+    write_tokenizer(folder)
+    (tmp_path / "texts.txt").write_text("one two three four\nfive six seven eight\n" * 8)
+    made = optimize_folder(folder, tmp_path / "texts.txt", output=tmp_path / "out")
+    assert any("decode" in note for note in made.reports["model.onnx"].notes)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "misfit"])
+def test_a_run_that_fails_leaves_nothing(several: Path, tmp_path: Path, damage: str) -> None:
+    data: Any = None
+    if damage == "truncated":
+        path = several / "decoder_model.onnx"
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        data = {"encoder_model": [graphs.feeds(graphs.matmul())], "decoder_model": [{"x": np.ones((4, 3), np.float32)}]}
+    before = {p.name for p in tmp_path.iterdir()}
+    with pytest.raises(ModelError if damage == "truncated" else CalibrationError):
+        optimize_folder(several, data, output=tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_an_earlier_result_stays_unless_asked(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    optimize_folder(several, output=out, bits=8)
+    (out / "mine.txt").write_text("mine")
+    before = tree(out)
+    with pytest.raises(OutputError, match="not empty"):
+        optimize_folder(several, output=out)
+    assert tree(out) == before
+    optimize_folder(several, output=out, bits=4, overwrite=True)
+    after = tree(out)
+    assert "mine.txt" not in after
+    assert len(after["decoder_model.onnx"]) < len(before["decoder_model.onnx"])
+    other = tmp_path / "home"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match="no earlier result"):
+        optimize_folder(several, output=other, overwrite=True)
+    assert tree(other) == {"letter.txt": b"dear"}
+    assert {p.name for p in tmp_path.iterdir()} == {"several", "out", "home"}
+
+
+def test_overwriting_fails_without_a_loss(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    optimize_folder(several, output=out)
+    before = tree(out)
+    data = {"encoder_model": None, "decoder_model": [{"x": np.full((4, 48), np.inf, np.float32)}]}
+    with pytest.raises(CalibrationError, match="infinite"):
+        optimize_folder(several, data, output=out, overwrite=True)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("out", ["several", "several/inside", "."])
+def test_source_and_output_are_apart(several: Path, tmp_path: Path, out: str) -> None:
+    with pytest.raises(OutputError, match="each other"):
+        optimize_folder(several, output=tmp_path / out)
+
+
+def test_errors_say_what_each_model_lacks(several: Path, exported: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "inputs.npz", **graphs.feeds(graphs.matmul()))  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match=r"one model for 2: decoder_model.onnx, encoder_model.onnx; .*--models"):
+        optimize_folder(several, tmp_path / "inputs.npz", output=tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "encoder_model.npz", **graphs.feeds(graphs.matmul()))  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match=r"no decoder_model.npz, decoder_model.txt or folder decoder_model"):
+        optimize_folder(several, tmp_path / "data", output=tmp_path / "out")
+    with pytest.raises(CalibrationError, match=r"'model', and no such model") as told:
+        optimize_folder(several, {"model": None}, output=tmp_path / "out")
+    assert "no calibration data for decoder_model.onnx" in str(told.value)
+    with pytest.raises(CalibrationError) as told:
+        optimize_folder(several, tmp_path / "texts.txt", output=tmp_path / "out")
+    assert str(told.value).count("there is no tokenizer.json") == 2
+    with pytest.raises(ModelError, match=r"no model matches 'vae'; there are model.onnx"):
+        optimize_folder(exported, output=tmp_path / "out", models=["vae"])
+
+
+IDS, MASK, TYPES = (InputInfo(name, np.dtype(np.int64), (None, None)) for name in ("input_ids", "attention_mask", "token_type_ids"))
+
+
+def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
+    """Against transformers' rules, by hand: special tokens around, cut at the model's 8, padded on the right to the longest."""
+    batches = list(texts.encode(tmp_path / "texts.txt", exported, (IDS, MASK, TYPES), 16))
+    assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 8)]
+    np.testing.assert_array_equal(batches[0]["input_ids"][0], [2, 7, 8, 3, 0])
+    np.testing.assert_array_equal(batches[0]["attention_mask"][0], [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(batches[1]["input_ids"][0], [2, 9, 10, 11, 12, 13, 4, 3])
+    assert not any(b["token_type_ids"].any() for b in batches)
+
+
+def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
+    fixed = [InputInfo(name, np.dtype(np.int32), (5, 6)) for name in ("input_ids", "attention_mask")]
+    batches = list(texts.encode(tmp_path / "texts.txt", exported, fixed, 16))
+    assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 4
+    assert batches[0]["input_ids"].dtype == np.int32
+    alone = list(texts.encode(tmp_path / "texts.txt", exported, [IDS], 16))
+    assert {b["input_ids"].shape[0] for b in alone} == {1}
+    assert all((b["input_ids"] != 0).all() for b in alone)
+
+
+def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    with pytest.raises(CalibrationError, match="too few lines"):
+        texts.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
+    with pytest.raises(CalibrationError, match="UTF-8"):
+        texts.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
+    (exported / "tokenizer.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="no tokenizer that"):
+        texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-onnx is not installed")
+def test_folders_of_optimum_load_in_optimum(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.optimum_export", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    one, many = found["classifier"], found["translator"]
+    assert 0 < one["difference"] < 0.1
+    before, after = tree(Path(one["source"])), tree(Path(one["out"]))
+    assert after.keys() == before.keys() >= {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert all(after[name] == before[name] for name in after.keys() - {"model.onnx"})
+    assert json.loads(Path(one["report"]).read_text())["verified"] == 14
+    assert many["tokens"] == 6
+    names = {"encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"}
+    assert names <= tree(Path(many["out"])).keys() == tree(Path(many["source"])).keys()
+    assert json.loads(Path(many["report"]).read_text())["models"].keys() == names
+    assert len(json.loads((tmp_path / "several.encoder_model.json").read_text())["layers"]) > 0

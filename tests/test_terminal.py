@@ -1,0 +1,172 @@
+"""What a person sees: bars and colour on a terminal and nowhere else, lines for those who want them, errors within one screen."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import magr_onnx
+from magr_onnx import cli, console
+from magr_onnx.cli import app
+from magr_onnx.errors import OptionError
+from magr_onnx.presets import PRESETS
+from magr_onnx.report import MOST, LayerRow, layer_table
+from magr_onnx.targets import TARGETS
+from tests import graphs
+from tests.graphs import feeds, proto
+from tests.test_cli import run
+
+pty = pytest.importorskip("pty", reason="a pseudo-terminal is a thing of POSIX")
+
+COLOUR = re.compile(r"\x1b\[[\d;]*3\dm|\x1b\[[\d;]*38;")
+ESCAPE = "\x1b"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("terminal")
+    model = graphs.chain()
+    (path / "model.onnx").write_bytes(proto(model).SerializeToString())
+    np.savez(path / "data.npz", **feeds(model, rows=200))
+    return path
+
+
+def on_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    """The exit code of the command and all it writes, on a terminal of 80 columns."""
+    names = {"PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+    own = {name: value for name, value in os.environ.items() if name in names}
+    outer, inner = pty.openpty()
+    command = [sys.executable, "-m", "magr_onnx.cli", *arguments]
+    own |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
+    process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=own, close_fds=True)
+    os.close(inner)
+    found = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal nobody writes to any more with an error
+        while part := os.read(outer, 1 << 16):
+            found += part
+    os.close(outer)
+    return process.wait(timeout=60), found.decode().replace("\r\n", "\n")
+
+
+RUN = ("optimize", "model.onnx", "-c", "data.npz", "-o", "out.onnx", "--effort", "fast")
+
+
+def test_a_terminal_has_bars_with_stage_layer_error_and_time(folder: Path) -> None:
+    code, text = on_terminal(*RUN, cwd=folder)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+    assert re.search(r"quantizing +\S+ +2/2 +0:00:\d\d 0:00:00 left", plain)
+    assert re.search(r"layer error +last \d+\.\d\d% down, most \d+\.\d\d% \w+", plain)
+    assert COLOUR.search(text)
+    after = plain.rsplit("left", 1)[1]
+    assert "model        model.onnx" in after  # the report is what stays
+    assert max(map(len, after.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colour_where_none_is_wanted(environment: dict[str, str], folder: Path) -> None:
+    code, text = on_terminal(*RUN, cwd=folder, **environment)
+    assert code == 0
+    assert not COLOUR.search(text)
+    assert (ESCAPE in text) == ("NO_COLOR" in environment)
+
+
+def test_quiet_is_quiet_on_a_terminal_too(folder: Path) -> None:
+    assert on_terminal(*RUN, "--quiet", cwd=folder) == (0, "")
+
+
+def test_lines_in_a_pipe_for_those_who_want_them(folder: Path) -> None:
+    silent, told = run(*RUN, cwd=folder), run(*RUN, "--verbose", cwd=folder)
+    assert silent.stderr == ""
+    lines = told.stderr.splitlines()
+    assert [line for line in lines if line.startswith(("up: 4 bits, block 32, error ", "down: 4 bits, block 32, error "))] == [
+        line for line in lines if "error" in line
+    ]
+    assert any(line.startswith("calibrating: done in ") for line in lines)
+    assert any(re.search(r"quantizing: done in .* at most \d+ MB of memory so far", line) for line in lines)
+    assert ESCAPE not in told.stderr + told.stdout
+    chosen = run("optimize", "model.onnx", "-c", "data.npz", "-o", "out.onnx", "--batch-size", "25", "-v", cwd=folder).stderr
+    assert re.search(r"down: .*best of \d+ trials: alpha .*, damping .*(strong inputs first|in order)", chosen)
+    assert re.search(r"down: .*feedback \S+ to \S+ on held-out rows", chosen)
+
+
+def test_errors_fit_a_screen(folder: Path) -> None:
+    (folder / "long.toml").write_text("version = 1\n" + "".join(f"key_number_{i} = 1\n" for i in range(60)))
+    for arguments, lines in ((("-r", "long.toml"), console.LINES), (("-r", "long.toml", "-v"), 61)):
+        result = run("optimize", *arguments, cwd=folder)
+        assert (result.returncode, len(result.stderr.splitlines())) == (1, lines)
+    assert "and 42 more (--verbose shows all)" in run("optimize", "-r", "long.toml", cwd=folder).stderr
+    code, text = on_terminal("optimize", "-r", "long.toml", cwd=folder)
+    assert code == 1
+    assert max(len(line) for line in text.splitlines()) <= 80 + len("\x1b[1;31m\x1b[0m")
+
+
+def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr("magr_onnx.api.optimize", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run("optimize", "model.onnx", cwd=folder)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (70, "", 1)
+    assert f"onnx-magr {magr_onnx.__version__}: this should not have happened (ZeroDivisionError: a)" in result.stderr
+    (file,) = tmp_path.iterdir()
+    assert str(file) in result.stderr
+    assert "ZeroDivisionError" in file.read_text()
+    assert f"onnx-magr {magr_onnx.__version__}, Python 3" in file.read_text()
+    told = run("optimize", "model.onnx", "-v", cwd=folder).stderr
+    assert "Traceback" in told
+    assert [file] == list(tmp_path.iterdir())
+    monkeypatch.setattr(cli, "app", broken)
+    assert "ZeroDivisionError" in run("passes").stderr
+
+
+def test_long_tables_begin_with_the_worst() -> None:
+    rows = [LayerRow(f"l{i}", "MatMul", "w", 8, 8, 4, 32, 10, i / 1000, None, None, False, None) for i in range(40)]
+    table = layer_table(rows, MOST)
+    assert len(table) == MOST + 2
+    assert table[1].split() == ["l39", "8", "x", "8", "4", "32", "3.90%", "*"]
+    assert table[-1] == "... and 15 more layers with errors from 0.00% to 1.40% (--verbose shows all)"
+    assert len(layer_table(rows)) == 41
+    assert [line.split()[0] for line in layer_table(rows[:MOST], MOST)[1:]] == [row.name for row in rows[:MOST]]
+
+
+def completed(shell: str, words: str) -> str:
+    """What the shell is told to offer."""
+    environment = {"_ONNX_MAGR_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    environment |= {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    return CliRunner().invoke(app, [], prog_name="onnx-magr", env=environment).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_names(shell: str) -> None:
+    for option, names in (
+        ("--preset", PRESETS),
+        ("--target", TARGETS),
+        ("--format", ("qdq", "qdq-int8")),
+        ("--pipeline", ("magr", "quantize")),
+    ):
+        offered = completed(shell, f"onnx-magr optimize {option} ")
+        assert all(name in offered for name in names), offered
+    assert "magr,quantize" in completed(shell, "onnx-magr optimize --pipeline magr,q")
+    assert "optimize" in completed(shell, "onnx-magr op")
+    script = CliRunner().invoke(app, [], prog_name="onnx-magr", env={"_ONNX_MAGR_COMPLETE": f"source_{shell}"}).stdout
+    assert "onnx-magr" in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False, capture_output=True).returncode == 0
+
+
+def test_an_explained_error_is_not_taken_for_markup() -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stderr(out):
+        console.explain(OptionError("[red]x[/red] [[layer]]"))
+    assert out.getvalue() == "error: [red]x[/red] [[layer]]\n"
