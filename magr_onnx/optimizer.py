@@ -143,7 +143,7 @@ def optimize(
     setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress, on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
-    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache"), shard_size, external_data)
+    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache", least=0), shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
     run.lap("load")
