@@ -345,7 +345,7 @@ def validation_text(v: Validation) -> list[str]:
         worst = max(v.layers, key=lambda layer: layer.relative_error)
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
         lines.append(f"    at {worst.layer}")
-    return [*lines, *(f"  {n}" for n in v.notes)]
+    return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4))]
 
 
 def megabytes(size: int) -> str:

@@ -20,6 +20,7 @@ from magr_onnx.passes.linear import LinearLayer, layer_name
 from magr_onnx.passes.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
+_SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
@@ -112,10 +113,13 @@ def not_tensors(model: ir.Model, steps: Plan) -> list[str]:
 
 
 def beside(layer: LinearLayer) -> str | None:
-    """The value that is added to the layer's output (a residual, mostly), if nothing else is done with that output; by name."""
+    """The value that is added to the layer's output (a residual, mostly), if nothing else is done with that output; by name.
+
+    An Add adds it, or a norm of onnxruntime that adds its first two inputs.
+    """
     output = layer.output
     uses = list(output.uses())
-    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
+    if len(uses) != 1 or output.is_graph_output() or (uses[0].node.domain, uses[0].node.op_type) not in _SUMS or uses[0].idx > 1:
         return None
     other = uses[0].node.inputs[1 - uses[0].idx]
     return None if other is None or other.name is None or other is output else str(other.name)

@@ -147,6 +147,7 @@ def recognise(model: ir.Model) -> Decoder | None:
 
 
 def _past(info: InputInfo, value: ir.Value, present: str, model: ir.Model) -> Past:
+    """What there is to know of an input that holds the past."""
     batch, length = _axes(value, model)
     size = next((found for use in value.uses() if use.node.op_type == FUSED and (found := _head_size(use.node)) is not None), None)
     last = len(info.shape) - 1
@@ -208,9 +209,9 @@ def open_for(
         model: What will be fed.
         source: See `magr_onnx.runtime.data`.
         batch_size: Most samples of a batch.
-        steps: Tokens at the end of each sample that are fed one by one; 0 for prefill only.
+        steps: Tokens at the end of each sample that are fed once more, one by one; 0 for prefill only.
         provider: Where to run the model for their past.
-        runs: The model to run, if not ``model``; None where it is too large to be run as a whole, so that there are no decode steps.
+        runs: The model to run for it; None where it is too large to be run as a whole, so that there are no decode steps.
 
     Raises:
         CalibrationError: The data does not fit, or is not enough to make feeds of.

@@ -18,8 +18,8 @@ INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 class _Graph:
     """Nodes with names of exporters; operators of com.microsoft have their domain before them."""
 
-    def __init__(self, past: int | str = "past_sequence_length", total: str = "total_sequence_length") -> None:
-        self.past, self.total = past, total
+    def __init__(self, past: int | str = "past_sequence_length", total: str = "total_sequence_length", size: int | str = SIZE) -> None:
+        self.past, self.total, self.size = past, total, size
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -58,11 +58,11 @@ class _Graph:
         self.outputs.append(value)
 
     def cache(self, layer: int) -> list[ir.Value]:
-        shape = ["batch_size", KV_HEADS, self.past, SIZE]
+        shape = ["batch_size", KV_HEADS, self.past, self.size]
         return [self.input(f"past_key_values.{layer}.{kind}", shape, FLOAT) for kind in ("key", "value")]
 
     def present(self, layer: int, values: list[ir.Value]) -> None:
-        shape = ["batch_size", KV_HEADS, self.total, SIZE]
+        shape = ["batch_size", KV_HEADS, self.total, self.size]
         for kind, value in zip(("key", "value"), values, strict=True):
             self.output(value, f"present.{layer}.{kind}", shape)
 
@@ -96,12 +96,13 @@ def angles() -> tuple[Array, Array]:
     return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
 
 
-def genai(past: int | str = "past_sequence_length") -> ir.Model:
+def genai(past: int | str = "past_sequence_length", packed: bool = False) -> ir.Model:
     """As onnxruntime-genai's builder writes it for the CPU: GroupQueryAttention that rotates, its lengths computed from the mask.
 
-    ``past`` is the third dimension of the cache: a name, or the size of a buffer.
+    ``past`` is the third dimension of the cache: a name, or the size of a buffer. ``packed`` is what newer versions write: queries, keys
+    and values in one product, and a name for the size of a head.
     """
-    g = _Graph(past)
+    g = _Graph(past, size="kv_cache_dim" if packed else SIZE)
     ids = g.input("input_ids", ["batch_size", "sequence_length"])
     mask = g.input("attention_mask", ["batch_size", "total_sequence_length"])
     x = g.op("Gather", [g.table(), ids], "/model/embed_tokens/Gather")
@@ -116,10 +117,13 @@ def genai(past: int | str = "past_sequence_length") -> ir.Model:
     residual = x
     for i in range(LAYERS):
         at = f"/model/layers.{i}"
-        q, k, v = (
-            g.linear(normed, HIDDEN, n * SIZE, f"{at}/attn/{p}_proj/MatMul", 10 * i + j)
-            for j, (p, n) in enumerate((("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
-        )
+        if packed:
+            q, k, v = g.linear(normed, HIDDEN, (HEADS + 2 * KV_HEADS) * SIZE, f"{at}/attn/qkv_proj/MatMul", 10 * i), None, None
+        else:
+            q, k, v = (
+                g.linear(normed, HIDDEN, n * SIZE, f"{at}/attn/{p}_proj/MatMul", 10 * i + j)
+                for j, (p, n) in enumerate((("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
+            )
         attention = g.op(
             "com.microsoft::GroupQueryAttention",
             [q, k, v, *g.cache(i), lengths, total, cos, sin],

@@ -6,7 +6,10 @@ write, and its line in `GIVEN`.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,6 +96,20 @@ def _quantized(path: Path, **options: object) -> magr_onnx.Optimized:
     return magr_onnx.optimize(source, calibration=data, output=path, **options)  # type: ignore[arg-type]
 
 
+def minilm_onnx(path: Path) -> None:
+    """A folder as ``optimum-cli export onnx`` leaves it, of a tiny encoder with random weights."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.optimum_export", "sentences", str(path)]
+    subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, env=environment, capture_output=True, check=True)
+
+
+def sentences(path: Path) -> None:
+    """48 lines of text."""
+    words = ["a", "sentence", "that", "nobody", "has", "seen", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(rng.choice(words, rng.integers(4, 12))) for _ in range(48)))
+
+
 GIVEN: dict[str, Callable[[Path], object]] = {
     "model.onnx": model,
     "inputs.npz": inputs,
@@ -101,6 +118,8 @@ GIVEN: dict[str, Callable[[Path], object]] = {
     "model.int4.onnx": model_int4,
     "model.int8.onnx": model_int8,
     "report.json": report_json,
+    "minilm-onnx": minilm_onnx,
+    "sentences.txt": sentences,
     "decoder.onnx": decoder,
     "decoder": decoder_folder,
     "text.txt": text,

@@ -1,13 +1,14 @@
 """Folders as ``optimum-cli export onnx`` leaves them, of tiny models with random weights, and what optimum makes of the optimized ones.
 
 Run by `test_folders` in a process of its own, since transformers and torch change much for those who come after:
-``python -m tests.optimum_export FOLDER`` prints what it found as JSON.
+``python -m tests.optimum_export check FOLDER`` prints what it found as JSON; ``sentences FOLDER`` only exports an encoder.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -42,19 +44,21 @@ def tokenizer() -> Any:
 
 
 def export(model: Any, folder: Path, task: str) -> Path:
-    source = folder / f"{task}-torch"
-    model.save_pretrained(source)
-    tokenizer().save_pretrained(source)
-    main_export(str(source), folder / task, task=task, do_validation=False)
-    return folder / task
+    """Export to ``folder``."""
+    with tempfile.TemporaryDirectory() as source:
+        model.save_pretrained(source)
+        tokenizer().save_pretrained(source)
+        main_export(source, folder, task=task, do_validation=False)
+    return folder
+
+
+def bert() -> Any:
+    return BertConfig(**SMALL, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=32)
 
 
 def classifier(folder: Path, texts: Path) -> dict[str, Any]:
     """The command of the guide on a single model; logits before and after."""
-    config = BertConfig(
-        **SMALL, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=32
-    )
-    source = export(BertForSequenceClassification(config), folder, "text-classification")
+    source = export(BertForSequenceClassification(bert()), folder / "classifier", "text-classification")
     out = folder / "classifier-int4"
     command = ["optimize", source, "-o", out, "--calibration", texts, "--batch-size", 4, "--report", folder / "report.json", "--quiet"]
     app(list(map(str, command)), standalone_mode=False)
@@ -67,7 +71,7 @@ def classifier(folder: Path, texts: Path) -> dict[str, Any]:
 def translator(folder: Path) -> dict[str, Any]:
     """Several models in one folder, data-free; the same lengths of generated text say that all of them load."""
     config = T5Config(**SMALL, d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16, decoder_start_token_id=0, pad_token_id=0)
-    source = export(T5ForConditionalGeneration(config), folder, "text2text-generation-with-past")
+    source = export(T5ForConditionalGeneration(config), folder / "translator", "text2text-generation-with-past")
     out = folder / "translator-int4"
     app(["optimize", str(source), "-o", str(out), "--report", str(folder / "several.json"), "--quiet"], standalone_mode=False)
     words = AutoTokenizer.from_pretrained(out)(["the lazy fox"], return_tensors="pt", return_token_type_ids=False)
@@ -76,8 +80,11 @@ def translator(folder: Path) -> dict[str, Any]:
     return {"source": str(source), "out": str(out), "report": str(folder / "several.json"), "tokens": tokens.shape[1]}
 
 
-def main(folder: Path) -> None:
+def main(what: str, folder: Path) -> None:
     torch.manual_seed(0)
+    if what == "sentences":
+        export(BertModel(bert()), folder, "feature-extraction")
+        return
     texts = folder / "texts.txt"
     rng = np.random.default_rng(0)
     texts.write_text("\n".join(" ".join(rng.choice(WORDS, rng.integers(3, 12))) for _ in range(32)))
@@ -85,4 +92,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -17,6 +17,7 @@ from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes.segments import beside
 from magr_onnx.runtime import decoders as feeding
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import in_memory, open_data
@@ -27,6 +28,7 @@ from tests.graphs import Array
 
 KINDS: dict[str, Callable[[], ir.Model]] = {
     "genai": decoders.genai,
+    "genai, packed": lambda: decoders.genai(packed=True),
     "genai with a fixed buffer": lambda: decoders.genai(32),
     "optimum": decoders.optimum,
 }
@@ -81,7 +83,7 @@ def test_tokens_are_all_it_takes(make: Callable[[], ir.Model], effort: str, tmp_
     quantized = ir.load(output)
     assert [(v.name, v.shape) for v in quantized.graph.inputs] == [(v.name, v.shape) for v in model.graph.inputs]
     assert [v.name for v in quantized.graph.outputs] == [v.name for v in model.graph.outputs]
-    assert len(read_weights(quantized)) == 7 * decoders.LAYERS
+    assert len(read_weights(quantized)) == len(find(model)[0]) - 1
     decoder, more = recognised(quantized), decoders.tokens(3, 20, seed=5)
     with Session(model) as floats, Session(output) as session:
         expected = floats.run(decoder.start(more), ["logits"])[0]
@@ -212,6 +214,11 @@ def test_inputs_that_tokens_do_not_give() -> None:
             value.shape = ir.Shape(["batch_size", decoders.KV_HEADS, 32, decoders.SIZE])
     with pytest.raises(CalibrationError, match=r"4 past inputs have a fixed length"):
         feeding.open_for(model, [{"input_ids": decoders.tokens()}])
+    for value in model.graph.inputs:
+        if str(value.name).startswith("past"):
+            value.shape = ir.Shape(["batch_size", decoders.KV_HEADS, "past", "size"])
+    with pytest.raises(CalibrationError, match=r"the size of axis 3 of the past input past_key_values.0.key.* is not known"):
+        feeding.open_for(model, [{"input_ids": decoders.tokens()}])
     with pytest.raises(OptionError, match="decode_steps=-1"):
         feeding.open_for(decoders.genai(), [{"input_ids": decoders.tokens()}], steps=-1)
 
@@ -292,3 +299,15 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert by_tokens.exit_code == 0, by_tokens.output
     for name, weight in read_weights(ir.load(output / "model.onnx")).items():
         np.testing.assert_array_equal(weight, read_weights(ir.load(tmp_path / "again" / "model.onnx"))[name])
+
+
+def test_a_residual_that_a_norm_adds_is_seen() -> None:
+    """Of every attention and feed-forward block: what error feedback aims at makes up for it."""
+    model = decoders.genai()
+    found = {layer.name.split("/", 3)[-1]: beside(layer) for layer in find(model)[0] if "layers.0" in layer.name}
+    assert found == dict.fromkeys(("attn/q_proj/MatMul", "attn/k_proj/MatMul", "attn/v_proj/MatMul"), None) | {
+        "attn/o_proj/MatMul": "/model/embed_tokens/Gather/output_0",
+        "mlp/gate_proj/MatMul": None,
+        "mlp/up_proj/MatMul": None,
+        "mlp/down_proj/MatMul": "/model/layers.0/post_attention_layernorm/SkipLayerNorm/output_3",
+    }

@@ -254,7 +254,7 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-onnx is not installed")
 def test_folders_of_optimum_load_in_optimum(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.optimum_export", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.optimum_export", "check", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -216,7 +216,7 @@ function curve(values, x, y) {
 
 function kinds(two) {
   const scale = { domain: two ? ["before", "after MagR"] : ["before"], range: [colour("accent"), colour("second")] };
-  return { field: "kind", type: "nominal", scale, legend: two ? {} : null };
+  return { field: "kind", type: "nominal", scale, legend: two ? { symbolOpacity: 1 } : null };
 }
 
 function twoHistograms(values, axes, two) {

@@ -34,7 +34,7 @@ function facts(l) {
     ["Mean error", l.bias_compensated ? "taken up by the bias" : null],
     ["Weight", l.weight],
     ["Written as", l.emitted],
-    ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled)/.test(name)).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
+    ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled)/.test(name)).map(([name, value]) => [name[0].toUpperCase() + name.slice(1).replaceAll("_", " "), typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
   ].filter(([, value]) => value != null);
 }
 

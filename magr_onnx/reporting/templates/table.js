@@ -23,13 +23,14 @@ function sortable(table) {
 function filterable(input) {
   const table = document.getElementById(input.dataset.table);
   const count = document.querySelector(`output[for="${input.id}"]`);
-  const texts = new Map([...table.tBodies[0].rows].map((row) => [row, `${row.innerText} ${row.dataset.text}`.toLowerCase()]));
+  const words = (row) => [...row.cells].map((cell) => cell.textContent).concat(row.dataset.text).join(" ").toLowerCase();
+  const texts = new Map([...table.tBodies[0].rows].map((row) => [row, words(row)]));
   const none = table.parentElement.querySelector(".empty");
   input.addEventListener("input", () => {
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const [row, text] of texts) {
-      row.hidden = !words.every((word) => text.includes(word));
+      row.hidden = !wanted.every((word) => text.includes(word));
       shown += !row.hidden;
     }
     count.value = `${shown} of ${texts.size}`;
