@@ -31,6 +31,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "exclude-members": "__init__, __new__"}
 autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -40,7 +41,7 @@ napoleon_numpy_docstring = False
 
 # References that are strict otherwise: types of other packages, and our own that have no page because nobody makes them by hand.
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|os|numpy|npt|ir|onnx|onnx_ir|torch|np|typing)\b.*"),
+    ("py:.*", r"(collections|os|pathlib|numpy|npt|ir|onnx|onnx_ir|torch|np|typing)\b.*"),
     ("py:.*", r"magr_onnx\.[a-z_]+(\..*)?"),  # internal modules; what `magr_onnx` itself exports has its place in the reference
     ("py:class", r"dict\[str"),
     ("py:exc", r"\w+"),

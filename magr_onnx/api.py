@@ -33,7 +33,16 @@ __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "valida
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found."""
+    """What `inspect` found.
+
+    Attributes:
+        name: Of the file, or of the graph.
+        bytes: Size, with external data.
+        opset: Version of the standard operators.
+        ir_version: Of the file format.
+        layers: A row for every layer to convert: names, ``k`` and ``n``, type, and the range of its weight.
+        skipped: What would be left alone, and why.
+    """
 
     name: str
     bytes: int

@@ -32,7 +32,12 @@ from magr_onnx.writing import save
 
 
 class Optimized(NamedTuple):
-    """What `optimize` returns."""
+    """What `optimize` returns.
+
+    Attributes:
+        model: The quantized model, in memory.
+        report: What happened to every layer.
+    """
 
     model: ir.Model
     report: Report

@@ -131,13 +131,21 @@ def _unmarked(text: str | None) -> str:
 # --- Python --------------------------------------------------------------------------------------------------------------
 
 
-def _errors() -> Iterator[str]:
-    """The exception tree, from what `magr_onnx` exports."""
+def _exported(directive: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
+    """What `magr_onnx` exports of one kind, by the docstrings."""
     yield "```{eval-rst}\n.. currentmodule:: magr_onnx\n"
     for name in magr_onnx.__all__:
-        if inspect.isclass(kind := getattr(magr_onnx, name)) and issubclass(kind, MagrError):
-            yield f".. autoexception:: {name}\n   :show-inheritance:"
+        if wanted(value := getattr(magr_onnx, name)):
+            yield f".. {directive} {name}"
+            if _is_error(value):
+                yield "   :show-inheritance:"
+            if fields := getattr(value, "_fields", ()):  # of a named tuple: the docstring describes them
+                yield f"   :exclude-members: __new__, {', '.join(fields)}"
     yield "```\n"
+
+
+def _is_error(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, MagrError)
 
 
 def _presets() -> Iterator[str]:
@@ -171,7 +179,9 @@ def _cell(text: str) -> str:
 GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
     "passes": _passes,
     "command line": _commands,
-    "errors": _errors,
+    "functions": partial(_exported, "autofunction::", inspect.isfunction),
+    "classes": partial(_exported, "autoclass::", lambda value: inspect.isclass(value) and not _is_error(value)),
+    "errors": partial(_exported, "autoexception::", _is_error),
     "presets": _presets,
     "contributing": partial(_root, "CONTRIBUTING.md"),
     "changelog": partial(_root, "CHANGELOG.md"),
