@@ -42,14 +42,14 @@ PRESETS: dict[str, Preset] = {
             "edge-cpu",
             "Small CPUs, x86 or ARM: 8-bit integers in standard operators with ranges found at run time, so that it needs no "
             "calibration data (but gains from some) and converts to .ort. Codes obey the rule of x86 without VNNI, and so give the "
-            "same sums on every processor.",
+            "same sums on every processor we tested.",
             {"format": "dynamic-int8", "target": "x86-avx2", "embeddings": "dequantize"},
         ),
         Preset(
             "web",
             "Browsers: 4 bits in MatMulNBits, which onnxruntime-web has for WebAssembly and WebGPU, in blocks of 32, since the "
-            "download is what counts. The compute type is float32: WebAssembly has no int8 kernel, so all browsers give the "
-            "same answer.",
+            "download is what counts. The compute type is float32: WebAssembly has no int8 kernel, and where there is one browsers "
+            "would differ.",
             {"format": "matmulnbits", "bits": 4, "block_size": 32, "accuracy_level": 1},
         ),
         Preset(
