@@ -12,9 +12,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, RenderableType
+from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -25,6 +26,7 @@ Layers = Callable[[LayerRow], None]
 
 LINES = 20  # of an error, on one screen
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+results = Console(highlight=False, soft_wrap=True)
 _verbose = False
 
 
@@ -172,9 +174,22 @@ def command_line() -> str:
     return shlex.join(["onnx-magr", *sys.argv[1:]])
 
 
+class _Marks(RegexHighlighter):
+    """What the eye should find in a report: headings, and the worst."""
+
+    highlights: ClassVar[list[str]] = [
+        r"(?m)^(?P<bold>(?:layer|left as they are|notes|validation|mixed precision)\b.*)$",
+        r"(?m)^(?P<yellow>.* \*)$",
+        r"(?P<red>THE GOAL IS MISSED.*)",
+    ]
+
+
 def say(text: str) -> None:
-    """A line of result on standard output."""
-    sys.stdout.write(text + "\n")
+    """Lines of result on standard output; on a terminal some of them stand out."""
+    if results.is_terminal and not results.is_dumb_terminal:
+        results.print(_Marks()(Text(text)), soft_wrap=True)
+    else:
+        sys.stdout.write(text + "\n")
 
 
 def say_json(value: Any) -> None:

@@ -148,7 +148,7 @@ def optimize(
     setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress, on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
-    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache"), shard_size, external_data)
+    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache", least=0), shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
     run.lap("load")
@@ -167,7 +167,7 @@ def optimize(
         notes.insert(0, f"preset {preset} sets {find_preset(preset)}, where nothing else was given")
     choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
     choices |= {"mask": setting.mask, "batch_size": batch_size, "decode_steps": decode_steps, "provider": provider}
-    choices |= {"layers": "; ".join(map(str, tables))}
+    choices |= {"layers": "; ".join(map(str, tables)) or "none"}
     run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
         notes += conversion.check(prepared.reference, prepared.model, data, provider)

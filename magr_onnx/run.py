@@ -156,13 +156,13 @@ class Run:
         return found
 
 
-def size_of(value: Size, name: str) -> int:
+def size_of(value: Size, name: str, least: int = 1) -> int:
     """Bytes of a number, or of a text such as ``2 GB``.
 
     Raises:
-        OptionError: It is neither, or not positive.
+        OptionError: It is neither, or below ``least``.
     """
     found = bytes_of(value) if isinstance(value, str) else int(value)
-    if found is None or found < 1:
+    if found is None or found < least:
         raise OptionError(f"{name}={value!r}: give a size such as 512MB or 2GB")
     return found

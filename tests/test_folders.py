@@ -21,6 +21,7 @@ from magr_onnx import CalibrationError, ModelError, OutputError, optimize_folder
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.session import InputInfo
 from tests import graphs
+from tests.decoders import genai
 from tests.decoders import optimum as decoder
 from tests.graphs import Builder, proto, random
 
@@ -145,6 +146,18 @@ def test_a_decoder_with_a_cache_reads_text(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("one two three four\nfive six seven eight\n" * 8)
     made = optimize_folder(folder, tmp_path / "texts.txt", output=tmp_path / "out")
     assert any("decode" in note for note in made.reports["model.onnx"].notes)
+
+
+def test_a_genai_folder_keeps_the_names_its_configuration_has(tmp_path: Path) -> None:
+    folder, out = tmp_path / "genai", tmp_path / "out"
+    save(genai(), folder / "model.onnx", "model.onnx.data")
+    (folder / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}}}')
+    old = (folder / "model.onnx.data").read_bytes()
+    optimize_folder(folder, output=out, external_data=True, format="matmulnbits")
+    assert tree(out).keys() == tree(folder).keys() == {"model.onnx", "model.onnx.data", "genai_config.json"}
+    assert len(tree(out)["model.onnx.data"]) < len(old) / 2
+    assert (folder / "model.onnx.data").read_bytes() == old
+    onnxruntime.InferenceSession(str(out / "model.onnx"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "misfit"])

@@ -193,3 +193,19 @@ def test_finished_layers_are_told_as_the_report_has_them() -> None:
     seen = []
     report = magr_onnx.optimize(graphs.chain(), [DATA], effort="fast", on_layer=seen.append).report
     assert [(row.name, row.error) for row in seen] == [(row.name, row.error) for row in report.layers]
+
+
+def test_models_too_large_for_memory_and_job_directories_know_options_of_layers(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_bytes(graphs.proto(graphs.chain()).SerializeToString())
+    layers = [{"match": "down", "bits": 8}]
+    made = []
+    for name, options in (("plain", {}), ("job", {"resume": tmp_path / "job"}), ("again", {"resume": tmp_path / "job"})):
+        report = optimized(layers, tmp_path / f"{name}.onnx", source, **options).report  # type: ignore[arg-type]
+        assert bits_of(report) == {"up": 4, "down": 8}
+        made.append((tmp_path / f"{name}.onnx").read_bytes())
+    assert made[0] == made[1] == made[2]
+    with pytest.raises(OptionError, match="option layers: was down: bits=8, is none"):
+        optimized([], tmp_path / "other.onnx", source, resume=tmp_path / "job")  # type: ignore[arg-type]
+    small = optimized(layers, tmp_path / "small.onnx", source, max_memory="30 kB").report  # type: ignore[arg-type]
+    assert bits_of(small) == {"up": 4, "down": 8}

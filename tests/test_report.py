@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import urllib.parse
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import magr_onnx
 from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
+from magr_onnx.folders import OptimizedFolder
 from magr_onnx.passes.segments import depths
 from magr_onnx.report import SCHEMA, LayerRow
 from magr_onnx.types import WeightSpec
@@ -302,6 +305,30 @@ def test_reports_of_the_command_line(tmp_path: Path) -> None:
     both = run("report", "r.json", "r.json", cwd=tmp_path)
     assert both.stdout == "r_r.html\n"
     assert "onnx-magr comparison" in (tmp_path / "r_r.html").read_text()
+
+
+def test_the_page_is_opened_when_asked_for(reports: dict[str, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports["fast"].save(tmp_path / "r.json")
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    done = run("report", "r.json", "--open", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "opened").read_text().strip() == (tmp_path / "r.html").as_uri()
+
+
+def test_several_models_of_a_folder_have_a_page_of_links(reports: dict[str, Report], tmp_path: Path) -> None:
+    both = {"encoder.onnx": reports["fast"], "sub/decoder one.onnx": reports["integer"]}
+    OptimizedFolder("in", "out", both, ()).save(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    links = re.findall(r'href="([^"]+\.html)">([^<]+)<', text)
+    assert [name for _, name in links] == list(both)
+    for (link, _), report in zip(links, both.values(), strict=True):
+        assert (tmp_path / urllib.parse.unquote(link)).read_text() == report.to_html()
+    OptimizedFolder("in", "out", both, ()).save(tmp_path / "r.json")
+    assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == list(both)
+    assert Report.load(tmp_path / "r.encoder.json") == reports["fast"]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_a_terminal_has_bars_with_stage_layer_error_and_time(folder: Path) -> No
     assert COLOUR.search(text)
     report = plain[plain.index("model        model.onnx") :]  # is what stays
     assert "━" not in report
+    worst = next(line for line in text.splitlines() if line.rstrip("\x1b[0m").endswith(" *"))
+    assert worst.startswith("\x1b[33m")
     assert max(map(len, report.splitlines())) <= 80
 
 

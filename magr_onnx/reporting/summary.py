@@ -104,16 +104,16 @@ def cards(report: Report) -> list[Card]:
         t = v.latency
         found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", f"a batch on {v.provider}; float {t.float_ms:.2f} ms"))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
-    found.append(Card("Layers", f"{len(report.layers)} converted", f"{left}; codes of {report.verified} read back and verified"))
+    found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
         p = report.proof
         room = "" if p.headroom is None else f"; least headroom {p.headroom:.3f} bits"
         tone = "good" if p.total and p.proved == p.total else "warn"
-        found.append(Card("No overflow", f"{p.proved} of {p.total} proved", f"{p.against}{room}", tone))
+        found.append(Card("No overflow", f"{p.proved} of {p.total}", f"proved: {p.against}{room}", tone))
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%} median", f"largest {max(errors):.2%}, {data}"))
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}"))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
