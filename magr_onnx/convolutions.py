@@ -58,9 +58,9 @@ class _Solution:
     weights: list[QuantizedWeight]
     added: Array | None
     error: float
+    values: dict[str, Any]
     magr: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
-    values: dict[str, Any] | None = None
     errors: Sequence[float] = ()
 
 
@@ -175,8 +175,7 @@ def _convert(
     absorbs = stats is not None and (
         (policy == "any" and all(layer.takes_bias for layer in unit)) or (policy == "existing" and all(layer.has_bias for layer in unit))
     )
-    matrices = unit[0].read()
-    solution = _solve(unit[0], matrices, stats, solver_of(passes, demand, absorbs), absorbs)
+    solution = _solve(unit[0], stats, solver_of(passes, demand, absorbs), absorbs)
     biases = [_added(layer.read_bias(), solution.added) for layer in unit]
     names = [layer.weight_name for layer in unit]
     emit(unit, solution.weights, biases, demand.form, integer)
@@ -208,7 +207,7 @@ def _convert(
                 layer.node.name,
                 tuple(notes),
                 groups=layer.group,
-                weights=solution.values or _sketch(matrices, solution.weights),
+                weights=solution.values,
                 errors=tuple(solution.errors),
                 output=layer.output.name,
             )
@@ -251,7 +250,8 @@ def solver_of(passes: Sequence[LayerPass], demand: Convolutions, absorbs: bool) 
     return (*reduce, chosen, *([CompensateBias("any")] if absorbs else []))
 
 
-def _solve(layer: ConvLayer, matrices: Array, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
+def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
+    matrices = layer.read()
     quantize = next(p for p in passes if isinstance(p, Quantize))
     group, k, _ = matrices.shape
     if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
@@ -278,8 +278,8 @@ def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, pas
     added = np.concatenate(biases) if absorbs else None
     error = _relative(sum(errors), sum(powers))
     if len(matrices) > 1:
-        facts = {}
-    return _Solution(list(weights), added, error, facts.get("magr"), tuple(notes), facts.get("weights"), trace)
+        facts = {"weights": _sketch(matrices, weights)}
+    return _Solution(list(weights), added, error, facts["weights"], facts.get("magr"), tuple(notes), trace)
 
 
 def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quantize: Quantize, absorbs: bool) -> _Solution:
@@ -294,7 +294,7 @@ def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quant
     error = float(np.einsum("gkn,gkn->", gram @ difference, difference))
     power = float(np.einsum("gkn,gkn->", whole @ matrices.astype(np.float64), matrices))
     added = None if not absorbs or stats is None else -np.einsum("gkn,gk->gn", difference, stats.mean).reshape(-1)
-    return _Solution(found.weights, added, _relative(error, power))
+    return _Solution(found.weights, added, _relative(error, power), _sketch(matrices, found.weights))
 
 
 def _relative(error: float, power: float) -> float:

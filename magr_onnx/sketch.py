@@ -17,7 +17,7 @@ from magr_onnx.types import Array, QuantizedWeight
 
 BINS = 64  # at most, of every histogram
 POINTS = 50  # at most, of every curve
-SAMPLE = 1 << 22  # values looked at: more of a weight are thinned to every so many columns
+SAMPLE = 1 << 21  # values looked at: more of a weight are thinned to every so many columns
 
 
 def sketch(before: Array, after: Array | None, weight: QuantizedWeight | None) -> dict[str, Any]:
