@@ -31,6 +31,7 @@ def page(report: Report) -> str:
         "notes": [*report.notes, *layer_notes(report.layers)],
         "skips": summary.skips(report),
         "has": {
+            "feedback": any(line.row.feedback for line in lines),
             "running": any(line.running is not None for line in lines),
             "peak": any(line.peak is not None for line in lines),
             "sweeps": any(line.sweeps is not None for line in lines),

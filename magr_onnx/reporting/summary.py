@@ -171,7 +171,7 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
     """The layers that lose most, by themselves and in the running model."""
     found = []
-    for what, values in (("by itself", [line.row.error for line in lines]), ("in the running model", [line.running for line in lines])):
+    for what, values in (("of a layer", [line.row.error for line in lines]), ("in the running model", [line.running for line in lines])):
         known = [(v, i) for i, v in enumerate(values) if v is not None]
         if len(known) < 2:
             continue

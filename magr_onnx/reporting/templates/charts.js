@@ -248,7 +248,7 @@ const TIPS = {
   name: { title: "layer" },
   shape: { title: "K × N" },
   bits: {},
-  error: { title: "by itself", format: ".2%" },
+  error: { format: ".2%" },
   running: { title: "in the model", format: ".2%" },
   peak: { title: "largest weight lower by", format: ".1%" },
   headroom: { title: "bits left", format: ".3f" },

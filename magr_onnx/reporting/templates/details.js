@@ -22,7 +22,7 @@ function facts(l) {
     ["Shape (K × N)", l.shape],
     ["Bits", l.bits ?? "float"],
     ["Block", l.block_size == null ? null : l.block_size >= l.k ? "a whole column" : l.block_size],
-    ["Error by itself", percent(l.error)],
+    ["Error", percent(l.error)],
     ["Error in the model", percent(l.running)],
     ["Calibration rows", l.rows ? l.rows.toLocaleString("en") : "none"],
     ["Depth", l.depth],
