@@ -199,7 +199,7 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     """Refuse patterns that no layer has the name of.
 
     Returns:
-        Notes about convolutions that a pattern matches beside layers.
+        Notes about convolutions that a pattern matches beside layers, and about optional tables that reach nothing.
 
     Raises:
         OptionError: With every such pattern, and the names that are like it.
@@ -210,6 +210,11 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     wrong, notes = [], []
     for table in tables:
         if table.optional:
+            if layers and not any(matched(some, table.match) for some in names.values()):
+                last = layers[-1].name
+                notes.append(
+                    f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
+                )
             continue
         for pattern in table.match:
             hit = any(matched(some, [pattern]) for some in names.values())

@@ -270,6 +270,8 @@ def test_presets_on_the_bundled_model(name: str, tmp_path: Path) -> None:
 def test_presets_work_without_data_tables_or_a_last_layer(name: str, tmp_path: Path) -> None:
     report = magr_onnx.optimize(graphs.chain(), output=tmp_path / "out.onnx", preset=name).report
     assert len(report.layers) == 2
+    missed = [note for note in report.notes if note.startswith("no layer has a name like *lm_head*")]
+    assert bool(missed) == bool(PRESETS[name].layers)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("llm-int4", 8), ("llm-int2", 4)])
