@@ -9,17 +9,17 @@ import typer
 
 from magr_onnx import console
 from magr_onnx.choices import (
-    ActivationName,
-    BiasName,
+    Activation,
+    Bias,
     Bits,
     ConvBits,
-    ConvFormName,
-    EffortName,
+    ConvForm,
+    Effort,
     EmbeddingBits,
-    EmbeddingsName,
-    FormatName,
-    QuantizerName,
-    RangeName,
+    Embeddings,
+    Format,
+    Quantizer,
+    Range,
 )
 from magr_onnx.passes.pipeline import PASSES
 from magr_onnx.presets import PRESETS
@@ -164,7 +164,7 @@ BlockSizeOption = Annotated[
     ),
 ]
 EffortOption = Annotated[
-    EffortName | None,
+    Effort | None,
     typer.Option(
         "--effort",
         "-e",
@@ -175,7 +175,7 @@ EffortOption = Annotated[
     ),
 ]
 QuantizerOption = Annotated[
-    QuantizerName | None,
+    Quantizer | None,
     typer.Option(
         "--quantizer",
         help="Instead of an effort: auto, rtn, gptq, comq (GPTQ refined by coordinate descent), hqq; a2q, a2q+ under an accumulator.",
@@ -184,7 +184,7 @@ QuantizerOption = Annotated[
     ),
 ]
 FormatOption = Annotated[
-    FormatName,
+    Format,
     typer.Option(
         "--format",
         help="Nodes to write: matmulnbits, qdq; with 8-bit layer inputs qdq-int8, dynamic-int8.",
@@ -235,7 +235,7 @@ SweepsOption = Annotated[
     int, typer.Option("--sweeps", min=0, help="Most coordinate-descent sweeps (comq).", metavar="N", rich_help_panel=FINE)
 ]
 BiasOption = Annotated[
-    BiasName,
+    Bias,
     typer.Option(
         "--bias",
         help="Bias compensation: existing, any, none; auto: wherever it adds no node.",
@@ -248,13 +248,13 @@ AccuracyLevelOption = Annotated[
     typer.Option("--accuracy-level", help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", metavar="N", rich_help_panel=WEIGHTS),
 ]
 ActivationTypeOption = Annotated[
-    ActivationName | None,
+    Activation | None,
     typer.Option(
         "--activation-type", help="Layer inputs of qdq-int8: uint8, int8. (default: uint8)", metavar="TYPE", rich_help_panel=INTEGERS
     ),
 ]
 ActivationRangeOption = Annotated[
-    RangeName | None,
+    Range | None,
     typer.Option(
         "--activation-range",
         help="Ranges of layer inputs: min-max, percentile, min-error; auto: the least measured error. (default: auto)",
@@ -399,7 +399,7 @@ ConvBitsOption = Annotated[
     ),
 ]
 ConvFormOption = Annotated[
-    ConvFormName | None,
+    ConvForm | None,
     typer.Option(
         "--conv-form",
         help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
@@ -409,7 +409,7 @@ ConvFormOption = Annotated[
     ),
 ]
 EmbeddingsOption = Annotated[
-    EmbeddingsName,
+    Embeddings,
     typer.Option(
         "--embeddings",
         help="Tables of embeddings: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",

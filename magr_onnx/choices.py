@@ -1,83 +1,36 @@
-"""Names that options of the command line may take."""
+"""What options of the command line may be where the values can be listed: the choices of `magr_onnx.keys`, as types that typer reads."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
 
+from magr_onnx.keys import KEYS, WORDS
 
-class Bits(StrEnum):
-    two = "2"
-    three = "3"
-    four = "4"
-    five = "5"
-    six = "6"
-    seven = "7"
-    eight = "8"
+if TYPE_CHECKING:  # type checkers know no types that are made when a program runs
+    Activation = str
+    Bias = str
+    Bits = int
+    ConvBits = int | str
+    ConvForm = str
+    Effort = str
+    EmbeddingBits = int
+    Embeddings = str
+    Format = str
+    Quantizer = str
+    Range = str
+else:
 
+    def _literal(name: str) -> Any:
+        return Literal[(*KEYS[name].choices, *([WORDS[name]] if name in WORDS else []))]
 
-class EffortName(StrEnum):
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
-
-
-class QuantizerName(StrEnum):
-    auto = "auto"
-    rtn = "rtn"
-    gptq = "gptq"
-    comq = "comq"
-    hqq = "hqq"
-    a2q = "a2q"
-    a2q_plus = "a2q+"
-
-
-class FormatName(StrEnum):
-    matmulnbits = "matmulnbits"
-    qdq = "qdq"
-    qdq_int8 = "qdq-int8"
-    dynamic_int8 = "dynamic-int8"
-
-
-class ActivationName(StrEnum):
-    uint8 = "uint8"
-    int8 = "int8"
-
-
-class RangeName(StrEnum):
-    auto = "auto"
-    min_max = "min-max"
-    percentile = "percentile"
-    min_error = "min-error"
-
-
-class ConvBits(StrEnum):
-    none = "none"
-    three = "3"
-    four = "4"
-    five = "5"
-    six = "6"
-    seven = "7"
-    eight = "8"
-
-
-class ConvFormName(StrEnum):
-    fold = "fold"
-    dequantize = "dequantize"
-
-
-class EmbeddingsName(StrEnum):
-    none = "none"
-    gather_block_quantized = "gather-block-quantized"
-    dequantize = "dequantize"
-
-
-class EmbeddingBits(StrEnum):
-    four = "4"
-    eight = "8"
-
-
-class BiasName(StrEnum):
-    auto = "auto"
-    existing = "existing"
-    any = "any"
-    none = "none"
+    Activation = _literal("activation_type")
+    Bias = _literal("bias")
+    Bits = _literal("bits")
+    ConvBits = _literal("conv_bits")
+    ConvForm = _literal("conv_form")
+    Effort = _literal("effort")
+    EmbeddingBits = _literal("embedding_bits")
+    Embeddings = _literal("embeddings")
+    Format = _literal("format")
+    Quantizer = _literal("quantizer")
+    Range = _literal("activation_range")

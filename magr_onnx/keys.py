@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal
 
 from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
-from magr_onnx.passes.gather import Form as TableForm
+from magr_onnx.passes import conv, gather
 from magr_onnx.quantizers import QUANTIZERS
 from magr_onnx.ranges import METHODS
 from magr_onnx.targets import TARGETS
@@ -29,7 +29,9 @@ _CHOICES: dict[str, Collection[Any]] = {
     "format": FORMATS,
     "bias": BIAS,
     "activation_range": METHODS,
-    "embeddings": ("none", *typing.get_args(TableForm)),
+    "conv_bits": conv.BITS,
+    "embeddings": ("none", *gather.FORMS),
+    "embedding_bits": gather.BITS,
     "target": TARGETS,
 }
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.grid import search
-from magr_onnx.passes.gather import BLOCK, FORMS, Form, Table, TableReason, emit, find
+from magr_onnx.passes.gather import BITS, BLOCK, FORMS, Form, Table, TableReason, emit, find
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import Skip
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
@@ -42,7 +42,7 @@ class Embeddings(LayerPass):
         found = []
         if self.form not in FORMS:
             found.append(f"embeddings={self.form!r} is not known; choose one of {', '.join(FORMS)}, or none")
-        if self.bits not in (4, 8):
+        if self.bits not in BITS:
             found.append(f"embeddings: bits={self.bits} is not supported; choose 4 or 8")
         elif self.form == "dequantize" and self.bits != 8:
             found.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")

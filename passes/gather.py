@@ -30,6 +30,7 @@ from magr_onnx.types import Array, QuantizedWeight
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
+BITS = (4, 8)
 BLOCK = 32
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,6 @@ from magr_onnx.arguments import (
     ValidationOption,
     Verbose,
 )
-from magr_onnx.choices import BiasName, EmbeddingsName, FormatName
 from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.keys import KEYS
@@ -121,14 +119,14 @@ def optimize(
     block_size: BlockSizeOption = None,
     effort: EffortOption = None,
     quantizer: QuantizerOption = None,
-    format: FormatOption = FormatName.matmulnbits,
+    format: FormatOption = "matmulnbits",
     symmetric: SymmetricOption = None,
     alpha: AlphaOption = None,
     beta: BetaOption = None,
     damping: DampingOption = None,
     act_order: ActOrderOption = None,
     sweeps: SweepsOption = 8,
-    bias: BiasOption = BiasName.auto,
+    bias: BiasOption = "auto",
     accuracy_level: AccuracyLevelOption = 0,
     activation_type: ActivationTypeOption = None,
     activation_range: ActivationRangeOption = None,
@@ -145,7 +143,7 @@ def optimize(
     max_loss: MaxLossOption = None,
     conv_bits: ConvBitsOption = None,
     conv_form: ConvFormOption = None,
-    embeddings: EmbeddingsOption = EmbeddingsName.none,
+    embeddings: EmbeddingsOption = "none",
     embedding_bits: EmbeddingBitsOption = None,
     pipeline: PipelineOption = None,
     custom_ops: CustomOps = None,
@@ -207,6 +205,5 @@ def said(context: typer.Context) -> Recipe:
 
 def _plain(name: str, value: Any) -> Any:
     """A value as it is written in a recipe."""
-    value = value.value if isinstance(value, Enum) else value
     numeric = int in KEYS[name].types and isinstance(value, str) and value.isdigit()
     return int(value) if numeric else value
