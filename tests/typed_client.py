@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 
 import magr_onnx
+import magr_onnx.torch
 from magr_onnx.passes import CompensateBias, EmitMatMulNBits, MagR, Quantize
 
 
@@ -54,3 +56,22 @@ def prove(source: str) -> bool:
 def passes(model: ir.Model) -> ir.Model:
     steps = ir.passes.Sequential(MagR(alpha=1e-3), Quantize(method="gptq", bits=4), CompensateBias(), EmitMatMulNBits())
     return steps(model).model
+
+
+def written_down(source: str) -> magr_onnx.Report:
+    recipe = magr_onnx.Recipe.load("recipe.toml")
+    report = magr_onnx.optimize(source, recipe=recipe, preset="llm-int4", layers=[{"match": "*head*", "bits": 8}]).report
+    report.save("report.html")
+    return magr_onnx.Report.from_json(report.to_json())
+
+
+def folder(source: Path) -> dict[str, int]:
+    result = magr_onnx.optimize_folder(source, "texts.txt", output=source.with_name("int4"), models=["decoder*"], bits=4)
+    return {name: report.bytes_after for name, report in result.reports.items()}
+
+
+def module(net: torch.nn.Module, rows: list[torch.Tensor]) -> dict[str, str]:
+    model, report = magr_onnx.torch.optimize(net, rows[0], calibration=rows, output="net.onnx", bits=4)
+    print(model.ir_version, report.to_text())
+    reduced = magr_onnx.torch.magr_(net, rows[0], rows)
+    return dict(reduced.unchanged)
