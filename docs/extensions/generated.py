@@ -5,7 +5,6 @@ Nothing is written to disk, so nothing can go stale.
 
 from __future__ import annotations
 
-import enum
 import inspect
 import re
 import sys
@@ -109,14 +108,13 @@ def _argument(parameter: Any) -> str:
 
 def _row(parameter: Any, hint: Any) -> str:
     names = [_argument(parameter)] if parameter.param_type_name == "argument" else [*parameter.opts, *parameter.secondary_opts]
-    kinds = [typing.get_origin(k) or k for k in (*typing.get_args(hint), hint)]
-    kind = next(k for k in kinds if k in _KINDS or (isinstance(k, type) and issubclass(k, enum.Enum)))
-    choices = [f"`{choice.value}`" for choice in kind] if issubclass(kind, enum.Enum) else []
+    hints = (*typing.get_args(hint), hint)
+    choices = next((typing.get_args(h) for h in hints if typing.get_origin(h) is typing.Literal), ())
+    takes = " ".join(f"`{c}`" for c in choices) or next(_KINDS[k] for h in hints if (k := typing.get_origin(h) or h) in _KINDS)
     default = parameter.default
-    takes = " ".join(choices) or _KINDS[kind]
     text = _cell(_unmarked(parameter.help))
     if isinstance(default, str | int | float) and not isinstance(default, bool):
-        text += f" (default: `{getattr(default, 'value', default)}`)"
+        text += f" (default: `{default}`)"
     return f"| {' '.join(f'`{n}`' for n in names)}{f'<br>{takes}' if takes else ''} | {text} |"
 
 
