@@ -81,6 +81,16 @@ def test_everything_is_drawn_and_nothing_asked_for(
         assert found.asked == []
 
 
+@pytest.mark.parametrize(("name", "plots"), [("four", 4), ("integer", 6), ("mixed", 4), ("comparison", 2)])
+def test_all_plots_are_there_when_the_page_has_loaded(name: str, plots: int, browser: Browser, pages: dict[str, Path]) -> None:
+    """Nobody scrolls, and nothing is waited for after the load event: what a picture of the page or a print has."""
+    page = browser.new_page()
+    page.add_init_script("addEventListener('load', () => { window.drawn = document.querySelectorAll('figure[data-chart] svg').length; })")
+    page.goto(pages[name].resolve().as_uri())
+    assert page.evaluate("drawn") == plots
+    page.close()
+
+
 def lightness(page: Page) -> float:
     """Of the page's background, 0 to 1."""
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
