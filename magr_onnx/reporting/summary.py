@@ -201,12 +201,13 @@ def skips(report: Report) -> list[dict[str, Any]]:
 def differences(first: Report, second: Report) -> list[dict[str, Any]]:
     """Layers by name, those that changed most first; those in one report only at the end."""
     a, b = ({line.row.name: line for line in lines_of(r)} for r in (first, second))
+    labels = {line.row.name: line.row.label for side in (a, b) for line in side.values()}
     found = []
     for name in dict.fromkeys([*a, *b]):
         one, two = a.get(name), b.get(name)
         known = one is not None and two is not None and one.row.error is not None and two.row.error is not None
         change = (two.row.error or 0) - (one.row.error or 0) if known and one is not None and two is not None else None
-        found.append({"name": name, "first": one, "second": two, "change": change})
+        found.append({"name": name, "label": labels[name], "first": one, "second": two, "change": change})
     return sorted(found, key=lambda row: math.inf if row["change"] is None else -abs(row["change"]))
 
 
