@@ -17,6 +17,7 @@ from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.linear import known_as, matched
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
 
 LAYER_OPTIONS = (
@@ -63,7 +64,7 @@ class LayerOptions:
     """Options of the layers that a pattern matches.
 
     Attributes:
-        match: Shell patterns on the name of a layer or of its weight.
+        match: Shell patterns on the name of a layer, of its weight or of its torch module.
         options: What these layers have instead of the run's options; names are among `LAYER_OPTIONS`.
         optional: Whether a model without such a layer is no mistake.
     """
@@ -207,11 +208,12 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     names = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in layers}
     others = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions}
     known = list(dict.fromkeys(name for some in names.values() for name in some))
+    labels = [scope_of(layer.node) or layer.name for layer in layers]
     wrong, notes = [], []
     for table in tables:
         if table.optional:
             if layers and not any(matched(some, table.match) for some in names.values()):
-                last = layers[-1].name
+                last = labels[-1]
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
                 )
@@ -224,7 +226,7 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
             elif convs:
                 notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
             elif not hit:
-                like = closest(pattern.strip("*?"), known) or f"; there are {_some(list(names))}"
+                like = closest(pattern.strip("*?"), known) or f"; there are {_some(labels)}"
                 wrong.append(f"{pattern!r} matches no layer that is converted{like}")
     raise_all(OptionError, [f"layer options: {text}" for text in wrong])
     return notes

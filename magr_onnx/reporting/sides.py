@@ -165,7 +165,8 @@ def differences(first: Report, second: Report) -> list[dict[str, Any]]:
         sides = a.get(name), b.get(name)
         values = [None if s is None else s.running if running else s.row.error for s in sides]
         change = None if values[0] is None or values[1] is None else values[1] - values[0]
-        found.append({"name": name, "first": sides[0], "second": sides[1], "change": change})
+        label = next(s.row.label for s in sides if s is not None)
+        found.append({"name": name, "label": label, "first": sides[0], "second": sides[1], "change": change})
     return sorted(found, key=lambda row: math.inf if row["change"] is None else -abs(row["change"]))
 
 

@@ -17,6 +17,8 @@ function withPlaces(report) {
     ...l,
     at,
     shape: `${l.groups > 1 ? `${l.groups} × ` : ""}${l.k} × ${l.n}`,
+    name: l.scope || l.name,
+    node: l.name,
     running: running.get(l.output ?? l.name) ?? null,
     headroom: rooms[l.emitted] ?? null,
     peak: l.magr?.max_before ? 1 - l.magr.max_after / l.magr.max_before : null,
