@@ -287,6 +287,14 @@ def test_calls_name_the_type_of_what_has_no_text() -> None:
     assert report.options == {"model": "<Model>", "calibration": "<list>", "effort": "fast"}
 
 
+def test_defaults_that_are_spelled_out_are_not_in_the_call() -> None:
+    given: dict[str, Any] = {"validation_data": None, "batch_size": 16, "include": (), "mask": "auto"}
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", **given).report
+    assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", batch_size=8, mask=None).report
+    assert report.command.endswith("batch_size=8, mask=None, effort='fast')")
+
+
 def test_reports_of_the_command_line(tmp_path: Path) -> None:
     onnx.save(proto(graphs.chain()), tmp_path / "m.onnx")
     done = run("optimize", "m.onnx", "-o", "o.onnx", "-q", "--report", "r.html", "--report", "r.json", cwd=tmp_path)
