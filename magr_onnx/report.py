@@ -122,12 +122,13 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known."""
 
     name: str
     op: str
     reason: str
     detail: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import Reason
 from magr_onnx.report import LayerRow, Report, by_reason, megabytes
 from magr_onnx.runtime.validate import OutputMetrics
 
 TAIL = 3.0  # times the median error, from which a layer stands out
+LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
         found.append(
             Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
         )
+    found += _left_float(report)
     found += _outliers(lines)
     if (v := report.validation) is not None:
         found += _arithmetics(report)
@@ -174,6 +178,19 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
             text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
             found.append(Finding(text, tone="warn"))
     return found
+
+
+def _left_float(report: Report) -> list[Finding]:
+    """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
+    floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
+    most = max(floats, key=lambda s: s.bytes, default=None)
+    if most is None or most.bytes < LARGE * report.bytes_after:
+        return []
+    text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
+    if most.reason == TableReason.UNASKED:
+        text += " It is a table of embeddings: --embeddings gather-block-quantized (in Python, embeddings=...) converts it."
+        return [Finding(text, tone="warn")]
+    return [Finding(f"{text} Why: {most.reason}.")]
 
 
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
