@@ -406,6 +406,8 @@ def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     assert first(small, codes) == []
     (text,) = first(small, table, codes)
     assert text.startswith("table (Gather) stays float:")
+    assert 'embeddings="gather-block-quantized"' in text
+    (text,) = [f.text for f in summary.findings(replace(report, skipped=(table,), command="onnx-magr optimize"), []) if "stays" in f.text]
     assert "--embeddings gather-block-quantized" in text
     (text,) = first(table, lstm)
     assert text.endswith(f"Why: {Reason.RECURRENT}.")

@@ -123,7 +123,8 @@ def cards(report: Report) -> list[Card]:
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}"))
+        before = "; what layers before did wrong is in it" if fed_back(report) else ""
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}{before}"))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
@@ -133,7 +134,14 @@ def cards(report: Report) -> list[Card]:
 def _accuracy(report: Report) -> list[Card]:
     metrics = main_metrics(report)
     if metrics is None:
-        return [Card("Accuracy", "not measured", "give held-out inputs: --validation heldout.npz", "warn")]
+        return [
+            Card(
+                "Accuracy",
+                "not measured",
+                f"give held-out inputs: {_asked_with(report, '--validation heldout.npz', 'validation_data=...')}",
+                "warn",
+            )
+        ]
     if metrics.cross_entropy is not None:
         a, b = metrics.cross_entropy
         return [
@@ -180,6 +188,11 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     return found
 
 
+def _asked_with(report: Report, command: str, python: str) -> str:
+    """An option as whoever made the report writes it: on the command line, or in Python."""
+    return command if report.command.startswith("onnx-magr") else python
+
+
 def _left_float(report: Report) -> list[Finding]:
     """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
     floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
@@ -188,7 +201,8 @@ def _left_float(report: Report) -> list[Finding]:
         return []
     text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
     if most.reason == TableReason.UNASKED:
-        text += " It is a table of embeddings: --embeddings gather-block-quantized (in Python, embeddings=...) converts it."
+        option = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+        text += f" It is a table of embeddings: {option} converts it."
         return [Finding(text, tone="warn")]
     return [Finding(f"{text} Why: {most.reason}.")]
 
