@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from magr_onnx.runtime.session import Arithmetic, provider_name
 from magr_onnx.setting import Progress, stage
 from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
+from magr_onnx.watching import watched
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 
@@ -101,6 +102,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
 
 
 @explained
+@watched
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -114,11 +116,12 @@ def validate(
     layers: bool = True,
     latency: bool = True,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
 
-    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two.
+    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
+    lines of ``progress`` are those of `optimize`.
 
     Raises:
         MagrError: A model or the data cannot be used.
@@ -136,7 +139,7 @@ def validate(
             mask=calibrate.resolve_mask(a.model, mask),
             layers=layers,
             latency=latency,
-            progress=stage(progress, "validating"),
+            progress=stage(cast(Progress, progress), "validating"),
         )
 
 

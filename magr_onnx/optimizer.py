@@ -28,6 +28,7 @@ from magr_onnx.runtime.session import provider_name
 from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
 from magr_onnx.statistics import held_out_for
+from magr_onnx.watching import watched
 from magr_onnx.writing import save
 
 
@@ -44,6 +45,7 @@ class Optimized(NamedTuple):
 
 
 @explained
+@watched
 @with_recipe
 @with_run
 def optimize(
@@ -67,7 +69,7 @@ def optimize(
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: Size = stages.DEFAULT_CACHE,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
     on_layer: OnLayer | None = None,
     max_memory: Size | None = None,
     shard_size: Size | None = None,
@@ -101,7 +103,8 @@ def optimize(
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes (or text such as ``"2 GB"``) of values between stages held in memory under error feedback; more go
             to a temporary folder.
-        progress: Called during long work with a stage's name, steps done and steps in total.
+        progress: True draws bars on standard error where that is a terminal or a notebook, and False does not. A callable gets a stage's
+            name, steps done and steps in total instead. The logger ``magr_onnx`` has a line as a stage begins and ends, at level INFO.
         on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
         max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
             fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
@@ -145,7 +148,7 @@ def optimize(
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         apart.start()
-    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress, on_layer, tables)
+    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache", least=0), shard_size, external_data)
