@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import files
+from magr_onnx import embeddings, files
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
@@ -19,6 +19,7 @@ from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.preparing import check_patterns
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
@@ -61,13 +62,16 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
 
     Raises:
         ModelError: Not a usable model.
+        OptionError: A pattern that matches nothing.
     """
     loaded = files.load(model)
     open_up(loaded.model)
     canonicalize(loaded.model, include, exclude, again=requantize)
+    check_patterns(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
+    _, tables = embeddings.look(loaded.model, (), include, exclude)
     found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in found:
@@ -97,7 +101,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        tuple(map(skip_row, skips + unfit)),
+        tuple(map(skip_row, [*tables, *skips, *unfit])),
     )
 
 

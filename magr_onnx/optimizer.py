@@ -16,6 +16,7 @@ from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
+from magr_onnx.passes.gather import TableReason
 from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
@@ -178,6 +179,7 @@ def optimize(
     if tables:
         solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
     written, proof = _write(solved, out, prepared.reference, provider, run)
+    notes += _large_table(solved.skips, written)
     comparison = None
     if held is not None:
         comparison = validation.validate(
@@ -237,6 +239,18 @@ def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
     return list(data.notes)
 
 
+def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
+    """Say of the largest table that stayed float for want of an option, where it is a tenth of the result or more."""
+    tables = [skip for skip in skips if skip.reason == TableReason.UNASKED]
+    most = max(tables, key=lambda skip: skip.bytes, default=None)
+    if most is None or 10 * most.bytes < written:
+        return []
+    return [
+        f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
+        "--embeddings gather-block-quantized makes it 8 bits, with --embedding-bits 4 4 bits"
+    ]
+
+
 def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provider: str, run: Run) -> tuple[int, ProofSummary | None]:
     """Prove, stamp, write and read back; the bytes written and the proof, if one was asked for."""
     work, demand = solved.model, pipeline.accumulator_of(solved.passes)
@@ -254,7 +268,7 @@ def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provide
 
 
 def skip_row(skip: Skip) -> SkipRow:
-    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
+    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail, skip.bytes)
 
 
 def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
