@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.layerwise import LayerOptions
-from magr_onnx.options import Options, build_pipeline
+from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.preparing import prepare
@@ -134,7 +135,7 @@ def optimize(
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
             options["effort"] = "fast"
-        passes = build_pipeline(**options)
+        passes = pipeline_of(options, _arguments())
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
     pipeline.check(passes, provider)
@@ -213,6 +214,11 @@ def optimize(
             options=provenance.options(run.given),
         ),
     )
+
+
+def _arguments() -> list[str]:
+    """What `optimize` takes beside the options."""
+    return [name for name in inspect.signature(optimize).parameters if name not in ("run", "options")]
 
 
 def _check_data_free(passes: Sequence[LayerPass], goal: mixed.Goal | None) -> None:

@@ -104,8 +104,6 @@ def solve(
     begun = beginnings.convert(model, base, passes, data, goal, setting, run)
     run.sweep(base)
     notes += begun.notes
-    if begun.rows:
-        run.lap("convolutions")
     setting.finished(begun.rows)
 
     work = base.clone()

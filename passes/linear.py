@@ -60,7 +60,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; ``bytes`` of weights where known."""
+    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
 
     name: str
     op: str
