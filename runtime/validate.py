@@ -291,7 +291,7 @@ def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
 def _latency(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
     batch = next(iter(data))
     times: tuple[list[float], list[float]] = ([], [])
-    with Session(float_model, provider) as a, Session(quantized_model, provider) as b:
+    with Session(float_model, provider, spinning=True) as a, Session(quantized_model, provider, spinning=True) as b:
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()

@@ -268,13 +268,13 @@ def test_the_call_of_a_report_does_the_same_again(tmp_path: Path) -> None:
     onnx.save(proto(graphs.chain()), tmp_path / "model.onnx")
     np.savez(tmp_path / "inputs.npz", **graphs.feeds(graphs.chain(), rows=32))  # type: ignore[arg-type]
     out = tmp_path / "out.onnx"
-    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["no*"])
+    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["up"])
     first = out.read_bytes()
     out.unlink()
     eval(report.command, {"magr_onnx": magr_onnx})
     assert out.read_bytes() == first
     assert report.options["bits"] == 3
-    assert report.options["exclude"] == ["no*"]
+    assert report.options["exclude"] == ["up"]
     assert "progress" not in report.options
 
 
