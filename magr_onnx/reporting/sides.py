@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from magr_onnx.report import Report, megabytes
-from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, share_of
+from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
 
 SAME = "about the same"
 NOISE = 0.1  # of times: less than this between two runs tells nothing
@@ -110,7 +110,7 @@ def measures(report: Report) -> dict[str, Measure]:
     found["size"] = Measure(megabytes(report.bytes_after), report.bytes_after)
     found["of the source"] = Measure(share_of(report.bytes_after, report.bytes_before))
     if report.validation is not None and (t := report.validation.latency) is not None:
-        found["latency a batch"] = Measure(f"{t.quantized_ms:.2f} ms", t.quantized_ms, within=NOISE, spread=t.spread[1])
+        found["latency a batch"] = Measure(milliseconds(t.quantized_ms), t.quantized_ms, within=NOISE, spread=t.spread[1])
     if report.proof is not None:
         found["proved"] = Measure(f"{report.proof.proved} of {report.proof.total}")
         if report.proof.headroom is not None:

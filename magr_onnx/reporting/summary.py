@@ -111,8 +111,9 @@ def cards(report: Report) -> list[Card]:
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
-        detail = f"a batch on {v.provider}, {low_too:.2f} to {high_too:.2f}; float {t.float_ms:.2f} ms, {low:.2f} to {high:.2f}"
-        found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", detail))
+        ranges = f"{milliseconds(low_too)} to {milliseconds(high_too)}", f"{milliseconds(low)} to {milliseconds(high)}"
+        detail = f"a batch on {v.provider}, quartiles {ranges[0]}; float {milliseconds(t.float_ms)}, quartiles {ranges[1]}"
+        found.append(Card("Latency", milliseconds(t.quantized_ms), detail))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
     found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
@@ -242,6 +243,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds < 3600 else f"{int(seconds // 3600)} h {seconds % 3600 / 60:.0f} min"
+
+
+def milliseconds(value: float) -> str:
+    """A latency; of one below a millisecond the first three decimals."""
+    return f"{value:.2f} ms" if value >= 1 else f"{value:.3f} ms"
 
 
 def decibels(value: float) -> str:
