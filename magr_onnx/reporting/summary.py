@@ -111,9 +111,9 @@ def cards(report: Report) -> list[Card]:
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
-        ranges = f"{milliseconds(low_too)} to {milliseconds(high_too)}", f"{milliseconds(low)} to {milliseconds(high)}"
-        detail = f"a batch on {v.provider}, quartiles {ranges[0]}; float {milliseconds(t.float_ms)}, quartiles {ranges[1]}"
-        found.append(Card("Latency", milliseconds(t.quantized_ms), detail))
+        ranges = f"({milliseconds(low_too)} to {milliseconds(high_too)})", f"({milliseconds(low)} to {milliseconds(high)})"
+        detail = f"a batch on {v.provider} {ranges[0]}; float {milliseconds(t.float_ms)} ms {ranges[1]}; median (quartiles)"
+        found.append(Card("Latency", f"{milliseconds(t.quantized_ms)} ms", detail))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
     found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
@@ -246,8 +246,8 @@ def duration(seconds: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A latency; of one below a millisecond the first three decimals."""
-    return f"{value:.2f} ms" if value >= 1 else f"{value:.3f} ms"
+    """A latency in as many digits as can be told apart."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def decibels(value: float) -> str:
