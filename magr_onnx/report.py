@@ -22,6 +22,12 @@ from magr_onnx.runtime.validate import Validation
 MOST = 25
 """Layers in a table for a person in a hurry."""
 
+LEGEND = (
+    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of",
+    "calibration data (a row is a token, or else a sample). *: the largest error.",
+)
+"""What a table of layers means, for `Report.to_text`."""
+
 SCHEMA = 2
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
 
@@ -240,6 +246,7 @@ class Report:
                 *self._summary(),
                 "",
                 *layer_table(self.layers, most),
+                *(LEGEND if any(row.error is not None for row in self.layers) else ()),
                 *self._skips(),
                 *self._assignment(),
                 *self._validation(),
