@@ -19,6 +19,7 @@ from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.preparing import check_patterns
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
@@ -42,7 +43,7 @@ class Inspection:
         bytes: Size, with external data.
         opset: Version of the standard operators.
         ir_version: Of the file format.
-        layers: A row for every layer to convert: names, ``k`` and ``n``, type, and the range of its weight.
+        layers: A row for every layer to convert: names, the torch module (``scope``), ``k`` and ``n``, type, and the range of its weight.
         skipped: What would be left alone, and why.
     """
 
@@ -81,6 +82,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         rows.append(
             {
                 "name": layer.name,
+                "scope": scope_of(layer.node),
                 "op": layer.op,
                 "weight": layer.weight_name,
                 "input": str(layer.x.name),

@@ -55,7 +55,8 @@ DecodeSteps = Annotated[
     ),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option("--include", help="Only layers whose node or weight name matches; repeatable.", rich_help_panel=LAYERS)
+    list[str] | None,
+    typer.Option("--include", help="Only layers whose node, weight or module matches; repeatable.", rich_help_panel=LAYERS),
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="Leave matching layers as they are; repeatable.", rich_help_panel=LAYERS)

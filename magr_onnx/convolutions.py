@@ -22,6 +22,7 @@ from magr_onnx.passes.convolutions import Convolutions, units
 from magr_onnx.passes.emit_conv import emit
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.quantizers import grouped
 from magr_onnx.quantizers.auto import usual_alpha
 from magr_onnx.report import LayerRow
@@ -210,6 +211,7 @@ def _convert(
                 weights=solution.values,
                 errors=tuple(solution.errors),
                 output=layer.output.name,
+                scope=scope_of(layer.node),
             )
         )
 

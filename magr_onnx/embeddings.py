@@ -12,6 +12,7 @@ from magr_onnx.passes import LayerPass, Skip
 from magr_onnx.passes.embeddings import Embeddings, quantize, units
 from magr_onnx.passes.gather import Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.report import LayerRow
 from magr_onnx.sketch import sketch
 
@@ -63,6 +64,7 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
                     node,
                     weights=sketch(array.T, None, weight),
                     output=table.output.name,
+                    scope=scope_of(table.node),
                 )
             )
     return result

@@ -17,6 +17,7 @@ from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.linear import known_as, matched
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
 
 LAYER_OPTIONS = (
@@ -63,7 +64,7 @@ class LayerOptions:
     """Options of the layers that a pattern matches.
 
     Attributes:
-        match: Shell patterns on the name of a layer or of its weight.
+        match: Shell patterns on the name of a layer, of its weight or of its torch module.
         options: What these layers have instead of the run's options; names are among `LAYER_OPTIONS`.
         optional: Whether a model without such a layer is no mistake.
     """
@@ -210,7 +211,7 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     for table in tables:
         if table.optional:
             if layers and not any(matched(some, table.match) for some in names.values()):
-                last = layers[-1].name
+                last = scope_of(layers[-1].node) or layers[-1].name
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
                 )

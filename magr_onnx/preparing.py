@@ -84,7 +84,8 @@ def check_patterns(model: ir.Model, include: Sequence[str], exclude: Sequence[st
     layers, skips = find(model)
     convolutions, unfit = conv.find(model)
     tables, untouched = gather.find(model)
-    names = [known_as(one.node, one.name, one.weight_name) for one in (*layers, *convolutions, *tables)]
+    named: list[LinearLayer | conv.ConvLayer | gather.Table] = [*layers, *convolutions, *tables]
+    names = [known_as(one.node, one.name, one.weight_name) for one in named]
     others = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
     wrong = [
         f"{option} {pattern!r} matches no layer{layerwise.near(pattern, names)}"

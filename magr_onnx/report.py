@@ -8,10 +8,11 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from magr_onnx.assignment import Assignment
@@ -63,6 +64,8 @@ class LayerRow:
         tiles: Headroom of a constrained accumulator along K; see `magr_onnx.sketch.tile_headroom`.
         depth: Converted layers before it on the longest way from the inputs.
         output: Name of its output, by which `Validation.layers` has it.
+        scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path
+            the second has ``@1`` behind it, and so on.
     """
 
     name: str
@@ -88,6 +91,12 @@ class LayerRow:
     tiles: dict[str, Any] | None = None
     depth: int | None = None
     output: str | None = None
+    scope: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call it to a person: its module, or the name of its node."""
+        return self.scope or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +284,8 @@ class Report:
         return [] if self.assignment is None else ["", *self.assignment.lines()]
 
     def _validation(self) -> list[str]:
-        return [] if self.validation is None else ["", *validation_text(self.validation)]
+        labels = {row.output: row.label for row in self.layers}
+        return [] if self.validation is None else ["", *validation_text(self.validation, labels)]
 
     def _notes(self) -> list[str]:
         found = [*self.notes, *layer_notes(self.layers)]
@@ -308,9 +318,19 @@ def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
     layers: dict[str, list[str]] = {}
     for row in rows:
         for note in row.notes:
-            layers.setdefault(note, []).append(row.name)
+            layers.setdefault(note, []).append(row.label)
     lines = [f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {note}" for note, names in layers.items()]
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
+
+
+def told_apart(rows: Iterable[LayerRow]) -> list[LayerRow]:
+    """Rows whose scopes differ: of several with the same one, those after the first are numbered."""
+    seen: dict[str, int] = {}
+    found = []
+    for row in rows:
+        count = seen[row.scope] = seen.get(row.scope, -1) + 1
+        found.append(replace(row, scope=f"{row.scope}@{count}") if row.scope and count else row)
+    return found
 
 
 def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
@@ -323,7 +343,7 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
     lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
     worst = max((r.error or 0 for r in rows), default=0)
     for r in rows:
-        name = r.name if len(r.name) <= 40 else f"...{r.name[-37:]}"
+        name = r.label if len(r.label) <= 40 else f"...{r.label[-37:]}"
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and r.error == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
@@ -331,18 +351,17 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
     return lines
 
 
-def validation_text(v: Validation) -> list[str]:
-    """Metrics of every output and arithmetic, then size and latency."""
+def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({})) -> list[str]:
+    """Metrics of every output and arithmetic, then size and latency; layers by ``labels`` of their outputs, where there are any."""
     lines = [
         f"validation   {v.data}: {v.batches} batches, provider {v.provider}",
         f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
     ]
-    for arithmetic, outputs in v.arithmetics.items():
-        for m in outputs:
-            top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
-            kl = "" if m.kl is None else f"{m.kl:8.5f}"
-            row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
-            lines.append(row.rstrip())
+    for arithmetic, m in v.shown():
+        top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
+        kl = "" if m.kl is None else f"{m.kl:8.5f}"
+        row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
+        lines.append(row.rstrip())
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None:
             a, b = m.cross_entropy
@@ -350,11 +369,13 @@ def validation_text(v: Validation) -> list[str]:
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         t = v.latency
-        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs})")
+        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs} each, in turns)")
+        if t.float_quartiles and t.quantized_quartiles:
+            lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in t.spread))
     if v.layers:
         worst = max(v.layers, key=lambda layer: layer.relative_error)
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
-        lines.append(f"    at {worst.layer}")
+        lines.append(f"    at {labels.get(worst.layer, worst.layer)}")
     return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4))]
 
 

@@ -13,9 +13,10 @@ from magr_onnx.options import Options
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
 from magr_onnx.passes.readback import digest
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.segments import depths
 from magr_onnx.preparing import Prepared
-from magr_onnx.report import LayerRow, megabytes
+from magr_onnx.report import LayerRow, megabytes, told_apart
 from magr_onnx.run import Run
 from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
@@ -175,7 +176,7 @@ def solve(
     emitted = {row.emitted for row in rows if row.emitted}
     rows = [*begun.rows, *rows]
     depth = depths(model, {row.name for row in rows})
-    rows = [replace(row, depth=depth.get(row.name)) for row in rows]
+    rows = told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
     return Solved(work, passes, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search)
 
 
@@ -231,4 +232,5 @@ def _layer_row(job: Job) -> LayerRow:
         errors=tuple(facts.get("errors", ())),
         tiles=facts.get("tiles"),
         output=layer.output.name,
+        scope=scope_of(layer.node),
     )

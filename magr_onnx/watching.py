@@ -86,9 +86,9 @@ class Watch:
         if (row.error or 0) >= ((self._worst and self._worst.error) or 0):
             self._worst = row
         if self._say is not None:
-            self._say(f"{row.name}: {what(row)}")
+            self._say(f"{row.label}: {what(row)}")
         if self._bars is not None and self._worst is not None:
-            last, worst = (f"{r.error or 0:.2%} {_short(r.name)}" for r in (row, self._worst))
+            last, worst = (f"{r.error or 0:.2%} {_short(r.label)}" for r in (row, self._worst))
             self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
 
 

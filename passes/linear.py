@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.bodies import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
+from magr_onnx.passes.scopes import modules_of
 from magr_onnx.types import Array
 from magr_onnx.writing import let_go
 
@@ -346,7 +347,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
 
     Args:
         model: The model; nothing in it is changed.
-        include: Shell patterns on the layer's name or weight name, those before a rewrite included; empty for all.
+        include: Shell patterns on the layer's name, its weight's or its torch module's, those before a rewrite included; empty for all.
         exclude: Patterns of layers to leave as they are; wins over ``include``.
     """
     layers: list[LinearLayer] = []
@@ -384,8 +385,8 @@ def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], excl
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its own, its weight's, and those it had before a rewrite."""
-    return (name, weight, *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its own, its weight's, its torch module's, and those before a rewrite."""
+    return (name, weight, *modules_of(node), *node.metadata_props.get(NAMES, "").splitlines())
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 import magr_onnx  # noqa: E402
 import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
+from magr_onnx.passes.scopes import scope_of  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from magr_onnx.torch.feeds import feeds  # noqa: E402
 
@@ -100,6 +101,39 @@ def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
             assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
     net.train()
     net.down.eval()
+
+
+def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
+    net, report, output = optimized
+    scopes = ["attention.in_proj", "attention.out_proj", "up", "down", "first", "second", "head"]
+    assert sorted(row.scope for row in report.layers) == sorted(scopes)
+    assert all(scope in report.to_text() for scope in scopes)
+    assert {row["scope"] for row in magr_onnx.inspect(magr_torch.export(net, tokens(1)).program).layers} == set(scopes)
+    kept = {scope_of(node) for node in ir.load(output).graph if node.op_type == "MatMulNBits"}
+    assert kept == set(scopes)
+    program, data = magr_torch.export(net, tokens(2)).program, loader(tokens())
+    tables = [{"match": ["up", "*in_proj*"], "bits": 8}]
+    some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
+    chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
+    assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
+    with pytest.raises(OptionError, match=r"'atention\.in_proj' matches no layer that is converted; did you mean 'attention\.in_proj'"):
+        magr_torch.optimize(program, calibration=data, effort="fast", layers=[{"match": "atention.in_proj", "bits": 8}])
+
+
+def test_layers_of_one_module_are_told_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+            self.image = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: Any, image: Any) -> Any:
+            return self.body(self.body(x)) + self.image(image).mean(), x @ torch.ones(32, 32)
+
+    given = (torch.randn(8, 32), torch.randn(8, 1, 5, 5))
+    report = magr_torch.optimize(Twice(), given, calibration=[given], bits=8, effort="fast").report
+    assert [row.scope for row in report.layers] == ["image", "body.0", "body.0@1", ""]
+    assert report.layers[-1].label == report.layers[-1].name
 
 
 def test_names_shapes_and_metadata_are_kept(optimized: tuple[Net, Any, Path]) -> None:

@@ -31,7 +31,8 @@ def inspect(
     lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
     lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in found.layers:
-        name = row["name"] if len(row["name"]) <= 34 else f"...{row['name'][-31:]}"
+        label = row["scope"] or row["name"]
+        name = label if len(label) <= 34 else f"...{label[-31:]}"
         bias = "yes" if row["bias"] else "-"
         shape = f"{row['k']} x {row['n']}"
         lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")

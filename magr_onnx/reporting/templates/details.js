@@ -32,6 +32,7 @@ function facts(l) {
     ["Error feedback", f ? (f.damping == null ? "tried, no gain" : `held-out error ${percent(Math.sqrt(f.held_out_before))} → ${percent(Math.sqrt(f.held_out_after))}`) : null],
     ["Low rank", r ? `rank ${r.rank}` : null],
     ["Mean error", l.bias_compensated ? "taken up by the bias" : null],
+    ["Node", l.node],
     ["Weight", l.weight],
     ["Written as", l.emitted],
     ...Object.entries(l.solver ?? {}).filter(([name]) => !l.errors.length || !/^(error|coupled)/.test(name)).map(([name, value]) => [name[0].toUpperCase() + name.slice(1).replaceAll("_", " "), typeof value === "number" ? Number(value.toPrecision(5)) : value ? "yes" : "no"]),
@@ -61,6 +62,5 @@ async function fill(body, layer) {
     return [figure, plot, name, title];
   });
   body.replaceChildren(list, ...notes, ...old, ...places.map(([figure]) => figure));
-  await library;
   for (const [, plot, name, title] of places) if (plot.isConnected) await draw(plot, CHARTS[name](layer), `${title} of ${layer.name}`);
 }

@@ -1,0 +1,42 @@
+"""Which module of a torch model a node came from, by what the exporter (``torch.onnx.export(..., dynamo=True)``) wrote beside it.
+
+1. The scopes of a node are module paths from the outside in, and then the node itself: ``['', 'encoder', 'encoder.linear1', 'linear_2']``
+   is of the module ``encoder.linear1``.
+2. A module may compute with parameters that no module of its own holds, or call none for them (``nn.MultiheadAttention``, with its
+   ``in_proj_weight`` and ``out_proj``). The parameter's name tells such layers apart: ``attention.in_proj``. The exporter writes it
+   with ``_`` for ``.``, so a path that goes on for more than one step beyond the module has ``_`` there.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+_SCOPES, _CALL = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
+_PARAMETER = re.compile(r"%p_(\w+)")
+_KIND = re.compile(r"_?(?:weight|bias)$")
+
+
+def modules_of(node: ir.Node) -> tuple[str, ...]:
+    """The paths a node is known by: that of its module, then that within it which its parameter adds; empty where nothing says so."""
+    properties: Mapping[str, str] = node.metadata_props
+    try:
+        scopes = ast.literal_eval(properties.get(_SCOPES, "[]"))
+    except (SyntaxError, ValueError):
+        return ()
+    if not (isinstance(scopes, list) and len(scopes) > 1 and isinstance(scopes[-2], str) and scopes[-2]):
+        return ()
+    module: str = scopes[-2]
+    before = re.sub(r"\W", "_", module) + "_"
+    for parameter in _PARAMETER.findall(properties.get(_CALL, "")):
+        if parameter.startswith(before) and (rest := _KIND.sub("", parameter.removeprefix(before))):
+            return module, f"{module}.{rest}"
+    return (module,)
+
+
+def scope_of(node: ir.Node) -> str:
+    """The narrowest path of `modules_of`; empty where there is none."""
+    return next(reversed(modules_of(node)), "")
