@@ -189,8 +189,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON, an array of numbers a line; `from_json` gives the same report back."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+        return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "report") -> Self:
@@ -394,6 +393,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def json_text(value: Any) -> str:
+    """JSON of `plain` data for people too: indented, with an array of numbers a line."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def versions() -> dict[str, str]:
