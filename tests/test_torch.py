@@ -92,7 +92,7 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Any, Path]
 def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     assert len(report.layers) == 7
-    assert report.calibration.startswith("the given DataLoader: 4 batches")
+    assert report.calibration.startswith("the given DataLoader: 32 samples in 4 batches")
     assert "not inputs of the model, and dropped from batches: what comes behind the first 1 (1)" in report.notes
     with Session(output) as session, torch.no_grad():
         for count in (1, 5):  # any batch size, from an example of one
