@@ -8,7 +8,6 @@ so the result loads wherever the source did.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from magr_onnx import files, locking, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
-from magr_onnx.report import Report, megabytes, wrapped
+from magr_onnx.report import Report, json_text, megabytes, wrapped
 from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
@@ -56,7 +55,7 @@ class OptimizedFolder:
         return {"source": self.source, "output": self.output, "models": reports, "carried": list(self.carried)}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json_text(self.to_dict())
 
     def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
         """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders, mixed
-from magr_onnx.errors import MagrError, ModelError, OptionError, raise_all
+from magr_onnx.errors import MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
@@ -42,7 +42,7 @@ try:
     from olive.passes.pass_config import PassConfigParam
     from olive.search.search_parameter import Categorical
 except ImportError as error:
-    raise OptionError(f"Olive is not installed ({error}); pip install 'onnx-magr[olive]'") from error
+    raise OptionError(f"Olive is not installed ({error}); {install('olive')}") from error
 
 logger = logging.getLogger(__name__)
 

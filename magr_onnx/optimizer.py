@@ -255,7 +255,7 @@ def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
         return []
     return [
         f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
-        "--embeddings gather-block-quantized makes it 8 bits, with --embedding-bits 4 4 bits"
+        "--embeddings gather-block-quantized quantizes it to 8 bits (--embedding-bits 4: to 4)"
     ]
 
 
@@ -283,4 +283,5 @@ def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) 
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+    samples = "" if data.samples is None else f"{data.samples} samples in "
+    return f"{data.describe}: {samples}{len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

@@ -23,6 +23,12 @@ from magr_onnx.runtime.validate import Validation
 MOST = 25
 """Layers in a table for a person in a hurry."""
 
+LEGEND = (
+    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of",
+    "calibration data (a row is a token, or else a sample). *: the largest error.",
+)
+"""What a table of layers means, for `Report.to_text`."""
+
 SCHEMA = 2
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
 
@@ -183,8 +189,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON, an array of numbers a line; `from_json` gives the same report back."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+        return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "report") -> Self:
@@ -249,6 +254,7 @@ class Report:
                 *self._summary(),
                 "",
                 *layer_table(self.layers, most),
+                *(LEGEND if any(row.error is not None for row in self.layers) else ()),
                 *self._skips(),
                 *self._assignment(),
                 *self._validation(),
@@ -387,6 +393,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def json_text(value: Any) -> str:
+    """JSON of `plain` data for people too: indented, with an array of numbers a line."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def versions() -> dict[str, str]:

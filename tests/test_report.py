@@ -19,6 +19,7 @@ from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
+from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
@@ -85,6 +86,19 @@ def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     assert [row.name for row in found.layers] == [row.name for row in reports["integer"].layers]
     assert found.layers[0].weights is None
     assert "<html" in found.to_html()
+
+
+def test_the_text_says_what_its_columns_and_marks_are() -> None:
+    text = magr_onnx.optimize(graphs.chain(), [graphs.feeds(graphs.chain(), rows=30)] * 2, effort="fast").report.to_text()
+    assert "60 samples in 2 batches, 60 rows" in text
+    assert "*: the largest error" in text
+    net = "g (int64[n] i) => (float[n, 8] y) { [rows] x = Gather(table, i) y = MatMul(x, w) }"
+    gather = model(net, table=constant("table", 300, 64), w=constant("w", 64, 8))
+    text = magr_onnx.optimize(gather).report.to_text()
+    assert "tables of embeddings stay float (option embeddings quantizes them), 0.08" in text
+    assert re.search(r"table of embeddings rows stays float and is \d+% of the result", text)
+    skipped = magr_onnx.inspect(gather).skipped
+    assert [(s.name, s.bytes) for s in skipped] == [("rows", 300 * 64 * 4)]
 
 
 def test_what_is_no_report_is_refused(reports: dict[str, Report], tmp_path: Path) -> None:
@@ -364,7 +378,7 @@ def test_wrong_names_are_explained(arguments: tuple[str, ...], said: str, tmp_pa
 def test_without_the_extra_pages_are_refused_before_the_work_and_json_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report = magr_onnx.optimize(graphs.matmul()).report
     monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
-    with pytest.raises(OptionError, match=r"vl_convert not installed\): pip install 'onnx-magr\[report\]'; JSON needs none"):
+    with pytest.raises(OptionError, match=r"vl_convert not installed\): pip install 'onnx-magr\[report\]', or .*; JSON needs none"):
         magr_onnx.reporting.check([tmp_path / "r.html"])
     with pytest.raises(OptionError, match="a page needs the extra"):
         report.to_html()

@@ -92,7 +92,7 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Any, Path]
 def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     assert len(report.layers) == 7
-    assert report.calibration.startswith("the given DataLoader: 4 batches")
+    assert report.calibration.startswith("the given DataLoader: 32 samples in 4 batches")
     assert "not used of each batch, since the model has no such input: the second item (labels?)" in report.notes
     assert report.validation.notes == ()  # said once
     assert report.source == "Net"
@@ -280,7 +280,7 @@ def test_what_magr_leaves_alone_in_a_module() -> None:
             return nn.functional.linear(y, 2 * self.scaled.weight), y @ self.part.weight[:, :16]
 
     x = torch.randn(16, 3, 3, 3)
-    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]], exclude=["nothing"])
+    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]])
     assert [c.name for c in result.changed] == ["used.weight"]
     assert {n: why.split()[0] for n, why in result.unchanged.items()} == {
         "conv.weight": "a",
