@@ -383,6 +383,24 @@ def test_outputs_are_called_what_forward_calls_them() -> None:
         assert np.square(one - other.numpy()).sum() < 1e-3 * np.square(other.numpy()).sum()
 
 
+def test_layers_the_mask_says_nothing_of_are_named() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Any, attention_mask: Any) -> Any:
+            rows = torch.relu(self.body(x)) * attention_mask[..., None]
+            return self.head(rows.sum(1) / attention_mask.sum(1, keepdim=True))
+
+    data = {"x": torch.randn(16, 6, 32), "attention_mask": torch.ones(16, 6, dtype=torch.int64)}
+    example = {name: value[:2] for name, value in data.items()}
+    notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
+    assert [n for n in notes if "attention_mask" in n] == [
+        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (behind pooling, say)"
+    ]
+
+
 def test_labels_in_the_example_are_noted() -> None:
     exported = magr_torch.export(Named(), {"x": torch.randn(2, 32), "labels": torch.zeros(2, dtype=torch.int64)})
     assert [v.name for v in exported.program.model.graph.outputs] == ["loss", "logits", "states_0", "states_1"]
