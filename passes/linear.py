@@ -61,12 +61,13 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it."""
+    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
 
     name: str
     op: str
     reason: StrEnum
     detail: str = ""
+    bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -384,8 +385,8 @@ def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], excl
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its own, its weight's, its torch module's, and those before a rewrite."""
-    return (name, weight, *modules_of(node), *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, and those before a rewrite."""
+    return (*reversed(modules_of(node)), name, weight, *node.metadata_props.get(NAMES, "").splitlines())
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

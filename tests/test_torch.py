@@ -280,7 +280,7 @@ def test_what_magr_leaves_alone_in_a_module() -> None:
             return nn.functional.linear(y, 2 * self.scaled.weight), y @ self.part.weight[:, :16]
 
     x = torch.randn(16, 3, 3, 3)
-    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]], exclude=["nothing"])
+    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]])
     assert [c.name for c in result.changed] == ["used.weight"]
     assert {n: why.split()[0] for n, why in result.unchanged.items()} == {
         "conv.weight": "a",
