@@ -235,7 +235,7 @@ def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
     ends = dict.fromkeys(some[0].rpartition(".")[2] for some in names)  # of paths of modules
     like = pattern.strip("*?")
     return (
-        closest(like, ends)
+        closest(like, known if "." in like else ends)
         or closest(like, known)
         or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
     )
