@@ -120,6 +120,11 @@ def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Pat
     some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
     chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
     assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
+    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {*scopes} - {"attention.in_proj", "up"}
+    assert "attention.out_proj (node_" in chosen.to_text()
+    for wrong in ({"layers": [{"match": "*out_prok*", "bits": 8}]}, {"exclude": ["*out_prok"]}):
+        with pytest.raises(OptionError, match=r"'\*out_prok\*?' matches no layer.*; did you mean 'out_proj'"):
+            magr_torch.optimize(program, calibration=data, effort="fast", **wrong)
     with pytest.raises(OptionError, match=r"'atention\.in_proj' matches no layer that is converted; did you mean 'attention\.in_proj'"):
         magr_torch.optimize(program, calibration=data, effort="fast", layers=[{"match": "atention.in_proj", "bits": 8}])
 
@@ -381,6 +386,24 @@ def test_outputs_are_called_what_forward_calls_them() -> None:
     wanted = (expected["logits"], *expected["states"])
     for one, other in zip(found, wanted, strict=True):
         assert np.square(one - other.numpy()).sum() < 1e-3 * np.square(other.numpy()).sum()
+
+
+def test_layers_the_mask_says_nothing_of_are_named() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Any, attention_mask: Any) -> Any:
+            rows = torch.relu(self.body(x)) * attention_mask[..., None]
+            return self.head(rows.sum(1) / attention_mask.sum(1, keepdim=True))
+
+    data = {"x": torch.randn(16, 6, 32), "attention_mask": torch.ones(16, 6, dtype=torch.int64)}
+    example = {name: value[:2] for name, value in data.items()}
+    notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
+    assert [n for n in notes if "attention_mask" in n] == [
+        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (pooled or reshaped before)"
+    ]
 
 
 def test_labels_in_the_example_are_noted() -> None:
