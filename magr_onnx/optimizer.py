@@ -45,8 +45,13 @@ class Optimized(NamedTuple):
     model: ir.Model
     report: Report
 
+    def asked_by(self, command: str, recipe: str) -> Optimized:
+        """The same with another ``command`` and ``recipe`` in the report."""
+        return self._replace(report=self.report.asked_by(command, recipe))
+
 
 @explained
+@provenance.recorded
 @watched
 @with_recipe
 @with_run
@@ -210,7 +215,6 @@ def optimize(
             comparison,
             proof,
             assignment=None if solved.search is None else solved.search.report(),
-            command=provenance.call("magr_onnx.optimize", run.given),
             options=provenance.options(run.given),
         ),
     )
