@@ -132,10 +132,6 @@ def optimize(
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
-    if pipeline_text is not None and tables:
-        raise OptionError(
-            f"options of single layers ({'; '.join(map(str, tables))}) need the run's options to start from, and it has a pipeline"
-        )
     if pipeline_text is None:
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by

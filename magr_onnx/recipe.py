@@ -179,6 +179,9 @@ def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
         merged = over(lower, {name: _listed(name, value) for name, value in given.items()})
         if folder := [name for name in ("models", "overwrite") if name in merged and name not in signature.parameters]:
             raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
+        if tables and merged.get("pipeline_text") is not None:
+            some = "; ".join(map(str, tables))
+            raise OptionError(f"options of single layers ({some}) need the run's options to start from, and it has a pipeline")
         if "preset" in signature.parameters and merged.get("preset") is not None:
             merged, tables = below(merged, tables)
         if tables:
