@@ -7,6 +7,7 @@ overflows.
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import sys
@@ -76,7 +77,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; explained errors are one message on standard error and exit code 1."""
+    """Run the command line; explained errors are one message on standard error and exit code 1.
+
+    What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
@@ -84,7 +91,7 @@ def main() -> None:
         console.explain(error)
         sys.exit(1)
     except _Interrupted:
-        console.errors.print("interrupted; no output was changed")
+        console.errors.print(f"interrupted; {console.outcome()}", markup=False)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

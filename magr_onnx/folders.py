@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, locking, reporting
+from magr_onnx import files, locking, patterns, provenance, reporting
 from magr_onnx.boundary import explained
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
+from magr_onnx.patterns import Known, Patterns
+from magr_onnx.recipe import with_recipe
 from magr_onnx.report import Report, json_text, megabytes, wrapped
 from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
@@ -97,20 +99,24 @@ class OptimizedFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model to optimize: its path in the folder, the files it reads its data from, and what to calibrate and to judge it with."""
+    """A model to optimize: its path in the folder, the files it reads its data from, what to calibrate and to judge it with, and what
+    was said of its layers."""
 
     name: str
     external: frozenset[Path]
     data: Source | None
     held: Source | None
+    said: Patterns
 
 
 @explained
+@provenance.recorded
+@with_recipe
 def optimize_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     calibration: FolderSource | None = None,
     *,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     models: Sequence[str] = (),
     overwrite: bool = False,
     validation_data: FolderSource | None = None,
@@ -122,7 +128,7 @@ def optimize_folder(
     The new folder appears when all of it is there; a run that fails leaves nothing.
 
     Args:
-        folder: Has ``.onnx`` files, perhaps in folders of their own.
+        folder: Has ``.onnx`` files, perhaps in folders of their own. None takes the ``model`` of a recipe.
         calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
@@ -132,7 +138,8 @@ def optimize_folder(
             killed between the two renames leaves neither under that name.
         validation_data: Held-out inputs, in the same forms.
         resume: A job directory, with one for each model in it.
-        **arguments: All others of `magr_onnx.optimize`.
+        **arguments: All others of `magr_onnx.optimize`. A pattern of layers (``include``, ``exclude``, ``layers``) must match something in
+            one of the models; a recipe is one for the folder.
 
     Returns:
         A report for every model, and what was carried along.
@@ -140,11 +147,14 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
+    if folder is None or output is None:
+        raise OptionError("give a folder of models and an output, or name both in the recipe")
     source, out = Path(folder), Path(output)
     names = _names(source, models)
     raise_all(OutputError, _check_output(source, out, names, overwrite))
-    size = int(arguments.get("batch_size", 16))
-    found = _read(source, _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation"), size)
+    said = Patterns(arguments.pop("include", ()), arguments.pop("exclude", ()), arguments.pop("layers", ()))
+    data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
+    found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
     carried = _carried(source, found)
     try:
@@ -162,6 +172,9 @@ def optimize_folder(
                     output=part / model.name,
                     validation_data=model.held,
                     resume=None if resume is None else Path(resume) / _stem(model.name),
+                    include=model.said.include,
+                    exclude=model.said.exclude,
+                    layers=model.said.tables,
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
@@ -206,9 +219,17 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
 
 
-def _read(folder: Path, data: Mapping[str, Source | None], held: Mapping[str, Source | None], batch_size: int) -> list[_Model]:
+def _read(
+    folder: Path,
+    data: Mapping[str, Source | None],
+    held: Mapping[str, Source | None],
+    batch_size: int,
+    said: Patterns,
+    again: bool,
+) -> list[_Model]:
     """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
     found, models, sources = [], [], []
+    seen: dict[str, Known] = {}
     for name in data:
         try:
             loaded = files.load(folder / name)
@@ -216,13 +237,16 @@ def _read(folder: Path, data: Mapping[str, Source | None], held: Mapping[str, So
             models.append(str(error))
             continue
         try:
-            opened = [_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name])]
-            found.append(_Model(name, loaded.external, *opened))
+            a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
+            found.append(_Model(name, loaded.external, a, b, said))
+            if said != Patterns():
+                seen[name] = patterns.look(loaded.model, said, again)
         except MagrError as error:
             sources.append(f"{name}: {error}")
     raise_all(ModelError, models)
     raise_all(CalibrationError, sources)
-    return found
+    shared = patterns.share(seen, said)
+    return [replace(model, said=shared.get(model.name, said)) for model in found]
 
 
 def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:

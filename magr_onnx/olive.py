@@ -26,8 +26,9 @@ from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
+from magr_onnx.precedence import over
 from magr_onnx.presets import find_preset
-from magr_onnx.recipe import Recipe, over
+from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
 from magr_onnx.writing import file_digest
 
@@ -235,7 +236,7 @@ def _check(config: Any) -> None:
     problems = []
     if config.data_config is not None and config.calibration is not None:
         problems.append("give data_config or calibration, not both")
-    problems += [f"{path} does not exist" for path in _paths(asked) if not path.exists()]
+    problems += [f"{path} does not exist" for path in asked.reads if not path.exists()]
     try:
         if (text := asked.values.get("pipeline")) is not None:
             pipeline.check(pipeline.parse(text))
@@ -247,12 +248,6 @@ def _check(config: Any) -> None:
     except OptionError as error:
         problems.append(str(error))
     raise_all(OptionError, problems)
-
-
-def _paths(asked: Recipe) -> list[Path]:
-    """The files and folders that are read, but the model."""
-    single = [asked.values[name] for name in ("calibration", "validation") if name in asked.values]
-    return [Path(path) for path in (*single, *asked.values.get("custom_ops", ()))]
 
 
 def _data(model: Any, config: Any, asked: Recipe, component: str) -> tuple[Any, Any]:
@@ -277,7 +272,7 @@ def _fingerprint(config: Any) -> str:
     found = hashlib.sha256(magr_onnx.__version__.encode())
     if config.recipe is not None:
         found.update(Path(config.recipe).read_bytes())
-    for path in _paths(_asked(config)):
+    for path in _asked(config).reads:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]

@@ -47,8 +47,13 @@ class Optimized(NamedTuple):
     model: ir.Model
     report: Report
 
+    def asked_by(self, command: str, recipe: str) -> Optimized:
+        """The same with another ``command`` and ``recipe`` in the report."""
+        return self._replace(report=self.report.asked_by(command, recipe))
+
 
 @explained
+@provenance.recorded
 @watched
 @with_recipe
 @with_run
@@ -129,10 +134,6 @@ def optimize(
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
-    if pipeline_text is not None and tables:
-        raise OptionError(
-            f"options of single layers ({'; '.join(map(str, tables))}) need the run's options to start from, and it has a pipeline"
-        )
     if pipeline_text is None:
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
@@ -214,7 +215,6 @@ def optimize(
             comparison,
             proof,
             assignment=None if solved.search is None else solved.search.report(),
-            command=provenance.call("magr_onnx.optimize", run.given),
             options=provenance.options(run.given),
         ),
     )

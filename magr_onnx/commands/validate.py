@@ -11,6 +11,7 @@ import typer
 from magr_onnx import api, console
 from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
 from magr_onnx.report import validation_text
+from magr_onnx.runtime import decoders
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -26,7 +27,7 @@ def validate(
     min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Exit with 3 if an output's mean cosine is below this.")] = None,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = 4,
+    decode_steps: DecodeSteps = decoders.STEPS,
     provider: Provider = "cpu",
     custom_ops: CustomOps = None,
     as_json: Json = False,
