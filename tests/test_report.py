@@ -13,12 +13,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import magr_onnx
 from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
+from magr_onnx.grid import minmax
 from magr_onnx.passes.segments import depths
 from magr_onnx.report import SCHEMA, LayerRow
 from magr_onnx.types import WeightSpec
@@ -155,6 +159,37 @@ def test_a_constant_weight_has_a_histogram() -> None:
     found = sketch.sketch(np.full((4, 3), 2.0, np.float32), None, None)
     assert sum(found["before"]) == 12
     assert found["low"] < 2 < found["high"]
+
+
+EXTREMES = st.sampled_from([0.0, 1.0, 1e-45, -1e-45, 1e-40, 1.2e-38, 3e38, -3e38, 1e15])
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(np.float32, (8, 3), elements=EXTREMES | st.floats(width=32, allow_nan=False, allow_infinity=False)), st.sampled_from([2, 4, 8]))
+@pytest.mark.filterwarnings("ignore:overflow")  # of the grid, not of the histogram: weights above 1e15 are refused before
+def test_every_finite_weight_has_histograms(weights: Any, bits: int) -> None:
+    grid = minmax(np.clip(weights, -1e30, 1e30), WeightSpec(bits, 4))
+    found = sketch.sketch(weights, weights[::-1], grid.weight(grid.codes(weights)))
+    assert found["low"] < found["high"]
+    for place in (found, found["grid"]):
+        assert sum(place["before"]) == sum(place["after"]) == weights.size
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-45])
+def test_one_value_is_in_the_middle_of_its_histogram(value: float) -> None:
+    found = sketch.sketch(np.full((4, 3), value, np.float32), None, None)
+    assert np.flatnonzero(found["before"]).tolist() == [sketch.BINS // 2]
+
+
+def test_a_dead_layer_is_converted() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 8])
+    h = b.node("MatMul", [x, b.constant("w", random(8, 8))], "first")
+    model = b.model(b.node("MatMul", [h, b.constant("dead", random(8, 4) * np.float32(1e-40))], "dead"), ["batch", 4])
+    report = magr_onnx.optimize(model, [{"x": random(16, 8, seed=i)} for i in range(2)], bits=4).report
+    assert [row.name for row in report.layers] == ["first", "dead"]
+    assert Report.from_json(report.to_json()) == report
 
 
 def test_curves_keep_their_ends() -> None:
