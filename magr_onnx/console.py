@@ -19,7 +19,8 @@ from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from magr_onnx.report import LayerRow, plain
+from magr_onnx.decoding import plain
+from magr_onnx.report import LayerRow
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
