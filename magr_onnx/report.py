@@ -121,12 +121,13 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known."""
 
     name: str
     op: str
     reason: str
     detail: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,9 @@ def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
 
 
 def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
-    """How many, why, and the first names."""
+    """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
+    size = sum({r.detail: r.bytes for r in rows}.values())
+    text += f", {megabytes(size)}" * bool(size)
     shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
 

@@ -166,6 +166,8 @@ class _Sums:
 
     @np.errstate(all="ignore")  # what is not finite is counted, and so are the metrics then
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
+        a: Array
+        b: Array
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         keep = kept_rows(batch, mask, y)
@@ -343,7 +345,7 @@ def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
 def _latency(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
     batch = next(iter(data))
     times: tuple[list[float], list[float]] = ([], [])
-    with Session(float_model, provider) as a, Session(quantized_model, provider) as b:
+    with Session(float_model, provider, spinning=True) as a, Session(quantized_model, provider, spinning=True) as b:
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()

@@ -23,8 +23,10 @@ from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
 from magr_onnx.grid import minmax
+from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
-from magr_onnx.report import SCHEMA, LayerRow
+from magr_onnx.report import SCHEMA, LayerRow, SkipRow
 from magr_onnx.reporting import sides, summary
 from magr_onnx.runtime.validate import OutputMetrics
 from magr_onnx.types import WeightSpec
@@ -109,7 +111,7 @@ def test_a_result_that_is_not_a_number_is_called_one() -> None:
     assert m.nonfinite[0] == 0 < m.nonfinite[1]
     said = "values that are NaN or infinite in the result and not in the float model"
     assert said in " ".join(report.to_text().split())
-    assert [(f.tone, said in f.text) for f in summary.findings(report, summary.lines_of(report))][0] == ("bad", True)
+    assert next((f.tone, said in f.text) for f in summary.findings(report, summary.lines_of(report))) == ("bad", True)
     card = next(c for c in summary.cards(report) if c.title == "Cosine")
     assert (card.value, card.tone) == ("not a number", "bad")
     assert "no difference" not in report.to_html()
@@ -361,13 +363,13 @@ def test_the_call_of_a_report_does_the_same_again(tmp_path: Path) -> None:
     onnx.save(proto(graphs.chain()), tmp_path / "model.onnx")
     np.savez(tmp_path / "inputs.npz", **graphs.feeds(graphs.chain(), rows=32))  # type: ignore[arg-type]
     out = tmp_path / "out.onnx"
-    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["no*"])
+    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["up"])
     first = out.read_bytes()
     out.unlink()
     eval(report.command, {"magr_onnx": magr_onnx})
     assert out.read_bytes() == first
     assert report.options["bits"] == 3
-    assert report.options["exclude"] == ["no*"]
+    assert report.options["exclude"] == ["up"]
     assert "progress" not in report.options
 
 
@@ -483,3 +485,24 @@ def test_names_cannot_break_out_of_a_page() -> None:
     page = report.to_html()
     assert "<script>alert" not in page
     assert asdict(report)["layers"][0]["name"] == bad
+
+
+def test_the_largest_weight_left_float_is_looked_at_first() -> None:
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast").report
+    small = SkipRow("small", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 20)
+    table = SkipRow("table", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 2)
+    codes = SkipRow("codes", "MatMulNBits", Reason.QUANTIZED, bytes=report.bytes_after)
+    lstm = SkipRow("lstm", "LSTM", Reason.RECURRENT, bytes=report.bytes_after)
+
+    def first(*skipped: SkipRow) -> list[str]:
+        found = replace(report, skipped=skipped)
+        return [f.text for f in summary.findings(found, summary.lines_of(found)) if "stays float" in f.text]
+
+    assert first(small, codes) == []
+    (text,) = first(small, table, codes)
+    assert text.startswith("table (Gather) stays float:")
+    assert 'embeddings="gather-block-quantized"' in text
+    (text,) = [f.text for f in summary.findings(replace(report, skipped=(table,), command="onnx-magr optimize"), []) if "stays" in f.text]
+    assert "--embeddings gather-block-quantized" in text
+    (text,) = first(table, lstm)
+    assert text.endswith(f"Why: {Reason.RECURRENT}.")

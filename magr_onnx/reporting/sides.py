@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from magr_onnx.report import Report, megabytes
-from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, share_of
+from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
 from magr_onnx.runtime.validate import severity
 
 SAME = "about the same"
@@ -110,7 +110,10 @@ def measures(report: Report) -> dict[str, Measure]:
     found["size"] = Measure(megabytes(report.bytes_after), report.bytes_after)
     found["of the source"] = Measure(share_of(report.bytes_after, report.bytes_before))
     if report.validation is not None and (t := report.validation.latency) is not None:
-        found["latency a batch"] = Measure(f"{t.quantized_ms:.2f} ms", t.quantized_ms, within=NOISE, spread=t.spread[1])
+        found["latency a batch"] = Measure(f"{milliseconds(t.quantized_ms)} ms")
+        low, high = t.spread[1]
+        times = t.quantized_ms / t.float_ms  # of the float model a moment before: what else the machine did, it did to both
+        found["latency over the float model's"] = Measure(f"{times:.2f}", times, within=NOISE, spread=(low / t.float_ms, high / t.float_ms))
     if report.proof is not None:
         found["proved"] = Measure(f"{report.proof.proved} of {report.proof.total}")
         if report.proof.headroom is not None:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import Reason
 from magr_onnx.report import LayerRow, Report, by_reason, megabytes
 from magr_onnx.runtime.validate import OutputMetrics, severity
 
 TAIL = 3.0  # times the median error, from which a layer stands out
+LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,9 @@ def cards(report: Report) -> list[Card]:
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
-        detail = f"a batch on {v.provider}, {low_too:.2f} to {high_too:.2f}; float {t.float_ms:.2f} ms, {low:.2f} to {high:.2f}"
-        found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", detail))
+        ranges = f"({milliseconds(low_too)} to {milliseconds(high_too)})", f"({milliseconds(low)} to {milliseconds(high)})"
+        detail = f"a batch on {v.provider} {ranges[0]}; float {milliseconds(t.float_ms)} ms {ranges[1]}; median (quartiles)"
+        found.append(Card("Latency", f"{milliseconds(t.quantized_ms)} ms", detail))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
     found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
@@ -120,7 +124,8 @@ def cards(report: Report) -> list[Card]:
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}"))
+        others = "; what layers before did wrong is in it" if fed_back(report) else ""
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}{others}"))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
@@ -130,7 +135,8 @@ def cards(report: Report) -> list[Card]:
 def _accuracy(report: Report) -> list[Card]:
     metrics = main_metrics(report)
     if metrics is None:
-        missing = "no output is of floats" if report.validation is not None else "give held-out inputs: --validation heldout.npz"
+        given = _asked_with(report, "--validation heldout.npz", "validation_data=...")
+        missing = "no output is of floats" if report.validation is not None else f"give held-out inputs: {given}"
         return [Card("Accuracy", "not measured", missing, "warn")]
     tone = "bad" if metrics.nonfinite[1] else ""
     if metrics.perplexity is not None:
@@ -162,6 +168,7 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
         found.append(
             Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
         )
+    found += _left_float(report)
     found += _outliers(lines)
     if (v := report.validation) is not None:
         found += _arithmetics(report)
@@ -170,6 +177,25 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
             text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
             found.append(Finding(text, tone="warn"))
     return found
+
+
+def _asked_with(report: Report, command: str, python: str) -> str:
+    """An option as whoever made the report writes it: on the command line, or in Python."""
+    return command if report.command.startswith("onnx-magr") else python
+
+
+def _left_float(report: Report) -> list[Finding]:
+    """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
+    floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
+    most = max(floats, key=lambda s: s.bytes, default=None)
+    if most is None or most.bytes < LARGE * report.bytes_after:
+        return []
+    text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
+    if most.reason == TableReason.UNASKED:
+        option = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+        text += f" It is a table of embeddings: {option} converts it."
+        return [Finding(text, tone="warn")]
+    return [Finding(f"{text} Why: {most.reason}.")]
 
 
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
@@ -209,6 +235,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds < 3600 else f"{int(seconds // 3600)} h {seconds % 3600 / 60:.0f} min"
+
+
+def milliseconds(value: float) -> str:
+    """A latency in as many digits as can be told apart."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def decibels(value: float) -> str:
