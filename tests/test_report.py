@@ -437,6 +437,16 @@ def test_several_models_of_a_folder_have_a_page_of_links(reports: dict[str, Repo
     assert Report.load(tmp_path / "r.encoder.json") == reports["fast"]
 
 
+def test_reports_of_models_in_a_folder_have_names_of_their_own(reports: dict[str, Report], tmp_path: Path) -> None:
+    names = ["a.b.2.onnx", "a.b.onnx", "a/b.onnx", "a/b/2.onnx", "c.onnx"]
+    folder = OptimizedFolder("in", "out", dict.fromkeys(names, reports["fast"]), ())
+    folder.save(tmp_path / "r.json")
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == sorted(p.name for p in folder.files(tmp_path / "r.json"))
+    assert len(found) == len(names) + 1
+    assert {"r.a.b.json", "r.c.json"} <= set(found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
