@@ -13,6 +13,7 @@ import onnx_ir as ir
 from magr_onnx import sanity, schemas
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.oldforms import modernize
+from magr_onnx.types import Deferred
 from magr_onnx.writing import is_ours
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
@@ -51,13 +52,15 @@ class Loaded:
 
 
 def load(source: Any) -> Loaded:
-    """A model from a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``.
+    """A model from a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``, or one of these deferred.
 
     A model in memory is copied (its tensors are shared), so that the caller's object stays as it is.
 
     Raises:
         ModelError: Not a model, or not a valid one; the message says what was found.
     """
+    if isinstance(source, Deferred):
+        source = source.make()
     if isinstance(source, str | os.PathLike):
         return _load_path(Path(source))
     if isinstance(source, onnx.ModelProto):

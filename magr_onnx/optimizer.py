@@ -145,8 +145,10 @@ def optimize(
     run.register(custom_ops)
     if calibration is None:
         _check_data_free(passes, goal)
-    loaded = files.load(model)
     out = None if output is None else Path(output)
+    if out is not None:
+        raise_all(OutputError, files.check_output(out, None, frozenset()))  # before a model that is yet to be exported
+    loaded = files.load(model)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         apart.start()

@@ -30,6 +30,17 @@ NOISE = 3e-7  # of a second moment that was summed in single precision
 COLUMN_BYTES = 1 << 25  # of float32 output channels that solvers work on at a time: channels are independent of each other
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Deferred:
+    """A model or data that takes work to make, and is made when all that can be checked without it has been.
+
+    Attributes:
+        make: Makes it; called once for every place that takes it.
+    """
+
+    make: Callable[[], Any]
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """What integer grid a weight is put on.

@@ -22,6 +22,7 @@ from onnx.external_data_helper import uses_external_data
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.caches import PREFIX
 from magr_onnx.runtime.session import Batch, InputInfo
+from magr_onnx.types import Deferred
 
 
 @runtime_checkable
@@ -32,7 +33,7 @@ class DataReader(Protocol):
 
 
 MOST_PROBLEMS = 10  # different ones that a message has
-Source = str | os.PathLike[str] | DataReader | Iterable[Batch]
+Source = str | os.PathLike[str] | DataReader | Iterable[Batch] | Deferred
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +90,8 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     Raises:
         CalibrationError: There is no such source, or it cannot be read.
     """
+    if isinstance(source, Deferred):
+        source = source.make()
     if isinstance(source, Batches):
         return source
     if isinstance(source, str | os.PathLike):

@@ -93,7 +93,11 @@ def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     assert len(report.layers) == 7
     assert report.calibration.startswith("the given DataLoader: 4 batches")
-    assert "not inputs of the model, and dropped from batches: what comes behind the first 1 (1)" in report.notes
+    assert "not used of each batch, since the model has no such input: the second item (labels?)" in report.notes
+    assert report.validation.notes == ()  # said once
+    assert report.source == "Net"
+    assert report.command.startswith("magr_onnx.torch.optimize(model=<Net>, example_inputs=<Tensor>, calibration=<DataLoader>, output=")
+    assert report.command.endswith("validation_data=<DataLoader>, output_names=['logits'], bits=8, effort='fast')")
     with Session(output) as session, torch.no_grad():
         for count in (1, 5):  # any batch size, from an example of one
             found = session.run({"input_ids": tokens(count, 7).numpy()})[0]
@@ -156,7 +160,7 @@ def test_a_program_of_the_callers(optimized: tuple[Net, Any, Path]) -> None:
     batches = [{"input_ids": t, "labels": t} for t in tokens().split(8)]
     result = magr_torch.optimize(program, calibration=batches, bits=8, effort="fast")
     assert [str(d) for d in result.model.graph.inputs[0].shape] == ["samples", "time"]
-    assert "not inputs of the model, and dropped from batches: labels" in result.report.notes
+    assert "not used of each batch, since the model has no such input: labels" in result.report.notes
     assert [r.error for r in result.report.layers] == pytest.approx([r.error for r in report.layers], rel=1e-3)
 
 
@@ -334,13 +338,110 @@ def test_batches_that_do_not_fit(batch: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_errors_say_what_to_do() -> None:
+def test_stacked_samples() -> None:
+    for given in ((IDS.repeat(6, 1)), IDS.repeat(6, 1).numpy(), {"ids": IDS.repeat(6, 1)}):
+        found = feeds(given, INPUTS[:1], samples=10, batch_size=4)
+        assert [b["ids"].shape for b in found] == [(4, 2), (4, 2), (2, 2)]
+        assert found.notes == ("the first 10 of 18 samples were used (samples=10)",)
+    fixed = InputInfo("ids", np.dtype("int64"), (2, None))
+    assert [b["ids"].shape for b in feeds(IDS.repeat(2, 1), [fixed])] == [(2, 2)] * 3
+
+
+def test_a_single_sample_is_refused_once() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"^batch 0: ids has the shape \[2\] of a single sample.*to_inputs=lambda sample: sample"
+    ) as caught:
+        feeds(list(IDS), INPUTS[:1])
+    assert "problems" not in str(caught.value)
+    assert len(feeds(list(IDS), INPUTS[:1], to_inputs=lambda sample: sample[None])) == 3
+
+
+class Named(nn.Module):
+    """Outputs by name, of which one key has two tensors; a loss where there are labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(32, 48)
+
+    def forward(self, x: Any, labels: Any = None) -> Any:
+        logits = self.head(x)
+        found = {"logits": logits, "states": (logits.exp(), x * 2)}
+        return found if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), **found}
+
+
+def test_outputs_are_called_what_forward_calls_them() -> None:
+    net, x = Named().eval(), torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    result = magr_torch.optimize(net, x[:2], calibration=x, validation_data=x, bits=8, effort="fast")
+    assert [v.name for v in result.model.graph.outputs] == ["logits", "states_0", "states_1"]
+    measured = {m.output: m for m in next(iter(result.report.validation.arithmetics.values()))}
+    assert measured["logits"].kl is not None
+    with Session(result.model) as session, torch.no_grad():
+        found, expected = session.run({"x": x.numpy()}), net(x)
+    wanted = (expected["logits"], *expected["states"])
+    for one, other in zip(found, wanted, strict=True):
+        assert np.square(one - other.numpy()).sum() < 1e-3 * np.square(other.numpy()).sum()
+
+
+def test_labels_in_the_example_are_noted() -> None:
+    exported = magr_torch.export(Named(), {"x": torch.randn(2, 32), "labels": torch.zeros(2, dtype=torch.int64)})
+    assert [v.name for v in exported.program.model.graph.outputs] == ["loss", "logits", "states_0", "states_1"]
+    assert any(n.startswith("the result has an input 'labels'") for n in exported.notes)
+
+
+def test_the_example_leaves_nothing_behind() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Any) -> Any:
+            self.calls.add_(1)
+            return self.layer(x) + torch.rand_like(x)
+
+    net, x = Counting(), torch.randn(2, 32)
+    state = torch.random.get_rng_state()
+    magr_torch.export(net, x)
+    assert float(net.calls) == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_options_are_checked_before_the_export(tmp_path: Path) -> None:
+    class Never(nn.Module):
+        def forward(self, x: Any) -> Any:
+            raise AssertionError("exported")
+
+    for wrong in ({"bit": 4}, {"bits": 9}, {"preset": "llm-int5"}, {"output": tmp_path / "missing" / "x.onnx"}, {"effort": "none"}):
+        with pytest.raises(MagrError) as caught:
+            magr_torch.optimize(Never(), torch.randn(2, 4), calibration=[torch.randn(2, 4)], **wrong)
+        assert "exported" not in str(caught.value)
+    with pytest.raises(ExportError, match="exported"):
+        magr_torch.optimize(Never(), torch.randn(2, 4), calibration=[torch.randn(2, 4)])
+
+
+def test_errors_say_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
     class Jump(nn.Module):
         def forward(self, x: Any) -> Any:
             return x * 2 if x.sum() > 0 else x
 
+    class NoOperator(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.linalg.eigvals(x)
+
     with pytest.raises(ExportError, match=r"torch cannot export Jump to ONNX: .*torch\.cond"):
         magr_torch.optimize(Jump(), torch.randn(2, 4))
+    with pytest.raises(ExportError, match=r"torch cannot export NoOperator to ONNX: .*; ONNX has no such operator") as caught:
+        magr_torch.export(NoOperator(), torch.randn(3, 4, 4))
+    assert "torch.cond" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+    wrong = r"Named does not run on example_inputs: TypeError: .*; forward takes x, labels \(optional\)"
+    with pytest.raises(ExportError, match=wrong):
+        magr_torch.export(Named(), {"y": torch.randn(2, 32)})
+    with pytest.raises(OptionError, match=r"input_names has 2 names \(a, b\), and the module has 1 inputs"):
+        magr_torch.export(nn.Linear(4, 4), torch.randn(2, 4), input_names=["a", "b"])
+    with pytest.raises(OptionError, match=r"output_names has 4 names .* 3 outputs \(logits, states_0, states_1\)"):
+        magr_torch.export(Named(), torch.randn(2, 32), output_names=["a", "b", "c", "d"])
     with pytest.raises(OptionError, match="example_inputs are needed"):
         magr_torch.optimize(nn.Linear(4, 4))
     with pytest.raises(OptionError, match="example_inputs is empty"):

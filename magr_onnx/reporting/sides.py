@@ -18,22 +18,27 @@ FEEDBACK = "not comparable: with error feedback, a layer's error has in it what 
 
 
 def points(a: float, b: float) -> str:
+    """A change in percentage points, of what is a share."""
     return f"{100 * (b - a):+.2f} points"
 
 
 def ratio(a: float, b: float) -> str:
+    """A change in percent of the first."""
     return f"{b / a - 1:+.1%}" if a else "from none"
 
 
 def as_is(a: float, b: float) -> str:
+    """A change as it is."""
     return f"{b - a:+.5f}"
 
 
 def in_bits(a: float, b: float) -> str:
+    """A change in bits."""
     return f"{b - a:+.3f} bits"
 
 
 def in_decibels(a: float, b: float) -> str:
+    """A change in decibels."""
     return f"{b - a:+.1f} dB"
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from magr_onnx.errors import ExportError, OptionError
 
@@ -45,16 +49,23 @@ def export(
         dynamic_shapes: As `torch.onnx.export` takes it, None for the shapes of the example; ``"batch"`` (default) lets the first axis of
             all tensors vary together, and falls back on the shapes of the example where the module does not allow it, with a note.
         input_names: Names of the inputs; those of forward's parameters by default.
-        output_names: Names of the outputs.
+        output_names: Names of the outputs; where forward returns a dict or a dataclass, its keys by default (``key_0``, ``key_1`` of a key
+            with several tensors).
         opset_version: Opset; None for the exporter's default.
         fold: Let the exporter fold constants. Without, initializers are the parameters, under their names.
 
     Raises:
-        ExportError: torch cannot export the module; the message has its reason and what to try.
-        OptionError: The example is empty.
+        ExportError: The module does not run on the example, or torch cannot export it; the message has the reason and what to try.
+        OptionError: The example is empty, or there are more names than inputs or outputs.
     """
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
+        raise OptionError(f"dynamic_shapes={dynamic_shapes!r}: give 'batch', None, or what torch.onnx.export takes")
     args, kwargs = _arguments(example_inputs)
-    notes = []
+    notes = [
+        f"the result has an input {name!r}, which the example gave: leave it out of example_inputs if the file is not to ask for it"
+        for name in kwargs
+        if name in _LABELS
+    ]
     with _evaluating(model):
         source = model
         if any(p.dtype == torch.bfloat16 for p in model.parameters()):
@@ -63,16 +74,81 @@ def export(
         kind, device = _placement(source)
         args = tuple(_placed(a, kind, device) for a in args)
         kwargs = {k: _placed(a, kind, device) for k, a in kwargs.items()}
+        outputs = _outputs(_tried(source, args, kwargs))
+        _check_names("input_names", input_names, "inputs", pytree.tree_leaves((args, kwargs)))
+        _check_names("output_names", output_names, "outputs", outputs)
         names = {"input_names": input_names, "output_names": output_names, "opset_version": opset_version, "optimize": fold}
-        if not isinstance(dynamic_shapes, str):
-            return Exported(_run(source, args, kwargs, dynamic_shapes, names), tuple(notes))
-        if dynamic_shapes != "batch":
-            raise OptionError(f"dynamic_shapes={dynamic_shapes!r}: give 'batch', None, or what torch.onnx.export takes")
-        program, why = _any_batch(source, args, kwargs, names)
-        if program is not None:
-            return Exported(program, tuple(notes))
-        notes.append(f"shapes are fixed to those of the example, the batch size too: {why}; dynamic_shapes says what may vary")
-        return Exported(_run(source, args, kwargs, None, names), tuple(notes))
+        program = None
+        if isinstance(dynamic_shapes, str):
+            dynamic_shapes = None
+            program, why = _any_batch(source, args, kwargs, names)
+            if program is None:
+                notes.append(f"shapes are fixed to those of the example, the batch size too: {why}; dynamic_shapes says what may vary")
+        program = program or _run(source, args, kwargs, dynamic_shapes, names)
+        if output_names is None:
+            _name_outputs(program, outputs)
+        return Exported(program, tuple(notes))
+
+
+_LABELS = ("label", "labels", "target", "targets")
+
+
+def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What forward returns for the example; buffers and random numbers stay as they were.
+
+    torch.export's own errors for arguments that do not fit speak of its insides.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return model(*args, **kwargs)
+    except Exception as error:
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes = [p.name if p.default is p.empty else f"{p.name} (optional)" for p in parameters]
+        raise ExportError(
+            f"{type(model).__name__} does not run on example_inputs: {_reason(error)}; forward takes {', '.join(takes) or 'nothing'}; "
+            "give a tensor, a tuple of arguments, or a dict by these names"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # those that are views of one element cannot be written to
+                    buffer.copy_(value)
+
+
+def _outputs(value: Any) -> list[str]:
+    """A name for every tensor that forward returned; empty ones where it gave none."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(value, Mapping):
+        return [""] * len(_tensors(value))
+    counts = {str(key): len(_tensors(part)) for key, part in value.items()}
+    return [key if count == 1 else f"{key}_{i}" for key, count in counts.items() for i in range(count)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _check_names(option: str, names: Sequence[str] | None, what: str, there: Sequence[Any]) -> None:
+    if names is not None and len(names) > len(there):
+        known = [name for name in there if isinstance(name, str) and name]
+        listed = f" ({', '.join(known)})" if known else ""
+        raise OptionError(f"{option} has {len(names)} names ({', '.join(names)}), and the module has {len(there)} {what}{listed}")
+
+
+def _name_outputs(program: torch.onnx.ONNXProgram, names: Sequence[str]) -> None:
+    """Give the outputs the names forward gave them, where all are free and every output is a value of its own."""
+    graph = program.model.graph
+    outputs, taken = (
+        graph.outputs,
+        {v.name for node in graph for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers),
+    )
+    taken -= {v.name for v in outputs}
+    own = all(v.producer() is not None for v in outputs) and len(set(outputs)) == len(outputs)
+    if own and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not taken & set(names):
+        for value, name in zip(outputs, names, strict=True):
+            value.name = name
 
 
 def _arguments(example: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -132,23 +208,51 @@ def _any_batch(
 
 
 def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, names: Mapping[str, Any]) -> Any:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # what it says of packages the module does not use
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside torch
+        with torch.no_grad(), _silence():
             program = torch.onnx.export(model, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
             assert program is not None
             return program
     except Exception as error:
         raise ExportError(
-            f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}; see what torch.onnx.export(..., dynamo=True, "
-            "report=True) writes; control flow that depends on values needs torch.cond, and shapes that must not vary dynamic_shapes=None; "
+            f"torch cannot export {type(model).__name__} to ONNX: {(reason := _reason(error))}; {_remedy(reason)}; "
             "or export it by other means and give magr_onnx.optimize the file"
         ) from error
-    finally:
-        logger.setLevel(level)
+
+
+_REMEDIES = {
+    ("data-dependent", "GuardOnDataDependent"): "forward branches on values of tensors, which a graph says with torch.cond or torch.where",
+    ("No ONNX function", "DispatchError"): "ONNX has no such operator: compute it with others, or give torch.onnx.export a "
+    "custom_translation_table, and the program it returns to magr_onnx.torch.optimize",
+    (
+        "Constraints violated",
+        "ConstraintViolation",
+        "specializ",
+    ): "a shape cannot vary as dynamic_shapes says; dynamic_shapes=None fixes all",
+}
+
+
+def _remedy(reason: str) -> str:
+    """What helps against an error of the exporter."""
+    found = [remedy for signs, remedy in _REMEDIES.items() if any(sign in reason for sign in signs)]
+    return found[0] if found else "torch.onnx.export(..., dynamo=True, report=True) writes more about it"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch writes meanwhile: packages the module does not use, its own deprecations, traces of failed tries."""
+    names = ["torch", *(name for name in logging.root.manager.loggerDict if name.startswith("torch."))]
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger, level in levels.items():
+            if level or logger.name == "torch":  # others take the level of those above them
+                logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:

@@ -28,6 +28,7 @@ def feeds(
 ) -> Batches:
     """What the batches of a DataLoader, or of anything that yields batches, feed to a model.
 
+    0. A tensor or a dict in place of batches is all samples, stacked along the first axis.
     1. A tensor is the only input.
     2. A dict gives inputs by name; what is no input (labels) is dropped.
     3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple
@@ -38,7 +39,7 @@ def feeds(
     be held out for choices.
 
     Args:
-        batches: Read once, and no further than needed.
+        batches: Read once, and no further than needed. Stacked samples beyond ``samples`` are left out.
         inputs: The model's inputs.
         to_inputs: See above.
         samples: How many are enough; None for all there are.
@@ -52,18 +53,23 @@ def feeds(
     """
     found: list[Batch] = []
     notes: dict[str, None] = {}
-    seen = 0
+    seen, name = 0, f"the given {type(batches).__name__}"
+    if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
+        batches, total = _stacked(batches, samples)
+        if samples is not None and total > samples:
+            notes[f"the first {samples} of {total} samples were used (samples={samples})"] = None
     for index, batch in enumerate(batches):
         if samples is not None and seen >= samples:
             notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
             break
         named, dropped = _named(batch if to_inputs is None else to_inputs(batch), inputs, f"batch {index}")
         if dropped:
-            notes[f"not inputs of the model, and dropped from batches: {dropped}"] = None
+            notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
         arrays = {i.name: _array(named[i.name], i, f"batch {index}") for i in inputs}
+        _check_batch_axis(arrays, inputs, f"batch {index}")
         seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
         found += _cut(arrays, inputs, batch_size)
-    return replace(in_memory(found, f"the given {type(batches).__name__}"), notes=tuple(notes))
+    return replace(in_memory(found, name), notes=tuple(notes))
 
 
 def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, Any], str]:
@@ -73,7 +79,7 @@ def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[st
         batch = [batch]
     if isinstance(batch, tuple | list) and batch and (hasattr(batch[0], "keys") or isinstance(batch[0], tuple | list)):
         named, dropped = _named(batch[0], inputs, where)
-        rest = f"{len(batch) - 1} items behind the first" if len(batch) > 1 else ""
+        rest = _behind(1, len(batch))
         return named, ", ".join(filter(None, (dropped, rest)))
     remedy = f"the model's inputs are {'; '.join(map(str, inputs))}; to_inputs can pick them out of a batch"
     if hasattr(batch, "keys"):
@@ -84,9 +90,36 @@ def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[st
     if isinstance(batch, tuple | list):
         if len(batch) < len(names):
             raise CalibrationError(f"{where} has {len(batch)} items; {remedy}")
-        extra = len(batch) - len(names)
-        return dict(zip(names, batch, strict=False)), f"what comes behind the first {len(names)} ({extra})" if extra else ""
+        return dict(zip(names, batch, strict=False)), _behind(len(names), len(batch))
     raise CalibrationError(f"{where} is a {type(batch).__name__}; expected a tensor, a tuple, a list or a dict; {remedy}")
+
+
+def _behind(count: int, size: int) -> str:
+    """Words for the items of a batch behind the first ``count``."""
+    if size == count:
+        return ""
+    ordinals = ("first", "second", "third", "fourth")
+    first = ordinals[count] if count < len(ordinals) else f"{count + 1}th"
+    return f"the {first} item (labels?)" if size == count + 1 else f"the {size - count} items from the {first} on (labels?)"
+
+
+def _stacked(values: Any, samples: int | None) -> tuple[list[Any], int]:
+    """All samples as one batch, no more than asked for, and how many there are."""
+    if not isinstance(values, Mapping):
+        return ([values[:samples]], len(values)) if values.ndim else ([values], 1)
+    cut = {name: value[:samples] if getattr(value, "ndim", 0) else value for name, value in values.items()}
+    return [cut], max((len(value) for value in values.values() if getattr(value, "ndim", 0)), default=1)
+
+
+def _check_batch_axis(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], where: str) -> None:
+    """Refuse single samples, which lack the batch axis."""
+    for info in inputs:
+        shape = arrays[info.name].shape
+        if len(shape) == len(info.shape) - 1 and all(e is None or e == d for e, d in zip(info.shape[1:], shape, strict=True)):
+            raise CalibrationError(
+                f"{where}: {info.name} has the shape {list(shape)} of a single sample, and the model takes batches ({info}); stack samples "
+                "(torch.stack), give a DataLoader, or add the axis to each: to_inputs=lambda sample: sample[None]"
+            )
 
 
 def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
@@ -102,10 +135,12 @@ def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
 
 
 def _cut(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[Batch]:
-    """Parts of a batch along the first axis, where all arrays have it in common and the model does not fix it."""
+    """Parts of a batch along the first axis, where all arrays have it in common: as many samples as the model fixes, or ``size``."""
     counts = {len(a) if a.ndim else 0 for a in arrays.values()}
-    fixed = any(i.shape and i.shape[0] is not None for i in inputs)
-    if len(counts) != 1 or fixed or max(counts) <= size:
+    fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0]}
+    if len(fixed) == 1:
+        size = next(iter(fixed)) or size
+    if len(counts) != 1 or len(fixed) > 1 or max(counts) <= size or (fixed and max(counts) % size):
         yield dict(arrays)
         return
     for at in range(0, max(counts), size):

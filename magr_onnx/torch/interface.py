@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 
-from magr_onnx import api
+from magr_onnx import api, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
+from magr_onnx.report import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
-from magr_onnx.runtime.session import InputInfo, inputs_of
+from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
+from magr_onnx.types import Deferred
 
 
 @explained
@@ -56,18 +60,28 @@ def optimize(
         ExportError: torch cannot export the module.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
+    given = dict(locals())
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise OptionError("example_inputs are needed to export a module: a tensor, a tuple, or a dict of forward's arguments")
         names: dict[str, Any] = {"input_names": input_names, "output_names": output_names, "opset_version": opset_version}
-        exported = export(model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
+        make = partial(export, model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
     else:
-        exported = Exported(model, ())
-    return optimized(exported, calibration, validation_data, to_inputs, samples, batch_size, {**options, "output": output})
+        make = partial(Exported, model, ())
+    result = optimized(make, calibration, validation_data, to_inputs, samples, batch_size, {**options, "output": output})
+    return result._replace(report=_asked(result.report, given))
+
+
+def _asked(report: Report, given: Mapping[str, Any]) -> Report:
+    """With the call as it was made, defaults left out, and the name of the module's class for that of the model."""
+    usual = inspect.signature(optimize).parameters
+    said = {name: value for name, value in given.items() if value is not usual[name].default}
+    call, options = provenance.call("magr_onnx.torch.optimize", said), provenance.options(said)
+    return replace(report, source=type(given["model"]).__name__, command=call, options=options)
 
 
 def optimized(
-    exported: Exported,
+    make: Callable[[], Exported],
     calibration: Any,
     validation_data: Any,
     to_inputs: ToInputs | None,
@@ -75,14 +89,23 @@ def optimized(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> api.Optimized:
-    """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report."""
-    inputs = inputs_of(exported.program.model)
-    data, held = (_source(s, inputs, to_inputs, samples, batch_size) for s in (calibration, validation_data))
-    result = api.optimize(exported.program, data, validation_data=held, batch_size=batch_size, **options)
-    return result._replace(report=replace(result.report, notes=(*exported.notes, *result.report.notes)))
+    """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report; ``make`` exports once options are checked."""
+    exported = cache(make)
+
+    def source(given: Any) -> Source | None:
+        if given is None or isinstance(given, str | os.PathLike | DataReader | Batches):
+            return given
+        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": batch_size}
+        return Deferred(lambda: feeds(given, inputs_of(exported().program.model), **reading))
+
+    model = Deferred(lambda: exported().program)
+    result = api.optimize(model, source(calibration), validation_data=source(validation_data), batch_size=batch_size, **options)
+    return result._replace(report=_told(result.report, exported().notes))
 
 
-def _source(source: Any, inputs: Sequence[InputInfo], to_inputs: ToInputs | None, samples: int | None, batch_size: int) -> Source | None:
-    if source is None or isinstance(source, str | os.PathLike | DataReader | Batches):
-        return source
-    return feeds(source, inputs, to_inputs=to_inputs, samples=samples, batch_size=batch_size)
+def _told(report: Report, notes: Sequence[str]) -> Report:
+    """With the notes on the export; what validation says as calibration did is said once."""
+    v = report.validation
+    if v is not None:
+        v = replace(v, notes=tuple(note for note in v.notes if note not in report.notes))
+    return replace(report, notes=(*notes, *report.notes), validation=v)
