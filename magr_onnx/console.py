@@ -18,7 +18,8 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
 from magr_onnx import watching
-from magr_onnx.report import LayerRow, json_text, plain
+from magr_onnx.decoding import plain
+from magr_onnx.report import LayerRow, json_text
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ class OptimizedFolder:
         """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
         if len(self.reports) == 1:
             return {path: next(iter(self.reports.values()))}
-        stems = {name: _stem(name).replace("/", ".") for name in self.reports}
-        return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
+        labels = _labels(self.reports)
+        return {path: self, **{path.with_name(f"{path.stem}.{labels[n]}{path.suffix}"): report for n, report in self.reports.items()}}
 
     def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
         """The same with another ``command`` and ``recipe`` in the reports."""
@@ -309,6 +309,18 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
 
 def _stem(name: str) -> str:
     return name.removesuffix(".onnx")
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """What to call each in the name of a file: its path with dots, and a number where another is called that."""
+    found: dict[str, str] = {}
+    for name in names:
+        flat = label = _stem(name).replace("/", ".")
+        more = 2
+        while label in found.values():
+            label, more = f"{flat}.{more}", more + 1
+        found[name] = label
+    return found
 
 
 def file_of(folder: Path, stem: str) -> Path | None:

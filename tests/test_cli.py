@@ -106,6 +106,15 @@ def test_optimize_then_validate(folder: Path) -> None:
     low = run("validate", folder / "model.onnx", out, "--data", folder / "heldout.npz", "--min-cosine", "0.99999", "-q")
     assert (low.returncode, low.stdout) == (3, "")
     assert "below 0.99999" in low.stderr
+    broken = onnx.load(out)
+    end = broken.graph.output[0].name
+    last = next(node for node in broken.graph.node if end in node.output)
+    last.output[list(last.output).index(end)] = "inner"
+    broken.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(np.nan), "nothing"))
+    broken.graph.node.append(onnx.helper.make_node("Add", ["inner", "nothing"], [end]))
+    onnx.save(broken, folder / "broken.onnx")
+    never = run("validate", folder / "model.onnx", folder / "broken.onnx", "--data", folder / "heldout.npz", "--min-cosine", "0.5", "-q")
+    assert (never.returncode, "cosine nan is below" in never.stderr) == (3, True)
 
 
 def test_json_is_json_and_nothing_else(folder: Path) -> None:
