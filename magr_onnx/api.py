@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import files
+from magr_onnx import embeddings, files
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
@@ -20,6 +20,7 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.scopes import scope_of
+from magr_onnx.preparing import check_patterns
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
@@ -28,6 +29,7 @@ from magr_onnx.runtime.session import Arithmetic, provider_name
 from magr_onnx.setting import Progress, stage
 from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
+from magr_onnx.watching import watched
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 
@@ -61,13 +63,16 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
 
     Raises:
         ModelError: Not a usable model.
+        OptionError: A pattern that matches nothing.
     """
     loaded = files.load(model)
     open_up(loaded.model)
     canonicalize(loaded.model, include, exclude, again=requantize)
+    check_patterns(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
+    _, tables = embeddings.look(loaded.model, (), include, exclude)
     found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in found:
@@ -98,11 +103,12 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        tuple(map(skip_row, skips + unfit)),
+        tuple(map(skip_row, [*tables, *skips, *unfit])),
     )
 
 
 @explained
+@watched
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -116,11 +122,12 @@ def validate(
     layers: bool = True,
     latency: bool = True,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
 
-    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two.
+    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
+    lines of ``progress`` are those of `optimize`.
 
     Raises:
         MagrError: A model or the data cannot be used.
@@ -138,7 +145,7 @@ def validate(
             mask=calibrate.resolve_mask(a.model, mask),
             layers=layers,
             latency=latency,
-            progress=stage(progress, "validating"),
+            progress=stage(cast(Progress, progress), "validating"),
         )
 
 

@@ -56,6 +56,8 @@ def convert(
     include, exclude = setting.include, setting.exclude
     seen = None if run.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
     tables = embeddings.convert(work, passes, include, exclude)
+    if tables.rows:
+        run.lap("embeddings")
     layers = convolutions.convert(
         model,
         work,
@@ -67,6 +69,8 @@ def convert(
         gram_budget=run.gram_budget,
         progress=setting.stage("convolutions"),
     )
+    if layers.rows:
+        run.lap("convolutions")
     notes = []
     if setting.mask is not None and any(row.rows for row in layers.rows):
         notes.append(f"mask {setting.mask!r} marks no positions of convolutions: all of theirs count")

@@ -7,18 +7,18 @@ import shlex
 import sys
 import tempfile
 import textwrap
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.highlighter import RegexHighlighter
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from magr_onnx import watching
 from magr_onnx.report import LayerRow, plain
 
 Steps = Callable[[str, int, int], None]
@@ -37,102 +37,31 @@ def be_verbose(value: bool) -> bool:
     return value
 
 
-class _Bars(Progress):
-    """A bar a stage, and a line about the layers below them."""
-
-    layers = Text()
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        if self.layers:
-            yield self.layers
-
-
-class _Watch:
-    """What a person sees of a run: bars on a terminal, lines where all is to be said."""
-
-    def __init__(self, bars: _Bars | None, lines: bool) -> None:
-        self._bars, self._lines = bars, lines
-        self._tasks: dict[str, TaskID] = {}
-        self._begun: dict[str, float] = {}
-        self._worst: LayerRow | None = None
-
-    def step(self, stage: str, done: int, total: int) -> None:
-        """Steps of a stage."""
-        if self._bars is not None:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total)
-            self._bars.update(self._tasks[stage], completed=done, total=total)
-        if self._lines and stage not in self._begun:
-            self._begun[stage] = time.perf_counter()
-            self._say(f"{stage}: {total} steps")
-        if self._lines and done == total:
-            self._say(f"{stage}: done in {time.perf_counter() - self._begun[stage]:.1f} s{_memory()}")
-
-    def layer(self, row: LayerRow) -> None:
-        """A finished layer."""
-        if (row.error or 0) >= ((self._worst and self._worst.error) or 0):
-            self._worst = row
-        if self._lines:
-            self._say(f"{row.label}: {what(row)}")
-        if self._bars is not None and self._worst is not None:
-            last, worst = (f"{r.error or 0:.2%} {_short(r.label)}" for r in (row, self._worst))
-            self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
-
-    def _say(self, text: str) -> None:
-        console = errors if self._bars is None else self._bars.console
-        console.print(text, markup=False)
-
-
 @contextmanager
-def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
+def watch(quiet: bool = False, lines: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
     """Callbacks for the steps and the layers of a run.
 
     They draw bars on standard error, with time left, if that is a terminal. Lines about every stage and layer are for those who want
-    them. In a pipe there is nothing else.
+    them, and with ``lines`` for all who see no bars. In a pipe there is nothing else.
     """
-    terminal = errors.is_terminal and not errors.is_dumb_terminal
-    if quiet or not (terminal or _verbose):
+    if quiet:
         yield None, None
         return
-    if not terminal:
-        watching = _Watch(None, _verbose)
-        yield watching.step, watching.layer
-        return
-    columns = (
-        TextColumn("{task.description:14}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with _Bars(*columns, console=errors, transient=True) as bars:
-        watching = _Watch(bars, _verbose)
-        yield watching.step, watching.layer
+    with watching.bars(errors) as drawn:
+        say = partial((errors if drawn is None else drawn.console).print, markup=False)
+        told = _verbose or (lines and drawn is None)
+        if drawn is None and not told:
+            yield None, None
+            return
+        watch = watching.Watch(drawn, say if told else None)
+        yield watch.step, watch.layer
 
 
 @contextmanager
-def progress_bar(enabled: bool = True) -> Iterator[Steps | None]:
+def progress_bar(enabled: bool = True, lines: bool = False) -> Iterator[Steps | None]:
     """The steps of `watch` alone."""
-    with watch(quiet=not enabled) as (step, _):
+    with watch(not enabled, lines) as (step, _):
         yield step
-
-
-def what(row: LayerRow) -> str:
-    """What was done to a layer, and what decided it, in a line."""
-    form = "float" if row.bits is None else f"{row.bits} bits, {'one grid' if row.block_size is None else f'block {row.block_size}'}"
-    found = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]
-    solver = row.solver or {}
-    if "tried" in solver:
-        order = "strong inputs first" if solver["act_order"] else "in order"
-        found.append(f"best of {solver['tried']:.0f} trials: alpha {solver['alpha']:.3g}, damping {solver['damping']:.3g}, {order}")
-    if row.magr is not None:
-        found.append(f"largest weight {row.magr['max_before']:.3g} to {row.magr['max_after']:.3g}")
-    if row.feedback is not None:
-        before, after = row.feedback["held_out_before"], row.feedback["held_out_after"]
-        found.append(f"feedback {before:.3g} to {after:.3g} on held-out rows")
-    return "; ".join([", ".join(found), *row.notes])
 
 
 def explain(error: Exception) -> None:
@@ -202,17 +131,3 @@ def show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:
         say_json(value)
     elif not quiet:
         say(text)
-
-
-def _short(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
-
-
-def _memory() -> str:
-    """The most memory the process has had, where the system says."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f", at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB of memory so far"

@@ -6,23 +6,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from magr_onnx import api
 from magr_onnx.errors import ModelError
 from magr_onnx.models import bundled
 from magr_onnx.options import Options
 from magr_onnx.report import Report
+from magr_onnx.runtime.data import open_source
 from magr_onnx.runtime.session import Arithmetic
 
 RTN: Options = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
 SETTINGS: tuple[tuple[str, Options], ...] = (
-    ("4 bits, block 32, round to nearest", {"bits": 4, **RTN}),
-    ("4 bits, block 32, onnx-magr", {"bits": 4}),
-    ("3 bits, per channel, round to nearest", {"bits": 3, "block_size": None, **RTN}),
-    ("3 bits, per channel, onnx-magr", {"bits": 3, "block_size": None}),
-    ("2 bits, block 32, round to nearest", {"bits": 2, **RTN}),
-    ("2 bits, block 32, onnx-magr", {"bits": 2}),
+    ("4 bits, round to nearest", {"bits": 4, **RTN}),
+    ("4 bits, onnx-magr", {"bits": 4, "effort": "fast"}),
+    ("2 bits, round to nearest", {"bits": 2, **RTN}),
+    ("2 bits, onnx-magr", {"bits": 2, "effort": "fast"}),
 )
+BATCHES = 8  # of held-out text: the differences shown are far above what more of it would change
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +55,21 @@ def run(folder: Path, progress: Callable[[str, int, int], None] | None = None) -
         raise ModelError(f"the bundled model {bundled.MODEL} is missing; reinstall the package")
     rows: list[DemoRow] = []
     before = math.nan
-    for i, (name, options) in enumerate(SETTINGS):
+    held_out = open_source(bundled.HELD_OUT, ()).limit(BATCHES)
+    for name, options in SETTINGS:
+        if progress is not None:
+            progress(name, 0, 1)
         path = folder / f"tiny_lm_{name.replace(',', '').replace(' ', '_')}.onnx"
-        result = api.optimize(bundled.MODEL, bundled.CALIBRATION, output=path, **options)
-        checked = api.validate(bundled.MODEL, path, bundled.HELD_OUT, arithmetics=(Arithmetic.DEFAULT,), layers=False, latency=False)
+        data = None if options.get("quantizer") == "rtn" else bundled.CALIBRATION  # which rounding does not look at
+        result = api.optimize(bundled.MODEL, data, output=path, progress=False, **options)
+        shown: dict[str, Any] = {"arithmetics": (Arithmetic.DEFAULT,), "layers": False, "latency": False, "progress": False}
+        checked = api.validate(bundled.MODEL, path, held_out, **shown)
         metrics = checked.arithmetics[str(Arithmetic.DEFAULT)][0]
         assert metrics.cross_entropy is not None
         before, after = (math.exp(v) for v in metrics.cross_entropy)
         rows.append(DemoRow(name, after, path.stat().st_size, result.report))
         if progress is not None:
-            progress("optimizing", i + 1, len(SETTINGS))
+            progress(name, 1, 1)
     return Demo(before, bundled.MODEL.stat().st_size, tuple(rows))
 
 
@@ -71,7 +77,8 @@ def to_text(demo: Demo) -> str:
     """The table the command prints."""
     lines = [
         "A language model of 1.9 M parameters, trained on public-domain books; perplexity per",
-        "token on books it never saw (lower is better).",
+        "token on books it never saw (lower is better). Blocks of 32 weights share a scale; the",
+        "effort is 'fast', and the default 'balanced' leaves less error in twice the time.",
         "",
         f"{'setting':40} {'perplexity':>10} {'size':>9}",
         f"{'float32':40} {demo.float_perplexity:10.3f} {demo.float_bytes / 1e6:6.2f} MB",

@@ -24,7 +24,7 @@ def look(
     tables, skips = find(model, include, exclude)
     demand = _wanted(passes)
     if demand is None:
-        return [], [*skips, *(Skip(t.name, t.op, TableReason.UNASKED) for t in tables)]
+        return [], [*skips, *map(_unasked, tables)]
     unfit = {t.name: skip for t in tables if (skip := demand.fits_table(t)) is not None}
     return [t for t in tables if t.name not in unfit], [*skips, *unfit.values()]
 
@@ -68,6 +68,11 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
                 )
             )
     return result
+
+
+def _unasked(table: Table) -> Skip:
+    size = table.held.stored.nbytes
+    return Skip(table.name, table.op, TableReason.UNASKED, f"{table.weight_name}: {size / 1e6:.2f} MB", size)
 
 
 def _wanted(passes: Sequence[LayerPass]) -> Embeddings | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -64,3 +65,9 @@ def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
         raise kind(found[0])
     if found:
         raise kind(f"{len(found)} problems:\n" + "\n".join(f"  - {p}" for p in found))
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
+    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

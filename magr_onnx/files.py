@@ -16,6 +16,19 @@ from magr_onnx.oldforms import modernize
 from magr_onnx.types import Deferred
 from magr_onnx.writing import is_ours
 
+_WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
+_KINDS = {
+    ".pt": f"a file of torch. It has {_WEIGHTS}",
+    ".pth": f"a file of torch. It has {_WEIGHTS}",
+    ".ckpt": f"a file of torch. It has {_WEIGHTS}",
+    ".safetensors": f"it has {_WEIGHTS}",
+    ".npz": "arrays of NumPy, as --calibration takes",
+    ".npy": "an array of NumPy",
+}
+"""What files are that users give for models, by suffix."""
+_OTHERS = {*_KINDS, ".txt", ".json", ".toml", ".html", ".csv", ".bin", ".zip", ".py", ".data"}
+"""Suffixes under which nobody looks for a model."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
@@ -57,6 +70,8 @@ def load(source: Any) -> Loaded:
         return Loaded(_convert(source, name), None, frozenset(), _dropped(source))
     inner = getattr(source, "model", None)
     model = source if isinstance(source, ir.Model) else inner if isinstance(inner, ir.Model) else None
+    if model is None and hasattr(source, "state_dict") and hasattr(source, "forward"):
+        raise ModelError(f"{type(source).__name__} is a torch module; magr_onnx.torch.optimize(module, example_inputs, ...) takes those")
     if model is None:
         raise ModelError(
             f"cannot read a model from {type(source).__name__}; give a path, an onnx.ModelProto, an onnx_ir.Model or a "
@@ -77,6 +92,8 @@ def _data_of(model: ir.Model) -> frozenset[Path]:
 def _load_path(path: Path) -> Loaded:
     if not path.is_file():
         raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+    if (kind := _KINDS.get(path.suffix.lower())) is not None:
+        raise ModelError(f"{path} is no ONNX model, by its name: {kind}")
     size = path.stat().st_size
     if size > sanity.LARGEST_FILE:
         raise ModelError(f"{path} has {size} bytes; an ONNX file is at most 2 GiB, with its tensors in files beside it")
@@ -140,6 +157,8 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
     """What stands against writing ``output``, without touching anything."""
     found = []
     folder = output.parent
+    if output.suffix.lower() in _OTHERS:
+        found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
     if output.is_dir():
         found.append(f"output {output} is a folder; give a file name")
     elif not folder.is_dir():

@@ -5,7 +5,6 @@ One dictionary, made from `magr_onnx.options.Options` and from what a run has be
 
 from __future__ import annotations
 
-import difflib
 import os
 import typing
 from collections.abc import Collection, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal
 
+from magr_onnx.errors import closest
 from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
 from magr_onnx.passes import conv, gather
 from magr_onnx.quantizers import QUANTIZERS
@@ -133,12 +133,6 @@ def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
     """What to say of a name that is none of ``names``."""
     near = closest(name, names)
     return f"unknown key {name!r}{near}" if near else f"unknown key {name!r}; there are {', '.join(names)}"
-
-
-def closest(name: str, names: typing.Iterable[str]) -> str:
-    """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
-    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _expected(name: str, key: Key) -> str:

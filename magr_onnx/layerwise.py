@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.keys import closest, problem, unknown, unworded, worded
+from magr_onnx.errors import OptionError, closest, raise_all
+from magr_onnx.keys import problem, unknown, unworded, worded
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.conv import ConvLayer
@@ -207,13 +207,11 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     """
     names = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in layers}
     others = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions}
-    known = list(dict.fromkeys(name for some in names.values() for name in some))
-    labels = [scope_of(layer.node) or layer.name for layer in layers]
     wrong, notes = [], []
     for table in tables:
         if table.optional:
             if layers and not any(matched(some, table.match) for some in names.values()):
-                last = labels[-1]
+                last = scope_of(layers[-1].node) or layers[-1].name
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
                 )
@@ -226,10 +224,15 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
             elif convs:
                 notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
             elif not hit:
-                like = closest(pattern.strip("*?"), known) or f"; there are {_some(labels)}"
-                wrong.append(f"{pattern!r} matches no layer that is converted{like}")
+                wrong.append(f"{pattern!r} matches no layer that is converted{near(pattern, list(names.values()))}")
     raise_all(OptionError, [f"layer options: {text}" for text in wrong])
     return notes
+
+
+def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
+    """The end of a message that a pattern matches none of some layers: names of theirs that are like it, or the first ones."""
+    known = dict.fromkeys(name for some in names for name in some)
+    return closest(pattern.strip("*?"), known) or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
 
 
 def described(options: Options) -> str:

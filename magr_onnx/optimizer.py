@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.layerwise import LayerOptions
-from magr_onnx.options import Options, build_pipeline
+from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
+from magr_onnx.passes.gather import TableReason
 from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
@@ -28,6 +30,7 @@ from magr_onnx.runtime.session import provider_name
 from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
 from magr_onnx.statistics import held_out_for
+from magr_onnx.watching import watched
 from magr_onnx.writing import save
 
 
@@ -44,6 +47,7 @@ class Optimized(NamedTuple):
 
 
 @explained
+@watched
 @with_recipe
 @with_run
 def optimize(
@@ -67,7 +71,7 @@ def optimize(
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     gram_budget: int = calibrate.DEFAULT_BUDGET,
     cache: Size = stages.DEFAULT_CACHE,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
     on_layer: OnLayer | None = None,
     max_memory: Size | None = None,
     shard_size: Size | None = None,
@@ -101,7 +105,8 @@ def optimize(
         gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
         cache: Bytes (or text such as ``"2 GB"``) of values between stages held in memory under error feedback; more go
             to a temporary folder.
-        progress: Called during long work with a stage's name, steps done and steps in total.
+        progress: True draws bars on standard error where that is a terminal or a notebook, and False does not. A callable gets a stage's
+            name, steps done and steps in total instead. The logger ``magr_onnx`` has a line as a stage begins and ends, at level INFO.
         on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
         max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
             fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
@@ -130,7 +135,7 @@ def optimize(
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
             options["effort"] = "fast"
-        passes = build_pipeline(**options)
+        passes = pipeline_of(options, _arguments())
     else:
         passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
     pipeline.check(passes, provider)
@@ -147,7 +152,7 @@ def optimize(
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         apart.start()
-    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), progress, on_layer, tables)
+    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache", least=0), shard_size, external_data)
@@ -177,6 +182,7 @@ def optimize(
     if tables:
         solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
     written, proof = _write(solved, out, prepared.reference, provider, run)
+    notes += _large_table(solved.skips, written)
     comparison = None
     if held is not None:
         comparison = validation.validate(
@@ -212,6 +218,11 @@ def optimize(
     )
 
 
+def _arguments() -> list[str]:
+    """What `optimize` takes beside the options."""
+    return [name for name in inspect.signature(optimize).parameters if name not in ("run", "options")]
+
+
 def _check_data_free(passes: Sequence[LayerPass], goal: mixed.Goal | None) -> None:
     """Refuse what cannot be done without calibration data."""
     activations = pipeline.activations_of(passes)
@@ -236,6 +247,18 @@ def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
     return list(data.notes)
 
 
+def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
+    """Say of the largest table that stayed float for want of an option, where it is a tenth of the result or more."""
+    tables = [skip for skip in skips if skip.reason == TableReason.UNASKED]
+    most = max(tables, key=lambda skip: skip.bytes, default=None)
+    if most is None or 10 * most.bytes < written:
+        return []
+    return [
+        f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
+        "--embeddings gather-block-quantized makes it 8 bits, with --embedding-bits 4 4 bits"
+    ]
+
+
 def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provider: str, run: Run) -> tuple[int, ProofSummary | None]:
     """Prove, stamp, write and read back; the bytes written and the proof, if one was asked for."""
     work, demand = solved.model, pipeline.accumulator_of(solved.passes)
@@ -253,7 +276,7 @@ def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provide
 
 
 def skip_row(skip: Skip) -> SkipRow:
-    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail)
+    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail, skip.bytes)
 
 
 def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:

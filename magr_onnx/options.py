@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, get_args
 
 from magr_onnx.accumulator import data_type_bits, largest_block
-from magr_onnx.errors import OptionError, raise_all
+from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.packing import MATMULNBITS_BLOCKS, stored_shift
 from magr_onnx.passes import (
     CompensateBias,
@@ -171,7 +171,14 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     Raises:
         OptionError: Unknown options or values the target kernel rejects, all of them at once.
     """
-    problems = [f"unknown option {o!r}; there are {', '.join(Options.__annotations__)}" for o in options.keys() - Options.__annotations__]
+    return pipeline_of(options)
+
+
+def pipeline_of(options: Options, arguments: Collection[str] = ()) -> tuple[LayerPass, ...]:
+    """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
+    names = [*arguments, *Options.__annotations__]
+    listed = f"; there are {', '.join(names)}"
+    problems = [f"unknown option {o!r}{closest(o, names) or listed}" for o in sorted(options.keys() - Options.__annotations__)]
     name, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
     if name not in FORMATS:
         problems.append(f"format {name!r} is not known; choose one of {', '.join(FORMATS)}")

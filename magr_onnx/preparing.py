@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import onnx_ir as ir
 
 from magr_onnx import beginnings, layerwise
 from magr_onnx.checks import Readable
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.files import Loaded
 from magr_onnx.options import Options
-from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline, unused
-from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes import LayerPass, LinearLayer, Skip, conv, gather, pipeline, unused
+from magr_onnx.passes.canonical import canonicalize, requantize
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
+from magr_onnx.passes.linear import Reason, find, known_as, matched
 from magr_onnx.setting import Setting
 
 
@@ -56,8 +58,42 @@ class Prepared:
 
     def nothing(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
-        reasons = "; ".join(map(str, skips[:5])) or "it has no MatMul, Gemm or convolution"
-        return ModelError(f"{self.name}: no layer can be converted: {reasons}")
+        by_reason: dict[StrEnum, list[Skip]] = {}
+        for skip in sorted(skips, key=lambda skip: skip.reason != Reason.QUANTIZED):
+            by_reason.setdefault(skip.reason, []).append(skip)
+        said = [str(some[0]) if len(some) == 1 else f"{len(some)} nodes such as {some[0]}" for some in by_reason.values()]
+        reasons = "; ".join(said[:5]) or "it has no MatMul, Gemm or convolution"
+        return ModelError(f"{self.name}: no layer can be converted: {reasons}{_remedy(by_reason.get(Reason.QUANTIZED, []))}")
+
+
+def _remedy(quantized: Sequence[Skip]) -> str:
+    """What to do about weights that are quantized already, as the end of a message."""
+    if any(skip.op in requantize.FORM.operators for skip in quantized):
+        return "; requantize (--requantize) takes quantized weights for the floats they stand for"
+    return "; give the float model that this one was made of" if quantized else ""
+
+
+def check_patterns(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse patterns that nothing in the model has the name of.
+
+    Raises:
+        OptionError: With every such pattern, and the names that are like it.
+    """
+    if not include and not exclude:
+        return
+    layers, skips = find(model)
+    convolutions, unfit = conv.find(model)
+    tables, untouched = gather.find(model)
+    named: list[LinearLayer | conv.ConvLayer | gather.Table] = [*layers, *convolutions, *tables]
+    names = [known_as(one.node, one.name, one.weight_name) for one in named]
+    others = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
+    wrong = [
+        f"{option} {pattern!r} matches no layer{layerwise.near(pattern, names)}"
+        for option, patterns in (("include", include), ("exclude", exclude))
+        for pattern in patterns
+        if not any(matched(some, [pattern]) for some in (*names, *others))
+    ]
+    raise_all(OptionError, wrong)
 
 
 def prepare(
@@ -65,7 +101,7 @@ def prepare(
     passes: Sequence[LayerPass],
     options: Options | None,
     setting: Setting,
-    requantize: bool,
+    again: bool,
     special: Sequence[Sequence[LayerPass]] = (),
 ) -> Prepared:
     """Bring a model into the form that layers are looked for in.
@@ -75,7 +111,7 @@ def prepare(
         passes: The pipeline.
         options: What the pipeline was made of; None where it was written by hand.
         setting: What else was asked for.
-        requantize: Take quantized weights for the floats they stand for.
+        again: Take quantized weights for the floats they stand for.
         special: Pipelines that some layers will have instead; the model is prepared for them too.
 
     Raises:
@@ -90,7 +126,8 @@ def prepare(
         pipeline.prepare(some, model)
     raised = model.opset_imports.get("") != opset
     notes += unused.remove(model)
-    notes += canonicalize(model, setting.include, setting.exclude, again=requantize)
+    notes += canonicalize(model, setting.include, setting.exclude, again=again)
+    check_patterns(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
     others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from magr_onnx.errors import OptionError
-from magr_onnx.keys import closest
+from magr_onnx.errors import OptionError, closest
 from magr_onnx.layerwise import LayerOptions, described
 from magr_onnx.options import Options
 

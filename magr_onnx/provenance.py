@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from magr_onnx.layerwise import LayerOptions
+
+
+def asked(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, by name, without those that are the default: they say nothing, even where a caller spells them out."""
+    return {name: value for name, value in given.items() if _text(value) != _text(signature.parameters[name].default)}
 
 
 def call(function: str, given: Mapping[str, Any]) -> str:

@@ -122,12 +122,13 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known."""
 
     name: str
     op: str
     reason: str
     detail: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,9 @@ def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
 
 
 def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
-    """How many, why, and the first names."""
+    """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
+    size = sum({r.detail: r.bytes for r in rows}.values())
+    text += f", {megabytes(size)}" * bool(size)
     shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
 
@@ -347,12 +350,11 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         f"validation   {v.data}: {v.batches} batches, provider {v.provider}",
         f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
     ]
-    for arithmetic, outputs in v.arithmetics.items():
-        for m in outputs:
-            top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
-            kl = "" if m.kl is None else f"{m.kl:8.5f}"
-            row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
-            lines.append(row.rstrip())
+    for arithmetic, m in v.shown():
+        top1 = "" if m.top1 is None else f"{m.top1:7.2%}"
+        kl = "" if m.kl is None else f"{m.kl:8.5f}"
+        row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
+        lines.append(row.rstrip())
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None:
             a, b = m.cross_entropy
@@ -360,7 +362,9 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         t = v.latency
-        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs})")
+        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs} each, in turns)")
+        if t.float_quartiles and t.quantized_quartiles:
+            lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in t.spread))
     if v.layers:
         worst = max(v.layers, key=lambda layer: layer.relative_error)
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")

@@ -18,6 +18,7 @@ from magr_onnx.files import Loaded
 from magr_onnx.locking import clear, workspace
 from magr_onnx.options import bytes_of
 from magr_onnx.passes import LayerPass, LinearLayer
+from magr_onnx.provenance import asked
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
 from magr_onnx.runtime import custom
 from magr_onnx.runtime.data import Batches
@@ -39,7 +40,7 @@ def with_run(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         with contextlib.ExitStack() as stack:
-            return function(Run(stack, own.bind(*args, **kwargs).arguments), *args, **kwargs)
+            return function(Run(stack, asked(own, own.bind(*args, **kwargs).arguments)), *args, **kwargs)
 
     signature = inspect.signature(function)
     own = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -51,7 +52,7 @@ class Run:
     """Resources of one run.
 
     Attributes:
-        given: The arguments of the call, by name.
+        given: The arguments of the call, by name; without those that are the default.
         large: Whether the model is too large to be run as a whole in the memory there is.
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.

@@ -105,8 +105,6 @@ def solve(
     begun = beginnings.convert(model, base, passes, data, goal, setting, run)
     run.sweep(base)
     notes += begun.notes
-    if begun.rows:
-        run.lap("convolutions")
     setting.finished(begun.rows)
 
     work = base.clone()
@@ -159,6 +157,8 @@ def solve(
                 done.unmasked += result.unmasked
                 done.spilled = max(done.spilled, result.spilled)
                 run.lap("calibrate")
+                if not done.rows and (steps := setting.stage("quantizing")) is not None:
+                    steps(0, len(layers))  # the stage begins before its first layer is finished
                 stats, begin = result.stats, beginning(result, source, grids, hessian, data)
                 pipeline.run_layers(passes, group, partial(_known, stats), finished, begin, assigned, run.store)
                 stats.clear()  # the next ones are made while this loop still holds these

@@ -57,4 +57,4 @@ def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
         reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER if floats else Reason.QUANTIZED, "")
         size = sum({id(t): t.nbytes for t in found}.values())
         text = f"{', '.join(dict.fromkeys(str(t.name) for t in found))}: {size / 1e6:.2f} MB"
-        yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text)
+        yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text, size)

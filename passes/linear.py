@@ -61,12 +61,13 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it."""
+    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
 
     name: str
     op: str
     reason: StrEnum
     detail: str = ""
+    bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -32,6 +32,7 @@ class DataReader(Protocol):
     def get_next(self) -> dict[str, Any] | None: ...
 
 
+MOST_PROBLEMS = 10  # different ones that a message has
 Source = str | os.PathLike[str] | DataReader | Iterable[Batch] | Deferred
 
 
@@ -106,13 +107,14 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """``batches``, if all of them fit; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
-    problems: list[str] = []
+    found: dict[str, list[int]] = {}  # the batches that have a problem
     for i, batch in enumerate(batches):
-        problems += [f"{batches.label(i)}: {p}" for p in check_batch(batch, inputs)]
-        if len(problems) >= 10:
-            problems.append("... and perhaps more")
+        for problem in check_batch(batch, inputs):
+            found.setdefault(problem, []).append(i)
+        if len(found) >= MOST_PROBLEMS:
             break
-    raise_all(CalibrationError, problems)
+    problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in found.items()]
+    raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(found) >= MOST_PROBLEMS)])
     return batches
 
 
@@ -122,7 +124,8 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
     found = []
     missing, extra = sorted(wanted.keys() - batch.keys()), sorted(batch.keys() - wanted.keys())
     if missing or extra:
-        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}")
+        rename = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
+        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{rename}")
     for name in sorted(wanted.keys() & batch.keys()):
         array, info = batch[name], wanted[name]
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))

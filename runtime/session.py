@@ -112,6 +112,7 @@ class Session:
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
         lean: bool | None = None,
+        spinning: bool = False,
     ) -> None:
         """Load the model.
 
@@ -122,6 +123,8 @@ class Session:
             threads: Of one operator; 0 for all cores.
             lean: Leave weights in their memory-mapped files: no optimizations that would make copies of them, and no prepacking. None for
                 where there are more than `LEAN_BYTES` of them (in a file: and it is not to be optimized).
+            spinning: Let threads without work wait in a loop, as onnxruntime does by default: for measuring what users will see. Beside
+                our own work in Python, and other programs, it takes two thirds more processor time and is no faster.
 
         Raises:
             ProviderError: The provider is not available.
@@ -143,6 +146,8 @@ class Session:
             except Exception as error:
                 raise RuntimeFailure(f"{library} is no library of custom operators for this onnxruntime: {error}") from error
         options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if arithmetic is Arithmetic.UNOPTIMIZED or lean:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         elif arithmetic is Arithmetic.FLOAT_QDQ:

@@ -38,9 +38,11 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     wanted = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
     other = [str(i) for i in wanted.values() if i.name not in INPUTS]
     listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
-    problems = [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
+    problems = [f"there is no {TOKENIZER} in {folder} to read text with; put the model's there, or give an .npz"] * (
+        not (folder / TOKENIZER).is_file()
+    )
+    problems += [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)
-    problems += [f"there is no {TOKENIZER} in {folder} to read text with; give an .npz"] * (not (folder / TOKENIZER).is_file())
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
     length, batch = _fixed(wanted["input_ids"])
     samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from magr_onnx.types import Array
 
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]
+
+FEWEST = 5  # runs of each model that a latency is measured by, however long they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,32 @@ class LayerMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Median milliseconds a batch, runs interleaved."""
+    """Milliseconds a batch, runs interleaved, each model first as often as second.
+
+    Attributes:
+        float_ms: Median of the float model.
+        quantized_ms: Median of the quantized one.
+        runs: Of each.
+        float_quartiles: A quarter of the runs took less than the first, a quarter more than the second; None in older reports.
+        quantized_quartiles: The same of the quantized model.
+    """
 
     float_ms: float
     quantized_ms: float
     runs: int
+    float_quartiles: tuple[float, float] | None = None
+    quantized_quartiles: tuple[float, float] | None = None
+
+    @property
+    def spread(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Both quartiles, of the float and of the quantized model; both the median where they are not known."""
+        return self.float_quartiles or (self.float_ms,) * 2, self.quantized_quartiles or (self.quantized_ms,) * 2
+
+    @property
+    def slower(self) -> bool:
+        """Whether the quantized model is slower by a tenth or more, and by more than the runs scatter."""
+        (_, float_late), (early, _) = self.spread
+        return early > float_late and self.quantized_ms > 1.1 * self.float_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +100,20 @@ class Validation:
     float_bytes: int = 0
     quantized_bytes: int = 0
     notes: tuple[str, ...] = ()
+
+    def shown(self) -> list[tuple[str, OutputMetrics]]:
+        """What a table shows: metrics with the arithmetics they hold for, one row where all are equal in the digits shown."""
+        found: list[tuple[str, OutputMetrics]] = []
+        rows = [(a, m) for a, outputs in self.arithmetics.items() for m in outputs]
+        for output in dict.fromkeys(m.output for _, m in rows):
+            own = [(a, m) for a, m in rows if m.output == output]
+            found += [("all", own[0][1])] if len(own) > 1 and len({_digits(m) for _, m in own}) == 1 else own
+        return found
+
+
+def _digits(m: OutputMetrics) -> tuple[str, ...]:
+    """Metrics in the digits that reports show."""
+    return (f"{m.sqnr_db:.2f}", f"{m.cosine:.5f}", f"{m.max_error:.3g}", f"{m.top1 or 0:.4f}", f"{m.kl or 0:.5f}")
 
 
 @dataclass(slots=True)
@@ -255,16 +291,18 @@ def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
 def _latency(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
     batch = next(iter(data))
     times: tuple[list[float], list[float]] = ([], [])
-    with Session(float_model, provider) as a, Session(quantized_model, provider) as b:
+    with Session(float_model, provider, spinning=True) as a, Session(quantized_model, provider, spinning=True) as b:
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()
-        while len(times[0]) < 3 or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
-            for kept, session in zip(times, (a, b), strict=True):
+        while len(times[0]) < FEWEST or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
+            turn = 1 - 2 * (len(times[0]) % 2)  # who is first finds the other's data in the caches
+            for kept, session in [(times[0], a), (times[1], b)][::turn]:
                 start = time.perf_counter()
                 session.run(batch)
                 kept.append(1000 * (time.perf_counter() - start))
-    return Latency(statistics.median(times[0]), statistics.median(times[1]), len(times[0]))
+    (low, middle, high), (low_too, middle_too, high_too) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
+    return Latency(middle, middle_too, len(times[0]), (low, high), (low_too, high_too))
 
 
 def _size(model: Model) -> int:

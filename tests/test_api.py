@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -196,8 +197,17 @@ def test_progress_is_reported_stage_by_stage() -> None:
     batch = feeds(graphs.chain())
     magr_onnx.optimize(graphs.chain(), [batch, batch], validation_data=[batch], progress=lambda *c: calls.append(c))
     assert list(dict.fromkeys(stage for stage, _, _ in calls)) == ["calibrating", "quantizing", "validating"]
-    assert all(1 <= done <= total for _, done, total in calls)
+    assert all(0 <= done <= total for _, done, total in calls)
     assert calls[-1][1] == calls[-1][2]
+
+
+def test_the_log_hears_of_every_stage(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "magr_onnx"):
+        magr_onnx.optimize(bundled.MODEL, few_samples(), effort="fast", include=["*head*"])
+    said = [record.getMessage() for record in caplog.records if record.name == "magr_onnx"]
+    begun, done = ([line.split(":")[0] for line in said if ("done" in line) is end] for end in (False, True))
+    assert sorted(name.removesuffix(" ...") for name in begun) == sorted(done) == ["calibrating", "quantizing"]
+    assert capfd.readouterr() == ("", "")  # a library says nothing where nobody watches
 
 
 def test_option_problems_come_all_at_once_and_first() -> None:
@@ -209,7 +219,7 @@ def test_option_problems_come_all_at_once_and_first() -> None:
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)
 
 
-@pytest.mark.parametrize("settings", [demo.SETTINGS[4:], pytest.param(demo.SETTINGS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [demo.SETTINGS[2:], pytest.param(demo.SETTINGS, marks=pytest.mark.slow)])
 def test_demo(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SETTINGS", settings)
     result = demo.run(tmp_path)

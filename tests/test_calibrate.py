@@ -179,6 +179,15 @@ def test_every_misfit_is_listed_with_both_sides() -> None:
         assert part in message
 
 
+def test_what_is_wrong_with_every_batch_is_said_once() -> None:
+    with pytest.raises(CalibrationError) as caught:
+        open_data([{"input": np.zeros((2, 3, K), np.float32)}] * 40, INPUTS)
+    message = str(caught.value)
+    assert "the given batches, batch 0 and 39 more: has arrays input; the model's inputs are x: float32" in message
+    assert message.endswith("; rename input to x")
+    assert len(message.splitlines()) == 1
+
+
 def npz(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path

@@ -514,7 +514,7 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     demand = Convolutions(4, symmetric, alpha=0.0)
     for method in ("rtn", "gptq", "comq"):
         passes = convolutions.solver_of(parse(f"quantize{{method={method}}}"), demand, False)
-        together = convolutions._solve(layer, weights, stats, passes, False)
+        together = convolutions._solve(layer, stats, passes, False)
         assert together.error < 1.001 * convolutions._one_by_one(weights, layer, stats, passes, False).error
         difference = np.stack([w.dequantize() for w in together.weights]) - weights
         left = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)

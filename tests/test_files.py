@@ -143,6 +143,14 @@ def test_caller_s_objects_stay_as_they_are() -> None:
     assert as_proto.SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.parametrize(
+    ("suffix", "said"), [(".pt", "magr_onnx.torch.optimize"), (".safetensors", "weights without"), (".npz", "--calib")]
+)
+def test_files_that_are_known_to_be_no_models(suffix: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"no ONNX model, by its name: .*{said}"):
+        magr_onnx.optimize(write(tmp_path / f"model{suffix}", b"PK"))
+
+
 def test_bad_outputs(tmp_path: Path) -> None:
     path = external(tmp_path)
     content = path.read_bytes()
@@ -151,6 +159,7 @@ def test_bad_outputs(tmp_path: Path) -> None:
         (tmp_path / "weights.bin", "would overwrite the input"),
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "out.onnx", "does not exist; create it first"),
+        (tmp_path / "out.txt", "out.txt: the result is an ONNX model; give a name that ends in .onnx"),
     ]
     (tmp_path / "link.onnx").symlink_to(path)
     cases.append((tmp_path / "link.onnx", "would overwrite the input"))

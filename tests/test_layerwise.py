@@ -131,6 +131,24 @@ def test_patterns_that_match_nothing_are_all_named_with_what_is_like_them() -> N
         optimized([{"match": "down", "bits": 8}], exclude=["down"])
 
 
+def test_patterns_to_include_and_exclude_match_something() -> None:
+    for work in (magr_onnx.inspect, magr_onnx.optimize):
+        with pytest.raises(OptionError) as error:
+            work(graphs.chain(), include=["*donw*", "down"], exclude=["zebra"])
+        assert "include '*donw*' matches no layer; did you mean 'down'?" in str(error.value)
+        assert "exclude 'zebra' matches no layer; there are up, down" in str(error.value)
+        assert "'down' matches" not in str(error.value)
+
+
+def test_a_quantized_file_says_so_and_what_to_do() -> None:
+    fused, standard = (magr_onnx.optimize(graphs.chain(), effort="fast", format=form).model for form in ("matmulnbits", "qdq"))
+    with pytest.raises(ModelError, match=r"2 nodes such as up_q4 \(MatMulNBits\): weight is quantized already.*; give the float model"):
+        magr_onnx.optimize(fused)
+    with pytest.raises(ModelError, match=r"2 nodes such as up.* \(MatMul\): weight is quantized already.*; requantize \(--requantize\)"):
+        magr_onnx.optimize(standard)
+    assert len(magr_onnx.optimize(standard, requantize=True).report.layers) == 2
+
+
 def test_convolutions_are_not_layers_of_a_pattern() -> None:
     text = """g (float[n, 3, 8] x) => (float[n, 4] y) {
         [stem] a = Conv(x, k)

@@ -245,6 +245,14 @@ def test_all_offenders_at_once() -> None:
         assert part in str(caught.value)
 
 
+def test_a_mistyped_option_may_stand_for_any_argument() -> None:
+    for given, meant in (("bit", "bits"), ("calibraton", "calibration"), ("validation", "validation_data"), ("exclud", "exclude")):
+        with pytest.raises(OptionError, match=f"unknown option '{given}'; did you mean '{meant}'"):
+            magr_onnx.optimize("no such file", **{given: 4})
+    with pytest.raises(OptionError, match=r"unknown option 'colour'; there are model, calibration, .*, preset, .*, bits"):
+        magr_onnx.optimize("no such file", colour=1)  # type: ignore[call-arg]
+
+
 # The command line
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import urllib.parse
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
+from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
-from magr_onnx.report import SCHEMA, LayerRow
+from magr_onnx.report import SCHEMA, LayerRow, SkipRow
+from magr_onnx.reporting import summary
 from magr_onnx.types import WeightSpec
 from tests import graphs
 from tests.graphs import Builder, proto, random
@@ -265,13 +268,13 @@ def test_the_call_of_a_report_does_the_same_again(tmp_path: Path) -> None:
     onnx.save(proto(graphs.chain()), tmp_path / "model.onnx")
     np.savez(tmp_path / "inputs.npz", **graphs.feeds(graphs.chain(), rows=32))  # type: ignore[arg-type]
     out = tmp_path / "out.onnx"
-    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["no*"])
+    _, report = magr_onnx.optimize(tmp_path / "model.onnx", tmp_path / "inputs.npz", output=out, bits=3, effort="fast", exclude=["up"])
     first = out.read_bytes()
     out.unlink()
     eval(report.command, {"magr_onnx": magr_onnx})
     assert out.read_bytes() == first
     assert report.options["bits"] == 3
-    assert report.options["exclude"] == ["no*"]
+    assert report.options["exclude"] == ["up"]
     assert "progress" not in report.options
 
 
@@ -285,6 +288,14 @@ def test_calls_name_the_type_of_what_has_no_text() -> None:
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", progress=lambda *_: None).report
     assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
     assert report.options == {"model": "<Model>", "calibration": "<list>", "effort": "fast"}
+
+
+def test_defaults_that_are_spelled_out_are_not_in_the_call() -> None:
+    given: dict[str, Any] = {"validation_data": None, "batch_size": 16, "include": (), "mask": "auto"}
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", **given).report
+    assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", batch_size=8, mask=None).report
+    assert report.command.endswith("mask=None, batch_size=8, effort='fast')")
 
 
 def test_reports_of_the_command_line(tmp_path: Path) -> None:
@@ -379,3 +390,22 @@ def test_names_cannot_break_out_of_a_page() -> None:
     page = report.to_html()
     assert "<script>alert" not in page
     assert asdict(report)["layers"][0]["name"] == bad
+
+
+def test_the_largest_weight_left_float_is_looked_at_first() -> None:
+    report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast").report
+    small = SkipRow("small", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 20)
+    table = SkipRow("table", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 2)
+    codes = SkipRow("codes", "MatMulNBits", Reason.QUANTIZED, bytes=report.bytes_after)
+    lstm = SkipRow("lstm", "LSTM", Reason.RECURRENT, bytes=report.bytes_after)
+
+    def first(*skipped: SkipRow) -> list[str]:
+        found = replace(report, skipped=skipped)
+        return [f.text for f in summary.findings(found, summary.lines_of(found)) if "stays float" in f.text]
+
+    assert first(small, codes) == []
+    (text,) = first(small, table, codes)
+    assert text.startswith("table (Gather) stays float:")
+    assert "--embeddings gather-block-quantized" in text
+    (text,) = first(table, lstm)
+    assert text.endswith(f"Why: {Reason.RECURRENT}.")

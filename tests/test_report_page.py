@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page
 
 import magr_onnx
 from magr_onnx import Report, reporting
+from magr_onnx.reporting import summary
 from tests import graphs
 from tests.browser import DESKTOP, PHONE, chromium, draw_all, opened
 from tests.edge.targets import refuse
@@ -81,6 +82,16 @@ def test_everything_is_drawn_and_nothing_asked_for(
         assert found.asked == []
 
 
+@pytest.mark.parametrize(("name", "plots"), [("four", 4), ("integer", 6), ("mixed", 4), ("comparison", 2)])
+def test_all_plots_are_there_when_the_page_has_loaded(name: str, plots: int, browser: Browser, pages: dict[str, Path]) -> None:
+    """Nobody scrolls, and nothing is waited for after the load event: what a picture of the page or a print has."""
+    page = browser.new_page()
+    page.add_init_script("addEventListener('load', () => { window.drawn = document.querySelectorAll('figure[data-chart] svg').length; })")
+    page.goto(pages[name].resolve().as_uri())
+    assert page.evaluate("drawn") == plots
+    page.close()
+
+
 def lightness(page: Page) -> float:
     """Of the page's background, 0 to 1."""
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -100,7 +111,7 @@ def test_headers_sort_by_click_and_by_key(browser: Browser, pages: dict[str, Pat
         assert [h for h in headers.evaluate_all("all => all.map(h => h.ariaSort)") if h != "none"] == ["ascending"]  # by depth
         headers.nth(error).get_by_role("button").click()
         assert headers.nth(error).get_attribute("aria-sort") == "descending"
-        assert headers.nth(1).get_attribute("aria-sort") == "none"
+        assert headers.nth(names.index("Depth")).get_attribute("aria-sort") == "none"
         values = [float(v) for v in column(page, error)]
         assert values == sorted((row.error or 0 for row in reports["four"].layers), reverse=True)
         headers.nth(error).get_by_role("button").press("Enter")
@@ -168,10 +179,10 @@ def test_the_theme_can_be_switched(browser: Browser, pages: dict[str, Path]) -> 
         draw_all(page)
         page.evaluate("scrollTo(0, 0)")
         before = page.locator("figure svg text").first.get_attribute("fill")
-        page.get_by_label("Switch between light and dark").click()
+        page.get_by_role("button", name="Theme").click()
         assert lightness(page) > 0.9
         page.wait_for_function("old => document.querySelector('figure svg text').getAttribute('fill') !== old", arg=before)
-        page.get_by_label("Switch between light and dark").click()
+        page.get_by_role("button", name="Theme").click()
         assert lightness(page) < 0.2
         assert found.said == []
 
@@ -210,6 +221,6 @@ def test_names_of_layers_are_text_only(browser: Browser, tmp_path: Path) -> None
 
 def test_a_comparison_has_what_changed_most_first(browser: Browser, pages: dict[str, Path], reports: dict[str, Report]) -> None:
     with opened(browser, pages["comparison"]) as found:
-        a, b = ({row.name: row.error or 0 for row in reports[name].layers} for name in ("four", "integer"))
+        a, b = ({line.row.name: line.running or 0 for line in summary.lines_of(reports[name])} for name in ("four", "integer"))
         assert column(found.page, 0) == sorted(a, key=lambda name: -abs(b[name] - a[name]))
         assert "format" in found.page.locator(".asked").inner_text()

@@ -41,11 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
-    """The exit code of the command and all it writes, on a terminal of 80 columns."""
+    """The exit code of Python with some arguments and all it writes, on a terminal of 80 columns."""
     names = {"PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
     own = {name: value for name, value in os.environ.items() if name in names}
     outer, inner = pty.openpty()
-    command = [sys.executable, "-m", "magr_onnx.cli", *arguments]
+    command = [sys.executable, *arguments]
     own |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
     process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=own, close_fds=True)
     os.close(inner)
@@ -57,11 +57,12 @@ def on_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, st
     return process.wait(timeout=60), found.decode().replace("\r\n", "\n")
 
 
+CLI = ("-m", "magr_onnx.cli")
 RUN = ("optimize", "model.onnx", "-c", "data.npz", "-o", "out.onnx", "--effort", "fast")
 
 
 def test_a_terminal_has_bars_with_stage_layer_error_and_time(folder: Path) -> None:
-    code, text = on_terminal(*RUN, cwd=folder)
+    code, text = on_terminal(*CLI, *RUN, cwd=folder)
     assert code == 0
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
     assert re.search(r"quantizing +\S+ +2/2 +0:00:\d\d 0:00:00 left", plain)
@@ -74,16 +75,23 @@ def test_a_terminal_has_bars_with_stage_layer_error_and_time(folder: Path) -> No
     assert max(map(len, report.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("given", "drawn"), [("", True), ("progress=True", True), ("progress=False", False), ("progress=None", False)])
+def test_python_draws_bars_on_a_terminal(given: str, drawn: bool, folder: Path) -> None:
+    code, text = on_terminal("-c", f"import magr_onnx; magr_onnx.optimize('model.onnx', 'data.npz', effort='fast', {given})", cwd=folder)
+    assert code == 0
+    assert ("quantizing" in text) is drawn
+
+
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_no_colour_where_none_is_wanted(environment: dict[str, str], folder: Path) -> None:
-    code, text = on_terminal(*RUN, cwd=folder, **environment)
+    code, text = on_terminal(*CLI, *RUN, cwd=folder, **environment)
     assert code == 0
     assert not COLOUR.search(text)
     assert (ESCAPE in text) == ("NO_COLOR" in environment)
 
 
 def test_quiet_is_quiet_on_a_terminal_too(folder: Path) -> None:
-    assert on_terminal(*RUN, "--quiet", cwd=folder) == (0, "")
+    assert on_terminal(*CLI, *RUN, "--quiet", cwd=folder) == (0, "")
 
 
 def test_lines_in_a_pipe_for_those_who_want_them(folder: Path) -> None:
@@ -94,6 +102,8 @@ def test_lines_in_a_pipe_for_those_who_want_them(folder: Path) -> None:
         line for line in lines if "error" in line
     ]
     assert any(line.startswith("calibrating: done in ") for line in lines)
+    stages = [line.split(":")[0] for line in lines]
+    assert stages.index("quantizing") < min(stages.index("up"), stages.index("down"))
     assert any(re.search(r"quantizing: done in .* at most \d+ MB of memory so far", line) for line in lines)
     assert ESCAPE not in told.stderr + told.stdout
     chosen = run("optimize", "model.onnx", "-c", "data.npz", "-o", "out.onnx", "--batch-size", "25", "-v", cwd=folder).stderr
@@ -107,7 +117,7 @@ def test_errors_fit_a_screen(folder: Path) -> None:
         result = run("optimize", *arguments, cwd=folder)
         assert (result.returncode, len(result.stderr.splitlines())) == (1, lines)
     assert "and 42 more (--verbose shows all)" in run("optimize", "-r", "long.toml", cwd=folder).stderr
-    code, text = on_terminal("optimize", "-r", "long.toml", cwd=folder)
+    code, text = on_terminal(*CLI, "optimize", "-r", "long.toml", cwd=folder)
     assert code == 1
     assert max(len(line) for line in text.splitlines()) <= 80 + len("\x1b[1;31m\x1b[0m")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,7 +12,7 @@ import magr_onnx
 from magr_onnx.errors import CalibrationError, RuntimeFailure
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.runtime.validate import log_softmax, next_token_loss, validate
+from magr_onnx.runtime.validate import FEWEST, Latency, log_softmax, next_token_loss, validate
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
 
@@ -127,3 +129,42 @@ def test_errors_name_both_sides() -> None:
     odd.opset_imports["com.example"] = 1
     with pytest.raises(RuntimeFailure, match="cannot load"):
         Session(odd)
+
+
+def test_a_model_timed_against_itself_is_not_slower() -> None:
+    model = graphs.chain()
+    with Session(model) as session:
+        data = open_data([feeds(model)], session.inputs)
+    t = validate(model, model, data, layers=False).latency
+    assert t is not None
+    assert t.runs >= FEWEST
+    for median, (low, high) in zip((t.float_ms, t.quantized_ms), t.spread, strict=True):
+        assert 0 < low <= median <= high
+    assert not t.slower
+
+
+@pytest.mark.parametrize(
+    ("times", "slower"),
+    [
+        ((10, 13, (9, 11), (12, 14)), True),
+        ((10, 13, (9, 14), (12, 15)), False),  # no more than the runs scatter
+        ((10, 10.5, (9.9, 10.1), (10.4, 10.6)), False),  # certain, and of no matter
+        ((10, 13, None, None), True),  # an older report
+    ],
+)
+def test_slower_is_what_exceeds_the_scatter(times: tuple[Any, ...], slower: bool) -> None:
+    float_ms, quantized_ms, *quartiles = times
+    assert Latency(float_ms, quantized_ms, 9, *quartiles).slower is slower
+
+
+def test_arithmetics_that_agree_are_one_row() -> None:
+    model = graphs.matmul_bias(96, 32)
+    x = feeds(model)
+    with Session(model) as session:
+        data = open_data([x], session.inputs)
+    rows = {}
+    for form in ("matmulnbits", "qdq"):
+        quantized, _ = magr_onnx.optimize(model, [x], format=form)
+        rows[form] = validate(model, quantized, data, latency=False, layers=False).shown()
+    assert [name for name, _ in rows["matmulnbits"]] == ["all"]
+    assert [name for name, _ in rows["qdq"]] == ["default", "unoptimized", "float-qdq"]

@@ -23,9 +23,9 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize the bundled language model and print its perplexity before and after."""
+    """Quantize the bundled language model and print its perplexity before and after: about 20 seconds on a laptop."""
     if folder is not None and not folder.is_dir():
         raise OutputError(f"folder {folder} does not exist; create it first")
-    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet) as progress:
+    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet, lines=True) as progress:
         result = demonstration.run(folder or Path(temporary), progress)
     console.show(dataclasses.asdict(result), demonstration.to_text(result), as_json, quiet)

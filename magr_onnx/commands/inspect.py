@@ -9,6 +9,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.arguments import Exclude, Include, Json, Requantize, Verbose
+from magr_onnx.report import by_reason
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -36,7 +37,8 @@ def inspect(
         shape = f"{row['k']} x {row['n']}"
         lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
     lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
-    lines += [f"  {s.name} ({s.op}): {s.reason}{f' ({s.detail})' if s.detail else ''}" for s in found.skipped]
+    for reason, rows in by_reason(found.skipped).items():
+        lines += [f"  {s.name} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows]
     value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers")}
-    value["skipped"] = [{"name": s.name, "op": s.op, "reason": s.reason, "detail": s.detail} for s in found.skipped]
+    value["skipped"] = [{"name": s.name, "op": s.op, "reason": s.reason, "detail": s.detail, "bytes": s.bytes} for s in found.skipped]
     console.show(value, "\n".join(lines), as_json)

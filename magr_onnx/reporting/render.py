@@ -13,7 +13,7 @@ import vl_convert
 from markupsafe import Markup
 
 from magr_onnx.report import Report, layer_notes, megabytes, versions
-from magr_onnx.reporting import summary
+from magr_onnx.reporting import sides, summary
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 SCRIPTS = ("table.js", "charts.js", "details.js", "page.js")
@@ -31,7 +31,7 @@ def page(report: Report) -> str:
         "notes": [*report.notes, *layer_notes(report.layers)],
         "skips": summary.skips(report),
         "has": {
-            "feedback": any(line.row.feedback for line in lines),
+            "feedback": summary.fed_back(report),
             "running": any(line.running is not None for line in lines),
             "peak": any(line.peak is not None for line in lines),
             "sweeps": any(line.sweeps is not None for line in lines),
@@ -51,9 +51,10 @@ def comparison(first: Report, second: Report) -> str:
         "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
         "names": names,
         "reports": (first, second),
-        "rows": summary.compared(first, second),
-        "options": summary.options_compared(first, second),
-        "layers": summary.differences(first, second),
+        "judged": sides.judged(first, second),
+        "rows": sides.compared(first, second),
+        "options": sides.options_compared(first, second),
+        "layers": sides.differences(first, second),
     }
     return _render("comparison.html.jinja", values, [first, second])
 

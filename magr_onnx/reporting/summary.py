@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import Reason
 from magr_onnx.report import LayerRow, Report, by_reason, megabytes
 from magr_onnx.runtime.validate import OutputMetrics
 
 TAIL = 3.0  # times the median error, from which a layer stands out
+LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,11 @@ def result_of(report: Report) -> str:
     return _short(report.output or report.source)
 
 
+def fed_back(report: Report) -> bool:
+    """Whether layers made up for those before them, so that the error of a layer has what those did wrong in it."""
+    return any(row.feedback for row in report.layers)
+
+
 def _short(path: str) -> str:
     return PurePath(path.replace("\\", "/")).name or path
 
@@ -97,12 +105,14 @@ def peak_of(row: LayerRow) -> float | None:
 def cards(report: Report) -> list[Card]:
     """The figures of the summary."""
     before, after = report.bytes_before, report.bytes_after
-    found = [Card("Size", megabytes(after), f"from {megabytes(before)}, {_percent(after, before)} of it")]
+    found = [Card("Size", megabytes(after), f"from {megabytes(before)}, {share_of(after, before)} of it")]
     found += _accuracy(report)
     v = report.validation
     if v is not None and v.latency is not None:
         t = v.latency
-        found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", f"a batch on {v.provider}; float {t.float_ms:.2f} ms"))
+        (low, high), (low_too, high_too) = t.spread
+        detail = f"a batch on {v.provider}, {low_too:.2f} to {high_too:.2f}; float {t.float_ms:.2f} ms, {low:.2f} to {high:.2f}"
+        found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", detail))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
     found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
@@ -159,13 +169,28 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
         found.append(
             Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
         )
+    found += _left_float(report)
     found += _outliers(lines)
     if (v := report.validation) is not None:
         found += _arithmetics(report)
-        if v.latency is not None and v.latency.quantized_ms > 1.1 * v.latency.float_ms:
+        if v.latency is not None and v.latency.slower:
             times = v.latency.quantized_ms / v.latency.float_ms
-            found.append(Finding(f"The result is slower than the float model here: {times:.1f} times its time a batch.", tone="warn"))
+            text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
+            found.append(Finding(text, tone="warn"))
     return found
+
+
+def _left_float(report: Report) -> list[Finding]:
+    """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
+    floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
+    most = max(floats, key=lambda s: s.bytes, default=None)
+    if most is None or most.bytes < LARGE * report.bytes_after:
+        return []
+    text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
+    if most.reason == TableReason.UNASKED:
+        text += " It is a table of embeddings: --embeddings gather-block-quantized (in Python, embeddings=...) converts it."
+        return [Finding(text, tone="warn")]
+    return [Finding(f"{text} Why: {most.reason}.")]
 
 
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
@@ -198,79 +223,6 @@ def skips(report: Report) -> list[dict[str, Any]]:
     return sorted(groups, key=lambda group: -len(group["rows"]))
 
 
-def differences(first: Report, second: Report) -> list[dict[str, Any]]:
-    """Layers by name, those that changed most first; those in one report only at the end."""
-    a, b = ({line.row.name: line for line in lines_of(r)} for r in (first, second))
-    labels = {line.row.name: line.row.label for side in (a, b) for line in side.values()}
-    found = []
-    for name in dict.fromkeys([*a, *b]):
-        one, two = a.get(name), b.get(name)
-        known = one is not None and two is not None and one.row.error is not None and two.row.error is not None
-        change = (two.row.error or 0) - (one.row.error or 0) if known and one is not None and two is not None else None
-        found.append({"name": name, "label": labels[name], "first": one, "second": two, "change": change})
-    return sorted(found, key=lambda row: math.inf if row["change"] is None else -abs(row["change"]))
-
-
-def measures(report: Report) -> dict[str, tuple[str, float | None, bool]]:
-    """Figures that can be compared: by name the text, the number, and whether less of it is better."""
-    errors = [r.error for r in report.layers if r.error is not None]
-    bits = sorted({r.bits for r in report.layers if r.bits is not None})
-    found: dict[str, tuple[str, float | None, bool]] = {
-        "size": (megabytes(report.bytes_after), report.bytes_after, True),
-        "of the source": (_percent(report.bytes_after, report.bytes_before), None, True),
-        "layers converted": (str(len(report.layers)), None, False),
-        "left as they are": (str(len(report.skipped)), None, True),
-        "bits": (", ".join(map(str, bits)) or "none", None, True),
-    }
-    if errors:
-        found["median layer error"] = (f"{statistics.median(errors):.3%}", statistics.median(errors), True)
-        found["largest layer error"] = (f"{max(errors):.3%}", max(errors), True)
-    if (m := main_metrics(report)) is not None:
-        if m.cross_entropy is not None:
-            found["perplexity"] = (f"{math.exp(m.cross_entropy[1]):.3f}", math.exp(m.cross_entropy[1]), True)
-            found["perplexity of the float model"] = (f"{math.exp(m.cross_entropy[0]):.3f}", None, True)
-        if m.kl is not None:
-            found["KL divergence (nats)"] = (f"{m.kl:.5f}", m.kl, True)
-        if m.top1 is not None:
-            found["same top-1"] = (f"{m.top1:.2%}", m.top1, False)
-        found["SQNR"] = (decibels(m.sqnr_db), m.sqnr_db if math.isfinite(m.sqnr_db) else None, False)
-        found["cosine"] = (f"{m.cosine:.5f}", m.cosine, False)
-    if report.validation is not None and report.validation.latency is not None:
-        ms = report.validation.latency.quantized_ms
-        found["latency a batch"] = (f"{ms:.2f} ms", ms, True)
-    if report.proof is not None:
-        found["proved"] = (f"{report.proof.proved} of {report.proof.total}", None, False)
-        if report.proof.headroom is not None:
-            found["least headroom (bits)"] = (f"{report.proof.headroom:.3f}", report.proof.headroom, False)
-    found["time of the run"] = (duration(sum(report.seconds.values())), sum(report.seconds.values()), True)
-    return found
-
-
-def compared(first: Report, second: Report) -> list[dict[str, Any]]:
-    """Rows of the summary side by side, with the change and whether it is for the better."""
-    a, b = measures(first), measures(second)
-    rows = []
-    for name in dict.fromkeys([*a, *b]):
-        one, two = a.get(name), b.get(name)
-        change, tone = "", ""
-        if one and two and one[1] is not None and two[1] is not None and one[1] != two[1]:
-            less = two[1] < one[1]
-            change = f"{two[1] / one[1] - 1:+.1%}" if one[1] else "from none"
-            tone = "good" if less == one[2] else "bad"
-        rows.append({"name": name, "first": one[0] if one else "", "second": two[0] if two else "", "change": change, "tone": tone})
-    return rows
-
-
-def options_compared(first: Report, second: Report) -> list[dict[str, Any]]:
-    """Options, versions and the pipeline, where the two differ."""
-
-    def flat(r: Report) -> dict[str, Any]:
-        return {**r.options, "pipeline": r.pipeline, "calibration": r.calibration} | {f"version of {k}": v for k, v in r.versions.items()}
-
-    a, b = flat(first), flat(second)
-    return [{"name": k, "first": a.get(k, ""), "second": b.get(k, "")} for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
-
-
 def duration(seconds: float) -> str:
     """Seconds in words."""
     if seconds < 60:
@@ -283,5 +235,6 @@ def decibels(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "no difference"
 
 
-def _percent(part: float, whole: float) -> str:
+def share_of(part: float, whole: float) -> str:
+    """A part of something, in percent."""
     return f"{part / whole:.1%}" if whole else "0%"

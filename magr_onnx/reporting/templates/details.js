@@ -62,6 +62,5 @@ async function fill(body, layer) {
     return [figure, plot, name, title];
   });
   body.replaceChildren(list, ...notes, ...old, ...places.map(([figure]) => figure));
-  await library;
   for (const [, plot, name, title] of places) if (plot.isConnected) await draw(plot, CHARTS[name](layer), `${title} of ${layer.name}`);
 }

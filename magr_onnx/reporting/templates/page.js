@@ -1,4 +1,5 @@
-// What ties the page together. The plots' library is large: it is run only when the page has been painted.
+// What ties the page together. The plots of the page are drawn before its load event, so that pictures and prints have them; what the library
+// and the plots do is done in microtasks, and those end before the script does.
 
 const root = document.documentElement;
 const reports = [...document.querySelectorAll(".report-data")].map((place) => JSON.parse(place.textContent));
@@ -26,32 +27,13 @@ function withPlaces(report) {
   }));
 }
 
-const library = new Promise((done) => {
-  const run = () => {
-    const script = document.createElement("script");
-    script.textContent = document.getElementById("library").textContent;
-    document.head.append(script);
-    done();
-  };
-  requestAnimationFrame(() => setTimeout(run, 0));
-});
-
 async function plot(figure) {
-  await library;
   const chart = CHARTS[figure.dataset.chart](sides, reports);
   await draw(figure.querySelector(".plot"), chart, figure.querySelector("h3").textContent);
 }
 
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    seen.unobserve(entry.target);
-    plot(entry.target);
-  }
-}, { rootMargin: "300px" });
-
 function plotAll() {
-  for (const figure of document.querySelectorAll("figure[data-chart]")) seen.observe(figure);
+  document.querySelectorAll("figure[data-chart]").forEach(plot);
   if (shown != null && dialog.open) fill(document.getElementById("details-body"), sides[0][shown]);
 }
 

@@ -4,10 +4,12 @@ function sortable(table) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => {
     const button = header.querySelector("button");
+    const usual = header.getAttribute("aria-sort");
     button.addEventListener("click", () => {
       const numbers = button.dataset.kind === "number";
       const now = header.getAttribute("aria-sort");
-      const order = now === "none" ? (numbers && column > 1 ? "descending" : "ascending") : now === "ascending" ? "descending" : "ascending";
+      const first = usual !== "none" ? usual : numbers ? "descending" : "ascending";
+      const order = now === "none" ? first : now === "ascending" ? "descending" : "ascending";
       headers.forEach((other) => other.setAttribute("aria-sort", other === header ? order : "none"));
       const sign = order === "ascending" ? 1 : -1;
       const rows = [...table.tBodies[0].rows].map((row) => [row.cells[column].dataset.value, row]);

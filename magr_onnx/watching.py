@@ -1,0 +1,145 @@
+"""What a person sees of long work: bars on a terminal or in a notebook, and lines a stage where lines are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from rich.console import Console, RenderableType
+from rich.errors import LiveError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from magr_onnx.report import LayerRow
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOGGER = logging.getLogger("magr_onnx")
+"""Gets two lines a stage at level INFO, from every function of the Python interface that takes long."""
+
+
+class Bars(Progress):
+    """A bar a stage, and a line about the layers below them."""
+
+    layers = Text()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.layers:
+            yield self.layers
+
+
+@contextlib.contextmanager
+def bars(console: Console) -> Iterator[Bars | None]:
+    """Bars on a console, with the time left, while the block runs; None where nobody would see them, or others are drawing there."""
+    if not (console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)):
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with contextlib.ExitStack() as stack:
+        found: Bars | None = Bars(*columns, console=console, transient=True)
+        try:
+            stack.enter_context(cast(Bars, found))
+        except LiveError:
+            found = None
+        yield found
+
+
+class Watch:
+    """The callbacks of a run, in bars, in lines, or in both."""
+
+    def __init__(self, bars: Bars | None = None, say: Callable[[str], None] | None = None) -> None:
+        self._bars, self._say = bars, say
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+        self._worst: LayerRow | None = None
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Steps of a stage."""
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+        if self._say is None:
+            return
+        if stage not in self._begun:
+            self._begun[stage] = time.perf_counter()
+            self._say(f"{stage}: {total} steps" if total > 1 else f"{stage} ...")
+        if done == total:
+            self._say(f"{stage}: done in {time.perf_counter() - self._begun[stage]:.1f} s{_memory()}")
+
+    def layer(self, row: LayerRow) -> None:
+        """A finished layer."""
+        if (row.error or 0) >= ((self._worst and self._worst.error) or 0):
+            self._worst = row
+        if self._say is not None:
+            self._say(f"{row.label}: {what(row)}")
+        if self._bars is not None and self._worst is not None:
+            last, worst = (f"{r.error or 0:.2%} {_short(r.label)}" for r in (row, self._worst))
+            self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
+
+
+def watched(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a function a callable as ``progress``, whatever the caller gave: a callable, or whether to draw bars (True if nothing is said).
+
+    `LOGGER` hears of every stage in any case.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        rest: dict[str, Any] = dict(kwargs)
+        given = rest.pop("progress", True)
+        with bars(Console(stderr=True)) if given is True else contextlib.nullcontext() as drawn:
+            steps = [Watch(drawn, LOGGER.info).step, *([given] if callable(given) else [])]
+
+            def progress(stage: str, done: int, total: int) -> None:
+                for step in steps:
+                    step(stage, done, total)
+
+            return cast(Callable[..., R], function)(*args, progress=progress, **rest)
+
+    return call
+
+
+def what(row: LayerRow) -> str:
+    """What was done to a layer, and what decided it, in a line."""
+    form = "float" if row.bits is None else f"{row.bits} bits, {'one grid' if row.block_size is None else f'block {row.block_size}'}"
+    found = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]
+    solver = row.solver or {}
+    if "tried" in solver:
+        order = "strong inputs first" if solver["act_order"] else "in order"
+        found.append(f"best of {solver['tried']:.0f} trials: alpha {solver['alpha']:.3g}, damping {solver['damping']:.3g}, {order}")
+    if row.magr is not None:
+        before, after = (f"{row.magr[name]:.3g}" for name in ("max_before", "max_after"))
+        found.append(f"MagR: largest weight {before} before, {after} after" if before != after else f"MagR: largest weight still {after}")
+    if row.feedback is not None:
+        before, after = (f"{row.feedback[name]:.3g}" for name in ("held_out_before", "held_out_after"))
+        found.append(f"feedback {before} to {after} on held-out rows")
+    return "; ".join([", ".join(found), *row.notes])
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def _memory() -> str:
+    """The most memory the process has had, where the system says."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB of memory so far"
