@@ -69,7 +69,7 @@ from magr_onnx.arguments import (
     Verbose,
 )
 from magr_onnx.errors import OptionError, OutputError, raise_all
-from magr_onnx.folders import OptimizedFolder, optimize_folder
+from magr_onnx.folders import OptimizedFolder, check_reports, optimize_folder
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, remarks
@@ -167,7 +167,11 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    reporting.check(report or (), {source, out, *(p for p in (recipe, save_recipe) if p is not None)})
+    taken = {source, out, *(p for p in (recipe, save_recipe) if p is not None)}
+    if source.is_dir():
+        check_reports(source, arguments.get("models", ()), out, report or (), taken)
+    else:
+        reporting.check(report or (), taken)
     if save_recipe is not None:
         raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
     with console.watch(quiet) as (progress, on_layer):
