@@ -45,9 +45,9 @@ class Loaded:
 
     @property
     def bytes(self) -> int:
-        """Size on disk, external data included; the size of the initializers for a model in memory."""
+        """Size on disk, external data included; for a model in memory the size it would have there."""
         if self.path is None:
-            return initializer_bytes(self.model)
+            return model_bytes(self.model)
         return self.path.stat().st_size + sum(p.stat().st_size for p in self.external)
 
 
@@ -151,6 +151,23 @@ def initializer_bytes(model: ir.Model) -> int:
     held = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     held += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
     return sum(t.nbytes for t in held if t is not None)
+
+
+def model_bytes(model: ir.Model) -> int:
+    """Bytes of the file a model in memory would make, tensors included; no tensor is copied or read."""
+    copy, total = model.clone(), 0
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            if (tensor := value.const_value) is not None:
+                total += tensor.nbytes
+                value.const_value = ir.ExternalTensor(
+                    "", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name)
+                )
+    proto = ir.to_proto(copy)
+    for stored in proto.graph.initializer:  # here the tensor would lie in it
+        stored.ClearField("external_data")
+        stored.ClearField("data_location")
+    return total + int(proto.ByteSize())
 
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:

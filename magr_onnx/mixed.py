@@ -157,7 +157,7 @@ class Source:
         """Bytes of the result with the layers named in ``passes`` converted, beside those that have no choice."""
         model = sizes.blank(self.model, {**self.fixed, **passes})
         if not self.file:
-            return files.initializer_bytes(model)
+            return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
             return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 

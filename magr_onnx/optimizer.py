@@ -268,7 +268,7 @@ def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provide
         solved.search.stamp(work)
     if out is None:
         verify_codes(work, solved.digests)
-        written = files.initializer_bytes(work)
+        written = files.model_bytes(work)
     else:
         written = save(work, out, lambda path: verify_file(path, solved.digests, provider, demand, solved.emitted, reference), run.layout)
     run.lap("write")

@@ -385,8 +385,8 @@ def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], excl
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its own, its weight's, its torch module's, and those before a rewrite."""
-    return (name, weight, *modules_of(node), *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, and those before a rewrite."""
+    return (*reversed(modules_of(node)), name, weight, *node.metadata_props.get(NAMES, "").splitlines())
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

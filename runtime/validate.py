@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.data import Batches
@@ -307,7 +308,7 @@ def _latency(float_model: Model, quantized_model: Model, data: Batches, provider
 
 def _size(model: Model) -> int:
     if isinstance(model, ir.Model):
-        return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        return model_bytes(model)
     path = Path(model)
     external = {t.path for v in ir.load(path).graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
     return path.stat().st_size + sum(os.stat(p).st_size for p in external)

@@ -192,6 +192,20 @@ def test_a_failed_write_keeps_the_old_file(failure: BaseException, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
 
 
+def test_sizes_of_models_in_memory_are_those_of_their_files(tmp_path: Path) -> None:
+    model = graphs.chain()
+    out = tmp_path / "in.onnx"
+    ir.save(model, out)
+    assert files.model_bytes(model) == pytest.approx(out.stat().st_size, abs=100)
+    assert files.initializer_bytes(model) < files.model_bytes(model)
+    result, report = magr_onnx.optimize(model)
+    written = len(ir.to_proto(result).SerializeToString())
+    assert report.bytes_before == pytest.approx(out.stat().st_size, abs=100)
+    assert report.bytes_after == pytest.approx(written, abs=100)
+    assert model.graph.initializers.keys() == ir.load(out).graph.initializers.keys()
+    assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+
+
 def test_large_models_go_to_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "INLINE_LIMIT", 100)
     out = tmp_path / "out.onnx"

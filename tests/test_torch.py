@@ -280,7 +280,7 @@ def test_what_magr_leaves_alone_in_a_module() -> None:
             return nn.functional.linear(y, 2 * self.scaled.weight), y @ self.part.weight[:, :16]
 
     x = torch.randn(16, 3, 3, 3)
-    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]], exclude=["nothing"])
+    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]])
     assert [c.name for c in result.changed] == ["used.weight"]
     assert {n: why.split()[0] for n, why in result.unchanged.items()} == {
         "conv.weight": "a",
@@ -381,6 +381,24 @@ def test_outputs_are_called_what_forward_calls_them() -> None:
     wanted = (expected["logits"], *expected["states"])
     for one, other in zip(found, wanted, strict=True):
         assert np.square(one - other.numpy()).sum() < 1e-3 * np.square(other.numpy()).sum()
+
+
+def test_layers_the_mask_says_nothing_of_are_named() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Any, attention_mask: Any) -> Any:
+            rows = torch.relu(self.body(x)) * attention_mask[..., None]
+            return self.head(rows.sum(1) / attention_mask.sum(1, keepdim=True))
+
+    data = {"x": torch.randn(16, 6, 32), "attention_mask": torch.ones(16, 6, dtype=torch.int64)}
+    example = {name: value[:2] for name, value in data.items()}
+    notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
+    assert [n for n in notes if "attention_mask" in n] == [
+        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (behind pooling, say)"
+    ]
 
 
 def test_labels_in_the_example_are_noted() -> None:

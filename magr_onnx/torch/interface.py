@@ -74,8 +74,7 @@ def optimize(
 
 def _asked(report: Report, given: Mapping[str, Any]) -> Report:
     """With the call as it was made, defaults left out, and the name of the module's class for that of the model."""
-    usual = inspect.signature(optimize).parameters
-    said = {name: value for name, value in given.items() if value is not usual[name].default}
+    said = provenance.asked(inspect.signature(optimize), given)
     call, options = provenance.call("magr_onnx.torch.optimize", said), provenance.options(said)
     return replace(report, source=type(given["model"]).__name__, command=call, options=options)
 
