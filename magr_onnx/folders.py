@@ -248,6 +248,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
+    if problems := files.check_name(b):
+        return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
     if out.exists() and not out.is_dir():

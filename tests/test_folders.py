@@ -317,11 +317,27 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     assert all((b["input_ids"] != 0).all() for b in alone)
 
 
+def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\x85four\r\nfive six\n".encode())
+    (batch,) = texts.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
+    np.testing.assert_array_equal(batch["input_ids"], [[2, 8, 9, 3, 0, 0], [2, 4, 5, 6, 7, 3]])
+
+
+@pytest.mark.parametrize("config", ['{"model_max_length": Infinity}', '{"model_max_length": NaN}', '{"pad_token": 5}', '{"pad_token": {}}'])
+def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
+    (exported / "tokenizer_config.json").write_text(config)
+    batches = list(texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
+    assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 11)]
+
+
 def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
-    with pytest.raises(CalibrationError, match="too few lines"):
+    with pytest.raises(CalibrationError, match=r"empty.txt: no text in it"):
         texts.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    with pytest.raises(CalibrationError, match="too few lines of text; the model takes 5 at a time"):
+        texts.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
     with pytest.raises(CalibrationError, match="UTF-8"):
         texts.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")
