@@ -18,6 +18,8 @@ from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import layer_name
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
@@ -202,7 +204,7 @@ def optimize(
             pipeline.text_of(solved.passes),
             _describe(solved.data, solved.rows, setting.mask),
             tuple(solved.rows),
-            tuple(map(skip_row, solved.skips)),
+            skip_rows(solved.skips, prepared.model),
             loaded.bytes,
             written,
             len(solved.digests),
@@ -275,8 +277,10 @@ def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provide
     return written, proof
 
 
-def skip_row(skip: Skip) -> SkipRow:
-    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail, skip.bytes)
+def skip_rows(skips: Sequence[Skip], model: ir.Model) -> tuple[SkipRow, ...]:
+    """For the report: nodes of ``model`` that were left alone."""
+    scopes = {layer_name(node): scope_of(node) for node in model.graph.all_nodes()}
+    return tuple(SkipRow(s.name, s.op, s.reason.value, s.detail, s.bytes, scopes.get(s.name, "")) for s in skips)
 
 
 def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:

@@ -122,13 +122,22 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known.
+
+    ``scope`` is the path of the torch module it came from, where the file says so.
+    """
 
     name: str
     op: str
     reason: str
     detail: str = ""
     bytes: int = 0
+    scope: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call it to a person: nodes of one module differ by their names."""
+        return f"{self.scope} ({self.name})" if self.scope else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +306,7 @@ def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
     """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)
-    shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    shown = ", ".join(r.label for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
 
 

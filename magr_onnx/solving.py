@@ -204,7 +204,9 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        found.append(f"{some}: all input rows count, since there is not one for each element of the mask {mask!r} (behind pooling, say)")
+        found.append(
+            f"{some}: all input rows count, since there is not one for each element of the mask {mask!r} (pooled or reshaped before)"
+        )
     return found
 
 

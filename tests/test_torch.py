@@ -120,6 +120,11 @@ def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Pat
     some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
     chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
     assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
+    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {*scopes} - {"attention.in_proj", "up"}
+    assert "attention.out_proj (node_" in chosen.to_text()
+    for wrong in ({"layers": [{"match": "*out_prok*", "bits": 8}]}, {"exclude": ["*out_prok"]}):
+        with pytest.raises(OptionError, match=r"'\*out_prok\*?' matches no layer.*; did you mean 'out_proj'"):
+            magr_torch.optimize(program, calibration=data, effort="fast", **wrong)
     with pytest.raises(OptionError, match=r"'atention\.in_proj' matches no layer that is converted; did you mean 'attention\.in_proj'"):
         magr_torch.optimize(program, calibration=data, effort="fast", layers=[{"match": "atention.in_proj", "bits": 8}])
 
@@ -397,7 +402,7 @@ def test_layers_the_mask_says_nothing_of_are_named() -> None:
     example = {name: value[:2] for name, value in data.items()}
     notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
     assert [n for n in notes if "attention_mask" in n] == [
-        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (behind pooling, say)"
+        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (pooled or reshaped before)"
     ]
 
 

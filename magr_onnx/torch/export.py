@@ -100,7 +100,8 @@ def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the caller has seen them where the module was run before
             return model(*args, **kwargs)
     except Exception as error:
         parameters = inspect.signature(model.forward).parameters.values()
