@@ -89,7 +89,17 @@ def _data_of(model: ir.Model) -> frozenset[Path]:
     return frozenset(found)
 
 
+def check_name(path: Path) -> list[str]:
+    """What stands against a path whose bytes are no UTF-8: onnx and onnxruntime take texts."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return [f"{str(path)!r} is not UTF-8, which onnx and onnxruntime need of a path; rename the file, or the folder it is in"]
+    return []
+
+
 def _load_path(path: Path) -> Loaded:
+    raise_all(ModelError, check_name(path))
     if not path.is_file():
         raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
@@ -172,7 +182,7 @@ def model_bytes(model: ir.Model) -> int:
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:
     """What stands against writing ``output``, without touching anything."""
-    found = []
+    found = check_name(output.absolute())
     folder = output.parent
     if output.suffix.lower() in _OTHERS:
         found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")

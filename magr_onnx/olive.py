@@ -270,9 +270,10 @@ def _summary(report: Report, name: str) -> dict[str, Any]:
 def _fingerprint(config: Any) -> str:
     """A hash of this package's version, of the recipe, and of every file behind the paths of a configuration."""
     found = hashlib.sha256(magr_onnx.__version__.encode())
+    asked = _asked(config)  # reads the recipe first, with errors that say more
     if config.recipe is not None:
         found.update(Path(config.recipe).read_bytes())
-    for path in _asked(config).reads:
+    for path in asked.reads:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]

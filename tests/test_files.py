@@ -169,6 +169,20 @@ def test_bad_outputs(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_paths_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    model, odd = write(tmp_path / "m.onnx", proto(graphs.chain()).SerializeToString()), os.fsdecode(b"m\xff.onnx")
+    try:
+        (tmp_path / odd).write_bytes(model.read_bytes())
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    with pytest.raises(ModelError, match=r"m\\udcff.onnx' is not UTF-8.*rename"):
+        magr_onnx.inspect(tmp_path / odd)
+    with pytest.raises(OutputError, match=r"o\\udcff.onnx' is not UTF-8.*rename"):
+        magr_onnx.optimize(model, output=tmp_path / os.fsdecode(b"o\xff.onnx"))
+    with pytest.raises(OutputError, match=r"o\\udcff' is not UTF-8.*rename"):
+        magr_onnx.optimize_folder(tmp_path, output=tmp_path.parent / os.fsdecode(b"o\xff"))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
