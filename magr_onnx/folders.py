@@ -25,6 +25,7 @@ from magr_onnx import files, locking, provenance, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
+from magr_onnx.recipe import argument
 from magr_onnx.report import Report, megabytes, wrapped
 from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
@@ -153,7 +154,7 @@ def optimize_folder(
     source, out = Path(folder), Path(output)
     names = _names(source, models)
     raise_all(OutputError, _check_output(source, out, names, overwrite))
-    size = int(arguments.get("batch_size", 16))
+    size = argument("batch_size", arguments, 16)
     found = _read(source, _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation"), size)
     reports: dict[str, Report] = {}
     carried = _besides(source, names, (file for model in found for file in model.external))
