@@ -191,6 +191,18 @@ def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def argument(name: str, given: Mapping[str, Any], default: Any) -> Any:
+    """One argument of `optimize`, for who needs it beforehand: as given, as its recipe says, or the default.
+
+    Raises:
+        RecipeError: The recipe cannot be read, or with everything that is wrong in it.
+    """
+    if given.get(name) is not None:
+        return given[name]
+    recipe = given.get("recipe")
+    return default if recipe is None else _recipe(recipe).arguments().get(name, default)
+
+
 def _recipe(value: Any) -> Recipe:
     if value is None or isinstance(value, Recipe):
         return value or Recipe()

@@ -16,9 +16,12 @@ torch = pytest.importorskip("torch")
 import magr_onnx  # noqa: E402
 import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
+from magr_onnx.passes.linear import find  # noqa: E402
 from magr_onnx.passes.scopes import scope_of  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from magr_onnx.torch.feeds import feeds  # noqa: E402
+from magr_onnx.torch.weights import _new_value  # noqa: E402
+from tests import graphs  # noqa: E402
 
 nn = torch.nn
 
@@ -359,6 +362,90 @@ def test_a_single_sample_is_refused_once() -> None:
         feeds(list(IDS), INPUTS[:1])
     assert "problems" not in str(caught.value)
     assert len(feeds(list(IDS), INPUTS[:1], to_inputs=lambda sample: sample[None])) == 3
+
+
+SAMPLE = torch.arange(8.0)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [(SAMPLE, 0), (SAMPLE + 1, 1)],
+        [{"x": SAMPLE, "labels": 0}, {"x": SAMPLE + 1, "labels": 1}],
+        [{"x": SAMPLE.tolist()}, {"x": (SAMPLE + 1).tolist()}],
+    ],
+)
+def test_lists_of_samples_are_stacked(batch: Any) -> None:
+    x = InputInfo("x", np.dtype(np.float32), (None, 8))
+    (feed,) = feeds([batch], [x])
+    np.testing.assert_array_equal(feed["x"], np.stack([SAMPLE.numpy(), SAMPLE.numpy() + 1]))
+    with pytest.raises(CalibrationError, match=r"batch 0 is a list of samples, and those of x have shapes \[8\] and \[3\]; pad"):
+        feeds([[(SAMPLE, 0), (SAMPLE[:3], 1)]], [x])
+
+
+def test_no_batch_is_read_that_is_not_needed() -> None:
+    def endless() -> Any:
+        for number in range(3):
+            assert number < 2, "a batch too many"
+            yield torch.zeros(16, 8)
+
+    x = InputInfo("x", np.dtype(np.float32), (None, 8))
+    stream = feeds(endless(), [x], samples=32)
+    assert (len(stream), stream.notes) == (2, ("calibration stopped after 32 samples (samples=32)",))
+    assert feeds([torch.zeros(16, 8)] * 2, [x], samples=32).notes == ()
+
+
+def test_the_batch_size_of_a_recipe_is_used() -> None:
+    model = nn.Linear(64, 64)
+    recipe = {"batch_size": 8, "bits": 8}
+    found = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe).report
+    assert "8 batches, 64 rows" in found.calibration
+    given = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe, batch_size=32).report
+    assert "2 batches, 64 rows" in given.calibration
+
+
+class Lonely(nn.Module):
+    """Something else for one sample than for more; ``names`` that forward takes in an order of its own."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.layer, self.odd = nn.Linear(64, 64), odd
+
+    def forward(self, x: Any, shift: Any) -> Any:
+        y = self.layer(x) - shift
+        return {"y": y * 0 + 7 if self.odd and x.shape[0] == 1 else y, "best": y.argmax(-1)}
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_an_example_of_one_sample_keeps_its_result(odd: bool) -> None:
+    torch.manual_seed(0)
+    model, example = Lonely(odd), {"shift": torch.randn(1, 64), "x": torch.randn(1, 64)}
+    program, notes = magr_torch.export(model, example)
+    assert ["computes y otherwise than with more" in note for note in notes] == [True] * odd
+    with torch.no_grad(), Session(program.model) as session:
+        assert {i.shape[0] for i in session.inputs} == {1 if odd else None}
+        found = session.run({name: value.numpy() for name, value in example.items()}, ["y", "best"])
+        wanted = model(**example)
+    np.testing.assert_allclose(found[0], wanted["y"].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[1], wanted["best"].numpy())
+
+
+def test_every_initializer_of_a_tied_weight_is_looked_at() -> None:
+    """Where an exporter keeps one for each name, a reader of the second counts."""
+    weight = graphs.random(8, 8)
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 8])
+    first = b.node("MatMul", [x, b.constant("first.weight", weight)], "layer")
+    model = b.model(b.node("Add", [first, b.constant("second.weight", weight)], "other"), ["batch", 8])
+    layers, _ = find(model)
+    reduced = {layer.name: layer for layer in layers}
+    for names, why in ((["first.weight"], None), (["first.weight", "second.weight"], "Add other reads it, and would change with it")):
+        assert _new_value(names, torch.from_numpy(weight), model, layers, reduced, {"layer": None}, {})[0] == why
+
+
+def test_a_half_precision_example_of_a_float_module_is_refused() -> None:
+    with pytest.raises(ExportError, match="does not run on example_inputs"):
+        magr_torch.export(nn.Linear(8, 8), torch.zeros(2, 8, dtype=torch.float16))
 
 
 class Named(nn.Module):
