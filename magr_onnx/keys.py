@@ -145,8 +145,8 @@ def unworded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
     """What to say of a name that is none of ``names``."""
-    near = closest(name, names)
-    return f"unknown key {name!r}{near}" if near else f"unknown key {name!r}; there are {', '.join(names)}"
+    listed = ", ".join(names) if len(names) < 20 else "the long options of onnx-magr optimize, with underscores (--help shows them)"
+    return f"unknown key {name!r}" + (closest(name, names) or f"; there are {listed}")
 
 
 def _is(value: Any, kind: type) -> bool:
