@@ -81,6 +81,7 @@ def main() -> None:
 
     What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
     """
+    console.await_output(None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -66,10 +66,10 @@ def progress_bar(enabled: bool = True, lines: bool = False) -> Iterator[Steps | 
         yield step
 
 
-def await_output(path: Path) -> None:
-    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it."""
+def await_output(path: Path | None) -> None:
+    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it; None expects no output."""
     global _awaited
-    _awaited = path, _state(path)
+    _awaited = None if path is None else (path, _state(path))
 
 
 def outcome() -> str:

@@ -363,3 +363,54 @@ def test_folders_of_optimum_load_in_optimum(tmp_path: Path) -> None:
     assert names <= tree(Path(many["out"])).keys() == tree(Path(many["source"])).keys()
     assert json.loads(Path(many["report"]).read_text())["models"].keys() == names
     assert len(json.loads((tmp_path / "several.encoder_model.json").read_text())["layers"]) > 0
+
+
+def test_a_recipe_is_the_folders(several: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    np.savez(data / "encoder_model.npz", **graphs.feeds(graphs.matmul()))  # type: ignore[arg-type]
+    np.savez(data / "decoder_model.npz", **graphs.feeds(graphs.chain()))  # type: ignore[arg-type]
+    (tmp_path / "r.toml").write_text(
+        'version = 1\nmodel = "several"\ncalibration = "data"\noutput = "out"\nresume = "job"\nbatch_size = 8\neffort = "fast"\nbits = 3\n'
+    )
+    made = optimize_folder(recipe=tmp_path / "r.toml")
+    assert {name: report.calibration.split(":")[0] for name, report in made.reports.items()} == {
+        name: str(data / name.replace(".onnx", ".npz")) for name in ("decoder_model.onnx", "encoder_model.onnx")
+    }
+    assert {row.bits for report in made.reports.values() for row in report.layers} == {3}
+    assert {p.name for p in (tmp_path / "job").iterdir()} == {"decoder_model", "encoder_model"}
+    assert {report.command for report in made.reports.values()} == {f"magr_onnx.optimize_folder(recipe={str(tmp_path / 'r.toml')!r})"}
+    made = optimize_folder(recipe={"model": str(several), "models": "decoder*", "bits": 5}, output=tmp_path / "one", preset="web")
+    assert {name: {row.bits for row in report.layers} for name, report in made.reports.items()} == {"decoder_model.onnx": {5}}
+    with pytest.raises(OptionError, match="batch_size = 'a': expected a whole number, found a text"):
+        optimize_folder(several, output=tmp_path / "two", batch_size="a")
+    with pytest.raises(OptionError, match="give a folder of models and an output"):
+        optimize_folder(several)
+
+
+def test_patterns_are_looked_for_in_all_models_before_any_work(several: Path, tmp_path: Path) -> None:
+    """``down`` is in the decoder only."""
+    names = {
+        name: [row.name for row in optimize_folder(several, output=tmp_path / "all").reports[name].layers]
+        for name in ("decoder_model.onnx",)
+    }
+    assert "down" in names["decoder_model.onnx"]
+    tables = [{"match": ["down", "*"], "bits": 8}, {"match": "down", "block_size": 64}]
+    made = optimize_folder(several, output=tmp_path / "out", layers=tables, exclude=["up"], bits=3)
+    found = {name: {row.name: (row.bits, row.block_size) for row in report.layers} for name, report in made.reports.items()}
+    assert found["decoder_model.onnx"] == {"down": (8, 64)}
+    assert {bits for bits, _ in found["encoder_model.onnx"].values()} == {8}
+    job = tmp_path / "job"
+    with pytest.raises(OptionError) as error:
+        optimize_folder(
+            several,
+            output=tmp_path / "bad",
+            resume=job,
+            layers=[{"match": ["nowhere", "down"], "bits": 8}],
+            exclude=["none*"],
+            include=["down"],
+        )
+    assert "layer options: 'nowhere' matches no layer that is converted" in str(error.value)
+    assert "exclude 'none*' matches no layer" in str(error.value)
+    assert "encoder_model.onnx has no layer that include down matches; leave it out (models, --models)" in str(error.value)
+    assert not job.exists()

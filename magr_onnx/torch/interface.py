@@ -69,7 +69,7 @@ def optimize(
         make = partial(export, model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
     else:
         make = partial(Exported, model, ())
-    result = optimized(make, calibration, validation_data, to_inputs, samples, batch_size, {**options, "output": output})
+    result = optimized(make, calibration, validation_data, output, to_inputs, samples, batch_size, options)
     return result._replace(report=_asked(result.report, given))
 
 
@@ -84,6 +84,7 @@ def optimized(
     make: Callable[[], Exported],
     calibration: Any,
     validation_data: Any,
+    output: str | os.PathLike[str] | None,
     to_inputs: ToInputs | None,
     samples: int | None,
     batch_size: int | None,
@@ -100,7 +101,9 @@ def optimized(
         return Deferred(lambda: feeds(given, inputs_of(exported().program.model), **reading))
 
     model = Deferred(lambda: exported().program)
-    result = api.optimize(model, source(calibration), validation_data=source(validation_data), **options)
+    own = {"calibration": source(calibration), "validation_data": source(validation_data), "output": output}
+    said = {name: value for name, value in own.items() if value is not None}  # and a recipe keeps the rest
+    result = api.optimize(model, **said, **options)
     return result._replace(report=_told(result.report, exported().notes))
 
 
