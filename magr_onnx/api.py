@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import embeddings, files
+from magr_onnx import embeddings, files, keys, patterns
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
@@ -20,7 +20,6 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.scopes import scope_of
-from magr_onnx.preparing import check_patterns
 from magr_onnx.report import SkipRow, versions
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
@@ -68,7 +67,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     loaded = files.load(model)
     open_up(loaded.model)
     canonicalize(loaded.model, include, exclude, again=requantize)
-    check_patterns(loaded.model, include, exclude)
+    patterns.check(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
@@ -130,8 +129,10 @@ def validate(
     lines of ``progress`` are those of `optimize`.
 
     Raises:
+        OptionError: A value that is none, such as a batch size of 0.
         MagrError: A model or the data cannot be used.
     """
+    keys.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
     with custom.using(custom_ops):

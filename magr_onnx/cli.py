@@ -7,20 +7,40 @@ overflows.
 
 from __future__ import annotations
 
+import io
+import re
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import magr_onnx
 from magr_onnx import console
 from magr_onnx.commands import COMMANDS
-from magr_onnx.errors import MagrError
+from magr_onnx.errors import MagrError, closest
+
+_NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
+
+
+class _Commands(TyperGroup):
+    """Commands whose wrong values are told what they may have been meant to be, as those of recipes are."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if (found := _NO_CHOICE.fullmatch(error.message)) is not None:
+                choices = found["choices"].replace("'", "").split(", ")
+                error.message = f"{found['given']!r}: choose one of {', '.join(choices)}{closest(found['given'], choices)}"
+            raise
+
 
 app = typer.Typer(
     name="onnx-magr",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,7 +77,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; explained errors are one message on standard error and exit code 1."""
+    """Run the command line; explained errors are one message on standard error and exit code 1.
+
+    What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
@@ -65,7 +91,7 @@ def main() -> None:
         console.explain(error)
         sys.exit(1)
     except _Interrupted:
-        console.errors.print("interrupted; no output was changed")
+        console.errors.print(f"interrupted; {console.outcome()}", markup=False)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import tempfile
@@ -19,15 +18,18 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
 from magr_onnx import watching
-from magr_onnx.report import LayerRow, plain
+from magr_onnx.decoding import plain
+from magr_onnx.report import LayerRow, json_text
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
 
 LINES = 20  # of an error, on one screen
+NOTHING = "no output was changed"
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
 _verbose = False
+_awaited: tuple[Path, tuple[int, int] | None] | None = None
 
 
 def be_verbose(value: bool) -> bool:
@@ -64,11 +66,35 @@ def progress_bar(enabled: bool = True, lines: bool = False) -> Iterator[Steps | 
         yield step
 
 
+def await_output(path: Path) -> None:
+    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it."""
+    global _awaited
+    _awaited = path, _state(path)
+
+
+def outcome() -> str:
+    """What became of the output of a run that was broken off, as a clause."""
+    if _awaited is None or _state(_awaited[0]) == _awaited[1]:
+        return NOTHING
+    return f"{_awaited[0]} was written before that"
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Tells a file or a folder from another under its name."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def explain(error: Exception) -> None:
     """An explained error within one screen: what it is, what to do; the whole of a long list only if all is to be said."""
     lines = str(error).splitlines()
     if len(lines) > LINES and not _verbose:
         lines = [*lines[: LINES - 1], f"  ... and {len(lines) - LINES + 1} more (--verbose shows all)"]
+    if (then := outcome()) != NOTHING:
+        lines.append(then)
     _error("\n".join(lines))
 
 
@@ -83,7 +109,7 @@ def apologize(error: Exception, version: str) -> None:
             file.write(f"onnx-magr {version}, Python {sys.version}\n{trace}")
         where = f"The traceback is in {Path(file.name)} (--verbose prints it)."
     said = f"{type(error).__name__}: {error}".splitlines()[0]
-    explanation = f"this should not have happened ({said}). No output was changed. Please report it with the traceback. {where}"
+    explanation = f"this should not have happened ({said}); {outcome()}. Please report it with the traceback. {where}"
     _error(f"onnx-magr {version}: {explanation}")
 
 
@@ -122,7 +148,7 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(plain(value)) + "\n")
 
 
 def show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:

@@ -8,8 +8,6 @@ so the result loads wherever the source did.
 from __future__ import annotations
 
 import fnmatch
-import inspect
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,12 +19,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, locking, provenance, reporting
+from magr_onnx import carrying, files, locking, patterns, provenance, reporting
 from magr_onnx.boundary import explained
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OutputError, raise_all
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
-from magr_onnx.recipe import argument
-from magr_onnx.report import Report, megabytes, wrapped
+from magr_onnx.patterns import Known, Patterns
+from magr_onnx.recipe import with_recipe
+from magr_onnx.report import Report, json_text, megabytes, wrapped
 from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
@@ -63,7 +62,7 @@ class OptimizedFolder:
         return {"source": self.source, "output": self.output, "models": reports, **others}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json_text(self.to_dict())
 
     def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
         """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
@@ -105,20 +104,24 @@ class OptimizedFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model to optimize: its path in the folder, the files it reads its data from, and what to calibrate and to judge it with."""
+    """A model to optimize: its path in the folder, the files it reads its data from, what to calibrate and to judge it with, and what
+    was said of its layers."""
 
     name: str
     external: frozenset[Path]
     data: Source | None
     held: Source | None
+    said: Patterns
 
 
 @explained
+@provenance.recorded
+@with_recipe
 def optimize_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     calibration: FolderSource | None = None,
     *,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     models: Sequence[str] = (),
     overwrite: bool = False,
     validation_data: FolderSource | None = None,
@@ -130,7 +133,7 @@ def optimize_folder(
     The new folder appears when all of it is there; a run that fails leaves nothing. What links in the source point to is copied.
 
     Args:
-        folder: Has ``.onnx`` files, perhaps in folders of their own.
+        folder: Has ``.onnx`` files, perhaps in folders of their own. None takes the ``model`` of a recipe.
         calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
@@ -141,7 +144,8 @@ def optimize_folder(
             leaves neither under that name.
         validation_data: Held-out inputs, in the same forms.
         resume: A job directory, with one for each model in it.
-        **arguments: All others of `magr_onnx.optimize`.
+        **arguments: All others of `magr_onnx.optimize`. A pattern of layers (``include``, ``exclude``, ``layers``) must match something in
+            one of the models; a recipe is one for the folder.
 
     Returns:
         A report for every model, what was carried along, and what was kept.
@@ -149,18 +153,19 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
-    given = provenance.asked(inspect.signature(optimize_folder), dict(locals()))
-    given["options"] = given.pop("arguments", {})
+    if folder is None or output is None:
+        raise OptionError("give a folder of models and an output, or name both in the recipe")
     source, out = Path(folder), Path(output)
     names = _names(source, models)
     raise_all(OutputError, _check_output(source, out, names, overwrite))
-    size = argument("batch_size", arguments, 16)
-    found = _read(source, _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation"), size)
+    said = Patterns(arguments.pop("include", ()), arguments.pop("exclude", ()), arguments.pop("layers", ()))
+    data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
+    found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
-    carried = _besides(source, names, (file for model in found for file in model.external))
+    carried = carrying.besides(source, names, (file for model in found for file in model.external))
     place = out.resolve()  # a link stays one, and what it points to is replaced
     before = [place / name for name in names if place.is_dir()]
-    there = _besides(place, names, (file for old in before for file in data_files(old))) if before else []
+    there = carrying.besides(place, names, (file for old in before for file in data_files(old))) if before else []
     kept = [path for path in there if path not in carried]
     try:
         with locking.workspace(place) as work:
@@ -187,14 +192,15 @@ def optimize_folder(
                     output=part / model.name,
                     validation_data=model.held,
                     resume=None if resume is None else Path(resume) / _stem(model.name),
+                    include=model.said.include,
+                    exclude=model.said.exclude,
+                    layers=model.said.tables,
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
             _put(part, place, work)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {advice(error)}") from error
-    command, options = provenance.call("magr_onnx.optimize_folder", given), provenance.options(given)
-    reports = {name: replace(report, command=command, options=options) for name, report in reports.items()}
     return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, kept)))
 
 
@@ -202,7 +208,7 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = [p.as_posix() for p in _every(folder) if p.suffix == ".onnx"]
+    there = [p.as_posix() for p in carrying.every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
@@ -210,36 +216,6 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     unused = [p for p in patterns if not any(_matches(name, p) for name in there)]
     raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in unused])
     return [name for name in there if any(_matches(name, p) for p in patterns)]
-
-
-def _every(folder: Path) -> list[Path]:
-    """All files in a folder, and in those that links in it lead to; sorted paths in the folder.
-
-    Raises:
-        ModelError: Something in it cannot be copied: a link that leads nowhere or to a folder it is in, a folder that cannot be read.
-    """
-    found: list[Path] = []
-    problems: list[str] = []
-
-    def walk(place: Path, above: Collection[Path]) -> None:
-        try:
-            for path in place.iterdir():
-                if not path.is_dir():
-                    (found if path.is_file() else odd).append(path)
-                elif (real := path.resolve()) in above:
-                    problems.append(f"{path} is a link to a folder it is in, {real}; remove it")
-                else:
-                    walk(path, {*above, real})
-        except OSError as error:
-            problems.append(f"{place} cannot be read: {advice(error)}")
-
-    odd: list[Path] = []
-    walk(folder, {folder.resolve()})
-    for path in odd:
-        leads = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "neither a file nor a folder"
-        problems.append(f"{path} is {leads}; restore or remove it")
-    raise_all(ModelError, sorted(problems))
-    return sorted(path.relative_to(folder) for path in found)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -265,9 +241,17 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
 
 
-def _read(folder: Path, data: Mapping[str, Source | None], held: Mapping[str, Source | None], batch_size: int) -> list[_Model]:
+def _read(
+    folder: Path,
+    data: Mapping[str, Source | None],
+    held: Mapping[str, Source | None],
+    batch_size: int,
+    said: Patterns,
+    again: bool,
+) -> list[_Model]:
     """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
     found, models, sources = [], [], []
+    seen: dict[str, Known] = {}
     for name in data:
         try:
             loaded = files.load(folder / name)
@@ -275,13 +259,16 @@ def _read(folder: Path, data: Mapping[str, Source | None], held: Mapping[str, So
             models.append(str(error))
             continue
         try:
-            opened = [_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name])]
-            found.append(_Model(name, loaded.external, *opened))
+            a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
+            found.append(_Model(name, loaded.external, a, b, said))
+            if said != Patterns():
+                seen[name] = patterns.look(loaded.model, said, again)
         except MagrError as error:
             sources.append(f"{name}: {error}")
     raise_all(ModelError, models)
     raise_all(CalibrationError, sources)
-    return found
+    shared = patterns.share(seen, said)
+    return [replace(model, said=shared.get(model.name, said)) for model in found]
 
 
 def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:
@@ -295,17 +282,6 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
     decoder = decoders.recognise(model)
     wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
     return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, wanted, batch_size)
-
-
-def _besides(folder: Path, names: Collection[str], external: Iterable[Path]) -> list[Path]:
-    """Files that are neither the models of these names nor ``external`` data that only those read; paths in the folder."""
-
-    def inside(paths: Iterable[Path]) -> set[Path]:
-        return {Path(os.path.relpath(path, folder)) for path in paths}
-
-    every, gone = _every(folder), {*map(Path, names), *inside(external)}
-    gone -= {file for path in every if path.suffix == ".onnx" and path not in gone for file in inside(data_files(folder / path))}
-    return [path for path in every if path not in gone]
 
 
 def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
@@ -355,16 +331,28 @@ def check_reports(folder: Path, models: Sequence[str], output: Path, paths: Sequ
     raise_all(
         OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
     )
-    reporting.check(every, {*taken, *(base / path for path in _every(folder) for base in (folder, output))})
+    reporting.check(every, {*taken, *(base / path for path in carrying.every(folder) for base in (folder, output))})
 
 
 def _report_files(path: Path, names: Sequence[str]) -> list[Path]:
     """Where the report of a folder of several models goes, and those of the models."""
-    return [path, *(path.with_name(f"{path.stem}.{_stem(name).replace('/', '.')}{path.suffix}") for name in names)]
+    return [path, *(path.with_name(f"{path.stem}.{label}{path.suffix}") for label in _labels(names).values())]
 
 
 def _stem(name: str) -> str:
     return name.removesuffix(".onnx")
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """What to call each in the name of a file: its path with dots, and a number where another is called that."""
+    found: dict[str, str] = {}
+    for name in names:
+        flat = label = _stem(name).replace("/", ".")
+        more = 2
+        while label in found.values():
+            label, more = f"{flat}.{more}", more + 1
+        found[name] = label
+    return found
 
 
 def file_of(folder: Path, stem: str) -> Path | None:

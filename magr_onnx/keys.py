@@ -5,6 +5,7 @@ One dictionary, made from `magr_onnx.options.Options` and from what a run has be
 
 from __future__ import annotations
 
+import numbers
 import os
 import typing
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal
 
-from magr_onnx.errors import closest
+from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
 from magr_onnx.passes import conv, gather
 from magr_onnx.quantizers import QUANTIZERS
@@ -20,7 +21,7 @@ from magr_onnx.ranges import METHODS
 from magr_onnx.targets import TARGETS
 from magr_onnx.types import BITS
 
-WORDS = {"block_size": "channel", "conv_bits": "none"}
+WORDS = {"block_size": "channel", "conv_bits": "none", "mask": "none"}
 """What None is called where there is no None, by option."""
 
 _CHOICES: dict[str, Collection[Any]] = {
@@ -48,11 +49,13 @@ class Key:
         choices: All accepted values, where they can be listed.
         kind: ``path`` and ``paths`` are relative to the recipe; ``patterns`` and ``paths`` are a text or a list of them; ``size`` is a
             number of bytes, or a text such as ``2GB``.
+        least: The smallest number accepted, where there is one.
     """
 
     types: tuple[type, ...] = (str,)
     choices: tuple[Any, ...] = ()
     kind: Kind = "value"
+    least: int | None = None
 
 
 def _key(name: str, hint: Any) -> Key:
@@ -79,9 +82,9 @@ RUN = {
     "exclude": Key(kind="patterns"),
     "requantize": Key((bool,)),
     "custom_ops": Key(kind="paths"),
-    "mask": Key(),
-    "batch_size": Key((int,)),
-    "decode_steps": Key((int,)),
+    "mask": Key((str, NoneType)),
+    "batch_size": Key((int,), least=1),
+    "decode_steps": Key((int,), least=0),
     "provider": Key(),
     "cache": Key(kind="size"),
     "max_memory": Key(kind="size"),
@@ -102,7 +105,7 @@ def problem(name: str, value: Any) -> str | None:
         good = isinstance(texts, list | tuple) and all(isinstance(text, str | os.PathLike) for text in texts)
         return None if good else f"{name} = {_shown(value)}: expected a text or a list of texts, found {_found(value)}"
     if key.kind == "size":
-        good = bytes_of(value) is not None if isinstance(value, str) else isinstance(value, int) and not isinstance(value, bool)
+        good = bytes_of(value) is not None if isinstance(value, str) else _is(value, float)
         return None if good else f"{name} = {_shown(value)}: give a size such as 512MB or 2GB"
     if (
         (key.kind == "path" and isinstance(value, os.PathLike))
@@ -110,12 +113,23 @@ def problem(name: str, value: Any) -> str | None:
         or (name in WORDS and value == WORDS[name])
     ):
         return None
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not (type(value) in key.types or (number and float in key.types)):
+    if not any(_is(value, kind) for kind in key.types):
         return f"{name} = {_shown(value)}: expected {_expected(name, key)}, found {_found(value)}"
     if key.choices and value not in key.choices:
         return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, key.choices))}{closest(str(value), map(str, key.choices))}"
+    if key.least is not None and value < key.least:
+        return f"{name} = {_shown(value)}: expected {key.least} or more"
     return None
+
+
+def check(**values: Any) -> None:
+    """See that values under the names of keys are possible.
+
+    Raises:
+        OptionError: With all that are not.
+    """
+    found = [problem(name, value) for name, value in values.items()]
+    raise_all(OptionError, [text for text in found if text is not None])
 
 
 def worded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +147,12 @@ def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
     """What to say of a name that is none of ``names``."""
     near = closest(name, names)
     return f"unknown key {name!r}{near}" if near else f"unknown key {name!r}; there are {', '.join(names)}"
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; whole numbers are numbers too, and those of numpy are numbers, but truth is none."""
+    abstract = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    return isinstance(value, abstract) and (kind is bool or not isinstance(value, bool))
 
 
 def _expected(name: str, key: Key) -> str:

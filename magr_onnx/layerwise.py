@@ -205,28 +205,37 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     Raises:
         OptionError: With every such pattern, and the names that are like it.
     """
-    names = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in layers}
-    others = {layer.name: known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions}
+    names = [known_as(layer.node, layer.name, layer.weight_name) for layer in layers]
+    others = [known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions]
     wrong, notes = [], []
     for table in tables:
         if table.optional:
-            if layers and not any(matched(some, table.match) for some in names.values()):
+            if layers and not any(matched(some, table.match) for some in names):
                 last = scope_of(layers[-1].node) or layers[-1].name
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
                 )
             continue
         for pattern in table.match:
-            hit = any(matched(some, [pattern]) for some in names.values())
-            convs = [name for name, some in others.items() if matched(some, [pattern])]
-            if convs and not hit:
-                wrong.append(f"{pattern!r} matches convolutions only ({_some(convs)}), and their bits are conv_bits, for all of them")
-            elif convs:
+            if (text := unmatched(pattern, names, others)) is not None:
+                wrong.append(text)
+            elif convs := _hits(pattern, others):
                 notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
-            elif not hit:
-                wrong.append(f"{pattern!r} matches no layer that is converted{near(pattern, list(names.values()))}")
-    raise_all(OptionError, [f"layer options: {text}" for text in wrong])
+    raise_all(OptionError, wrong)
     return notes
+
+
+def unmatched(pattern: str, names: Sequence[Sequence[str]], convolutions: Sequence[Sequence[str]]) -> str | None:
+    """What to say of a table's pattern that matches none of the layers to convert, by all their names; None where it matches one."""
+    if _hits(pattern, names):
+        return None
+    if convs := _hits(pattern, convolutions):
+        return f"layer options: {pattern!r} matches convolutions only ({_some(convs)}), and their bits are conv_bits, for all of them"
+    return f"layer options: {pattern!r} matches no layer that is converted{near(pattern, names)}"
+
+
+def _hits(pattern: str, names: Sequence[Sequence[str]]) -> list[str]:
+    return [some[0] for some in names if matched(some, [pattern])]
 
 
 def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
@@ -235,7 +244,7 @@ def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
     ends = dict.fromkeys(some[0].rpartition(".")[2] for some in names)  # of paths of modules
     like = pattern.strip("*?")
     return (
-        closest(like, ends)
+        closest(like, known if "." in like else ends)
         or closest(like, known)
         or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
     )

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from magr_onnx.errors import OutputError
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -108,3 +110,29 @@ def replace(source: Path, target: Path) -> None:
     sync(source)
     os.replace(source, target)
     sync(target.parent)
+
+
+def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None:
+    """Write a text file in UTF-8: all of it, or nothing, and then a file that was there is as it was.
+
+    Args:
+        text: What to write.
+        path: Where; a link is followed.
+        what: What the file is, for the message.
+        errors: What becomes of characters that UTF-8 cannot hold (undecodable bytes of file names), as in `str.encode`.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        data = text.encode("utf-8", errors)
+        target = path.resolve()
+        with workspace(target) as folder:
+            part = folder / target.name
+            part.write_bytes(data)
+            replace(part, target)
+    except UnicodeEncodeError as error:
+        where = text[max(0, error.start - 30) : error.end].splitlines()[-1]
+        raise OutputError(f"{what} {path}: cannot be written: {where!r} ends in bytes that are no text; rename what has them") from error
+    except OSError as error:
+        raise OutputError(f"{what} {path}: cannot be written: {error.strerror or error}") from error

@@ -21,13 +21,14 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders, mixed
-from magr_onnx.errors import MagrError, ModelError, OptionError, raise_all
+from magr_onnx.errors import MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
+from magr_onnx.precedence import over
 from magr_onnx.presets import find_preset
-from magr_onnx.recipe import Recipe, over
+from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
 from magr_onnx.writing import file_digest
 
@@ -42,7 +43,7 @@ try:
     from olive.passes.pass_config import PassConfigParam
     from olive.search.search_parameter import Categorical
 except ImportError as error:
-    raise OptionError(f"Olive is not installed ({error}); pip install 'onnx-magr[olive]'") from error
+    raise OptionError(f"Olive is not installed ({error}); {install('olive')}") from error
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _check(config: Any) -> None:
     problems = []
     if config.data_config is not None and config.calibration is not None:
         problems.append("give data_config or calibration, not both")
-    problems += [f"{path} does not exist" for path in _paths(asked) if not path.exists()]
+    problems += [f"{path} does not exist" for path in asked.reads if not path.exists()]
     try:
         if (text := asked.values.get("pipeline")) is not None:
             pipeline.check(pipeline.parse(text))
@@ -247,12 +248,6 @@ def _check(config: Any) -> None:
     except OptionError as error:
         problems.append(str(error))
     raise_all(OptionError, problems)
-
-
-def _paths(asked: Recipe) -> list[Path]:
-    """The files and folders that are read, but the model."""
-    single = [asked.values[name] for name in ("calibration", "validation") if name in asked.values]
-    return [Path(path) for path in (*single, *asked.values.get("custom_ops", ()))]
 
 
 def _data(model: Any, config: Any, asked: Recipe, component: str) -> tuple[Any, Any]:
@@ -278,7 +273,7 @@ def _fingerprint(config: Any) -> str:
     asked = _asked(config)  # reads the recipe first, with errors that say more
     if config.recipe is not None:
         found.update(Path(config.recipe).read_bytes())
-    for path in _paths(asked):
+    for path in asked.reads:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]

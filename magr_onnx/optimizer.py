@@ -47,8 +47,13 @@ class Optimized(NamedTuple):
     model: ir.Model
     report: Report
 
+    def asked_by(self, command: str, recipe: str) -> Optimized:
+        """The same with another ``command`` and ``recipe`` in the report."""
+        return self._replace(report=self.report.asked_by(command, recipe))
+
 
 @explained
+@provenance.recorded
 @watched
 @with_recipe
 @with_run
@@ -129,10 +134,6 @@ def optimize(
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
-    if pipeline_text is not None and tables:
-        raise OptionError(
-            f"options of single layers ({'; '.join(map(str, tables))}) need the run's options to start from, and it has a pipeline"
-        )
     if pipeline_text is None:
         goal = mixed.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
@@ -214,7 +215,6 @@ def optimize(
             comparison,
             proof,
             assignment=None if solved.search is None else solved.search.report(),
-            command=provenance.call("magr_onnx.optimize", run.given),
             options=provenance.options(run.given),
         ),
     )
@@ -257,7 +257,7 @@ def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
         return []
     return [
         f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
-        "--embeddings gather-block-quantized makes it 8 bits, with --embedding-bits 4 4 bits"
+        "--embeddings gather-block-quantized quantizes it to 8 bits (--embedding-bits 4: to 4)"
     ]
 
 
@@ -287,4 +287,5 @@ def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) 
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+    samples = "" if data.samples is None else f"{data.samples} samples in "
+    return f"{data.describe}: {samples}{len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

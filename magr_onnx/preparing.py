@@ -9,17 +9,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, layerwise
+from magr_onnx import beginnings, layerwise, patterns
 from magr_onnx.checks import Readable
-from magr_onnx.errors import ModelError, OptionError, raise_all
+from magr_onnx.errors import ModelError
 from magr_onnx.files import Loaded
 from magr_onnx.options import Options
-from magr_onnx.passes import LayerPass, LinearLayer, Skip, conv, gather, pipeline, unused
+from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline, unused
 from magr_onnx.passes.canonical import canonicalize, requantize
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import Reason, find, known_as, matched
+from magr_onnx.passes.linear import Reason
 from magr_onnx.setting import Setting
 
 
@@ -73,29 +73,6 @@ def _remedy(quantized: Sequence[Skip]) -> str:
     return "; give the float model that this one was made of" if quantized else ""
 
 
-def check_patterns(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse patterns that nothing in the model has the name of.
-
-    Raises:
-        OptionError: With every such pattern, and the names that are like it.
-    """
-    if not include and not exclude:
-        return
-    layers, skips = find(model)
-    convolutions, unfit = conv.find(model)
-    tables, untouched = gather.find(model)
-    named: list[LinearLayer | conv.ConvLayer | gather.Table] = [*layers, *convolutions, *tables]
-    names = [known_as(one.node, one.name, one.weight_name) for one in named]
-    others = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
-    wrong = [
-        f"{option} {pattern!r} matches no layer{layerwise.near(pattern, names)}"
-        for option, patterns in (("include", include), ("exclude", exclude))
-        for pattern in patterns
-        if not any(matched(some, [pattern]) for some in (*names, *others))
-    ]
-    raise_all(OptionError, wrong)
-
-
 def prepare(
     loaded: Loaded,
     passes: Sequence[LayerPass],
@@ -127,7 +104,7 @@ def prepare(
     raised = model.opset_imports.get("") != opset
     notes += unused.remove(model)
     notes += canonicalize(model, setting.include, setting.exclude, again=again)
-    check_patterns(model, setting.include, setting.exclude)
+    patterns.check(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
     others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
 from magr_onnx.layerwise import LayerOptions
+from magr_onnx.recipe import Recipe
+
+
+class Reported(Protocol):
+    """What has reports that say how they were asked for."""
+
+    def asked_by(self, command: str, recipe: str) -> Self:
+        """The same with another ``command`` and ``recipe`` in its reports."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Reported)
+
+
+def recorded(function: Callable[P, R]) -> Callable[P, R]:
+    """Have the reports of what a function of `magr_onnx` returns say the call: as it was made, before recipes and presets filled it up."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = function(*args, **kwargs)
+        given = asked(signature, signature.bind(*args, **kwargs).arguments)
+        return result.asked_by(call(f"magr_onnx.{function.__name__}", given), "")
+
+    return called
 
 
 def asked(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, by name, without those that are the default: they say nothing, even where a caller spells them out."""
+    """The arguments of a call, by name, without those that are the default: they say nothing, even where a caller spells them out.
+
+    Beside a recipe they do, and stay.
+    """
+    if given.get("recipe") is not None:
+        return dict(given)
     return {name: value for name, value in given.items() if _text(value) != _text(signature.parameters[name].default)}
 
 
@@ -28,22 +60,28 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Arguments by name; those collected by ``**options`` are arguments like others, and what only watches the run is none."""
     for name, value in given.items():
-        if name == "options":
-            yield from value.items()
+        if name in ("options", "arguments"):
+            yield from _flat(value)
         elif name == "layers":
-            yield name, [table.table if isinstance(table, LayerOptions) else dict(table) for table in value]
+            yield name, [table.table if isinstance(table, LayerOptions) else dict(table) for table in value or ()]
+        elif isinstance(value, Recipe):
+            yield name, value.to_dict()
         elif name not in ("progress", "on_layer"):
             yield name, value
 
 
 def _plain(value: Any) -> Any:
     """Words and numbers as they are, and lists and tables of them; anything else by its type."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # as JSON would have it
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) or _is_table(v) for v in value):
         return [v if isinstance(v, dict) else os.fspath(v) for v in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) and _exact(part) for key, part in value.items()):
+        return {key: _plain(part) for key, part in value.items()}
     return f"<{type(value).__name__}>"
 
 
@@ -52,6 +90,10 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("match"), str | list | tuple)
 
 
+def _exact(value: Any) -> bool:
+    """Whether the plain data of a value is all of it, and not its type."""
+    return isinstance(value, str | os.PathLike) or not isinstance(_plain(value), str)
+
+
 def _text(value: Any) -> str:
-    found = _plain(value)
-    return found if isinstance(found, str) and not isinstance(value, str | os.PathLike) else repr(found)
+    return repr(_plain(value)) if _exact(value) else str(_plain(value))

@@ -10,7 +10,7 @@
     bits = 8
 
 A key is the long name of the command line's option with underscores, and so nearly all are the names `magr_onnx.optimize` has. Paths are
-relative to the recipe's folder. What is given beside a recipe wins over it, and it wins over its preset.
+relative to the recipe's folder, and ``~`` means nothing in them. What is given beside a recipe wins over it, and it wins over its preset.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from magr_onnx.errors import OutputError, RecipeError, raise_all
+from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.keys import KEYS, OPTIONS, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
-from magr_onnx.options import FORMATS, Options
-from magr_onnx.presets import find_preset
+from magr_onnx.locking import write_text
+from magr_onnx.options import Options
+from magr_onnx.precedence import over
+from magr_onnx.presets import below
 from magr_onnx.report import Report, megabytes
 
 P = ParamSpec("P")
@@ -39,27 +41,6 @@ R = TypeVar("R")
 VERSION = 1
 _ARGUMENTS = {"validation": "validation_data", "pipeline": "pipeline_text"}
 _SHOWN = ("report", "json", "quiet", "verbose", "save_recipe", "recipe")
-_FORM = (
-    "accuracy_level",
-    "activation_type",
-    "activation_range",
-    "quantize_outputs",
-    "target",
-    "accumulator_bits",
-    "accumulator_tile",
-    "twin_ranges",
-)
-_YIELDS: dict[str, Sequence[str]] = {
-    "quantizer": ("effort",),
-    "effort": ("quantizer",),
-    "bits": ("target_size", "max_loss"),
-    "target_size": ("bits", "max_loss"),
-    "max_loss": ("bits", "target_size"),
-    "target": ("accumulator_bits", "accumulator_tile"),
-    "accumulator_bits": ("target",),
-}
-"""What is given up for an option that stands in its place, where that was said later."""
-_PIPELINES = ("pipeline", "pipeline_text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +64,12 @@ class Recipe:
         """
         file = Path(path)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
             data = tomllib.loads(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"recipe {file}: not TOML: {error}") from error
+        except (OSError, ValueError) as error:  # bytes that are no text; a name that can be none
+            raise RecipeError(f"recipe {str(file)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if "version" not in data:
             data = {"version": None, **data}
         raise_all(RecipeError, [f"{file}{_line(text, key, table)}: {said}" for key, table, said in _problems(data)])
@@ -110,10 +91,21 @@ class Recipe:
         """What a pipeline is made of, without the preset's part."""
         return cast(Options, {name: value for name, value in self.values.items() if name in OPTIONS})
 
+    @property
+    def reads(self) -> list[Path]:
+        """The files and folders that the run reads, but the model."""
+        single = [self.values[name] for name in ("calibration", "validation") if name in self.values]
+        return [Path(path) for path in (*single, *self.values.get("custom_ops", ()))]
+
     def arguments(self) -> dict[str, Any]:
         """Arguments for `magr_onnx.optimize`, those of the preset not among them."""
         found = {_ARGUMENTS.get(name, name): value for name, value in self.values.items()}
         return {**found, "layers": self.layers} if self.layers else found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` takes."""
+        tables = {"layer": [table.table for table in self.layers]} if self.layers else {}
+        return {**worded(self.values), **tables}
 
     def over(self, other: Recipe) -> Recipe:
         """This recipe's values, and the other's where it has none and they do not contradict."""
@@ -123,13 +115,10 @@ class Recipe:
         """Write it as TOML, paths relative to its folder, with comments at the top.
 
         Raises:
-            OutputError: The file cannot be written.
+            OutputError: The file cannot be written; one that was there is as it was.
         """
         file = Path(path)
-        try:
-            file.write_text(self.to_text(file.parent, comments), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"recipe {file}: cannot be written: {error.strerror or error}") from error
+        write_text(self.to_text(file.parent, comments), file, "recipe")
 
     def to_text(self, folder: Path | None = None, comments: Sequence[str] = ()) -> str:
         """The file's text; paths are relative to ``folder``, where there is one."""
@@ -161,44 +150,43 @@ _SECTIONS = {
 }
 
 
-def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments said first and arguments said later: the later ones win, and what they stand in the place of goes."""
-    given = {name for name, value in upper.items() if value is not None}
-    gone = {name for some, names in _YIELDS.items() if some in given for name in names}
-    gone |= set(OPTIONS) if given & set(_PIPELINES) else set(_PIPELINES) if given & set(OPTIONS) else set()
-    if (form := upper.get("format")) is not None and form != lower.get("format", next(iter(FORMATS))):
-        gone |= set(_FORM)
-    return {**{name: value for name, value in lower.items() if name not in gone}, **upper}
-
-
 def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
-    """Give `optimize` the arguments of its recipe and its preset, where the caller gave none.
+    """Give a function the arguments of its recipe, and `optimize` those of its preset, where the caller gave none.
 
-    What ``function`` gets has no recipe left, and a preset only to say so.
+    An argument that is given as None is given: it wins too, but for the first one (the model), where None takes the recipe's.
+    What ``function`` gets has no recipe left, and a preset only to say so, if it has a parameter of that name.
+
+    Raises:
+        RecipeError: The recipe cannot be used, or is for a folder of models and ``function`` is not.
+        OptionError: An argument has a value that no recipe could have for it.
     """
     signature = inspect.signature(function)
     first = next(iter(signature.parameters))
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = dict(signature.bind_partial(*args, **kwargs).arguments)
-        given |= given.pop("options", {})
-        recipe = given.pop("recipe", None)
-        if recipe is None and given.get("preset") is None and "layers" not in given:
-            return function(*args, **kwargs)
-        said = Recipe() if recipe is None else _recipe(recipe)
-        name = given.get("preset") or said.values.get("preset")
-        tables = [*said.layers, *(t if isinstance(t, LayerOptions) else LayerOptions.of(t) for t in given.pop("layers", ()))]
-        merged = over(said.arguments(), {key: value for key, value in given.items() if value is not None or key in OPTIONS})
-        if name is not None:
-            preset = find_preset(name)
-            merged, tables = {**over(dict(preset.options), merged), "preset": name}, [*preset.layers, *tables]
-        if "pipeline_text" in merged:
-            tables = [table for table in tables if not table.optional]
-        if folder := [name for name in ("models", "overwrite") if name in merged]:
-            raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.folders.optimize_folder)")
-        merged["layers"] = tuple(tables)
-        return function(merged.pop(first, None), **merged)
+        given: dict[str, Any] = {}
+        for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+            given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        said = _recipe(given.pop("recipe", None))
+        tables: Sequence[LayerOptions] = (*said.layers, *_tables(given.pop("layers", None)))
+        raise_all(OptionError, _misgiven(signature, given))
+        if given.get(first, ()) is None:
+            del given[first]
+        lower = said.arguments()
+        if "model" in lower:
+            lower[first] = lower.pop("model")
+        merged = over(lower, {name: _listed(name, value) for name, value in given.items()})
+        if folder := [name for name in ("models", "overwrite") if name in merged and name not in signature.parameters]:
+            raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
+        if tables and merged.get("pipeline_text") is not None:
+            some = "; ".join(map(str, tables))
+            raise OptionError(f"options of single layers ({some}) need the run's options to start from, and it has a pipeline")
+        if "preset" in signature.parameters and merged.get("preset") is not None:
+            merged, tables = below(merged, tables)
+        if tables:
+            merged["layers"] = tables
+        return cast(Callable[..., R], function)(**merged)
 
     return call
 
@@ -216,9 +204,36 @@ def argument(name: str, given: Mapping[str, Any], default: Any) -> Any:
 
 
 def _recipe(value: Any) -> Recipe:
-    if isinstance(value, Recipe):
-        return value
-    return Recipe.from_dict(value) if isinstance(value, Mapping) else Recipe.load(value)
+    if value is None or isinstance(value, Recipe):
+        return value or Recipe()
+    if isinstance(value, Mapping):
+        return Recipe.from_dict(value)
+    if not isinstance(value, str | os.PathLike):
+        raise RecipeError(f"recipe = {value!r}: give a file, its values as a dict, or a Recipe; found a {type(value).__name__}")
+    return Recipe.load(value)
+
+
+def _tables(value: Any) -> list[LayerOptions]:
+    if value is not None and not isinstance(value, list | tuple):
+        raise OptionError(f"layers = {value!r}: expected a list of tables with match and options, found a {type(value).__name__}")
+    return [table if isinstance(table, LayerOptions) else LayerOptions.of(table) for table in value or ()]
+
+
+def _misgiven(signature: inspect.Signature, given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python."""
+    nullable = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+    found = [
+        problem(name, value)
+        for name, value in given.items()
+        if name in KEYS and name not in ("model", "calibration", *_ARGUMENTS) and not (value is None and name in nullable)
+    ]
+    return [text for text in found if text is not None]
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A value whose kind is a list of texts as one; any other as it is."""
+    several = name in KEYS and KEYS[name].kind in ("paths", "patterns")
+    return tuple([value] if isinstance(value, str | os.PathLike) else value) if several else value
 
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
@@ -245,7 +260,7 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
             text = problem(name, value)
         if text is not None:
             found.append((name, None, text))
-    given = [name for name in data if name in OPTIONS]
+    given = [name for name in data if name in OPTIONS or name == "preset"]
     if "pipeline" in data and given:
         found.append(("pipeline", None, f"pipeline replaces {', '.join(given)}; give one or the other"))
     return found
@@ -254,9 +269,7 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
 def _made(data: Mapping[str, Any], folder: Path | None) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in unworded({name: value for name, value in data.items() if name not in ("version", "layer")}).items():
-        kind = KEYS[name].kind
-        if kind in ("paths", "patterns"):
-            value = tuple([value] if isinstance(value, str | os.PathLike) else value)
+        kind, value = KEYS[name].kind, _listed(name, value)
         if folder is not None and kind == "path":
             value = folder / value
         if folder is not None and kind == "paths":
@@ -275,8 +288,9 @@ def _placed(name: str, value: Any, folder: Path | None) -> Any:
 def _relative(path: Any, folder: Path | None) -> str:
     if folder is None:
         return str(path)
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
+    at = Path(path)
+    try:  # through links of folders, as the system goes; a file that is a link keeps its name
+        return Path(os.path.relpath(at.parent.resolve() / at.name, folder.resolve())).as_posix()
     except ValueError:  # another drive
         return Path(path).resolve().as_posix()
 
@@ -286,7 +300,7 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False)
+    return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _line(text: str, key: str, table: int | None) -> str:

@@ -143,7 +143,7 @@ class LinearLayer:
     @property
     def weight_key(self) -> Hashable:
         """Equal for layers that multiply by the very same matrix."""
-        return (id(self.weight.stored), self.weight.way, self.transposed, self.factor)
+        return (*self.weight.key, self.transposed, self.factor)
 
     @property
     def has_bias(self) -> bool:

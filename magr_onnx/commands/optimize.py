@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, remarks
 from magr_onnx.report import MOST, Report
+from magr_onnx.runtime import decoders
+from magr_onnx.writing import data_files
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -107,7 +110,7 @@ def optimize(
     overwrite: OverwriteOption = False,
     mask: Mask = "auto",
     batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = 4,
+    decode_steps: DecodeSteps = decoders.STEPS,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     preset: PresetOption = None,
@@ -167,13 +170,15 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    taken = {source, out, *(p for p in (recipe, save_recipe) if p is not None)}
+    taken = {source, out, *asked.reads, *data_files(source)}
+    reports_taken = taken.union(p for p in (recipe, save_recipe) if p is not None)
     if source.is_dir():
-        check_reports(source, arguments.get("models", ()), out, report or (), taken)
+        check_reports(source, arguments.get("models", ()), out, report or (), reports_taken)
     else:
-        reporting.check(report or (), taken)
+        reporting.check(report or (), reports_taken)
     if save_recipe is not None:
-        raise_all(OutputError, reporting.misplaced(f"recipe {save_recipe}", save_recipe, {source, out}))
+        _check_recipe(asked, save_recipe, taken)
+    console.await_output(out)
     with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
@@ -186,6 +191,23 @@ def optimize(
     if save_recipe is not None:
         asked.save(save_recipe, remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result]))
     console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
+
+
+def _check_recipe(asked: Recipe, path: Path, taken: Collection[Path]) -> None:
+    """See before the work that the recipe can be written after it, and over no file of the run.
+
+    Raises:
+        OutputError: With everything that stands against it.
+    """
+    wrong = reporting.misplaced(f"recipe {path}", path, taken)
+    if path.suffix.lower() != ".toml":
+        wrong.append(f"recipe {path}: give a name that ends in .toml")
+    try:
+        asked.to_text(path.parent).encode()
+    except UnicodeEncodeError as error:
+        line = error.object[error.object.rfind("\n", 0, error.start) + 1 :].splitlines()[0]
+        wrong.append(f"recipe {path}: {line!r} has bytes that are no text, and TOML is text; rename the file")
+    raise_all(OutputError, wrong)
 
 
 def _output(model: Path) -> Path:
@@ -209,5 +231,5 @@ def said(context: typer.Context) -> Recipe:
 
 def _plain(name: str, value: Any) -> Any:
     """A value as it is written in a recipe."""
-    numeric = int in KEYS[name].types and isinstance(value, str) and value.isdigit()
+    numeric = int in KEYS[name].types and isinstance(value, str) and value.isascii() and value.isdecimal()
     return int(value) if numeric else value

@@ -7,12 +7,12 @@ without.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magr_onnx.errors import OptionError, OutputError, raise_all
+from magr_onnx.errors import OptionError, OutputError, install, raise_all
+from magr_onnx.locking import write_text
 
 if TYPE_CHECKING:
     from magr_onnx.report import Report
@@ -89,20 +89,15 @@ def save(report: Report, path: Path) -> None:
 
 
 def write(text: str, path: Path) -> None:
-    """A text file.
+    """A text file; bytes in names that are no text are escaped.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: It cannot be written; one that was there is as it was.
     """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"report {os.fspath(path)}: {error.strerror or error}") from error
+    write_text(text, path, "report", "backslashreplace")
 
 
 def _check_extra(what: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise OptionError(
-            f"{what} needs the extra 'report' ({', '.join(missing)} not installed): pip install 'onnx-magr[report]'; JSON needs none"
-        )
+        raise OptionError(f"{what} needs the extra 'report' ({', '.join(missing)} not installed): {install('report')}; JSON needs none")
