@@ -171,11 +171,11 @@ def optimize(
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
     taken = {source, out, *asked.reads, *data_files(source)}
-    reports_taken = taken.union(p for p in (recipe, save_recipe) if p is not None)
+    recipes = {p for p in (recipe, save_recipe) if p is not None}
     if source.is_dir():
-        check_reports(source, arguments.get("models", ()), out, report or (), reports_taken)
+        check_reports(source, arguments.get("models", ()), out, report or (), taken | recipes)
     else:
-        reporting.check(report or (), reports_taken)
+        reporting.check(report or (), taken | recipes)
     if save_recipe is not None:
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out)
