@@ -100,7 +100,7 @@ def optimized(
         return Deferred(lambda: feeds(given, inputs_of(exported().program.model), **reading))
 
     model = Deferred(lambda: exported().program)
-    own = {"calibration": source(calibration), "validation_data": source(validation_data), "output": output}
+    own: dict[str, Any] = {"calibration": source(calibration), "validation_data": source(validation_data), "output": output}
     said = {name: value for name, value in own.items() if value is not None}  # and a recipe keeps the rest
     result = api.optimize(model, batch_size=batch_size, **said, **options)
     return result._replace(report=_told(result.report, exported().notes))
