@@ -30,7 +30,7 @@ from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.keys import KEYS, OPTIONS, mistyped, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.locking import write_text
-from magr_onnx.options import Options, unknown_option
+from magr_onnx.options import Options
 from magr_onnx.precedence import over
 from magr_onnx.presets import below
 from magr_onnx.report import Report, megabytes
@@ -230,9 +230,6 @@ def _misgiven(signature: inspect.Signature, given: Mapping[str, Any]) -> list[st
         for name, value in given.items()
         if name in KEYS and name not in ("model", "calibration", *_ARGUMENTS) and not (value is None and name in nullable)
     ]
-    if "preset" in signature.parameters:  # else others are `optimize`'s
-        known = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD and n != "run"]
-        found += [unknown_option(name, [*known, *OPTIONS]) for name in given if name not in (*known, *KEYS)]
     return [text for text in found if text is not None]
 
 

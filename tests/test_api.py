@@ -213,7 +213,7 @@ def test_the_log_hears_of_every_stage(capfd: pytest.CaptureFixture[str], caplog:
 def test_option_problems_come_all_at_once_and_first() -> None:
     with pytest.raises(magr_onnx.OptionError) as caught:
         magr_onnx.optimize("no such file", bits=9, block_size=20, format="gguf", colour="red")  # type: ignore[call-arg,arg-type]
-    for part in ("'colour'", "'gguf'", "bits = 9"):
+    for part in ("'colour'", "'gguf'", "bits=9"):
         assert part in str(caught.value)
     with pytest.raises(magr_onnx.OptionError, match="not both"):
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)
