@@ -13,7 +13,7 @@ from magr_onnx import embeddings, files, keys, patterns
 from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
-from magr_onnx.optimizer import Optimized, optimize, skip_row
+from magr_onnx.optimizer import Optimized, optimize, skip_rows
 from magr_onnx.passes import conv
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
@@ -102,7 +102,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        tuple(map(skip_row, [*tables, *skips, *unfit])),
+        skip_rows([*tables, *skips, *unfit], loaded.model),
     )
 
 

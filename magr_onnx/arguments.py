@@ -130,7 +130,9 @@ ModelsOption = Annotated[
         "--models", metavar="PATTERN", help="Of a folder: only these models, the others are copied; repeatable.", rich_help_panel=DATA
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result.", rich_help_panel=DATA)]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Of a folder: replace an earlier result; files of yours in it are kept.", rich_help_panel=DATA)
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option(

@@ -8,20 +8,39 @@ overflows.
 from __future__ import annotations
 
 import io
+import re
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import magr_onnx
 from magr_onnx import console
 from magr_onnx.commands import COMMANDS
-from magr_onnx.errors import MagrError
+from magr_onnx.errors import MagrError, closest
+
+_NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
+
+
+class _Commands(TyperGroup):
+    """Commands whose wrong values are told what they may have been meant to be, as those of recipes are."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if (found := _NO_CHOICE.fullmatch(error.message)) is not None:
+                choices = found["choices"].replace("'", "").split(", ")
+                error.message = f"{found['given']!r}: choose one of {', '.join(choices)}{closest(found['given'], choices)}"
+            raise
+
 
 app = typer.Typer(
     name="onnx-magr",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

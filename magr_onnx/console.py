@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import tempfile
@@ -19,7 +18,8 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
 from magr_onnx import watching
-from magr_onnx.report import LayerRow, plain
+from magr_onnx.decoding import plain
+from magr_onnx.report import LayerRow, json_text
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
@@ -148,7 +148,7 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(plain(value)) + "\n")
 
 
 def show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:

@@ -18,11 +18,12 @@ from magr_onnx.linalg import automatic_damping, layer_error
 from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
 from magr_onnx.passes.conv import ConvLayer, ConvReason, find
-from magr_onnx.passes.convolutions import Convolutions, units
+from magr_onnx.passes.convolutions import Convolutions
 from magr_onnx.passes.emit_conv import emit
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
+from magr_onnx.passes.shared import by_weight
 from magr_onnx.quantizers import grouped
 from magr_onnx.quantizers.auto import usual_alpha
 from magr_onnx.report import LayerRow
@@ -133,7 +134,7 @@ def convert(
     if demand is None or not layers:
         return result
     integer = _integer(model, passes)
-    groups = units(layers)
+    groups = by_weight(layers)
     ordered = [layer for unit in groups for layer in unit]
     unmeasured = {} if data is None else patches.unmeasured(model, ordered, data, provider, patch_limit)
     left = iter(groups)

@@ -1,4 +1,4 @@
-"""Plain data, as JSON has it, back to the dataclasses it was made of."""
+"""Dataclasses as plain data, as JSON has it, and back. JSON knows no NaN and no infinity: they are the texts of `WORDS`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,36 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
 
 from magr_onnx.errors import ReportError
 
 T = TypeVar("T")
 
+WORDS: Mapping[str, float] = MappingProxyType({"nan": math.nan, "inf": math.inf, "-inf": -math.inf})
+AS_IS: Mapping[str, bool] = MappingProxyType({"as_is": True})
+"""Metadata of a field whose texts are texts, whatever they say."""
+
 _PLAIN: Mapping[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}  # as Python's own rules
 
 
+def plain(value: Any) -> Any:
+    """Nested data with tuples as lists, NumPy scalars as Python ones, and NaN and infinities as `WORDS`."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """The inverse of `magr_onnx.report.plain` of ``dataclasses.asdict``: lists become tuples, nested dictionaries their dataclasses.
+    """The inverse of `plain` of ``dataclasses.asdict``: lists become tuples, nested dictionaries their dataclasses.
 
     A field that is missing takes its default and one that is not known is left out, so that versions can differ. None where there must be a
-    float stands for infinity, which JSON has not.
+    float is infinity, as older versions wrote it.
 
     Args:
         kind: A dataclass of numbers, text, tuples, dictionaries and other such dataclasses.
@@ -37,7 +53,7 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
-        return value
+        return _numbers(value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _fields(kind, value, where)
     if origin is types.UnionType or origin is typing.Union:
@@ -49,11 +65,20 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return tuple(_decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         return {key: _decode(parts[1], v, f"{where}.{key}") for key, v in value.items()}
-    if kind is float and value is None:
-        return math.inf
+    if kind is float and (value is None or value in WORDS):
+        return WORDS["inf" if value is None else value]
     if isinstance(value, _PLAIN.get(kind, ())):
         return value
     raise ReportError(f"{where}: found {_short(value)}, expected {_name(kind)}")
+
+
+def _numbers(value: Any) -> Any:
+    """Figures of any shape, with the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _numbers(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _fields(kind: type, value: Any, where: str) -> Any:
@@ -64,7 +89,8 @@ def _fields(kind: type, value: Any, where: str) -> Any:
     missing = []
     for f in dataclasses.fields(kind):
         if f.name in value:
-            given[f.name] = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
+            found = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
+            given[f.name] = value[f.name] if f.metadata.get("as_is") else found
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             missing.append(f.name)
     if missing:

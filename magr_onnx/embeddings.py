@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from magr_onnx.convolutions import Converted
 from magr_onnx.passes import LayerPass, Skip
-from magr_onnx.passes.embeddings import Embeddings, quantize, units
+from magr_onnx.passes.embeddings import Embeddings, quantize
 from magr_onnx.passes.gather import Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
+from magr_onnx.passes.shared import by_weight
 from magr_onnx.report import LayerRow
 from magr_onnx.sketch import sketch
 
@@ -34,7 +35,7 @@ def convert(work: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] 
     tables, skips = look(work, passes, include, exclude)
     result = Converted(skips=skips)
     demand = _wanted(passes)
-    for unit in units(tables) if demand is not None else ():
+    for unit in by_weight(tables) if demand is not None else ():
         assert demand is not None
         names, spec, array = [t.weight_name for t in unit], demand.spec(unit[0].dtype), unit[0].array()
         weight = quantize(array, spec)

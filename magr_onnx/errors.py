@@ -67,6 +67,11 @@ def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
         raise kind(f"{len(found)} problems:\n" + "\n".join(f"  - {p}" for p in found))
 
 
+def install(extra: str) -> str:
+    """How to get what an extra has, for the end of a message."""
+    return f"pip install 'onnx-magr[{extra}]', or pip install '.[{extra}]' in a clone"
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
     near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)

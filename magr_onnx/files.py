@@ -45,9 +45,9 @@ class Loaded:
 
     @property
     def bytes(self) -> int:
-        """Size on disk, external data included; the size of the initializers for a model in memory."""
+        """Size on disk, external data included; for a model in memory the size it would have there."""
         if self.path is None:
-            return initializer_bytes(self.model)
+            return model_bytes(self.model)
         return self.path.stat().st_size + sum(p.stat().st_size for p in self.external)
 
 
@@ -89,7 +89,17 @@ def _data_of(model: ir.Model) -> frozenset[Path]:
     return frozenset(found)
 
 
+def check_name(path: Path) -> list[str]:
+    """What stands against a path whose bytes are no UTF-8: onnx and onnxruntime take texts."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return [f"{str(path)!r} is not UTF-8, which onnx and onnxruntime need of a path; rename the file, or the folder it is in"]
+    return []
+
+
 def _load_path(path: Path) -> Loaded:
+    raise_all(ModelError, check_name(path))
     if not path.is_file():
         raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
@@ -153,9 +163,26 @@ def initializer_bytes(model: ir.Model) -> int:
     return sum(t.nbytes for t in held if t is not None)
 
 
+def model_bytes(model: ir.Model) -> int:
+    """Bytes of the file a model in memory would make, tensors included; no tensor is copied or read."""
+    copy, total = model.clone(), 0
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            if (tensor := value.const_value) is not None:
+                total += tensor.nbytes
+                value.const_value = ir.ExternalTensor(
+                    "", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name)
+                )
+    proto = ir.to_proto(copy)
+    for stored in proto.graph.initializer:  # here the tensor would lie in it
+        stored.ClearField("external_data")
+        stored.ClearField("data_location")
+    return total + int(proto.ByteSize())
+
+
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:
     """What stands against writing ``output``, without touching anything."""
-    found = []
+    found = check_name(output.absolute())
     folder = output.parent
     if output.suffix.lower() in _OTHERS:
         found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")

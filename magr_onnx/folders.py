@@ -8,11 +8,11 @@ so the result loads wherever the source did.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionErro
 from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
-from magr_onnx.report import Report, megabytes, wrapped
+from magr_onnx.report import Report, json_text, megabytes, wrapped
 from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
+from magr_onnx.types import Deferred
 from magr_onnx.writing import data_files
 from magr_onnx.writing import explained as advice
 
@@ -45,27 +46,29 @@ class OptimizedFolder:
         output: The folder written.
         reports: One for every optimized model, by its path in the folder.
         carried: Files that are byte for byte those of the source.
+        kept: Files of the folder that was replaced, which the result has still.
     """
 
     source: str
     output: str
     reports: dict[str, Report]
     carried: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         reports = {name: report.to_dict() for name, report in self.reports.items()}
-        return {"source": self.source, "output": self.output, "models": reports, "carried": list(self.carried)}
+        others = {"carried": list(self.carried), "kept": list(self.kept)}
+        return {"source": self.source, "output": self.output, "models": reports, **others}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json_text(self.to_dict())
 
     def files(self, path: Path) -> dict[Path, Report | OptimizedFolder]:
         """What to write where, asked for a report at ``path``: of one model its own; of several all at ``path``, and each beside it."""
         if len(self.reports) == 1:
             return {path: next(iter(self.reports.values()))}
-        stems = {name: _stem(name).replace("/", ".") for name in self.reports}
-        return {path: self, **{path.with_name(f"{path.stem}.{stems[n]}{path.suffix}"): report for n, report in self.reports.items()}}
+        return dict(zip(_report_files(path, list(self.reports)), (self, *self.reports.values()), strict=True))
 
     def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
         """The same with another ``command`` and ``recipe`` in the reports."""
@@ -85,7 +88,8 @@ class OptimizedFolder:
 
     def to_text(self, most: int | None = None) -> str:
         """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""
-        carried = wrapped(f"carried      {len(self.carried)} files: {', '.join(self.carried)}") if self.carried else []
+        told = {"carried": self.carried, "kept": self.kept}
+        carried = [line for word, f in told.items() if f for line in wrapped(f"{word:12} {len(f)} files: {', '.join(f)}")]
         if len(self.reports) == 1:
             return "\n".join([next(iter(self.reports.values())).to_text(most), "", *carried])
         lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
@@ -126,7 +130,7 @@ def optimize_folder(
 ) -> OptimizedFolder:
     """Optimize the models of a folder into a new folder, which has everything else as it is.
 
-    The new folder appears when all of it is there; a run that fails leaves nothing.
+    The new folder appears when all of it is there; a run that fails leaves nothing. What links in the source point to is copied.
 
     Args:
         folder: Has ``.onnx`` files, perhaps in folders of their own. None takes the ``model`` of a recipe.
@@ -135,15 +139,16 @@ def optimize_folder(
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
         output: The folder to write. It must not exist, be empty, or see ``overwrite``.
         models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along.
-        overwrite: Replace an earlier result: a folder that has the same models. It stays until the new one is whole; a process that is
-            killed between the two renames leaves neither under that name.
+        overwrite: Replace an earlier result: a folder that has the same models. Models, their data and files the new result has are
+            replaced, all others in it are kept. It stays until the new one is whole; a process that is killed between the two renames
+            leaves neither under that name.
         validation_data: Held-out inputs, in the same forms.
         resume: A job directory, with one for each model in it.
         **arguments: All others of `magr_onnx.optimize`. A pattern of layers (``include``, ``exclude``, ``layers``) must match something in
             one of the models; a recipe is one for the folder.
 
     Returns:
-        A report for every model, and what was carried along.
+        A report for every model, what was carried along, and what was kept.
 
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
@@ -157,18 +162,32 @@ def optimize_folder(
     data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
     found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
-    carried = _carried(source, found)
+    carried = _besides(source, names, (file for model in found for file in model.external))
+    place = out.resolve()  # a link stays one, and what it points to is replaced
+    before = [place / name for name in names if place.is_dir()]
+    there = _besides(place, names, (file for old in before for file in data_files(old))) if before else []
+    kept = [path for path in there if path not in carried]
     try:
-        with locking.workspace(out) as work:
-            part = work / out.name
+        with locking.workspace(place) as work:
+            part = work / place.name
             part.mkdir()
-            for path in carried:
-                (part / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source / path, part / path)
+
+            @cache
+            def carry() -> None:
+                """Before the first result, whose names of data files must be free, and after all that can be said of the options."""
+                for base, path in [*((source, path) for path in carried), *((place, path) for path in kept)]:
+                    (part / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(base / path, part / path)  # which, unlike copy2, refuses a folder
+                    shutil.copystat(base / path, part / path)
+
+            def read(model: _Model) -> Path:
+                carry()
+                return source / model.name
+
             for model in found:
                 (part / model.name).parent.mkdir(parents=True, exist_ok=True)
                 result = optimize(
-                    source / model.name,
+                    Deferred(partial(read, model)),
                     model.data,
                     output=part / model.name,
                     validation_data=model.held,
@@ -179,17 +198,17 @@ def optimize_folder(
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
-            _put(part, out, work)
+            _put(part, place, work)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {advice(error)}") from error
-    return OptimizedFolder(str(source), str(out), reports, tuple(sorted(p.as_posix() for p in carried)))
+    return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, kept)))
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.onnx") if p.is_file())
+    there = [p.as_posix() for p in _every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
@@ -199,6 +218,36 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     return [name for name in there if any(_matches(name, p) for p in patterns)]
 
 
+def _every(folder: Path) -> list[Path]:
+    """All files in a folder, and in those that links in it lead to; sorted paths in the folder.
+
+    Raises:
+        ModelError: Something in it cannot be copied: a link that leads nowhere or to a folder it is in, a folder that cannot be read.
+    """
+    found: list[Path] = []
+    problems: list[str] = []
+
+    def walk(place: Path, above: Collection[Path]) -> None:
+        try:
+            for path in place.iterdir():
+                if not path.is_dir():
+                    (found if path.is_file() else odd).append(path)
+                elif (real := path.resolve()) in above:
+                    problems.append(f"{path} is a link to a folder it is in, {real}; remove it")
+                else:
+                    walk(path, {*above, real})
+        except OSError as error:
+            problems.append(f"{place} cannot be read: {advice(error)}")
+
+    odd: list[Path] = []
+    walk(folder, {folder.resolve()})
+    for path in odd:
+        leads = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "neither a file nor a folder"
+        problems.append(f"{path} is {leads}; restore or remove it")
+    raise_all(ModelError, sorted(problems))
+    return sorted(path.relative_to(folder) for path in found)
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_stem(name), pattern)
 
@@ -206,6 +255,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
+    if problems := files.check_name(b):
+        return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
     if out.exists() and not out.is_dir():
@@ -263,13 +314,15 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
     return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, wanted, batch_size)
 
 
-def _carried(folder: Path, models: Sequence[_Model]) -> list[Path]:
-    """Files that are neither models to optimize nor data that only those read; paths in the folder."""
-    gone = {(folder / m.name).resolve() for m in models} | {p.resolve() for m in models for p in m.external}
-    every = [p for p in folder.rglob("*") if p.is_file()]
-    kept = [p for p in every if p.suffix == ".onnx" and p.resolve() not in gone]
-    gone -= {data.resolve() for model in kept for data in data_files(model)}
-    return sorted(p.relative_to(folder) for p in every if p.resolve() not in gone)
+def _besides(folder: Path, names: Collection[str], external: Iterable[Path]) -> list[Path]:
+    """Files that are neither the models of these names nor ``external`` data that only those read; paths in the folder."""
+
+    def inside(paths: Iterable[Path]) -> set[Path]:
+        return {Path(os.path.relpath(path, folder)) for path in paths}
+
+    every, gone = _every(folder), {*map(Path, names), *inside(external)}
+    gone -= {file for path in every if path.suffix == ".onnx" and path not in gone for file in inside(data_files(folder / path))}
+    return [path for path in every if path not in gone]
 
 
 def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
@@ -308,8 +361,40 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
     )
 
 
+def check_reports(folder: Path, models: Sequence[str], output: Path, paths: Sequence[Path], taken: Collection[Path]) -> None:
+    """See that all reports of a folder can be written for ``paths`` (`OptimizedFolder.files`), and be none of the files of the run.
+
+    Raises:
+        MagrError: As `magr_onnx.reporting.check`; the source has no such models.
+    """
+    names = _names(folder, models)
+    every = [file for path in paths for file in (_report_files(path, names) if len(names) > 1 else [path])]
+    raise_all(
+        OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
+    )
+    reporting.check(every, {*taken, *(base / path for path in _every(folder) for base in (folder, output))})
+
+
+def _report_files(path: Path, names: Sequence[str]) -> list[Path]:
+    """Where the report of a folder of several models goes, and those of the models."""
+    labels = _labels(names)
+    return [path, *(path.with_name(f"{path.stem}.{labels[name]}{path.suffix}") for name in names)]
+
+
 def _stem(name: str) -> str:
     return name.removesuffix(".onnx")
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """What to call each in the name of a file: its path with dots, and a number where another is called that."""
+    found: dict[str, str] = {}
+    for name in names:
+        flat = label = _stem(name).replace("/", ".")
+        more = 2
+        while label in found.values():
+            label, more = f"{flat}.{more}", more + 1
+        found[name] = label
+    return found
 
 
 def file_of(folder: Path, stem: str) -> Path | None:

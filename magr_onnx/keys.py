@@ -99,14 +99,6 @@ KEYS = {**RUN, **OPTIONS}
 
 def problem(name: str, value: Any) -> str | None:
     """What is wrong with a value, if anything is; ``name`` is among `KEYS`."""
-    choices, wrong = KEYS[name].choices, mistyped(name, value)
-    if wrong is None and choices and value not in (None, WORDS.get(name), *choices):
-        return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
-    return wrong
-
-
-def mistyped(name: str, value: Any) -> str | None:
-    """What is wrong with a value but for being none of the choices: its type, or that it is too small."""
     key = KEYS[name]
     if key.kind in ("patterns", "paths"):
         texts = [value] if isinstance(value, str | os.PathLike) else value
@@ -123,6 +115,8 @@ def mistyped(name: str, value: Any) -> str | None:
         return None
     if not any(_is(value, kind) for kind in key.types):
         return f"{name} = {_shown(value)}: expected {_expected(name, key)}, found {_found(value)}"
+    if key.choices and value not in key.choices:
+        return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, key.choices))}{closest(str(value), map(str, key.choices))}"
     if key.least is not None and value < key.least:
         return f"{name} = {_shown(value)}: expected {key.least} or more"
     return None
@@ -151,8 +145,8 @@ def unworded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
     """What to say of a name that is none of ``names``."""
-    near = closest(name, names)
-    return f"unknown key {name!r}{near}" if near else f"unknown key {name!r}; there are {', '.join(names)}"
+    listed = ", ".join(names) if len(names) < 20 else "the long options of onnx-magr optimize, with underscores (--help shows them)"
+    return f"unknown key {name!r}" + (closest(name, names) or f"; there are {listed}")
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -241,7 +241,13 @@ def _hits(pattern: str, names: Sequence[Sequence[str]]) -> list[str]:
 def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
     """The end of a message that a pattern matches none of some layers: names of theirs that are like it, or the first ones."""
     known = dict.fromkeys(name for some in names for name in some)
-    return closest(pattern.strip("*?"), known) or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
+    ends = dict.fromkeys(some[0].rpartition(".")[2] for some in names)  # of paths of modules
+    like = pattern.strip("*?")
+    return (
+        closest(like, known if "." in like else ends)
+        or closest(like, known)
+        or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
+    )
 
 
 def described(options: Options) -> str:

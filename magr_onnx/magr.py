@@ -23,6 +23,7 @@ Deviations from the authors' code:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -106,13 +107,13 @@ def reduce(
         start: Warm start ``(K, N)``; None for ``W0``.
 
     Raises:
-        OptionError: Negative alpha, an unknown method, or shapes that do not fit.
+        OptionError: A negative or infinite alpha, an unknown method, or shapes that do not fit.
     """
     k = len(weights)
     if gram.shape != (k, k):
         raise OptionError(f"weights {weights.shape} need a Gram matrix {(k, k)}; got {gram.shape}")
-    if not alpha >= 0:
-        raise OptionError(f"alpha={alpha} must be 0 or more")
+    if not 0 <= alpha < math.inf:
+        raise OptionError(f"alpha={alpha} must be 0 or more, and finite")
     if group_size is not None and group_size < 1:
         raise OptionError(f"group_size={group_size} must be at least 1, or None for whole columns")
     if method not in get_args(Method):

@@ -24,7 +24,7 @@ from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choic
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
 from magr_onnx.packing import MATMULNBITS_BLOCKS
-from magr_onnx.passes import pipeline
+from magr_onnx.passes import gather, pipeline
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip
 from magr_onnx.runtime import sensitivity
@@ -157,7 +157,7 @@ class Source:
         """Bytes of the result with the layers named in ``passes`` converted, beside those that have no choice."""
         model = sizes.blank(self.model, {**self.fixed, **passes})
         if not self.file:
-            return files.initializer_bytes(model)
+            return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
             return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
@@ -191,7 +191,7 @@ class Plan:
             if least > self._target:
                 raise OptionError(
                     f"{goal.text}: that is {self._target:,} bytes, and the smallest possible is {least:,} ({least / source.bytes:.1%} of "
-                    "the source); ask for that much, or convert more layers"
+                    f"the source); ask for that much, or convert more{_tables(source.model)}"
                 )
 
     def solve(self, losses: Callable[[str, Choice], float]) -> None:
@@ -356,3 +356,9 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     for layer in layers:
         found.setdefault(id(layer.weight.stored), []).append(layer.name)
     return list(found.values())
+
+
+def _tables(model: ir.Model) -> str:
+    """What a budget cannot make smaller, but an option can, as the end of a message."""
+    size = sum({table.weight_name: table.held.stored.nbytes for table in gather.find(model)[0]}.values())
+    return f": tables of embeddings are {size:,} bytes in float (--embeddings gather-block-quantized --embedding-bits 4)" * bool(size)

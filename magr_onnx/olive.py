@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders, mixed
-from magr_onnx.errors import MagrError, ModelError, OptionError, raise_all
+from magr_onnx.errors import MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
@@ -43,7 +43,7 @@ try:
     from olive.passes.pass_config import PassConfigParam
     from olive.search.search_parameter import Categorical
 except ImportError as error:
-    raise OptionError(f"Olive is not installed ({error}); pip install 'onnx-magr[olive]'") from error
+    raise OptionError(f"Olive is not installed ({error}); {install('olive')}") from error
 
 logger = logging.getLogger(__name__)
 
@@ -270,9 +270,10 @@ def _summary(report: Report, name: str) -> dict[str, Any]:
 def _fingerprint(config: Any) -> str:
     """A hash of this package's version, of the recipe, and of every file behind the paths of a configuration."""
     found = hashlib.sha256(magr_onnx.__version__.encode())
+    asked = _asked(config)  # reads the recipe first, with errors that say more
     if config.recipe is not None:
         found.update(Path(config.recipe).read_bytes())
-    for path in _asked(config).reads:
+    for path in asked.reads:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]

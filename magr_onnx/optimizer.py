@@ -18,6 +18,8 @@ from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
+from magr_onnx.passes.linear import layer_name
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
@@ -203,7 +205,7 @@ def optimize(
             pipeline.text_of(solved.passes),
             _describe(solved.data, solved.rows, setting.mask),
             tuple(solved.rows),
-            tuple(map(skip_row, solved.skips)),
+            skip_rows(solved.skips, prepared.model),
             loaded.bytes,
             written,
             len(solved.digests),
@@ -255,7 +257,7 @@ def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
         return []
     return [
         f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
-        "--embeddings gather-block-quantized makes it 8 bits, with --embedding-bits 4 4 bits"
+        "--embeddings gather-block-quantized quantizes it to 8 bits (--embedding-bits 4: to 4)"
     ]
 
 
@@ -268,19 +270,22 @@ def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provide
         solved.search.stamp(work)
     if out is None:
         verify_codes(work, solved.digests)
-        written = files.initializer_bytes(work)
+        written = files.model_bytes(work)
     else:
         written = save(work, out, lambda path: verify_file(path, solved.digests, provider, demand, solved.emitted, reference), run.layout)
     run.lap("write")
     return written, proof
 
 
-def skip_row(skip: Skip) -> SkipRow:
-    return SkipRow(skip.name, skip.op, skip.reason.value, skip.detail, skip.bytes)
+def skip_rows(skips: Sequence[Skip], model: ir.Model) -> tuple[SkipRow, ...]:
+    """For the report: nodes of ``model`` that were left alone."""
+    scopes = {layer_name(node): scope_of(node) for node in model.graph.all_nodes()}
+    return tuple(SkipRow(s.name, s.op, s.reason.value, s.detail, s.bytes, scopes.get(s.name, "")) for s in skips)
 
 
 def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    return f"{data.describe}: {len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+    samples = "" if data.samples is None else f"{data.samples} samples in "
+    return f"{data.describe}: {samples}{len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")

@@ -174,11 +174,15 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     return pipeline_of(options)
 
 
+def unknown_option(name: str, names: Collection[str]) -> str:
+    """What to say of an argument that is none of ``names``."""
+    return f"unknown option {name!r}" + (closest(name, names) or f"; there are {', '.join(names)}")
+
+
 def pipeline_of(options: Options, arguments: Collection[str] = ()) -> tuple[LayerPass, ...]:
     """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
     names = [*arguments, *Options.__annotations__]
-    listed = f"; there are {', '.join(names)}"
-    problems = [f"unknown option {o!r}{closest(o, names) or listed}" for o in sorted(options.keys() - Options.__annotations__)]
+    problems = [unknown_option(o, names) for o in sorted(options.keys() - Options.__annotations__)]
     name, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
     if name not in FORMATS:
         problems.append(f"format {name!r} is not known; choose one of {', '.join(FORMATS)}")

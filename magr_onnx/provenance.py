@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -71,6 +72,8 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """Words and numbers as they are, and lists and tables of them; anything else by its type."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # as JSON would have it
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):

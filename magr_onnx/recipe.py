@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from magr_onnx.errors import OptionError, RecipeError, raise_all
-from magr_onnx.keys import KEYS, OPTIONS, mistyped, problem, unknown, unworded, worded
+from magr_onnx.keys import KEYS, OPTIONS, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.locking import write_text
-from magr_onnx.options import Options
+from magr_onnx.options import Options, unknown_option
 from magr_onnx.precedence import over
 from magr_onnx.presets import below
 from magr_onnx.report import Report, megabytes
@@ -191,6 +191,18 @@ def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def argument(name: str, given: Mapping[str, Any], default: Any) -> Any:
+    """One argument of `optimize`, for who needs it beforehand: as given, as its recipe says, or the default.
+
+    Raises:
+        RecipeError: The recipe cannot be read, or with everything that is wrong in it.
+    """
+    if given.get(name) is not None:
+        return given[name]
+    recipe = given.get("recipe")
+    return default if recipe is None else _recipe(recipe).arguments().get(name, default)
+
+
 def _recipe(value: Any) -> Recipe:
     if value is None or isinstance(value, Recipe):
         return value or Recipe()
@@ -208,16 +220,16 @@ def _tables(value: Any) -> list[LayerOptions]:
 
 
 def _misgiven(signature: inspect.Signature, given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
-
-    Which choices there are is said by what knows them, together with options that there are none of.
-    """
+    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python."""
     nullable = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     found = [
-        mistyped(name, value)
+        problem(name, value)
         for name, value in given.items()
         if name in KEYS and name not in ("model", "calibration", *_ARGUMENTS) and not (value is None and name in nullable)
     ]
+    if "preset" in signature.parameters:  # else others are `optimize`'s
+        known = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD and n != "run"]
+        found += [unknown_option(name, [*known, *OPTIONS]) for name in given if name not in (*known, *KEYS)]
     return [text for text in found if text is not None]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import textwrap
@@ -16,15 +15,21 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from magr_onnx.assignment import Assignment
-from magr_onnx.decoding import decode
+from magr_onnx.decoding import AS_IS, decode, plain
 from magr_onnx.errors import ReportError
-from magr_onnx.runtime.validate import Validation
+from magr_onnx.runtime.validate import Validation, severity
 
 MOST = 25
 """Layers in a table for a person in a hurry."""
 
-SCHEMA = 2
-"""Version of the JSON: 1 had no `Report.schema`, no histograms and no curves."""
+LEGEND = (
+    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of",
+    "calibration data (a row is a token, or else a sample). *: the largest error.",
+)
+"""What a table of layers means, for `Report.to_text`."""
+
+SCHEMA = 3
+"""Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all that is not finite."""
 
 _NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one
 
@@ -122,13 +127,22 @@ class ProofSummary:
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known."""
+    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known.
+
+    ``scope`` is the path of the torch module it came from, where the file says so.
+    """
 
     name: str
     op: str
     reason: str
     detail: str = ""
     bytes: int = 0
+    scope: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call it to a person: nodes of one module differ by their names."""
+        return f"{self.scope} ({self.name})" if self.scope else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +187,17 @@ class Report:
     proof: ProofSummary | None = None
     assignment: Assignment | None = None
     command: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, metadata=AS_IS)
     recipe: str = ""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; infinities become None."""
+        """Plain data, ready for JSON; NaN and infinities are the texts ``nan``, ``inf`` and ``-inf``."""
         return plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
         """JSON, an array of numbers a line; `from_json` gives the same report back."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+        return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "report") -> Self:
@@ -249,6 +262,7 @@ class Report:
                 *self._summary(),
                 "",
                 *layer_table(self.layers, most),
+                *(LEGEND if any(row.error is not None for row in self.layers) else ()),
                 *self._skips(),
                 *self._assignment(),
                 *self._validation(),
@@ -297,7 +311,7 @@ def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
     """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)
-    shown = ", ".join(r.name for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    shown = ", ".join(r.label for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
 
 
@@ -355,10 +369,11 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         kl = "" if m.kl is None else f"{m.kl:8.5f}"
         row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
         lines.append(row.rstrip())
+    lines += [line for said in v.broken() for line in wrapped(f"  {said}", 4)]
     for m in next(iter(v.arithmetics.values()), ()):
-        if m.cross_entropy is not None:
-            a, b = m.cross_entropy
-            lines.append(f"  perplexity {math.exp(a):.3f} -> {math.exp(b):.3f} ({b - a:+.4f} nats a token)")
+        if m.cross_entropy is not None and m.perplexity is not None:
+            (a, b), (before, after) = m.cross_entropy, m.perplexity
+            lines.append(f"  perplexity {before:.3f} -> {after:.3f} ({b - a:+.4f} nats a token)")
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         t = v.latency
@@ -366,7 +381,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         if t.float_quartiles and t.quantized_quartiles:
             lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in t.spread))
     if v.layers:
-        worst = max(v.layers, key=lambda layer: layer.relative_error)
+        worst = max(v.layers, key=lambda layer: severity(layer.relative_error))
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
         lines.append(f"    at {labels.get(worst.layer, worst.layer)}")
     return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4))]
@@ -376,17 +391,10 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def plain(value: Any) -> Any:
-    """Nested data with non-finite floats as None and NumPy scalars as Python ones."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def json_text(value: Any) -> str:
+    """JSON of `magr_onnx.decoding.plain` data for people too: indented, with an array of numbers a line."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def versions() -> dict[str, str]:

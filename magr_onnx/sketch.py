@@ -18,10 +18,11 @@ from magr_onnx.types import Array, QuantizedWeight
 BINS = 64  # at most, of every histogram
 POINTS = 50  # at most, of every curve
 SAMPLE = 1 << 21  # values looked at: more of a weight are thinned to every so many columns
+TINY = float(np.finfo(np.float32).tiny)  # a range below it is none: steps of it would be subnormal
 
 
 def sketch(before: Array, after: Array | None, weight: QuantizedWeight | None) -> dict[str, Any]:
-    """Histograms of a weight ``(K, N)``, as plain data.
+    """Histograms of a weight ``(K, N)``, as plain data. Whatever the weight, there is one: a report must not end a run.
 
     Args:
         before: The weight that MagR, or else the quantizer, was given.
@@ -32,18 +33,25 @@ def sketch(before: Array, after: Array | None, weight: QuantizedWeight | None) -
         ``of``, the number of values counted; ``low`` and ``high``, the range of the bins; ``before`` and ``after``, counts of values.
         With a ``weight`` also ``grid``: the same in units of each group's own grid (``low``, ``high``, ``before``, ``after``; values
         beyond are in the bins at the ends), ``top``, the largest code, and ``codes``, how often each is used (in at most `BINS` bins).
+        NaN is in no bin.
     """
     columns = np.arange(0, before.shape[1], max(1, -(-before.size // SAMPLE)))
-    first = before[:, columns].astype(np.float32, copy=False)
-    pair = [first, None if after is None else after[:, columns]]
-    low, high = float(first.min()), float(first.max())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    found: dict[str, Any] = {"of": first.size, "low": low, "high": high}
+    pair = [None if a is None else a[:, columns].astype(np.float64) for a in (before, after)]  # differences of floats may be no floats
+    assert pair[0] is not None
+    low, high = _range(pair[0])
+    found: dict[str, Any] = {"of": pair[0].size, "low": low, "high": high}
     found |= _counted(pair, low, high, BINS)
     if weight is not None:
         found["grid"] = _on_grid(pair, weight, columns)
     return found
+
+
+def _range(values: Array) -> tuple[float, float]:
+    """That of the finite values; where they are all the same, or there are none, one around them."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    pad = 0.0 if high - low >= TINY else max(0.5, 1e-6 * abs(low))
+    return low - pad, high + pad
 
 
 def _counted(pair: Sequence[Array | None], low: float, high: float, bins: int) -> dict[str, Any]:
@@ -53,8 +61,9 @@ def _counted(pair: Sequence[Array | None], low: float, high: float, bins: int) -
 
 def _counts(values: npt.NDArray[Any], low: float, high: float, bins: int) -> list[int]:
     """Values by bin; those beyond the range count in the bins at its ends."""
-    place = np.clip((values - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
-    found: list[int] = np.bincount(place.ravel(), minlength=bins).tolist()
+    known = values[~np.isnan(values)]
+    place = np.clip((known - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
+    found: list[int] = np.bincount(place, minlength=bins).tolist()
     return found
 
 
@@ -62,7 +71,7 @@ def _on_grid(pair: Sequence[Array | None], weight: QuantizedWeight, columns: npt
     """Histograms in units of the grid: bins are a whole number a code, or codes a whole number a bin, so that none falls between."""
     spec = weight.spec
     rows = spec.group_of_row(len(weight.codes))
-    scales, zeros = weight.scales[:, columns], weight.zero_points[:, columns].astype(np.float32)
+    scales, zeros = weight.scales[:, columns].astype(np.float64), weight.zero_points[:, columns].astype(np.float64)
     units = [None if a is None else a / scales[rows] + zeros[rows] for a in pair]
     codes = spec.top + 1
     margin = max(1, codes // 8)

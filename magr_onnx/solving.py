@@ -150,11 +150,14 @@ def solve(
                 assigned = search.plan.assigned()
                 layers, left = search.plan.select(layers)
             run.plan(passes, assigned)
-            done = _Progress()
+            done, readers = (
+                _Progress(),
+                {name: scope_of(some[0].node) or some[0].name for name, some in calibrate.readers_of(layers).items()},
+            )
             finished = partial(_finished, done, len(layers), work, setting, run)
             sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
             for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):
-                done.unmasked += result.unmasked
+                done.unmasked += [readers[name] for name in result.unmasked if name in readers]
                 done.spilled = max(done.spilled, result.spilled)
                 run.lap("calibrate")
                 if not done.rows and (steps := setting.stage("quantizing")) is not None:
@@ -199,8 +202,11 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     if done.spilled:
         found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if done.unmasked:
-        some = ", ".join(done.unmasked[:3])
-        found.append(f"mask {mask!r} does not fit the rows of {len(done.unmasked)} inputs ({some}); all their rows count")
+        names = list(dict.fromkeys(done.unmasked))
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        found.append(
+            f"{some}: all input rows count, since there is not one for each element of the mask {mask!r} (pooled or reshaped before)"
+        )
     return found
 
 

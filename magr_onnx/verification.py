@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from magr_onnx.decoding import plain
 from magr_onnx.proof import Claim
-from magr_onnx.report import SkipRow, by_reason, plain, skip_lines, wrapped
+from magr_onnx.report import SkipRow, by_reason, skip_lines, wrapped
 
 Verdict = Literal["proved", "overflows"]
 ROWS = 20  # layers of the table; the JSON has all

@@ -82,6 +82,11 @@ class Held:
     def way(self) -> tuple[Hashable, ...]:
         return tuple(step.key for step in self.steps)
 
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal for constants of the very same elements."""
+        return (id(self.stored), self.way)
+
     def before_transposes(self) -> tuple[Held, bool]:
         """This constant without the 2-D Transposes at the end of its way, and whether they turn it."""
         steps, turned = self.steps, False

@@ -9,7 +9,7 @@ ConvTranspose is the same with the patches of `magr_onnx.passes.patches`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -89,6 +89,11 @@ class ConvLayer:
     def weight_name(self) -> str:
         """The name of the constant that holds the weight."""
         return self.held.name
+
+    @property
+    def weight_key(self) -> Hashable:
+        """Equal for convolutions that make the very same matrices of one weight."""
+        return (*self.held.key, self.op, self.group)
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.conv import BITS, FORMS, ConvLayer, Form, find
 from magr_onnx.passes.emit_conv import emit
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.opset import raise_opset
 from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.shared import by_weight
 from magr_onnx.types import WeightSpec
 
 
@@ -47,6 +49,8 @@ class Convolutions(LayerPass):
             found.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
         if self.form not in FORMS:
             found.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            found.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
         return found
 
     def fits(self, passes: Sequence[LayerPass]) -> list[str]:
@@ -79,13 +83,14 @@ class Convolutions(LayerPass):
         return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise_all(OptionError, self.problems(None))
         modified = self.prepare(model, None)
         layers, _ = find(model)
         if self.opset(layers) > model.opset_imports.get("", 0):
             return ir.passes.PassResult(model, modified)
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
         rounding = Quantize("rtn", self.bits, None, self.symmetric)
-        for unit in units(layers):
+        for unit in by_weight(layers):
             weights = []
             for matrix in unit[0].read():
                 job = Job.start(unit[0].matrix(matrix, None), None)
@@ -94,11 +99,3 @@ class Convolutions(LayerPass):
                 weights.append(job.quantized)
             emit(unit, weights, [None] * len(unit), "dequantize" if integer else self.form, integer)
         return ir.passes.PassResult(model, modified or bool(layers))
-
-
-def units(layers: Iterable[ConvLayer]) -> list[list[ConvLayer]]:
-    """Layers that share a weight together."""
-    found: dict[Hashable, list[ConvLayer]] = {}
-    for layer in layers:
-        found.setdefault((id(layer.held.stored), layer.held.way, layer.op, layer.group), []).append(layer)
-    return list(found.values())

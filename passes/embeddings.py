@@ -5,17 +5,18 @@ No calibration is needed: how often a token occurs weighs whole rows, and no row
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.grid import search
 from magr_onnx.passes.gather import BITS, BLOCK, FORMS, Form, Table, TableReason, emit, find
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import Skip
+from magr_onnx.passes.shared import by_weight
 from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 CHUNK = 1 << 22  # values treated at a time
@@ -27,7 +28,7 @@ class Embeddings(LayerPass):
     does nothing.
 
     Attributes:
-        form: ``gather-block-quantized`` or ``dequantize``, as above.
+        form: ``gather-block-quantized`` or ``dequantize``; see `magr_onnx.passes.gather`.
         bits: 4 or 8; dequantize has 8.
     """
 
@@ -64,8 +65,9 @@ class Embeddings(LayerPass):
         return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise_all(OptionError, self.problems(None))
         tables = [t for t in find(model)[0] if self.fits_table(t) is None]
-        for unit in units(tables):
+        for unit in by_weight(tables):
             emit(unit, quantize(unit[0].array(), self.spec(unit[0].dtype)), self.form)
         return ir.passes.PassResult(model, bool(tables))
 
@@ -81,11 +83,3 @@ def quantize(table: Array, spec: WeightSpec) -> QuantizedWeight:
         parts.append(grid.weight(grid.codes(part)))
     codes, zeros = np.concatenate([p.codes for p in parts], axis=1), np.concatenate([p.zero_points for p in parts], axis=1)
     return QuantizedWeight(codes, np.concatenate([p.scales for p in parts], axis=1), zeros, spec)
-
-
-def units(tables: Iterable[Table]) -> list[list[Table]]:
-    """Gathers of one table together."""
-    found: dict[Hashable, list[Table]] = {}
-    for table in tables:
-        found.setdefault((id(table.held.stored), table.held.way), []).append(table)
-    return list(found.values())

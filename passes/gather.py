@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -74,6 +74,11 @@ class Table:
     @property
     def dtype(self) -> ir.DataType:
         return self.held.dtype
+
+    @property
+    def weight_key(self) -> Hashable:
+        """Equal for Gathers of the very same table."""
+        return self.held.key
 
     def array(self) -> npt.NDArray[Any]:
         """The table ``(rows, width)`` in its own type."""

@@ -143,7 +143,7 @@ class LinearLayer:
     @property
     def weight_key(self) -> Hashable:
         """Equal for layers that multiply by the very same matrix."""
-        return (id(self.weight.stored), self.weight.way, self.transposed, self.factor)
+        return (*self.weight.key, self.transposed, self.factor)
 
     @property
     def has_bias(self) -> bool:
@@ -385,8 +385,8 @@ def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], excl
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its own, its weight's, its torch module's, and those before a rewrite."""
-    return (name, weight, *modules_of(node), *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, and those before a rewrite."""
+    return (*reversed(modules_of(node)), name, weight, *node.metadata_props.get(NAMES, "").splitlines())
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

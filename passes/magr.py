@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,10 +44,10 @@ class MagR(LayerPass):
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         found = []
-        if not self.alpha >= 0:
-            found.append(f"magr: alpha={self.alpha} must be 0 or more")
-        if self.damping is not None and not self.damping >= 0:
-            found.append(f"magr: damping={self.damping} must be 0 or more")
+        if not 0 <= self.alpha < math.inf:
+            found.append(f"magr: alpha={self.alpha} must be 0 or more, and finite")
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            found.append(f"magr: damping={self.damping} must be 0 or more, and finite")
         if self.block_size is not None and self.block_size < 1:
             found.append(f"magr: block_size={self.block_size} must be at least 1, or none")
         if spec is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,10 +79,10 @@ class Quantize(LayerPass):
             found.append(f"block size {self.block_size} must be at least 1, or 'channel'")
         if self.beta is not None and not 0 < self.beta <= 1:
             found.append(f"beta={self.beta} must be above 0 and at most 1")
-        if self.damping is not None and not self.damping >= 0:
-            found.append(f"damping={self.damping} must be 0 or more")
-        if self.alpha is not None and not self.alpha >= 0:
-            found.append(f"quantize: alpha={self.alpha} must be 0 or more")
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            found.append(f"damping={self.damping} must be 0 or more, and finite")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            found.append(f"quantize: alpha={self.alpha} must be 0 or more, and finite")
         if self.alpha is not None and self.method != "auto":
             found.append(f"quantize: alpha is for method auto; put a magr pass before method {self.method}")
         if self.sweeps < 0:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,17 @@ from magr_onnx.passes.quantize import relative_error
 from magr_onnx.types import LayerStats
 
 Key = Hashable
+
+
+class Weighted(Protocol):
+    """What has a weight that others may have too."""
+
+    @property
+    def weight_key(self) -> Key:
+        """Equal where the weight is the same."""
+
+
+L = TypeVar("L", bound=Weighted)
 
 
 class Bond:
@@ -100,9 +111,9 @@ def sharing(layers: Iterable[LinearLayer]) -> set[str]:
     return {layer.name for some in by_weight(layers) if len(some) > 1 for layer in some}
 
 
-def by_weight(layers: Iterable[LinearLayer]) -> list[list[LinearLayer]]:
-    """Layers in order, those that multiply by the very same matrix together."""
-    found: dict[Key, list[LinearLayer]] = {}
+def by_weight(layers: Iterable[L]) -> list[list[L]]:
+    """Layers, convolutions or tables in order, those of the very same weight together."""
+    found: dict[Key, list[L]] = {}
     for layer in layers:
         found.setdefault(layer.weight_key, []).append(layer)
     return list(found.values())
@@ -131,7 +142,7 @@ def remarks(layers: Sequence[LinearLayer], alone: bool = False) -> dict[str, lis
 
 def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
     """Whether two layers read the same elements of a tensor, and not two parts of it."""
-    return a.weight.stored is b.weight.stored and a.weight.way == b.weight.way
+    return a.weight.key == b.weight.key
 
 
 def _some(names: Sequence[str]) -> str:

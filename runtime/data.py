@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,13 +38,17 @@ Source = str | os.PathLike[str] | DataReader | Iterable[Batch] | Deferred
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
-    """Batches that can be read any number of times, with what to call them in messages, and ``notes`` on them for the report."""
+    """Batches that can be read any number of times, with what to call them in messages, and ``notes`` on them for the report.
+
+    ``samples`` is what all of them have along their first axes, where somebody counted.
+    """
 
     count: int
     describe: str
     read: Callable[[], Iterator[Batch]]
     label: Callable[[int], str]
     notes: tuple[str, ...] = ()
+    samples: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
@@ -107,15 +111,17 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """``batches``, if all of them fit; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
+    samples = 0
     found: dict[str, list[int]] = {}  # the batches that have a problem
     for i, batch in enumerate(batches):
+        samples += max((len(array) for array in batch.values() if array.ndim), default=1)
         for problem in check_batch(batch, inputs):
             found.setdefault(problem, []).append(i)
         if len(found) >= MOST_PROBLEMS:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in found.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(found) >= MOST_PROBLEMS)])
-    return batches
+    return replace(batches, samples=samples)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:

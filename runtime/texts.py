@@ -20,7 +20,7 @@ LONGEST = 512  # tokens; more say little more about a layer's inputs, and attent
 
 
 def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
-    """Batches of the inputs a model wants, from a text file of one sample a line; empty lines are left out.
+    """Batches of the inputs a model wants, from a text file of one sample a line (a line feed ends it); empty lines are left out.
 
     Samples are sorted by length, so that little is padded, and cut at 512 tokens, at the tokenizer's ``model_max_length`` or at the length
     the model fixes, whichever is the least. A model without an ``attention_mask`` is fed one sample at a time: it could not tell padding
@@ -44,13 +44,12 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     problems += [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
-    length, batch = _fixed(wanted["input_ids"])
-    samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
-    if batch is None:
-        batch = batch_size if "attention_mask" in wanted or length is not None else 1
-    samples = samples[: len(samples) - len(samples) % batch] if _fixed(wanted["input_ids"])[1] is not None else samples
+    length, fixed = _fixed(wanted["input_ids"])
+    whole = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
+    batch = fixed or (batch_size if "attention_mask" in wanted or length is not None else 1)
+    samples = whole[: len(whole) - len(whole) % fixed] if fixed else whole
     if not samples:
-        raise CalibrationError(f"{texts}: too few lines of text; the model takes {batch} at a time")
+        raise CalibrationError(f"{texts}: {f'too few lines of text; the model takes {fixed} at a time' if whole else 'no text in it'}")
     padding = _pad_id(folder)
     chunks = [samples[at : at + batch] for at in range(0, len(samples), batch)]
     return in_memory([_batch(chunk, length or len(chunk[-1]), padding, wanted) for chunk in chunks], str(texts))
@@ -68,7 +67,7 @@ def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
     except ImportError:
         raise CalibrationError("calibration with text needs the package tokenizers: pip install tokenizers") from None
     try:
-        lines = [line for line in texts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in texts.read_text(encoding="utf-8-sig").split("\n") if line.strip()]  # others are text
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{texts} cannot be read as UTF-8 text: {error}") from error
     try:
@@ -91,9 +90,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _longest(folder: Path) -> int:
-    """The most tokens the model was made for; transformers writes 1e30 where nobody said."""
+    """The most tokens the model was made for, as far as it matters; transformers writes 1e30, or Infinity, where nobody said."""
     most = _config(folder).get("model_max_length")
-    return int(most) if isinstance(most, int | float) and most >= 1 else LONGEST
+    return int(min(most, LONGEST)) if isinstance(most, int | float) and most >= 1 else LONGEST
 
 
 def _pad_id(folder: Path) -> int:
@@ -102,7 +101,7 @@ def _pad_id(folder: Path) -> int:
 
     token = _config(folder).get("pad_token")
     text = token.get("content") if isinstance(token, dict) else token
-    found = None if text is None else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
+    found = None if not isinstance(text, str) else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
     return 0 if found is None else int(found)
 
 

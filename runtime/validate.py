@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.data import Batches
@@ -23,6 +25,7 @@ from magr_onnx.types import Array
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
+MOST_NATS = 709.0  # whose exponential is a float
 FEWEST = 5  # runs of each model that a latency is measured by, however long they take
 
 
@@ -38,6 +41,8 @@ class OutputMetrics:
         top1: Fraction of rows with the same largest element (logits only).
         kl: Mean Kullback-Leibler divergence of the softmax from the float one, nats (logits only).
         cross_entropy: Next-token cross-entropy, float and quantized, nats (language models only).
+        nonfinite: Values that are NaN or infinite in the float model alone, or there in another way, and those in the quantized one. A
+            value that is the same NaN or infinity in both is no difference, and counts nowhere.
     """
 
     output: str
@@ -47,6 +52,15 @@ class OutputMetrics:
     top1: float | None = None
     kl: float | None = None
     cross_entropy: tuple[float, float] | None = None
+    nonfinite: tuple[int, int] = (0, 0)
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """``exp`` of the cross-entropies; infinite where that is beyond a float."""
+        if self.cross_entropy is None:
+            return None
+        before, after = (math.exp(nats) if nats < MOST_NATS else nats * math.inf for nats in self.cross_entropy)
+        return before, after
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +124,28 @@ class Validation:
             found += [("all", own[0][1])] if len(own) > 1 and len({_digits(m) for _, m in own}) == 1 else own
         return found
 
+    def broken(self) -> list[str]:
+        """A sentence an output with values that are not finite in one model only, of the arithmetic that has most of them."""
+        found = []
+        for name in dict.fromkeys(m.output for outputs in self.arithmetics.values() for m in outputs):
+            own = [(m.nonfinite, a) for a, outputs in self.arithmetics.items() for m in outputs if m.output == name]
+            (before, after), arithmetic = max(own, key=lambda one: one[0][::-1])
+            if after:
+                found.append(f"{name}: values that are NaN or infinite in the result and not in the float model: {after} ({arithmetic})")
+            elif before:
+                found.append(f"{name}: values that are NaN or infinite in the float model and not in the result: {before} ({arithmetic})")
+        return found
+
+
+def severity(error: float) -> float:
+    """What errors are ordered by: NaN is the worst."""
+    return math.inf if math.isnan(error) else error
+
 
 def _digits(m: OutputMetrics) -> tuple[str, ...]:
     """Metrics in the digits that reports show."""
-    return (f"{m.sqnr_db:.2f}", f"{m.cosine:.5f}", f"{m.max_error:.3g}", f"{m.top1 or 0:.4f}", f"{m.kl or 0:.5f}")
+    texts = (f"{m.sqnr_db:.2f}", f"{m.cosine:.5f}", f"{m.max_error:.3g}", f"{m.top1 or 0:.4f}", f"{m.kl or 0:.5f}")
+    return (*texts, str(m.nonfinite))
 
 
 @dataclass(slots=True)
@@ -131,33 +163,41 @@ class _Sums:
     float_loss: float = 0.0
     loss: float = 0.0
     tokens: int = 0
+    nonfinite: tuple[int, int] = (0, 0)
 
+    @np.errstate(all="ignore")  # what is not finite is counted, and so are the metrics then
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
+        a: Array
+        b: Array
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         keep = kept_rows(batch, mask, y)
         if keep is not None:
             a, b = a[keep], b[keep]
+        if logits:
+            self._add_logits(y, y_hat, a, b, batch.get("input_ids"))
+        a, b = without_same(a, b)
+        self.nonfinite = (self.nonfinite[0] + int((~np.isfinite(a)).sum()), self.nonfinite[1] + int((~np.isfinite(b)).sum()))
         self.signal += float((a * a).sum())
         self.noise += float(((a - b) ** 2).sum())
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         same = (a == b).all(axis=1)
         self.cosine += float(np.where(same, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
         self.rows += len(a)
-        self.max_error = max(self.max_error, float(np.abs(a - b).max(initial=0)))
-        if logits:
-            self._add_logits(y, y_hat, a, b, batch.get("input_ids"))
+        self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
 
     def _add_logits(self, y: Array, y_hat: Array, a: Array, b: Array, ids: npt.NDArray[Any] | None) -> None:
         self.logits = True
         self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
         la, lb = log_softmax(a), log_softmax(b)
-        self.kl += float((np.exp(la) * (la - lb)).sum())
+        p = np.exp(la)
+        self.kl += float(np.where(p == 0, 0, p * (la - lb)).sum())
         if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
             before, tokens = next_token_loss(y, ids)
             self.float_loss, self.loss = self.float_loss + before, self.loss + next_token_loss(y_hat, ids)[0]
             self.tokens += tokens
 
+    @np.errstate(divide="ignore")
     def metrics(self, name: str) -> OutputMetrics:
         return OutputMetrics(
             name,
@@ -167,7 +207,14 @@ class _Sums:
             self.agree / self.rows if self.logits else None,
             self.kl / self.rows if self.logits else None,
             (self.float_loss / self.tokens, self.loss / self.tokens) if self.tokens else None,
+            self.nonfinite,
         )
+
+
+def without_same(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both, with zeros where both have the same NaN or infinity: a mask's is no difference."""
+    same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
+    return (np.where(same, 0, a), np.where(same, 0, b)) if same.any() else (a, b)
 
 
 def is_logits(name: str, rank: int) -> bool:
@@ -231,14 +278,19 @@ def validate(
             names = [n for n in names if n not in presents]
             notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
         sums = {a: {n: _Sums() for n in names} for a in sessions}
+        others: set[str] = set()
         for index, batch in enumerate(data):
             expected = reference.run(batch, names)
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
                         sums[a][name].add(y, y_hat, batch, mask, logits=is_logits(name, np.ndim(y)))
+                    else:
+                        others.add(name)
             if progress is not None:
                 progress(index + 1, len(data))
+    if others:
+        notes.append(f"outputs that are no floats, and not compared: {', '.join(sorted(others))}")
     results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}
     per_layer = _layers(float_model, quantized_model, data.limit(2), provider) if layers else ()
     timing = _latency(float_model, quantized_model, data, provider) if latency else None
@@ -273,10 +325,13 @@ def _layers(float_model: Model, quantized_model: Model, data: Batches, provider:
     noise, signal = np.zeros(len(names)), np.zeros(len(names))
     with Session(_expose(a, names), provider) as left, Session(_expose(b, names), provider) as right:
         for batch in data:
-            for i, (y, y_hat) in enumerate(zip(left.run(batch, names), right.run(batch, names), strict=True)):
-                signal[i] += float(np.square(y, dtype=np.float64).sum())
-                noise[i] += float(np.square(y.astype(np.float64) - y_hat).sum())
-    return tuple(LayerMetrics(n, float(e)) for n, e in zip(names, np.sqrt(noise / np.maximum(signal, 1e-300)), strict=True))
+            for i, pair in enumerate(zip(left.run(batch, names), right.run(batch, names), strict=True)):
+                y, y_hat = without_same(*(np.asarray(v, np.float64) for v in pair))
+                with np.errstate(invalid="ignore"):
+                    signal[i] += float(np.square(y).sum())
+                    noise[i] += float(np.square(y - y_hat).sum())
+    with np.errstate(invalid="ignore"):
+        return tuple(LayerMetrics(n, float(e)) for n, e in zip(names, np.sqrt(noise / np.maximum(signal, 1e-300)), strict=True))
 
 
 def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -307,7 +362,7 @@ def _latency(float_model: Model, quantized_model: Model, data: Batches, provider
 
 def _size(model: Model) -> int:
     if isinstance(model, ir.Model):
-        return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        return model_bytes(model)
     path = Path(model)
     external = {t.path for v in ir.load(path).graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
     return path.stat().st_size + sum(os.stat(p).st_size for p in external)

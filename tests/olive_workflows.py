@@ -98,6 +98,7 @@ def main(folder: Path) -> None:
     metric = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1, "higher_is_better": False}]}
     judged = {"search_strategy": search, "evaluators": {"size": {"type": "OnnxEvaluator", "metrics": [metric]}}, "evaluator": "size"}
     found["searched"] = workflow(folder, "searched", bits=[8, 4, 2], format="qdq", **judged)
+    found["no_recipe"] = workflow(folder, "no_recipe", recipe="nowhere.toml", bits=[8, 4], **judged)
     found["described"] = {name: p.description for name, p in OnnxMagr.default_config(DEFAULT_CPU_ACCELERATOR).items()}
     print(json.dumps(found))
 

@@ -203,7 +203,7 @@ def test_progress_is_reported_stage_by_stage() -> None:
 
 def test_the_log_hears_of_every_stage(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "magr_onnx"):
-        magr_onnx.optimize(bundled.MODEL, few_samples(), effort="fast", include=["*head*"])
+        magr_onnx.optimize(bundled.MODEL, few_samples(), effort="fast", include=["*linear_20"])
     said = [record.getMessage() for record in caplog.records if record.name == "magr_onnx"]
     begun, done = ([line.split(":")[0] for line in said if ("done" in line) is end] for end in (False, True))
     assert sorted(name.removesuffix(" ...") for name in begun) == sorted(done) == ["calibrating", "quantizing"]
@@ -213,7 +213,7 @@ def test_the_log_hears_of_every_stage(capfd: pytest.CaptureFixture[str], caplog:
 def test_option_problems_come_all_at_once_and_first() -> None:
     with pytest.raises(magr_onnx.OptionError) as caught:
         magr_onnx.optimize("no such file", bits=9, block_size=20, format="gguf", colour="red")  # type: ignore[call-arg,arg-type]
-    for part in ("'colour'", "'gguf'", "bits=9"):
+    for part in ("'colour'", "'gguf'", "bits = 9"):
         assert part in str(caught.value)
     with pytest.raises(magr_onnx.OptionError, match="not both"):
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)

@@ -106,6 +106,15 @@ def test_optimize_then_validate(folder: Path) -> None:
     low = run("validate", folder / "model.onnx", out, "--data", folder / "heldout.npz", "--min-cosine", "0.99999", "-q")
     assert (low.returncode, low.stdout) == (3, "")
     assert "below 0.99999" in low.stderr
+    broken = onnx.load(out)
+    end = broken.graph.output[0].name
+    last = next(node for node in broken.graph.node if end in node.output)
+    last.output[list(last.output).index(end)] = "inner"
+    broken.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(np.nan), "nothing"))
+    broken.graph.node.append(onnx.helper.make_node("Add", ["inner", "nothing"], [end]))
+    onnx.save(broken, folder / "broken.onnx")
+    never = run("validate", folder / "model.onnx", folder / "broken.onnx", "--data", folder / "heldout.npz", "--min-cosine", "0.5", "-q")
+    assert (never.returncode, "cosine nan is below" in never.stderr) == (3, True)
 
 
 def test_json_is_json_and_nothing_else(folder: Path) -> None:
@@ -181,8 +190,8 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
         (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
         (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report no/report.json: folder no"),
-        (("optimize", "model.onnx", "--bits", "9"), 2, "'9' is not one of"),
-        (("optimize", "model.onnx", "--effort", "most"), 2, "'most' is not one of 'fast', 'balanced', 'best'"),
+        (("optimize", "model.onnx", "--bits", "9"), 2, "'9': choose one of 2, 3"),
+        (("optimize", "model.onnx", "--effort", "most"), 2, "'most': choose one of fast, balanced, best"),
         (("optimize", "model.onnx", "--effort", "best"), 1, "error feedback needs calibration data; give some, or take effort fast"),
         (("optimize", "model.onnx", "--feedback"), 1, "error feedback needs calibration data"),
         (("optimize", "model.onnx", "--effort", "fast", "--quantizer", "gptq"), 1, "an effort chooses the quantizer; give one of them"),

@@ -132,10 +132,24 @@ def test_initializers_as_inputs_are_nobodys_weights() -> None:
     assert len(read_weights(work)) == 4
 
 
-def test_options_are_checked_in_a_sequence_too() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (parse("quantize{bits=2},emit-qdq"), "2 bits with format qdq"),
+        ([ours.Embeddings("dequantize", 4)], "dequantize has 8 bits"),
+        ([ours.Embeddings("foo")], "embeddings='foo' is not known"),  # type: ignore[arg-type]
+        ([ours.Convolutions(2)], "convolutions: bits=2 is not supported"),
+        ([ours.Convolutions(alpha=np.nan)], "convolutions: alpha=nan must be 0 or more, and finite"),
+    ],
+)
+def test_options_are_checked_in_a_sequence_too(chosen: Sequence[LayerPass], message: str) -> None:
+    work = model()
+    before = [node.op_type for node in work.graph]
     with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(*parse("quantize{bits=2},emit-qdq"))(model())
-    assert "2 bits with format qdq" in str(caught.value.__cause__)
+        ir.passes.Sequential(*chosen)(work)
+    assert message in str(caught.value.__cause__)
+    if len(chosen) == 1:
+        assert [node.op_type for node in work.graph] == before
 
 
 @pytest.mark.parametrize(("name", "kind"), [("embeddings", "GatherBlockQuantized"), ("convolutions", "Cast")])

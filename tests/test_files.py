@@ -169,6 +169,20 @@ def test_bad_outputs(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_paths_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    model, odd = write(tmp_path / "m.onnx", proto(graphs.chain()).SerializeToString()), os.fsdecode(b"m\xff.onnx")
+    try:
+        (tmp_path / odd).write_bytes(model.read_bytes())
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    with pytest.raises(ModelError, match=r"m\\udcff.onnx' is not UTF-8.*rename"):
+        magr_onnx.inspect(tmp_path / odd)
+    with pytest.raises(OutputError, match=r"o\\udcff.onnx' is not UTF-8.*rename"):
+        magr_onnx.optimize(model, output=tmp_path / os.fsdecode(b"o\xff.onnx"))
+    with pytest.raises(OutputError, match=r"o\\udcff' is not UTF-8.*rename"):
+        magr_onnx.optimize_folder(tmp_path, output=tmp_path.parent / os.fsdecode(b"o\xff"))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
@@ -190,6 +204,20 @@ def test_a_failed_write_keeps_the_old_file(failure: BaseException, tmp_path: Pat
         writing.save(graphs.chain(), out, verify)
     assert out.read_bytes() == b"precious"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_sizes_of_models_in_memory_are_those_of_their_files(tmp_path: Path) -> None:
+    model = graphs.chain()
+    out = tmp_path / "in.onnx"
+    ir.save(model, out)
+    assert files.model_bytes(model) == pytest.approx(out.stat().st_size, abs=100)
+    assert files.initializer_bytes(model) < files.model_bytes(model)
+    result, report = magr_onnx.optimize(model)
+    written = len(ir.to_proto(result).SerializeToString())
+    assert report.bytes_before == pytest.approx(out.stat().st_size, abs=100)
+    assert report.bytes_after == pytest.approx(written, abs=100)
+    assert model.graph.initializers.keys() == ir.load(out).graph.initializers.keys()
+    assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
 
 
 def test_large_models_go_to_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
+from magr_onnx.folders import check_reports
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.session import InputInfo
 from tests import graphs
@@ -182,9 +183,9 @@ def test_an_earlier_result_stays_unless_asked(several: Path, tmp_path: Path) -> 
     with pytest.raises(OutputError, match="not empty"):
         optimize_folder(several, output=out)
     assert tree(out) == before
-    optimize_folder(several, output=out, bits=4, overwrite=True)
+    assert optimize_folder(several, output=out, bits=4, overwrite=True).kept == ("mine.txt",)
     after = tree(out)
-    assert "mine.txt" not in after
+    assert after["mine.txt"] == b"mine"
     assert len(after["decoder_model.onnx"]) < len(before["decoder_model.onnx"])
     other = tmp_path / "home"
     other.mkdir()
@@ -193,6 +194,70 @@ def test_an_earlier_result_stays_unless_asked(several: Path, tmp_path: Path) -> 
         optimize_folder(several, output=other, overwrite=True)
     assert tree(other) == {"letter.txt": b"dear"}
     assert {p.name for p in tmp_path.iterdir()} == {"several", "out", "home"}
+
+
+def test_what_links_lead_to_is_carried_along(several: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside" / "deep").mkdir(parents=True)
+    (tmp_path / "outside" / "deep" / "words.txt").write_text("a b")
+    save(graphs.matmul(), tmp_path / "outside" / "inner.onnx")
+    (several / "vocabulary").symlink_to("../outside")
+    (several / "again").symlink_to("vocabulary")
+    (several / "config2.json").symlink_to("config.json")
+    made = optimize_folder(several, output=tmp_path / "out", models=["vocabulary/*"])
+    assert made.reports.keys() == {"vocabulary/inner.onnx"}
+    after, before = tree(tmp_path / "out"), tree(several)
+    assert after["vocabulary/deep/words.txt"] == after["again/deep/words.txt"] == b"a b"
+    assert after["again/inner.onnx"] == (tmp_path / "outside" / "inner.onnx").read_bytes() != after["vocabulary/inner.onnx"]
+    assert {"config2.json", "encoder_model.onnx_data"} <= set(made.carried)
+    assert before.items() <= after.items()
+
+
+def test_links_that_cannot_be_followed_are_named(several: Path, tmp_path: Path) -> None:
+    (several / "deep").mkdir()
+    (several / "deep" / "up").symlink_to("..")
+    (several / "gone.json").symlink_to("nowhere.json")
+    with pytest.raises(ModelError, match=r"up is a link to a folder it is in") as told:
+        optimize_folder(several, output=tmp_path / "out")
+    assert "gone.json is a link to nowhere.json, where there is no file" in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_given_as_output_stays_one(several: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for overwrite in (False, True):
+        made = optimize_folder(several, output=tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out").is_symlink()
+    assert tree(tmp_path / "disk").keys() == {"encoder_model.onnx", "decoder_model.onnx", "config.json"}
+    assert made.reports["encoder_model.onnx"].output == str(tmp_path / "out" / "encoder_model.onnx")
+
+
+def test_options_are_checked_before_anything_is_copied(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = optimize_folder(several, output=out, bits=4, batch_size=8)
+    command = made.reports["encoder_model.onnx"].command
+    assert command == f"magr_onnx.optimize_folder(folder={str(several)!r}, output={str(out)!r}, bits=4, batch_size=8)"
+    (out / "words").write_text("a file of the user's, to be kept where the source has a folder")
+    (several / "words").mkdir()
+    (several / "words" / "list.txt").write_text("a b")
+    before = tree(out)
+    with pytest.raises(OptionError, match="bits"):
+        optimize_folder(several, output=out, bits=99, overwrite=True)
+    with pytest.raises(OutputError, match=r"words"):  # found in copying
+        optimize_folder(several, output=out, bits=4, overwrite=True)
+    assert tree(out) == before
+
+
+def test_reports_are_no_files_of_the_run(several: Path, tmp_path: Path) -> None:
+    a, out = tmp_path / "r.json", tmp_path / "out"
+    check_reports(several, [], out, [a], {several, out})
+    with pytest.raises(OutputError, match=r"two reports would be .*r.encoder_model.json"):
+        check_reports(several, [], out, [a, tmp_path / "r.encoder_model.json"], {several, out})
+    with pytest.raises(OutputError, match=r"r.encoder_model.json would overwrite"):
+        check_reports(several, [], out, [a], {tmp_path / "r.encoder_model.json"})
+    with pytest.raises(OutputError, match=r"config.json would overwrite"):
+        check_reports(several, [], out, [several / "config.json"], {several, out})
+    assert not a.exists()
 
 
 def test_overwriting_fails_without_a_loss(several: Path, tmp_path: Path) -> None:
@@ -252,11 +317,27 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     assert all((b["input_ids"] != 0).all() for b in alone)
 
 
+def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\x85four\r\nfive six\n".encode())
+    (batch,) = texts.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
+    np.testing.assert_array_equal(batch["input_ids"], [[2, 8, 9, 3, 0, 0], [2, 4, 5, 6, 7, 3]])
+
+
+@pytest.mark.parametrize("config", ['{"model_max_length": Infinity}', '{"model_max_length": NaN}', '{"pad_token": 5}', '{"pad_token": {}}'])
+def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
+    (exported / "tokenizer_config.json").write_text(config)
+    batches = list(texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
+    assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 11)]
+
+
 def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
-    with pytest.raises(CalibrationError, match="too few lines"):
+    with pytest.raises(CalibrationError, match=r"empty.txt: no text in it"):
         texts.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    with pytest.raises(CalibrationError, match="too few lines of text; the model takes 5 at a time"):
+        texts.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
     with pytest.raises(CalibrationError, match="UTF-8"):
         texts.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from magr_onnx import magr
 from magr_onnx.errors import OptionError, PipelineError
 from magr_onnx.packing import dequantize_matmulnbits, pack_matmulnbits
 from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
@@ -72,6 +73,14 @@ def test_all_problems_at_once() -> None:
         check(parse("quantize{method=magic,bits=9,damping=-1},emit-matmulnbits{accuracy_level=7}"))
     for part in ("'magic'", "bits=9", "damping=-1"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, -1.0])
+def test_strengths_are_finite(value: float) -> None:
+    chosen = [MagR(value, damping=value), Quantize("auto", alpha=value, damping=value, beta=value)]
+    assert [len(p.problems(None)) for p in chosen] == [2, 3]
+    with pytest.raises(OptionError, match=f"alpha={value} must be 0 or more, and finite"):
+        magr.reduce(np.eye(4), np.eye(4), alpha=value)
 
 
 def test_kernels_a_provider_lacks_are_refused() -> None:

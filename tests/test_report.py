@@ -13,17 +13,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import magr_onnx
 from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
+from magr_onnx.grid import minmax
+from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
 from magr_onnx.report import SCHEMA, LayerRow, SkipRow
-from magr_onnx.reporting import summary
+from magr_onnx.reporting import sides, summary
+from magr_onnx.runtime.validate import OutputMetrics
 from magr_onnx.types import WeightSpec
 from tests import graphs
 from tests.graphs import Builder, proto, random
@@ -87,9 +93,79 @@ def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     assert "<html" in found.to_html()
 
 
+def test_the_text_says_what_its_columns_and_marks_are() -> None:
+    text = magr_onnx.optimize(graphs.chain(), [graphs.feeds(graphs.chain(), rows=30)] * 2, effort="fast").report.to_text()
+    assert "60 samples in 2 batches, 60 rows" in text
+    assert "*: the largest error" in text
+    net = "g (int64[n] i) => (float[n, 8] y) { [rows] x = Gather(table, i) y = MatMul(x, w) }"
+    gather = model(net, table=constant("table", 300, 64), w=constant("w", 64, 8))
+    text = magr_onnx.optimize(gather).report.to_text()
+    assert "tables of embeddings stay float (option embeddings quantizes them), 0.08" in text
+    assert re.search(r"table of embeddings rows stays float and is \d+% of the result", text)
+    skipped = magr_onnx.inspect(gather).skipped
+    assert [(s.name, s.bytes) for s in skipped] == [("rows", 300 * 64 * 4)]
+
+
+def logarithm() -> tuple[ir.Model, list[dict[str, Any]]]:
+    """``log(x W - c)`` with c just below the least product: any error at the least is the logarithm of what is none."""
+    x, w = random(64, 16, seed=1), random(16, 8, seed=2)
+    least = np.float32((x @ w).min() - 1e-3)
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", ["batch", 16]), b.constant("w", w)], "product")
+    model = b.model(b.node("Log", [b.node("Sub", [product, b.constant("c", least)])], "log"), ["batch", 8])
+    return model, [{"x": x}]
+
+
+def test_a_result_that_is_not_a_number_is_called_one() -> None:
+    model, data = logarithm()
+    report = magr_onnx.optimize(model, data, validation_data=data, bits=2).report
+    assert report.validation is not None
+    m = report.validation.arithmetics["default"][0]
+    assert np.isnan([m.sqnr_db, m.cosine, m.max_error]).all()
+    assert m.nonfinite[0] == 0 < m.nonfinite[1]
+    said = "values that are NaN or infinite in the result and not in the float model"
+    assert said in " ".join(report.to_text().split())
+    assert next((f.tone, said in f.text) for f in summary.findings(report, summary.lines_of(report))) == ("bad", True)
+    card = next(c for c in summary.cards(report) if c.title == "Cosine")
+    assert (card.value, card.tone) == ("not a number", "bad")
+    assert "no difference" not in report.to_html()
+    value = json.loads(report.to_json())
+    assert value["validation"]["arithmetics"]["default"][0]["sqnr_db"] == "nan"
+    assert Report.from_json(report.to_json()).to_dict() == value
+    rows = {row.name: row for row in sides.compared(replace(report, validation=exact(report)), report)}
+    assert (rows["SQNR"].first, rows["SQNR"].second, rows["SQNR"].tone) == ("no difference", "not a number", "bad")
+
+
+def exact(report: Report) -> Any:
+    """Its validation, as if nothing differed."""
+    assert report.validation is not None
+    return replace(report.validation, arithmetics={"default": (OutputMetrics("y", np.inf, 1, 0),)})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_json_tells_numbers_that_are_not_finite_apart(reports: dict[str, Report], value: float) -> None:
+    report = reports["fast"]
+    row = replace(
+        report.layers[0], error=value, magr={"gap": value, "trace": [1.0, value]}, solver={"sweeps": value}, name="nan", scope="inf"
+    )
+    found = Report.from_json(replace(report, layers=(row,), options={"include": "inf"}).to_json())
+    np.testing.assert_equal(asdict(found.layers[0]), asdict(row))
+    assert found.options == {"include": "inf"}
+    assert "<html" in found.to_html()
+
+
+def test_infinities_of_older_reports_are_read(reports: dict[str, Report]) -> None:
+    old = reports["nothing"].to_dict()
+    old["schema"] = 2
+    for outputs in old["validation"]["arithmetics"].values():
+        outputs[0]["sqnr_db"] = None
+        del outputs[0]["nonfinite"]
+    assert Report.from_json(json.dumps(old)).validation == reports["nothing"].validation
+
+
 def test_what_is_no_report_is_refused(reports: dict[str, Report], tmp_path: Path) -> None:
     good = reports["fast"].to_dict()
-    with pytest.raises(ReportError, match=r"newer onnx-magr \(schema 99, this one reads up to 2\)"):
+    with pytest.raises(ReportError, match=r"newer onnx-magr \(schema 99, this one reads up to 3\)"):
         Report.from_json(json.dumps({**good, "schema": 99}))
     with pytest.raises(ReportError, match="report: source, bytes_before missing"):
         Report.from_json(json.dumps({k: v for k, v in good.items() if k not in ("source", "bytes_before")}))
@@ -158,6 +234,39 @@ def test_a_constant_weight_has_a_histogram() -> None:
     found = sketch.sketch(np.full((4, 3), 2.0, np.float32), None, None)
     assert sum(found["before"]) == 12
     assert found["low"] < 2 < found["high"]
+
+
+EXTREMES = st.sampled_from([0.0, 1.0, 1e-45, -1e-45, 1e-40, 1.2e-38, 3e38, -3e38, 1e15])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(np.float32, (8, 3), elements=EXTREMES | st.floats(width=32, allow_nan=False, allow_infinity=False)), st.sampled_from([2, 4, 8])
+)
+@pytest.mark.filterwarnings("ignore:overflow")  # of the grid, not of the histogram: weights above 1e15 are refused before
+def test_every_finite_weight_has_histograms(weights: Any, bits: int) -> None:
+    grid = minmax(np.clip(weights, -1e30, 1e30), WeightSpec(bits, 4))
+    found = sketch.sketch(weights, weights[::-1], grid.weight(grid.codes(weights)))
+    assert found["low"] < found["high"]
+    for place in (found, found["grid"]):
+        assert sum(place["before"]) == sum(place["after"]) == weights.size
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-45])
+def test_one_value_is_in_the_middle_of_its_histogram(value: float) -> None:
+    found = sketch.sketch(np.full((4, 3), value, np.float32), None, None)
+    assert np.flatnonzero(found["before"]).tolist() == [sketch.BINS // 2]
+
+
+def test_a_dead_layer_is_converted() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 8])
+    h = b.node("MatMul", [x, b.constant("w", random(8, 8))], "first")
+    model = b.model(b.node("MatMul", [h, b.constant("dead", random(8, 4) * np.float32(1e-40))], "dead"), ["batch", 4])
+    report = magr_onnx.optimize(model, [{"x": random(16, 8, seed=i)} for i in range(2)], bits=4).report
+    assert [row.name for row in report.layers] == ["first", "dead"]
+    assert Report.from_json(report.to_json()) == report
 
 
 def test_curves_keep_their_ends() -> None:
@@ -342,6 +451,16 @@ def test_several_models_of_a_folder_have_a_page_of_links(reports: dict[str, Repo
     assert Report.load(tmp_path / "r.encoder.json") == reports["fast"]
 
 
+def test_reports_of_models_in_a_folder_have_names_of_their_own(reports: dict[str, Report], tmp_path: Path) -> None:
+    names = ["a.b.2.onnx", "a.b.onnx", "a/b.onnx", "a/b/2.onnx", "c.onnx"]
+    folder = OptimizedFolder("in", "out", dict.fromkeys(names, reports["fast"]), ())
+    folder.save(tmp_path / "r.json")
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == sorted(p.name for p in folder.files(tmp_path / "r.json"))
+    assert len(found) == len(names) + 1
+    assert {"r.a.b.json", "r.c.json"} <= set(found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -364,7 +483,7 @@ def test_wrong_names_are_explained(arguments: tuple[str, ...], said: str, tmp_pa
 def test_without_the_extra_pages_are_refused_before_the_work_and_json_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report = magr_onnx.optimize(graphs.matmul()).report
     monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
-    with pytest.raises(OptionError, match=r"vl_convert not installed\): pip install 'onnx-magr\[report\]'; JSON needs none"):
+    with pytest.raises(OptionError, match=r"vl_convert not installed\): pip install 'onnx-magr\[report\]', or .*; JSON needs none"):
         magr_onnx.reporting.check([tmp_path / "r.html"])
     with pytest.raises(OptionError, match="a page needs the extra"):
         report.to_html()
@@ -406,6 +525,8 @@ def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     assert first(small, codes) == []
     (text,) = first(small, table, codes)
     assert text.startswith("table (Gather) stays float:")
+    assert 'embeddings="gather-block-quantized"' in text
+    (text,) = [f.text for f in summary.findings(replace(report, skipped=(table,), command="onnx-magr optimize"), []) if "stays" in f.text]
     assert "--embeddings gather-block-quantized" in text
     (text,) = first(table, lstm)
     assert text.endswith(f"Why: {Reason.RECURRENT}.")

@@ -173,6 +173,18 @@ def test_details_of_a_layer(size: tuple[int, int], browser: Browser, pages: dict
         assert found.said == []
 
 
+def test_a_phone_shows_errors_and_both_sides_without_scrolling(browser: Browser, pages: dict[str, Path]) -> None:
+    with opened(browser, pages["integer"], PHONE) as found:
+        box = found.page.locator("#layers thead th", has_text="Error").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= PHONE[0]
+    with opened(browser, pages["comparison"], PHONE) as found:
+        cells = found.page.locator(".asked td[data-side=B]")
+        assert cells.count() > 0
+        boxes = [cells.nth(i).bounding_box() for i in range(cells.count())]
+        assert all(box is not None and box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] for box in boxes)
+
+
 def test_the_theme_can_be_switched(browser: Browser, pages: dict[str, Path]) -> None:
     with opened(browser, pages["four"], dark=True) as found:
         page = found.page

@@ -10,6 +10,7 @@ import magr_onnx
 from magr_onnx import Report
 from magr_onnx.reporting import sides
 from magr_onnx.reporting.sides import NOISE, SAME, Measure, verdict
+from magr_onnx.runtime.validate import Latency
 from tests import graphs
 
 
@@ -47,6 +48,21 @@ def test_layers_are_judged_by_the_running_model_where_both_have_it(runs: dict[st
     assert (how.running, how.verdict) == (False, False)
     assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in sides.differences(fast, bare))
     assert sides.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
+
+
+def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:
+    v = runs["fast"].validation
+    assert v is not None
+    quiet = replace(runs["fast"], validation=replace(v, latency=Latency(20, 10, 9, (19, 21), (9.5, 10.5))))
+    busy = replace(runs["fast"], validation=replace(v, latency=Latency(40, 20.1, 9, (38, 42), (19, 21))))
+    worse = replace(runs["fast"], validation=replace(v, latency=Latency(20, 30, 9, (19, 21), (29, 31))))
+
+    def judged(other: Report) -> tuple[str, str]:
+        row = next(row for row in sides.compared(quiet, other) if row.name == "latency over the float model's")
+        return row.change, row.tone
+
+    assert judged(busy) == (SAME, "")
+    assert judged(worse) == ("+200.0%", "bad")
 
 
 def ms(value: float, *spread: float) -> Measure:

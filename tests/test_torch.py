@@ -16,9 +16,12 @@ torch = pytest.importorskip("torch")
 import magr_onnx  # noqa: E402
 import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
+from magr_onnx.passes.linear import find  # noqa: E402
 from magr_onnx.passes.scopes import scope_of  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from magr_onnx.torch.feeds import feeds  # noqa: E402
+from magr_onnx.torch.weights import _new_value  # noqa: E402
+from tests import graphs  # noqa: E402
 
 nn = torch.nn
 
@@ -92,7 +95,7 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Any, Path]
 def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     assert len(report.layers) == 7
-    assert report.calibration.startswith("the given DataLoader: 4 batches")
+    assert report.calibration.startswith("the given DataLoader: 32 samples in 4 batches")
     assert "not used of each batch, since the model has no such input: the second item (labels?)" in report.notes
     assert report.validation.notes == ()  # said once
     assert report.source == "Net"
@@ -120,6 +123,11 @@ def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Pat
     some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
     chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
     assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
+    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {*scopes} - {"attention.in_proj", "up"}
+    assert "attention.out_proj (node_" in chosen.to_text()
+    for wrong in ({"layers": [{"match": "*out_prok*", "bits": 8}]}, {"exclude": ["*out_prok"]}):
+        with pytest.raises(OptionError, match=r"'\*out_prok\*?' matches no layer.*; did you mean 'out_proj'"):
+            magr_torch.optimize(program, calibration=data, effort="fast", **wrong)
     with pytest.raises(OptionError, match=r"'atention\.in_proj' matches no layer that is converted; did you mean 'attention\.in_proj'"):
         magr_torch.optimize(program, calibration=data, effort="fast", layers=[{"match": "atention.in_proj", "bits": 8}])
 
@@ -280,7 +288,7 @@ def test_what_magr_leaves_alone_in_a_module() -> None:
             return nn.functional.linear(y, 2 * self.scaled.weight), y @ self.part.weight[:, :16]
 
     x = torch.randn(16, 3, 3, 3)
-    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]], exclude=["nothing"])
+    _, result = magr_torch.magr(Odd(), x[:2], [x[:8], x[8:]])
     assert [c.name for c in result.changed] == ["used.weight"]
     assert {n: why.split()[0] for n, why in result.unchanged.items()} == {
         "conv.weight": "a",
@@ -356,6 +364,90 @@ def test_a_single_sample_is_refused_once() -> None:
     assert len(feeds(list(IDS), INPUTS[:1], to_inputs=lambda sample: sample[None])) == 3
 
 
+SAMPLE = torch.arange(8.0)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [(SAMPLE, 0), (SAMPLE + 1, 1)],
+        [{"x": SAMPLE, "labels": 0}, {"x": SAMPLE + 1, "labels": 1}],
+        [{"x": SAMPLE.tolist()}, {"x": (SAMPLE + 1).tolist()}],
+    ],
+)
+def test_lists_of_samples_are_stacked(batch: Any) -> None:
+    x = InputInfo("x", np.dtype(np.float32), (None, 8))
+    (feed,) = feeds([batch], [x])
+    np.testing.assert_array_equal(feed["x"], np.stack([SAMPLE.numpy(), SAMPLE.numpy() + 1]))
+    with pytest.raises(CalibrationError, match=r"batch 0 is a list of samples, and those of x have shapes \[8\] and \[3\]; pad"):
+        feeds([[(SAMPLE, 0), (SAMPLE[:3], 1)]], [x])
+
+
+def test_no_batch_is_read_that_is_not_needed() -> None:
+    def endless() -> Any:
+        for number in range(3):
+            assert number < 2, "a batch too many"
+            yield torch.zeros(16, 8)
+
+    x = InputInfo("x", np.dtype(np.float32), (None, 8))
+    stream = feeds(endless(), [x], samples=32)
+    assert (len(stream), stream.notes) == (2, ("calibration stopped after 32 samples (samples=32)",))
+    assert feeds([torch.zeros(16, 8)] * 2, [x], samples=32).notes == ()
+
+
+def test_the_batch_size_of_a_recipe_is_used() -> None:
+    model = nn.Linear(64, 64)
+    recipe = {"batch_size": 8, "bits": 8}
+    found = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe).report
+    assert "8 batches, 64 rows" in found.calibration
+    given = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe, batch_size=32).report
+    assert "2 batches, 64 rows" in given.calibration
+
+
+class Lonely(nn.Module):
+    """Something else for one sample than for more; ``names`` that forward takes in an order of its own."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.layer, self.odd = nn.Linear(64, 64), odd
+
+    def forward(self, x: Any, shift: Any) -> Any:
+        y = self.layer(x) - shift
+        return {"y": y * 0 + 7 if self.odd and x.shape[0] == 1 else y, "best": y.argmax(-1)}
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_an_example_of_one_sample_keeps_its_result(odd: bool) -> None:
+    torch.manual_seed(0)
+    model, example = Lonely(odd), {"shift": torch.randn(1, 64), "x": torch.randn(1, 64)}
+    program, notes = magr_torch.export(model, example)
+    assert ["computes y otherwise than with more" in note for note in notes] == [True] * odd
+    with torch.no_grad(), Session(program.model) as session:
+        assert {i.shape[0] for i in session.inputs} == {1 if odd else None}
+        found = session.run({name: value.numpy() for name, value in example.items()}, ["y", "best"])
+        wanted = model(**example)
+    np.testing.assert_allclose(found[0], wanted["y"].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[1], wanted["best"].numpy())
+
+
+def test_every_initializer_of_a_tied_weight_is_looked_at() -> None:
+    """Where an exporter keeps one for each name, a reader of the second counts."""
+    weight = graphs.random(8, 8)
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 8])
+    first = b.node("MatMul", [x, b.constant("first.weight", weight)], "layer")
+    model = b.model(b.node("Add", [first, b.constant("second.weight", weight)], "other"), ["batch", 8])
+    layers, _ = find(model)
+    reduced = {layer.name: layer for layer in layers}
+    for names, why in ((["first.weight"], None), (["first.weight", "second.weight"], "Add other reads it, and would change with it")):
+        assert _new_value(names, torch.from_numpy(weight), model, layers, reduced, {"layer": None}, {})[0] == why
+
+
+def test_a_half_precision_example_of_a_float_module_is_refused() -> None:
+    with pytest.raises(ExportError, match="does not run on example_inputs"):
+        magr_torch.export(nn.Linear(8, 8), torch.zeros(2, 8, dtype=torch.float16))
+
+
 class Named(nn.Module):
     """Outputs by name, of which one key has two tensors; a loss where there are labels."""
 
@@ -381,6 +473,24 @@ def test_outputs_are_called_what_forward_calls_them() -> None:
     wanted = (expected["logits"], *expected["states"])
     for one, other in zip(found, wanted, strict=True):
         assert np.square(one - other.numpy()).sum() < 1e-3 * np.square(other.numpy()).sum()
+
+
+def test_layers_the_mask_says_nothing_of_are_named() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Any, attention_mask: Any) -> Any:
+            rows = torch.relu(self.body(x)) * attention_mask[..., None]
+            return self.head(rows.sum(1) / attention_mask.sum(1, keepdim=True))
+
+    data = {"x": torch.randn(16, 6, 32), "attention_mask": torch.ones(16, 6, dtype=torch.int64)}
+    example = {name: value[:2] for name, value in data.items()}
+    notes = magr_torch.optimize(Pooled(), example, calibration=data, bits=8, effort="fast").report.notes
+    assert [n for n in notes if "attention_mask" in n] == [
+        "head: all input rows count, since there is not one for each element of the mask 'attention_mask' (pooled or reshaped before)"
+    ]
 
 
 def test_labels_in_the_example_are_noted() -> None:

@@ -12,7 +12,7 @@ import magr_onnx
 from magr_onnx.errors import CalibrationError, RuntimeFailure
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.runtime.validate import FEWEST, Latency, log_softmax, next_token_loss, validate
+from magr_onnx.runtime.validate import FEWEST, Latency, OutputMetrics, log_softmax, next_token_loss, validate
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
 
@@ -78,6 +78,58 @@ def test_a_model_against_itself_is_perfect() -> None:
     assert (m.sqnr_db, m.cosine, m.max_error) == (float("inf"), 1, 0)
     assert result.latency is not None
     assert result.latency.float_ms > 0
+
+
+def masked(bad: float) -> ir.Model:
+    """Outputs that are minus infinity where x is below 0, and elsewhere x, but for the first column: there they are ``bad`` times that."""
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    factor = np.ones(K, np.float32)
+    factor[0] = bad
+    below = b.node("Less", [x, b.constant("zero", np.zeros((), np.float32))])
+    below.dtype = ir.DataType.BOOL
+    other = b.node("Mul", [x, b.constant("factor", factor)])
+    chosen = b.node("Where", [below, b.constant("low", np.full((), -np.inf, np.float32)), other])
+    chosen.dtype = ir.DataType.FLOAT
+    return b.model(chosen, ["batch", K])
+
+
+@pytest.mark.parametrize(("bad", "sqnr", "worst"), [(1, np.inf, 0), (np.nan, np.nan, np.nan), (np.inf, -np.inf, np.inf)])
+def test_what_is_not_finite_is_counted_unless_it_is_so_in_both(bad: float, sqnr: float, worst: float) -> None:
+    x = np.abs(random(5, K)) + 1
+    x[0] *= -1
+    with Session(masked(1)) as session:
+        data = open_data([{"x": x}], session.inputs)
+    found = validate(masked(1), masked(bad), data, latency=False, layers=False)
+    m = found.arithmetics["default"][0]
+    np.testing.assert_equal([m.sqnr_db, m.max_error], [sqnr, worst])
+    assert m.nonfinite == (0, 0 if bad == 1 else 4)
+    assert [f": {m.nonfinite[1]} (" in said for said in found.broken()] == ([] if bad == 1 else [True])
+    m = validate(masked(bad), masked(1), data, latency=False, layers=False).arithmetics["default"][0]
+    assert m.nonfinite == (0 if bad == 1 else 4, 0)
+    assert np.isnan(m.cosine) == (bad != 1)
+
+
+def test_outputs_that_are_no_floats_are_named() -> None:
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", ["batch", K]), b.constant("w", random(K, N))], "layer")
+    best = b.node("ArgMax", [product], "best", axis=-1)
+    best.dtype = ir.DataType.INT64
+    model = b.model(best, ["batch", 1])
+    report = magr_onnx.optimize(model, [feeds(model)], validation_data=[feeds(model, seed=1)]).report
+    assert report.validation is not None
+    assert not any(report.validation.arithmetics.values())
+    assert report.validation.notes == (f"outputs that are no floats, and not compared: {best.name}",)
+    assert "no output is of floats" in report.to_html()
+
+
+def test_perplexity_of_a_loss_beyond_floats_is_infinite() -> None:
+    m = OutputMetrics("logits", 0, 0, 0, cross_entropy=(0.0, 800.0))
+    assert m.perplexity == (1, np.inf)
+    assert OutputMetrics("logits", 0, 0, 0, cross_entropy=(708.0, np.nan)).perplexity == (
+        pytest.approx(np.exp(708)),
+        pytest.approx(np.nan, nan_ok=True),
+    )
 
 
 def test_three_arithmetics_differ_where_onnxruntime_s_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def inspect(
         lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
     lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
     for reason, rows in by_reason(found.skipped).items():
-        lines += [f"  {s.name} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows]
+        lines += [f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows]
     value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers")}
-    value["skipped"] = [{"name": s.name, "op": s.op, "reason": s.reason, "detail": s.detail, "bytes": s.bytes} for s in found.skipped]
+    value["skipped"] = [dataclasses.asdict(s) for s in found.skipped]
     console.show(value, "\n".join(lines), as_json)

@@ -70,7 +70,7 @@ from magr_onnx.arguments import (
     Verbose,
 )
 from magr_onnx.errors import OptionError, OutputError, raise_all
-from magr_onnx.folders import OptimizedFolder, optimize_folder
+from magr_onnx.folders import OptimizedFolder, check_reports, optimize_folder
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, remarks
@@ -171,7 +171,11 @@ def optimize(
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = arguments["output"] = Path(arguments.get("output") or _output(source))
     taken = {source, out, *asked.reads, *data_files(source)}
-    reporting.check(report or (), taken.union(p for p in (recipe, save_recipe) if p is not None))
+    recipes = {p for p in (recipe, save_recipe) if p is not None}
+    if source.is_dir():
+        check_reports(source, arguments.get("models", ()), out, report or (), taken | recipes)
+    else:
+        reporting.check(report or (), taken | recipes)
     if save_recipe is not None:
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out)

@@ -12,6 +12,7 @@ from magr_onnx import api, console
 from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
 from magr_onnx.report import validation_text
 from magr_onnx.runtime import decoders
+from magr_onnx.runtime.validate import severity
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -46,7 +47,8 @@ def validate(
         result = api.validate(float_model, quantized_model, data, progress=progress, **options)
     console.show(dataclasses.asdict(result), "\n".join(validation_text(result)), as_json, quiet)
     if min_cosine is not None:
-        low = min((m.cosine for outputs in result.arithmetics.values() for m in outputs), default=1.0)
-        if low < min_cosine:
+        cosines = [m.cosine for outputs in result.arithmetics.values() for m in outputs]
+        low = min(cosines, key=lambda cosine: -severity(-cosine), default=1.0)
+        if not low >= min_cosine:  # NaN is none
             console.errors.print(f"error: mean cosine {low:.5f} is below {min_cosine}", style="red")
             raise typer.Exit(3)

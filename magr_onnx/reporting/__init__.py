@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magr_onnx.errors import OptionError, OutputError, raise_all
+from magr_onnx.errors import OptionError, OutputError, install, raise_all
 from magr_onnx.locking import write_text
 
 if TYPE_CHECKING:
@@ -100,6 +100,4 @@ def write(text: str, path: Path) -> None:
 def _check_extra(what: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise OptionError(
-            f"{what} needs the extra 'report' ({', '.join(missing)} not installed): pip install 'onnx-magr[report]'; JSON needs none"
-        )
+        raise OptionError(f"{what} needs the extra 'report' ({', '.join(missing)} not installed): {install('report')}; JSON needs none")

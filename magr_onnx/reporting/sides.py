@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from magr_onnx.report import Report, megabytes
-from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, share_of
+from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
+from magr_onnx.runtime.validate import severity
 
 SAME = "about the same"
 NOISE = 0.1  # of times: less than this between two runs tells nothing
@@ -17,22 +18,27 @@ FEEDBACK = "not comparable: with error feedback, a layer's error has in it what 
 
 
 def points(a: float, b: float) -> str:
+    """A change in percentage points, of what is a share."""
     return f"{100 * (b - a):+.2f} points"
 
 
 def ratio(a: float, b: float) -> str:
+    """A change in percent of the first."""
     return f"{b / a - 1:+.1%}" if a else "from none"
 
 
 def as_is(a: float, b: float) -> str:
+    """A change as it is."""
     return f"{b - a:+.5f}"
 
 
 def in_bits(a: float, b: float) -> str:
+    """A change in bits."""
     return f"{b - a:+.3f} bits"
 
 
 def in_decibels(a: float, b: float) -> str:
+    """A change in decibels."""
     return f"{b - a:+.1f} dB"
 
 
@@ -96,21 +102,23 @@ def measures(report: Report) -> dict[str, Measure]:
     """Figures by name: first those of the whole model, then those of its layers, then what the run took."""
     found: dict[str, Measure] = {}
     if (m := main_metrics(report)) is not None:
-        if m.cross_entropy is not None:
-            before, after = map(math.exp, m.cross_entropy)
+        if m.perplexity is not None:
+            before, after = m.perplexity
             found["perplexity"] = Measure(f"{after:.3f}", after)
             found["perplexity of the float model"] = Measure(f"{before:.3f}")
         if m.kl is not None:
             found["KL divergence (nats)"] = Measure(f"{m.kl:.5f}", m.kl)
         if m.top1 is not None:
             found["same top-1"] = Measure(f"{m.top1:.2%}", m.top1, less=False, change=points)
-        sqnr = m.sqnr_db if math.isfinite(m.sqnr_db) else None
-        found["SQNR"] = Measure(decibels(m.sqnr_db), sqnr, less=False, change=in_decibels)
+        found["SQNR"] = Measure(decibels(m.sqnr_db), m.sqnr_db, less=False, change=in_decibels)
         found["cosine"] = Measure(f"{m.cosine:.5f}", m.cosine, less=False, change=as_is)
     found["size"] = Measure(megabytes(report.bytes_after), report.bytes_after)
     found["of the source"] = Measure(share_of(report.bytes_after, report.bytes_before))
     if report.validation is not None and (t := report.validation.latency) is not None:
-        found["latency a batch"] = Measure(f"{t.quantized_ms:.2f} ms", t.quantized_ms, within=NOISE, spread=t.spread[1])
+        found["latency a batch"] = Measure(f"{milliseconds(t.quantized_ms)} ms")
+        low, high = t.spread[1]
+        times = t.quantized_ms / t.float_ms  # of the float model a moment before: what else the machine did, it did to both
+        found["latency over the float model's"] = Measure(f"{times:.2f}", times, within=NOISE, spread=(low / t.float_ms, high / t.float_ms))
     if report.proof is not None:
         found["proved"] = Measure(f"{report.proof.proved} of {report.proof.total}")
         if report.proof.headroom is not None:
@@ -147,12 +155,14 @@ def compared(first: Report, second: Report) -> list[Row]:
 def verdict(one: Measure, two: Measure) -> tuple[str, str]:
     """The change, and its tone; none where it is too small to be shown, or no more than noise."""
     a, b = one.value, two.value
-    if a is None or b is None:
+    if a is None or b is None or a == b:
         return "", ""
+    if math.isnan(a) or math.isnan(b):
+        return "", "" if math.isnan(a) and math.isnan(b) else "bad" if math.isnan(b) else "good"
     change = one.change(a, b)
     meet = one.spread and two.spread and one.spread[0] <= two.spread[1] and two.spread[0] <= one.spread[1]
     if meet or abs(b - a) <= one.within * abs(a) or change in (one.change(1.0, 1.0), one.change(1.0, 1.0).replace("+", "-")):
-        return SAME if a != b else "", ""
+        return SAME, ""
     return change, "good" if (b < a) == one.less else "bad"
 
 
@@ -167,7 +177,7 @@ def differences(first: Report, second: Report) -> list[dict[str, Any]]:
         change = None if values[0] is None or values[1] is None else values[1] - values[0]
         label = next(s.row.label for s in sides if s is not None)
         found.append({"name": name, "label": label, "first": sides[0], "second": sides[1], "change": change})
-    return sorted(found, key=lambda row: math.inf if row["change"] is None else -abs(row["change"]))
+    return sorted(found, key=lambda row: math.inf if row["change"] is None else -severity(abs(row["change"])))
 
 
 def options_compared(first: Report, second: Report) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
 from magr_onnx.report import LayerRow, Report, by_reason, megabytes
-from magr_onnx.runtime.validate import OutputMetrics
+from magr_onnx.runtime.validate import OutputMetrics, severity
 
 TAIL = 3.0  # times the median error, from which a layer stands out
 LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word
@@ -111,8 +111,9 @@ def cards(report: Report) -> list[Card]:
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
-        detail = f"a batch on {v.provider}, {low_too:.2f} to {high_too:.2f}; float {t.float_ms:.2f} ms, {low:.2f} to {high:.2f}"
-        found.append(Card("Latency", f"{t.quantized_ms:.2f} ms", detail))
+        ranges = f"({milliseconds(low_too)} to {milliseconds(high_too)})", f"({milliseconds(low)} to {milliseconds(high)})"
+        detail = f"a batch on {v.provider} {ranges[0]}; float {milliseconds(t.float_ms)} ms {ranges[1]}; median (quartiles)"
+        found.append(Card("Latency", f"{milliseconds(t.quantized_ms)} ms", detail))
     left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
     found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
@@ -123,7 +124,8 @@ def cards(report: Report) -> list[Card]:
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}"))
+        others = "; what layers before did wrong is in it" if fed_back(report) else ""
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}{others}"))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
@@ -133,21 +135,18 @@ def cards(report: Report) -> list[Card]:
 def _accuracy(report: Report) -> list[Card]:
     metrics = main_metrics(report)
     if metrics is None:
-        return [Card("Accuracy", "not measured", "give held-out inputs: --validation heldout.npz", "warn")]
-    if metrics.cross_entropy is not None:
-        a, b = metrics.cross_entropy
-        return [
-            Card(
-                "Perplexity", f"{math.exp(b):.3f}", f"float {math.exp(a):.3f}; KL {metrics.kl or 0:.5f} nats, top-1 {metrics.top1 or 0:.2%}"
-            )
-        ]
+        given = _asked_with(report, "--validation heldout.npz", "validation_data=...")
+        missing = "no output is of floats" if report.validation is not None else f"give held-out inputs: {given}"
+        return [Card("Accuracy", "not measured", missing, "warn")]
+    tone = "bad" if metrics.nonfinite[1] else ""
+    if metrics.perplexity is not None:
+        before, after = metrics.perplexity
+        detail = f"float {before:.3f}; KL {metrics.kl or 0:.5f} nats, top-1 {metrics.top1 or 0:.2%}"
+        return [Card("Perplexity", number(after, ".3f"), detail, tone)]
     if metrics.kl is not None:
-        return [
-            Card(
-                "Same top-1", f"{metrics.top1 or 0:.2%}", f"of {metrics.output}; KL {metrics.kl:.5f} nats, SQNR {decibels(metrics.sqnr_db)}"
-            )
-        ]
-    return [Card("Cosine", f"{metrics.cosine:.5f}", f"of {metrics.output}; SQNR {decibels(metrics.sqnr_db)}")]
+        detail = f"of {metrics.output}; KL {metrics.kl:.5f} nats, SQNR {decibels(metrics.sqnr_db)}"
+        return [Card("Same top-1", f"{metrics.top1 or 0:.2%}", detail, tone)]
+    return [Card("Cosine", number(metrics.cosine, ".5f"), f"of {metrics.output}; SQNR {decibels(metrics.sqnr_db)}", tone)]
 
 
 def main_metrics(report: Report) -> OutputMetrics | None:
@@ -160,7 +159,7 @@ def main_metrics(report: Report) -> OutputMetrics | None:
 
 def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     """What to look at first, most important first."""
-    found = []
+    found = [] if report.validation is None else [Finding(f"{text}.", tone="bad") for text in report.validation.broken()]
     if report.assignment is not None and not report.assignment.met:
         found.append(Finding(f"The goal is missed: {report.assignment.goal}.", tone="bad"))
     if report.proof is not None and report.proof.proved < report.proof.total:
@@ -180,6 +179,11 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     return found
 
 
+def _asked_with(report: Report, command: str, python: str) -> str:
+    """An option as whoever made the report writes it: on the command line, or in Python."""
+    return command if report.command.startswith("onnx-magr") else python
+
+
 def _left_float(report: Report) -> list[Finding]:
     """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
     floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
@@ -188,7 +192,8 @@ def _left_float(report: Report) -> list[Finding]:
         return []
     text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
     if most.reason == TableReason.UNASKED:
-        text += " It is a table of embeddings: --embeddings gather-block-quantized (in Python, embeddings=...) converts it."
+        option = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+        text += f" It is a table of embeddings: {option} converts it."
         return [Finding(text, tone="warn")]
     return [Finding(f"{text} Why: {most.reason}.")]
 
@@ -200,9 +205,11 @@ def _outliers(lines: Sequence[Line]) -> list[Finding]:
         known = [(v, i) for i, v in enumerate(values) if v is not None]
         if len(known) < 2:
             continue
-        worst, i = max(known)
+        worst, i = max(known, key=lambda one: severity(one[0]))
         median = statistics.median(v for v, _ in known)
-        if worst > 0:
+        if not math.isfinite(worst):
+            found.append(Finding(f"The error {what} is {number(worst, '.2%')}.", i, "bad"))
+        elif worst > 0:
             times = f", {worst / median:.1f} times the median" if median else ""
             found.append(Finding(f"Largest error {what}: {worst:.2%}{times}.", i, "warn" if worst > TAIL * median else ""))
     return found
@@ -211,10 +218,10 @@ def _outliers(lines: Sequence[Line]) -> list[Finding]:
 def _arithmetics(report: Report) -> Iterable[Finding]:
     """A word where the result depends on how onnxruntime computes it."""
     assert report.validation is not None
-    names, kls = zip(*((name, outputs[0].sqnr_db) for name, outputs in report.validation.arithmetics.items() if outputs), strict=True)
-    if len(kls) > 1 and max(kls) - min(kls) > 1:
-        low = names[kls.index(min(kls))]
-        yield Finding(f"Arithmetics of onnxruntime differ by {max(kls) - min(kls):.1f} dB; the worst is {low}.", tone="warn")
+    found = [(outputs[0].sqnr_db, name) for name, outputs in report.validation.arithmetics.items() if outputs]
+    known = [one for one in found if math.isfinite(one[0])]
+    if known and (apart := max(known)[0] - min(known)[0]) > 1:
+        yield Finding(f"Arithmetics of onnxruntime differ by {apart:.1f} dB; the worst is {min(known)[1]}.", tone="warn")
 
 
 def skips(report: Report) -> list[dict[str, Any]]:
@@ -230,9 +237,19 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds < 3600 else f"{int(seconds // 3600)} h {seconds % 3600 / 60:.0f} min"
 
 
+def milliseconds(value: float) -> str:
+    """A latency in as many digits as can be told apart."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
 def decibels(value: float) -> str:
-    """A signal-to-noise ratio; none where nothing differs."""
-    return f"{value:.1f} dB" if math.isfinite(value) else "no difference"
+    """A signal-to-noise ratio; infinite where nothing differs."""
+    return "no difference" if value == math.inf else number(value, ".1f", " dB")
+
+
+def number(value: float, form: str, unit: str = "") -> str:
+    """A figure in a form, in words where it is none."""
+    return "not a number" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def share_of(part: float, whole: float) -> str:

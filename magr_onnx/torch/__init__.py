@@ -1,11 +1,11 @@
 """From a torch module to a quantized ONNX model in one call, and MagR for the module itself. Needs the extra ``torch``."""
 
-from magr_onnx.errors import DependencyError
+from magr_onnx.errors import DependencyError, install
 
 try:
     import torch as _torch  # noqa: F401
 except ImportError as _error:
-    raise DependencyError("magr_onnx.torch needs torch, which is not installed; pip install 'onnx-magr[torch]'") from _error
+    raise DependencyError(f"magr_onnx.torch needs torch, which is not installed; {install('torch')}") from _error
 
 from magr_onnx.torch.export import export
 from magr_onnx.torch.interface import optimize

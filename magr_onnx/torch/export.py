@@ -12,10 +12,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils import _pytree as pytree
 
-from magr_onnx.errors import ExportError, OptionError
+from magr_onnx.errors import ExportError, MagrError, OptionError
+from magr_onnx.runtime.session import Session
+from magr_onnx.torch.feeds import feeds
 
 Examples = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 DynamicShapes = Any
@@ -47,7 +51,8 @@ def export(
         model: The module.
         example_inputs: A tensor, the positional arguments as a tuple or list, or the keyword arguments as a dict.
         dynamic_shapes: As `torch.onnx.export` takes it, None for the shapes of the example; ``"batch"`` (default) lets the first axis of
-            all tensors vary together, and falls back on the shapes of the example where the module does not allow it, with a note.
+            all tensors vary together, and falls back on the shapes of the example where the module does not allow it, or does something
+            else for a batch of one that the example is, with a note.
         input_names: Names of the inputs; those of forward's parameters by default.
         output_names: Names of the outputs; where forward returns a dict or a dataclass, its keys by default (``key_0``, ``key_1`` of a key
             with several tensors).
@@ -74,14 +79,15 @@ def export(
         kind, device = _placement(source)
         args = tuple(_placed(a, kind, device) for a in args)
         kwargs = {k: _placed(a, kind, device) for k, a in kwargs.items()}
-        outputs = _outputs(_tried(source, args, kwargs))
+        tried = _outputs(_tried(source, args, kwargs))
+        outputs = [name for name, _ in tried]
         _check_names("input_names", input_names, "inputs", pytree.tree_leaves((args, kwargs)))
         _check_names("output_names", output_names, "outputs", outputs)
         names = {"input_names": input_names, "output_names": output_names, "opset_version": opset_version, "optimize": fold}
         program = None
         if isinstance(dynamic_shapes, str):
             dynamic_shapes = None
-            program, why = _any_batch(source, args, kwargs, names)
+            program, why = _any_batch(source, args, kwargs, names, tried)
             if program is None:
                 notes.append(f"shapes are fixed to those of the example, the batch size too: {why}; dynamic_shapes says what may vary")
         program = program or _run(source, args, kwargs, dynamic_shapes, names)
@@ -100,7 +106,8 @@ def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the caller has seen them where the module was run before
             return model(*args, **kwargs)
     except Exception as error:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -116,14 +123,12 @@ def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                     buffer.copy_(value)
 
 
-def _outputs(value: Any) -> list[str]:
-    """A name for every tensor that forward returned; empty ones where it gave none."""
+def _outputs(value: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that forward returned, with its names for them; with empty ones where it gave none."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if not isinstance(value, Mapping):
-        return [""] * len(_tensors(value))
-    counts = {str(key): len(_tensors(part)) for key, part in value.items()}
-    return [key if count == 1 else f"{key}_{i}" for key, count in counts.items() for i in range(count)]
+    parts = {str(key): _tensors(part) for key, part in value.items()} if isinstance(value, Mapping) else {"": _tensors(value)}
+    return [(f"{key}_{i}" if key and len(part) > 1 else key, tensor) for key, part in parts.items() for i, tensor in enumerate(part)]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -167,7 +172,7 @@ def _placement(model: torch.nn.Module) -> tuple[torch.dtype | None, torch.device
 
 
 def _placed(value: Any, kind: torch.dtype | None, device: torch.device | None) -> Any:
-    """A tensor where the weights are, and a half-precision one in their type if theirs is another."""
+    """A tensor where the weights are, and a bfloat16 one in their type."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().to(device) if device is not None else value.detach()
@@ -187,9 +192,13 @@ def _doubled(value: Any, size: int) -> Any:
 
 
 def _any_batch(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Mapping[str, Any]
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Mapping[str, Any],
+    outputs: Sequence[tuple[str, torch.Tensor]],
 ) -> tuple[torch.onnx.ONNXProgram | None, str]:
-    """The program for batches of any size, or None and why there is none."""
+    """The program for batches of any size, or None and why there is none; ``outputs`` are the module's for the example."""
     size = _batch_of([*args, *kwargs.values()])
     if size is None:
         return None, "the tensors of the example do not share their first axis"
@@ -204,7 +213,40 @@ def _any_batch(
     except ExportError as error:
         return None, _reason(error)
     fixed = [str(v.name) for v in program.model.graph.inputs if v.shape is not None and len(v.shape) and isinstance(v.shape[0], int)]
-    return (None, f"the module asks for this size of {', '.join(fixed)}") if fixed else (program, "")
+    if fixed:
+        return None, f"the module asks for this size of {', '.join(fixed)}"
+    why = _unlike(program, _tensors((args, kwargs)), outputs) if size == 1 else ""
+    return (None, why) if why else (program, "")
+
+
+def _unlike(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """How a program that was traced with two samples differs from the module for the example's one; empty where it does not."""
+    names = [str(v.name) for v in program.model.graph.inputs]
+    try:
+        with Session(program.model) as session:
+            (feed,) = feeds([dict(zip(names, inputs, strict=True))], session.inputs)
+            found = session.run(feed)
+    except (MagrError, ValueError) as error:
+        return f"a graph made for any batch does not run with the example's one sample: {_reason(error)}"
+    far = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(found, outputs, strict=False)) if not _close(a, b)]
+    if not far and len(found) == len(outputs):
+        return ""
+    what = ", ".join(far) or "other outputs"
+    return (
+        f"with one sample, as in the example, the module computes {what} otherwise than with more; examples of two show what it does then"
+    )
+
+
+def _close(found: npt.NDArray[Any], wanted: torch.Tensor) -> bool:
+    """Whether two results differ by rounding only, as a whole: kernels of two libraries, perhaps in half precision or on a GPU."""
+    exact = wanted.device.type == "cpu" and wanted.dtype in (torch.float32, torch.float64)
+    a, b = np.asarray(found, np.float64), wanted.detach().cpu().double().numpy()
+    if a.shape != b.shape or not wanted.is_floating_point():
+        return np.array_equal(a, b)
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return False
+    return bool(np.linalg.norm(a[finite] - b[finite]) <= (1e-3 if exact else 3e-2) * np.linalg.norm(b[finite]) + 1e-6)
 
 
 def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, names: Mapping[str, Any]) -> Any:

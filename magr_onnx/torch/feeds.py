@@ -32,14 +32,14 @@ def feeds(
     1. A tensor is the only input.
     2. A dict gives inputs by name; what is no input (labels) is dropped.
     3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple
-       or list, that is the inputs.
+       or list, that is the inputs; a list of single samples in one of these forms (``collate_fn=list``) is stacked.
     4. ``to_inputs`` turns a batch into one of these first, for everything else.
 
     Numbers are brought to the type of the input where both are floats or both integers. Batches are cut to ``batch_size``, so that some can
     be held out for choices.
 
     Args:
-        batches: Read once, and no further than needed. Stacked samples beyond ``samples`` are left out.
+        batches: Read once, and no batch further than needed. Stacked samples beyond ``samples`` are left out.
         inputs: The model's inputs.
         to_inputs: See above.
         samples: How many are enough; None for all there are.
@@ -59,17 +59,54 @@ def feeds(
         if samples is not None and total > samples:
             notes[f"the first {samples} of {total} samples were used (samples={samples})"] = None
     for index, batch in enumerate(batches):
-        if samples is not None and seen >= samples:
-            notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
-            break
-        named, dropped = _named(batch if to_inputs is None else to_inputs(batch), inputs, f"batch {index}")
+        arrays, dropped = _arrays(batch if to_inputs is None else to_inputs(batch), inputs, f"batch {index}")
         if dropped:
             notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
-        arrays = {i.name: _array(named[i.name], i, f"batch {index}") for i in inputs}
         _check_batch_axis(arrays, inputs, f"batch {index}")
         seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
         found += _cut(arrays, inputs, batch_size)
+        if samples is not None and seen >= samples:
+            if _may_have(batches, index + 1):
+                notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
+            break
     return replace(in_memory(found, name), notes=tuple(notes))
+
+
+def _may_have(batches: Any, count: int) -> bool:
+    """Whether there are more than ``count`` batches, as far as that is known without reading another."""
+    try:
+        return len(batches) > count
+    except TypeError:
+        return True
+
+
+def _arrays(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, npt.NDArray[Any]], str]:
+    """Inputs by name as arrays, those of single samples stacked; and a word on what was dropped."""
+    if not _is_samples(batch, inputs):
+        named, dropped = _named(batch, inputs, where)
+        return {i.name: _array(named[i.name], i, where) for i in inputs}, dropped
+    samples = [_named(sample, inputs, f"{where}, sample {number}") for number, sample in enumerate(batch)]
+    stacked = {}
+    for info in inputs:
+        arrays = [_array(named[info.name], info, where) for named, _ in samples]
+        if shapes := {a.shape for a in arrays[1:]} - {arrays[0].shape}:
+            raise CalibrationError(
+                f"{where} is a list of samples, and those of {info.name} have shapes {list(arrays[0].shape)} and {list(min(shapes))}; "
+                "pad them to one length in to_inputs or in the loader's collate_fn"
+            )
+        stacked[info.name] = np.stack(arrays)
+    return stacked, samples[0][1]
+
+
+def _is_samples(batch: Any, inputs: Sequence[InputInfo]) -> bool:
+    """Whether a batch is a list of samples, each with all inputs: their arrays lack the first axis."""
+    if not isinstance(batch, list) or not batch or not all(hasattr(i, "keys") or isinstance(i, tuple | list) for i in batch):
+        return False
+    try:
+        named, _ = _named(batch[0], inputs, "")
+        return all(_array(named[i.name], i, "").ndim == len(i.shape) - 1 for i in inputs)
+    except CalibrationError:
+        return False
 
 
 def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, Any], str]:

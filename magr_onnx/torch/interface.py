@@ -14,6 +14,7 @@ import torch
 from magr_onnx import api, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
+from magr_onnx.recipe import argument
 from magr_onnx.report import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
@@ -32,7 +33,7 @@ def optimize(
     validation_data: Iterable[Any] | str | os.PathLike[str] | None = None,
     to_inputs: ToInputs | None = None,
     samples: int | None = SAMPLES,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dynamic_shapes: DynamicShapes | Literal["batch"] = "batch",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -49,7 +50,7 @@ def optimize(
         validation_data: Held-out inputs in the same forms, to compare the float and the quantized model on.
         to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.torch.feeds`).
         samples: How many samples of a loader are enough; None for all.
-        batch_size: Most samples run at a time.
+        batch_size: Most samples run at a time; None for what a recipe says, or 16.
         dynamic_shapes: See `magr_onnx.torch.export`.
         input_names: Names of the inputs; those of forward's parameters by default.
         output_names: Names of the outputs.
@@ -74,8 +75,7 @@ def optimize(
 
 def _asked(report: Report, given: Mapping[str, Any]) -> Report:
     """With the call as it was made, defaults left out, and the name of the module's class for that of the model."""
-    usual = inspect.signature(optimize).parameters
-    said = {name: value for name, value in given.items() if value is not usual[name].default}
+    said = provenance.asked(inspect.signature(optimize), given)
     call, options = provenance.call("magr_onnx.torch.optimize", said), provenance.options(said)
     return replace(report, source=type(given["model"]).__name__, command=call, options=options)
 
@@ -87,22 +87,23 @@ def optimized(
     output: str | os.PathLike[str] | None,
     to_inputs: ToInputs | None,
     samples: int | None,
-    batch_size: int,
+    batch_size: int | None,
     options: Mapping[str, Any],
 ) -> api.Optimized:
     """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report; ``make`` exports once options are checked."""
     exported = cache(make)
+    options = dict(options) if batch_size is None else {**options, "batch_size": batch_size}
 
     def source(given: Any) -> Source | None:
         if given is None or isinstance(given, str | os.PathLike | DataReader | Batches):
             return given
-        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": batch_size}
+        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": argument("batch_size", options, 16)}
         return Deferred(lambda: feeds(given, inputs_of(exported().program.model), **reading))
 
     model = Deferred(lambda: exported().program)
     own: dict[str, Any] = {"calibration": source(calibration), "validation_data": source(validation_data), "output": output}
     said = {name: value for name, value in own.items() if value is not None}  # and a recipe keeps the rest
-    result = api.optimize(model, batch_size=batch_size, **said, **options)
+    result = api.optimize(model, **said, **options)
     return result._replace(report=_told(result.report, exported().notes))
 
 

@@ -89,7 +89,7 @@ def magr(
     damping: float | None = None,
     to_inputs: ToInputs | None = None,
     samples: int | None = SAMPLES,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dynamic_shapes: DynamicShapes | Literal["batch"] = "batch",
     **settings: Any,
 ) -> tuple[dict[str, torch.Tensor], Reduced]:
@@ -105,7 +105,7 @@ def magr(
         damping: Multiple of the Gram matrix's diagonal; None for one that follows from the number of rows.
         to_inputs: What of a batch is input.
         samples: How many samples of a loader are enough; None for all.
-        batch_size: Most samples run at a time.
+        batch_size: Most samples run at a time; None for what a recipe says, or 16.
         dynamic_shapes: See `magr_onnx.torch.export`.
         **settings: ``include``, ``exclude``, ``mask``, ``provider`` and the like of `magr_onnx.optimize`.
 
@@ -159,7 +159,7 @@ def _reduced(
     example: Examples,
     calibration: Iterable[Any],
     strength: MagR,
-    reading: tuple[ToInputs | None, int | None, int],
+    reading: tuple[ToInputs | None, int | None, int | None],
     shapes: Any,
     settings: Mapping[str, Any],
 ) -> tuple[dict[str, Array], Reduced]:
@@ -221,11 +221,11 @@ def _new_value(
     held = [v for n in names if (v := model.graph.initializers.get(n)) is not None]
     if not held:
         return "not in the exported model under its name", None, []
-    old, value = _array(parameter), held[0]
-    if value.const_value is None or not _same(value.const_value.numpy(), old):
+    old = _array(parameter)
+    if any(v.const_value is None or not _same(v.const_value.numpy(), old) for v in held):
         return "its values are not those of the initializer of its name", None, []
     own = {id(layer.node): layer for layer in layers}
-    ends = list(_readers(value))
+    ends = [node for value in held for node in _readers(value)]
     others = [n for n in ends if n is None or id(n) not in own]
     if others:
         return _reason(others, reasons), None, []

@@ -2,10 +2,17 @@
 // and the plots do is done in microtasks, and those end before the script does.
 
 const root = document.documentElement;
-const reports = [...document.querySelectorAll(".report-data")].map((place) => JSON.parse(place.textContent));
+const NAMES = new Set(["name", "op", "weight", "emitted", "output", "scope", "layer", "label"]);
+const texts = [...document.querySelectorAll(".report-data")].map((place) => place.textContent);
+const reports = texts.map((text) => JSON.parse(text, withoutWords));
 const sides = reports.map(withPlaces);
 const dialog = document.getElementById("details");
 let shown = null;
+
+// Figures that are no numbers have no place in a plot; names and sentences may well be those words.
+function withoutWords(key, value) {
+  return !NAMES.has(key) && ["nan", "inf", "-inf"].includes(value) ? null : value;
+}
 
 // Layers as the table has them: by depth, with what the validation and the proof say of each.
 function withPlaces(report) {
@@ -67,7 +74,7 @@ function switchTheme() {
 
 function download() {
   const link = element("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(reports[0], null, 1)], { type: "application/json" }));
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(JSON.parse(texts[0]), null, 1)], { type: "application/json" }));
   link.download = "report.json";
   link.click();
   URL.revokeObjectURL(link.href);
