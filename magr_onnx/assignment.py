@@ -100,11 +100,14 @@ class Assignment:
 
     def _plot(self) -> list[str]:
         """Predicted loss over size: the curve as dots, uniform choices as their bits, the result as @."""
-        last = self.attempts[-1]
-        most = 1.1 * max(last.bytes, *(p.bytes for p in self.uniform))
+        result = self.attempts[-1:]
+        most = 1.1 * max([a.bytes for a in result] + [p.bytes for p in self.uniform or self.curve], default=0)
         marks = [(p.bytes, p.loss, ".") for p in self.curve] + [(p.bytes, p.loss, p.label[:1]) for p in self.uniform]
-        marks.append((last.bytes, last.predicted, "@"))
-        shown = [(100 * size / self.source_bytes, math.log10(loss), mark) for size, loss, mark in marks if loss > 0 and size <= most]
+        marks += [(a.bytes, a.predicted, "@") for a in result]
+        fitting = [(size, loss, mark) for size, loss, mark in marks if 0 < loss < math.inf and size <= most]
+        shown = [(100 * size / self.source_bytes, math.log10(loss), mark) for size, loss, mark in fitting]
+        if not shown:
+            return ["  no choice has a predicted loss that could be plotted"]
         left, right = _range([x for x, _, _ in shown])
         low, high = _range([y for _, y, _ in shown])
         cells = [[" "] * WIDTH for _ in range(HEIGHT)]

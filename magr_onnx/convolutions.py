@@ -30,7 +30,7 @@ from magr_onnx.report import LayerRow
 from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats
-from magr_onnx.sketch import sketch
+from magr_onnx.sketch import places, sketch, thinned
 from magr_onnx.types import Array, QuantizedWeight, joined
 
 _TOGETHER = ("auto", "comq", "gptq", "rtn")  # quantizers of which `grouped` is a form
@@ -210,7 +210,8 @@ def _convert(
                 tuple(notes),
                 groups=layer.group,
                 weights=solution.values,
-                errors=tuple(solution.errors),
+                errors=tuple(thinned(solution.errors)),
+                sweeps=tuple(places(len(solution.errors))),
                 output=layer.output.name,
                 scope=scope_of(layer.node),
             )

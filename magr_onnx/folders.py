@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, locking, patterns, provenance, reporting
+from magr_onnx import carrying, files, locking, patterns, provenance, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, raise_all
 from magr_onnx.optimizer import optimize
@@ -162,10 +162,10 @@ def optimize_folder(
     data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
     found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
-    carried = _besides(source, names, (file for model in found for file in model.external))
+    carried = carrying.besides(source, names, (file for model in found for file in model.external))
     place = out.resolve()  # a link stays one, and what it points to is replaced
     before = [place / name for name in names if place.is_dir()]
-    there = _besides(place, names, (file for old in before for file in data_files(old))) if before else []
+    there = carrying.besides(place, names, (file for old in before for file in data_files(old))) if before else []
     kept = [path for path in there if path not in carried]
     try:
         with locking.workspace(place) as work:
@@ -208,7 +208,7 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = [p.as_posix() for p in _every(folder) if p.suffix == ".onnx"]
+    there = [p.as_posix() for p in carrying.every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
@@ -216,36 +216,6 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     unused = [p for p in patterns if not any(_matches(name, p) for name in there)]
     raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in unused])
     return [name for name in there if any(_matches(name, p) for p in patterns)]
-
-
-def _every(folder: Path) -> list[Path]:
-    """All files in a folder, and in those that links in it lead to; sorted paths in the folder.
-
-    Raises:
-        ModelError: Something in it cannot be copied: a link that leads nowhere or to a folder it is in, a folder that cannot be read.
-    """
-    found: list[Path] = []
-    problems: list[str] = []
-
-    def walk(place: Path, above: Collection[Path]) -> None:
-        try:
-            for path in place.iterdir():
-                if not path.is_dir():
-                    (found if path.is_file() else odd).append(path)
-                elif (real := path.resolve()) in above:
-                    problems.append(f"{path} is a link to a folder it is in, {real}; remove it")
-                else:
-                    walk(path, {*above, real})
-        except OSError as error:
-            problems.append(f"{place} cannot be read: {advice(error)}")
-
-    odd: list[Path] = []
-    walk(folder, {folder.resolve()})
-    for path in odd:
-        leads = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "neither a file nor a folder"
-        problems.append(f"{path} is {leads}; restore or remove it")
-    raise_all(ModelError, sorted(problems))
-    return sorted(path.relative_to(folder) for path in found)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -314,17 +284,6 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
     return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, wanted, batch_size)
 
 
-def _besides(folder: Path, names: Collection[str], external: Iterable[Path]) -> list[Path]:
-    """Files that are neither the models of these names nor ``external`` data that only those read; paths in the folder."""
-
-    def inside(paths: Iterable[Path]) -> set[Path]:
-        return {Path(os.path.relpath(path, folder)) for path in paths}
-
-    every, gone = _every(folder), {*map(Path, names), *inside(external)}
-    gone -= {file for path in every if path.suffix == ".onnx" and path not in gone for file in inside(data_files(folder / path))}
-    return [path for path in every if path not in gone]
-
-
 def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
     """The source of every model among those given.
 
@@ -372,13 +331,12 @@ def check_reports(folder: Path, models: Sequence[str], output: Path, paths: Sequ
     raise_all(
         OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
     )
-    reporting.check(every, {*taken, *(base / path for path in _every(folder) for base in (folder, output))})
+    reporting.check(every, {*taken, *(base / path for path in carrying.every(folder) for base in (folder, output))})
 
 
 def _report_files(path: Path, names: Sequence[str]) -> list[Path]:
     """Where the report of a folder of several models goes, and those of the models."""
-    labels = _labels(names)
-    return [path, *(path.with_name(f"{path.stem}.{labels[name]}{path.suffix}") for name in names)]
+    return [path, *(path.with_name(f"{path.stem}.{label}{path.suffix}") for label in _labels(names).values())]
 
 
 def _stem(name: str) -> str:

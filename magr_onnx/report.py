@@ -60,6 +60,7 @@ class LayerRow:
         groups: Matrices ``k x n`` of a convolution, one a group of channels.
         weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.sketch.sketch`.
         errors: What the quantizer lowers, at the start and after every sweep (of at most 50).
+        sweeps: How many sweeps each of ``errors`` is behind; empty in older reports, which have all of them.
         tiles: Headroom of a constrained accumulator along K; see `magr_onnx.sketch.tile_headroom`.
         depth: Converted layers before it on the longest way from the inputs.
         output: Name of its output, by which `Validation.layers` has it.
@@ -87,6 +88,7 @@ class LayerRow:
     groups: int = 1
     weights: dict[str, Any] | None = None
     errors: tuple[float, ...] = ()
+    sweeps: tuple[int, ...] = ()
     tiles: dict[str, Any] | None = None
     depth: int | None = None
     output: str | None = None

@@ -84,9 +84,14 @@ def _on_grid(pair: Sequence[Array | None], weight: QuantizedWeight, columns: npt
 
 
 def thinned(curve: Sequence[float]) -> list[float]:
-    """At most `POINTS` of a curve, its ends among them, to seven digits."""
-    places = range(len(curve)) if len(curve) <= POINTS else np.linspace(0, len(curve) - 1, POINTS).round().astype(int)
-    return [_short(curve[i]) for i in places]
+    """At most `POINTS` of a curve, its ends among them, to seven digits; `places` has which."""
+    return [_short(curve[i]) for i in places(len(curve))]
+
+
+def places(count: int) -> list[int]:
+    """Which points of a curve of ``count`` are kept: steps from its start."""
+    found: list[int] = np.linspace(0, count - 1, min(count, POINTS)).round().astype(int).tolist()
+    return found
 
 
 def _short(value: float) -> float:

@@ -22,6 +22,7 @@ from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.setting import Setting
+from magr_onnx.sketch import places, thinned
 from magr_onnx.statistics import beginning, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.types import LayerStats
 
@@ -235,7 +236,8 @@ def _layer_row(job: Job) -> LayerRow:
         facts.get("feedback"),
         facts.get("low_rank"),
         weights=facts.get("weights"),
-        errors=tuple(facts.get("errors", ())),
+        errors=tuple(thinned(facts.get("errors", ()))),
+        sweeps=tuple(places(len(facts.get("errors", ())))),
         tiles=facts.get("tiles"),
         output=layer.output.name,
         scope=scope_of(layer.node),

@@ -12,7 +12,7 @@ from magr_onnx import magr
 from magr_onnx.linalg import automatic_damping
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.quantizers.problem import damped_gram
-from magr_onnx.sketch import sketch, thinned
+from magr_onnx.sketch import places, sketch, thinned
 from magr_onnx.types import Array, WeightSpec
 
 
@@ -89,4 +89,5 @@ def facts_of(weights: Array, result: magr.Reduction) -> dict[str, Any]:
         "max_before": float(np.abs(weights).max()),
         "max_after": float(np.abs(result.weights).max()),
         "trace": thinned(result.trace),
+        "steps": places(len(result.trace)),
     }

@@ -17,7 +17,7 @@ from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.passes.magr import facts_of
 from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
-from magr_onnx.sketch import sketch, thinned, tile_headroom
+from magr_onnx.sketch import sketch, tile_headroom
 from magr_onnx.targets import find_target
 from magr_onnx.types import BITS, WeightSpec, activation_limits
 
@@ -170,7 +170,7 @@ class Quantize(LayerPass):
         if solution.facts:
             job.facts["solver"] = solution.facts
         if solution.errors:
-            job.facts["errors"] = thinned(solution.errors)
+            job.facts["errors"] = solution.errors
         job.facts["error"] = relative_error(job, centred)
         return True
 

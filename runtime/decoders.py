@@ -100,6 +100,12 @@ class Decoder:
     def tokens(self) -> InputInfo:
         return next(i for i in self.inputs if i.name == TOKENS)
 
+    @property
+    def samples(self) -> int | None:
+        """How many samples a feed has: what the tokens or the past fix; None for any number."""
+        fixed = (self.tokens.shape[0], *(p.shape[p.batch] for p in self.pasts if p.batch is not None))
+        return next((size for size in fixed if size is not None), None)
+
     def feed(self, ids: Array, past: Mapping[str, Array], length: int) -> Batch:
         """A whole feed for tokens ``ids (B, T)`` behind ``length`` others."""
         made = {i.name: MAKERS[i.name](ids, length).astype(i.dtype) for i in self.inputs if i.name in MAKERS}
@@ -188,6 +194,8 @@ def _axes(value: ir.Value, model: ir.Model) -> tuple[int | None, int | None]:
     if isinstance(samples, int):
         return next((i for i, d in enumerate(value.shape or ()) if d == samples), None), next(iter(free), None)
     same = [i for i in free if value.shape is not None and value.shape[i] == samples]
+    if not same and len(free) == 1 and free[0] > 0:  # the number of samples is a size here
+        return 0 if len(value.shape or ()) == 4 else None, free[0]
     batch = next(iter([*same, *free]), None)
     return batch, next((i for i in free if i != batch), None)
 
@@ -237,7 +245,7 @@ def _fed(
 ) -> Batches:
     """Feeds made of tokens, with notes on what they are."""
     notes: list[str] = []
-    parts = _parts(_samples(given, notes), batch_size, decoder.tokens, given.describe, notes)
+    parts = _parts(_samples(given, notes), batch_size, decoder.samples, given.describe, notes)
     feeds = in_memory([decoder.start(ids) for ids in parts], given.describe)
     samples, tokens = sum(map(len, parts)), sum(ids.size for ids in parts)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
@@ -294,12 +302,11 @@ def _samples(given: Batches, notes: list[str]) -> list[Array]:
     return found
 
 
-def _parts(samples: Sequence[Array], batch_size: int, tokens: InputInfo, where: str, notes: list[str]) -> list[Array]:
-    """Samples of one length together ``(B, T)``, in batches so small that some can be held out."""
+def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None, where: str, notes: list[str]) -> list[Array]:
+    """Samples of one length together ``(B, T)``: ``fixed`` of them, or batches so small that some can be held out."""
     by_length: dict[int, list[Array]] = {}
     for sample in samples:
         by_length.setdefault(len(sample), []).append(sample)
-    fixed = tokens.shape[0]
     size = fixed or min(batch_size, max(1, len(samples) // HELD_OUT))
     parts = [np.stack(some[i : i + size]) for some in by_length.values() for i in range(0, len(some), size)]
     kept = [ids for ids in parts if fixed in (None, len(ids))]
@@ -329,7 +336,7 @@ class _Spool:
             for index, ids in enumerate(parts):
                 count = min(steps, ids.shape[1] - 1)
                 each = max(1, token * ids.shape[1] * count)
-                some = len(ids) if decoder.tokens.shape[0] else min(len(ids), max(1, left // (len(parts) - index) // each))
+                some = len(ids) if decoder.samples else min(len(ids), max(1, left // (len(parts) - index) // each))
                 if not count or some * each > left:
                     continue
                 left -= some * each

@@ -223,6 +223,20 @@ def test_inputs_that_tokens_do_not_give() -> None:
         feeding.open_for(decoders.genai(), [{"input_ids": decoders.tokens()}], steps=-1)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_past_may_fix_the_number_of_samples(size: int) -> None:
+    model = decoders.optimum()
+    for value in model.graph.inputs:
+        if str(value.name).startswith("past"):
+            value.shape = ir.Shape([size, decoders.KV_HEADS, "past_sequence_length", decoders.SIZE])
+    decoder = recognised(model)
+    assert decoder.samples == size
+    assert {(p.batch, p.length) for p in decoder.pasts} == {(0, 2)}
+    batches = feeding.open_for(model, [{"input_ids": decoders.tokens(12, 8)}], runs=model)
+    assert {len(batch["input_ids"]) for batch in batches} == {size}
+    assert any("decode: the last tokens" in note for note in batches.notes)
+
+
 @PLAIN
 def test_a_mask_longer_than_the_tokens_marks_its_last(make: Callable[[], ir.Model]) -> None:
     """Users' own feeds may be padded; in decode steps the mask covers the past too."""

@@ -156,7 +156,7 @@ def test_bad_outputs(tmp_path: Path) -> None:
     content = path.read_bytes()
     cases = [
         (path, "would overwrite the input"),
-        (tmp_path / "weights.bin", "would overwrite the input"),
+        (tmp_path / "weights.bin", "would overwrite the input|weights.bin: the result is an ONNX model"),
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "out.onnx", "does not exist; create it first"),
         (tmp_path / "out.txt", "out.txt: the result is an ONNX model; give a name that ends in .onnx"),

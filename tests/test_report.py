@@ -269,6 +269,51 @@ def test_a_dead_layer_is_converted() -> None:
     assert Report.from_json(report.to_json()) == report
 
 
+def test_durations_are_rounded_once() -> None:
+    expected = {0.04: "0.0 s", 59.97: "1 min 0 s", 119.7: "2 min 0 s", 61.2: "1 min 1 s", 3599.7: "1 h 0 min", 7199.0: "2 h 0 min"}
+    assert {seconds: summary.duration(seconds) for seconds in expected} == expected
+
+
+def test_long_curves_know_their_steps() -> None:
+    long = [{"x": random(64, 24, seed=i)} for i in range(4)]
+    b = Builder()
+    model = b.model(b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("w", random(24, 8))], "only"), ["batch", 8])
+    row = magr_onnx.optimize(model, long, pipeline_text="magr{method=authors,relative=false},quantize,emit-qdq").report.layers[0]
+    assert row.magr is not None
+    assert len(row.magr["trace"]) == len(row.magr["steps"]) == sketch.POINTS
+    assert (row.magr["steps"][0], row.magr["steps"][-1]) == (0, row.magr["iterations"]) == (0, 200)
+    assert (row.errors, row.sweeps, summary.sweeps_of(row)) == ((), (), None)
+    swept = replace(row, errors=tuple(sketch.thinned(range(80))), sweeps=tuple(sketch.places(80)))
+    assert summary.sweeps_of(swept) == 79
+    assert swept.errors == swept.sweeps
+    assert summary.sweeps_of(replace(swept, sweeps=())) == 49  # an older report
+
+
+def test_scales_of_a_table_are_along_its_rows(reports: dict[str, Report]) -> None:
+    def block(op: str, size: int | None) -> str:
+        row = replace(reports["fast"].layers[0], op=op, k=30, n=64, block_size=size)
+        return summary.Line(row, None, None, None, None, 0).block
+
+    assert [block("Gather", 64), block("Gather", 32), block("MatMul", 30), block("MatMul", 16)] == ["row", "32", "column", "16"]
+    assert block("MatMul", None) == ""
+
+
+def test_a_quantizer_without_sweeps_has_no_chart_of_them(reports: dict[str, Report]) -> None:
+    _, report = magr_onnx.optimize(graphs.chain(), samples(), pipeline_text="magr,quantize,emit-qdq")
+    assert all(row.magr and not row.errors for row in report.layers)
+    assert 'data-chart="convergence"' not in report.to_html()
+    assert 'data-chart="convergence"' in reports["fast"].to_html()
+
+
+def test_a_choice_without_attempts_can_be_shown(reports: dict[str, Report]) -> None:
+    assignment = reports["mixed"].assignment
+    assert assignment is not None
+    for bare in (replace(assignment, attempts=()), replace(assignment, attempts=(), curve=(), uniform=())):
+        report = replace(reports["mixed"], assignment=bare)
+        assert assignment.goal in report.to_text()
+        assert 'data-chart="tradeoff"' in report.to_html()
+
+
 def test_curves_keep_their_ends() -> None:
     assert sketch.thinned([3.0, 2.0, 1.0]) == [3, 2, 1]
     long = sketch.thinned(np.linspace(1, 0, 999).tolist())

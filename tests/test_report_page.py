@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,33 @@ def test_tooltips_say_what_a_bar_is(browser: Browser, pages: dict[str, Path], re
         tip = page.locator("#vg-tooltip-element")
         tip.wait_for()
         assert "layer1" in tip.inner_text()
+
+
+def test_what_is_not_a_number_does_not_end_the_page(browser: Browser, reports: dict[str, Report], tmp_path: Path) -> None:
+    report, nan = reports["integer"], float("nan")
+    rows = [replace(row, error=nan, name="nan", magr={**(row.magr or {}), "gap": nan}, solver={"error": nan}) for row in report.layers[:2]]
+    broken = replace(report, layers=(*rows, *report.layers[2:]))
+    broken.save(tmp_path / "r.html")
+    with opened(browser, tmp_path / "r.html") as found:
+        page = found.page
+        page.locator("#layers tbody button").first.click()
+        page.locator("#details [data-panel=tiles] svg").wait_for()
+        assert page.locator("#details h2").inner_text() == "nan"
+        assert "Relative duality gap at the end: not a number" in page.locator("#details").inner_text()
+        page.keyboard.press("Escape")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Download JSON").click()
+        assert json.loads(Path(download.value.path()).read_text()) == broken.to_dict()
+        assert found.said == []
+
+
+def test_a_choice_without_attempts_is_drawn(browser: Browser, reports: dict[str, Report], tmp_path: Path) -> None:
+    report = reports["mixed"]
+    assert report.assignment is not None
+    replace(report, assignment=replace(report.assignment, attempts=())).save(tmp_path / "r.html")
+    with opened(browser, tmp_path / "r.html") as found:
+        assert draw_all(found.page) == found.page.locator("figure[data-chart]").count()
+        assert found.said == []
 
 
 def test_names_of_layers_are_text_only(browser: Browser, tmp_path: Path) -> None:

@@ -404,6 +404,15 @@ def test_the_batch_size_of_a_recipe_is_used() -> None:
     assert "2 batches, 64 rows" in given.calibration
 
 
+def test_a_recipe_says_what_is_not_given(tmp_path: Path) -> None:
+    np.savez(tmp_path / "inputs.npz", input=np.random.default_rng(0).standard_normal((64, 64), np.float32))
+    recipe = {"calibration": str(tmp_path / "inputs.npz"), "output": str(tmp_path / "out.onnx"), "bits": 8, "effort": "fast"}
+    report = magr_torch.optimize(nn.Linear(64, 64), torch.zeros(2, 64), recipe=recipe).report
+    assert report.calibration.endswith("64 samples in 4 batches, 64 rows")
+    assert report.output == str(tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").is_file()
+
+
 class Lonely(nn.Module):
     """Something else for one sample than for more; ``names`` that forward takes in an order of its own."""
 

@@ -37,8 +37,7 @@ def page(report: Report) -> str:
             "sweeps": any(line.sweeps is not None for line in lines),
             "headroom": any(line.headroom is not None for line in lines),
             "activation": any((line.row.activation or {}).get("high") is not None for line in lines),
-            "tiles": any(line.row.tiles for line in lines),
-            "curves": any(line.row.errors or line.row.magr for line in lines),
+            "curves": any(len(line.row.errors) > 1 for line in lines),
         },
     }
     return _render("report.html.jinja", values, [report])

@@ -53,6 +53,12 @@ class Line:
         r = self.row
         return f"{r.k} × {r.n}" if r.groups == 1 else f"{r.groups} × {r.k} × {r.n}"
 
+    @property
+    def block(self) -> str:
+        """What shares a scale: that many rows of a column, or values of a row of a table, or all of them."""
+        size, (whole, name) = self.row.block_size, (self.row.n, "row") if self.row.op == "Gather" else (self.row.k, "column")
+        return "" if size is None else name if size >= whole else str(size)
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -91,8 +97,13 @@ def lines_of(report: Report) -> list[Line]:
     for r in report.layers:
         share = (r.error or 0) / worst if worst else 0.0
         room = rooms.get(r.emitted or "")
-        found.append(Line(r, running.get(r.output or r.name), peak_of(r), len(r.errors) - 1 if r.errors else None, room, share))
+        found.append(Line(r, running.get(r.output or r.name), peak_of(r), sweeps_of(r), room, share))
     return sorted(found, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
+
+
+def sweeps_of(row: LayerRow) -> int | None:
+    """How many sweeps the quantizer of a layer took; None where it takes none."""
+    return (row.sweeps[-1] if row.sweeps else len(row.errors) - 1) if row.errors else None
 
 
 def peak_of(row: LayerRow) -> float | None:
@@ -232,9 +243,12 @@ def skips(report: Report) -> list[dict[str, Any]]:
 
 def duration(seconds: float) -> str:
     """Seconds in words."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds < 3600 else f"{int(seconds // 3600)} h {seconds % 3600 / 60:.0f} min"
+    if (whole := round(seconds)) < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def milliseconds(value: float) -> str:

@@ -46,7 +46,7 @@ def optimize(
         model: A module, which is exported in evaluation mode and left as it was, or what ``torch.onnx.export(..., dynamo=True)`` returned.
         example_inputs: Arguments of the module's forward: a tensor, a tuple, or a dict of keyword arguments. None for an ONNXProgram.
         calibration: A DataLoader, or anything `magr_onnx.torch.feeds` or `magr_onnx.runtime.data` can read.
-        output: Where to write the result; None keeps it in memory.
+        output: Where to write the result; None keeps it in memory, or takes a recipe's.
         validation_data: Held-out inputs in the same forms, to compare the float and the quantized model on.
         to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.torch.feeds`).
         samples: How many samples of a loader are enough; None for all.
@@ -69,7 +69,8 @@ def optimize(
         make = partial(export, model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
     else:
         make = partial(Exported, model, ())
-    result = optimized(make, calibration, validation_data, output, to_inputs, samples, batch_size, options)
+    run = options if output is None else {**options, "output": output}
+    result = optimized(make, calibration, validation_data, to_inputs, samples, batch_size, run)
     return result._replace(report=_asked(result.report, given))
 
 
@@ -84,7 +85,6 @@ def optimized(
     make: Callable[[], Exported],
     calibration: Any,
     validation_data: Any,
-    output: str | os.PathLike[str] | None,
     to_inputs: ToInputs | None,
     samples: int | None,
     batch_size: int | None,
@@ -92,18 +92,18 @@ def optimized(
 ) -> api.Optimized:
     """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report; ``make`` exports once options are checked."""
     exported = cache(make)
-    options = dict(options) if batch_size is None else {**options, "batch_size": batch_size}
+    own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
+    given = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
+    size = argument("batch_size", given, 16)
 
-    def source(given: Any) -> Source | None:
-        if given is None or isinstance(given, str | os.PathLike | DataReader | Batches):
-            return given
-        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": argument("batch_size", options, 16)}
-        return Deferred(lambda: feeds(given, inputs_of(exported().program.model), **reading))
+    def source(batches: Any) -> Source:
+        if isinstance(batches, str | os.PathLike | DataReader | Batches):
+            return batches
+        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": size}
+        return Deferred(lambda: feeds(batches, inputs_of(exported().program.model), **reading))
 
-    model = Deferred(lambda: exported().program)
-    own: dict[str, Any] = {"calibration": source(calibration), "validation_data": source(validation_data), "output": output}
-    said = {name: value for name, value in own.items() if value is not None}  # and a recipe keeps the rest
-    result = api.optimize(model, **said, **options)
+    given |= {name: source(given[name]) for name in ("calibration", "validation_data") if name in given}
+    result = api.optimize(Deferred(lambda: exported().program), **given)
     return result._replace(report=_told(result.report, exported().notes))
 
 

@@ -104,7 +104,7 @@ const CHARTS = {
   }),
 
   convergence: ([layers]) => {
-    const sweeps = layers.flatMap((l) => l.errors.map((e, sweep) => ({ name: l.name, sweep, left: l.errors[0] ? e / l.errors[0] : 1 })));
+    const sweeps = layers.flatMap((l) => l.errors.map((e, i) => ({ name: l.name, sweep: l.sweeps[i] ?? i, left: l.errors[0] ? e / l.errors[0] : 1 })));
     return {
       data: { values: sweeps },
       mark: { type: "line", color: colour("accent"), opacity: Math.max(0.15, Math.min(0.7, 12 / layers.length)), point: { size: 12, color: colour("accent") } },
@@ -120,8 +120,8 @@ const CHARTS = {
   tradeoff: (_, [report]) => {
     const a = report.assignment;
     const share = (p, kind) => ({ kind, size: p.bytes / a.source_bytes, loss: p.loss ?? p.predicted, label: p.label || kind });
-    const last = a.attempts[a.attempts.length - 1];
-    const most = 1.15 * Math.max(last.bytes, ...a.uniform.map((p) => p.bytes)) / a.source_bytes;
+    const result = a.attempts.slice(-1);
+    const most = 1.15 * Math.max(...[...result, ...(a.uniform.length ? a.uniform : a.curve)].map((p) => p.bytes)) / a.source_bytes;
     const seen = (p) => p.loss > 0 && p.size <= most;
     const axes = {
       x: { field: "size", type: "quantitative", title: "of the source's size", axis: { format: ".0%" }, scale: { zero: false } },
@@ -133,8 +133,8 @@ const CHARTS = {
       layer: [
         { data: { values: a.curve.map((p) => share(p, "mixed")).filter(seen) }, mark: { type: "line", color: colour("accent") } },
         { data: { values: a.uniform.map((p) => share(p, "all")).filter(seen) }, mark: { type: "point", shape: "square", filled: true, size: 45, color: colour("soft") } },
-        { data: { values: [share(last, "the result")] }, mark: { type: "point", shape: "diamond", filled: true, size: 170, opacity: 1, color: colour("second") } },
-      ],
+        { data: { values: result.map((p) => share(p, "the result")) }, mark: { type: "point", shape: "diamond", filled: true, size: 170, opacity: 1, color: colour("second") } },
+      ].filter((layer) => layer.data.values.length),
     };
   },
 
@@ -187,8 +187,8 @@ const CHARTS = {
     };
   },
 
-  magr: (layer) => curve(layer.magr.trace, "iterations", "objective"),
-  sweeps: (layer) => curve(layer.errors, "sweeps", "layer error"),
+  magr: (layer) => curve(layer.magr.trace, layer.magr.steps ?? [], "iterations", "objective"),
+  sweeps: (layer) => curve(layer.errors, layer.sweeps, "sweeps", "layer error"),
 
   tiles: (layer) => ({
     data: { values: layer.tiles.headroom.map((bits, tile) => ({ tile, bits })) },
@@ -201,10 +201,11 @@ const CHARTS = {
   }),
 };
 
-function curve(values, x, y) {
+// Values at steps; reports of older versions do not say which.
+function curve(values, steps, x, y) {
   return {
     height: 150,
-    data: { values: values.map((value, at) => ({ at, value })) },
+    data: { values: values.map((value, i) => ({ at: steps[i] ?? i, value })) },
     mark: { type: "line", color: colour("accent"), point: { size: 22, color: colour("accent") } },
     encoding: {
       x: { field: "at", type: "quantitative", title: x, axis: { tickMinStep: 1 } },

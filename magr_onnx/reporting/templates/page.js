@@ -21,6 +21,7 @@ function withPlaces(report) {
   const sorted = report.layers.map((l, i) => [l.depth ?? Infinity, i, l]).sort((a, b) => (a[0] === b[0] ? a[1] - b[1] : a[0] - b[0]));
   return sorted.map(([, , l], at) => ({
     errors: [],
+    sweeps: [],
     ...l,
     at,
     shape: `${l.groups > 1 ? `${l.groups} × ` : ""}${l.k} × ${l.n}`,
