@@ -168,7 +168,7 @@ def _reduced(
     before = files.load(exported.program).model
     open_up(before)
     canonicalize(before)
-    result = optimized(lambda: exported, calibration, None, None, *reading, {**settings, "pipeline_text": [strength]})
+    result = optimized(lambda: exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]})
     reduced = {layer.name: layer for layer in find(result.model)[0]}
     errors = {row.name: row.error for row in result.report.layers}
     layers, skips = find(before)
