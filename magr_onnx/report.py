@@ -347,9 +347,8 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
     if most is not None and len(rows) > most:
         ordered = sorted(rows, key=lambda row: -severity(row.error or 0))
         errors = [row.error or 0 for row in ordered[most:]]
-        rest = (
-            f"... and {len(errors)} more layers with errors from {min(errors):.2%} to {max(errors, key=severity):.2%} (--verbose shows all)"
-        )
+        ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
+        rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
         return [*layer_table(ordered[:most]), rest]
     lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)

@@ -136,9 +136,8 @@ def cards(report: Report) -> list[Card]:
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
         others = "; what layers before did wrong is in it" if fed_back(report) else ""
-        found.append(
-            Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors, key=severity):.2%}, {data}{others}")
-        )
+        detail = f"median; largest {max(errors, key=severity):.2%}, {data}{others}"
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", detail))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
