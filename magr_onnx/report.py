@@ -345,16 +345,17 @@ def told_apart(rows: Iterable[LayerRow]) -> list[LayerRow]:
 def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
     """Layers as text, worst error marked; of more than ``most`` those with the largest errors, largest first."""
     if most is not None and len(rows) > most:
-        ordered = sorted(rows, key=lambda row: -(row.error or 0))
+        ordered = sorted(rows, key=lambda row: -severity(row.error or 0))
         errors = [row.error or 0 for row in ordered[most:]]
-        rest = f"... and {len(errors)} more layers with errors from {min(errors):.2%} to {max(errors):.2%} (--verbose shows all)"
+        ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
+        rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
         return [*layer_table(ordered[:most]), rest]
     lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
-    worst = max((r.error or 0 for r in rows), default=0)
+    worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
         name = r.label if len(r.label) <= 40 else f"...{r.label[-37:]}"
         error = "" if r.error is None else f"{r.error:8.2%}"
-        mark = " *" if r.error and r.error == worst and len(rows) > 1 else ""
+        mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
         lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
     return lines

@@ -137,7 +137,7 @@ def measures(report: Report) -> dict[str, Measure]:
 
 
 def _errors(what: str, values: list[float], feedback: bool) -> dict[str, Measure]:
-    both = {"median": statistics.median(values), "largest": max(values)}
+    both = {"median": statistics.median(values), "largest": max(values, key=severity)}
     return {f"{name} {what}": Measure(f"{v:.2%}", v, change=points, feedback=feedback) for name, v in both.items()}
 
 

@@ -92,10 +92,10 @@ def lines_of(report: Report) -> list[Line]:
     """The layers from the inputs to the outputs."""
     running = {} if report.validation is None else {m.layer: m.relative_error for m in report.validation.layers}
     rooms = {} if report.proof is None else report.proof.by_node
-    worst = max((r.error or 0 for r in report.layers), default=0)
+    worst = max((r.error for r in report.layers if r.error is not None and math.isfinite(r.error)), default=0)
     found = []
     for r in report.layers:
-        share = (r.error or 0) / worst if worst else 0.0
+        share = min(severity(r.error or 0) / worst, 1.0) if worst else 0.0
         room = rooms.get(r.emitted or "")
         found.append(Line(r, running.get(r.output or r.name), peak_of(r), sweeps_of(r), room, share))
     return sorted(found, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
@@ -136,7 +136,8 @@ def cards(report: Report) -> list[Card]:
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
         others = "; what layers before did wrong is in it" if fed_back(report) else ""
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", f"median; largest {max(errors):.2%}, {data}{others}"))
+        detail = f"median; largest {max(errors, key=severity):.2%}, {data}{others}"
+        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", detail))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
         found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
