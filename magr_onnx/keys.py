@@ -99,6 +99,14 @@ KEYS = {**RUN, **OPTIONS}
 
 def problem(name: str, value: Any) -> str | None:
     """What is wrong with a value, if anything is; ``name`` is among `KEYS`."""
+    choices, wrong = KEYS[name].choices, mistyped(name, value)
+    if wrong is None and choices and value not in (None, WORDS.get(name), *choices):
+        return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
+    return wrong
+
+
+def mistyped(name: str, value: Any) -> str | None:
+    """What is wrong with a value but for being none of the choices: its type, or that it is too small."""
     key = KEYS[name]
     if key.kind in ("patterns", "paths"):
         texts = [value] if isinstance(value, str | os.PathLike) else value
@@ -115,8 +123,6 @@ def problem(name: str, value: Any) -> str | None:
         return None
     if not any(_is(value, kind) for kind in key.types):
         return f"{name} = {_shown(value)}: expected {_expected(name, key)}, found {_found(value)}"
-    if key.choices and value not in key.choices:
-        return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, key.choices))}{closest(str(value), map(str, key.choices))}"
     if key.least is not None and value < key.least:
         return f"{name} = {_shown(value)}: expected {key.least} or more"
     return None

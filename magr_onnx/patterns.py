@@ -11,9 +11,10 @@ from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.layerwise import LayerOptions, near, unmatched
 from magr_onnx.passes import conv, gather
 from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.canonical.edit import weight
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import LinearLayer, find, known_as, matched
+from magr_onnx.passes.linear import REFUSED, LinearLayer, find, known_as, matched
 
 Names = Sequence[tuple[str, ...]]
 
@@ -61,7 +62,14 @@ def known(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] =
     tables, untouched = gather.find(model)
     every: list[LinearLayer | conv.ConvLayer | gather.Table] = [*layers, *convolutions, *tables]
     units = [known_as(one.node, one.name, one.weight_name) for one in every]
-    others = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
+    others: list[tuple[str, ...]] = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
+    others += [  # what was excluded before it could be brought into a layer's form
+        known_as(node, str(node.name), found.name)
+        for node in model.graph.all_nodes()
+        if REFUSED in node.meta
+        for value in node.inputs[:2]
+        if (found := weight(value)) is not None
+    ]
     chosen = [known_as(one.node, one.name, one.weight_name) for one in find(model, include, exclude)[0]]
     convs = [known_as(one.node, one.name, one.weight_name) for one in conv.find(model, include, exclude)[0]]
     return Known(units, others, chosen, convs)

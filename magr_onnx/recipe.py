@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from magr_onnx.errors import OptionError, RecipeError, raise_all
-from magr_onnx.keys import KEYS, OPTIONS, problem, unknown, unworded, worded
+from magr_onnx.keys import KEYS, OPTIONS, mistyped, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.locking import write_text
 from magr_onnx.options import Options
@@ -220,10 +220,13 @@ def _tables(value: Any) -> list[LayerOptions]:
 
 
 def _misgiven(signature: inspect.Signature, given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python."""
+    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
+
+    Which choices there are is said by what knows them, together with options that there are none of.
+    """
     nullable = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     found = [
-        problem(name, value)
+        mistyped(name, value)
         for name, value in given.items()
         if name in KEYS and name not in ("model", "calibration", *_ARGUMENTS) and not (value is None and name in nullable)
     ]
