@@ -188,7 +188,7 @@ class OnnxMagr(Pass):  # type: ignore[misc]
         calibration, held = _data(model, config, asked, Path(output_model_path).stem)
         result = optimize(source, recipe=asked, calibration=calibration, output=output, validation_data=held)
         report = output.with_name(f"{source.stem}{SUFFIX}")
-        report.write_text(result.report.to_json() + "\n", encoding="utf-8")
+        result.report.save(report)
         attributes = {**(model.model_attributes or {}), ATTRIBUTE: _summary(result.report, report.name)}
         attributes["additional_files"] = sorted({*attributes.get("additional_files", []), str(report)})
         return ONNXModelHandler(
