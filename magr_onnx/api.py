@@ -128,7 +128,8 @@ def validate(
 ) -> validation.Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
 
-    A decoder with a cache is fed as `optimize` feeds it. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
+    A decoder with a cache is fed as `optimize` feeds it. ``data`` may be a ``.txt`` file, a sample a line, where ``tokenizer.json`` lies
+    beside one of the models. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
     lines of ``progress`` are those of `optimize`.
 
     Raises:
@@ -139,7 +140,10 @@ def validate(
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
     with custom.using(custom_ops):
-        batches = decoders.open_for(a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model)
+        folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
+        batches = decoders.open_for(
+            a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model, folders=folders
+        )
         return validation.validate(
             a.path or a.model,
             b.path or b.model,

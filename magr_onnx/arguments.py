@@ -144,8 +144,8 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calibration",
         "-c",
-        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; for a folder with a tokenizer also "
-        ".txt, a sample a line. Without it: data-free.",
+        help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; with tokenizer.json beside the "
+        "model also .txt, a sample a line. Without it: data-free.",
         rich_help_panel=DATA,
     ),
 ]
@@ -171,8 +171,8 @@ EffortOption = Annotated[
     typer.Option(
         "--effort",
         "-e",
-        help="fast: one pass over the data; balanced: staged, options chosen per layer, up to 3 times as long; best: gradients too, "
-        "several times as long again. (default: balanced; integer formats and without calibration: fast)",
+        help="fast: one pass over the data; balanced: staged, options chosen per layer, 2 to 2.5 times as long; best: gradients too, "
+        "4 to 6 times as long. (default: balanced; integer formats and without calibration: fast)",
         metavar="NAME",
         rich_help_panel=WEIGHTS,
     ),
@@ -386,7 +386,7 @@ MaxLossOption = Annotated[
     typer.Option(
         "--max-loss",
         help="Mixed precision, smallest file of this loss on held-out calibration data. 1% is 0.01 of the mean KL divergence in nats "
-        "(logits) or of 1 - mean cosine (other outputs).",
+        "(logits) or of 1 - mean cosine (other outputs), not of the size or the perplexity; at most 100%.",
         show_default=False,
         metavar="LOSS",
         rich_help_panel=WEIGHTS,

@@ -1,7 +1,7 @@
 """The command line. Each command parses, calls the Python interface and prints; no work of its own.
 
-Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, an impossible option), 2 wrong usage, 70 a mistake of this
-program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator
+Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, no place to write to), 2 options that are wrong or do not go
+together, 70 a mistake of this program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator
 overflows.
 """
 
@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 import magr_onnx
 from magr_onnx import console
 from magr_onnx.commands import COMMANDS
-from magr_onnx.errors import MagrError, closest
+from magr_onnx.errors import MagrError, OptionError, closest
 
 _NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
 
@@ -77,7 +77,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; explained errors are one message on standard error and exit code 1.
+    """Run the command line; explained errors are one message on standard error and exit code 1, or 2 where options are wrong.
 
     What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
     """
@@ -90,9 +90,9 @@ def main() -> None:
         app()
     except MagrError as error:
         console.explain(error)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, OptionError) else 1)
     except _Interrupted:
-        console.errors.print(f"interrupted; {console.outcome()}", markup=False)
+        console.errors.print(f"interrupted; {console.outcome()}{console.remedy()}", markup=False)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -30,6 +30,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
 _verbose = False
 _awaited: tuple[Path, tuple[int, int] | None] | None = None
+_resumable = False
 
 
 def be_verbose(value: bool) -> bool:
@@ -66,10 +67,13 @@ def progress_bar(enabled: bool = True, lines: bool = False) -> Iterator[Steps | 
         yield step
 
 
-def await_output(path: Path | None) -> None:
-    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it; None expects no output."""
-    global _awaited
-    _awaited = None if path is None else (path, _state(path))
+def await_output(path: Path | None, resumable: bool = False) -> None:
+    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it; None expects no output.
+
+    ``resumable``: the run keeps what is finished, for the next one.
+    """
+    global _awaited, _resumable
+    _awaited, _resumable = None if path is None else (path, _state(path)), resumable
 
 
 def outcome() -> str:
@@ -77,6 +81,11 @@ def outcome() -> str:
     if _awaited is None or _state(_awaited[0]) == _awaited[1]:
         return NOTHING
     return f"{_awaited[0]} was written before that"
+
+
+def remedy() -> str:
+    """What to do after a run was broken off, as the end of a sentence."""
+    return "; the same command goes on where it was" if _resumable else ""
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -101,7 +101,7 @@ def check_name(path: Path) -> list[str]:
 def _load_path(path: Path) -> Loaded:
     raise_all(ModelError, check_name(path))
     if not path.is_file():
-        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is {_none(path)}")
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
         raise ModelError(f"{path} is no ONNX model, by its name: {kind}")
     size = path.stat().st_size
@@ -119,6 +119,14 @@ def _load_path(path: Path) -> Loaded:
     ir.external_data.set_base_dir(model.graph, path.parent)
     _load_attributes(model, path.parent)
     return Loaded(model, path, external, _dropped(proto))
+
+
+def _none(path: Path) -> str:
+    """What a path is that is no file, and what to give for it."""
+    if not path.is_dir():
+        return "not a file"
+    models = sorted(map(str, (*path.glob("*.onnx"), *path.glob("*/*.onnx"))))
+    return f"a folder; give {' or '.join(models[:3])}" if models else "a folder; give an .onnx file"
 
 
 def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:

@@ -16,7 +16,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from magr_onnx import carrying, files, locking, patterns, provenance, reporting
@@ -26,14 +25,12 @@ from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
 from magr_onnx.report import Report, json_text, megabytes, wrapped
-from magr_onnx.runtime import calibrate, decoders, texts
+from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
-from magr_onnx.runtime.session import InputInfo, inputs_of
 from magr_onnx.types import Deferred
 from magr_onnx.writing import data_files
 from magr_onnx.writing import explained as advice
 
-_MASK = InputInfo(calibrate.DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding in text; a decoder with a cache is fed none
 FolderSource = Source | Mapping[str, Source | None]
 
 
@@ -279,9 +276,7 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
     if path.suffix != ".txt":
         decoders.open_for(model, path, batch_size, runs=None)
         return path
-    decoder = decoders.recognise(model)
-    wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
-    return texts.encode(path, beside if (beside / texts.TOKENIZER).is_file() else folder, wanted, batch_size)
+    return decoders.of_text(model, path, (beside, folder), batch_size)
 
 
 def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:

@@ -79,10 +79,14 @@ def goal_of(options: Options) -> Goal | None:
             goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
     elif loss is not None:
         match = _LOSS.fullmatch(loss)
-        if match is None or not float(match["number"]) > 0:
-            problems.append(f"max_loss={loss!r}: give a loss above 0, as '1%' (0.01) or '0.01'")
+        most = float(match["number"]) / (100 if match["percent"] else 1) if match else 0.0
+        if not 0 < most <= 1:
+            problems.append(
+                f"max_loss={loss!r}: give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats (logits), or of "
+                "1 - mean cosine (other outputs)"
+            )
         else:
-            goal = Goal(f"loss at most {loss}", loss=float(match["number"]) / (100 if match["percent"] else 1))
+            goal = Goal(f"loss at most {loss}", loss=most)
     raise_all(OptionError, problems)
     return goal
 

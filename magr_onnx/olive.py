@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders, mixed
-from magr_onnx.errors import MagrError, ModelError, OptionError, install, raise_all
+from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
@@ -43,7 +43,9 @@ try:
     from olive.passes.pass_config import PassConfigParam
     from olive.search.search_parameter import Categorical
 except ImportError as error:
-    raise OptionError(f"Olive is not installed ({error}); {install('olive')}") from error
+    if isinstance(error, ModuleNotFoundError) and error.name == "olive":
+        raise DependencyError(f"Olive is not installed; {install('olive')}") from error
+    raise DependencyError(f"Olive is installed, and fails to import: {error}; install what it lacks, or another version of it") from error
 
 logger = logging.getLogger(__name__)
 

@@ -91,7 +91,8 @@ def optimize(
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None takes
             the recipe's.
-        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`; None works data-free (H = I: no MagR, rounding
+        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`, or a ``.txt`` file, a sample a line, where ``tokenizer.json``
+            lies beside the model; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so.
         recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
         preset: A name of `magr_onnx.presets.PRESETS`: options to start from, under those of the recipe and those given.
@@ -164,8 +165,10 @@ def optimize(
     run.lap("load")
 
     def opened(source: Source) -> Batches:
-        runs = None if run.large else prepared.reference
-        return decoders.open_for(prepared.model, source, batch_size, steps=decode_steps, provider=provider, runs=runs)
+        runs, folders = None if run.large else prepared.reference, [] if loaded.path is None else [loaded.path.parent]
+        return decoders.open_for(
+            prepared.model, source, batch_size, steps=decode_steps, provider=provider, runs=runs, folders=folders
+        )
 
     data = held = None
     if calibration is not None:

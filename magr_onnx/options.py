@@ -57,8 +57,8 @@ class Options(TypedDict, total=False):
         bits: 2 to 8; default 4, or 8 for the integer formats.
         block_size: Rows that share a scale; None for one grid a channel. Default 32; the integer formats have one grid a channel.
         effort: How much time to spend where no quantizer is named: ``fast`` (MagR and ``comq`` with usual options, one pass over the data),
-            ``balanced`` (default: ``auto`` with feedback, within 3 times as long) or ``best`` (an output Hessian too, several
-            times as long again). The integer formats have ``fast`` by default.
+            ``balanced`` (default: ``auto`` with feedback, 2 to 2.5 times as long) or ``best`` (an output Hessian too, 4 to 6
+            times as long). The integer formats have ``fast`` by default.
         quantizer: ``auto`` (all of the others' steps, options chosen per layer), ``comq`` (GPTQ refined by coordinate descent),
             ``gptq``, ``rtn`` or ``hqq`` (needs no data); ``a2q`` or ``a2q+`` under an accumulator. None (default) follows from the effort.
         format: ``matmulnbits`` (default), ``qdq``, or with 8-bit activations ``qdq-int8`` (static) or ``dynamic-int8``.
@@ -88,7 +88,7 @@ class Options(TypedDict, total=False):
         target_size: Mixed precision: the least measured loss in a file of at most this size: ``25%`` of the source, ``4bit`` (the size of
             a uniform model of 4 bits), ``30 MB``. A ``block_size`` given as well is the only one used.
         max_loss: Mixed precision: the smallest file that loses at most this on held-out calibration batches, ``1%`` standing for 0.01 of
-            the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others).
+            the mean KL divergence in nats (models with logits) or of 1 minus the mean cosine of the outputs (others). At most 1.
         conv_bits: Bits of the weights of convolutions, 3 to 8, one scale an output channel, in every format; None leaves them float.
             Default 8 where the model has any.
         conv_form: ``dequantize``: DequantizeLinear, which other tools know too; onnxruntime computes it in every run. ``fold``: codes that

@@ -73,8 +73,10 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
 
     Raises:
         OptionError: It holds a run of something else; the message says what differs.
-        OutputError: Another process works in it, or it cannot be written to.
+        OutputError: It is a file, another process works in it, or it cannot be written to.
     """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"job directory {path} is a file; give the name of a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         _check_ours(path)

@@ -1,6 +1,6 @@
 """Sources of input batches for calibration and validation.
 
-Any of: a ``.npz`` of stacked inputs (first axis: samples), a folder of ``.npz`` files (a batch each, shapes may vary), a folder of
+Any of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (a batch each, shapes may vary), a folder of
 ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,7 +33,8 @@ class DataReader(Protocol):
 
 
 MOST_PROBLEMS = 10  # different ones that a message has
-Source = str | os.PathLike[str] | DataReader | Iterable[Batch] | Deferred
+Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Deferred
+WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +81,7 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     Args:
         source: See the module's description.
         inputs: The model's inputs.
-        batch_size: Samples per batch when a stacked ``.npz`` is cut up; ignored where the model fixes its batch dimension.
+        batch_size: Samples per batch when stacked inputs are cut up; ignored where the model fixes its batch dimension.
 
     Raises:
         CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
@@ -101,9 +102,11 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source), inputs, batch_size)
     if isinstance(source, DataReader):
-        return in_memory([_as_arrays(b, i) for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+    if isinstance(source, Mapping):
+        return _stacked("the given arrays", _as_arrays(source, "the given dict"), inputs, batch_size)
     if isinstance(source, Iterable):
-        return in_memory([_as_arrays(b, i) for i, b in enumerate(source)], "the given batches")
+        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(source)], "the given batches")
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
 
 
@@ -130,8 +133,9 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
     found = []
     missing, extra = sorted(wanted.keys() - batch.keys()), sorted(batch.keys() - wanted.keys())
     if missing or extra:
-        rename = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
-        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{rename}")
+        remedy = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
+        remedy = remedy if missing else f"; leave out {', '.join(extra)}: save, or give, the arrays of the inputs alone"
+        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{remedy}")
     for name in sorted(wanted.keys() & batch.keys()):
         array, info = batch[name], wanted[name]
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
@@ -148,18 +152,21 @@ def _list(inputs: Sequence[InputInfo]) -> str:
     return "; ".join(map(str, inputs))
 
 
-def _as_arrays(batch: Batch, index: int) -> Batch:
+def _as_arrays(batch: Batch, where: str) -> Batch:
     if not hasattr(batch, "keys"):
-        raise CalibrationError(f"batch {index} is a {type(batch).__name__}; expected a dict of input name to array")
+        raise CalibrationError(f"{where} is a {type(batch).__name__}; expected a dict of input name to array")
     try:
         return {k: np.asarray(batch[k]) for k in batch}
     except ValueError as error:
-        raise CalibrationError(f"batch {index} holds what is no array: {error}") from error
+        raise CalibrationError(f"{where} holds what is no array: {error}") from error
 
 
 def in_memory(batches: list[Any], describe: str) -> Batches:
     """Batches that are held in a list."""
     return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
+
+
+_NPY, _ZIP = b"\x93NUMPY", b"PK"
 
 
 def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -170,6 +177,9 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     """
     try:
         with path.open("rb") as file:
+            if (first := file.read(len(_NPY))) != _NPY and not first.startswith(_ZIP):  # numpy takes anything else for pickled objects
+                raise CalibrationError(f"{path} is no .npz file, by its first bytes; {WRITTEN}, writes one")
+            file.seek(0)
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise CalibrationError(f"{path} holds a single array; save named inputs with numpy.savez")
@@ -182,7 +192,8 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     except CalibrationError:
         raise
     except Exception as error:  # numpy's reader and its parser of headers raise anything on bytes that are not theirs
-        raise CalibrationError(f"{path} is not a readable .npz file: {error}") from error
+        reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
+        raise CalibrationError(f"{path} is not a readable .npz file: {reason}; write it with {WRITTEN}") from error
     if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise CalibrationError(f"{path}: {', '.join(other)} are no arrays; save named inputs with numpy.savez")
     return arrays
@@ -206,19 +217,21 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
         raise CalibrationError(f"{path}: no .npz files and no test_data_set folders in it")
     if not path.exists():
         raise CalibrationError(f"calibration data {path} does not exist")
+    if path.suffix == ".txt":
+        raise CalibrationError(f"{path}: text is read with the tokenizer beside a model, and this one is in no file; give an .npz")
     if path.suffix != ".npz":
         raise CalibrationError(f"{path}: expected a .npz file, a folder of .npz files, or a folder of ONNX test_data_set folders")
-    return _stacked(path, load_npz(path), inputs, batch_size)
+    return _stacked(str(path), load_npz(path), inputs, batch_size)
 
 
-def _stacked(path: Path, arrays: dict[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], batch_size: int) -> Batches:
+def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
     """Cut stacked inputs into batches along the first axis; inputs of rank 0 are the same for all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
-        return in_memory([arrays] if arrays else [], str(path))
+        return in_memory([arrays] if arrays else [], describe)
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{n} {c}" for n, c in counts.items())
-        raise CalibrationError(f"{path}: inputs have different numbers of samples along the first axis: {found}")
+        raise CalibrationError(f"{describe}: inputs have different numbers of samples along the first axis: {found}")
     samples = next(iter(counts.values()))
     fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0] is not None}
     if len(fixed) == 1:
@@ -230,7 +243,7 @@ def _stacked(path: Path, arrays: dict[str, npt.NDArray[Any]], inputs: Sequence[I
         for s in starts:
             yield {n: a[s : min(s + batch_size, samples)] if a.ndim else a for n, a in arrays.items()}
 
-    return Batches(len(starts), str(path), read, lambda i: f"{path}, samples from {starts[i]}")
+    return Batches(len(starts), describe, read, lambda i: f"{describe}, samples from {starts[i]}")
 
 
 def _is_test_data(path: Path) -> bool:

@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
 from magr_onnx.passes.caches import PREFIX, TOKENS, pairs_of
+from magr_onnx.runtime import texts
 from magr_onnx.runtime.calibrate import DEFAULT_MASK, HELD_OUT
 from magr_onnx.runtime.data import Batches, Source, checked, in_memory, load_npz, open_data, open_source
 from magr_onnx.runtime.session import Batch, InputInfo, Session, inputs_of
@@ -37,6 +38,7 @@ STEPS = 4
 MOST_BYTES = 1 << 30  # of past values, in a temporary folder
 FUSED = "GroupQueryAttention"
 GUIDE = "docs/guides/decoders.md"
+_MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding in text; a decoder with a cache is fed none
 
 Array = npt.NDArray[Any]
 Maker = Callable[[Array, int], Array]
@@ -208,6 +210,7 @@ def open_for(
     steps: int = STEPS,
     provider: str = "cpu",
     runs: ir.Model | str | os.PathLike[str] | None = None,
+    folders: Sequence[Path] = (),
 ) -> Batches:
     """`magr_onnx.runtime.data.open_data` for a model; a decoder with a cache needs no more than its tokens.
 
@@ -220,6 +223,7 @@ def open_for(
         steps: Tokens at the end of each sample that are fed once more, one by one; 0 for prefill only.
         provider: Where to run the model for their past.
         runs: The model to run for it; None where it is too large to be run as a whole, so that there are no decode steps.
+        folders: Where the tokenizer of a ``.txt`` file is looked for; none where text is no source.
 
     Raises:
         CalibrationError: The data does not fit, or is not enough to make feeds of.
@@ -228,6 +232,8 @@ def open_for(
     if steps < 0:
         raise OptionError(f"decode_steps={steps} must be 0 or more")
     inputs = inputs_of(model)
+    if folders and isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt":
+        source = of_text(model, Path(source), folders, batch_size)
     twins = pairs_of(model)
     if not twins or TOKENS not in {i.name for i in inputs}:
         return open_data(source, inputs, batch_size)
@@ -238,6 +244,18 @@ def open_for(
     decoder = recognise(model)
     assert decoder is not None
     return checked(_fed(decoder, given, batch_size, steps, provider, runs), inputs)
+
+
+def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
+    """Tokens of a text file, by the first tokenizer in ``folders``: feeds of a model, or what `open_for` makes a decoder's of.
+
+    Raises:
+        CalibrationError: See `magr_onnx.runtime.texts.encode`.
+    """
+    folder = next((f for f in folders if (f / texts.TOKENIZER).is_file()), folders[0])
+    decoder = recognise(model)
+    wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
+    return texts.encode(path, folder, wanted, batch_size)
 
 
 def _fed(

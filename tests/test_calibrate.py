@@ -147,6 +147,7 @@ def test_sources_give_the_same_statistics(tmp_path: Path) -> None:
         tmp_path / "model",
         Reader([{"x": x[:1]}, {"x": x[1:]}]),
         [{"x": x}],
+        {"x": x},
         ({"x": x[i : i + 1]} for i in range(8)),
     ]
     gram, mean = moments(x)
@@ -197,6 +198,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
     good = np.zeros((2, 3, K), np.float32)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not a zip")
+    (tmp_path / "garbage.npz").write_bytes(b"hello, this is text")
     np.save(tmp_path / "single.npy", good)
     (tmp_path / "single.npy").rename(tmp_path / "single.npz")
     bad = tmp_path / "set" / "test_data_set_0"
@@ -209,7 +211,11 @@ def test_unusable_sources(tmp_path: Path) -> None:
         (tmp_path / "single.npz", "holds a single array"),
         (npz(tmp_path / "none.npz"), "no data"),
         (npz(tmp_path / "zero.npz", x=good[:0]), "no data"),
-        (npz(tmp_path / "pickled.npz", x=np.array([{}], dtype=object)), "not a readable .npz"),
+        (npz(tmp_path / "pickled.npz", x=np.array([{}], dtype=object)), "not a readable .npz file: it holds Python objects, which are never"),
+        (tmp_path / "garbage.npz", r"garbage.npz is no .npz file, by its first bytes; numpy.savez\('inputs.npz', input_ids=ids, ...\)"),
+        (npz(tmp_path / "labels.npz", x=good, labels=good[:, 0, 0]), "; leave out labels: save, or give, the arrays of the inputs alone"),
+        ({"x": good, "labels": good}, "the given arrays, samples from 0: .*; leave out labels"),
+        ({"x": [[1.0], [2.0, 3.0]]}, "the given dict holds what is no array"),
         (npz(tmp_path / "uneven.npz", x=good, y=good[:1]), "different numbers of samples"),
         (npz(tmp_path / "nan.npz", x=np.full_like(good, np.nan)), "NaN or infinite"),
         (__file__, "expected a .npz file"),

@@ -18,6 +18,7 @@ import pytest
 from typer.main import get_command
 
 import magr_onnx
+from magr_onnx import demo
 from magr_onnx.cli import app, main
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.options import bytes_of
@@ -173,7 +174,7 @@ def test_pipeline_replaces_options(folder: Path) -> None:
     )
     assert result.returncode == 0
     both = run("optimize", folder / "model.onnx", "--pipeline", "magr", "--bits", "4")
-    assert both.returncode == 1
+    assert both.returncode == 2
     assert "pipeline replaces bits; give one or the other" in both.stderr
 
 
@@ -184,24 +185,32 @@ def test_pipeline_replaces_options(folder: Path) -> None:
         (("optimize", "model.onnx", "-o", "model.onnx"), 1, "would overwrite the input"),
         (("optimize", "model.onnx", "-o", "no/out.onnx"), 1, "does not exist"),
         (("optimize", "model.onnx", "-c", "none.npz"), 1, "does not exist"),
-        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "multiple of 16"),
-        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 1, "2 bits with format qdq"),
-        (("optimize", "model.onnx", "--block-size", "big"), 1, "a multiple of 16 or 'channel'"),
+        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 2, "multiple of 16"),
+        (("optimize", "model.onnx", "--bits", "2", "--format", "qdq", "--block-size", "20"), 2, "2 bits with format qdq"),
+        (("optimize", "model.onnx", "--block-size", "big"), 2, "a multiple of 16 or 'channel'"),
         (("optimize", "model.onnx", "--provider", "cuda"), 1, "CPUExecutionProvider"),
-        (("optimize", "model.onnx", "--pipeline", "magik"), 1, "no pass is called 'magik'"),
+        (("optimize", "model.onnx", "--pipeline", "magik"), 2, "no pass is called 'magik'"),
         (("optimize", "model.onnx", "--report", "no/report.json"), 1, "report no/report.json: folder no"),
         (("optimize", "model.onnx", "--bits", "9"), 2, "'9': choose one of 2, 3"),
         (("optimize", "model.onnx", "--effort", "most"), 2, "'most': choose one of fast, balanced, best"),
-        (("optimize", "model.onnx", "--effort", "best"), 1, "error feedback needs calibration data; give some, or take effort fast"),
-        (("optimize", "model.onnx", "--feedback"), 1, "error feedback needs calibration data"),
-        (("optimize", "model.onnx", "--effort", "fast", "--quantizer", "gptq"), 1, "an effort chooses the quantizer; give one of them"),
-        (("optimize", "model.onnx", "--effort", "fast", "--pipeline", "quantize"), 1, "pipeline replaces effort"),
-        (("optimize", "model.onnx", "--cache", "many"), 1, "cache = 'many': give a size such as 512MB or 2GB"),
-        (("optimize", "model.onnx", "--cache", "-1MB"), 1, "give a size such as 512MB or 2GB"),
-        (("optimize", "model.onnx", "--cache", "2XB"), 1, "give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--effort", "best"), 2, "error feedback needs calibration data; give some, or take effort fast"),
+        (("optimize", "model.onnx", "--feedback"), 2, "error feedback needs calibration data"),
+        (("optimize", "model.onnx", "--effort", "fast", "--quantizer", "gptq"), 2, "an effort chooses the quantizer; give one of them"),
+        (("optimize", "model.onnx", "--effort", "fast", "--pipeline", "quantize"), 2, "pipeline replaces effort"),
+        (("optimize", "model.onnx", "--cache", "many"), 2, "cache = 'many': give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--cache", "-1MB"), 2, "give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--cache", "2XB"), 2, "give a size such as 512MB or 2GB"),
         (("optimise", "model.onnx"), 2, "No such command"),
         (("validate", "model.onnx", "model.onnx"), 2, "--data"),
-        (("demo", "--folder", "none"), 1, "does not exist"),
+        (("optimize", "model.onnx", "--preset", "llm_int4"), 2, "did you mean 'llm-int4'"),
+        (("optimize", "model.onnx", "--target", "x86-avx"), 2, "x86-avx2"),
+        (("optimize", "model.onnx", "--block-size", "33"), 2, "block size 33"),
+        (("optimize", "model.onnx", "--cache", "2"), 2, "give a size such as 512MB or 2GB"),
+        (("optimize", "model.onnx", "--layer", "*head*:bit=8"), 2, "did you mean 'bits'"),
+        (("optimize", "--recipe", "none.toml"), 2, "cannot be read"),
+        (("optimize", "model.onnx", "--quantizer", "gptqq"), 2, "choose one of"),
+        (("verify", "model.onnx"), 2, "neither was given"),
+        (("demo", "--folder", "model.onnx"), 1, "cannot make the folder model.onnx: File exists; give another one"),
     ],
 )
 def test_errors_are_one_message_and_leave_nothing(
@@ -216,9 +225,10 @@ def test_errors_are_one_message_and_leave_nothing(
 
 
 def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.onnx"
+    out, job = tmp_path / "out.onnx", tmp_path / "job"
     out.write_bytes(b"precious")
     arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--effort", "fast"]
+    arguments += ["--resume", job]
     script = f"""
 import sys, time, magr_onnx.api, magr_onnx.cli
 def slow(*args, **options):
@@ -235,9 +245,16 @@ magr_onnx.cli.main()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted" in errors
+    assert errors == "interrupted; no output was changed; the same command goes on where it was\n"
     assert out.read_bytes() == b"precious"
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx"]
+
+
+def test_demo_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS[:1])
+    result = run("demo", "--folder", "keep/here", "-q", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [p.suffix for p in (tmp_path / "keep" / "here").iterdir()] == [".onnx"]
 
 
 def test_version_is_the_package_s() -> None:

@@ -306,6 +306,14 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "prefill of 192 tokens" in " ".join(result.output.split())
     assert (output / "genai_config.json").read_bytes() == (folder / "genai_config.json").read_bytes()
+    models = folder / "model.onnx", output / "model.onnx"
+    judged = magr_onnx.validate(*models, text, layers=False, latency=False)
+    assert judged.batches > 1
+    assert any("prefill of 192 tokens" in note for note in judged.notes)
+    alone = magr_onnx.optimize(models[0], text, effort="fast").report
+    assert "prefill of 192 tokens" in " ".join(alone.notes)
+    with pytest.raises(CalibrationError, match=r"text.txt: text is read with the tokenizer beside a model, and this one is in no file"):
+        magr_onnx.optimize(ir.load(models[0]), text)
     np.savez(tmp_path / "tokens.npz", input_ids=decoders.tokens())
     by_tokens = CliRunner().invoke(
         app, ["optimize", str(folder), "-o", str(tmp_path / "again"), "--calibration", str(tmp_path / "tokens.npz"), "--effort", "fast"]

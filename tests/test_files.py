@@ -29,6 +29,11 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
+def make_folder(folder: Path) -> Path:
+    (folder / "exported").mkdir()
+    return write(folder / "exported" / "a.onnx", b"").parent
+
+
 def make_text(folder: Path) -> Path:
     return write(folder / "m.onnx", b"this is not a model, it is a sentence")
 
@@ -89,7 +94,7 @@ def make_escaping_data(folder: Path) -> Path:
     ("make", "message"),
     [
         (lambda folder: folder / "none.onnx", "no such file"),
-        (lambda folder: folder, "is not a file"),
+        (lambda folder: folder, "is a folder; give "),
         (make_text, "not an ONNX model"),
         (make_empty, "not an ONNX model"),
         (make_truncated, "truncated"),
@@ -111,6 +116,14 @@ def test_bad_model_files(make: Any, message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert out.read_bytes() == b"precious"
+
+
+def test_models_in_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"exported is a folder; give \S*exported/a.onnx$"):
+        magr_onnx.inspect(make_folder(tmp_path))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ModelError, match="none is a folder; give an .onnx file"):
+        magr_onnx.inspect(tmp_path / "none")
 
 
 def test_every_missing_file_is_listed(tmp_path: Path) -> None:

@@ -349,6 +349,8 @@ def test_half_precision_and_shared_weights(tmp_path: Path) -> None:
         ({"target_size": "0%"}, "give a share of the source"),
         ({"max_loss": "-1"}, "above 0"),
         ({"max_loss": "0"}, "above 0"),
+        ({"max_loss": "5"}, "max_loss='5': give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats"),
+        ({"max_loss": "500%"}, "at most 1"),
         ({"target_size": "3bit"}, "there are 2bit, 4bit, 8bit"),
         ({"target_size": "2bit", "format": "qdq"}, "there are 4bit, 8bit"),
         ({"target_size": "20%", "block_size": 24}, "multiple of 16"),

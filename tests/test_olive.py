@@ -119,6 +119,20 @@ def test_the_package_configuration_keeps_all_of_olives_own(workflow: Path) -> No
     assert made == own
 
 
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        ("import sys; sys.modules['olive'] = None", "Olive is not installed; pip install 'onnx-magr[olive]'"),
+        ("import sys; sys.modules['requests'] = None", "Olive is installed, and fails to import: import of requests halted"),
+    ],
+)
+def test_what_is_missing_is_named(package: str, said: str) -> None:
+    script = f"{package}; sys.argv = ['onnx-magr', 'olive-config']; from magr_onnx.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("workflows")

@@ -222,7 +222,7 @@ def test_a_recipe_is_saved_over_no_file_of_the_run(folder: Path) -> None:
 
 def test_digits_are_those_of_ascii(folder: Path) -> None:
     result = run("optimize", "m.onnx", "--block-size", "²", cwd=folder)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "expected a multiple of 16 or 'channel'" in result.stderr
 
 
@@ -239,7 +239,7 @@ def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None
     assert (result.returncode, result.stderr) == (0, "")
     assert "\\u5c42" in result.stdout
     result = in_process("inspect", "m.onnx", "--include", "层层", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "\\u5c42\\u5c42" in result.stderr
 
 

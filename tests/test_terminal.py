@@ -115,10 +115,10 @@ def test_errors_fit_a_screen(folder: Path) -> None:
     (folder / "long.toml").write_text("version = 1\n" + "".join(f"key_number_{i} = 1\n" for i in range(60)))
     for arguments, lines in ((("-r", "long.toml"), console.LINES), (("-r", "long.toml", "-v"), 61)):
         result = run("optimize", *arguments, cwd=folder)
-        assert (result.returncode, len(result.stderr.splitlines())) == (1, lines)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, lines)
     assert "and 42 more (--verbose shows all)" in run("optimize", "-r", "long.toml", cwd=folder).stderr
     code, text = on_terminal(*CLI, "optimize", "-r", "long.toml", cwd=folder)
-    assert code == 1
+    assert code == 2
     assert max(len(line) for line in text.splitlines()) <= 80 + len("\x1b[1;31m\x1b[0m")
 
 

@@ -24,8 +24,11 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Quantize the bundled language model and print its perplexity before and after: about 20 seconds on a laptop."""
-    if folder is not None and not folder.is_dir():
-        raise OutputError(f"folder {folder} does not exist; create it first")
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; give another one") from error
     with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet, lines=True) as progress:
         result = demonstration.run(folder or Path(temporary), progress)
     console.show(dataclasses.asdict(result), demonstration.to_text(result), as_json, quiet)

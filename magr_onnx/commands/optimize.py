@@ -178,7 +178,7 @@ def optimize(
         reporting.check(report or (), taken | recipes)
     if save_recipe is not None:
         _check_recipe(asked, save_recipe, taken)
-    console.await_output(out)
+    console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
         watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
