@@ -72,7 +72,7 @@ Requantize = Annotated[
     bool,
     typer.Option(
         "--requantize",
-        help="Take weights that are quantized already for the floats they stand for, and quantize those.",
+        help="Take weights behind DequantizeLinear (QDQ) for the floats they stand for, and quantize those; other forms are left alone.",
         rich_help_panel=LAYERS,
     ),
 ]

@@ -1,8 +1,8 @@
 """The command line. Each command parses, calls the Python interface and prints; no work of its own.
 
 Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, no place to write to), 2 options that are wrong or do not go
-together, 70 a mistake of this program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed, ``verify`` 1 when an accumulator
-overflows.
+together, 70 a mistake of this program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed,
+``verify`` 1 when an accumulator overflows.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def goal_of(options: Options) -> Goal | None:
         most = float(match["number"]) / (100 if match["percent"] else 1) if match else 0.0
         if not 0 < most <= 1:
             problems.append(
-                f"max_loss={loss!r}: give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats (logits), or of "
-                "1 - mean cosine (other outputs)"
+                f"max_loss={loss!r}: give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats (logits), or "
+                "of 1 - mean cosine (other outputs)"
             )
         else:
             goal = Goal(f"loss at most {loss}", loss=most)

@@ -166,9 +166,7 @@ def optimize(
 
     def opened(source: Source) -> Batches:
         runs, folders = None if run.large else prepared.reference, [] if loaded.path is None else [loaded.path.parent]
-        return decoders.open_for(
-            prepared.model, source, batch_size, steps=decode_steps, provider=provider, runs=runs, folders=folders
-        )
+        return decoders.open_for(prepared.model, source, batch_size, steps=decode_steps, provider=provider, runs=runs, folders=folders)
 
     data = held = None
     if calibration is not None:

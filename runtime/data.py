@@ -1,7 +1,7 @@
 """Sources of input batches for calibration and validation.
 
-Any of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (a batch each, shapes may vary), a folder of
-ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
+Any of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (a batch each, shapes may
+vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
 """
 
 from __future__ import annotations

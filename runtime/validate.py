@@ -157,6 +157,7 @@ class _Sums:
     cosine: float = 0.0
     rows: int = 0
     max_error: float = 0.0
+    rank: int = 0
     logits: bool = False
     agree: int = 0
     kl: float = 0.0
@@ -171,6 +172,7 @@ class _Sums:
         b: Array
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        self.rank = y.ndim
         keep = kept_rows(batch, mask, y)
         if keep is not None:
             a, b = a[keep], b[keep]
@@ -289,6 +291,9 @@ def validate(
                         others.add(name)
             if progress is not None:
                 progress(index + 1, len(data))
+    compared = next(iter(sums.values()), {})
+    if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
+        notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
     if others:
         notes.append(f"outputs that are no floats, and not compared: {', '.join(sorted(others))}")
     results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}

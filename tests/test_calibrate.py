@@ -211,7 +211,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
         (tmp_path / "single.npz", "holds a single array"),
         (npz(tmp_path / "none.npz"), "no data"),
         (npz(tmp_path / "zero.npz", x=good[:0]), "no data"),
-        (npz(tmp_path / "pickled.npz", x=np.array([{}], dtype=object)), "not a readable .npz file: it holds Python objects, which are never"),
+        (npz(tmp_path / "pickled.npz", x=np.array([{}], dtype=object)), "not a readable .npz file: it holds Python objects"),
         (tmp_path / "garbage.npz", r"garbage.npz is no .npz file, by its first bytes; numpy.savez\('inputs.npz', input_ids=ids, ...\)"),
         (npz(tmp_path / "labels.npz", x=good, labels=good[:, 0, 0]), "; leave out labels: save, or give, the arrays of the inputs alone"),
         ({"x": good, "labels": good}, "the given arrays, samples from 0: .*; leave out labels"),

@@ -122,7 +122,7 @@ def test_models_in_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"exported is a folder; give \S*exported/a.onnx$"):
         magr_onnx.inspect(make_folder(tmp_path))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ModelError, match="none is a folder; give an .onnx file"):
+    with pytest.raises(ModelError, match=r"none is a folder; give an \.onnx file"):
         magr_onnx.inspect(tmp_path / "none")
 
 

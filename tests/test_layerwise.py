@@ -142,7 +142,9 @@ def test_patterns_to_include_and_exclude_match_something() -> None:
 
 def test_a_quantized_file_says_so_and_what_to_do() -> None:
     fused, standard = (magr_onnx.optimize(graphs.chain(), effort="fast", format=form).model for form in ("matmulnbits", "qdq"))
-    with pytest.raises(ModelError, match=r"2 nodes such as up_q4 \(MatMulNBits\): weight is quantized already.*; give the float model.*no other form"):
+    with pytest.raises(
+        ModelError, match=r"2 nodes such as up_q4 \(MatMulNBits\): weight is quantized already.*; give the float model.*no other"
+    ):
         magr_onnx.optimize(fused, requantize=True)
     with pytest.raises(ModelError, match=r"2 nodes such as up.* \(MatMul\): weight is quantized already.*; requantize \(--requantize\)"):
         magr_onnx.optimize(standard)

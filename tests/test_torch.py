@@ -539,6 +539,25 @@ def test_options_are_checked_before_the_export(tmp_path: Path) -> None:
         magr_torch.optimize(Never(), torch.randn(2, 4), calibration=[torch.randn(2, 4)])
 
 
+class SameName(nn.Module):
+    """A submodule that is called as an argument of forward is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meta = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+        return x + self.meta(meta)
+
+
+def test_errors_of_the_exporter_are_whole_and_say_what_to_do() -> None:
+    rows = torch.randn(2, 8)
+    with pytest.raises(ExportError, match=r"meta: a submodule and an argument of forward have this name, .*; rename one; or export"):
+        magr_torch.export(SameName(), (rows, rows))
+    with pytest.raises(ExportError, match=r"`inputs` has 1 elements, but `dynamic_shapes` has 2 elements; torch\.onnx\.export"):
+        magr_torch.export(nn.Linear(8, 8), (rows,), dynamic_shapes=({0: "b"}, {0: "b"}))
+
+
 def test_errors_say_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
     class Jump(nn.Module):
         def forward(self, x: Any) -> Any:

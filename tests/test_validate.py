@@ -63,6 +63,19 @@ def _logits(model: ir.Model, data: object) -> list[tuple[np.ndarray, dict[str, n
         return [(session.run(b)[0], b) for b in data]  # type: ignore[attr-defined]
 
 
+def test_a_single_output_that_is_not_called_logits_is_said_to_be_none() -> None:
+    model = graphs.chain()
+    with Session(model) as session:
+        data = open_data([feeds(model)], session.inputs)
+    (name,) = (str(v.name) for v in model.graph.outputs)
+    said = f"top-1 and KL are of outputs called logits, and this one is called {name}"
+    assert said in validate(model, model, data, layers=False, latency=False).notes
+    two = scaled(1.0)
+    with Session(two) as session:
+        data = open_data([ids()], session.inputs)
+    assert validate(two, two, data, layers=False, latency=False).notes == ()
+
+
 def test_next_token_loss_of_uniform_logits_is_log_vocabulary() -> None:
     loss, tokens = next_token_loss(np.zeros((2, 5, N)), ids(2, 5)["input_ids"])
     assert (loss / tokens, tokens) == (pytest.approx(np.log(N)), 8)

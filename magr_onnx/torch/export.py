@@ -8,6 +8,8 @@ import dataclasses
 import inspect
 import io
 import logging
+import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -257,7 +259,7 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             return program
     except Exception as error:
         raise ExportError(
-            f"torch cannot export {type(model).__name__} to ONNX: {(reason := _reason(error))}; {_remedy(reason)}; "
+            f"torch cannot export {type(model).__name__} to ONNX: {(reason := _reason(error))}; {_remedy(reason, model)}; "
             "or export it by other means and give magr_onnx.optimize the file"
         ) from error
 
@@ -274,9 +276,12 @@ _REMEDIES = {
 }
 
 
-def _remedy(reason: str) -> str:
+def _remedy(reason: str, model: torch.nn.Module) -> str:
     """What helps against an error of the exporter."""
     found = [remedy for signs, remedy in _REMEDIES.items() if any(sign in reason for sign in signs)]
+    parameters = inspect.signature(model.forward).parameters
+    if both := [name for name, _ in model.named_children() if name in parameters]:
+        found.append(f"{', '.join(both)}: a submodule and an argument of forward have this name, which the exporter confuses; rename one")
     return found[0] if found else "torch.onnx.export(..., dynamo=True, report=True) writes more about it"
 
 
@@ -297,12 +302,15 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+_ADVICE = re.compile(r"\s*(For more information about this error, see:|The error above occurred when calling).*", re.DOTALL)
+
+
 def _reason(error: BaseException) -> str:
     """The first error in a chain, shortly: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"
+    lines = [line.strip() for line in _ADVICE.sub("", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:3]), 400, placeholder=' ...')}"
 
 
 @contextlib.contextmanager

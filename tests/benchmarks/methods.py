@@ -76,7 +76,7 @@ def main() -> None:
         print(header("Methods on the bundled language model"))
         print(f"Float: {perplexity(benchmark, benchmark.model):.3f}\n", flush=True)
         rows: list[list[Cell]] = [
-            [setting, *(cell(benchmark, work, {**options, **method}) for method in METHODS.values())] for setting, options in SETTINGS.items()
+            [name, *(cell(benchmark, work, {**options, **method}) for method in METHODS.values())] for name, options in SETTINGS.items()
         ]
         print(table(("setting", *METHODS), rows), flush=True)
         rows = [
