@@ -14,7 +14,7 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, optimize, skip_rows
-from magr_onnx.passes import conv
+from magr_onnx.passes import conv, unused
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
@@ -44,6 +44,7 @@ class Inspection:
         ir_version: Of the file format.
         layers: A row for every layer to convert: names, the torch module (``scope``), ``k`` and ``n``, type, and the range of its weight.
         skipped: What would be left alone, and why.
+        notes: What else there is to say, such as nodes that nobody reads.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Inspection:
     ir_version: int
     layers: tuple[dict[str, Any], ...]
     skipped: tuple[SkipRow, ...]
+    notes: tuple[str, ...] = ()
 
 
 @explained
@@ -67,8 +69,8 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     keys.check(include=include, exclude=exclude, requantize=requantize)
     include, exclude = keys.listed("include", include), keys.listed("exclude", exclude)
     loaded = files.load(model)
-    open_up(loaded.model)
-    canonicalize(loaded.model, include, exclude, again=requantize)
+    notes = [*loaded.notes, *open_up(loaded.model), *unused.remove(loaded.model)]
+    notes += canonicalize(loaded.model, include, exclude, again=requantize)
     patterns.check(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
@@ -105,6 +107,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.ir_version,
         tuple(rows),
         skip_rows([*tables, *skips, *unfit], loaded.model),
+        tuple(notes),
     )
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.layerwise import LayerOptions, near, unmatched
-from magr_onnx.passes import conv, gather
+from magr_onnx.passes import conv, gather, unused
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.edit import weight
 from magr_onnx.passes.functions import open_up
@@ -88,6 +88,7 @@ def check(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> No
 def look(model: ir.Model, said: Patterns, again: bool) -> Known:
     """The names in a model as it was loaded, which is brought into canonical form; ``again`` as `magr_onnx.optimize` has ``requantize``."""
     open_up(model)
+    unused.remove(model)
     canonicalize(model, said.include, said.exclude, again=again)
     return known(model, said.include, said.exclude)
 

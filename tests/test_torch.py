@@ -530,6 +530,30 @@ def test_the_example_leaves_nothing_behind() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_buffers_that_are_views_of_one_nan_stay() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.register_buffer("nothing", torch.tensor(float("nan")).expand(32))
+            self.register_buffer("flags", torch.ones(2, dtype=torch.bool))
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x)
+
+    net = Masked()
+    magr_torch.export(net, torch.randn(2, 32))
+    assert bool(net.nothing.isnan().all())
+
+
+@pytest.mark.parametrize("samples", [0, -5, "5", True, 2.0])
+def test_numbers_of_samples_that_are_none_are_refused(samples: Any) -> None:
+    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+        feeds([(IDS, SCALE)], INPUTS, samples=samples)
+    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+        magr_torch.optimize(Net(), torch.randn(2, 32), calibration=torch.randn(8, 32), samples=samples)
+
+
 def test_options_are_checked_before_the_export(tmp_path: Path) -> None:
     class Never(nn.Module):
         def forward(self, x: Any) -> Any:

@@ -40,6 +40,8 @@ def inspect(
     lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
     for reason, rows in by_reason(found.skipped).items():
         lines += [f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows]
-    value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers")}
+    if found.notes:
+        lines += ["", "notes", *(f"  {note}" for note in found.notes)]
+    value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers", "notes")}
     value["skipped"] = [dataclasses.asdict(s) for s in found.skipped]
     console.show(value, "\n".join(lines), as_json)
