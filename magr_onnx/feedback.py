@@ -86,7 +86,7 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
 def error(quantized: Array, stats: LayerStats, goal: Goal, centred: bool) -> float:
     """``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, the mean error left out if ``centred``.
 
-    The output is never centred: what errors of all layers are measured against, here, without feedback and in the running model, is the same.
+    The output is never centred, so that errors with feedback, without it and in the running model are all measured against the same.
     """
     cross, power = goal.cross, float(goal.power.sum())
     left = power

@@ -22,6 +22,7 @@ from magr_onnx.recipe import Recipe
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run
+from tests.test_writing import small_disk
 
 PIPELINE = "quantize{method=rtn,bits=8},emit-matmulnbits"
 
@@ -346,3 +347,41 @@ def test_messages_say_what_became_of_the_output(folder: Path, monkeypatch: pytes
         assert "no output was changed" not in result.stderr
         patch.setattr(magr_onnx.api, "optimize", lambda *_, **__: 1 / 0)
         assert "no output was changed" in run(*asked, "r.json", cwd=folder).stderr
+
+
+def test_long_names_of_reports(folder: Path, tmp_path: Path) -> None:
+    asked = ("optimize", "m.onnx", "-o", "o.onnx", "-q", "--report")
+    result = run(*asked, "r" * 252 + ".json", "--save-recipe", "s.toml", cwd=folder)
+    assert (result.returncode, (folder / "o.onnx").exists()) == (1, False)
+    assert "has 257 bytes" in result.stderr
+    assert "has 257 bytes" in run(*asked, "r.json", "--save-recipe", "r" * 252 + ".toml", cwd=folder).stderr
+    assert run(*asked, "r" * 245 + ".json", "--save-recipe", "s" * 245 + ".toml", cwd=folder).returncode == 0
+    assert {len(path.name) for path in folder.iterdir()} == {6, 5, 250} | {
+        len(path.name) for path in folder.iterdir() if len(path.name) < 250
+    }
+    assert sorted(path.name[0] for path in folder.iterdir() if len(path.name) == 250) == ["r", "s"]
+
+
+def test_what_cannot_be_written_keeps_nothing_else_from_it(folder: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path, 1 << 12) as disk:
+        full = [disk / "a.json", disk / "b.json"]
+        asked = ("optimize", "m.onnx", "-o", "o.onnx", "--report", full[0], "--report", full[1], "--report", "r.json")
+        result = run(*asked, "--save-recipe", "s.toml", cwd=folder)
+        assert (result.returncode, list(disk.iterdir())) == (1, [])
+    assert all(f"report {path}: cannot be written: No space left on device" in result.stderr for path in full)
+    assert all((folder / name).is_file() for name in ("o.onnx", "r.json", "s.toml"))
+
+
+def test_a_recipe_is_saved_over_nothing_a_folder_has_or_the_run_read(folder: Path) -> None:
+    source = folder / "source"
+    source.mkdir()
+    (folder / "m.onnx").rename(source / "m.onnx")
+    for name in ("source/own.toml", "read.toml"):
+        (folder / name).write_text("version = 1\nbits = 3\n")
+    for name in ("source/own.toml", "read.toml"):
+        result = run("optimize", "source", "-o", "out", "-r", "read.toml", "--save-recipe", name, cwd=folder)
+        assert f"recipe {name} would overwrite a folder or a file of this run; choose another name" in result.stderr
+        assert ((folder / name).read_text(), (folder / "out").exists()) == ("version = 1\nbits = 3\n", False)
+    (folder / "earlier.toml").write_text("version = 1\n")
+    assert run("optimize", "source", "-o", "out", "-r", "read.toml", "--save-recipe", "earlier.toml", cwd=folder).returncode == 0
+    assert "bits = 3" in (folder / "earlier.toml").read_text()

@@ -388,7 +388,9 @@ def test_the_reported_error_is_that_of_the_emitted_layers(bits: int, effort: Any
     inner = b.node("Add", [inner, b.constant("mean", np.full(64, mean, np.float32))], "lifted")
     model = b.model(b.node("MatMul", [inner, b.constant("w2", random(64, 32, seed=1))], "second"), ["batch", 32])
     data = batches(model, 8, 256)
-    made, report = magr_onnx.optimize(model, data, bits=bits, effort=effort, exclude=["first"] if effort == "fast" else [], validation_data=data)
+    made, report = magr_onnx.optimize(
+        model, data, bits=bits, effort=effort, exclude=["first"] if effort == "fast" else [], validation_data=data
+    )
     wrong, power = 0.0, 0.0
     with Session(model) as before, Session(made) as after:
         for feeds in data:
