@@ -197,18 +197,14 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
     """What stands against writing ``output``, without touching anything."""
     found = check_name(output.absolute())
     folder = output.parent
-    if output.suffix.lower() in _OTHERS:
+    if output.suffix.lower() in _OTHERS or output.name == "-":
         found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
     if os.path.isdir(output):  # where pathlib raises an error of a name that is too long
         found.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
         found.append(f"output folder {folder} does not exist; create it first")
-    elif not os.access(folder, os.W_OK):
-        found.append(f"output folder {folder} is not writable")
     elif wrong := places.blocked(f"output {output}", output) or check_length(output):
         found += wrong
-    elif output.exists() and not os.access(output, os.W_OK):
-        found.append(f"output {output} exists and is not writable")
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
         found.append(f"output {output} would overwrite the input model or its data; choose another name")

@@ -69,6 +69,10 @@ class OptimizedFolder:
         """The same with another ``command`` and ``recipe`` in the reports."""
         return replace(self, reports={name: report.asked_by(command, recipe) for name, report in self.reports.items()})
 
+    def noted(self, notes: Sequence[str]) -> OptimizedFolder:
+        """The same with more ``notes`` in the reports."""
+        return replace(self, reports={name: report.noted(notes) for name, report in self.reports.items()})
+
     def save(self, path: Path) -> None:
         """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
         found = self.files(path)

@@ -16,15 +16,19 @@ _LONGEST = 255  # bytes of a name on almost all file systems
 
 
 def blocked(what: str, path: Path) -> list[str]:
-    """Why nothing can be renamed to ``path``, links followed: its name is too long, or what is there is no file and no folder, or a mount.
+    """Why nothing can be renamed to ``path``, links followed.
+
+    Its name is too long, its folder or what is there is not writable, or that is neither a file nor a folder, or a mount.
 
     Args:
         what: What would be there, and the path, for the message.
-        path: A path; whether its folder is there and open to us is not looked at.
+        path: A path; whether its folder is there is not looked at.
     """
     place = path.resolve()
     if found := too_long(what, place):
         return found
+    if os.path.isdir(place.parent) and not os.access(place.parent, os.W_OK):
+        return [f"{what}: folder {place.parent} is not writable"]
     try:
         kind = _SPECIAL.get(stat.S_IFMT(place.stat().st_mode))
     except OSError:  # nothing is there
@@ -34,6 +38,8 @@ def blocked(what: str, path: Path) -> list[str]:
     if os.path.ismount(place):
         other = f"give a folder in it, such as {path / 'optimized'}" if place.is_dir() else "choose another name"
         return [f"{what} is a mount point, to which nothing can be renamed; {other}"]
+    if not os.access(place, os.W_OK):
+        return [f"{what} exists and is not writable"]
     return []
 
 

@@ -199,6 +199,11 @@ def test_paths_that_are_no_utf8_are_named(tmp_path: Path) -> None:
         magr_onnx.optimize_folder(tmp_path, output=tmp_path.parent / os.fsdecode(b"o\xff"))
 
 
+def test_standard_output_is_no_place_for_a_model() -> None:
+    with pytest.raises(OutputError, match=r"give a name that ends in .onnx"):
+        magr_onnx.optimize(graphs.chain(), output="-")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     folder = tmp_path / "locked"

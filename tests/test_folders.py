@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
 from magr_onnx.folders import check_reports, taken_by
 from magr_onnx.report import LayerRow
@@ -320,16 +321,26 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
 
 
 def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\x85four\r\nfive six\n".encode())
+    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\rfour\r\nfive six\n".encode())
     (batch,) = texts.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
     np.testing.assert_array_equal(batch["input_ids"], [[2, 8, 9, 3, 0, 0], [2, 4, 5, 6, 7, 3]])
 
 
-@pytest.mark.parametrize("config", ['{"model_max_length": Infinity}', '{"model_max_length": NaN}', '{"pad_token": 5}', '{"pad_token": {}}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_max_length": Infinity}',
+        '{"model_max_length": NaN}',
+        '{"model_max_length": true}',
+        '{"pad_token": 5}',
+        '{"pad_token": {}}',
+    ],
+)
 def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
     (exported / "tokenizer_config.json").write_text(config)
+    (exported / "tokenizer.json").write_text(json.dumps({**json.loads((exported / "tokenizer.json").read_text()), "post_processor": None}))
     batches = list(texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
-    assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 11)]
+    assert [b["input_ids"].shape for b in batches] == [(16, 3), (8, 9)]
 
 
 def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path) -> None:
@@ -416,6 +427,20 @@ def test_patterns_are_looked_for_in_all_models_before_any_work(several: Path, tm
     assert "exclude 'none*' matches no layer" in str(error.value)
     assert "encoder_model.onnx has no layer that include down matches; leave it out (models, --models)" in str(error.value)
     assert not job.exists()
+
+
+def test_the_call_in_a_report_says_what_won_over_a_recipe(several: Path, tmp_path: Path) -> None:
+    recipe = {"calibration": "no such folder", "models": "decoder*", "effort": "fast", "bits": 8}
+    given: dict[str, Any] = {"recipe": recipe, "preset": None, "max_memory": None, "shard_size": None, "bits": None}
+    result = optimize_folder(several, None, output=tmp_path / "o", **given)
+    (report,) = result.reports.values()
+    assert report.calibration == "none (data-free)"
+    assert "calibration=None" in report.command
+    assert "bits=None" in report.command
+    written = tree(tmp_path / "o")
+    again = eval(report.command.replace(str(tmp_path / "o"), str(tmp_path / "p")), {"magr_onnx": magr_onnx})
+    assert tree(tmp_path / "p") == written
+    assert [row.bits for one in again.reports.values() for row in one.layers] == [row.bits for row in report.layers]
 
 
 def test_what_is_written_into_the_output_during_the_run_stays(several: Path, tmp_path: Path) -> None:

@@ -242,6 +242,8 @@ def test_magr_changes_what_it_may(reduced: tuple[Net, Net, Any]) -> None:
         assert net.state_dict()[change.name].abs().max() == pytest.approx(change.after)
         assert change.after < change.before == pytest.approx(float(original.state_dict()[change.name].abs().max()))
     assert "first.weight: largest magnitude" in str(result)
+    called = "magr_onnx.torch.magr_(module=<Net>, example_inputs=<Tensor>, calibration=<DataLoader>, alpha=0.02)"
+    assert (result.report.command, result.report.source) == (called, "Net")
 
 
 def test_the_module_computes_what_the_onnx_model_of_magr_does(reduced: tuple[Net, Net, Any]) -> None:
@@ -268,6 +270,8 @@ def test_a_state_dict_leaves_the_module_alone(kind: Any) -> None:
     state, result = magr_torch.magr(net, x[:2], loader(x), alpha=0.05)
     assert_untouched(net, before)
     assert [c.name for c in result.changed] == ["0.weight", "2.weight"]
+    called = "magr_onnx.torch.magr(module=<Sequential>, example_inputs=<Tensor>, calibration=<DataLoader>, alpha=0.05)"
+    assert result.report.command == called
     assert {n: t.dtype for n, t in state.items()} == {n: t.dtype for n, t in before.items()}
     other = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).to(kind)
     other.load_state_dict(state)
@@ -544,10 +548,20 @@ def test_buffers_that_are_views_of_one_nan_stay() -> None:
 
 @pytest.mark.parametrize("samples", [0, -5, "5", True, 2.0])
 def test_numbers_of_samples_that_are_none_are_refused(samples: Any) -> None:
-    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+    with pytest.raises(OptionError, match=r"samples = .*: expected"):
         feeds([(IDS, SCALE)], INPUTS, samples=samples)
-    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+    with pytest.raises(OptionError, match=r"samples = .*: expected"):
         magr_torch.optimize(Net(), torch.randn(2, 32), calibration=torch.randn(8, 32), samples=samples)
+
+
+def test_magr_says_which_options_it_has() -> None:
+    x, data = torch.randn(2, 32), torch.randn(8, 32)
+    with pytest.raises(OptionError, match=r"magr has no option 'block_sise'; did you mean 'block_size'"):
+        magr_torch.magr(Net(), x, data, block_sise=3)
+    with pytest.raises(OptionError, match=r"magr has no option 'effort'"):
+        magr_torch.magr_(Net(), x, data, effort="fast")
+    with pytest.raises(OptionError, match=r"block_size = 'x'"):
+        magr_torch.magr_(Net(), x, data, block_size="x")
 
 
 def test_options_are_checked_before_the_export(tmp_path: Path) -> None:

@@ -164,13 +164,13 @@ def optimize(
     """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
     asked = said(context).over(Recipe() if recipe is None else Recipe.load(recipe))
     arguments = asked.arguments()
-    source = arguments.pop("model", None)
+    source = arguments.get("model")
     if source is None:
         raise OptionError("no model: give one, or a recipe that names one")
     source = Path(source)
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
-    out = arguments["output"] = Path(arguments.get("output") or _output(source))
+    out = Path(arguments.get("output") or _output(source))
     taken = {source, out, *asked.reads, *data_files(source), *([] if recipe is None else [recipe])}
     saved = set() if save_recipe is None else {save_recipe}
     if source.is_dir():
@@ -182,7 +182,7 @@ def optimize(
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
-        watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
+        watched: dict[str, Any] = {"recipe": asked, "output": out, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
             result: Report | OptimizedFolder = optimize_folder(source, **watched)
         else:

@@ -12,8 +12,9 @@ Nothing is guessed: what does not fit is left alone, with the reason.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,17 +22,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from magr_onnx import files
+from magr_onnx import api, files, keys
 from magr_onnx.boundary import explained
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OptionError, closest, raise_all
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.functions import open_up
 from magr_onnx.report import Report
 from magr_onnx.torch.export import DynamicShapes, Examples, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs
-from magr_onnx.torch.interface import optimized
+from magr_onnx.torch.interface import asked, optimized
 
 Array = npt.NDArray[Any]
+_NOT_OF_MAGR = ("model", "calibration", "pipeline_text", "options")  # of what `magr_onnx.optimize` takes
 _PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
@@ -115,13 +117,19 @@ def magr(
     Raises:
         ExportError: torch cannot export the module.
         ModelError: There is no layer to change.
+        OptionError: An option that is none, or a value; before the export.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
+    given = dict(locals())
+    names = [name for name in inspect.signature(api.optimize).parameters if name not in _NOT_OF_MAGR]
+    raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*given, *names])}" for n in settings if n not in names])
+    own = keys.unworded({"alpha": alpha, "block_size": block_size, "damping": damping})
+    keys.check(**own, samples=samples)
     found, reduced = _reduced(
         module,
         example_inputs,
         calibration,
-        MagR(alpha, relative, block_size, damping),
+        MagR(relative=relative, **own),
         (to_inputs, samples, batch_size),
         dynamic_shapes,
         settings,
@@ -131,7 +139,7 @@ def magr(
         old = state[change.name]
         new = torch.from_numpy(found[change.name]).to(device=old.device, dtype=old.dtype)
         state |= dict.fromkeys((change.name, *change.tied), new)
-    return state, reduced
+    return state, replace(reduced, report=asked(magr, reduced.report, given))
 
 
 def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterable[Any], **options: Any) -> Reduced:
@@ -146,12 +154,13 @@ def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterab
     Raises:
         MagrError: See `magr`; the module is then as it was.
     """
+    given = dict(locals())
     state, reduced = magr(module, example_inputs, calibration, **options)
     own = module.state_dict()
     with torch.no_grad():
         for change in reduced.changed:
             own[change.name].copy_(state[change.name])
-    return reduced
+    return replace(reduced, report=asked(magr_, reduced.report, given))
 
 
 def _reduced(
