@@ -45,7 +45,7 @@ class LayerRow:
         k: Input width.
         n: Output width.
         bits: Code width; None where the weight stayed float (MagR alone).
-        block_size: Rows per stored scale.
+        block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
         error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias compensation included. Behind
             quantized layers: of the output against what it should be there, what the layers before did wrong included.
@@ -66,6 +66,7 @@ class LayerRow:
         output: Name of its output, by which `Validation.layers` has it.
         scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path
             the second has ``@1`` behind it, and so on.
+        stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
     """
 
     name: str
@@ -93,11 +94,18 @@ class LayerRow:
     depth: int | None = None
     output: str | None = None
     scope: str = ""
+    stored_block: int | None = None
 
     @property
     def label(self) -> str:
         """What to call it to a person: its module, or the name of its node."""
         return self.scope or self.name
+
+    @property
+    def block(self) -> str:
+        """What shares a scale: that many rows, or a whole channel; in a table that many values of a row, or the whole row."""
+        whole, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
+        return "" if self.block_size is None else name if self.block_size >= whole else str(self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,14 +358,14 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
         ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
         rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
         return [*layer_table(ordered[:most]), rest]
-    lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
+    lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>7} {'error':>8}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
         name = r.label if len(r.label) <= 40 else f"...{r.label[-37:]}"
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
-        lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
+        lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block or '-':>7} {error}{mark}")
     return lines
 
 

@@ -62,9 +62,12 @@ class _Progress:
     digests: dict[str, str] = field(default_factory=dict)
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
+    repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, job: Job) -> None:
         self.rows[job.layer.name] = _layer_row(job)
+        if "stored_block" in job.facts:
+            self.repeated[job.layer.weight_name] = job.facts["stored_block"], job.facts["repeated"]
         if job.emitted and job.quantized is not None:
             self.digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
 
@@ -202,6 +205,12 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     found = []
     if done.spilled:
         found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
+    if done.repeated:
+        blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
+        found.append(
+            f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share one "
+            f"(about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, 128 and 256 only"
+        )
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -224,7 +233,7 @@ def _layer_row(job: Job) -> LayerRow:
         layer.k,
         layer.n,
         None if spec is None else spec.bits,
-        facts.get("block_size"),
+        None if spec is None else spec.rows(layer.k),
         job.stats.rows,
         facts.get("error"),
         facts.get("magr"),
@@ -241,4 +250,5 @@ def _layer_row(job: Job) -> LayerRow:
         tiles=facts.get("tiles"),
         output=layer.output.name,
         scope=scope_of(layer.node),
+        stored_block=facts.get("stored_block"),
     )

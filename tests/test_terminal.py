@@ -146,7 +146,7 @@ def test_long_tables_begin_with_the_worst() -> None:
     rows = [LayerRow(f"l{i}", "MatMul", "w", 8, 8, 4, 32, 10, i / 1000, None, None, False, None) for i in range(40)]
     table = layer_table(rows, MOST)
     assert len(table) == MOST + 2
-    assert table[1].split() == ["l39", "8", "x", "8", "4", "32", "3.90%", "*"]
+    assert table[1].split() == ["l39", "8", "x", "8", "4", "channel", "3.90%", "*"]
     assert table[-1] == "... and 15 more layers with errors from 0.00% to 1.40% (--verbose shows all)"
     assert len(layer_table(rows)) == 41
     assert [line.split()[0] for line in layer_table(rows[:MOST], MOST)[1:]] == [row.name for row in rows[:MOST]]

@@ -53,12 +53,6 @@ class Line:
         r = self.row
         return f"{r.k} × {r.n}" if r.groups == 1 else f"{r.groups} × {r.k} × {r.n}"
 
-    @property
-    def block(self) -> str:
-        """What shares a scale: that many rows of a column, or values of a row of a table, or all of them."""
-        size, (whole, name) = self.row.block_size, (self.row.n, "row") if self.row.op == "Gather" else (self.row.k, "column")
-        return "" if size is None else name if size >= whole else str(size)
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
