@@ -67,6 +67,7 @@ class LayerRow:
         scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path
             the second has ``@1`` behind it, and so on.
         stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
+        added: Bytes that it adds to the file, where its float weight stays in it for others.
     """
 
     name: str
@@ -95,6 +96,7 @@ class LayerRow:
     output: str | None = None
     scope: str = ""
     stored_block: int | None = None
+    added: int | None = None
 
     @property
     def label(self) -> str:

@@ -63,9 +63,11 @@ class _Progress:
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
     repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
 
     def add(self, job: Job) -> None:
         self.rows[job.layer.name] = _layer_row(job)
+        self.added[job.layer.name] = job.bytes
         if "stored_block" in job.facts:
             self.repeated[job.layer.weight_name] = job.facts["stored_block"], job.facts["repeated"]
         if job.emitted and job.quantized is not None:
@@ -176,10 +178,17 @@ def solve(
             work = base.clone()
             layers, _ = source.split(setting.find(work)[0], bool(lost))
     notes += _remarks(done, run, setting.mask)
-    said = shared.remarks(layers, run.large)
+    said = shared.remarks(layers, done.added, run.large)
     for name, given in own.options.items():
         said[name].append(f"options of its own: {layerwise.described(given)}")
-    rows = [replace(done.rows[layer.name], notes=(*done.rows[layer.name].notes, *said[layer.name])) for layer in layers]
+    rows = [
+        replace(
+            done.rows[layer.name],
+            notes=(*done.rows[layer.name].notes, *said[layer.name]),
+            added=done.added[layer.name] if shared.readers(layer) else None,
+        )
+        for layer in layers
+    ]
     emitted = {row.emitted for row in rows if row.emitted}
     rows = [*begun.rows, *rows]
     depth = depths(model, {row.name for row in rows})

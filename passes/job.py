@@ -101,6 +101,11 @@ class Job:
         known.append(self.layer.constant(suffix, array, inside=inside and self.alone))
         return known[-1]
 
+    @property
+    def bytes(self) -> int:
+        """Of the constants made of the weight."""
+        return sum(v.const_value.nbytes for values in self.stored.values() for v in values if v.const_value is not None)
+
     def stored_in_blocks(self, rows: int) -> None:
         """Take note of blocks that an emitter stores a grid a block for, where a grid of the solution is that of several."""
         assert self.quantized is not None
