@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.bodies import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
-from magr_onnx.passes.scopes import modules_of
+from magr_onnx.passes.scopes import modules_of, owner_of
 from magr_onnx.types import Array
 from magr_onnx.writing import let_go
 
@@ -385,8 +385,10 @@ def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], excl
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, and those before a rewrite."""
-    return (*reversed(modules_of(node)), name, weight, *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, that of the module which has the
+    weight, and those before a rewrite."""
+    found = (*reversed(modules_of(node)), name, weight, owner_of(weight), *node.metadata_props.get(NAMES, "").splitlines())
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -191,6 +191,15 @@ def test_bias_of_higher_rank_is_not_a_bias() -> None:
     assert not only(b.model(out, [1, "batch", N])).has_bias
 
 
+def test_patterns_find_a_layer_by_the_module_of_its_weight() -> None:
+    b = graphs.Builder()
+    x = b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("block.0.up.weight", graphs.random(24, 24))], "node_1")
+    model = b.model(b.node("MatMul", [x, b.constant("w", graphs.random(24, 8))], "node_2"), ["batch", 8])
+    for pattern, found in (("block.0.up", ["node_1"]), ("*.up", ["node_1"]), ("block.0", []), ("", [])):
+        assert [layer.name for layer in find(model, [pattern])[0]] == found
+    assert [layer.name for layer in find(model, exclude=["block.0.up"])[0]] == ["node_2"]
+
+
 def test_tied_weight_keeps_its_other_reader() -> None:
     b = Builder()
     ids = b.input("ids", ["batch"], ir.DataType.INT64)

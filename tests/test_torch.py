@@ -110,6 +110,21 @@ def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net.down.eval()
 
 
+def test_a_convolution_with_a_normalization_in_it_has_its_own_name() -> None:
+    """The exporter folds the normalization, and writes the result as a call of that."""
+    program = magr_torch.export(Images(), torch.rand(1, 3, 4, 4)).program
+    (conv,) = (row for row in magr_onnx.inspect(program).layers if row["op"] == "Conv")
+    assert (conv["scope"], conv["weight"]) == ("conv", "conv.weight")
+    data = loader(torch.rand(8, 3, 4, 4))
+    for pattern in ("conv", "norm", "conv.weight"):
+        report = magr_torch.optimize(program, calibration=data, effort="fast", exclude=[pattern]).report
+        assert [row.scope for row in report.layers] == ["out"]
+        assert [row.scope for row in report.skipped] == ["conv"]
+    made, report = magr_torch.optimize(program, calibration=data, effort="fast")
+    assert [row.scope for row in report.layers] == ["conv", "out"]
+    assert "conv" in {scope_of(node) for node in made.graph if node.op_type == "Conv"}
+
+
 def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     scopes = ["attention.in_proj", "attention.out_proj", "up", "down", "first", "second", "head"]
