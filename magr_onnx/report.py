@@ -396,7 +396,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
     if v.layers:
         worst = max(v.layers, key=lambda layer: severity(layer.relative_error))
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
-        lines.append(f"    at {labels.get(worst.layer, worst.layer)}")
+        lines.append(f"    at {labels.get(worst.layer, worst.label)}")
     return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4))]
 
 

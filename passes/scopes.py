@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 _SCOPES, _CALL = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
 _PARAMETER = re.compile(r"%p_(\w+)")
-_KIND = re.compile(r"_?(?:weight|bias)$")
+_KIND = re.compile(r"_?(?:weight|bias)(?:_[ih]h_l\d+(?:_reverse)?)?$")  # recurrent modules have one a gate, a layer and a direction
 _FOLDED = "batch_norm"
 
 

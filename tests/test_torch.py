@@ -18,6 +18,7 @@ import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
 from magr_onnx.passes.linear import find  # noqa: E402
 from magr_onnx.passes.scopes import scope_of  # noqa: E402
+from magr_onnx.report import validation_text  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from magr_onnx.torch.feeds import feeds  # noqa: E402
 from magr_onnx.torch.weights import _new_value  # noqa: E402
@@ -123,6 +124,43 @@ def test_a_convolution_with_a_normalization_in_it_has_its_own_name() -> None:
     made, report = magr_torch.optimize(program, calibration=data, effort="fast")
     assert [row.scope for row in report.layers] == ["conv", "out"]
     assert "conv" in {scope_of(node) for node in made.graph if node.op_type == "Conv"}
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(40, 48, 2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(96, 48, batch_first=True)
+        self.out = nn.Linear(48, 16)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.gru(self.lstm(x)[0])[0])
+
+
+def test_weights_of_a_recurrent_module_are_its_own() -> None:
+    """The exporter cuts them up and joins them, where it does not fold that."""
+    net = Recurrent()
+    found = magr_onnx.inspect(magr_torch.export(net, torch.rand(2, 7, 40)).program)
+    assert [row["scope"] for row in found.layers] == ["out"]
+    assert [(row.scope, row.op, row.reason) for row in found.skipped] == [
+        ("lstm", "LSTM", "a recurrent operator"),
+        ("lstm", "LSTM", "a recurrent operator"),
+        ("gru", "GRU", "a recurrent operator"),
+    ]
+    matrices = sum(p.numel() for name, p in net.named_parameters() if "weight" in name and "out" not in name)
+    assert 4 * matrices <= sum(row.bytes for row in found.skipped) <= 1.1 * 4 * matrices  # some biases have two axes
+    assert "lstm.weight_ih_l1" in found.skipped[1].detail
+
+
+def test_a_comparison_calls_layers_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
+    net, report, output = optimized
+    program, data = magr_torch.export(net, tokens(1)).program, [{"input_ids": tokens().numpy()}]
+    for exported in (program, program.model_proto):
+        found = magr_onnx.validate(exported, output, data, latency=False)
+        scopes = {row.output: row.scope for row in report.layers}
+        assert {m.layer: m.scope for m in found.layers} == scopes
+        worst = max(found.layers, key=lambda m: m.relative_error)
+        assert f"    at {scopes[worst.layer]}" in validation_text(found)
 
 
 def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
