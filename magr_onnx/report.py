@@ -360,15 +360,23 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
         ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
         rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
         return [*layer_table(ordered[:most]), rest]
-    lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>7} {'error':>8}"]
+    reduced = any(r.magr for r in rows) and all(r.bits is None for r in rows)
+    head = f"{'largest weight':>21}" if reduced else f"{'bits':>4} {'block':>7} {'error':>8}"
+    lines = [f"{'layer':40.40} {'K x N':>13} {head}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
         name = r.label if len(r.label) <= 40 else f"...{r.label[-37:]}"
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
-        lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block or '-':>7} {error}{mark}")
+        done = f"{_lowered(r):>21}" if reduced else f"{r.bits or '-':>4} {r.block or '-':>7} {error}{mark}"
+        lines.append(f"{name:40} {shape:>13} {done}")
     return lines
+
+
+def _lowered(row: LayerRow) -> str:
+    """What MagR made of the largest weight of a layer."""
+    return "-" if row.magr is None else f"{row.magr['max_before']:.4g} -> {row.magr['max_after']:.4g}"
 
 
 def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({})) -> list[str]:

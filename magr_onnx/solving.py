@@ -214,6 +214,11 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     found = []
     if done.spilled:
         found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
+    if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
+        found.append(
+            f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes as "
+            f"before; put one of {', '.join(p.name for p in pipeline.EMITTERS)} at its end for a smaller file"
+        )
     if done.repeated:
         blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
         found.append(

@@ -588,6 +588,28 @@ def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     assert text.endswith(f"Why: {Reason.RECURRENT}.")
 
 
+def test_magr_alone_shows_the_largest_weights(reports: dict[str, Report]) -> None:
+    report = reports["magr"]
+    head, *lines = layer_table(report.layers)
+    assert head.endswith("largest weight")
+    for row, line in zip(report.layers, lines, strict=True):
+        assert row.magr is not None
+        before, after = (float(text) for text in line.split()[-3::2])
+        assert (before, after) == pytest.approx((row.magr["max_before"], row.magr["max_after"]), rel=1e-3)
+        assert after < before
+    assert "largest weight" not in reports["nothing"].to_text() + reports["fast"].to_text()
+
+
+def test_codes_that_no_pass_writes_are_told_of() -> None:
+    text = "no pass of the pipeline writes codes: 2 weights are stored as the floats"
+    pipeline = "quantize{method=rtn,bits=4}"
+    made, report = magr_onnx.optimize(graphs.chain(), samples(), pipeline_text=pipeline)
+    assert any(text in note and "emit-matmulnbits" in note for note in report.notes)
+    assert {node.op_type for node in made.graph} == {node.op_type for node in graphs.chain().graph}
+    report = magr_onnx.optimize(graphs.chain(), samples(), pipeline_text=f"{pipeline},emit-qdq").report
+    assert not any("writes codes" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("options", "shown", "stored"),
     [

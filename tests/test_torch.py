@@ -154,7 +154,8 @@ def test_weights_of_a_recurrent_module_are_its_own() -> None:
 
 def test_a_comparison_calls_layers_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
-    program, data = magr_torch.export(net, tokens(1)).program, [{"input_ids": tokens().numpy()}]
+    program = magr_torch.export(net, tokens(1), output_names=["logits"]).program
+    data = [{"input_ids": tokens().numpy()}]
     for exported in (program, program.model_proto):
         found = magr_onnx.validate(exported, output, data, latency=False)
         scopes = {row.output: row.scope for row in report.layers}
