@@ -185,7 +185,7 @@ def optimize(
     if tables:
         solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
     written, proof = _write(solved, out, prepared.reference, provider, run)
-    notes += _large_table(solved.skips, written)
+    notes += _large_table(solved.skips, written) if pipeline_text is None else []  # where the option can be given
     comparison = None
     if held is not None:
         comparison = validation.validate(

@@ -67,7 +67,8 @@ class _Progress:
 
     def add(self, job: Job) -> None:
         self.rows[job.layer.name] = _layer_row(job)
-        self.added[job.layer.name] = job.bytes
+        if job.emitted:
+            self.added[job.layer.name] = job.bytes
         if "stored_block" in job.facts:
             self.repeated[job.layer.weight_name] = job.facts["stored_block"], job.facts["repeated"]
         if job.emitted and job.quantized is not None:
@@ -185,7 +186,7 @@ def solve(
         replace(
             done.rows[layer.name],
             notes=(*done.rows[layer.name].notes, *said[layer.name]),
-            added=done.added[layer.name] if shared.readers(layer) else None,
+            added=done.added.get(layer.name) if shared.readers(layer) else None,
         )
         for layer in layers
     ]
@@ -216,14 +217,15 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
         found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
         found.append(
-            f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes as "
-            f"before; put one of {', '.join(p.name for p in pipeline.EMITTERS)} at its end for a smaller file"
+            f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
+            f"as before; put one of {', '.join(p.name for p in pipeline.EMITTERS)} at its end for a smaller file"
         )
     if done.repeated:
         blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
         found.append(
-            f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share one "
-            f"(about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, 128 and 256 only"
+            f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share "
+            f"one (about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
+            "128 and 256 only"
         )
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))

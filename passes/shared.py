@@ -129,8 +129,8 @@ def readers(layer: LinearLayer) -> list[ir.Node]:
 def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool = False) -> dict[str, list[str]]:
     """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name.
 
-    ``added`` has the bytes of what each became. ``alone`` is for stages of a model too large to be run as a whole, which solve every layer
-    by itself.
+    ``added`` has the bytes of the codes that were written for each. ``alone`` is for stages of a model too large to be run as a whole,
+    which solve every layer by itself.
     """
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
     for layer in layers:
@@ -146,10 +146,10 @@ def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool
             names = _some([f"{layer_name(node)} ({node.op_type})" for node in left])
             ways = [f"leave it out (exclude={[scope_of(layer.node) or layer.name]})"]
             ways += ['convert the table as well (embeddings="gather-block-quantized")'] * any(node.op_type == "Gather" for node in left)
-            found[layer.name].append(
-                f"converting it saved nothing and added {added[layer.name]} bytes: its float weight ({layer.weight.stored.nbytes} bytes) "
-                f"stays in the file for {names}; {' or '.join(ways)}"
-            )
+            stays = f"its float weight ({layer.weight.stored.nbytes} bytes) stays in the file for {names}"
+            more = added.get(layer.name)
+            cost = f"converting it saved nothing and added {more} bytes: {stays}; {' or '.join(ways)}"
+            found[layer.name].append(stays if more is None else cost)
     return found
 
 

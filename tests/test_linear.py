@@ -158,7 +158,7 @@ def test_include_and_exclude_match_node_and_weight_names() -> None:
     assert [layer.name for layer in find(model)[0]] == ["up", "down"]
     layers, skips = find(model, include=["w1"])
     assert [layer.name for layer in layers] == ["up"]
-    assert {s.name: s.reason for s in skips} == {"down": Reason.EXCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
+    assert {s.name: s.reason for s in skips} == {"down": Reason.NOT_INCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
     assert [layer.name for layer in find(model, exclude=["d*"])[0]] == ["up"]
 
 

@@ -177,7 +177,9 @@ def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Pat
     some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
     chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
     assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
-    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {*scopes} - {"attention.in_proj", "up"}
+    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {"attention.out_proj"}
+    rest = {row.scope for row in chosen.skipped if row.reason == "not among the layers to include"}
+    assert rest == {*scopes} - {"attention.in_proj", "attention.out_proj", "up"}
     assert "attention.out_proj (node_" in chosen.to_text()
     for wrong in ({"layers": [{"match": "*out_prok*", "bits": 8}]}, {"exclude": ["*out_prok"]}):
         with pytest.raises(OptionError, match=r"'\*out_prok\*?' matches no layer.*; did you mean 'out_proj'"):
@@ -296,6 +298,33 @@ def test_magr_changes_what_it_may(reduced: tuple[Net, Net, Any]) -> None:
         assert net.state_dict()[change.name].abs().max() == pytest.approx(change.after)
         assert change.after < change.before == pytest.approx(float(original.state_dict()[change.name].abs().max()))
     assert "first.weight: largest magnitude" in str(result)
+
+
+class Tied(nn.Module):
+    """A table that is large enough to be asked about, and is the last layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.up, self.head = nn.Embedding(256, 32), nn.Linear(32, 32), nn.Linear(32, 256, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Any) -> Any:
+        return self.head(torch.relu(self.up(self.tokens(input_ids))))
+
+
+@pytest.mark.parametrize("include", [[], ["up"], ["up", "head"]])
+def test_reasons_of_magr_are_its_own(include: list[str]) -> None:
+    found = magr_torch.magr_(Tied(), tokens(2), loader(tokens()), include=include)
+    assert [change.name for change in found.changed] == ["up.weight"]
+    assert found.unchanged.keys() == {"tokens.weight", "head.weight"}
+    for why in found.unchanged.values():
+        assert why.endswith("reads it, and would change with it")
+    assert "embeddings" not in " ".join([*found.report.notes, *(note for row in found.report.layers for note in row.notes)])
+    if include:
+        wrong = "MagR changed no parameter: .*up.weight: node_[a-zA-Z_0-9]*: not among the layers to include"
+        with pytest.raises(MagrError, match=wrong):
+            magr_torch.magr_(Tied(), tokens(2), loader(tokens()), include=["head"])
 
 
 def test_the_module_computes_what_the_onnx_model_of_magr_does(reduced: tuple[Net, Net, Any]) -> None:
