@@ -27,7 +27,7 @@ from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, size_of, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Batches, Source
+from magr_onnx.runtime.data import Batches, Source, amount
 from magr_onnx.runtime.session import provider_name
 from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
@@ -287,5 +287,4 @@ def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) 
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    samples = "" if data.samples is None else f"{data.samples} samples in "
-    return f"{data.describe}: {samples}{len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+    return f"{data.describe}: {amount(data.samples, len(data))}, {most} rows" + (f", mask {mask}" if mask else "")

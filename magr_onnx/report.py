@@ -382,7 +382,7 @@ def _lowered(row: LayerRow) -> str:
 def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({})) -> list[str]:
     """Metrics of every output and arithmetic, then size and latency; layers by ``labels`` of their outputs, where there are any."""
     lines = [
-        f"validation   {v.data}: {v.batches} batches, provider {v.provider}",
+        f"validation   {v.data}: {v.amount}, provider {v.provider}",
         f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
     ]
     for arithmetic, m in v.shown():

@@ -19,7 +19,7 @@ from magr_onnx.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.passes.scopes import scope_of
-from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.data import Batches, amount
 from magr_onnx.runtime.session import Arithmetic, Batch, Session
 from magr_onnx.types import Array
 
@@ -124,6 +124,12 @@ class Validation:
     float_bytes: int = 0
     quantized_bytes: int = 0
     notes: tuple[str, ...] = ()
+    samples: int | None = None
+
+    @property
+    def amount(self) -> str:
+        """How much data there was."""
+        return amount(self.samples, self.batches)
 
     def shown(self) -> list[tuple[str, OutputMetrics]]:
         """What a table shows: metrics with the arithmetics they hold for, one row where all are equal in the digits shown."""
@@ -314,6 +320,7 @@ def validate(
         _size(float_model),
         _size(quantized_model),
         tuple(dict.fromkeys([*data.notes, *notes])),
+        data.samples,
     )
 
 

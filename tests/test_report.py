@@ -93,10 +93,15 @@ def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     assert "<html" in found.to_html()
 
 
-def test_the_text_says_what_its_columns_and_marks_are() -> None:
+def test_the_text_says_what_its_columns_and_marks_are(reports: dict[str, Report]) -> None:
     text = magr_onnx.optimize(graphs.chain(), [graphs.feeds(graphs.chain(), rows=30)] * 2, effort="fast").report.to_text()
-    assert "60 samples in 2 batches, 60 rows" in text
+    assert ": 60 samples, 60 rows" in text
     assert "*: the largest error" in text
+    validation = reports["fast"].validation
+    assert validation is not None
+    assert "the given batches: 36 samples, provider cpu" in reports["fast"].to_text()
+    assert "36 samples of the given batches" in reports["fast"].to_html()
+    assert "3 batches of the given batches" in replace(reports["fast"], validation=replace(validation, samples=None)).to_html()
     net = "g (int64[n] i) => (float[n, 8] y) { [rows] x = Gather(table, i) y = MatMul(x, w) }"
     gather = model(net, table=constant("table", 300, 64), w=constant("w", 64, 8))
     text = magr_onnx.optimize(gather).report.to_text()
