@@ -64,8 +64,10 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
 
     Raises:
         ModelError: Not a usable model.
-        OptionError: A pattern that matches nothing.
+        OptionError: A value that is none, or a pattern that matches nothing.
     """
+    keys.check(include=include, exclude=exclude, requantize=requantize)
+    include, exclude = keys.listed("include", include), keys.listed("exclude", exclude)
     loaded = files.load(model)
     notes = [*loaded.notes, *open_up(loaded.model), *unused.remove(loaded.model)]
     notes += canonicalize(loaded.model, include, exclude, again=requantize)
@@ -138,7 +140,7 @@ def validate(
     keys.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    with custom.using(custom_ops):
+    with custom.using(keys.listed("custom_ops", custom_ops)):
         batches = decoders.open_for(a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model)
         return validation.validate(
             a.path or a.model,

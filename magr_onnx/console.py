@@ -105,7 +105,9 @@ def apologize(error: Exception, version: str) -> None:
         where = "The traceback is above."
         errors.print(trace, markup=False)
     else:
-        with tempfile.NamedTemporaryFile("w", prefix="onnx-magr-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="onnx-magr-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write(f"onnx-magr {version}, Python {sys.version}\n{trace}")
         where = f"The traceback is in {Path(file.name)} (--verbose prints it)."
     said = f"{type(error).__name__}: {error}".splitlines()[0]

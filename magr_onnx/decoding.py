@@ -44,9 +44,12 @@ def decode(kind: type[T], value: Any, where: str) -> T:
         where: What to call it in errors.
 
     Raises:
-        ReportError: A field without a default is missing, or a value is of another type.
+        ReportError: A field without a default is missing, a value is of another type, or they are nested without end.
     """
-    found: T = _decode(kind, value, where)
+    try:
+        found: T = _decode(kind, value, where)
+    except RecursionError as error:
+        raise ReportError(f"{where}: nested too deeply for a report") from error
     return found
 
 
@@ -65,7 +68,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return tuple(_decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         return {key: _decode(parts[1], v, f"{where}.{key}") for key, v in value.items()}
-    if kind is float and (value is None or value in WORDS):
+    if kind is float and (value is None or (isinstance(value, str) and value in WORDS)):
         return WORDS["inf" if value is None else value]
     if isinstance(value, _PLAIN.get(kind, ())):
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class MagrError(Exception):
@@ -65,6 +65,20 @@ def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
         raise kind(found[0])
     if found:
         raise kind(f"{len(found)} problems:\n" + "\n".join(f"  - {p}" for p in found))
+
+
+def do_all(steps: Iterable[Callable[[], None]]) -> None:
+    """Take every step, whatever becomes of the others; then raise what went wrong: one error, or one of the first kind with all of them."""
+    errors: list[MagrError] = []
+    for step in steps:
+        try:
+            step()
+        except MagrError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise_all(type(errors[0]), map(str, errors))
 
 
 def install(extra: str) -> str:

@@ -84,13 +84,16 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
 
 
 def error(quantized: Array, stats: LayerStats, goal: Goal, centred: bool) -> float:
-    """``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, the mean error left out if ``centred``."""
-    cross, power = goal.cross, goal.power
+    """``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, the mean error left out if ``centred``.
+
+    The output is never centred, so that errors with feedback, without it and in the running model are all measured against the same.
+    """
+    cross, power = goal.cross, float(goal.power.sum())
+    left = power
     if centred:
-        cross, power = cross - np.outer(stats.mean, goal.mean), power - np.square(goal.mean)
-    total = float(power.sum())
-    value = float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross)) + total
-    return max(value, 0.0) / total if total > 0 else 0.0
+        cross, left = cross - np.outer(stats.mean, goal.mean), left - float(np.square(goal.mean).sum())
+    left += float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross))
+    return max(left, 0.0) / power if power > 0 else 0.0
 
 
 def _step(weights: Array, stats: LayerStats, goal: Goal, damping: float, centred: bool) -> Array:

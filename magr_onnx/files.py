@@ -10,11 +10,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magr_onnx import sanity, schemas
+from magr_onnx import places, sanity, schemas
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.oldforms import modernize
 from magr_onnx.types import Deferred
-from magr_onnx.writing import is_ours
+from magr_onnx.writing import data_name, is_ours
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
 _KINDS = {
@@ -96,6 +96,11 @@ def check_name(path: Path) -> list[str]:
     except UnicodeEncodeError:
         return [f"{str(path)!r} is not UTF-8, which onnx and onnxruntime need of a path; rename the file, or the folder it is in"]
     return []
+
+
+def check_length(output: Path) -> list[str]:
+    """What stands against the names that data files of an output may get."""
+    return places.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
 
 
 def _load_path(path: Path) -> Loaded:
@@ -184,16 +189,14 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
     """What stands against writing ``output``, without touching anything."""
     found = check_name(output.absolute())
     folder = output.parent
-    if output.suffix.lower() in _OTHERS:
+    if output.suffix.lower() in _OTHERS or output.name == "-":
         found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
-    if output.is_dir():
+    if os.path.isdir(output):  # where pathlib raises an error of a name that is too long
         found.append(f"output {output} is a folder; give a file name")
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         found.append(f"output folder {folder} does not exist; create it first")
-    elif not os.access(folder, os.W_OK):
-        found.append(f"output folder {folder} is not writable")
-    elif output.exists() and not os.access(output, os.W_OK):
-        found.append(f"output {output} exists and is not writable")
+    elif wrong := places.blocked(f"output {output}", output) or check_length(output):
+        found += wrong
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
         found.append(f"output {output} would overwrite the input model or its data; choose another name")

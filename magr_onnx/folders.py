@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import carrying, files, locking, patterns, provenance, reporting
+from magr_onnx import carrying, files, locking, patterns, places, provenance, reporting
 from magr_onnx.boundary import explained
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, raise_all
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
@@ -30,7 +29,6 @@ from magr_onnx.runtime import calibrate, decoders, texts
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import InputInfo, inputs_of
 from magr_onnx.types import Deferred
-from magr_onnx.writing import data_files
 from magr_onnx.writing import explained as advice
 
 _MASK = InputInfo(calibrate.DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding in text; a decoder with a cache is fed none
@@ -46,7 +44,7 @@ class OptimizedFolder:
         output: The folder written.
         reports: One for every optimized model, by its path in the folder.
         carried: Files that are byte for byte those of the source.
-        kept: Files of the folder that was replaced, which the result has still.
+        kept: Files and links of the folder that was replaced, which the result has still.
     """
 
     source: str
@@ -74,10 +72,15 @@ class OptimizedFolder:
         """The same with another ``command`` and ``recipe`` in the reports."""
         return replace(self, reports={name: report.asked_by(command, recipe) for name, report in self.reports.items()})
 
+    def noted(self, notes: Sequence[str]) -> OptimizedFolder:
+        """The same with more ``notes`` in the reports."""
+        return replace(self, reports={name: report.noted(notes) for name, report in self.reports.items()})
+
     def save(self, path: Path) -> None:
         """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
         found = self.files(path)
-        for file, one in found.items():
+
+        def write(file: Path, one: Report | OptimizedFolder) -> None:
             if isinstance(one, Report):
                 one.save(file)
             elif file.suffix.lower() in reporting.PAGES:
@@ -85,6 +88,8 @@ class OptimizedFolder:
                 reporting.write(reporting.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
             else:
                 reporting.write(one.to_json() + "\n", file)
+
+        do_all([partial(write, *item) for item in found.items()])
 
     def to_text(self, most: int | None = None) -> str:
         """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""
@@ -138,12 +143,14 @@ def optimize_folder(
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
         output: The folder to write. It must not exist, be empty, or see ``overwrite``.
-        models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along.
+        models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along. One that
+            is a model's path, brackets and all, means that model.
         overwrite: Replace an earlier result: a folder that has the same models. Models, their data and files the new result has are
-            replaced, all others in it are kept. It stays until the new one is whole; a process that is killed between the two renames
-            leaves neither under that name.
+            replaced, all others in it are kept as they are, links and empty folders too; also what is written into it during the run.
+            What is replaced leaves its permissions. It stays until the new one is whole; a process that is killed between the two
+            renames leaves neither under that name.
         validation_data: Held-out inputs, in the same forms.
-        resume: A job directory, with one for each model in it.
+        resume: A job directory, with one for each model in it: its path in the folder, with dots.
         **arguments: All others of `magr_onnx.optimize`. A pattern of layers (``include``, ``exclude``, ``layers``) must match something in
             one of the models; a recipe is one for the folder.
 
@@ -162,12 +169,11 @@ def optimize_folder(
     data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
     found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
-    carried = carrying.besides(source, names, (file for model in found for file in model.external))
+    carried = carrying.besides(source, carrying.every(source), names, (file for model in found for file in model.external))
     place = out.resolve()  # a link stays one, and what it points to is replaced
-    before = [place / name for name in names if place.is_dir()]
-    there = carrying.besides(place, names, (file for old in before for file in data_files(old))) if before else []
-    kept = [path for path in there if path not in carried]
+    labels = _labels(names)
     try:
+        before = {path: seen for path, seen in carrying.kept(place, names).items() if path not in carried}
         with locking.workspace(place) as work:
             part = work / place.name
             part.mkdir()
@@ -175,10 +181,10 @@ def optimize_folder(
             @cache
             def carry() -> None:
                 """Before the first result, whose names of data files must be free, and after all that can be said of the options."""
-                for base, path in [*((source, path) for path in carried), *((place, path) for path in kept)]:
-                    (part / path).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(base / path, part / path)  # which, unlike copy2, refuses a folder
-                    shutil.copystat(base / path, part / path)
+                raise_all(OutputError, [f"{out}: {text}" for text in carrying.in_the_way(before, [*carried, *map(Path, names)])])
+                for path in carried:
+                    carrying.copy(source / path, part / path)
+                carrying.update(place, part, {}, before)
 
             def read(model: _Model) -> Path:
                 carry()
@@ -191,17 +197,22 @@ def optimize_folder(
                     model.data,
                     output=part / model.name,
                     validation_data=model.held,
-                    resume=None if resume is None else Path(resume) / _stem(model.name),
+                    resume=None if resume is None else Path(resume) / labels[model.name],
                     include=model.said.include,
                     exclude=model.said.exclude,
                     layers=model.said.tables,
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
+            there = carrying.kept(place, names).items()  # others may have written there meanwhile
+            kept = {path: seen for path, seen in there if path in before or not os.path.lexists(part / path)}
+            carrying.update(place, part, before, kept)
+            carrying.permit(part, place, names)
             _put(part, place, work)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {advice(error)}") from error
-    return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, kept)))
+    stayed = [path for path, seen in kept.items() if not carrying.is_folder(seen)]
+    return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, stayed)))
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
@@ -213,19 +224,22 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
         return there
-    unused = [p for p in patterns if not any(_matches(name, p) for name in there)]
-    raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in unused])
-    return [name for name in there if any(_matches(name, p) for p in patterns)]
+    found = {pattern: _matching(there, pattern) for pattern in patterns}
+    raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in found if not found[p]])
+    return [name for name in there if any(name in some for some in found.values())]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(_stem(name), pattern)
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    """What a pattern stands for: the model that has it for a name, or all it matches."""
+    exact = [name for name in names if pattern in (name, _stem(name))]
+    return exact or [name for name in names if any(fnmatch.fnmatchcase(one, pattern) for one in (name, _stem(name)))]
 
 
 def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
-    if problems := files.check_name(b):
+    long = [text for name in names for text in files.check_length(out / name)]
+    if problems := files.check_name(b) or places.blocked(f"output {out}", out) or long:
         return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
@@ -320,7 +334,12 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
     )
 
 
-def check_reports(folder: Path, models: Sequence[str], output: Path, paths: Sequence[Path], taken: Collection[Path]) -> None:
+def taken_by(folder: Path, output: Path) -> set[Path]:
+    """The files of a folder, and those they will be in the output."""
+    return {base / path for path in carrying.every(folder) for base in (folder, output)}
+
+
+def check_reports(folder: Path, models: Sequence[str], paths: Sequence[Path], taken: Collection[Path]) -> None:
     """See that all reports of a folder can be written for ``paths`` (`OptimizedFolder.files`), and be none of the files of the run.
 
     Raises:
@@ -331,7 +350,7 @@ def check_reports(folder: Path, models: Sequence[str], output: Path, paths: Sequ
     raise_all(
         OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
     )
-    reporting.check(every, {*taken, *(base / path for path in carrying.every(folder) for base in (folder, output))})
+    reporting.check(every, taken)
 
 
 def _report_files(path: Path, names: Sequence[str]) -> list[Path]:

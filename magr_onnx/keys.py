@@ -11,7 +11,7 @@ import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
@@ -45,11 +45,11 @@ class Key:
     """What may be said under one name.
 
     Attributes:
-        types: Python types of the value; None among them where there is a word for it.
+        types: Python types of the value; None among them where a call may say None.
         choices: All accepted values, where they can be listed.
         kind: ``path`` and ``paths`` are relative to the recipe; ``patterns`` and ``paths`` are a text or a list of them; ``size`` is a
             number of bytes, or a text such as ``2GB``.
-        least: The smallest number accepted, where there is one.
+        least: The smallest number accepted, where there is one; of sizes 1 where nothing is said.
     """
 
     types: tuple[type, ...] = (str,)
@@ -71,12 +71,12 @@ OPTIONS = {name: _key(name, hint) for name, hint in typing.get_type_hints(Option
 
 RUN = {
     "model": Key(kind="path"),
-    "output": Key(kind="path"),
+    "output": Key((str, NoneType), kind="path"),
     "calibration": Key(kind="path"),
     "validation": Key(kind="path"),
     "models": Key(kind="patterns"),
     "overwrite": Key((bool,)),
-    "preset": Key(),
+    "preset": Key((str, NoneType)),
     "pipeline": Key(),
     "include": Key(kind="patterns"),
     "exclude": Key(kind="patterns"),
@@ -86,20 +86,22 @@ RUN = {
     "batch_size": Key((int,), least=1),
     "decode_steps": Key((int,), least=0),
     "provider": Key(),
-    "cache": Key(kind="size"),
-    "max_memory": Key(kind="size"),
-    "resume": Key(kind="path"),
+    "cache": Key(kind="size", least=0),
+    "max_memory": Key((str, NoneType), kind="size"),
+    "resume": Key((str, NoneType), kind="path"),
     "external_data": Key((bool,)),
-    "shard_size": Key(kind="size"),
+    "shard_size": Key((str, NoneType), kind="size"),
 }
 """What a run is told beside them."""
 
 KEYS = {**RUN, **OPTIONS}
+ARGUMENTS = {**KEYS, "gram_budget": Key(kind="size")}
+"""With what only calls in Python have."""
 
 
 def problem(name: str, value: Any) -> str | None:
-    """What is wrong with a value, if anything is; ``name`` is among `KEYS`."""
-    choices, wrong = KEYS[name].choices, mistyped(name, value)
+    """What is wrong with a value, if anything is; ``name`` is among `ARGUMENTS`."""
+    choices, wrong = ARGUMENTS[name].choices, mistyped(name, value)
     if wrong is None and choices and value not in (None, WORDS.get(name), *choices):
         return f"{name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
     return wrong
@@ -107,19 +109,19 @@ def problem(name: str, value: Any) -> str | None:
 
 def mistyped(name: str, value: Any) -> str | None:
     """What is wrong with a value but for being none of the choices: its type, or that it is too small."""
-    key = KEYS[name]
+    key = ARGUMENTS[name]
+    if value is None and NoneType in key.types:
+        return None
     if key.kind in ("patterns", "paths"):
-        texts = [value] if isinstance(value, str | os.PathLike) else value
-        good = isinstance(texts, list | tuple) and all(isinstance(text, str | os.PathLike) for text in texts)
+        kinds = str | os.PathLike if key.kind == "paths" else str
+        texts = [value] if isinstance(value, kinds) else value
+        good = isinstance(texts, list | tuple) and all(isinstance(text, kinds) for text in texts)
         return None if good else f"{name} = {_shown(value)}: expected a text or a list of texts, found {_found(value)}"
     if key.kind == "size":
-        good = bytes_of(value) is not None if isinstance(value, str) else _is(value, float)
+        found = bytes_of(value) if isinstance(value, str) or _is(value, float) else None
+        good = found is not None and found >= (1 if key.least is None else key.least)
         return None if good else f"{name} = {_shown(value)}: give a size such as 512MB or 2GB"
-    if (
-        (key.kind == "path" and isinstance(value, os.PathLike))
-        or (value is None and NoneType in key.types)
-        or (name in WORDS and value == WORDS[name])
-    ):
+    if (key.kind == "path" and isinstance(value, os.PathLike)) or _is_word(name, value):
         return None
     if not any(_is(value, kind) for kind in key.types):
         return f"{name} = {_shown(value)}: expected {_expected(name, key)}, found {_found(value)}"
@@ -146,13 +148,34 @@ def worded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unworded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values with None for the words that stand for it."""
-    return {name: None if value == WORDS.get(name) else value for name, value in values.items()}
+    return {name: None if _is_word(name, value) else value for name, value in values.items()}
+
+
+def listed(name: str, value: Any) -> Any:
+    """A value whose kind is a list of texts as one; any other as it is."""
+    several = name in KEYS and KEYS[name].kind in ("paths", "patterns")
+    return tuple([value] if isinstance(value, str | os.PathLike) else value) if several else value
+
+
+def size(name: str, value: float | str) -> int:
+    """The bytes of a size.
+
+    Raises:
+        OptionError: It is none, or too small.
+    """
+    check(**{name: value})
+    return cast(int, bytes_of(value))
 
 
 def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:
     """What to say of a name that is none of ``names``."""
     listed = ", ".join(names) if len(names) < 20 else "the long options of onnx-magr optimize, with underscores (--help shows them)"
     return f"unknown key {name!r}" + (closest(name, names) or f"; there are {listed}")
+
+
+def _is_word(name: str, value: Any) -> bool:
+    """Whether a value is the word for None of its option."""
+    return name in WORDS and isinstance(value, str) and value == WORDS[name]
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -96,8 +96,11 @@ class LayerOptions:
         pairs = [part.partition("=") for part in given.split(",")]
         if not (match and colon and all(equals for _, equals, _ in pairs)):
             raise OptionError(f"--layer {text!r}: give PATTERN:option=value,..., such as '*lm_head*:bits=8,block_size=32'")
+        names = [name.strip() for name, _, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise OptionError(f"--layer {text!r}: {', '.join(twice)} is given twice; leave one out")
         try:
-            return LayerOptions.of({"match": match, **{name.strip(): _value(value.strip()) for name, _, value in pairs}})
+            return LayerOptions.of({"match": match, **dict(zip(names, (_value(value.strip()) for _, _, value in pairs), strict=True))})
         except OptionError as error:
             raise OptionError(f"--layer {text!r}: {error}") from error
 
@@ -137,7 +140,8 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
 
 
 def pipelines(tables: Sequence[LayerOptions], options: Options, passes: Sequence[LayerPass], provider: str) -> list[tuple[LayerPass, ...]]:
-    """The pipeline of every table by itself, to find early what cannot be.
+    """The pipeline of every table by itself, to find early what cannot be; not of optional ones that cannot, which `assign` refuses
+    where they match a layer.
 
     Raises:
         OptionError: With everything that no kernel, budget or format takes.
@@ -147,7 +151,7 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, passes: Sequence
         try:
             found.append(_pipeline(table.options, options, passes, provider))
         except OptionError as error:
-            wrong.append(f"layers {', '.join(table.match)}: {error}")
+            wrong += [] if table.optional else [f"layers {', '.join(table.match)}: {error}"]
     raise_all(OptionError, wrong)
     return found
 

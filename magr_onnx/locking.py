@@ -7,14 +7,17 @@ folder knows that its owner is dead. Where there is no flock (Windows), nothing 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from magr_onnx.errors import OutputError
+from magr_onnx.errors import OutputError, raise_all
+from magr_onnx.places import blocked
 
 try:
     import fcntl
@@ -48,7 +51,7 @@ def workspace(output: Path) -> Iterator[Path]:
         OSError: The folder cannot be made.
     """
     clear(output)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}{_MIDDLE}", dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=_beginning(output), dir=output.parent))
     owner: IO[bytes] | None = None
     try:
         owner = lock(folder / _OWNER)
@@ -69,7 +72,7 @@ def clear(output: Path) -> None:
     """
     if fcntl is None:
         return
-    for folder in output.parent.glob(f".{_escaped(output.name)}{_MIDDLE}*"):
+    for folder in output.parent.glob(f"{_escaped(_beginning(output))}*"):
         try:
             names = [] if folder.is_symlink() else [p.name for p in folder.iterdir()]
             if not names:
@@ -84,6 +87,12 @@ def clear(output: Path) -> None:
         if held is not None:
             shutil.rmtree(folder, ignore_errors=True)
             held.close()
+
+
+def _beginning(output: Path) -> str:
+    """What the names of temporary folders of ``output`` begin with: its name, or the hash of one that leaves no room for more."""
+    name = os.fsencode(output.name)
+    return f".{output.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()}{_MIDDLE}"
 
 
 def _escaped(name: str) -> str:
@@ -112,8 +121,20 @@ def replace(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def mode_of(path: Path) -> int:
+    """Permissions that what replaces ``path`` shall have: those of what is there, and of a new file where there is nothing."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
 def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None:
     """Write a text file in UTF-8: all of it, or nothing, and then a file that was there is as it was.
+
+    A file that is replaced leaves its permissions.
 
     Args:
         text: What to write.
@@ -124,12 +145,14 @@ def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None
     Raises:
         OutputError: It cannot be written.
     """
+    raise_all(OutputError, blocked(f"{what} {path}", path))
     try:
         data = text.encode("utf-8", errors)
         target = path.resolve()
         with workspace(target) as folder:
             part = folder / target.name
             part.write_bytes(data)
+            part.chmod(mode_of(target))
             replace(part, target)
     except UnicodeEncodeError as error:
         where = text[max(0, error.start - 30) : error.end].splitlines()[-1]

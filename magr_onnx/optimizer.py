@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import files, layerwise, mixed, provenance
+from magr_onnx import files, keys, layerwise, mixed, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
@@ -24,7 +24,7 @@ from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
 from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.run import Run, Size, size_of, with_run
+from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, amount
@@ -51,6 +51,10 @@ class Optimized(NamedTuple):
         """The same with another ``command`` and ``recipe`` in the report."""
         return self._replace(report=self.report.asked_by(command, recipe))
 
+    def noted(self, notes: Sequence[str]) -> Optimized:
+        """The same with more ``notes`` in the report."""
+        return self._replace(report=self.report.noted(notes))
+
 
 @explained
 @provenance.recorded
@@ -76,7 +80,7 @@ def optimize(
     exclude: Sequence[str] = (),
     requantize: bool = False,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
-    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    gram_budget: Size = calibrate.DEFAULT_BUDGET,
     cache: Size = stages.DEFAULT_CACHE,
     progress: Progress | bool | None = True,
     on_layer: OnLayer | None = None,
@@ -109,9 +113,8 @@ def optimize(
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
         custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
-        gram_budget: Bytes of Gram matrices held at a time; a smaller one costs more passes over the data.
-        cache: Bytes (or text such as ``"2 GB"``) of values between stages held in memory under error feedback; more go
-            to a temporary folder.
+        gram_budget: Bytes, or text such as ``"2 GB"``, of Gram matrices held at a time; a smaller one costs more passes over the data.
+        cache: Bytes, or such text, of values between stages held in memory under error feedback; more go to a temporary folder.
         progress: True draws bars on standard error where that is a terminal or a notebook, and False does not. A callable gets a stage's
             name, steps done and steps in total instead. The logger ``magr_onnx`` has a line as a stage begins and ends, at level INFO.
         on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
@@ -131,6 +134,7 @@ def optimize(
     if model is None:
         raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
     tables, asked = cast(tuple[LayerOptions, ...], tuple(layers)), dict(options)
+    gram_budget, cache = keys.size("gram_budget", gram_budget), keys.size("cache", cache)
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
@@ -140,7 +144,7 @@ def optimize(
             options["effort"] = "fast"
         passes = pipeline_of(options, _arguments())
     else:
-        passes = pipeline.parse(pipeline_text) if isinstance(pipeline_text, str) else tuple(pipeline_text)
+        passes = pipeline.of(pipeline_text)
     pipeline.check(passes, provider)
     passes = pipeline.suited(passes, provider)
     provider_name(provider)
@@ -158,7 +162,7 @@ def optimize(
     setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
-    run.open(loaded, prepared.layers, out, max_memory, gram_budget, size_of(cache, "cache", least=0), shard_size, external_data)
+    run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
     run.lap("load")

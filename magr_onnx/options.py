@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -44,10 +46,12 @@ _UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*", re.IGNORECASE)
 
 
-def bytes_of(text: str) -> int | None:
-    """Bytes that a size such as ``30 MB`` stands for; None where it is none."""
-    match = _SIZE.fullmatch(text)
-    return None if match is None else round(float(match["number"]) * _UNITS[match["unit"].lower()])
+def bytes_of(size: str | float) -> int | None:
+    """Bytes that a size such as ``30 MB`` stands for, or a number; None where it is none, as what is not finite is."""
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        size = math.nan if match is None else float(match["number"]) * _UNITS[match["unit"].lower()]
+    return round(size) if isinstance(size, numbers.Integral) or math.isfinite(size) else None
 
 
 class Options(TypedDict, total=False):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
-from magr_onnx.keys import OPTIONS
-from magr_onnx.options import FORMATS
+from magr_onnx.errors import OptionError
+from magr_onnx.keys import OPTIONS, worded
+from magr_onnx.layerwise import LayerOptions
+from magr_onnx.options import FORMATS, Options
+from magr_onnx.presets import PRESETS, find_preset
 
 _YIELDS: dict[str, Sequence[str]] = {
     "quantizer": ("effort",),
@@ -33,22 +37,63 @@ _BELONGS: dict[str, Sequence[str]] = {
 }
 """What is given up for another value of an option that it was said for."""
 _PIPELINES = ("pipeline", "pipeline_text")
-_MADE_OF = {*OPTIONS, "preset"}
+_MADE_OF = (*OPTIONS, "preset")
 
 
 def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments said first and arguments said later: the later ones win, and what they stand in the place of goes."""
-    given = {name for name, value in upper.items() if value is not None}
-    gone = {name for some, names in _YIELDS.items() if some in given for name in names}
-    gone |= {name for some, names in _BELONGS.items() if some in given and _changed(some, lower, upper) for name in names}
-    gone |= _MADE_OF if given & set(_PIPELINES) else set(_PIPELINES) if given & _MADE_OF else set()
-    if upper.get("conv_bits", 0) is None:
-        gone.add("conv_form")
-    elif "conv_form" in given and lower.get("conv_bits", 0) is None:
-        gone.add("conv_bits")
+    gone = _gone(lower, upper)
     return {**{name: value for name, value in lower.items() if name not in gone}, **upper}
 
 
+def left_out(lower: Mapping[str, Any], upper: Mapping[str, Any], where: str) -> list[str]:
+    """For the report: what of ``lower``, which ``where`` said, has no part in `over` although ``upper`` says nothing of it."""
+    some: dict[str, list[str]] = {}
+    gone = _gone(lower, upper)
+    for name, value in worded(lower).items():
+        if name in gone and name not in upper:
+            some.setdefault(gone[name], []).append(f"layers {'; '.join(map(str, value))}" if name == "layers" else f"{name}={value}")
+    said = {name: "a pipeline" if name in _PIPELINES else name for name in some}
+    return [f"{', '.join(texts)} of {where} left out: {said[name]} was given over it" for name, texts in some.items()]
+
+
+def below(given: Mapping[str, Any], tables: Sequence[LayerOptions]) -> tuple[dict[str, Any], tuple[LayerOptions, ...], list[str]]:
+    """Arguments over those of the preset they name; its tables, without options that are given for the whole run, and then ``tables``.
+
+    Returns:
+        The arguments, the tables, and what was left out of the preset.
+
+    Raises:
+        OptionError: There is no such preset, or a pipeline is given, which leaves it nothing to set.
+    """
+    preset = find_preset(given["preset"])
+    if given.get("pipeline_text") is not None:
+        raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
+    own = [replace(t, options=cast(Options, {n: v for n, v in t.options.items() if n not in given})) for t in preset.layers]
+    lower = cast(Mapping[str, Any], preset.options)
+    notes = left_out(lower, given, f"preset {preset.name}")
+    return over(lower, given), (*(table for table in own if table.options), *tables), notes
+
+
+def _gone(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, str]:
+    """Names that give way in ``lower``, if they are in it, and what each gives way to."""
+    given = [name for name, value in upper.items() if value is not None]
+    gone = {other: name for name in given for other in _YIELDS.get(name, ())}
+    gone |= {other: name for name in given if name in _BELONGS and _changed(name, lower, upper) for other in _BELONGS[name]}
+    if pipeline := next((name for name in given if name in _PIPELINES), None):
+        gone |= dict.fromkeys((*_MADE_OF, "layers"), pipeline)
+    elif option := next((name for name in given if name in _MADE_OF), None):
+        gone |= dict.fromkeys(_PIPELINES, option)
+    if upper.get("conv_bits", 0) is None:
+        gone["conv_form"] = "conv_bits"
+    elif "conv_form" in given and lower.get("conv_bits", 0) is None:
+        gone["conv_bits"] = "conv_form"
+    return gone
+
+
 def _changed(name: str, lower: Mapping[str, Any], upper: Mapping[str, Any]) -> bool:
+    """Whether an option has another value in ``upper`` than it had in ``lower`` with its preset."""
+    preset = PRESETS.get(lower.get("preset") or "")
     usual = next(iter(FORMATS)) if name == "format" else upper[name]
-    return bool(upper[name] != lower.get(name, usual))
+    before: Mapping[str, Any] = {name: usual, **(preset.options if preset is not None else {}), **lower}
+    return bool(upper[name] != before[name])

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
 
 from magr_onnx.errors import OptionError, closest
 from magr_onnx.layerwise import LayerOptions, described
 from magr_onnx.options import Options
-from magr_onnx.precedence import over
 
 _HEAD = ("*lm_head*", "*output_projection*")
 
@@ -95,16 +92,3 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise OptionError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}{closest(name, PRESETS)}")
     return PRESETS[name]
-
-
-def below(given: Mapping[str, Any], tables: Sequence[LayerOptions]) -> tuple[dict[str, Any], tuple[LayerOptions, ...]]:
-    """Arguments over those of the preset they name; its tables, without options that are given for the whole run, and then ``tables``.
-
-    Raises:
-        OptionError: There is no such preset, or a pipeline is given, which leaves it nothing to set.
-    """
-    preset = find_preset(given["preset"])
-    if given.get("pipeline_text") is not None:
-        raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
-    own = [replace(t, options=cast(Options, {n: v for n, v in t.options.items() if n not in given})) for t in preset.layers]
-    return over(cast(Mapping[str, Any], preset.options), given), (*(table for table in own if table.options), *tables)

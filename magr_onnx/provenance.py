@@ -7,18 +7,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from magr_onnx.layerwise import LayerOptions
-from magr_onnx.recipe import Recipe
-
-
-class Reported(Protocol):
-    """What has reports that say how they were asked for."""
-
-    def asked_by(self, command: str, recipe: str) -> Self:
-        """The same with another ``command`` and ``recipe`` in its reports."""
-
+from magr_onnx.recipe import Recipe, by_name
+from magr_onnx.report import Reported
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Reported)
@@ -42,9 +37,10 @@ def asked(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, A
 
     Beside a recipe they do, and stay.
     """
-    if given.get("recipe") is not None:
-        return dict(given)
-    return {name: value for name, value in given.items() if _text(value) != _text(signature.parameters[name].default)}
+    named, own = by_name(signature, given), signature.parameters
+    if named.get("recipe") is not None:
+        return named
+    return {name: value for name, value in named.items() if name not in own or _text(value) != _text(own[name].default)}
 
 
 def call(function: str, given: Mapping[str, Any]) -> str:
@@ -58,11 +54,9 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments by name; those collected by ``**options`` are arguments like others, and what only watches the run is none."""
+    """Arguments by name as reports have them; what only watches the run is none."""
     for name, value in given.items():
-        if name in ("options", "arguments"):
-            yield from _flat(value)
-        elif name == "layers":
+        if name == "layers":
             yield name, [table.table if isinstance(table, LayerOptions) else dict(table) for table in value or ()]
         elif isinstance(value, Recipe):
             yield name, value.to_dict()
@@ -72,6 +66,8 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """Words and numbers as they are, and lists and tables of them; anything else by its type."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # as JSON would have it
     if value is None or isinstance(value, bool | int | float | str):
@@ -79,7 +75,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) or _is_table(v) for v in value):
-        return [v if isinstance(v, dict) else os.fspath(v) for v in value]
+        return [_plain(v) for v in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) and _exact(part) for key, part in value.items()):
         return {key: _plain(part) for key, part in value.items()}
     return f"<{type(value).__name__}>"

@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from magr_onnx.errors import OptionError, RecipeError, raise_all
-from magr_onnx.keys import KEYS, OPTIONS, mistyped, problem, unknown, unworded, worded
+from magr_onnx.keys import ARGUMENTS, KEYS, OPTIONS, listed, mistyped, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.locking import write_text
 from magr_onnx.options import Options
-from magr_onnx.precedence import over
-from magr_onnx.presets import below
-from magr_onnx.report import Report, megabytes
+from magr_onnx.precedence import below, left_out, over
+from magr_onnx.report import Report, Reported, megabytes
 
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", bound=Reported)
 
 VERSION = 1
 _ARGUMENTS = {"validation": "validation_data", "pipeline": "pipeline_text"}
@@ -50,10 +49,12 @@ class Recipe:
     Attributes:
         values: By key; see `magr_onnx.keys.KEYS`.
         layers: Options of single layers, in order: later ones win.
+        notes: What was left out of recipes that this one is over, for the report.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[LayerOptions, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Recipe:
@@ -109,7 +110,9 @@ class Recipe:
 
     def over(self, other: Recipe) -> Recipe:
         """This recipe's values, and the other's where it has none and they do not contradict."""
-        return Recipe(over(other.values, self.values), (*other.layers, *self.layers))
+        lower = {**other.values, "layers": other.layers} if other.layers else other.values
+        values, notes = over(lower, self.values), left_out(lower, self.values, "the recipe")
+        return Recipe(values, (*values.pop("layers", ()), *self.layers), (*other.notes, *notes, *self.notes))
 
     def save(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
         """Write it as TOML, paths relative to its folder, with comments at the top.
@@ -165,30 +168,39 @@ def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given: dict[str, Any] = {}
-        for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
-            given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        given = by_name(signature, signature.bind_partial(*args, **kwargs).arguments)
         said = _recipe(given.pop("recipe", None))
-        tables: Sequence[LayerOptions] = (*said.layers, *_tables(given.pop("layers", None)))
-        raise_all(OptionError, _misgiven(signature, given))
+        own = _tables(given.pop("layers", None))
+        raise_all(OptionError, _misgiven(given))
         if given.get(first, ()) is None:
             del given[first]
+        given = {name: listed(name, value) for name, value in unworded(given).items()}
         lower = said.arguments()
         if "model" in lower:
             lower[first] = lower.pop("model")
-        merged = over(lower, {name: _listed(name, value) for name, value in given.items()})
+        merged, notes = over(lower, given), [*said.notes, *left_out(lower, given, "the recipe")]
+        tables: Sequence[LayerOptions] = (*merged.pop("layers", ()), *own)
         if folder := [name for name in ("models", "overwrite") if name in merged and name not in signature.parameters]:
             raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
         if tables and merged.get("pipeline_text") is not None:
             some = "; ".join(map(str, tables))
             raise OptionError(f"options of single layers ({some}) need the run's options to start from, and it has a pipeline")
         if "preset" in signature.parameters and merged.get("preset") is not None:
-            merged, tables = below(merged, tables)
+            merged, tables, more = below(merged, tables)
+            notes += more
         if tables:
             merged["layers"] = tables
-        return cast(Callable[..., R], function)(**merged)
+        return cast(Callable[..., R], function)(**merged).noted(notes)
 
     return call
+
+
+def by_name(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Bound arguments by name; those collected by ``**options`` are arguments like others."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
 
 
 def argument(name: str, given: Mapping[str, Any], default: Any) -> Any:
@@ -219,24 +231,14 @@ def _tables(value: Any) -> list[LayerOptions]:
     return [table if isinstance(table, LayerOptions) else LayerOptions.of(table) for table in value or ()]
 
 
-def _misgiven(signature: inspect.Signature, given: Mapping[str, Any]) -> list[str]:
+def _misgiven(given: Mapping[str, Any]) -> list[str]:
     """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """
-    nullable = {name for name, parameter in signature.parameters.items() if parameter.default is None}
-    found = [
-        mistyped(name, value)
-        for name, value in given.items()
-        if name in KEYS and name not in ("model", "calibration", *_ARGUMENTS) and not (value is None and name in nullable)
-    ]
+    names = [name for name in given if name in ARGUMENTS and name not in ("model", "calibration", *_ARGUMENTS)]
+    found = [mistyped(name, given[name]) for name in names]
     return [text for text in found if text is not None]
-
-
-def _listed(name: str, value: Any) -> Any:
-    """A value whose kind is a list of texts as one; any other as it is."""
-    several = name in KEYS and KEYS[name].kind in ("paths", "patterns")
-    return tuple([value] if isinstance(value, str | os.PathLike) else value) if several else value
 
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
@@ -272,7 +274,7 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
 def _made(data: Mapping[str, Any], folder: Path | None) -> Recipe:
     values: dict[str, Any] = {}
     for name, value in unworded({name: value for name, value in data.items() if name not in ("version", "layer")}).items():
-        kind, value = KEYS[name].kind, _listed(name, value)
+        kind, value = KEYS[name].kind, listed(name, value)
         if folder is not None and kind == "path":
             value = folder / value
         if folder is not None and kind == "paths":

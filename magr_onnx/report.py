@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from magr_onnx.assignment import Assignment
 from magr_onnx.decoding import AS_IS, decode, plain
@@ -32,6 +32,16 @@ SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all that is not finite."""
 
 _NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one
+
+
+class Reported(Protocol):
+    """What has reports, or is one."""
+
+    def asked_by(self, command: str, recipe: str) -> Self:
+        """The same with another ``command`` and ``recipe`` in its reports."""
+
+    def noted(self, notes: Sequence[str]) -> Self:
+        """The same with more ``notes`` in its reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +230,7 @@ class Report:
         """
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ReportError(f"{where}: not JSON ({error}); give a file that 'optimize --report FILE.json' wrote") from error
         if isinstance(value, dict) and isinstance(made := value.setdefault("schema", 1), int) and made > SCHEMA:
             raise ReportError(f"{where}: written by a newer onnx-magr (schema {made}, this one reads up to {SCHEMA}); update onnx-magr")
@@ -242,6 +252,10 @@ class Report:
     def asked_by(self, command: str, recipe: str) -> Self:
         """The same with another ``command`` and ``recipe``."""
         return replace(self, command=command, recipe=recipe)
+
+    def noted(self, notes: Sequence[str]) -> Self:
+        """The same with more ``notes``."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def to_html(self) -> str:
         """A page that shows everything, in one file that needs no network.

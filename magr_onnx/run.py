@@ -13,10 +13,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import onnx_ir as ir
 
+from magr_onnx import keys
 from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.files import Loaded
 from magr_onnx.locking import clear, workspace
-from magr_onnx.options import bytes_of
 from magr_onnx.passes import LayerPass, LinearLayer
 from magr_onnx.provenance import asked
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
@@ -95,8 +95,8 @@ class Run:
             OptionError: A size that is none.
             OutputError: The folder of the output cannot be written to.
         """
-        limit = DEFAULT_MEMORY if memory is None else size_of(memory, "max_memory")
-        shard = None if shard_size is None else size_of(shard_size, "shard_size")
+        limit = DEFAULT_MEMORY if memory is None else keys.size("max_memory", memory)
+        shard = None if shard_size is None else keys.size("shard_size", shard_size)
         widest = max((layer.k for layer in layers), default=0)
         self.large = WHOLE * loaded.bytes + GRAM * widest**2 > limit
         self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)
@@ -155,15 +155,3 @@ class Run:
         if large := oversized(model, self.layout):
             found.append(f"{', '.join(large[:3])}: larger than a shard ({len(large)} tensors); each has a data file of its own")
         return found
-
-
-def size_of(value: Size, name: str, least: int = 1) -> int:
-    """Bytes of a number, or of a text such as ``2 GB``.
-
-    Raises:
-        OptionError: It is neither, or below ``least``.
-    """
-    found = bytes_of(value) if isinstance(value, str) else int(value)
-    if found is None or found < least:
-        raise OptionError(f"{name}={value!r}: give a size such as 512MB or 2GB")
-    return found

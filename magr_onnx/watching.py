@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from magr_onnx.report import LayerRow
+from magr_onnx.runtime.validate import severity
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,22 +69,25 @@ class Watch:
         self._worst: LayerRow | None = None
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Steps of a stage."""
+        """Steps of a stage. One that is done begins again with the next step: that of another model."""
+        begins = stage not in self._begun
+        begun = self._begun.setdefault(stage, time.perf_counter())
         if self._bars is not None:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total)
+            elif begins:
+                self._bars.reset(self._tasks[stage])
             self._bars.update(self._tasks[stage], completed=done, total=total)
-        if self._say is None:
-            return
-        if stage not in self._begun:
-            self._begun[stage] = time.perf_counter()
+        if self._say is not None and begins:
             self._say(f"{stage}: {total} steps" if total > 1 else f"{stage} ...")
         if done == total:
-            self._say(f"{stage}: done in {time.perf_counter() - self._begun[stage]:.1f} s{_memory()}")
+            if self._say is not None:
+                self._say(f"{stage}: done in {time.perf_counter() - begun:.1f} s{_memory()}")
+            del self._begun[stage]
 
     def layer(self, row: LayerRow) -> None:
         """A finished layer."""
-        if (row.error or 0) >= ((self._worst and self._worst.error) or 0):
+        if severity(row.error or 0) >= severity((self._worst and self._worst.error) or 0):
             self._worst = row
         if self._say is not None:
             self._say(f"{row.label}: {what(row)}")

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
-from magr_onnx.locking import replace, sync, workspace
+from magr_onnx.locking import mode_of, replace, sync, workspace
 from magr_onnx.runtime.in_place import most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
@@ -62,6 +62,8 @@ def tensor_bytes(model: ir.Model) -> int:
 def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = None, layout: Layout | None = None) -> int:
     """Write a model under a temporary name, verify it, then rename; returns the bytes written.
 
+    An output that is replaced leaves its permissions, to the new data files too.
+
     On any error, an interrupt included, the old output stays whole and nothing is left behind. After a kill (or a power cut) the old
     output, or the new one, is whole, and the next run on the same output clears what was left.
 
@@ -92,6 +94,7 @@ def explained(error: OSError) -> str:
         errno.EFBIG: "files may not grow that large here; give a shard size below the limit (--shard-size), or raise it (ulimit -f)",
         errno.EROFS: "the file system is read-only; write to another folder",
         errno.EACCES: "no permission; write to another folder, or change its permissions",
+        errno.EBUSY: "it is in use, perhaps as a mount point; write to another folder, or to one in it",
         errno.EPERM: "no permission; write to another folder, or change its permissions",
     }.get(error.errno or 0)
     return f"{error}" if advice is None else f"{error.strerror} ({advice})"
@@ -122,7 +125,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
             verify(part)
         made = [folder / name for name in names]
         size = sum(p.stat().st_size for p in (*made, part))
-        mode = 0o666 & ~_umask()
+        mode = mode_of(output)
         for path in (*made, part):
             path.chmod(mode)
             sync(path)
@@ -264,7 +267,9 @@ def _write_protobuf(model: ir.Model, path: Path) -> None:
 
 def data_files(model: Path) -> set[Path]:
     """The data files that a model on disk reads from; none where there is no such model. Of a very large one, all that it may read."""
-    if model.is_file() and model.stat().st_size > _LARGE_PROTOBUF:
+    if not model.is_file():
+        return set()
+    if model.stat().st_size > _LARGE_PROTOBUF:
         return {path for path in model.parent.iterdir() if is_ours(path, model)}
     try:
         proto = onnx.load(str(model), load_external_data=False)
@@ -292,7 +297,7 @@ def _names(output: Path, digests: Sequence[str]) -> list[str]:
 
     def free(names: Sequence[str]) -> bool:
         paths = [output.parent / name for name in names]
-        return all(not p.exists() or file_digest(p) == d for p, d in zip(paths, digests, strict=True))
+        return all(not p.exists() or (p.is_file() and file_digest(p) == d) for p, d in zip(paths, digests, strict=True))
 
     there = all(
         (output.parent / name).is_file() and file_digest(output.parent / name) == d for name, d in zip(tagged, digests, strict=True)
@@ -312,9 +317,3 @@ def file_digest(path: Path) -> str:
 def is_ours(path: Path, output: Path) -> bool:
     """Whether a data file has a name that only this output gives."""
     return re.fullmatch(rf"{re.escape(output.name)}(\.[0-9a-f]{{12}})?(-\d{{5}}-of-\d{{5}})?\.data", path.name) is not None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -95,6 +95,19 @@ def parse(text: str) -> tuple[LayerPass, ...]:
         position += 1
 
 
+def of(given: str | Sequence[LayerPass]) -> tuple[LayerPass, ...]:
+    """The passes that were given, or that a text names.
+
+    Raises:
+        PipelineError: As `parse`, or it is neither.
+    """
+    if isinstance(given, str):
+        return parse(given)
+    if not isinstance(given, list | tuple) or not all(isinstance(p, LayerPass) for p in given):
+        raise PipelineError(f"pipeline_text = {given!r}: expected a text or a list of passes of magr_onnx.passes")
+    return tuple(given)
+
+
 def _make(name: str, text: str) -> LayerPass:
     if name not in PASSES:
         raise PipelineError(f"pipeline: no pass is called {name!r}; there are {', '.join(PASSES)}")

@@ -20,7 +20,9 @@ LONGEST = 512  # tokens; more say little more about a layer's inputs, and attent
 
 
 def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
-    """Batches of the inputs a model wants, from a text file of one sample a line (a line feed ends it); empty lines are left out.
+    """Batches of the inputs a model wants, from a text file of one sample a line; empty lines are left out.
+
+    A line feed ends a line, and a carriage return just before it belongs to it; any other is text.
 
     Samples are sorted by length, so that little is padded, and cut at 512 tokens, at the tokenizer's ``model_max_length`` or at the length
     the model fixes, whichever is the least. A model without an ``attention_mask`` is fed one sample at a time: it could not tell padding
@@ -67,7 +69,7 @@ def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
     except ImportError:
         raise CalibrationError("calibration with text needs the package tokenizers: pip install tokenizers") from None
     try:
-        lines = [line for line in texts.read_text(encoding="utf-8-sig").split("\n") if line.strip()]  # others are text
+        lines = [line.removesuffix("\r") for line in texts.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{texts} cannot be read as UTF-8 text: {error}") from error
     try:
@@ -92,7 +94,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def _longest(folder: Path) -> int:
     """The most tokens the model was made for, as far as it matters; transformers writes 1e30, or Infinity, where nobody said."""
     most = _config(folder).get("model_max_length")
-    return int(min(most, LONGEST)) if isinstance(most, int | float) and most >= 1 else LONGEST
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:  # NaN is no length either
+        return LONGEST
+    return int(min(most, LONGEST))
 
 
 def _pad_id(folder: Path) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,11 @@ def test_paths_that_are_no_utf8_are_named(tmp_path: Path) -> None:
         magr_onnx.optimize_folder(tmp_path, output=tmp_path.parent / os.fsdecode(b"o\xff"))
 
 
+def test_standard_output_is_no_place_for_a_model() -> None:
+    with pytest.raises(OutputError, match=r"give a name that ends in .onnx"):
+        magr_onnx.optimize(graphs.chain(), output="-")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
@@ -257,3 +265,73 @@ def test_a_model_with_nothing_to_convert_is_refused() -> None:
 def test_provider_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(magr_onnx.ProviderError, match="CPUExecutionProvider"):
         magr_onnx.optimize(graphs.chain(), provider="TensorrtExecutionProvider")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="special files are a thing of POSIX")
+def test_special_files_are_no_outputs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.onnx").symlink_to("pipe")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound, contextlib.chdir(tmp_path):
+        bound.bind("bound.onnx")
+    _, report = magr_onnx.optimize(graphs.chain())
+    for name, kind in (("pipe", "a named pipe"), ("link.onnx", "a named pipe"), ("bound.onnx", "a socket")):
+        with pytest.raises(OutputError, match=f"output .*{name} is {kind}.*choose another name"):
+            magr_onnx.optimize(graphs.chain(), output=tmp_path / name)
+    for suffix, save in ((".json", report.save), (".toml", magr_onnx.Recipe.from_dict({"bits": 3}).save)):
+        (tmp_path / f"link{suffix}").symlink_to("pipe")
+        with pytest.raises(OutputError, match=f"link{suffix} is a named pipe.*choose another name"):
+            save(tmp_path / f"link{suffix}")
+    (tmp_path / "source").mkdir()
+    write(tmp_path / "source" / "m.onnx", proto(graphs.chain()).SerializeToString())
+    with pytest.raises(OutputError, match=r"output .*pipe is a named pipe"):
+        magr_onnx.optimize_folder(tmp_path / "source", output=tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "bound.onnx").is_socket()
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "bound.onnx", "source", "link.onnx", "link.json", "link.toml"}
+
+
+def test_a_device_stays_one(tmp_path: Path) -> None:
+    device = tmp_path / "device.onnx"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except (AttributeError, OSError):
+        pytest.skip("only root makes devices")
+    with pytest.raises(OutputError, match="is a device"):
+        magr_onnx.optimize(graphs.chain(), output=device)
+    assert device.is_char_device()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_replaced_leaves_its_permissions(tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out.onnx", magr_onnx.Recipe.from_dict({"bits": 3})
+    with_report = [out, tmp_path / "r.json", tmp_path / "r.toml"]
+
+    def run(**options: Any) -> None:
+        magr_onnx.optimize(graphs.chain(), output=out, **options).report.save(with_report[1])
+        recipe.save(with_report[2])
+
+    mask = os.umask(0o022)
+    try:
+        run()
+        assert [mode(path) for path in with_report] == [0o644] * 3
+        for path, asked in zip(with_report, (0o600, 0o640, 0o660), strict=True):
+            path.chmod(asked)
+        run(external_data=True)
+    finally:
+        os.umask(mask)
+    assert [mode(path) for path in with_report] == [0o600, 0o640, 0o660]
+    assert mode(tmp_path / "out.onnx.data") == 0o600  # beside a model that had none
+
+
+def test_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"data files.* 255 bytes.*shorter name"):
+        magr_onnx.optimize(graphs.chain(), output=tmp_path / ("o" * 240 + ".onnx"))
+    with pytest.raises(OutputError, match=r"255 bytes.*shorter name"):
+        magr_onnx.optimize(graphs.chain(), output=tmp_path / ("o" * 300 + ".onnx"))
+    long = tmp_path / ("ö" * 105 + ".onnx")
+    magr_onnx.optimize(graphs.chain(), output=long, external_data=True)
+    magr_onnx.optimize(graphs.chain(), output=long, external_data=True, bits=3)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -17,14 +17,17 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
-from magr_onnx.folders import check_reports
+from magr_onnx.folders import check_reports, taken_by
+from magr_onnx.report import LayerRow
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.session import InputInfo
 from tests import graphs
 from tests.decoders import genai
 from tests.decoders import optimum as decoder
 from tests.graphs import Builder, proto, random
+from tests.test_writing import small_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]]
@@ -250,13 +253,13 @@ def test_options_are_checked_before_anything_is_copied(several: Path, tmp_path: 
 
 def test_reports_are_no_files_of_the_run(several: Path, tmp_path: Path) -> None:
     a, out = tmp_path / "r.json", tmp_path / "out"
-    check_reports(several, [], out, [a], {several, out})
+    check_reports(several, [], [a], {several, out})
     with pytest.raises(OutputError, match=r"two reports would be .*r.encoder_model.json"):
-        check_reports(several, [], out, [a, tmp_path / "r.encoder_model.json"], {several, out})
+        check_reports(several, [], [a, tmp_path / "r.encoder_model.json"], {several, out})
     with pytest.raises(OutputError, match=r"r.encoder_model.json would overwrite"):
-        check_reports(several, [], out, [a], {tmp_path / "r.encoder_model.json"})
+        check_reports(several, [], [a], {tmp_path / "r.encoder_model.json"})
     with pytest.raises(OutputError, match=r"config.json would overwrite"):
-        check_reports(several, [], out, [several / "config.json"], {several, out})
+        check_reports(several, [], [several / "config.json"], taken_by(several, out))
     assert not a.exists()
 
 
@@ -318,16 +321,26 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
 
 
 def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\x85four\r\nfive six\n".encode())
+    (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\rfour\r\nfive six\n".encode())
     (batch,) = texts.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
     np.testing.assert_array_equal(batch["input_ids"], [[2, 8, 9, 3, 0, 0], [2, 4, 5, 6, 7, 3]])
 
 
-@pytest.mark.parametrize("config", ['{"model_max_length": Infinity}', '{"model_max_length": NaN}', '{"pad_token": 5}', '{"pad_token": {}}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_max_length": Infinity}',
+        '{"model_max_length": NaN}',
+        '{"model_max_length": true}',
+        '{"pad_token": 5}',
+        '{"pad_token": {}}',
+    ],
+)
 def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
     (exported / "tokenizer_config.json").write_text(config)
+    (exported / "tokenizer.json").write_text(json.dumps({**json.loads((exported / "tokenizer.json").read_text()), "post_processor": None}))
     batches = list(texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
-    assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 11)]
+    assert [b["input_ids"].shape for b in batches] == [(16, 3), (8, 9)]
 
 
 def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path) -> None:
@@ -414,3 +427,126 @@ def test_patterns_are_looked_for_in_all_models_before_any_work(several: Path, tm
     assert "exclude 'none*' matches no layer" in str(error.value)
     assert "encoder_model.onnx has no layer that include down matches; leave it out (models, --models)" in str(error.value)
     assert not job.exists()
+
+
+def test_the_call_in_a_report_says_what_won_over_a_recipe(several: Path, tmp_path: Path) -> None:
+    recipe = {"calibration": "no such folder", "models": "decoder*", "effort": "fast", "bits": 8}
+    given: dict[str, Any] = {"recipe": recipe, "preset": None, "max_memory": None, "shard_size": None, "bits": None}
+    result = optimize_folder(several, None, output=tmp_path / "o", **given)
+    (report,) = result.reports.values()
+    assert report.calibration == "none (data-free)"
+    assert "calibration=None" in report.command
+    assert "bits=None" in report.command
+    written = tree(tmp_path / "o")
+    again = eval(report.command.replace(str(tmp_path / "o"), str(tmp_path / "p")), {"magr_onnx": magr_onnx})
+    assert tree(tmp_path / "p") == written
+    assert [row.bits for one in again.reports.values() for row in one.layers] == [row.bits for row in report.layers]
+
+
+def test_what_is_written_into_the_output_during_the_run_stays(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    optimize_folder(several, output=out)
+    for name in ("log.txt", "gone.txt"):
+        (out / name).write_text("before")
+    (out / "turned").write_text("a file first")
+
+    def meanwhile(row: LayerRow) -> None:
+        (out / "log.txt").write_text(f"during {row.name}")
+        (out / "new").mkdir(exist_ok=True)
+        (out / "new" / "file").write_text("new")
+        (out / "gone.txt").unlink(missing_ok=True)
+        if (out / "turned").is_file():
+            (out / "turned").unlink()
+            (out / "turned").mkdir()
+
+    made = optimize_folder(several, output=out, overwrite=True, bits=3, on_layer=meanwhile)
+    after = tree(out)
+    assert after["log.txt"].startswith(b"during ")
+    assert after["new/file"] == b"new"
+    assert "gone.txt" not in after
+    assert list((out / "turned").iterdir()) == []
+    assert made.kept == ("log.txt", "new/file")
+    assert {row.bits for report in made.reports.values() for row in report.layers} == {3}
+
+
+def test_what_is_kept_stays_what_it_was(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    optimize_folder(several, output=out)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "data.bin").write_bytes(bytes(1000))
+    (out / "big").symlink_to("../big")
+    (out / "note.txt").symlink_to("config.json")
+    (out / "dangling").symlink_to("nowhere")
+    (out / "empty" / "deep").mkdir(parents=True)
+    made = optimize_folder(several, output=out, overwrite=True)
+    assert {name: os.readlink(out / name) for name in ("big", "note.txt", "dangling")} == {
+        "big": "../big",
+        "note.txt": "config.json",
+        "dangling": "nowhere",
+    }
+    assert (out / "empty" / "deep").is_dir()
+    assert made.kept == ("big", "dangling", "note.txt")
+    (several / "big").mkdir()
+    (several / "big" / "words.txt").write_text("a b")
+    with pytest.raises(OutputError, match=r"out: big is in the way of big/words.txt; rename or remove it"):
+        optimize_folder(several, output=out, overwrite=True)
+    assert os.readlink(out / "big") == "../big"
+
+
+def test_a_folder_that_is_replaced_leaves_its_permissions(several: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (several / "deep").mkdir()
+    (several / "deep" / "words.txt").write_text("a b")
+    optimize_folder(several, output=out)
+    (out / "mine").mkdir(mode=0o750)
+    (out / "mine" / "key").write_text("secret")
+    asked = {".": 0o700, "deep": 0o710, "deep/words.txt": 0o640, "mine": 0o750, "mine/key": 0o400, "encoder_model.onnx": 0o600}
+    for name, mode in asked.items():
+        (out / name).chmod(mode)
+    optimize_folder(several, output=out, overwrite=True, external_data=True)
+    assert {name: (out / name).stat().st_mode & 0o7777 for name in asked} == asked
+    assert (out / "encoder_model.onnx.data").stat().st_mode & 0o7777 == 0o600
+
+
+def test_job_directories_are_apart(tmp_path: Path) -> None:
+    folder, job = tmp_path / "nested", tmp_path / "job"
+    for name in ("enc.onnx", "enc/x.onnx", "enc.x.onnx"):
+        save(graphs.matmul(), folder / name)
+    for out in ("a", "b"):
+        made = optimize_folder(folder, output=tmp_path / out, resume=job)
+    assert {path.name for path in job.iterdir()} == {"enc", "enc.x", "enc.x.2"}
+    assert all(any("taken from the job directory" in note for note in report.notes) for report in made.reports.values())
+
+
+def test_names_too_long_for_a_result_are_known_before_any_work(several: Path, tmp_path: Path) -> None:
+    (several / "encoder_model.onnx").rename(several / ("e" * 230 + ".onnx"))
+    with pytest.raises(OutputError, match=r"out/e+.onnx, data files: .* 255 bytes; give a shorter name"):
+        optimize_folder(several, output=tmp_path / "out", resume=tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_mount_point_is_no_output(several: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path, 1 << 22) as disk:
+        with pytest.raises(OutputError, match=r"output .*disk is a mount point.*give a folder in it, such as .*disk/optimized"):
+            optimize_folder(several, output=disk)
+        optimize_folder(several, output=disk / "several")
+        assert {path.name for path in disk.iterdir()} == {"several"}
+
+
+def test_reports_that_can_be_written_are(several: Path, tmp_path: Path) -> None:
+    made = optimize_folder(several, output=tmp_path / "out")
+    (tmp_path / "r.decoder_model.json").mkdir()
+    with pytest.raises(OutputError, match=r"r.decoder_model.json would overwrite a folder"):
+        made.save(tmp_path / "r.json")
+    assert {path.name for path in tmp_path.glob("r.*") if path.is_file()} == {"r.json", "r.encoder_model.json"}
+
+
+def test_a_name_is_no_pattern_where_a_model_has_it(tmp_path: Path) -> None:
+    for name in ("a[1].onnx", "a1.onnx"):
+        save(graphs.matmul(), tmp_path / "source" / name)
+    for out, patterns, wanted in (
+        ("one", ["a[1].onnx"], ["a[1].onnx"]),
+        ("two", ["a[1]"], ["a[1].onnx"]),
+        ("three", ["a[0-9]"], ["a1.onnx"]),
+    ):
+        assert list(optimize_folder(tmp_path / "source", output=tmp_path / out, models=patterns).reports) == wanted

@@ -205,6 +205,8 @@ def test_text_form() -> None:
     for text in ("down", "down:", ":bits=8", "down:bits"):
         with pytest.raises(OptionError, match="give PATTERN:option=value"):
             LayerOptions.parse(text)
+    with pytest.raises(OptionError, match=r"--layer 'l0:bits=8, bits=4': bits is given twice"):
+        LayerOptions.parse("l0:bits=8, bits=4")
 
 
 def test_finished_layers_are_told_as_the_report_has_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from magr_onnx.recipe import Recipe
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run
+from tests.test_writing import small_disk
 
 PIPELINE = "quantize{method=rtn,bits=8},emit-matmulnbits"
 
@@ -83,6 +85,53 @@ def test_only_another_value_takes_the_place_of_what_belongs_to_it() -> None:
     assert over({"conv_bits": 4, "conv_form": "fold"}, {"conv_bits": 5}) == {"conv_bits": 5, "conv_form": "fold"}
     assert over({"conv_bits": None}, {"conv_form": "fold"}) == {"conv_form": "fold"}
     assert over({"preset": "web", "bits": 3}, {"pipeline": "magr"}) == {"pipeline": "magr"}
+    lower = {"preset": "avx2-safe", "accumulator_bits": 20}
+    assert over(lower, {"format": "qdq-int8"}) == {**lower, "format": "qdq-int8"}
+    assert over(lower, {"format": "qdq"}) == {"preset": "avx2-safe", "format": "qdq"}
+    assert over({"preset": "llm-int2", "embedding_bits": 8}, {"embeddings": "none"}) == {"preset": "llm-int2", "embeddings": "none"}
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({"accumulator_bits": 20}, "accumulator_bits=20"),
+        ({"target": "x86-vnni"}, "target=x86-vnni"),
+        ({"activation_type": "int8"}, "type=int8"),
+        ({"activation_range": "percentile"}, "ranges=percentile"),
+    ],
+)
+def test_a_format_that_the_preset_has_changes_nothing(own: dict[str, Any], found: str, folder: Path) -> None:
+    recipe = {"preset": "avx2-safe", "calibration": str(folder / "c.npz"), **own}
+    without, repeated = (magr_onnx.optimize(headed(), recipe=recipe, **given).report for given in ({}, {"format": "qdq-int8"}))
+    assert found in repeated.pipeline
+    assert repeated.pipeline == without.pipeline
+    assert not any("left out" in note for note in repeated.notes if "of the recipe" in note)
+
+
+def test_what_is_left_out_is_said(folder: Path) -> None:
+    options = {"format": "qdq-int8", "target": "x86-avx2", "conv_bits": 4, "conv_form": "fold"}
+    Recipe.from_dict({"model": folder / "m.onnx", **options}).save(folder / "r.toml")
+    said = "target=x86-avx2 of the recipe left out: format was given over it"
+    report = magr_onnx.optimize(recipe=folder / "r.toml", format="dynamic-int8", conv_bits=None).report
+    assert said in report.notes
+    assert "conv_form=fold of the recipe left out: conv_bits was given over it" in report.notes
+    result = run("optimize", "-r", "r.toml", "--format", "dynamic-int8", "-o", "o.onnx", "--json", "--save-recipe", "s.toml", cwd=folder)
+    assert said in json.loads(result.stdout)["notes"]
+    assert "target" not in Recipe.load(folder / "s.toml").values
+    report = magr_onnx.optimize(headed(), preset="edge-cpu", accumulator_bits=20).report
+    assert "target=x86-avx2 of preset edge-cpu left out: accumulator_bits was given over it" in report.notes
+    assert not any("left out" in note for note in magr_onnx.optimize(headed(), preset="web", recipe={"bits": 8}, bits=3).report.notes)
+
+
+def test_a_pipeline_wins_over_all_of_a_recipe(folder: Path) -> None:
+    (folder / "r.toml").write_text('version = 1\nmodel = "m.onnx"\nbits = 2\n[[layer]]\nmatch = "up"\nbits = 3\n')
+    said = "bits=2, layers up: bits=3 of the recipe left out: a pipeline was given over it"
+    asked = ("optimize", "-r", "r.toml", "--pipeline", PIPELINE, "-o", "o.onnx", "--json", "--save-recipe", "s.toml")
+    found = json.loads(run(*asked, cwd=folder).stdout)
+    assert ({row["bits"] for row in found["layers"]}, said in found["notes"]) == ({8}, True)
+    assert Recipe.load(folder / "s.toml").layers == ()
+    report = magr_onnx.optimize(recipe=folder / "r.toml", pipeline_text=PIPELINE).report
+    assert (set(bits(report).values()), said in report.notes) == ({8}, True)
 
 
 def test_what_is_given_wins_over_a_presets_table(folder: Path) -> None:
@@ -137,6 +186,19 @@ def test_the_call_in_a_report_makes_the_same_again(given: dict[str, Any], folder
         ({"layers": 3}, "layers = 3: expected a list of tables"),
         ({"bits": True}, "bits = True: expected a whole number"),
         ({"mask": None, "include": [3]}, "include = [3]: expected a text or a list of texts"),
+        ({"include": [Path("up")]}, "expected a text or a list of texts, found a list"),
+        ({"exclude": Path("up")}, "expected a text or a list of texts, found a"),
+        ({"shard_size": math.inf, "output": "o.onnx"}, "shard_size = inf: give a size such as 512MB or 2GB"),
+        ({"recipe": {"cache": math.inf}}, "cache = inf: give a size such as 512MB or 2GB"),
+        ({"recipe": {"max_memory": math.nan}}, "max_memory = nan: give a size such as 512MB or 2GB"),
+        ({"max_memory": f"{'9' * 400}GB"}, "give a size such as 512MB or 2GB"),
+        ({"max_memory": 0}, "max_memory = 0: give a size such as 512MB or 2GB"),
+        ({"cache": -1}, "cache = -1: give a size such as 512MB or 2GB"),
+        ({"gram_budget": "much"}, "gram_budget = 'much': give a size such as 512MB or 2GB"),
+        ({"gram_budget": -5}, "gram_budget = -5: give a size such as 512MB or 2GB"),
+        ({"gram_budget": None}, "gram_budget = None: give a size such as 512MB or 2GB"),
+        ({"pipeline_text": 5}, "pipeline_text = 5: expected a text or a list of passes"),
+        ({"pipeline_text": [5]}, "pipeline_text = [5]: expected a text or a list of passes"),
     ],
 )
 def test_python_arguments_are_checked_as_recipes_are(given: dict[str, Any], message: str) -> None:
@@ -149,6 +211,38 @@ def test_values_that_are_good_stay_so() -> None:
     assert bits(magr_onnx.optimize(headed(), bits=np.int64(3), alpha=np.float32(0), include="up", recipe={"mask": None}).report) == {
         "up": 3
     }
+
+
+def test_words_of_recipes_mean_the_same_in_a_call(folder: Path) -> None:
+    data = folder / "c.npz"
+    words, values = (
+        magr_onnx.optimize(headed(), data, effort="fast", **given).report
+        for given in (
+            {"block_size": "channel", "conv_bits": "none", "mask": "none"},
+            {"block_size": None, "conv_bits": None, "mask": None},
+        )
+    )
+    assert words.pipeline == values.pipeline
+    assert {row.block_size for row in words.layers} == {64}
+    assert magr_onnx.validate(headed(), headed(), data, mask="none").arithmetics
+
+
+def test_sizes_may_be_texts(folder: Path) -> None:
+    data, texts = folder / "c.npz", ("1GB", "0.001 kB")
+    for effort in ("fast", "balanced"):
+        reports = [magr_onnx.optimize(headed(), data, effort=effort, gram_budget=size).report for size in (1 << 30, *texts)]
+        assert len({tuple(row.error for row in report.layers) for report in reports}) == 1
+
+
+def test_a_single_text_is_a_list_of_one(folder: Path) -> None:
+    assert [row["name"] for row in magr_onnx.inspect(headed(), exclude="up").layers] == ["/lm_head/MatMul"]
+    with pytest.raises(OptionError, match="include = 5: expected a text or a list of texts, found a whole number"):
+        magr_onnx.inspect(headed(), include=5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="requantize = 'yes': expected true or false"):
+        magr_onnx.inspect(headed(), requantize="yes")  # type: ignore[arg-type]
+    with pytest.raises(MagrError, match=r"/none\.so") as error:
+        magr_onnx.validate(folder / "m.onnx", folder / "m.onnx", folder / "c.npz", custom_ops="/none.so")
+    assert "problems" not in str(error.value)
 
 
 def test_batches_to_validate_on_hold_something(folder: Path) -> None:
@@ -253,3 +347,41 @@ def test_messages_say_what_became_of_the_output(folder: Path, monkeypatch: pytes
         assert "no output was changed" not in result.stderr
         patch.setattr(magr_onnx.api, "optimize", lambda *_, **__: 1 / 0)
         assert "no output was changed" in run(*asked, "r.json", cwd=folder).stderr
+
+
+def test_long_names_of_reports(folder: Path, tmp_path: Path) -> None:
+    asked = ("optimize", "m.onnx", "-o", "o.onnx", "-q", "--report")
+    result = run(*asked, "r" * 252 + ".json", "--save-recipe", "s.toml", cwd=folder)
+    assert (result.returncode, (folder / "o.onnx").exists()) == (1, False)
+    assert "has 257 bytes" in result.stderr
+    assert "has 257 bytes" in run(*asked, "r.json", "--save-recipe", "r" * 252 + ".toml", cwd=folder).stderr
+    assert run(*asked, "r" * 245 + ".json", "--save-recipe", "s" * 245 + ".toml", cwd=folder).returncode == 0
+    assert {len(path.name) for path in folder.iterdir()} == {6, 5, 250} | {
+        len(path.name) for path in folder.iterdir() if len(path.name) < 250
+    }
+    assert sorted(path.name[0] for path in folder.iterdir() if len(path.name) == 250) == ["r", "s"]
+
+
+def test_what_cannot_be_written_keeps_nothing_else_from_it(folder: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path, 1 << 12) as disk:
+        full = [disk / "a.json", disk / "b.json"]
+        asked = ("optimize", "m.onnx", "-o", "o.onnx", "--report", full[0], "--report", full[1], "--report", "r.json")
+        result = run(*asked, "--save-recipe", "s.toml", cwd=folder)
+        assert (result.returncode, list(disk.iterdir())) == (1, [])
+    assert all(f"report {path}: cannot be written: No space left on device" in result.stderr for path in full)
+    assert all((folder / name).is_file() for name in ("o.onnx", "r.json", "s.toml"))
+
+
+def test_a_recipe_is_saved_over_nothing_a_folder_has_or_the_run_read(folder: Path) -> None:
+    source = folder / "source"
+    source.mkdir()
+    (folder / "m.onnx").rename(source / "m.onnx")
+    for name in ("source/own.toml", "read.toml"):
+        (folder / name).write_text("version = 1\nbits = 3\n")
+    for name in ("source/own.toml", "read.toml"):
+        result = run("optimize", "source", "-o", "out", "-r", "read.toml", "--save-recipe", name, cwd=folder)
+        assert f"recipe {name} would overwrite a folder or a file of this run; choose another name" in result.stderr
+        assert ((folder / name).read_text(), (folder / "out").exists()) == ("version = 1\nbits = 3\n", False)
+    (folder / "earlier.toml").write_text("version = 1\n")
+    assert run("optimize", "source", "-o", "out", "-r", "read.toml", "--save-recipe", "earlier.toml", cwd=folder).returncode == 0
+    assert "bits = 3" in (folder / "earlier.toml").read_text()

@@ -190,6 +190,8 @@ def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
         ("version = 1\n[layer]\nmatch = '*'", "begin each with [[layer]], in two brackets"),
         ("version = 1\nbits = 4\npipeline = 'magr'", "pipeline replaces bits; give one or the other"),
         ("version = 1\ncache = 'much'", "cache = 'much': give a size such as 512MB or 2GB"),
+        ("version = 1\ncache = inf", "cache = inf: give a size such as 512MB or 2GB"),
+        ("version = 1\nmax_memory = nan", "max_memory = nan: give a size such as 512MB or 2GB"),
         ("version = 1\ninclude = 3", "expected a text or a list of texts, found a whole number"),
         ("version = 1\nsymmetric = 1", "symmetric = 1: expected true or false, found a whole number"),
         ("version = 1\nblock_size = 'big'", "expected a multiple of 16 or 'channel', found a text"),
@@ -284,6 +286,16 @@ def test_a_last_layer_has_more_bits_unless_told_otherwise(name: str, bits: int) 
     assert found == {"model.up": PRESETS[name].options["bits"], "/lm_head/MatMul": bits}
     found = {row.name: row.bits for row in magr_onnx.optimize(source, preset=name, layers=[{"match": "*head*", "bits": 3}]).report.layers}
     assert found["/lm_head/MatMul"] == 3
+
+
+def test_a_presets_table_is_only_for_the_layers_it_matches() -> None:
+    report = magr_onnx.optimize(graphs.chain(), preset="llm-int4", accumulator_bits=17).report
+    assert {row.bits for row in report.layers} == {4}
+    assert report.proof is not None
+    b = graphs.Builder()
+    headed = b.model(b.node("MatMul", [b.input("x", ["n", 64]), b.constant("w", graphs.random(64, 64))], "/lm_head/MatMul"), ["n", 64])
+    with pytest.raises(OptionError, match=r"/lm_head/MatMul: accumulator_bits=17: .* 8-bit codes need 21"):
+        magr_onnx.optimize(headed, preset="llm-int4", accumulator_bits=17)
 
 
 def test_options_win_over_presets(folder: Path) -> None:

@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import arrays
 import magr_onnx
 from magr_onnx import Report, magr, sketch
 from magr_onnx.accumulator import Accumulator, Budget, log2_gap
+from magr_onnx.decoding import decode
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
 from magr_onnx.grid import minmax
@@ -191,8 +192,18 @@ def test_what_is_no_report_is_refused(reports: dict[str, Report], tmp_path: Path
         Report.from_json(json.dumps({**good, "layers": 3}))
     with pytest.raises(ReportError, match=r"found \[\], expected Report"):
         Report.from_json("[]")
-    with pytest.raises(ReportError, match="not JSON"):
-        Report.from_json("{")
+    with pytest.raises(ReportError, match=r"report.seconds.a: found \[1\], expected float"):
+        Report.from_json(json.dumps({**good, "seconds": {"a": [1]}}))
+    with pytest.raises(ReportError, match=r"report.layers\[0\].error: found \[1\], expected float"):
+        Report.from_json(json.dumps({**good, "layers": [{**good["layers"][0], "error": [1]}]}))
+    nested: dict[str, Any] = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    with pytest.raises(ReportError, match="report: nested too deeply"):
+        decode(Report, {**good, "options": nested}, "report")
+    for text in ("{", "[" * 200_000):
+        with pytest.raises(ReportError, match="not JSON"):
+            Report.from_json(text)
     with pytest.raises(ReportError, match="No such file"):
         Report.load(tmp_path / "none.json")
 
@@ -452,6 +463,16 @@ def test_options_of_layers_are_in_the_call() -> None:
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", layers=[{"match": "*down*", "bits": 8}]).report
     assert report.options["layers"] == [{"match": "*down*", "bits": 8}]
     assert "layers=[{'match': '*down*', 'bits': 8}]" in report.command
+
+
+def test_numbers_of_numpy_are_numbers_in_the_call() -> None:
+    given: dict[str, Any] = {"bits": np.int64(8), "alpha": np.float32(0.5)}
+    layers = [{"match": "*down*", "bits": np.int64(3)}]
+    report = magr_onnx.optimize(graphs.chain(), effort="fast", layers=layers, **given).report
+    assert {name: report.options[name] for name in given} == {"bits": 8, "alpha": 0.5}
+    assert report.options["layers"] == [{"match": "*down*", "bits": 3}]
+    assert report.command.endswith("bits=8, alpha=0.5)")
+    assert "[{'match': '*down*', 'bits': 3}]" in report.command
 
 
 def test_calls_name_the_type_of_what_has_no_text() -> None:

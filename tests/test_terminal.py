@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import cli, console
+from magr_onnx import cli, console, watching
 from magr_onnx.cli import app
 from magr_onnx.errors import OptionError
 from magr_onnx.presets import PRESETS
@@ -182,3 +185,48 @@ def test_an_explained_error_is_not_taken_for_markup() -> None:
     with contextlib.redirect_stderr(out):
         console.explain(OptionError("[red]x[/red] [[layer]]"))
     assert out.getvalue() == "error: [red]x[/red] [[layer]]\n"
+
+
+def test_stages_begin_again_with_the_next_model() -> None:
+    lines: list[str] = []
+    watch = watching.Watch(say=lines.append)
+    for pause in (0.2, 0):
+        watch.step("calibrating", 0, 2)
+        time.sleep(pause)
+        watch.step("calibrating", 2, 2)
+    assert [line.split(" in ")[0] for line in lines] == ["calibrating: 2 steps", "calibrating: done"] * 2
+    assert float(lines[3].split(" in ")[1].split()[0]) < 0.2
+
+
+def test_bars_begin_again_with_the_next_model() -> None:
+    with watching.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
+        assert drawn is not None
+        watch = watching.Watch(drawn)
+        for done in range(3):
+            watch.step("quantizing", done, 2)
+        (task,) = drawn.tasks
+        first, finished = task.start_time, task.finished_time
+        watch.step("quantizing", 0, 2)
+        assert (task.completed, task.total, task.finished_time) == (0, 2, None)
+        assert first is not None
+        assert finished is not None
+        assert task.start_time is not None
+        assert task.start_time >= first + finished
+
+
+def test_an_error_that_is_no_number_is_the_most() -> None:
+    with watching.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
+        assert drawn is not None
+        watch = watching.Watch(drawn)
+        for name, error in (("a", 0.1), ("b", math.nan), ("c", 0.2), ("d", None)):
+            watch.layer(LayerRow(name, "MatMul", "w", 8, 8, 4, 32, 10, error, None, None, False, None))
+        assert drawn.layers.plain == "layer error    last 0.00% d, most nan% b"
+
+
+def test_a_traceback_with_bytes_that_are_no_text_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    with contextlib.redirect_stderr(out):
+        console.apologize(ValueError("no such thing: m\udcff.onnx"), "1.0")
+    (file,) = tmp_path.iterdir()
+    assert "ValueError: no such thing: m\\udcff.onnx" in file.read_text(encoding="utf-8")

@@ -298,6 +298,8 @@ def test_magr_changes_what_it_may(reduced: tuple[Net, Net, Any]) -> None:
         assert net.state_dict()[change.name].abs().max() == pytest.approx(change.after)
         assert change.after < change.before == pytest.approx(float(original.state_dict()[change.name].abs().max()))
     assert "first.weight: largest magnitude" in str(result)
+    called = "magr_onnx.torch.magr_(module=<Net>, example_inputs=<Tensor>, calibration=<DataLoader>, alpha=0.02)"
+    assert (result.report.command, result.report.source) == (called, "Net")
 
 
 class Tied(nn.Module):
@@ -351,6 +353,8 @@ def test_a_state_dict_leaves_the_module_alone(kind: Any) -> None:
     state, result = magr_torch.magr(net, x[:2], loader(x), alpha=0.05)
     assert_untouched(net, before)
     assert [c.name for c in result.changed] == ["0.weight", "2.weight"]
+    called = "magr_onnx.torch.magr(module=<Sequential>, example_inputs=<Tensor>, calibration=<DataLoader>, alpha=0.05)"
+    assert result.report.command == called
     assert {n: t.dtype for n, t in state.items()} == {n: t.dtype for n, t in before.items()}
     other = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).to(kind)
     other.load_state_dict(state)
@@ -610,6 +614,30 @@ def test_the_example_leaves_nothing_behind() -> None:
     magr_torch.export(net, x)
     assert float(net.calls) == 0
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_buffers_that_are_views_of_one_nan_stay() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.register_buffer("nothing", torch.tensor(float("nan")).expand(32))
+            self.register_buffer("flags", torch.ones(2, dtype=torch.bool))
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x)
+
+    net = Masked()
+    magr_torch.export(net, torch.randn(2, 32))
+    assert bool(net.nothing.isnan().all())
+
+
+@pytest.mark.parametrize("samples", [0, -5, "5", True, 2.0])
+def test_numbers_of_samples_that_are_none_are_refused(samples: Any) -> None:
+    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+        feeds([(IDS, SCALE)], INPUTS, samples=samples)
+    with pytest.raises(OptionError, match=r"samples = .*: expected a number of samples"):
+        magr_torch.optimize(Net(), torch.randn(2, 32), calibration=torch.randn(8, 32), samples=samples)
 
 
 def test_options_are_checked_before_the_export(tmp_path: Path) -> None:

@@ -275,6 +275,11 @@ def test_a_read_only_file_system_is_refused_before_work(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(OutputError, match="is not writable"):
             magr_onnx.optimize(graphs.chain(), output=disk / "out.onnx")
+        onnx.save(proto(graphs.chain()), tmp_path / "m.onnx")
+        for option, beside in (("--report", "r.json"), ("--save-recipe", "r.toml")):
+            result = run("optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "o.onnx"), option, str(disk / beside))
+            assert "is not writable" in " ".join(result.stderr.split())
+            assert not (tmp_path / "o.onnx").exists()
         with pytest.raises(OutputError, match="read-only; write to another folder"):
             save(graphs.chain(), disk / "out.onnx")
 

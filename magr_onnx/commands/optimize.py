@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ from magr_onnx.arguments import (
     ValidationOption,
     Verbose,
 )
-from magr_onnx.errors import OptionError, OutputError, raise_all
-from magr_onnx.folders import OptimizedFolder, check_reports, optimize_folder
+from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
+from magr_onnx.folders import OptimizedFolder, check_reports, optimize_folder, taken_by
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, remarks
@@ -163,33 +164,35 @@ def optimize(
     """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
     asked = said(context).over(Recipe() if recipe is None else Recipe.load(recipe))
     arguments = asked.arguments()
-    source = arguments.pop("model", None)
+    source = arguments.get("model")
     if source is None:
         raise OptionError("no model: give one, or a recipe that names one")
     source = Path(source)
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
-    out = arguments["output"] = Path(arguments.get("output") or _output(source))
-    taken = {source, out, *asked.reads, *data_files(source)}
-    recipes = {p for p in (recipe, save_recipe) if p is not None}
+    out = Path(arguments.get("output") or _output(source))
+    taken = {source, out, *asked.reads, *data_files(source), *([] if recipe is None else [recipe])}
+    saved = set() if save_recipe is None else {save_recipe}
     if source.is_dir():
-        check_reports(source, arguments.get("models", ()), out, report or (), taken | recipes)
+        taken |= taken_by(source, out)
+        check_reports(source, arguments.get("models", ()), report or (), taken | saved)
     else:
-        reporting.check(report or (), taken | recipes)
+        reporting.check(report or (), taken | saved)
     if save_recipe is not None:
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out)
     with console.watch(quiet) as (progress, on_layer):
-        watched: dict[str, Any] = {**arguments, "progress": progress, "on_layer": on_layer}
+        watched: dict[str, Any] = {"recipe": asked, "output": out, "progress": progress, "on_layer": on_layer}
         if source.is_dir():
             result: Report | OptimizedFolder = optimize_folder(source, **watched)
         else:
             result = api.optimize(source, **watched).report
     result = result.asked_by(console.command_line(), asked.to_text())
-    for path in report or ():
-        result.save(path)
+    writes = [partial(result.save, path) for path in report or ()]
     if save_recipe is not None:
-        asked.save(save_recipe, remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result]))
+        told = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])
+        writes.insert(0, partial(asked.save, save_recipe, told))
+    do_all(writes)
     console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
 
 

@@ -7,12 +7,14 @@ without.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magr_onnx.errors import OptionError, OutputError, install, raise_all
 from magr_onnx.locking import write_text
+from magr_onnx.places import blocked
 
 if TYPE_CHECKING:
     from magr_onnx.report import Report
@@ -75,11 +77,11 @@ def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:
 
 def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
     """Why a small file cannot be written to ``path``."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # where pathlib raises an error of a name that is too long
         return [f"{what}: folder {path.parent} does not exist; create it first"]
-    if path.is_dir() or path.resolve() in {p.resolve() for p in taken}:
+    if os.path.isdir(path) or path.resolve() in {p.resolve() for p in taken}:
         return [f"{what} would overwrite a folder or a file of this run; choose another name"]
-    return []
+    return blocked(what, path)
 
 
 def save(report: Report, path: Path) -> None:

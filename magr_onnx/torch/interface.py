@@ -19,7 +19,7 @@ from magr_onnx.report import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
-from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
+from magr_onnx.torch.feeds import SAMPLES, ToInputs, check, feeds
 from magr_onnx.types import Deferred
 
 
@@ -71,14 +71,14 @@ def optimize(
         make = partial(Exported, model, ())
     run = options if output is None else {**options, "output": output}
     result = optimized(make, calibration, validation_data, to_inputs, samples, batch_size, run)
-    return result._replace(report=_asked(result.report, given))
+    return result._replace(report=asked(optimize, result.report, given))
 
 
-def _asked(report: Report, given: Mapping[str, Any]) -> Report:
-    """With the call as it was made, defaults left out, and the name of the module's class for that of the model."""
-    said = provenance.asked(inspect.signature(optimize), given)
-    call, options = provenance.call("magr_onnx.torch.optimize", said), provenance.options(said)
-    return replace(report, source=type(given["model"]).__name__, command=call, options=options)
+def asked(function: Callable[..., Any], report: Report, given: Mapping[str, Any]) -> Report:
+    """With the call of ``function`` as it was made, defaults left out, and as source the class of its first argument."""
+    said = provenance.asked(inspect.signature(function), given)
+    call, options = provenance.call(f"magr_onnx.torch.{function.__name__}", said), provenance.options(said)
+    return replace(report, source=type(next(iter(given.values()))).__name__, command=call, options=options)
 
 
 def optimized(
@@ -95,6 +95,7 @@ def optimized(
     own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
     given = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
     size = argument("batch_size", given, 16)
+    check(samples, size)
 
     def source(batches: Any) -> Source:
         if isinstance(batches, str | os.PathLike | DataReader | Batches):

@@ -13,7 +13,7 @@ Nothing is guessed: what does not fit is left alone, with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.report import Report
 from magr_onnx.torch.export import DynamicShapes, Examples, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs
-from magr_onnx.torch.interface import optimized
+from magr_onnx.torch.interface import asked, optimized
 
 Array = npt.NDArray[Any]
 _PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
@@ -117,6 +117,7 @@ def magr(
         ModelError: There is no layer to change.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
+    given = dict(locals())
     found, reduced = _reduced(
         module,
         example_inputs,
@@ -131,7 +132,7 @@ def magr(
         old = state[change.name]
         new = torch.from_numpy(found[change.name]).to(device=old.device, dtype=old.dtype)
         state |= dict.fromkeys((change.name, *change.tied), new)
-    return state, reduced
+    return state, replace(reduced, report=asked(magr, reduced.report, given))
 
 
 def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterable[Any], **options: Any) -> Reduced:
@@ -146,12 +147,13 @@ def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterab
     Raises:
         MagrError: See `magr`; the module is then as it was.
     """
+    given = dict(locals())
     state, reduced = magr(module, example_inputs, calibration, **options)
     own = module.state_dict()
     with torch.no_grad():
         for change in reduced.changed:
             own[change.name].copy_(state[change.name])
-    return reduced
+    return replace(reduced, report=asked(magr_, reduced.report, given))
 
 
 def _reduced(
