@@ -106,7 +106,8 @@ def column(page: Page, index: int) -> list[str]:
 @pytest.mark.parametrize("most", [3e-5, 2e-3, 0.4])
 def test_ticks_of_small_and_large_values_differ(browser: Browser, reports: dict[str, Report], tmp_path: Path, most: float) -> None:
     def lowered(row: Any, i: int) -> Any:
-        return replace(row, magr={**row.magr, "max_after": row.magr["max_before"] * (1 - most * (i + 1) / (LAYERS + 1))}, error=most / (i + 1))
+        after = row.magr["max_before"] * (1 - most * (i + 1) / (LAYERS + 1))
+        return replace(row, magr={**row.magr, "max_after": after}, error=most / (i + 1))
 
     report = reports["four"]
     path = tmp_path / "page.html"

@@ -145,6 +145,18 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     assert "ZeroDivisionError" in run("passes").stderr
 
 
+@pytest.mark.parametrize("columns", [60, 72, 80, 120])
+def test_text_fits_the_terminal(folder: Path, columns: int) -> None:
+    for command in (RUN, ("inspect", "model.onnx", "--exclude", "up")):
+        code, text = on_terminal(*CLI, *command, cwd=folder, COLUMNS=str(columns))
+        assert code == 0
+        plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+        lines = [line.split("\r")[-1] for line in plain[plain.index("model") :].splitlines() if "\u2501" not in line]
+        widest = max(map(len, lines))
+        assert widest <= min(columns, 80)
+        assert any(line.startswith("down") for line in lines)
+
+
 def test_long_tables_begin_with_the_worst() -> None:
     rows = [LayerRow(f"l{i}", "MatMul", "w", 8, 8, 4, 32, 10, i / 1000, None, None, False, None) for i in range(40)]
     table = layer_table(rows, MOST)
