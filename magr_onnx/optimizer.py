@@ -109,7 +109,7 @@ def optimize(
         batch_size: Samples per batch when stacked inputs are cut up.
         decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
             `magr_onnx.runtime.decoders`), where the data has no past values.
-        include: Shell patterns of layers (by the name of the node, the weight or the torch module) to convert; empty for all.
+        include: Shell patterns of layers (by the name of the node, the weight, or the torch module of either) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
         custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
