@@ -95,7 +95,7 @@ RUN = {
 """What a run is told beside them."""
 
 KEYS = {**RUN, **OPTIONS}
-ARGUMENTS = {**KEYS, "gram_budget": Key(kind="size")}
+ARGUMENTS = {**KEYS, "gram_budget": Key(kind="size"), "samples": Key((int, NoneType), least=1)}
 """With what only calls in Python have."""
 
 

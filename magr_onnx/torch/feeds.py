@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from magr_onnx import keys
-from magr_onnx.errors import CalibrationError, OptionError
+from magr_onnx.errors import CalibrationError
 from magr_onnx.runtime.data import Batches, in_memory
 from magr_onnx.runtime.session import Batch, InputInfo
 
@@ -53,7 +53,7 @@ def feeds(
         CalibrationError: A batch that does not give the inputs.
         OptionError: Numbers of samples that are none.
     """
-    check(samples, batch_size)
+    keys.check(samples=samples, batch_size=batch_size)
     found: list[Batch] = []
     notes: dict[str, None] = {}
     seen, name = 0, f"the given {type(batches).__name__}"
@@ -73,17 +73,6 @@ def feeds(
                 notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
             break
     return replace(in_memory(found, name), notes=tuple(notes))
-
-
-def check(samples: Any, batch_size: Any) -> None:
-    """See that these are numbers of samples.
-
-    Raises:
-        OptionError: One is not, or less than one.
-    """
-    keys.check(batch_size=batch_size)
-    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1):
-        raise OptionError(f"samples = {samples!r}: expected a number of samples, 1 or more, or None for all there are")
 
 
 def _may_have(batches: Any, count: int) -> bool:

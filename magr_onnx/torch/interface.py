@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from magr_onnx import api, provenance
+from magr_onnx import api, keys, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.recipe import argument
@@ -19,7 +19,7 @@ from magr_onnx.report import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
-from magr_onnx.torch.feeds import SAMPLES, ToInputs, check, feeds
+from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
 from magr_onnx.types import Deferred
 
 
@@ -95,7 +95,7 @@ def optimized(
     own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
     given = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
     size = argument("batch_size", given, 16)
-    check(samples, size)
+    keys.check(samples=samples, batch_size=size)
 
     def source(batches: Any) -> Source:
         if isinstance(batches, str | os.PathLike | DataReader | Batches):

@@ -12,6 +12,7 @@ Nothing is guessed: what does not fit is left alone, with the reason.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,9 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from magr_onnx import files
+from magr_onnx import api, files, keys
 from magr_onnx.boundary import explained
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OptionError, closest, raise_all
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.functions import open_up
 from magr_onnx.report import Report
@@ -32,6 +33,7 @@ from magr_onnx.torch.feeds import SAMPLES, ToInputs
 from magr_onnx.torch.interface import asked, optimized
 
 Array = npt.NDArray[Any]
+_NOT_OF_MAGR = ("model", "calibration", "pipeline_text", "options")  # of what `magr_onnx.optimize` takes
 _PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
@@ -115,14 +117,19 @@ def magr(
     Raises:
         ExportError: torch cannot export the module.
         ModelError: There is no layer to change.
+        OptionError: An option that is none, or a value; before the export.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
     given = dict(locals())
+    names = [name for name in inspect.signature(api.optimize).parameters if name not in _NOT_OF_MAGR]
+    raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*given, *names])}" for n in settings if n not in names])
+    own = keys.unworded({"alpha": alpha, "block_size": block_size, "damping": damping})
+    keys.check(**own, samples=samples)
     found, reduced = _reduced(
         module,
         example_inputs,
         calibration,
-        MagR(alpha, relative, block_size, damping),
+        MagR(relative=relative, **own),
         (to_inputs, samples, batch_size),
         dynamic_shapes,
         settings,
