@@ -18,8 +18,8 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
 from magr_onnx import watching
-from magr_onnx.decoding import plain
-from magr_onnx.report import LayerRow, json_text
+from magr_onnx.decoding import json_text, plain
+from magr_onnx.report import COLUMNS, LayerRow
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
@@ -148,6 +148,11 @@ class _Marks(RegexHighlighter):
         r"(?m)^(?P<yellow>.* \*)$",
         r"(?P<red>THE GOAL IS MISSED.*)",
     ]
+
+
+def columns() -> int:
+    """How wide a text should be: as the terminal from 60 to 80 columns, else 80."""
+    return min(COLUMNS, max(results.width, 60)) if results.is_terminal else COLUMNS
 
 
 def say(text: str) -> None:

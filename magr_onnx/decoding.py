@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -108,3 +110,12 @@ def _name(kind: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def json_text(value: Any) -> str:
+    """JSON of `plain` data for people too: indented, with an array of numbers a line."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
+_NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one

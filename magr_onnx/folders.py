@@ -19,11 +19,12 @@ import onnx_ir as ir
 
 from magr_onnx import carrying, files, locking, patterns, places, provenance, reporting
 from magr_onnx.boundary import explained
+from magr_onnx.decoding import json_text
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
-from magr_onnx.report import Report, json_text, megabytes, wrapped
+from magr_onnx.report import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
 from magr_onnx.types import Deferred
@@ -88,19 +89,19 @@ class OptimizedFolder:
 
         do_all([partial(write, *item) for item in found.items()])
 
-    def to_text(self, most: int | None = None) -> str:
-        """The report, of one model, with ``most`` layers; a line a model and their notes, of several."""
+    def to_text(self, most: int | None = None, width: int = COLUMNS) -> str:
+        """The report, of one model, with ``most`` layers; a line a model and their notes, of several (see `Report.to_text`)."""
         told = {"carried": self.carried, "kept": self.kept}
-        carried = [line for word, f in told.items() if f for line in wrapped(f"{word:12} {len(f)} files: {', '.join(f)}")]
+        carried = [line for word, f in told.items() if f for line in wrapped(f"{word:12} {len(f)} files: {', '.join(f)}", width=width)]
         if len(self.reports) == 1:
-            return "\n".join([next(iter(self.reports.values())).to_text(most), "", *carried])
+            return "\n".join([next(iter(self.reports.values())).to_text(most, width), "", *carried])
         lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
         lines.append(f"{'model':36} {'layers':>6} {'skipped':>7} {'before':>12} {'after':>12}")
         for name, report in self.reports.items():
             sizes = f"{megabytes(report.bytes_before):>12} {megabytes(report.bytes_after):>12}"
             lines.append(f"{name[-36:]:36} {len(report.layers):6d} {len(report.skipped):7d} {sizes}")
         for name, report in self.reports.items():
-            lines += ["", name, *(line for note in report.notes for line in wrapped(f"  {note}", 4))] if report.notes else []
+            lines += ["", name, *(line for note in report.notes for line in wrapped(f"  {note}", 4, width))] if report.notes else []
         return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Batches, Source
+from magr_onnx.runtime.data import Batches, Source, amount
 from magr_onnx.runtime.session import provider_name
 from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
@@ -110,7 +110,7 @@ def optimize(
         batch_size: Samples per batch when stacked inputs are cut up.
         decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
             `magr_onnx.runtime.decoders`), where the data has no past values.
-        include: Shell patterns of layers (by the name of the node, the weight or the torch module) to convert; empty for all.
+        include: Shell patterns of layers (by the name of the node, the weight, or the torch module of either) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
         custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
@@ -190,7 +190,7 @@ def optimize(
     if tables:
         solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
     written, proof = _write(solved, out, prepared.reference, provider, run)
-    notes += _large_table(solved.skips, written)
+    notes += _large_table(solved.skips, written) if pipeline_text is None else []  # where the option can be given
     comparison = None
     if held is not None:
         comparison = validation.validate(
@@ -292,5 +292,4 @@ def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) 
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    samples = "" if data.samples is None else f"{data.samples} samples in "
-    return f"{data.describe}: {samples}{len(data)} batches, {most} rows" + (f", mask {mask}" if mask else "")
+    return f"{data.describe}: {amount(data.samples, len(data))}, {most} rows" + (f", mask {mask}" if mask else "")

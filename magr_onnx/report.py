@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,23 +14,24 @@ from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 from magr_onnx.assignment import Assignment
-from magr_onnx.decoding import AS_IS, decode, plain
+from magr_onnx.decoding import AS_IS, decode, json_text, plain
 from magr_onnx.errors import ReportError
 from magr_onnx.runtime.validate import Validation, severity
 
 MOST = 25
 """Layers in a table for a person in a hurry."""
 
+COLUMNS = 80
+"""Of text for people, where nothing says how many there are."""
+
 LEGEND = (
-    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of",
-    "calibration data (a row is a token, or else a sample). *: the largest error.",
+    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of "
+    "calibration data (a row is a token, or else a sample). *: the largest error."
 )
 """What a table of layers means, for `Report.to_text`."""
 
 SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all that is not finite."""
-
-_NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one
 
 
 class Reported(Protocol):
@@ -55,7 +55,7 @@ class LayerRow:
         k: Input width.
         n: Output width.
         bits: Code width; None where the weight stayed float (MagR alone).
-        block_size: Rows per stored scale.
+        block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
         error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias compensation included. Behind
             quantized layers: of the output against what it should be there, what the layers before did wrong included.
@@ -76,6 +76,8 @@ class LayerRow:
         output: Name of its output, by which `Validation.layers` has it.
         scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path
             the second has ``@1`` behind it, and so on.
+        stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
+        added: Bytes that it adds to the file, where its float weight stays in it for others.
     """
 
     name: str
@@ -103,11 +105,19 @@ class LayerRow:
     depth: int | None = None
     output: str | None = None
     scope: str = ""
+    stored_block: int | None = None
+    added: int | None = None
 
     @property
     def label(self) -> str:
         """What to call it to a person: its module, or the name of its node."""
         return self.scope or self.name
+
+    @property
+    def block(self) -> str:
+        """What shares a scale: that many rows, or a whole channel; in a table that many values of a row, or the whole row."""
+        whole, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
+        return "" if self.block_size is None else name if self.block_size >= whole else str(self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,51 +278,55 @@ class Report:
 
         reporting.save(self, Path(path))
 
-    def to_text(self, most: int | None = None) -> str:
+    def to_text(self, most: int | None = None, width: int = COLUMNS) -> str:
         """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.
 
-        Lines have 80 columns, but for paths.
+        Lines have ``width`` columns, from 60 on, but for paths and the numbers of a validation or a budget, which need 80.
         """
         return "\n".join(
             [
-                *self._summary(),
+                *self._summary(width),
                 "",
-                *layer_table(self.layers, most),
-                *(LEGEND if any(row.error is not None for row in self.layers) else ()),
-                *self._skips(),
+                *layer_table(self.layers, most, width),
+                *(wrapped(LEGEND, 0, width) if any(row.error is not None for row in self.layers) else ()),
+                *self._skips(width),
                 *self._assignment(),
-                *self._validation(),
-                *self._notes(),
+                *self._validation(width),
+                *self._notes(width),
             ]
         )
 
-    def _summary(self) -> list[str]:
+    def _summary(self, width: int) -> list[str]:
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
         return [
             f"model        {self.source}",
             f"output       {self.output or 'in memory'}",
             f"calibration  {self.calibration}",
-            f"layers       {len(self.layers)} converted, {len(self.skipped)} left as they are; {self.verified} read back and verified",
-            *([] if self.proof is None else wrapped(f"accumulator  {self.proof}")),
+            *wrapped(
+                f"layers       {len(self.layers)} converted, {len(self.skipped)} left as they are; {self.verified} read back and verified",
+                width=width,
+            ),
+            *([] if self.proof is None else wrapped(f"accumulator  {self.proof}", width=width)),
             f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
-            *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}"),
+            *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}", width=width),
         ]
 
-    def _skips(self) -> list[str]:
+    def _skips(self, width: int) -> list[str]:
         if not self.skipped:
             return []
-        return ["", "left as they are", *(line for reason, rows in by_reason(self.skipped).items() for line in skip_lines(reason, rows))]
+        lines = (line for reason, rows in by_reason(self.skipped).items() for line in skip_lines(reason, rows, width))
+        return ["", "left as they are", *lines]
 
     def _assignment(self) -> list[str]:
         return [] if self.assignment is None else ["", *self.assignment.lines()]
 
-    def _validation(self) -> list[str]:
+    def _validation(self, width: int) -> list[str]:
         labels = {row.output: row.label for row in self.layers}
-        return [] if self.validation is None else ["", *validation_text(self.validation, labels)]
+        return [] if self.validation is None else ["", *validation_text(self.validation, labels, width)]
 
-    def _notes(self) -> list[str]:
+    def _notes(self, width: int) -> list[str]:
         found = [*self.notes, *layer_notes(self.layers)]
-        return ["", "notes", *(line for n in found for line in wrapped(f"  {n}", 4))] if found else []
+        return ["", "notes", *(line for n in found for line in wrapped(f"  {n}", 4, width))] if found else []
 
 
 def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
@@ -323,17 +337,17 @@ def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
     return found
 
 
-def skip_lines(text: str, rows: Sequence[SkipRow]) -> list[str]:
+def skip_lines(text: str, rows: Sequence[SkipRow], width: int = COLUMNS) -> list[str]:
     """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)
     shown = ", ".join(r.label for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
-    return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7)
+    return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7, width)
 
 
-def wrapped(text: str, indent: int = 13) -> list[str]:
-    """The text in lines of 80 columns, later ones indented."""
-    return textwrap.wrap(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: int = 13, width: int = COLUMNS) -> list[str]:
+    """The text in lines of ``width`` columns, later ones indented."""
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
@@ -356,29 +370,43 @@ def told_apart(rows: Iterable[LayerRow]) -> list[LayerRow]:
     return found
 
 
-def layer_table(rows: Sequence[LayerRow], most: int | None = None) -> list[str]:
-    """Layers as text, worst error marked; of more than ``most`` those with the largest errors, largest first."""
+def layer_table(rows: Sequence[LayerRow], most: int | None = None, width: int = COLUMNS) -> list[str]:
+    """Layers as text of ``width`` columns, worst error marked; of more than ``most`` those with the largest errors, largest first."""
     if most is not None and len(rows) > most:
         ordered = sorted(rows, key=lambda row: -severity(row.error or 0))
         errors = [row.error or 0 for row in ordered[most:]]
         ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
         rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
-        return [*layer_table(ordered[:most]), rest]
-    lines = [f"{'layer':40.40} {'K x N':>13} {'bits':>4} {'block':>5} {'error':>8}"]
+        return [*layer_table(ordered[:most], width=width), *wrapped(rest, 4, width)]
+    left = width - 40  # for names
+    reduced = any(r.magr for r in rows) and all(r.bits is None for r in rows)
+    head = f"{'largest weight':>21}" if reduced else f"{'bits':>4} {'block':>7} {'error':>8}"
+    lines = [f"{'layer':{left}} {'K x N':>13} {head}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
-        name = r.label if len(r.label) <= 40 else f"...{r.label[-37:]}"
+        name = shortened(r.label, left)
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
-        lines.append(f"{name:40} {shape:>13} {r.bits or '-':>4} {r.block_size or '-':>5} {error}{mark}")
+        done = f"{_lowered(r):>21}" if reduced else f"{r.bits or '-':>4} {r.block or '-':>7} {error}{mark}"
+        lines.append(f"{name:{left}} {shape:>13} {done}")
     return lines
 
 
-def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({})) -> list[str]:
+def shortened(name: str, most: int) -> str:
+    """The end of a name, which tells layers apart."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def _lowered(row: LayerRow) -> str:
+    """What MagR made of the largest weight of a layer."""
+    return "-" if row.magr is None else f"{row.magr['max_before']:.4g} -> {row.magr['max_after']:.4g}"
+
+
+def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({}), width: int = COLUMNS) -> list[str]:
     """Metrics of every output and arithmetic, then size and latency; layers by ``labels`` of their outputs, where there are any."""
     lines = [
-        f"validation   {v.data}: {v.batches} batches, provider {v.provider}",
+        f"validation   {v.data}: {v.amount}, provider {v.provider}",
         f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
     ]
     for arithmetic, m in v.shown():
@@ -386,7 +414,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         kl = "" if m.kl is None else f"{m.kl:8.5f}"
         row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
         lines.append(row.rstrip())
-    lines += [line for said in v.broken() for line in wrapped(f"  {said}", 4)]
+    lines += [line for said in v.broken() for line in wrapped(f"  {said}", 4, width)]
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None and m.perplexity is not None:
             (a, b), (before, after) = m.cross_entropy, m.perplexity
@@ -400,18 +428,12 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
     if v.layers:
         worst = max(v.layers, key=lambda layer: severity(layer.relative_error))
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")
-        lines.append(f"    at {labels.get(worst.layer, worst.layer)}")
-    return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4))]
+        lines.append(f"    at {labels.get(worst.layer, worst.label)}")
+    return [*lines, *(line for n in v.notes for line in wrapped(f"  {n}", 4, width))]
 
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def json_text(value: Any) -> str:
-    """JSON of `magr_onnx.decoding.plain` data for people too: indented, with an array of numbers a line."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def versions() -> dict[str, str]:

@@ -62,9 +62,15 @@ class _Progress:
     digests: dict[str, str] = field(default_factory=dict)
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
+    repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
 
     def add(self, job: Job) -> None:
         self.rows[job.layer.name] = _layer_row(job)
+        if job.emitted:
+            self.added[job.layer.name] = job.bytes
+        if "stored_block" in job.facts:
+            self.repeated[job.layer.weight_name] = job.facts["stored_block"], job.facts["repeated"]
         if job.emitted and job.quantized is not None:
             self.digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
 
@@ -173,10 +179,17 @@ def solve(
             work = base.clone()
             layers, _ = source.split(setting.find(work)[0], bool(lost))
     notes += _remarks(done, run, setting.mask)
-    said = shared.remarks(layers, run.large)
+    said = shared.remarks(layers, done.added, run.large)
     for name, given in own.options.items():
         said[name].append(f"options of its own: {layerwise.described(given)}")
-    rows = [replace(done.rows[layer.name], notes=(*done.rows[layer.name].notes, *said[layer.name])) for layer in layers]
+    rows = [
+        replace(
+            done.rows[layer.name],
+            notes=(*done.rows[layer.name].notes, *said[layer.name]),
+            added=done.added.get(layer.name) if shared.readers(layer) else None,
+        )
+        for layer in layers
+    ]
     emitted = {row.emitted for row in rows if row.emitted}
     rows = [*begun.rows, *rows]
     depth = depths(model, {row.name for row in rows})
@@ -202,6 +215,18 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     found = []
     if done.spilled:
         found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
+    if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
+        found.append(
+            f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
+            f"as before; put one of {', '.join(p.name for p in pipeline.EMITTERS)} at its end for a smaller file"
+        )
+    if done.repeated:
+        blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
+        found.append(
+            f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share "
+            f"one (about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
+            "128 and 256 only"
+        )
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -224,7 +249,7 @@ def _layer_row(job: Job) -> LayerRow:
         layer.k,
         layer.n,
         None if spec is None else spec.bits,
-        facts.get("block_size"),
+        None if spec is None else spec.rows(layer.k),
         job.stats.rows,
         facts.get("error"),
         facts.get("magr"),
@@ -241,4 +266,5 @@ def _layer_row(job: Job) -> LayerRow:
         tiles=facts.get("tiles"),
         output=layer.output.name,
         scope=scope_of(layer.node),
+        stored_block=facts.get("stored_block"),
     )

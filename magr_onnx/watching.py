@@ -120,7 +120,7 @@ def watched(function: Callable[P, R]) -> Callable[P, R]:
 
 def what(row: LayerRow) -> str:
     """What was done to a layer, and what decided it, in a line."""
-    form = "float" if row.bits is None else f"{row.bits} bits, {'one grid' if row.block_size is None else f'block {row.block_size}'}"
+    form = "float" if row.bits is None else f"{row.bits} bits, {f'block {row.block}' if row.block.isdecimal() else f'per {row.block}'}"
     found = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]
     solver = row.solver or {}
     if "tried" in solver:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.bodies import Place, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, constant, dequantized, held
-from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
+from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
 from magr_onnx.passes.operands import operand
 from magr_onnx.types import Array
 
@@ -221,8 +221,8 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
             skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
             continue
         found = view(node)
-        if isinstance(found, ConvLayer) and not selected(found.node, found.name, found.weight_name, include, exclude):
-            found = Skip(found.name, found.op, Reason.EXCLUDED)
+        if isinstance(found, ConvLayer) and (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
+            found = Skip(found.name, found.op, why)
         if isinstance(found, Skip):
             skips.append(found)
             continue

@@ -149,7 +149,7 @@ class EmitQDQInt8(LayerPass):
             addend = layer.constant("_bias", np.asarray(job.bias).astype(np.float32)) if bias is None else bias
             value = n.add("Add", [value, addend], f"{layer.name}_bias")
         n.finish(value)
-        job.facts |= {"block_size": layer.k, "emitted": product.name, "stored_bits": 8}
+        job.facts |= {"emitted": product.name, "stored_bits": 8}
         return True
 
 
@@ -248,7 +248,7 @@ class EmitDynamicInt8(LayerPass):
         if job.bias is not None:
             value = n.add("Add", [value, layer.constant("_bias", np.asarray(job.bias).astype(np.float32))], f"{layer.name}_bias")
         n.finish(value)
-        job.facts |= {"block_size": layer.k, "emitted": product.name, "stored_bits": 8}
+        job.facts |= {"emitted": product.name, "stored_bits": 8}
         return True
 
 

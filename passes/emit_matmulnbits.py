@@ -31,9 +31,7 @@ def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
     if spec is None:
         return [f"{name} needs a quantize pass before it"]
     if spec.group_size is not None and kernel_block(spec.group_size, 1 << 30, spec.bits) is None:
-        return [
-            f"block size {spec.group_size}: onnxruntime's kernels take blocks of 16, 32, 64, 128 or 256; use a multiple of 16, or 'channel'"
-        ]
+        return [f"block size {spec.group_size} cannot be cut into blocks that onnxruntime has; give a multiple of 16, or 'channel'"]
     return []
 
 
@@ -105,6 +103,6 @@ class EmitMatMulNBits(LayerPass):
         node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
         layer.root.opset_imports.setdefault(DOMAIN, 1)
         job.replace([node])
-        job.facts["block_size"] = packed.block_size
+        job.stored_in_blocks(packed.block_size or layer.k)
         job.facts["emitted"] = node.name
         return True

@@ -81,7 +81,7 @@ class EmitQDQ(LayerPass):
             bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
             nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
         job.replace(nodes)
-        job.facts["block_size"] = packed.block_size or layer.k
+        job.stored_in_blocks(packed.block_size or layer.k)
         job.facts["emitted"] = product.name
         return True
 

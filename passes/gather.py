@@ -24,7 +24,7 @@ from magr_onnx.passes.bodies import Place, opaque, walk
 from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.holders import LEAST
-from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, selected
+from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
 from magr_onnx.types import Array, QuantizedWeight
 
@@ -107,8 +107,8 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         if node.domain != "" or node.op_type != "Gather":
             continue
         found = _view(node, place)
-        if isinstance(found, Table) and not selected(node, found.name, found.weight_name, include, exclude):
-            found = Skip(found.name, found.op, Reason.EXCLUDED)
+        if isinstance(found, Table) and (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
+            found = Skip(found.name, found.op, why)
         if isinstance(found, Skip):
             skips.append(found)
         elif found is not None:

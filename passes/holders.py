@@ -28,19 +28,22 @@ _KINDS = {("com.microsoft", op): reason for reason, operators in _MICROSOFT.item
 _KINDS |= {("", op): Reason.QUANTIZED for op in ("QLinearMatMul", "MatMulInteger")}
 _KINDS |= {("", op): Reason.RECURRENT for op in ("LSTM", "GRU", "RNN")}
 _KINDS[("", "Einsum")] = Reason.EINSUM
+_PACKING = {("", op) for op in ("Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Transpose", "Reshape", "Cast", "Identity")}
 _LAYERS = {("", op) for op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "QuantizeLinear", "DequantizeLinear")}
 
 
 def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
     """The nodes, other than those that are looked at as layers, that hold weights."""
+    nodes = list(nodes)
+    passed: set[ir.Node] = set()
+    packed = {node: [*node.inputs[:1], *_packed(node.inputs[1:], passed)] for node in nodes if _kind(node) == Reason.RECURRENT}
     for node in nodes:
-        operator = (node.domain, node.op_type)
-        if operator in _LAYERS or is_step(node):
+        if (node.domain, node.op_type) in _LAYERS or is_step(node) or node in passed:
             continue
-        kind = _KINDS.get(operator)
+        kind = _kind(node)
         found: list[ir.TensorProtocol] = []
         floats = False
-        for value in node.inputs:
+        for value in packed.get(node, node.inputs):
             constant = held(value)
             shape, stored = ((), dequantized(value)) if constant is None else (constant.shape, constant.stored)
             if stored is None:
@@ -58,3 +61,18 @@ def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
         size = sum({id(t): t.nbytes for t in found}.values())
         text = f"{', '.join(dict.fromkeys(str(t.name) for t in found))}: {size / 1e6:.2f} MB"
         yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text, size)
+
+
+def _kind(node: ir.Node) -> Reason | None:
+    return _KINDS.get((node.domain, node.op_type))
+
+
+def _packed(values: Iterable[ir.Value | None], passed: set[ir.Node]) -> Iterator[ir.Value | None]:
+    """What recurrent weights are cut out of and joined from (torch has its gates in another order); ``passed`` gets the nodes between."""
+    for value in values:
+        node = None if value is None or held(value) is not None else value.producer()
+        if node is None or (node.domain, node.op_type) not in _PACKING:
+            yield value
+        elif node not in passed:
+            passed.add(node)
+            yield from _packed(node.inputs, passed)

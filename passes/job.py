@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError, OptionError, raise_all
+from magr_onnx.packing import container_bits
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
 from magr_onnx.qera import Factors
 from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_weight
@@ -98,6 +100,19 @@ class Job:
                 return value
         known.append(self.layer.constant(suffix, array, inside=inside and self.alone))
         return known[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Of the constants made of the weight."""
+        return sum(v.const_value.nbytes for values in self.stored.values() for v in values if v.const_value is not None)
+
+    def stored_in_blocks(self, rows: int) -> None:
+        """Take note of blocks that an emitter stores a grid a block for, where a grid of the solution is that of several."""
+        assert self.quantized is not None
+        spec, blocks = self.quantized.spec, -(-self.layer.k // rows)
+        if more := (blocks - spec.groups(self.layer.k)) * self.layer.n:
+            bits = 8 * np.dtype(spec.scale_dtype).itemsize + (0 if spec.symmetric else container_bits(spec.bits))
+            self.facts |= {"stored_block": rows, "repeated": more * bits // 8}
 
     def own_name(self, constant: ir.Value, suffix: str) -> str:
         """A name for what the layer makes of a constant: after the constant, or after the layer where others read that too."""

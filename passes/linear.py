@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.bodies import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
-from magr_onnx.passes.scopes import modules_of
+from magr_onnx.passes.scopes import modules_of, owner_of
 from magr_onnx.types import Array
 from magr_onnx.writing import let_go
 
@@ -50,6 +50,7 @@ class Reason(StrEnum):
     ALPHA = "Gemm alpha is zero or not finite"
     SUBGRAPH = "inside a subgraph or function"
     EXCLUDED = "excluded by name"
+    NOT_INCLUDED = "not among the layers to include"
     EMPTY = "weight has no elements"
     EINSUM = "an Einsum that is no product with a constant matrix"
     FUSED = "a fused operator that no format can replace"
@@ -360,8 +361,9 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
             skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
             continue
         found = view(node)
-        if isinstance(found, LinearLayer) and not selected(node, found.name, found.weight_name, include, exclude):
-            found = Skip(found.name, found.op, Reason.EXCLUDED)
+        why = left_out(node, found.name, found.weight_name, include, exclude) if isinstance(found, LinearLayer) else None
+        if why is not None:
+            found = Skip(found.name, found.op, why)
         elif isinstance(found, Skip) and (refused := node.meta.get(REFUSED)) is not None:
             found = Skip(found.name, found.op, *refused)
         if isinstance(found, Skip):
@@ -378,15 +380,19 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
     return layers, skips
 
 
-def selected(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns choose the layer of a node, by any of the names it is `known_as`."""
+def left_out(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> Reason | None:
+    """Why patterns do not choose the layer of a node, by any of the names it is `known_as`; None where they do."""
     names = known_as(node, name, weight)
-    return (not include or matched(names, include)) and not matched(names, exclude)
+    if matched(names, exclude):
+        return Reason.EXCLUDED
+    return None if not include or matched(names, include) else Reason.NOT_INCLUDED
 
 
 def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, and those before a rewrite."""
-    return (*reversed(modules_of(node)), name, weight, *node.metadata_props.get(NAMES, "").splitlines())
+    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, that of the module which has the
+    weight, and those before a rewrite."""
+    found = (*reversed(modules_of(node)), name, weight, owner_of(weight), *node.metadata_props.get(NAMES, "").splitlines())
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:

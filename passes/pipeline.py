@@ -86,6 +86,10 @@ def parse(text: str) -> tuple[LayerPass, ...]:
         position = match.end()
         if position == len(text):
             return tuple(passes)
+        if text[position] == "{":  # whose options would have matched
+            end = re.compile(r"[^{}]*").match(text, position + 1)
+            assert end is not None
+            raise PipelineError(f"pipeline: expected '}}' at character {end.end()} of {text!r}, for the '{{' at {position}")
         if text[position] != ",":
             raise PipelineError(f"pipeline: expected ',' at character {position} of {text!r}, found {text[position:]!r}")
         position += 1

@@ -5,6 +5,7 @@
 2. A module may compute with parameters that no module of its own holds, or call none for them (``nn.MultiheadAttention``, with its
    ``in_proj_weight`` and ``out_proj``). The parameter's name tells such layers apart: ``attention.in_proj``. The exporter writes it
    with ``_`` for ``.``, so a path that goes on for more than one step beyond the module has ``_`` there.
+3. A layer that a batch normalization was folded into is written as a call of that. The weight's name has the module it is of.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import onnx_ir as ir
 
 _SCOPES, _CALL = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
 _PARAMETER = re.compile(r"%p_(\w+)")
-_KIND = re.compile(r"_?(?:weight|bias)$")
+_KIND = re.compile(r"_?(?:weight|bias)(?:_[ih]h_l\d+(?:_reverse)?)?$")  # recurrent modules have one a gate, a layer and a direction
+_FOLDED = "batch_norm"
 
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
@@ -30,11 +32,19 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
     if not (isinstance(scopes, list) and len(scopes) > 1 and isinstance(scopes[-2], str) and scopes[-2]):
         return ()
     module: str = scopes[-2]
+    if _FOLDED in str(scopes[-1]):
+        owner = next((owner_of(str(value.name)) for value in node.inputs[1:2] if value is not None), "")
+        return (module, owner) if owner not in ("", module) else (module,)
     before = re.sub(r"\W", "_", module) + "_"
     for parameter in _PARAMETER.findall(properties.get(_CALL, "")):
         if parameter.startswith(before) and (rest := _KIND.sub("", parameter.removeprefix(before))):
             return module, f"{module}.{rest}"
     return (module,)
+
+
+def owner_of(weight: str) -> str:
+    """The path of the module that a weight is of, by its name; empty where that has no path."""
+    return weight.rpartition(".")[0]
 
 
 def scope_of(node: ir.Node) -> str:

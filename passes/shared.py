@@ -13,15 +13,17 @@ Second moments of gradients differ between readers and do not add up to one matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import onnx_ir as ir
 
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass, Stored, absorbs
 from magr_onnx.passes.linear import LinearLayer, layer_name
 from magr_onnx.passes.quantize import relative_error
+from magr_onnx.passes.scopes import scope_of
 from magr_onnx.types import LayerStats
 
 Key = Hashable
@@ -119,10 +121,16 @@ def by_weight(layers: Iterable[L]) -> list[list[L]]:
     return list(found.values())
 
 
-def remarks(layers: Sequence[LinearLayer], alone: bool = False) -> dict[str, list[str]]:
+def readers(layer: LinearLayer) -> list[ir.Node]:
+    """The nodes for which the float weight of a layer (as it was found, and converted by now) stays in the file."""
+    return [use.node for use in layer.weight.source.uses()]
+
+
+def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool = False) -> dict[str, list[str]]:
     """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name.
 
-    ``alone`` is for stages of a model too large to be run as a whole, which solve every layer by itself.
+    ``added`` has the bytes of the codes that were written for each. ``alone`` is for stages of a model too large to be run as a whole,
+    which solve every layer by itself.
     """
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
     for layer in layers:
@@ -134,9 +142,14 @@ def remarks(layers: Sequence[LinearLayer], alone: bool = False) -> dict[str, lis
         turned = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
         if turned:
             found[layer.name].append(f"{_some(turned)} reads the same weight transposed or scaled, so that their codes cannot be shared")
-        readers = [f"{layer_name(use.node)} ({use.node.op_type})" for use in layer.weight.source.uses()]
-        if readers:
-            found[layer.name].append(f"its float weight stays in the file ({layer.weight.stored.nbytes} bytes) for {_some(readers)}")
+        if left := readers(layer):
+            names = _some([f"{layer_name(node)} ({node.op_type})" for node in left])
+            ways = [f"leave it out (exclude={[scope_of(layer.node) or layer.name]})"]
+            ways += ['convert the table as well (embeddings="gather-block-quantized")'] * any(node.op_type == "Gather" for node in left)
+            stays = f"its float weight ({layer.weight.stored.nbytes} bytes) stays in the file for {names}"
+            more = added.get(layer.name)
+            cost = f"converting it saved nothing and added {more} bytes: {stays}; {' or '.join(ways)}"
+            found[layer.name].append(stays if more is None else cost)
     return found
 
 

@@ -32,6 +32,11 @@ class DataReader(Protocol):
     def get_next(self) -> dict[str, Any] | None: ...
 
 
+def amount(samples: int | None, batches: int) -> str:
+    """How much data there is, to a person: how it is cut into batches is no matter of theirs."""
+    return f"{batches} batches" if samples is None else f"{samples} samples"
+
+
 MOST_PROBLEMS = 10  # different ones that a message has
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Deferred
 WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
@@ -41,7 +46,7 @@ WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each inpu
 class Batches:
     """Batches that can be read any number of times, with what to call them in messages, and ``notes`` on them for the report.
 
-    ``samples`` is what all of them have along their first axes, where somebody counted.
+    ``samples`` is what all of them have along their first axes, or what they were made of, where somebody counted.
     """
 
     count: int
@@ -124,7 +129,7 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in found.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(found) >= MOST_PROBLEMS)])
-    return replace(batches, samples=samples)
+    return replace(batches, samples=samples if batches.samples is None else batches.samples)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:

@@ -276,7 +276,7 @@ def _fed(
             f"decode: the last tokens of {spool.samples} samples again, one by one, with the model's own past ({len(spool)} batches)"
         )
         feeds = _joined(feeds, spool)
-    return replace(feeds, notes=tuple(notes))
+    return replace(feeds, notes=tuple(notes), samples=samples)
 
 
 def _no_steps(decoder: Decoder, parts: Sequence[Array], runs: object) -> str | None:

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.errors import ModelError
 from magr_onnx.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
-from magr_onnx.runtime.data import Batches
+from magr_onnx.passes.scopes import scope_of
+from magr_onnx.runtime.data import Batches, amount
 from magr_onnx.runtime.session import Arithmetic, Batch, Session
 from magr_onnx.types import Array
 
@@ -65,10 +67,19 @@ class OutputMetrics:
 
 @dataclass(frozen=True, slots=True)
 class LayerMetrics:
-    """Relative error ``||y - y_hat|| / ||y||`` at a layer's output inside the running models, upstream errors included."""
+    """Relative error ``||y - y_hat|| / ||y||`` at a layer's output inside the running models, upstream errors included.
+
+    ``scope`` is the path of the torch module it came from, where a file says so.
+    """
 
     layer: str
     relative_error: float
+    scope: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call it to a person: its module, or the name of its output."""
+        return self.scope or self.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,12 @@ class Validation:
     float_bytes: int = 0
     quantized_bytes: int = 0
     notes: tuple[str, ...] = ()
+    samples: int | None = None
+
+    @property
+    def amount(self) -> str:
+        """How much data there was."""
+        return amount(self.samples, self.batches)
 
     def shown(self) -> list[tuple[str, OutputMetrics]]:
         """What a table shows: metrics with the arithmetics they hold for, one row where all are equal in the digits shown."""
@@ -264,6 +281,7 @@ def validate(
         progress: Called with steps done and in total.
 
     Raises:
+        ModelError: The models have no output in common.
         RuntimeFailure: A model does not load or run.
     """
     notes: list[str] = []
@@ -275,6 +293,9 @@ def validate(
             if missing := sorted(set(names) ^ set(session.outputs)):
                 notes.append(f"outputs only one of the models has: {', '.join(missing)}")
             names = [n for n in names if n in session.outputs]
+        if not names:
+            has = [", ".join(session.outputs) for session in (reference, *sessions.values())]
+            raise ModelError(f"the models have no output in common: {has[0]}, and {has[1]}; are these two forms of one model?")
         presents = set(pairs((i.name for i in reference.inputs), names).values())
         if presents and not presents.issuperset(names):
             names = [n for n in names if n not in presents]
@@ -309,6 +330,7 @@ def validate(
         _size(float_model),
         _size(quantized_model),
         tuple(dict.fromkeys([*data.notes, *notes])),
+        data.samples,
     )
 
 
@@ -323,8 +345,8 @@ def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_]
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
     """Relative error at every quantized layer whose output has the same name in both main graphs."""
     a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
-    produced = {v.name for node in a.graph for v in node.outputs} & {v.name for node in b.graph for v in node.outputs}
-    names = [n for n in read_weights(b) if n in produced]
+    scopes, others = ({str(v.name): scope_of(node) for node in model.graph for v in node.outputs} for model in (a, b))
+    names = [n for n in read_weights(b) if n in scopes and n in others]
     if not names:
         return ()
     noise, signal = np.zeros(len(names)), np.zeros(len(names))
@@ -336,7 +358,8 @@ def _layers(float_model: Model, quantized_model: Model, data: Batches, provider:
                     signal[i] += float(np.square(y).sum())
                     noise[i] += float(np.square(y - y_hat).sum())
     with np.errstate(invalid="ignore"):
-        return tuple(LayerMetrics(n, float(e)) for n, e in zip(names, np.sqrt(noise / np.maximum(signal, 1e-300)), strict=True))
+        errors = np.sqrt(noise / np.maximum(signal, 1e-300))
+    return tuple(LayerMetrics(n, float(e), scopes[n] or others[n]) for n, e in zip(names, errors, strict=True))
 
 
 def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:

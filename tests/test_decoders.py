@@ -78,7 +78,8 @@ def test_tokens_are_all_it_takes(make: Callable[[], ir.Model], effort: str, tmp_
     text = " ".join(result.output.split())
     assert "prefill of 192 tokens (16 samples, 4 batches) with an empty past" in text
     assert "the last tokens of 16 samples again, one by one, with the model's own past (16 batches)" in text
-    assert "20 batches, 256 rows" in text
+    assert "tokens.npz: 16 samples, 256 rows" in text
+    assert "tokens.npz: 16 samples, provider" in text
     assert "4 outputs are the past of the next step, and not compared" in text
     quantized = ir.load(output)
     assert [(v.name, v.shape) for v in quantized.graph.inputs] == [(v.name, v.shape) for v in model.graph.inputs]

@@ -158,7 +158,7 @@ def test_include_and_exclude_match_node_and_weight_names() -> None:
     assert [layer.name for layer in find(model)[0]] == ["up", "down"]
     layers, skips = find(model, include=["w1"])
     assert [layer.name for layer in layers] == ["up"]
-    assert {s.name: s.reason for s in skips} == {"down": Reason.EXCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
+    assert {s.name: s.reason for s in skips} == {"down": Reason.NOT_INCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
     assert [layer.name for layer in find(model, exclude=["d*"])[0]] == ["up"]
 
 
@@ -189,6 +189,15 @@ def test_bias_of_higher_rank_is_not_a_bias() -> None:
     product = b.node("MatMul", [x, b.constant("w", random(K, N))], "layer")
     out = b.node("Add", [product, b.constant("b", random(1, 1, N))], "bias")  # raises the rank of the result to 3
     assert not only(b.model(out, [1, "batch", N])).has_bias
+
+
+def test_patterns_find_a_layer_by_the_module_of_its_weight() -> None:
+    b = graphs.Builder()
+    x = b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("block.0.up.weight", graphs.random(24, 24))], "node_1")
+    model = b.model(b.node("MatMul", [x, b.constant("w", graphs.random(24, 8))], "node_2"), ["batch", 8])
+    for pattern, found in (("block.0.up", ["node_1"]), ("*.up", ["node_1"]), ("block.0", []), ("", [])):
+        assert [layer.name for layer in find(model, [pattern])[0]] == found
+    assert [layer.name for layer in find(model, exclude=["block.0.up"])[0]] == ["node_2"]
 
 
 def test_tied_weight_keeps_its_other_reader() -> None:

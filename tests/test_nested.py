@@ -323,7 +323,7 @@ def test_patterns_reach_into_bodies() -> None:
     trap = ZOO["if-both-branches"]
     report = magr_onnx.optimize(trap.build(), bits=4, block_size=16, include=["other"]).report
     assert [row.name for row in report.layers] == ["other"]
-    assert [(row.name, row.reason) for row in report.skipped] == [("fc", str(Reason.EXCLUDED))]
+    assert [(row.name, row.reason) for row in report.skipped] == [("fc", str(Reason.NOT_INCLUDED))]
 
 
 def test_inspection_finds_what_is_converted() -> None:

@@ -247,7 +247,7 @@ def test_patterns_and_inspection_reach_into_bodies() -> None:
     proto = ZOO["conv-of-constants-in-branches"].build()
     report = magr_onnx.optimize(proto, include=["other"]).report
     assert [row.name for row in report.layers] == ["other"]
-    assert [(row.name, row.reason) for row in report.skipped] == [("c", "excluded by name")]
+    assert [(row.name, row.reason) for row in report.skipped] == [("c", "not among the layers to include")]
     for trap in CONVOLUTIONS:
         found = magr_onnx.inspect(trap.build())
         assert {row["name"] for row in found.layers} | {row.name for row in found.skipped} == set(trap.layers)

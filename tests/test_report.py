@@ -28,7 +28,7 @@ from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
-from magr_onnx.report import SCHEMA, LayerRow, SkipRow
+from magr_onnx.report import SCHEMA, LayerRow, SkipRow, layer_table
 from magr_onnx.reporting import sides, summary
 from magr_onnx.runtime.validate import OutputMetrics
 from magr_onnx.types import WeightSpec
@@ -94,10 +94,15 @@ def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     assert "<html" in found.to_html()
 
 
-def test_the_text_says_what_its_columns_and_marks_are() -> None:
+def test_the_text_says_what_its_columns_and_marks_are(reports: dict[str, Report]) -> None:
     text = magr_onnx.optimize(graphs.chain(), [graphs.feeds(graphs.chain(), rows=30)] * 2, effort="fast").report.to_text()
-    assert "60 samples in 2 batches, 60 rows" in text
+    assert ": 60 samples, 60 rows" in text
     assert "*: the largest error" in text
+    validation = reports["fast"].validation
+    assert validation is not None
+    assert "the given batches: 36 samples, provider cpu" in reports["fast"].to_text()
+    assert "36 samples of the given batches" in reports["fast"].to_html()
+    assert "3 batches of the given batches" in replace(reports["fast"], validation=replace(validation, samples=None)).to_html()
     net = "g (int64[n] i) => (float[n, 8] y) { [rows] x = Gather(table, i) y = MatMul(x, w) }"
     gather = model(net, table=constant("table", 300, 64), w=constant("w", 64, 8))
     text = magr_onnx.optimize(gather).report.to_text()
@@ -314,9 +319,9 @@ def test_long_curves_know_their_steps() -> None:
 def test_scales_of_a_table_are_along_its_rows(reports: dict[str, Report]) -> None:
     def block(op: str, size: int | None) -> str:
         row = replace(reports["fast"].layers[0], op=op, k=30, n=64, block_size=size)
-        return summary.Line(row, None, None, None, None, 0).block
+        return row.block
 
-    assert [block("Gather", 64), block("Gather", 32), block("MatMul", 30), block("MatMul", 16)] == ["row", "32", "column", "16"]
+    assert [block("Gather", 64), block("Gather", 32), block("MatMul", 30), block("MatMul", 16)] == ["row", "32", "channel", "16"]
     assert block("MatMul", None) == ""
 
 
@@ -607,3 +612,58 @@ def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     assert "--embeddings gather-block-quantized" in text
     (text,) = first(table, lstm)
     assert text.endswith(f"Why: {Reason.RECURRENT}.")
+
+
+def test_magr_alone_shows_the_largest_weights(reports: dict[str, Report]) -> None:
+    report = reports["magr"]
+    head, *lines = layer_table(report.layers)
+    assert head.endswith("largest weight")
+    for row, line in zip(report.layers, lines, strict=True):
+        assert row.magr is not None
+        before, after = (float(text) for text in line.split()[-3::2])
+        assert (before, after) == pytest.approx((row.magr["max_before"], row.magr["max_after"]), rel=1e-3)
+        assert after < before
+    assert "largest weight" not in reports["nothing"].to_text() + reports["fast"].to_text()
+
+
+def test_codes_that_no_pass_writes_are_told_of() -> None:
+    text = "no pass of the pipeline writes codes: 2 weights are stored as the floats"
+    pipeline = "quantize{method=rtn,bits=4}"
+    made, report = magr_onnx.optimize(graphs.chain(), samples(), pipeline_text=pipeline)
+    assert any(text in note and "emit-matmulnbits" in note for note in report.notes)
+    assert {node.op_type for node in made.graph} == {node.op_type for node in graphs.chain().graph}
+    report = magr_onnx.optimize(graphs.chain(), samples(), pipeline_text=f"{pipeline},emit-qdq").report
+    assert not any("writes codes" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "stored"),
+    [
+        ({"block_size": None}, ["channel", "channel"], [32, 64]),
+        ({"block_size": 16}, ["16", "16"], [None, None]),
+        ({"block_size": 512}, ["channel", "channel"], [32, 64]),
+        ({"block_size": 128}, ["channel", "128"], [32, None]),
+        ({"block_size": 48}, ["48", "48"], [16, 16]),
+        ({"block_size": None, "format": "qdq"}, ["channel", "channel"], [None, None]),
+        ({"format": "qdq-int8"}, ["channel", "channel"], [None, None]),
+    ],
+)
+def test_the_block_is_what_shares_a_scale(options: dict[str, Any], shown: list[str], stored: list[int | None]) -> None:
+    """What a kernel stores is another matter, of which there is one note."""
+    b = Builder()
+    x = b.node("Relu", [b.node("MatMul", [b.input("x", ["batch", 80]), b.constant("w", random(80, 288))], "first")])
+    model = b.model(b.node("MatMul", [x, b.constant("v", random(288, 8))], "second"), ["batch", 8])
+    result = magr_onnx.optimize(model, [graphs.feeds(model)], **options, quantizer="rtn", alpha=0.0)
+    rows = result.report.layers
+    assert [row.block for row in rows] == shown
+    assert [line.split()[5] for line in layer_table(rows)[1:]] == shown
+    assert [row.stored_block for row in rows] == stored
+    notes = [note for note in result.report.notes if "their scales in the file again" in note]
+    assert len(notes) == any(stored)
+    if notes:
+        held = sum(v.const_value.nbytes for n, v in result.model.graph.initializers.items() if "_scales" in n or "_zero_points" in n)
+        needed = sum(row.n * -(-row.k // row.block_size) * 4.5 for row in rows)  # asymmetric, 4 bits
+        said = re.search(r"about (\d+) bytes more", notes[0])
+        assert said is not None
+        assert abs(int(said[1]) - (held - needed)) <= sum(row.n for row in rows)  # zero points of a column fill whole bytes
+        assert " or ".join(str(block) for block in dict.fromkeys(stored) if block) in notes[0]

@@ -103,6 +103,27 @@ def column(page: Page, index: int) -> list[str]:
     return page.locator(f"#layers tbody tr:visible > :nth-child({index + 1})").evaluate_all("cells => cells.map(c => c.dataset.value)")  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("most", [3e-5, 2e-3, 0.4])
+def test_ticks_of_small_and_large_values_differ(browser: Browser, reports: dict[str, Report], tmp_path: Path, most: float) -> None:
+    def lowered(row: Any, i: int) -> Any:
+        after = row.magr["max_before"] * (1 - most * (i + 1) / (LAYERS + 1))
+        return replace(row, magr={**row.magr, "max_after": after}, error=most / (i + 1))
+
+    report = reports["four"]
+    path = tmp_path / "page.html"
+    replace(report, layers=tuple(map(lowered, report.layers, range(LAYERS + 1)))).save(path)
+    with opened(browser, path) as found:
+        draw_all(found.page)
+        for chart in ("peaks", "errors"):
+            axis = found.page.locator(f"figure[data-chart={chart}] .role-axis-label text")
+            ticks = [text for text in axis.all_text_contents() if text.endswith("%")]
+            assert len(ticks) > 2
+            assert len(set(ticks)) == len(ticks), ticks
+            assert max(map(len, ticks)) <= 9, ticks
+        shown = [text for text in found.page.locator("#layers tbody td").all_inner_texts() if text.startswith("-")]
+        assert len(set(shown)) == LAYERS + 1
+
+
 def test_headers_sort_by_click_and_by_key(browser: Browser, pages: dict[str, Path], reports: dict[str, Report]) -> None:
     with opened(browser, pages["four"]) as found:
         page = found.page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import files
+from magr_onnx import Report, files
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Job, find, parse, run_layers, segments
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.passes.shared import Bond, remarks, sharing
+from magr_onnx.reporting import summary
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session
@@ -159,8 +161,33 @@ def test_notes_name_the_others() -> None:
     turned = notes("weight-and-its-transpose")
     assert turned["down"] == ("up reads the same weight transposed or scaled, so that their codes cannot be shared",)
     (tied,) = notes("tied-embedding")["head"]
-    assert tied.startswith(f"its float weight stays in the file ({TABLE.nbytes} bytes) for ")
+    assert f"its float weight ({TABLE.nbytes} bytes) stays in the file for " in tied
     assert "(Gather)" in tied
+
+
+def test_a_layer_that_is_converted_for_nothing_says_so_and_what_to_do(tmp_path: Path) -> None:
+    """The table stays float for the Gather, so codes of the layer come on top."""
+    model = ZOO["table-tied-to-the-last-layer"].build()
+
+    def written(name: str, **options: Any) -> tuple[ir.Model, Report]:
+        return magr_onnx.optimize(model, output=tmp_path / f"{name}.onnx", block_size=16, **options)
+
+    made, report = written("tied")
+    (row,) = report.layers
+    codes = sum(v.const_value.nbytes for name, v in made.graph.initializers.items() if "_q4" in name)
+    assert row.added == codes
+    (note,) = [note for note in row.notes if "saved nothing" in note]
+    assert f"added {codes} bytes" in note
+    (finding,) = [f for f in summary.findings(report, summary.lines_of(report)) if "saved nothing" in f.text]
+    assert (finding.layer, f"added {codes} bytes" in finding.text) == (0, True)
+    for text in (note, finding.text):
+        assert 'embeddings="gather-block-quantized"' in text
+    assert "exclude=['head']" in note
+    tables = written("both", embeddings="gather-block-quantized")[1]
+    assert not any(row.added or "saved nothing" in " ".join(row.notes) for row in tables.layers)
+    left_out = written("out", embeddings="gather-block-quantized", exclude=["head"])[1]
+    assert not any(row.added for row in left_out.layers)
+    assert tables.bytes_after < report.bytes_after > report.bytes_before
 
 
 def test_transposes_are_matrices_of_their_own_and_the_floats_go() -> None:
@@ -235,7 +262,8 @@ def test_error_feedback_converts_all() -> None:
 
 def test_nothing_is_said_of_a_weight_read_once() -> None:
     model = readers(1)
-    assert remarks(find(model)[0]) == {"fc0": [f"its float weight stays in the file ({WEIGHT.nbytes} bytes) for fc0 (MatMul)"]}
+    (note,) = remarks(find(model)[0], {"fc0": 12})["fc0"]
+    assert f"added 12 bytes: its float weight ({WEIGHT.nbytes} bytes) stays in the file for fc0 (MatMul)" in note
     made, report = magr_onnx.optimize(readers(1), bits=4, block_size=16)
     assert not any("weight" in note for note in report.layers[0].notes)
     assert "w" not in made.graph.initializers

@@ -145,11 +145,23 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     assert "ZeroDivisionError" in run("passes").stderr
 
 
+@pytest.mark.parametrize("columns", [60, 72, 80, 120])
+def test_text_fits_the_terminal(folder: Path, columns: int) -> None:
+    for command in (RUN, ("inspect", "model.onnx", "--exclude", "up")):
+        code, text = on_terminal(*CLI, *command, cwd=folder, COLUMNS=str(columns))
+        assert code == 0
+        plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+        lines = [line.split("\r")[-1] for line in plain[plain.index("model") :].splitlines() if "\u2501" not in line]
+        widest = max(map(len, lines))
+        assert widest <= min(columns, 80)
+        assert any(line.startswith("down") for line in lines)
+
+
 def test_long_tables_begin_with_the_worst() -> None:
     rows = [LayerRow(f"l{i}", "MatMul", "w", 8, 8, 4, 32, 10, i / 1000, None, None, False, None) for i in range(40)]
     table = layer_table(rows, MOST)
     assert len(table) == MOST + 2
-    assert table[1].split() == ["l39", "8", "x", "8", "4", "32", "3.90%", "*"]
+    assert table[1].split() == ["l39", "8", "x", "8", "4", "channel", "3.90%", "*"]
     assert table[-1] == "... and 15 more layers with errors from 0.00% to 1.40% (--verbose shows all)"
     assert len(layer_table(rows)) == 41
     assert [line.split()[0] for line in layer_table(rows[:MOST], MOST)[1:]] == [row.name for row in rows[:MOST]]

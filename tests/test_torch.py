@@ -18,6 +18,7 @@ import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
 from magr_onnx.passes.linear import find  # noqa: E402
 from magr_onnx.passes.scopes import scope_of  # noqa: E402
+from magr_onnx.report import validation_text  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from magr_onnx.torch.feeds import feeds  # noqa: E402
 from magr_onnx.torch.weights import _new_value  # noqa: E402
@@ -95,7 +96,7 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Any, Path]
 def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     assert len(report.layers) == 7
-    assert report.calibration.startswith("the given DataLoader: 32 samples in 4 batches")
+    assert report.calibration.startswith("the given DataLoader: 32 samples, ")
     assert "not used of each batch, since the model has no such input: the second item (labels?)" in report.notes
     assert report.validation.notes == ()  # said once
     assert report.source == "Net"
@@ -108,6 +109,59 @@ def test_one_call(optimized: tuple[Net, Any, Path]) -> None:
             assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
     net.train()
     net.down.eval()
+
+
+def test_a_convolution_with_a_normalization_in_it_has_its_own_name() -> None:
+    """The exporter folds the normalization, and writes the result as a call of that."""
+    program = magr_torch.export(Images(), torch.rand(1, 3, 4, 4)).program
+    (conv,) = (row for row in magr_onnx.inspect(program).layers if row["op"] == "Conv")
+    assert (conv["scope"], conv["weight"]) == ("conv", "conv.weight")
+    data = loader(torch.rand(8, 3, 4, 4))
+    for pattern in ("conv", "norm", "conv.weight"):
+        report = magr_torch.optimize(program, calibration=data, effort="fast", exclude=[pattern]).report
+        assert [row.scope for row in report.layers] == ["out"]
+        assert [row.scope for row in report.skipped] == ["conv"]
+    made, report = magr_torch.optimize(program, calibration=data, effort="fast")
+    assert [row.scope for row in report.layers] == ["conv", "out"]
+    assert "conv" in {scope_of(node) for node in made.graph if node.op_type == "Conv"}
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(40, 48, 2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(96, 48, batch_first=True)
+        self.out = nn.Linear(48, 16)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.gru(self.lstm(x)[0])[0])
+
+
+def test_weights_of_a_recurrent_module_are_its_own() -> None:
+    """The exporter cuts them up and joins them, where it does not fold that."""
+    net = Recurrent()
+    found = magr_onnx.inspect(magr_torch.export(net, torch.rand(2, 7, 40)).program)
+    assert [row["scope"] for row in found.layers] == ["out"]
+    assert [(row.scope, row.op, row.reason) for row in found.skipped] == [
+        ("lstm", "LSTM", "a recurrent operator"),
+        ("lstm", "LSTM", "a recurrent operator"),
+        ("gru", "GRU", "a recurrent operator"),
+    ]
+    matrices = sum(p.numel() for name, p in net.named_parameters() if "weight" in name and "out" not in name)
+    assert 4 * matrices <= sum(row.bytes for row in found.skipped) <= 1.1 * 4 * matrices  # some biases have two axes
+    assert "lstm.weight_ih_l1" in found.skipped[1].detail
+
+
+def test_a_comparison_calls_layers_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
+    net, report, output = optimized
+    program = magr_torch.export(net, tokens(1), output_names=["logits"]).program
+    data = [{"input_ids": tokens().numpy()}]
+    for exported in (program, program.model_proto):
+        found = magr_onnx.validate(exported, output, data, latency=False)
+        scopes = {row.output: row.scope for row in report.layers}
+        assert {m.layer: m.scope for m in found.layers} == scopes
+        worst = max(found.layers, key=lambda m: m.relative_error)
+        assert f"    at {scopes[worst.layer]}" in validation_text(found)
 
 
 def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
@@ -123,7 +177,9 @@ def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Pat
     some = {"include": ["up", "*attention*"], "exclude": ["*out_proj"], "layers": tables}
     chosen = magr_torch.optimize(program, calibration=data, effort="fast", **some).report
     assert [(row.scope, row.bits) for row in chosen.layers] == [("attention.in_proj", 8), ("up", 8)]
-    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {*scopes} - {"attention.in_proj", "up"}
+    assert {row.scope for row in chosen.skipped if row.reason == "excluded by name"} == {"attention.out_proj"}
+    rest = {row.scope for row in chosen.skipped if row.reason == "not among the layers to include"}
+    assert rest == {*scopes} - {"attention.in_proj", "attention.out_proj", "up"}
     assert "attention.out_proj (node_" in chosen.to_text()
     for wrong in ({"layers": [{"match": "*out_prok*", "bits": 8}]}, {"exclude": ["*out_prok"]}):
         with pytest.raises(OptionError, match=r"'\*out_prok\*?' matches no layer.*; did you mean 'out_proj'"):
@@ -244,6 +300,33 @@ def test_magr_changes_what_it_may(reduced: tuple[Net, Net, Any]) -> None:
     assert "first.weight: largest magnitude" in str(result)
     called = "magr_onnx.torch.magr_(module=<Net>, example_inputs=<Tensor>, calibration=<DataLoader>, alpha=0.02)"
     assert (result.report.command, result.report.source) == (called, "Net")
+
+
+class Tied(nn.Module):
+    """A table that is large enough to be asked about, and is the last layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.up, self.head = nn.Embedding(256, 32), nn.Linear(32, 32), nn.Linear(32, 256, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Any) -> Any:
+        return self.head(torch.relu(self.up(self.tokens(input_ids))))
+
+
+@pytest.mark.parametrize("include", [[], ["up"], ["up", "head"]])
+def test_reasons_of_magr_are_its_own(include: list[str]) -> None:
+    found = magr_torch.magr_(Tied(), tokens(2), loader(tokens()), include=include)
+    assert [change.name for change in found.changed] == ["up.weight"]
+    assert found.unchanged.keys() == {"tokens.weight", "head.weight"}
+    for why in found.unchanged.values():
+        assert why.endswith("reads it, and would change with it")
+    assert "embeddings" not in " ".join([*found.report.notes, *(note for row in found.report.layers for note in row.notes)])
+    if include:
+        wrong = "MagR changed no parameter: .*up.weight: node_[a-zA-Z_0-9]*: not among the layers to include"
+        with pytest.raises(MagrError, match=wrong):
+            magr_torch.magr_(Tied(), tokens(2), loader(tokens()), include=["head"])
 
 
 def test_the_module_computes_what_the_onnx_model_of_magr_does(reduced: tuple[Net, Net, Any]) -> None:
@@ -403,16 +486,19 @@ def test_the_batch_size_of_a_recipe_is_used() -> None:
     model = nn.Linear(64, 64)
     recipe = {"batch_size": 8, "bits": 8}
     found = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe).report
-    assert "8 batches, 64 rows" in found.calibration
+    assert "64 samples, 64 rows" in found.calibration
+    few = "2 calibration batches are too few to hold some out"
+    assert not any(few in note for note in found.notes)
     given = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe, batch_size=32).report
-    assert "2 batches, 64 rows" in given.calibration
+    assert "64 samples, 64 rows" in given.calibration
+    assert any(few in note for note in given.notes)
 
 
 def test_a_recipe_says_what_is_not_given(tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", input=np.random.default_rng(0).standard_normal((64, 64), np.float32))
     recipe = {"calibration": str(tmp_path / "inputs.npz"), "output": str(tmp_path / "out.onnx"), "bits": 8, "effort": "fast"}
     report = magr_torch.optimize(nn.Linear(64, 64), torch.zeros(2, 64), recipe=recipe).report
-    assert report.calibration.endswith("64 samples in 4 batches, 64 rows")
+    assert report.calibration.endswith("64 samples, 64 rows")
     assert report.output == str(tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").is_file()
 

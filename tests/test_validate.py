@@ -93,6 +93,15 @@ def test_a_model_against_itself_is_perfect() -> None:
     assert result.latency.float_ms > 0
 
 
+def test_models_without_a_common_output_are_refused() -> None:
+    model, other = graphs.chain(), graphs.chain()
+    other.graph.outputs[0].name = "elsewhere"
+    with Session(model) as session:
+        data = open_data([feeds(model)], session.inputs)
+    with pytest.raises(ModelError, match=r"no output in common: \w+, and elsewhere"):
+        validate(model, other, data)
+
+
 def masked(bad: float) -> ir.Model:
     """Outputs that are minus infinity where x is below 0, and elsewhere x, but for the first column: there they are ``bad`` times that."""
     b = Builder()

@@ -10,7 +10,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.arguments import Exclude, Include, Json, Requantize, Verbose
-from magr_onnx.report import by_reason
+from magr_onnx.report import by_reason, shortened, wrapped
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -30,18 +30,20 @@ def inspect(
     """List linear layers with shapes and ranges, and what would be left alone and why."""
     found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
     lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
-    lines.append(f"{'layer':34} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
+    width = console.columns()
+    left = width - 46  # for names
+    lines.append(f"{'layer':{left}} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in found.layers:
-        label = row["scope"] or row["name"]
-        name = label if len(label) <= 34 else f"...{label[-31:]}"
+        name = shortened(row["scope"] or row["name"], left)
         bias = "yes" if row["bias"] else "-"
         shape = f"{row['k']} x {row['n']}"
-        lines.append(f"{name:34} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
+        lines.append(f"{name:{left}} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
     lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
     for reason, rows in by_reason(found.skipped).items():
-        lines += [f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows]
+        told = (f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows)
+        lines += [line for text in told for line in wrapped(text, 4, width)]
     if found.notes:
-        lines += ["", "notes", *(f"  {note}" for note in found.notes)]
+        lines += ["", "notes", *(line for note in found.notes for line in wrapped(f"  {note}", 4, width))]
     value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers", "notes")}
     value["skipped"] = [dataclasses.asdict(s) for s in found.skipped]
     console.show(value, "\n".join(lines), as_json)

@@ -193,7 +193,7 @@ def optimize(
         told = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])
         writes.insert(0, partial(asked.save, save_recipe, told))
     do_all(writes)
-    console.show(result.to_dict(), result.to_text(None if verbose else MOST), as_json, quiet)
+    console.show(result.to_dict(), result.to_text(None if verbose else MOST, console.columns()), as_json, quiet)
 
 
 def _check_recipe(asked: Recipe, path: Path, taken: Collection[Path]) -> None:

@@ -45,7 +45,7 @@ def validate(
     }
     with console.progress_bar(not quiet) as progress:
         result = api.validate(float_model, quantized_model, data, progress=progress, **options)
-    console.show(dataclasses.asdict(result), "\n".join(validation_text(result)), as_json, quiet)
+    console.show(dataclasses.asdict(result), "\n".join(validation_text(result, width=console.columns())), as_json, quiet)
     if min_cosine is not None:
         cosines = [m.cosine for outputs in result.arithmetics.values() for m in outputs]
         low = min(cosines, key=lambda cosine: -severity(-cosine), default=1.0)

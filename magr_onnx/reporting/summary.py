@@ -53,12 +53,6 @@ class Line:
         r = self.row
         return f"{r.k} × {r.n}" if r.groups == 1 else f"{r.groups} × {r.k} × {r.n}"
 
-    @property
-    def block(self) -> str:
-        """What shares a scale: that many rows of a column, or values of a row of a table, or all of them."""
-        size, (whole, name) = self.row.block_size, (self.row.n, "row") if self.row.op == "Gather" else (self.row.k, "column")
-        return "" if size is None else name if size >= whole else str(size)
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -181,6 +175,7 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
             Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
         )
     found += _left_float(report)
+    found += [_for_nothing(report, line.row, i) for i, line in enumerate(lines) if line.row.added]
     found += _outliers(lines)
     if (v := report.validation) is not None:
         found += _arithmetics(report)
@@ -189,6 +184,15 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
             text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
             found.append(Finding(text, tone="warn"))
     return found
+
+
+def _for_nothing(report: Report, row: LayerRow, index: int) -> Finding:
+    """A layer whose float weight stays in the file, and what to do about it."""
+    name = row.scope or row.weight
+    leave = _asked_with(report, f"--exclude '{name}'", f"exclude={[name]}")
+    table = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+    text = f"Converting {row.label} saved nothing and added {row.added} bytes: its float weight stays in the file for others that read it."
+    return Finding(f"{text} Leave it out ({leave}), or convert those too (a table of embeddings: {table}).", index, "warn")
 
 
 def _asked_with(report: Report, command: str, python: str) -> str:

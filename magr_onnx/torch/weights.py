@@ -285,5 +285,5 @@ def _reason(others: Sequence[ir.Node | None], reasons: Mapping[str, str]) -> str
         return "it is an output of the model"
     if node.op_type in ("Conv", "ConvTranspose"):
         return "a convolution: MagR alone is for linear layers"
-    why = reasons.get(str(node.name))
+    why = None if node.op_type == "Gather" else reasons.get(str(node.name))  # what converts tables is no option here
     return f"{node.op_type} {node.name} reads it" + (f" ({why})" if why else ", and would change with it")

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.canonical import einsum, fused, gemm_bias, left, requantize, stack, trans_a, types, vector
 from magr_onnx.passes.canonical.edit import Canvas, Edit, Form, Refusal, weight
-from magr_onnx.passes.linear import REFUSED, Reason, selected
+from magr_onnx.passes.linear import REFUSED, left_out
 
 FORMS: tuple[Form, ...] = (
     fused.FORM,
@@ -46,9 +46,10 @@ def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence
                 continue
             edit = Edit(canvas, node)
             constant = next((found.name for v in node.inputs[:2] if (found := weight(v)) is not None), "")
-            if not any(selected(node, edit.name, constant, patterns, exclude) for patterns in (include, names)):
+            why, other = (left_out(node, edit.name, constant, patterns, exclude) for patterns in (include, names))
+            if why is not None and other is not None:
                 if constant:
-                    node.meta[REFUSED] = Refusal(Reason.EXCLUDED)
+                    node.meta[REFUSED] = Refusal(why)
                 continue
             outcome = form.rewrite(edit)
             if isinstance(outcome, Refusal):

@@ -35,8 +35,9 @@ function along(count) {
   return { field: "at", type: "ordinal", scale, axis: { labels: false, ticks: false, title: "layers, inputs to outputs" } };
 }
 
+// Ticks in as many digits as they have, so that those of small values differ.
 function percentAxis(title) {
-  return { title, axis: PERCENT, type: "quantitative" };
+  return { title, axis: { format: "~p" }, type: "quantitative" };
 }
 
 const CHARTS = {
@@ -251,7 +252,7 @@ const TIPS = {
   bits: {},
   error: { format: ".2%" },
   running: { title: "in the model", format: ".2%" },
-  peak: { title: "largest weight lower by", format: ".1%" },
+  peak: { title: "largest weight lower by", format: ".3p" },
   headroom: { title: "bits left", format: ".3f" },
   low: { format: ".4g" },
   high: { format: ".4g" },

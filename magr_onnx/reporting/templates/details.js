@@ -17,7 +17,7 @@ const digits = (value, count) => value?.toPrecision(count) ?? "not a number";
 const percent = (value, digits = 2) => (value == null ? null : `${(100 * value).toFixed(digits)}%`);
 
 function block(l) {
-  const [whole, name] = l.op === "Gather" ? [l.n, "row"] : [l.k, "column"];
+  const [whole, name] = l.op === "Gather" ? [l.n, "row"] : [l.k, "channel"];
   return l.block_size == null ? null : l.block_size >= whole ? `a whole ${name}` : l.block_size;
 }
 
@@ -28,6 +28,7 @@ function facts(l) {
     ["Shape (K × N)", l.shape],
     ["Bits", l.bits ?? "float"],
     ["Block", block(l)],
+    ["Stored in blocks of", l.stored_block],
     ["Error", percent(l.error)],
     ["Error in the model", percent(l.running)],
     ["Calibration rows", l.rows ? l.rows.toLocaleString("en") : "none"],
