@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.errors import CalibrationError, RuntimeFailure
+from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.runtime.validate import FEWEST, Latency, OutputMetrics, log_softmax, next_token_loss, validate
