@@ -14,8 +14,7 @@ from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, optimize, skip_rows
-from magr_onnx.passes import conv, unused
-from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes import conv
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
@@ -69,8 +68,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     keys.check(include=include, exclude=exclude, requantize=requantize)
     include, exclude = keys.listed("include", include), keys.listed("exclude", exclude)
     loaded = files.load(model)
-    notes = [*loaded.notes, *open_up(loaded.model), *unused.remove(loaded.model)]
-    notes += canonicalize(loaded.model, include, exclude, again=requantize)
+    notes = [*loaded.notes, *open_up(loaded.model), *patterns.settle(loaded.model, include, exclude, requantize)]
     patterns.check(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())

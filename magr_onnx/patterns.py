@@ -75,6 +75,14 @@ def known(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] =
     return Known(units, others, chosen, convs)
 
 
+def settle(model: ir.Model, include: Sequence[str], exclude: Sequence[str], again: bool) -> list[str]:
+    """Bring a model, whose bodies and functions are open, into the form in which layers and the names of patterns are looked for.
+
+    What nobody reads is no layer, and goes first. ``again`` is `magr_onnx.optimize`'s ``requantize``. Returns sentences for the report.
+    """
+    return [*unused.remove(model), *canonicalize(model, include, exclude, again=again)]
+
+
 def check(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Refuse patterns that nothing in the model has the name of.
 
@@ -88,8 +96,7 @@ def check(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> No
 def look(model: ir.Model, said: Patterns, again: bool) -> Known:
     """The names in a model as it was loaded, which is brought into canonical form; ``again`` as `magr_onnx.optimize` has ``requantize``."""
     open_up(model)
-    unused.remove(model)
-    canonicalize(model, said.include, said.exclude, again=again)
+    settle(model, said.include, said.exclude, again)
     return known(model, said.include, said.exclude)
 
 

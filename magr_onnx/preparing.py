@@ -14,8 +14,8 @@ from magr_onnx.checks import Readable
 from magr_onnx.errors import ModelError
 from magr_onnx.files import Loaded
 from magr_onnx.options import Options
-from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline, unused
-from magr_onnx.passes.canonical import canonicalize, requantize
+from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline
+from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
@@ -103,8 +103,7 @@ def prepare(
     for some in (passes, *special):
         pipeline.prepare(some, model)
     raised = model.opset_imports.get("") != opset
-    notes += unused.remove(model)
-    notes += canonicalize(model, setting.include, setting.exclude, again=again)
+    notes += patterns.settle(model, setting.include, setting.exclude, again)
     patterns.check(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))

@@ -157,10 +157,8 @@ def solve(
                 assigned = search.plan.assigned()
                 layers, left = search.plan.select(layers)
             run.plan(passes, assigned)
-            done, readers = (
-                _Progress(),
-                {name: scope_of(some[0].node) or some[0].name for name, some in calibrate.readers_of(layers).items()},
-            )
+            done = _Progress()
+            readers = {name: scope_of(some[0].node) or some[0].name for name, some in calibrate.readers_of(layers).items()}
             finished = partial(_finished, done, len(layers), work, setting, run)
             sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
             for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):

@@ -15,12 +15,14 @@ from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from magr_onnx.report import LayerRow
+from magr_onnx.report import LayerRow, shortened
 from magr_onnx.runtime.validate import severity
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+NAME = 22
+"""Characters of a layer's name below the bars."""
 LOGGER = logging.getLogger("magr_onnx")
 """Gets two lines a stage at level INFO, from every function of the Python interface that takes long."""
 
@@ -92,7 +94,7 @@ class Watch:
         if self._say is not None:
             self._say(f"{row.label}: {what(row)}")
         if self._bars is not None and self._worst is not None:
-            last, worst = (f"{r.error or 0:.2%} {_short(r.label)}" for r in (row, self._worst))
+            last, worst = (f"{r.error or 0:.2%} {shortened(r.label, NAME)}" for r in (row, self._worst))
             self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
 
 
@@ -133,10 +135,6 @@ def what(row: LayerRow) -> str:
         before, after = (f"{row.feedback[name]:.3g}" for name in ("held_out_before", "held_out_after"))
         found.append(f"feedback {before} to {after} on held-out rows")
     return "; ".join([", ".join(found), *row.notes])
-
-
-def _short(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
 def _memory() -> str:
