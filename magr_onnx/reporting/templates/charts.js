@@ -60,9 +60,11 @@ const CHARTS = {
   depth: ([layers]) => {
     const field = layers.some((l) => l.running != null) ? "running" : "error";
     const y = (aggregate) => ({ aggregate, field, ...percentAxis("relative error") });
+    const values = layers.filter((l) => l.depth != null && l[field] != null);
+    const deepest = Math.max(1, ...values.map((l) => l.depth)); // in a plot of layers tickMinStep does not reach the axis
     return {
-      data: { values: layers.filter((l) => l.depth != null && l[field] != null) },
-      encoding: { x: { field: "depth", type: "quantitative", title: "layers before", axis: { tickMinStep: 1 } } },
+      data: { values },
+      encoding: { x: { field: "depth", type: "quantitative", title: "layers before", axis: { tickCount: Math.min(deepest, 15) } } },
       layer: [
         { mark: { type: "area", color: colour("fill"), opacity: 0.45 }, encoding: { y: y("max"), y2: { aggregate: "min", field } } },
         {
