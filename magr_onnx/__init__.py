@@ -1,7 +1,9 @@
 """onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
 
-from magr_onnx.accumulator import Accumulator
 from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import TARGETS, Target
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import (
     CalibrationError,
     DependencyError,
@@ -23,8 +25,6 @@ from magr_onnx.options import Options, build_pipeline
 from magr_onnx.presets import PRESETS, Preset
 from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
-from magr_onnx.targets import TARGETS, Target
-from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.verification import Verification
 
 __version__ = "0.1.0"

@@ -10,8 +10,9 @@ from typing import Any, cast
 import numpy as np
 
 from magr_onnx import embeddings, files, keys, patterns
-from magr_onnx.accumulator import Accumulator
 from magr_onnx.boundary import explained
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError
 from magr_onnx.optimizer import Optimized, optimize, skip_rows
 from magr_onnx.passes import conv
@@ -25,7 +26,6 @@ from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import Arithmetic, provider_name
 from magr_onnx.setting import Progress, stage
-from magr_onnx.targets import Target, find_target
 from magr_onnx.verification import Verification
 from magr_onnx.watching import watched
 
@@ -170,7 +170,7 @@ def verify(
 
     Args:
         model: A model in any of the forms `optimize` takes, whoever quantized it.
-        target: A machine of `magr_onnx.targets`, or its name: which registers onnxruntime's kernels use there.
+        target: A machine of `magr_onnx.core.overflow.targets`, or its name: which registers onnxruntime's kernels use there.
         accumulator: Registers to ask about instead.
         outer_bits: Width of the register tile sums are added in on ``target`` (an ``accumulator`` has its own).
         run: Run one witness a failing layer in onnxruntime on this machine.

@@ -9,15 +9,15 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from magr_onnx.accumulator import Accumulator
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import Target
+from magr_onnx.core.types import Array, check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, iterate
 from magr_onnx.report import ProofSummary, versions
 from magr_onnx.runtime import apart, overflow, session
-from magr_onnx.targets import Target
-from magr_onnx.types import Array, check_finite, check_weight
 from magr_onnx.verification import LayerVerdict
 from magr_onnx.writing import data_files
 

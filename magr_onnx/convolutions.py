@@ -1,7 +1,7 @@
 """Convolutions on their way through a pipeline, before its linear layers: patches gathered, groups solved, codes written.
 
 A group of channels is a job like any linear layer. Groups that are many and small are solved together
-(`magr_onnx.quantizers.grouped`), and so are convolutions that share a weight: one solution under the moments of all their patches.
+(`magr_onnx.core.quantizers.batched`), and so are convolutions that share a weight: one solution under the moments of all their patches.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.histograms import places, sketch, thinned
+from magr_onnx.core.linalg import automatic_damping, layer_error
+from magr_onnx.core.packing import container_bits
+from magr_onnx.core.quantizers import batched
+from magr_onnx.core.quantizers.auto import usual_alpha
+from magr_onnx.core.types import Array, QuantizedWeight, joined
 from magr_onnx.errors import ModelError, RuntimeFailure
-from magr_onnx.linalg import automatic_damping, layer_error
-from magr_onnx.packing import container_bits
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
 from magr_onnx.passes.conv import ConvLayer, ConvReason, find
 from magr_onnx.passes.convolutions import Convolutions
@@ -24,14 +28,10 @@ from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.quantizers import grouped
-from magr_onnx.quantizers.auto import usual_alpha
 from magr_onnx.report import LayerRow
 from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats
-from magr_onnx.sketch import places, sketch, thinned
-from magr_onnx.types import Array, QuantizedWeight, joined
 
 _TOGETHER = ("auto", "comq", "gptq", "rtn")  # quantizers of which `grouped` is a form
 
@@ -258,7 +258,7 @@ def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPas
     matrices = layer.read()
     quantize = next(p for p in passes if isinstance(p, Quantize))
     group, k, _ = matrices.shape
-    if group >= grouped.FEWEST_GROUPS and k <= grouped.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
+    if group >= batched.FEWEST_GROUPS and k <= batched.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
         return _together(layer, matrices, stats, quantize, absorbs)
     return _one_by_one(matrices, layer, stats, passes, absorbs)
 
@@ -293,7 +293,7 @@ def _together(layer: ConvLayer, matrices: Array, stats: PatchStats | None, quant
     rows = 0 if stats is None else stats.rows
     damping = automatic_damping(k, rows) if quantize.damping is None else quantize.damping
     used = gram * np.eye(k) if quantize.method == "rtn" else gram  # nearest codes are the best where inputs are uncorrelated
-    found = grouped.solve(matrices, used, quantize.spec(layer.dtype), damping, quantize.sweeps)
+    found = batched.solve(matrices, used, quantize.spec(layer.dtype), damping, quantize.sweeps)
     difference = np.stack([w.dequantize() for w in found.weights]).astype(np.float64) - matrices
     error = float(np.einsum("gkn,gkn->", gram @ difference, difference))
     power = float(np.einsum("gkn,gkn->", whole @ matrices.astype(np.float64), matrices))

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.convolutions import Converted
+from magr_onnx.core.histograms import sketch
 from magr_onnx.passes import LayerPass, Skip
 from magr_onnx.passes.embeddings import Embeddings, quantize
 from magr_onnx.passes.gather import Table, TableReason, emit, find
@@ -15,7 +16,6 @@ from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
 from magr_onnx.report import LayerRow
-from magr_onnx.sketch import sketch
 
 
 def look(

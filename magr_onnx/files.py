@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from magr_onnx import places, sanity, schemas
+from magr_onnx.core.types import Deferred
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.oldforms import modernize
-from magr_onnx.types import Deferred
 from magr_onnx.writing import data_name, is_ours
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from magr_onnx import carrying, files, locking, patterns, places, provenance, reporting
 from magr_onnx.boundary import explained
+from magr_onnx.core.types import Deferred
 from magr_onnx.decoding import json_text
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.optimizer import optimize
@@ -27,7 +28,6 @@ from magr_onnx.recipe import with_recipe
 from magr_onnx.report import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
-from magr_onnx.types import Deferred
 from magr_onnx.writing import explained as advice
 
 FolderSource = Source | Mapping[str, Source | None]

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, cast
 
+from magr_onnx.core.activation_ranges import METHODS
+from magr_onnx.core.overflow.targets import TARGETS
+from magr_onnx.core.quantizers import QUANTIZERS
+from magr_onnx.core.types import BITS
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
 from magr_onnx.passes import conv, gather
-from magr_onnx.quantizers import QUANTIZERS
-from magr_onnx.ranges import METHODS
-from magr_onnx.targets import TARGETS
-from magr_onnx.types import BITS
 
 WORDS = {"block_size": "channel", "conv_bits": "none", "mask": "none"}
 """What None is called where there is no None, by option."""

@@ -4,7 +4,7 @@
     argmin  bytes           subject to   sum of losses <= budget                    (``max_loss``)
 
 over one choice for every layer: bits and block size as the format and the accumulator allow, or float. Losses come from
-`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.sizes`), the solution from `magr_onnx.knapsack`.
+`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.sizes`), the solution from `magr_onnx.core.knapsack`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import files, knapsack, sizes, writing
+from magr_onnx import files, sizes, writing
 from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
+from magr_onnx.core import knapsack
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS
+from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
-from magr_onnx.packing import MATMULNBITS_BLOCKS
 from magr_onnx.passes import gather, pipeline
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip
@@ -31,7 +33,6 @@ from magr_onnx.runtime import sensitivity
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.loss import Reference
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Choice
 
 FLOAT = Choice()
 BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss

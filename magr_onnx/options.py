@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, get_args
 
-from magr_onnx.accumulator import data_type_bits, largest_block
+from magr_onnx.core.overflow.accumulator import data_type_bits, largest_block
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, stored_shift
+from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.packing import MATMULNBITS_BLOCKS, stored_shift
 from magr_onnx.passes import (
     CompensateBias,
     Convolutions,
@@ -34,7 +35,6 @@ from magr_onnx.passes import (
 )
 from magr_onnx.passes.conv import Form as ConvForm
 from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
-from magr_onnx.quantizers.auto import usual_alpha
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
@@ -86,7 +86,7 @@ class Options(TypedDict, total=False):
         equalize: Move scales between channels into norms and layers before, where that is free at inference (default False).
         split_outliers: Layers whose few outliers spoil their grids become two that are summed, at twice the cost (default False).
         twin_ranges: qdq-int8 gives inputs from GELU and Softmax two ranges, at twice the cost of the layers they feed (default False).
-        target: A machine of `magr_onnx.targets.TARGETS` on which no accumulator may overflow.
+        target: A machine of `magr_onnx.core.overflow.targets.TARGETS` on which no accumulator may overflow.
         accumulator_bits: Width of an accumulator that may not overflow, instead of a target. For matmulnbits it sizes the blocks.
         accumulator_tile: Consecutive terms that share the accumulator; None (default) for whole dot products (matmulnbits: its block).
         target_size: Mixed precision: the least measured loss in a file of at most this size: ``25%`` of the source, ``4bit`` (the size of

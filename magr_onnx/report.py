@@ -68,10 +68,10 @@ class LayerRow:
         feedback: Damping and held-out errors of error feedback, if it ran.
         low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
         groups: Matrices ``k x n`` of a convolution, one a group of channels.
-        weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.sketch.sketch`.
+        weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.core.histograms.sketch`.
         errors: What the quantizer lowers, at the start and after every sweep (of at most 50).
         sweeps: How many sweeps each of ``errors`` is behind; empty in older reports, which have all of them.
-        tiles: Headroom of a constrained accumulator along K; see `magr_onnx.sketch.tile_headroom`.
+        tiles: Headroom of a constrained accumulator along K; see `magr_onnx.core.histograms.tile_headroom`.
         depth: Converted layers before it on the longest way from the inputs.
         output: Name of its output, by which `Validation.layers` has it.
         scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight
 from magr_onnx.files import initializer_bytes
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.job import Job, LayerPass, Stored
@@ -14,7 +15,6 @@ from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.pipeline import EMITTERS
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.passes.shared import Key, sharing
-from magr_onnx.types import ActivationGrid, LayerStats, QuantizedWeight
 
 
 def changes(model: ir.Model, items: Sequence[Sequence[str]], passes: Sequence[LayerPass], calibrated: bool = True) -> list[int]:

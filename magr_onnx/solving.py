@@ -9,8 +9,10 @@ from functools import partial
 import onnx_ir as ir
 
 from magr_onnx import beginnings, layerwise, mixed
+from magr_onnx.core.histograms import places, thinned
+from magr_onnx.core.packing import container_bits
+from magr_onnx.core.types import LayerStats
 from magr_onnx.options import Options
-from magr_onnx.packing import container_bits
 from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
@@ -22,9 +24,7 @@ from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Inputs
 from magr_onnx.setting import Setting
-from magr_onnx.sketch import places, thinned
 from magr_onnx.statistics import beginning, gather, output_hessian, uncuttable, without_stages
-from magr_onnx.types import LayerStats
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from magr_onnx.core.overflow.proof import Claim
 from magr_onnx.decoding import plain
-from magr_onnx.proof import Claim
 from magr_onnx.report import SkipRow, by_reason, skip_lines, wrapped
 
 Verdict = Literal["proved", "overflows"]
@@ -17,7 +17,7 @@ ROWS = 20  # layers of the table; the JSON has all
 
 @dataclass(frozen=True, slots=True)
 class WitnessRow:
-    """An input that a register cannot hold; see `magr_onnx.proof.Witness`.
+    """An input that a register cannot hold; see `magr_onnx.core.overflow.proof.Witness`.
 
     Attributes:
         claim: ``inner``, ``outer`` or ``result``.

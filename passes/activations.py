@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from magr_onnx.core.activation_ranges import METHODS, Method
+from magr_onnx.core.types import ActivationGrid, WeightSpec
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.ranges import METHODS, Method
-from magr_onnx.types import ActivationGrid, WeightSpec
 
 ActivationType = Literal["uint8", "int8", "dynamic"]
 
@@ -23,8 +23,8 @@ class QuantizeActivations(LayerPass):
     Attributes:
         type: ``uint8`` or ``int8`` for a static grid found by calibration, ``dynamic`` for uint8 with the range of each tensor at run time,
             clipped first where calibration finds that this lowers the error.
-        ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.ranges`), or ``auto`` for the best of them all by measured
-            output error.
+        ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
+            all by measured output error.
     """
 
     name: ClassVar[str] = "quantize-activations"

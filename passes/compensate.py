@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from magr_onnx.bias import compensate
+from magr_onnx.core.bias_compensation import compensate
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 
 
 @dataclass(frozen=True)
 class CompensateBias(LayerPass):
-    """Correct the bias for the mean output error (`magr_onnx.bias.compensate`).
+    """Correct the bias for the mean output error (`magr_onnx.core.bias_compensation.compensate`).
 
     Attributes:
         bias: ``existing`` corrects biases that are there; ``any`` also gives a bias to layers without one, which costs a

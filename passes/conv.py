@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array
 from magr_onnx.passes.bodies import Place, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, constant, dequantized, held
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
 from magr_onnx.passes.operands import operand
-from magr_onnx.types import Array
 
 OPS = ("Conv", "ConvTranspose")
 Form = Literal["fold", "dequantize"]

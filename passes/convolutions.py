@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.conv import BITS, FORMS, ConvLayer, Form, find
 from magr_onnx.passes.emit_conv import emit
@@ -16,7 +17,6 @@ from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.opset import raise_opset
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.types import WeightSpec
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.packing import MATMULNBITS_BLOCKS
+from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.passes.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -29,7 +30,6 @@ from magr_onnx.passes.operands import (
     unrolled,
     weight_name,
 )
-from magr_onnx.proof import Int64, IntegerDot
 
 DEFAULT_BLOCK = 32  # onnxruntime's for a fused weight with one scale a tensor or channel [measured]
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.packing import unpack_bits
+from magr_onnx.core.overflow.proof import IntegerDot
+from magr_onnx.core.packing import unpack_bits
 from magr_onnx.passes.dequantized import product
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import (
@@ -36,7 +37,6 @@ from magr_onnx.passes.operands import (
     weight_name,
     weight_zeros,
 )
-from magr_onnx.proof import IntegerDot
 
 UNREAD = frozenset(
     {

@@ -11,13 +11,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.grid import search
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.grid import search
 from magr_onnx.passes.gather import BITS, BLOCK, FORMS, Form, Table, TableReason, emit, find
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 CHUNK = 1 << 22  # values treated at a time
 

@@ -26,12 +26,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.packing import pack_qdq
+from magr_onnx.core.packing import pack_qdq
+from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.constants import constant, drop_if_unused
 from magr_onnx.passes.conv import ConvLayer, Form, from_matrices, is_made_of_codes, to_matrices
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.operands import attribute_of, operand
-from magr_onnx.types import Array, QuantizedWeight
 
 
 def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases: Sequence[Array | None], form: Form, apart: bool) -> None:

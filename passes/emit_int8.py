@@ -23,11 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.accumulator import extremes
+from magr_onnx.core.overflow.accumulator import extremes
+from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.opset import raise_opset
-from magr_onnx.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
 
 _META = "magr_onnx.input"
 

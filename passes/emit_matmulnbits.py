@@ -14,11 +14,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.accumulator import data_type_bits
-from magr_onnx.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
+from magr_onnx.core.overflow.accumulator import data_type_bits
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS
-from magr_onnx.types import WeightSpec
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)

@@ -22,12 +22,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.packing import container_bits, pack_qdq
+from magr_onnx.core.packing import container_bits, pack_qdq
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.emit_matmulnbits import block_problems
 from magr_onnx.passes.job import Job, LayerPass
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.opset import raise_opset
-from magr_onnx.types import WeightSpec
 
 
 @dataclass(frozen=True)

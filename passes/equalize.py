@@ -38,13 +38,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.linalg import layer_error
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.constants import drop_if_unused
 from magr_onnx.passes.job import absorbs
 from magr_onnx.passes.linear import FLOATS, LinearLayer, view
 from magr_onnx.passes.rewrite import Context, Rewrite, operator, remember
-from magr_onnx.quantizers import rtn
-from magr_onnx.types import Array, LayerStats, WeightSpec
 
 EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 GAIN = 0.98

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from magr_onnx import feedback
+from magr_onnx.core import error_feedback
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
-from magr_onnx.types import WeightSpec
 
 
 @dataclass(frozen=True)
 class ErrorFeedback(LayerPass):
-    """Replace what a layer is quantized towards by `magr_onnx.feedback.aim`. It makes calibration run in stages.
+    """Replace what a layer is quantized towards by `magr_onnx.core.error_feedback.aim`. It makes calibration run in stages.
 
     Attributes:
         bias: Policy of the bias compensation that will follow. A pipeline fills it in from its compensate-bias pass.
@@ -29,7 +29,7 @@ class ErrorFeedback(LayerPass):
     def apply(self, job: Job) -> bool:
         if job.goal is None or job.goal.held_out is None:
             return False
-        found = feedback.aim(job.reference, job.stats, job.goal, job.centred(self.bias))
+        found = error_feedback.aim(job.reference, job.stats, job.goal, job.centred(self.bias))
         job.facts["feedback"] = {"damping": found.damping, "held_out_before": found.before, "held_out_after": found.after}
         job.target = job.weight = found.weights
         job.kept_target = found.kept

@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.packing import pack_bits, pack_qdq, unpack_bits
+from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
+from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.bodies import Place, opaque, walk
 from magr_onnx.passes.constants import CASTS, Held, drop_if_unused, held
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.holders import LEAST
 from magr_onnx.passes.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
 from magr_onnx.passes.operands import NoView, attribute_of, constant, operand
-from magr_onnx.types import Array, QuantizedWeight
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")

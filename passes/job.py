@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.low_rank import Factors
+from magr_onnx.core.packing import container_bits
+from magr_onnx.core.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_weight
 from magr_onnx.errors import ModelError, OptionError, raise_all
-from magr_onnx.packing import container_bits
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
-from magr_onnx.qera import Factors
-from magr_onnx.types import ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, WeightSpec, check_weight
 
 META = "magr_onnx.job"
 

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from magr_onnx import qera
-from magr_onnx.linalg import automatic_damping
+from magr_onnx.core import low_rank
+from magr_onnx.core.linalg import automatic_damping
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.activations import QuantizeActivations
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.passes.linear import FLOATS
 from magr_onnx.passes.quantize import relative_error
-from magr_onnx.types import WeightSpec
 
 
 @dataclass(frozen=True)
 class LowRank(LayerPass):
-    """Add ``(x A) B`` to every layer (`magr_onnx.qera`): ``rank (K + N)`` more weights, in the layer's float type.
+    """Add ``(x A) B`` to every layer (`magr_onnx.core.low_rank`): ``rank (K + N)`` more weights, in the layer's float type.
 
     Attributes:
         rank: Columns of A and rows of B; as many as the layer has at most.
@@ -32,7 +32,7 @@ class LowRank(LayerPass):
     solves: ClassVar[bool] = True
 
     rank: int = 8
-    kind: qera.Kind = "exact"
+    kind: low_rank.Kind = "exact"
     bias: BiasPolicy | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
@@ -64,8 +64,8 @@ class LowRank(LayerPass):
             job.notes.append(f"low-rank: a {k} x {n} layer has rank {rank} at most, not {self.rank}")
         damping = automatic_damping(k, job.stats.rows)
         key = ("low-rank", centred, damping, self.kind)
-        root = job.stats.memo(key, lambda: qera.root(job.stats.objective_gram(centred), damping, self.kind))
-        job.factors = qera.reconstruct(job.target - job.weight, root, rank).stored(FLOATS[job.layer.dtype])
+        root = job.stats.memo(key, lambda: low_rank.root(job.stats.objective_gram(centred), damping, self.kind))
+        job.factors = low_rank.reconstruct(job.target - job.weight, root, rank).stored(FLOATS[job.layer.dtype])
         job.weight = job.weight + job.factors.product()
         job.changed = True
         before, after = job.facts.get("error"), relative_error(job, centred)

@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from magr_onnx import magr
-from magr_onnx.linalg import automatic_damping
+from magr_onnx.core import magr
+from magr_onnx.core.histograms import places, sketch, thinned
+from magr_onnx.core.linalg import automatic_damping
+from magr_onnx.core.quantizers.interface import damped_gram
+from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
-from magr_onnx.quantizers.problem import damped_gram
-from magr_onnx.sketch import places, sketch, thinned
-from magr_onnx.types import Array, WeightSpec
 
 
 @dataclass(frozen=True)
 class MagR(LayerPass):
-    """Reduce weight magnitudes (`magr_onnx.magr.reduce`).
+    """Reduce weight magnitudes (`magr_onnx.core.magr.reduce`).
 
     Attributes:
         alpha: Strength; 0 does nothing.

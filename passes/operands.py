@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.proof import Int64, IntegerDot
+from magr_onnx.core.overflow.proof import Int64, IntegerDot
 
 Array = npt.NDArray[Any]
 CONTRIB = "com.microsoft"

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.low_rank import Factors
+from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.qera import Factors
-from magr_onnx.types import QuantizedWeight, WeightSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.types import WeightSpec
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
-from magr_onnx.types import Array
 
 
 @dataclass(frozen=True, slots=True)

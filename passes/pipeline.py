@@ -13,7 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from magr_onnx.accumulator import Accumulator
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import Target, find_target
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import shared
 from magr_onnx.passes.activations import QuantizeActivations
@@ -34,8 +36,6 @@ from magr_onnx.passes.output_hessian import OutputHessian
 from magr_onnx.passes.quantize import Quantize
 from magr_onnx.passes.split_outliers import SplitOutliers
 from magr_onnx.passes.twin_ranges import TwinRanges
-from magr_onnx.targets import Target, find_target
-from magr_onnx.types import LayerStats, WeightSpec
 
 PASSES: dict[str, type[LayerPass]] = {
     p.name: p

@@ -9,22 +9,22 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import feedback
-from magr_onnx.accumulator import Accumulator, Budget, smallest_feasible
+from magr_onnx.core import error_feedback
+from magr_onnx.core.histograms import sketch, tile_headroom
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
+from magr_onnx.core.overflow.targets import find_target
+from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
+from magr_onnx.core.types import BITS, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError
-from magr_onnx.linalg import layer_error
 from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass
 from magr_onnx.passes.magr import facts_of
-from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
-from magr_onnx.sketch import sketch, tile_headroom
-from magr_onnx.targets import find_target
-from magr_onnx.types import BITS, WeightSpec, activation_limits
 
 
 @dataclass(frozen=True)
 class Quantize(LayerPass):
-    """Quantize every layer with a method of `magr_onnx.quantizers.QUANTIZERS`.
+    """Quantize every layer with a method of `magr_onnx.core.quantizers.QUANTIZERS`.
 
     Attributes:
         method: A name in the registry.
@@ -39,7 +39,7 @@ class Quantize(LayerPass):
         rescale: Refit scales between sweeps (comq).
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
             matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
-        target: Machine whose accumulators must not overflow (`magr_onnx.targets.TARGETS`).
+        target: Machine whose accumulators must not overflow (`magr_onnx.core.overflow.targets.TARGETS`).
         accumulator_bits: Width of the accumulator that must not overflow, instead of a target.
         accumulator_tile: Consecutive terms along K that share it; none for whole dot products.
         alpha: Strength of the MagR inside method auto, relative to the layer; none for one chosen. Other methods leave MagR to its
@@ -183,7 +183,7 @@ class Quantize(LayerPass):
 def relative_error(job: Job, centred: bool) -> float:
     """Output error of ``job.weight`` over output, as norms; with error feedback what the layers before did wrong is in it."""
     if job.goal is not None:
-        return float(np.sqrt(feedback.error(job.weight.astype(np.float64), job.stats, job.goal, centred)))
+        return float(np.sqrt(error_feedback.error(job.weight.astype(np.float64), job.stats, job.goal, centred)))
     if job.stats.is_data_free:  # H = I
         difference = job.weight - job.reference
         squares = [float(np.einsum("kn,kn->", a, a, dtype=np.float64)) for a in (difference, job.reference)]

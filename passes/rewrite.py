@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes import bodies
 from magr_onnx.passes.job import META, BiasPolicy, Job, LayerPass
 from magr_onnx.passes.linear import FLOATS, LinearLayer, find
 from magr_onnx.passes.shared import sharing
-from magr_onnx.types import Array, LayerStats, WeightSpec
 
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import LayerStats
 from magr_onnx.passes.job import BiasPolicy, Job, LayerPass, Stored, absorbs
 from magr_onnx.passes.linear import LinearLayer, layer_name
 from magr_onnx.passes.quantize import relative_error
 from magr_onnx.passes.scopes import scope_of
-from magr_onnx.types import LayerStats
 
 Key = Hashable
 

@@ -28,11 +28,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.grid import blocks
+from magr_onnx.core.grid import blocks
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.rewrite import Context, Rewrite, add_product
-from magr_onnx.quantizers import rtn
-from magr_onnx.types import Array, WeightSpec
 
 FRACTIONS = tuple(2.0 ** (-i / 2) for i in range(9))  # 1 to 1/16
 

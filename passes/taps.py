@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.types import Activation, ActivationGrid, Array
 from magr_onnx.passes.caches import TOKENS, pairs_of
 from magr_onnx.passes.opset import raise_opset
-from magr_onnx.types import Activation, ActivationGrid, Array
 
 # Bins of the logarithmic histogram: 8 an octave, from 2^-20 up to the largest float32, for either sign.
 BINS_PER_OCTAVE = 8

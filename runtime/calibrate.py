@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import Activation, Array, Goal, LayerStats, gram_type
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.caches import current_mask
 from magr_onnx.passes.functions import open_up
@@ -19,7 +20,6 @@ from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
 from magr_onnx.runtime.bodies import tapped
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, Array, Goal, LayerStats, gram_type
 
 DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30

@@ -19,10 +19,10 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
+from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.caches import PREFIX
 from magr_onnx.runtime.session import Batch, InputInfo
-from magr_onnx.types import Deferred
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array
 from magr_onnx.passes.gradients import fisher_taps, measured
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import shape_taps
@@ -17,7 +18,6 @@ from magr_onnx.runtime.calibrate import DEFAULT_BUDGET
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 from magr_onnx.runtime.validate import is_logits
-from magr_onnx.types import Array
 
 MOST_OUTPUTS = 8192  # of a layer; the moments of wider ones are not gathered
 MOST_BATCHES = 16

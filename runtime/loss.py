@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.caches import pairs
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Batch, Session
 from magr_onnx.runtime.validate import is_logits, kept_rows, log_softmax
-from magr_onnx.types import Array
 
 KL = "KL divergence"
 COSINE = "1 - cosine"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from magr_onnx.accumulator import Accumulator
-from magr_onnx.machines import on_accumulator, on_target
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.kernels import on_accumulator, on_target
+from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, prove
+from magr_onnx.core.overflow.targets import Target
 from magr_onnx.passes.dot_products import find
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
-from magr_onnx.proof import IntegerDot, Machine, Proof, prove
 from magr_onnx.report import SkipRow
 from magr_onnx.runtime import witness as witnesses
-from magr_onnx.targets import Target
 from magr_onnx.verification import LayerVerdict, WitnessRow
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.patches import extent_taps, geometry, patch_taps
@@ -18,7 +19,6 @@ from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Array, LayerStats
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
 Progress = Callable[[int, int], None]

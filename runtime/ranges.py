@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes import CompensateBias, EmitQDQInt8, LayerPass, QuantizeActivations
 from magr_onnx.passes.activations import ActivationType
 from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
-from magr_onnx.ranges import Histogram, Method, candidates
 from magr_onnx.runtime.calibrate import Progress, check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, ActivationGrid, Array, DynamicRange
 
 WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection that stands for the weights
@@ -92,7 +92,8 @@ def choose(
 ) -> dict[str, Choice]:
     """The grid of every value, by name.
 
-    Each candidate of `magr_onnx.ranges.candidates` is run over the data, and the one whose error behind the value's matrix is least is
+    Each candidate of `magr_onnx.core.activation_ranges.candidates` is run over the data, and the one whose error behind the value's
+    matrix is least is
     taken: ``||(grid(X) - X) A||^2``, the mean left out where biases will absorb it.
 
     Raises:

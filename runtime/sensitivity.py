@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.linalg import layer_error
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
 from magr_onnx.passes import pipeline
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.job import Job, LayerPass
@@ -35,7 +36,6 @@ from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.loss import Reference
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, ActivationGrid, Array, Choice, LayerStats
 
 COLUMNS = 64  # output channels of a layer that are tried
 SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
@@ -22,7 +23,6 @@ from magr_onnx.passes.readback import read_weights
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.runtime.data import Batches, amount
 from magr_onnx.runtime.session import Arithmetic, Batch, Session
-from magr_onnx.types import Array
 
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.overflow.proof import IntegerDot, Machine, Witness
+from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.packing import pack_bits
-from magr_onnx.proof import IntegerDot, Machine, Witness
 from magr_onnx.runtime.session import Session
 
 EXACT_FLOAT = 1 << 24  # integers up to here are floats exactly

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import settings
 
+from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from magr_onnx.models import bundled
-from magr_onnx.types import QuantizedWeight, WeightSpec
 
 Array = npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magr_onnx.accumulator import (
+from magr_onnx.core.overflow.accumulator import (
     Accumulator,
     Budget,
     Room,
@@ -109,7 +109,7 @@ def test_large_weights_are_summed_in_pieces(kind: type, monkeypatch: pytest.Monk
     codes = np.random.default_rng(0).integers(-128, 128, (7, 5)).astype(kind)
     budget = Budget(Accumulator(16, 2, 32))
     whole = *signed_sums(codes, 2, 3), *budget.column_extremes(codes)
-    monkeypatch.setattr("magr_onnx.accumulator.CHUNK", 14)  # two columns
+    monkeypatch.setattr("magr_onnx.core.overflow.accumulator.CHUNK", 14)  # two columns
     pieces = *signed_sums(codes, 2, 3), *budget.column_extremes(codes)
     for a, b in zip(whole, pieces, strict=True):
         assert a.dtype == b.dtype

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magr_onnx import feedback, magr
-from magr_onnx.accumulator import Accumulator, Budget
-from magr_onnx.linalg import automatic_damping, damped, layer_error
-from magr_onnx.quantizers import QUANTIZERS, Options, Problem, auto, comq
-from magr_onnx.quantizers.auto import Choice, usual_alpha
-from magr_onnx.types import LayerStats, WeightSpec
+from magr_onnx.core import error_feedback, magr
+from magr_onnx.core.linalg import automatic_damping, damped, layer_error
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq
+from magr_onnx.core.quantizers.auto import Choice, usual_alpha
+from magr_onnx.core.types import LayerStats, WeightSpec
 from tests.helpers import Array, activations, gram_of
 
 SPECS = [WeightSpec(2, 32), WeightSpec(3, None), WeightSpec(4, 32), WeightSpec(4, 20, symmetric=True), WeightSpec(8, 32)]
@@ -185,18 +185,18 @@ def test_goals_are_what_choices_are_judged_by() -> None:
     def part(rows: slice) -> tuple[LayerStats, Any]:
         a, b = x[rows], y[rows]
         n = len(a)
-        return stats_of(b), feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(axis=0), n)
+        return stats_of(b), error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(axis=0), n)
 
     stats, goal = part(slice(0, 800))
     held, held_goal = part(slice(600, 800))
     stats, goal = replace(stats, held_out=held), replace(goal, held_out=held_goal)
-    aimed = feedback.aim(weights, stats, goal, True)
+    aimed = error_feedback.aim(weights, stats, goal, True)
     assert aimed.damping is not None
     problem = Problem(aimed.weights, aimed.weights, stats, True, WeightSpec(4, None), None, weights, aimed.kept, goal)
     found = auto.run(problem, Options())
     fresh, fresh_goal = part(slice(800, 1200))
     plain = auto.run(replace(problem, weights=weights, target=weights, kept_target=None), Options())
-    ours, theirs = (feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_goal, True) for s in (found, plain))
+    ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_goal, True) for s in (found, plain))
     assert ours < 0.8 * theirs
     kept = stats.combine(held, -1)
     errors = {}
@@ -204,7 +204,7 @@ def test_goals_are_what_choices_are_judged_by() -> None:
         alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
         choice = Choice(alpha, automatic_damping(48, kept.rows), True)
         tried, *_ = auto._solve(aimed.kept, aimed.kept, kept, True, problem.spec, choice, Options(), quick=True)
-        errors[alpha] = feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
+        errors[alpha] = error_feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
     assert found.facts["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 
 

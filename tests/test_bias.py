@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from magr_onnx.bias import compensate
-from magr_onnx.grid import minmax
-from magr_onnx.linalg import layer_error
-from magr_onnx.types import LayerStats, WeightSpec
+from magr_onnx.core.bias_compensation import compensate
+from magr_onnx.core.grid import minmax
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.types import LayerStats, WeightSpec
 from tests.helpers import Array, activations, gram_of, layer
 
 X = activations(150, 24, seed=2)

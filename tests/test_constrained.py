@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 import magr_onnx
 from magr_onnx import checks
-from magr_onnx.accumulator import Accumulator, Budget, data_type_bits, smallest_feasible
+from magr_onnx.core.grid import search
+from magr_onnx.core.linalg import column_errors, damped, layer_error
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget, data_type_bits, smallest_feasible
+from magr_onnx.core.overflow.targets import TARGETS
+from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution, a2q, comq, gptq
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import MagrError, OptionError
-from magr_onnx.grid import search
-from magr_onnx.linalg import column_errors, damped, layer_error
 from magr_onnx.passes import Quantize, QuantizeActivations, check
-from magr_onnx.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution, a2q, comq, gptq
-from magr_onnx.targets import TARGETS
-from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
 from tests import graphs
 from tests.helpers import EXAMPLES, Array, activations, gram_of, layer, project_by_sorting
 

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import magr_onnx
 from magr_onnx import convolutions
+from magr_onnx.core.quantizers import batched
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
@@ -25,12 +27,10 @@ from magr_onnx.passes.constants import Held
 from magr_onnx.passes.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
 from magr_onnx.passes.convolutions import Convolutions
 from magr_onnx.passes.readback import emitted_weight
-from magr_onnx.quantizers import grouped
 from magr_onnx.report import Report
 from magr_onnx.runtime import patches
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import WeightSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -527,7 +527,7 @@ def test_small_groups_find_the_best_codes_of_all() -> None:
     weights = rng.standard_normal((30, 3, 1)).astype(np.float32)
     x = rng.standard_normal((30, 40, 3)) @ (np.eye(3) + 0.5 * rng.standard_normal((30, 3, 3)))
     grams = x.transpose(0, 2, 1) @ x / 40
-    found = grouped.solve(weights, grams, WeightSpec(3, None, True), 0.0)
+    found = batched.solve(weights, grams, WeightSpec(3, None, True), 0.0)
     levels = np.array(list(itertools.product(range(8), repeat=3)))
     optimal = 0
     for weight, w, gram, left in zip(found.weights, weights, grams, found.errors, strict=True):
@@ -542,7 +542,7 @@ def test_groups_without_input_are_rounded() -> None:
     """A channel that is always zero has no Gram matrix to speak of; its weights are kept as they are, rounded."""
     rng = np.random.default_rng(2)
     weights = rng.standard_normal((8, 9, 1)).astype(np.float32)
-    found = grouped.solve(weights, np.zeros((8, 9, 9)), WeightSpec(8, None, True), 0.01)
+    found = batched.solve(weights, np.zeros((8, 9, 9)), WeightSpec(8, None, True), 0.01)
     for weight, w in zip(found.weights, weights, strict=True):
         assert np.abs(weight.dequantize() - w).max() < 0.02 * np.abs(w).max()
 

@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from magr_onnx.grid import search
-from magr_onnx.linalg import damped
-from magr_onnx.quantizers import comq, coupled, gptq
-from magr_onnx.types import QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import search
+from magr_onnx.core.linalg import damped
+from magr_onnx.core.quantizers import comq, gptq, two_sided
+from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from tests.helpers import Array, layer
 
 K, N = 96, 40
@@ -31,10 +31,10 @@ def solved(
     weights: Array, gram: Array, outputs: Array, spec: WeightSpec, sweeps: int = 8
 ) -> tuple[QuantizedWeight, QuantizedWeight, tuple[float, ...]]:
     """The first pass, and what is left of it."""
-    blocks = coupled.blocks_of(outputs)
+    blocks = two_sided.blocks_of(outputs)
     grid = search(weights, spec, gram.diagonal())
-    start = coupled.solve(weights, gptq.prepare(gram, 0.0), grid, outputs, blocks)
-    return start, *coupled.refine(weights, start, gram, outputs, blocks, sweeps=sweeps)
+    start = two_sided.solve(weights, gptq.prepare(gram, 0.0), grid, outputs, blocks)
+    return start, *two_sided.refine(weights, start, gram, outputs, blocks, sweeps=sweeps)
 
 
 def energy(weight: QuantizedWeight, target: Array, gram: Array, outputs: Array) -> float:
@@ -46,13 +46,13 @@ def test_energy_is_that_of_the_kronecker_product() -> None:
     rng = np.random.default_rng(0)
     difference, (_, gram), outputs = rng.standard_normal((7, 5)), layer(7, 5), moments(5)
     flat = difference.T.reshape(-1)  # columns one after the other
-    assert coupled.energy(difference, gram, outputs) == pytest.approx(float(flat @ np.kron(outputs, gram) @ flat))
+    assert two_sided.energy(difference, gram, outputs) == pytest.approx(float(flat @ np.kron(outputs, gram) @ flat))
 
 
 @some_specs
 def test_energy_never_rises(spec: WeightSpec) -> None:
     weights, gram = layer(K, N)
-    gram, outputs = damped(gram, 0.05), coupled.damped_outputs(moments())
+    gram, outputs = damped(gram, 0.05), two_sided.damped_outputs(moments())
     start, found, errors = solved(weights, gram, outputs, spec)
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[-1] < 0.98 * errors[0]
@@ -81,7 +81,7 @@ def test_energy_never_rises_where_a_block_moves_as_one(spec: WeightSpec) -> None
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_less_energy_than_columns_by_themselves(spec: WeightSpec, seed: int) -> None:
     weights, gram = layer(K, N, seed)
-    gram, outputs = damped(gram, 0.05), coupled.damped_outputs(moments(seed=seed))
+    gram, outputs = damped(gram, 0.05), two_sided.damped_outputs(moments(seed=seed))
     alone = comq.refine(weights, gptq.quantize(weights, gram, spec, damping=0.0), gram, sweeps=8).weight
     _, found, _ = solved(weights, gram, outputs, spec)
     assert energy(found, weights, gram, outputs) < 0.92 * energy(alone, weights, gram, outputs)
@@ -102,7 +102,7 @@ def test_uncoupled_outputs_are_solved_as_columns_by_themselves(spec: WeightSpec)
 def test_blocks_are_all_columns_once_strongest_first() -> None:
     for n in (5, 16, 40):
         outputs = moments(n)
-        order = np.concatenate(coupled.blocks_of(outputs))
+        order = np.concatenate(two_sided.blocks_of(outputs))
         np.testing.assert_array_equal(np.sort(order), np.arange(n))
         assert (np.diff(outputs.diagonal()[order]) <= 0).all()
 
@@ -110,13 +110,13 @@ def test_blocks_are_all_columns_once_strongest_first() -> None:
 def test_damping_keeps_proportions_and_makes_definite() -> None:
     outputs = moments()
     outputs[3] = outputs[:, 3] = 0
-    found = coupled.damped_outputs(outputs)
+    found = two_sided.damped_outputs(outputs)
     assert found.diagonal().mean() == pytest.approx(1)
     assert np.linalg.eigvalsh(found)[0] > 0.05
-    np.testing.assert_allclose(found, coupled.damped_outputs(1e-9 * outputs), rtol=1e-9)
+    np.testing.assert_allclose(found, two_sided.damped_outputs(1e-9 * outputs), rtol=1e-9)
     ratio = (found / np.where(outputs == 0, 1, outputs))[~np.eye(N, dtype=bool) & (outputs != 0)]
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)
-    assert np.array_equal(coupled.damped_outputs(np.zeros((4, 4))), np.eye(4))
+    assert np.array_equal(two_sided.damped_outputs(np.zeros((4, 4))), np.eye(4))
 
 
 @some_specs
@@ -126,7 +126,7 @@ def test_outputs_without_gradients_stay_sane(spec: WeightSpec) -> None:
     gram, outputs = damped(gram, 0.05), moments()
     dead = np.arange(0, N, 5)
     outputs[dead] = outputs[:, dead] = 0
-    _, found, _ = solved(weights, gram, coupled.damped_outputs(outputs), spec)
+    _, found, _ = solved(weights, gram, two_sided.damped_outputs(outputs), spec)
     alone = gptq.quantize(weights, gram, spec, damping=0.0)
     column = np.zeros((N, N))
     column[dead, dead] = 1
@@ -137,7 +137,7 @@ def test_outputs_without_gradients_stay_sane(spec: WeightSpec) -> None:
 def test_few_outputs_and_one() -> None:
     weights, gram = layer(K, 3)
     for n in (1, 3):
-        outputs = coupled.damped_outputs(moments(n))
+        outputs = two_sided.damped_outputs(moments(n))
         _, found, errors = solved(weights[:, :n], damped(gram, 0.05), outputs, WeightSpec(3, 32))
         assert found.codes.shape == (K, n)
         assert errors[-1] <= errors[0]

@@ -12,15 +12,15 @@ import pytest
 
 import magr_onnx
 from magr_onnx import checks
+from magr_onnx.core.grid import minmax
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError
-from magr_onnx.grid import minmax
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.embeddings import quantize
 from magr_onnx.passes.gather import find
 from magr_onnx.passes.holders import LEAST
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import WeightSpec
 
 Array = np.ndarray[Any, Any]
 FORMS = [("gather-block-quantized", 4), ("gather-block-quantized", 8), ("dequantize", 8)]

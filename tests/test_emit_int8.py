@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import magr_onnx
+from magr_onnx.core.types import ActivationGrid, DynamicRange, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError
 from magr_onnx.passes import (
     CompensateBias,
@@ -34,7 +35,6 @@ from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import ActivationGrid, DynamicRange, LayerStats, QuantizedWeight, WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, proto, random
 from tests.helpers import Array

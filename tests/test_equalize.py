@@ -10,17 +10,17 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.linalg import layer_error
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Equalize, Quantize, attach, check, find, parse
 from magr_onnx.passes.equalize import candidates, search
 from magr_onnx.passes.linear import FLOATS, LinearLayer
 from magr_onnx.passes.rewrite import Context
-from magr_onnx.quantizers import rtn
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import LayerStats, WeightSpec
 from tests.graphs import Array, Builder, proto, random
 from tests.helpers import few_samples, gram_of
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from magr_onnx.grid import Grid, choose, minmax, search
-from magr_onnx.types import BITS, WeightSpec
+from magr_onnx.core.grid import Grid, choose, minmax, search
+from magr_onnx.core.types import BITS, WeightSpec
 from tests.helpers import EXAMPLES, Array, layer
 
 SPECS = [WeightSpec(b, g, s) for b in (2, 3, 4, 5, 8) for s in (False, True) for g in (None, 7, 32)]

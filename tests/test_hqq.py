@@ -7,12 +7,12 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 import magr_onnx
-from magr_onnx.grid import minmax, stored
+from magr_onnx.core.grid import minmax, stored
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, hqq, rtn
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes.readback import read_weights
-from magr_onnx.quantizers import QUANTIZERS, Options, Problem, hqq, rtn
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
 from tests.helpers import Array
 
 SPECS = [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magr_onnx.knapsack import Item, Point, best, curve, least_cost, least_loss, point, smallest
+from magr_onnx.core.knapsack import Item, Point, best, curve, least_cost, least_loss, point, smallest
 from tests.helpers import EXAMPLES
 
 ITEMS = st.lists(

@@ -12,15 +12,15 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import linalg, magr, types
+from magr_onnx.core import linalg, magr, types
+from magr_onnx.core.quantizers import comq, diagonal, gptq, interface, rtn
+from magr_onnx.core.quantizers.interface import Options, Problem
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.passes.linear import find
-from magr_onnx.quantizers import comq, gptq, problem, rtn, separable
-from magr_onnx.quantizers.problem import Options, Problem
 from magr_onnx.runtime import calibrate, data, stages
 from magr_onnx.runtime.in_place import serialized
 from magr_onnx.runtime.session import Session, inputs_of
 from magr_onnx.spool import Spool
-from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import activations, layer
@@ -33,7 +33,7 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every layer a large one, solved in parts of a few columns; called where the usual result is known."""
 
     def switch() -> None:
-        for module in (types, linalg, problem, stages, gptq):
+        for module in (types, linalg, interface, stages, gptq):
             monkeypatch.setattr(module, "LARGE", 8)
         for module in (types, linalg, gptq, stages):
             monkeypatch.setattr(module, "LARGE_ROWS", 7)
@@ -81,10 +81,10 @@ def test_a_large_matrix_that_is_not_definite_is_damped_more(lean: Any) -> None:
 @pytest.mark.parametrize("centred", [True, False])
 def test_damped_statistics_are_the_same_and_stay_as_they_are(centred: bool, lean: Any) -> None:
     stats = statistics()
-    usual, before = problem.damped_gram(stats, centred, 0.1), stats.gram.copy()
+    usual, before = interface.damped_gram(stats, centred, 0.1), stats.gram.copy()
     lean()
     fresh = LayerStats(stats.gram, stats.mean, stats.rows)
-    np.testing.assert_allclose(problem.damped_gram(fresh, centred, 0.1), usual, rtol=1e-12)
+    np.testing.assert_allclose(interface.damped_gram(fresh, centred, 0.1), usual, rtol=1e-12)
     np.testing.assert_array_equal(fresh.gram, before)
     assert not [m for m in fresh._memo.values() if getattr(m, "shape", None) == (K, K)]
 
@@ -152,7 +152,7 @@ def test_separable_descent_does_what_descent_under_the_identity_does(group: int 
     weights, _ = layer(K, N)
     spec = WeightSpec(3, group, symmetric)
     start = rtn.quantize(weights, np.ones(K), spec)
-    found, errors = separable.refine(weights, start, 8, True)
+    found, errors = diagonal.refine(weights, start, 8, True)
     wanted = comq.refine(weights, start, np.eye(K))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx(wanted.errors[0], rel=1e-5)
@@ -162,8 +162,8 @@ def test_separable_descent_does_what_descent_under_the_identity_does(group: int 
 
 
 def test_errors_of_columns_add_up() -> None:
-    assert separable.joined([], [3.0, 2.0]) == [3.0, 2.0]
-    assert separable.joined([4.0, 1.0], [3.0, 2.0, 1.5]) == [7.0, 3.0, 2.5]
+    assert diagonal.joined([], [3.0, 2.0]) == [3.0, 2.0]
+    assert diagonal.joined([4.0, 1.0], [3.0, 2.0, 1.5]) == [7.0, 3.0, 2.5]
 
 
 def batches(count: int = 6) -> list[dict[str, Any]]:

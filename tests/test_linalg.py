@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from magr_onnx.core.linalg import automatic_damping, cholesky, column_errors, damped, lambda_max, layer_error
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.linalg import automatic_damping, cholesky, column_errors, damped, lambda_max, layer_error
 from tests.helpers import Array, activations, gram_of
 
 

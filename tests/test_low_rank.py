@@ -10,15 +10,15 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import qera
-from magr_onnx.linalg import damped, layer_error
+from magr_onnx.core import low_rank
+from magr_onnx.core.linalg import damped, layer_error
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Job, check, find, parse, run_layers
 from magr_onnx.passes.pipeline import prepare
 from magr_onnx.passes.readback import read_weights
-from magr_onnx.quantizers import rtn
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
 from tests.helpers import Array, few_samples, layer
@@ -41,7 +41,7 @@ def test_it_is_the_paper_s_closed_form_with_the_symmetric_root(rank: int, dampin
     symmetric = vectors * np.sqrt(values) @ vectors.T
     u, sigma, v = np.linalg.svd(symmetric @ difference)
     expected = np.linalg.solve(symmetric, u[:, :rank] * sigma[:rank]) @ v[:rank]
-    found = qera.reconstruct(difference, qera.root(gram, damping, "exact"), rank)
+    found = low_rank.reconstruct(difference, low_rank.root(gram, damping, "exact"), rank)
     assert found.down.shape == (K, rank)
     assert found.up.shape == (rank, N)
     np.testing.assert_allclose(found.product(), expected, atol=1e-5 * np.abs(expected).max())
@@ -49,10 +49,10 @@ def test_it_is_the_paper_s_closed_form_with_the_symmetric_root(rank: int, dampin
 
 def test_exact_beats_diagonal_beats_the_plain_decomposition() -> None:
     difference, gram = lost()
-    plain = qera.Root(np.ones(K))
+    plain = low_rank.Root(np.ones(K))
     exact, diagonal, unweighted = (
-        layer_error(difference - qera.reconstruct(difference, r, 4).product(), gram)
-        for r in (qera.root(gram, 1e-6, "exact"), qera.root(gram, 1e-6, "diagonal"), plain)
+        layer_error(difference - low_rank.reconstruct(difference, r, 4).product(), gram)
+        for r in (low_rank.root(gram, 1e-6, "exact"), low_rank.root(gram, 1e-6, "diagonal"), plain)
     )
     assert exact < 0.6 * diagonal
     assert diagonal < unweighted < layer_error(difference, gram)
@@ -60,7 +60,7 @@ def test_exact_beats_diagonal_beats_the_plain_decomposition() -> None:
 
 def test_no_other_factors_of_that_rank_are_better() -> None:
     difference, gram = lost()
-    found = qera.reconstruct(difference, qera.root(gram, 0.0, "exact"), 3)
+    found = low_rank.reconstruct(difference, low_rank.root(gram, 0.0, "exact"), 3)
     best = layer_error(difference - found.product().astype(np.float64), gram)
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -69,12 +69,12 @@ def test_no_other_factors_of_that_rank_are_better() -> None:
 
 
 @pytest.mark.parametrize("kind", ["exact", "diagonal"])
-def test_full_rank_gives_everything_back_and_dead_inputs_do_no_harm(kind: qera.Kind) -> None:
+def test_full_rank_gives_everything_back_and_dead_inputs_do_no_harm(kind: low_rank.Kind) -> None:
     difference, gram = lost()
     gram[3] = gram[:, 3] = 0
-    found = qera.reconstruct(difference, qera.root(gram, 0.01, kind), N)
+    found = low_rank.reconstruct(difference, low_rank.root(gram, 0.01, kind), N)
     np.testing.assert_allclose(found.product(), difference, atol=1e-5)
-    none = qera.reconstruct(np.zeros((K, N)), qera.root(np.zeros((K, K)), 0.01, kind), 2)
+    none = low_rank.reconstruct(np.zeros((K, N)), low_rank.root(np.zeros((K, K)), 0.01, kind), 2)
     assert not none.product().any()
 
 

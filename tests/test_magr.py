@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from magr_onnx.core.magr import Reduction, penalty, reduce
 from magr_onnx.errors import OptionError
-from magr_onnx.magr import Reduction, penalty, reduce
 from tests.helpers import Array, activations, gram_of, layer, project_by_sorting
 
 

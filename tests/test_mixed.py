@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import magr_onnx
 from magr_onnx import files, mixed, sizes, writing
 from magr_onnx.cli import app
+from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.models import bundled
 from magr_onnx.optimizer import Optimized
@@ -26,7 +27,6 @@ from magr_onnx.runtime import calibrate, sensitivity
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.loss import COSINE, KL, Reference
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import ActivationGrid, Choice, LayerStats
 from tests import graphs
 from tests.graphs import Array, Builder, correlated, feeds, random
 

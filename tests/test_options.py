@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.accumulator import Accumulator
 from magr_onnx.cli import app
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
 from magr_onnx.options import build_pipeline
 from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, check, parse, text_of
 from magr_onnx.passes.pipeline import resolve
-from magr_onnx.targets import TARGETS
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

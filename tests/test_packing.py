@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from magr_onnx.packing import (
+from magr_onnx.core.packing import (
     container_bits,
     dequantize_matmulnbits,
     dequantize_qdq,
@@ -21,7 +21,7 @@ from magr_onnx.packing import (
     unpack_bits,
     unpack_matmulnbits,
 )
-from magr_onnx.types import BITS, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import BITS, QuantizedWeight, WeightSpec
 from tests.helpers import EXAMPLES, Array, random_quantized
 
 SOME_BITS = (2, 3, 4, 5, 8)  # 6 and 7 are stored like 5

@@ -6,14 +6,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from magr_onnx import magr
+from magr_onnx.core import magr
+from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
-from magr_onnx.packing import dequantize_matmulnbits, pack_matmulnbits
 from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
 from magr_onnx.passes.pipeline import check, options_of, resolve, suited
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import LayerStats, WeightSpec
 from tests import graphs
 from tests.graphs import correlated, feeds
 from tests.helpers import random_quantized

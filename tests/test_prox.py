@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from magr_onnx.prox import levels, project_l1_ball, prox_linf
+from magr_onnx.core.prox import levels, project_l1_ball, prox_linf
 from tests.helpers import EXAMPLES, Array, project_by_sorting
 
 entries = st.floats(-100, 100, width=32)

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from magr_onnx.grid import Grid, minmax, search
-from magr_onnx.linalg import column_errors, damped, layer_error
-from magr_onnx.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
-from magr_onnx.types import LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import Grid, minmax, search
+from magr_onnx.core.linalg import column_errors, damped, layer_error
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from tests.helpers import Array, activations, gram_of, layer
 
 K, N = 96, 24

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magr_onnx
+from magr_onnx.core.activation_ranges import METHODS, Histogram, candidates
+from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
-from magr_onnx.ranges import METHODS, Histogram, candidates
 from magr_onnx.runtime import ranges
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.session import Session
-from magr_onnx.types import Activation, ActivationGrid, DynamicRange
 from tests import graphs
 from tests.graphs import Builder, K, feeds, random
 from tests.helpers import EXAMPLES, Array

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from magr_onnx.grid import ladder, search
-from magr_onnx.linalg import column_errors, damped
-from magr_onnx.quantizers import comq, gptq, rtn
-from magr_onnx.quantizers.regrid import SHRINKS, regrid
-from magr_onnx.types import QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import ladder, search
+from magr_onnx.core.linalg import column_errors, damped
+from magr_onnx.core.quantizers import comq, gptq, rtn
+from magr_onnx.core.quantizers.grid_refinement import SHRINKS, regrid
+from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from tests.helpers import Array, layer
 
 K, N = 96, 24

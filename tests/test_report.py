@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import magr_onnx
-from magr_onnx import Report, magr, sketch
-from magr_onnx.accumulator import Accumulator, Budget, log2_gap
+from magr_onnx import Report
+from magr_onnx.core import histograms, magr
+from magr_onnx.core.grid import minmax
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget, log2_gap
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.decoding import decode
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.folders import OptimizedFolder
-from magr_onnx.grid import minmax
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
@@ -31,7 +33,6 @@ from magr_onnx.passes.segments import depths
 from magr_onnx.report import SCHEMA, LayerRow, SkipRow, layer_table
 from magr_onnx.reporting import sides, summary
 from magr_onnx.runtime.validate import OutputMetrics
-from magr_onnx.types import WeightSpec
 from tests import graphs
 from tests.graphs import Builder, proto, random
 from tests.helpers import layer, random_quantized
@@ -221,10 +222,10 @@ def test_histograms_count_every_weight_where_it_is(bits: int, group: int | None)
     weight = random_quantized(45, 30, spec)
     before = weight.dequantize() + random(45, 30, seed=1, scale=0.05)
     after = before * np.float32(0.9)
-    found = sketch.sketch(before, after, weight)
+    found = histograms.sketch(before, after, weight)
     assert found["of"] == before.size
     for name, values in (("before", before), ("after", after)):
-        expected = np.histogram(values, sketch.BINS, (found["low"], found["high"]))[0]
+        expected = np.histogram(values, histograms.BINS, (found["low"], found["high"]))[0]
         assert sum(found[name]) == values.size
         assert np.abs(np.array(found[name]) - expected).sum() <= 4  # edges fall to one side or the other in float32
         units = values / weight.scales[spec.group_of_row(45)] + weight.zero_points[spec.group_of_row(45)]
@@ -233,7 +234,7 @@ def test_histograms_count_every_weight_where_it_is(bits: int, group: int | None)
         expected = np.histogram(inside, len(grid[name]), (grid["low"], grid["high"]))[0]
         expected[[0, -1]] += [(units <= grid["low"]).sum(), (units >= grid["high"]).sum()]
         assert np.abs(np.array(grid[name]) - expected).sum() <= 4
-    assert len(grid["before"]) <= sketch.BINS
+    assert len(grid["before"]) <= histograms.BINS
     assert grid["low"] < -0.5
     assert grid["high"] > grid["top"] + 0.5
     assert sum(grid["codes"]) == before.size
@@ -243,7 +244,7 @@ def test_histograms_count_every_weight_where_it_is(bits: int, group: int | None)
 
 def test_weights_on_the_grid_are_in_the_bins_of_its_codes() -> None:
     weight = random_quantized(64, 20, WeightSpec(4, 16))
-    grid = sketch.sketch(weight.dequantize(), None, weight)["grid"]
+    grid = histograms.sketch(weight.dequantize(), None, weight)["grid"]
     edges = np.linspace(grid["low"], grid["high"], len(grid["before"]) + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     by_code = [int(np.array(grid["before"])[np.abs(middles - code) < 0.5].sum()) for code in range(16)]
@@ -252,13 +253,13 @@ def test_weights_on_the_grid_are_in_the_bins_of_its_codes() -> None:
 
 
 def test_large_weights_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketch, "SAMPLE", 100)
-    found = sketch.sketch(random(10, 35), None, None)
+    monkeypatch.setattr(histograms, "SAMPLE", 100)
+    found = histograms.sketch(random(10, 35), None, None)
     assert found["of"] == sum(found["before"]) == 90  # every fourth column
 
 
 def test_a_constant_weight_has_a_histogram() -> None:
-    found = sketch.sketch(np.full((4, 3), 2.0, np.float32), None, None)
+    found = histograms.sketch(np.full((4, 3), 2.0, np.float32), None, None)
     assert sum(found["before"]) == 12
     assert found["low"] < 2 < found["high"]
 
@@ -273,7 +274,7 @@ EXTREMES = st.sampled_from([0.0, 1.0, 1e-45, -1e-45, 1e-40, 1.2e-38, 3e38, -3e38
 @pytest.mark.filterwarnings("ignore:overflow")  # of the grid, not of the histogram: weights above 1e15 are refused before
 def test_every_finite_weight_has_histograms(weights: Any, bits: int) -> None:
     grid = minmax(np.clip(weights, -1e30, 1e30), WeightSpec(bits, 4))
-    found = sketch.sketch(weights, weights[::-1], grid.weight(grid.codes(weights)))
+    found = histograms.sketch(weights, weights[::-1], grid.weight(grid.codes(weights)))
     assert found["low"] < found["high"]
     for place in (found, found["grid"]):
         assert sum(place["before"]) == sum(place["after"]) == weights.size
@@ -282,8 +283,8 @@ def test_every_finite_weight_has_histograms(weights: Any, bits: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-45])
 def test_one_value_is_in_the_middle_of_its_histogram(value: float) -> None:
-    found = sketch.sketch(np.full((4, 3), value, np.float32), None, None)
-    assert np.flatnonzero(found["before"]).tolist() == [sketch.BINS // 2]
+    found = histograms.sketch(np.full((4, 3), value, np.float32), None, None)
+    assert np.flatnonzero(found["before"]).tolist() == [histograms.BINS // 2]
 
 
 def test_a_dead_layer_is_converted() -> None:
@@ -307,10 +308,10 @@ def test_long_curves_know_their_steps() -> None:
     model = b.model(b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("w", random(24, 8))], "only"), ["batch", 8])
     row = magr_onnx.optimize(model, long, pipeline_text="magr{method=authors,relative=false},quantize,emit-qdq").report.layers[0]
     assert row.magr is not None
-    assert len(row.magr["trace"]) == len(row.magr["steps"]) == sketch.POINTS
+    assert len(row.magr["trace"]) == len(row.magr["steps"]) == histograms.POINTS
     assert (row.magr["steps"][0], row.magr["steps"][-1]) == (0, row.magr["iterations"]) == (0, 200)
     assert (row.errors, row.sweeps, summary.sweeps_of(row)) == ((), (), None)
-    swept = replace(row, errors=tuple(sketch.thinned(range(80))), sweeps=tuple(sketch.places(80)))
+    swept = replace(row, errors=tuple(histograms.thinned(range(80))), sweeps=tuple(histograms.places(80)))
     assert summary.sweeps_of(swept) == 79
     assert swept.errors == swept.sweeps
     assert summary.sweeps_of(replace(swept, sweeps=())) == 49  # an older report
@@ -342,9 +343,9 @@ def test_a_choice_without_attempts_can_be_shown(reports: dict[str, Report]) -> N
 
 
 def test_curves_keep_their_ends() -> None:
-    assert sketch.thinned([3.0, 2.0, 1.0]) == [3, 2, 1]
-    long = sketch.thinned(np.linspace(1, 0, 999).tolist())
-    assert len(long) == sketch.POINTS
+    assert histograms.thinned([3.0, 2.0, 1.0]) == [3, 2, 1]
+    long = histograms.thinned(np.linspace(1, 0, 999).tolist())
+    assert len(long) == histograms.POINTS
     assert (long[0], long[-1]) == (1, 0)
     assert long == sorted(long, reverse=True)
 
@@ -368,7 +369,7 @@ def test_the_trace_of_magr_is_its_objective(method: Any) -> None:
 def test_headroom_by_tile_is_that_of_the_worst_column(tile: int | None) -> None:
     weight = random_quantized(50, 9, WeightSpec(4, None))
     budget = Budget(Accumulator(20, tile), -128, 127)
-    found = sketch.tile_headroom(weight, budget)
+    found = histograms.tile_headroom(weight, budget)
     size = tile or 50
     expected = []
     for at in range(0, 50, size):

@@ -12,6 +12,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx import Report, files
+from magr_onnx.core.types import LayerStats
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Job, find, parse, run_layers, segments
@@ -22,7 +23,6 @@ from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session
 from magr_onnx.runtime.stages import staged
-from magr_onnx.types import LayerStats
 from tests.graphs import Array, Builder, correlated, random
 
 K, N = 32, 24

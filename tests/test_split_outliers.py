@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import SplitOutliers, check, find, parse
 from magr_onnx.passes.rewrite import Context
 from magr_onnx.passes.split_outliers import gain, split, thresholds
-from magr_onnx.quantizers import rtn
 from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.types import WeightSpec
 from tests import graphs
 from tests.graphs import FORMS, Builder, feeds, proto, random
 from tests.helpers import Array, few_samples

@@ -11,16 +11,16 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import feedback
+from magr_onnx.core import error_feedback
+from magr_onnx.core.activation_ranges import rounded
+from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
 from magr_onnx.passes.linear import find
 from magr_onnx.passes.segments import cut, plan, reads
-from magr_onnx.ranges import rounded
 from magr_onnx.runtime import stages
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session
 from magr_onnx.runtime.stages import Cache, staged
-from magr_onnx.types import ActivationGrid, DynamicRange, Goal, LayerStats
 from tests import graphs
 from tests.graphs import Builder, random
 
@@ -100,7 +100,7 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) 
     for layer in layers[2:]:
         stats, weights = seen[str(layer.x.name)], layer.read()
         np.testing.assert_allclose(goals[layer.name].cross, stats.gram @ weights, rtol=1e-3, atol=1e-3)
-        assert feedback.error(weights, stats, goals[layer.name], False) < 1e-5
+        assert error_feedback.error(weights, stats, goals[layer.name], False) < 1e-5
 
 
 def test_later_stages_see_the_quantized_model() -> None:
@@ -242,7 +242,7 @@ def drifted(rows: int) -> tuple[Any, Any, LayerStats, LayerStats, Any]:
 
     def goal(weights: Any, begin: int, end: int, held: Goal | None = None) -> Goal:
         a, b, n = x[begin:end], y[begin:end], end - begin
-        return replace(feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
+        return replace(error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
 
     return x[:rows], y[:rows], stats(0, rows, stats(3 * rows // 4, rows)), stats(rows, 2 * rows), goal
 
@@ -260,13 +260,13 @@ def test_goal_of_is_the_moments_of_the_float_output() -> None:
 def test_aim_undoes_what_the_prefix_did_on_fresh_rows(centred: bool) -> None:
     *_, stats, fresh, goal = drifted(2000)
     weights = random(32, 24).astype(np.float32)
-    found = feedback.aim(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
+    found = error_feedback.aim(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
     assert found.damping is not None
     assert found.after < 0.2 * found.before
     after = goal(weights, 2000, 4000)
-    before = feedback.error(weights, fresh, after, centred)
-    assert feedback.error(found.weights, fresh, after, centred) < 0.2 * before
-    assert feedback.error(found.kept, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
+    before = error_feedback.error(weights, fresh, after, centred)
+    assert error_feedback.error(found.weights, fresh, after, centred) < 0.2 * before
+    assert error_feedback.error(found.kept, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
     assert not np.array_equal(found.kept, found.weights)
 
 
@@ -275,9 +275,9 @@ def test_aim_is_the_weight_itself_where_nothing_changed() -> None:
     gram, mean = x.T @ x / 400, x.mean(0)
     same = LayerStats(gram, mean, 400, mean)
     weights = random(16, 8).astype(np.float32)
-    goal = feedback.goal_of(weights, gram, gram, mean, 400)
-    whole = replace(feedback.goal_of(weights, gram, gram, mean, 800), held_out=goal)
-    found = feedback.aim(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
+    goal = error_feedback.goal_of(weights, gram, gram, mean, 400)
+    whole = replace(error_feedback.goal_of(weights, gram, gram, mean, 800), held_out=goal)
+    found = error_feedback.aim(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
     np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
     np.testing.assert_allclose(found.kept, weights, rtol=1e-6)
 
@@ -292,11 +292,11 @@ def test_aim_leaves_the_weight_where_nothing_helps_on_held_out_rows() -> None:
     def part(rows: slice, held: tuple[LayerStats, Goal] | None = None) -> tuple[LayerStats, Goal]:
         a, b = x[rows], q[rows]
         n = len(a)
-        goal = feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
+        goal = error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
         stats = LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held and held[0])
         return stats, replace(goal, held_out=held and held[1])
 
-    found = feedback.aim(weights, *part(slice(60), part(slice(40, 60))), False)
+    found = error_feedback.aim(weights, *part(slice(60), part(slice(40, 60))), False)
     assert found.damping is None
     assert found.after == found.before
     np.testing.assert_array_equal(found.weights, weights)
@@ -308,10 +308,10 @@ def test_error_is_that_of_the_rows() -> None:
     weights, quantized = random(32, 5), random(32, 5, seed=1)
     left = y @ quantized - x @ weights
     expected = np.square(left).sum() / np.square(x @ weights).sum()
-    assert feedback.error(quantized, stats, goal(weights, 0, 200), False) == pytest.approx(expected, rel=1e-6)
+    assert error_feedback.error(quantized, stats, goal(weights, 0, 200), False) == pytest.approx(expected, rel=1e-6)
     left -= left.mean(axis=0)
     expected = np.square(left).sum() / np.square(x @ weights).sum()
-    assert feedback.error(quantized, stats, goal(weights, 0, 200), True) == pytest.approx(expected, rel=1e-6)
+    assert error_feedback.error(quantized, stats, goal(weights, 0, 200), True) == pytest.approx(expected, rel=1e-6)
 
 
 def test_statistics_and_goals_combine_and_part() -> None:

@@ -24,13 +24,13 @@ from onnx import TensorProto, helper
 
 import magr_onnx
 from magr_onnx import OptionError
-from magr_onnx.accumulator import Accumulator
-from magr_onnx.machines import on_accumulator, on_target
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.kernels import on_accumulator, on_target
+from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
+from magr_onnx.core.overflow.targets import TARGETS, Kernel, find_target
 from magr_onnx.passes.dot_products import find
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
-from magr_onnx.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
-from magr_onnx.targets import TARGETS, Kernel, find_target
 from magr_onnx.verification import LayerVerdict, Verification
 from tests import dots, graphs
 from tests.dots import F32, S8, U8, model, node, quantized_x, scalars
@@ -634,7 +634,7 @@ def test_large_weights_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = on_target(dot, TARGETS["x86-avx2"])
     assert isinstance(machine, Machine)
     whole = prove(dot, machine)
-    monkeypatch.setattr("magr_onnx.accumulator.CHUNK", 1)
+    monkeypatch.setattr("magr_onnx.core.overflow.accumulator.CHUNK", 1)
     pieces = prove(dot, machine)
     assert (pieces.inner, pieces.outer, pieces.result) == (whole.inner, whole.outer, whole.result)
     assert pieces.witness is not None

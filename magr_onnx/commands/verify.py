@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from magr_onnx import api, console
-from magr_onnx.accumulator import Accumulator
 from magr_onnx.arguments import Json, Quiet, Verbose, target_names
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
-from magr_onnx.targets import TARGETS
 
 EPILOG = """[bold]Examples[/bold]
 

@@ -13,6 +13,7 @@ import torch
 
 from magr_onnx import api, keys, provenance
 from magr_onnx.boundary import explained
+from magr_onnx.core.types import Deferred
 from magr_onnx.errors import OptionError
 from magr_onnx.recipe import argument
 from magr_onnx.report import Report
@@ -20,7 +21,6 @@ from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
-from magr_onnx.types import Deferred
 
 
 @explained

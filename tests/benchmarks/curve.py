@@ -24,13 +24,13 @@ from common import BATCH_SIZE, Cell, progress, table
 
 import magr_onnx
 from magr_onnx import files, writing
-from magr_onnx.accumulator import Accumulator, data_type_bits
+from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
+from magr_onnx.core.quantizers import QUANTIZERS, gptq
+from magr_onnx.core.quantizers import Options as SolverOptions
+from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
 from magr_onnx.passes.linear import find
-from magr_onnx.quantizers import QUANTIZERS, gptq
-from magr_onnx.quantizers import Options as SolverOptions
-from magr_onnx.quantizers.problem import Problem, Solution
 from magr_onnx.runtime import calibrate, ranges
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session

@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from common import Cell, header, interleaved, progress, spread, table, write_json
 
-from magr_onnx import magr
-from magr_onnx.linalg import lambda_max
+from magr_onnx.core import magr
+from magr_onnx.core.linalg import lambda_max
 
 Floats = npt.NDArray[np.floating[Any]]
 

@@ -14,10 +14,10 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
+from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.models import bundled
 from magr_onnx.options import Options
 from magr_onnx.passes.dot_products import find
-from magr_onnx.proof import IntegerDot
 from tests.edge.integer import matmul_integer, saturated
 from tests.edge.jobs import Array, Job
 from tests.edge.targets import HASWELL, HOST, require

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 SHRINKS = np.linspace(1.0, 0.35, 27)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.accumulator import Accumulator, Budget
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.errors import OptionError
 
 INT32 = Accumulator(32, None, 32)

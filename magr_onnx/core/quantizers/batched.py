@@ -5,7 +5,7 @@ the same row of all groups together. Minimises, for every column ``w`` of every 
 
     E(w_hat) = (w_hat - w)^T H_g (w_hat - w)
 
-by GPTQ (the form of `magr_onnx.quantizers.gptq`, rows in natural order) and coordinate descent over the codes, on a ladder of grids of
+by GPTQ (the form of `magr_onnx.core.quantizers.gptq`, rows in natural order) and coordinate descent over the codes, on a ladder of grids of
 which every column keeps the one that is best by E.
 
 There is no MagR here: choosing the scale by the exact error of every column, with error feedback, is what a smaller range is for.
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from magr_onnx.core.grid import ladder
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.grid import ladder
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
 
 MOST_ROWS, FEWEST_GROUPS = 64, 8  # where this pays: more rows keep a solver busy, fewer groups are soon done one by one
 _SHRINKS = [float(x) for x in np.linspace(1.02, 0.5, 53)]
@@ -34,7 +34,7 @@ class Grouped(NamedTuple):
 
 
 def damped(grams: Array, damping: float) -> Array:
-    """`magr_onnx.linalg.damped` of every matrix of ``(G, K, K)``."""
+    """`magr_onnx.core.linalg.damped` of every matrix of ``(G, K, K)``."""
     diagonal = np.diagonal(grams, axis1=1, axis2=2)
     mean = diagonal.mean(axis=1, keepdims=True)
     added = damping * np.maximum(diagonal, 1e-6 * np.where(mean > 0, mean, 1.0))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.types import Array, Codes, QuantizedWeight, scaled
+from magr_onnx.core.types import Array, Codes, QuantizedWeight, scaled
 
 MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 

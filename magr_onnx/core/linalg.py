@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array
 from magr_onnx.errors import NonFiniteError
-from magr_onnx.types import LARGE, LARGE_ROWS, Array
 
 
 def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array | None = None) -> float:

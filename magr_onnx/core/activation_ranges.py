@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.types import Activation, ActivationGrid, Array
+from magr_onnx.core.types import Activation, ActivationGrid, Array
 
 Method = Literal["auto", "min-max", "percentile", "min-error"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.grid import Grid
-from magr_onnx.quantizers import comq, gptq
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.core.grid import Grid
+from magr_onnx.core.quantizers import comq, gptq
+from magr_onnx.core.types import Array, QuantizedWeight
 
 BLOCKS = 16
 DAMPING = 0.3

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from magr_onnx.quantizers import a2q, auto, comq, gptq, hqq, rtn
-from magr_onnx.quantizers.problem import Options, Problem, Solution
+from magr_onnx.core.quantizers import a2q, auto, comq, gptq, hqq, rtn
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
 
 Quantizer = Callable[[Problem, Options], Solution]
 

@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.linalg import cholesky
-from magr_onnx.types import Array
+from magr_onnx.core.linalg import cholesky
+from magr_onnx.core.types import Array
 
 Kind = Literal["exact", "diagonal"]
 

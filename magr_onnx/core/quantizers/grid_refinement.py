@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from magr_onnx.grid import ladder
-from magr_onnx.linalg import cholesky
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.core.grid import ladder
+from magr_onnx.core.linalg import cholesky
+from magr_onnx.core.types import Array, QuantizedWeight
 
 SHRINKS = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72)
 MOST_ROWS = 256  # of a group; above it scales alone are refitted

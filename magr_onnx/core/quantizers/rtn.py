@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from magr_onnx.grid import choose
-from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import choose
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
 def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float | None = None) -> QuantizedWeight:
@@ -17,5 +17,5 @@ def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float |
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.quantizers`."""
+    """Registry form; see `magr_onnx.core.quantizers`."""
     return Solution(quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=options.beta))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.accumulator import Budget, column_pieces, extremes, log2_gap
-from magr_onnx.types import Array, QuantizedWeight
+from magr_onnx.core.overflow.accumulator import Budget, column_pieces, extremes, log2_gap
+from magr_onnx.core.types import Array, QuantizedWeight
 
 BINS = 64  # at most, of every histogram
 POINTS = 50  # at most, of every curve

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magr_onnx.accumulator import Budget, Room
-from magr_onnx.grid import Grid, blocks, stored
-from magr_onnx.quantizers import gptq, separable
-from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, column_parts, joined
+from magr_onnx.core.grid import Grid, blocks, stored
+from magr_onnx.core.overflow.accumulator import Budget, Room
+from magr_onnx.core.quantizers import diagonal as separable
+from magr_onnx.core.quantizers import gptq
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts, joined
 
 BLOCK = 64
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
@@ -184,7 +185,7 @@ def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: 
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.quantizers`: GPTQ, then sweeps under the same damped matrix."""
+    """Registry form; see `magr_onnx.core.quantizers`: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
         weight, errors = separable.refine(problem.target, start.weight, options.sweeps, options.rescale)

@@ -7,8 +7,8 @@ Three claims about a layer, each about one register:
 - *outer*: the sum of the tiles, raw too, with the integer bias, before and after it is added;
 - *result*: what the operator defines, ``sum (x - zero point) (w - zero point) + bias``.
 
-Extremes are those of `magr_onnx.accumulator`, exact over all inputs and all orders within a tile. Everything here is int64 or Python
-integers; only the headroom shown to people is a float.
+Extremes are those of `magr_onnx.core.overflow.accumulator`, exact over all inputs and all orders within a tile. Everything here is int64
+or Python integers; only the headroom shown to people is a float.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.accumulator import Accumulator, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
+from magr_onnx.core.overflow.accumulator import Accumulator, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
 
 Int64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from magr_onnx.grid import Grid, blocks, stored
-from magr_onnx.types import Array, QuantizedWeight, joined
+from magr_onnx.core.grid import Grid, blocks, stored
+from magr_onnx.core.types import Array, QuantizedWeight, joined
 
 _VALUES = 1 << 22  # weights worked on at a time
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from magr_onnx.accumulator import Budget
-from magr_onnx.linalg import automatic_damping, damped
-from magr_onnx.magr import Reduction
-from magr_onnx.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.linalg import automatic_damping, damped
+from magr_onnx.core.magr import Reduction
+from magr_onnx.core.overflow.accumulator import Budget
+from magr_onnx.core.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,6 @@
 """Which registers a layer meets: on a named target, or in an accumulator somebody asks about.
 
-What onnxruntime's kernels do with each operator, measured as `magr_onnx.targets` says:
+What onnxruntime's kernels do with each operator, measured as `magr_onnx.core.overflow.targets` says:
 
 - Products of matrices (MatMulInteger, QLinearMatMul, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, and DequantizeLinear forms, which
   are fused into them) visit K in order.
@@ -19,9 +19,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from magr_onnx.accumulator import Accumulator
-from magr_onnx.proof import IntegerDot, Machine, Rows
-from magr_onnx.targets import Kernel, Target
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.proof import IntegerDot, Machine, Rows
+from magr_onnx.core.overflow.targets import Kernel, Target
 
 
 def on_accumulator(dot: IntegerDot, accumulator: Accumulator) -> Machine:

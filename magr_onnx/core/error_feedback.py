@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.linalg import damped
-from magr_onnx.types import Array, Goal, LayerStats
+from magr_onnx.core.linalg import damped
+from magr_onnx.core.types import Array, Goal, LayerStats
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
 SAMPLE = 128  # output channels the damping is chosen on

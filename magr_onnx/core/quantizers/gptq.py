@@ -13,7 +13,7 @@ Deviations from the authors' code:
 
 - Rows of inputs that were zero in all calibration data are rounded, not set to zero: no data is no licence to delete a weight.
 - With ``act_order`` (descending ``diag(H)``) groups keep their original rows (static groups), so the result needs no group index.
-- Damping is relative to each input's own ``H_kk``, not to their mean (`magr_onnx.linalg.damped`). It is multiplied by ten when the
+- Damping is relative to each input's own ``H_kk``, not to their mean (`magr_onnx.core.linalg.damped`). It is multiplied by ten when the
   factorization fails, and the result says what was used.
 """
 
@@ -25,13 +25,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.accumulator import Budget, Room
-from magr_onnx.grid import Grid, choose, stored
-from magr_onnx.linalg import cholesky, column_errors
-from magr_onnx.quantizers import rtn
-from magr_onnx.quantizers.a2q import project
-from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import LARGE, LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
+from magr_onnx.core.grid import Grid, choose, stored
+from magr_onnx.core.linalg import cholesky, column_errors
+from magr_onnx.core.overflow.accumulator import Budget, Room
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.quantizers.a2q import project
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -130,7 +130,7 @@ def quantize(
     damping: float = 0.1,
     act_order: bool = True,
 ) -> QuantizedWeight:
-    """GPTQ of ``weights (K, N)`` under ``gram (K, K)``; ``beta`` as in `magr_onnx.grid.choose`."""
+    """GPTQ of ``weights (K, N)`` under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
     return solve(weights, prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
 
 
@@ -208,7 +208,7 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.quantizers`. Layers that share statistics share the factorization."""
+    """Registry form; see `magr_onnx.core.quantizers`. Layers that share statistics share the factorization."""
     if problem.stats.is_data_free and problem.budget is None:  # nothing to feed forward
         return rtn.run(problem, options)
     damping = problem.damping(options)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.types import Array
+from magr_onnx.core.types import Array
 
 _MARGIN = 0.95  # a warm start is taken this much lower, so that it is left of the root unless the root moved further
 

@@ -4,7 +4,8 @@ A layer is first solved several times on a sample of its output channels (column
 them) from the rows that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping
 and act-order, one after the other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ,
 coordinate descent with scale refits, and grid refits (scale and zero point) in between; no step is kept that raises the error it is
-meant to lower. Where second moments of gradients are there, `magr_onnx.quantizers.coupled` solves it instead, with the options so chosen.
+meant to lower. Where second moments of gradients are there, `magr_onnx.core.quantizers.two_sided` solves it instead, with the options so
+chosen.
 
 Options that are given are not chosen.
 """
@@ -15,14 +16,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magr_onnx import feedback, magr
-from magr_onnx.grid import choose
-from magr_onnx.linalg import automatic_damping, layer_error
-from magr_onnx.magr import Reduction
-from magr_onnx.quantizers import comq, coupled, gptq
-from magr_onnx.quantizers.problem import Options, Problem, Solution, damped_gram
-from magr_onnx.quantizers.regrid import MOST_ROWS, regrid
-from magr_onnx.types import Array, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core import error_feedback, magr
+from magr_onnx.core.grid import choose
+from magr_onnx.core.linalg import automatic_damping, layer_error
+from magr_onnx.core.magr import Reduction
+from magr_onnx.core.quantizers import comq, gptq, two_sided
+from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution, damped_gram
+from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 SAMPLE = 64  # output channels that choices are made on
 ALPHAS = (1.0, 3.0)  # of MagR, times the usual strength
@@ -48,7 +49,7 @@ def usual_alpha(bits: int, group_size: int | None) -> float:
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.quantizers`."""
+    """Registry form; see `magr_onnx.core.quantizers`."""
     stats, spec = problem.stats, problem.spec
     if stats.is_data_free:
         return comq.run(problem, options)
@@ -78,7 +79,7 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     held = problem.stats.held_out
     assert held is not None
     kept = problem.stats.memo("kept", lambda: problem.stats.combine(held, -1))
-    columns = feedback.sample(problem.weights.shape[1], SAMPLE)
+    columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = problem.reference[:, columns]
     target = problem.target if problem.kept_target is None else problem.kept_target
     target = np.ascontiguousarray(target[:, columns])
@@ -94,7 +95,7 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
             if goal is None:
                 results[choice] = layer_error(weights - reference, held_gram)
             else:
-                results[choice] = feedback.error(weights.astype(np.float64), held, goal, problem.centred)
+                results[choice] = error_feedback.error(weights.astype(np.float64), held, goal, problem.centred)
         return results[choice]
 
     def better(simple: Choice, others: list[Choice]) -> Choice:
@@ -132,13 +133,13 @@ def _solve(
 def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
     """The layer under the two-sided Hessian, E after its first pass and by sweep, and what MagR did."""
     assert problem.outputs is not None
-    outputs = coupled.damped_outputs(problem.outputs)
+    outputs = two_sided.damped_outputs(problem.outputs)
     gram = damped_gram(problem.stats, problem.centred, choice.damping)
     reduced, reduction = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
     grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)
-    blocks = coupled.blocks_of(outputs)
-    start = coupled.solve(reduced, gptq.prepared(problem.stats, problem.centred, choice.damping, choice.act_order), grid, outputs, blocks)
-    weight, errors = coupled.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
+    blocks = two_sided.blocks_of(outputs)
+    start = two_sided.solve(reduced, gptq.prepared(problem.stats, problem.centred, choice.damping, choice.act_order), grid, outputs, blocks)
+    weight, errors = two_sided.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
     return weight, errors, reduction
 
 

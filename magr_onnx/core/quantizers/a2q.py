@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from magr_onnx.accumulator import Budget
-from magr_onnx.grid import Grid, stored
-from magr_onnx.prox import project_l1_ball
-from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import Grid, stored
+from magr_onnx.core.overflow.accumulator import Budget
+from magr_onnx.core.prox import project_l1_ball
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
 def tiled(columns: Array, tile: int | None) -> Array:
@@ -65,12 +65,12 @@ def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> Qu
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form of A2Q; see `magr_onnx.quantizers`."""
+    """Registry form of A2Q; see `magr_onnx.core.quantizers`."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=False))
 
 
 def run_plus(problem: Problem, options: Options) -> Solution:
-    """Registry form of A2Q+; see `magr_onnx.quantizers`."""
+    """Registry form of A2Q+; see `magr_onnx.core.quantizers`."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=True))

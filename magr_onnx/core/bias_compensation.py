@@ -10,7 +10,7 @@ Deviation from the paper: one vector per output channel, never one per token, wh
 
 from __future__ import annotations
 
-from magr_onnx.types import Array
+from magr_onnx.core.types import Array
 
 
 def compensate(bias: Array | None, target_mean: Array, quantized: Array, mean: Array) -> Array:

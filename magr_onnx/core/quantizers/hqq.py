@@ -16,7 +16,8 @@ Deviations from the authors' code:
 - Zero points are integers, as the formats store them, and so move in whole steps. The authors keep them real and fix the scale; here the
   scale is refitted too (least squares on ``w - e``), which is what is left to move on a symmetric grid.
 - Errors are measured in steps of the starting grid, so that nothing depends on the units of the weights.
-- The iteration starts from the min-max grid (theirs) and from the searched one of `magr_onnx.grid`, and every group keeps the grid of least
+- The iteration starts from the min-max grid (theirs) and from the searched one of `magr_onnx.core.grid`, and every group keeps the grid
+of least
   ``sum |w - w_hat|^p`` that it ever had. So it never ends above either.
 """
 
@@ -24,9 +25,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from magr_onnx.grid import Grid, blocks, minmax, round_codes, search, stored
-from magr_onnx.quantizers.problem import Options, Problem, Solution
-from magr_onnx.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.grid import Grid, blocks, minmax, round_codes, search, stored
+from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 P = 0.7
 BETA, KAPPA = 10.0, 1.01
@@ -91,7 +92,7 @@ def _refit(w: Array, q: Array, s: Array, z: Array, inside: Array, spec: WeightSp
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.quantizers`. Calibration data is not looked at, and no option applies."""
+    """Registry form; see `magr_onnx.core.quantizers`. Calibration data is not looked at, and no option applies."""
     del options
     weight = quantize(problem.weights, problem.spec)
     return Solution(weight, facts={"lp_error": float(objective(problem.weights, weight.dequantize(), problem.spec).sum())})

@@ -10,7 +10,7 @@ before any quantizer runs: weights of smaller range at almost the same output, h
 Deviations from the authors' code:
 
 - Accelerated proximal gradient in the diagonal metric ``D = L diag(H)`` (Jacobi preconditioning; the prox stays a clip, see
-  `magr_onnx.prox`), instead of 200 plain steps. A few outlier inputs dominate ``lambda_max(H)`` and stall the plain iteration;
+  `magr_onnx.core.prox`), instead of 200 plain steps. A few outlier inputs dominate ``lambda_max(H)`` and stall the plain iteration;
   they do not stall this one. The acceleration is the greedy FISTA of Liang, Luo and Schoenlieb (arXiv 1811.01430): constant
   momentum and a step above ``1 / L``, with restart (O'Donoghue and Candes 2015) of a channel whenever its objective rises.
 - Stops when the last steps added little to the decrease of F, or on a duality gap, not on a count alone.
@@ -29,10 +29,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from magr_onnx.core.linalg import lambda_max
+from magr_onnx.core.prox import levels
+from magr_onnx.core.types import Array, column_parts, joined
 from magr_onnx.errors import OptionError
-from magr_onnx.linalg import lambda_max
-from magr_onnx.prox import levels
-from magr_onnx.types import Array, column_parts, joined
 
 Method = Literal["fista", "authors"]
 
