@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import embeddings, files, keys, patterns
+from magr_onnx import embeddings, keys, patterns
 from magr_onnx.boundary import explained
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError
+from magr_onnx.model_io import files
 from magr_onnx.optimizer import Optimized, optimize, skip_rows
 from magr_onnx.passes import conv
 from magr_onnx.passes.functions import open_up

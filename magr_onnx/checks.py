@@ -13,13 +13,13 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target
 from magr_onnx.core.types import Array, check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
+from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, iterate
 from magr_onnx.report import ProofSummary, versions
 from magr_onnx.runtime import apart, overflow, session
 from magr_onnx.verification import LayerVerdict
-from magr_onnx.writing import data_files
 
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 

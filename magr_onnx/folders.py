@@ -17,18 +17,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from magr_onnx import carrying, files, locking, patterns, places, provenance, reporting
+from magr_onnx import patterns, provenance, reporting
 from magr_onnx.boundary import explained
 from magr_onnx.core.types import Deferred
 from magr_onnx.decoding import json_text
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
+from magr_onnx.model_io import atomic, copy_directory, files, writable
+from magr_onnx.model_io.writing import explained as advice
 from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
 from magr_onnx.report import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
-from magr_onnx.writing import explained as advice
 
 FolderSource = Source | Mapping[str, Source | None]
 
@@ -167,22 +168,22 @@ def optimize_folder(
     data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
     found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
     reports: dict[str, Report] = {}
-    carried = carrying.besides(source, carrying.every(source), names, (file for model in found for file in model.external))
+    carried = copy_directory.besides(source, copy_directory.every(source), names, (file for model in found for file in model.external))
     place = out.resolve()  # a link stays one, and what it points to is replaced
     labels = _labels(names)
     try:
-        before = {path: seen for path, seen in carrying.kept(place, names).items() if path not in carried}
-        with locking.workspace(place) as work:
+        before = {path: seen for path, seen in copy_directory.kept(place, names).items() if path not in carried}
+        with atomic.workspace(place) as work:
             part = work / place.name
             part.mkdir()
 
             @cache
             def carry() -> None:
                 """Before the first result, whose names of data files must be free, and after all that can be said of the options."""
-                raise_all(OutputError, [f"{out}: {text}" for text in carrying.in_the_way(before, [*carried, *map(Path, names)])])
+                raise_all(OutputError, [f"{out}: {text}" for text in copy_directory.in_the_way(before, [*carried, *map(Path, names)])])
                 for path in carried:
-                    carrying.copy(source / path, part / path)
-                carrying.update(place, part, {}, before)
+                    copy_directory.copy(source / path, part / path)
+                copy_directory.update(place, part, {}, before)
 
             def read(model: _Model) -> Path:
                 carry()
@@ -202,14 +203,14 @@ def optimize_folder(
                     **arguments,
                 )
                 reports[model.name] = replace(result.report, output=str(out / model.name))
-            there = carrying.kept(place, names).items()  # others may have written there meanwhile
+            there = copy_directory.kept(place, names).items()  # others may have written there meanwhile
             kept = {path: seen for path, seen in there if path in before or not os.path.lexists(part / path)}
-            carrying.update(place, part, before, kept)
-            carrying.permit(part, place, names)
+            copy_directory.update(place, part, before, kept)
+            copy_directory.permit(part, place, names)
             _put(part, place, work)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {advice(error)}") from error
-    stayed = [path for path, seen in kept.items() if not carrying.is_folder(seen)]
+    stayed = [path for path, seen in kept.items() if not copy_directory.is_folder(seen)]
     return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, stayed)))
 
 
@@ -217,7 +218,7 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = [p.as_posix() for p in carrying.every(folder) if p.suffix == ".onnx"]
+    there = [p.as_posix() for p in copy_directory.every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
@@ -237,7 +238,7 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
     long = [text for name in names for text in files.check_length(out / name)]
-    if problems := files.check_name(b) or places.blocked(f"output {out}", out) or long:
+    if problems := files.check_name(b) or writable.blocked(f"output {out}", out) or long:
         return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
@@ -332,7 +333,7 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
 
 def taken_by(folder: Path, output: Path) -> set[Path]:
     """The files of a folder, and those they will be in the output."""
-    return {base / path for path in carrying.every(folder) for base in (folder, output)}
+    return {base / path for path in copy_directory.every(folder) for base in (folder, output)}
 
 
 def check_reports(folder: Path, models: Sequence[str], paths: Sequence[Path], taken: Collection[Path]) -> None:
@@ -383,7 +384,7 @@ def _put(part: Path, out: Path, work: Path) -> None:
     if there:
         os.replace(out, old)
     try:
-        locking.replace(part, out)
+        atomic.replace(part, out)
     except BaseException:
         if there:
             os.replace(old, out)

@@ -23,6 +23,7 @@ import magr_onnx
 from magr_onnx import folders, mixed
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.keys import KEYS, RUN, WORDS, unknown
+from magr_onnx.model_io.writing import file_digest
 from magr_onnx.optimizer import optimize
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
@@ -30,7 +31,6 @@ from magr_onnx.precedence import over
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe
 from magr_onnx.report import Report
-from magr_onnx.writing import file_digest
 
 try:
     from olive.common.config_utils import ParamCategory, validate_config

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import files, keys, layerwise, mixed, provenance
+from magr_onnx import keys, layerwise, mixed, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.layerwise import LayerOptions
+from magr_onnx.model_io import files
+from magr_onnx.model_io.writing import save
 from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
@@ -33,7 +35,6 @@ from magr_onnx.setting import OnLayer, Progress, Setting
 from magr_onnx.solving import Solved, solve
 from magr_onnx.statistics import held_out_for
 from magr_onnx.watching import watched
-from magr_onnx.writing import save
 
 
 class Optimized(NamedTuple):

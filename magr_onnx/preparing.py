@@ -12,7 +12,7 @@ import onnx_ir as ir
 from magr_onnx import beginnings, layerwise, patterns
 from magr_onnx.checks import Readable
 from magr_onnx.errors import ModelError
-from magr_onnx.files import Loaded
+from magr_onnx.model_io.files import Loaded
 from magr_onnx.options import Options
 from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline
 from magr_onnx.passes.canonical import requantize

@@ -29,7 +29,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.keys import ARGUMENTS, KEYS, OPTIONS, listed, mistyped, problem, unknown, unworded, worded
 from magr_onnx.layerwise import LayerOptions, problems_of
-from magr_onnx.locking import write_text
+from magr_onnx.model_io.atomic import write_text
 from magr_onnx.options import Options
 from magr_onnx.precedence import below, left_out, over
 from magr_onnx.report import Report, Reported, megabytes

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.errors import OptionError, OutputError
-from magr_onnx.files import Loaded
-from magr_onnx.locking import lock, replace
+from magr_onnx.model_io.atomic import lock, replace
+from magr_onnx.model_io.files import Loaded
+from magr_onnx.model_io.writing import explained, file_digest
 from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.outcome import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.report import versions
 from magr_onnx.runtime.data import Batches
-from magr_onnx.writing import explained, file_digest
 
 MANIFEST, LAYERS, LOCK = "manifest.json", "layers", "lock"
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -15,15 +15,15 @@ import onnx_ir as ir
 
 from magr_onnx import keys
 from magr_onnx.errors import OptionError, OutputError
-from magr_onnx.files import Loaded
-from magr_onnx.locking import clear, workspace
+from magr_onnx.model_io.atomic import clear, workspace
+from magr_onnx.model_io.files import Loaded
+from magr_onnx.model_io.spill import Spool
+from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
 from magr_onnx.passes import LayerPass, LinearLayer
 from magr_onnx.provenance import asked
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
 from magr_onnx.runtime import custom
 from magr_onnx.runtime.data import Batches
-from magr_onnx.spool import Spool
-from magr_onnx.writing import INLINE_LIMIT, Layout, explained, oversized
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight
-from magr_onnx.files import initializer_bytes
+from magr_onnx.model_io.files import initializer_bytes
 from magr_onnx.passes.compensate import CompensateBias
 from magr_onnx.passes.job import Job, LayerPass, Stored
 from magr_onnx.passes.linear import LinearLayer, find

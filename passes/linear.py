@@ -20,10 +20,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
+from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.bodies import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.passes.scopes import modules_of, owner_of
-from magr_onnx.writing import let_go
 
 OPERATORS = ("MatMul", "Gemm")
 """Operators of ONNX that are looked at as linear layers."""

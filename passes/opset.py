@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnxscript import version_converter
 
-from magr_onnx import schemas
 from magr_onnx.errors import ModelError
+from magr_onnx.model_io import contrib_schemas
 from magr_onnx.passes import labels
 
 IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
@@ -48,7 +48,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
         kept = labels.collect(model)
-        schemas.register()
+        contrib_schemas.register()
         try:
             with _quiet():
                 version_converter.convert_version(model, target, fallback=True)

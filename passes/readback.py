@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from magr_onnx.core.packing import MatMulNBitsTensors, QdqTensors, dequantize_matmulnbits, dequantize_qdq
 from magr_onnx.core.types import Array
+from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.conv import OPS as CONVOLUTIONS
 from magr_onnx.passes.emit_conv import emitted_matrices
 from magr_onnx.passes.emit_matmulnbits import DOMAIN
 from magr_onnx.passes.gather import emitted_table
-from magr_onnx.writing import let_go
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import ModelError, RuntimeFailure, raise_all
+from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.runtime import apart
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Arithmetic, Batch, InputInfo, Session
-from magr_onnx.writing import tensor_bytes
 
 Array = npt.NDArray[Any]
 

@@ -1,6 +1,7 @@
 """onnxruntime sessions, made in one place.
 
-Models of any size load: what lies in files is read there, and what is in memory goes to a temporary folder (`magr_onnx.runtime.in_place`).
+Models of any size load: what lies in files is read there, and what is in memory goes to a temporary folder
+(`magr_onnx.model_io.external_data`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
+from magr_onnx.model_io.external_data import serialized
+from magr_onnx.model_io.validate_proto import custom_operators
+from magr_onnx.model_io.writing import data_files, explained, tensor_bytes
 from magr_onnx.runtime.custom import LIBRARIES
-from magr_onnx.runtime.in_place import serialized
-from magr_onnx.sanity import custom_operators
-from magr_onnx.writing import data_files, explained, tensor_bytes
 
 Batch = Mapping[str, npt.NDArray[Any]]
 

@@ -26,6 +26,7 @@ from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.error_feedback import goal_of
 from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
 from magr_onnx.errors import NonFiniteError, OutputError, raise_all
+from magr_onnx.model_io.writing import explained
 from magr_onnx.passes.caches import current_mask
 from magr_onnx.passes.linear import LinearLayer
 from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
@@ -33,7 +34,6 @@ from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_f
 from magr_onnx.runtime.calibrate import plan as plan_groups
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
-from magr_onnx.writing import explained
 
 DEFAULT_CACHE = 2 << 30
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
-from magr_onnx.files import model_bytes
+from magr_onnx.model_io.files import model_bytes
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.passes.scopes import scope_of

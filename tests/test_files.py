@@ -15,8 +15,8 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import files, writing
 from magr_onnx.errors import MagrError, ModelError, OutputError
+from magr_onnx.model_io import files, writing
 from tests import graphs
 from tests.graphs import proto
 

@@ -18,9 +18,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import magr_onnx
-from magr_onnx import files, sanity
 from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteError, RuntimeFailure
+from magr_onnx.model_io import files, validate_proto
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.session import Arithmetic, Session
@@ -465,7 +465,7 @@ def test_time_is_linear_in_the_nodes() -> None:
         for i in range(count):
             proto.graph.node.add(op_type="Identity", input=["x"], output=[f"i{i}"])
         start = time.process_time()
-        sanity.check(proto, "m", None)
+        validate_proto.check(proto, "m", None)
         return time.process_time() - start
 
     seconds(1000)

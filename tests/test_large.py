@@ -16,11 +16,11 @@ from magr_onnx.core import linalg, magr, types
 from magr_onnx.core.quantizers import comq, diagonal, gptq, interface, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem
 from magr_onnx.core.types import LayerStats, WeightSpec
+from magr_onnx.model_io.external_data import serialized
+from magr_onnx.model_io.spill import Spool
 from magr_onnx.passes.linear import find
 from magr_onnx.runtime import calibrate, data, stages
-from magr_onnx.runtime.in_place import serialized
 from magr_onnx.runtime.session import Session, inputs_of
-from magr_onnx.spool import Spool
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import activations, layer

@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import files, mixed, sizes, writing
+from magr_onnx import mixed, sizes
 from magr_onnx.cli import app
 from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
+from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
 from magr_onnx.optimizer import Optimized
 from magr_onnx.options import build_pipeline

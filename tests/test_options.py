@@ -314,7 +314,7 @@ def test_options_reach_the_file(arguments: tuple[str, ...], operators: set[str],
     result = run("optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     assert "2 read back and verified" in result.stdout
-    assert operators <= {node.op_type for node in magr_onnx.files.load(out).model.graph}
+    assert operators <= {node.op_type for node in magr_onnx.model_io.files.load(out).model.graph}
     if "--target" in arguments:
         assert run("verify", out, "--target", "x86-avx2").returncode == 0
 

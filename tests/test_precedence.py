@@ -16,7 +16,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.errors import MagrError, OptionError, OutputError, RecipeError
-from magr_onnx.locking import write_text
+from magr_onnx.model_io.atomic import write_text
 from magr_onnx.precedence import over
 from magr_onnx.recipe import Recipe
 from tests import graphs

@@ -21,11 +21,11 @@ import pytest
 
 import magr_onnx
 from magr_onnx.errors import OptionError, OutputError
-from magr_onnx.locking import lock
+from magr_onnx.model_io.atomic import lock
+from magr_onnx.model_io.writing import data_files
 from magr_onnx.models import bundled
 from magr_onnx.report import LayerRow
 from magr_onnx.resume import LAYERS, MANIFEST
-from magr_onnx.writing import data_files
 from tests import graphs
 from tests.graphs import proto
 from tests.helpers import few_samples

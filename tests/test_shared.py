@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import Report, files
+from magr_onnx import Report
 from magr_onnx.core.types import LayerStats
+from magr_onnx.model_io import files
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Job, find, parse, run_layers, segments

@@ -17,13 +17,13 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import files, writing
 from magr_onnx.errors import MagrError, OutputError
-from magr_onnx.locking import clear, lock, workspace
+from magr_onnx.model_io import files, writing
+from magr_onnx.model_io.atomic import clear, lock, workspace
+from magr_onnx.model_io.writing import Layout, save
 from magr_onnx.models import bundled
 from magr_onnx.runtime.session import Session
 from magr_onnx.runtime.stages import Cache
-from magr_onnx.writing import Layout, save
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

@@ -74,10 +74,10 @@ from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.folders import OptimizedFolder, check_reports, optimize_folder, taken_by
 from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
+from magr_onnx.model_io.writing import data_files
 from magr_onnx.recipe import Recipe, remarks
 from magr_onnx.report import MOST, Report
 from magr_onnx.runtime import decoders
-from magr_onnx.writing import data_files
 
 EPILOG = """[bold]Examples[/bold]
 

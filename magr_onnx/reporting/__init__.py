@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magr_onnx.errors import OptionError, OutputError, install, raise_all
-from magr_onnx.locking import write_text
-from magr_onnx.places import blocked
+from magr_onnx.model_io.atomic import write_text
+from magr_onnx.model_io.writable import blocked
 
 if TYPE_CHECKING:
     from magr_onnx.report import Report

@@ -22,9 +22,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from magr_onnx import api, files, keys
+from magr_onnx import api, keys
 from magr_onnx.boundary import explained
 from magr_onnx.errors import ModelError, OptionError, closest, raise_all
+from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.functions import open_up
 from magr_onnx.report import Report

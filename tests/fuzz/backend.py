@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx.backend.test.loader import DATA_DIR, load_model_tests
 
-from magr_onnx.sanity import OLDEST_OPSET
+from magr_onnx.model_io.validate_proto import OLDEST_OPSET
 from tests.fuzz import isolated
 from tests.fuzz.judge import OPTIONS, Feeds, Outcome, judge
 

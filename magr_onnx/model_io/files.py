@@ -10,11 +10,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magr_onnx import places, sanity, schemas
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import ModelError, raise_all
-from magr_onnx.oldforms import modernize
-from magr_onnx.writing import data_name, is_ours
+from magr_onnx.model_io import contrib_schemas, validate_proto, writable
+from magr_onnx.model_io.legacy import modernize
+from magr_onnx.model_io.writing import data_name, is_ours
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
 _KINDS = {
@@ -65,7 +65,7 @@ def load(source: Any) -> Loaded:
         return _load_path(Path(source))
     if isinstance(source, onnx.ModelProto):
         name = "the given ModelProto"
-        sanity.check(source, name, None)
+        validate_proto.check(source, name, None)
         _check(source, name)
         return Loaded(_convert(source, name), None, frozenset(), _dropped(source))
     inner = getattr(source, "model", None)
@@ -100,7 +100,7 @@ def check_name(path: Path) -> list[str]:
 
 def check_length(output: Path) -> list[str]:
     """What stands against the names that data files of an output may get."""
-    return places.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
+    return writable.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
 
 
 def _load_path(path: Path) -> Loaded:
@@ -110,7 +110,7 @@ def _load_path(path: Path) -> Loaded:
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
         raise ModelError(f"{path} is no ONNX model, by its name: {kind}")
     size = path.stat().st_size
-    if size > sanity.LARGEST_FILE:
+    if size > validate_proto.LARGEST_FILE:
         raise ModelError(f"{path} has {size} bytes; an ONNX file is at most 2 GiB, with its tensors in files beside it")
     try:
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
@@ -118,7 +118,7 @@ def _load_path(path: Path) -> Loaded:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model, or is truncated: {error}") from error
     if not proto.HasField("graph") or not proto.ir_version:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model: it has no graph or no IR version")
-    external = sanity.check(proto, str(path), path.parent)
+    external = validate_proto.check(proto, str(path), path.parent)
     _check(str(path), str(path))
     model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
@@ -160,7 +160,7 @@ def _load_attributes(model: ir.Model, folder: Path) -> None:
 
 
 def _check(model: str | onnx.ModelProto, name: str) -> None:
-    schemas.register()
+    contrib_schemas.register()
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
@@ -203,7 +203,7 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
         found.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
         found.append(f"output folder {folder} does not exist; create it first")
-    elif wrong := places.blocked(f"output {output}", output) or check_length(output):
+    elif wrong := writable.blocked(f"output {output}", output) or check_length(output):
         found += wrong
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):

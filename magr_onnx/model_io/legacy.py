@@ -11,7 +11,7 @@ import math
 import numpy as np
 import onnx
 
-from magr_onnx.sanity import graphs
+from magr_onnx.model_io.validate_proto import graphs
 
 CONSTANTS = 4
 """The IR version from which initializers need not be inputs."""

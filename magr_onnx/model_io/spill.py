@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.errors import OutputError
-from magr_onnx.writing import explained, let_go, model_values
+from magr_onnx.model_io.writing import explained, let_go, model_values
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
 FILE_BYTES = 1 << 30  # a tensor maps the whole of its file, so that many files are better than one

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
 from magr_onnx.errors import ModelError, raise_all
-from magr_onnx.unfolding import unfolded
+from magr_onnx.model_io.expansion import unfolded
 
 OLDEST_OPSET = 7
 """Before it, Add and its like broadcast by an attribute, and onnxruntime promises nothing."""

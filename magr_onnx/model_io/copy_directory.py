@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from magr_onnx.errors import ModelError, OutputError, raise_all
-from magr_onnx.locking import mode_of
-from magr_onnx.writing import data_files
-from magr_onnx.writing import explained as advice
+from magr_onnx.model_io.atomic import mode_of
+from magr_onnx.model_io.writing import data_files
+from magr_onnx.model_io.writing import explained as advice
 
 
 def every(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from magr_onnx.errors import OutputError, raise_all
-from magr_onnx.places import blocked
+from magr_onnx.model_io.writable import blocked
 
 try:
     import fcntl

@@ -23,8 +23,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
-from magr_onnx.locking import mode_of, replace, sync, workspace
-from magr_onnx.runtime.in_place import most_inline
+from magr_onnx.model_io.atomic import mode_of, replace, sync, workspace
+from magr_onnx.model_io.external_data import most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1

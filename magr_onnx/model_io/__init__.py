@@ -1,0 +1,1 @@
+"""Model files in and out: loading, checks of hostile files, atomic writing."""
