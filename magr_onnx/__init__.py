@@ -24,8 +24,8 @@ from magr_onnx.layerwise import LayerOptions
 from magr_onnx.options import Options, build_pipeline
 from magr_onnx.presets import PRESETS, Preset
 from magr_onnx.recipe import Recipe
-from magr_onnx.report import Report
-from magr_onnx.verification import Verification
+from magr_onnx.report.data import Report
+from magr_onnx.report.verification import Verification
 
 __version__ = "0.1.0"
 

@@ -21,13 +21,13 @@ from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import LinearLayer, find
 from magr_onnx.passes.scopes import scope_of
-from magr_onnx.report import SkipRow, versions
+from magr_onnx.report.data import SkipRow, versions
+from magr_onnx.report.verification import Verification
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import Arithmetic, provider_name
 from magr_onnx.setting import Progress, stage
-from magr_onnx.verification import Verification
 from magr_onnx.watching import watched
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]

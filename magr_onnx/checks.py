@@ -17,9 +17,9 @@ from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.operands import Reason
 from magr_onnx.passes.readback import digest, iterate
-from magr_onnx.report import ProofSummary, versions
+from magr_onnx.report.data import ProofSummary, versions
+from magr_onnx.report.verification import LayerVerdict
 from magr_onnx.runtime import apart, overflow, session
-from magr_onnx.verification import LayerVerdict
 
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 

@@ -18,8 +18,8 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
 from magr_onnx import watching
-from magr_onnx.decoding import json_text, plain
-from magr_onnx.report import COLUMNS, LayerRow
+from magr_onnx.report.data import COLUMNS, LayerRow
+from magr_onnx.report.serialization import json_text, plain
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]

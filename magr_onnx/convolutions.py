@@ -28,7 +28,7 @@ from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.report import LayerRow
+from magr_onnx.report.data import LayerRow
 from magr_onnx.runtime import calibrate, patches
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.patches import PatchStats

@@ -15,7 +15,7 @@ from magr_onnx.passes.gather import Table, TableReason, emit, find
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
-from magr_onnx.report import LayerRow
+from magr_onnx.report.data import LayerRow
 
 
 def look(

@@ -17,17 +17,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from magr_onnx import patterns, provenance, reporting
+from magr_onnx import patterns, provenance
 from magr_onnx.boundary import explained
 from magr_onnx.core.types import Deferred
-from magr_onnx.decoding import json_text
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import explained as advice
 from magr_onnx.optimizer import optimize
 from magr_onnx.patterns import Known, Patterns
 from magr_onnx.recipe import with_recipe
-from magr_onnx.report import COLUMNS, Report, megabytes, wrapped
+from magr_onnx.report import html
+from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
+from magr_onnx.report.serialization import json_text
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
 
@@ -82,11 +83,11 @@ class OptimizedFolder:
         def write(file: Path, one: Report | OptimizedFolder) -> None:
             if isinstance(one, Report):
                 one.save(file)
-            elif file.suffix.lower() in reporting.PAGES:
+            elif file.suffix.lower() in html.PAGES:
                 pages = [other.name for other in found if other != file]
-                reporting.write(reporting.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
+                html.write(html.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
             else:
-                reporting.write(one.to_json() + "\n", file)
+                html.write(one.to_json() + "\n", file)
 
         do_all([partial(write, *item) for item in found.items()])
 
@@ -340,14 +341,14 @@ def check_reports(folder: Path, models: Sequence[str], paths: Sequence[Path], ta
     """See that all reports of a folder can be written for ``paths`` (`OptimizedFolder.files`), and be none of the files of the run.
 
     Raises:
-        MagrError: As `magr_onnx.reporting.check`; the source has no such models.
+        MagrError: As `magr_onnx.report.html.check`; the source has no such models.
     """
     names = _names(folder, models)
     every = [file for path in paths for file in (_report_files(path, names) if len(names) > 1 else [path])]
     raise_all(
         OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
     )
-    reporting.check(every, taken)
+    html.check(every, taken)
 
 
 def _report_files(path: Path, names: Sequence[str]) -> list[Path]:

@@ -20,7 +20,6 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx import sizes
-from magr_onnx.assignment import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.core import knapsack
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.core.types import Choice
@@ -30,6 +29,7 @@ from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
 from magr_onnx.passes import gather, pipeline
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip
+from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.runtime import sensitivity
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.loss import Reference

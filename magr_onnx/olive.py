@@ -30,7 +30,7 @@ from magr_onnx.passes import pipeline
 from magr_onnx.precedence import over
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 
 try:
     from olive.common.config_utils import ParamCategory, validate_config

@@ -25,7 +25,7 @@ from magr_onnx.passes.scopes import scope_of
 from magr_onnx.preparing import prepare
 from magr_onnx.presets import find_preset
 from magr_onnx.recipe import Recipe, with_recipe
-from magr_onnx.report import LayerRow, ProofSummary, Report, SkipRow, versions
+from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation

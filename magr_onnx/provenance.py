@@ -13,7 +13,7 @@ import numpy as np
 
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.recipe import Recipe, by_name
-from magr_onnx.report import Reported
+from magr_onnx.report.data import Reported
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Reported)

@@ -32,7 +32,7 @@ from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.model_io.atomic import write_text
 from magr_onnx.options import Options
 from magr_onnx.precedence import below, left_out, over
-from magr_onnx.report import Report, Reported, megabytes
+from magr_onnx.report.data import Report, Reported, megabytes
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Reported)

@@ -29,7 +29,7 @@ from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.writing import explained, file_digest
 from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.outcome import Arrays, from_arrays, most_bytes, to_arrays
-from magr_onnx.report import versions
+from magr_onnx.report.data import versions
 from magr_onnx.runtime.data import Batches
 
 MANIFEST, LAYERS, LOCK = "manifest.json", "layers", "lock"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.passes import LinearLayer, Skip
 from magr_onnx.passes.linear import find
-from magr_onnx.report import LayerRow
+from magr_onnx.report.data import LayerRow
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""

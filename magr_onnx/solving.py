@@ -18,7 +18,7 @@ from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.segments import depths
 from magr_onnx.preparing import Prepared
-from magr_onnx.report import LayerRow, megabytes, told_apart
+from magr_onnx.report.data import LayerRow, megabytes, told_apart
 from magr_onnx.run import Run
 from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches

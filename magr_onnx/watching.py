@@ -15,7 +15,7 @@ from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from magr_onnx.report import LayerRow, shortened
+from magr_onnx.report.data import LayerRow, shortened
 from magr_onnx.runtime.validate import severity
 
 P = ParamSpec("P")

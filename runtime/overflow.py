@@ -11,9 +11,9 @@ from magr_onnx.core.overflow.targets import Target
 from magr_onnx.passes.dot_products import find
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
-from magr_onnx.report import SkipRow
+from magr_onnx.report.data import SkipRow
+from magr_onnx.report.verification import LayerVerdict, WitnessRow
 from magr_onnx.runtime import witness as witnesses
-from magr_onnx.verification import LayerVerdict, WitnessRow
 
 
 def verify(

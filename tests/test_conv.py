@@ -27,7 +27,7 @@ from magr_onnx.passes.constants import Held
 from magr_onnx.passes.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
 from magr_onnx.passes.convolutions import Convolutions
 from magr_onnx.passes.readback import emitted_weight
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 from magr_onnx.runtime import patches
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
 from magr_onnx.folders import check_reports, taken_by
-from magr_onnx.report import LayerRow
+from magr_onnx.report.data import LayerRow
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.session import InputInfo
 from tests import graphs

@@ -15,7 +15,7 @@ from magr_onnx.errors import ModelError, OptionError
 from magr_onnx.keys import OPTIONS
 from magr_onnx.layerwise import LAYER_OPTIONS, LayerOptions, problems_of
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 from magr_onnx.runtime.session import Session
 from tests import graphs
 from tests.graphs import Builder, feeds, random

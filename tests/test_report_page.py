@@ -13,8 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 import magr_onnx
-from magr_onnx import Report, reporting
-from magr_onnx.reporting import summary
+from magr_onnx import Report
+from magr_onnx.report import html
+from magr_onnx.report.html import summary
 from tests import graphs
 from tests.browser import DESKTOP, PHONE, chromium, draw_all, opened
 from tests.edge.targets import refuse
@@ -64,7 +65,7 @@ def pages(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("pages")
     for name, report in reports.items():
         report.save(folder / f"{name}.html")
-    reporting.write(reporting.comparison(reports["four"], reports["integer"]), folder / "comparison.html")
+    html.write(html.comparison(reports["four"], reports["integer"]), folder / "comparison.html")
     return {path.stem: path for path in folder.iterdir()}
 
 

@@ -19,7 +19,7 @@ from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Job, find, parse, run_layers, segments
 from magr_onnx.passes.readback import read_weights
 from magr_onnx.passes.shared import Bond, remarks, sharing
-from magr_onnx.reporting import summary
+from magr_onnx.report.html import summary
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session

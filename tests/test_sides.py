@@ -8,8 +8,8 @@ import pytest
 
 import magr_onnx
 from magr_onnx import Report
-from magr_onnx.reporting import sides
-from magr_onnx.reporting.sides import NOISE, SAME, Measure, verdict
+from magr_onnx.report.html import comparison
+from magr_onnx.report.html.comparison import NOISE, SAME, Measure, verdict
 from magr_onnx.runtime.validate import Latency
 from tests import graphs
 
@@ -27,27 +27,27 @@ def test_layer_errors_with_and_without_feedback_get_no_verdict(runs: dict[str, R
     fast, balanced = runs["fast"], runs["balanced"]
     assert not any(row.feedback for row in fast.layers)
     assert any(row.feedback for row in balanced.layers)
-    rows = {row.name: row for row in sides.compared(fast, balanced)}
+    rows = {row.name: row for row in comparison.compared(fast, balanced)}
     for name in ("median layer error", "largest layer error"):
         assert (rows[name].change, rows[name].tone) == ("not comparable", "")
         assert rows[name].first != rows[name].second
-    assert {row.name: row for row in sides.compared(fast, replace(fast, bytes_after=1))}["median layer error"].change == ""
+    assert {row.name: row for row in comparison.compared(fast, replace(fast, bytes_after=1))}["median layer error"].change == ""
     order = list(rows)
     assert order.index("SQNR") < order.index("size") < order.index("median error in the running model") < order.index("median layer error")
 
 
 def test_layers_are_judged_by_the_running_model_where_both_have_it(runs: dict[str, Report]) -> None:
     fast, balanced = runs["fast"], runs["balanced"]
-    how = sides.judged(fast, balanced)
+    how = comparison.judged(fast, balanced)
     assert (how.running, how.verdict) == (True, True)
-    for row in (found := sides.differences(fast, balanced)):
+    for row in (found := comparison.differences(fast, balanced)):
         assert row["change"] == row["second"].running - row["first"].running
     assert [abs(row["change"]) for row in found] == sorted((abs(row["change"]) for row in found), reverse=True)
     bare = replace(balanced, validation=None)
-    how = sides.judged(fast, bare)
+    how = comparison.judged(fast, bare)
     assert (how.running, how.verdict) == (False, False)
-    assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in sides.differences(fast, bare))
-    assert sides.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
+    assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in comparison.differences(fast, bare))
+    assert comparison.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
 
 
 def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:
@@ -58,7 +58,7 @@ def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:
     worse = replace(runs["fast"], validation=replace(v, latency=Latency(20, 30, 9, (19, 21), (29, 31))))
 
     def judged(other: Report) -> tuple[str, str]:
-        row = next(row for row in sides.compared(quiet, other) if row.name == "latency over the float model's")
+        row = next(row for row in comparison.compared(quiet, other) if row.name == "latency over the float model's")
         return row.change, row.tone
 
     assert judged(busy) == (SAME, "")
@@ -78,8 +78,8 @@ def ms(value: float, *spread: float) -> Measure:
         (Measure("", 10.0), Measure("", 9.9999), (SAME, "")),
         (Measure("", 10.0), Measure("", 10.0001), (SAME, "")),
         (Measure("", None), Measure("", 9.0), ("", "")),
-        (Measure("", 0.90, False, sides.points), Measure("", 0.915, False, sides.points), ("+1.50 points", "good")),
-        (Measure("", 22.0, False, sides.in_decibels), Measure("", 20.0, False, sides.in_decibels), ("-2.0 dB", "bad")),
+        (Measure("", 0.90, False, comparison.points), Measure("", 0.915, False, comparison.points), ("+1.50 points", "good")),
+        (Measure("", 22.0, False, comparison.in_decibels), Measure("", 20.0, False, comparison.in_decibels), ("-2.0 dB", "bad")),
         (ms(10), ms(10.9), (SAME, "")),
         (ms(10, 9, 13), ms(12, 11, 14), (SAME, "")),
         (ms(10, 9, 11), ms(12, 11.5, 14), ("+20.0%", "bad")),

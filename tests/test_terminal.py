@@ -23,7 +23,7 @@ from magr_onnx.cli import app
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
 from magr_onnx.presets import PRESETS
-from magr_onnx.report import MOST, LayerRow, layer_table
+from magr_onnx.report.data import MOST, LayerRow, layer_table
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

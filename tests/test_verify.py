@@ -31,7 +31,7 @@ from magr_onnx.core.overflow.targets import TARGETS, Kernel, find_target
 from magr_onnx.passes.dot_products import find
 from magr_onnx.passes.linear import Skip
 from magr_onnx.passes.operands import Reason
-from magr_onnx.verification import LayerVerdict, Verification
+from magr_onnx.report.verification import LayerVerdict, Verification
 from tests import dots, graphs
 from tests.dots import F32, S8, U8, model, node, quantized_x, scalars
 from tests.test_cli import run

@@ -15,7 +15,7 @@ from magr_onnx.errors import MagrError
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.trap import CONVERTED
 from magr_onnx.passes.readback import emitted_weight
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 from magr_onnx.runtime.session import Arithmetic, Session
 
 CONVERTING = [t for t in ZOO.values() if t.refused is None]

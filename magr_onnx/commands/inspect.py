@@ -10,7 +10,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.arguments import Exclude, Include, Json, Requantize, Verbose
-from magr_onnx.report import by_reason, shortened, wrapped
+from magr_onnx.report.data import by_reason, shortened, wrapped
 
 EPILOG = """[bold]Examples[/bold]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from magr_onnx import api, console, reporting
+from magr_onnx import api, console
 from magr_onnx.arguments import (
     AccumulatorBitsOption,
     AccumulatorTileOption,
@@ -76,7 +76,8 @@ from magr_onnx.keys import KEYS
 from magr_onnx.layerwise import LayerOptions
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.recipe import Recipe, remarks
-from magr_onnx.report import MOST, Report
+from magr_onnx.report import html
+from magr_onnx.report.data import MOST, Report
 from magr_onnx.runtime import decoders
 
 EPILOG = """[bold]Examples[/bold]
@@ -177,7 +178,7 @@ def optimize(
         taken |= taken_by(source, out)
         check_reports(source, arguments.get("models", ()), report or (), taken | saved)
     else:
-        reporting.check(report or (), taken | saved)
+        html.check(report or (), taken | saved)
     if save_recipe is not None:
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out, resumable="resume" in arguments)
@@ -202,7 +203,7 @@ def _check_recipe(asked: Recipe, path: Path, taken: Collection[Path]) -> None:
     Raises:
         OutputError: With everything that stands against it.
     """
-    wrong = reporting.misplaced(f"recipe {path}", path, taken)
+    wrong = html.misplaced(f"recipe {path}", path, taken)
     if path.suffix.lower() != ".toml":
         wrong.append(f"recipe {path}: give a name that ends in .toml")
     try:

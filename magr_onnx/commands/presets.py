@@ -5,7 +5,7 @@ from __future__ import annotations
 from magr_onnx import console
 from magr_onnx.arguments import Json
 from magr_onnx.presets import PRESETS
-from magr_onnx.report import wrapped
+from magr_onnx.report.data import wrapped
 
 EPILOG = "[bold]Examples[/bold]\n\nonnx-magr presets\n\nonnx-magr optimize model.onnx --preset web --calibration inputs.npz"
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import console, reporting
+from magr_onnx import console
 from magr_onnx.errors import OptionError
-from magr_onnx.report import Report
+from magr_onnx.report import html
+from magr_onnx.report.data import Report
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -35,11 +36,11 @@ def report(
     first = reports[0]
     other = f"_{reports[1].stem}" if len(reports) == 2 else ""
     out = first.with_name(f"{first.stem}{other}.html") if output is None else output
-    if out.suffix.lower() not in reporting.PAGES:
+    if out.suffix.lower() not in html.PAGES:
         raise OptionError(f"page {out}: give a name that ends in .html")
-    reporting.check([out], set(reports))
+    html.check([out], set(reports))
     found = [Report.load(path) for path in reports]
-    reporting.write(reporting.comparison(*found) if len(found) == 2 else found[0].to_html(), out)
+    html.write(html.comparison(*found) if len(found) == 2 else found[0].to_html(), out)
     console.say(str(out))
     if open_page and not webbrowser.open(out.resolve().as_uri()):
         console.errors.print(f"no browser could be opened; open {out} yourself", markup=False)

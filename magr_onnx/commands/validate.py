@@ -10,7 +10,7 @@ import typer
 
 from magr_onnx import api, console
 from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
-from magr_onnx.report import validation_text
+from magr_onnx.report.data import validation_text
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.validate import severity
 

@@ -16,7 +16,7 @@ from magr_onnx.boundary import explained
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import OptionError
 from magr_onnx.recipe import argument
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export

@@ -28,7 +28,7 @@ from magr_onnx.errors import ModelError, OptionError, closest, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.functions import open_up
-from magr_onnx.report import Report
+from magr_onnx.report.data import Report
 from magr_onnx.torch.export import DynamicShapes, Examples, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs
 from magr_onnx.torch.interface import asked, optimized

@@ -12,8 +12,9 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from magr_onnx.report import Report, layer_notes, megabytes, versions
-from magr_onnx.reporting import sides, summary
+from magr_onnx.report.data import Report, layer_notes, megabytes, versions
+from magr_onnx.report.html import comparison as sides
+from magr_onnx.report.html import summary
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 SCRIPTS = ("table.js", "charts.js", "details.js", "page.js")

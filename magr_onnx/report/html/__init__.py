@@ -17,7 +17,7 @@ from magr_onnx.model_io.atomic import write_text
 from magr_onnx.model_io.writable import blocked
 
 if TYPE_CHECKING:
-    from magr_onnx.report import Report
+    from magr_onnx.report.data import Report
 
 NEEDED = ("jinja2", "vl_convert")
 PAGES = (".html", ".htm")
@@ -30,7 +30,7 @@ def page(report: Report) -> str:
         OptionError: The extra ``report`` is not installed.
     """
     _check_extra("a page")
-    from magr_onnx.reporting.render import page
+    from magr_onnx.report.html.render import page
 
     return page(report)
 
@@ -42,7 +42,7 @@ def comparison(first: Report, second: Report) -> str:
         OptionError: The extra ``report`` is not installed.
     """
     _check_extra("a page")
-    from magr_onnx.reporting.render import comparison
+    from magr_onnx.report.html.render import comparison
 
     return comparison(first, second)
 
@@ -54,7 +54,7 @@ def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
         OptionError: The extra ``report`` is not installed.
     """
     _check_extra("a page")
-    from magr_onnx.reporting.render import index
+    from magr_onnx.report.html.render import index
 
     return index(source, pages)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from magr_onnx.report import Report, megabytes
-from magr_onnx.reporting.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
+from magr_onnx.report.data import Report, megabytes
+from magr_onnx.report.html.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
 from magr_onnx.runtime.validate import severity
 
 SAME = "about the same"

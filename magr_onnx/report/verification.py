@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from magr_onnx.core.overflow.proof import Claim
-from magr_onnx.decoding import plain
-from magr_onnx.report import SkipRow, by_reason, skip_lines, wrapped
+from magr_onnx.report.data import SkipRow, by_reason, skip_lines, wrapped
+from magr_onnx.report.serialization import plain
 
 Verdict = Literal["proved", "overflows"]
 ROWS = 20  # layers of the table; the JSON has all

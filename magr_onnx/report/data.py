@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
-from magr_onnx.assignment import Assignment
-from magr_onnx.decoding import AS_IS, decode, json_text, plain
 from magr_onnx.errors import ReportError
+from magr_onnx.report.mixed_precision import Assignment
+from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
 from magr_onnx.runtime.validate import Validation, severity
 
 MOST = 25
@@ -263,9 +263,9 @@ class Report:
         Raises:
             OptionError: The extra ``report`` is not installed.
         """
-        from magr_onnx import reporting  # an extra: most users of reports need no page
+        from magr_onnx.report import html  # an extra: most users of reports need no page
 
-        return reporting.page(self)
+        return html.page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file: a page to ``.html``, else JSON to ``.json``.
@@ -274,9 +274,8 @@ class Report:
             OptionError: The extra ``report`` is not installed, or the suffix is another.
             OutputError: The file cannot be written.
         """
-        from magr_onnx import reporting
 
-        reporting.save(self, Path(path))
+        html.save(self, Path(path))
 
     def to_text(self, most: int | None = None, width: int = COLUMNS) -> str:
         """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.

@@ -11,7 +11,7 @@ from typing import Any
 
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
-from magr_onnx.report import LayerRow, Report, by_reason, megabytes
+from magr_onnx.report.data import LayerRow, Report, by_reason, megabytes
 from magr_onnx.runtime.validate import OutputMetrics, severity
 
 TAIL = 3.0  # times the median error, from which a layer stands out
