@@ -1,6 +1,10 @@
 """onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
 
 from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.options import Options, build_pipeline
+from magr_onnx.config.presets import PRESETS, Preset
+from magr_onnx.config.recipe import Recipe
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS, Target
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
@@ -20,10 +24,6 @@ from magr_onnx.errors import (
     RuntimeFailure,
 )
 from magr_onnx.folders import OptimizedFolder, optimize_folder
-from magr_onnx.layerwise import LayerOptions
-from magr_onnx.options import Options, build_pipeline
-from magr_onnx.presets import PRESETS, Preset
-from magr_onnx.recipe import Recipe
 from magr_onnx.report.data import Report
 from magr_onnx.report.verification import Verification
 

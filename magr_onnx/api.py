@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import embeddings, keys, patterns
+from magr_onnx import embeddings
 from magr_onnx.boundary import explained
+from magr_onnx.config import schema, selection
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError
@@ -66,11 +67,11 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         ModelError: Not a usable model.
         OptionError: A value that is none, or a pattern that matches nothing.
     """
-    keys.check(include=include, exclude=exclude, requantize=requantize)
-    include, exclude = keys.listed("include", include), keys.listed("exclude", exclude)
+    schema.check(include=include, exclude=exclude, requantize=requantize)
+    include, exclude = schema.listed("include", include), schema.listed("exclude", exclude)
     loaded = files.load(model)
-    notes = [*loaded.notes, *open_up(loaded.model), *patterns.settle(loaded.model, include, exclude, requantize)]
-    patterns.check(loaded.model, include, exclude)
+    notes = [*loaded.notes, *open_up(loaded.model), *selection.settle(loaded.model, include, exclude, requantize)]
+    selection.check(loaded.model, include, exclude)
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
@@ -137,10 +138,10 @@ def validate(
         OptionError: A value that is none, such as a batch size of 0.
         MagrError: A model or the data cannot be used.
     """
-    keys.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
+    schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    with custom.using(keys.listed("custom_ops", custom_ops)):
+    with custom.using(schema.listed("custom_ops", custom_ops)):
         folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
         batches = decoders.open_for(
             a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model, folders=folders

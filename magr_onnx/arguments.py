@@ -21,9 +21,9 @@ from magr_onnx.choices import (
     Quantizer,
     Range,
 )
+from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.passes.pipeline import PASSES
-from magr_onnx.presets import PRESETS
 
 DATA, RECIPES, LAYERS, WEIGHTS = "Data and output", "Recipes and presets", "Which layers", "Bits, formats and accuracy"
 FINE, OTHERS, INTEGERS = "Fine tuning of the solvers", "Convolutions and embeddings", "Integer layers and accumulators"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx import convolutions, embeddings, mixed, options
+from magr_onnx import convolutions, embeddings, mixed
+from magr_onnx.config import options
 from magr_onnx.convolutions import Converted
 from magr_onnx.passes import LayerPass, Skip, conv
 from magr_onnx.passes.conv import ConvLayer

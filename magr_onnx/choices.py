@@ -1,10 +1,11 @@
-"""What options of the command line may be where the values can be listed: the choices of `magr_onnx.keys`, as types that typer reads."""
+"""What options of the command line may be where the values can be listed: the choices of `magr_onnx.config.schema`, as types that typer
+reads."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from magr_onnx.keys import KEYS, WORDS
+from magr_onnx.config.schema import KEYS, WORDS
 
 if TYPE_CHECKING:  # type checkers know no types that are made when a program runs
     Activation = str

@@ -17,15 +17,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from magr_onnx import patterns, provenance
 from magr_onnx.boundary import explained
+from magr_onnx.config import invocation, selection
+from magr_onnx.config.recipe import with_recipe
+from magr_onnx.config.selection import Known, Patterns
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import explained as advice
 from magr_onnx.optimizer import optimize
-from magr_onnx.patterns import Known, Patterns
-from magr_onnx.recipe import with_recipe
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
@@ -120,7 +120,7 @@ class _Model:
 
 
 @explained
-@provenance.recorded
+@invocation.recorded
 @with_recipe
 def optimize_folder(
     folder: str | os.PathLike[str] | None = None,
@@ -222,9 +222,9 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     there = [p.as_posix() for p in copy_directory.every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
-    if not patterns:
+    if not selection:
         return there
-    found = {pattern: _matching(there, pattern) for pattern in patterns}
+    found = {pattern: _matching(there, pattern) for pattern in selection}
     raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in found if not found[p]])
     return [name for name in there if any(name in some for some in found.values())]
 
@@ -276,12 +276,12 @@ def _read(
             a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
             found.append(_Model(name, loaded.external, a, b, said))
             if said != Patterns():
-                seen[name] = patterns.look(loaded.model, said, again)
+                seen[name] = selection.look(loaded.model, said, again)
         except MagrError as error:
             sources.append(f"{name}: {error}")
     raise_all(ModelError, models)
     raise_all(CalibrationError, sources)
-    shared = patterns.share(seen, said)
+    shared = selection.share(seen, said)
     return [replace(model, said=shared.get(model.name, said)) for model in found]
 
 

@@ -20,12 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx import sizes
+from magr_onnx.config.options import FORMATS, Options, build_pipeline, bytes_of
 from magr_onnx.core import knapsack
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
-from magr_onnx.options import FORMATS, Options, build_pipeline, bytes_of
 from magr_onnx.passes import gather, pipeline
 from magr_onnx.passes.job import LayerPass
 from magr_onnx.passes.linear import LinearLayer, Reason, Skip

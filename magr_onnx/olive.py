@@ -21,15 +21,15 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx import folders, mixed
+from magr_onnx.config.merge import over
+from magr_onnx.config.options import Options, build_pipeline
+from magr_onnx.config.presets import find_preset
+from magr_onnx.config.recipe import Recipe
+from magr_onnx.config.schema import KEYS, RUN, WORDS, unknown
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
-from magr_onnx.keys import KEYS, RUN, WORDS, unknown
 from magr_onnx.model_io.writing import file_digest
 from magr_onnx.optimizer import optimize
-from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
-from magr_onnx.precedence import over
-from magr_onnx.presets import find_preset
-from magr_onnx.recipe import Recipe
 from magr_onnx.report.data import Report
 
 try:
@@ -74,7 +74,7 @@ def package_config() -> dict[str, Any]:
 class OnnxMagr(Pass):  # type: ignore[misc]
     """Quantizes linear layers, convolutions and tables of an ONNX model; see `magr_onnx.optimize`.
 
-    Its parameters are the keys of a recipe (`magr_onnx.recipe`) but those that Olive has an own place for (model, output), and:
+    Its parameters are the keys of a recipe (`magr_onnx.config.recipe`) but those that Olive has an own place for (model, output), and:
 
     Attributes:
         recipe: A recipe file; parameters given beside it win.

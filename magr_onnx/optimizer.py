@@ -10,21 +10,22 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import keys, layerwise, mixed, provenance
+from magr_onnx import mixed
 from magr_onnx.boundary import explained
 from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
+from magr_onnx.config import invocation, layer_options, schema
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.options import Options, pipeline_of
+from magr_onnx.config.presets import find_preset
+from magr_onnx.config.recipe import Recipe, with_recipe
 from magr_onnx.errors import OptionError, OutputError, raise_all
-from magr_onnx.layerwise import LayerOptions
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
-from magr_onnx.options import Options, pipeline_of
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import layer_name
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.preparing import prepare
-from magr_onnx.presets import find_preset
-from magr_onnx.recipe import Recipe, with_recipe
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
@@ -58,7 +59,7 @@ class Optimized(NamedTuple):
 
 
 @explained
-@provenance.recorded
+@invocation.recorded
 @watched
 @with_recipe
 @with_run
@@ -100,9 +101,9 @@ def optimize(
             lies beside the model; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so.
         recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
-        preset: A name of `magr_onnx.presets.PRESETS`: options to start from, under those of the recipe and those given.
-        layers: Options of single layers, as ``{"match": "*lm_head*", "bits": 8}`` (`magr_onnx.layerwise`), after those of the recipe;
-            of several that match a layer, later ones win.
+        preset: A name of `magr_onnx.config.presets.PRESETS`: options to start from, under those of the recipe and those given.
+        layers: Options of single layers, as ``{"match": "*lm_head*", "bits": 8}`` (`magr_onnx.config.layer_options`), after those of the
+            recipe; of several that match a layer, later ones win.
         output: Where to write the result; None keeps it in memory, its codes verified, but not loaded by onnxruntime.
         validation_data: Held-out inputs to compare the float and the quantized model on.
         pipeline_text: Passes, or their text, instead of ``options``.
@@ -136,7 +137,7 @@ def optimize(
     if model is None:
         raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
     tables, asked = cast(tuple[LayerOptions, ...], tuple(layers)), dict(options)
-    gram_budget, cache = keys.size("gram_budget", gram_budget), keys.size("cache", cache)
+    gram_budget, cache = schema.size("gram_budget", gram_budget), schema.size("cache", cache)
     goal: mixed.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
@@ -150,7 +151,7 @@ def optimize(
     pipeline.check(passes, provider)
     passes = pipeline.suited(passes, provider)
     provider_name(provider)
-    special = layerwise.pipelines(tables, options, passes, provider)
+    special = layer_options.pipelines(tables, options, passes, provider)
     run.register(custom_ops)
     if calibration is None:
         _check_data_free(passes, goal)
@@ -163,7 +164,7 @@ def optimize(
         apart.start()
     setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
-    layerwise.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
+    layer_options.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
@@ -221,7 +222,7 @@ def optimize(
             comparison,
             proof,
             assignment=None if solved.search is None else solved.search.report(),
-            options=provenance.options(run.given),
+            options=invocation.options(run.given),
         ),
     )
 

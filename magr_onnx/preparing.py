@@ -9,11 +9,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, layerwise, patterns
+from magr_onnx import beginnings
 from magr_onnx.checks import Readable
+from magr_onnx.config import layer_options, selection
+from magr_onnx.config.options import Options
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import Loaded
-from magr_onnx.options import Options
 from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline
 from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.conv import ConvLayer
@@ -103,12 +104,12 @@ def prepare(
     for some in (passes, *special):
         pipeline.prepare(some, model)
     raised = model.opset_imports.get("") != opset
-    notes += patterns.settle(model, setting.include, setting.exclude, again)
-    patterns.check(model, setting.include, setting.exclude)
+    notes += selection.settle(model, setting.include, setting.exclude, again)
+    selection.check(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
     others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)
-    notes += layerwise.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
+    notes += layer_options.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     found = Prepared(loaded.name, loaded.bytes, loaded.path or given, model, raised, passes, layers, others, elsewhere, notes)
     if not layers and not others:
         raise found.nothing([*skips, *elsewhere, *unconverted])

@@ -13,14 +13,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import onnx_ir as ir
 
-from magr_onnx import keys
+from magr_onnx.config import schema
+from magr_onnx.config.invocation import asked
 from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.model_io.atomic import clear, workspace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
 from magr_onnx.passes import LayerPass, LinearLayer
-from magr_onnx.provenance import asked
 from magr_onnx.resume import JobDirectory, job_directory, manifest_of
 from magr_onnx.runtime import custom
 from magr_onnx.runtime.data import Batches
@@ -95,8 +95,8 @@ class Run:
             OptionError: A size that is none.
             OutputError: The folder of the output cannot be written to.
         """
-        limit = DEFAULT_MEMORY if memory is None else keys.size("max_memory", memory)
-        shard = None if shard_size is None else keys.size("shard_size", shard_size)
+        limit = DEFAULT_MEMORY if memory is None else schema.size("max_memory", memory)
+        shard = None if shard_size is None else schema.size("shard_size", shard_size)
         widest = max((layer.k for layer in layers), default=0)
         self.large = WHOLE * loaded.bytes + GRAM * widest**2 > limit
         self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)

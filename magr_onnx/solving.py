@@ -8,11 +8,12 @@ from functools import partial
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, layerwise, mixed
+from magr_onnx import beginnings, mixed
+from magr_onnx.config import layer_options
+from magr_onnx.config.options import Options
 from magr_onnx.core.histograms import places, thinned
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import LayerStats
-from magr_onnx.options import Options
 from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
@@ -136,7 +137,7 @@ def solve(
         )
         notes += grids.notes
         run.lap("ranges")
-    own = layerwise.assign(setting.tables, layers, options, passes, provider)
+    own = layer_options.assign(setting.tables, layers, options, passes, provider)
     search = None
     if goal is not None and data is not None and layers:
         room = len(pipeline.text_of(passes)) + mixed.STAMP
@@ -179,7 +180,7 @@ def solve(
     notes += _remarks(done, run, setting.mask)
     said = shared.remarks(layers, done.added, run.large)
     for name, given in own.options.items():
-        said[name].append(f"options of its own: {layerwise.described(given)}")
+        said[name].append(f"options of its own: {layer_options.described(given)}")
     rows = [
         replace(
             done.rows[layer.name],

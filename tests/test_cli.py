@@ -20,8 +20,8 @@ from typer.main import get_command
 import magr_onnx
 from magr_onnx import demo
 from magr_onnx.cli import app, main
+from magr_onnx.config.options import bytes_of
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.options import bytes_of
 from tests import graphs
 from tests.graphs import feeds, proto
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
+from magr_onnx.config.layer_options import LAYER_OPTIONS, LayerOptions, problems_of
+from magr_onnx.config.schema import OPTIONS
 from magr_onnx.errors import ModelError, OptionError
-from magr_onnx.keys import OPTIONS
-from magr_onnx.layerwise import LAYER_OPTIONS, LayerOptions, problems_of
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.session import Session

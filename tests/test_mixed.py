@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import magr_onnx
 from magr_onnx import mixed, sizes
 from magr_onnx.cli import app
+from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
 from magr_onnx.optimizer import Optimized
-from magr_onnx.options import build_pipeline
 from magr_onnx.passes import LayerPass, find, prepare, run_layers
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.overrides import overridable

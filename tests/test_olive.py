@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 
 import magr_onnx
-from magr_onnx.options import Options
+from magr_onnx.config.options import Options
 from magr_onnx.passes.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import magr_onnx
 from magr_onnx.cli import app
+from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
-from magr_onnx.options import build_pipeline
 from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, check, parse, text_of
 from magr_onnx.passes.pipeline import resolve
 from tests import graphs

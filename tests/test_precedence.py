@@ -15,10 +15,10 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
+from magr_onnx.config.merge import over
+from magr_onnx.config.recipe import Recipe
 from magr_onnx.errors import MagrError, OptionError, OutputError, RecipeError
 from magr_onnx.model_io.atomic import write_text
-from magr_onnx.precedence import over
-from magr_onnx.recipe import Recipe
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

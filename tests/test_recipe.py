@@ -11,13 +11,13 @@ import onnx
 import pytest
 
 import magr_onnx
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.merge import over
+from magr_onnx.config.presets import PRESETS
+from magr_onnx.config.recipe import _SECTIONS, Recipe
+from magr_onnx.config.schema import KEYS
 from magr_onnx.errors import OptionError, RecipeError
-from magr_onnx.keys import KEYS
-from magr_onnx.layerwise import LayerOptions
 from magr_onnx.models import bundled
-from magr_onnx.precedence import over
-from magr_onnx.presets import PRESETS
-from magr_onnx.recipe import _SECTIONS, Recipe
 from magr_onnx.runtime.session import Session
 from tests import graphs
 from tests.graphs import feeds, proto

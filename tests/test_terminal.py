@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import magr_onnx
 from magr_onnx import cli, console, watching
 from magr_onnx.cli import app
+from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
-from magr_onnx.presets import PRESETS
 from magr_onnx.report.data import MOST, LayerRow, layer_table
 from tests import graphs
 from tests.graphs import feeds, proto

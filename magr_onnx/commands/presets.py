@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from magr_onnx import console
 from magr_onnx.arguments import Json
-from magr_onnx.presets import PRESETS
+from magr_onnx.config.presets import PRESETS
 from magr_onnx.report.data import wrapped
 
 EPILOG = "[bold]Examples[/bold]\n\nonnx-magr presets\n\nonnx-magr optimize model.onnx --preset web --calibration inputs.npz"

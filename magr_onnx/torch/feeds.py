@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from magr_onnx import keys
+from magr_onnx.config import schema
 from magr_onnx.errors import CalibrationError
 from magr_onnx.runtime.data import Batches, in_memory
 from magr_onnx.runtime.session import Batch, InputInfo
@@ -53,7 +53,7 @@ def feeds(
         CalibrationError: A batch that does not give the inputs.
         OptionError: Numbers of samples that are none.
     """
-    keys.check(samples=samples, batch_size=batch_size)
+    schema.check(samples=samples, batch_size=batch_size)
     found: list[Batch] = []
     notes: dict[str, None] = {}
     seen, name = 0, f"the given {type(batches).__name__}"
@@ -123,10 +123,10 @@ def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[st
         return named, ", ".join(filter(None, (dropped, rest)))
     remedy = f"the model's inputs are {'; '.join(map(str, inputs))}; to_inputs can pick them out of a batch"
     if hasattr(batch, "keys"):
-        keys = list(batch.keys())
-        if missing := [n for n in names if n not in keys]:
-            raise CalibrationError(f"{where} has {', '.join(map(str, keys)) or 'nothing'} and lacks {', '.join(missing)}; {remedy}")
-        return {n: batch[n] for n in names}, ", ".join(str(k) for k in keys if k not in names)
+        schema = list(batch.keys())
+        if missing := [n for n in names if n not in schema]:
+            raise CalibrationError(f"{where} has {', '.join(map(str, schema)) or 'nothing'} and lacks {', '.join(missing)}; {remedy}")
+        return {n: batch[n] for n in names}, ", ".join(str(k) for k in schema if k not in names)
     if isinstance(batch, tuple | list):
         if len(batch) < len(names):
             raise CalibrationError(f"{where} has {len(batch)} items; {remedy}")

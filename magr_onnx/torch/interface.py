@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from magr_onnx import api, keys, provenance
+from magr_onnx import api
 from magr_onnx.boundary import explained
+from magr_onnx.config import invocation, schema
+from magr_onnx.config.recipe import argument
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import OptionError
-from magr_onnx.recipe import argument
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
@@ -76,8 +77,8 @@ def optimize(
 
 def asked(function: Callable[..., Any], report: Report, given: Mapping[str, Any]) -> Report:
     """With the call of ``function`` as it was made, defaults left out, and as source the class of its first argument."""
-    said = provenance.asked(inspect.signature(function), given)
-    call, options = provenance.call(f"magr_onnx.torch.{function.__name__}", said), provenance.options(said)
+    said = invocation.asked(inspect.signature(function), given)
+    call, options = invocation.call(f"magr_onnx.torch.{function.__name__}", said), invocation.options(said)
     return replace(report, source=type(next(iter(given.values()))).__name__, command=call, options=options)
 
 
@@ -95,7 +96,7 @@ def optimized(
     own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
     given = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
     size = argument("batch_size", given, 16)
-    keys.check(samples=samples, batch_size=size)
+    schema.check(samples=samples, batch_size=size)
 
     def source(batches: Any) -> Source:
         if isinstance(batches, str | os.PathLike | DataReader | Batches):

@@ -22,8 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from magr_onnx import api, keys
+from magr_onnx import api
 from magr_onnx.boundary import explained
+from magr_onnx.config import schema
 from magr_onnx.errors import ModelError, OptionError, closest, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
@@ -124,8 +125,8 @@ def magr(
     given = dict(locals())
     names = [name for name in inspect.signature(api.optimize).parameters if name not in _NOT_OF_MAGR]
     raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*given, *names])}" for n in settings if n not in names])
-    own = keys.unworded({"alpha": alpha, "block_size": block_size, "damping": damping})
-    keys.check(**own, samples=samples)
+    own = schema.unworded({"alpha": alpha, "block_size": block_size, "damping": damping})
+    schema.check(**own, samples=samples)
     found, reduced = _reduced(
         module,
         example_inputs,

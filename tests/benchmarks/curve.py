@@ -23,12 +23,12 @@ from accuracy import Benchmark, bundled_lm, divergences, sentence_encoder
 from common import BATCH_SIZE, Cell, progress, table
 
 import magr_onnx
+from magr_onnx.config.options import Options, build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
 from magr_onnx.core.quantizers import QUANTIZERS, gptq
 from magr_onnx.core.quantizers import Options as SolverOptions
 from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.model_io import files, writing
-from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import pipeline
 from magr_onnx.passes.linear import find
 from magr_onnx.runtime import calibrate, ranges

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 import magr_onnx
+from magr_onnx.config.options import Options
 from magr_onnx.models import bundled
-from magr_onnx.options import Options
 from tests.edge.jobs import Array, Job
 from tests.graphs import Builder, correlated, proto, random
 

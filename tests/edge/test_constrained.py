@@ -14,9 +14,9 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
+from magr_onnx.config.options import Options
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.models import bundled
-from magr_onnx.options import Options
 from magr_onnx.passes.dot_products import find
 from tests.edge.integer import matmul_integer, saturated
 from tests.edge.jobs import Array, Job

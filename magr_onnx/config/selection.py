@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from magr_onnx.config.layer_options import LayerOptions, near, unmatched
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.layerwise import LayerOptions, near, unmatched
 from magr_onnx.passes import conv, gather, unused
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.edit import weight

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from magr_onnx.config.layer_options import LayerOptions, described
+from magr_onnx.config.options import Options
 from magr_onnx.errors import OptionError, closest
-from magr_onnx.layerwise import LayerOptions, described
-from magr_onnx.options import Options
 
 _HEAD = ("*lm_head*", "*output_projection*")
 

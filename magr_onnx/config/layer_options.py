@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from magr_onnx.config.options import Options, build_pipeline
+from magr_onnx.config.schema import problem, unknown, unworded, worded
 from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.keys import problem, unknown, unworded, worded
-from magr_onnx.options import Options, build_pipeline
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.linear import known_as, matched

@@ -26,12 +26,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
+from magr_onnx.config.layer_options import LayerOptions, problems_of
+from magr_onnx.config.merge import below, left_out, over
+from magr_onnx.config.options import Options
+from magr_onnx.config.schema import ARGUMENTS, KEYS, OPTIONS, listed, mistyped, problem, unknown, unworded, worded
 from magr_onnx.errors import OptionError, RecipeError, raise_all
-from magr_onnx.keys import ARGUMENTS, KEYS, OPTIONS, listed, mistyped, problem, unknown, unworded, worded
-from magr_onnx.layerwise import LayerOptions, problems_of
 from magr_onnx.model_io.atomic import write_text
-from magr_onnx.options import Options
-from magr_onnx.precedence import below, left_out, over
 from magr_onnx.report.data import Report, Reported, megabytes
 
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ class Recipe:
     """A run in words.
 
     Attributes:
-        values: By key; see `magr_onnx.keys.KEYS`.
+        values: By key; see `magr_onnx.config.schema.KEYS`.
         layers: Options of single layers, in order: later ones win.
         notes: What was left out of recipes that this one is over, for the report.
     """

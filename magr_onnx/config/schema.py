@@ -1,6 +1,6 @@
 """Names and types of everything that may be said of a run in words: in a recipe, for a layer, or by an option of the command line.
 
-One dictionary, made from `magr_onnx.options.Options` and from what a run has beside those, so that an option is declared once.
+One dictionary, made from `magr_onnx.config.options.Options` and from what a run has beside those, so that an option is declared once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, cast
 
+from magr_onnx.config.options import BIAS, FORMATS, Options, bytes_of
 from magr_onnx.core.activation_ranges import METHODS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS
 from magr_onnx.core.types import BITS
 from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.options import BIAS, FORMATS, Options, bytes_of
 from magr_onnx.passes import conv, gather
 
 WORDS = {"block_size": "channel", "conv_bits": "none", "mask": "none"}

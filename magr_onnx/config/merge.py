@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.options import FORMATS, Options
+from magr_onnx.config.presets import PRESETS, find_preset
+from magr_onnx.config.schema import OPTIONS, worded
 from magr_onnx.errors import OptionError
-from magr_onnx.keys import OPTIONS, worded
-from magr_onnx.layerwise import LayerOptions
-from magr_onnx.options import FORMATS, Options
-from magr_onnx.presets import PRESETS, find_preset
 
 _YIELDS: dict[str, Sequence[str]] = {
     "quantizer": ("effort",),

@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from magr_onnx.layerwise import LayerOptions
-from magr_onnx.recipe import Recipe, by_name
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.recipe import Recipe, by_name
 from magr_onnx.report.data import Reported
 
 P = ParamSpec("P")
