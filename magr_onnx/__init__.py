@@ -23,9 +23,9 @@ from magr_onnx.errors import (
     ReportError,
     RuntimeFailure,
 )
-from magr_onnx.folders import OptimizedFolder, optimize_folder
 from magr_onnx.report.data import Report
 from magr_onnx.report.verification import Verification
+from magr_onnx.workflow.directory import OptimizedFolder, optimize_folder
 
 __version__ = "0.1.0"
 

@@ -9,14 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from magr_onnx import embeddings
-from magr_onnx.boundary import explained
 from magr_onnx.config import schema, selection
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError
 from magr_onnx.model_io import files
-from magr_onnx.optimizer import Optimized, optimize, skip_rows
 from magr_onnx.passes import conv
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
@@ -28,8 +25,11 @@ from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Source
 from magr_onnx.runtime.session import Arithmetic, provider_name
-from magr_onnx.setting import Progress, stage
-from magr_onnx.watching import watched
+from magr_onnx.workflow import embeddings
+from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
+from magr_onnx.workflow.progress import watched
+from magr_onnx.workflow.resource_errors import explained
+from magr_onnx.workflow.setting import Progress, stage
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
-from magr_onnx import watching
 from magr_onnx.report.data import COLUMNS, LayerRow
 from magr_onnx.report.serialization import json_text, plain
+from magr_onnx.workflow import progress
 
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
@@ -50,13 +50,13 @@ def watch(quiet: bool = False, lines: bool = False) -> Iterator[tuple[Steps | No
     if quiet:
         yield None, None
         return
-    with watching.bars(errors) as drawn:
+    with progress.bars(errors) as drawn:
         say = partial((errors if drawn is None else drawn.console).print, markup=False)
         told = _verbose or (lines and drawn is None)
         if drawn is None and not told:
             yield None, None
             return
-        watch = watching.Watch(drawn, say if told else None)
+        watch = progress.Watch(drawn, say if told else None)
         yield watch.step, watch.layer
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
-from magr_onnx import folders, mixed
 from magr_onnx.config.merge import over
 from magr_onnx.config.options import Options, build_pipeline
 from magr_onnx.config.presets import find_preset
@@ -28,9 +27,10 @@ from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import KEYS, RUN, WORDS, unknown
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.model_io.writing import file_digest
-from magr_onnx.optimizer import optimize
 from magr_onnx.passes import pipeline
 from magr_onnx.report.data import Report
+from magr_onnx.workflow import directory, mixed_precision
+from magr_onnx.workflow.optimize import optimize
 
 try:
     from olive.common.config_utils import ParamCategory, validate_config
@@ -245,7 +245,7 @@ def _check(config: Any) -> None:
         else:
             preset = asked.values.get("preset")
             options = cast(Options, over({} if preset is None else dict(find_preset(preset).options), asked.options))
-            mixed.goal_of(options)
+            mixed_precision.goal_of(options)
             build_pipeline(**options)
     except OptionError as error:
         problems.append(str(error))
@@ -255,7 +255,7 @@ def _check(config: Any) -> None:
 def _data(model: Any, config: Any, asked: Recipe, component: str) -> tuple[Any, Any]:
     """Data to calibrate with and held-out data; of a folder with data for each component, that of this one."""
     paths = [asked.values.get(name) for name in ("calibration", "validation")]
-    data, held = (None if path is None else folders.file_of(Path(path), component) or path for path in paths)
+    data, held = (None if path is None else directory.file_of(Path(path), component) or path for path in paths)
     if config.data_config is not None:
         container = validate_config(config.data_config, DataConfig).to_data_container()
         data = container.create_calibration_dataloader(model_path=model.model_path, io_config=model.io_config)

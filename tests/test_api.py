@@ -14,12 +14,13 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import checks, demo, optimizer
+from magr_onnx import demo
 from magr_onnx.models import bundled
 from magr_onnx.passes import find, parse
 from magr_onnx.passes.readback import digest, read_weights
 from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.runtime.validate import next_token_loss
+from magr_onnx.workflow import optimize, verify_output
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import few_samples
@@ -91,7 +92,7 @@ def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> Non
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.onnx"
     chosen: dict[str, str] = {}
-    run_layers = optimizer.pipeline.run_layers
+    run_layers = optimize.pipeline.run_layers
 
     def spy(passes: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(job: Any) -> None:
@@ -100,7 +101,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
         run_layers(passes, layers, stats, keep, *rest)
 
-    monkeypatch.setattr(optimizer.pipeline, "run_layers", spy)
+    monkeypatch.setattr(optimize.pipeline, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)
     found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
     assert found == chosen
@@ -109,7 +110,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = checks.iterate
+    read = verify_output.iterate
 
     def tampered(model: ir.Model, outputs: Any) -> Any:
         for name, weight in read(model, outputs):
@@ -117,7 +118,7 @@ def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                 weight[0, 0] += 1e-3
             yield name, weight
 
-    monkeypatch.setattr(checks, "iterate", tampered)
+    monkeypatch.setattr(verify_output, "iterate", tampered)
     with pytest.raises(magr_onnx.MagrError, match="the emitted weights of up_out"):
         magr_onnx.optimize(graphs.chain())
 

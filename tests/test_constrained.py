@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magr_onnx
-from magr_onnx import checks
 from magr_onnx.core.grid import search
 from magr_onnx.core.linalg import column_errors, damped, layer_error
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, data_type_bits, smallest_feasible
@@ -23,6 +22,7 @@ from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Probl
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import MagrError, OptionError
 from magr_onnx.passes import Quantize, QuantizeActivations, check
+from magr_onnx.workflow import verify_output
 from tests import graphs
 from tests.helpers import EXAMPLES, Array, activations, gram_of, layer, project_by_sorting
 
@@ -327,4 +327,4 @@ def test_what_is_made_for_an_accumulator_is_proved_for_it(quantizer: str, form: 
 
 def test_a_layer_that_the_proof_does_not_find_is_an_error() -> None:
     with pytest.raises(MagrError, match="has not found ghost"):
-        checks.prove(graphs.matmul(), TARGETS["generic"], {"ghost"})
+        verify_output.prove(graphs.matmul(), TARGETS["generic"], {"ghost"})

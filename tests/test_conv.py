@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import magr_onnx
-from magr_onnx import convolutions
 from magr_onnx.core.quantizers import batched
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
@@ -31,6 +30,7 @@ from magr_onnx.report.data import Report
 from magr_onnx.runtime import patches
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.workflow import convolutions
 
 Array = np.ndarray[Any, Any]
 

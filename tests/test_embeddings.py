@@ -11,7 +11,6 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx import checks
 from magr_onnx.core.grid import minmax
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError
@@ -21,6 +20,7 @@ from magr_onnx.passes.gather import find
 from magr_onnx.passes.holders import LEAST
 from magr_onnx.passes.readback import emitted_weight
 from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.workflow import verify_output
 
 Array = np.ndarray[Any, Any]
 FORMS = [("gather-block-quantized", 4), ("gather-block-quantized", 8), ("dequantize", 8)]
@@ -168,7 +168,7 @@ def test_a_table_with_nan_is_named() -> None:
 
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 def test_a_table_that_is_not_what_was_chosen_is_refused(form: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = checks.iterate
+    read = verify_output.iterate
 
     def tampered(found: ir.Model, outputs: Any) -> Any:
         codes = next(v for name, v in found.graph.initializers.items() if name.endswith(f"_q{bits}"))
@@ -177,6 +177,6 @@ def test_a_table_that_is_not_what_was_chosen_is_refused(form: str, bits: int, mo
         codes.const_value = ir.tensor(array)
         return read(found, outputs)
 
-    monkeypatch.setattr(checks, "iterate", tampered)
+    monkeypatch.setattr(verify_output, "iterate", tampered)
     with pytest.raises(MagrError, match="not those that were chosen"):
         magr_onnx.optimize(looked_up(constant("table", 1024, 64)), embeddings=form, embedding_bits=bits)

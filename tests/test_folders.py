@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
-from magr_onnx.folders import check_reports, taken_by
 from magr_onnx.report.data import LayerRow
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.session import InputInfo
+from magr_onnx.workflow.directory import check_reports, taken_by
 from tests import graphs
 from tests.decoders import genai
 from tests.decoders import optimum as decoder

@@ -18,12 +18,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import magr_onnx
-from magr_onnx.boundary import explained
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteError, RuntimeFailure
 from magr_onnx.model_io import files, validate_proto
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.workflow.resource_errors import explained
 
 W = constant("w", 16, 8)
 BODY = "[fc] y = MatMul(x, w)"

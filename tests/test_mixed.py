@@ -13,14 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import mixed, sizes
 from magr_onnx.cli import app
 from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
-from magr_onnx.optimizer import Optimized
 from magr_onnx.passes import LayerPass, find, prepare, run_layers
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.overrides import overridable
@@ -28,6 +26,8 @@ from magr_onnx.runtime import calibrate, sensitivity
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.loss import COSINE, KL, Reference
 from magr_onnx.runtime.session import Session
+from magr_onnx.workflow import mixed_precision, size_model
+from magr_onnx.workflow.optimize import Optimized
 from tests import graphs
 from tests.graphs import Array, Builder, correlated, feeds, random
 
@@ -97,9 +97,9 @@ def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any
     (name,) = [layer.name for layer in find(source)[0]]
     real = source.clone()
     run_layers(passes, find(real)[0], statistics, lambda job: None)
-    blank = sizes.blank(source, {name: passes})
+    blank = size_model.blank(source, {name: passes})
     assert files.initializer_bytes(blank) == files.initializer_bytes(real)
-    assert sizes.changes(source, [[name]], passes) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
+    assert size_model.changes(source, [[name]], passes) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
     assert writing.save(blank, tmp_path / "blank.onnx") == writing.save(real, tmp_path / "real.onnx")
 
 
@@ -109,14 +109,14 @@ def test_shared_weights_leave_the_file_with_the_last_layer(gathered: bool) -> No
     passes = build_pipeline(bits=4)
     codes = 64 * (32 + 2 * 4 + 1)  # codes, two scales, zero points, stored once
     biases = 2 * 64 * 4
-    (change,) = sizes.changes(model, [["once", "twice"]], passes)
+    (change,) = size_model.changes(model, [["once", "twice"]], passes)
     assert change == codes + biases - (0 if gathered else 4 * 64 * 64)
 
 
 def test_weights_in_constant_nodes_count() -> None:
     model = graphs.matmul_constant(64, 64)
     assert files.initializer_bytes(model) == 4 * 64 * 64
-    assert sizes.changes(model, [["layer"]], build_pipeline(bits=4)) == [64 * (32 + 8 + 1) + 64 * 4 - 4 * 64 * 64]
+    assert size_model.changes(model, [["layer"]], build_pipeline(bits=4)) == [64 * (32 + 8 + 1) + 64 * 4 - 4 * 64 * 64]
 
 
 # --- Sensitivities ------------------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ def test_overridden_weights_are_used(form: str) -> None:
 
 def measured(model: ir.Model, choices: dict[Choice, tuple[LayerPass, ...]]) -> tuple[dict[str, sensitivity.Sensitivity], Reference]:
     split = sensitivity.Split.of(data_for(model))
-    return sensitivity.measure(model, find(model)[0], choices, mixed.references_of(choices), split)
+    return sensitivity.measure(model, find(model)[0], choices, mixed_precision.references_of(choices), split)
 
 
 @pytest.mark.parametrize(("output", "metric"), [("y", COSINE), ("logits", KL)])
 def test_the_fragile_layer_comes_first(output: str, metric: str) -> None:
-    choices = mixed.choices_of({"block_size": 32})
+    choices = mixed_precision.choices_of({"block_size": 32})
     found, reference = measured(unequal(output), choices)
     assert reference.metric == metric
     for choice in choices:
@@ -157,7 +157,7 @@ def test_the_fragile_layer_comes_first(output: str, metric: str) -> None:
 def test_predictions_agree_with_measurements() -> None:
     """The loss of choices that were not measured, from those that were: one layer quantized by the pipeline, the loss measured."""
     model = unequal("logits")
-    choices = mixed.choices_of({})
+    choices = mixed_precision.choices_of({})
     found, _ = measured(model, choices)
     split = sensitivity.Split.of(data_for(model))
     stats = calibrate.collect(model, find(model)[0], split.fit).stats
@@ -231,7 +231,7 @@ def test_sizes_in_bytes(text: str, size: int, tmp_path: Path) -> None:
 def test_the_size_of_a_uniform_model(tmp_path: Path) -> None:
     uniform = written(unequal(), tmp_path, bits=4)[2]
     result, _, after = written(unequal(), tmp_path, target_size="4bit")
-    assert 0.9 * uniform < after <= uniform + mixed.STAMP + 200
+    assert 0.9 * uniform < after <= uniform + mixed_precision.STAMP + 200
     assert len({r.label for r in result.report.assignment.rows}) > 1
 
 
@@ -273,11 +273,11 @@ def test_max_loss_is_kept_when_measured_again(output: str, tmp_path: Path) -> No
 def test_a_missed_loss_is_tried_again_and_told() -> None:
     """A plan whose prediction is ten times too low asks for a tenth of the loss next."""
     model = unequal()
-    choices = mixed.choices_of({"block_size": 32})
-    source = mixed.Source(model, find(model)[0], files.initializer_bytes(model), False, 0)
-    goal = mixed.goal_of({"max_loss": "0.01"})
+    choices = mixed_precision.choices_of({"block_size": 32})
+    source = mixed_precision.Source(model, find(model)[0], files.initializer_bytes(model), False, 0)
+    goal = mixed_precision.goal_of({"max_loss": "0.01"})
     assert goal is not None
-    plan = mixed.Plan(goal, source, choices)
+    plan = mixed_precision.Plan(goal, source, choices)
     plan.solve(lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
     bytes_before = source.size(plan.assigned())
     assert not plan.accepts(0.1)
@@ -305,7 +305,7 @@ def test_formats(options: dict[str, Any], tmp_path: Path) -> None:
 def test_accumulators_are_honoured(tmp_path: Path) -> None:
     result, _, _ = written(unequal(), tmp_path, target_size="30%", accumulator_bits=17)
     assert result.report.proof.proved == len(result.report.layers)
-    for choice in mixed.choices_of({"accumulator_bits": 17}):
+    for choice in mixed_precision.choices_of({"accumulator_bits": 17}):
         assert (choice.bits, choice.block_size) in {(4, 16), (4, 32), (4, 64), (2, 32), (2, 64), (2, 128)}
 
 
@@ -414,5 +414,5 @@ def test_the_report_has_the_assignment(bundled_mixed: tuple[Optimized, Path, int
     assert curve == sorted(curve, key=lambda p: (p[0], -p[1]))
     assert [p["label"] for p in found["uniform"]][:1] == ["2 bits, block 32"]
     assert found["attempts"][-1]["measured"] == pytest.approx(found["attempts"][-1]["predicted"], rel=0.5)
-    assert abs(found["attempts"][-1]["bytes"] - report.bytes_after) <= mixed.STAMP + 200
+    assert abs(found["attempts"][-1]["bytes"] - report.bytes_after) <= mixed_precision.STAMP + 200
     assert bundled_mixed[0].model.metadata_props["onnx_magr.mixed"].startswith("target size")

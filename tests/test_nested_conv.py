@@ -12,7 +12,6 @@ import onnxruntime as ort
 import pytest
 
 import magr_onnx
-from magr_onnx import convolutions
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.branches import BIAS, OTHER, TRAPS, K, looped
 from magr_onnx.models.zoo.convolutions import convolve, kernel, one, spread
@@ -25,6 +24,7 @@ from magr_onnx.runtime import patches
 from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.session import Session
+from magr_onnx.workflow import convolutions
 
 Array = np.ndarray[Any, Any]
 CONVOLUTIONS = [t for t in TRAPS if t.name.startswith("conv")]

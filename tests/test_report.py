@@ -24,15 +24,15 @@ from magr_onnx.core.grid import minmax
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, OutputError, ReportError
-from magr_onnx.folders import OptimizedFolder
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import Reason
 from magr_onnx.passes.segments import depths
 from magr_onnx.report.data import SCHEMA, LayerRow, SkipRow, layer_table
-from magr_onnx.report.html import comparison, summary
+from magr_onnx.report.html import side_by_side, summary
 from magr_onnx.report.serialization import decode
 from magr_onnx.runtime.validate import OutputMetrics
+from magr_onnx.workflow.directory import OptimizedFolder
 from tests import graphs
 from tests.graphs import Builder, proto, random
 from tests.helpers import layer, random_quantized
@@ -139,7 +139,7 @@ def test_a_result_that_is_not_a_number_is_called_one() -> None:
     value = json.loads(report.to_json())
     assert value["validation"]["arithmetics"]["default"][0]["sqnr_db"] == "nan"
     assert Report.from_json(report.to_json()).to_dict() == value
-    rows = {row.name: row for row in comparison.compared(replace(report, validation=exact(report)), report)}
+    rows = {row.name: row for row in side_by_side.compared(replace(report, validation=exact(report)), report)}
     assert (rows["SQNR"].first, rows["SQNR"].second, rows["SQNR"].tone) == ("no difference", "not a number", "bad")
 
 

@@ -25,7 +25,7 @@ from magr_onnx.model_io.atomic import lock
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.models import bundled
 from magr_onnx.report.data import LayerRow
-from magr_onnx.resume import LAYERS, MANIFEST
+from magr_onnx.workflow.checkpoint import LAYERS, MANIFEST
 from tests import graphs
 from tests.graphs import proto
 from tests.helpers import few_samples

@@ -8,8 +8,8 @@ import pytest
 
 import magr_onnx
 from magr_onnx import Report
-from magr_onnx.report.html import comparison
-from magr_onnx.report.html.comparison import NOISE, SAME, Measure, verdict
+from magr_onnx.report.html import side_by_side
+from magr_onnx.report.html.side_by_side import NOISE, SAME, Measure, verdict
 from magr_onnx.runtime.validate import Latency
 from tests import graphs
 
@@ -27,27 +27,27 @@ def test_layer_errors_with_and_without_feedback_get_no_verdict(runs: dict[str, R
     fast, balanced = runs["fast"], runs["balanced"]
     assert not any(row.feedback for row in fast.layers)
     assert any(row.feedback for row in balanced.layers)
-    rows = {row.name: row for row in comparison.compared(fast, balanced)}
+    rows = {row.name: row for row in side_by_side.compared(fast, balanced)}
     for name in ("median layer error", "largest layer error"):
         assert (rows[name].change, rows[name].tone) == ("not comparable", "")
         assert rows[name].first != rows[name].second
-    assert {row.name: row for row in comparison.compared(fast, replace(fast, bytes_after=1))}["median layer error"].change == ""
+    assert {row.name: row for row in side_by_side.compared(fast, replace(fast, bytes_after=1))}["median layer error"].change == ""
     order = list(rows)
     assert order.index("SQNR") < order.index("size") < order.index("median error in the running model") < order.index("median layer error")
 
 
 def test_layers_are_judged_by_the_running_model_where_both_have_it(runs: dict[str, Report]) -> None:
     fast, balanced = runs["fast"], runs["balanced"]
-    how = comparison.judged(fast, balanced)
+    how = side_by_side.judged(fast, balanced)
     assert (how.running, how.verdict) == (True, True)
-    for row in (found := comparison.differences(fast, balanced)):
+    for row in (found := side_by_side.differences(fast, balanced)):
         assert row["change"] == row["second"].running - row["first"].running
     assert [abs(row["change"]) for row in found] == sorted((abs(row["change"]) for row in found), reverse=True)
     bare = replace(balanced, validation=None)
-    how = comparison.judged(fast, bare)
+    how = side_by_side.judged(fast, bare)
     assert (how.running, how.verdict) == (False, False)
-    assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in comparison.differences(fast, bare))
-    assert comparison.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
+    assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in side_by_side.differences(fast, bare))
+    assert side_by_side.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
 
 
 def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:
@@ -58,7 +58,7 @@ def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:
     worse = replace(runs["fast"], validation=replace(v, latency=Latency(20, 30, 9, (19, 21), (29, 31))))
 
     def judged(other: Report) -> tuple[str, str]:
-        row = next(row for row in comparison.compared(quiet, other) if row.name == "latency over the float model's")
+        row = next(row for row in side_by_side.compared(quiet, other) if row.name == "latency over the float model's")
         return row.change, row.tone
 
     assert judged(busy) == (SAME, "")

@@ -18,12 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import cli, console, watching
+from magr_onnx import cli, console
 from magr_onnx.cli import app
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
 from magr_onnx.report.data import MOST, LayerRow, layer_table
+from magr_onnx.workflow import progress
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run
@@ -201,7 +202,7 @@ def test_an_explained_error_is_not_taken_for_markup() -> None:
 
 def test_stages_begin_again_with_the_next_model() -> None:
     lines: list[str] = []
-    watch = watching.Watch(say=lines.append)
+    watch = progress.Watch(say=lines.append)
     for pause in (0.2, 0):
         watch.step("calibrating", 0, 2)
         time.sleep(pause)
@@ -211,9 +212,9 @@ def test_stages_begin_again_with_the_next_model() -> None:
 
 
 def test_bars_begin_again_with_the_next_model() -> None:
-    with watching.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
+    with progress.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
         assert drawn is not None
-        watch = watching.Watch(drawn)
+        watch = progress.Watch(drawn)
         for done in range(3):
             watch.step("quantizing", done, 2)
         (task,) = drawn.tasks
@@ -227,9 +228,9 @@ def test_bars_begin_again_with_the_next_model() -> None:
 
 
 def test_an_error_that_is_no_number_is_the_most() -> None:
-    with watching.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
+    with progress.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
         assert drawn is not None
-        watch = watching.Watch(drawn)
+        watch = progress.Watch(drawn)
         for name, error in (("a", 0.1), ("b", math.nan), ("c", 0.2), ("d", None)):
             watch.layer(LayerRow(name, "MatMul", "w", 8, 8, 4, 32, 10, error, None, None, False, None))
         assert drawn.layers.plain == "layer error    last 0.00% d, most nan% b"

@@ -274,6 +274,7 @@ class Report:
             OptionError: The extra ``report`` is not installed, or the suffix is another.
             OutputError: The file cannot be written.
         """
+        from magr_onnx.report import html
 
         html.save(self, Path(path))
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from magr_onnx import api
-from magr_onnx.boundary import explained
 from magr_onnx.config import invocation, schema
 from magr_onnx.config.recipe import argument
 from magr_onnx.core.types import Deferred
@@ -22,6 +21,7 @@ from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
 from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
+from magr_onnx.workflow.resource_errors import explained
 
 
 @explained

@@ -23,7 +23,6 @@ import onnx_ir as ir
 import torch
 
 from magr_onnx import api
-from magr_onnx.boundary import explained
 from magr_onnx.config import schema
 from magr_onnx.errors import ModelError, OptionError, closest, raise_all
 from magr_onnx.model_io import files
@@ -33,6 +32,7 @@ from magr_onnx.report.data import Report
 from magr_onnx.torch.export import DynamicShapes, Examples, export
 from magr_onnx.torch.feeds import SAMPLES, ToInputs
 from magr_onnx.torch.interface import asked, optimized
+from magr_onnx.workflow.resource_errors import explained
 
 Array = npt.NDArray[Any]
 _NOT_OF_MAGR = ("model", "calibration", "pipeline_text", "options")  # of what `magr_onnx.optimize` takes

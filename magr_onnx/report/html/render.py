@@ -13,8 +13,7 @@ import vl_convert
 from markupsafe import Markup
 
 from magr_onnx.report.data import Report, layer_notes, megabytes, versions
-from magr_onnx.report.html import comparison as sides
-from magr_onnx.report.html import summary
+from magr_onnx.report.html import side_by_side, summary
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 SCRIPTS = ("table.js", "charts.js", "details.js", "page.js")
@@ -51,10 +50,10 @@ def comparison(first: Report, second: Report) -> str:
         "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
         "names": names,
         "reports": (first, second),
-        "judged": sides.judged(first, second),
-        "rows": sides.compared(first, second),
-        "options": sides.options_compared(first, second),
-        "layers": sides.differences(first, second),
+        "judged": side_by_side.judged(first, second),
+        "rows": side_by_side.compared(first, second),
+        "options": side_by_side.options_compared(first, second),
+        "layers": side_by_side.differences(first, second),
     }
     return _render("comparison.html.jinja", values, [first, second])
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.convolutions import Converted
 from magr_onnx.core.histograms import sketch
 from magr_onnx.passes import LayerPass, Skip
 from magr_onnx.passes.embeddings import Embeddings, quantize
@@ -16,6 +15,7 @@ from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.shared import by_weight
 from magr_onnx.report.data import LayerRow
+from magr_onnx.workflow.convolutions import Converted
 
 
 def look(

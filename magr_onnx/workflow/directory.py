@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from magr_onnx.boundary import explained
 from magr_onnx.config import invocation, selection
 from magr_onnx.config.recipe import with_recipe
 from magr_onnx.config.selection import Known, Patterns
@@ -25,12 +24,13 @@ from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import explained as advice
-from magr_onnx.optimizer import optimize
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.data import Source
+from magr_onnx.workflow.optimize import optimize
+from magr_onnx.workflow.resource_errors import explained
 
 FolderSource = Source | Mapping[str, Source | None]
 
@@ -222,9 +222,9 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     there = [p.as_posix() for p in copy_directory.every(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
-    if not selection:
+    if not patterns:
         return there
-    found = {pattern: _matching(there, pattern) for pattern in selection}
+    found = {pattern: _matching(there, pattern) for pattern in patterns}
     raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in found if not found[p]])
     return [name for name in there if any(name in some for some in found.values())]
 

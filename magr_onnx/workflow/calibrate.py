@@ -18,10 +18,10 @@ from magr_onnx.passes import (
     segments,
 )
 from magr_onnx.passes.linear import find
-from magr_onnx.run import Run
 from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
-from magr_onnx.setting import Setting
+from magr_onnx.workflow.context import Run
+from magr_onnx.workflow.setting import Setting
 
 
 def gather(

@@ -21,9 +21,9 @@ from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
 from magr_onnx.passes import LayerPass, LinearLayer
-from magr_onnx.resume import JobDirectory, job_directory, manifest_of
 from magr_onnx.runtime import custom
 from magr_onnx.runtime.data import Batches
+from magr_onnx.workflow.checkpoint import JobDirectory, job_directory, manifest_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,7 +121,7 @@ class Run:
         passes: Sequence[LayerPass],
         options: Mapping[str, Any],
     ) -> None:
-        """Open the job directory, if one is asked for; see `magr_onnx.resume.job_directory` for what may be wrong with it."""
+        """Open the job directory, if one is asked for; see `magr_onnx.workflow.checkpoint.job_directory` for what may be wrong with it."""
         if path is not None:
             decided = {"large": self.large, "gram_budget": self.gram_budget}
             self.store = self._stack.enter_context(job_directory(Path(path), manifest_of(loaded, data, passes, {**options, **decided})))

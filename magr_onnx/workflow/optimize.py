@@ -10,9 +10,6 @@ from typing import Any, NamedTuple, Unpack, cast
 
 import onnx_ir as ir
 
-from magr_onnx import mixed
-from magr_onnx.boundary import explained
-from magr_onnx.checks import check_weights, prove, stamp, verify_codes, verify_file
 from magr_onnx.config import invocation, layer_options, schema
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.options import Options, pipeline_of
@@ -25,17 +22,20 @@ from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.gather import TableReason
 from magr_onnx.passes.linear import layer_name
 from magr_onnx.passes.scopes import scope_of
-from magr_onnx.preparing import prepare
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.run import Run, Size, with_run
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation
 from magr_onnx.runtime.data import Batches, Source, amount
 from magr_onnx.runtime.session import provider_name
-from magr_onnx.setting import OnLayer, Progress, Setting
-from magr_onnx.solving import Solved, solve
-from magr_onnx.statistics import held_out_for
-from magr_onnx.watching import watched
+from magr_onnx.workflow import mixed_precision
+from magr_onnx.workflow.calibrate import held_out_for
+from magr_onnx.workflow.context import Run, Size, with_run
+from magr_onnx.workflow.prepare import prepare
+from magr_onnx.workflow.progress import watched
+from magr_onnx.workflow.resource_errors import explained
+from magr_onnx.workflow.setting import OnLayer, Progress, Setting
+from magr_onnx.workflow.solve import Solved, solve
+from magr_onnx.workflow.verify_output import check_weights, prove, stamp, verify_codes, verify_file
 
 
 class Optimized(NamedTuple):
@@ -138,11 +138,11 @@ def optimize(
         raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
     tables, asked = cast(tuple[LayerOptions, ...], tuple(layers)), dict(options)
     gram_budget, cache = schema.size("gram_budget", gram_budget), schema.size("cache", cache)
-    goal: mixed.Goal | None = None
+    goal: mixed_precision.Goal | None = None
     if pipeline_text is not None and options:
         raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
     if pipeline_text is None:
-        goal = mixed.goal_of(options)
+        goal = mixed_precision.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
             options["effort"] = "fast"
         passes = pipeline_of(options, _arguments())
@@ -232,7 +232,7 @@ def _arguments() -> list[str]:
     return [name for name in inspect.signature(optimize).parameters if name not in ("run", "options")]
 
 
-def _check_data_free(passes: Sequence[LayerPass], goal: mixed.Goal | None) -> None:
+def _check_data_free(passes: Sequence[LayerPass], goal: mixed_precision.Goal | None) -> None:
     """Refuse what cannot be done without calibration data."""
     activations = pipeline.activations_of(passes)
     if activations is not None and activations.type != "dynamic":

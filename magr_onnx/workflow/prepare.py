@@ -9,8 +9,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings
-from magr_onnx.checks import Readable
 from magr_onnx.config import layer_options, selection
 from magr_onnx.config.options import Options
 from magr_onnx.errors import ModelError
@@ -21,7 +19,9 @@ from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.functions import open_up
 from magr_onnx.passes.holders import holders
 from magr_onnx.passes.linear import Reason
-from magr_onnx.setting import Setting
+from magr_onnx.workflow import non_linear
+from magr_onnx.workflow.setting import Setting
+from magr_onnx.workflow.verify_output import Readable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +100,7 @@ def prepare(
     model = loaded.model
     opset, given = model.opset_imports.get(""), model.clone()
     notes = [*loaded.notes, *open_up(model)]
-    passes = beginnings.complete(passes, model, options)
+    passes = non_linear.complete(passes, model, options)
     for some in (passes, *special):
         pipeline.prepare(some, model)
     raised = model.opset_imports.get("") != opset
@@ -108,7 +108,7 @@ def prepare(
     selection.check(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
-    others, unconverted = beginnings.look(model, passes, setting.include, setting.exclude)
+    others, unconverted = non_linear.look(model, passes, setting.include, setting.exclude)
     notes += layer_options.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     found = Prepared(loaded.name, loaded.bytes, loaded.path or given, model, raised, passes, layers, others, elsewhere, notes)
     if not layers and not others:

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx import convolutions, embeddings, mixed
 from magr_onnx.config import options
-from magr_onnx.convolutions import Converted
 from magr_onnx.passes import LayerPass, Skip, conv
 from magr_onnx.passes.conv import ConvLayer
 from magr_onnx.passes.gather import Table
-from magr_onnx.run import Run
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Split
-from magr_onnx.setting import Setting
+from magr_onnx.workflow import convolutions, embeddings, mixed_precision
+from magr_onnx.workflow.context import Run
+from magr_onnx.workflow.convolutions import Converted
+from magr_onnx.workflow.setting import Setting
 
 
 def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Options | None) -> tuple[LayerPass, ...]:
@@ -45,7 +45,7 @@ def convert(
     work: ir.Model,
     passes: Sequence[LayerPass],
     data: Batches | None,
-    goal: mixed.Goal | None,
+    goal: mixed_precision.Goal | None,
     setting: Setting,
     run: Run,
 ) -> Converted:

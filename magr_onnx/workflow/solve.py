@@ -8,7 +8,6 @@ from functools import partial
 
 import onnx_ir as ir
 
-from magr_onnx import beginnings, mixed
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
 from magr_onnx.core.histograms import places, thinned
@@ -18,14 +17,15 @@ from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeli
 from magr_onnx.passes.readback import digest
 from magr_onnx.passes.scopes import scope_of
 from magr_onnx.passes.segments import depths
-from magr_onnx.preparing import Prepared
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
-from magr_onnx.run import Run
 from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Inputs
-from magr_onnx.setting import Setting
-from magr_onnx.statistics import beginning, gather, output_hessian, uncuttable, without_stages
+from magr_onnx.workflow import mixed_precision, non_linear
+from magr_onnx.workflow.calibrate import beginning, gather, output_hessian, uncuttable, without_stages
+from magr_onnx.workflow.context import Run
+from magr_onnx.workflow.prepare import Prepared
+from magr_onnx.workflow.setting import Setting
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +52,7 @@ class Solved:
     emitted: set[str]
     skips: list[Skip]
     notes: list[str]
-    search: mixed.Search | None
+    search: mixed_precision.Search | None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,13 @@ class _Progress:
 
 
 def solve(
-    prepared: Prepared, data: Batches | None, goal: mixed.Goal | None, options: Options, setting: Setting, run: Run, gram_budget: int
+    prepared: Prepared,
+    data: Batches | None,
+    goal: mixed_precision.Goal | None,
+    options: Options,
+    setting: Setting,
+    run: Run,
+    gram_budget: int,
 ) -> Solved:
     """Convert everything that can be converted.
 
@@ -110,7 +116,7 @@ def solve(
         run.sweep(model)
         run.lap("rewrite")
     base = model.clone()
-    begun = beginnings.convert(model, base, passes, data, goal, setting, run)
+    begun = non_linear.convert(model, base, passes, data, goal, setting, run)
     run.sweep(base)
     notes += begun.notes
     setting.finished(begun.rows)
@@ -140,11 +146,13 @@ def solve(
     own = layer_options.assign(setting.tables, layers, options, passes, provider)
     search = None
     if goal is not None and data is not None and layers:
-        room = len(pipeline.text_of(passes)) + mixed.STAMP
+        room = len(pipeline.text_of(passes)) + mixed_precision.STAMP
         chosen = [layer for layer in layers if layer.name not in own.passes]
-        floats = mixed.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.passes)
+        floats = mixed_precision.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.passes)
         integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
-        search = mixed.Search(goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities"))
+        search = mixed_precision.Search(
+            goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities")
+        )
         data = search.data
         run.lap("sensitivities")
 

@@ -4,7 +4,7 @@
     argmin  bytes           subject to   sum of losses <= budget                    (``max_loss``)
 
 over one choice for every layer: bits and block size as the format and the accumulator allow, or float. Losses come from
-`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.sizes`), the solution from `magr_onnx.core.knapsack`.
+`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.workflow.size_model`), the solution from `magr_onnx.core.knapsack`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx import sizes
 from magr_onnx.config.options import FORMATS, Options, build_pipeline, bytes_of
 from magr_onnx.core import knapsack
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS
@@ -34,6 +33,7 @@ from magr_onnx.runtime import sensitivity
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.loss import Reference
 from magr_onnx.runtime.session import Session
+from magr_onnx.workflow import size_model
 
 FLOAT = Choice()
 BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
@@ -161,7 +161,7 @@ class Source:
 
     def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
         """Bytes of the result with the layers named in ``passes`` converted, beside those that have no choice."""
-        model = sizes.blank(self.model, {**self.fixed, **passes})
+        model = size_model.blank(self.model, {**self.fixed, **passes})
         if not self.file:
             return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
@@ -187,7 +187,7 @@ class Plan:
         self.goal, self.source, self.passes = goal, source, choices
         self.items = _shared(source.layers)
         self.choices = [*choices, FLOAT]
-        columns = [sizes.changes(source.model, self.items, passes) for passes in choices.values()]
+        columns = [size_model.changes(source.model, self.items, passes) for passes in choices.values()]
         self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
         self._base = source.size({})
         self.attempts: list[Attempt] = []

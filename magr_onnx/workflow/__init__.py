@@ -1,0 +1,1 @@
+"""The steps of a run: prepare, calibrate, solve, write, report."""
