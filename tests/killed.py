@@ -24,6 +24,6 @@ def watch(event: str, details: Any) -> None:
 
 sys.addaudithook(watch)
 
-from magr_onnx.cli import main  # noqa: E402
+from magr_onnx.cli.main import main  # noqa: E402
 
 main()

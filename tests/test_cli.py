@@ -18,8 +18,8 @@ import pytest
 from typer.main import get_command
 
 import magr_onnx
-from magr_onnx import demo
-from magr_onnx.cli import app, main
+from magr_onnx.cli import demonstration
+from magr_onnx.cli.main import app, main
 from magr_onnx.config.options import bytes_of
 from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
@@ -230,7 +230,7 @@ def test_interrupt_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
     arguments = ["onnx-magr", "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--effort", "fast"]
     arguments += ["--resume", job]
     script = f"""
-import sys, time, magr_onnx.api, magr_onnx.cli
+import sys, time, magr_onnx.api, magr_onnx.cli.main
 def slow(*args, **options):
     print("calibrating", flush=True)
     time.sleep(60)
@@ -251,7 +251,7 @@ magr_onnx.cli.main()
 
 
 def test_demo_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS[:1])
+    monkeypatch.setattr(demonstration, "SETTINGS", demonstration.SETTINGS[:1])
     result = run("demo", "--folder", "keep/here", "-q", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert [p.suffix for p in (tmp_path / "keep" / "here").iterdir()] == [".onnx"]

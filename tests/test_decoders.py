@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.cli import app
+from magr_onnx.cli.main import app
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.passes.caches import current_mask, pairs
 from magr_onnx.passes.linear import find

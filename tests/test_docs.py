@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 import magr_onnx
-from magr_onnx.cli import app
+from magr_onnx.cli.main import app
 from magr_onnx.passes.pipeline import PASSES, options_of
 from tests.docs_blocks import Block, blocks, run
 

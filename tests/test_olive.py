@@ -74,7 +74,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "workflow.json").write_text(json.dumps(steps))
     commands = (
-        [sys.executable, "-m", "magr_onnx.cli", "olive-config", "-o", "olive_package.json"],
+        [sys.executable, "-m", "magr_onnx.cli.main", "olive-config", "-o", "olive_package.json"],
         [sys.executable, "-m", "olive", "run", "--config", "workflow.json", "--package-config", "olive_package.json"],
     )
     for command in commands:

@@ -321,7 +321,7 @@ def test_digits_are_those_of_ascii(folder: Path) -> None:
 
 
 def in_process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "magr_onnx.cli", *arguments]
+    command = [sys.executable, "-m", "magr_onnx.cli.main", *arguments]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
 
 

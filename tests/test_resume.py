@@ -118,7 +118,20 @@ def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, A
 def test_runs_in_other_processes_give_the_same_bytes(calibration: Path, tmp_path: Path) -> None:
     out = [tmp_path / f"{i}.onnx" for i in range(2)]
     for i, path in enumerate(out):
-        command = [sys.executable, "-m", "magr_onnx.cli", "optimize", bundled.MODEL, "-o", path, "-c", calibration, "-q", "--bits", "3"]
+        command = [
+            sys.executable,
+            "-m",
+            "magr_onnx.cli.main",
+            "optimize",
+            bundled.MODEL,
+            "-o",
+            path,
+            "-c",
+            calibration,
+            "-q",
+            "--bits",
+            "3",
+        ]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": str(i)}, timeout=240)
     assert out[0].read_bytes() == out[1].read_bytes()
 
@@ -151,13 +164,13 @@ def test_fifty_kills_at_random_moments(effort: str, calibration: Path, tmp_path:
     plain, out = tmp_path / "plain.onnx", tmp_path / "out.onnx"
     arguments = ["optimize", bundled.MODEL, "-c", calibration, "--effort", effort, "--external-data", "--quiet"]
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "magr_onnx.cli", *map(str, arguments), "-o", plain], check=True)
+    subprocess.run([sys.executable, "-m", "magr_onnx.cli.main", *map(str, arguments), "-o", plain], check=True)
     length = time.perf_counter() - begin
     reference = data_files(plain)
     rng = random.Random(0)
     killed = finished = 0
     while killed < 25:
-        command = [sys.executable, "-m", "magr_onnx.cli", *map(str, arguments), "-o", out, "--resume", tmp_path / f"job{finished}"]
+        command = [sys.executable, "-m", "magr_onnx.cli.main", *map(str, arguments), "-o", out, "--resume", tmp_path / f"job{finished}"]
         process = subprocess.Popen(command)
         try:
             process.wait(timeout=rng.uniform(0.1, 1.1) * length)

@@ -18,8 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx import cli, console
-from magr_onnx.cli import app
+from magr_onnx.cli import console, main
+from magr_onnx.cli.main import app
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
@@ -61,7 +61,7 @@ def on_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, st
     return process.wait(timeout=60), found.decode().replace("\r\n", "\n")
 
 
-CLI = ("-m", "magr_onnx.cli")
+CLI = ("-m", "magr_onnx.cli.main")
 RUN = ("optimize", "model.onnx", "-c", "data.npz", "-o", "out.onnx", "--effort", "fast")
 
 
@@ -142,7 +142,7 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     told = run("optimize", "model.onnx", "-v", cwd=folder).stderr
     assert "Traceback" in told
     assert [file] == list(tmp_path.iterdir())
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(main, "app", broken)
     assert "ZeroDivisionError" in run("passes").stderr
 
 

@@ -165,7 +165,7 @@ class Limit:
 
 def measure(model: Path, output: Path, name: str, arguments: Sequence[str], limit: int) -> Measured:
     """Optimize under the limit and read the result back."""
-    command = [sys.executable, "-m", "magr_onnx.cli", "optimize", str(model), "-o", str(output), "--quiet", *arguments]
+    command = [sys.executable, "-m", "magr_onnx.cli.main", "optimize", str(model), "-o", str(output), "--quiet", *arguments]
     bound = Limit(limit)
     begin = time.perf_counter()
     process = subprocess.Popen(command, preexec_fn=bound.enter)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/methods.py
 
-Perplexity on all 256 held-out windows (`magr_onnx.demo` takes half of them), of the written file, run by onnxruntime. Takes about ten
-minutes. The second table is what calibration data does to quantizers that need none: both MagR and the bias compensation read it.
+Perplexity on all 256 held-out windows (`magr_onnx.cli.demonstration` takes half of them), of the written file, run by onnxruntime. Takes
+about ten minutes. The second table is what calibration data does to quantizers that need none: both MagR and the bias compensation read it.
 """
 
 from __future__ import annotations

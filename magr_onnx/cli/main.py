@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperGroup
 
 import magr_onnx
-from magr_onnx import console
-from magr_onnx.commands import COMMANDS
+from magr_onnx.cli import console
+from magr_onnx.cli.commands import COMMANDS
 from magr_onnx.errors import MagrError, OptionError, closest
 
 _NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")

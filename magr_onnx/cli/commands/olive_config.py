@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import console
+from magr_onnx.cli import console
 from magr_onnx.errors import OutputError
 
 EPILOG = """[bold]Example[/bold]

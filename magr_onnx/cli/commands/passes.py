@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from magr_onnx import console
-from magr_onnx.arguments import Json
+from magr_onnx.cli import console
+from magr_onnx.cli.arguments import Json
 from magr_onnx.passes.pipeline import PASSES, options_of
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr passes --json"

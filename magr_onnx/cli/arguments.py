@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import console
-from magr_onnx.choices import (
-    Activation,
-    Bias,
-    Bits,
-    ConvBits,
-    ConvForm,
-    Effort,
-    EmbeddingBits,
-    Embeddings,
-    Format,
-    Quantizer,
-    Range,
-)
+from magr_onnx.cli import console
+from magr_onnx.cli.choices import Activation, Bias, Bits, ConvBits, ConvForm, Effort, EmbeddingBits, Embeddings, Format, Quantizer, Range
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.passes.pipeline import PASSES

@@ -3,7 +3,7 @@
 **A new command**: a file here, and its place in `COMMANDS`.
 """
 
-from magr_onnx.commands import demo, inspect, olive_config, optimize, passes, presets, report, validate, verify
+from magr_onnx.cli.commands import demo, inspect, olive_config, optimize, passes, presets, report, validate, verify
 
 COMMANDS = {
     "optimize": optimize,

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from magr_onnx import api, console
-from magr_onnx.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
+from magr_onnx import api
+from magr_onnx.cli import console
+from magr_onnx.cli.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
 from magr_onnx.report.data import validation_text
 from magr_onnx.runtime import decoders
 from magr_onnx.runtime.validate import severity

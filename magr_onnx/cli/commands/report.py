@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import console
+from magr_onnx.cli import console
 from magr_onnx.errors import OptionError
 from magr_onnx.report import html
 from magr_onnx.report.data import Report

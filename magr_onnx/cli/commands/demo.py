@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import console
-from magr_onnx import demo as demonstration
-from magr_onnx.arguments import Json, Quiet, Verbose
+from magr_onnx.cli import console, demonstration
+from magr_onnx.cli.arguments import Json, Quiet, Verbose
 from magr_onnx.errors import OutputError
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr demo"

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import api, console
-from magr_onnx.arguments import Json, Quiet, Verbose, target_names
+from magr_onnx import api
+from magr_onnx.cli import console
+from magr_onnx.cli.arguments import Json, Quiet, Verbose, target_names
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError

@@ -9,8 +9,9 @@ from typing import Any
 
 import typer
 
-from magr_onnx import api, console
-from magr_onnx.arguments import (
+from magr_onnx import api
+from magr_onnx.cli import console
+from magr_onnx.cli.arguments import (
     AccumulatorBitsOption,
     AccumulatorTileOption,
     AccuracyLevelOption,

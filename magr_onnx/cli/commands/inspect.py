@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from magr_onnx import api, console
-from magr_onnx.arguments import Exclude, Include, Json, Requantize, Verbose
+from magr_onnx import api
+from magr_onnx.cli import console
+from magr_onnx.cli.arguments import Exclude, Include, Json, Requantize, Verbose
 from magr_onnx.report.data import by_reason, shortened, wrapped
 
 EPILOG = """[bold]Examples[/bold]
