@@ -16,7 +16,7 @@ from olive.data.registry import Registry
 from olive.hardware import DEFAULT_CPU_ACCELERATOR
 from olive.workflows import run
 
-from magr_onnx.olive import OnnxMagr, package_config
+from magr_onnx.integrations.olive import OnnxMagr, package_config
 
 
 class _Samples:

@@ -115,7 +115,7 @@ def test_the_package_configuration_keeps_all_of_olives_own(workflow: Path) -> No
     assert spec is not None
     assert spec.submodule_search_locations is not None
     own = json.loads((Path(spec.submodule_search_locations[0]) / "olive_config.json").read_text())
-    assert made["passes"].pop("OnnxMagr")["module_path"] == "magr_onnx.olive.OnnxMagr"
+    assert made["passes"].pop("OnnxMagr")["module_path"] == "magr_onnx.integrations.olive.OnnxMagr"
     assert made == own
 
 

@@ -22,7 +22,7 @@ def olive_config(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: standard output.")] = None,
 ) -> None:
     """Print the package configuration that gives Olive the pass OnnxMagr beside all its own."""
-    from magr_onnx.olive import package_config  # imports Olive, and torch with it
+    from magr_onnx.integrations.olive import package_config
 
     config = package_config()
     if output is None:

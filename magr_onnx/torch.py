@@ -7,8 +7,8 @@ try:
 except ImportError as _error:
     raise DependencyError(f"magr_onnx.torch needs torch, which is not installed; {install('torch')}") from _error
 
-from magr_onnx.torch.export import export
-from magr_onnx.torch.interface import optimize
-from magr_onnx.torch.weights import Change, Reduced, magr, magr_
+from magr_onnx.integrations.torch.export import export
+from magr_onnx.integrations.torch.interface import optimize
+from magr_onnx.integrations.torch.weights import Change, Reduced, magr, magr_
 
 __all__ = ["Change", "Reduced", "export", "magr", "magr_", "optimize"]

@@ -25,13 +25,13 @@ import torch
 from magr_onnx import api
 from magr_onnx.config import schema
 from magr_onnx.errors import ModelError, OptionError, closest, raise_all
+from magr_onnx.integrations.torch.export import DynamicShapes, Examples, export
+from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs
+from magr_onnx.integrations.torch.interface import asked, optimized
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.functions import open_up
 from magr_onnx.report.data import Report
-from magr_onnx.torch.export import DynamicShapes, Examples, export
-from magr_onnx.torch.feeds import SAMPLES, ToInputs
-from magr_onnx.torch.interface import asked, optimized
 from magr_onnx.workflow.resource_errors import explained
 
 Array = npt.NDArray[Any]
@@ -110,7 +110,7 @@ def magr(
         to_inputs: What of a batch is input.
         samples: How many samples of a loader are enough; None for all.
         batch_size: Most samples run at a time; None for what a recipe says, or 16.
-        dynamic_shapes: See `magr_onnx.torch.export`.
+        dynamic_shapes: See `magr_onnx.integrations.torch.export`.
         **settings: ``include``, ``exclude``, ``mask``, ``provider`` and the like of `magr_onnx.optimize`.
 
     Returns:

@@ -16,11 +16,11 @@ from magr_onnx.config import invocation, schema
 from magr_onnx.config.recipe import argument
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import OptionError
+from magr_onnx.integrations.torch.export import DynamicShapes, Examples, Exported, export
+from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs, feeds
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.data import Batches, DataReader, Source
 from magr_onnx.runtime.session import inputs_of
-from magr_onnx.torch.export import DynamicShapes, Examples, Exported, export
-from magr_onnx.torch.feeds import SAMPLES, ToInputs, feeds
 from magr_onnx.workflow.resource_errors import explained
 
 
@@ -46,13 +46,13 @@ def optimize(
     Args:
         model: A module, which is exported in evaluation mode and left as it was, or what ``torch.onnx.export(..., dynamo=True)`` returned.
         example_inputs: Arguments of the module's forward: a tensor, a tuple, or a dict of keyword arguments. None for an ONNXProgram.
-        calibration: A DataLoader, or anything `magr_onnx.torch.feeds` or `magr_onnx.runtime.data` can read.
+        calibration: A DataLoader, or anything `magr_onnx.integrations.torch.feeds` or `magr_onnx.runtime.data` can read.
         output: Where to write the result; None keeps it in memory, or takes a recipe's.
         validation_data: Held-out inputs in the same forms, to compare the float and the quantized model on.
-        to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.torch.feeds`).
+        to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.integrations.torch.feeds`).
         samples: How many samples of a loader are enough; None for all.
         batch_size: Most samples run at a time; None for what a recipe says, or 16.
-        dynamic_shapes: See `magr_onnx.torch.export`.
+        dynamic_shapes: See `magr_onnx.integrations.torch.export`.
         input_names: Names of the inputs; those of forward's parameters by default.
         output_names: Names of the outputs.
         opset_version: Opset of the export.

@@ -1,0 +1,1 @@
+"""Toolchains that the package plugs into."""

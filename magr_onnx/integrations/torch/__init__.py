@@ -1,0 +1,1 @@
+"""From torch modules to quantized ONNX models, and MagR for the modules themselves."""
