@@ -14,11 +14,11 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError
 from magr_onnx.model_io import files
-from magr_onnx.passes import conv
-from magr_onnx.passes.functions import open_up
-from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.passes.scopes import scope_of
+from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.layers import conv
+from magr_onnx.passes.layers.linear import LinearLayer, find
+from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.report.data import SkipRow, versions
 from magr_onnx.report.verification import Verification
 from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness

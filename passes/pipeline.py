@@ -17,25 +17,25 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
-from magr_onnx.passes import shared
-from magr_onnx.passes.activations import QuantizeActivations
-from magr_onnx.passes.compensate import CompensateBias
-from magr_onnx.passes.convolutions import Convolutions
-from magr_onnx.passes.embeddings import Embeddings
-from magr_onnx.passes.emit_int8 import EmitDynamicInt8, EmitQDQInt8
-from magr_onnx.passes.emit_matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
-from magr_onnx.passes.emit_qdq import EmitQDQ
-from magr_onnx.passes.equalize import Equalize
-from magr_onnx.passes.feedback import ErrorFeedback
-from magr_onnx.passes.job import META, Job, LayerPass, attach
-from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.low_rank import LowRank
-from magr_onnx.passes.magr import MagR
-from magr_onnx.passes.outcome import Store
-from magr_onnx.passes.output_hessian import OutputHessian
-from magr_onnx.passes.quantize import Quantize
-from magr_onnx.passes.split_outliers import SplitOutliers
-from magr_onnx.passes.twin_ranges import TwinRanges
+from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
+from magr_onnx.passes.emit.matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
+from magr_onnx.passes.emit.qdq import EmitQDQ
+from magr_onnx.passes.layer_passes import shared_weights
+from magr_onnx.passes.layer_passes.activations import QuantizeActivations
+from magr_onnx.passes.layer_passes.base import META, Job, LayerPass, attach
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layer_passes.checkpoint import Store
+from magr_onnx.passes.layer_passes.convolutions import Convolutions
+from magr_onnx.passes.layer_passes.embeddings import Embeddings
+from magr_onnx.passes.layer_passes.error_feedback import ErrorFeedback
+from magr_onnx.passes.layer_passes.low_rank import LowRank
+from magr_onnx.passes.layer_passes.magr import MagR
+from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.rewrites.equalize import Equalize
+from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
+from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
 
 PASSES: dict[str, type[LayerPass]] = {
     p.name: p
@@ -260,7 +260,7 @@ def run_layers(
     Layers that share a weight and are here at once are solved together.
     """
     layers = list(layers)
-    bonds = shared.bonds(layers, stats)
+    bonds = shared_weights.bonds(layers, stats)
     for layer in layers:
         job = attach(layer, stats(layer))
         if begin is not None:

@@ -1,7 +1,7 @@
 """What calibration data reaches in the bodies of If, Loop and Scan, before any of it is measured.
 
 A branch that is never taken, a loop that never turns, and a value whose rows change between the steps of a Scan have no statistics. All
-others can be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.hoist`).
+others can be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.instrument.hoist`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import EmitQDQInt8, LayerPass, LinearLayer, Reason, Skip
-from magr_onnx.passes.hoist import hoist
-from magr_onnx.passes.taps import shape_taps
+from magr_onnx.passes.instrument.hoist import hoist
+from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
 
@@ -64,7 +64,7 @@ def tapped(
     """Bring out what layers in bodies read, wherever ``data`` reaches it.
 
     Args:
-        model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.functions.open_up`).
+        model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.open_up`).
         layers: Its layers, or those of a copy.
         data: Batches that fit the model; None for none.
         passes: The pipeline: some ask for what layers put out, too.

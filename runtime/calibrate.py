@@ -10,13 +10,13 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Activation, Array, Goal, LayerStats, gram_type
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
-from magr_onnx.passes.caches import current_mask
-from magr_onnx.passes.functions import open_up
-from magr_onnx.passes.hoist import hoisted
-from magr_onnx.passes.job import attach
-from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.passes.shared import by_weight
-from magr_onnx.passes.taps import Tap, gram_taps, shape_taps
+from magr_onnx.passes.graph.kv_cache import current_mask
+from magr_onnx.passes.instrument.hoist import hoisted
+from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
+from magr_onnx.passes.layer_passes.base import attach
+from magr_onnx.passes.layer_passes.shared_weights import by_weight
+from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.runtime.bodies import tapped
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -219,7 +219,7 @@ def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | No
 def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
     """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other.
 
-    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.functions.open_up`).
+    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.instrument.inline.open_up`).
     """
     open_up(model)
     layers, _ = find(model)

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
 from magr_onnx.model_io.writing import explained
-from magr_onnx.passes.caches import PREFIX, TOKENS, pairs_of
+from magr_onnx.passes.graph.kv_cache import PREFIX, TOKENS, pairs_of
 from magr_onnx.runtime import texts
 from magr_onnx.runtime.calibrate import DEFAULT_MASK, HELD_OUT
 from magr_onnx.runtime.data import Batches, Source, checked, in_memory, load_npz, open_data, open_source

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.gradients import fisher_taps, measured
-from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.taps import shape_taps
+from magr_onnx.passes.instrument.gradients import fisher_taps, measured
+from magr_onnx.passes.instrument.taps import shape_taps
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Session
@@ -68,7 +68,8 @@ def collect(
     budget: int = DEFAULT_BUDGET,
     progress: Progress | None = None,
 ) -> Fisher:
-    """Second moments of random gradients of the model's outputs (`magr_onnx.passes.gradients.fisher_taps`) at the outputs of layers.
+    """Second moments of random gradients of the model's outputs (`magr_onnx.passes.instrument.gradients.fisher_taps`) at the outputs of
+    layers.
 
     One forward and one backward pass over at most `MOST_BATCHES` batches for every group of layers whose moments fit ``budget`` bytes.
     Layers that are an output of the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.caches import pairs
+from magr_onnx.passes.graph.kv_cache import pairs
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.session import Batch, Session
 from magr_onnx.runtime.validate import is_logits, kept_rows, log_softmax

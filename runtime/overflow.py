@@ -8,9 +8,9 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.kernels import on_accumulator, on_target
 from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, prove
 from magr_onnx.core.overflow.targets import Target
-from magr_onnx.passes.dot_products import find
-from magr_onnx.passes.linear import Skip
-from magr_onnx.passes.operands import Reason
+from magr_onnx.passes.integer.dot_products import find
+from magr_onnx.passes.integer.operands import Reason
+from magr_onnx.passes.layers.linear import Skip
 from magr_onnx.report.data import SkipRow
 from magr_onnx.report.verification import LayerVerdict, WitnessRow
 from magr_onnx.runtime import witness as witnesses

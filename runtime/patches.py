@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
-from magr_onnx.passes.conv import ConvLayer
-from magr_onnx.passes.patches import extent_taps, geometry, patch_taps
+from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
+from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
 from magr_onnx.runtime.data import Batches

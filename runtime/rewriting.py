@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx.passes.compensate import CompensateBias
-from magr_onnx.passes.job import LayerPass
-from magr_onnx.passes.linear import LinearLayer
+from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.pipeline import activations_of, resolve, spec_of
-from magr_onnx.passes.rewrite import Context, Groups, Rewrite
+from magr_onnx.passes.rewrites.base import Context, Groups, Rewrite
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import Batches
 

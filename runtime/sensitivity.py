@@ -7,7 +7,7 @@ The loss of a layer under a choice is that of a reference, measured at the model
    channels are independent given that matrix, so a sample estimates the error of all. It is measured under the Gram matrix of the held-out
    batches, centred where a bias will take up the mean.
 3. *Effect*: GPTQ of the whole layer at each reference choice replaces the layer's float weight, alone, in one running session
-   (`magr_onnx.passes.overrides`), and the loss of the outputs (`magr_onnx.runtime.loss`) is measured.
+   (`magr_onnx.passes.instrument.weight_inputs`), and the loss of the outputs (`magr_onnx.runtime.loss`) is measured.
 4. Loss over error is taken as a power law between the references, and as proportional beyond them: at small errors any loss with its least
    at the float model is quadratic in the weights, as the layer error is.
 
@@ -26,12 +26,12 @@ import onnx_ir as ir
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
 from magr_onnx.passes import pipeline
-from magr_onnx.passes.compensate import CompensateBias
-from magr_onnx.passes.job import Job, LayerPass
-from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.passes.magr import MagR
-from magr_onnx.passes.overrides import overridable
-from magr_onnx.passes.quantize import Quantize
+from magr_onnx.passes.instrument.weight_inputs import overridable
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layer_passes.magr import MagR
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.loss import Reference

@@ -1,7 +1,7 @@
 """Calibration in stages with error feedback: each stage's layers see the quantized layers before them.
 
-The float model and the model being quantized run side by side, segment by segment (`magr_onnx.passes.segments`), each on its own live
-values. What a stage's layers read is ``X`` in one and ``X_q`` in the other; second moments of both, and between them, are what the
+The float model and the model being quantized run side by side, segment by segment (`magr_onnx.passes.instrument.segments`), each on its
+own live values. What a stage's layers read is ``X`` in one and ``X_q`` in the other; second moments of both, and between them, are what the
 quantizers need to compute ``X W0`` from ``X_q``. Every segment runs once in each model: two forward passes over the data in all, however
 many stages there are.
 
@@ -27,9 +27,9 @@ from magr_onnx.core.error_feedback import goal_of
 from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
 from magr_onnx.errors import NonFiniteError, OutputError, raise_all
 from magr_onnx.model_io.writing import explained
-from magr_onnx.passes.caches import current_mask
-from magr_onnx.passes.linear import LinearLayer
-from magr_onnx.passes.segments import behind, beside, cut, given_inputs, plan
+from magr_onnx.passes.graph.kv_cache import current_mask
+from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, plan
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibrate import plan as plan_groups
 from magr_onnx.runtime.data import Batches

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.errors import CalibrationError, raise_all
-from magr_onnx.passes.caches import PREFIX
+from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import Batches, in_memory
 from magr_onnx.runtime.session import Batch, InputInfo
 

@@ -18,9 +18,9 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import model_bytes
-from magr_onnx.passes.caches import current_mask, pairs
-from magr_onnx.passes.readback import read_weights
-from magr_onnx.passes.scopes import scope_of
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.graph.kv_cache import current_mask, pairs
+from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.runtime.data import Batches, amount
 from magr_onnx.runtime.session import Arithmetic, Batch, Session
 

@@ -20,8 +20,8 @@ from magr_onnx.models.zoo.disguised import TRAPS
 from magr_onnx.models.zoo.trap import CONVERTED, Tensor, constant, model
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.einsum import parse
-from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import find
+from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.runtime.session import Arithmetic, Session
 
 FORMATS: dict[str, dict[str, Any]] = {

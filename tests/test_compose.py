@@ -12,8 +12,9 @@ import pytest
 from onnx_ir.passes import common
 
 from magr_onnx import passes as ours
-from magr_onnx.passes import PASSES, LayerPass, Rewrite, conv, find, gather, parse
-from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes import PASSES, LayerPass, Rewrite, find, parse
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.layers import conv, embedding
 from magr_onnx.runtime.calibrate import attach_stats
 from magr_onnx.runtime.data import in_memory
 from magr_onnx.runtime.session import Arithmetic, Session
@@ -74,7 +75,12 @@ def ran(sequence: Sequence[ir.passes.PassBase]) -> tuple[ir.Model, Array]:
 def weights(result: ir.Model) -> list[Array]:
     """All weights, as a reader of the file finds them."""
     floats = [layer.read() for layer in find(result)[0]]
-    return [*floats, *read_weights(result).values(), *(t.read() for t in gather.find(result)[0]), *(c.read() for c in conv.find(result)[0])]
+    return [
+        *floats,
+        *read_weights(result).values(),
+        *(t.read() for t in embedding.find(result)[0]),
+        *(c.read() for c in conv.find(result)[0]),
+    ]
 
 
 @pytest.fixture(scope="module")

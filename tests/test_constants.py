@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magr_onnx.passes.constants import FOLLOW, drop_if_unused, held
-from magr_onnx.passes.linear import LinearLayer, find
-from magr_onnx.passes.segments import plan
+from magr_onnx.passes.graph.constants import FOLLOW, drop_if_unused, held
+from magr_onnx.passes.instrument.segments import plan
+from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.runtime.session import Arithmetic, Session
 from tests.graphs import Builder, random
 

@@ -22,10 +22,10 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
-from magr_onnx.passes.constants import Held
-from magr_onnx.passes.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
-from magr_onnx.passes.convolutions import Convolutions
-from magr_onnx.passes.readback import emitted_weight
+from magr_onnx.passes.emit.readback import emitted_weight
+from magr_onnx.passes.graph.constants import Held
+from magr_onnx.passes.layer_passes.convolutions import Convolutions
+from magr_onnx.passes.layers.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
 from magr_onnx.report.data import Report
 from magr_onnx.runtime import patches
 from magr_onnx.runtime.data import open_data

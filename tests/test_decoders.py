@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import magr_onnx
 from magr_onnx.cli.main import app
 from magr_onnx.errors import CalibrationError, OptionError
-from magr_onnx.passes.caches import current_mask, pairs
-from magr_onnx.passes.linear import find
-from magr_onnx.passes.readback import read_weights
-from magr_onnx.passes.segments import beside
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.graph.kv_cache import current_mask, pairs
+from magr_onnx.passes.instrument.segments import beside
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import decoders as feeding
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import in_memory, open_data

@@ -15,10 +15,10 @@ from magr_onnx.core.grid import minmax
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.embeddings import quantize
-from magr_onnx.passes.gather import find
-from magr_onnx.passes.holders import LEAST
-from magr_onnx.passes.readback import emitted_weight
+from magr_onnx.passes.emit.readback import emitted_weight
+from magr_onnx.passes.layer_passes.embeddings import quantize
+from magr_onnx.passes.layers.embedding import find
+from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.runtime.session import Arithmetic, Session
 from magr_onnx.workflow import verify_output
 
@@ -70,7 +70,7 @@ def test_searched_grids_beat_the_range_of_a_row() -> None:
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table, spec = constant("table", 300, 40), WeightSpec(8, 32)
     whole = quantize(table, spec)
-    monkeypatch.setattr("magr_onnx.passes.embeddings.CHUNK", 7 * 40)
+    monkeypatch.setattr("magr_onnx.passes.layer_passes.embeddings.CHUNK", 7 * 40)
     parts = quantize(table, spec)
     for a, b in ((whole.codes, parts.codes), (whole.scales, parts.scales), (whole.zero_points, parts.zero_points)):
         np.testing.assert_array_equal(a, b)

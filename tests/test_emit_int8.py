@@ -30,8 +30,8 @@ from magr_onnx.passes import (
     parse,
     run_layers,
 )
-from magr_onnx.passes.job import attach
-from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.layer_passes.base import attach
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session

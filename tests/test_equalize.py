@@ -15,9 +15,9 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Equalize, Quantize, attach, check, find, parse
-from magr_onnx.passes.equalize import candidates, search
-from magr_onnx.passes.linear import FLOATS, LinearLayer
-from magr_onnx.passes.rewrite import Context
+from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.rewrites.base import Context
+from magr_onnx.passes.rewrites.equalize import candidates, search
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session

@@ -248,7 +248,7 @@ def test_large_models_go_to_external_data(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
     loaded = files.load(out)
     assert report.bytes_after == loaded.bytes
-    assert len(magr_onnx.passes.readback.read_weights(loaded.model)) == 2
+    assert len(magr_onnx.passes.emit.readback.read_weights(loaded.model)) == 2
     with pytest.raises(OutputError, match="would overwrite"):
         magr_onnx.optimize(out, output=tmp_path / "out.onnx")
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.passes.gradients import fisher_taps
-from magr_onnx.passes.linear import find
+from magr_onnx.passes.instrument.gradients import fisher_taps
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import fisher
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.session import Session

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from magr_onnx.models import bundled
-from magr_onnx.passes.backward import RULES, Backward
-from magr_onnx.passes.gradients import fisher_taps
-from magr_onnx.passes.linear import find
-from magr_onnx.passes.taps import Extension, shape_taps
+from magr_onnx.passes.instrument.backward import RULES, Backward
+from magr_onnx.passes.instrument.gradients import fisher_taps
+from magr_onnx.passes.instrument.taps import Extension, shape_taps
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.session import Session
 from tests import graphs
 from tests.graphs import Array, Builder

@@ -311,7 +311,7 @@ def test_sparse_weights_are_weights(indices: Any, as_constant: bool, tmp_path: P
     assert magr_onnx.optimize(proto, output=tmp_path / "out.onnx", bits=8).report.layers[0].weight == "w"
     assert proto.SerializeToString(deterministic=True) == before
     weight = files.load(proto).model
-    found, _ = magr_onnx.passes.linear.find(weight)
+    found, _ = magr_onnx.passes.layers.linear.find(weight)
     np.testing.assert_array_equal(found[0].read(), dense)
 
 

@@ -18,7 +18,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.spill import Spool
-from magr_onnx.passes.linear import find
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import calibrate, data, stages
 from magr_onnx.runtime.session import Session, inputs_of
 from tests import graphs

@@ -16,8 +16,8 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Job, check, find, parse, run_layers
+from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.pipeline import prepare
-from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto

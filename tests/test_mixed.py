@@ -20,8 +20,8 @@ from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
 from magr_onnx.passes import LayerPass, find, prepare, run_layers
-from magr_onnx.passes.linear import Reason
-from magr_onnx.passes.overrides import overridable
+from magr_onnx.passes.instrument.weight_inputs import overridable
+from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.runtime import calibrate, sensitivity
 from magr_onnx.runtime.data import Batches, open_data
 from magr_onnx.runtime.loss import COSINE, KL, Reference

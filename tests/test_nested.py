@@ -17,12 +17,12 @@ from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.nested import SQUARE, TRAPS, U, W
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.bodies import unique_names, walk
-from magr_onnx.passes.functions import open_up
-from magr_onnx.passes.hoist import hoist, hoisted
-from magr_onnx.passes.linear import OPERATORS, Reason, find
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.graph.subgraphs import unique_names, walk
+from magr_onnx.passes.instrument.hoist import hoist, hoisted
+from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.layers.linear import OPERATORS, Reason, find
 from magr_onnx.passes.pipeline import parse
-from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime import bodies, calibrate
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Arithmetic, Session

@@ -17,9 +17,9 @@ from magr_onnx.models.zoo.branches import BIAS, OTHER, TRAPS, K, looped
 from magr_onnx.models.zoo.convolutions import convolve, kernel, one, spread
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import parse
-from magr_onnx.passes.bodies import walk
-from magr_onnx.passes.conv import OPS, find, to_matrices
-from magr_onnx.passes.functions import open_up
+from magr_onnx.passes.graph.subgraphs import walk
+from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.layers.conv import OPS, find, to_matrices
 from magr_onnx.runtime import patches
 from magr_onnx.runtime.bodies import NEVER
 from magr_onnx.runtime.data import Batches, open_data

@@ -18,7 +18,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.config.options import Options
-from magr_onnx.passes.readback import read_weights
+from magr_onnx.passes.emit.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random
 

@@ -11,8 +11,8 @@ from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
 from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
+from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.pipeline import check, options_of, resolve, suited
-from magr_onnx.passes.readback import read_weights
 from magr_onnx.runtime.session import Session
 from tests import graphs
 from tests.graphs import correlated, feeds

@@ -16,7 +16,7 @@ from magr_onnx.core.activation_ranges import METHODS, Histogram, candidates
 from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
-from magr_onnx.passes.taps import BINS, Tap, bin_edges, error_taps, range_taps
+from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.runtime import ranges
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import Batches, open_data

@@ -25,9 +25,9 @@ from magr_onnx.core.overflow.accumulator import Accumulator, Budget, log2_gap
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.gather import TableReason
-from magr_onnx.passes.linear import Reason
-from magr_onnx.passes.segments import depths
+from magr_onnx.passes.instrument.segments import depths
+from magr_onnx.passes.layers.embedding import TableReason
+from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.report.data import SCHEMA, LayerRow, SkipRow, layer_table
 from magr_onnx.report.html import side_by_side, summary
 from magr_onnx.report.serialization import decode

@@ -16,9 +16,10 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.model_io import files
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
-from magr_onnx.passes import Job, find, parse, run_layers, segments
-from magr_onnx.passes.readback import read_weights
-from magr_onnx.passes.shared import Bond, remarks, sharing
+from magr_onnx.passes import Job, find, parse, run_layers
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.instrument import segments
+from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks, sharing
 from magr_onnx.report.html import summary
 from magr_onnx.runtime import calibrate
 from magr_onnx.runtime.data import open_data

@@ -14,8 +14,8 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import SplitOutliers, check, find, parse
-from magr_onnx.passes.rewrite import Context
-from magr_onnx.passes.split_outliers import gain, split, thresholds
+from magr_onnx.passes.rewrites.base import Context
+from magr_onnx.passes.rewrites.split_outliers import gain, split, thresholds
 from magr_onnx.runtime.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, feeds, proto, random

@@ -14,8 +14,8 @@ import magr_onnx
 from magr_onnx.core import error_feedback
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
-from magr_onnx.passes.linear import find
-from magr_onnx.passes.segments import cut, plan, reads
+from magr_onnx.passes.instrument.segments import cut, plan, reads
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import stages
 from magr_onnx.runtime.calibrate import collect
 from magr_onnx.runtime.data import open_data

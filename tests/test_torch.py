@@ -18,8 +18,8 @@ import magr_onnx.torch as magr_torch  # noqa: E402
 from magr_onnx.errors import CalibrationError, DependencyError, ExportError, MagrError, OptionError  # noqa: E402
 from magr_onnx.integrations.torch.feeds import feeds  # noqa: E402
 from magr_onnx.integrations.torch.weights import _new_value  # noqa: E402
-from magr_onnx.passes.linear import find  # noqa: E402
-from magr_onnx.passes.scopes import scope_of  # noqa: E402
+from magr_onnx.passes.graph.torch_names import scope_of  # noqa: E402
+from magr_onnx.passes.layers.linear import find  # noqa: E402
 from magr_onnx.report.data import validation_text  # noqa: E402
 from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
 from tests import graphs  # noqa: E402

@@ -28,9 +28,9 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.kernels import on_accumulator, on_target
 from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
 from magr_onnx.core.overflow.targets import TARGETS, Kernel, find_target
-from magr_onnx.passes.dot_products import find
-from magr_onnx.passes.linear import Skip
-from magr_onnx.passes.operands import Reason
+from magr_onnx.passes.integer.dot_products import find
+from magr_onnx.passes.integer.operands import Reason
+from magr_onnx.passes.layers.linear import Skip
 from magr_onnx.report.verification import LayerVerdict, Verification
 from tests import dots, graphs
 from tests.dots import F32, S8, U8, model, node, quantized_x, scalars

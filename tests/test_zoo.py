@@ -14,7 +14,7 @@ from magr_onnx import optimize
 from magr_onnx.errors import MagrError
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.trap import CONVERTED
-from magr_onnx.passes.readback import emitted_weight
+from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.session import Arithmetic, Session
 

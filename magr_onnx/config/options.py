@@ -33,8 +33,8 @@ from magr_onnx.passes import (
     TwinRanges,
     check,
 )
-from magr_onnx.passes.conv import Form as ConvForm
-from magr_onnx.passes.emit_matmulnbits import INT8_ACTIVATION, INT8_LEVEL
+from magr_onnx.passes.emit.matmulnbits import INT8_ACTIVATION, INT8_LEVEL
+from magr_onnx.passes.layers.conv import Form as ConvForm
 
 Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]

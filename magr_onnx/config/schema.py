@@ -19,7 +19,7 @@ from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS
 from magr_onnx.core.types import BITS
 from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.passes import conv, gather
+from magr_onnx.passes.layers import conv, embedding
 
 WORDS = {"block_size": "channel", "conv_bits": "none", "mask": "none"}
 """What None is called where there is no None, by option."""
@@ -31,8 +31,8 @@ _CHOICES: dict[str, Collection[Any]] = {
     "bias": BIAS,
     "activation_range": METHODS,
     "conv_bits": conv.BITS,
-    "embeddings": ("none", *gather.FORMS),
-    "embedding_bits": gather.BITS,
+    "embeddings": ("none", *embedding.FORMS),
+    "embedding_bits": embedding.BITS,
     "target": TARGETS,
 }
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}

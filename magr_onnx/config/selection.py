@@ -9,12 +9,13 @@ import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions, near, unmatched
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes import conv, gather, unused
 from magr_onnx.passes.canonical import canonicalize
-from magr_onnx.passes.canonical.edit import weight
-from magr_onnx.passes.functions import open_up
-from magr_onnx.passes.holders import holders
-from magr_onnx.passes.linear import REFUSED, LinearLayer, find, known_as, matched
+from magr_onnx.passes.canonical.rewriter import weight
+from magr_onnx.passes.graph import dead_code
+from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.layers import conv, embedding
+from magr_onnx.passes.layers.linear import REFUSED, LinearLayer, find, known_as, matched
+from magr_onnx.passes.layers.unconverted import holders
 
 Names = Sequence[tuple[str, ...]]
 
@@ -59,8 +60,8 @@ def known(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] =
     """The names in a model whose layers are in canonical form."""
     layers, skips = find(model)
     convolutions, unfit = conv.find(model)
-    tables, untouched = gather.find(model)
-    every: list[LinearLayer | conv.ConvLayer | gather.Table] = [*layers, *convolutions, *tables]
+    tables, untouched = embedding.find(model)
+    every: list[LinearLayer | conv.ConvLayer | embedding.Table] = [*layers, *convolutions, *tables]
     units = [known_as(one.node, one.name, one.weight_name) for one in every]
     others: list[tuple[str, ...]] = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
     others += [  # what was excluded before it could be brought into a layer's form
@@ -80,7 +81,7 @@ def settle(model: ir.Model, include: Sequence[str], exclude: Sequence[str], agai
 
     What nobody reads is no layer, and goes first. ``again`` is `magr_onnx.optimize`'s ``requantize``. Returns sentences for the report.
     """
-    return [*unused.remove(model), *canonicalize(model, include, exclude, again=again)]
+    return [*dead_code.remove(model), *canonicalize(model, include, exclude, again=again)]
 
 
 def check(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> None:

@@ -74,8 +74,8 @@ class LayerRow:
         tiles: Headroom of a constrained accumulator along K; see `magr_onnx.core.histograms.tile_headroom`.
         depth: Converted layers before it on the longest way from the inputs.
         output: Name of its output, by which `Validation.layers` has it.
-        scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.scopes`); of several layers of one path
-            the second has ``@1`` behind it, and so on.
+        scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.graph.torch_names`); of several layers of
+            one path the second has ``@1`` behind it, and so on.
         stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
         added: Bytes that it adds to the file, where its float weight stays in it for others.
     """

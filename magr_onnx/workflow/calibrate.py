@@ -8,16 +8,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import onnx_ir as ir
 
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.passes import (
-    ErrorFeedback,
-    Job,
-    LayerPass,
-    LinearLayer,
-    OutputHessian,
-    Quantize,
-    segments,
-)
-from magr_onnx.passes.linear import find
+from magr_onnx.passes import ErrorFeedback, Job, LayerPass, LinearLayer, OutputHessian, Quantize
+from magr_onnx.passes.instrument import segments
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
 from magr_onnx.runtime.data import Batches
 from magr_onnx.workflow.context import Run

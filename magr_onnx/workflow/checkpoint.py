@@ -2,7 +2,7 @@
 
     DIR/lock             held (flock) while a run works in it
     DIR/manifest.json    what the layers depend on: hashes of the model and the data, pipeline, options, versions, threads
-    DIR/layers/KEY.npz   the outcome of a layer (`magr_onnx.passes.outcome`); KEY is a hash of its name, shape and passes
+    DIR/layers/KEY.npz   the outcome of a layer (`magr_onnx.passes.layer_passes.checkpoint`); KEY is a hash of its name, shape and passes
 
 Every file is written under another name, synced and renamed, so there are whole files only. A file that is damaged all the same counts as
 not there. Arrays are read without pickle and everything else is JSON: a directory of somebody else can give wrong codes, as a model of
@@ -28,7 +28,7 @@ from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.writing import explained, file_digest
 from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
-from magr_onnx.passes.outcome import Arrays, from_arrays, most_bytes, to_arrays
+from magr_onnx.passes.layer_passes.checkpoint import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.report.data import versions
 from magr_onnx.runtime.data import Batches
 
@@ -161,7 +161,7 @@ class JobDirectory:
         return True
 
     def restore(self, job: Job, passes: Sequence[LayerPass]) -> bool:
-        """See `magr_onnx.passes.outcome.Store`."""
+        """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
         del passes  # the plan has them
         if not self.has(job.layer):
             return False
@@ -176,7 +176,7 @@ class JobDirectory:
         return True
 
     def keep(self, job: Job, passes: Sequence[LayerPass]) -> None:
-        """See `magr_onnx.passes.outcome.Store`."""
+        """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
         del passes
         try:
             _write(self._file(job.layer), to_arrays(job))

@@ -25,9 +25,10 @@ from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
-from magr_onnx.passes import gather, pipeline
-from magr_onnx.passes.job import LayerPass
-from magr_onnx.passes.linear import LinearLayer, Reason, Skip
+from magr_onnx.passes import pipeline
+from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.layers import embedding
+from magr_onnx.passes.layers.linear import LinearLayer, Reason, Skip
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.runtime import sensitivity
 from magr_onnx.runtime.data import Batches
@@ -366,5 +367,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
 
 def _tables(model: ir.Model) -> str:
     """What a budget cannot make smaller, but an option can, as the end of a message."""
-    size = sum({table.weight_name: table.held.stored.nbytes for table in gather.find(model)[0]}.values())
+    size = sum({table.weight_name: table.held.stored.nbytes for table in embedding.find(model)[0]}.values())
     return f": tables of embeddings are {size:,} bytes in float (--embeddings gather-block-quantized --embedding-bits 4)" * bool(size)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from magr_onnx.config import options
-from magr_onnx.passes import LayerPass, Skip, conv
-from magr_onnx.passes.conv import ConvLayer
-from magr_onnx.passes.gather import Table
+from magr_onnx.passes import LayerPass, Skip
+from magr_onnx.passes.layers import conv
+from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.embedding import Table
 from magr_onnx.runtime.data import Batches
 from magr_onnx.runtime.sensitivity import Split
 from magr_onnx.workflow import convolutions, embeddings, mixed_precision

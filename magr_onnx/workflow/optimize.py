@@ -19,9 +19,9 @@ from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
-from magr_onnx.passes.gather import TableReason
-from magr_onnx.passes.linear import layer_name
-from magr_onnx.passes.scopes import scope_of
+from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.layers.embedding import TableReason
+from magr_onnx.passes.layers.linear import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
 from magr_onnx.runtime import validate as validation

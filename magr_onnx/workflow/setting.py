@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.passes import LinearLayer, Skip
-from magr_onnx.passes.linear import find
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.report.data import LayerRow
 
 Progress = Callable[[str, int, int], None]

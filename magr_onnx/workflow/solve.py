@@ -13,10 +13,11 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.histograms import places, thinned
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline, shared
-from magr_onnx.passes.readback import digest
-from magr_onnx.passes.scopes import scope_of
-from magr_onnx.passes.segments import depths
+from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline
+from magr_onnx.passes.emit.readback import digest
+from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.instrument.segments import depths
+from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
 from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
 from magr_onnx.runtime.data import Batches
@@ -186,14 +187,14 @@ def solve(
             work = base.clone()
             layers, _ = source.split(setting.find(work)[0], bool(lost))
     notes += _remarks(done, run, setting.mask)
-    said = shared.remarks(layers, done.added, run.large)
+    said = shared_weights.remarks(layers, done.added, run.large)
     for name, given in own.options.items():
         said[name].append(f"options of its own: {layer_options.described(given)}")
     rows = [
         replace(
             done.rows[layer.name],
             notes=(*done.rows[layer.name].notes, *said[layer.name]),
-            added=done.added.get(layer.name) if shared.readers(layer) else None,
+            added=done.added.get(layer.name) if shared_weights.readers(layer) else None,
         )
         for layer in layers
     ]

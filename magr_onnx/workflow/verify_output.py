@@ -15,8 +15,8 @@ from magr_onnx.core.types import Array, check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import LayerPass, pipeline
-from magr_onnx.passes.operands import Reason
-from magr_onnx.passes.readback import digest, iterate
+from magr_onnx.passes.emit.readback import digest, iterate
+from magr_onnx.passes.integer.operands import Reason
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.verification import LayerVerdict
 from magr_onnx.runtime import apart, overflow, session

@@ -1,6 +1,6 @@
 """Convolutions of every kind, next to linear layers and alone.
 
-The weight of a convolution is the matrix ``(K, N)`` of its one group, or ``(G, K, N)`` of several; see `magr_onnx.passes.conv`.
+The weight of a convolution is the matrix ``(K, N)`` of its one group, or ``(G, K, N)`` of several; see `magr_onnx.passes.layers.conv`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every form is a file here with a `Form`, and its line in `FORMS`; each may leave the rest to those after it. They are exact in real
 arithmetic and keep the name, type and shape of the value a node makes; the layer gets the node's name (``name[0]``, ``name[1]`` ... where
-it becomes several). Weights are not computed: what is done to them is written as nodes, which `magr_onnx.passes.constants` sees through
-and which go with the weight when a layer is converted. What is not converted in the end is as right as before, written otherwise.
+it becomes several). Weights are not computed: what is done to them is written as nodes, which `magr_onnx.passes.graph.constants` sees
+through and which go with the weight when a layer is converted. What is not converted in the end is as right as before, written otherwise.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx.passes.canonical import einsum, fused, gemm_bias, left, requantize, stack, trans_a, types, vector
-from magr_onnx.passes.canonical.edit import Canvas, Edit, Form, Refusal, weight
-from magr_onnx.passes.linear import REFUSED, left_out
+from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
+from magr_onnx.passes.canonical.rewriter import Canvas, Edit, Form, Refusal, weight
+from magr_onnx.passes.layers.linear import REFUSED, left_out
 
 FORMS: tuple[Form, ...] = (
     fused.FORM,
     einsum.FORM,
     gemm_bias.FORM,
     trans_a.FORM,
-    left.FORM,
-    vector.FORM,
-    stack.FORM,
-    types.FORM,
+    constant_lhs.FORM,
+    matvec.FORM,
+    batched.FORM,
+    casts.FORM,
 )
 
 

@@ -18,9 +18,9 @@ import math
 import string
 from dataclasses import dataclass
 
-from magr_onnx.passes.canonical.edit import MOST_MATRICES, Dims, Edit, Form, Refusal, known, weight
-from magr_onnx.passes.canonical.stack import stacked
-from magr_onnx.passes.linear import Reason
+from magr_onnx.passes.canonical.batched import stacked
+from magr_onnx.passes.canonical.rewriter import MOST_MATRICES, Dims, Edit, Form, Refusal, known, weight
+from magr_onnx.passes.layers.linear import Reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from magr_onnx.passes.canonical.edit import Edit, Form, Refusal, weight
-from magr_onnx.passes.linear import Reason
+from magr_onnx.passes.canonical.rewriter import Edit, Form, Refusal, weight
+from magr_onnx.passes.layers.linear import Reason
 
 
 def rewrite(edit: Edit) -> Refusal | bool | None:

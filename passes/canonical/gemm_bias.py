@@ -5,8 +5,8 @@ C may be a matrix ``(M, N)``, a column ``(M, 1)``, or computed at run time; the 
 
 from __future__ import annotations
 
-from magr_onnx.passes.canonical.edit import Edit, Form, weight
-from magr_onnx.passes.constants import held
+from magr_onnx.passes.canonical.rewriter import Edit, Form, weight
+from magr_onnx.passes.graph.constants import held
 
 
 def rewrite(edit: Edit) -> bool | None:

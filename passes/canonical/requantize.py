@@ -6,8 +6,8 @@ Only where the caller asks for it: what the first rounding lost does not come ba
 from __future__ import annotations
 
 from magr_onnx.passes.canonical import fused
-from magr_onnx.passes.canonical.edit import Edit, Form
-from magr_onnx.passes.constants import FOLLOW, behind, dequantized, held
+from magr_onnx.passes.canonical.rewriter import Edit, Form
+from magr_onnx.passes.graph.constants import FOLLOW, behind, dequantized, held
 
 
 def rewrite(edit: Edit) -> bool | None:

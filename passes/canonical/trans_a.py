@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from magr_onnx.passes.canonical.edit import Edit, Form, weight
+from magr_onnx.passes.canonical.rewriter import Edit, Form, weight
 
 
 def rewrite(edit: Edit) -> bool | None:

@@ -31,7 +31,7 @@ import magr_onnx
 from magr_onnx.errors import MagrError
 from magr_onnx.models import bundled
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.readback import emitted_weight
+from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.runtime.session import Arithmetic, Session
 
 TYPES = {"float": np.float32, "float16": np.float16, "bfloat16": None}

@@ -30,7 +30,7 @@ from magr_onnx.core.quantizers import Options as SolverOptions
 from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.model_io import files, writing
 from magr_onnx.passes import pipeline
-from magr_onnx.passes.linear import find
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime import calibrate, ranges
 from magr_onnx.runtime.data import open_data
 from magr_onnx.runtime.session import Session

@@ -29,7 +29,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from magr_onnx.passes.readback import iterate
+from magr_onnx.passes.emit.readback import iterate
 
 HIDDEN, FFN, HEADS = 4096, 11008, 32
 CGROUP = Path("/sys/fs/cgroup/memory")

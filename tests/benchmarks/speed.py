@@ -95,7 +95,7 @@ def describe(folder: Path, gptq: Path, output: Path) -> str:
     import numpy as np
     import onnx_ir as ir
 
-    from magr_onnx.passes.readback import read_weights
+    from magr_onnx.passes.emit.readback import read_weights
 
     forms = Counter((n["bits"], n["block_size"], n["zero_points"]) for n in matmulnbits(gptq))
     nodes = ", ".join(f"{c} nodes of {b} bits, block {g}, {'with' if z else 'without'} zero points" for (b, g, z), c in forms.items())

@@ -17,7 +17,7 @@ import magr_onnx
 from magr_onnx.config.options import Options
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.models import bundled
-from magr_onnx.passes.dot_products import find
+from magr_onnx.passes.integer.dot_products import find
 from tests.edge.integer import matmul_integer, saturated
 from tests.edge.jobs import Array, Job
 from tests.edge.targets import HASWELL, HOST, require

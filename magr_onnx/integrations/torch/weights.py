@@ -30,7 +30,7 @@ from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs
 from magr_onnx.integrations.torch.interface import asked, optimized
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
-from magr_onnx.passes.functions import open_up
+from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.report.data import Report
 from magr_onnx.workflow.resource_errors import explained
 

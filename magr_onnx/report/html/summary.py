@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from magr_onnx.passes.gather import TableReason
-from magr_onnx.passes.linear import Reason
+from magr_onnx.passes.layers.embedding import TableReason
+from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.report.data import LayerRow, Report, by_reason, megabytes
 from magr_onnx.runtime.validate import OutputMetrics, severity
 

@@ -1,0 +1,154 @@
+"""Emit convolutions of quantized weights: integer codes in the file, one scale an output channel, floats before the convolution.
+
+1. The node stays, with its attributes; only its weight and bias inputs change. Convolutions that share a weight share its codes. Constants
+   are in the main graph; what makes floats of codes is before the convolution, in its body too, or at the beginning of the main graph
+   where convolutions of several graphs share a weight. onnxruntime folds it in either place.
+2. ``fold``: ``Mul(Cast(codes), scales)``, with a Sub of zero points where there are some. onnxruntime computes that once, when it loads the
+   file, and the convolution is then the float one, as fast, in its own memory layout. Operators of any opset.
+3. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools know. onnxruntime keeps it, so that the weight is small in
+   memory too, and computes it in every run, without its layout for constant weights: 1.5 times as long, and 5 to 10 times as long for
+   small depthwise ones. (Its session option ``session.disable_quant_qdq`` makes it fold these as well.)
+4. Conv: codes ``(M, C / G, ...)`` and scales on axis 0. ConvTranspose in one group: ``(C, M, ...)``, axis 1.
+5. In several groups a channel's scale lies on no axis of a ConvTranspose's weight: codes ``(M, C / G, ...)`` on axis 0, then Reshape,
+   Transpose, Reshape; none of them where every group has one channel in and one out.
+6. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
+7. Where the model has static integer activations it is DequantizeLinear, and a Reshape that changes nothing behind it. Between a
+   DequantizeLinear and a QuantizeLinear onnxruntime makes a QLinearConv of a convolution whose weight is constant or next to a
+   DequantizeLinear (float weights and biases it rounds in its own way), in integers that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.packing import pack_qdq
+from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.passes.graph.constants import constant, drop_if_unused
+from magr_onnx.passes.integer.operands import attribute_of, operand
+from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, to_matrices
+from magr_onnx.passes.layers.linear import FLOATS
+
+
+def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases: Sequence[Array | None], form: Form, apart: bool) -> None:
+    """Write one weight, a `QuantizedWeight` a group, into all convolutions that share it.
+
+    Args:
+        layers: The convolutions.
+        weights: Codes of every group, one grid a column.
+        biases: A bias ``(M,)`` for every layer; None leaves what is there.
+        form: How codes become floats, see above.
+        apart: Whether to see to it that onnxruntime does not compute them in integers.
+    """
+    first, place = layers[0], layers[0].matrix(np.zeros((1, 1)), None)
+    weight, nodes = _dequantized(first, weights, form, apart)
+    if all(layer.node.graph is first.node.graph for layer in layers):
+        place.graph.insert_before(first.node, nodes)
+    else:
+        place.root.insert_before(place.root[0], nodes)
+    for layer, bias in zip(layers, biases, strict=True):
+        node, old = layer.node, layer.node.inputs[1]
+        node.replace_input_with(1, weight)
+        if old is not None:
+            drop_if_unused(old)
+        if bias is not None:
+            held = operand(node, 2)
+            base = layer.weight_name if held is None else str(held.name)
+            value = layer.matrix(np.zeros((1, 1)), None).constant("_bias", bias.astype(FLOATS[layer.dtype]), base=base)
+            node.resize_inputs(3)
+            node.replace_input_with(2, value)
+            if held is not None:
+                drop_if_unused(held)
+        node.name = f"{layer.name}_q{weights[0].spec.bits}"
+
+
+def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> tuple[ir.Value, list[ir.Node]]:
+    """The weight as the layer reads it, and the nodes that make it of codes."""
+    packed = [pack_qdq(w) for w in weights]
+    symmetric = packed[0].zero_points is None
+    names = ("int4", "uint4") if packed[0].bits == 4 else ("int8", "uint8")
+    kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed[0].bits == 4 else names[not symmetric])
+    matrices = np.stack([p.codes for p in packed])
+    group, k, n = matrices.shape
+    turned = layer.op == "ConvTranspose" and group > 1
+    axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
+    codes = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
+    base, suffix, place = layer.weight_name, f"_q{packed[0].bits}", layer.matrix(np.zeros((1, 1)), None)
+    float_kind, zeros = FLOATS[layer.dtype], None
+    scales = np.concatenate([p.scales for p in packed])
+    if not symmetric:
+        zeros = np.concatenate([p.zero_points for p in packed if p.zero_points is not None])
+    held = place.constant(suffix, codes.astype(kind), base=base)
+    name = str(held.name)
+    if form == "dequantize":
+        inputs = [held, place.constant(f"{suffix}_scales", scales.astype(float_kind), base=base)]
+        if zeros is not None:
+            inputs.append(place.constant(f"{suffix}_zero_points", zeros.astype(kind), base=base))
+        nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
+    else:
+        spread = (-1, *[1] * (codes.ndim - 1 - axis))
+        nodes = [ir.node("Cast", [held], {"to": layer.dtype}, name=f"{name}_float")]
+        if zeros is not None:
+            levels = place.constant(f"{suffix}_zero_points", zeros.astype(float_kind).reshape(spread), base=base)
+            nodes.append(ir.node("Sub", [nodes[-1].outputs[0], levels], name=f"{name}_centre"))
+        steps = place.constant(f"{suffix}_scales", scales.astype(float_kind).reshape(spread), base=base)
+        nodes.append(ir.node("Mul", [nodes[-1].outputs[0], steps], name=f"{name}_scale"))
+    turned &= n > 1 or k > math.prod(layer.kernel)
+    if turned:
+        parted = place.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]), base=base)
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
+    if turned or (apart and form == "dequantize"):
+        shape = place.constant(f"{suffix}_shape", np.array(layer.shape), base=base)
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
+    for node in nodes:
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
+    nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
+    return nodes[-1].outputs[0], nodes
+
+
+def emitted_matrices(node: ir.Node) -> Array | None:
+    """The dequantized weight of a Conv or ConvTranspose as `emit` writes it, ``(K, N)`` or in several groups ``(G, K, N)``; else None."""
+    value, group = operand(node, 1), attribute_of(node, "group", 1)
+    if value is None or not is_made_of_codes(value):
+        return None
+    weight = _computed(value)
+    if weight is None or weight.ndim < 3:
+        return None
+    matrices = to_matrices(weight, node.op_type, group)
+    return matrices[0] if group == 1 else matrices
+
+
+def _computed(value: ir.Value | None) -> Array | None:
+    """What the nodes of `emit` compute, in float32; None for any others."""
+    node = None if value is None else value.producer()
+    if node is None:
+        held = None if value is None or value.is_graph_input() else constant(value)
+        return None if held is None else held.numpy().astype(np.float32)
+    if node.op_type == "Constant":
+        held = constant(value)
+        return None if held is None else held.numpy().astype(np.float32)
+    parts = [_computed(v) for v in node.inputs]
+    if not parts or any(p is None for p in parts):
+        return None
+    first, *others = (p for p in parts if p is not None)
+    if node.op_type == "DequantizeLinear":
+        axis = attribute_of(node, "axis", 1) % first.ndim
+        if attribute_of(node, "block_size", 0) or any(o.size != first.shape[axis] for o in others):
+            return None
+        scales, *zeros = (o.reshape(-1, *[1] * (first.ndim - 1 - axis)) for o in others)
+        return (first - zeros[0] if zeros else first) * scales
+    return _ARITHMETIC[node.op_type](node, first, *others) if node.op_type in _ARITHMETIC else None
+
+
+_ARITHMETIC: dict[str, Callable[..., Array]] = {
+    "Cast": lambda node, x: x,
+    "Sub": lambda node, x, zeros: x - zeros,
+    "Mul": lambda node, x, scales: x * scales,
+    "Reshape": lambda node, x, shape: x.reshape(tuple(int(d) for d in shape)),
+    "Transpose": lambda node, x: x.transpose(attribute_of(node, "perm", None)),
+}

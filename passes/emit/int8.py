@@ -1,0 +1,272 @@
+"""Emit layers of 8-bit integers, in the two forms onnxruntime has integer kernels for.
+
+`EmitQDQInt8`, static: ``QuantizeLinear(x) -> DequantizeLinear`` and ``DequantizeLinear(W)`` before the product.
+
+1. ``MatMul``: the product stays a MatMul, the bias a float Add. Fused to MatMulIntegerToFloat. On an input of two axes, of unknown rank,
+   or of a constant shape, onnxruntime makes a Gemm of the two first, so the bias is int32 there as in 2.
+2. ``Gemm``: alpha, beta and transB are folded, the bias becomes int32 with scale ``s_x s_w``. Fused to QGemm. Where a bias is too large
+   for that scale (int32, together with what the products can add up to) the layer is written as MatMul and Add, and the report says so.
+3. With ``outputs``, the product is quantized too, to the range calibration saw. Fused to QLinearMatMul or an all-integer QGemm.
+
+`EmitDynamicInt8`: ``(Clip ->) DynamicQuantizeLinear(x) -> MatMulInteger(W) -> Cast -> Mul(s_x s_w) (-> Add)``. Fused to
+DynamicQuantizeMatMul, or to MatMulIntegerToFloat where layers share the input.
+
+Weights are int8, one scale a column, whatever their bits; layers that read one value share its quantized form. float16 layers are cast to
+float32 and back, since the integer kernels know no other float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.overflow.accumulator import extremes
+from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
+from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.layers.linear import LinearLayer
+
+_META = "magr_onnx.input"
+
+
+def _problems(name: str, spec: WeightSpec | None) -> list[str]:
+    if spec is None:
+        return [f"{name} needs a quantize pass before it"]
+    return [] if spec.group_size is None else [f"block size {spec.group_size}: integer kernels have one scale a column; use 'channel'"]
+
+
+class _Nodes:
+    """The nodes that replace one layer. Those of its input stand before the product, where every later reader of the input finds them."""
+
+    def __init__(self, job: Job, kind: str) -> None:
+        assert job.quantized is not None
+        self.job, self.layer, self.kind = job, job.layer, kind
+        self.nodes: list[ir.Node] = []
+        self.half = job.layer.dtype == ir.DataType.FLOAT16
+        self.suffix = f"_q{job.quantized.spec.bits}"
+        self.codes = job.quantized.raw().astype(np.int8)
+        self.scales = job.quantized.scales[0]
+        self.x_name = f"{job.layer.name}_x" if job.layer.nested else str(job.layer.x.name)  # bodies may read one value from outside
+        self.zeros = job.quantized.zero_points[0].astype(np.int16) - job.quantized.spec.middle
+
+    def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=name)
+        node.outputs[0].name, node.outputs[0].dtype = f"{name}_out", dtype
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def shared(self) -> list[ir.Value] | None:
+        """What an earlier layer made of the same input."""
+        for use in self.layer.x.uses():
+            found = use.node.meta.get(_META)
+            if found is not None and found[0] == self.kind and use.node.graph is self.layer.graph:
+                return list(found[1])
+        return None
+
+    def share(self, values: list[ir.Value]) -> list[ir.Value]:
+        """Put the nodes made so far into the graph, for all layers that read the input (a bias Add may stand behind the next of them)."""
+        self.nodes[0].meta[_META] = (self.kind, values)
+        self.layer.graph.insert_before(self.layer.node, self.nodes)
+        self.nodes = []
+        return values
+
+    def real(self) -> ir.Value:
+        """The input as float32."""
+        x = self.layer.x
+        if not self.half:
+            return x
+        value = self.add("Cast", [x], f"{self.x_name}_float32", to=ir.DataType.FLOAT)
+        value.shape = x.shape
+        return value
+
+    def finish(self, value: ir.Value) -> None:
+        """Put the nodes in the layer's place; ``value`` is its result in float32."""
+        if self.half:
+            value = self.add("Cast", [value], f"{self.layer.name}_float16", ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
+        for node in self.nodes[:-1]:
+            for output in node.outputs:
+                if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
+                    output.shape = self.layer.output.shape
+        self.job.replace(self.nodes)
+
+
+@dataclass(frozen=True)
+class EmitQDQInt8(LayerPass):
+    """Replace quantized layers by static integer QDQ.
+
+    Attributes:
+        outputs: Quantize the products too (see the module).
+    """
+
+    name: ClassVar[str] = "emit-qdq-int8"
+    summary: ClassVar[str] = "write layers with static 8-bit inputs as QuantizeLinear/DequantizeLinear around MatMul and Gemm"
+
+    outputs: bool = False
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        return _problems(self.name, spec)
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return raise_opset(model, 13, "DequantizeLinear with a scale a column")
+
+    def apply(self, job: Job) -> bool:
+        grid = job.stats.activation
+        if job.quantized is None or job.emitted or not isinstance(grid, ActivationGrid):
+            return False
+        layer, n = job.layer, _Nodes(job, "static")
+        if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
+            job.notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
+        x = _static_input(n, grid)
+        codes = job.constant(n.suffix, n.codes)
+        weight = n.add(
+            "DequantizeLinear",
+            [
+                codes,
+                job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32)),
+                job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)),
+            ],
+            f"{layer.name}_dequantize",
+            axis=1,
+        )
+        weight.name, weight.shape = job.own_name(codes, "_dequantized"), ir.Shape([layer.k, layer.n])
+        gemm = layer.op == "Gemm"
+        requantize = self.outputs and job.output_grid is not None
+        may_fuse = gemm or (_may_be_flat(layer) and not requantize)
+        bias = _int32_bias(job, n, grid) if may_fuse and job.bias is not None else None
+        refused = may_fuse and job.bias is not None and bias is None
+        if refused:
+            job.notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
+        integer = gemm and not refused
+        name = f"{layer.name}{n.suffix}"
+        value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
+        product = n.nodes[-1]
+        if requantize and job.output_grid is not None and not refused:  # the grid is one of products and bias together
+            value = _requantized(n, value, job.output_grid)
+        if job.bias is not None and not integer:
+            addend = layer.constant("_bias", np.asarray(job.bias).astype(np.float32)) if bias is None else bias
+            value = n.add("Add", [value, addend], f"{layer.name}_bias")
+        n.finish(value)
+        job.facts |= {"emitted": product.name, "stored_bits": 8}
+        return True
+
+
+def _may_be_flat(layer: LinearLayer) -> bool:
+    """Whether onnxruntime may see or make two axes, so that it makes a Gemm of MatMul and Add: one of floats, if the bias is of floats."""
+    shape = layer.x.shape
+    return shape is None or len(shape) == 2 or shape.is_static()
+
+
+def _grid_constants(layer: LinearLayer, name: str, grid: ActivationGrid) -> list[ir.Value | None]:
+    kind = np.int8 if grid.signed else np.uint8
+    return [
+        layer.constant(f"{name}_scale", np.float32(grid.scale), base=""),
+        layer.constant(f"{name}_zero_point", kind(grid.zero_point), base=""),
+    ]
+
+
+def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
+    found = n.shared()
+    if found is not None:
+        return found[0]
+    name = n.x_name
+    constants = _grid_constants(n.layer, name, grid)
+    real = n.real()
+    codes = n.add("QuantizeLinear", [real, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
+    codes.shape = n.layer.x.shape
+    value = n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
+    value.shape = n.layer.x.shape
+    return n.share([value])[0]
+
+
+def _requantized(n: _Nodes, value: ir.Value, grid: ActivationGrid) -> ir.Value:
+    name = f"{n.layer.name}_product"
+    constants = _grid_constants(n.layer, name, grid)
+    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
+    codes.shape = n.layer.output.shape
+    return n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
+
+
+def _int32_bias(job: Job, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
+    """The bias in units of ``s_x s_w``, or None where it could overflow int32 together with the products."""
+    scale = (np.float64(grid.scale) * n.scales).astype(np.float32)
+    codes = np.rint(np.asarray(job.bias, np.float64) / np.maximum(scale, np.finfo(np.float32).tiny))
+    if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
+        return None
+    for levels in (
+        (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,)
+    ):  # kernels add raw codes, the operator those without zero points
+        low, high = extremes(levels, None, *_widened(grid))
+        if (high[0] + codes).max() >= 2**31 or (low[0] + codes).min() < -(2**31):
+            return None
+    layer = n.layer
+    inputs: list[ir.Value | None] = [
+        layer.constant("_bias_int32", codes.astype(np.int32)),
+        layer.constant("_bias_scales", scale),
+        layer.constant("_bias_zero_points", np.zeros(layer.n, np.int32)),
+    ]
+    value = n.add("DequantizeLinear", inputs, f"{layer.name}_bias_dequantize", axis=0)
+    value.shape = ir.Shape([layer.n])
+    return value
+
+
+def _widened(grid: ActivationGrid) -> tuple[int, int]:
+    """Range of the activation codes with and without their zero point: kernels may add either."""
+    low, high = activation_limits(grid.signed)
+    return min(low, low - grid.zero_point), max(high, high - grid.zero_point)
+
+
+@dataclass(frozen=True)
+class EmitDynamicInt8(LayerPass):
+    """Replace quantized layers by dynamically quantized integer products."""
+
+    name: ClassVar[str] = "emit-dynamic-int8"
+    summary: ClassVar[str] = "write layers with 8-bit inputs quantized at run time as DynamicQuantizeLinear and MatMulInteger"
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        return _problems(self.name, spec)
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return raise_opset(model, 13, "DynamicQuantizeLinear")
+
+    def apply(self, job: Job) -> bool:
+        if job.quantized is None or job.emitted:
+            return False
+        layer, n = job.layer, _Nodes(job, "dynamic")
+        codes, scale, zero = _dynamic_input(n, job.stats.activation)
+        inputs: list[ir.Value | None] = [codes, job.constant(n.suffix, n.codes), zero]
+        if n.zeros.any():
+            inputs.append(job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)))
+        sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", ir.DataType.INT32)
+        product = n.nodes[-1]
+        real = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
+        factors = n.add("Mul", [scale, job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
+        factors.shape = ir.Shape([layer.n])
+        value = n.add("Mul", [real, factors], f"{layer.name}_scaled")
+        if job.bias is not None:
+            value = n.add("Add", [value, layer.constant("_bias", np.asarray(job.bias).astype(np.float32))], f"{layer.name}_bias")
+        n.finish(value)
+        job.facts |= {"emitted": product.name, "stored_bits": 8}
+        return True
+
+
+def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, ir.Value, ir.Value]:
+    found = n.shared()
+    if found is None:
+        name = n.x_name
+        real = n.real()
+        if isinstance(activation, DynamicRange) and activation.clips:
+            limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
+            real = n.add("Clip", [real, *limits], f"{name}_clip")
+            real.shape = n.layer.x.shape
+        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_quantize")
+        for output, part, kind in zip(
+            node.outputs, ("codes", "scale", "zero_point"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True
+        ):
+            output.name, output.dtype = f"{name}_{part}", kind
+            output.shape = n.layer.x.shape if part == "codes" else ir.Shape([])
+        n.nodes.append(node)
+        found = n.share(list(node.outputs))
+    return found[0], found[1], found[2]

@@ -1,0 +1,95 @@
+"""Emit weight-only QDQ: ``DequantizeLinear(W) -> MatMul (-> Add)``, in the forms onnxruntime fuses into MatMulNBits.
+
+1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
+2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as that needs.
+3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
+   signed type and no zero point.
+4. In the body of an If, Loop or Scan the codes are kept in the body: onnxruntime's fusion looks for them there only, and refuses to load a
+   model that has them outside [measured, 1.31]. Where layers elsewhere share them, they and the DequantizeLinear stand in the main graph,
+   and the product in the body is one of floats.
+5. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
+
+At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
+``session.qdq_matmulnbits_accuracy_level=0`` asks for float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.packing import container_bits, pack_qdq
+from magr_onnx.core.types import WeightSpec
+from magr_onnx.passes.emit.matmulnbits import block_problems
+from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.layers.linear import FLOATS
+
+
+@dataclass(frozen=True)
+class EmitQDQ(LayerPass):
+    """Replace quantized layers by DequantizeLinear and MatMul."""
+
+    name: ClassVar[str] = "emit-qdq"
+    summary: ClassVar[str] = "write quantized layers as weight-only DequantizeLinear + MatMul"
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = block_problems(self.name, spec)
+        if spec is not None and spec.bits == 2:
+            found.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
+        return found
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return spec is not None and raise_opset(model, opset_for(model, spec), "DequantizeLinear of this grid")
+
+    def apply(self, job: Job) -> bool:
+        if job.quantized is None or job.emitted:
+            return False
+        layer = job.layer
+        packed = pack_qdq(job.quantized)
+        symmetric = packed.zero_points is None
+        names = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[container_bits(job.quantized.spec.bits)]
+        kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed.bits == 4 else names[not symmetric])
+        suffix = f"_q{packed.bits}"
+        float_kind = FLOATS[layer.dtype]
+        # Fused in a body, onnxruntime 1.31 answers half-precision inputs with zeros; what is dequantized outside is not fused.
+        inside = job.alone and layer.dtype != ir.DataType.FLOAT16
+        codes = job.constant(suffix, packed.codes.astype(kind), inside)
+        inputs: list[ir.Value | None] = [
+            codes,
+            job.constant(f"{suffix}_scales", packed.scales.astype(float_kind), inside),
+        ]
+        if packed.zero_points is not None:
+            inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind), inside))
+        attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
+        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
+        weight = dequantize.outputs[0]
+        weight.name, weight.dtype, weight.shape = job.own_name(codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
+        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
+        nodes = [product]
+        if layer.nested and not inside:
+            layer.root.insert_before(layer.root[0], dequantize)
+        else:
+            nodes.insert(0, dequantize)
+        if job.bias is not None:
+            inner = product.outputs[0]
+            inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
+            bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
+            nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
+        job.replace(nodes)
+        job.stored_in_blocks(packed.block_size or layer.k)
+        job.facts["emitted"] = product.name
+        return True
+
+
+def opset_for(model: ir.Model, spec: WeightSpec) -> int:
+    """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for blocks and int4."""
+    if spec.group_size is not None or container_bits(spec.bits) == 4:
+        return 21
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
+    return 19 if any(value.dtype == ir.DataType.FLOAT16 for value in values) else 13

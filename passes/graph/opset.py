@@ -1,0 +1,81 @@
+"""Raising the opset of a model, only as far as an operator needs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import onnx_ir as ir
+from onnxscript import version_converter
+
+from magr_onnx.errors import ModelError
+from magr_onnx.model_io import contrib_schemas
+from magr_onnx.passes.graph import metadata
+
+IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converter's warning that it falls back on the converter of onnx, which is as good, and what that one prints itself."""
+    logger = logging.getLogger("onnxscript.version_converter")
+    level, kept = logger.level, os.dup(2)
+    logger.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        logger.setLevel(level)
+
+
+def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs") -> bool:
+    """Convert the model to at least opset ``target`` and its IR version; True if anything changed.
+
+    Args:
+        model: Changed in place.
+        target: The opset; 0 for no demand.
+        why: What needs it, for the message.
+
+    Raises:
+        ModelError: The converter cannot bring the model there.
+    """
+    changed = False
+    if model.opset_imports.get("", 0) < target:
+        before = model.opset_imports.get("", 0)
+        kept = metadata.collect(model)
+        contrib_schemas.register()
+        try:
+            with _quiet():
+                version_converter.convert_version(model, target, fallback=True)
+        except Exception as error:
+            raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
+        if model.opset_imports.get("", 0) < target:
+            raise ModelError(
+                f"the model has opset {before} and could not be converted to opset {target}, which {why} needs; export it with a newer "
+                "opset, or use format matmulnbits"
+            )
+        metadata.restore(model, kept)
+        _distinct_names(model.graph)
+        changed = True
+    if model.ir_version < IR_VERSIONS.get(target, 0):
+        model.ir_version = IR_VERSIONS[target]
+        changed = True
+    return changed
+
+
+def _distinct_names(graph: ir.Graph) -> None:
+    """Rename nodes that have another's name: the converter puts nodes named like a Softmax around it, which onnxruntime refuses."""
+    seen: set[str] = set()
+    for node in graph.all_nodes():
+        if not node.name:
+            continue
+        name, count = node.name, 1
+        while name in seen:
+            name, count = f"{node.name}_{count}", count + 1
+        node.name = name
+        seen.add(name)

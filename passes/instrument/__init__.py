@@ -1,0 +1,1 @@
+"""Copies of a graph that compute more: taps, patches, gradients, segments."""

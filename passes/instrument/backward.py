@@ -1,0 +1,169 @@
+"""Walking a graph backwards: gradients of outputs with respect to values inside, by a rule an operator.
+
+Only what lies between the values asked about and the outputs is differentiated. Where an operator without a rule is in the way,
+the values before it have no gradient, and `Backward.blocked` names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.instrument.segments import reads
+from magr_onnx.passes.instrument.taps import Extension
+
+Maybe = ir.Value | None
+Grads = Sequence[Maybe]
+Rule = Callable[["Backward", ir.Node, Grads], Grads | None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Backward:
+    """The copy of the model while its backward half is written.
+
+    Attributes:
+        graph: Where nodes are added.
+        blocked: Operators without a rule that were met.
+    """
+
+    def __init__(self, graph: Extension, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.graph = graph
+        self.blocked: set[str] = set()
+        self._shapes = shapes
+        self._count = 0
+        self._gradients: dict[str, list[ir.Value]] = {}
+        self._lost: set[str] = set()
+        self._active: set[str] = set()
+
+    def run(self, seeds: Mapping[str, ir.Value], wanted: Iterable[str]) -> dict[str, ir.Value]:
+        """Gradients of ``sum over outputs <seed, output>`` with respect to every wanted value that has one."""
+        wanted = list(wanted)
+        nodes = list(self.graph.model.graph)
+        active = self._active = set(wanted)
+        for node in nodes:
+            if not _flat(node) and any(name in active for name in reads(node)):
+                active.update(str(v.name) for v in node.outputs)
+        for name, seed in seeds.items():
+            self._gradients.setdefault(name, []).append(seed)
+        for node in reversed(nodes):
+            inputs = [] if _flat(node) else self._differentiated(node)
+            reached = [self.gradient(str(v.name)) for v in node.outputs]
+            lost = any(v.name in self._lost for v in node.outputs)
+            if not inputs or not (lost or any(g is not None for g in reached)):
+                continue
+            found: Grads | None = None
+            if not lost and node.op_type in RULES and node.domain in ("", "com.microsoft"):
+                found = RULES[node.op_type](self, node, reached)
+            if found is None:
+                if not lost:
+                    self.blocked.add(node.op_type)
+                self._lost.update(inputs)
+                continue
+            for value, gradient in zip_longest(node.inputs, found):
+                if value is None or value.name not in inputs:
+                    continue
+                if gradient is None:  # the rule does not know this operand
+                    self.blocked.add(node.op_type)
+                    self._lost.add(str(value.name))
+                else:
+                    self._gradients.setdefault(str(value.name), []).append(gradient)
+        return {name: g for name in wanted if name not in self._lost and (g := self.gradient(name)) is not None}
+
+    def _differentiated(self, node: ir.Node) -> set[str]:
+        """What a node reads (its subgraphs included) and a gradient is asked of."""
+        others = {str(v.name) for v in node.inputs if v is not None and v.dtype not in FLOATS}
+        return {name for name in reads(node) if name in self._active} - others
+
+    def gradient(self, name: str) -> ir.Value | None:
+        """The sum of what has been found for a value so far; complete once all its readers were visited."""
+        parts = self._gradients.get(name)
+        if not parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.op("Add", total, part)
+        self._gradients[name] = [total]
+        return total
+
+    # --- What rules are written in ------------------------------------------------------------------------------------
+
+    def op(self, name: str, *inputs: Maybe, **attributes: object) -> ir.Value:
+        self._count += 1
+        return self.graph.add(name, inputs, f"__grad_{self._count}", **attributes)
+
+    def number(self, value: float, like: Maybe) -> ir.Value:
+        self._count += 1
+        kind = None if like is None else like.dtype
+        constant = self.graph.constant(f"__grad_{self._count}", np.array(value, (kind or ir.DataType.FLOAT).numpy()))
+        return constant if like is None or kind is not None else self.cast(constant, like)
+
+    def cast(self, value: Maybe, like: Maybe) -> ir.Value:
+        """``value`` in the type of another value, which the file need not say from opset 15 on."""
+        if self.graph.opset >= 15:
+            return self.op("CastLike", value, like)
+        return self.op("Cast", value, to=(None if like is None else like.dtype) or ir.DataType.FLOAT)
+
+    def integers(self, values: Sequence[int]) -> ir.Value:
+        self._count += 1
+        return self.graph.constant(f"__grad_{self._count}", np.array(values, np.int64))
+
+    def shape(self, value: Maybe) -> tuple[int, ...]:
+        """As it was on one batch; the rank and the axes of size 1 are what rules may read from it."""
+        assert value is not None
+        if value.const_value is not None:
+            return tuple(int(d) for d in value.const_value.shape.numpy())
+        return tuple(self._shapes[str(value.name)])
+
+    def sum(self, gradient: Maybe, axes: Sequence[int], keepdims: bool = True) -> ir.Value:
+        if self.graph.opset >= 13:
+            return self.op("ReduceSum", gradient, self.integers(axes), keepdims=int(keepdims))
+        return self.op("ReduceSum", gradient, axes=list(axes), keepdims=int(keepdims))
+
+    def mean(self, value: Maybe, axis: int = -1) -> ir.Value:
+        if self.graph.opset >= 18:
+            return self.op("ReduceMean", value, self.integers([axis]), keepdims=1)
+        return self.op("ReduceMean", value, axes=[axis], keepdims=1)
+
+    def unsqueeze(self, value: Maybe, axes: Sequence[int]) -> ir.Value:
+        if self.graph.opset >= 13:
+            return self.op("Unsqueeze", value, self.integers(axes))
+        return self.op("Unsqueeze", value, axes=list(axes))
+
+    def to_shape_of(self, gradient: Maybe, value: Maybe, result: Sequence[int]) -> Maybe:
+        """The gradient of a broadcast operand: summed over the axes along which it was repeated to the shape ``result``."""
+        if value is None or value.name not in self._active:  # never read
+            return gradient
+        own = self.shape(value)
+        leading = len(result) - len(own)
+        if leading:
+            gradient = self.sum(gradient, list(range(leading)), keepdims=False)
+        axes = [i for i, size in enumerate(own) if size == 1 and result[leading + i] != 1]
+        return self.sum(gradient, axes) if axes else gradient
+
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, None)
+# Constant almost everywhere, or no floats: types of values between are often missing in files, so integers are told by what makes them.
+_FLAT = frozenset(
+    (
+        *("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "IsNaN", "IsInf", "Not", "And", "Or"),
+        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Sign", "Floor", "Ceil", "Round"),
+    )
+)
+
+
+def _flat(node: ir.Node) -> bool:
+    """Whether nothing that comes out of a node has a gradient."""
+    if node.op_type == "Cast" and "to" in node.attributes:
+        return ir.DataType(node.attributes["to"].as_int()) not in FLOATS
+    return node.op_type in _FLAT and node.domain == ""

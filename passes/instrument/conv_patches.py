@@ -1,0 +1,121 @@
+"""Patches of convolutions inside the graph: a copy of a model whose outputs are Gram matrices of what convolutions multiply.
+
+The patches of ``Conv(X, W)`` are a convolution of X as well: every channel by itself, with a one-hot kernel a place, so that strides,
+dilations, pads and auto_pad are right because the same operator does them. The same holds of ConvTranspose, whose output is
+
+    Y[m] = sum over c, t of W[c, m, t] P[c, t],   P[c, t] = ConvTranspose(X[c], one-hot at t).
+
+Patches are as many times the input as the kernel has places, so a Scan goes through the batch: only those of one sample live at a time.
+
+In the body of an If, Loop or Scan all this is done in the body, and its sums are carried out
+(`magr_onnx.passes.instrument.hoist.carry_out`): nothing
+is added for a branch that is not taken, and patches may have other numbers of rows at every turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.subgraphs import Place, walk
+from magr_onnx.passes.instrument.hoist import carry_out
+from magr_onnx.passes.instrument.taps import Extension, append
+from magr_onnx.passes.layers.conv import OPS, ConvLayer
+
+OPSET = 9  # Scan
+
+
+def geometry(layer: ConvLayer) -> tuple[object, ...]:
+    """Everything the patches depend on: layers with equal geometry share them."""
+    kept = {name: str(a.value) for name, a in layer.node.attributes.items() if name != "kernel_shape"}
+    return (layer.op, layer.reads, layer.channels, layer.kernel, layer.group, *sorted(kept.items()))
+
+
+def _placed(copy: Extension) -> dict[str, tuple[ir.Node, Place]]:
+    """The copy's convolutions with their places, by the name of the output."""
+    return {str(node.outputs[0].name): (node, place) for node, place in walk(copy.model.graph) if node.op_type in OPS}
+
+
+def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
+    """A copy of the model that puts out the shape of every layer's output, in order, as floats: the largest of all turns of a body,
+    and zeros where it was never run."""
+    copy = Extension(model, opset=OPSET if any(layer.place for layer in layers) else 0)
+    placed = _placed(copy)
+    for i, layer in enumerate(layers):
+        node, place = placed[str(layer.output.name)]
+        name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
+        assert isinstance(graph, ir.Graph)
+        shape = append(graph, "Shape", [node.outputs[0]], f"{name}_shape")
+        extent = append(graph, "Cast", [shape], f"{name}_real", to=ir.DataType.FLOAT)
+        if place:
+            extent = carry_out(extent, place, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
+        copy.output(extent, shape=[rank])
+    return copy.finish()
+
+
+def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
+    """A copy of the model with three outputs a layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows."""
+    copy = Extension(model, opset=OPSET)
+    placed = _placed(copy)
+    for i, layer in enumerate(layers):
+        name = f"__patches_{i}"
+        node, place = placed[str(layer.output.name)]
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        real = append(graph, "Cast", [node.inputs[0]], f"{name}_x", to=ir.DataType.FLOAT)
+        g, k = layer.group, layer.k
+        starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
+        body = _body(copy, layer, name)
+        scan = ir.node("Scan", [*starts, real], {"body": body, "num_scan_inputs": 1}, num_outputs=3, name=name)
+        graph.append(scan)
+        for output, start, part, shape in zip(scan.outputs, starts, ("gram", "sum", "count"), ([g, k, k], [g, k], []), strict=True):
+            output.name = f"{name}_{part}"
+            output.type, output.shape = start.type, start.shape
+            result = carry_out(output, place, start, "Add", f"{output.name}_of_all") if place else output
+            copy.output(result, shape=shape)
+    return copy.finish()
+
+
+def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
+    """One sample ``(C, ...)``: its patches, added to what is summed so far."""
+    g, k, places = layer.group, layer.k, math.prod(layer.kernel)
+    hot = np.tile(np.eye(places, dtype=np.float32), (layer.channels, 1, 1))
+    shape = (layer.channels, places) if layer.op == "ConvTranspose" else (layer.channels * places, 1)
+    kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
+    rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
+    axes = [copy.constant(f"{name}_axes_{axis}", np.array([axis])) for axis in (0, 2)] if copy.opset >= 13 else None
+    rank = 1 + len(layer.kernel)
+    shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * rank]
+    held = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
+    nodes: list[ir.Node] = []
+
+    def along(op: str, value: ir.Value, axis: int, label: str, **attributes: object) -> ir.Value:
+        """An operator whose axes are an input since opset 13."""
+        if axes is None:
+            return add(op, [value], label, axes=[axis], **attributes)
+        return add(op, [value, axes[axis // 2]], label, **attributes)
+
+    def add(op: str, inputs: Sequence[ir.Value], label: str, **attributes: object) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=f"{name}_{label}")  # type: ignore[arg-type]
+        node.outputs[0].name = node.name
+        nodes.append(node)
+        return node.outputs[0]
+
+    sample = along("Unsqueeze", held[3], 0, "sample")
+    same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
+    gather = ir.node(layer.op, [sample, kernel], name=f"{name}_gather")
+    gather.attributes.update(same)
+    gather.attributes["group"] = ir.AttrInt64("group", layer.channels)
+    gather.outputs[0].name = gather.name
+    nodes.append(gather)
+    patches = add("Reshape", [gather.outputs[0], rows], "patches")
+    gram = add("MatMul", [patches, add("Transpose", [patches], "turned", perm=[0, 2, 1])], "gram_of_one")
+    total = along("ReduceSum", patches, 2, "sum_of_one", keepdims=0)
+    count = add("Cast", [add("Size", [patches], "size")], "count_of_one", to=ir.DataType.FLOAT)
+    outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(held[:3], (gram, total, count), strict=True))]
+    for output, s in zip(outputs, shapes, strict=False):
+        output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(s)
+    return ir.Graph(held, outputs, nodes=nodes, name=f"{name}_body", opset_imports={"": copy.opset})

@@ -1,0 +1,370 @@
+"""Reverse-mode differentiation of a graph: a copy of a model that also computes gradients of its outputs, run like any model.
+
+To teach it an operator, write its rule: a function of `Backward`, the node and the gradients of its outputs that returns a
+gradient for every input (None where there is none), under ``@rule("Operator")``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.kv_cache import pairs_of
+from magr_onnx.passes.instrument.backward import FLOATS, RULES, Backward, Grads, Maybe, rule
+from magr_onnx.passes.instrument.taps import Extension
+
+
+def _constant(value: ir.Value | None) -> list[int] | None:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else [int(v) for v in tensor.numpy().reshape(-1)]
+
+
+def _attribute(node: ir.Node, name: str, default: int) -> int:
+    found = node.attributes.get(name)
+    return default if found is None else int(found.as_int())
+
+
+def _axes(node: ir.Node, rank: int) -> list[int] | None:
+    """Axes of a reduction, from its attribute or its constant input; None where they are computed."""
+    if "axes" in node.attributes:
+        axes: list[int] | None = list(node.attributes["axes"].as_ints())
+    elif len(node.inputs) > 1 and node.inputs[1] is not None:
+        axes = _constant(node.inputs[1])
+    else:
+        axes = list(range(rank))
+    return None if axes is None else sorted(a % rank for a in axes)
+
+
+# --- Rules --------------------------------------------------------------------------------------------------------------
+
+
+@rule("Identity", "Dropout")
+def _same(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [grads[0]]
+
+
+@rule("Cast")
+def _cast(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.cast(grads[0], node.inputs[0])]
+
+
+@rule("Add", "Sub")
+def _add(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    (g,), (x, y) = grads, node.inputs
+    result = b.shape(node.outputs[0])
+    return [b.to_shape_of(g, x, result), b.to_shape_of(g if node.op_type == "Add" else b.op("Neg", g), y, result)]
+
+
+@rule("Mul")
+def _mul(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    (g,), (x, y) = grads, node.inputs
+    result = b.shape(node.outputs[0])
+    return [b.to_shape_of(b.op("Mul", g, y), x, result), b.to_shape_of(b.op("Mul", g, x), y, result)]
+
+
+@rule("Div")
+def _div(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    (g,), (x, y), out = grads, node.inputs, node.outputs[0]
+    result = b.shape(out)
+    quotient = b.op("Div", g, y)
+    return [b.to_shape_of(quotient, x, result), b.to_shape_of(b.op("Neg", b.op("Mul", quotient, out)), y, result)]
+
+
+@rule("MatMul")
+def _matmul(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    (g,), (x, y) = grads, node.inputs
+    ranks = len(b.shape(x)), len(b.shape(y))
+    if min(ranks) < 2:
+        return None
+
+    def turned(value: Maybe, rank: int) -> ir.Value:
+        return b.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+    result = b.shape(node.outputs[0])
+    left = b.op("MatMul", g, turned(y, ranks[1]))
+    right = b.op("MatMul", turned(x, ranks[0]), g)
+    return [b.to_shape_of(left, x, (*result[:-2], *b.shape(x)[-2:])), b.to_shape_of(right, y, (*result[:-2], *b.shape(y)[-2:]))]
+
+
+@rule("Gemm")
+def _gemm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    (g,), weight = grads, node.inputs[1]
+    if _attribute(node, "transA", 0):
+        return None
+    alpha = node.attributes.get("alpha")
+    back = b.op("Gemm", g, weight, transB=1 - _attribute(node, "transB", 0), alpha=1.0 if alpha is None else alpha.as_float())
+    return [back]
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _reshape(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.op("Reshape", grads[0], b.op("Shape", node.inputs[0]))]
+
+
+@rule("Transpose")
+def _transpose(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    rank = len(b.shape(node.outputs[0]))
+    perm = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(rank))[::-1]
+    return [b.op("Transpose", grads[0], perm=[perm.index(i) for i in range(rank)])]
+
+
+@rule("Expand")
+def _expand(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.to_shape_of(grads[0], node.inputs[0], b.shape(node.outputs[0]))]
+
+
+@rule("Concat")
+def _concat(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    axis = _attribute(node, "axis", 0)
+    axis %= len(b.shape(node.outputs[0]))
+    grads_in: list[Maybe] = []
+    begin = b.integers([0])
+    for value in node.inputs:
+        size = b.op("Slice", b.op("Shape", value), b.integers([axis]), b.integers([axis + 1]))
+        end = b.op("Add", begin, size)
+        grads_in.append(b.op("Slice", grads[0], begin, end, b.integers([axis])))
+        begin = end
+    return grads_in
+
+
+@rule("Split")
+def _split(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    parts = [b.op("Mul", out, b.number(0, out)) if g is None else g for out, g in zip(node.outputs, grads, strict=True)]
+    return [b.op("Concat", *parts, axis=_attribute(node, "axis", 0))]
+
+
+@rule("Slice")
+def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    if len(node.inputs) < 3:
+        return None
+    x, starts = node.inputs[:2]
+    rank = len(b.shape(x))
+    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
+    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+    if axes is None or steps is None or set(steps) != {1}:
+        return None
+    total, left = b.op("Shape", x), b.op("Shape", node.outputs[0])
+    front = {}
+    for i, axis in enumerate(axes):
+        size = b.op("Slice", total, b.integers([axis % rank]), b.integers([axis % rank + 1]))
+        start = b.op("Slice", starts, b.integers([i]), b.integers([i + 1]))
+        start = b.op("Cast", start, to=ir.DataType.INT64)
+        wrapped = b.op("Where", b.op("Less", start, b.integers([0])), b.op("Add", start, size), start)
+        front[axis % rank] = b.op("Max", b.op("Min", wrapped, size), b.integers([0]))
+    begin = b.op("Concat", *(front.get(i) or b.integers([0]) for i in range(rank)), axis=0)
+    after = b.op("Sub", b.op("Sub", total, left), begin)
+    return [b.op("Pad", grads[0], b.op("Concat", begin, after, axis=0))]
+
+
+@rule("Gather")
+def _gather(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    x, index = node.inputs
+    g = grads[0]
+    rank, axis = len(b.shape(x)), _attribute(node, "axis", 0)
+    axis %= rank
+    positions = len(b.shape(index))
+    if positions > 1 or b.graph.opset < 16:
+        return None
+    if positions == 0:
+        g, index = b.unsqueeze(g, [axis]), b.unsqueeze(index, [0])
+    column = b.op("Reshape", index, b.integers([1] * axis + [-1] + [1] * (rank - axis - 1)))
+    spread = b.op("Expand", column, b.op("Shape", g))
+    return [b.op("ScatterElements", b.op("Mul", x, b.number(0, x)), spread, g, axis=axis, reduction="add")]
+
+
+@rule("Softmax")
+def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    y = node.outputs[0]
+    axis = _attribute(node, "axis", -1 if b.graph.opset >= 13 else 1)
+    if b.graph.opset < 13 and axis not in (-1, len(b.shape(y)) - 1):  # over all axes from this one on
+        return None
+    weighted = b.op("Mul", grads[0], y)
+    return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [axis])))]
+
+
+def _normalized(b: Backward, node: ir.Node, grads: Grads, centre: bool) -> Grads | None:
+    x, scale = node.inputs[:2]
+    rank = len(b.shape(x))
+    if _attribute(node, "axis", -1) not in (-1, rank - 1) or len([v for v in node.outputs if v.uses()]) > 1:
+        return None
+    epsilon = node.attributes.get("epsilon")
+    if centre:
+        x = b.op("Sub", x, b.mean(x))
+    power = b.op("Add", b.mean(b.op("Mul", x, x)), b.number(1e-5 if epsilon is None else epsilon.as_float(), x))
+    deviation = b.op("Sqrt", power)
+    unit = b.op("Div", x, deviation)
+    g = b.op("Mul", grads[0], scale)
+    inner = b.op("Sub", g, b.op("Mul", unit, b.mean(b.op("Mul", g, unit))))
+    if centre:
+        inner = b.op("Sub", inner, b.mean(g))
+    return [b.op("Div", inner, deviation)]
+
+
+@rule("LayerNormalization")
+def _layer_norm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    return _normalized(b, node, grads, centre=True)
+
+
+@rule("RMSNormalization", "SimplifiedLayerNormalization")
+def _rms_norm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    return _normalized(b, node, grads, centre=False)
+
+
+@rule("Gelu")
+def _gelu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    x = node.inputs[0]
+    approximate = node.attributes.get("approximate")
+    if approximate is not None and approximate.as_string() == "tanh":
+        square = b.op("Mul", x, x)
+        root = math.sqrt(2 / math.pi)
+        inner = b.op("Add", b.op("Mul", square, b.number(0.044715, x)), b.number(1, x))
+        t = b.op("Tanh", b.op("Mul", b.op("Mul", x, inner), b.number(root, x)))
+        rise = b.op("Add", b.op("Mul", square, b.number(3 * 0.044715 * root, x)), b.number(root, x))
+        slope = b.op("Mul", b.op("Mul", x, rise), b.op("Sub", b.number(1, x), b.op("Mul", t, t)))
+        slope = b.op("Mul", b.op("Add", b.op("Add", t, slope), b.number(1, x)), b.number(0.5, x))
+    else:
+        cumulative = b.op("Erf", b.op("Mul", x, b.number(math.sqrt(0.5), x)))
+        cumulative = b.op("Mul", b.op("Add", cumulative, b.number(1, x)), b.number(0.5, x))
+        density = b.op("Exp", b.op("Mul", b.op("Mul", x, x), b.number(-0.5, x)))
+        slope = b.op("Add", cumulative, b.op("Mul", b.op("Mul", x, density), b.number(1 / math.sqrt(2 * math.pi), x)))
+    return [b.op("Mul", grads[0], slope)]
+
+
+@rule("Erf")
+def _erf(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    x = node.inputs[0]
+    density = b.op("Exp", b.op("Neg", b.op("Mul", x, x)))
+    return [b.op("Mul", grads[0], b.op("Mul", density, b.number(2 / math.sqrt(math.pi), x)))]
+
+
+@rule("Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
+def _of_result(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    """Functions whose derivative is one of their value."""
+    g, y = grads[0], node.outputs[0]
+    if node.op_type == "Exp":
+        return [b.op("Mul", g, y)]
+    if node.op_type == "Sqrt":
+        return [b.op("Div", b.op("Mul", g, b.number(0.5, y)), y)]
+    if node.op_type == "Reciprocal":
+        return [b.op("Neg", b.op("Mul", g, b.op("Mul", y, y)))]
+    other = b.op("Sub", b.number(1, y), y if node.op_type == "Sigmoid" else b.op("Mul", y, y))
+    return [b.op("Mul", g, b.op("Mul", y, other) if node.op_type == "Sigmoid" else other)]
+
+
+@rule("Neg")
+def _neg(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.op("Neg", grads[0])]
+
+
+@rule("Log")
+def _log(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.op("Div", grads[0], node.inputs[0])]
+
+
+@rule("Pow")
+def _pow(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    x, p = node.inputs
+    result = b.shape(node.outputs[0])
+    exponent = b.cast(p, x)
+    slope = b.op("Mul", b.op("Pow", x, b.op("Sub", exponent, b.number(1, x))), exponent)
+    return [b.to_shape_of(b.op("Mul", grads[0], slope), x, result)]
+
+
+@rule("Relu")
+def _relu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    x = node.inputs[0]
+    return [b.op("Where", b.op("Greater", x, b.number(0, x)), grads[0], b.number(0, x))]
+
+
+@rule("Clip")
+def _clip(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    x = node.inputs[0]
+    return [b.op("Where", b.op("Equal", x, node.outputs[0]), grads[0], b.number(0, x))]
+
+
+@rule("Where")
+def _where(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    (condition, x, y), g = node.inputs, grads[0]
+    result, zero = b.shape(node.outputs[0]), b.number(0, node.outputs[0])
+    return [None, b.to_shape_of(b.op("Where", condition, g, zero), x, result), b.to_shape_of(b.op("Where", condition, zero, g), y, result)]
+
+
+@rule("Trilu")
+def _trilu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+    return [b.op("Trilu", grads[0], *node.inputs[1:], upper=_attribute(node, "upper", 1))]
+
+
+@rule("ReduceSum", "ReduceMean", "ReduceL2")
+def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
+    x, y, g = node.inputs[0], node.outputs[0], grads[0]
+    axes = _axes(node, len(b.shape(x)))
+    if axes is None:
+        return None
+    if not _attribute(node, "keepdims", 1):
+        g, y = b.unsqueeze(g, axes), b.unsqueeze(y, axes)
+    if node.op_type == "ReduceL2":
+        return [b.op("Mul", x, b.op("Div", g, y))]
+    if node.op_type == "ReduceMean":
+        count = b.cast(b.op("Div", b.op("Size", x), b.op("Size", y)), x)
+        g = b.op("Div", g, count)
+    return [b.op("Expand", g, b.op("Shape", x))]
+
+
+def measured(model: ir.Model) -> list[str]:
+    """Values whose shapes rules may ask for, and the outputs; what no rule touches need not be a tensor."""
+    known = {str(v.name): None for node in model.graph if node.op_type in RULES for v in (*node.inputs, *node.outputs) if v is not None}
+    made = {str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name}
+    return [name for name in (known | {str(v.name): None for v in model.graph.outputs}) if name in made]
+
+
+def fisher_taps(
+    model: ir.Model, values: Mapping[str, int], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
+) -> tuple[ir.Model, list[str], set[str]]:
+    """A copy of the model that outputs ``G^T G (N, N)`` of every value ``y (..., N)`` that has one, ``G`` being random gradients.
+
+    The gradients are of ``sum <seed, output>``, with seeds such that their second moments are the Fisher information of the
+    outputs: of covariance ``diag(p) - p p^T``
+    for logits (``E g g^T`` is then the Hessian of the Kullback-Leibler divergence from the float model), uncorrelated for all
+    others (the Gauss-Newton matrix of the squared error, every output relative to its own power).
+
+    Args:
+        model: The model.
+        values: Values to differentiate by, and their widths N.
+        shapes: Of the values that are `measured`, on one batch.
+        logits: Whether an output of a name and rank is one of logits.
+
+    Returns:
+        The copy, the values it has outputs for, in order, and operators in the way that cannot be differentiated.
+    """
+    copy = Extension(model)
+    backward = Backward(copy, shapes)
+    seeds = {}
+    cache = set(pairs_of(model).values())  # not what the model is for, and on the way of every layer
+    for i, value in enumerate(model.graph.outputs):
+        name = str(value.name)
+        if name in cache or value.dtype not in FLOATS or name not in shapes or not shapes[name]:
+            continue
+        out = copy.values[name]
+        other = value.dtype not in (ir.DataType.FLOAT, None)
+        if other:
+            out = backward.op("Cast", out, to=ir.DataType.FLOAT)
+        noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
+        if logits(name, len(shapes[name])):
+            p = backward.op("Softmax", out, axis=-1)
+            root = backward.op("Mul", backward.op("Sqrt", p), noise)
+            seed = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
+        else:
+            power = (
+                backward.op("ReduceSumSquare", out, keepdims=0)
+                if copy.opset < 18
+                else backward.op("ReduceSumSquare", out, None, keepdims=0)
+            )
+            seed = backward.op("Div", noise, backward.op("Sqrt", power))
+        seeds[name] = backward.op("Cast", seed, to=value.dtype) if other else seed
+    found = backward.run(seeds, values)
+    for i, (name, gradient) in enumerate(found.items()):
+        rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, values[name]]))
+        copy.output(copy.add("Gemm", [rows, rows], f"__fisher_{i}", transA=1), shape=[values[name]] * 2)
+    return copy.finish(), list(found), backward.blocked

@@ -1,0 +1,184 @@
+"""Hoisting: values in the bodies of If, Loop and Scan as values of the main graph, in a copy of the model made to be tapped.
+
+A value ``(..., K)`` leaves its body as float32 rows ``(n, K)``:
+
+1. If: one more output of both branches; the branch without the value gives no rows, ``(0, K)``.
+2. Loop and Scan: one more scan output, the rows of every iteration, flattened outside. onnxruntime stacks them, so every iteration must
+   have as many rows as the first. Where that is not so, a Loop (not a Scan) can carry the rows along and append to them, which copies
+   them at every turn (``growing``).
+3. Bodies in bodies: the same again, outwards.
+
+The hoisted rows take the value's name, so that taps of `magr_onnx.passes.instrument.taps` find them by it.
+
+What is summed inside a body (`carry_out`) has one shape at every turn, so that a Loop or Scan can always carry it along as a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.subgraphs import Place, bodies_of, captured, values_of, walk
+
+_HOISTED = "magr_onnx.hoisted"
+
+
+def hoisted(model: ir.Model) -> set[str]:
+    """Names of the values that were brought out of bodies: what is known of a batch's rows says nothing of theirs."""
+    return {str(v.name) for node in model.graph for v in node.outputs if v.meta.get(_HOISTED)}
+
+
+def inside(model: ir.Model) -> dict[str, tuple[ir.Value, Place]]:
+    """What bodies make, by name (`unique_names` first), and what they read from outside, by `captured`; each with the body's place."""
+    found: dict[str, tuple[ir.Value, Place]] = {}
+    for node, place in walk(model.graph):
+        for attribute, body in bodies_of(node):
+            here = (*place, (node, attribute))
+            found.update({str(v.name): (v, here) for v in values_of(body)})
+            outside = {v for n in body for v in n.inputs if v is not None and v.graph is not body}
+            found.update({captured(v, here): (v, here) for v in outside})
+    return found
+
+
+def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] = ()) -> ir.Model:
+    """A copy of the model in which the values named in ``widths`` (with their K) are rows ``(n, K)`` of the main graph.
+
+    Those of ``growing`` may have other rows in every iteration of a Loop.
+    """
+    copy = model.clone()
+    values = inside(copy)
+    for name, width in widths.items():
+        value, path = values[name]
+        place = list(path)
+        body = place[-1][0].attributes[place[-1][1]].as_graph()
+        if value.graph is body:
+            value.name = f"{name}__inside"
+        rows = _rows(body, value, width, name)
+        for depth in range(len(place) - 1, -1, -1):
+            holder, attribute = place[depth]
+            if holder.op_type == "Loop" and name in growing:
+                rows = _carried(holder, attribute, rows, width, f"{name}__{depth}")
+            else:
+                rows = _out(holder, attribute, rows, width, f"{name}__{depth}")
+        rows.name = name
+        rows.meta[_HOISTED] = True
+    return copy
+
+
+def carry_out(value: ir.Value, place: Place, start: ir.Value, op: str, name: str) -> ir.Value:
+    """What a body makes, of all turns together, as a value of the main graph; the model is changed in place.
+
+    Args:
+        value: Made in the body, of one type and shape at every turn.
+        place: The body's place.
+        start: A constant of the main graph of that type and shape: what there is where the body is not run.
+        op: What puts two together: Add, or another operator that ``start`` is neutral to.
+        name: Of the result; names in between are made of it.
+    """
+    for depth in range(len(place) - 1, -1, -1):
+        holder, attribute = place[depth]
+        if holder.op_type != "If":
+            value = _state(holder, attribute, value, start, op, {}, f"{name}__{depth}")
+            continue
+        for other, body in bodies_of(holder):
+            body.outputs.append(value if other == attribute else _same(body, start, f"{name}__{depth}_none"))
+        holder.resize_outputs(len(holder.outputs) + 1)
+        value = _like(holder.outputs[-1], start, f"{name}__{depth}_out")
+    value.name = name
+    return value
+
+
+def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """A value from outside, as one that a body makes."""
+    node = ir.node("Identity", [value])
+    graph.append(node)
+    return _like(node.outputs[0], value, name)
+
+
+def _like(value: ir.Value, other: ir.Value, name: str) -> ir.Value:
+    value.name, value.type, value.shape = name, other.type, other.shape
+    return value
+
+
+def _rows(graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
+    """``value`` as float32 rows, made at the end of its graph."""
+    shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
+    real = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    rows = ir.node("Reshape", [real.outputs[0], shape.outputs[0]])
+    for node, suffix in ((shape, "shape"), (real, "real"), (rows, "rows")):
+        node.outputs[0].name = f"{name}__{suffix}"
+    graph.extend([shape, real, rows])
+    return _typed(rows.outputs[0], width)
+
+
+def _typed(value: ir.Value, width: int) -> ir.Value:
+    value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape([None, width])
+    return value
+
+
+def _out(holder: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+    """Rows of a body in the graph around it."""
+    for other, body in bodies_of(holder):
+        body.outputs.append(rows if other == attribute else _none(body, width, f"{name}_none"))
+    if holder.op_type == "Scan":
+        _one_more(holder)
+    holder.resize_outputs(len(holder.outputs) + 1)
+    result = holder.outputs[-1]
+    result.name = f"{name}_out"
+    if holder.op_type == "If":
+        return _typed(result, width)
+    graph = holder.graph
+    assert isinstance(graph, ir.Graph)
+    return _rows(graph, result, width, name)
+
+
+def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
+    node = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
+    node.outputs[0].name = name
+    graph.append(node)
+    return _typed(node.outputs[0], width)
+
+
+def _carried(loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+    """Rows of a Loop's body in the graph around it, as a state that every iteration appends to."""
+    graph = loop.graph
+    assert isinstance(graph, ir.Graph)
+    none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
+    none.outputs[0].name = f"{name}_none"
+    graph.insert_before(loop, none)
+    return _state(loop, attribute, rows, _typed(none.outputs[0], width), "Concat", {"axis": 0}, name)
+
+
+def _state(
+    holder: ir.Node, attribute: str, value: ir.Value, start: ir.Value, op: str, attributes: Mapping[str, int], name: str
+) -> ir.Value:
+    """One more state of a Loop or Scan: ``start``, to which every turn does ``op`` with its ``value``; what it is at the end."""
+    body, scan = holder.attributes[attribute].as_graph(), holder.op_type == "Scan"
+    states = len(holder.inputs) - (holder.attributes["num_scan_inputs"].as_int() if scan else 2)
+    own = 0 if scan else 1  # a Loop's body puts out the condition first, and reads it and the turn's number; the node reads as many
+    before = _like(ir.Value(), start, f"{name}_before")
+    after = ir.node(op, [before, value], attributes)
+    body.append(after)
+    body.inputs.insert(2 * own + states, before)
+    body.outputs.insert(own + states, _like(after.outputs[0], start, f"{name}_after"))
+    inputs = [*holder.inputs[: 2 * own + states], start, *holder.inputs[2 * own + states :]]
+    holder.resize_inputs(len(inputs))
+    for index, given in enumerate(inputs):
+        holder.replace_input_with(index, given)
+    holder.resize_outputs(len(holder.outputs) + 1)
+    for i in range(len(holder.outputs) - 1, states, -1):  # states come before scan outputs: those move on by one
+        old, new = holder.outputs[i - 1], holder.outputs[i]
+        new.type, new.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        name_of, old.name = old.name, f"{name}_moved"
+        new.name = name_of
+    return _like(holder.outputs[states], start, f"{name}_out")
+
+
+def _one_more(scan: ir.Node) -> None:
+    """Axis and direction of one more output, where a Scan gives those of each."""
+    for name in ("scan_output_axes", "scan_output_directions"):
+        if name in scan.attributes:
+            scan.attributes[name] = ir.AttrInt64s(name, [*scan.attributes[name].as_ints(), 0])

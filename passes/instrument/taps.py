@@ -1,0 +1,262 @@
+"""Taps: copies of a model whose outputs are statistics of chosen values instead of its results.
+
+A value ``x (..., K)`` is seen as rows ``X (n, K)``. Activations never leave onnxruntime, and its optimizer drops what no tap needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.core.types import Activation, ActivationGrid, Array
+from magr_onnx.passes.graph.kv_cache import TOKENS, pairs_of
+from magr_onnx.passes.graph.opset import raise_opset
+
+# Bins of the logarithmic histogram: 8 an octave, from 2^-20 up to the largest float32, for either sign.
+BINS_PER_OCTAVE = 8
+LOWEST_EXPONENT = -20
+BINS = (128 - LOWEST_EXPONENT) * BINS_PER_OCTAVE
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """What to tap.
+
+    Attributes:
+        value: The value's name.
+        width: K.
+        masked: Whether rows are weighted by the mask.
+        quantize: How the value is quantized before its moments are taken; None for not at all.
+        bounds: What the value is clipped to before anything else (sentinels such as -1e9 are no signal); None for not at all.
+    """
+
+    value: str
+    width: int
+    masked: bool = False
+    quantize: Activation | None = None
+    bounds: tuple[float, float] | None = None
+
+
+def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
+    """A copy of the model that outputs the run-time shape of each value, in order."""
+    copy = Extension(model)
+    for i, name in enumerate(values):
+        copy.output(copy.add("Shape", [copy.values[name]], f"__shape_{i}"), ir.DataType.INT64, [None])
+    return copy.finish()
+
+
+def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
+    """A copy of the model with outputs ``X^T X (K, K)``, ``sum(X) (K,)`` and the rows counted for every tap, in order.
+
+    Taps that quantize have a fourth output, the sum of the value before it was quantized ``(K,)``.
+
+    Args:
+        model: The model.
+        taps: What to tap.
+        mask: An input of any numeric or boolean type whose nonzero elements mark the rows to count, one element a row.
+    """
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize or t.bounds for t in taps) else 0)
+    for i, tap in enumerate(taps):
+        name = f"__tap_{i}"
+        real = copy.real(tap, name)
+        rows = copy.rows(real if tap.quantize is None else copy.quantized(real, tap.quantize, f"{name}_q"), tap, name)
+        copy.output(copy.gram(rows, f"__gram_{i}"), shape=[tap.width] * 2)
+        copy.output(copy.total(rows, f"__sum_{i}"), shape=[tap.width])
+        copy.output(copy.count(rows, tap, f"__rows_{i}"))
+        if tap.quantize is not None:
+            copy.output(copy.total(copy.rows(real, tap, f"{name}_float"), f"__float_sum_{i}"), shape=[tap.width])
+    return copy.finish()
+
+
+def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
+    """A copy of the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order.
+
+    The minimum is NaN where any value is not finite.
+    The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
+    (`bin_edges`), so that one pass serves values of any magnitude; rows that the mask leaves out fall into the bins next to zero.
+    """
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=16)  # ScatterElements that adds
+    zeros = copy.constant("__hist_zeros", np.zeros(2 * BINS, np.float32))
+    one = copy.constant("__hist_one", np.float32(1))
+    ratio = copy.constant("__hist_ratio", np.float32(BINS_PER_OCTAVE / np.log(2)))
+    low = copy.constant("__hist_low", np.int64(LOWEST_EXPONENT * BINS_PER_OCTAVE))
+    high = copy.constant("__hist_high", np.int64(LOWEST_EXPONENT * BINS_PER_OCTAVE + BINS - 1))
+    nothing = copy.constant("__hist_float_zero", np.float32(0))
+    offsets = copy.constant("__hist_offsets", np.int64(-LOWEST_EXPONENT * BINS_PER_OCTAVE)), copy.constant("__hist_half", np.int64(BINS))
+    flat = copy.constant("__hist_flat", np.array([-1]))
+    for i, tap in enumerate(taps):
+        name = f"__tap_{i}"
+        rows = copy.add("Reshape", [copy.rows(copy.real(tap, name), tap, name), flat], f"{name}_flat")
+        finite = copy.add("ReduceSum", [copy.add("Mul", [rows, nothing], f"{name}_nothing")], f"{name}_finite", keepdims=0)  # 0 or NaN
+        least = copy.add("ReduceMin", [rows], f"{name}_least", keepdims=0)  # onnxruntime's passes over NaN
+        copy.output(copy.add("Add", [least, finite], f"__min_{i}"), shape=[])
+        copy.output(copy.add("ReduceMax", [rows], f"__max_{i}", keepdims=0), shape=[])
+        exponent = copy.add("Mul", [copy.add("Log", [copy.add("Abs", [rows], f"{name}_abs")], f"{name}_log"), ratio], f"{name}_exponent")
+        whole = copy.add("Cast", [copy.add("Floor", [exponent], f"{name}_floor")], f"{name}_int", to=ir.DataType.INT64)
+        index = copy.add("Add", [copy.add("Clip", [whole, low, high], f"{name}_bounded"), offsets[0]], f"{name}_bin")
+        positive = copy.add("Cast", [copy.add("Greater", [rows, nothing], f"{name}_up")], f"{name}_side", to=ir.DataType.INT64)
+        index = copy.add("Add", [index, copy.add("Mul", [positive, offsets[1]], f"{name}_half")], f"{name}_index")
+        ones = copy.add("Expand", [one, copy.add("Shape", [rows], f"{name}_count")], f"{name}_ones")
+        copy.output(copy.add("ScatterElements", [zeros, index, ones], f"__hist_{i}", axis=0, reduction="add"), shape=[2 * BINS])
+    return copy.finish()
+
+
+def bin_edges() -> Array:
+    """Lower magnitudes of the bins of one sign, and the upper one of the last, ``(BINS + 1,)`` float64."""
+    result: Array = 2.0 ** (LOWEST_EXPONENT + np.arange(BINS + 1) / BINS_PER_OCTAVE)
+    return result
+
+
+def error_taps(
+    model: ir.Model,
+    taps: Sequence[Tap],
+    sketches: Sequence[Array],
+    grids: Sequence[Sequence[Activation]],
+    mask: str | None = None,
+) -> ir.Model:
+    """A copy of the model that measures what rounding a value does behind its weights.
+
+    For every tap ``i`` and grid ``j`` of ``grids[i]``, in order: the sum of squares of ``E A`` and its column sums ``(r,)``, where
+    ``E = grid(X) - X`` and ``A (K, r)`` is ``sketches[i]``; after the grids of a tap, the rows counted.
+
+    Args:
+        model: The model.
+        taps: What to tap.
+        sketches: A matrix ``(K, r)`` for every tap: the weights behind it, or a projection of them.
+        grids: What to try on every tap.
+        mask: See `gram_taps`.
+    """
+    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13)
+    for i, (tap, sketch, tried) in enumerate(zip(taps, sketches, grids, strict=True)):
+        name = f"__tap_{i}"
+        real = copy.real(tap, name)
+        weights = copy.constant(f"{name}_sketch", sketch.astype(np.float32))
+        rows = copy.rows(real, tap, name)
+        for j, grid in enumerate(tried):
+            each = f"{name}_{j}"
+            difference = copy.add("Sub", [copy.quantized(real, grid, each), real], f"{each}_difference")
+            error = copy.add("MatMul", [copy.rows(difference, tap, each), weights], f"{each}_error")
+            copy.output(copy.add("ReduceSumSquare", [error], f"{each}_energy", keepdims=0), shape=[])
+            copy.output(copy.total(error, f"{each}_total"), shape=[sketch.shape[1]])
+        copy.output(copy.count(rows, tap, f"{name}_rows_counted"))
+    return copy.finish()
+
+
+class Extension:
+    """A copy of a model that nodes are added to, and whose outputs are replaced at the end."""
+
+    def __init__(self, model: ir.Model, mask: str | None = None, opset: int = 0) -> None:
+        self.model = model.clone()
+        if self.model.opset_imports.get("", 0) < opset:  # converters drop what nobody reads, and a tap may; `finish` takes outputs away
+            graph = self.model.graph
+            unread = [v for node in graph for v in node.outputs if v.name and not v.uses() and not v.is_graph_output()]
+            graph.outputs.extend(unread)
+        raise_opset(self.model, opset)
+        self.opset = self.model.opset_imports.get("", 13)
+        self.values = _values(self.model)
+        self._outputs: list[ir.Value] = []
+        self._weights: ir.Value | None = None
+        if mask is not None:
+            truth = self.add("Cast", [self._current(mask)], "__mask_bool", to=ir.DataType.BOOL)
+            real = self.add("Cast", [truth], "__mask_float", to=ir.DataType.FLOAT)
+            self._weights = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
+
+    def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        return append(self.model.graph, op, inputs, name, **attributes)
+
+    def constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
+        tensor = ir.tensor(np.asarray(array), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _current(self, mask: str) -> ir.Value:
+        """The mask of the tokens fed now (see `magr_onnx.passes.graph.kv_cache.current_mask`)."""
+        whole = self.values[mask]
+        if TOKENS not in self.values or not pairs_of(self.model):
+            return whole
+        columns = self.add("Gather", [self.add("Shape", [self.values[TOKENS]], "__mask_tokens"), self._one("axis", 1)], "__mask_columns")
+        start = self.add("Neg", [columns], "__mask_start")
+        return self.add("Slice", [whole, start, self._one("end", np.iinfo(np.int64).max), self._one("axes", 1)], "__mask_current")
+
+    def _one(self, name: str, value: int) -> ir.Value:
+        return self.constant(f"__mask_{name}", np.array([value]))
+
+    def real(self, tap: Tap, name: str) -> ir.Value:
+        """The tapped value as float32, within its bounds."""
+        real = self.add("Cast", [self.values[tap.value]], f"{name}_float32", to=ir.DataType.FLOAT)
+        if tap.bounds is None:
+            return real
+        limits = [self.constant(f"{name}_{side}", np.float32(b)) for side, b in zip(("low", "high"), tap.bounds, strict=True)]
+        return self.add("Clip", [real, *limits], f"{name}_clipped")
+
+    def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
+        """As rows ``(n, K)``, those the mask leaves out set to zero."""
+        rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows")
+        if tap.masked and self._weights is not None:
+            rows = self.add("Mul", [rows, self._weights], f"{name}_counted")
+        return rows
+
+    def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
+        """The value on a grid, as float32."""
+        if isinstance(grid, ActivationGrid):
+            kind = np.int8 if grid.signed else np.uint8
+            scale, zero = self.constant(f"{name}_scale", np.float32(grid.scale)), self.constant(f"{name}_zero", kind(grid.zero_point))
+            codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes")
+        else:
+            if grid.clips:
+                limits = [self.constant(f"{name}_{side}", np.float32(bound)) for side, bound in (("least", grid.low), ("most", grid.high))]
+                real = self.add("Clip", [real, *limits], f"{name}_within")
+            node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_codes")
+            for output, part in zip(node.outputs, ("codes", "scale", "zero"), strict=True):
+                output.name = f"{name}_{part}"
+            self.model.graph.append(node)
+            codes, scale, zero = node.outputs
+        return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
+
+    def gram(self, rows: ir.Value, name: str) -> ir.Value:
+        """``rows^T rows``."""
+        addend = [] if self.opset >= 11 else [self.constant(f"{name}_zero", np.zeros(1, np.float32))]
+        return self.add("Gemm", [rows, rows, *addend], name, transA=1)
+
+    def total(self, value: ir.Value, name: str) -> ir.Value:
+        """Sum over rows."""
+        if self.opset >= 13:
+            return self.add("ReduceSum", [value, self.constant(f"{name}_axes", np.array([0]))], name, keepdims=0)
+        return self.add("ReduceSum", [value], name, axes=[0], keepdims=0)
+
+    def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
+        """The number of rows that count."""
+        if tap.masked and self._weights is not None:
+            return self.total(self._weights, name)
+        return self.add("Cast", [self.add("Shape", [rows], f"{name}_size")], name, to=ir.DataType.FLOAT)
+
+    def output(self, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, shape: Sequence[int | None] = (None,)) -> None:
+        value.dtype, value.shape = dtype, ir.Shape(shape)
+        self._outputs.append(value)
+
+    def finish(self) -> ir.Model:
+        self.model.graph.outputs.clear()
+        self.model.graph.outputs.extend(self._outputs)
+        return self.model
+
+
+def append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+    """The output of a new node at the end of a graph; both have the name."""
+    node = ir.node(op, inputs, attributes, name=name)
+    node.outputs[0].name = name
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    found = {v.name: v for v in model.graph.inputs if v.name is not None}
+    for node in model.graph:
+        found.update({v.name: v for v in node.outputs if v.name is not None})
+    found.update(model.graph.initializers)
+    return found

@@ -1,0 +1,1 @@
+"""Integer dot products in a graph, as the overflow proof sees them."""

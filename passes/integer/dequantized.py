@@ -1,0 +1,210 @@
+"""Integer dot products before fusion: MatMul, Gemm and Conv of dequantized values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS
+from magr_onnx.passes.integer.operands import (
+    CONTRIB,
+    PASSES_THROUGH,
+    Array,
+    NoView,
+    Reason,
+    activation_codes,
+    attribute_of,
+    blocks,
+    broadcast_grid,
+    columns,
+    constant,
+    constant_codes,
+    integer_bias,
+    integers,
+    operand,
+    required,
+    type_of,
+    unrolled,
+    weight_name,
+)
+
+DEFAULT_BLOCK = 32  # onnxruntime's for a fused weight with one scale a tensor or channel [measured]
+
+
+def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
+    """The DequantizeLinear a value comes from, and the Transpose and Identity nodes in between, last first."""
+    between: list[ir.Node] = []
+    for _ in range(16):
+        node = value.producer()
+        if node is None or node.domain not in ("", CONTRIB):
+            return None, between
+        if node.op_type == "DequantizeLinear":
+            return node, between
+        if node.op_type not in ("Transpose", "Identity") or node.inputs[0] is None:
+            return None, between
+        between.append(node)
+        value = node.inputs[0]
+    return None, between
+
+
+def _dequantized_activation(value: ir.Value) -> ir.Node | None:
+    """The DequantizeLinear of an activation, also before nodes that only move data."""
+    for _ in range(64):
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "DequantizeLinear":
+            return node
+        if node.op_type not in PASSES_THROUGH - {"Concat"} or not node.inputs or node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grid:
+    """A dequantized weight: codes, scales and zero points, all of the shape the product reads."""
+
+    name: str
+    codes: Array
+    kind: str
+    scales: Array
+    zeros: Array
+    block: int | None  # DequantizeLinear's block_size
+    axis: int  # that of the blocks, or of the channels
+
+
+def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
+    codes, kind = integers(constant_codes(required(dq, 0)))
+    scales, zeros = constant(required(dq, 1)), constant(operand(dq, 2))
+    if scales is None:
+        raise NoView(Reason.SCALE, "of the weight")
+    if zeros is None:
+        if operand(dq, 2) is not None:
+            raise NoView(Reason.ZERO_POINT, "of the weight")
+        zeros = np.zeros(scales.shape, np.int32)
+    axis, block = attribute_of(dq, "axis", 1), attribute_of(dq, "block_size", 0)
+    axis += codes.ndim if axis < 0 else 0
+    try:
+        full = [broadcast_grid(a, codes.shape, axis, block) for a in (scales, zeros.astype(np.int32))]
+    except ValueError as error:
+        raise NoView(Reason.SHAPE, f"scales {list(scales.shape)} for {list(codes.shape)}") from error
+    for node in reversed(between):
+        if node.op_type == "Transpose":
+            perm = attribute_of(node, "perm", None) or tuple(reversed(range(codes.ndim)))
+            codes, full, axis = codes.transpose(perm), [a.transpose(perm) for a in full], list(perm).index(axis)
+    return _Grid(weight_name(required(dq, 0)), codes, kind, full[0], full[1], block or None, axis)
+
+
+def product(node: ir.Node) -> IntegerDot:
+    """MatMul, Gemm or Conv of dequantized values."""
+    x, w = required(node, 0), required(node, 1)
+    dq_w, between = _dequantize(w)
+    if dq_w is None:
+        raise NoView(Reason.FLOAT)
+    dq_x = _dequantized_activation(x)
+    conv = node.op_type == "Conv"
+    try:
+        grid = _grid(dq_w, between)
+    except NoView as no:
+        if no.reason is Reason.DYNAMIC_WEIGHT and dq_x is not None and constant(required(dq_x, 0)) is not None:
+            raise NoView(Reason.CONSTANT_LEFT) from no
+        raise
+    flip = node.op_type == "Gemm" and bool(attribute_of(node, "transB", 0))
+    if dq_x is None:
+        if conv or flip:
+            raise NoView(Reason.FLOAT, "activations are floats")
+        return _fused_blocks(node, dq_w, grid)
+    taps, depthwise = 1, False
+    if conv:
+        codes, taps, depthwise = unrolled(grid.codes, attribute_of(node, "group", 1))
+        scales, zeros = (a.reshape(len(a), -1).T for a in (grid.scales, grid.zeros))
+    else:
+        codes, scales, zeros = (columns(np.swapaxes(a, -1, -2) if flip else a) for a in (grid.codes, grid.scales, grid.zeros))
+    block = _steps(scales, zeros, grid.block)
+    x_scale = constant(required(dq_x, 1))
+    if x_scale is None or x_scale.size != 1:
+        raise NoView(Reason.SCALE, "of the activation")
+    if operand(dq_x, 2) is not None and constant(operand(dq_x, 2)) is None:
+        raise NoView(Reason.ZERO_POINT, "of the activation")
+    x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
+    w_zeros = zeros[:1] if block is None else zeros
+    added = _added_bias(node) if node.op_type == "MatMul" else None
+    return IntegerDot(
+        "",
+        f"{node.op_type} (QDQ)",
+        "qdq",
+        grid.name,
+        np.ascontiguousarray(codes),
+        x_type,
+        grid.kind,
+        span,
+        x_zeros,
+        np.ascontiguousarray(w_zeros, np.int64),
+        _dequantized_bias(operand(node, 2) if added is None else added, codes.shape[1]),
+        bias_may_be_float=added is not None,
+        block=block,
+        taps=taps,
+        depthwise=depthwise,
+        quantized_in_graph=_is_made(required(dq_x, 0)),
+        bits=int(grid.kind.lstrip("uint")),
+    )
+
+
+def _is_made(codes: ir.Value) -> bool:
+    """Whether a node makes activation codes, and does not only move what comes from outside."""
+    for _ in range(64):
+        node = codes.producer()
+        if node is None:
+            return False
+        if node.op_type not in PASSES_THROUGH or not node.inputs or node.inputs[0] is None:
+            return True
+        codes = node.inputs[0]
+    return True
+
+
+def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
+    """Rows over which all columns keep their scale: None for all of K, else the block."""
+    if (scales == scales[:1]).all() and (zeros == zeros[:1]).all():
+        return None
+    if block is not None:
+        starts = np.arange(len(scales)) // block * block
+        if (scales == scales[starts]).all() and (zeros == zeros[starts]).all():
+            return block
+    raise NoView(Reason.SCALE, "they change along K")
+
+
+def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
+    """The int32 bias behind a DequantizeLinear; None where the bias is added as floats."""
+    if value is None:
+        return None
+    dq, _ = _dequantize(value)
+    return None if dq is None else integer_bias(required(dq, 0), n)
+
+
+def _added_bias(node: ir.Node) -> ir.Value | None:
+    """The dequantized int32 bias in an Add that alone reads a MatMul: onnxruntime makes a Gemm of the two where it knows the shapes."""
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if len(uses) != 1 or out.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
+        return None
+    other = uses[0].node.inputs[1 - uses[0].idx]
+    dq = None if other is None else _dequantize(other)[0]
+    return other if dq is not None and type_of(required(dq, 0)) == "int32" else None
+
+
+def _fused_blocks(node: ir.Node, dq: ir.Node, grid: _Grid) -> IntegerDot:
+    """A float activation times a dequantized weight, where onnxruntime makes a MatMulNBits with int8 activations of it."""
+    bits = int(grid.kind.lstrip("uint"))
+    uses = len(list(dq.outputs[0].uses()))
+    if grid.codes.ndim != 2 or bits not in (2, 4, 8) or uses != 1 or dq.outputs[0].is_graph_output():
+        raise NoView(Reason.FLOAT, "activations are floats, and the weight is not one that is fused")
+    if grid.block is None:
+        _steps(grid.scales, grid.zeros, None)
+    elif grid.block not in MATMULNBITS_BLOCKS or grid.axis != 0:
+        raise NoView(Reason.FLOAT, f"activations are floats, and blocks of {grid.block} on this axis are not fused")
+    shift = 0 if grid.kind.startswith("u") else 1 << (bits - 1)
+    return blocks(f"{node.op_type} (QDQ)", grid.name, grid.codes + shift, bits, grid.block or DEFAULT_BLOCK)

@@ -1,0 +1,244 @@
+"""Finding integer dot products in a graph, whoever made it: a view of each, or the reason there is none.
+
+Read: MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits; MatMul, Gemm
+and Conv whose inputs come from DequantizeLinear; MatMul and Gemm of a float activation with a dequantized weight where onnxruntime
+fuses them into MatMulNBits with int8 activations. Subgraphs and model-local functions are read like the main graph. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.overflow.proof import IntegerDot
+from magr_onnx.core.packing import unpack_bits
+from magr_onnx.passes.integer.dequantized import product
+from magr_onnx.passes.integer.operands import (
+    CONTRIB,
+    NoView,
+    Reason,
+    activation_codes,
+    attribute_of,
+    blocks,
+    columns,
+    constant,
+    constant_weight,
+    integer_bias,
+    integers,
+    operand,
+    required,
+    spread,
+    unrolled,
+    weight_name,
+    weight_zeros,
+)
+from magr_onnx.passes.layers.linear import Skip
+
+UNREAD = frozenset(
+    {
+        "Attention",
+        "ConvTranspose",
+        "ConvTransposeWithDynamicPads",
+        "DecoderAttention",
+        "DecoderMaskedMultiHeadAttention",
+        "DecoderMaskedSelfAttention",
+        "DeformConv",
+        "DynamicQuantizeLSTM",
+        "Einsum",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "FusedMatMulActivation",
+        "GRU",
+        "GatedRelativePositionBias",
+        "GemmFastGelu",
+        "GemmFloat8",
+        "GroupQueryAttention",
+        "LongformerAttention",
+        "LSTM",
+        "MatMulBnb4",
+        "MatMulFpQ4",
+        "MatMulInteger16",
+        "MoE",
+        "MultiHeadAttention",
+        "NhwcConv",
+        "NhwcFusedConv",
+        "PackedAttention",
+        "PackedMultiHeadAttention",
+        "PagedAttention",
+        "QAttention",
+        "QMoE",
+        "QOrderedAttention",
+        "QOrderedLongformerAttention",
+        "QOrderedMatMul",
+        "RNN",
+        "SparseAttention",
+        "SparseToDenseMatMul",
+        "TransposeMatMul",
+    }
+)
+"""Operators with dot products inside that no reader here takes apart."""
+
+
+def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
+    """Every dot product of the model, subgraphs and functions included: those with constant integer weights, and all others.
+
+    One by one: the codes of a whole model, widened, can be several times its size.
+
+    Args:
+        model: The model; nothing in it is changed.
+    """
+    names: set[str] = set()
+    for node, place in _nodes(model):
+        found = view(node)
+        if found is None:
+            continue
+        if isinstance(found, Skip) and place and found.reason is Reason.DYNAMIC_WEIGHT:
+            found = replace(found, reason=Reason.FUNCTION)
+        name = place + found.name
+        if name in names:  # ONNX asks for unique value names only
+            name = f"{name}:{node.outputs[0].name}"
+        names.add(name)
+        yield replace(found, name=name)
+
+
+def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """Every node of the main graph, its subgraphs and the functions; the latter with the function's name."""
+    for node in model.graph.all_nodes():
+        yield node, ""
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            yield node, f"{function.name}/"
+
+
+def view(node: ir.Node) -> IntegerDot | Skip | None:
+    """The dot product at a node, or why it is not proved; None for nodes without one."""
+    reader = _READERS.get((node.domain, node.op_type))
+    name = node.name or f"{node.op_type}:{node.outputs[0].name}"
+    if reader is None:
+        if node.domain in ("", CONTRIB):
+            return Skip(name, node.op_type, Reason.OPERATOR) if node.op_type in UNREAD else None
+        known = node.op_type in UNREAD or any(op == node.op_type for _, op in _READERS)
+        return Skip(name, node.op_type, Reason.OPERATOR, f"domain {node.domain}") if known else None
+    try:
+        return replace(reader(node), name=name)
+    except NoView as no:
+        return Skip(name, node.op_type, no.reason, no.detail)
+    except (ValueError, IndexError) as error:  # NumPy's, about axes and shapes that a valid model does not have
+        return Skip(name, node.op_type, Reason.SHAPE, str(error))
+
+
+def _matrix(
+    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, *, flip: bool = False, **more: Any
+) -> IntegerDot:
+    """An integer product of a matrix with constant codes."""
+    stored = constant_weight(w, x)
+    if flip:
+        stored = np.swapaxes(stored, -1, -2)
+    codes, w_type = integers(columns(stored))
+    n = codes.shape[1]
+    x_type, span, zeros = activation_codes(x, x_zero)
+    w_zeros = spread(weight_zeros(w_zero, stored.shape), n)
+    return IntegerDot("", node.op_type, "integer", weight_name(w), codes, x_type, w_type, span, zeros, w_zeros, **more)
+
+
+def _matmul_integer(node: ir.Node) -> IntegerDot:
+    return _matrix(node, required(node, 0), operand(node, 2), required(node, 1), operand(node, 3))
+
+
+def _qlinear_matmul(node: ir.Node) -> IntegerDot:
+    return _matrix(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5))
+
+
+def _qgemm(node: ir.Node) -> IntegerDot:
+    flip = bool(attribute_of(node, "transB", 0))
+    dot = _matrix(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5), flip=flip)
+    return replace(dot, bias=integer_bias(operand(node, 6), dot.n))
+
+
+def _dynamic_quantize_matmul(node: ir.Node) -> IntegerDot:
+    """Float activations, quantized by the operator to uint8 with a zero point of their own."""
+    stored = constant_weight(required(node, 1), required(node, 0))
+    codes, w_type = integers(columns(stored))
+    w_zeros = spread(weight_zeros(operand(node, 3), stored.shape), codes.shape[1])
+    name = weight_name(required(node, 1))
+    return IntegerDot("", node.op_type, "integer", name, codes, "uint8", w_type, (0, 255), (0, 255), w_zeros)
+
+
+def _matmul_integer_to_float(node: ir.Node) -> IntegerDot:
+    return _matrix(node, required(node, 0), operand(node, 4), required(node, 1), operand(node, 5))
+
+
+def _conv(
+    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, bias: ir.Value | None, left: bool
+) -> IntegerDot:
+    stored = constant_weight(w, x)
+    zeros = constant(w_zero)
+    if w_zero is not None and zeros is None:
+        raise NoView(Reason.ZERO_POINT, "of the weight")
+    matrix, taps, depthwise = unrolled(stored, attribute_of(node, "group", 1))
+    codes, w_type = integers(matrix)
+    m = codes.shape[1]
+    flat = np.zeros(1, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
+    if flat.size not in (1, m):
+        raise NoView(Reason.SHAPE, f"{flat.size} weight zero points for {m} channels")
+    x_type, span, x_zeros = activation_codes(x, x_zero)
+    return IntegerDot(
+        "",
+        node.op_type,
+        "integer",
+        weight_name(w),
+        codes,
+        x_type,
+        w_type,
+        span,
+        x_zeros,
+        spread(flat.reshape(1, -1), m),
+        integer_bias(bias, m),
+        taps=taps,
+        depthwise=depthwise,
+        weight_left=left,
+    )
+
+
+def _conv_integer(node: ir.Node) -> IntegerDot:
+    return _conv(node, required(node, 0), operand(node, 2), required(node, 1), operand(node, 3), None, True)
+
+
+def _qlinear_conv(node: ir.Node) -> IntegerDot:
+    return _conv(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5), operand(node, 8), False)
+
+
+def _matmul_nbits(node: ir.Node) -> IntegerDot:
+    level = attribute_of(node, "accuracy_level", 0)
+    if level != 4:
+        raise NoView(Reason.FLOAT, f"accuracy level {level or 'unset'}")
+    if operand(node, 4) is not None:
+        raise NoView(Reason.OPERATOR, "g_idx")
+    bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 0)
+    k, n = attribute_of(node, "K", 0), attribute_of(node, "N", 0)
+    packed = constant_weight(required(node, 1))
+    if bits not in (2, 4, 8) or block < 1 or packed.size != n * -(-k // block) * (block * bits // 8):
+        raise NoView(Reason.SHAPE, f"{bits} bits, block {block}, K {k}, N {n}, weight {list(packed.shape)}")
+    codes = unpack_bits(packed.reshape(n, -1), bits, -(-k // block) * block)[:, :k].T
+    return blocks(node.op_type, weight_name(required(node, 1)), codes, bits, block)
+
+
+_READERS: dict[tuple[str, str], Callable[[ir.Node], IntegerDot]] = {
+    ("", "MatMulInteger"): _matmul_integer,
+    ("", "ConvInteger"): _conv_integer,
+    ("", "QLinearMatMul"): _qlinear_matmul,
+    ("", "QLinearConv"): _qlinear_conv,
+    (CONTRIB, "QLinearConv"): _qlinear_conv,
+    (CONTRIB, "QGemm"): _qgemm,
+    (CONTRIB, "DynamicQuantizeMatMul"): _dynamic_quantize_matmul,
+    (CONTRIB, "MatMulIntegerToFloat"): _matmul_integer_to_float,
+    (CONTRIB, "MatMulNBits"): _matmul_nbits,
+    ("", "MatMul"): product,
+    ("", "Gemm"): product,
+    ("", "Conv"): product,
+}

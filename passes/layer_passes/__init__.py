@@ -1,0 +1,1 @@
+"""Passes that treat one layer at a time."""

@@ -1,0 +1,54 @@
+"""The demand that layer inputs become 8-bit integers: how they are rounded, and where the ranges come from.
+
+The pass itself changes no graph: calibration reads it to gather the statistics of quantized inputs, the quantizer to know what the kernel
+multiplies, the emitter to write the nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from magr_onnx.core.activation_ranges import METHODS, Method
+from magr_onnx.core.types import ActivationGrid, WeightSpec
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+
+ActivationType = Literal["uint8", "int8", "dynamic"]
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(LayerPass):
+    """Layer inputs in 8 bits, one grid a tensor.
+
+    Attributes:
+        type: ``uint8`` or ``int8`` for a static grid found by calibration, ``dynamic`` for uint8 with the range of each tensor at run time,
+            clipped first where calibration finds that this lowers the error.
+        ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
+            all by measured output error.
+    """
+
+    name: ClassVar[str] = "quantize-activations"
+    summary: ClassVar[str] = "round layer inputs to 8 bits, statically or at run time"
+
+    type: ActivationType = "uint8"
+    ranges: Method = "auto"
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = []
+        if self.type not in ("uint8", "int8", "dynamic"):
+            found.append(f"activation type {self.type!r} is not known; choose one of uint8, int8, dynamic")
+        if self.ranges not in METHODS:
+            found.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
+        if spec is not None:
+            found.append(f"{self.name} must come before quantize")
+        return found
+
+    def apply(self, job: Job) -> bool:
+        grid = job.stats.activation
+        facts: dict[str, object] = {"type": self.type}
+        if isinstance(grid, ActivationGrid):
+            facts |= {"scale": grid.scale, "zero_point": grid.zero_point, "low": grid.range[0], "high": grid.range[1]}
+        elif grid is not None and grid.clips:
+            facts |= {"low": grid.low, "high": grid.high}
+        job.facts["activation"] = facts
+        return False

@@ -1,0 +1,101 @@
+"""The pass that puts the weights of convolutions on a grid; `magr_onnx.workflow.convolutions` runs it with statistics of what they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from magr_onnx.core.types import WeightSpec
+from magr_onnx.errors import ModelError, OptionError, raise_all
+from magr_onnx.passes.emit.conv import emit
+from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_passes.shared_weights import by_weight
+from magr_onnx.passes.layers.conv import BITS, FORMS, ConvLayer, Form, find
+
+
+@dataclass(frozen=True)
+class Convolutions(LayerPass):
+    """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
+
+    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
+    format. On a linear layer the pass does nothing. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
+    channel to a grid searched for the least squared error.
+
+    Attributes:
+        bits: 3 to 8.
+        symmetric: Fix the zero point in the middle.
+        alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
+        form: ``fold`` or ``dequantize``: how codes become floats; see `magr_onnx.passes.emit.conv`.
+    """
+
+    name: ClassVar[str] = "convolutions"
+    summary: ClassVar[str] = "write convolutions with quantized weights too"
+
+    bits: int = 8
+    symmetric: bool = True
+    alpha: float | None = None
+    form: Form = "fold"
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = []
+        if self.bits not in BITS:
+            known = ", ".join(map(str, BITS))
+            found.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
+        if self.form not in FORMS:
+            found.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            found.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
+        return found
+
+    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
+        if any(p.name == "quantize" for p in passes):
+            return []
+        return ["convolutions needs a quantize pass: it names the quantizer"]
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""
+        del spec
+        needed = self.opset(find(model)[0])
+        if model.opset_imports.get("", 0) >= needed:
+            return raise_opset(model, needed)  # the IR version
+        try:
+            raise_opset(model.clone(), needed)
+        except ModelError:
+            return False
+        return raise_opset(model, needed)
+
+    def opset(self, layers: Sequence[ConvLayer]) -> int:
+        """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""
+        if not layers or (self.form == "fold" and self.bits > 4):
+            return 0
+        if self.bits <= 4:
+            return 21
+        return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
+
+    def apply(self, job: Job) -> bool:
+        del job
+        return False
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise_all(OptionError, self.problems(None))
+        modified = self.prepare(model, None)
+        layers, _ = find(model)
+        if self.opset(layers) > model.opset_imports.get("", 0):
+            return ir.passes.PassResult(model, modified)
+        integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+        rounding = Quantize("rtn", self.bits, None, self.symmetric)
+        for unit in by_weight(layers):
+            weights = []
+            for matrix in unit[0].read():
+                job = Job.start(unit[0].matrix(matrix, None), None)
+                rounding.apply(job)
+                assert job.quantized is not None
+                weights.append(job.quantized)
+            emit(unit, weights, [None] * len(unit), "dequantize" if integer else self.form, integer)
+        return ir.passes.PassResult(model, modified or bool(layers))

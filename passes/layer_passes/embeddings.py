@@ -1,0 +1,85 @@
+"""The pass that puts tables of embeddings on a grid: one searched for every block of a row, then rounding.
+
+No calibration is needed: how often a token occurs weighs whole rows, and no row takes from another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.grid import search
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.errors import OptionError, raise_all
+from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.layer_passes.shared_weights import by_weight
+from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, TableReason, emit, find
+from magr_onnx.passes.layers.linear import Skip
+
+CHUNK = 1 << 22  # values treated at a time
+
+
+@dataclass(frozen=True)
+class Embeddings(LayerPass):
+    """Tables of embeddings on an integer grid: rows rounded to grids searched for the least squared error. On a layer it
+    does nothing.
+
+    Attributes:
+        form: ``gather-block-quantized`` or ``dequantize``; see `magr_onnx.passes.layers.embedding`.
+        bits: 4 or 8; dequantize has 8.
+    """
+
+    name: ClassVar[str] = "embeddings"
+    summary: ClassVar[str] = "write tables of embeddings with quantized rows"
+
+    form: Form = "gather-block-quantized"
+    bits: int = 8
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        del spec
+        found = []
+        if self.form not in FORMS:
+            found.append(f"embeddings={self.form!r} is not known; choose one of {', '.join(FORMS)}, or none")
+        if self.bits not in BITS:
+            found.append(f"embeddings: bits={self.bits} is not supported; choose 4 or 8")
+        elif self.form == "dequantize" and self.bits != 8:
+            found.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
+        return found
+
+    def spec(self, dtype: ir.DataType) -> WeightSpec:
+        """The grid of a table; a row of it is a column to the solvers."""
+        half = dtype == ir.DataType.FLOAT16
+        block = BLOCK if self.form == "gather-block-quantized" else None
+        return WeightSpec(self.bits, block, self.form == "dequantize", "float16" if half else "float32")
+
+    def fits_table(self, table: Table) -> Skip | None:
+        """Why this form cannot hold a table."""
+        odd = self.bits == 4 and table.held.shape[1] % 2
+        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.held.shape[1]} columns") if odd else None
+
+    def apply(self, job: Job) -> bool:
+        del job
+        return False
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise_all(OptionError, self.problems(None))
+        tables = [t for t in find(model)[0] if self.fits_table(t) is None]
+        for unit in by_weight(tables):
+            emit(unit, quantize(unit[0].array(), self.spec(unit[0].dtype)), self.form)
+        return ir.passes.PassResult(model, bool(tables))
+
+
+def quantize(table: Array, spec: WeightSpec) -> QuantizedWeight:
+    """Nearest codes of every row of ``table (rows, width)`` on searched grids, as a weight ``(width, rows)``."""
+    rows, width = table.shape
+    step = max(1, CHUNK // width)
+    parts = []
+    for at in range(0, rows, step):
+        part = np.ascontiguousarray(table[at : at + step].T.astype(np.float32))
+        grid = search(part, spec, np.ones(width))
+        parts.append(grid.weight(grid.codes(part)))
+    codes, zeros = np.concatenate([p.codes for p in parts], axis=1), np.concatenate([p.zero_points for p in parts], axis=1)
+    return QuantizedWeight(codes, np.concatenate([p.scales for p in parts], axis=1), zeros, spec)

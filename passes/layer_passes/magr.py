@@ -1,0 +1,93 @@
+"""MagR as a float-to-float pass: smaller weights at nearly the same output, for this or any other quantizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from magr_onnx.core import magr
+from magr_onnx.core.histograms import places, sketch, thinned
+from magr_onnx.core.linalg import automatic_damping
+from magr_onnx.core.quantizers.interface import damped_gram
+from magr_onnx.core.types import Array, WeightSpec
+from magr_onnx.passes.layer_passes.base import BiasPolicy, Job, LayerPass
+
+
+@dataclass(frozen=True)
+class MagR(LayerPass):
+    """Reduce weight magnitudes (`magr_onnx.core.magr.reduce`).
+
+    Attributes:
+        alpha: Strength; 0 does nothing.
+        relative: Whether alpha is relative to the layer, or absolute as the authors define it.
+        block_size: Rows per l_inf norm; none for whole columns.
+        damping: Multiple of the diagonal added to the Gram matrix, so that directions that few calibration rows excite are
+            not free to change; none for one that follows from the number of rows.
+        method: ``fista``, or ``authors`` for the published iteration.
+        bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
+            matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+    """
+
+    name: ClassVar[str] = "magr"
+    summary: ClassVar[str] = "reduce weight magnitudes at nearly unchanged output (float to float)"
+    solves: ClassVar[bool] = True
+
+    alpha: float = 1e-3
+    relative: bool = True
+    block_size: int | None = None
+    damping: float | None = None
+    method: magr.Method = "fista"
+    bias: BiasPolicy | None = None
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        found = []
+        if not 0 <= self.alpha < math.inf:
+            found.append(f"magr: alpha={self.alpha} must be 0 or more, and finite")
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            found.append(f"magr: damping={self.damping} must be 0 or more, and finite")
+        if self.block_size is not None and self.block_size < 1:
+            found.append(f"magr: block_size={self.block_size} must be at least 1, or none")
+        if spec is not None:
+            found.append("magr must come before quantize")
+        return found
+
+    def apply(self, job: Job) -> bool:
+        if self.alpha == 0:
+            return False
+        if job.stats.is_data_free:
+            job.notes.append("MagR skipped: no calibration data")
+            return False
+        centred = job.centred(self.bias)
+        damping = automatic_damping(job.layer.k, job.stats.rows) if self.damping is None else self.damping
+        gram = damped_gram(job.stats, centred, damping)
+        result = magr.reduce(
+            job.weight,
+            gram,
+            alpha=self.alpha,
+            relative=self.relative,
+            group_size=self.block_size,
+            method=self.method,
+        )
+        job.facts["magr"] = facts_of(job.weight, result)
+        job.facts["weights"] = sketch(job.weight, result.weights, None)
+        job.weight = result.weights
+        job.changed = True
+        return True
+
+
+def facts_of(weights: Array, result: magr.Reduction) -> dict[str, Any]:
+    """What MagR did to ``weights``, for the report."""
+    return {
+        "iterations": result.iterations,
+        "converged": result.converged,
+        "objective": result.objective,
+        "objective_start": result.start,
+        "gap": result.gap,
+        "max_before": float(np.abs(weights).max()),
+        "max_after": float(np.abs(result.weights).max()),
+        "trace": thinned(result.trace),
+        "steps": places(len(result.trace)),
+    }

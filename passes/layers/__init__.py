@@ -1,0 +1,1 @@
+"""The kinds of layers that hold weights, and how they are found."""

@@ -1,0 +1,237 @@
+"""Finding convolutions, and their weights as matrices.
+
+A `ConvLayer` is a view of a Conv or ConvTranspose of any number of spatial axes whose weight is constant. With ``G`` groups it is ``G``
+products ``Y_g = P_g W_g + b_g``: the rows of ``P_g (n, K)`` are the patches of the input that meet at an output position, ``K = C / G *``
+the size of the kernel, and ``W_g (K, N)`` has ``N = M / G`` output channels. (``C`` and ``M`` count the channels of input and output.) A
+ConvTranspose is the same with the patches of `magr_onnx.passes.instrument.conv_patches`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.core.types import Array
+from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
+from magr_onnx.passes.graph.subgraphs import Place, opaque, seen_as, walk
+from magr_onnx.passes.integer.operands import operand
+from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
+
+OPS = ("Conv", "ConvTranspose")
+Form = Literal["fold", "dequantize"]
+FORMS: tuple[Form, ...] = ("fold", "dequantize")
+BITS = tuple(range(3, 9))
+
+
+class ConvReason(StrEnum):
+    """Why a convolution is left as it is, beside the reasons it shares with linear layers."""
+
+    DYNAMIC_WEIGHT = "weight is computed at run time"
+    UNASKED = "convolutions stay float (conv_bits gives them bits)"
+    OPSET = "the model's opset cannot be raised as far as a quantized convolution needs"
+    SHAPE = "shapes do not fit"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConvLayer:
+    """A safe view of one convolution.
+
+    Attributes:
+        name: Node name, or a name made from its output; unique among the model's convolutions.
+        node: The Conv or ConvTranspose.
+        held: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
+        bias: The constant bias ``(M,)``, if there is one.
+        takes_bias: Whether a bias could be written: False where one is computed at run time.
+        group: ``G``.
+        place: The nodes whose bodies the convolution is in; empty in the main graph.
+    """
+
+    name: str
+    node: ir.Node
+    held: Held
+    bias: ir.TensorProtocol | None
+    takes_bias: bool
+    group: int
+    place: Place = ()
+
+    @property
+    def op(self) -> str:
+        return self.node.op_type
+
+    @property
+    def x(self) -> ir.Value:
+        """The input value, ``(batch, C, ...)``."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def reads(self) -> str:
+        """A name for what it reads: the same for all convolutions that read it equally often."""
+        return seen_as(self.x, self.node, self.place)
+
+    @property
+    def output(self) -> ir.Value:
+        return self.node.outputs[0]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.held.dtype
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the constant that holds the weight."""
+        return self.held.name
+
+    @property
+    def weight_key(self) -> Hashable:
+        """Equal for convolutions that make the very same matrices of one weight."""
+        return (*self.held.key, self.op, self.group)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel, an axis each."""
+        return self.shape[2:]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.held.shape
+
+    @property
+    def channels(self) -> int:
+        """Input channels ``C``."""
+        return self.shape[0] if self.op == "ConvTranspose" else self.shape[1] * self.group
+
+    @property
+    def k(self) -> int:
+        """Rows of a group's matrix."""
+        return self.channels // self.group * math.prod(self.kernel)
+
+    @property
+    def n(self) -> int:
+        """Output channels of a group."""
+        return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    def read(self) -> Array:
+        """The matrices ``(G, K, N)`` float32."""
+        return to_matrices(self.held.tensor().numpy().astype(np.float32), self.op, self.group)
+
+    def read_bias(self) -> Array | None:
+        """The bias ``(M,)`` float64, or None."""
+        return None if self.bias is None else self.bias.numpy().astype(np.float64)
+
+    def matrix(self, weight: Array, bias: Array | None) -> LinearLayer:
+        """A linear layer of one group's matrix ``(K, N)`` and bias ``(N,)``, for passes that read a layer and write nothing."""
+        tensor = ir.tensor(weight.astype(FLOATS[self.dtype]), name=self.weight_name)
+        added = None if bias is None else ir.tensor(bias)
+        alone = Held(self.held.source, tensor, (), False)
+        k, n = weight.shape
+        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, k, n, self.place)
+
+
+def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
+    """A convolution's weight as ``(G, K, N)``; rows go through a group's channels, and for every channel through the kernel."""
+    if op == "ConvTranspose":
+        channels, n = weight.shape[:2]
+        parts = weight.reshape(group, channels // group, n, -1).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(parts.reshape(group, -1, n))
+    return np.ascontiguousarray(weight.reshape(group, len(weight) // group, -1).transpose(0, 2, 1))
+
+
+def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) -> npt.NDArray[Any]:
+    """Inverse of `to_matrices`."""
+    group, k, n = matrices.shape
+    inner = k // math.prod(kernel)
+    if op == "ConvTranspose":
+        parts = matrices.reshape(group, inner, -1, n).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(parts.reshape(group * inner, n, *kernel))
+    return np.ascontiguousarray(matrices.transpose(0, 2, 1).reshape(group * n, inner, *kernel))
+
+
+def is_made_of_codes(value: ir.Value) -> bool:
+    """Whether a weight is computed from an integer constant: dequantized, in whatever form."""
+    for _ in range(16):
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose") or node.inputs[0] is None:
+            break
+        value = node.inputs[0]
+    tensor = constant(value)
+    return tensor is not None and tensor.dtype.is_integer()
+
+
+def view(node: ir.Node) -> ConvLayer | Skip:
+    """The layer at a Conv or ConvTranspose, or why there is none."""
+    name = layer_name(node)
+
+    def skip(reason: StrEnum, detail: str = "") -> Skip:
+        return Skip(name, node.op_type, reason, detail)
+
+    x, value = operand(node, 0), operand(node, 1)
+    if x is None or value is None:
+        return skip(ConvReason.SHAPE, "an input is missing")
+    weight = held(value)
+    if weight is None:
+        known = dequantized(value) is not None or is_made_of_codes(value)
+        return skip(Reason.QUANTIZED if known else ConvReason.DYNAMIC_WEIGHT)
+    if weight.overridable:
+        return skip(Reason.OVERRIDABLE)
+    if weight.dtype not in FLOATS:
+        return skip(Reason.WEIGHT_DTYPE, str(weight.dtype))
+    if weight.exposed:
+        return skip(Reason.GRAPH_OUTPUT)
+    if 0 in weight.shape:
+        return skip(Reason.EMPTY)
+    given = node.attributes.get("group")
+    group = 1 if given is None else given.as_int()
+    if len(weight.shape) < 3 or group < 1 or weight.shape[0] % group:
+        return skip(ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
+    bias = held(operand(node, 2))
+    fixed = bias is not None and not bias.overridable
+    takes_bias = fixed or operand(node, 2) is None
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group)
+
+
+def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
+    """Every convolution of the main graph and of the bodies in it with a constant weight, in graph order, and the others with the reason.
+
+    Args:
+        model: The model; nothing in it is changed.
+        include: Shell patterns on the node's or the weight's name; empty for all.
+        exclude: Patterns of those to leave as they are; wins over ``include``.
+    """
+    layers: list[ConvLayer] = []
+    skips: list[Skip] = []
+    names: set[str] = set()
+    for node, place in walk(model.graph):
+        if node.domain != "" or node.op_type not in OPS:
+            continue
+        if (closed := opaque(place)) is not None:
+            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
+            continue
+        found = view(node)
+        if isinstance(found, ConvLayer) and (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
+            found = Skip(found.name, found.op, why)
+        if isinstance(found, Skip):
+            skips.append(found)
+            continue
+        if found.name in names:  # ONNX asks for unique value names only
+            found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
+        names.add(found.name)
+        layers.append(replace(found, place=place) if place else found)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            if node.domain == "" and node.op_type in OPS:
+                skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
+    return layers, skips

@@ -1,0 +1,1 @@
+"""Float-to-float rewrites that make layers easier to quantize."""
