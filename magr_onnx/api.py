@@ -21,10 +21,13 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.report.data import SkipRow, versions
 from magr_onnx.report.verification import Verification
-from magr_onnx.runtime import calibrate, custom, decoders, overflow, witness
-from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Source
-from magr_onnx.runtime.session import Arithmetic, provider_name
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.measure import overflow, witness
+from magr_onnx.runtime.measure import validate as validation
+from magr_onnx.runtime.ort import custom_ops as custom
+from magr_onnx.runtime.ort.session import Arithmetic, provider_name
 from magr_onnx.workflow import embeddings
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import watched
@@ -128,7 +131,7 @@ def validate(
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | bool | None = True,
 ) -> validation.Validation:
-    """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.validate`.
+    """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.measure.validate`.
 
     A decoder with a cache is fed as `optimize` feeds it. ``data`` may be a ``.txt`` file, a sample a line, where ``tokenizer.json`` lies
     beside one of the models. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
@@ -152,7 +155,7 @@ def validate(
             batches,
             provider=provider,
             arithmetics=arithmetics,
-            mask=calibrate.resolve_mask(a.model, mask),
+            mask=moments.resolve_mask(a.model, mask),
             layers=layers,
             latency=latency,
             progress=stage(cast(Progress, progress), "validating"),

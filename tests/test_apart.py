@@ -12,7 +12,7 @@ import pytest
 import magr_onnx
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.runtime import apart, session
+from magr_onnx.runtime.ort import session, worker
 
 W = constant("w", 16, 8)
 
@@ -24,15 +24,15 @@ def saved(proto: onnx.ModelProto, folder: Path) -> Path:
 
 def test_what_a_call_returns_and_raises(tmp_path: Path) -> None:
     path = saved(model("g (float[n, 16] x) => (float[n, 8] y) { y = MatMul(x, w) }", w=W), tmp_path)
-    assert apart.call(session.load, path=str(path), provider="cpu", lean=False) is None
+    assert worker.call(session.load, path=str(path), provider="cpu", lean=False) is None
     with pytest.raises(RuntimeFailure, match="missing"):
-        apart.call(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
+        worker.call(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
 
 
 def test_a_process_that_dies_is_an_error_and_the_next_call_works() -> None:
-    with pytest.raises(apart.Died, match="SIGABRT"):
-        apart.call(os.abort)
-    assert apart.call(os.getpid) != os.getpid()
+    with pytest.raises(worker.Died, match="SIGABRT"):
+        worker.call(os.abort)
+    assert worker.call(os.getpid) != os.getpid()
 
 
 def test_relative_paths_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_made_up_inputs_that_never_end_are_a_note(tmp_path: Path, monkeypatch: p
         turns=np.asarray(2**62),
         yes=np.asarray(True),
     )
-    monkeypatch.setattr(apart, "SECONDS", 3.0)
+    monkeypatch.setattr(worker, "SECONDS", 3.0)
     report = magr_onnx.optimize(saved(proto, tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
     assert any("did not come to an end" in note for note in report.notes)
-    assert apart.call(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
+    assert worker.call(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process

@@ -18,8 +18,8 @@ from magr_onnx.cli import demonstration
 from magr_onnx.models import bundled
 from magr_onnx.passes import find, parse
 from magr_onnx.passes.emit.readback import digest, read_weights
-from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.runtime.validate import next_token_loss
+from magr_onnx.runtime.measure.validate import next_token_loss
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import optimize, verify_output
 from tests import graphs
 from tests.graphs import feeds, proto

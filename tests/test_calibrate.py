@@ -14,9 +14,9 @@ from onnx import numpy_helper
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
-from magr_onnx.runtime.calibrate import collect, input_name, plan, resolve_mask
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import InputInfo, Session
+from magr_onnx.runtime.calibration.moments import collect, input_name, plan, resolve_mask
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import InputInfo, Session
 from tests import graphs
 from tests.graphs import K, correlated, feeds
 

@@ -22,7 +22,7 @@ from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.einsum import parse
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.unconverted import holders
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 FORMATS: dict[str, dict[str, Any]] = {
     "matmulnbits": {"bits": 8, "block_size": 16},

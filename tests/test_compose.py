@@ -15,9 +15,9 @@ from magr_onnx import passes as ours
 from magr_onnx.passes import PASSES, LayerPass, Rewrite, find, parse
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.layers import conv, embedding
-from magr_onnx.runtime.calibrate import attach_stats
-from magr_onnx.runtime.data import in_memory
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.calibration.moments import attach_stats
+from magr_onnx.runtime.data.sources import in_memory
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, random
 
 INT8 = "quantize{bits=8,block_size=none,symmetric=true}"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from magr_onnx.passes.graph.constants import FOLLOW, drop_if_unused, held
 from magr_onnx.passes.instrument.segments import plan
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Builder, random
 
 OPSETS = (7, 11, 12, 13, 18, 21)

@@ -27,9 +27,9 @@ from magr_onnx.passes.graph.constants import Held
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layers.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
 from magr_onnx.report.data import Report
-from magr_onnx.runtime import patches
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.calibration import conv_patches
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import convolutions
 
 Array = np.ndarray[Any, Any]
@@ -51,11 +51,11 @@ def convolution(op: str, x: Array, shape: tuple[int, ...], attributes: dict[str,
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
 
 
-def collected(proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> dict[str, patches.PatchStats]:
+def collected(proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> dict[str, conv_patches.PatchStats]:
     found = ir.from_proto(proto)
     with Session(found) as session:
         data = open_data(batches, session.inputs, 4)
-    return patches.collect(found, find(found)[0], data)
+    return conv_patches.collect(found, find(found)[0], data)
 
 
 def gathered(x: Array, kernel: tuple[int, ...], strides: list[int], dilations: list[int], pads: list[int], out: tuple[int, ...]) -> Array:
@@ -369,7 +369,7 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
     one_hot = {"stem": 4 * 81, "depthwise": 24 * 81, "point": 24, "up": 24 * 16}
     sizes = {name: 4 * (gathered[name] + one_hot[name]) for name in gathered}
     for limit in (0, 10_000, 70_000, 99_840):
-        large = patches.unmeasured(found, layers, data, "cpu", limit)
+        large = conv_patches.unmeasured(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
     result = convolutions.convert(found, found.clone(), passes, data, patch_limit=70_000)
@@ -507,7 +507,7 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     g, k, n = 40, 9, 2
     weights = rng.standard_normal((g, k, n)).astype(np.float32) * 0.2
     x = rng.standard_normal((g, 500, k)) @ (np.eye(k) + 0.4 * rng.standard_normal((g, k, k)))
-    stats = patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
+    stats = conv_patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
     node = ir.node("Conv", [None, None], name="c")
     source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
     layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)

@@ -18,11 +18,11 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.instrument.segments import beside
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import decoders as feeding
-from magr_onnx.runtime.calibrate import collect
-from magr_onnx.runtime.data import in_memory, open_data
-from magr_onnx.runtime.fisher import collect as fisher
-from magr_onnx.runtime.session import Session, inputs_of
+from magr_onnx.runtime.calibration.fisher import collect as fisher
+from magr_onnx.runtime.calibration.moments import collect
+from magr_onnx.runtime.data import decoders as feeding
+from magr_onnx.runtime.data.sources import in_memory, open_data
+from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import decoders, docs_given
 from tests.graphs import Array
 

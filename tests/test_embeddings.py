@@ -19,7 +19,7 @@ from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.layer_passes.embeddings import quantize
 from magr_onnx.passes.layers.embedding import find
 from magr_onnx.passes.layers.unconverted import LEAST
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import verify_output
 
 Array = np.ndarray[Any, Any]

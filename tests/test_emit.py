@@ -12,7 +12,7 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import OptionError
 from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, Job, LayerPass, Quantize, check, find, prepare, run_layers
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, feeds, proto
 

@@ -32,9 +32,9 @@ from magr_onnx.passes import (
 )
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.layer_passes.base import attach
-from magr_onnx.runtime.calibrate import collect
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.calibration.moments import collect
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, proto, random
 from tests.helpers import Array

@@ -18,9 +18,9 @@ from magr_onnx.passes import Equalize, Quantize, attach, check, find, parse
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.equalize import candidates, search
-from magr_onnx.runtime import calibrate
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, proto, random
 from tests.helpers import few_samples, gram_of
 
@@ -87,7 +87,7 @@ def context(model: ir.Model, **options: Any) -> Context:
         data = open_data([inputs(s) for s in range(3)], session.inputs, 64)
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> list[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]:
-        return [(layers, calibrate.collect(current, layers, data).stats)]
+        return [(layers, moments.collect(current, layers, data).stats)]
 
     return Context(statistics=statistics, **options)
 
@@ -239,9 +239,9 @@ def test_bundled_model_in_float_is_the_same() -> None:
     with Session(bundled.MODEL) as session:
         data = open_data(bundled.CALIBRATION, session.inputs, 16).limit(2)
     layers = find(model)[0]
-    stats = calibrate.collect(model, layers, data).stats
+    stats = moments.collect(model, layers, data).stats
     for layer in layers:
-        attach(layer, stats[calibrate.input_name(layer)])
+        attach(layer, stats[moments.input_name(layer)])
     result = ir.passes.Sequential(Equalize())(model)
     assert result.modified
     ids = {"input_ids": np.load(bundled.HELD_OUT)["input_ids"][:4]}

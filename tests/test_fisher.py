@@ -11,9 +11,9 @@ import pytest
 import magr_onnx
 from magr_onnx.passes.instrument.gradients import fisher_taps
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import fisher
-from magr_onnx.runtime.data import Batches, open_data
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import fisher
+from magr_onnx.runtime.data.sources import Batches, open_data
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Array, Builder, random
 

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
 from magr_onnx.report.data import LayerRow
-from magr_onnx.runtime import texts
-from magr_onnx.runtime.session import InputInfo
+from magr_onnx.runtime.data import text
+from magr_onnx.runtime.ort.session import InputInfo
 from magr_onnx.workflow.directory import check_reports, taken_by
 from tests import graphs
 from tests.decoders import genai
@@ -302,7 +302,7 @@ IDS, MASK, TYPES = (InputInfo(name, np.dtype(np.int64), (None, None)) for name i
 
 def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
     """Against transformers' rules, by hand: special tokens around, cut at the model's 8, padded on the right to the longest."""
-    batches = list(texts.encode(tmp_path / "texts.txt", exported, (IDS, MASK, TYPES), 16))
+    batches = list(text.encode(tmp_path / "texts.txt", exported, (IDS, MASK, TYPES), 16))
     assert [b["input_ids"].shape for b in batches] == [(16, 5), (8, 8)]
     np.testing.assert_array_equal(batches[0]["input_ids"][0], [2, 7, 8, 3, 0])
     np.testing.assert_array_equal(batches[0]["attention_mask"][0], [1, 1, 1, 1, 0])
@@ -312,17 +312,17 @@ def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
 
 def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     fixed = [InputInfo(name, np.dtype(np.int32), (5, 6)) for name in ("input_ids", "attention_mask")]
-    batches = list(texts.encode(tmp_path / "texts.txt", exported, fixed, 16))
+    batches = list(text.encode(tmp_path / "texts.txt", exported, fixed, 16))
     assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 4
     assert batches[0]["input_ids"].dtype == np.int32
-    alone = list(texts.encode(tmp_path / "texts.txt", exported, [IDS], 16))
+    alone = list(text.encode(tmp_path / "texts.txt", exported, [IDS], 16))
     assert {b["input_ids"].shape[0] for b in alone} == {1}
     assert all((b["input_ids"] != 0).all() for b in alone)
 
 
 def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\rfour\r\nfive six\n".encode())
-    (batch,) = texts.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
+    (batch,) = text.encode(tmp_path / "lines.txt", exported, [IDS, MASK])
     np.testing.assert_array_equal(batch["input_ids"], [[2, 8, 9, 3, 0, 0], [2, 4, 5, 6, 7, 3]])
 
 
@@ -339,7 +339,7 @@ def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
 def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
     (exported / "tokenizer_config.json").write_text(config)
     (exported / "tokenizer.json").write_text(json.dumps({**json.loads((exported / "tokenizer.json").read_text()), "post_processor": None}))
-    batches = list(texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
+    batches = list(text.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
     assert [b["input_ids"].shape for b in batches] == [(16, 3), (8, 9)]
 
 
@@ -347,15 +347,15 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     with pytest.raises(CalibrationError, match=r"empty.txt: no text in it"):
-        texts.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
+        text.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     with pytest.raises(CalibrationError, match="too few lines of text; the model takes 5 at a time"):
-        texts.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
+        text.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
     with pytest.raises(CalibrationError, match="UTF-8"):
-        texts.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
+        text.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")
     with pytest.raises(CalibrationError, match="no tokenizer that"):
-        texts.encode(tmp_path / "texts.txt", exported, [IDS, MASK])
+        text.encode(tmp_path / "texts.txt", exported, [IDS, MASK])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-onnx is not installed")

@@ -14,7 +14,7 @@ from magr_onnx.passes.instrument.backward import RULES, Backward
 from magr_onnx.passes.instrument.gradients import fisher_taps
 from magr_onnx.passes.instrument.taps import Extension, shape_taps
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Array, Builder
 

@@ -22,7 +22,7 @@ from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteE
 from magr_onnx.model_io import files, validate_proto
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow.resource_errors import explained
 
 W = constant("w", 16, 8)

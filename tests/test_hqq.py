@@ -12,7 +12,7 @@ from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, hqq, rtn
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests.helpers import Array
 
 SPECS = [

@@ -19,8 +19,9 @@ from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import calibrate, data, stages
-from magr_onnx.runtime.session import Session, inputs_of
+from magr_onnx.runtime.calibration import moments, staged
+from magr_onnx.runtime.data import sources
+from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import activations, layer
@@ -33,9 +34,9 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every layer a large one, solved in parts of a few columns; called where the usual result is known."""
 
     def switch() -> None:
-        for module in (types, linalg, interface, stages, gptq):
+        for module in (types, linalg, interface, staged, gptq):
             monkeypatch.setattr(module, "LARGE", 8)
-        for module in (types, linalg, gptq, stages):
+        for module in (types, linalg, gptq, staged):
             monkeypatch.setattr(module, "LARGE_ROWS", 7)
         monkeypatch.setattr(types, "COLUMN_BYTES", 4 * K * 9)
 
@@ -174,11 +175,11 @@ def batches(count: int = 6) -> list[dict[str, Any]]:
 def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bool) -> None:
     model = graphs.chain()
     layers, _ = find(model)
-    opened = data.open_data(batches(), inputs_of(model))
-    wanted = calibrate.collect(model, layers, opened, hold_out=hold_out).stats
+    opened = sources.open_data(batches(), inputs_of(model))
+    wanted = moments.collect(model, layers, opened, hold_out=hold_out).stats
     found: dict[str, LayerStats] = {}
     seen: list[str] = []
-    for part, result in stages.staged(model, model, layers, opened, feedback=False, hold_out=hold_out, gram_budget=1):
+    for part, result in staged.staged(model, model, layers, opened, feedback=False, hold_out=hold_out, gram_budget=1):
         assert not result.goals
         seen += [layer.name for layer in part]
         found |= result.stats

@@ -16,7 +16,7 @@ from magr_onnx.config.schema import OPTIONS
 from magr_onnx.errors import ModelError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.report.data import Report
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Builder, feeds, random
 

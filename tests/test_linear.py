@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from magr_onnx.passes import LinearLayer, Reason, find
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, random
 

@@ -18,7 +18,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import Job, check, find, parse, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.pipeline import prepare
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
 from tests.helpers import Array, few_samples, layer

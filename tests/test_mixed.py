@@ -22,10 +22,11 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import LayerPass, find, prepare, run_layers
 from magr_onnx.passes.instrument.weight_inputs import overridable
 from magr_onnx.passes.layers.linear import Reason
-from magr_onnx.runtime import calibrate, sensitivity
-from magr_onnx.runtime.data import Batches, open_data
-from magr_onnx.runtime.loss import COSINE, KL, Reference
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.data.sources import Batches, open_data
+from magr_onnx.runtime.measure import sensitivity
+from magr_onnx.runtime.measure.loss import COSINE, KL, Reference
+from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import mixed_precision, size_model
 from magr_onnx.workflow.optimize import Optimized
 from tests import graphs
@@ -160,13 +161,13 @@ def test_predictions_agree_with_measurements() -> None:
     choices = mixed_precision.choices_of({})
     found, _ = measured(model, choices)
     split = sensitivity.Split.of(data_for(model))
-    stats = calibrate.collect(model, find(model)[0], split.fit).stats
+    stats = moments.collect(model, find(model)[0], split.fit).stats
     with Session(model) as session:
         reference = Reference(session, split.effects)
     for choice in (Choice(2, 128), Choice(4, 16), Choice(4, 64), Choice(8, 64)):
         work = model.clone()
         layer = next(layer for layer in find(work)[0] if layer.name == "strong")
-        run_layers(choices[choice], [layer], lambda layer: stats[calibrate.input_name(layer)], lambda job: None)
+        run_layers(choices[choice], [layer], lambda layer: stats[moments.input_name(layer)], lambda job: None)
         with Session(work) as session:
             assert found["strong"].loss(choice) == pytest.approx(reference.loss(session.run), rel=0.5)
 

@@ -23,9 +23,9 @@ from magr_onnx.passes.instrument.hoist import hoist, hoisted
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.linear import OPERATORS, Reason, find
 from magr_onnx.passes.pipeline import parse
-from magr_onnx.runtime import bodies, calibrate
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.calibration import moments, subgraphs
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 Array = Any
 BODIES = [t for t in TRAPS if any(word in t.name for word in ("branch", "loop", "scan", "three"))]
@@ -53,15 +53,15 @@ SHRINKS = """g (float[t, 1] x, float[5, 24] rows) => (float[1] y) {
 }"""
 
 
-def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str, Any], bodies.Tapped]:
+def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str, Any], subgraphs.Tapped]:
     """Statistics of what every layer reads, by layer name."""
     open_up(source)
     layers, _ = find(source)
     with Session(source) as session:
         data = open_data(feeds, session.inputs)
-    tapped = bodies.tapped(source, layers, data, (), "cpu")
-    stats = calibrate.collect(tapped.model, tapped.reached(layers), data).stats
-    return {layer.name: stats.get(calibrate.input_name(layer)) for layer in layers}, tapped
+    tapped = subgraphs.tapped(source, layers, data, (), "cpu")
+    stats = moments.collect(tapped.model, tapped.reached(layers), data).stats
+    return {layer.name: stats.get(moments.input_name(layer)) for layer in layers}, tapped
 
 
 def loop_rows(feeds: dict[str, Array]) -> dict[str, list[Array]]:
@@ -157,7 +157,7 @@ def test_a_scan_whose_axes_are_given_has_one_more() -> None:
 
 
 UNREACHED = [
-    ("loop-that-never-turns", model(TURNS, w=SQUARE), {"s": np.ones((5, 32), np.float32), "trips": np.int64(0)}, bodies.NEVER),
+    ("loop-that-never-turns", model(TURNS, w=SQUARE), {"s": np.ones((5, 32), np.float32), "trips": np.int64(0)}, subgraphs.NEVER),
     ("rows-of-a-scan", model(SHRINKS, w=U), {"x": np.ones((3, 1), np.float32), "rows": np.ones((5, 24), np.float32)}, "onnxruntime cannot"),
 ]
 
@@ -181,7 +181,7 @@ def test_a_branch_never_taken_keeps_its_floats_where_ranges_are_static() -> None
     rng = np.random.default_rng(0)
     report = magr_onnx.optimize(trap.build(), [trap.feeds(rng) for _ in range(4)], format="qdq-int8").report
     assert [row.name for row in report.layers] == ["fc"]
-    assert [(row.name, row.reason, row.detail) for row in report.skipped] == [("never", str(Reason.NO_STATISTICS), bodies.NEVER)]
+    assert [(row.name, row.reason, row.detail) for row in report.skipped] == [("never", str(Reason.NO_STATISTICS), subgraphs.NEVER)]
 
 
 INTEGER = {"format": "qdq-int8", "bias": "none"}
@@ -359,7 +359,7 @@ def test_passes_run_on_the_whole_model_one_after_the_other() -> None:
     source = ir.from_proto(trap.build())
     with Session(source) as session:
         data = open_data([trap.feeds(rng) for _ in range(4)], session.inputs)
-    calibrate.attach_stats(source, data)
+    moments.attach_stats(source, data)
     ir.passes.Sequential(*parse("magr,quantize{bits=8,block_size=16},emit-matmulnbits"))(source)
     weights = read_weights(source)
     assert len(weights) == 2
@@ -377,7 +377,7 @@ def test_a_model_too_large_to_run_is_data_free_in_its_bodies(tmp_path: Path) -> 
     report = magr_onnx.optimize(tmp_path / "in.onnx", data, **options).report
     rows = {row.name: row for row in report.layers}
     assert [rows[name].rows > 0 for name in ("first", "second", "third")] == [True, False, True]
-    assert f"data-free: {bodies.TOO_LARGE}" in rows["second"].notes
+    assert f"data-free: {subgraphs.TOO_LARGE}" in rows["second"].notes
     assert "third reads the same weight in another stage, and has codes of its own" in rows["first"].notes
 
 

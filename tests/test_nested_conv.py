@@ -20,10 +20,10 @@ from magr_onnx.passes import parse
 from magr_onnx.passes.graph.subgraphs import walk
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.conv import OPS, find, to_matrices
-from magr_onnx.runtime import patches
-from magr_onnx.runtime.bodies import NEVER
-from magr_onnx.runtime.data import Batches, open_data
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import conv_patches
+from magr_onnx.runtime.calibration.subgraphs import NEVER
+from magr_onnx.runtime.data.sources import Batches, open_data
+from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import convolutions
 
 Array = np.ndarray[Any, Any]
@@ -37,11 +37,11 @@ def opened(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> tuple[ir.Mo
         return found, open_data(feeds, session.inputs)
 
 
-def collected(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, patches.PatchStats]:
+def collected(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, conv_patches.PatchStats]:
     found, data = opened(proto, feeds)
     layers = find(found)[0]
-    assert patches.unmeasured(found, layers, data, "cpu", patches.PATCH_LIMIT) == {}
-    return patches.collect(found, layers, data)
+    assert conv_patches.unmeasured(found, layers, data, "cpu", conv_patches.PATCH_LIMIT) == {}
+    return conv_patches.collect(found, layers, data)
 
 
 def rows_of(x: Array, pad: int = 0) -> Array:
@@ -50,7 +50,7 @@ def rows_of(x: Array, pad: int = 0) -> Array:
     return np.concatenate([x[:, :, at : at + 3].reshape(len(x), -1) for at in range(x.shape[2] - 2)]).astype(np.float64)
 
 
-def agree(found: patches.PatchStats, rows: list[Array]) -> None:
+def agree(found: conv_patches.PatchStats, rows: list[Array]) -> None:
     x = np.concatenate(rows)
     assert found.rows == len(x)
     np.testing.assert_allclose(found.gram, [x.T @ x / len(x)], rtol=1e-4, atol=1e-5)
@@ -128,8 +128,8 @@ def test_patches_in_a_body_have_a_limit_too() -> None:
     found, data = opened(trap.build(), [trap.feeds(rng) for _ in range(3)])
     layers = find(found)[0]
     size = 4 * (24 * 8 + 8 * 9)
-    assert patches.unmeasured(found, layers, data, "cpu", size) == {}
-    assert set(patches.unmeasured(found, layers, data, "cpu", size - 1)) == {"step"}
+    assert conv_patches.unmeasured(found, layers, data, "cpu", size) == {}
+    assert set(conv_patches.unmeasured(found, layers, data, "cpu", size - 1)) == {"step"}
     passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
     result = convolutions.convert(found, found.clone(), passes, data, patch_limit=size - 1)
     assert {row.name: row.rows > 0 for row in result.rows} == {"step": False, "after": True}

@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 import magr_onnx
 from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.runtime import conversion
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort import opset_check
+from magr_onnx.runtime.ort.session import Session
 
 W = constant("w", 16, 8)
 FORMATS: dict[str, dict[str, Any]] = {
@@ -218,30 +218,30 @@ def simple(body: str, **initializers: Any) -> ir.Model:
 
 def test_a_conversion_that_changes_outputs_is_refused() -> None:
     before = simple("y = Relu(x)")
-    assert conversion.check(before, before, None, "cpu") == []
+    assert opset_check.check(before, before, None, "cpu") == []
     with pytest.raises(ModelError, match=r"changed output 'y' \(by up to .*newer opset"):
-        conversion.check(before, simple("y = Abs(x)"), None, "cpu")
+        opset_check.check(before, simple("y = Abs(x)"), None, "cpu")
     with pytest.raises(ModelError, match="changed the model's inputs or outputs"):
-        conversion.check(before, ir.from_proto(model("g (float[n, 16] x) => (float[n, 16] y) { y = Relu(x) }")), None, "cpu")
+        opset_check.check(before, ir.from_proto(model("g (float[n, 16] x) => (float[n, 16] y) { y = Relu(x) }")), None, "cpu")
     with pytest.raises(ModelError, match="broke the model"):
-        conversion.check(before, simple("t = Transpose<perm=[1,0]>(x) p = MatMul(x, x) y = Add(x, x)"), None, "cpu")
+        opset_check.check(before, simple("t = Transpose<perm=[1,0]>(x) p = MatMul(x, x) y = Add(x, x)"), None, "cpu")
 
 
 def test_outputs_that_are_random_are_not_compared() -> None:
     drawn = simple("r = RandomNormalLike(x) y = Add(x, r)")
-    assert conversion.check(drawn, drawn, None, "cpu") == []
+    assert opset_check.check(drawn, drawn, None, "cpu") == []
 
 
 def test_a_model_that_made_up_inputs_do_not_fit_is_not_judged() -> None:
     picky = simple("s = Constant<value = int64[2] {7, 16}>() y = Reshape(x, s)")
-    (note,) = conversion.check(picky, picky, None, "cpu")
+    (note,) = opset_check.check(picky, picky, None, "cpu")
     assert "not known" in note
 
 
 def test_made_up_inputs_have_the_model_s_types() -> None:
     proto = model("g (float16[n, 3] a, int32[2, m] b, bool c, string[k] d) => (float16[n, 3] y) { y = Relu(a) }")
     with Session(ir.from_proto(proto)) as session:
-        batch = conversion.made_up(session.inputs)[1]
+        batch = opset_check.made_up(session.inputs)[1]
         assert len(session.run(batch)) == 1
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
         "a": ((1, 3), "float16"),

@@ -13,7 +13,7 @@ from magr_onnx.errors import OptionError, PipelineError
 from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.pipeline import check, options_of, resolve, suited
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import correlated, feeds
 from tests.helpers import random_quantized

@@ -17,10 +17,10 @@ from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
-from magr_onnx.runtime import ranges
-from magr_onnx.runtime.calibrate import collect
-from magr_onnx.runtime.data import Batches, open_data
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import activation_ranges
+from magr_onnx.runtime.calibration.moments import collect
+from magr_onnx.runtime.data.sources import Batches, open_data
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Builder, K, feeds, random
 from tests.helpers import EXAMPLES, Array
@@ -120,7 +120,7 @@ def test_a_mask_that_leaves_nothing_is_an_error() -> None:
     x = feeds(model)
     x["attention_mask"][:] = 0
     with pytest.raises(CalibrationError, match="leaves no rows"):
-        ranges.choose(model, ranges.inputs_of(find(model)[0]), data_of(model, [x]), mask="attention_mask")
+        activation_ranges.choose(model, activation_ranges.inputs_of(find(model)[0]), data_of(model, [x]), mask="attention_mask")
 
 
 # Candidates from a histogram
@@ -263,8 +263,8 @@ def test_auto_is_never_worse_than_any_method(distribution: str, kind: Any, centr
     (layer,) = find(model)[0]
     x = skewed(1, distribution)
     data = data_of(model, [{"x": x}])
-    values = ranges.inputs_of([layer], "existing" if centred else "none")
-    found = {m: ranges.choose(model, values, data, method=m, kind=kind)["x"] for m in METHODS}  # type: ignore[arg-type]
+    values = activation_ranges.inputs_of([layer], "existing" if centred else "none")
+    found = {m: activation_ranges.choose(model, values, data, method=m, kind=kind)["x"] for m in METHODS}  # type: ignore[arg-type]
     measured = {m: error_of(x, choice.grid, layer.read(), centred) for m, choice in found.items()}
     spare = 1.05 if kind == "dynamic" else 1.0  # a Clip is written only where it is worth a node
     assert measured["auto"] <= min(measured.values()) * spare * (1 + 1e-3)
@@ -282,7 +282,7 @@ def test_outliers_that_no_weight_reads_are_clipped(kind: Any) -> None:
     x = random(500, K)
     x[3, 0] = 300
     auto, plain = (
-        ranges.choose(model, ranges.inputs_of(find(model)[0]), data_of(model, [{"x": x}]), method=m, kind=kind)["x"]
+        activation_ranges.choose(model, activation_ranges.inputs_of(find(model)[0]), data_of(model, [{"x": x}]), method=m, kind=kind)["x"]
         for m in ("auto", "min-max")
     )
     assert error_of(x, auto.grid, weight) < 0.01 * error_of(x, plain.grid, weight)
@@ -291,10 +291,10 @@ def test_outliers_that_no_weight_reads_are_clipped(kind: Any) -> None:
 def test_a_wide_layer_is_judged_by_a_projection_of_its_weights() -> None:
     model = graphs.matmul(K, 400)
     (layer,) = find(model)[0]
-    (value,) = ranges.inputs_of([layer])
-    assert value.sketch.shape == (K, ranges.SKETCH)
+    (value,) = activation_ranges.inputs_of([layer])
+    assert value.sketch.shape == (K, activation_ranges.SKETCH)
     x = skewed(0, "heavy")
-    choice = ranges.choose(model, [value], data_of(model, [{"x": x}]))["x"]
+    choice = activation_ranges.choose(model, [value], data_of(model, [{"x": x}]))["x"]
     exact = {name: error_of(x, ActivationGrid.of_range(*ends), layer.read()) for name, ends in candidates(histogram_of(x)).items()}
     assert exact[choice.method] <= 1.05 * min(exact.values())
     assert choice.errors["min-max"] == pytest.approx(exact["min-max"], rel=0.3)
@@ -302,23 +302,23 @@ def test_a_wide_layer_is_judged_by_a_projection_of_its_weights() -> None:
 
 def test_layers_that_read_one_value_are_judged_together() -> None:
     model = graphs.masked()
-    values = ranges.inputs_of(find(model)[0])
+    values = activation_ranges.inputs_of(find(model)[0])
     assert [(v.name, len(v.layers), v.sketch.shape) for v in values] == [("x", 2, (K, 48)), ("pool_out", 1, (24, 8))]
 
 
 def test_the_mean_error_is_left_out_only_where_every_reader_has_a_bias_that_takes_it() -> None:
     for policy, expected in ((None, [False, False]), ("none", [False, False]), ("existing", [True, True]), ("any", [True, True])):
-        assert [v.centred for v in ranges.inputs_of(find(graphs.chain())[0], policy)] == expected  # type: ignore[arg-type]
+        assert [v.centred for v in activation_ranges.inputs_of(find(graphs.chain())[0], policy)] == expected  # type: ignore[arg-type]
     for policy, expected in (("existing", [False, False]), ("any", [True, True])):
-        assert [v.centred for v in ranges.inputs_of(find(graphs.masked())[0], policy)] == expected  # type: ignore[arg-type]
-    assert not any(v.centred for v in ranges.products_of(find(graphs.chain())[0]))
+        assert [v.centred for v in activation_ranges.inputs_of(find(graphs.masked())[0], policy)] == expected  # type: ignore[arg-type]
+    assert not any(v.centred for v in activation_ranges.products_of(find(graphs.chain())[0]))
 
 
 def test_wide_products_are_judged_behind_a_narrow_projection() -> None:
     """A vocabulary's worth of outputs would make the identity a matrix of gigabytes."""
-    (narrow,), (wide,) = (ranges.products_of(find(graphs.matmul(K, n))[0]) for n in (ranges.SKETCH, 50_000))
-    np.testing.assert_array_equal(narrow.sketch, np.eye(ranges.SKETCH, dtype=np.float32))
-    assert (wide.sketch.shape, wide.sketch.dtype) == ((50_000, ranges.SKETCH), np.float32)
+    (narrow,), (wide,) = (activation_ranges.products_of(find(graphs.matmul(K, n))[0]) for n in (activation_ranges.SKETCH, 50_000))
+    np.testing.assert_array_equal(narrow.sketch, np.eye(activation_ranges.SKETCH, dtype=np.float32))
+    assert (wide.sketch.shape, wide.sketch.dtype) == ((50_000, activation_ranges.SKETCH), np.float32)
     np.testing.assert_allclose(np.square(wide.sketch).sum(axis=1), 1)
 
 

@@ -18,7 +18,7 @@ from magr_onnx.config.recipe import _SECTIONS, Recipe
 from magr_onnx.config.schema import KEYS
 from magr_onnx.errors import OptionError, RecipeError
 from magr_onnx.models import bundled
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

@@ -31,7 +31,7 @@ from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.report.data import SCHEMA, LayerRow, SkipRow, layer_table
 from magr_onnx.report.html import side_by_side, summary
 from magr_onnx.report.serialization import decode
-from magr_onnx.runtime.validate import OutputMetrics
+from magr_onnx.runtime.measure.validate import OutputMetrics
 from magr_onnx.workflow.directory import OptimizedFolder
 from tests import graphs
 from tests.graphs import Builder, proto, random

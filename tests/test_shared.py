@@ -21,10 +21,10 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks, sharing
 from magr_onnx.report.html import summary
-from magr_onnx.runtime import calibrate
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Session
-from magr_onnx.runtime.stages import staged
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.staged import staged
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Session
 from tests.graphs import Array, Builder, correlated, random
 
 K, N = 32, 24
@@ -221,7 +221,7 @@ def test_readers_stay_together_whatever_the_budget() -> None:
     h = b.node("Tanh", [b.node("MatMul", [h, v], "between")])
     layers, _ = find(b.model(b.node("MatMul", [h, w], "last"), ["batch", K]))
     assert sharing(layers) == {"first", "last"}
-    assert [[x.name for x in group] for group in calibrate.plan(layers, 1)] == [["first", "last"], ["between"]]
+    assert [[x.name for x in group] for group in moments.plan(layers, 1)] == [["first", "last"], ["between"]]
 
 
 def stack() -> ir.Model:

@@ -16,7 +16,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import SplitOutliers, check, find, parse
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.split_outliers import gain, split, thresholds
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, feeds, proto, random
 from tests.helpers import Array, few_samples

@@ -16,11 +16,11 @@ from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
 from magr_onnx.passes.instrument.segments import cut, plan, reads
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import stages
-from magr_onnx.runtime.calibrate import collect
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Session
-from magr_onnx.runtime.stages import Cache, staged
+from magr_onnx.runtime.calibration import staged as stages
+from magr_onnx.runtime.calibration.moments import collect
+from magr_onnx.runtime.calibration.staged import Cache, staged
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Builder, random
 

@@ -21,7 +21,7 @@ from magr_onnx.integrations.torch.weights import _new_value  # noqa: E402
 from magr_onnx.passes.graph.torch_names import scope_of  # noqa: E402
 from magr_onnx.passes.layers.linear import find  # noqa: E402
 from magr_onnx.report.data import validation_text  # noqa: E402
-from magr_onnx.runtime.session import InputInfo, Session  # noqa: E402
+from magr_onnx.runtime.ort.session import InputInfo, Session  # noqa: E402
 from tests import graphs  # noqa: E402
 
 nn = torch.nn

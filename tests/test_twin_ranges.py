@@ -15,7 +15,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import TwinRanges, check, find, parse
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.twin_ranges import threshold
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, proto, random
 from tests.helpers import few_samples
 from tests.test_emit import fused, relative

@@ -22,8 +22,8 @@ from magr_onnx.model_io import files, writing
 from magr_onnx.model_io.atomic import clear, lock, workspace
 from magr_onnx.model_io.writing import Layout, save
 from magr_onnx.models import bundled
-from magr_onnx.runtime.session import Session
-from magr_onnx.runtime.stages import Cache
+from magr_onnx.runtime.calibration.staged import Cache
+from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.test_cli import run

@@ -16,7 +16,7 @@ from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.trap import CONVERTED
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.report.data import Report
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 CONVERTING = [t for t in ZOO.values() if t.refused is None]
 REFUSED = [t for t in ZOO.values() if t.refused is not None]

@@ -13,8 +13,8 @@ from magr_onnx.config.options import Options
 from magr_onnx.errors import ModelError
 from magr_onnx.models import bundled
 from magr_onnx.report.data import Report
-from magr_onnx.runtime.data import open_source
-from magr_onnx.runtime.session import Arithmetic
+from magr_onnx.runtime.data.sources import open_source
+from magr_onnx.runtime.ort.session import Arithmetic
 
 RTN: Options = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
 SETTINGS: tuple[tuple[str, Options], ...] = (

@@ -11,8 +11,9 @@ from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import ErrorFeedback, Job, LayerPass, LinearLayer, OutputHessian, Quantize
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import bodies, calibrate, fisher, ranges, stages
-from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
+from magr_onnx.runtime.calibration import staged as stages
+from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import Run
 from magr_onnx.workflow.setting import Setting
 
@@ -20,15 +21,15 @@ from magr_onnx.workflow.setting import Setting
 def gather(
     original: ir.Model,
     work: ir.Model,
-    source: bodies.Tapped,
+    source: subgraphs.Tapped,
     layers: Sequence[LinearLayer],
     data: Batches | None,
     passes: Sequence[LayerPass],
-    grids: ranges.Grids,
+    grids: activation_ranges.Grids,
     setting: Setting,
     run: Run,
     changed: Collection[str] = (),
-) -> Iterator[tuple[Sequence[LinearLayer], calibrate.Calibration]]:
+) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
 
     ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a large model
@@ -39,7 +40,7 @@ def gather(
     those that share a weight are solved one by one.
     """
     if data is None:
-        yield layers, calibrate.Calibration({}, ())
+        yield layers, moments.Calibration({}, ())
         return
     large, progress = run.large, setting.stage("calibrating")
     feedback = any(isinstance(p, ErrorFeedback) for p in passes)
@@ -53,12 +54,12 @@ def gather(
     if not staged:
         first, rest = list(layers), []
     changed = {*changed, *segments.made_by(work, first)} if rest else changed
-    groups = calibrate.plan(first, run.gram_budget, hold_out)
+    groups = moments.plan(first, run.gram_budget, hold_out)
     for index, group in enumerate(groups):
         seen = source.reached(group) if any(map(run.left, group)) else []
         yield (
             group,
-            calibrate.collect(
+            moments.collect(
                 source.model,
                 seen,
                 data,
@@ -148,13 +149,17 @@ def output_hessian(
 
 
 def beginning(
-    result: calibrate.Calibration, source: bodies.Tapped, grids: ranges.Grids, hessian: fisher.Fisher | None, data: Batches | None
+    result: moments.Calibration,
+    source: subgraphs.Tapped,
+    grids: activation_ranges.Grids,
+    hessian: fisher.Fisher | None,
+    data: Batches | None,
 ) -> Callable[[Job], None]:
     """What a job should know before its passes run, and say where there is no data of its layer."""
 
     def begin(job: Job) -> None:
         if data is not None and job.stats.is_data_free:
-            job.notes.append(f"data-free: {source.why(job.layer) or bodies.NEVER}")
+            job.notes.append(f"data-free: {source.why(job.layer) or subgraphs.NEVER}")
         job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
         job.goal = result.goals.get(job.layer.name)
         job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))

@@ -30,7 +30,7 @@ from magr_onnx.model_io.writing import explained, file_digest
 from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.layer_passes.checkpoint import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.report.data import versions
-from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.data.sources import Batches
 
 MANIFEST, LAYERS, LOCK = "manifest.json", "layers", "lock"
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -21,8 +21,8 @@ from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
 from magr_onnx.passes import LayerPass, LinearLayer
-from magr_onnx.runtime import custom
-from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort import custom_ops
 from magr_onnx.workflow.checkpoint import JobDirectory, job_directory, manifest_of
 
 P = ParamSpec("P")
@@ -75,8 +75,8 @@ class Run:
         self.store: JobDirectory | None = None
 
     def register(self, libraries: Sequence[str | os.PathLike[str]]) -> None:
-        """Have custom operators in all sessions of the run; see `magr_onnx.runtime.custom.using`."""
-        self._stack.enter_context(custom.using(libraries))
+        """Have custom operators in all sessions of the run; see `magr_onnx.runtime.ort.custom_ops.using`."""
+        self._stack.enter_context(custom_ops.using(libraries))
 
     def open(
         self,

@@ -29,9 +29,9 @@ from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layer_passes.shared_weights import by_weight
 from magr_onnx.passes.layers.conv import ConvLayer, ConvReason, find
 from magr_onnx.report.data import LayerRow
-from magr_onnx.runtime import calibrate, patches
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.patches import PatchStats
+from magr_onnx.runtime.calibration import conv_patches, moments
+from magr_onnx.runtime.calibration.conv_patches import PatchStats
+from magr_onnx.runtime.data.sources import Batches
 
 _TOGETHER = ("auto", "comq", "gptq", "rtn")  # quantizers of which `grouped` is a form
 
@@ -107,8 +107,8 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     provider: str = "cpu",
-    gram_budget: int = calibrate.DEFAULT_BUDGET,
-    patch_limit: int = patches.PATCH_LIMIT,
+    gram_budget: int = moments.DEFAULT_BUDGET,
+    patch_limit: int = conv_patches.PATCH_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Quantize the convolutions of ``work``, in place, by the statistics of ``model``, of which it is a copy.
@@ -136,18 +136,18 @@ def convert(
     integer = _integer(model, passes)
     groups = by_weight(layers)
     ordered = [layer for unit in groups for layer in unit]
-    unmeasured = {} if data is None else patches.unmeasured(model, ordered, data, provider, patch_limit)
+    unmeasured = {} if data is None else conv_patches.unmeasured(model, ordered, data, provider, patch_limit)
     left = iter(groups)
     gathered: dict[str, PatchStats | None] = {}
     unit = next(left, None)
-    for group in patches.plan(ordered, gram_budget):
+    for group in conv_patches.plan(ordered, gram_budget):
         measured = [layer for layer in group if layer.name not in unmeasured]
         found: dict[str, PatchStats] = {}
         if data is not None and measured:
             try:
-                found = patches.collect(model, measured, data, provider=provider)
+                found = conv_patches.collect(model, measured, data, provider=provider)
             except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
-                unmeasured |= dict.fromkeys((layer.name for layer in measured), patches.cannot_gather(error))
+                unmeasured |= dict.fromkeys((layer.name for layer in measured), conv_patches.cannot_gather(error))
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):
             known = [stats for layer in unit if (stats := gathered.pop(layer.name)) is not None]

@@ -27,8 +27,8 @@ from magr_onnx.model_io.writing import explained as advice
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
-from magr_onnx.runtime import decoders
-from magr_onnx.runtime.data import Source
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.sources import Source
 from magr_onnx.workflow.optimize import optimize
 from magr_onnx.workflow.resource_errors import explained
 

@@ -4,7 +4,8 @@
     argmin  bytes           subject to   sum of losses <= budget                    (``max_loss``)
 
 over one choice for every layer: bits and block size as the format and the accumulator allow, or float. Losses come from
-`magr_onnx.runtime.sensitivity`, bytes from the emitters (`magr_onnx.workflow.size_model`), the solution from `magr_onnx.core.knapsack`.
+`magr_onnx.runtime.measure.sensitivity`, bytes from the emitters (`magr_onnx.workflow.size_model`), the solution from
+`magr_onnx.core.knapsack`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from magr_onnx.passes.layer_passes.base import LayerPass
 from magr_onnx.passes.layers import embedding
 from magr_onnx.passes.layers.linear import LinearLayer, Reason, Skip
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
-from magr_onnx.runtime import sensitivity
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.loss import Reference
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure import sensitivity
+from magr_onnx.runtime.measure.loss import Reference
+from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import size_model
 
 FLOAT = Choice()
@@ -308,7 +309,7 @@ class Search:
         gram_budget: int,
         progress: sensitivity.Progress | None = None,
     ) -> None:
-        """Measure the sensitivities (see `magr_onnx.runtime.sensitivity.measure`) and plan.
+        """Measure the sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`) and plan.
 
         Raises:
             OptionError: No choice is possible, or none small enough.

@@ -14,8 +14,8 @@ from magr_onnx.passes import LayerPass, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import Table
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.sensitivity import Split
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.workflow import convolutions, embeddings, mixed_precision
 from magr_onnx.workflow.context import Run
 from magr_onnx.workflow.convolutions import Converted

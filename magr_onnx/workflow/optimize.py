@@ -23,10 +23,12 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.embedding import TableReason
 from magr_onnx.passes.layers.linear import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
-from magr_onnx.runtime import apart, calibrate, conversion, decoders, stages
-from magr_onnx.runtime import validate as validation
-from magr_onnx.runtime.data import Batches, Source, amount
-from magr_onnx.runtime.session import provider_name
+from magr_onnx.runtime.calibration import moments, staged
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.sources import Batches, Source, amount
+from magr_onnx.runtime.measure import validate as validation
+from magr_onnx.runtime.ort import opset_check, worker
+from magr_onnx.runtime.ort.session import provider_name
 from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.context import Run, Size, with_run
@@ -82,8 +84,8 @@ def optimize(
     exclude: Sequence[str] = (),
     requantize: bool = False,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
-    gram_budget: Size = calibrate.DEFAULT_BUDGET,
-    cache: Size = stages.DEFAULT_CACHE,
+    gram_budget: Size = moments.DEFAULT_BUDGET,
+    cache: Size = staged.DEFAULT_CACHE,
     progress: Progress | bool | None = True,
     on_layer: OnLayer | None = None,
     max_memory: Size | None = None,
@@ -97,8 +99,8 @@ def optimize(
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None takes
             the recipe's.
-        calibration: Sample inputs, in any form of `magr_onnx.runtime.data`, or a ``.txt`` file, a sample a line, where ``tokenizer.json``
-            lies beside the model; None works data-free (H = I: no MagR, rounding
+        calibration: Sample inputs, in any form of `magr_onnx.runtime.data.sources`, or a ``.txt`` file, a sample a line, where
+            ``tokenizer.json`` lies beside the model; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so.
         recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
         preset: A name of `magr_onnx.config.presets.PRESETS`: options to start from, under those of the recipe and those given.
@@ -111,7 +113,7 @@ def optimize(
         mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
         batch_size: Samples per batch when stacked inputs are cut up.
         decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
-            `magr_onnx.runtime.decoders`), where the data has no past values.
+            `magr_onnx.runtime.data.decoders`), where the data has no past values.
         include: Shell patterns of layers (by the name of the node, the weight, or the torch module of either) to convert; empty for all.
         exclude: Patterns of layers to leave alone.
         requantize: Take weights that are quantized already for the floats they stand for.
@@ -161,8 +163,8 @@ def optimize(
     loaded = files.load(model)
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
-        apart.start()
-    setting = Setting(provider, include, exclude, calibrate.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
+        worker.start()
+    setting = Setting(provider, include, exclude, moments.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layer_options.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
@@ -187,7 +189,7 @@ def optimize(
     choices |= {"layers": "; ".join(map(str, tables)) or "none"}
     run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
     if prepared.raised:
-        notes += conversion.check(prepared.reference, prepared.model, data, provider)
+        notes += opset_check.check(prepared.reference, prepared.model, data, provider)
     solved = solve(prepared, data, goal, options, setting, run, gram_budget)
     if tables:
         solved.model.metadata_props["onnx_magr.layers"] = "; ".join(map(str, tables))
@@ -247,10 +249,10 @@ def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
     """What the report says of the amount of data."""
     if data is None:
         return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
-    if len(data) < calibrate.HELD_OUT and (chosen := held_out_for(passes)):
+    if len(data) < moments.HELD_OUT and (chosen := held_out_for(passes)):
         return [
             *data.notes,
-            f"{len(data)} calibration batches are too few to hold some out ({calibrate.HELD_OUT} are needed), so there is no {chosen}; "
+            f"{len(data)} calibration batches are too few to hold some out ({moments.HELD_OUT} are needed), so there is no {chosen}; "
             "give more samples, or cut them into smaller batches",
         ]
     return list(data.notes)

@@ -19,9 +19,9 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
-from magr_onnx.runtime import bodies, calibrate, ranges, rewriting
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.sensitivity import Inputs
+from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, subgraphs
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.sensitivity import Inputs
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import beginning, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import Run
@@ -103,8 +103,8 @@ def solve(
     """
     model, passes, provider = prepared.model, prepared.passes, setting.provider
     notes: list[str] = []
-    if rewriting.rewrites_of(passes):
-        notes += rewriting.rewrite(
+    if rewrites.rewrites_of(passes):
+        notes += rewrites.rewrite(
             model,
             passes,
             data,
@@ -127,7 +127,7 @@ def solve(
     skips += [*prepared.elsewhere, *begun.skips]
     activations = pipeline.activations_of(passes)
     static = activations is not None and activations.type != "dynamic"
-    source = bodies.tapped(model, layers, data, passes, provider, run.large)
+    source = subgraphs.tapped(model, layers, data, passes, provider, run.large)
     layers, lost = source.split(layers, needed=goal is not None or static)
     skips += lost
     if not layers and not begun.rows:
@@ -137,9 +137,9 @@ def solve(
     if run.large and data is not None and (whole := uncuttable(work)):
         some = ", ".join(whole[:3])
         notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
-    grids = ranges.Grids()
+    grids = activation_ranges.Grids()
     if activations is not None and data is not None and layers:
-        grids = ranges.choose_grids(
+        grids = activation_ranges.choose_grids(
             source.model, source.reached(layers), data, passes, activations, setting.mask, provider, setting.stage("ranges")
         )
         notes += grids.notes
@@ -168,7 +168,7 @@ def solve(
                 layers, left = search.plan.select(layers)
             run.plan(passes, assigned)
             done = _Progress()
-            readers = {name: scope_of(some[0].node) or some[0].name for name, some in calibrate.readers_of(layers).items()}
+            readers = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
             finished = partial(_finished, done, len(layers), work, setting, run)
             sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
             for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):
@@ -216,7 +216,7 @@ def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
     """The statistics of what a layer reads, where they were gathered."""
-    return stats.get(calibrate.input_name(layer))
+    return stats.get(moments.input_name(layer))
 
 
 def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:

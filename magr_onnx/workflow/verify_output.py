@@ -19,7 +19,8 @@ from magr_onnx.passes.emit.readback import digest, iterate
 from magr_onnx.passes.integer.operands import Reason
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.verification import LayerVerdict
-from magr_onnx.runtime import apart, overflow, session
+from magr_onnx.runtime.measure import overflow
+from magr_onnx.runtime.ort import session, worker
 
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 
@@ -116,15 +117,15 @@ def verify_file(
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
-        with apart.as_file(path) as given:
-            apart.call(session.load, size, path=given, provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
+        with worker.as_file(path) as given:
+            worker.call(session.load, size, path=given, provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
         return
-    except (RuntimeFailure, apart.Died) as error:
+    except (RuntimeFailure, worker.Died) as error:
         result = error
     try:
-        with apart.as_file(source) as given:
-            apart.call(session.load, size, path=given, provider=provider, lean=True)
-    except apart.Died as error:
+        with worker.as_file(source) as given:
+            worker.call(session.load, size, path=given, provider=provider, lean=True)
+    except worker.Died as error:
         raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
     raise MagrError(
         f"{result}; the model itself loads: if it declares shapes that its values do not have, remove them, else please report this"

@@ -11,10 +11,10 @@ from magr_onnx.passes.layer_passes.base import Job, LayerPass
 
 @dataclass(frozen=True)
 class OutputHessian(LayerPass):
-    """Have calibration differentiate the model (`magr_onnx.runtime.fisher`); ``quantize{method=auto}`` uses what it finds.
+    """Have calibration differentiate the model (`magr_onnx.runtime.calibration.fisher`); ``quantize{method=auto}`` uses what it finds.
 
     The pass itself changes nothing. Layers whose outputs are the model's, layers wider than
-    `magr_onnx.runtime.fisher.MOST_OUTPUTS` and layers that gradients do not reach are quantized without.
+    `magr_onnx.runtime.calibration.fisher.MOST_OUTPUTS` and layers that gradients do not reach are quantized without.
     """
 
     name: ClassVar[str] = "output-hessian"

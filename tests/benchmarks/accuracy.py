@@ -46,8 +46,8 @@ from common import (
 
 import magr_onnx
 from magr_onnx.models import bundled
-from magr_onnx.runtime.session import Arithmetic, Session
-from magr_onnx.runtime.validate import next_token_loss
+from magr_onnx.runtime.measure.validate import next_token_loss
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 CHAR_CONTEXT = 128
 CHAR_BLOCKS = 871

@@ -31,9 +31,9 @@ from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.model_io import files, writing
 from magr_onnx.passes import pipeline
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.runtime import calibrate, ranges
-from magr_onnx.runtime.data import open_data
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import activation_ranges, moments
+from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.ort.session import Session
 
 MODELS: dict[str, Callable[[Path, Path], Benchmark]] = {"minilm": partial(sentence_encoder, every=8), "tiny": partial(bundled_lm, every=4)}
 WIDTHS = range(24, 11, -1)
@@ -60,19 +60,21 @@ class Calibrated:
         self.model = files.load(benchmark.model).model
         with Session(benchmark.model) as session:
             data = open_data(benchmark.calibration, session.inputs, BATCH_SIZE)
-        mask = calibrate.resolve_mask(self.model, "auto")
+        mask = moments.resolve_mask(self.model, "auto")
         pipeline.prepare(passes, self.model)
         layers, _ = find(self.model)
         self.longest = max(layer.k for layer in layers)
-        chosen = ranges.choose(self.model, ranges.inputs_of(layers), data, method=activations.ranges, kind=activations.type, mask=mask)
+        chosen = activation_ranges.choose(
+            self.model, activation_ranges.inputs_of(layers), data, method=activations.ranges, kind=activations.type, mask=mask
+        )
         grids = {name: choice.grid for name, choice in chosen.items()}
-        self.stats = calibrate.collect(self.model, layers, data, mask=mask, quantize=grids).stats
+        self.stats = moments.collect(self.model, layers, data, mask=mask, quantize=grids).stats
 
     def quantize(self, output: Path, options: Options) -> None:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""
         passes = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
         work = self.model.clone()
-        pipeline.run_layers(passes, find(work)[0], lambda layer: self.stats[calibrate.input_name(layer)], lambda job: None)
+        pipeline.run_layers(passes, find(work)[0], lambda layer: self.stats[moments.input_name(layer)], lambda job: None)
         writing.save(work, output)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from common import Cell, Feeds, header, interleaved, matmulnbits, minilm, ort_quantize, progress, table, write_json
 
 import magr_onnx
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 
 BLOCK = 32
 VOCABULARY = 30_000

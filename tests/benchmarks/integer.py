@@ -46,7 +46,7 @@ from emitted import feeds as tokens
 from emitted import numbers, runner
 
 import magr_onnx
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 
 TARGET = "x86-avx2"
 Make = Callable[[Path, Path, Path], object]

@@ -17,7 +17,7 @@ from accuracy import Benchmark, bundled_lm
 from common import Cell, header, progress, table
 
 import magr_onnx
-from magr_onnx.runtime.session import Arithmetic
+from magr_onnx.runtime.ort.session import Arithmetic
 
 ROUNDING = {"quantizer": "rtn", "alpha": 0}
 SETTINGS: dict[str, dict[str, Any]] = {

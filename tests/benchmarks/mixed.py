@@ -24,7 +24,7 @@ from accuracy import MODELS, Benchmark, divergences, float_outputs, is_language
 from common import Cell, header, progress, table, write_json
 
 import magr_onnx
-from magr_onnx.runtime import sensitivity
+from magr_onnx.runtime.measure import sensitivity
 
 SIZES = ("2bit", "between", "4bit", "8bit")
 

@@ -37,7 +37,7 @@ from onnx import numpy_helper
 from onnx.inliner import inline_local_functions
 
 import magr_onnx
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 HERE = Path(__file__).parent
 ADAPTERS = {path.stem.removeprefix("use_"): path for path in sorted((HERE / "rivals").glob("use_*.py"))}

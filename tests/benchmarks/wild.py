@@ -21,7 +21,7 @@ from common import header, progress, table
 
 import magr_onnx
 from magr_onnx.errors import MagrError
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 COLUMNS = ("model", "MB", "size", "layers", "left", "error", "seconds")
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from magr_onnx import optimize
 from magr_onnx.errors import MagrError, RuntimeFailure
-from magr_onnx.runtime.session import Arithmetic, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 Feeds = Mapping[str, Any]
 

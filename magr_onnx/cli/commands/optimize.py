@@ -78,7 +78,7 @@ from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.report import html
 from magr_onnx.report.data import MOST, Report
-from magr_onnx.runtime import decoders
+from magr_onnx.runtime.data import decoders
 from magr_onnx.workflow.directory import OptimizedFolder, check_reports, optimize_folder, taken_by
 
 EPILOG = """[bold]Examples[/bold]

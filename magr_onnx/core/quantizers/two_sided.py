@@ -1,8 +1,8 @@
 """Rounding under a two-sided Hessian: errors of different outputs made to cancel where the model notices them.
 
 The error of a layer matters as far as it changes the outputs of the model. With ``M (N, N)`` the second moments of gradients at the
-layer's outputs (`magr_onnx.runtime.fisher`), the Fisher information of the weights is about ``H (x) M`` (K-FAC; Martens and Grosse,
-arXiv 1503.05671), and
+layer's outputs (`magr_onnx.runtime.calibration.fisher`), the Fisher information of the weights is about ``H (x) M`` (K-FAC; Martens and
+Grosse, arXiv 1503.05671), and
 
     E = tr(M D^T H D),        D = W_hat - W
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from magr_onnx.errors import ExportError, MagrError, OptionError
 from magr_onnx.integrations.torch.feeds import feeds
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 
 Examples = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 DynamicShapes = Any

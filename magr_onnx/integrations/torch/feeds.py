@@ -12,8 +12,8 @@ import torch
 
 from magr_onnx.config import schema
 from magr_onnx.errors import CalibrationError
-from magr_onnx.runtime.data import Batches, in_memory
-from magr_onnx.runtime.session import Batch, InputInfo
+from magr_onnx.runtime.data.sources import Batches, in_memory
+from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 SAMPLES = 512
 ToInputs = Callable[[Any], Any]

@@ -19,8 +19,8 @@ from magr_onnx.errors import OptionError
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs, feeds
 from magr_onnx.report.data import Report
-from magr_onnx.runtime.data import Batches, DataReader, Source
-from magr_onnx.runtime.session import inputs_of
+from magr_onnx.runtime.data.sources import Batches, DataReader, Source
+from magr_onnx.runtime.ort.session import inputs_of
 from magr_onnx.workflow.resource_errors import explained
 
 
@@ -46,7 +46,7 @@ def optimize(
     Args:
         model: A module, which is exported in evaluation mode and left as it was, or what ``torch.onnx.export(..., dynamo=True)`` returned.
         example_inputs: Arguments of the module's forward: a tensor, a tuple, or a dict of keyword arguments. None for an ONNXProgram.
-        calibration: A DataLoader, or anything `magr_onnx.integrations.torch.feeds` or `magr_onnx.runtime.data` can read.
+        calibration: A DataLoader, or anything `magr_onnx.integrations.torch.feeds` or `magr_onnx.runtime.data.sources` can read.
         output: Where to write the result; None keeps it in memory, or takes a recipe's.
         validation_data: Held-out inputs in the same forms, to compare the float and the quantized model on.
         to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.integrations.torch.feeds`).

@@ -15,10 +15,10 @@ from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.runtime.bodies import NEVER
-from magr_onnx.runtime.calibrate import DEFAULT_BUDGET, HELD_OUT
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, HELD_OUT
+from magr_onnx.runtime.calibration.subgraphs import NEVER
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort.session import Session
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
 Progress = Callable[[int, int], None]

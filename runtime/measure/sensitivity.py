@@ -7,7 +7,7 @@ The loss of a layer under a choice is that of a reference, measured at the model
    channels are independent given that matrix, so a sample estimates the error of all. It is measured under the Gram matrix of the held-out
    batches, centred where a bias will take up the mean.
 3. *Effect*: GPTQ of the whole layer at each reference choice replaces the layer's float weight, alone, in one running session
-   (`magr_onnx.passes.instrument.weight_inputs`), and the loss of the outputs (`magr_onnx.runtime.loss`) is measured.
+   (`magr_onnx.passes.instrument.weight_inputs`), and the loss of the outputs (`magr_onnx.runtime.measure.loss`) is measured.
 4. Loss over error is taken as a power law between the references, and as proportional beyond them: at small errors any loss with its least
    at the float model is quadratic in the weights, as the layer error is.
 
@@ -32,10 +32,10 @@ from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.runtime import calibrate
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.loss import Reference
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.loss import Reference
+from magr_onnx.runtime.ort.session import Session
 
 COLUMNS = 64  # output channels of a layer that are tried
 SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare
@@ -116,7 +116,7 @@ def measure(
     *,
     mask: str | None = None,
     provider: str = "cpu",
-    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    gram_budget: int = moments.DEFAULT_BUDGET,
     inputs: Inputs | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Sensitivity], Reference]:
@@ -145,13 +145,13 @@ def measure(
     copy, slots = overridable(model, names if inputs is None else [])
     with Session(copy, provider) as session:
         reference: Reference | None = None
-        for group in calibrate.plan(layers, gram_budget // 2):
+        for group in moments.plan(layers, gram_budget // 2):
             fit, held = (
-                calibrate.collect(model, group, part, mask=mask, provider=provider, quantize=quantize, bounds=bounds).stats
+                moments.collect(model, group, part, mask=mask, provider=provider, quantize=quantize, bounds=bounds).stats
                 for part in (split.fit, split.effects)
             )
             for layer in group:
-                name = calibrate.input_name(layer)
+                name = moments.input_name(layer)
                 nothing = LayerStats.data_free(layer.k)  # where only other batches reach a layer
                 of_fit, of_held = fit.get(name, nothing), held.get(name, nothing)
                 if reference is None:

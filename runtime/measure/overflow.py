@@ -13,7 +13,7 @@ from magr_onnx.passes.integer.operands import Reason
 from magr_onnx.passes.layers.linear import Skip
 from magr_onnx.report.data import SkipRow
 from magr_onnx.report.verification import LayerVerdict, WitnessRow
-from magr_onnx.runtime import witness as witnesses
+from magr_onnx.runtime.measure import witness as witnesses
 
 
 def verify(

@@ -21,8 +21,8 @@ from magr_onnx.model_io.files import model_bytes
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.runtime.data import Batches, amount
-from magr_onnx.runtime.session import Arithmetic, Batch, Session
+from magr_onnx.runtime.data.sources import Batches, amount
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session
 
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]

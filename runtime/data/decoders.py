@@ -29,10 +29,10 @@ import onnx_ir as ir
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
 from magr_onnx.model_io.writing import explained
 from magr_onnx.passes.graph.kv_cache import PREFIX, TOKENS, pairs_of
-from magr_onnx.runtime import texts
-from magr_onnx.runtime.calibrate import DEFAULT_MASK, HELD_OUT
-from magr_onnx.runtime.data import Batches, Source, checked, in_memory, load_npz, open_data, open_source
-from magr_onnx.runtime.session import Batch, InputInfo, Session, inputs_of
+from magr_onnx.runtime.calibration.moments import DEFAULT_MASK, HELD_OUT
+from magr_onnx.runtime.data import text
+from magr_onnx.runtime.data.sources import Batches, Source, checked, in_memory, load_npz, open_data, open_source
+from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
 
 STEPS = 4
 MOST_BYTES = 1 << 30  # of past values, in a temporary folder
@@ -212,13 +212,13 @@ def open_for(
     runs: ir.Model | str | os.PathLike[str] | None = None,
     folders: Sequence[Path] = (),
 ) -> Batches:
-    """`magr_onnx.runtime.data.open_data` for a model; a decoder with a cache needs no more than its tokens.
+    """`magr_onnx.runtime.data.sources.open_data` for a model; a decoder with a cache needs no more than its tokens.
 
     Where data lacks the past, whole feeds are made of its ``input_ids (B, T)`` (and ``attention_mask``, which marks padding).
 
     Args:
         model: What will be fed.
-        source: See `magr_onnx.runtime.data`.
+        source: See `magr_onnx.runtime.data.sources`.
         batch_size: Most samples of a batch.
         steps: Tokens at the end of each sample that are fed once more, one by one; 0 for prefill only.
         provider: Where to run the model for their past.
@@ -250,12 +250,12 @@ def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: in
     """Tokens of a text file, by the first tokenizer in ``folders``: feeds of a model, or what `open_for` makes a decoder's of.
 
     Raises:
-        CalibrationError: See `magr_onnx.runtime.texts.encode`.
+        CalibrationError: See `magr_onnx.runtime.data.text.encode`.
     """
-    folder = next((f for f in folders if (f / texts.TOKENIZER).is_file()), folders[0])
+    folder = next((f for f in folders if (f / text.TOKENIZER).is_file()), folders[0])
     decoder = recognise(model)
     wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
-    return texts.encode(path, folder, wanted, batch_size)
+    return text.encode(path, folder, wanted, batch_size)
 
 
 def _fed(

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from magr_onnx.errors import ModelError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import tensor_bytes
-from magr_onnx.runtime import apart
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Arithmetic, Batch, InputInfo, Session
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort import worker
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session
 
 Array = npt.NDArray[Any]
 
@@ -57,9 +57,9 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
     if size > _LARGEST_MODEL:
         return [f"{_UNKNOWN_OUTPUTS}: the model is large, and there is no calibration data"]
     try:
-        with apart.as_file(before) as old, apart.as_file(after) as new:
-            notes: list[str] = apart.call(compare, 2 * size, before=old, after=new, provider=provider)
-    except apart.Died as error:
+        with worker.as_file(before) as old, worker.as_file(after) as new:
+            notes: list[str] = worker.call(compare, 2 * size, before=old, after=new, provider=provider)
+    except worker.Died as error:
         return [f"{_UNKNOWN_OUTPUTS}: on made-up inputs, {error}"]
     return notes
 

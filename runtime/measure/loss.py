@@ -1,6 +1,7 @@
 """How far a model's outputs are from the float model's, as one number.
 
-For outputs that hold logits (`magr_onnx.runtime.validate.is_logits`): the mean Kullback-Leibler divergence of their softmax from that of
+For outputs that hold logits (`magr_onnx.runtime.measure.validate.is_logits`): the mean Kullback-Leibler divergence of their softmax from
+that of
 the float model, in nats a row. For a model without such outputs: 1 minus the mean cosine of the vectors along the last axis, over all float
 outputs.
 """
@@ -17,9 +18,9 @@ import numpy.typing as npt
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.graph.kv_cache import pairs
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Batch, Session
-from magr_onnx.runtime.validate import is_logits, kept_rows, log_softmax
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.validate import is_logits, kept_rows, log_softmax
+from magr_onnx.runtime.ort.session import Batch, Session
 
 KL = "KL divergence"
 COSINE = "1 - cosine"

@@ -14,10 +14,10 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.gradients import fisher_taps, measured
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibrate import DEFAULT_BUDGET
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
-from magr_onnx.runtime.validate import is_logits
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.validate import is_logits
+from magr_onnx.runtime.ort.session import Session
 
 MOST_OUTPUTS = 8192  # of a layer; the moments of wider ones are not gathered
 MOST_BATCHES = 16

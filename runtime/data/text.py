@@ -11,8 +11,8 @@ import numpy as np
 
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
-from magr_onnx.runtime.data import Batches, in_memory
-from magr_onnx.runtime.session import Batch, InputInfo
+from magr_onnx.runtime.data.sources import Batches, in_memory
+from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 TOKENIZER = "tokenizer.json"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")

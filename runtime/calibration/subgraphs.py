@@ -16,8 +16,8 @@ from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import EmitQDQInt8, LayerPass, LinearLayer, Reason, Skip
 from magr_onnx.passes.instrument.hoist import hoist
 from magr_onnx.passes.instrument.taps import shape_taps
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort.session import Session
 
 TOO_LARGE = "the model is too large to be run as a whole in the memory there is (max_memory)"
 NEVER = "no calibration data reaches it: a branch is never taken, or a loop never turns"

@@ -30,10 +30,10 @@ from magr_onnx.model_io.writing import explained
 from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, plan
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibrate import HELD_OUT, Calibration, check_rows, not_finite, readers_of
-from magr_onnx.runtime.calibrate import plan as plan_groups
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration.moments import HELD_OUT, Calibration, check_rows, not_finite, readers_of
+from magr_onnx.runtime.calibration.moments import plan as plan_groups
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
 

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from magr_onnx import errors
 from magr_onnx.errors import MagrError
-from magr_onnx.runtime.custom import LIBRARIES, using
+from magr_onnx.runtime.ort.custom_ops import LIBRARIES, using
 
 SECONDS = 120.0
 """Most time for a request, beside what its bytes need."""
@@ -87,7 +87,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parent.parent.parent)
         places = [p for p in (root if Path(root, "magr_onnx").is_dir() else "", *sys.path) if p]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
-        command = [sys.executable, "-m", "magr_onnx.runtime.apart"]
+        command = [sys.executable, "-m", "magr_onnx.runtime.ort.worker"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
@@ -156,7 +156,7 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
 
 def _serve() -> None:
     """Answer requests until there are no more."""
-    import_module("magr_onnx.runtime.conversion")  # and with it onnxruntime, before anybody waits
+    import_module("magr_onnx.runtime.ort.opset_check")  # and with it onnxruntime, before anybody waits
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from magr_onnx.core.overflow.proof import IntegerDot, Machine, Witness
 from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.ort.session import Session
 
 EXACT_FLOAT = 1 << 24  # integers up to here are floats exactly
 

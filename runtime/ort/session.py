@@ -27,7 +27,7 @@ from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, explained, tensor_bytes
-from magr_onnx.runtime.custom import LIBRARIES
+from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
 Batch = Mapping[str, npt.NDArray[Any]]
 

@@ -11,8 +11,8 @@ from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.pipeline import activations_of, resolve, spec_of
 from magr_onnx.passes.rewrites.base import Context, Groups, Rewrite
-from magr_onnx.runtime import calibrate
-from magr_onnx.runtime.data import Batches
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.data.sources import Batches
 
 
 def rewrites_of(passes: Sequence[LayerPass]) -> list[Rewrite]:
@@ -29,7 +29,7 @@ def rewrite(
     exclude: Sequence[str] = (),
     mask: str | None = None,
     provider: str = "cpu",
-    gram_budget: int = calibrate.DEFAULT_BUDGET,
+    gram_budget: int = moments.DEFAULT_BUDGET,
 ) -> list[str]:
     """Run the rewrites of a pipeline on ``model``, in place; what each did, or that it did nothing, for the report.
 
@@ -39,7 +39,7 @@ def rewrite(
         data: Batches that fit the model; None for none.
         include: Patterns of the layers that will be converted.
         exclude: Patterns of those that will not.
-        mask: See `magr_onnx.runtime.calibrate.collect`.
+        mask: See `magr_onnx.runtime.calibration.moments.collect`.
         provider: Where to run.
         gram_budget: Bytes of Gram matrices held at a time.
 
@@ -49,8 +49,8 @@ def rewrite(
     """
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
-        for group in calibrate.plan(layers, gram_budget):
-            yield group, {} if data is None else calibrate.collect(current, group, data, mask=mask, provider=provider).stats
+        for group in moments.plan(layers, gram_budget):
+            yield group, {} if data is None else moments.collect(current, group, data, mask=mask, provider=provider).stats
 
     bias = next((p.bias for p in passes if isinstance(p, CompensateBias)), None)
     integer = activations_of(passes) is not None

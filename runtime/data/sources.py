@@ -22,7 +22,7 @@ from onnx.external_data_helper import uses_external_data
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
-from magr_onnx.runtime.session import Batch, InputInfo
+from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 
 @runtime_checkable

@@ -16,9 +16,9 @@ from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, r
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layer_passes.base import BiasPolicy, absorbs
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibrate import Progress, check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration.moments import Progress, check_rows, make_taps, not_finite, readers_of
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort.session import Session
 
 WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection that stands for the weights

@@ -17,9 +17,9 @@ from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
 from magr_onnx.passes.layer_passes.base import attach
 from magr_onnx.passes.layer_passes.shared_weights import by_weight
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.runtime.bodies import tapped
-from magr_onnx.runtime.data import Batches
-from magr_onnx.runtime.session import Session
+from magr_onnx.runtime.calibration.subgraphs import tapped
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30

@@ -1,0 +1,1 @@
+"""Statistics of activations, gathered by running the model."""

@@ -1,0 +1,1 @@
+"""What a quantized model loses, and whether its accumulators hold."""

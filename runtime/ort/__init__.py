@@ -1,0 +1,1 @@
+"""Sessions of onnxruntime: the only place that makes them."""
