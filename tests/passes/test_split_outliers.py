@@ -20,7 +20,7 @@ from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, feeds, proto, random
 from tests.helpers import Array, few_samples
-from tests.test_emit import fused, relative
+from tests.passes.test_emit import fused, relative
 
 INT8 = WeightSpec(8, None, True)
 INT8_TEXT = "quantize-activations,quantize{method=rtn,bits=8,block_size=none,symmetric=true},compensate-bias,emit-qdq-int8"

@@ -18,7 +18,7 @@ from magr_onnx.passes.rewrites.twin_ranges import threshold
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, proto, random
 from tests.helpers import few_samples
-from tests.test_emit import fused, relative
+from tests.passes.test_emit import fused, relative
 
 K, N = 48, 24
 

@@ -27,11 +27,11 @@ from magr_onnx.models import bundled
 from magr_onnx.report.data import LayerRow
 from magr_onnx.workflow.checkpoint import LAYERS, MANIFEST
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import proto
 from tests.helpers import few_samples
-from tests.test_cli import run
 
-KILLED = Path(__file__).with_name("killed.py")
+KILLED = Path(__file__).parents[1] / "killed.py"
 Batches = list[dict[str, Any]]
 
 SETTINGS: dict[str, dict[str, Any]] = {

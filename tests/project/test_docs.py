@@ -18,7 +18,7 @@ from magr_onnx.cli.main import app
 from magr_onnx.passes.pipeline import PASSES, options_of
 from tests.docs_blocks import Block, blocks, run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GROUP = get_command(app)

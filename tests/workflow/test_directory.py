@@ -27,9 +27,9 @@ from tests import graphs
 from tests.decoders import genai
 from tests.decoders import optimum as decoder
 from tests.graphs import Builder, proto, random
-from tests.test_writing import small_disk
+from tests.model_io.test_writing import small_disk
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]]
 INT64 = ir.DataType.INT64
 

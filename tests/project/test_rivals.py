@@ -17,7 +17,7 @@ import magr_onnx
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "benchmarks" / "large.py"
+PROGRAM = Path(__file__).parents[1] / "benchmarks" / "large.py"
 LIMIT = 3 << 30
 
 

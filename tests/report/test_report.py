@@ -34,9 +34,9 @@ from magr_onnx.report.serialization import decode
 from magr_onnx.runtime.measure.validate import OutputMetrics
 from magr_onnx.workflow.directory import OptimizedFolder
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import Builder, proto, random
 from tests.helpers import layer, random_quantized
-from tests.test_cli import run
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},

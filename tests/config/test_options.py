@@ -19,8 +19,8 @@ from magr_onnx.errors import OptionError
 from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, check, parse, text_of
 from magr_onnx.passes.pipeline import resolve
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
-from tests.test_cli import run
 
 
 def pipeline_of(**options: Any) -> str:

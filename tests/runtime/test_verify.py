@@ -33,8 +33,8 @@ from magr_onnx.passes.integer.operands import Reason
 from magr_onnx.passes.layers.linear import Skip
 from magr_onnx.report.verification import LayerVerdict, Verification
 from tests import dots, graphs
+from tests.cli.test_cli import run
 from tests.dots import F32, S8, U8, model, node, quantized_x, scalars
-from tests.test_cli import run
 
 Array = npt.NDArray[Any]
 
@@ -880,7 +880,7 @@ def test_outer_bits_narrow_the_outer_register() -> None:
 
 
 def test_the_documentation_names_all_targets() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "verify.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
     assert all(f"`{name}`" in text for name in TARGETS)
 
 

@@ -20,8 +20,8 @@ from magr_onnx.errors import OptionError, RecipeError
 from magr_onnx.models import bundled
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
-from tests.test_cli import run
 
 RECIPE = """version = 1
 model = "model.onnx"

@@ -26,8 +26,8 @@ from magr_onnx.errors import OptionError
 from magr_onnx.report.data import MOST, LayerRow, layer_table
 from magr_onnx.workflow import progress
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
-from tests.test_cli import run
 
 pty = pytest.importorskip("pty", reason="a pseudo-terminal is a thing of POSIX")
 

@@ -20,9 +20,9 @@ from magr_onnx.config.recipe import Recipe
 from magr_onnx.errors import MagrError, OptionError, OutputError, RecipeError
 from magr_onnx.model_io.atomic import write_text
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
-from tests.test_cli import run
-from tests.test_writing import small_disk
+from tests.model_io.test_writing import small_disk
 
 PIPELINE = "quantize{method=rtn,bits=8},emit-matmulnbits"
 

@@ -25,10 +25,10 @@ from magr_onnx.models import bundled
 from magr_onnx.runtime.calibration.staged import Cache
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
+from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
-from tests.test_cli import run
 
-KILLED = Path(__file__).with_name("killed.py")
+KILLED = Path(__file__).parents[1] / "killed.py"
 EXTERNAL = Layout(external=True)
 
 

@@ -22,7 +22,7 @@ from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
 from tests.helpers import Array, few_samples, layer
-from tests.test_emit import fused
+from tests.passes.test_emit import fused
 
 K, N = 48, 20
 

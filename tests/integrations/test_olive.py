@@ -25,7 +25,7 @@ from tests.graphs import Builder, proto, random
 if importlib.util.find_spec("olive") is None:
     pytest.skip("olive-ai is not installed", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = {"CI": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 K, ROWS = 64, 96
 
