@@ -20,6 +20,7 @@ from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.report.data import SkipRow, versions
+from magr_onnx.report.validation import Validation
 from magr_onnx.report.verification import Verification
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.data import decoders
@@ -130,7 +131,7 @@ def validate(
     latency: bool = True,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | bool | None = True,
-) -> validation.Validation:
+) -> Validation:
     """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.measure.validate`.
 
     A decoder with a cache is fed as `optimize` feeds it. ``data`` may be a ``.txt`` file, a sample a line, where ``tokenizer.json`` lies

@@ -17,12 +17,12 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes.base import META, Job, LayerPass, attach
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit.qdq import EmitQDQ
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
-from magr_onnx.passes.layer_passes.base import META, Job, LayerPass, attach
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.checkpoint import Store
 from magr_onnx.passes.layer_passes.convolutions import Convolutions

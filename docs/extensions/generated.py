@@ -25,7 +25,7 @@ from typer.main import get_command
 import magr_onnx
 from magr_onnx.cli.main import app as command_line
 from magr_onnx.errors import MagrError
-from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.pipeline import PASSES, options_of
 
 _MARK = re.compile(r"<!-- generated: ([\w ]+) -->")

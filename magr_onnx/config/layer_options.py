@@ -16,9 +16,9 @@ from magr_onnx.config.schema import problem, unknown, unworded, worded
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layer_passes.shared_weights import by_weight
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import known_as, matched
+from magr_onnx.passes.layers.shared import by_weight
 
 LAYER_OPTIONS = (
     "bits",

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from magr_onnx.errors import ReportError
 from magr_onnx.report.mixed_precision import Assignment
 from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
-from magr_onnx.runtime.measure.validate import Validation, severity
+from magr_onnx.report.validation import Validation, severity
 
 MOST = 25
 """Layers in a table for a person in a hurry."""

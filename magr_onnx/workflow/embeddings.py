@@ -9,12 +9,14 @@ import onnx_ir as ir
 
 from magr_onnx.core.histograms import sketch
 from magr_onnx.passes import LayerPass, Skip
+from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layer_passes.embeddings import Embeddings, quantize
-from magr_onnx.passes.layer_passes.shared_weights import by_weight
-from magr_onnx.passes.layers.embedding import Table, TableReason, emit, find
+from magr_onnx.passes.layers.embedding import Table, find
+from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.data import LayerRow
+from magr_onnx.report.reasons import TableReason
 from magr_onnx.workflow.convolutions import Converted
 
 

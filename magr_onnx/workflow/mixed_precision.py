@@ -27,10 +27,11 @@ from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
 from magr_onnx.passes import pipeline
-from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.layers import embedding
-from magr_onnx.passes.layers.linear import LinearLayer, Reason, Skip
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
+from magr_onnx.report.reasons import Reason, Skip
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference

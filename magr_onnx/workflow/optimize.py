@@ -20,12 +20,13 @@ from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
 from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layers.embedding import TableReason
 from magr_onnx.passes.layers.linear import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
+from magr_onnx.report.reasons import TableReason
+from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration import moments, staged
 from magr_onnx.runtime.data import decoders
-from magr_onnx.runtime.data.sources import Batches, Source, amount
+from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import opset_check, worker
 from magr_onnx.runtime.ort.session import provider_name

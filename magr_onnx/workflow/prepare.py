@@ -17,8 +17,8 @@ from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline
 from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.report.reasons import Reason
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.setting import Setting
 from magr_onnx.workflow.verify_output import Readable

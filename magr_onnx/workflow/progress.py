@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from magr_onnx.report.data import LayerRow, shortened
-from magr_onnx.runtime.measure.validate import severity
+from magr_onnx.report.validation import severity
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -18,6 +18,7 @@ from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
+from magr_onnx.passes.layers.shared import readers
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
 from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, subgraphs
 from magr_onnx.runtime.data.sources import Batches
@@ -168,11 +169,11 @@ def solve(
                 layers, left = search.plan.select(layers)
             run.plan(passes, assigned)
             done = _Progress()
-            readers = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
+            reader_names = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
             finished = partial(_finished, done, len(layers), work, setting, run)
             sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
             for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):
-                done.unmasked += [readers[name] for name in result.unmasked if name in readers]
+                done.unmasked += [reader_names[name] for name in result.unmasked if name in reader_names]
                 done.spilled = max(done.spilled, result.spilled)
                 run.lap("calibrate")
                 if not done.rows and (steps := setting.stage("quantizing")) is not None:
@@ -194,7 +195,7 @@ def solve(
         replace(
             done.rows[layer.name],
             notes=(*done.rows[layer.name].notes, *said[layer.name]),
-            added=done.added.get(layer.name) if shared_weights.readers(layer) else None,
+            added=done.added.get(layer.name) if readers(layer) else None,
         )
         for layer in layers
     ]

@@ -16,8 +16,8 @@ from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError,
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import LayerPass, pipeline
 from magr_onnx.passes.emit.readback import digest, iterate
-from magr_onnx.passes.integer.operands import Reason
 from magr_onnx.report.data import ProofSummary, versions
+from magr_onnx.report.reasons import IntegerReason
 from magr_onnx.report.verification import LayerVerdict
 from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.ort import session, worker
@@ -61,7 +61,7 @@ def prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> P
     failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
     if failing:
         raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
-    unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == Reason.FLOAT}
+    unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == IntegerReason.FLOAT}
     if unread:
         raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
     room = min((layer.headroom for layer in layers), default=math.inf)

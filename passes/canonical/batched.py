@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from magr_onnx.passes.canonical.rewriter import MOST_MATRICES, Dims, Edit, Form, Refusal, known, weight
-from magr_onnx.passes.layers.linear import Reason
+from magr_onnx.report.reasons import Reason
 
 
 def rewrite(edit: Edit) -> Refusal | bool | None:

@@ -7,7 +7,7 @@ goes at the end. Gemm: ``op(A) op(B)`` becomes ``op(B)^T op(A)^T`` with alpha, a
 from __future__ import annotations
 
 from magr_onnx.passes.canonical.rewriter import Dims, Edit, Form, Refusal, weight
-from magr_onnx.passes.layers.linear import Reason
+from magr_onnx.report.reasons import Reason
 
 
 def _swapped(rank: int) -> list[int]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from magr_onnx.passes.canonical.batched import stacked
 from magr_onnx.passes.canonical.rewriter import MOST_MATRICES, Dims, Edit, Form, Refusal, known, weight
-from magr_onnx.passes.layers.linear import Reason
+from magr_onnx.report.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)

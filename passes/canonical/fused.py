@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from magr_onnx.passes.canonical.rewriter import Edit, Form, Refusal, weight
-from magr_onnx.passes.layers.linear import Reason
+from magr_onnx.report.reasons import Reason
 
 
 def rewrite(edit: Edit) -> Refusal | bool | None:

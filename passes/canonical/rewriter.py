@@ -14,7 +14,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from magr_onnx.passes.graph.constants import CASTS, Held, drop_if_unused, held, ints
 from magr_onnx.passes.graph.subgraphs import remember
-from magr_onnx.passes.layers.linear import Reason, layer_name
+from magr_onnx.passes.layers.linear import layer_name
+from magr_onnx.report.reasons import Reason
 
 Dims = list[int | ir.SymbolicDim]
 

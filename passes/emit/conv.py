@@ -29,7 +29,7 @@ import onnx_ir as ir
 from magr_onnx.core.packing import pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.graph.constants import constant, drop_if_unused
-from magr_onnx.passes.integer.operands import attribute_of, operand
+from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, to_matrices
 from magr_onnx.passes.layers.linear import FLOATS
 

@@ -14,9 +14,9 @@ from magr_onnx.core.packing import MatMulNBitsTensors, QdqTensors, dequantize_ma
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.emit.conv import emitted_matrices
+from magr_onnx.passes.emit.embedding import emitted_table
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.layers.conv import OPS as CONVOLUTIONS
-from magr_onnx.passes.layers.embedding import emitted_table
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:

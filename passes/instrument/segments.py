@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from magr_onnx.passes.graph.subgraphs import bodies_of
-from magr_onnx.passes.layer_passes.shared_weights import sharing
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
+from magr_onnx.passes.layers.shared import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -10,28 +9,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
+from magr_onnx.report.reasons import IntegerReason
 
 Array = npt.NDArray[Any]
 CONTRIB = "com.microsoft"
-
-
-class Reason(StrEnum):
-    """Why a node is not proved."""
-
-    FLOAT = "computed in float"
-    DYNAMIC_WEIGHT = "weight is computed at run time"
-    CONSTANT_LEFT = "the constant is on the left side"
-    OVERRIDABLE = "weight is a graph input that a caller may override"
-    WEIGHT_TYPE = "weight type is not an integer of up to 16 bits"
-    ACTIVATION_TYPE = "activation type is unknown or not an integer of up to 16 bits"
-    ZERO_POINT = "a zero point is missing or not constant"
-    SCALE = "a scale is not constant, or not one a tensor or channel"
-    BIAS = "the integer bias is not constant"
-    SHAPE = "shapes do not fit"
-    ATTRIBUTE = "an attribute is given by the function's caller"
-    FUNCTION = "depends on inputs of a function"
-    OPERATOR = "operator is not analysed"
-    TARGET = "not an integer dot product on this target"
 
 
 PASSES_THROUGH = frozenset(
@@ -54,71 +36,19 @@ PASSES_THROUGH = frozenset(
 """Operators that move activation codes and leave their type alone."""
 
 
-class NoView(Exception):
-    """No view: raised with the reason where it is found, caught in `view`."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-
-
-def operand(node: ir.Node, index: int) -> ir.Value | None:
-    """Input ``index`` of a node; None if it is left out."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def required(node: ir.Node, index: int) -> ir.Value:
     """Input ``index`` of a node."""
     value = operand(node, index)
     if value is None:
-        raise NoView(Reason.SHAPE, f"input {index} is missing")
+        raise NoView(IntegerReason.SHAPE, f"input {index} is missing")
     return value
-
-
-def attribute_of(node: ir.Node, name: str, default: Any) -> Any:
-    """The value of an attribute, or ``default``."""
-    attribute = node.attributes.get(name)
-    if attribute is None:
-        return default
-    if attribute.is_ref():
-        raise NoView(Reason.ATTRIBUTE, name)
-    return attribute.value
-
-
-def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initializer or Constant, also behind Identity, Transpose and Reshape; None for anything else."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is None:
-        if value.is_initializer() and value.is_graph_input():
-            raise NoView(Reason.OVERRIDABLE, str(value.name))
-        return None if value.const_value is None or not value.is_initializer() else value.const_value.numpy()
-    if node.domain != "":
-        return None
-    if node.op_type == "Constant":
-        if any(a.is_ref() for a in node.attributes.values()):
-            return None
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else tensor.numpy()
-    if node.op_type not in ("Identity", "Transpose", "Reshape"):
-        return None
-    inner = constant(node.inputs[0])
-    if inner is None or node.op_type == "Identity":
-        return inner
-    if node.op_type == "Transpose":
-        return inner.transpose(attribute_of(node, "perm", None))
-    shape = constant(operand(node, 1))
-    if shape is None or attribute_of(node, "allowzero", 0):
-        return None
-    return inner.reshape([inner.shape[i] if d == 0 else int(d) for i, d in enumerate(shape)])
 
 
 def integers(array: Array) -> tuple[Array, str]:
     """Integer codes in a NumPy type of their own, and the name of the type they are stored in."""
     name = array.dtype.name
     if name not in RANGES:
-        raise NoView(Reason.WEIGHT_TYPE, name)
+        raise NoView(IntegerReason.WEIGHT_TYPE, name)
     wide = np.int16 if name in ("int16", "uint8", "int8") else np.int32 if name == "uint16" else np.int8
     return array.astype(wide), name
 
@@ -133,20 +63,22 @@ def constant_codes(value: ir.Value) -> Array:
         return constant_weight(value)
     floats, scales, zeros = (constant(operand(node, i)) for i in range(3))
     if floats is None or scales is None:
-        raise NoView(Reason.DYNAMIC_WEIGHT)
+        raise NoView(IntegerReason.DYNAMIC_WEIGHT)
     if zeros is None or attribute_of(node, "block_size", 0) or not floats.dtype == scales.dtype == np.float32:
-        raise NoView(Reason.WEIGHT_TYPE, "quantized in the graph other than by float32 scales and zero points, one a tensor or channel")
+        raise NoView(
+            IntegerReason.WEIGHT_TYPE, "quantized in the graph other than by float32 scales and zero points, one a tensor or channel"
+        )
     if zeros.dtype.name not in RANGES or floats.size == 0:
-        raise NoView(Reason.WEIGHT_TYPE, zeros.dtype.name)
+        raise NoView(IntegerReason.WEIGHT_TYPE, zeros.dtype.name)
     axis = attribute_of(node, "axis", 1) % max(floats.ndim, 1)
     try:
         grid = [broadcast_grid(a, floats.shape, axis, 0) for a in (scales, zeros.astype(np.float32))]
     except ValueError as error:
-        raise NoView(Reason.SHAPE, f"scales {list(scales.shape)} for {list(floats.shape)}") from error
+        raise NoView(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(floats.shape)}") from error
     with np.errstate(all="ignore"):
         rounded = np.rint(floats / grid[0]) + grid[1]
     if np.isnan(rounded).any():
-        raise NoView(Reason.WEIGHT_TYPE, "the float weight quantizes to NaN")
+        raise NoView(IntegerReason.WEIGHT_TYPE, "the float weight quantizes to NaN")
     codes: Array = np.clip(rounded, *RANGES[zeros.dtype.name]).astype(zeros.dtype)
     return codes
 
@@ -163,9 +95,9 @@ def constant_weight(value: ir.Value, other: ir.Value | None = None) -> Array:
     found = constant(value)
     if found is None:
         left = other is not None and constant(other) is not None
-        raise NoView(Reason.CONSTANT_LEFT if left else Reason.DYNAMIC_WEIGHT)
+        raise NoView(IntegerReason.CONSTANT_LEFT if left else IntegerReason.DYNAMIC_WEIGHT)
     if found.size == 0:
-        raise NoView(Reason.SHAPE, f"weight has shape {list(found.shape)}")
+        raise NoView(IntegerReason.SHAPE, f"weight has shape {list(found.shape)}")
     return found
 
 
@@ -209,11 +141,11 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
     if kind is None and held is not None:
         kind = held.dtype.name
     if kind not in RANGES:
-        raise NoView(Reason.ACTIVATION_TYPE, str(kind))
+        raise NoView(IntegerReason.ACTIVATION_TYPE, str(kind))
     span = RANGES[kind]
     if zero is None:
         if default_zero is None:
-            raise NoView(Reason.ZERO_POINT, "of the activation")
+            raise NoView(IntegerReason.ZERO_POINT, "of the activation")
         return kind, span, (default_zero,)
     if held is None:
         return kind, span, span
@@ -224,7 +156,7 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
 def columns(array: Array) -> Array:
     """``(..., K, N)``, or ``(K,)``, as ``(K, N')``: every output of a batched product is a column."""
     if array.ndim == 0:
-        raise NoView(Reason.SHAPE, "weight is a scalar")
+        raise NoView(IntegerReason.SHAPE, "weight is a scalar")
     if array.ndim == 1:
         return array[:, None]
     return np.moveaxis(array, -2, 0).reshape(array.shape[-2], -1)
@@ -236,12 +168,12 @@ def weight_zeros(value: ir.Value | None, shape: tuple[int, ...]) -> Int64:
         return np.zeros((1, 1), np.int64)
     found = constant(value)
     if found is None:
-        raise NoView(Reason.ZERO_POINT, "of the weight")
+        raise NoView(IntegerReason.ZERO_POINT, "of the weight")
     zeros = found.astype(np.int64)
     try:
         return columns(np.broadcast_to(zeros, shape)).astype(np.int64)[:1] if zeros.size > 1 else zeros.reshape(1, 1)
     except ValueError as error:
-        raise NoView(Reason.SHAPE, f"weight zero point {list(zeros.shape)}") from error
+        raise NoView(IntegerReason.SHAPE, f"weight zero point {list(zeros.shape)}") from error
 
 
 def spread(zeros: Int64, n: int) -> Int64:
@@ -255,12 +187,12 @@ def integer_bias(value: ir.Value | None, n: int) -> Int64 | None:
         return None
     found = constant(value)
     if found is None:
-        raise NoView(Reason.BIAS)
+        raise NoView(IntegerReason.BIAS)
     if not np.issubdtype(found.dtype, np.integer):
-        raise NoView(Reason.BIAS, found.dtype.name)
+        raise NoView(IntegerReason.BIAS, found.dtype.name)
     flat = found.astype(np.int64).reshape(-1)
     if flat.size not in (1, n):
-        raise NoView(Reason.SHAPE, f"bias of {flat.size} for {n} outputs")
+        raise NoView(IntegerReason.SHAPE, f"bias of {flat.size} for {n} outputs")
     return np.broadcast_to(flat, (n,)).copy()
 
 
@@ -276,7 +208,7 @@ def broadcast_grid(values: Array, shape: tuple[int, ...], axis: int, block: int)
 def unrolled(stored: Array, group: int) -> tuple[Array, int, bool]:
     """A convolution's weight as ``(C / group * taps, M)``, its taps, and whether it is depthwise."""
     if stored.ndim < 3:
-        raise NoView(Reason.SHAPE, f"convolution weight {list(stored.shape)}")
+        raise NoView(IntegerReason.SHAPE, f"convolution weight {list(stored.shape)}")
     m, channels = stored.shape[:2]
     return stored.reshape(m, -1).T, int(np.prod(stored.shape[2:])), channels == 1 and group == m
 

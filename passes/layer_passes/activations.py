@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from magr_onnx.core.activation_ranges import METHODS, Method
 from magr_onnx.core.types import ActivationGrid, WeightSpec
-from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.base import Job, LayerPass
 
 ActivationType = Literal["uint8", "int8", "dynamic"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from magr_onnx.core.bias_compensation import compensate
-from magr_onnx.passes.layer_passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from magr_onnx.core.grid import search
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.layer_passes.base import Job, LayerPass
-from magr_onnx.passes.layer_passes.shared_weights import by_weight
-from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, TableReason, emit, find
-from magr_onnx.passes.layers.linear import Skip
+from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.emit.embedding import emit
+from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, find
+from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.report.reasons import Skip, TableReason
 
 CHUNK = 1 << 22  # values treated at a time
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.layer_passes.base import Job, LayerPass
+from magr_onnx.passes.base import Job, LayerPass
 
 
 @dataclass(frozen=True)

@@ -13,31 +13,18 @@ Second moments of gradients differ between readers and do not add up to one matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from magr_onnx.core.types import LayerStats
+from magr_onnx.passes.base import BiasPolicy, Job, LayerPass, Stored, absorbs
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layer_passes.base import BiasPolicy, Job, LayerPass, Stored, absorbs
 from magr_onnx.passes.layer_passes.quantize import relative_error
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
-
-Key = Hashable
-
-
-class Weighted(Protocol):
-    """What has a weight that others may have too."""
-
-    @property
-    def weight_key(self) -> Key:
-        """Equal where the weight is the same."""
-
-
-L = TypeVar("L", bound=Weighted)
+from magr_onnx.passes.layers.shared import Key, by_weight, readers
 
 
 class Bond:
@@ -106,24 +93,6 @@ def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
 def bonds(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Key, Bond]:
     """A bond for every weight that several of ``layers`` multiply by, by `LinearLayer.weight_key`."""
     return {some[0].weight_key: Bond([(x, stats(x)) for x in some]) for some in by_weight(layers) if len(some) > 1}
-
-
-def sharing(layers: Iterable[LinearLayer]) -> set[str]:
-    """Names of the layers whose weight another one multiplies by as well."""
-    return {layer.name for some in by_weight(layers) if len(some) > 1 for layer in some}
-
-
-def by_weight(layers: Iterable[L]) -> list[list[L]]:
-    """Layers, convolutions or tables in order, those of the very same weight together."""
-    found: dict[Key, list[L]] = {}
-    for layer in layers:
-        found.setdefault(layer.weight_key, []).append(layer)
-    return list(found.values())
-
-
-def readers(layer: LinearLayer) -> list[ir.Node]:
-    """The nodes for which the float weight of a layer (as it was found, and converted by now) stays in the file."""
-    return [use.node for use in layer.weight.source.uses()]
 
 
 def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool = False) -> dict[str, list[str]]:

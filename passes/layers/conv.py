@@ -20,23 +20,15 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
+from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.subgraphs import Place, opaque, seen_as, walk
-from magr_onnx.passes.integer.operands import operand
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
+from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, layer_name, left_out
+from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
 Form = Literal["fold", "dequantize"]
 FORMS: tuple[Form, ...] = ("fold", "dequantize")
 BITS = tuple(range(3, 9))
-
-
-class ConvReason(StrEnum):
-    """Why a convolution is left as it is, beside the reasons it shares with linear layers."""
-
-    DYNAMIC_WEIGHT = "weight is computed at run time"
-    UNASKED = "convolutions stay float (conv_bits gives them bits)"
-    OPSET = "the model's opset cannot be raised as far as a quantized convolution needs"
-    SHAPE = "shapes do not fit"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,27 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
-from magr_onnx.core.types import Array, QuantizedWeight
-from magr_onnx.passes.emit.matmulnbits import DOMAIN
-from magr_onnx.passes.graph.constants import CASTS, Held, drop_if_unused, held
+from magr_onnx.core.types import Array
+from magr_onnx.passes.graph.constants import CASTS, Held, held
+from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.graph.subgraphs import Place, opaque, walk
-from magr_onnx.passes.integer.operands import NoView, attribute_of, constant, operand
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, Reason, Skip, layer_name, left_out
+from magr_onnx.passes.layers.linear import FLOATS, layer_name, left_out
 from magr_onnx.passes.layers.unconverted import LEAST
+from magr_onnx.report.reasons import Reason, Skip, TableReason
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
 BITS = (4, 8)
 BLOCK = 32
-
-
-class TableReason(StrEnum):
-    """Why a table is left as it is, beside the reasons it shares with linear layers."""
-
-    UNASKED = "tables of embeddings stay float (option embeddings quantizes them)"
-    AXIS = "rows are not gathered along axis 0"
-    WIDTH = "an odd number of columns has no 4-bit form"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,76 +131,3 @@ def _view(node: ir.Node, place: Place) -> Table | Skip | None:
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
     return Table(name, node, table, place)
-
-
-def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[str]:
-    """Write one table, as ``(width, rows)`` codes, into all Gathers that read it; the names of the nodes that gather codes."""
-    first = tables[0]
-    kind = FLOATS[first.dtype]
-    place = LinearLayer(first.name, first.node, first.held, first.held.stored, False, 1.0, None, None, 1.0, 1, 1, first.place)
-    base, bits = first.weight_name, weight.spec.bits
-    if form == "dequantize":
-        packed = pack_qdq(weight)
-        scales = packed.scales.astype(kind)[:, None]
-        constants = [
-            place.constant(f"_q{bits}", np.ascontiguousarray(packed.codes.T.astype(np.int8)), base=base),
-            place.constant(f"_q{bits}_scales", scales, base=base),
-        ]
-    else:
-        constants = [
-            place.constant(f"_q{bits}", pack_bits(np.ascontiguousarray(weight.codes.T), bits), base=base),
-            place.constant(f"_q{bits}_scales", np.ascontiguousarray(weight.scales.T).astype(kind), base=base),
-            place.constant(f"_q{bits}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits), base=base),
-        ]
-        place.root.opset_imports.setdefault(DOMAIN, 1)
-    return [_replace(table, constants, bits, form) for table in tables]
-
-
-def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
-    node, name = table.node, f"{table.name}_q{bits}"
-    source, index = node.inputs
-    assert source is not None
-    if form == "dequantize":
-        codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
-        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
-        cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=f"{name}_cast")
-        nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}_scaled")]
-        for inner in nodes[:-1]:
-            inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
-    else:
-        attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
-    graph, result, value = node.graph, table.output, nodes[-1].outputs[0]
-    assert isinstance(graph, ir.Graph)
-    value.type, value.shape = result.type, result.shape
-    nodes[-1].metadata_props.update(node.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [result], [value])
-    drop_if_unused(source)
-    return name
-
-
-def emitted_table(node: ir.Node, scaled: ir.Node | None) -> Array | None:
-    """The dequantized table ``(rows, width)`` behind a node that gathers its codes, or None where it is no such node.
-
-    ``scaled`` is the Mul behind the Cast of a plain Gather.
-    """
-    try:
-        codes = constant(operand(node, 0))
-        if codes is None:
-            return None
-        if node.op_type == "Gather":
-            other = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
-            scales = next((constant(n.inputs[0]) for n in other if n is not None and n.op_type == "Gather"), None)
-            return None if codes.dtype != np.int8 or scales is None else codes.astype(np.float32) * scales.astype(np.float32)
-        scales, zeros = constant(operand(node, 2)), constant(operand(node, 3))
-    except NoView:
-        return None
-    bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 128)
-    if scales is None or codes.dtype != np.uint8 or codes.ndim != 2:
-        return None
-    width = codes.shape[1] * 8 // bits
-    column = np.arange(width) // block
-    levels = np.full(scales.shape, 2 ** (bits - 1), np.uint8) if zeros is None else unpack_bits(zeros, bits, scales.shape[1])
-    difference = unpack_bits(codes, bits, width).astype(np.float32) - levels.astype(np.float32)[:, column]
-    result: Array = difference * scales.astype(np.float32)[:, column]
-    return result

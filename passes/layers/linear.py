@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +24,7 @@ from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.graph.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.passes.graph.subgraphs import NAMES, Place, inner_names, opaque, seen_as, walk
 from magr_onnx.passes.graph.torch_names import modules_of, owner_of
+from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
 """Operators of ONNX that are looked at as linear layers."""
@@ -33,46 +33,6 @@ REFUSED = "onnx_magr.refused"
 """Key of a node's ``meta`` store under which a canonical form keeps why it could not be made: a `Reason` and details."""
 
 FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
-
-
-class Reason(StrEnum):
-    """Why an operator that holds weights is left as it is."""
-
-    DYNAMIC_WEIGHT = "right side is computed at run time"
-    QUANTIZED = "weight is quantized already"
-    CONSTANT_LEFT = "the constant is on the left side"
-    CONSTANT = "both sides are constant"
-    WEIGHT_RANK = "weight is not two-dimensional"
-    WEIGHT_DTYPE = "weight type is not float32 or float16"
-    OVERRIDABLE = "weight is a graph input that a caller may override"
-    GRAPH_OUTPUT = "weight is a graph output"
-    TRANS_A = "Gemm transposes its input"
-    BIAS = "Gemm bias is not a constant vector"
-    ALPHA = "Gemm alpha is zero or not finite"
-    SUBGRAPH = "inside a subgraph or function"
-    EXCLUDED = "excluded by name"
-    NOT_INCLUDED = "not among the layers to include"
-    EMPTY = "weight has no elements"
-    EINSUM = "an Einsum that is no product with a constant matrix"
-    FUSED = "a fused operator that no format can replace"
-    RECURRENT = "a recurrent operator"
-    OTHER = "an operator without a quantized form"
-    NO_STATISTICS = "there are no statistics of its input"
-    BUDGET = "kept float by the budget of size or loss"
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
-
-    name: str
-    op: str
-    reason: StrEnum
-    detail: str = ""
-    bytes: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

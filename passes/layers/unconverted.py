@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import CASTS, dequantized, held, is_step
-from magr_onnx.passes.layers.linear import REFUSED, Reason, Skip, layer_name
+from magr_onnx.passes.layers.linear import REFUSED, layer_name
+from magr_onnx.report.reasons import Reason, Skip
 
 LEAST = 2048
 

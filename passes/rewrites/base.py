@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
+from magr_onnx.passes.base import META, BiasPolicy, Job, LayerPass
 from magr_onnx.passes.graph import subgraphs
-from magr_onnx.passes.layer_passes.base import META, BiasPolicy, Job, LayerPass
-from magr_onnx.passes.layer_passes.shared_weights import sharing
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
+from magr_onnx.passes.layers.shared import sharing
 
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
 

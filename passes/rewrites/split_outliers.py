@@ -31,7 +31,7 @@ import onnx_ir as ir
 from magr_onnx.core.grid import blocks
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, WeightSpec
-from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product
 
 FRACTIONS = tuple(2.0 ** (-i / 2) for i in range(9))  # 1 to 1/16

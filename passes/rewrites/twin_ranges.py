@@ -23,8 +23,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from magr_onnx.passes.emit.int8 import EmitQDQInt8
-from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product, operator, scalar
 
@@ -98,7 +97,7 @@ class TwinRanges(Rewrite):
 
     def fits(self, passes: Sequence[LayerPass]) -> list[str]:
         found = super().fits(passes)
-        if not any(isinstance(p, EmitQDQInt8) for p in passes):
+        if not any(p.name == "emit-qdq-int8" for p in passes):
             found.append(f"{self.name} is for static 8-bit inputs: use format qdq-int8 (emit-qdq-int8), or leave it out")
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from magr_onnx.passes.layer_passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.pipeline import activations_of, resolve, spec_of

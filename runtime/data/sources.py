@@ -32,11 +32,6 @@ class DataReader(Protocol):
     def get_next(self) -> dict[str, Any] | None: ...
 
 
-def amount(samples: int | None, batches: int) -> str:
-    """How much data there is, to a person: how it is cut into batches is no matter of theirs."""
-    return f"{batches} batches" if samples is None else f"{samples} samples"
-
-
 MOST_PROBLEMS = 10  # different ones that a message has
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Deferred
 WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"

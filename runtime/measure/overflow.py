@@ -9,9 +9,8 @@ from magr_onnx.core.overflow.kernels import on_accumulator, on_target
 from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, prove
 from magr_onnx.core.overflow.targets import Target
 from magr_onnx.passes.integer.dot_products import find
-from magr_onnx.passes.integer.operands import Reason
-from magr_onnx.passes.layers.linear import Skip
 from magr_onnx.report.data import SkipRow
+from magr_onnx.report.reasons import IntegerReason, Skip
 from magr_onnx.report.verification import LayerVerdict, WitnessRow
 from magr_onnx.runtime.measure import witness as witnesses
 
@@ -35,7 +34,7 @@ def verify(
             continue
         machine = on_accumulator(dot, against) if isinstance(against, Accumulator) else on_target(dot, against, outer_bits)
         if isinstance(machine, str):
-            skipped.append(SkipRow(dot.name, dot.op, Reason.TARGET.value, machine))
+            skipped.append(SkipRow(dot.name, dot.op, IntegerReason.TARGET.value, machine))
         else:
             layers.append(_verdict(dot, machine, prove(dot, machine), run))
     return tuple(layers), tuple(skipped)

@@ -26,8 +26,8 @@ import onnx_ir as ir
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
 from magr_onnx.passes import pipeline
+from magr_onnx.passes.base import Job, LayerPass
 from magr_onnx.passes.instrument.weight_inputs import overridable
-from magr_onnx.passes.layer_passes.base import Job, LayerPass
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.quantize import Quantize

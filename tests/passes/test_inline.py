@@ -14,7 +14,8 @@ from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import U, W
 from magr_onnx.models.zoo.trap import model
 from magr_onnx.passes.instrument.inline import inline, open_up
-from magr_onnx.passes.layers.linear import OPERATORS, Reason, find
+from magr_onnx.passes.layers.linear import OPERATORS, find
+from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.ort.session import Session
 
 FUNCTIONS = [name for name, trap in ZOO.items() if "function" in name]

@@ -26,12 +26,11 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.instrument.segments import depths
-from magr_onnx.passes.layers.embedding import TableReason
-from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.report.data import SCHEMA, LayerRow, SkipRow, layer_table
 from magr_onnx.report.html import side_by_side, summary
+from magr_onnx.report.reasons import Reason, TableReason
 from magr_onnx.report.serialization import decode
-from magr_onnx.runtime.measure.validate import OutputMetrics
+from magr_onnx.report.validation import OutputMetrics
 from magr_onnx.workflow.directory import OptimizedFolder
 from tests import graphs
 from tests.cli.test_cli import run

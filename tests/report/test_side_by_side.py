@@ -10,7 +10,7 @@ import magr_onnx
 from magr_onnx import Report
 from magr_onnx.report.html import side_by_side
 from magr_onnx.report.html.side_by_side import NOISE, SAME, Measure, verdict
-from magr_onnx.runtime.measure.validate import Latency
+from magr_onnx.report.validation import Latency
 from tests import graphs
 
 

@@ -10,8 +10,9 @@ import pytest
 
 import magr_onnx
 from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
+from magr_onnx.report.validation import Latency, OutputMetrics
 from magr_onnx.runtime.data.sources import open_data
-from magr_onnx.runtime.measure.validate import FEWEST, Latency, OutputMetrics, log_softmax, next_token_loss, validate
+from magr_onnx.runtime.measure.validate import FEWEST, log_softmax, next_token_loss, validate
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random

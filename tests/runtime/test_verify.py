@@ -29,8 +29,7 @@ from magr_onnx.core.overflow.kernels import on_accumulator, on_target
 from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
 from magr_onnx.core.overflow.targets import TARGETS, Kernel, find_target
 from magr_onnx.passes.integer.dot_products import find
-from magr_onnx.passes.integer.operands import Reason
-from magr_onnx.passes.layers.linear import Skip
+from magr_onnx.report.reasons import IntegerReason, Skip
 from magr_onnx.report.verification import LayerVerdict, Verification
 from tests import dots, graphs
 from tests.cli.test_cli import run
@@ -144,21 +143,24 @@ def named(op: str, *inputs: str, constants: dict[str, Array], x: int = U8, **att
     return model([node(op, inputs, **attributes)], constants, (x, ["m", "k"]), TensorProto.INT32)
 
 
-SKIPS: dict[str, tuple[onnx.ModelProto, Reason]] = {
-    "float": (float_model(), Reason.FLOAT),
-    "level 1": (dots.matmul_nbits(dots.NB, level=1), Reason.FLOAT),
-    "level unset": (dots.matmul_nbits(dots.NB, level=None), Reason.FLOAT),
-    "two activations": (named("MatMulInteger", "x", "x", constants={}), Reason.DYNAMIC_WEIGHT),
-    "constant left": (named("MatMulInteger", "w", "x", constants={"w": dots.W}), Reason.CONSTANT_LEFT),
-    "scale along K": (dots.qdq(dots.W, scales=np.arange(1, 13, dtype=np.float32), axis=0), Reason.SCALE),
-    "float activation, Gemm transB": (dots.weight_only(dots.W, np.ones(5, np.float32), op="Gemm"), Reason.FLOAT),
-    "other operator": (named("Einsum", "x", "x", constants={}, x=F32, equation="mk,nk->mn"), Reason.OPERATOR),
-    "int32 weight": (dots.qdq(dots.W.astype(np.int32)), Reason.WEIGHT_TYPE),
+SKIPS: dict[str, tuple[onnx.ModelProto, IntegerReason]] = {
+    "float": (float_model(), IntegerReason.FLOAT),
+    "level 1": (dots.matmul_nbits(dots.NB, level=1), IntegerReason.FLOAT),
+    "level unset": (dots.matmul_nbits(dots.NB, level=None), IntegerReason.FLOAT),
+    "two activations": (named("MatMulInteger", "x", "x", constants={}), IntegerReason.DYNAMIC_WEIGHT),
+    "constant left": (named("MatMulInteger", "w", "x", constants={"w": dots.W}), IntegerReason.CONSTANT_LEFT),
+    "scale along K": (dots.qdq(dots.W, scales=np.arange(1, 13, dtype=np.float32), axis=0), IntegerReason.SCALE),
+    "float activation, Gemm transB": (dots.weight_only(dots.W, np.ones(5, np.float32), op="Gemm"), IntegerReason.FLOAT),
+    "other operator": (named("Einsum", "x", "x", constants={}, x=F32, equation="mk,nk->mn"), IntegerReason.OPERATOR),
+    "int32 weight": (dots.qdq(dots.W.astype(np.int32)), IntegerReason.WEIGHT_TYPE),
 }
 SKIPS |= {
-    "blocks along N": (dots.weight_only(dots.codes(12, 32), np.ones((12, 2), np.float32), 1, 16), Reason.FLOAT),
-    "small blocks": (dots.weight_only(dots.W[:8], np.ones((2, 5), np.float32), 0, 4), Reason.FLOAT),
-    "zero points do not fit": (named("MatMulInteger", "x", "w", "", "z", constants={"w": dots.W, "z": np.zeros(4, np.int8)}), Reason.SHAPE),
+    "blocks along N": (dots.weight_only(dots.codes(12, 32), np.ones((12, 2), np.float32), 1, 16), IntegerReason.FLOAT),
+    "small blocks": (dots.weight_only(dots.W[:8], np.ones((2, 5), np.float32), 0, 4), IntegerReason.FLOAT),
+    "zero points do not fit": (
+        named("MatMulInteger", "x", "w", "", "z", constants={"w": dots.W, "z": np.zeros(4, np.int8)}),
+        IntegerReason.SHAPE,
+    ),
 }
 SKIPS["float activation, Gemm transB"][0].graph.node[-1].attribute.append(helper.make_attribute("transB", 1))
 
@@ -169,8 +171,8 @@ def test_what_is_not_proved_says_why(name: str) -> None:
     assert skip_of(proto).reason is reason
 
 
-@pytest.mark.parametrize(("slot", "reason"), [(2, Reason.ZERO_POINT), (1, Reason.OVERRIDABLE)])
-def test_inputs_instead_of_constants(slot: int, reason: Reason) -> None:
+@pytest.mark.parametrize(("slot", "reason"), [(2, IntegerReason.ZERO_POINT), (1, IntegerReason.OVERRIDABLE)])
+def test_inputs_instead_of_constants(slot: int, reason: IntegerReason) -> None:
     proto = dots.matmul_integer(dots.W)
     name, kind, shape = ("wz", S8, []) if slot == 2 else ("w", S8, [12, 5])
     proto.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
@@ -200,27 +202,27 @@ def test_weights_quantized_in_the_graph_have_the_codes_onnxruntime_folds() -> No
     assert dot.w_zeros is not None
     assert (dot.w_zeros == 3).all()
     held["f"] = floats * np.float32(np.nan)
-    assert skip_of(model(nodes, held, (F32, ["m", 2]))).reason is Reason.WEIGHT_TYPE
+    assert skip_of(model(nodes, held, (F32, ["m", 2]))).reason is IntegerReason.WEIGHT_TYPE
 
 
 def test_a_constant_on_the_left_of_dequantized_products() -> None:
     held = {"w": dots.W, **dots.scalars(np.int8)}
     dq = [node("DequantizeLinear", ["w", "xs", "xz"], "dw"), *dots.quantized_x()]
-    assert skip_of(model([*dq, node("MatMul", ["dw", "dx"])], held, (F32, [5, "m"]))).reason is Reason.CONSTANT_LEFT
+    assert skip_of(model([*dq, node("MatMul", ["dw", "dx"])], held, (F32, [5, "m"]))).reason is IntegerReason.CONSTANT_LEFT
 
 
 def test_attributes_and_operands_from_outside() -> None:
     proto = dots.qgemm(dots.W, dots.BIAS)
     del proto.graph.initializer[[i.name for i in proto.graph.initializer].index("b")]
     proto.graph.input.append(helper.make_tensor_value_info("b", TensorProto.INT32, [5]))
-    assert skip_of(proto).reason is Reason.BIAS
+    assert skip_of(proto).reason is IntegerReason.BIAS
     nbits = dots.matmul_nbits(dots.NB)
     nbits.graph.node[0].input.extend(["", "g"])
     nbits.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(64, np.int32), "g"))
-    assert (skip_of(nbits).reason, skip_of(nbits).detail) == (Reason.OPERATOR, "g_idx")
+    assert (skip_of(nbits).reason, skip_of(nbits).detail) == (IntegerReason.OPERATOR, "g_idx")
     short = dots.matmul_nbits(dots.NB)
     next(a for a in short.graph.node[0].attribute if a.name == "N").i = 7
-    assert skip_of(short).reason is Reason.SHAPE
+    assert skip_of(short).reason is IntegerReason.SHAPE
 
 
 def test_an_attribute_given_by_the_caller_of_a_function() -> None:
@@ -231,14 +233,14 @@ def test_an_attribute_given_by_the_caller_of_a_function() -> None:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     function = helper.make_function("local", "F", ["v", "s", "z"], ["o"], [held, gemm], opsets, ["turn"])
     call = helper.make_node("F", ["x", "xs", "xz"], ["y"], domain="local", turn=1)
-    assert skip_of(model([call], dots.scalars(), functions=[function])).reason is Reason.ATTRIBUTE
+    assert skip_of(model([call], dots.scalars(), functions=[function])).reason is IntegerReason.ATTRIBUTE
 
 
 def test_a_dynamic_scale_of_the_activation() -> None:
     proto = dots.qdq(dots.W)
     del proto.graph.initializer[[i.name for i in proto.graph.initializer].index("xs")]
     proto.graph.input.append(helper.make_tensor_value_info("xs", F32, []))
-    assert skip_of(proto).reason is Reason.SCALE
+    assert skip_of(proto).reason is IntegerReason.SCALE
 
 
 def test_subgraphs_and_functions_are_read() -> None:
@@ -264,7 +266,7 @@ def test_subgraphs_and_functions_are_read() -> None:
     assert sorted(d.name for d in found) == ["F/closed", "inner", "inner:inside"]
     for dot in found:
         assert dot.codes.shape == (12, 5)
-    assert [(s.name, s.reason) for s in skips] == [("G/opened", Reason.FUNCTION)]
+    assert [(s.name, s.reason) for s in skips] == [("G/opened", IntegerReason.FUNCTION)]
 
 
 def test_products_of_unknown_domains_are_listed() -> None:
@@ -273,7 +275,7 @@ def test_products_of_unknown_domains_are_listed() -> None:
     proto.graph.node[0].domain = "com.ms.internal.nhwc"
     proto.opset_import.append(helper.make_opsetid("com.ms.internal.nhwc", 1))
     skip = skip_of(proto)
-    assert (skip.reason, skip.detail) == (Reason.OPERATOR, "domain com.ms.internal.nhwc")
+    assert (skip.reason, skip.detail) == (IntegerReason.OPERATOR, "domain com.ms.internal.nhwc")
 
 
 # The proof
@@ -394,7 +396,7 @@ def test_signs_on_avx2() -> None:
     assert found.witness is not None
     assert found.witness.x == (127, 127)
     assert verdict(dots.qdq(w)).verdict == "overflows"
-    assert magr_onnx.verify(dots.qdq(w, x=np.int8, quantize=False), target="x86-avx2").skipped[0].reason == Reason.TARGET
+    assert magr_onnx.verify(dots.qdq(w, x=np.int8, quantize=False), target="x86-avx2").skipped[0].reason == IntegerReason.TARGET
 
 
 def test_arm_pairs_are_eight_rows_apart() -> None:
@@ -485,7 +487,7 @@ def test_what_is_added_to_a_matmul_is_a_bias_if_it_is_int32_only() -> None:
         if kind == TensorProto.INT8:
             assert dot_of(proto).bias is None
         else:
-            assert skip_of(proto).reason is Reason.BIAS
+            assert skip_of(proto).reason is IntegerReason.BIAS
 
 
 def test_the_result_can_overflow_where_raw_codes_do_not() -> None:

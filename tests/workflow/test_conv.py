@@ -25,8 +25,9 @@ from magr_onnx.passes import parse
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.graph.constants import Held
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
-from magr_onnx.passes.layers.conv import FORMS, ConvLayer, ConvReason, Form, find, from_matrices, to_matrices
+from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, to_matrices
 from magr_onnx.report.data import Report
+from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session

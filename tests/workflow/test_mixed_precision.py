@@ -21,7 +21,7 @@ from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
 from magr_onnx.passes import LayerPass, find, prepare, run_layers
 from magr_onnx.passes.instrument.weight_inputs import overridable
-from magr_onnx.passes.layers.linear import Reason
+from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.measure import sensitivity

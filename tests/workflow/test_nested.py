@@ -21,8 +21,9 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.subgraphs import unique_names, walk
 from magr_onnx.passes.instrument.hoist import hoist, hoisted
 from magr_onnx.passes.instrument.inline import open_up
-from magr_onnx.passes.layers.linear import OPERATORS, Reason, find
+from magr_onnx.passes.layers.linear import OPERATORS, find
 from magr_onnx.passes.pipeline import parse
+from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments, subgraphs
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session

@@ -19,7 +19,8 @@ from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Job, find, parse, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.instrument import segments
-from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks, sharing
+from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks
+from magr_onnx.passes.layers.shared import sharing
 from magr_onnx.report.html import summary
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.staged import staged

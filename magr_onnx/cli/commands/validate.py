@@ -12,8 +12,8 @@ from magr_onnx import api
 from magr_onnx.cli import console
 from magr_onnx.cli.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
 from magr_onnx.report.data import validation_text
+from magr_onnx.report.validation import severity
 from magr_onnx.runtime.data import decoders
-from magr_onnx.runtime.measure.validate import severity
 
 EPILOG = """[bold]Examples[/bold]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from magr_onnx.report.data import Report, megabytes
 from magr_onnx.report.html.summary import decibels, duration, fed_back, lines_of, main_metrics, milliseconds, share_of
-from magr_onnx.runtime.measure.validate import severity
+from magr_onnx.report.validation import severity
 
 SAME = "about the same"
 NOISE = 0.1  # of times: less than this between two runs tells nothing

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from magr_onnx.passes.layers.embedding import TableReason
-from magr_onnx.passes.layers.linear import Reason
 from magr_onnx.report.data import LayerRow, Report, by_reason, megabytes
-from magr_onnx.runtime.measure.validate import OutputMetrics, severity
+from magr_onnx.report.reasons import Reason, TableReason
+from magr_onnx.report.validation import OutputMetrics, severity
 
 TAIL = 3.0  # times the median error, from which a layer stands out
 LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word

@@ -1,0 +1,82 @@
+"""Why nodes with weights are left as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why an operator that holds weights is left as it is."""
+
+    DYNAMIC_WEIGHT = "right side is computed at run time"
+    QUANTIZED = "weight is quantized already"
+    CONSTANT_LEFT = "the constant is on the left side"
+    CONSTANT = "both sides are constant"
+    WEIGHT_RANK = "weight is not two-dimensional"
+    WEIGHT_DTYPE = "weight type is not float32 or float16"
+    OVERRIDABLE = "weight is a graph input that a caller may override"
+    GRAPH_OUTPUT = "weight is a graph output"
+    TRANS_A = "Gemm transposes its input"
+    BIAS = "Gemm bias is not a constant vector"
+    ALPHA = "Gemm alpha is zero or not finite"
+    SUBGRAPH = "inside a subgraph or function"
+    EXCLUDED = "excluded by name"
+    NOT_INCLUDED = "not among the layers to include"
+    EMPTY = "weight has no elements"
+    EINSUM = "an Einsum that is no product with a constant matrix"
+    FUSED = "a fused operator that no format can replace"
+    RECURRENT = "a recurrent operator"
+    OTHER = "an operator without a quantized form"
+    NO_STATISTICS = "there are no statistics of its input"
+    BUDGET = "kept float by the budget of size or loss"
+
+
+class ConvReason(StrEnum):
+    """Why a convolution is left as it is, beside the reasons it shares with linear layers."""
+
+    DYNAMIC_WEIGHT = "weight is computed at run time"
+    UNASKED = "convolutions stay float (conv_bits gives them bits)"
+    OPSET = "the model's opset cannot be raised as far as a quantized convolution needs"
+    SHAPE = "shapes do not fit"
+
+
+class TableReason(StrEnum):
+    """Why a table is left as it is, beside the reasons it shares with linear layers."""
+
+    UNASKED = "tables of embeddings stay float (option embeddings quantizes them)"
+    AXIS = "rows are not gathered along axis 0"
+    WIDTH = "an odd number of columns has no 4-bit form"
+
+
+class IntegerReason(StrEnum):
+    """Why a node is not proved."""
+
+    FLOAT = "computed in float"
+    DYNAMIC_WEIGHT = "weight is computed at run time"
+    CONSTANT_LEFT = "the constant is on the left side"
+    OVERRIDABLE = "weight is a graph input that a caller may override"
+    WEIGHT_TYPE = "weight type is not an integer of up to 16 bits"
+    ACTIVATION_TYPE = "activation type is unknown or not an integer of up to 16 bits"
+    ZERO_POINT = "a zero point is missing or not constant"
+    SCALE = "a scale is not constant, or not one a tensor or channel"
+    BIAS = "the integer bias is not constant"
+    SHAPE = "shapes do not fit"
+    ATTRIBUTE = "an attribute is given by the function's caller"
+    FUNCTION = "depends on inputs of a function"
+    OPERATOR = "operator is not analysed"
+    TARGET = "not an integer dot product on this target"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
+
+    name: str
+    op: str
+    reason: StrEnum
+    detail: str = ""
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")

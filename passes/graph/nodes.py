@@ -1,0 +1,64 @@
+"""Reading nodes: inputs, attributes and constants, or the reason one cannot be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.report.reasons import IntegerReason
+
+Array = npt.NDArray[Any]
+
+
+class NoView(Exception):
+    """No view: raised with the reason where it is found, caught in `view`."""
+
+    def __init__(self, reason: IntegerReason, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """Input ``index`` of a node; None if it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def attribute_of(node: ir.Node, name: str, default: Any) -> Any:
+    """The value of an attribute, or ``default``."""
+    attribute = node.attributes.get(name)
+    if attribute is None:
+        return default
+    if attribute.is_ref():
+        raise NoView(IntegerReason.ATTRIBUTE, name)
+    return attribute.value
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array of an initializer or Constant, also behind Identity, Transpose and Reshape; None for anything else."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is None:
+        if value.is_initializer() and value.is_graph_input():
+            raise NoView(IntegerReason.OVERRIDABLE, str(value.name))
+        return None if value.const_value is None or not value.is_initializer() else value.const_value.numpy()
+    if node.domain != "":
+        return None
+    if node.op_type == "Constant":
+        if any(a.is_ref() for a in node.attributes.values()):
+            return None
+        tensor = ir.convenience.get_const_tensor(value)
+        return None if tensor is None else tensor.numpy()
+    if node.op_type not in ("Identity", "Transpose", "Reshape"):
+        return None
+    inner = constant(node.inputs[0])
+    if inner is None or node.op_type == "Identity":
+        return inner
+    if node.op_type == "Transpose":
+        return inner.transpose(attribute_of(node, "perm", None))
+    shape = constant(operand(node, 1))
+    if shape is None or attribute_of(node, "allowzero", 0):
+        return None
+    return inner.reshape([inner.shape[i] if d == 0 else int(d) for i, d in enumerate(shape)])
