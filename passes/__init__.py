@@ -1,10 +1,11 @@
 """Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
 
-from magr_onnx.passes.base import Job, LayerPass, attach
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit.qdq import EmitQDQ
+from magr_onnx.passes.job import Job, attach
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -15,7 +16,8 @@ from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, run_layers, spec_of, text_of
+from magr_onnx.passes.layerwise import run_layers
+from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, spec_of, text_of
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,16 +15,14 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
-from magr_onnx.core.types import LayerStats, WeightSpec
+from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
-from magr_onnx.passes.base import META, Job, LayerPass, attach
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import CUDA_LARGEST_BLOCK, EmitMatMulNBits
 from magr_onnx.passes.emit.qdq import EmitQDQ
-from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
-from magr_onnx.passes.layer_passes.checkpoint import Store
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layer_passes.embeddings import Embeddings
 from magr_onnx.passes.layer_passes.error_feedback import ErrorFeedback
@@ -32,7 +30,6 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
-from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
 from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
@@ -242,47 +239,6 @@ def _activation_problems(passes: Sequence[LayerPass]) -> list[str]:
                 "accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8): floats have no accumulator to overflow"
             )
     return found
-
-
-def run_layers(
-    passes: Sequence[LayerPass],
-    layers: Iterable[LinearLayer],
-    stats: Callable[[LinearLayer], LayerStats | None],
-    finished: Callable[[Job], None],
-    begin: Callable[[Job], None] | None = None,
-    assigned: Mapping[str, Sequence[LayerPass]] | None = None,
-    store: Store | None = None,
-) -> None:
-    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
-
-    ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
-    layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
-    Layers that share a weight and are here at once are solved together.
-    """
-    layers = list(layers)
-    bonds = shared_weights.bonds(layers, stats)
-    for layer in layers:
-        job = attach(layer, stats(layer))
-        if begin is not None:
-            begin(job)
-        bond = bonds.get(layer.weight_key)
-        if bond is not None:
-            job.stored, job.alone = bond.stored, False
-        todo = resolve((assigned or {}).get(layer.name, passes))
-        solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
-        if store is None or not store.restore(job, todo):
-            for p in todo[:solving]:
-                if bond is not None and p.solves:
-                    bond.apply(p, job)
-                else:
-                    p.apply(job)
-            if store is not None:
-                store.keep(job, todo)
-        for p in todo[solving:]:
-            p.apply(job)
-        job.write_back()
-        finished(job)
-        layer.node.meta.pop(META, None)
 
 
 def prepare(passes: Sequence[LayerPass], model: ir.Model) -> bool:

@@ -128,7 +128,7 @@ def _check(path: Path, manifest: Mapping[str, str]) -> None:
 
 
 class JobDirectory:
-    """Outcomes of layers on disk: a store for `magr_onnx.passes.pipeline.run_layers`."""
+    """Outcomes of layers on disk: a store for `magr_onnx.passes.layerwise.run_layers`."""
 
     def __init__(self, path: Path) -> None:
         self._layers = path / LAYERS

@@ -21,10 +21,10 @@ from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.core.types import Array, QuantizedWeight, joined
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
-from magr_onnx.passes.base import BiasPolicy
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layers.conv import ConvLayer, find
 from magr_onnx.passes.layers.shared import by_weight

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight
 from magr_onnx.model_io.files import initializer_bytes
-from magr_onnx.passes.base import Job, LayerPass, Stored
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import Job, Stored
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find

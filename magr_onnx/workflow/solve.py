@@ -19,6 +19,7 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.shared import readers
+from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
 from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, subgraphs
 from magr_onnx.runtime.data.sources import Batches
@@ -179,7 +180,7 @@ def solve(
                 if not done.rows and (steps := setting.stage("quantizing")) is not None:
                     steps(0, len(layers))  # the stage begins before its first layer is finished
                 stats, begin = result.stats, beginning(result, source, grids, hessian, data)
-                pipeline.run_layers(passes, group, partial(_known, stats), finished, begin, assigned, run.store)
+                run_layers(passes, group, partial(_known, stats), finished, begin, assigned, run.store)
                 stats.clear()  # the next ones are made while this loop still holds these
                 result.goals.clear()
                 run.lap("quantize")

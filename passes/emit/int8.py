@@ -25,8 +25,9 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.accumulator import extremes
 from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import LinearLayer
 
 _META = "magr_onnx.input"

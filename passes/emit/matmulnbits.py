@@ -17,7 +17,8 @@ import onnx_ir as ir
 from magr_onnx.core.overflow.accumulator import data_type_bits
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import FLOATS
 
 DOMAIN = "com.microsoft"

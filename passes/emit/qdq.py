@@ -24,9 +24,10 @@ import onnx_ir as ir
 
 from magr_onnx.core.packing import container_bits, pack_qdq
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.emit.matmulnbits import block_problems
 from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import FLOATS
 
 

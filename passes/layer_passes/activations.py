@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 from magr_onnx.core.activation_ranges import METHODS, Method
 from magr_onnx.core.types import ActivationGrid, WeightSpec
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import Job
 
 ActivationType = Literal["uint8", "int8", "dynamic"]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from magr_onnx.core.bias_compensation import compensate
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)

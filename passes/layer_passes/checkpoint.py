@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import Job
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, OptionError, raise_all
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.conv import BITS, FORMS, ConvLayer, Form, find
 from magr_onnx.passes.layers.shared import by_weight

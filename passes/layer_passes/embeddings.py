@@ -14,8 +14,9 @@ import onnx_ir as ir
 from magr_onnx.core.grid import search
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.emit.embedding import emit
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import Skip, TableReason

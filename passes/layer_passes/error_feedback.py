@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from magr_onnx.core import error_feedback
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from magr_onnx.core import low_rank
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import BiasPolicy, Job
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.quantize import relative_error

@@ -13,7 +13,8 @@ from magr_onnx.core.histograms import places, sketch, thinned
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.quantizers.interface import damped_gram
 from magr_onnx.core.types import Array, WeightSpec
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import Job
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from magr_onnx.core.overflow.targets import find_target
 from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
 from magr_onnx.core.types import BITS, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import BiasPolicy, Job
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layer_passes.magr import facts_of
 

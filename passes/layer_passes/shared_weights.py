@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes.base import BiasPolicy, Job, LayerPass, Stored, absorbs
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.job import BiasPolicy, Job, Stored, absorbs
 from magr_onnx.passes.layer_passes.quantize import relative_error
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
 from magr_onnx.passes.layers.shared import Key, by_weight, readers

@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
-from magr_onnx.passes.base import META, BiasPolicy, Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.graph import subgraphs
+from magr_onnx.passes.job import META, BiasPolicy, Job
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
 from magr_onnx.passes.layers.shared import sharing
 

@@ -41,8 +41,8 @@ import onnx_ir as ir
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
-from magr_onnx.passes.base import absorbs
 from magr_onnx.passes.graph.constants import drop_if_unused
+from magr_onnx.passes.job import absorbs
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, view
 from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
 

@@ -12,8 +12,8 @@ from magr_onnx.core.activation_ranges import Histogram, Method, candidates
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes import CompensateBias, EmitQDQInt8, LayerPass, QuantizeActivations
-from magr_onnx.passes.base import BiasPolicy, absorbs
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
+from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.moments import Progress, check_rows, make_taps, not_finite, readers_of

@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Activation, Array, Goal, LayerStats, gram_type
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
-from magr_onnx.passes.base import attach
 from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
+from magr_onnx.passes.job import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.runtime.calibration.subgraphs import tapped

@@ -25,13 +25,14 @@ import onnx_ir as ir
 
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
-from magr_onnx.passes import pipeline
-from magr_onnx.passes.base import Job, LayerPass
+from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.instrument.weight_inputs import overridable
+from magr_onnx.passes.job import Job
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
+from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference
@@ -261,6 +262,6 @@ def _emitted(
     def begin(job: Job) -> None:
         job.output_grid = inputs.products.get(str(job.layer.node.outputs[0].name))
 
-    pipeline.run_layers(passes, [layer], lambda _: stats, lambda _: None, begin)
+    run_layers(passes, [layer], lambda _: stats, lambda _: None, begin)
     with Session(copy, provider) as session:
         return reference.loss(session.run)

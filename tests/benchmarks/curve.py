@@ -29,7 +29,7 @@ from magr_onnx.core.quantizers import QUANTIZERS, gptq
 from magr_onnx.core.quantizers import Options as SolverOptions
 from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.model_io import files, writing
-from magr_onnx.passes import pipeline
+from magr_onnx.passes import pipeline, run_layers
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, moments
 from magr_onnx.runtime.data.sources import open_data
@@ -74,7 +74,7 @@ class Calibrated:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""
         passes = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
         work = self.model.clone()
-        pipeline.run_layers(passes, find(work)[0], lambda layer: self.stats[moments.input_name(layer)], lambda job: None)
+        run_layers(passes, find(work)[0], lambda layer: self.stats[moments.input_name(layer)], lambda job: None)
         writing.save(work, output)
 
 

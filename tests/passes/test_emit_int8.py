@@ -30,8 +30,8 @@ from magr_onnx.passes import (
     parse,
     run_layers,
 )
-from magr_onnx.passes.base import attach
 from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.job import attach
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session

@@ -20,7 +20,7 @@ from magr_onnx.passes import find, parse
 from magr_onnx.passes.emit.readback import digest, read_weights
 from magr_onnx.runtime.measure.validate import next_token_loss
 from magr_onnx.runtime.ort.session import Arithmetic, Session
-from magr_onnx.workflow import optimize, verify_output
+from magr_onnx.workflow import solve, verify_output
 from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import few_samples
@@ -92,7 +92,7 @@ def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> Non
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.onnx"
     chosen: dict[str, str] = {}
-    run_layers = optimize.pipeline.run_layers
+    run_layers = solve.run_layers
 
     def spy(passes: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(job: Any) -> None:
@@ -101,7 +101,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
         run_layers(passes, layers, stats, keep, *rest)
 
-    monkeypatch.setattr(optimize.pipeline, "run_layers", spy)
+    monkeypatch.setattr(solve, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)
     found = {name: digest(weight) for name, weight in read_weights(ir.load(out)).items()}
     assert found == chosen

@@ -1,0 +1,54 @@
+"""Layers on their way through a pipeline, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from magr_onnx.core.types import LayerStats
+from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.job import META, Job, attach
+from magr_onnx.passes.layer_passes import shared_weights
+from magr_onnx.passes.layer_passes.checkpoint import Store
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.pipeline import EMITTERS, resolve
+
+
+def run_layers(
+    passes: Sequence[LayerPass],
+    layers: Iterable[LinearLayer],
+    stats: Callable[[LinearLayer], LayerStats | None],
+    finished: Callable[[Job], None],
+    begin: Callable[[Job], None] | None = None,
+    assigned: Mapping[str, Sequence[LayerPass]] | None = None,
+    store: Store | None = None,
+) -> None:
+    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
+
+    ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
+    layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
+    Layers that share a weight and are here at once are solved together.
+    """
+    layers = list(layers)
+    bonds = shared_weights.bonds(layers, stats)
+    for layer in layers:
+        job = attach(layer, stats(layer))
+        if begin is not None:
+            begin(job)
+        bond = bonds.get(layer.weight_key)
+        if bond is not None:
+            job.stored, job.alone = bond.stored, False
+        todo = resolve((assigned or {}).get(layer.name, passes))
+        solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
+        if store is None or not store.restore(job, todo):
+            for p in todo[:solving]:
+                if bond is not None and p.solves:
+                    bond.apply(p, job)
+                else:
+                    p.apply(job)
+            if store is not None:
+                store.keep(job, todo)
+        for p in todo[solving:]:
+            p.apply(job)
+        job.write_back()
+        finished(job)
+        layer.node.meta.pop(META, None)
