@@ -43,6 +43,25 @@ def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
     return [{"input_ids": ids[at : at + 16]} for at in (0, 16)]
 
 
+def next_token_nats(logits: Array, ids: Array, real: Array | None = None) -> list[float]:
+    """Next-token cross-entropies (nats) by the definition, one prediction after the other.
+
+    Args:
+        logits: ``(B, T, V)``; those at one position are for the token at the next.
+        ids: Tokens ``(B, T)``.
+        real: What is no padding ``(B, T)``: nothing is predicted from padding, and padding is not to be predicted. All, without it.
+    """
+    nats = []
+    for b in range(ids.shape[0]):
+        for t in range(ids.shape[1] - 1):
+            if real is None or (real[b, t] and real[b, t + 1]):
+                scores = logits[b, t].astype(np.float64)
+                top = scores.max()
+                probability = np.exp(scores[ids[b, t + 1]] - top) / np.exp(scores - top).sum()
+                nats.append(-float(np.log(probability)))
+    return nats
+
+
 def random_quantized(k: int, n: int, spec: WeightSpec, seed: int = 0) -> QuantizedWeight:
     """Uniform codes on a random grid."""
     rng = np.random.default_rng(seed)

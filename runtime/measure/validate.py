@@ -59,7 +59,7 @@ class _Sums:
         if keep is not None:
             a, b = a[keep], b[keep]
         if logits:
-            self._add_logits(y, y_hat, a, b, batch.get("input_ids"))
+            self._add_logits(y, y_hat, a, b, batch, keep)
         a, b = without_same(a, b)
         self.nonfinite = (self.nonfinite[0] + int((~np.isfinite(a)).sum()), self.nonfinite[1] + int((~np.isfinite(b)).sum()))
         self.signal += float((a * a).sum())
@@ -70,15 +70,17 @@ class _Sums:
         self.rows += len(a)
         self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
 
-    def _add_logits(self, y: Array, y_hat: Array, a: Array, b: Array, ids: npt.NDArray[Any] | None) -> None:
+    def _add_logits(self, y: Array, y_hat: Array, a: Array, b: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None) -> None:
         self.logits = True
         self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
         la, lb = log_softmax(a), log_softmax(b)
         p = np.exp(la)
         self.kl += float(np.where(p == 0, 0, p * (la - lb)).sum())
+        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
-            before, tokens = next_token_loss(y, ids)
-            self.float_loss, self.loss = self.float_loss + before, self.loss + next_token_loss(y_hat, ids)[0]
+            counted = None if keep is None else keep.reshape(ids.shape)
+            before, tokens = next_token_loss(y, ids, counted)
+            self.float_loss, self.loss = self.float_loss + before, self.loss + next_token_loss(y_hat, ids, counted)[0]
             self.tokens += tokens
 
     @np.errstate(divide="ignore")
@@ -113,10 +115,20 @@ def log_softmax(x: Array) -> Array:
     return result
 
 
-def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
-    """Summed next-token cross-entropy (nats) of ``logits (B, T, V)`` for ``ids (B, T)``, and the tokens counted."""
-    log_p = log_softmax(logits[:, :-1].astype(np.float64))
-    picked = np.take_along_axis(log_p, ids[:, 1:, None].astype(np.int64), axis=-1)
+def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.NDArray[np.bool_] | None = None) -> tuple[float, int]:
+    """Sum the next-token cross-entropy of a batch.
+
+    Args:
+        logits: ``(B, T, V)``; those at position ``t`` predict the token at ``t + 1``.
+        ids: Tokens ``(B, T)``.
+        keep: Which tokens are real ``(B, T)``; a prediction counts if both its position and the token it predicts are. All, without it.
+
+    Returns:
+        The sum (nats), and how many predictions it is of.
+    """
+    counted = np.ones(ids[:, 1:].shape, np.bool_) if keep is None else keep[:, :-1] & keep[:, 1:]
+    log_p = log_softmax(logits[:, :-1][counted].astype(np.float64))
+    picked = np.take_along_axis(log_p, ids[:, 1:][counted][:, None].astype(np.int64), axis=-1)
     return -float(picked.sum()), picked.size
 
 

@@ -16,6 +16,7 @@ from magr_onnx.runtime.measure.validate import FEWEST, log_softmax, next_token_l
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
+from tests.helpers import next_token_nats
 
 
 def scaled(factor: float) -> ir.Model:
@@ -52,9 +53,9 @@ def test_metrics_of_a_known_difference() -> None:
     p, q = log_softmax(logits), log_softmax(1.25 * logits)
     assert m.kl == pytest.approx(float((np.exp(p) * (p - q)).sum(axis=1).mean()), rel=1e-4)
     assert m.cross_entropy is not None
-    total, tokens = (sum(v) for v in zip(*(next_token_loss(y, b["input_ids"]) for y, b in _logits(one, data)), strict=True))
-    assert tokens == 6 * 4 + 3 * 8
-    assert m.cross_entropy[0] == pytest.approx(total / tokens, rel=1e-6)
+    nats = [v for y, b in _logits(one, data) for v in next_token_nats(y, b["input_ids"])]
+    assert len(nats) == 6 * 4 + 3 * 8
+    assert m.cross_entropy[0] == pytest.approx(np.mean(nats), rel=1e-6)
     assert by_name["plain"].top1 is by_name["plain"].kl is None
     assert (result.layers, result.batches) == ((), 2)
 
@@ -80,6 +81,74 @@ def test_a_single_output_that_is_not_called_logits_is_said_to_be_none() -> None:
 def test_next_token_loss_of_uniform_logits_is_log_vocabulary() -> None:
     loss, tokens = next_token_loss(np.zeros((2, 5, N)), ids(2, 5)["input_ids"])
     assert (loss / tokens, tokens) == (pytest.approx(np.log(N)), 8)
+
+
+REAL = {
+    "padded behind": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]],
+    "padded before": [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]],
+    "with holes": [[1, 1, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0], [0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]],
+    "without padding": [[1] * 6] * 4,
+}
+KINDS = {
+    "decoder": ("input_ids", "attention_mask", 0),
+    "decoder with a past": ("input_ids", "attention_mask", 3),
+    "encoder-decoder": ("decoder_input_ids", "decoder_attention_mask", 0),
+}
+
+
+def language_model(factor: float, tokens: str, mask: str, past: int) -> tuple[ir.Model, np.ndarray]:
+    """Logits that depend on the token alone, and those of every token ``(N, N)``; the mask, a source and the past change nothing."""
+    table, weight = random(N, K, seed=4, scale=1), random(K, N) * np.float32(factor)
+    b = Builder()
+    ids = b.input(tokens, ["batch", "time"], ir.DataType.INT64)
+    b.input(mask, ["batch", "total"], ir.DataType.INT64)
+    if tokens != "input_ids":
+        b.input("input_ids", ["batch", "time"], ir.DataType.INT64)
+    x = b.node("Gather", [b.constant("table", table), ids], "embed")
+    x.dtype = ir.DataType.FLOAT
+    out = b.node("MatMul", [x, b.constant("w", weight)], "head")
+    out.name, out.shape = "logits", ir.Shape(["batch", "time", N])
+    outputs = [out]
+    if past:
+        cache = b.input("past_key_values.0.key", ["batch", "before", 4])
+        present = b.node("Identity", [cache], "keep")
+        present.name, present.shape = "present.0.key", ir.Shape(["batch", "before", 4])
+        outputs.append(present)
+    return b.model_of(outputs), table.astype(np.float64) @ weight.astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", REAL)
+def test_perplexity_is_of_predictions_of_real_tokens_from_real_ones(padding: str, kind: str) -> None:
+    tokens, mask, past = KINDS[kind]
+    real = np.array(REAL[padding])
+    models = [language_model(factor, tokens, mask, past) for factor in (1.0, 1.5)]
+    drawn = np.random.default_rng(1).integers(0, N, real.shape)
+    figures = []
+    for pad in (0, 7, N - 1):
+        feed = {tokens: np.where(real, drawn, pad), mask: np.hstack([np.ones((4, past), np.int64), real])}
+        if kind == "encoder-decoder":
+            feed["input_ids"] = np.full_like(drawn, pad)
+        if past:
+            feed["past_key_values.0.key"] = np.zeros((4, past, 4), np.float32)
+        with Session(models[0][0]) as session:
+            data = open_data([feed], session.inputs)
+        result = validate(models[0][0], models[1][0], data, mask=mask, latency=False, layers=False)
+        (metrics,) = (m for m in result.arithmetics["default"] if m.output == "logits")
+        assert metrics.cross_entropy is not None
+        expected = [np.mean(next_token_nats(by_token[drawn], drawn, real)) for _, by_token in models]
+        assert metrics.cross_entropy == pytest.approx(expected, rel=1e-5)
+        figures.append(metrics)
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_tokens_that_are_all_alone_have_no_perplexity() -> None:
+    model, _ = language_model(1.0, *KINDS["decoder"])
+    feed = {"input_ids": ids(2, 4)["input_ids"], "attention_mask": np.array([[1, 0, 1, 0], [0, 0, 0, 1]])}
+    with Session(model) as session:
+        data = open_data([feed], session.inputs)
+    result = validate(model, model, data, mask="attention_mask", latency=False, layers=False)
+    assert result.arithmetics["default"][0].cross_entropy is None
 
 
 def test_a_model_against_itself_is_perfect() -> None:

@@ -18,12 +18,11 @@ from magr_onnx.cli import demonstration
 from magr_onnx.models import bundled
 from magr_onnx.passes import find, parse
 from magr_onnx.passes.emit.readback import digest, read_weights
-from magr_onnx.runtime.measure.validate import next_token_loss
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import solve, verify_output
 from tests import graphs
 from tests.graphs import feeds, proto
-from tests.helpers import few_samples
+from tests.helpers import few_samples, next_token_nats
 
 Batches = list[dict[str, np.ndarray]]
 
@@ -44,13 +43,12 @@ def held_out() -> np.ndarray:
 
 
 def loss(model: Any, ids: np.ndarray, arithmetic: Arithmetic = Arithmetic.DEFAULT) -> float:
-    total, tokens = 0.0, 0
+    nats: list[float] = []
     with Session(model, arithmetic=arithmetic) as session:
         for at in range(0, len(ids), 16):
             (logits,) = session.run({"input_ids": ids[at : at + 16]})
-            part, count = next_token_loss(logits, ids[at : at + 16])
-            total, tokens = total + part, tokens + count
-    return total / tokens
+            nats += next_token_nats(logits, ids[at : at + 16])
+    return float(np.mean(nats))
 
 
 @pytest.fixture(scope="module")
