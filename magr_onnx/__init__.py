@@ -1,13 +1,8 @@
 """onnx-magr: post-training quantization of ONNX models for low bits and small accumulators."""
 
-from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
-from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.options import Options, build_pipeline
-from magr_onnx.config.presets import PRESETS, Preset
-from magr_onnx.config.recipe import Recipe
-from magr_onnx.core.overflow.accumulator import Accumulator
-from magr_onnx.core.overflow.targets import TARGETS, Target
-from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from magr_onnx.errors import (
     CalibrationError,
     DependencyError,
@@ -23,9 +18,19 @@ from magr_onnx.errors import (
     ReportError,
     RuntimeFailure,
 )
-from magr_onnx.report.data import Report
-from magr_onnx.report.verification import Verification
-from magr_onnx.workflow.directory import OptimizedFolder, optimize_folder
+
+if TYPE_CHECKING:
+    from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
+    from magr_onnx.config.layer_options import LayerOptions
+    from magr_onnx.config.options import Options, build_pipeline
+    from magr_onnx.config.presets import PRESETS, Preset
+    from magr_onnx.config.recipe import Recipe
+    from magr_onnx.core.overflow.accumulator import Accumulator
+    from magr_onnx.core.overflow.targets import TARGETS, Target
+    from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
+    from magr_onnx.report.data import Report
+    from magr_onnx.report.verification import Verification
+    from magr_onnx.workflow.directory import OptimizedFolder, optimize_folder
 
 __version__ = "0.1.0"
 
@@ -66,3 +71,35 @@ __all__ = [
     "validate",
     "verify",
 ]
+
+_MODULES = {
+    "magr_onnx.api": ("Inspection", "Optimized", "inspect", "optimize", "validate", "verify"),
+    "magr_onnx.config.layer_options": ("LayerOptions",),
+    "magr_onnx.config.options": ("Options", "build_pipeline"),
+    "magr_onnx.config.presets": ("PRESETS", "Preset"),
+    "magr_onnx.config.recipe": ("Recipe",),
+    "magr_onnx.core.overflow.accumulator": ("Accumulator",),
+    "magr_onnx.core.overflow.targets": ("TARGETS", "Target"),
+    "magr_onnx.core.types": ("LayerStats", "QuantizedWeight", "WeightSpec"),
+    "magr_onnx.report.data": ("Report",),
+    "magr_onnx.report.verification": ("Verification",),
+    "magr_onnx.workflow.directory": ("OptimizedFolder", "optimize_folder"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_PACKAGES = ("api", "cli", "config", "core", "errors", "model_io", "passes", "report", "runtime", "workflow")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a subpackage, when it is first used: ``onnx-magr --help`` and a type checker need none of them."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name in _PACKAGES:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

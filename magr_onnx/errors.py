@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 
 
@@ -88,5 +87,7 @@ def install(extra: str) -> str:
 
 def closest(name: str, names: Iterable[str]) -> str:
     """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
+    import difflib  # which takes longer to import than the rest of this module
+
     near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

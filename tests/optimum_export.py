@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from magr_onnx.cli.main import app
+from magr_onnx.cli.app import app
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "many", "small", "words", "make", "one", "sentence"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -20,10 +20,9 @@ from rich.text import Text
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.util.typing import ExtensionMetadata
-from typer.main import get_command
 
 import magr_onnx
-from magr_onnx.cli.main import app as command_line
+from magr_onnx.cli.app import commands
 from magr_onnx.errors import MagrError
 from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.pipeline import PASSES, options_of
@@ -89,8 +88,7 @@ def _shown(value: object) -> str:
 
 def _commands() -> Iterator[str]:
     """A section for every command: what it does, its arguments and options, its examples."""
-    group: Any = get_command(command_line)
-    for name, command in group.commands.items():
+    for name, command in commands().items():
         hints = typing.get_type_hints(inspect.unwrap(command.callback))
         shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name in hints]
         arguments = " ".join(_argument(p) for p in shown if p.param_type_name == "argument")

@@ -1,71 +1,21 @@
-"""The command line. Each command parses, calls the Python interface and prints; no work of its own.
+"""The program ``onnx-magr``: it runs `magr_onnx.cli.app` and turns errors into messages and exit codes.
 
 Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, no place to write to), 2 options that are wrong or do not go
 together, 70 a mistake of this program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed,
 ``verify`` 1 when an accumulator overflows.
+
+Little is imported before `main` runs, so that ``--help`` is quick and Ctrl-C is handled from the beginning.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperGroup
 
 import magr_onnx
-from magr_onnx.cli import console
-from magr_onnx.cli.commands import COMMANDS
-from magr_onnx.errors import MagrError, OptionError, closest
-
-_NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
-
-
-class _Commands(TyperGroup):
-    """Commands whose wrong values are told what they may have been meant to be, as those of recipes are."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            if (found := _NO_CHOICE.fullmatch(error.message)) is not None:
-                choices = found["choices"].replace("'", "").split(", ")
-                error.message = f"{found['given']!r}: choose one of {', '.join(choices)}{closest(found['given'], choices)}"
-            raise
-
-
-app = typer.Typer(
-    name="onnx-magr",
-    cls=_Commands,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
-
-
-def _version(value: bool) -> None:
-    if value:
-        console.say(f"onnx-magr {magr_onnx.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
-    """Quantize ONNX models to 2 to 8 bits with MagR, GPTQ and bias compensation.
-
-    Try [bold]onnx-magr demo[/bold] first: it needs no model and no data.
-    """
-
-
-for _name, _module in COMMANDS.items():
-    app.command(_name, epilog=_module.EPILOG)(getattr(_module, _name.replace("-", "_")))
+from magr_onnx.errors import MagrError, OptionError
 
 
 class _Interrupted(BaseException):
@@ -81,23 +31,33 @@ def main() -> None:
 
     What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
     """
-    console.await_output(None)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        signal.signal(signal.SIGINT, _interrupt)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        _run()
+    except _Interrupted:
+        console = sys.modules.get("magr_onnx.cli.console")  # nothing is imported now: what was interrupted may be an import
+        outcome = "no output was changed" if console is None else console.outcome() + console.remedy()
+        print(f"interrupted; {outcome}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    from magr_onnx.cli.app import app
+
     try:
         app()
-    except MagrError as error:
-        console.explain(error)
-        sys.exit(2 if isinstance(error, OptionError) else 1)
-    except _Interrupted:
-        console.errors.print(f"interrupted; {console.outcome()}{console.remedy()}", markup=False)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
+        from magr_onnx.cli import console
+
+        if isinstance(error, MagrError):
+            console.explain(error)
+            sys.exit(2 if isinstance(error, OptionError) else 1)
         console.apologize(error, magr_onnx.__version__)
         sys.exit(70)
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.cli import console, main
-from magr_onnx.cli.main import app
+from magr_onnx.cli import console
+from magr_onnx.cli.app import app
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
@@ -142,7 +142,7 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     told = run("optimize", "model.onnx", "-v", cwd=folder).stderr
     assert "Traceback" in told
     assert [file] == list(tmp_path.iterdir())
-    monkeypatch.setattr(main, "app", broken)
+    monkeypatch.setattr("magr_onnx.cli.app.app", broken)
     assert "ZeroDivisionError" in run("passes").stderr
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.cli.main import app
+from magr_onnx.cli.app import app
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs

@@ -135,7 +135,7 @@ class Hide:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hide())
 sys.argv = ["onnx-magr", "olive-config"]
-from magr_onnx.cli import main
+from magr_onnx.cli.main import main
 main()
 """
     command = [sys.executable, "-c", script]

@@ -11,17 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 import magr_onnx
-from magr_onnx.cli.main import app
+from magr_onnx.cli.app import commands
 from magr_onnx.passes.pipeline import PASSES, options_of
 from tests.docs_blocks import Block, blocks, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-GROUP = get_command(app)
+COMMANDS = commands()
 
 
 def _blocks() -> list[tuple[str, Block]]:
@@ -55,19 +54,19 @@ def test_commands_that_are_not_run_or_only_shown_parse() -> None:
     assert len(lines) >= 10
     for name, line in lines:
         command, *arguments = shlex.split(re.split(r"&& | \| | > |;|  #", line)[0])[1:]
-        assert command in GROUP.commands, f"{name}: {line}"  # type: ignore[attr-defined]
-        GROUP.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+        assert command in COMMANDS, f"{name}: {line}"
+        COMMANDS[command].make_context(command, arguments)
 
 
 def test_options_in_the_readme_parse() -> None:
-    command = GROUP.commands["optimize"]  # type: ignore[attr-defined]
+    command = COMMANDS["optimize"]
     for text in re.findall(r"`(--[^`]+)`", (ROOT / "README.md").read_text()):
         if text != "--calibration":
             command.make_context("optimize", ["model.onnx", *shlex.split(text)])
 
 
 def test_options_named_on_user_pages_exist() -> None:
-    known = {o for c in GROUP.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}  # type: ignore[attr-defined]
+    known = {o for c in COMMANDS.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
     known |= {"--help", "--version"}
     for page in PAGES:
         if page.parent.name in ("methods", "guides") or page.name in ("quickstart.md", "choose.md"):
@@ -106,11 +105,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         assert not fetched.search(page.read_text()), f"{page.name} fetches something from the network"
     _holds(tmp_path / "site" / "reference" / "passes.html", PASSES, [o for kind in PASSES.values() for o in options_of(kind)])
-    commands = GROUP.commands  # type: ignore[attr-defined]
-    options = [o for c in commands.values() for p in c.params if p.param_type_name == "option" and p.name != "help" for o in p.opts]
+    options = [o for c in COMMANDS.values() for p in c.params if p.param_type_name == "option" and p.name != "help" for o in p.opts]
     python = (tmp_path / "site" / "reference" / "python.html").read_text()
     assert [name for name in magr_onnx.__all__ if f'id="magr_onnx.{name}"' not in python] == []
-    _holds(tmp_path / "site" / "reference" / "command-line.html", [f"onnx-magr {name}" for name in commands], options)
+    _holds(tmp_path / "site" / "reference" / "command-line.html", [f"onnx-magr {name}" for name in COMMANDS], options)
 
 
 def _holds(page: Path, headings: Iterable[str], names: Iterable[str]) -> None:

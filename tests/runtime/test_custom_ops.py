@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.cli.main import app
+from magr_onnx.cli.app import app
 from magr_onnx.errors import OptionError, RuntimeFailure
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.ort import custom_ops

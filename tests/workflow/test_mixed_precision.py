@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import magr_onnx
-from magr_onnx.cli.main import app
+from magr_onnx.cli.app import app
 from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError

@@ -1,0 +1,89 @@
+"""The commands of ``onnx-magr`` as one application. A command's module is imported when it runs; a list of commands needs none."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+import magr_onnx
+from magr_onnx.cli.commands import COMMANDS
+from magr_onnx.errors import closest
+
+_NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
+
+
+class _Deferred(TyperCommand):
+    """A command by its name and summary; `make_context` imports its module."""
+
+    @cached_property
+    def command(self) -> TyperCommand:
+        """The command itself: a function of its module, of the same name with _ for -."""
+        function = str(self.name).replace("-", "_")
+        module = import_module(f"magr_onnx.cli.commands.{function}")
+        single = typer.Typer(add_completion=False)
+        single.command(self.name, epilog=module.EPILOG)(getattr(module, function))
+        command = get_command(single)
+        assert isinstance(command, TyperCommand)
+        return command
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return self.command.make_context(info_name, args, parent, **extra)
+
+
+class _Commands(TyperGroup):
+    """All commands. Wrong values are told what they may have been meant to be, as those of recipes are."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, summary in COMMANDS.items():
+            self.add_command(_Deferred(name, help=summary))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if (found := _NO_CHOICE.fullmatch(error.message)) is not None:
+                choices = found["choices"].replace("'", "").split(", ")
+                error.message = f"{found['given']!r}: choose one of {', '.join(choices)}{closest(found['given'], choices)}"
+            raise
+
+
+app = typer.Typer(
+    name="onnx-magr",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def commands() -> dict[str, TyperCommand]:
+    """Every command with its options, by name, in the order of the help."""
+    group: Any = get_command(app)
+    return {name: deferred.command for name, deferred in group.commands.items()}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"onnx-magr {magr_onnx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Quantize ONNX models to 2 to 8 bits with MagR, GPTQ and bias compensation.
+
+    Try [bold]onnx-magr demo[/bold] first: it needs no model and no data.
+    """
+    from magr_onnx.cli import console
+
+    console.await_output(None)
