@@ -1,4 +1,4 @@
-"""Terminal output: progress on long work when a person is watching, nothing of the kind in a pipe."""
+"""Terminal output: results on standard output; progress on standard error, as bars on a terminal and as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -41,29 +41,26 @@ def be_verbose(value: bool) -> bool:
 
 
 @contextmanager
-def watch(quiet: bool = False, lines: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
-    """Callbacks for the steps and the layers of a run.
+def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
+    """Callbacks for the steps and the layers of a run, which write to standard error.
 
-    They draw bars on standard error, with time left, if that is a terminal. Lines about every stage and layer are for those who want
-    them, and with ``lines`` for all who see no bars. In a pipe there is nothing else.
+    On a terminal they draw bars, with time left. Elsewhere (a pipe, a log file) they print a line as a stage begins and ends, and one every
+    `progress.LINE_EVERY` seconds of a stage. ``--verbose`` adds a line for each layer; both are None where nothing is to be printed.
     """
     if quiet:
         yield None, None
         return
-    with progress.bars(errors) as drawn:
-        say = partial((errors if drawn is None else drawn.console).print, markup=False)
-        told = _verbose or (lines and drawn is None)
-        if drawn is None and not told:
-            yield None, None
-            return
-        watch = progress.Watch(drawn, say if told else None)
-        yield watch.step, watch.layer
+    with progress.bars(errors) as bars:
+        lines = _verbose or bars is None
+        say = partial((errors if bars is None else bars.console).print, markup=False)
+        reporter = progress.Watch(bars, say if lines else None, progress.LINE_EVERY)
+        yield reporter.step, reporter.layer if bars is not None or _verbose else None
 
 
 @contextmanager
-def progress_bar(enabled: bool = True, lines: bool = False) -> Iterator[Steps | None]:
+def progress_bar(enabled: bool = True) -> Iterator[Steps | None]:
     """The steps of `watch` alone."""
-    with watch(not enabled, lines) as (step, _):
+    with watch(not enabled) as (step, _):
         yield step
 
 

@@ -32,23 +32,25 @@ _OTHERS = {*_KINDS, ".txt", ".json", ".toml", ".html", ".csv", ".bin", ".zip", "
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A model and where it came from."""
+    """A model and where it came from.
+
+    Attributes:
+        model: The model; a copy where the caller holds it in memory.
+        path: Its file, if it has one.
+        external: The files its tensors are read from.
+        bytes: Size on disk as it was loaded, external data included; of a model in memory the size it would have there.
+        notes: What the result will not have, for the report.
+    """
 
     model: ir.Model
     path: Path | None
     external: frozenset[Path]
+    bytes: int
     notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return "the given model" if self.path is None else str(self.path)
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk, external data included; for a model in memory the size it would have there."""
-        if self.path is None:
-            return model_bytes(self.model)
-        return self.path.stat().st_size + sum(p.stat().st_size for p in self.external)
 
 
 def load(source: Any) -> Loaded:
@@ -67,7 +69,8 @@ def load(source: Any) -> Loaded:
         name = "the given ModelProto"
         validate_proto.check(source, name, None)
         _check(source, name)
-        return Loaded(_convert(source, name), None, frozenset(), _dropped(source))
+        converted = _convert(source, name)
+        return Loaded(converted, None, frozenset(), model_bytes(converted), _dropped(source))
     inner = getattr(source, "model", None)
     model = source if isinstance(source, ir.Model) else inner if isinstance(inner, ir.Model) else None
     if model is None and hasattr(source, "state_dict") and hasattr(source, "forward"):
@@ -77,7 +80,7 @@ def load(source: Any) -> Loaded:
             f"cannot read a model from {type(source).__name__}; give a path, an onnx.ModelProto, an onnx_ir.Model or a "
             "torch.onnx.ONNXProgram"
         )
-    return Loaded(model.clone(), None, _data_of(model))
+    return Loaded(model.clone(), None, _data_of(model), model_bytes(model))
 
 
 def _data_of(model: ir.Model) -> frozenset[Path]:
@@ -123,7 +126,7 @@ def _load_path(path: Path) -> Loaded:
     model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
     _load_attributes(model, path.parent)
-    return Loaded(model, path, external, _dropped(proto))
+    return Loaded(model, path, external, size + sum(p.stat().st_size for p in external), _dropped(proto))
 
 
 def _none(path: Path) -> str:
@@ -177,20 +180,24 @@ def initializer_bytes(model: ir.Model) -> int:
 
 
 def model_bytes(model: ir.Model) -> int:
-    """Bytes of the file a model in memory would make, tensors included; no tensor is copied or read."""
-    copy, total = model.clone(), 0
-    for graph in copy.graphs():
-        for value in graph.initializers.values():
-            if (tensor := value.const_value) is not None:
-                total += tensor.nbytes
-                value.const_value = ir.ExternalTensor(
-                    "", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name)
-                )
-    proto = ir.to_proto(copy)
+    """Bytes of the file a model in memory would make, tensors included; no tensor is copied or read.
+
+    While the rest is serialized, initializers stand for data in another file.
+    """
+    tensors = [(value, value.const_value) for graph in model.graphs() for value in graph.initializers.values()]
+    try:
+        for value, tensor in tensors:
+            if tensor is not None:
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor("", 0, tensor.nbytes, tensor.dtype, shape=shape, name=str(value.name))
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in tensors:
+            value.const_value = tensor
     for stored in proto.graph.initializer:  # here the tensor would lie in it
         stored.ClearField("external_data")
         stored.ClearField("data_location")
-    return total + int(proto.ByteSize())
+    return sum(tensor.nbytes for _, tensor in tensors if tensor is not None) + int(proto.ByteSize())
 
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:

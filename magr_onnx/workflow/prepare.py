@@ -98,7 +98,8 @@ def prepare(
         OptionError: Options are for layers that there are not.
     """
     model = loaded.model
-    opset, given = model.opset_imports.get(""), model.clone()
+    reference = model.clone() if loaded.path is None else loaded.path
+    opset = model.opset_imports.get("")
     notes = [*loaded.notes, *open_up(model)]
     passes = non_linear.complete(passes, model, options)
     for some in (passes, *special):
@@ -110,7 +111,7 @@ def prepare(
     elsewhere = list(holders(model.graph.all_nodes()))
     others, unconverted = non_linear.look(model, passes, setting.include, setting.exclude)
     notes += layer_options.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
-    found = Prepared(loaded.name, loaded.bytes, loaded.path or given, model, raised, passes, layers, others, elsewhere, notes)
+    found = Prepared(loaded.name, loaded.bytes, reference, model, raised, passes, layers, others, elsewhere, notes)
     if not layers and not others:
         raise found.nothing([*skips, *elsewhere, *unconverted])
     return found

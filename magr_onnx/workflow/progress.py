@@ -1,9 +1,10 @@
-"""What a person sees of long work: bars on a terminal or in a notebook, and lines a stage where lines are wanted."""
+"""What a person sees of long work: bars on a terminal or in a notebook, and lines in a log file."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ R = TypeVar("R")
 
 NAME = 22
 """Characters of a layer's name below the bars."""
+LINE_EVERY = 120.0
+"""Seconds between lines about one long stage where no bars are drawn."""
 LOGGER = logging.getLogger("magr_onnx")
 """Gets two lines a stage at level INFO, from every function of the Python interface that takes long."""
 
@@ -62,30 +65,54 @@ def bars(console: Console) -> Iterator[Bars | None]:
 
 
 class Watch:
-    """The callbacks of a run, in bars, in lines, or in both."""
+    """The callbacks of a run, in bars, in lines, or in both.
 
-    def __init__(self, bars: Bars | None = None, say: Callable[[str], None] | None = None) -> None:
-        self._bars, self._say = bars, say
+    Args:
+        bars: Where to draw.
+        say: Called with a line as a stage begins and as it ends, and with one for each finished layer.
+        every: Seconds between more lines of one stage, with steps done, of how many, and the time left. None for no such lines.
+        clock: Seconds, from any origin.
+    """
+
+    def __init__(
+        self,
+        bars: Bars | None = None,
+        say: Callable[[str], None] | None = None,
+        every: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._bars, self._say, self._every, self._clock = bars, say, math.inf if every is None else every, clock
         self._tasks: dict[str, TaskID] = {}
         self._begun: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
         self._worst: LayerRow | None = None
 
     def step(self, stage: str, done: int, total: int) -> None:
         """Steps of a stage. One that is done begins again with the next step: that of another model."""
         begins = stage not in self._begun
-        begun = self._begun.setdefault(stage, time.perf_counter())
+        if begins:
+            self._begun[stage] = self._last_line[stage] = self._clock()
         if self._bars is not None:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total)
             elif begins:
                 self._bars.reset(self._tasks[stage])
             self._bars.update(self._tasks[stage], completed=done, total=total)
-        if self._say is not None and begins:
-            self._say(f"{stage}: {total} steps" if total > 1 else f"{stage} ...")
+        if self._say is not None:
+            self._say_step(self._say, stage, done, total, begins)
         if done == total:
-            if self._say is not None:
-                self._say(f"{stage}: done in {time.perf_counter() - begun:.1f} s{_memory()}")
             del self._begun[stage]
+
+    def _say_step(self, say: Callable[[str], None], stage: str, done: int, total: int, begins: bool) -> None:
+        now, unit = self._clock(), "layers" if stage == "quantizing" else "steps"
+        seconds = now - self._begun[stage]
+        if begins:
+            say(f"{stage}: {total} {unit}" if total > 1 else f"{stage} ...")
+        if done == total:
+            say(f"{stage}: done in {seconds:.1f} s{_memory()}")
+        elif done > 0 and now - self._last_line[stage] >= self._every:
+            self._last_line[stage] = now
+            say(f"{stage}: {done} of {total} {unit} in {duration(seconds)}, about {duration(seconds / done * (total - done))} left")
 
     def layer(self, row: LayerRow) -> None:
         """A finished layer."""
@@ -96,6 +123,14 @@ class Watch:
         if self._bars is not None and self._worst is not None:
             last, worst = (f"{r.error or 0:.2%} {shortened(r.label, NAME)}" for r in (row, self._worst))
             self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that matter: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def watched(function: Callable[P, R]) -> Callable[P, R]:

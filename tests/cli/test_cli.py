@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_optimize_then_validate(folder: Path) -> None:
         "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--validation", folder / "heldout.npz",
         "--report", report, "--effort", "fast",
     )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, "")  # no progress bar in a pipe
+    assert result.returncode == 0
+    assert all(re.match(r"(calibrating|quantizing|validating): ", line) for line in result.stderr.splitlines())  # no bar in a pipe
     assert "2 converted, 1 left as they are; 2 read back and verified" in result.stdout
     assert "right side is computed at run time: scores" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()[3:] if not line.startswith("validation")) <= 80
@@ -160,7 +162,7 @@ def test_effort_and_cache_reach_the_run(folder: Path) -> None:
         result = run(
             "optimize", folder / "model.onnx", "-o", out, "-c", folder / "calibration.npz", "--batch-size", "25", "--cache", cache, "--json"
         )
-        assert (result.returncode, result.stderr) == (0, "")
+        assert result.returncode == 0
         assert json.loads(result.stdout)["pipeline"] == "error-feedback,quantize{method=auto},compensate-bias{bias=any},emit-matmulnbits"
         made.append(out.read_bytes())
     assert made[0] == made[1]
@@ -246,7 +248,7 @@ magr_onnx.cli.main.main()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors == "interrupted; no output was changed; the same command goes on where it was\n"
+    assert errors.splitlines()[-1] == "interrupted; no output was changed; the same command goes on where it was"
     assert out.read_bytes() == b"precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx"]
 

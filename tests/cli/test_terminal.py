@@ -9,11 +9,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -98,9 +99,16 @@ def test_quiet_is_quiet_on_a_terminal_too(folder: Path) -> None:
     assert on_terminal(*CLI, *RUN, "--quiet", cwd=folder) == (0, "")
 
 
-def test_lines_in_a_pipe_for_those_who_want_them(folder: Path) -> None:
-    silent, told = run(*RUN, cwd=folder), run(*RUN, "--verbose", cwd=folder)
-    assert silent.stderr == ""
+def test_a_pipe_gets_a_line_as_a_stage_begins_and_ends(folder: Path) -> None:
+    lines = run(*RUN, "--validation", "data.npz", cwd=folder).stderr.splitlines()
+    stages = ["calibrating", "quantizing", "validating"]
+    assert [line.split(":")[0] for line in lines if ": done in " in line] == stages
+    assert [line for line in lines if ": done in " not in line] == ["calibrating: 13 steps", "quantizing: 2 layers", "validating: 13 steps"]
+    assert run(*RUN, "--quiet", cwd=folder).stderr == ""
+
+
+def test_verbose_adds_a_line_for_each_layer(folder: Path) -> None:
+    told = run(*RUN, "--verbose", cwd=folder)
     lines = told.stderr.splitlines()
     assert [line for line in lines if line.startswith(("up: 4 bits, block 32, error ", "down: 4 bits, block 32, error "))] == [
         line for line in lines if "error" in line
@@ -200,15 +208,77 @@ def test_an_explained_error_is_not_taken_for_markup() -> None:
     assert out.getvalue() == "error: [red]x[/red] [[layer]]\n"
 
 
+class Clock:
+    """Time that passes when a test says so."""
+
+    now = 1e6
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_stages_begin_again_with_the_next_model() -> None:
     lines: list[str] = []
-    watch = progress.Watch(say=lines.append)
-    for pause in (0.2, 0):
+    clock = Clock()
+    watch = progress.Watch(say=lines.append, clock=clock)
+    for pause in (2, 0):
         watch.step("calibrating", 0, 2)
-        time.sleep(pause)
+        clock.now += pause
         watch.step("calibrating", 2, 2)
-    assert [line.split(" in ")[0] for line in lines] == ["calibrating: 2 steps", "calibrating: done"] * 2
-    assert float(lines[3].split(" in ")[1].split()[0]) < 0.2
+    assert [line.split(",")[0] for line in lines] == [
+        "calibrating: 2 steps",
+        "calibrating: done in 2.0 s",
+        "calibrating: 2 steps",
+        "calibrating: done in 0.0 s",
+    ]
+
+
+def test_a_long_stage_says_every_few_minutes_how_far_it_is() -> None:
+    lines: list[str] = []
+    clock = Clock()
+    watch = progress.Watch(say=lines.append, every=120, clock=clock)
+    for done in range(11):
+        watch.step("quantizing", done, 10)
+        clock.now += 50
+    assert [line.split(",")[0] if "done" in line else line for line in lines] == [
+        "quantizing: 10 layers",
+        "quantizing: 3 of 10 layers in 2 min, about 6 min left",
+        "quantizing: 6 of 10 layers in 5 min, about 3 min left",
+        "quantizing: 9 of 10 layers in 8 min, about 50 s left",
+        "quantizing: done in 500.0 s",
+    ]
+
+
+@given(step=st.floats(0.1, 1000), total=st.integers(2, 200), every=st.floats(1, 1000))
+def test_lines_of_a_stage_are_no_closer_than_asked_for(step: float, total: int, every: float) -> None:
+    times: list[float] = []
+    clock = Clock()
+    watch = progress.Watch(say=lambda line: times.append(clock.now), every=every, clock=clock)
+    for done in range(total + 1):
+        watch.step("calibrating", done, total)
+        clock.now += step
+    begin, *between, end = times
+    assert end - begin == pytest.approx(step * total)
+    gaps = np.diff([begin, *between])
+    assert (gaps >= every - 1e-6).all()
+    assert (gaps < every + step + 1e-6).all()
+    assert len(between) <= step * total / every
+
+
+def test_stages_that_run_together_have_lines_of_their_own() -> None:
+    lines: list[str] = []
+    clock = Clock()
+    watch = progress.Watch(say=lines.append, every=60, clock=clock)
+    for done in range(4):
+        watch.step("calibrating", done, 4)
+        watch.step("quantizing", done, 4)
+        clock.now += 61
+    assert lines[2:4] == ["calibrating: 1 of 4 steps in 1 min, about 3 min left", "quantizing: 1 of 4 layers in 1 min, about 3 min left"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (90, "2 min"), (3599, "1 h 00 min"), (11100, "3 h 05 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
 
 
 def test_bars_begin_again_with_the_next_model() -> None:
