@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,9 @@ class Recipe:
             raise RecipeError(f"recipe {str(file)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if "version" not in data:
             data = {"version": None, **data}
-        raise_all(RecipeError, [f"{file}{_line(text, key, table)}: {said}" for key, table, said in _problems(data)])
+        if problems := _problems(data):
+            lines = _lines(text)
+            raise_all(RecipeError, [f"{file}{_line(lines, key, table)}: {problem}" for key, table, problem in problems])
         return _made(data, file.parent)
 
     @staticmethod
@@ -308,19 +309,38 @@ def _toml(value: Any) -> str:
     return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _line(text: str, key: str, table: int | None) -> str:
-    """``:NUMBER`` of the line that gives a key, of the top level or of a layer's table; empty where there is no such line."""
-    at = None
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\[?\s*([\w-]+)", line)
-        if header:
-            if header[1] == "layer":
-                at = 0 if at is None else at + 1
-            if (header[1] == key and table is None) or (key == "" and at == table and header[1] == "layer"):
-                return f":{number}"
-        elif at == table and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
-            return f":{number}"
-    return ""
+def _line(lines: Mapping[tuple[str | int, ...], int], key: str, table: int | None) -> str:
+    """``:NUMBER`` of the line where the key of the top level, or of a layer's table, begins; empty where there is none."""
+    place: tuple[str | int, ...] = (key,) if table is None else ("layer", table, key) if key else ("layer", table)
+    number = lines.get(place, lines.get(place[:1]))  # of a list of inline tables, where the list begins
+    return "" if number is None else f":{number}"
+
+
+def _lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line where each key and header of a TOML text begins: ``("bits",)``, ``("layer", 0)``, ``("layer", 0, "bits")``.
+
+    Lines are added to a statement until the parser takes it: texts and lists may go on over many.
+    """
+    lines: dict[tuple[str | int, ...], int] = {}
+    header: tuple[str | int, ...] = ()
+    tables, statement, start = 0, "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        start = start if statement else number
+        statement += f"{line}\n"
+        try:
+            data = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        if statement.lstrip().startswith("["):
+            ((name, value),) = data.items()
+            tables += name == "layer" and value == [{}]
+            header = ("layer", tables - 1, *(value if isinstance(value, dict) else ())) if name == "layer" and tables else (name,)
+            lines.setdefault(header, start)
+        else:
+            for key in data:
+                lines.setdefault((*header, key), start)
+        statement = ""
+    return lines
 
 
 def remarks(reports: Sequence[Report]) -> list[str]:

@@ -183,6 +183,33 @@ def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('exclude = """\nbits = 3\n"""\nversion = 1\nbits = "four"', "5: bits ="),
+        ("exclude = '''\n[[layer]]\nbits = 3\n'''\nversion = 1\nbits = 'four'", "6: bits ="),
+        ('version = 1\ninclude = [\n  "a", # bits = 3\n  "b",\n]\n\n# bits = 3\n"bits" = "four"', "8: bits ="),
+        ("version = 1\ninclude = [\n  'a',\n  3,\n]", "2: include ="),
+        ("version = 1\nbits.of.all = 3", "2: bits ="),
+        ("version = 1\nlayer = [{match = '*', bits = 3}, {bits = 'four'}]\nbits = 3", "2: bits ="),
+        ("version = 1\nlayer = [\n  {match = 'x', bits = 'four'},\n]", "2: bits ="),
+        ("version = 1\nx = {bits = 'four'}\nbits = 'four'", "3: bits ="),
+        (
+            "version = 1\n[[layer]]\nmatch = [\n'[[layer]]',\n]\nbits = 3\n[[ 'layer' ]]  # [[layer]]\nmatch = 'b'\nbits = 'four'",
+            "9: bits =",
+        ),
+        ("version = 1\n[[layer]]\nmatch = 'a'\nbits = 3\n[layer.alpha]\nbits = 'four'", "5: alpha ="),
+        ("version = 1\n[extra]\nbits = 3", "2: unknown key 'extra'"),
+        ("version = 1\r\nexclude = '''a\u2028\u0085b'''\r\nbits = 'four'", "3: bits ="),
+    ],
+)
+def test_lines_of_statements_are_the_parsers(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(RecipeError) as error:
+        Recipe.load(tmp_path / "r.toml")
+    assert f"r.toml:{place}" in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("bits = 4", "version is missing; begin with version = 1"),
