@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, OptionError, raise_all
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.job import Job, jobs
 
 
@@ -43,6 +44,7 @@ class LayerPass(ir.passes.InPlacePass):
         return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        Names.rescan(model.graph)
         found = list(jobs(model))
         spec = next((j.quantized.spec for j in found if j.quantized is not None), None)
         raise_all(OptionError, self.problems(spec))

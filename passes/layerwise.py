@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from magr_onnx.core.types import LayerStats
 from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.job import META, Job, attach
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layer_passes.checkpoint import Store
@@ -29,6 +30,8 @@ def run_layers(
     Layers that share a weight and are here at once are solved together.
     """
     layers = list(layers)
+    for graph in {layer.root for layer in layers}:
+        Names.rescan(graph)
     bonds = shared_weights.bonds(layers, stats)
     for layer in layers:
         job = attach(layer, stats(layer))

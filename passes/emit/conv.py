@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,7 @@ import onnx_ir as ir
 from magr_onnx.core.packing import pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.graph.constants import constant, drop_if_unused
+from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, to_matrices
 from magr_onnx.passes.layers.linear import FLOATS
@@ -44,12 +46,13 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         form: How codes become floats, see above.
         apart: Whether to see to it that onnxruntime does not compute them in integers.
     """
-    first, place = layers[0], layers[0].matrix(np.zeros((1, 1)), None)
+    first, root, names = layers[0], layers[0].root, Names.of(layers[0].root)
     weight, nodes = _dequantized(first, weights, form, apart)
-    if all(layer.node.graph is first.node.graph for layer in layers):
-        place.graph.insert_before(first.node, nodes)
+    graph = first.node.graph
+    if isinstance(graph, ir.Graph) and all(layer.node.graph is graph for layer in layers):
+        graph.insert_before(first.node, nodes)
     else:
-        place.root.insert_before(place.root[0], nodes)
+        root.insert_before(root[0], nodes)
     for layer, bias in zip(layers, biases, strict=True):
         node, old = layer.node, layer.node.inputs[1]
         node.replace_input_with(1, weight)
@@ -58,55 +61,57 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         if bias is not None:
             held = operand(node, 2)
             base = layer.weight_name if held is None else str(held.name)
-            value = layer.matrix(np.zeros((1, 1)), None).constant("_bias", bias.astype(FLOATS[layer.dtype]), base=base)
+            value = add_initializer(root, f"{base}_bias", bias.astype(FLOATS[layer.dtype]))
             node.resize_inputs(3)
             node.replace_input_with(2, value)
             if held is not None:
                 drop_if_unused(held)
-        node.name = f"{layer.name}_q{weights[0].spec.bits}"
+        node.name = names.node(f"{layer.name}_q{weights[0].spec.bits}")
 
 
 def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> tuple[ir.Value, list[ir.Node]]:
     """The weight as the layer reads it, and the nodes that make it of codes."""
     packed = [pack_qdq(w) for w in weights]
     symmetric = packed[0].zero_points is None
-    names = ("int4", "uint4") if packed[0].bits == 4 else ("int8", "uint8")
-    kind = np.dtype(getattr(ml_dtypes, names[not symmetric]) if packed[0].bits == 4 else names[not symmetric])
+    kinds = ("int4", "uint4") if packed[0].bits == 4 else ("int8", "uint8")
+    kind = np.dtype(getattr(ml_dtypes, kinds[not symmetric]) if packed[0].bits == 4 else kinds[not symmetric])
     matrices = np.stack([p.codes for p in packed])
     group, k, n = matrices.shape
     turned = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
     codes = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
-    base, suffix, place = layer.weight_name, f"_q{packed[0].bits}", layer.matrix(np.zeros((1, 1)), None)
+    base, names = f"{layer.weight_name}_q{packed[0].bits}", Names.of(layer.root)
+    constant_of = partial(add_initializer, layer.root)
     float_kind, zeros = FLOATS[layer.dtype], None
     scales = np.concatenate([p.scales for p in packed])
     if not symmetric:
         zeros = np.concatenate([p.zero_points for p in packed if p.zero_points is not None])
-    held = place.constant(suffix, codes.astype(kind), base=base)
+    held = constant_of(base, codes.astype(kind))
     name = str(held.name)
     if form == "dequantize":
-        inputs = [held, place.constant(f"{suffix}_scales", scales.astype(float_kind), base=base)]
+        inputs = [held, constant_of(f"{base}_scales", scales.astype(float_kind))]
         if zeros is not None:
-            inputs.append(place.constant(f"{suffix}_zero_points", zeros.astype(kind), base=base))
+            inputs.append(constant_of(f"{base}_zero_points", zeros.astype(kind)))
         nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     else:
         spread = (-1, *[1] * (codes.ndim - 1 - axis))
         nodes = [ir.node("Cast", [held], {"to": layer.dtype}, name=f"{name}_float")]
         if zeros is not None:
-            levels = place.constant(f"{suffix}_zero_points", zeros.astype(float_kind).reshape(spread), base=base)
+            levels = constant_of(f"{base}_zero_points", zeros.astype(float_kind).reshape(spread))
             nodes.append(ir.node("Sub", [nodes[-1].outputs[0], levels], name=f"{name}_centre"))
-        steps = place.constant(f"{suffix}_scales", scales.astype(float_kind).reshape(spread), base=base)
+        steps = constant_of(f"{base}_scales", scales.astype(float_kind).reshape(spread))
         nodes.append(ir.node("Mul", [nodes[-1].outputs[0], steps], name=f"{name}_scale"))
     turned &= n > 1 or k > math.prod(layer.kernel)
     if turned:
-        parted = place.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]), base=base)
+        parted = constant_of(f"{base}_parted", np.array([group, n, layer.channels // group, -1]))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
     if turned or (apart and form == "dequantize"):
-        shape = place.constant(f"{suffix}_shape", np.array(layer.shape), base=base)
+        shape = constant_of(f"{base}_shape", np.array(layer.shape))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
+        node.name = names.node(str(node.name))
+        node.outputs[0].name, node.outputs[0].dtype = names.value(f"{node.name}_out"), layer.dtype
     nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
     return nodes[-1].outputs[0], nodes
 

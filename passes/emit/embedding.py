@@ -11,45 +11,47 @@ from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import drop_if_unused
+from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
 from magr_onnx.passes.layers.embedding import BLOCK, Form, Table
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.linear import FLOATS
 
 
 def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[str]:
     """Write one table, as ``(width, rows)`` codes, into all Gathers that read it; the names of the nodes that gather codes."""
     first = tables[0]
     kind = FLOATS[first.dtype]
-    place = LinearLayer(first.name, first.node, first.held, first.held.stored, False, 1.0, None, None, 1.0, 1, 1, first.place)
-    base, bits = first.weight_name, weight.spec.bits
+    bits, root = weight.spec.bits, first.root
+    base = f"{first.weight_name}_q{bits}"
     if form == "dequantize":
         packed = pack_qdq(weight)
         scales = packed.scales.astype(kind)[:, None]
         constants = [
-            place.constant(f"_q{bits}", np.ascontiguousarray(packed.codes.T.astype(np.int8)), base=base),
-            place.constant(f"_q{bits}_scales", scales, base=base),
+            add_initializer(root, base, np.ascontiguousarray(packed.codes.T.astype(np.int8))),
+            add_initializer(root, f"{base}_scales", scales),
         ]
     else:
         constants = [
-            place.constant(f"_q{bits}", pack_bits(np.ascontiguousarray(weight.codes.T), bits), base=base),
-            place.constant(f"_q{bits}_scales", np.ascontiguousarray(weight.scales.T).astype(kind), base=base),
-            place.constant(f"_q{bits}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits), base=base),
+            add_initializer(root, base, pack_bits(np.ascontiguousarray(weight.codes.T), bits)),
+            add_initializer(root, f"{base}_scales", np.ascontiguousarray(weight.scales.T).astype(kind)),
+            add_initializer(root, f"{base}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits)),
         ]
-        place.root.opset_imports.setdefault(DOMAIN, 1)
+        root.opset_imports.setdefault(DOMAIN, 1)
     return [_replace(table, constants, bits, form) for table in tables]
 
 
 def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
-    node, name = table.node, f"{table.name}_q{bits}"
+    node, names = table.node, Names.of(table.root)
+    name = names.node(f"{table.name}_q{bits}")
     source, index = node.inputs
     assert source is not None
     if form == "dequantize":
         codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
-        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
-        cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=f"{name}_cast")
-        nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}_scaled")]
+        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=names.node(f"{name}_scales"))
+        cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=names.node(f"{name}_cast"))
+        nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=names.node(f"{name}_scaled"))]
         for inner in nodes[:-1]:
-            inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
+            inner.outputs[0].name = names.value(f"{table.output.name}_{str(inner.name).removeprefix(table.name)}")
     else:
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]

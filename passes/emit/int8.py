@@ -54,17 +54,17 @@ class _Nodes:
         self.zeros = job.quantized.zero_points[0].astype(np.int16) - job.quantized.spec.middle
 
     def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=name)
-        node.outputs[0].name, node.outputs[0].dtype = f"{name}_out", dtype
+        node = ir.node(op, inputs, attributes, name=self.layer.names.node(name))
+        node.outputs[0].name, node.outputs[0].dtype = self.layer.names.value(f"{node.name}_out"), dtype
         self.nodes.append(node)
         return node.outputs[0]
 
     def shared(self) -> list[ir.Value] | None:
         """What an earlier layer made of the same input."""
         for use in self.layer.x.uses():
-            found = use.node.meta.get(_META)
-            if found is not None and found[0] == self.kind and use.node.graph is self.layer.graph:
-                return list(found[1])
+            kind, values = use.node.meta.get(_META, (None, ()))
+            if kind == self.kind and all(v.graph is self.layer.graph for v in values):  # a clone has the notes of its original
+                return list(values)
         return None
 
     def share(self, values: list[ir.Value]) -> list[ir.Value]:
@@ -262,11 +262,11 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
             real = n.add("Clip", [real, *limits], f"{name}_clip")
             real.shape = n.layer.x.shape
-        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_quantize")
+        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=n.layer.names.node(f"{name}_quantize"))
         for output, part, kind in zip(
             node.outputs, ("codes", "scale", "zero_point"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True
         ):
-            output.name, output.dtype = f"{name}_{part}", kind
+            output.name, output.dtype = n.layer.names.value(f"{name}_{part}"), kind
             output.shape = n.layer.x.shape if part == "codes" else ir.Shape([])
         n.nodes.append(node)
         found = n.share(list(node.outputs))

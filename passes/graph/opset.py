@@ -13,6 +13,7 @@ from onnxscript import version_converter
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io import contrib_schemas
 from magr_onnx.passes.graph import metadata
+from magr_onnx.passes.graph.names import Names
 
 IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
 
@@ -70,12 +71,8 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
 
 def _distinct_names(graph: ir.Graph) -> None:
     """Rename nodes that have another's name: the converter puts nodes named like a Softmax around it, which onnxruntime refuses."""
-    seen: set[str] = set()
+    names = Names()
     for node in graph.all_nodes():
-        if not node.name:
-            continue
-        name, count = node.name, 1
-        while name in seen:
-            name, count = f"{node.name}_{count}", count + 1
-        node.name = name
-        seen.add(name)
+        if node.name:
+            node.name = names.node(node.name)
+    Names.rescan(graph)

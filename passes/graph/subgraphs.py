@@ -13,8 +13,6 @@ import onnx_ir as ir
 BODIES = ("If", "Loop", "Scan")
 """Operators whose bodies onnxruntime runs as part of the graph around them."""
 
-_INNER = "magr_onnx.inner_names"
-
 Place = tuple[tuple[ir.Node, str], ...]
 """Where a node is: the nodes that hold it, outermost first, each with the attribute of its body; empty in the main graph."""
 
@@ -55,13 +53,11 @@ def captured(value: ir.Value, place: Place) -> str:
     return f"{value.name}@{next((v.name for v in holder.outputs if v.name), holder.name)}.{attribute}"
 
 
-def inner_names(graph: ir.Graph) -> set[str]:
-    """Names of all values in the bodies of a main graph: a new initializer of the same name would be hidden there."""
-    known = graph.meta.get(_INNER)
-    if known is None:
-        known = graph.meta[_INNER] = {str(v.name) for body in graph.subgraphs() for v in values_of(body)}
-    names: set[str] = known
-    return names
+def root_of(node: ir.Node, place: Place) -> ir.Graph:
+    """The main graph around a node at ``place``."""
+    graph = place[0][0].graph if place else node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
 
 
 def values_of(graph: ir.Graph) -> list[ir.Value]:

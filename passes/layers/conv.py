@@ -21,7 +21,7 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
 from magr_onnx.passes.graph.nodes import operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, seen_as, walk
+from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, layer_name, left_out
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
@@ -76,6 +76,11 @@ class ConvLayer:
     @property
     def dtype(self) -> ir.DataType:
         return self.held.dtype
+
+    @property
+    def root(self) -> ir.Graph:
+        """The main graph."""
+        return root_of(self.node, self.place)
 
     @property
     def weight_name(self) -> str:

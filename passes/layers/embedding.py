@@ -22,7 +22,7 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import CASTS, Held, held
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, walk
+from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, walk
 from magr_onnx.passes.layers.linear import FLOATS, layer_name, left_out
 from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.report.reasons import Reason, Skip, TableReason
@@ -56,6 +56,11 @@ class Table:
     @property
     def output(self) -> ir.Value:
         return self.node.outputs[0]
+
+    @property
+    def root(self) -> ir.Graph:
+        """The main graph."""
+        return root_of(self.node, self.place)
 
     @property
     def weight_name(self) -> str:

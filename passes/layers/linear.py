@@ -22,7 +22,8 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.graph.constants import Held, dequantized, drop_if_unused, held
-from magr_onnx.passes.graph.subgraphs import NAMES, Place, inner_names, opaque, seen_as, walk
+from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.subgraphs import NAMES, Place, opaque, root_of, seen_as, walk
 from magr_onnx.passes.graph.torch_names import modules_of, owner_of
 from magr_onnx.report.reasons import Reason, Skip
 
@@ -136,26 +137,18 @@ class LinearLayer:
 
         It is in the main graph, which bodies can read, or ``inside`` the layer's own.
         """
-        graph, hidden = self.root, inner_names(self.root)
-        base = name = f"{self.weight_name if base is None else base}{suffix}"
-        count = 1
-        while name in graph.initializers or name in hidden:
-            name, count = f"{base}_{count}", count + 1
-        tensor = ir.tensor(np.asarray(array) if isinstance(array, np.generic) else array, name=name)
-        tensor.name = name
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        if inside and self.nested:
-            hidden.add(name)
-            graph = self.graph
-        graph.register_initializer(value)
-        return value
+        name = f"{self.weight_name if base is None else base}{suffix}"
+        return add_initializer(self.root, name, array, self.graph if inside and self.nested else None)
 
     @property
     def root(self) -> ir.Graph:
         """The main graph."""
-        graph = self.place[0][0].graph if self.place else self.graph
-        assert isinstance(graph, ir.Graph)
-        return graph
+        return root_of(self.node, self.place)
+
+    @property
+    def names(self) -> Names:
+        """The names taken in the model."""
+        return Names.of(self.root)
 
     @property
     def graph(self) -> ir.Graph:

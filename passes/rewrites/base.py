@@ -16,6 +16,7 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.graph import subgraphs
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.job import META, BiasPolicy, Job
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
 from magr_onnx.passes.layers.shared import sharing
@@ -90,6 +91,7 @@ class Rewrite(LayerPass):
 
         Statistics describe the graph as it was, so a graph that changed loses them: rewrite first, then gather them again.
         """
+        Names.rescan(model.graph)
         known = {j.layer.reads: j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
         notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, known)]))
         if notes:
