@@ -79,6 +79,28 @@ def test_what_belongs_to_an_option_goes_with_it(given: dict[str, Any], emitted: 
     assert any(note.startswith("preset ") for note in report.notes) == ("pipeline_text" not in given and "preset" in given)
 
 
+CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"effort": "fast"}, {"quantizer": "gptq"}),
+    ({"bits": 3}, {"target_size": "25%"}),
+    ({"bits": 3}, {"max_loss": "1%"}),
+    ({"target_size": "25%"}, {"max_loss": "1%"}),
+    ({"target": "x86-avx2"}, {"accumulator_bits": 16}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), CONTRADICTIONS, ids=str)
+def test_of_two_options_that_contradict_each_other_the_later_stays(one: dict[str, Any], other: dict[str, Any]) -> None:
+    beside = {"symmetric": True, "damping": 0.1}
+    for first, second in ((one, other), (other, one)):
+        assert over({**first, **beside}, second) == {**beside, **second}
+        assert over(first, {**beside, **second}) == {**beside, **second}
+        assert over(first, beside) == {**first, **beside}
+
+
+def test_an_accumulator_s_tile_belongs_to_its_bits() -> None:
+    assert over({"accumulator_bits": 16, "accumulator_tile": 64}, {"target": "x86-avx2"}) == {"target": "x86-avx2"}
+
+
 def test_only_another_value_takes_the_place_of_what_belongs_to_it() -> None:
     assert over({"embeddings": "dequantize", "embedding_bits": 8}, {"embeddings": "none"}) == {"embeddings": "none"}
     assert over({"embedding_bits": 4}, {"embeddings": "none"}) == {"embedding_bits": 4, "embeddings": "none"}

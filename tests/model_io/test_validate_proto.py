@@ -592,6 +592,17 @@ def test_weights_that_cannot_be_squared_are_named(op: str) -> None:
         magr_onnx.optimize(proto)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("body", ["[fc] y = Gemm(x, w, b)", "[fc] h = MatMul(x, w) y = Add(h, b)"], ids=["Gemm", "Add"])
+def test_a_bias_that_is_not_finite_is_named_before_any_work(body: str, value: float, tmp_path: Path) -> None:
+    bias = np.ones(8, np.float32)
+    bias[3] = value
+    proto = model(f"g (float[n, 16] x) => (float[n, 8] y) {{ {body} }}", w=constant("w", 16, 8), b=bias)
+    with pytest.raises(NonFiniteError, match="bias of fc"):
+        magr_onnx.optimize(proto, output=tmp_path / "q.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_in_bodies_that_are_not_utf8(tmp_path: Path) -> None:
     """onnx reads them, and nothing can write them again."""
     proto = model(

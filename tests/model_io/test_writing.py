@@ -180,9 +180,13 @@ def test_a_kill_at_any_step_of_the_write_leaves_a_whole_model(tmp_path: Path) ->
 
 def test_leftovers_are_removed_when_surely_ours_and_dead(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    foreign = tmp_path / ".out.onnx.magr-foreign"
-    foreign.mkdir()
-    (foreign / "file").write_text("mine")
+    foreign = {".out.onnx.magr-foreign": {"file": "mine"}}
+    foreign[".out.onnx.magr-locked"] = {"owner.lock": "locked by another program", "file": "mine"}
+    foreign[".out.onnx.magr-lock"] = {"owner.lock": "locked by another program"}
+    for folder, contents in foreign.items():
+        (tmp_path / folder).mkdir()
+        for name, text in contents.items():
+            (tmp_path / folder / name).write_text(text)
     with workspace(out) as living:
         clear(out)
         assert living.is_dir()  # its lock is held
@@ -196,7 +200,9 @@ def test_leftovers_are_removed_when_surely_ours_and_dead(tmp_path: Path) -> None
     other.mkdir()
     (other / "owner.lock").write_bytes(mark)
     magr_onnx.optimize(graphs.chain(), output=out)
-    assert names(tmp_path) == [".other.onnx.magr-dead", ".out.onnx.magr-foreign", "out.onnx"]
+    assert names(tmp_path) == sorted([".other.onnx.magr-dead", *foreign, "out.onnx"])
+    for folder, contents in foreign.items():
+        assert {p.name: p.read_text() for p in (tmp_path / folder).iterdir()} == contents
 
 
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:

@@ -376,6 +376,36 @@ def test_compensation_removes_the_mean_error_of_both_roundings(name: str, kind: 
     assert means["none"] > spare + 5e-3
 
 
+EDGES = [  # weights on a grid of step 1 and what the bias is in units of the products; inputs are codes from -128 to 127
+    ([127, 2], 2**31 - 1 - 129 * 127, True),  # the largest sum is 2^31 - 1
+    ([127, 1], 2**31 - 128 * 127, False),  # 2^31
+    ([127, 2], -(2**31) + 129 * 128, True),  # the smallest is -2^31
+    ([-128, -127], -(2**31) - 1 + 255 * 127, False),  # one less
+    ([0, 0], 2**31 - 128, True),
+    ([0, 0], 2**31, False),
+    ([0, 0], -(2**31), False),  # whose opposite is no int32
+]
+
+
+@pytest.mark.parametrize(("weights", "bias", "fits"), EDGES, ids=str)
+def test_a_bias_is_int32_exactly_as_long_as_no_sum_leaves_it(weights: list[int], bias: int, fits: bool) -> None:
+    step = 2.0 ** (-17 if any(weights) else -7)  # a column of zeros has the scale 1
+    assert float(np.float32(bias * step)) == bias * step
+    b = Builder()
+    x = b.input("x", ["batch", 2])
+    weight = b.constant("w", np.float32(weights)[:, None] / np.float32(2**10))
+    model = b.model(b.node("Gemm", [x, weight, b.constant("b", np.float32([bias * step]))], "layer"), ["batch", 1])
+    data = [{"x": np.float32([[127, 127], [-128, -128]]) / np.float32(2**7)}]
+    exact: dict[str, Any] = {"quantizer": "rtn", "alpha": 0, "beta": 1.0, "bias": "none", "activation_range": "min-max"}
+    made, report = magr_onnx.optimize(model, data, format="qdq-int8", activation_type="int8", **exact)
+    constants = {name: v.const_value.numpy() for name, v in made.graph.initializers.items() if v.const_value is not None}
+    assert constants["w_q8"].ravel().tolist() == weights
+    assert float(constants["x_scale"]) == 2.0**-7
+    assert ("w_bias_int32" in constants) == fits != bool(report.layers[0].notes)
+    if fits:
+        assert constants["w_bias_int32"].tolist() == [bias]
+
+
 def test_compensation_counts_activation_rounding() -> None:
     """Weights that are exact on their grid: all that is left to compensate is the clipped input."""
     b = Builder()

@@ -160,6 +160,9 @@ def test_include_and_exclude_match_node_and_weight_names() -> None:
     assert [layer.name for layer in layers] == ["up"]
     assert {s.name: s.reason for s in skips} == {"down": Reason.NOT_INCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
     assert [layer.name for layer in find(model, exclude=["d*"])[0]] == ["up"]
+    layers, skips = find(model, include=["up", "w*"], exclude=["w2"])  # both name "down": it stays
+    assert [layer.name for layer in layers] == ["up"]
+    assert {s.name: s.reason for s in skips} == {"down": Reason.EXCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
 
 
 def test_layers_of_one_name_are_told_apart() -> None:

@@ -227,6 +227,20 @@ def test_a_conversion_that_changes_outputs_is_refused() -> None:
         opset_check.check(before, simple("t = Transpose<perm=[1,0]>(x) p = MatMul(x, x) y = Add(x, x)"), None, "cpu")
 
 
+@pytest.mark.parametrize(("kind", "same", "other"), [("float", 5e-4, 2e-3), ("float16", 5e-3, 2e-2)])
+def test_how_much_outputs_may_change(kind: str, same: float, other: float) -> None:
+    """Of their largest value: a thousandth, and a hundredth in half precision."""
+
+    def scaled(factor: float) -> ir.Model:
+        text = f"g ({kind}[n, 16] x) => ({kind}[n, 16] y) {{ y = Mul(x, c) }}"
+        return ir.from_proto(model(text, c=np.array(factor, np.float32 if kind == "float" else np.float16)))
+
+    for sign in (1, -1):
+        assert opset_check.check(scaled(1), scaled(1 + sign * same), None, "cpu") == []
+        with pytest.raises(ModelError, match="changed output 'y'"):
+            opset_check.check(scaled(1), scaled(1 + sign * other), None, "cpu")
+
+
 def test_outputs_that_are_random_are_not_compared() -> None:
     drawn = simple("r = RandomNormalLike(x) y = Add(x, r)")
     assert opset_check.check(drawn, drawn, None, "cpu") == []

@@ -188,6 +188,35 @@ def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: s
     assert seen == 2
 
 
+@pytest.mark.parametrize("op", ["RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"])
+def test_what_is_random_is_drawn_once(op: str) -> None:
+    """Two equal layers of different stages read the same drawn values: what is made of their statistics is the same, to the last bit."""
+    b = Builder()
+    x, zero = b.input("x", ["batch", 48]), b.constant("zero", np.float32(0))
+    early = b.node("Mul", [x, zero])  # onnxruntime seeds a generator by the place of its node
+    shape = [64, 48]
+    if op in ("RandomNormal", "RandomUniform"):
+        drawn = b.node(op, [], "draw", shape=shape)
+    elif op == "Multinomial":
+        whole = b.node(op, [b.constant("odds", np.log(np.abs(random(64, 5)) + 0.1))], "draw", sample_size=48)
+        whole.dtype = ir.DataType.INT32
+        drawn = b.node("Cast", [whole], "float", to=ir.DataType.FLOAT)
+        drawn.dtype = ir.DataType.FLOAT
+    else:
+        drawn = b.node(op, [b.constant("odds", np.full(shape, 0.5, np.float32))], "draw")
+    first = b.node("MatMul", [b.node("Add", [drawn, early]), b.constant("w1", random(48, 48))], "first")
+    late = b.node("Mul", [first, zero])
+    second = b.node("MatMul", [b.node("Add", [drawn, late]), b.constant("w2", random(48, 48))], "second")
+    model = b.model(b.node("Add", [second, x]), ["batch", 48])
+    data = [graphs.feeds(model, 64, seed=s) for s in range(2)]
+    made, report = magr_onnx.optimize(model, data, effort="fast", bias="any", max_memory="1kB")
+    assert [layer.bias_compensated for layer in report.layers] == [True, True]
+    constants = {name: v.const_value.numpy() for name, v in made.graph.initializers.items() if v.const_value is not None}
+    for name in (n for n in constants if n.startswith("w1")):
+        np.testing.assert_array_equal(constants[name], constants[name.replace("w1", "w2")])
+    assert np.ptp(constants["w1_bias"]) > 0
+
+
 def test_masked_rows_are_left_out() -> None:
     model = graphs.masked()
     layers, _ = find(model)

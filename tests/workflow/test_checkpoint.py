@@ -94,6 +94,24 @@ def test_layers_that_share_a_weight_go_on_to_the_same_bytes(memory: str | None, 
     same_after_a_kill(tmp_path / "model.onnx", samples, {"effort": "fast", "max_memory": memory}, tmp_path)
 
 
+def test_a_budget_that_plans_again_takes_nothing_from_its_first_plan(tmp_path: Path) -> None:
+    """Layers whose errors add up: their sum loses more than was predicted, so they get more bits in the second plan."""
+    b = graphs.Builder()
+    x = b.input("x", ["batch", 64])
+    product = b.node("MatMul", [x, b.constant("w0", graphs.random(64, 32))], "twin_0")
+    for i in (1, 2, 3):
+        product = b.node("Add", [product, b.node("MatMul", [x, b.constant(f"w{i}", graphs.random(64, 32))], f"twin_{i}")])
+    model = b.model(product, ["batch", 32], "logits")
+    onnx.save(proto(model), tmp_path / "model.onnx")
+    samples = [graphs.feeds(model, 64, seed=i) for i in range(8)]
+    plain, kept = tmp_path / "plain.onnx", tmp_path / "kept.onnx"
+    magr_onnx.optimize(tmp_path / "model.onnx", samples, output=plain, effort="fast", max_loss="0.2")
+    _, report = magr_onnx.optimize(tmp_path / "model.onnx", samples, output=kept, effort="fast", max_loss="0.2", resume=tmp_path / "job")
+    assert report.assignment is not None
+    assert len(report.assignment.attempts) > 1
+    assert kept.read_bytes() == plain.read_bytes()
+
+
 def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, Any], folder: Path) -> None:
     """Without a job directory, with one, and with one that lacks every second layer: one and the same file."""
     plain, kept, half = (folder / n / "out.onnx" for n in ("plain", "kept", "half"))
@@ -190,7 +208,8 @@ def test_fifty_kills_at_random_moments(effort: str, calibration: Path, tmp_path:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "option": ({"bits": 3}, "pipeline"),
     "layers": ({"exclude": ["*down*"]}, "option exclude"),
-    "data": ({"calibration": "less"}, "calibration"),
+    "number of batches": ({"calibration": "fewer"}, "calibration"),
+    "values of the data": ({"calibration": "others"}, "calibration"),
     "way": ({"max_memory": 1000}, "option large"),
 }
 
@@ -212,7 +231,8 @@ def test_another_run_is_refused_and_named(name: str, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in [out, *layer_files(job), job / MANIFEST]}
     changes, message = CHANGES[name]
     given = dict(changes)
-    other = data[:3] if given.pop("calibration", None) else data
+    others = {"fewer": data[:3], "others": [*data[:3], {name: np.nextafter(x, x + 1) for name, x in data[3].items()}], None: data}
+    other = others[given.pop("calibration", None)]
     with pytest.raises(OptionError) as caught:
         magr_onnx.optimize(path, other, output=out, resume=job, **given)
     assert f"  - {message}: was " in str(caught.value)

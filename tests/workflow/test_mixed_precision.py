@@ -218,6 +218,26 @@ def test_target_size_is_kept_by_the_file(percent: int, tmp_path: Path) -> None:
     assert row["strong"].bytes >= row["weak"].bytes >= row["faint"].bytes
 
 
+def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:
+    """The nodes and names of layers count, which what a layer costs does not have."""
+    model = unequal()
+    choices = mixed_precision.choices_of({"block_size": 32})
+    source = mixed_precision.Source(model, find(model)[0], files.initializer_bytes(model), file=True, stamp=0)
+
+    def planned(size: int) -> int:
+        goal = mixed_precision.goal_of({"target_size": f"{size} B"})
+        assert goal is not None
+        plan = mixed_precision.Plan(goal, source, choices)
+        plan.solve(lambda name, choice: 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
+        return source.size(plan.assigned())
+
+    for size in (15_000, 20_000, 30_000, 40_000):
+        largest = planned(size)
+        assert largest <= size
+        assert planned(largest) == largest
+        assert planned(largest - 1) < largest
+
+
 def test_in_memory_tensors_count() -> None:
     model = unequal()
     result = magr_onnx.optimize(model, batches(model), target_size="20%")
