@@ -114,7 +114,7 @@ class Job:
 
     def own_name(self, constant: ir.Value, suffix: str) -> str:
         """A name for what the layer makes of a constant: after the constant, or after the layer where others read that too."""
-        return self.layer.names.value(f"{self.layer.name if len(list(constant.uses())) > 1 else constant.name}{suffix}")
+        return f"{self.layer.name if len(list(constant.uses())) > 1 else constant.name}{suffix}"
 
     def replace(self, nodes: Sequence[ir.Node]) -> None:
         """Put an emitter's nodes in the place of the layer, and behind them the low-rank branch: ``... + (x A) B``.
@@ -125,14 +125,13 @@ class Job:
         if self.factors is None:
             self.layer.replace(nodes)
             return
-        layer, names, kind = self.layer, self.layer.names, FLOATS[self.layer.dtype]
+        layer, kind = self.layer, FLOATS[self.layer.dtype]
         quantized = nodes[-1].outputs[0]
-        a, b = self.constant("_down", self.factors.down.astype(kind)), self.constant("_up", self.factors.up.astype(kind))
-        down = ir.node("MatMul", [layer.x, a], name=names.node(f"{layer.name}_down"))
-        up = ir.node("MatMul", [down.outputs[0], b], name=names.node(f"{layer.name}_up"))
-        total = ir.node("Sum", [quantized, up.outputs[0]], name=names.node(f"{layer.name}_low_rank"))
+        down = ir.node("MatMul", [layer.x, self.constant("_down", self.factors.down.astype(kind))], name=f"{layer.name}_down")
+        up = ir.node("MatMul", [down.outputs[0], self.constant("_up", self.factors.up.astype(kind))], name=f"{layer.name}_up")
+        total = ir.node("Sum", [quantized, up.outputs[0]], name=f"{layer.name}_low_rank")
         for value, suffix in ((quantized, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
-            value.name, value.dtype = names.value(f"{layer.output.name}_{suffix}"), layer.dtype
+            value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
         quantized.shape = up.outputs[0].shape = layer.output.shape
         layer.replace([*nodes, down, up, total])
 

@@ -46,7 +46,7 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
         form: How codes become floats, see above.
         apart: Whether to see to it that onnxruntime does not compute them in integers.
     """
-    first, root, names = layers[0], layers[0].root, Names.of(layers[0].root)
+    first, root = layers[0], layers[0].root
     weight, nodes = _dequantized(first, weights, form, apart)
     graph = first.node.graph
     if isinstance(graph, ir.Graph) and all(layer.node.graph is graph for layer in layers):
@@ -66,7 +66,7 @@ def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases
             node.replace_input_with(2, value)
             if held is not None:
                 drop_if_unused(held)
-        node.name = names.node(f"{layer.name}_q{weights[0].spec.bits}")
+        node.name = Names.of(root).node(f"{layer.name}_q{weights[0].spec.bits}")
 
 
 def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> tuple[ir.Value, list[ir.Node]]:
@@ -80,8 +80,7 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: For
     turned = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
     codes = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
-    base, names = f"{layer.weight_name}_q{packed[0].bits}", Names.of(layer.root)
-    constant_of = partial(add_initializer, layer.root)
+    base, constant_of = f"{layer.weight_name}_q{packed[0].bits}", partial(add_initializer, layer.root)
     float_kind, zeros = FLOATS[layer.dtype], None
     scales = np.concatenate([p.scales for p in packed])
     if not symmetric:
@@ -110,8 +109,8 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: For
         shape = constant_of(f"{base}_shape", np.array(layer.shape))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
-        node.name = names.node(str(node.name))
-        node.outputs[0].name, node.outputs[0].dtype = names.value(f"{node.name}_out"), layer.dtype
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
+    Names.of(layer.root).adopt(nodes)
     nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
     return nodes[-1].outputs[0], nodes
 

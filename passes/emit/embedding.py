@@ -41,17 +41,16 @@ def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[s
 
 
 def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
-    node, names = table.node, Names.of(table.root)
-    name = names.node(f"{table.name}_q{bits}")
+    node, name = table.node, f"{table.name}_q{bits}"
     source, index = node.inputs
     assert source is not None
     if form == "dequantize":
         codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
-        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=names.node(f"{name}_scales"))
-        cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=names.node(f"{name}_cast"))
-        nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=names.node(f"{name}_scaled"))]
+        scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
+        cast = ir.node("Cast", [codes.outputs[0]], {"to": table.dtype}, name=f"{name}_cast")
+        nodes = [codes, scales, cast, ir.node("Mul", [cast.outputs[0], scales.outputs[0]], name=f"{name}_scaled")]
         for inner in nodes[:-1]:
-            inner.outputs[0].name = names.value(f"{table.output.name}_{str(inner.name).removeprefix(table.name)}")
+            inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
     else:
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
@@ -59,9 +58,10 @@ def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form)
     assert isinstance(graph, ir.Graph)
     value.type, value.shape = result.type, result.shape
     nodes[-1].metadata_props.update(node.metadata_props)
+    Names.of(table.root).adopt(nodes, [node], result)
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [result], [value])
     drop_if_unused(source)
-    return name
+    return str(nodes[0].name)
 
 
 def emitted_table(node: ir.Node, scaled: ir.Node | None) -> Array | None:

@@ -54,8 +54,8 @@ class _Nodes:
         self.zeros = job.quantized.zero_points[0].astype(np.int16) - job.quantized.spec.middle
 
     def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=self.layer.names.node(name))
-        node.outputs[0].name, node.outputs[0].dtype = self.layer.names.value(f"{node.name}_out"), dtype
+        node = ir.node(op, inputs, attributes, name=name)
+        node.outputs[0].name, node.outputs[0].dtype = f"{name}_out", dtype
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -70,6 +70,7 @@ class _Nodes:
     def share(self, values: list[ir.Value]) -> list[ir.Value]:
         """Put the nodes made so far into the graph, for all layers that read the input (a bias Add may stand behind the next of them)."""
         self.nodes[0].meta[_META] = (self.kind, values)
+        self.layer.names.adopt(self.nodes)
         self.layer.graph.insert_before(self.layer.node, self.nodes)
         self.nodes = []
         return values
@@ -262,11 +263,11 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
             real = n.add("Clip", [real, *limits], f"{name}_clip")
             real.shape = n.layer.x.shape
-        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=n.layer.names.node(f"{name}_quantize"))
+        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_quantize")
         for output, part, kind in zip(
             node.outputs, ("codes", "scale", "zero_point"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True
         ):
-            output.name, output.dtype = n.layer.names.value(f"{name}_{part}"), kind
+            output.name, output.dtype = f"{name}_{part}", kind
             output.shape = n.layer.x.shape if part == "codes" else ir.Shape([])
         n.nodes.append(node)
         found = n.share(list(node.outputs))

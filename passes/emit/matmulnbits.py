@@ -101,8 +101,7 @@ class EmitMatMulNBits(LayerPass):
         attributes = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block_size}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
-        name = layer.names.node(f"{layer.name}_q{job.quantized.spec.bits}")
-        node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=name)
+        node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
         layer.root.opset_imports.setdefault(DOMAIN, 1)
         job.replace([node])
         job.stored_in_blocks(packed.block_size or layer.k)

@@ -50,7 +50,7 @@ class EmitQDQ(LayerPass):
     def apply(self, job: Job) -> bool:
         if job.quantized is None or job.emitted:
             return False
-        layer, names = job.layer, job.layer.names
+        layer = job.layer
         packed = pack_qdq(job.quantized)
         symmetric = packed.zero_points is None
         kinds = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[container_bits(job.quantized.spec.bits)]
@@ -67,20 +67,21 @@ class EmitQDQ(LayerPass):
         if packed.zero_points is not None:
             inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
-        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=names.node(f"{layer.name}_dequantize"))
+        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
         weight.name, weight.dtype, weight.shape = job.own_name(codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
-        product = ir.node("MatMul", [layer.x, weight], name=names.node(f"{layer.name}_q{job.quantized.spec.bits}"))
+        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
         nodes = [product]
         if layer.nested and not inside:
+            layer.names.adopt([dequantize])
             layer.root.insert_before(layer.root[0], dequantize)
         else:
             nodes.insert(0, dequantize)
         if job.bias is not None:
             inner = product.outputs[0]
-            inner.name, inner.dtype, inner.shape = names.value(f"{layer.output.name}_product"), layer.dtype, layer.output.shape
+            inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
             bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
-            nodes.append(ir.node("Add", [inner, bias], name=names.node(f"{layer.name}_bias")))
+            nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
         job.replace(nodes)
         job.stored_in_blocks(packed.block_size or layer.k)
         job.facts["emitted"] = product.name

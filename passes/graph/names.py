@@ -7,6 +7,7 @@ calibration refer to values by name, so what is in a model keeps its name and wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,9 +37,9 @@ class Names:
     def rescan(graph: ir.Graph) -> Names:
         """Read the names of a main graph and its bodies anew."""
         graphs, nodes = [graph, *graph.subgraphs()], list(graph.all_nodes())
-        values = {v.name for g in graphs for v in (*g.inputs, *g.initializers.values(), *g.outputs)}
-        values.update(v.name for node in nodes for v in node.outputs)
-        names = _KNOWN[graph] = Names(values, (node.name for node in nodes))
+        values = {v for g in graphs for v in (*g.inputs, *g.initializers.values(), *g.outputs)}
+        values.update(v for node in nodes for v in node.outputs)
+        names = _KNOWN[graph] = Names((v.name for v in values), (node.name for node in nodes))
         return names
 
     def value(self, base: str) -> str:
@@ -49,22 +50,45 @@ class Names:
         """Take a name for a node: ``base`` if it is free, else the first numbered one that is."""
         return self._nodes.take(base)
 
+    def adopt(self, nodes: Iterable[ir.Node], replaced: Iterable[ir.Node] = (), result: ir.Value | None = None) -> None:
+        """Give nodes that are about to be inserted, and what they put out, free names: those they have, or variants of them.
+
+        Outputs without a name stay without.
+
+        Args:
+            nodes: The new nodes.
+            replaced: Nodes that are about to be removed, whose names become free.
+            result: What of theirs is replaced by an output of the new nodes, which inherits its name.
+        """
+        for node in replaced:
+            self._nodes.release(node.name)
+            for output in node.outputs:
+                if output is not result:
+                    self._values.release(output.name)
+        for node in nodes:
+            node.name = None if node.name is None else self._nodes.take(node.name)
+            for output in node.outputs:
+                output.name = None if output.name is None else self._values.take(output.name)
+
 
 class _Taken:
     """Names that are taken, and for every base the number of its last variant, so that the next one is found at once."""
 
     def __init__(self, names: Iterable[str | None]) -> None:
-        self._names = set(names)
+        self._holders = Counter(names)
         self._last: dict[str, int] = {}
 
     def take(self, base: str) -> str:
         name, count = base, self._last.get(base, 0)
-        while name in self._names:
+        while self._holders[name] > 0:
             count += 1
             name = f"{base}_{count}"
         self._last[base] = count
-        self._names.add(name)
+        self._holders[name] = 1
         return name
+
+    def release(self, name: str | None) -> None:
+        self._holders[name] -= 1
 
 
 _KNOWN: WeakKeyDictionary[ir.Graph, Names] = WeakKeyDictionary()

@@ -169,6 +169,8 @@ class LinearLayer:
         value.doc_string = result.doc_string
         nodes[-1].metadata_props.update(self.node.metadata_props)
         nodes[-1].doc_string = self.node.doc_string
+        value.name = None  # it inherits that of the result
+        self.names.adopt(nodes, old, result)
         ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
         for source in sources:
             drop_if_unused(source)

@@ -145,3 +145,12 @@ def test_names_that_another_pass_gave_are_seen() -> None:
             node.name, node.outputs[0].name = "q_proj_q4", "wq_q4"
     emit(model)
     assert_near_the_float_model(model)
+
+
+def test_names_of_replaced_nodes_are_used_again() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", K])
+    model = b.model(b.node("Add", [b.node("MatMul", [x, b.constant("w", random(K, K))], "fc"), b.constant("b", BIAS)], "fc_bias"), [3, K])
+    for each in magr_onnx.passes.pipeline.parse("quantize,emit-qdq"):
+        each(model)
+    assert [node.name for node in model.graph] == ["fc_dequantize", "fc_q4", "fc_bias"]
