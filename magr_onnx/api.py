@@ -22,7 +22,7 @@ from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.report.data import SkipRow, versions
 from magr_onnx.report.validation import Validation
 from magr_onnx.report.verification import Verification
-from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.measure import overflow, witness
@@ -156,7 +156,7 @@ def validate(
             batches,
             provider=provider,
             arithmetics=arithmetics,
-            mask=moments.resolve_mask(a.model, mask),
+            mask=resolve_mask(a.model, mask),
             layers=layers,
             latency=latency,
             progress=stage(cast(Progress, progress), "validating"),

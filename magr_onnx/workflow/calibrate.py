@@ -13,6 +13,8 @@ from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration import staged as stages
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import Run
 from magr_onnx.workflow.setting import Setting
@@ -45,6 +47,7 @@ def gather(
     large, progress = run.large, setting.stage("calibrating")
     feedback = any(isinstance(p, ErrorFeedback) for p in passes)
     hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
+    context = CalibrationContext(data, setting.mask, setting.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
     taken = {layer.name for layer in first}
     rest = [layer for layer in layers if layer.name not in taken]
@@ -59,36 +62,16 @@ def gather(
         seen = source.reached(group) if any(map(run.left, group)) else []
         yield (
             group,
-            moments.collect(
-                source.model,
-                seen,
-                data,
-                mask=setting.mask,
-                provider=setting.provider,
-                progress=None if progress is None or staged else _part(progress, index, len(groups)),
-                quantize=grids.inputs,
-                bounds=grids.bounds,
-                hold_out=hold_out,
-            ),
+            moments.collect(source.model, seen, context, None if progress is None or staged else _part(progress, index, len(groups))),
         )
     if rest:
         yield from stages.staged(
             original,
             work,
             rest,
-            data,
-            mask=setting.mask,
-            provider=setting.provider,
-            quantize=grids.inputs,
-            bounds=grids.bounds,
-            cache=run.cache,
-            changed=changed,
-            progress=progress,
-            feedback=feedback,
-            hold_out=hold_out,
-            gram_budget=run.gram_budget if large else None,
-            wanted=run.left,
-            cuts=every if cuttable else None,
+            context,
+            stages.Schedule(feedback, run.cache, changed, run.gram_budget if large else None, run.left, every if cuttable else None),
+            progress,
         )
 
 

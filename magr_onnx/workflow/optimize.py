@@ -25,7 +25,9 @@ from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versi
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration import moments, staged
+from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import opset_check, worker
@@ -165,7 +167,7 @@ def optimize(
     if out is not None:
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         worker.start()
-    setting = Setting(provider, include, exclude, moments.resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
+    setting = Setting(provider, include, exclude, resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
     prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
     layer_options.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
@@ -250,10 +252,10 @@ def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
     """What the report says of the amount of data."""
     if data is None:
         return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
-    if len(data) < moments.HELD_OUT and (chosen := held_out_for(passes)):
+    if len(data) < HELD_OUT and (chosen := held_out_for(passes)):
         return [
             *data.notes,
-            f"{len(data)} calibration batches are too few to hold some out ({moments.HELD_OUT} are needed), so there is no {chosen}; "
+            f"{len(data)} calibration batches are too few to hold some out ({HELD_OUT} are needed), so there is no {chosen}; "
             "give more samples, or cut them into smaller batches",
         ]
     return list(data.notes)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 TOKENS = "input_ids"
+DEFAULT_MASK = "attention_mask"
 PREFIX = "past"
 PREFIXES = ("past_key_values", "past")
 

@@ -30,7 +30,7 @@ class Tap:
     Attributes:
         value: The value's name.
         width: K.
-        masked: Whether rows are weighted by the mask.
+        masked: Whether rows are weighted by the mask: the value has a row for each of its elements, in most batches at least.
         quantize: How the value is quantized before its moments are taken; None for not at all.
         bounds: What the value is clipped to before anything else (sentinels such as -1e9 are no signal); None for not at all.
     """
@@ -53,7 +53,8 @@ def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
 def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
     """A copy of the model with outputs ``X^T X (K, K)``, ``sum(X) (K,)`` and the rows counted for every tap, in order.
 
-    Taps that quantize have a fourth output, the sum of the value before it was quantized ``(K,)``.
+    Taps that quantize have another output, the sum of the value before it was quantized ``(K,)``; masked taps have a last one, 0 where
+    the rows of this batch do not fit the mask, so that all of them count.
 
     Args:
         model: The model.
@@ -70,6 +71,8 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
         copy.output(copy.count(rows, tap, f"__rows_{i}"))
         if tap.quantize is not None:
             copy.output(copy.total(copy.rows(real, tap, f"{name}_float"), f"__float_sum_{i}"), shape=[tap.width])
+        if tap.masked:
+            copy.output(copy.add("Cast", [copy.fits(tap)], f"__masked_{i}", to=ir.DataType.FLOAT), shape=[])
     return copy.finish()
 
 
@@ -147,6 +150,23 @@ def error_taps(
     return copy.finish()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mask:
+    """The mask of the tokens fed now.
+
+    Attributes:
+        shape: Its shape.
+        rows: Its elements as weights of rows ``(n, 1)``.
+        total: Their sum ``(1,)``.
+        fixed: Whether the model fixes its shape.
+    """
+
+    shape: ir.Value
+    rows: ir.Value
+    total: ir.Value
+    fixed: bool
+
+
 class Extension:
     """A copy of a model that nodes are added to, and whose outputs are replaced at the end."""
 
@@ -160,11 +180,16 @@ class Extension:
         self.opset = self.model.opset_imports.get("", 13)
         self.values = _values(self.model)
         self._outputs: list[ir.Value] = []
-        self._weights: ir.Value | None = None
+        self._mask: _Mask | None = None
+        self._weights: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self._fits: dict[str, ir.Value] = {}
         if mask is not None:
             truth = self.add("Cast", [self._current(mask)], "__mask_bool", to=ir.DataType.BOOL)
             real = self.add("Cast", [truth], "__mask_float", to=ir.DataType.FLOAT)
-            self._weights = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
+            rows = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
+            declared = self.values[mask].shape
+            fixed = declared is not None and declared.is_static()
+            self._mask = _Mask(self.add("Shape", [real], "__mask_extent"), rows, self.total(rows, "__mask_total"), fixed)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         return append(self.model.graph, op, inputs, name, **attributes)
@@ -198,9 +223,49 @@ class Extension:
     def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
         """As rows ``(n, K)``, those the mask leaves out set to zero."""
         rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows")
-        if tap.masked and self._weights is not None:
-            rows = self.add("Mul", [rows, self._weights], f"{name}_counted")
-        return rows
+        if not tap.masked or self._mask is None:
+            return rows
+        weights, _ = self._weighted(self._mask, tap, rows, name)
+        return self.add("Mul", [rows, weights], f"{name}_counted")
+
+    def fits(self, tap: Tap) -> ir.Value:
+        """Whether the tapped value has a row for each element of the mask in this batch, a boolean; of a masked tap."""
+        assert self._mask is not None
+        if tap.value not in self._fits:
+            name = f"__fits_{len(self._fits)}"
+            shape = self.add("Shape", [self.values[tap.value]], f"{name}_shape")
+            if self.opset >= 10:
+                ends = [self.constant(f"{name}_{end}", np.array([at])) for end, at in (("first", 0), ("last", -1))]
+                outer = self.add("Slice", [shape, *ends], f"{name}_outer")
+            else:
+                outer = self.add("Slice", [shape], f"{name}_outer", starts=[0], ends=[-1])
+            same = self.add("Equal", [outer, self._mask.shape], f"{name}_equal")
+            real = self.add("Cast", [same], f"{name}_real", to=ir.DataType.FLOAT)
+            least = self.add("ReduceMin", [real], f"{name}_least", keepdims=0)
+            self._fits[tap.value] = self.add("Cast", [least], f"{name}_all", to=ir.DataType.BOOL)
+        return self._fits[tap.value]
+
+    def _weighted(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """The weights of a masked value's rows ``(n, 1)`` and their sum; one weight of 1 for all, and the number of rows, where they do
+        not fit the mask."""
+        if tap.value not in self._weights:
+            if self.opset < 11 and mask.fixed:  # an If had to put out one shape then, and there is only one here
+                self._weights[tap.value] = mask.rows, mask.total
+            else:
+                self._weights[tap.value] = self._weights_by_shape(mask, tap, rows, f"{name}_by_mask")
+        return self._weights[tap.value]
+
+    def _weights_by_shape(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        one = self.constant(f"{name}_one", np.ones((1, 1), np.float32))
+        first = self.add("Gather", [self.add("Shape", [rows], f"{name}_size"), self.constant(f"{name}_axis", np.array([0]))], f"{name}_n")
+        count = self.add("Cast", [first], f"{name}_rows", to=ir.DataType.FLOAT)
+        branches = [_branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
+        bodies = dict(zip(("then_branch", "else_branch"), branches, strict=True))
+        choice = ir.node("If", [self.fits(tap)], bodies, num_outputs=2, name=name)
+        for output, part in zip(choice.outputs, ("weights", "count"), strict=True):
+            output.name = f"{name}_{part}"
+        self.model.graph.append(choice)
+        return choice.outputs[0], choice.outputs[1]
 
     def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
         """The value on a grid, as float32."""
@@ -231,9 +296,9 @@ class Extension:
         return self.add("ReduceSum", [value], name, axes=[0], keepdims=0)
 
     def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
-        """The number of rows that count."""
-        if tap.masked and self._weights is not None:
-            return self.total(self._weights, name)
+        """The number of rows that count, the first element."""
+        if tap.masked and self._mask is not None:
+            return self.add("Identity", [self._weighted(self._mask, tap, rows, name)[1]], name)
         return self.add("Cast", [self.add("Shape", [rows], f"{name}_size")], name, to=ir.DataType.FLOAT)
 
     def output(self, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, shape: Sequence[int | None] = (None,)) -> None:
@@ -252,6 +317,14 @@ def append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value | None], name: st
     node.outputs[0].name = name
     graph.append(node)
     return node.outputs[0]
+
+
+def _branch(name: str, values: Sequence[ir.Value]) -> ir.Graph:
+    """The body of an If that puts out values from outside, as floats of any shape."""
+    nodes = [ir.node("Identity", [value], name=f"{name}_{i}") for i, value in enumerate(values)]
+    for node in nodes:
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", ir.DataType.FLOAT
+    return ir.Graph([], [node.outputs[0] for node in nodes], nodes=nodes, name=name)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes import CompensateBias, EmitQDQInt8, LayerPass, QuantizeActivations
@@ -16,7 +17,8 @@ from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, r
 from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.moments import Progress, check_rows, make_taps, not_finite, readers_of
+from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -82,12 +84,10 @@ def products_of(layers: Sequence[LinearLayer]) -> list[Value]:
 def choose(
     model: ir.Model,
     values: Sequence[Value],
-    data: Batches,
+    context: CalibrationContext,
     *,
     method: Method = "auto",
     kind: ActivationType = "uint8",
-    mask: str | None = None,
-    provider: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Choice]:
     """The grid of every value, by name.
@@ -100,13 +100,13 @@ def choose(
         NonFiniteError: Activations are NaN or infinite.
         CalibrationError: The mask leaves no rows.
     """
-    taps = make_taps(model, {v.name: len(v.sketch) for v in values}, data, mask, provider)
-    histograms = _histograms(model, taps, values, data, mask, provider, _half(progress, 0))
+    taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
+    histograms = _histograms(model, taps, values, context, _half(progress, 0))
     bounded = [h.without_sentinels() for h in histograms]
     ranges = [candidates(h, method) for h in bounded]
     grids = [_grids(h, named, kind) for h, named in zip(bounded, ranges, strict=True)]
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
-    errors = _errors(model, clipped, values, grids, data, mask, provider, _half(progress, 1))
+    errors = _errors(model, clipped, values, grids, context, _half(progress, 1))
     result = {}
     for tap, seen, used, named, measured in zip(clipped, histograms, bounded, grids, errors, strict=True):
         best = min(measured, key=lambda name: measured[name] * (1 if name == "min-max" else WORTH_A_NODE if kind == "dynamic" else 1))
@@ -133,15 +133,14 @@ def _histograms(
     model: ir.Model,
     taps: Sequence[Tap],
     values: Sequence[Value],
-    data: Batches,
-    mask: str | None,
-    provider: str,
+    context: CalibrationContext,
     progress: Progress | None,
 ) -> list[Histogram]:
     low, high = np.full(len(taps), np.inf), np.full(len(taps), -np.inf)
     counts = np.zeros((len(taps), 2 * BINS))
     bad: dict[str, str] = {}
-    with Session(range_taps(model, taps, mask), provider) as session:
+    data = context.data
+    with Session(range_taps(model, taps, context.mask), context.provider) as session:
         for index, batch in enumerate(data):
             results = iter(session.run(batch))
             for i, tap in enumerate(taps):
@@ -151,7 +150,7 @@ def _histograms(
                 if not (np.isfinite(least) and np.isfinite(greatest)):
                     bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
                 low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
-                counts[i] += histogram
+                counts[i] += weighted(histogram, data.weight(index))
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
@@ -163,9 +162,7 @@ def _errors(
     taps: Sequence[Tap],
     values: Sequence[Value],
     grids: Sequence[dict[str, Activation]],
-    data: Batches,
-    mask: str | None,
-    provider: str,
+    context: CalibrationContext,
     progress: Progress | None,
 ) -> list[dict[str, float]]:
     """Mean squared output error of every grid of every tap."""
@@ -173,17 +170,18 @@ def _errors(
     energy = [np.zeros(len(g)) for g in grids]
     sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
     rows = [0.0] * len(taps)
-    with Session(error_taps(model, taps, sketches, [list(g.values()) for g in grids], mask), provider) as session:
-        for index, batch in enumerate(data):
-            results = iter(session.run(batch))
+    tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
+    with Session(tapped, context.provider) as session:
+        for index, batch in enumerate(context.data):
+            results, weight = iter(session.run(batch)), context.data.weight(index)
             for i in range(len(taps)):
                 for j in range(len(grids[i])):
-                    energy[i][j] += float(next(results))
-                    sums[i][j] += next(results)
-                rows[i] += float(next(results)[0])
+                    energy[i][j] += float(next(results)) * weight
+                    sums[i][j] += weighted(next(results), weight)
+                rows[i] += float(next(results)[0]) * weight
             if progress is not None:
-                progress(index + 1, len(data))
-    check_rows(rows, mask)
+                progress(index + 1, len(context.data))
+    check_rows(rows, context.mask)
     found = []
     for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):
         left = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
@@ -238,7 +236,8 @@ def choose_grids(
     products = products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
     read = {v.name for v in values}
     values += [v for v in products if v.name not in read]
-    chosen = choose(model, values, data, method=activations.ranges, kind=activations.type, mask=mask, provider=provider, progress=progress)
+    context = CalibrationContext(data, mask, provider)
+    chosen = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
     found = Grids({name: choice.grid for name, choice in chosen.items()})
     for value in products:
         grid = chosen[value.name].grid

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.moments import MomentAccumulator, with_held_out
 from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, HELD_OUT
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.subgraphs import NEVER
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -44,17 +46,6 @@ class PatchStats:
         a, b = self.rows / n, other.rows / n
         held = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
         return PatchStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, held)
-
-
-@dataclass(slots=True, eq=False)
-class _Sums:
-    gram: Array
-    total: Array
-    rows: float = 0
-
-    def stats(self) -> PatchStats:
-        n = max(self.rows, 1)
-        return PatchStats(self.gram / n, self.total / n, round(self.rows))
 
 
 def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
@@ -128,7 +119,7 @@ def cannot_gather(error: MagrError) -> str:
 def collect(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Progress | None = None
 ) -> dict[str, PatchStats]:
-    """Statistics of every layer, by its name; every `HELD_OUT`-th batch also apart.
+    """Statistics of every layer, by its name; those of held-out batches also apart.
 
     Args:
         model: The float model; it is not changed.
@@ -141,7 +132,7 @@ def collect(
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
     """
     tapped = {geometry(layer): layer for layer in reversed(layers)}
-    sums = {key: [_Sums(np.zeros((t.group, t.k, t.k)), np.zeros((t.group, t.k))) for _ in range(2)] for key, t in tapped.items()}
+    sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(2)] for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
     with Session(patch_taps(model, list(tapped.values())), provider) as session:
         for index, batch in enumerate(data):
@@ -151,15 +142,13 @@ def collect(
                 if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
                     names = ", ".join(other.name for other in layers if geometry(other) == key)
                     bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-                part = sums[key][index % HELD_OUT == HELD_OUT - 1]
-                part.gram += gram
-                part.total += total
-                part.rows += float(count) / (layer.group * layer.k)
+                rows = float(count) / (layer.group * layer.k)
+                sums[key][index in HoldOut()].add(gram, total, rows, weight=data.weight(index))
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
     found = {}
-    for key, (a, b) in sums.items():
-        kept, rest = a.stats(), b.stats()
-        found[key] = replace(kept.combine(rest), held_out=rest) if a.rows and b.rows else kept if a.rows else rest
+    for key, parts in sums.items():
+        measured = [PatchStats(*part.means()) for part in parts if part.rows] or [PatchStats(*parts[0].means())]
+        found[key] = with_held_out(*measured) if len(measured) == 2 else measured[0]
     return {layer.name: found[geometry(layer)] for layer in layers}

@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.gradients import fisher_taps, measured
 from magr_onnx.passes.instrument.taps import shape_taps
@@ -93,12 +94,12 @@ def collect(
             with Session(tapped, provider) as session:
                 for b, batch in enumerate(data):
                     for total, part in zip(sums, session.run(batch), strict=True):
-                        total += part
+                        total += weighted(part, data.weight(b))
                     if progress is not None:
                         progress(index * len(data) + b + 1, len(groups) * len(data))
         for name, total in zip(reached, sums, strict=True):
             if np.isfinite(total).all() and total.trace() > 0:
-                found.put(name, total / len(data))
+                found.put(name, total / sum(map(data.weight, range(len(data)))))
     return found
 
 

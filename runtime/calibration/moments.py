@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.types import Activation, Array, Goal, LayerStats, gram_type
+from magr_onnx.core.moments import MomentAccumulator, split_stats
+from magr_onnx.core.types import Array, Goal, LayerStats
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
-from magr_onnx.passes.graph.kv_cache import current_mask
-from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.inline import open_up
-from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
+from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.job import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tapped
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
-DEFAULT_MASK = "attention_mask"
 DEFAULT_BUDGET = 1 << 30
-HELD_OUT = 4  # every fourth batch is held out for choosing
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +40,6 @@ class Calibration:
     unmasked: tuple[str, ...]
     goals: dict[str, Goal] = field(default_factory=dict)
     spilled: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Sums:
-    """Sums over rows of one value."""
-
-    gram: Array
-    mean: Array
-    float_mean: Array
-    rows: float = 0
-
-    @staticmethod
-    def of(width: int) -> _Sums:
-        return _Sums(np.zeros((width, width)), np.zeros(width), np.zeros(width))
-
-    def stats(self, tap: Tap) -> LayerStats:
-        n = max(self.rows, 1)
-        self.gram /= n
-        gram: Array = self.gram.astype(gram_type(len(self.mean)), copy=False)
-        self.gram = np.zeros((0, 0))  # may be the largest thing in memory
-        return LayerStats(gram, self.mean / n, round(self.rows), None if tap.quantize is None else self.float_mean / n, tap.quantize)
 
 
 def input_name(layer: LinearLayer) -> str:
@@ -93,88 +69,56 @@ def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: 
     return groups
 
 
-def resolve_mask(model: ir.Model, mask: str | None) -> str | None:
-    """The name of the mask input: ``"auto"`` takes ``attention_mask`` if there is one; ``None`` or ``"none"`` takes none.
-
-    Raises:
-        CalibrationError: A named mask is not an input of the model.
-    """
-    names = [v.name for v in model.graph.inputs]
-    if mask in (None, "none"):
-        return None
-    if mask == "auto":
-        return DEFAULT_MASK if DEFAULT_MASK in names else None
-    if mask not in names:
-        raise CalibrationError(f"mask {mask!r} is not an input of the model; its inputs are {', '.join(map(str, names))}")
-    return mask
-
-
-def collect(
-    model: ir.Model,
-    layers: Iterable[LinearLayer],
-    data: Batches,
-    *,
-    mask: str | None = None,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-    quantize: Mapping[str, Activation] | None = None,
-    bounds: Mapping[str, tuple[float, float]] | None = None,
-    hold_out: bool = False,
-) -> Calibration:
+def collect(model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None) -> Calibration:
     """Gram matrices and means of everything ``layers`` read, over all batches; nothing of a value without any rows.
 
     Args:
         model: The float model; it is not changed.
         layers: Layers of ``model`` (or of a copy with the same value names).
-        data: Batches that fit the model.
-        mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
-        provider: Where to run.
+        context: Data and how to read it.
         progress: Called with batches done and in total.
-        quantize: What is done to values before their moments are taken (see `Tap.quantize`), by value name.
-        bounds: What values are clipped to first (see `Tap.bounds`), by value name.
-        hold_out: Also keep statistics of every `HELD_OUT`-th batch apart.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
         CalibrationError: The mask leaves no rows.
     """
-    quantize, bounds = quantize or {}, bounds or {}
-    readers = readers_of(layers)
+    readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
         return Calibration({}, ())
-    if not readers:
-        return Calibration({}, ())
-    taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, data, mask, provider)
-    taps = [replace(t, quantize=quantize.get(t.value), bounds=bounds.get(t.value)) for t in taps]
-    parts = [[_Sums.of(t.width) for t in taps] for _ in range(2)]
+    taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, context)
+    taps = [replace(t, quantize=context.quantize.get(t.value), bounds=context.bounds.get(t.value)) for t in taps]
+    fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
-    with Session(gram_taps(model, taps, mask), provider) as session:
+    unmasked = {t.value: None for t in taps if not t.masked}
+    with Session(gram_taps(model, taps, context.mask), context.provider) as session:
         for index, batch in enumerate(data):
             results = iter(session.run(batch))
-            held = hold_out and index % HELD_OUT == HELD_OUT - 1
-            for sums, tap in zip(parts[held], taps, strict=True):
-                gram, total, count = next(results), next(results), next(results)
-                float_total = total if tap.quantize is None else next(results)
-                if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
-                    continue
-                if not np.isfinite(float_total).all() or not np.isfinite(np.trace(gram)):
+            for tap, sums in zip(taps, held_out if index in hold_out else fitted, strict=True):
+                finite, masked = _add(sums, tap, results, data.weight(index))
+                if not finite:
                     bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
-                sums.gram += gram
-                sums.mean += total
-                sums.float_mean += float_total
-                sums.rows += float(count[0])
+                if not masked:
+                    unmasked[tap.value] = None
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
-    check_rows((a.rows + b.rows for tap, a, b in zip(taps, *parts, strict=True) if tap.masked), mask)
+    check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
     stats = {}
-    for tap, a, b in zip(taps, *parts, strict=True):
-        if a.rows and b.rows:
-            kept, rest = a.stats(tap), b.stats(tap)
-            stats[tap.value] = replace(kept.combine(rest), held_out=rest)
-        elif a.rows or b.rows:
-            stats[tap.value] = (a if a.rows else b).stats(tap)
-    return Calibration(stats, tuple(t.value for t in taps if not t.masked) if mask is not None else ())
+    for tap, a, b in zip(taps, fitted, held_out, strict=True):
+        if (found := split_stats(a, b, tap.quantize)) is not None:
+            stats[tap.value] = found
+    return Calibration(stats, tuple(unmasked) if context.mask is not None else ())
+
+
+def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: float) -> tuple[bool, bool]:
+    """Add a tap's outputs of one batch; whether they are finite, and whether the mask was applied."""
+    gram, total, count = next(results), next(results), next(results)
+    float_total = total if tap.quantize is None else next(results)
+    masked = tap.masked and bool(next(results))
+    if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
+        return True, True
+    sums.add(gram, total, float(count[0]), float_total, weight)
+    return bool(np.isfinite(float_total).all() and np.isfinite(np.trace(gram))), masked
 
 
 def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
@@ -185,9 +129,9 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
     return found
 
 
-def make_taps(model: ir.Model, widths: Mapping[str, int], data: Batches, mask: str | None, provider: str) -> list[Tap]:
-    """One tap for every value, masked where the mask fits."""
-    masked = _masked(model, list(widths), data, mask, provider)
+def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
+    """One tap for every value, masked where the value follows the mask."""
+    masked = masked_values(model, list(widths), context)
     return [Tap(n, k, n in masked) for n, k in widths.items()]
 
 
@@ -201,21 +145,6 @@ def check_rows(rows: Iterable[float], mask: str | None) -> None:
         raise CalibrationError(f"the mask {mask!r} leaves no rows to calibrate with; pass another mask, or none")
 
 
-def _masked(model: ir.Model, names: Sequence[str], data: Batches, mask: str | None, provider: str) -> set[str]:
-    """Values with one row per element of the mask: all axes but the last have the mask's shape, on the first batch.
-
-    None that was brought out of a body: its rows may fit one batch and not the next.
-    """
-    if mask is None:
-        return set()
-    first = next(iter(data))
-    wanted = current_mask(first, mask).shape
-    with Session(shape_taps(model, names), provider) as session:
-        shapes = session.run(first)
-    outside = hoisted(model)
-    return {name for name, shape in zip(names, shapes, strict=True) if tuple(shape[:-1]) == wanted and name not in outside}
-
-
 def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
     """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other.
 
@@ -224,6 +153,6 @@ def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, pro
     open_up(model)
     layers, _ = find(model)
     source = tapped(model, layers, data, (), provider)
-    stats = collect(source.model, source.reached(layers), data, mask=mask, provider=provider).stats
+    stats = collect(source.model, source.reached(layers), CalibrationContext(data, mask, provider)).stats
     for layer in layers:
         attach(layer, stats.get(input_name(layer)))

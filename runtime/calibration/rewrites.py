@@ -12,6 +12,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.pipeline import activations_of, resolve, spec_of
 from magr_onnx.passes.rewrites.base import Context, Groups, Rewrite
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches
 
 
@@ -50,7 +51,7 @@ def rewrite(
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
         for group in moments.plan(layers, gram_budget):
-            yield group, {} if data is None else moments.collect(current, group, data, mask=mask, provider=provider).stats
+            yield group, {} if data is None else moments.collect(current, group, CalibrationContext(data, mask, provider)).stats
 
     bias = next((p.bias for p in passes if isinstance(p, CompensateBias)), None)
     integer = activations_of(passes) is not None

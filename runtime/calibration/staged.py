@@ -11,11 +11,8 @@ calibrated that are larger than memory.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,180 +20,53 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
-from magr_onnx.core.error_feedback import goal_of
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Goal, LayerStats, gram_type
-from magr_onnx.errors import NonFiniteError, OutputError, raise_all
-from magr_onnx.model_io.writing import explained
-from magr_onnx.passes.graph.kv_cache import current_mask
+from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
+from magr_onnx.core.types import Goal, LayerStats
+from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, plan
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.moments import HELD_OUT, Calibration, check_rows, not_finite, readers_of
+from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.mask import MaskRule, kept_rows
+from magr_onnx.runtime.calibration.moments import Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibration.moments import plan as plan_groups
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.calibration.value_cache import Cache
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
 
 Tensor = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
 
 
-class Cache:
-    """Live values of all batches: in memory up to a number of bytes, the rest in files of a temporary folder."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """How a model is gone through in stages.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._memory: dict[tuple[str, int], Tensor] = {}
-        self._files: dict[tuple[str, int], Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._written = 0  # names files: their number would give a name again once some were dropped
-        self.spilled = 0
+    Attributes:
+        feedback: Whether the model being quantized runs beside the float one; else layers see float inputs and have no goals.
+        cache: Bytes of live values to hold in memory; more go to a temporary folder.
+        changed: Values of the model being quantized that differ from the float ones already, by name: convolutions, and layers that belong
+            to no stage, are quantized first.
+        gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
+        wanted: Layers that statistics are for; parts without one come without.
+        cuts: Layers to cut the model at, those to calibrate among them, so that no segment has many; None for those alone.
+    """
 
-    def put(self, name: str, batch: int, array: Tensor) -> None:
-        if self._used + array.nbytes <= self._limit:
-            self._memory[name, batch] = array
-            self._used += array.nbytes
-            return
-        try:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-            path = Path(self._folder.name, f"{self._written}.npy")
-            np.save(path, array, allow_pickle=False)
-        except OSError as error:
-            where = tempfile.gettempdir()
-            raise OutputError(
-                f"cannot write values between stages to {where}: {explained(error)}; or give a larger --cache, or set TMPDIR"
-            ) from error
-        self._files[name, batch] = path
-        self._written += 1
-        self.spilled += array.nbytes
-
-    def get(self, name: str, batch: int) -> Tensor:
-        if (name, batch) in self._memory:
-            return self._memory[name, batch]
-        loaded: Tensor = np.load(self._files[name, batch], allow_pickle=False)
-        return loaded
-
-    def drop(self, name: str, batch: int) -> None:
-        if (name, batch) in self._memory:
-            self._used -= self._memory.pop((name, batch)).nbytes
-        else:
-            self._files.pop((name, batch)).unlink()
-
-    def keep(self, names: Sequence[str]) -> None:
-        """Drop everything but these values."""
-        for name, batch in [*self._memory, *self._files]:
-            if name not in names:
-                self.drop(name, batch)
-
-    def run(
-        self,
-        model: ir.Model,
-        given: Sequence[str],
-        wanted: Sequence[str],
-        batches: int,
-        provider: str,
-        fallback: Cache | None = None,
-        shared: frozenset[str] | set[str] = frozenset(),
-    ) -> None:
-        """Compute ``wanted`` from ``given`` over all batches; ``shared`` values come from ``fallback``."""
-
-        def fetch(name: str, batch: int) -> Tensor:
-            return fallback.get(name, batch) if fallback is not None and name in shared else self.get(name, batch)
-
-        if not wanted:  # the layers read the model's inputs
-            return
-        segment = cut(model, {n: fetch(n, 0) for n in given}, wanted)
-        with Session(segment, provider) as session:
-            needed = [i.name for i in session.inputs]
-            for b in range(batches):
-                for name, array in zip(wanted, session.run({n: fetch(n, b) for n in needed}, list(wanted)), strict=True):
-                    self.put(name, b, array)
-
-    def names(self, batch: int) -> list[str]:
-        return [n for n, b in (*self._memory, *self._files) if b == batch]
-
-    def __enter__(self) -> Cache:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._memory.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-
-class _Inputs:
-    """Sums over rows of one value: in the model being quantized, and (``pair``) between it and the float one."""
-
-    def __init__(self, width: int, pair: bool) -> None:
-        self.gram: Tensor = np.zeros((width, width))
-        self.mean, self.float_mean, self.rows = np.zeros(width), np.zeros(width), 0
-        self.cross, self.float_gram = (np.zeros((width, width)) if pair else None for _ in range(2))
-
-    def add(self, x: Tensor, quantized: Tensor) -> None:
-        step = LARGE_ROWS if len(self.mean) >= LARGE else len(self.mean)
-        for at in range(0, len(self.mean), step):  # of a large matrix no second one is made
-            self.gram[at : at + step] += quantized[:, at : at + step].T @ quantized
-        self.mean += quantized.sum(axis=0, dtype=np.float64)
-        self.float_mean += x.sum(axis=0, dtype=np.float64)
-        self.rows += len(x)
-        if self.cross is not None and self.float_gram is not None:
-            self.cross += quantized.T @ x
-            self.float_gram += x.T @ x
-
-    def stats(self, activation: Activation | None) -> LayerStats:
-        n = max(self.rows, 1)
-        gram, self.gram = self.gram, np.zeros((0, 0))
-        gram /= n
-        gram = gram.astype(gram_type(len(self.mean)), copy=False)
-        return LayerStats(gram, self.mean / n, self.rows, self.float_mean / n, activation)
-
-    def goal(self, weights: Tensor) -> Goal:
-        assert self.cross is not None
-        assert self.float_gram is not None
-        n = max(self.rows, 1)
-        return goal_of(weights, self.cross / n, self.float_gram / n, self.float_mean / n, self.rows)
-
-
-class _Sums:
-    """Sums over rows of what one layer should put out so that the sum with the value beside it is right."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-        self.cross, self.mean, self.power, self.rows = np.zeros(weights.shape), *np.zeros((2, weights.shape[1])), 0
-
-    def add(self, x: Tensor, quantized: Tensor, missing: Tensor) -> None:
-        y = x @ self.weights
-        y += missing
-        self.cross += quantized.T @ y
-        self.mean += y.sum(axis=0, dtype=np.float64)
-        self.power += np.einsum("nk,nk->k", y, y, dtype=np.float64)
-        self.rows += len(x)
-
-    def goal(self) -> Goal:
-        n = max(self.rows, 1)
-        return Goal(self.cross / n, self.mean / n, self.power / n, self.rows)
+    feedback: bool = True
+    cache: int = DEFAULT_CACHE
+    changed: Collection[str] = ()
+    gram_budget: int | None = None
+    wanted: Callable[[LinearLayer], bool] = lambda layer: True
+    cuts: Sequence[LinearLayer] | None = None
 
 
 def staged(
     original: ir.Model,
     work: ir.Model,
     layers: Sequence[LinearLayer],
-    data: Batches,
-    *,
-    mask: str | None = None,
-    provider: str = "cpu",
-    quantize: Mapping[str, Activation] | None = None,
-    bounds: Mapping[str, tuple[float, float]] | None = None,
-    cache: int = DEFAULT_CACHE,
-    changed: Collection[str] = (),
+    context: CalibrationContext,
+    schedule: Schedule | None = None,
     progress: Progress | None = None,
-    feedback: bool = True,
-    hold_out: bool = True,
-    gram_budget: int | None = None,
-    wanted: Callable[[LinearLayer], bool] = lambda layer: True,
-    cuts: Sequence[LinearLayer] | None = None,
 ) -> Iterator[tuple[Sequence[LinearLayer], Calibration]]:
     """Stages of layers, each with the statistics of what its layers read.
 
@@ -204,139 +74,199 @@ def staged(
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far but for what makes the ``changed`` values.
+        work: The model being quantized, a copy of ``original`` so far but for what makes the changed values of the schedule.
         layers: Its layers.
-        data: Batches that fit both.
-        mask: Input whose zero elements mark rows to leave out, wherever it has one element a row.
-        provider: Where to run.
-        quantize: How layer inputs will be quantized, by value name.
-        bounds: What values are clipped to first, by value name.
-        cache: Bytes of live values to hold in memory; more go to a temporary folder.
-        changed: Values of ``work`` that differ from the float ones already, by name: convolutions, and layers that belong to no
-            stage, are quantized first.
+        context: Data that fits both, and how to read it; with feedback, batches are held out in any case.
+        schedule: How to go through the model.
         progress: Called with segments of batches done and in total.
-        feedback: Whether ``work`` runs beside the float model; else layers see float inputs and have no goals.
-        hold_out: Whether every `HELD_OUT`-th batch is kept apart; with feedback it always is.
-        gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
-        wanted: Layers that statistics are for; parts without one come without.
-        cuts: Layers to cut the model at, those of ``layers`` among them, so that no segment has many; None for ``layers`` alone.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
         CalibrationError: The mask leaves no rows.
     """
-    quantize, bounds = quantize or {}, bounds or {}
-    steps = plan(work, layers if cuts is None else cuts)
-    own = {id(layer.node): layer for layer in layers}
-    moved = behind(work, changed)
+    schedule = schedule or Schedule()
+    if schedule.feedback and not context.hold_out:
+        context = replace(context, hold_out=HoldOut())
+    steps = plan(work, layers if schedule.cuts is None else schedule.cuts)
+    calibrated = {id(layer.node): layer for layer in layers}
     known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
     kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
-    with Cache(cache // 2) as floats, Cache(cache // 2) as quants:
-        masks = _begin(original, data, mask, floats)
-        shared: set[str] = set(floats.names(0))  # the same in both models: nothing before them is quantized
+    with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
+        values = _Values(original, work, context, floats, quants, behind(work, schedule.changed))
         for s, (stage, live) in enumerate(zip(steps.stages, kept, strict=True)):
-            before = floats.names(0)
-            new = [n for n in live if n not in before]
-            floats.run(original, before, new, len(data), provider)
-            if not feedback:
-                shared |= set(new)
-            elif s == 0:
-                shared |= set(new) - moved
-            if feedback:
-                quants.run(work, before, [n for n in new if n not in shared], len(data), provider, fallback=floats, shared=shared)
+            values.advance(live, schedule.feedback, first=s == 0)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            mine = tuple(own[id(layer.node)] for layer in stage if id(layer.node) in own)
-            for part in [mine] if gram_budget is None else plan_groups(mine, gram_budget, hold_out):
-                left = part if any(map(wanted, part)) else []  # all of them: layers that share a weight are solved together
-                found = _gather(left, floats, quants, shared, live, masks, data, quantize, bounds, mask, feedback, hold_out)
+            mine = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
+            budget = schedule.gram_budget
+            for part in [mine] if budget is None else plan_groups(mine, budget, bool(context.hold_out)):
+                read = part if any(map(schedule.wanted, part)) else []  # all of them: layers that share a weight are solved together
+                found = _gather(read, values, context, schedule.feedback)
                 yield part, replace(found, spilled=floats.spilled + quants.spilled)
                 del found  # before the next ones are made
-            floats.keep(live)
-            quants.keep(live)
+            values.keep(live)
 
 
-def _gather(
-    stage: Sequence[LinearLayer],
-    floats: Cache,
-    quants: Cache,
-    shared: set[str],
-    live: Sequence[str],
-    masks: Sequence[Tensor | None],
-    data: Batches,
-    quantize: Mapping[str, Activation],
-    bounds: Mapping[str, tuple[float, float]],
-    mask: str | None,
-    feedback: bool,
-    hold_out: bool,
-) -> Calibration:
-    """Statistics of what a stage reads and (with feedback) should put out, every `HELD_OUT`-th batch apart if wanted."""
-    hold_out |= feedback
+class _Values:
+    """Live values of both models, of all batches: those that later stages read.
+
+    Attributes:
+        floats: Of the float model.
+        quants: Of the model being quantized, where they differ.
+        shared: Names of those that are the same in both.
+        live: Names of those that the present stage, or a later one, reads.
+    """
+
+    def __init__(
+        self, original: ir.Model, work: ir.Model, context: CalibrationContext, floats: Cache, quants: Cache, moved: Collection[str]
+    ) -> None:
+        self.floats, self.quants = floats, quants
+        self.live: Sequence[str] = ()
+        self._models = original, work
+        self._provider = context.provider
+        self._moved = moved
+        self._mask = MaskRule.of(original, context.data, context.mask)
+        self._masks: list[npt.NDArray[np.bool_] | None] = []
+        names = given_inputs(original)
+        for b, batch in enumerate(context.data):
+            self._masks.append(self._mask.truth(batch))
+            for name in names:
+                floats.put(name, b, np.asarray(batch[name]))
+        self.shared = set(names)  # nothing before them is quantized
+        self._probe = None if self._mask.probe is None else {name: np.asarray(self._mask.probe[name]) for name in names}
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def advance(self, live: Sequence[str], feedback: bool, first: bool) -> None:
+        """Compute what is ``live`` from now on from what was before, in both models with ``feedback``."""
+        original, work = self._models
+        before = self.floats.names(0)
+        new = [n for n in live if n not in before]
+        if not feedback:
+            self.shared |= set(new)
+        elif first:
+            self.shared |= set(new) - set(self._moved)
+        self._run(original, before, new, self.floats, probe=True)
+        if feedback:
+            self._run(work, before, [n for n in new if n not in self.shared], self.quants)
+        self.live = live
+
+    def _run(self, model: ir.Model, before: Sequence[str], wanted: Sequence[str], cache: Cache, probe: bool = False) -> None:
+        """Compute ``wanted`` values from those ``before`` over all batches, into ``cache``."""
+        if not wanted:  # the layers read the model's inputs
+            return
+        source = {name: self.floats if name in self.shared else cache for name in before}
+        with Session(cut(model, {n: source[n].get(n, 0) for n in before}, wanted), self._provider) as session:
+            needed = [i.name for i in session.inputs]
+            for b in range(len(self)):
+                for name, array in zip(wanted, session.run({n: source[n].get(n, b) for n in needed}, list(wanted)), strict=True):
+                    cache.put(name, b, array)
+            if probe and self._probe is not None:
+                try:
+                    results = session.run({n: self._probe[n] for n in needed}, list(wanted))
+                except RuntimeFailure:  # the model does not take this shape, whatever its inputs declare
+                    self._probe = None
+                else:
+                    self._probe |= zip(wanted, results, strict=True)
+
+    def keep(self, live: Sequence[str]) -> None:
+        """Drop what no later stage reads."""
+        self.floats.keep(live)
+        self.quants.keep(live)
+        if self._probe is not None:
+            self._probe = {name: array for name, array in self._probe.items() if name in live}
+
+    def pair(self, name: str, batch: int) -> tuple[Tensor, Tensor]:
+        """A value in the float model and in the one being quantized."""
+        x = self.floats.get(name, batch)
+        return x, x if name in self.shared else self.quants.get(name, batch)
+
+    def follows_mask(self, name: str) -> bool:
+        """See `MaskRule.follows`."""
+        arrays = [self.floats.get(name, b) for b in self._mask.positions]
+        return self._mask.follows([a.shape for a in (*arrays, *([] if self._probe is None else [self._probe[name]]))])
+
+    def kept_rows(self, batch: int, shape: Sequence[int]) -> npt.NDArray[np.bool_] | None:
+        """See `magr_onnx.runtime.calibration.mask.kept_rows`."""
+        return kept_rows(self._masks[batch], shape)
+
+    def residual(self, layer: LinearLayer, name: str) -> str | None:
+        """The value added to the output of a layer that reads ``name``, if both models have it by now, it differs between them, and its
+        rows are those read."""
+        other = beside(layer)
+        if other is None or other not in self.live or other in self.shared:
+            return None
+        return other if self.floats.get(other, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """What was measured of one value.
+
+    Attributes:
+        stats: Of its rows; None where there are none.
+        goals: What the layers that read it should put out, by layer name.
+        masked: Whether the mask was applied in all batches.
+    """
+
+    stats: LayerStats | None
+    goals: dict[str, Goal] = field(default_factory=dict)
+    masked: bool = True
+
+
+def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> Calibration:
+    """Statistics of what a stage reads and (with feedback) should put out."""
     stats: dict[str, LayerStats] = {}
     goals: dict[str, Goal] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
-        activation = quantize.get(name)
-        same = name in shared and (activation is None or not feedback)
-        besides = {layer.name: _beside(layer, name, live, shared, floats) for layer in readers}
-        sums = {layer.name: [_Sums(layer.read()) for _ in range(2)] for layer in readers if besides[layer.name] is not None}
-        inputs = [_Inputs(readers[0].k, pair=not same and len(sums) < len(readers)) for _ in range(1 + hold_out)]
-        for b in range(len(data)):
-            x = floats.get(name, b)
-            y = x if name in shared else quants.get(name, b)
-            if name in bounds:
-                x, y = np.clip(x, *bounds[name]), np.clip(y, *bounds[name])
-            y = rounded(y, activation)
-            keep = _counted(x, masks[b])
-            part = hold_out and b % HELD_OUT == HELD_OUT - 1
-            rows = _rows(x, keep), _rows(y, keep)
-            inputs[part].add(*rows)
-            for layer, both in sums.items():
-                other = str(besides[layer])
-                both[part].add(*rows, _rows(floats.get(other, b) - quants.get(other, b), keep))
-            if b == 0 and keep is None and mask is not None:
-                unmasked.append(name)
-        kept, *rest = (i.stats(activation) for i in inputs)
-        held = rest[0] if hold_out else None
-        whole = kept if held is None else kept.combine(held)
-        if not (np.isfinite(whole.target_mean).all() and np.isfinite(whole.gram).all()):
-            bad.append(not_finite(name, readers, data.describe))
-        if mask is not None:
-            check_rows([whole.rows], mask)
-        parted = held is not None and kept.rows > 0 and held.rows > 0
-        if whole.rows:
-            stats[name] = replace(whole, held_out=held) if parted else whole
-        for reader in readers if parted and not same else ():
-            parts = [s.goal() for s in sums[reader.name]] if reader.name in sums else [i.goal(reader.read()) for i in inputs]
-            goals[reader.name] = replace(parts[0].combine(parts[1]), held_out=parts[1])
+        read = _measure(name, readers, values, context, feedback)
+        if context.mask is not None:
+            check_rows([0 if read.stats is None else read.stats.rows], context.mask)
+            unmasked += [] if read.masked else [name]
+        if read.stats is None:
+            continue
+        if not (np.isfinite(read.stats.target_mean).all() and np.isfinite(read.stats.gram).all()):
+            bad.append(not_finite(name, readers, context.data.describe))
+        stats[name] = read.stats
+        goals |= read.goals
     raise_all(NonFiniteError, bad)
     return Calibration(stats, tuple(unmasked), goals)
 
 
-def _beside(layer: LinearLayer, name: str, live: Sequence[str], shared: set[str], floats: Cache) -> str | None:
-    """The value added to the layer's output, if both models have it by now, it differs between them, and its rows are those read."""
-    other = beside(layer)
-    if other is None or other not in live or other in shared:
-        return None
-    return other if floats.get(other, 0).shape == (*floats.get(name, 0).shape[:-1], layer.n) else None
+def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Read:
+    """Statistics of one value, and the goals of the layers that read it."""
+    activation = context.quantize.get(name)
+    with_goals = feedback and not (name in values.shared and activation is None)
+    residuals = {layer.name: other for layer in readers if (other := values.residual(layer, name)) is not None}
+    outputs = {layer.name: [OutputAccumulator(layer.read()) for _ in range(2)] for layer in readers if layer.name in residuals}
+    paired = with_goals and len(outputs) < len(readers)
+    inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(2)]
+    follows = masked = values.follows_mask(name)
+    for b in range(len(values)):
+        x, y = values.pair(name, b)
+        if name in context.bounds:
+            x, y = np.clip(x, *context.bounds[name]), np.clip(y, *context.bounds[name])
+        y = rounded(y, activation)
+        kept = values.kept_rows(b, x.shape) if follows else None
+        masked &= kept is not None
+        held_out, weight = b in context.hold_out, context.data.weight(b)
+        rows = _rows(y, kept), _rows(x, kept)
+        inputs[held_out].add_rows(*rows, weight)
+        for layer_name, sums in outputs.items():
+            real, wrong = values.pair(residuals[layer_name], b)
+            sums[held_out].add_rows(*rows, _rows(real - wrong, kept), weight)
+    split = all(sums.rows for sums in inputs)
+    goals = {}
+    for layer in readers if split and with_goals else ():
+        parts = [s.goal() for s in outputs[layer.name]] if layer.name in outputs else [s.goal(layer.read()) for s in inputs]
+        goals[layer.name] = with_held_out(*parts)
+    return _Read(split_stats(inputs[0], inputs[1], activation), goals, masked)
 
 
-def _begin(model: ir.Model, data: Batches, mask: str | None, cache: Cache) -> list[Tensor | None]:
-    masks: list[Tensor | None] = []
-    names = given_inputs(model)
-    for b, batch in enumerate(data):
-        masks.append(None if mask is None else current_mask(batch, mask))
-        for name in names:
-            cache.put(name, b, np.asarray(batch[name]))
-    return masks
-
-
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The rows of ``x`` that count, ``(n,)`` booleans; None for all."""
-    return mask.reshape(-1) if mask is not None and mask.shape == x.shape[:-1] else None
-
-
-def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
+def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:
+    """Rows ``(n, K)`` float32 of a value, those to keep."""
     flat = x.reshape(-1, x.shape[-1])
-    return (flat if keep is None else flat[keep]).astype(np.float32, copy=False)
+    return (flat if kept is None else flat[kept]).astype(np.float32, copy=False)

@@ -28,9 +28,9 @@ import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
 from magr_onnx.model_io.writing import explained
-from magr_onnx.passes.graph.kv_cache import PREFIX, TOKENS, pairs_of
-from magr_onnx.runtime.calibration.moments import DEFAULT_MASK, HELD_OUT
+from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
 from magr_onnx.runtime.data import text
+from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, checked, in_memory, load_npz, open_data, open_source
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
 

@@ -39,9 +39,16 @@ WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each inpu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
-    """Batches that can be read any number of times, with what to call them in messages, and ``notes`` on them for the report.
+    """Batches that can be read any number of times.
 
-    ``samples`` is what all of them have along their first axes, or what they were made of, where somebody counted.
+    Attributes:
+        count: How many there are.
+        describe: What to call all of them.
+        read: Makes an iterator over them.
+        label: What to call one of them, by its position.
+        notes: Sentences for the report.
+        samples: What all of them have along their first axes, or what they were made of, where somebody counted.
+        weights: By what to multiply sums over each batch, where samples are repeated to fill it; none for 1 everywhere.
     """
 
     count: int
@@ -50,12 +57,17 @@ class Batches:
     label: Callable[[int], str]
     notes: tuple[str, ...] = ()
     samples: int | None = None
+    weights: tuple[float, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
 
     def __len__(self) -> int:
         return self.count
+
+    def weight(self, index: int) -> float:
+        """By what to multiply sums over the batch at a position."""
+        return self.weights[index] if self.weights else 1.0
 
     def limit(self, count: int) -> Batches:
         """At most ``count`` batches, spread evenly."""
@@ -72,7 +84,8 @@ class Batches:
                 if i in wanted:
                     yield batch
 
-        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]), self.notes)
+        weights = tuple(self.weights[i] for i in chosen) if self.weights else ()
+        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]), self.notes, weights=weights)
 
 
 def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:

@@ -34,6 +34,8 @@ from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
@@ -42,7 +44,6 @@ COLUMNS = 64  # output channels of a layer that are tried
 SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare
 ROWS = 4096  # rows of layer inputs behind the measured losses, about; one batch at least
 FLOOR = 1e-12  # losses below are noise of the float model
-HELD_OUT = 4  # every fourth batch is for the effects, the one two later for the caller's own measurement
 
 Progress = Callable[[int, int], None]
 Passes = Mapping[Choice, Sequence[LayerPass]]
@@ -68,7 +69,7 @@ class Split:
     def of(data: Batches) -> Split:
         """Of at least 3 batches no part shares a batch with another; of 2, ``fit`` is ``effects``; one serves for all."""
         every = list(range(len(data)))
-        held_out = every[HELD_OUT - 1 :: HELD_OUT] or every[-1:]
+        held_out = [i for i in every if i in HoldOut()] or every[-1:]
         rest = [i for i in every if i not in held_out] or every
         effects = [i for i in rest if i % HELD_OUT == 1] or rest
         fit = [i for i in rest if i not in effects] or rest
@@ -142,13 +143,13 @@ def measure(
     found: dict[str, Sensitivity] = {}
     total = len(layers) * (1 + len(references))
     names = [layer.name for layer in layers]
-    quantize, bounds = (None, None) if inputs is None else (inputs.quantize, inputs.bounds)
+    quantize, bounds = ({}, {}) if inputs is None else (inputs.quantize, inputs.bounds)
     copy, slots = overridable(model, names if inputs is None else [])
     with Session(copy, provider) as session:
         reference: Reference | None = None
         for group in moments.plan(layers, gram_budget // 2):
             fit, held = (
-                moments.collect(model, group, part, mask=mask, provider=provider, quantize=quantize, bounds=bounds).stats
+                moments.collect(model, group, CalibrationContext(part, mask, provider, quantize=quantize, bounds=bounds)).stats
                 for part in (split.fit, split.effects)
             )
             for layer in group:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from magr_onnx.model_io import files, writing
 from magr_onnx.passes import pipeline, run_layers
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 
@@ -60,15 +63,15 @@ class Calibrated:
         self.model = files.load(benchmark.model).model
         with Session(benchmark.model) as session:
             data = open_data(benchmark.calibration, session.inputs, BATCH_SIZE)
-        mask = moments.resolve_mask(self.model, "auto")
+        context = CalibrationContext(data, resolve_mask(self.model, "auto"))
         pipeline.prepare(passes, self.model)
         layers, _ = find(self.model)
         self.longest = max(layer.k for layer in layers)
         chosen = activation_ranges.choose(
-            self.model, activation_ranges.inputs_of(layers), data, method=activations.ranges, kind=activations.type, mask=mask
+            self.model, activation_ranges.inputs_of(layers), context, method=activations.ranges, kind=activations.type
         )
         grids = {name: choice.grid for name, choice in chosen.items()}
-        self.stats = moments.collect(self.model, layers, data, mask=mask, quantize=grids).stats
+        self.stats = moments.collect(self.model, layers, replace(context, quantize=grids)).stats
 
     def quantize(self, output: Path, options: Options) -> None:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""

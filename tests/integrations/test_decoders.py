@@ -18,6 +18,7 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.instrument.segments import beside
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.fisher import collect as fisher
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data import decoders as feeding
@@ -251,9 +252,9 @@ def test_a_mask_longer_than_the_tokens_marks_its_last(make: Callable[[], ir.Mode
     layers, _ = find(model)
     wanted = layers[-1:]
     data = open_data([prefill, step], inputs_of(model))
-    masked = collect(model, wanted, data, mask="attention_mask").stats[wanted[0].reads]
+    masked = collect(model, wanted, CalibrationContext(data, "attention_mask")).stats[wanted[0].reads]
     first = {n: a[:2] for n, a in step.items()}
-    counted = collect(model, wanted, in_memory([prefill, first], "x")).stats[wanted[0].reads]
+    counted = collect(model, wanted, CalibrationContext(in_memory([prefill, first], "x"))).stats[wanted[0].reads]
     assert masked.rows == counted.rows == 4 * 7 + 2
     np.testing.assert_allclose(masked.gram, counted.gram, rtol=1e-3, atol=1e-5 * np.abs(counted.gram).max())
 

@@ -20,7 +20,9 @@ from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import moments, staged
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data import sources
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import graphs
 from tests.graphs import feeds, proto
@@ -176,10 +178,11 @@ def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bo
     model = graphs.chain()
     layers, _ = find(model)
     opened = sources.open_data(batches(), inputs_of(model))
-    wanted = moments.collect(model, layers, opened, hold_out=hold_out).stats
+    context = CalibrationContext(opened, hold_out=HoldOut() if hold_out else NONE)
+    wanted = moments.collect(model, layers, context).stats
     found: dict[str, LayerStats] = {}
     seen: list[str] = []
-    for part, result in staged.staged(model, model, layers, opened, feedback=False, hold_out=hold_out, gram_budget=1):
+    for part, result in staged.staged(model, model, layers, context, staged.Schedule(feedback=False, gram_budget=1)):
         assert not result.goals
         seen += [layer.name for layer in part]
         found |= result.stats

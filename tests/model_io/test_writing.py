@@ -22,7 +22,7 @@ from magr_onnx.model_io import files, writing
 from magr_onnx.model_io.atomic import clear, lock, workspace
 from magr_onnx.model_io.writing import Layout, save
 from magr_onnx.models import bundled
-from magr_onnx.runtime.calibration.staged import Cache
+from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.cli.test_cli import run

@@ -32,6 +32,7 @@ from magr_onnx.passes import (
 )
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.job import attach
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -417,7 +418,7 @@ def test_compensation_counts_activation_rounding() -> None:
     grid = ActivationGrid.of_range(0, 1.5)
     with Session(model) as session:
         data = open_data([x], session.inputs)
-    stats = collect(model, find(model)[0], data, quantize={"x": grid}).stats["x"]
+    stats = collect(model, find(model)[0], CalibrationContext(data, quantize={"x": grid})).stats["x"]
     quantize = Quantize("rtn", 8, None, True, beta=1.0)
     run_layers((QuantizeActivations(), quantize, CompensateBias(), EmitQDQInt8()), find(model)[0], lambda _: stats, lambda _: None)
     np.testing.assert_allclose(read_weights(model)["y"], weight, atol=1e-6)

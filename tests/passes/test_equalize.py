@@ -19,6 +19,7 @@ from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.equalize import candidates, search
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, proto, random
@@ -87,7 +88,7 @@ def context(model: ir.Model, **options: Any) -> Context:
         data = open_data([inputs(s) for s in range(3)], session.inputs, 64)
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> list[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]:
-        return [(layers, moments.collect(current, layers, data).stats)]
+        return [(layers, moments.collect(current, layers, CalibrationContext(data)).stats)]
 
     return Context(statistics=statistics, **options)
 
@@ -239,7 +240,7 @@ def test_bundled_model_in_float_is_the_same() -> None:
     with Session(bundled.MODEL) as session:
         data = open_data(bundled.CALIBRATION, session.inputs, 16).limit(2)
     layers = find(model)[0]
-    stats = moments.collect(model, layers, data).stats
+    stats = moments.collect(model, layers, CalibrationContext(data)).stats
     for layer in layers:
         attach(layer, stats[moments.input_name(layer)])
     result = ir.passes.Sequential(Equalize())(model)

@@ -18,6 +18,7 @@ from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.runtime.calibration import activation_ranges
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.ort.session import Session
@@ -120,7 +121,9 @@ def test_a_mask_that_leaves_nothing_is_an_error() -> None:
     x = feeds(model)
     x["attention_mask"][:] = 0
     with pytest.raises(CalibrationError, match="leaves no rows"):
-        activation_ranges.choose(model, activation_ranges.inputs_of(find(model)[0]), data_of(model, [x]), mask="attention_mask")
+        activation_ranges.choose(
+            model, activation_ranges.inputs_of(find(model)[0]), CalibrationContext(data_of(model, [x]), "attention_mask")
+        )
 
 
 # Candidates from a histogram
@@ -264,7 +267,7 @@ def test_auto_is_never_worse_than_any_method(distribution: str, kind: Any, centr
     x = skewed(1, distribution)
     data = data_of(model, [{"x": x}])
     values = activation_ranges.inputs_of([layer], "existing" if centred else "none")
-    found = {m: activation_ranges.choose(model, values, data, method=m, kind=kind)["x"] for m in METHODS}  # type: ignore[arg-type]
+    found = {m: activation_ranges.choose(model, values, CalibrationContext(data), method=m, kind=kind)["x"] for m in METHODS}  # type: ignore[arg-type]
     measured = {m: error_of(x, choice.grid, layer.read(), centred) for m, choice in found.items()}
     spare = 1.05 if kind == "dynamic" else 1.0  # a Clip is written only where it is worth a node
     assert measured["auto"] <= min(measured.values()) * spare * (1 + 1e-3)
@@ -282,7 +285,9 @@ def test_outliers_that_no_weight_reads_are_clipped(kind: Any) -> None:
     x = random(500, K)
     x[3, 0] = 300
     auto, plain = (
-        activation_ranges.choose(model, activation_ranges.inputs_of(find(model)[0]), data_of(model, [{"x": x}]), method=m, kind=kind)["x"]
+        activation_ranges.choose(
+            model, activation_ranges.inputs_of(find(model)[0]), CalibrationContext(data_of(model, [{"x": x}])), method=m, kind=kind
+        )["x"]
         for m in ("auto", "min-max")
     )
     assert error_of(x, auto.grid, weight) < 0.01 * error_of(x, plain.grid, weight)
@@ -294,7 +299,7 @@ def test_a_wide_layer_is_judged_by_a_projection_of_its_weights() -> None:
     (value,) = activation_ranges.inputs_of([layer])
     assert value.sketch.shape == (K, activation_ranges.SKETCH)
     x = skewed(0, "heavy")
-    choice = activation_ranges.choose(model, [value], data_of(model, [{"x": x}]))["x"]
+    choice = activation_ranges.choose(model, [value], CalibrationContext(data_of(model, [{"x": x}])))["x"]
     exact = {name: error_of(x, ActivationGrid.of_range(*ends), layer.read()) for name, ends in candidates(histogram_of(x)).items()}
     assert exact[choice.method] <= 1.05 * min(exact.values())
     assert choice.errors["min-max"] == pytest.approx(exact["min-max"], rel=0.3)
@@ -329,7 +334,7 @@ def test_wide_products_are_judged_behind_a_narrow_projection() -> None:
 def test_moments_are_of_the_quantized_input_and_the_float_mean_is_kept(grid: Activation) -> None:
     model = graphs.matmul(opset=11)
     x = feeds(model)
-    stats = collect(model, find(model)[0], data_of(model, [x]), quantize={"x": grid}).stats["x"]
+    stats = collect(model, find(model)[0], CalibrationContext(data_of(model, [x]), quantize={"x": grid})).stats["x"]
     seen, plain = rounded(x["x"], grid).reshape(-1, K).astype(np.float64), x["x"].reshape(-1, K).astype(np.float64)
     assert stats.activation == grid
     np.testing.assert_allclose(stats.gram, seen.T @ seen / len(seen), rtol=1e-4, atol=1e-4 * np.abs(stats.gram).max())
@@ -337,7 +342,7 @@ def test_moments_are_of_the_quantized_input_and_the_float_mean_is_kept(grid: Act
     np.testing.assert_allclose(stats.target_mean, plain.mean(axis=0), rtol=1e-3, atol=1e-3)
     assert np.abs(stats.mean - stats.target_mean).max() > 1e-3
     with pytest.raises(ValueError, match="under different grids cannot be combined"):
-        stats.combine(collect(model, find(model)[0], data_of(model, [x])).stats["x"])
+        stats.combine(collect(model, find(model)[0], CalibrationContext(data_of(model, [x]))).stats["x"])
 
 
 def test_grids_hold_zero_exactly() -> None:

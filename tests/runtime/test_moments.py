@@ -14,7 +14,9 @@ from onnx import numpy_helper
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
-from magr_onnx.runtime.calibration.moments import collect, input_name, plan, resolve_mask
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import resolve_mask
+from magr_onnx.runtime.calibration.moments import collect, input_name, plan
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import InputInfo, Session
 from tests import graphs
@@ -33,7 +35,7 @@ def test_gram_and_mean_equal_numpy(opset: int) -> None:
     model = graphs.matmul(opset=opset)
     batches = [feeds(model, rows=r, time=t, seed=r) for r, t in ((4, 3), (2, 7), (1, 1))]
     layers, _ = find(model)
-    stats = collect(model, layers, open_data(batches, INPUTS)).stats["x"]
+    stats = collect(model, layers, CalibrationContext(open_data(batches, INPUTS))).stats["x"]
     rows = np.concatenate([b["x"].reshape(-1, K) for b in batches])
     gram, mean = moments(rows)
     assert stats.rows == len(rows)
@@ -47,7 +49,7 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
     x = feeds(model)
     layers, _ = find(model)
     inputs = (InputInfo("x", np.dtype("float16"), (None, None, K)),)
-    stats = collect(model, layers, open_data([x], inputs)).stats["x"]
+    stats = collect(model, layers, CalibrationContext(open_data([x], inputs))).stats["x"]
     gram, _ = moments(x["x"])
     np.testing.assert_allclose(stats.gram, gram, rtol=1e-4, atol=1e-5 * np.abs(gram).max())
 
@@ -58,7 +60,7 @@ def test_padded_rows_do_not_count() -> None:
     with Session(model) as session:
         data = open_data([x], session.inputs)
     layers, _ = find(model)
-    result = collect(model, layers, data, mask="attention_mask")
+    result = collect(model, layers, CalibrationContext(data, "attention_mask"))
     kept = x["x"][x["attention_mask"] != 0]
     gram, mean = moments(kept)
     assert list(result.stats) == ["x", "pool_out"] or len(result.stats) == 2  # two layers share x
@@ -76,7 +78,7 @@ def test_mask_that_leaves_nothing_is_an_error() -> None:
     with Session(model) as session:
         data = open_data([x], session.inputs)
     with pytest.raises(CalibrationError, match="leaves no rows"):
-        collect(model, find(model)[0], data, mask="attention_mask")
+        collect(model, find(model)[0], CalibrationContext(data, "attention_mask"))
 
 
 def test_mask_names() -> None:
@@ -116,7 +118,7 @@ def test_non_finite_activations_name_the_layers() -> None:
     with Session(model) as session:
         data = open_data([x], session.inputs)
     with pytest.raises(NonFiniteError, match="input of first, second"):
-        collect(model, find(model)[0], data)
+        collect(model, find(model)[0], CalibrationContext(data))
 
 
 class Reader:
@@ -152,7 +154,7 @@ def test_sources_give_the_same_statistics(tmp_path: Path) -> None:
     ]
     gram, mean = moments(x)
     for source in sources:
-        stats = collect(model, find(model)[0], open_data(source, INPUTS, batch_size=3)).stats["x"]
+        stats = collect(model, find(model)[0], CalibrationContext(open_data(source, INPUTS, batch_size=3))).stats["x"]
         assert stats.rows == 24
         np.testing.assert_allclose(stats.gram, gram, rtol=1e-5, atol=1e-5 * np.abs(gram).max())
         np.testing.assert_allclose(stats.mean, mean, rtol=1e-4, atol=1e-5)

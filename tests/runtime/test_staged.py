@@ -17,8 +17,11 @@ from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
 from magr_onnx.passes.instrument.segments import cut, plan, reads
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import staged as stages
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
-from magr_onnx.runtime.calibration.staged import Cache, staged
+from magr_onnx.runtime.calibration.staged import Schedule, staged
+from magr_onnx.runtime.calibration.value_cache import Cache
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -80,10 +83,10 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) 
     layers, _ = find(model)
     with Session(model) as session:
         data = open_data(batches(model), session.inputs)
-    expected = collect(model, layers, data, hold_out=True).stats
+    expected = collect(model, layers, CalibrationContext(data, hold_out=HoldOut())).stats
     seen, goals = {}, {}
     work = model.clone()
-    for _, found in staged(model, work, find(work)[0], data, cache=limit):
+    for _, found in staged(model, work, find(work)[0], CalibrationContext(data), Schedule(cache=limit)):
         seen |= found.stats
         goals |= found.goals
     assert seen.keys() == expected.keys()
@@ -109,7 +112,7 @@ def test_later_stages_see_the_quantized_model() -> None:
     layers, _ = find(work)
     with Session(model) as session:
         data = open_data(batches(model), session.inputs)
-    for stage, found in staged(model, work, layers, data):
+    for stage, found in staged(model, work, layers, CalibrationContext(data)):
         for layer in stage:
             stats = found.stats[str(layer.x.name)]
             if layer.name.startswith("branch"):
@@ -156,7 +159,7 @@ def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: s
     with Session(model) as session:
         source = open_data(data, session.inputs)
     seen = 0
-    for (layer,), found in staged(model, work, layers, source, mask=mask):
+    for (layer,), found in staged(model, work, layers, CalibrationContext(source, mask)):
         weights, i = layer.read(), layer.name[-1]
         if layer.name != "layer_0":
             before = f"sum_{int(i) - 1}_out"
@@ -222,10 +225,10 @@ def test_masked_rows_are_left_out() -> None:
     layers, _ = find(model)
     with Session(model) as session:
         data = open_data([graphs.feeds(model, seed=s) for s in range(4)], session.inputs)
-    expected = collect(model, layers, data, mask="attention_mask")
+    expected = collect(model, layers, CalibrationContext(data, "attention_mask"))
     unmasked: tuple[str, ...] = ()
     work = model.clone()
-    for _, found in staged(model, work, find(work)[0], data, mask="attention_mask"):
+    for _, found in staged(model, work, find(work)[0], CalibrationContext(data, "attention_mask")):
         unmasked += found.unmasked
         for name, stats in found.stats.items():
             assert stats.rows == expected.stats[name].rows
@@ -549,3 +552,43 @@ def test_sequences_between_layers_do_without_stages(effort: Any, tmp_path: Path)
         fresh = graphs.feeds(model, 50, seed=9)
         expected = a.run(fresh)[0]
         assert np.linalg.norm(c.run(fresh)[0] - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_cache_keeps_strings_on_disk() -> None:
+    """Any text, and of any shape: NumPy could only pickle it."""
+    arrays = [
+        np.array([["word", ""], ["nul\0 inside", "nul behind\0"], ["ünï \ud800", "line\nbreak"]], object),
+        np.array("scalar", object),
+        np.empty((0, 3), object),
+        np.array(["fixed", "width"]),
+    ]
+    with Cache(0) as cache:
+        for i, array in enumerate(arrays):
+            cache.put("words", i, array)
+        for i, array in enumerate(arrays):
+            found = cache.get("words", i)
+            assert (found.dtype, found.shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(found, array)
+
+
+def of_words() -> ir.Model:
+    """Two layers behind an encoder of words."""
+    b = Builder()
+    words = b.input("words", ["batch", "length"], ir.DataType.STRING)
+    domain = "ai.onnx.ml"
+    label = ir.node(
+        "LabelEncoder", [words], {"keys_strings": ["a", "b", "c"], "values_floats": [1.0, -2.0, 0.5], "default_float": 0.0}, domain=domain
+    )
+    label.name, label.outputs[0].name, label.outputs[0].dtype = "label", "label_out", ir.DataType.FLOAT
+    b.nodes.append(label)
+    hidden = b.node("Tanh", [b.node("MatMul", [label.outputs[0], b.constant("w0", random(16, 32, seed=1, scale=1))], "first")])
+    model = b.model(b.node("MatMul", [hidden, b.constant("w1", random(32, 8, seed=2))], "second"), ["batch", 8])
+    model.graph.opset_imports[domain] = 3
+    return model
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_strings_as_inputs(cache: int) -> None:
+    data = [{"words": np.random.default_rng(s).choice(np.array(list("abcd"), object), (20, 16))} for s in range(5)]
+    _, report = magr_onnx.optimize(of_words(), data, cache=cache, progress=None)
+    assert [row.rows for row in report.layers] == [100, 100]

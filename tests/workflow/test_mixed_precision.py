@@ -23,6 +23,7 @@ from magr_onnx.passes import LayerPass, find, prepare, run_layers
 from magr_onnx.passes.instrument.weight_inputs import overridable
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import COSINE, KL, Reference
@@ -161,7 +162,7 @@ def test_predictions_agree_with_measurements() -> None:
     choices = mixed_precision.choices_of({})
     found, _ = measured(model, choices)
     split = sensitivity.Split.of(data_for(model))
-    stats = moments.collect(model, find(model)[0], split.fit).stats
+    stats = moments.collect(model, find(model)[0], CalibrationContext(split.fit)).stats
     with Session(model) as session:
         reference = Reference(session, split.effects)
     for choice in (Choice(2, 128), Choice(4, 16), Choice(4, 64), Choice(8, 64)):

@@ -25,6 +25,7 @@ from magr_onnx.passes.layers.linear import OPERATORS, find
 from magr_onnx.passes.pipeline import parse
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments, subgraphs
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 
@@ -61,7 +62,7 @@ def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str,
     with Session(source) as session:
         data = open_data(feeds, session.inputs)
     tapped = subgraphs.tapped(source, layers, data, (), "cpu")
-    stats = moments.collect(tapped.model, tapped.reached(layers), data).stats
+    stats = moments.collect(tapped.model, tapped.reached(layers), CalibrationContext(data)).stats
     return {layer.name: stats.get(moments.input_name(layer)) for layer in layers}, tapped
 
 

@@ -23,7 +23,8 @@ from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks
 from magr_onnx.passes.layers.shared import sharing
 from magr_onnx.report.html import summary
 from magr_onnx.runtime.calibration import moments
-from magr_onnx.runtime.calibration.staged import staged
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 from tests.graphs import Array, Builder, correlated, random
@@ -248,7 +249,7 @@ def test_stages_see_what_was_solved_before_them() -> None:
     feeds = [{"x": correlated(64, K, seed=s)} for s in range(4)]
     with Session(model) as session:
         data = open_data(feeds, session.inputs)
-    ((stage, found),) = staged(model, work, [layers[1]], data, changed=changed)
+    ((stage, found),) = staged(model, work, [layers[1]], CalibrationContext(data), Schedule(changed=changed))
     assert [layer.name for layer in stage] == ["between"]
     quantized = next(iter(read_weights(work).values()))
     x = np.concatenate([np.tanh(f["x"] @ quantized) for f in feeds])

@@ -1,0 +1,148 @@
+"""Running sums over rows, in float64, of which the statistics that solvers read are the means.
+
+A value ``x (..., K)`` is seen as rows ``X (n, K)``. A batch adds the sums that onnxruntime computed in the graph, or its rows themselves.
+Where the samples of a batch are repeated to fill it, its sums are multiplied by a weight below 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.core.error_feedback import goal_of
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Array, Goal, LayerStats, gram_type
+
+
+class _Means(Protocol):
+    @property
+    def rows(self) -> int: ...
+
+    def combine(self, other: Self) -> Self: ...
+
+
+Means = TypeVar("Means", bound=_Means)
+
+
+def with_held_out(fitted: Means, held_out: Means) -> Means:
+    """Statistics of all rows, with those of the held-out rows apart as ``held_out``; there are rows of both."""
+    combined: Means = replace(fitted.combine(held_out), held_out=held_out)  # type: ignore[type-var]
+    return combined
+
+
+class MomentAccumulator:
+    """Sums of ``x x^T`` and of ``x`` over the rows of one value.
+
+    Attributes:
+        gram: Sum of ``X^T X``, ``(K, K)``; ``(G, K, K)`` of the G groups of a convolution.
+        total: Sum of the rows, ``(K,)`` or ``(G, K)``.
+        rows: How many there are.
+        float_total: Sum of the same rows of the float model before they are quantized; None where ``total`` is of those.
+        cross: Sum of ``X_q^T X`` between the model being quantized and the float one ``(K, K)``; None unless asked for.
+        float_gram: Sum of ``X^T X`` in the float model; None unless asked for.
+    """
+
+    def __init__(self, width: int, groups: int | None = None, *, float_mean: bool = False, paired: bool = False) -> None:
+        """Start with no rows.
+
+        Args:
+            width: K.
+            groups: G; None for a value without groups.
+            float_mean: Whether to sum the rows of the float model too.
+            paired: Whether to sum ``cross`` and ``float_gram`` too, which `goal` is made of.
+        """
+        shape = (width,) if groups is None else (groups, width)
+        self.gram: Array = np.zeros((*shape, width))
+        self.total: Array = np.zeros(shape)
+        self.rows = 0.0
+        self.float_total: Array | None = np.zeros(shape) if float_mean else None
+        self.cross: Array | None = np.zeros((width, width)) if paired else None
+        self.float_gram: Array | None = np.zeros((width, width)) if paired else None
+
+    def add(self, gram: Array, total: Array, rows: float, float_total: Array | None = None, weight: float = 1.0) -> None:
+        """Add the sums of a batch."""
+        self.gram += weighted(gram, weight)
+        self.total += weighted(total, weight)
+        self.rows += rows * weight
+        if self.float_total is not None and float_total is not None:
+            self.float_total += weighted(float_total, weight)
+
+    def add_rows(self, quantized: Array, real: Array, weight: float = 1.0) -> None:
+        """Add rows ``(n, K)`` float32 of the model being quantized, and the same rows ``real`` of the float model."""
+        width = self.gram.shape[-1]
+        step = LARGE_ROWS if width >= LARGE else width
+        for at in range(0, width, step):  # of a large matrix no second one is made
+            self.gram[at : at + step] += weighted(quantized[:, at : at + step].T @ quantized, weight)
+        self.total += weighted(quantized.sum(axis=0, dtype=np.float64), weight)
+        self.rows += len(quantized) * weight
+        if self.float_total is not None:
+            self.float_total += weighted(real.sum(axis=0, dtype=np.float64), weight)
+        if self.cross is not None and self.float_gram is not None:
+            self.cross += weighted(quantized.T @ real, weight)
+            self.float_gram += weighted(real.T @ real, weight)
+
+    def means(self) -> tuple[Array, Array, int]:
+        """Second moments, mean and rows. The sums are used up: the matrix may be the largest thing in memory."""
+        gram, self.gram = self.gram, np.zeros((0, 0))
+        gram /= self._count
+        return gram, self.total / self._count, round(self.rows)
+
+    def stats(self, activation: Activation | None = None) -> LayerStats:
+        """`means` as the statistics of a value that will be quantized so."""
+        gram, mean, rows = self.means()
+        float_mean = None if self.float_total is None else self.float_total / self._count
+        return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation)
+
+    def goal(self, weights: Array) -> Goal:
+        """What a layer of ``weights (K, N)`` should put out: what it does in the float model."""
+        assert self.cross is not None
+        assert self.float_gram is not None
+        assert self.float_total is not None
+        n = self._count
+        return goal_of(weights, self.cross / n, self.float_gram / n, self.float_total / n, round(self.rows))
+
+    @property
+    def _count(self) -> float:
+        return max(self.rows, 1)
+
+
+def split_stats(fitted: MomentAccumulator, held_out: MomentAccumulator, activation: Activation | None) -> LayerStats | None:
+    """Statistics of all rows of a value, those of the held-out ones apart; None where there are no rows. The sums are used up."""
+    if fitted.rows and held_out.rows:
+        return with_held_out(fitted.stats(activation), held_out.stats(activation))
+    return (fitted if fitted.rows else held_out).stats(activation) if fitted.rows or held_out.rows else None
+
+
+class OutputAccumulator:
+    """Sums over rows of what a layer should put out so that its sum with a residual is that of the float model.
+
+    That is ``Y = X W + R - R_q`` for residuals ``R`` of the float model and ``R_q`` of the one being quantized.
+    """
+
+    def __init__(self, weights: Array) -> None:
+        """Start with no rows, for a layer of ``weights (K, N)``."""
+        self._weights = weights
+        self._cross, self._total, self._power = np.zeros(weights.shape), *np.zeros((2, weights.shape[1]))
+        self._rows = 0.0
+
+    def add_rows(self, quantized: Array, real: Array, missing: Array, weight: float = 1.0) -> None:
+        """Add rows ``(n, K)`` float32 of both models, and of ``R - R_q (n, N)``."""
+        y = real @ self._weights
+        y += missing
+        self._cross += weighted(quantized.T @ y, weight)
+        self._total += weighted(y.sum(axis=0, dtype=np.float64), weight)
+        self._power += weighted(np.einsum("nk,nk->k", y, y, dtype=np.float64), weight)
+        self._rows += len(real) * weight
+
+    def goal(self) -> Goal:
+        """Means over the rows."""
+        n = max(self._rows, 1)
+        return Goal(self._cross / n, self._total / n, self._power / n, round(self._rows))
+
+
+def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:
+    """Sums of a batch times its weight; the very same array where that is 1."""
+    result: npt.NDArray[Any] = sums if weight == 1 else sums * weight
+    return result

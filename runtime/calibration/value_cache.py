@@ -1,0 +1,112 @@
+"""Values between stages: in memory up to a number of bytes, the rest in files of a temporary folder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_onnx.errors import OutputError
+from magr_onnx.model_io.writing import explained
+
+Tensor = npt.NDArray[Any]
+
+
+class Cache:
+    """Values of all batches, by name and position of the batch; a context manager.
+
+    Attributes:
+        spilled: Bytes that have gone to files so far.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        self._files: dict[tuple[str, int], Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0  # names files: their number would give a name again once some were dropped
+        self.spilled = 0
+
+    def put(self, name: str, batch: int, array: Tensor) -> None:
+        """Keep a value.
+
+        Raises:
+            OutputError: The temporary folder cannot be written to.
+        """
+        if self._used + array.nbytes <= self._limit:
+            self._memory[name, batch] = array
+            self._used += array.nbytes
+            return
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+            self._files[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise OutputError(
+                f"cannot write values between stages to {where}: {explained(error)}; or give a larger --cache, or set TMPDIR"
+            ) from error
+        self._written += 1
+        self.spilled += array.nbytes
+
+    def get(self, name: str, batch: int) -> Tensor:
+        return self._memory[name, batch] if (name, batch) in self._memory else _read(self._files[name, batch])
+
+    def drop(self, name: str, batch: int) -> None:
+        if (name, batch) in self._memory:
+            self._used -= self._memory.pop((name, batch)).nbytes
+        else:
+            self._files.pop((name, batch)).unlink()
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Drop everything but these values."""
+        for name, batch in [*self._memory, *self._files]:
+            if name not in names:
+                self.drop(name, batch)
+
+    def names(self, batch: int) -> list[str]:
+        return [n for n, b in (*self._memory, *self._files) if b == batch]
+
+    def batch(self, names: Sequence[str], batch: int) -> Mapping[str, Tensor]:
+        return {name: self.get(name, batch) for name in names}
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._memory.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _write(array: Tensor, path: Path) -> Path:
+    """Write a file for `_read`; strings, which NumPy would pickle, as JSON."""
+    if array.dtype == object:
+        path = path.with_suffix(".json")
+        path.write_text(json.dumps([array.shape, [_text(item) for item in array.reshape(-1)]]), encoding="ascii")
+    else:
+        path = path.with_suffix(".npy")
+        np.save(path, array, allow_pickle=False)
+    return path
+
+
+def _text(item: object) -> str:
+    """A string as onnxruntime takes it: bytes are UTF-8."""
+    return item.decode() if isinstance(item, bytes) else str(item)
+
+
+def _read(path: Path) -> Tensor:
+    if path.suffix == ".npy":
+        stored: Tensor = np.load(path, allow_pickle=False)
+        return stored
+    shape, items = json.loads(path.read_text(encoding="ascii"))
+    strings = np.empty(len(items), object)
+    strings[:] = items
+    return strings.reshape(shape)
