@@ -13,6 +13,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.core import linalg, magr, types
+from magr_onnx.core import moments as accumulators
 from magr_onnx.core.quantizers import comq, diagonal, gptq, interface, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem
 from magr_onnx.core.types import LayerStats, WeightSpec
@@ -36,9 +37,9 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every layer a large one, solved in parts of a few columns; called where the usual result is known."""
 
     def switch() -> None:
-        for module in (types, linalg, interface, staged, gptq):
+        for module in (types, linalg, interface, accumulators, gptq):
             monkeypatch.setattr(module, "LARGE", 8)
-        for module in (types, linalg, gptq, staged):
+        for module in (types, linalg, gptq, accumulators):
             monkeypatch.setattr(module, "LARGE_ROWS", 7)
         monkeypatch.setattr(types, "COLUMN_BYTES", 4 * K * 9)
 
