@@ -12,11 +12,22 @@ author = "the authors of onnx-magr"
 copyright = "the authors of onnx-magr, Apache 2.0"
 release = version = magr_onnx.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml", "generated", "sources"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.graphviz",
+    "sphinx_copybutton",
+    "mathml",
+    "generated",
+    "sources",
+]
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["extensions"]
 default_role = "py:obj"
+
+graphviz_output_format = "svg"
 
 html_theme = "furo"
 html_title = f"onnx-magr {release}"
