@@ -19,6 +19,7 @@ from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.passes.plan import Plan
 from magr_onnx.report.data import SkipRow, versions
 from magr_onnx.report.validation import Validation
 from magr_onnx.report.verification import Verification
@@ -79,7 +80,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     layers, skips = find(loaded.model, include, exclude)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, include, exclude)
-    _, tables = embeddings.look(loaded.model, (), include, exclude)
+    _, tables = embeddings.look(loaded.model, Plan(), include, exclude)
     found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in found:

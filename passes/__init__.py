@@ -1,6 +1,6 @@
 """Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
 
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import Emitter, LayerPass, ModelPass, Stage
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import EmitMatMulNBits
@@ -17,7 +17,7 @@ from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
-from magr_onnx.passes.pipeline import PASSES, check, parse, prepare, spec_of, text_of
+from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
@@ -25,7 +25,6 @@ from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
 from magr_onnx.report.reasons import Reason, Skip
 
 __all__ = [
-    "PASSES",
     "CompensateBias",
     "Convolutions",
     "Embeddings",
@@ -33,6 +32,7 @@ __all__ = [
     "EmitMatMulNBits",
     "EmitQDQ",
     "EmitQDQInt8",
+    "Emitter",
     "Equalize",
     "ErrorFeedback",
     "Job",
@@ -40,21 +40,19 @@ __all__ = [
     "LinearLayer",
     "LowRank",
     "MagR",
+    "ModelPass",
     "OutputHessian",
+    "Plan",
     "Quantize",
     "QuantizeActivations",
     "Reason",
     "Rewrite",
     "Skip",
     "SplitOutliers",
+    "Stage",
     "TwinRanges",
     "attach",
     "canonicalize",
-    "check",
     "find",
-    "parse",
-    "prepare",
     "run_layers",
-    "spec_of",
-    "text_of",
 ]

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.job import META, Job, attach
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layer_passes.checkpoint import Store
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.pipeline import EMITTERS, resolve
+from magr_onnx.passes.plan import Plan
 
 
 def run_layers(
-    passes: Sequence[LayerPass],
+    plan: Plan,
     layers: Iterable[LinearLayer],
     stats: Callable[[LinearLayer], LayerStats | None],
     finished: Callable[[Job], None],
     begin: Callable[[Job], None] | None = None,
-    assigned: Mapping[str, Sequence[LayerPass]] | None = None,
+    assigned: Mapping[str, Plan] | None = None,
     store: Store | None = None,
 ) -> None:
-    """Take layers one by one through all passes, so that only one layer's arrays are alive at a time.
+    """Take layers one by one through a plan, so that only one layer's arrays are alive at a time.
 
-    ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the passes of layers that have their own, by
-    layer name. What the passes before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
+    ``begin`` may add to a fresh job what else is known of its layer; ``assigned`` holds the plans of layers that have their own, by
+    layer name. What the stages before the emitter come to is taken from a ``store``, where it has it, and given to it where not.
     Layers that share a weight and are here at once are solved together.
     """
     layers = list(layers)
@@ -40,18 +39,17 @@ def run_layers(
         bond = bonds.get(layer.weight_key)
         if bond is not None:
             job.stored, job.alone = bond.stored, False
-        todo = resolve((assigned or {}).get(layer.name, passes))
-        solving = next((i for i, p in enumerate(todo) if isinstance(p, EMITTERS)), len(todo))
-        if store is None or not store.restore(job, todo):
-            for p in todo[:solving]:
-                if bond is not None and p.solves:
-                    bond.apply(p, job)
+        of_layer = (assigned or {}).get(layer.name, plan)
+        if store is None or not store.restore(job):
+            for stage in of_layer.solving:
+                if bond is not None and stage.solves:
+                    bond.apply(stage, job)
                 else:
-                    p.apply(job)
+                    stage.apply(job)
             if store is not None:
-                store.keep(job, todo)
-        for p in todo[solving:]:
-            p.apply(job)
+                store.keep(job)
+        if of_layer.emitter is not None:
+            of_layer.emitter.apply(job)
         job.write_back()
         finished(job)
         layer.node.meta.pop(META, None)

@@ -24,8 +24,8 @@ from sphinx.util.typing import ExtensionMetadata
 import magr_onnx
 from magr_onnx.cli.app import commands
 from magr_onnx.errors import MagrError
-from magr_onnx.passes.base import LayerPass
-from magr_onnx.passes.pipeline import PASSES, options_of
+from magr_onnx.passes.base import Stage
+from magr_onnx.passes.registry import options_of, passes, stages
 
 _MARK = re.compile(r"<!-- generated: ([\w ]+) -->")
 _FIELD = re.compile(r"^    (\w+): (.*)$")
@@ -36,9 +36,11 @@ _FIELD = re.compile(r"^    (\w+): (.*)$")
 
 def _passes() -> Iterator[str]:
     """A section for every pass of the registry: summary, docstring, options, and what its file has to say."""
-    for name, kind in PASSES.items():
+    for name, kind in stages().items():
         text, described = _described(kind)
-        yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: `magr_onnx.passes.{kind.__name__}`.\n\n{text}\n"
+        alone = "" if name in passes() else ", a setting of a `Plan` and no pass by itself"
+        where = f"`magr_onnx.passes.{kind.__name__}`{alone}"
+        yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: {where}.\n\n{text}\n"
         if options := options_of(kind):
             yield "| option | default | |\n|---|---|---|"
             for option, (hint, default) in options.items():
@@ -50,7 +52,7 @@ def _passes() -> Iterator[str]:
             yield f"### How {name} works\n\n{story}\n"
 
 
-def _described(kind: type[LayerPass]) -> tuple[str, dict[str, str]]:
+def _described(kind: type[Stage]) -> tuple[str, dict[str, str]]:
     """The docstring of a pass without its fields, and the fields."""
     text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
     found: dict[str, str] = {}
@@ -63,10 +65,10 @@ def _described(kind: type[LayerPass]) -> tuple[str, dict[str, str]]:
     return _plain(text).strip(), found
 
 
-def _story(kind: type[LayerPass]) -> str:
+def _story(kind: type[Stage]) -> str:
     """The docstring of a pass's file behind its first paragraph, if the file is about this pass alone."""
     module = sys.modules[kind.__module__]
-    if sum(k.__module__ == kind.__module__ for k in PASSES.values()) > 1:
+    if sum(k.__module__ == kind.__module__ for k in stages().values()) > 1:
         return ""
     return _plain(inspect.cleandoc(module.__doc__ or "").partition("\n\n")[2])
 

@@ -11,7 +11,7 @@ from magr_onnx.cli import console
 from magr_onnx.cli.choices import Activation, Bias, Bits, ConvBits, ConvForm, Effort, EmbeddingBits, Embeddings, Format, Quantizer, Range
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
-from magr_onnx.passes.pipeline import PASSES
+from magr_onnx.passes.registry import stages
 
 DATA, RECIPES, LAYERS, WEIGHTS = "Data and output", "Recipes and presets", "Which layers", "Bits, formats and accuracy"
 FINE, OTHERS, INTEGERS = "Fine tuning of the solvers", "Convolutions and embeddings", "Integer layers and accumulators"
@@ -74,7 +74,7 @@ def target_names() -> list[tuple[str, str]]:
 def _passes(incomplete: str) -> list[str]:
     """Pipelines that go on with one more pass."""
     before, comma, start = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in PASSES if name.startswith(start)]
+    return [f"{before}{comma}{name}" for name in stages() if name.startswith(start)]
 
 
 # Of optimize.

@@ -14,7 +14,7 @@ from typing import Any, cast
 from magr_onnx.config.options import Options, build_pipeline
 from magr_onnx.config.schema import problem, unknown, unworded, worded
 from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.passes import ErrorFeedback, LayerPass, LinearLayer, pipeline
+from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import known_as, matched
@@ -139,8 +139,8 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
     return found
 
 
-def pipelines(tables: Sequence[LayerOptions], options: Options, passes: Sequence[LayerPass], provider: str) -> list[tuple[LayerPass, ...]]:
-    """The pipeline of every table by itself, to find early what cannot be; not of optional ones that cannot, which `assign` refuses
+def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, provider: str) -> list[Plan]:
+    """The plan of every table by itself, to find early what cannot be; not of optional ones that cannot, which `assign` refuses
     where they match a layer.
 
     Raises:
@@ -149,7 +149,7 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, passes: Sequence
     found, wrong = [], []
     for table in tables:
         try:
-            found.append(_pipeline(table.options, options, passes, provider))
+            found.append(_plan(table.options, options, plan, provider))
         except OptionError as error:
             wrong += [] if table.optional else [f"layers {', '.join(table.match)}: {error}"]
     raise_all(OptionError, wrong)
@@ -161,17 +161,15 @@ class Assigned:
     """Layers with options of their own.
 
     Attributes:
-        passes: Their pipelines, by layer name.
+        plans: Their plans, by layer name.
         options: What was given, by layer name.
     """
 
-    passes: dict[str, tuple[LayerPass, ...]] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     options: dict[str, Options] = field(default_factory=dict)
 
 
-def assign(
-    tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, passes: Sequence[LayerPass], provider: str
-) -> Assigned:
+def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, plan: Plan, provider: str) -> Assigned:
     """What each layer gets from the tables.
 
     Raises:
@@ -183,7 +181,7 @@ def assign(
         if any(given[layer.name] != given[same[0].name] for layer in same):
             names = ", ".join(layer.name for layer in same)
             wrong.append(f"{names} have one weight, {same[0].weight_name}, and so the same options; match that name, or all of them")
-    made: dict[str, tuple[LayerPass, ...]] = {}
+    made: dict[str, Plan] = {}
     result = Assigned()
     for name, own in given.items():
         if not own:
@@ -191,11 +189,11 @@ def assign(
         try:
             key = repr(sorted(own.items()))
             if key not in made:
-                made[key] = _pipeline(own, options, passes, provider)
+                made[key] = _plan(own, options, plan, provider)
         except OptionError as error:
             wrong.append(f"{name}: {error}")
             continue
-        result.passes[name], result.options[name] = made[key], own
+        result.plans[name], result.options[name] = made[key], own
     raise_all(OptionError, wrong)
     return result
 
@@ -268,16 +266,16 @@ def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
     return cast(Options, found)
 
 
-def _pipeline(own: Options, options: Options, passes: Sequence[LayerPass], provider: str) -> tuple[LayerPass, ...]:
-    """The passes of a layer with options of its own: ``options`` made ``passes``, those of the run."""
+def _plan(own: Options, options: Options, plan: Plan, provider: str) -> Plan:
+    """The plan of a layer with options of its own: ``options`` made ``plan``, that of the run."""
     rest: dict[str, Any] = {name: value for name, value in options.items() if name not in _BUDGETS}
     if any(options.get(name) is not None for name in _BUDGETS) and own.get("bits") is None:
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
     if own.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
-        rest |= {"effort": None, "feedback": any(isinstance(p, ErrorFeedback) for p in passes)}
+        rest |= {"effort": None, "feedback": plan.error_feedback is not None}
     made = build_pipeline(**cast(Options, {**rest, **own}))
-    pipeline.check(made, provider)
-    return pipeline.suited(made, provider)
+    made.check(provider)
+    return made.suited(provider)
 
 
 def _value(text: str) -> Any:

@@ -21,17 +21,18 @@ from magr_onnx.passes import (
     EmitMatMulNBits,
     EmitQDQ,
     EmitQDQInt8,
+    Emitter,
     Equalize,
     ErrorFeedback,
-    LayerPass,
     LowRank,
     MagR,
     OutputHessian,
+    Plan,
     Quantize,
     QuantizeActivations,
+    Rewrite,
     SplitOutliers,
     TwinRanges,
-    check,
 )
 from magr_onnx.passes.emit.matmulnbits import INT8_ACTIVATION, INT8_LEVEL
 from magr_onnx.passes.layers.conv import Form as ConvForm
@@ -139,7 +140,7 @@ class Options(TypedDict, total=False):
 class _Form:
     """An output format: its last pass and what is usual for it."""
 
-    emit: Callable[[Options], LayerPass]
+    emit: Callable[[Options], Emitter]
     bits: int = 4
     block_size: int | None = 32
     symmetric: bool = False
@@ -161,7 +162,7 @@ FORMATS: dict[str, _Form] = {
     ),
     "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, effort="fast", activations=lambda o: QuantizeActivations("dynamic")),
 }
-_REWRITES: dict[str, Callable[[], LayerPass]] = {
+_REWRITES: dict[str, Callable[[], Rewrite]] = {
     "equalize": Equalize,
     "split_outliers": SplitOutliers,
     "twin_ranges": TwinRanges,
@@ -169,8 +170,8 @@ _REWRITES: dict[str, Callable[[], LayerPass]] = {
 _STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
 
-def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
-    """The passes for a set of options: MagR, quantize, compensate the bias, emit.
+def build_pipeline(**options: Unpack[Options]) -> Plan:
+    """Make the plan that a set of options stands for: MagR, quantize, compensate the bias, emit.
 
     Raises:
         OptionError: Unknown options or values the target kernel rejects, all of them at once.
@@ -178,7 +179,7 @@ def build_pipeline(**options: Unpack[Options]) -> tuple[LayerPass, ...]:
     return pipeline_of(options)
 
 
-def pipeline_of(options: Options, arguments: Collection[str] = ()) -> tuple[LayerPass, ...]:
+def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
     """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
     names = [*arguments, *Options.__annotations__]
     listed = f"; there are {', '.join(names)}"
@@ -232,38 +233,34 @@ def pipeline_of(options: Options, arguments: Collection[str] = ()) -> tuple[Laye
         alpha=alpha if auto else None,
     )
     policy = BIAS.get(bias) or form.bias
-    passes: list[LayerPass] = [make() for option, make in _REWRITES.items() if options.get(option)]
-    passes += [ErrorFeedback()] if feedback else []
-    passes += [OutputHessian()] if named is None and effort == "best" else []
-    passes += [MagR(alpha, True, block, damping)] if alpha and not auto else []
-    if form.activations is not None:
-        passes.append(form.activations(options))
-    passes.append(quantize)
-    if rank := options.get("low_rank", 0):
-        passes.append(LowRank(rank))
-    if policy != "none":
-        passes.append(CompensateBias(policy))  # type: ignore[arg-type]
-    if name in FORMATS:
-        passes.append(form.emit(options))
+    tables, embedding_bits = options.get("embeddings", "none"), options.get("embedding_bits")
+    if tables == "none" and embedding_bits is not None:
+        problems.append(f"embedding_bits={embedding_bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits")
+    convs: Convolutions | None = None
     if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:
         problems.append(f"conv_form={options['conv_form']!r} needs conv_bits")
     elif "conv_bits" in options or "conv_form" in options:
-        asked = convolutions(options)
+        convs = convolutions(options)
         if "conv_bits" not in options:  # whether there are any to convert is not known here
-            problems += asked.problems(None)
-        elif options["conv_bits"] is not None:
-            passes.append(asked)
-    embedding_bits = options.get("embedding_bits")
-    if (tables := options.get("embeddings", "none")) != "none":
-        passes.append(Embeddings(tables, 8 if embedding_bits is None else embedding_bits))  # type: ignore[arg-type]
-    elif embedding_bits is not None:
-        problems.append(f"embedding_bits={embedding_bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits")
-    try:
-        check(passes)
-    except OptionError as error:
-        problems.append(str(error))
-    raise_all(OptionError, problems)
-    return tuple(passes)
+            problems += convs.problems(None)
+        if options.get("conv_bits") is None:
+            convs = None
+    rank = options.get("low_rank", 0)
+    plan = Plan(
+        rewrites=tuple(make() for option, make in _REWRITES.items() if options.get(option)),
+        error_feedback=ErrorFeedback() if feedback else None,
+        output_hessian=OutputHessian() if named is None and effort == "best" else None,
+        magr=MagR(alpha, True, block, damping) if alpha and not auto else None,
+        activations=None if form.activations is None else form.activations(options),
+        quantize=quantize,
+        low_rank=LowRank(rank) if rank else None,
+        bias=CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
+        emitter=form.emit(options) if name in FORMATS else None,
+        convolutions=convs,
+        embeddings=Embeddings(tables, 8 if embedding_bits is None else embedding_bits) if tables != "none" else None,  # type: ignore[arg-type]
+    )
+    raise_all(OptionError, [*problems, *plan.problems()])
+    return plan
 
 
 def convolutions(options: Options) -> Convolutions:

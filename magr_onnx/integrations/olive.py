@@ -27,7 +27,7 @@ from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import KEYS, RUN, WORDS, unknown
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.model_io.writing import file_digest
-from magr_onnx.passes import pipeline
+from magr_onnx.passes import Plan
 from magr_onnx.report.data import Report
 from magr_onnx.workflow import directory, mixed_precision
 from magr_onnx.workflow.optimize import optimize
@@ -241,7 +241,7 @@ def _check(config: Any) -> None:
     problems += [f"{path} does not exist" for path in asked.reads if not path.exists()]
     try:
         if (text := asked.values.get("pipeline")) is not None:
-            pipeline.check(pipeline.parse(text))
+            Plan.parse(text).check()
         else:
             preset = asked.values.get("preset")
             options = cast(Options, over({} if preset is None else dict(find_preset(preset).options), asked.options))

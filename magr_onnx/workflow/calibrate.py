@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.passes import ErrorFeedback, Job, LayerPass, LinearLayer, OutputHessian, Quantize
+from magr_onnx.passes import Job, LinearLayer, Plan
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
@@ -26,7 +27,8 @@ def gather(
     source: subgraphs.Tapped,
     layers: Sequence[LinearLayer],
     data: Batches | None,
-    passes: Sequence[LayerPass],
+    feedback: bool,
+    hold_out: bool,
     grids: activation_ranges.Grids,
     setting: Setting,
     run: Run,
@@ -45,8 +47,6 @@ def gather(
         yield layers, moments.Calibration({}, ())
         return
     large, progress = run.large, setting.stage("calibrating")
-    feedback = any(isinstance(p, ErrorFeedback) for p in passes)
-    hold_out = any(isinstance(p, Quantize) and p.method == "auto" for p in passes)
     context = CalibrationContext(data, setting.mask, setting.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
     taken = {layer.name for layer in first}
@@ -84,22 +84,22 @@ def uncuttable(model: ir.Model) -> list[str]:
     return segments.not_tensors(model, segments.plan(model, _main_layers(model)))
 
 
-def held_out_for(passes: Sequence[LayerPass]) -> str:
+def held_out_for(plan: Plan) -> str:
     """What needs a part of the rows held out."""
-    wants = ["choice of options per layer"] if any(isinstance(p, Quantize) and p.method == "auto" for p in passes) else []
-    return " and no ".join(["error feedback"] * any(isinstance(p, ErrorFeedback) for p in passes) + wants)
+    wants = ["choice of options per layer"] if plan.holds_out else []
+    return " and no ".join(["error feedback"] * (plan.error_feedback is not None) + wants)
 
 
-def without_stages(model: ir.Model, layers: Sequence[LinearLayer], passes: Sequence[LayerPass]) -> tuple[tuple[LayerPass, ...], list[str]]:
-    """The passes, without error feedback where the model cannot be cut into stages, and why."""
-    if not any(isinstance(p, ErrorFeedback) for p in passes):
-        return tuple(passes), []
+def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan, without error feedback where the model cannot be cut into stages, and why."""
+    if plan.error_feedback is None:
+        return plan, []
     taken = {layer.name for layer in segments.apart(layers)}
     containers = segments.not_tensors(model, segments.plan(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
-        return tuple(passes), []
+        return plan, []
     note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"
-    return tuple(p for p in passes if not isinstance(p, ErrorFeedback)), [note]
+    return replace(plan, error_feedback=None), [note]
 
 
 @contextlib.contextmanager
@@ -107,13 +107,13 @@ def output_hessian(
     model: ir.Model,
     layers: Sequence[LinearLayer],
     data: Batches | None,
-    passes: Sequence[LayerPass],
+    plan: Plan,
     provider: str,
     progress: Callable[[int, int], None] | None,
     notes: list[str],
 ) -> Iterator[fisher.Fisher | None]:
-    """Second moments of gradients at layer outputs, if the pipeline asks for them; what could not be had is noted."""
-    if data is None or not any(isinstance(p, OutputHessian) for p in passes):
+    """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
+    if data is None or plan.output_hessian is None:
         yield None
         return
     layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies

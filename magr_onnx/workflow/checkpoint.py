@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.writing import explained, file_digest
-from magr_onnx.passes import Job, LayerPass, LinearLayer, pipeline
+from magr_onnx.passes import Job, LinearLayer, Plan
 from magr_onnx.passes.layer_passes.checkpoint import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.report.data import versions
 from magr_onnx.runtime.data.sources import Batches
@@ -36,7 +36,7 @@ MANIFEST, LAYERS, LOCK = "manifest.json", "layers", "lock"
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def manifest_of(loaded: Loaded, data: Batches | None, passes: Sequence[LayerPass], options: Mapping[str, Any]) -> dict[str, str]:
+def manifest_of(loaded: Loaded, data: Batches | None, plan: Plan, options: Mapping[str, Any]) -> dict[str, str]:
     """Everything that the result depends on, as text by what to call it.
 
     Raises:
@@ -47,7 +47,7 @@ def manifest_of(loaded: Loaded, data: Batches | None, passes: Sequence[LayerPass
     found = {"model": file_digest(loaded.path)}
     found |= {f"data file {p.name}": file_digest(p) for p in sorted(loaded.external)}
     found["calibration"] = "none" if data is None else data_digest(data)
-    found["pipeline"] = pipeline.text_of(passes)
+    found["pipeline"] = str(plan)
     found |= {f"option {name}": str(value) for name, value in options.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
     found["processors"] = f"{platform.machine()}, {_processors()}"
@@ -138,9 +138,9 @@ class JobDirectory:
         self.notes: list[str] = []
         self.restored = 0
 
-    def plan(self, passes: Sequence[LayerPass], assigned: Mapping[str, Sequence[LayerPass]]) -> None:
+    def plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
         """Say what is done to all layers: under error feedback the others decide what a layer sees."""
-        text = [pipeline.text_of(passes), *(f"{name}={pipeline.text_of(own)}" for name, own in assigned.items())]
+        text = [str(plan), *(f"{name}={of_layer}" for name, of_layer in assigned.items())]
         self._plan = hashlib.sha256("\n".join(text).encode()).hexdigest()
 
     def has(self, layer: LinearLayer) -> bool:
@@ -160,9 +160,8 @@ class JobDirectory:
         self._whole.add(path)
         return True
 
-    def restore(self, job: Job, passes: Sequence[LayerPass]) -> bool:
+    def restore(self, job: Job) -> bool:
         """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
-        del passes  # the plan has them
         if not self.has(job.layer):
             return False
         path = self._file(job.layer)
@@ -175,9 +174,8 @@ class JobDirectory:
         self.restored += 1
         return True
 
-    def keep(self, job: Job, passes: Sequence[LayerPass]) -> None:
+    def keep(self, job: Job) -> None:
         """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
-        del passes
         try:
             _write(self._file(job.layer), to_arrays(job))
         except OSError as error:

@@ -20,7 +20,7 @@ from magr_onnx.model_io.atomic import clear, workspace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
-from magr_onnx.passes import LayerPass, LinearLayer
+from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort import custom_ops
 from magr_onnx.workflow.checkpoint import JobDirectory, job_directory, manifest_of
@@ -118,18 +118,18 @@ class Run:
         path: str | os.PathLike[str] | None,
         loaded: Loaded,
         data: Batches | None,
-        passes: Sequence[LayerPass],
+        plan: Plan,
         options: Mapping[str, Any],
     ) -> None:
         """Open the job directory, if one is asked for; see `magr_onnx.workflow.checkpoint.job_directory` for what may be wrong with it."""
         if path is not None:
             decided = {"large": self.large, "gram_budget": self.gram_budget}
-            self.store = self._stack.enter_context(job_directory(Path(path), manifest_of(loaded, data, passes, {**options, **decided})))
+            self.store = self._stack.enter_context(job_directory(Path(path), manifest_of(loaded, data, plan, {**options, **decided})))
 
-    def plan(self, passes: Sequence[LayerPass], assigned: Mapping[str, Sequence[LayerPass]]) -> None:
+    def plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
         """Say what will be done to the layers."""
         if self.store is not None:
-            self.store.plan(passes, assigned)
+            self.store.plan(plan, assigned)
 
     def left(self, layer: LinearLayer) -> bool:
         """Whether the layer is still to be solved."""

@@ -20,7 +20,7 @@ from magr_onnx.core.quantizers import batched
 from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.core.types import Array, QuantizedWeight, joined
 from magr_onnx.errors import ModelError, RuntimeFailure
-from magr_onnx.passes import CompensateBias, Job, LayerPass, MagR, Quantize, Skip, pipeline
+from magr_onnx.passes import CompensateBias, Job, MagR, Plan, Quantize, Skip
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
@@ -67,28 +67,24 @@ class _Solution:
     errors: Sequence[float] = ()
 
 
-def wanted(model: ir.Model, passes: Sequence[LayerPass]) -> Convolutions | None:
-    """The pipeline's demand on convolutions, if it has one, in the form that this model needs.
+def wanted(model: ir.Model, plan: Plan) -> Convolutions | None:
+    """The plan's demand on convolutions, if it has one, in the form that this model needs.
 
     Beside static integer activations it is DequantizeLinear: onnxruntime would fold the other, round the weight anew in its own way and
     compute the convolution in integers.
     """
-    demand = next((p for p in passes if isinstance(p, Convolutions)), None)
-    return replace(demand, form="dequantize") if demand is not None and _integer(model, passes) else demand
+    demand = plan.convolutions
+    return replace(demand, form="dequantize") if demand is not None and _integer(model, plan) else demand
 
 
-def _integer(model: ir.Model, passes: Sequence[LayerPass]) -> bool:
-    inputs = pipeline.activations_of(passes)
-    static = inputs is not None and inputs.type != "dynamic"
-    return static or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+def _integer(model: ir.Model, plan: Plan) -> bool:
+    return plan.input_grids == "static" or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
 
 
-def look(
-    model: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[ConvLayer], list[Skip]]:
+def look(model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
     """Convolutions that will be converted, and all others with the reason."""
     layers, skips = find(model, include, exclude)
-    demand = wanted(model, passes)
+    demand = wanted(model, plan)
     reason, detail = None, ""
     if demand is None:
         reason = ConvReason.UNASKED
@@ -102,7 +98,7 @@ def look(
 def convert(
     model: ir.Model,
     work: ir.Model,
-    passes: Sequence[LayerPass],
+    plan: Plan,
     data: Batches | None,
     *,
     include: Sequence[str] = (),
@@ -117,7 +113,7 @@ def convert(
     Args:
         model: The float model.
         work: Its copy.
-        passes: The whole pipeline.
+        plan: The whole plan.
         data: Batches that fit the model; None works data-free.
         include: Patterns of what will be converted.
         exclude: Patterns of what will not.
@@ -129,12 +125,12 @@ def convert(
     Raises:
         NonFiniteError: Activations are NaN or infinite.
     """
-    layers, skips = look(work, passes, include, exclude)
+    layers, skips = look(work, plan, include, exclude)
     result = Converted(skips=skips)
-    demand = wanted(model, passes)
+    demand = wanted(model, plan)
     if demand is None or not layers:
         return result
-    integer = _integer(model, passes)
+    integer = _integer(model, plan)
     groups = by_weight(layers)
     ordered = [layer for unit in groups for layer in unit]
     unmeasured = {} if data is None else conv_patches.unmeasured(model, ordered, data, provider, patch_limit)
@@ -152,7 +148,7 @@ def convert(
         gathered |= {layer.name: found.get(layer.name) for layer in group}
         while unit is not None and all(layer.name in gathered for layer in unit):
             known = [stats for layer in unit if (stats := gathered.pop(layer.name)) is not None]
-            _convert(unit, known, demand, passes, integer, unmeasured, result)
+            _convert(unit, known, demand, plan, integer, unmeasured, result)
             unit = next(left, None)
             if progress is not None:
                 progress(len(result.rows), len(ordered))
@@ -165,7 +161,7 @@ def _convert(
     unit: Sequence[ConvLayer],
     known: Sequence[PatchStats],
     demand: Convolutions,
-    passes: Sequence[LayerPass],
+    plan: Plan,
     integer: bool,
     unmeasured: Mapping[str, str],
     result: Converted,
@@ -174,11 +170,11 @@ def _convert(
     stats = None
     for other in known:
         stats = other if stats is None else stats.combine(other)
-    policy = next((p.bias for p in passes if isinstance(p, CompensateBias)), None)
+    policy = plan.bias_policy
     absorbs = stats is not None and (
         (policy == "any" and all(layer.takes_bias for layer in unit)) or (policy == "existing" and all(layer.has_bias for layer in unit))
     )
-    solution = _solve(unit[0], stats, solver_of(passes, demand, absorbs), absorbs)
+    solution = _solve(unit[0], stats, solver_of(plan, demand, absorbs), absorbs)
     biases = [_added(layer.read_bias(), solution.added) for layer in unit]
     names = [layer.weight_name for layer in unit]
     emit(unit, solution.weights, biases, demand.form, integer)
@@ -229,13 +225,14 @@ def _added(bias: Array | None, added: Array | None) -> Array | None:
     return None if added is None else added if bias is None else bias + added
 
 
-def solver_of(passes: Sequence[LayerPass], demand: Convolutions, absorbs: bool) -> tuple[LayerPass, ...]:
-    """What the pipeline's passes are for convolutions: MagR, the quantizer, the bias."""
+def solver_of(plan: Plan, demand: Convolutions, absorbs: bool) -> Plan:
+    """What the plan is for convolutions: MagR, the quantizer, the bias."""
     bias: BiasPolicy | None = "any" if absorbs else None
     usual = usual_alpha(demand.bits, None)
     alpha = usual if demand.alpha is None else demand.alpha
-    damping = next((p.damping for p in passes if isinstance(p, MagR)), None)
-    quantize = next(p for p in passes if isinstance(p, Quantize))
+    damping = None if plan.magr is None else plan.magr.damping
+    quantize = plan.quantize
+    assert quantize is not None
     method = "comq" if quantize.method.startswith("a2q") else quantize.method
     auto = method == "auto"
     chosen = replace(
@@ -251,28 +248,29 @@ def solver_of(passes: Sequence[LayerPass], demand: Convolutions, absorbs: bool) 
         alpha=demand.alpha if auto else None,
         activation=None,
     )
-    reduce = [MagR(alpha, damping=damping, bias=bias)] if alpha and not auto else []
-    return (*reduce, chosen, *([CompensateBias("any")] if absorbs else []))
+    reduce = MagR(alpha, damping=damping, bias=bias) if alpha and not auto else None
+    return Plan(magr=reduce, quantize=chosen, bias=CompensateBias("any") if absorbs else None)
 
 
-def _solve(layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
+def _solve(layer: ConvLayer, stats: PatchStats | None, plan: Plan, absorbs: bool) -> _Solution:
     matrices = layer.read()
-    quantize = next(p for p in passes if isinstance(p, Quantize))
+    quantize = plan.quantize
+    assert quantize is not None
     group, k, _ = matrices.shape
     if group >= batched.FEWEST_GROUPS and k <= batched.MOST_ROWS and quantize.method in _TOGETHER and quantize.beta is None:
         return _together(layer, matrices, stats, quantize, absorbs)
-    return _one_by_one(matrices, layer, stats, passes, absorbs)
+    return _one_by_one(matrices, layer, stats, plan, absorbs)
 
 
-def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, passes: Sequence[LayerPass], absorbs: bool) -> _Solution:
+def _one_by_one(matrices: Array, layer: ConvLayer, stats: PatchStats | None, plan: Plan, absorbs: bool) -> _Solution:
     jobs: list[tuple[QuantizedWeight, Array | None, float, float]] = []
     facts: dict[str, Any] = {}
     trace: list[float] = []
     notes: dict[str, None] = {}
     for index, matrix in enumerate(matrices):
         job = Job.start(layer.matrix(matrix, None), None if stats is None else stats.of_group(index))
-        for p in passes:
-            p.apply(job)
+        for stage in plan.solving:
+            stage.apply(job)
         assert job.quantized is not None
         gram = job.stats.objective_gram(absorbs)
         jobs.append((job.quantized, job.bias, layer_error(job.weight - matrix, gram), layer_error(matrix, job.stats.gram)))

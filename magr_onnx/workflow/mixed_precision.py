@@ -26,10 +26,9 @@ from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
-from magr_onnx.passes import pipeline
-from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.layers import embedding
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
 from magr_onnx.runtime.data.sources import Batches
@@ -96,8 +95,8 @@ def goal_of(options: Options) -> Goal | None:
     return goal
 
 
-def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[LayerPass, ...]]:
-    """Everything a layer may become but float, with its passes: what the format, the accumulator and the provider take.
+def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, Plan]:
+    """Everything a layer may become but float, with its plan: what the format, the accumulator and the provider take.
 
     Raises:
         OptionError: Nothing is possible; with the reasons.
@@ -117,12 +116,12 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, tuple[La
                 continue
             each: Options = {**rest, "bits": bits, "block_size": block}
             try:
-                passes = build_pipeline(**each)
-                pipeline.check(passes, provider)
+                plan = build_pipeline(**each)
+                plan.check(provider)
             except OptionError as error:
                 problems.append(str(error))
             else:
-                found[Choice(bits, block)] = pipeline.suited(pipeline.resolve(passes), provider)
+                found[Choice(bits, block)] = plan.suited(provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found
@@ -150,7 +149,7 @@ class Source:
         stamp: Bytes of metadata that will be added.
         reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
         tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
-        fixed: Passes of layers that have no choice, by name; they are not among ``layers``.
+        fixed: Plans of layers that have no choice, by name; they are not among ``layers``.
     """
 
     model: ir.Model
@@ -160,37 +159,37 @@ class Source:
     stamp: int
     reference: ir.Model | None = None
     tapped: ir.Model | None = None
-    fixed: Mapping[str, Sequence[LayerPass]] = field(default_factory=dict)
+    fixed: Mapping[str, Plan] = field(default_factory=dict)
 
-    def size(self, passes: Mapping[str, Sequence[LayerPass]]) -> int:
-        """Bytes of the result with the layers named in ``passes`` converted, beside those that have no choice."""
-        model = size_model.blank(self.model, {**self.fixed, **passes})
+    def size(self, plans: Mapping[str, Plan]) -> int:
+        """Bytes of the result with the layers named in ``plans`` converted, beside those that have no choice."""
+        model = size_model.blank(self.model, {**self.fixed, **plans})
         if not self.file:
             return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
             return writing.save(model, Path(folder, "blank.onnx")) + self.stamp
 
 
-class Plan:
+class Allocation:
     """The choice of every layer, made from what was measured, and made again where the result loses more than it may."""
 
-    def __init__(self, goal: Goal, source: Source, choices: Mapping[Choice, Sequence[LayerPass]]) -> None:
+    def __init__(self, goal: Goal, source: Source, choices: Mapping[Choice, Plan]) -> None:
         """Find what every choice costs, before anything is measured; `solve` comes next.
 
         Args:
             goal: The budget.
             source: The model.
-            choices: All but float, with their passes.
+            choices: All but float, with their plans.
 
         Raises:
             OptionError: No choices are small enough; the message gives the smallest size.
         """
         if not source.layers:
             raise OptionError(f"{goal.text}: every layer has bits of its own, so that there is nothing to choose; leave the budget out")
-        self.goal, self.source, self.passes = goal, source, choices
+        self.goal, self.source, self.plans = goal, source, choices
         self.items = _shared(source.layers)
         self.choices = [*choices, FLOAT]
-        columns = [size_model.changes(source.model, self.items, passes) for passes in choices.values()]
+        columns = [size_model.changes(source.model, self.items, plan) for plan in choices.values()]
         self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
         self._base = source.size({})
         self.attempts: list[Attempt] = []
@@ -206,13 +205,13 @@ class Plan:
     def solve(self, losses: Callable[[str, Choice], float]) -> None:
         """Choose, given the loss of a layer, by name, at a choice."""
         self._items = [
-            knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.passes), 0.0]))
+            knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.plans), 0.0]))
             for names, costs in zip(self.items, self._costs, strict=True)
         ]
         self._point = self._within_size() if self.goal.loss is None else self._within_loss(self.goal.loss)
 
-    def assigned(self) -> dict[str, Sequence[LayerPass]]:
-        """The passes of every layer that is converted, by its name."""
+    def assigned(self) -> dict[str, Plan]:
+        """The plan of every layer that is converted, by its name."""
         return {**self.source.fixed, **self._assigned(self._point.choices)}
 
     def counts(self) -> list[str]:
@@ -225,9 +224,9 @@ class Plan:
 
     def select(self, layers: Sequence[LinearLayer]) -> tuple[list[LinearLayer], list[Skip]]:
         """Those to convert, and those that stay float."""
-        passes = self.assigned()
-        kept = [Skip(layer.name, layer.op, Reason.BUDGET) for layer in layers if layer.name not in passes]
-        return [layer for layer in layers if layer.name in passes], kept
+        plans = self.assigned()
+        kept = [Skip(layer.name, layer.op, Reason.BUDGET) for layer in layers if layer.name not in plans]
+        return [layer for layer in layers if layer.name in plans], kept
 
     def accepts(self, measured: float) -> bool:
         """Take note of a result's loss. Where it is more than it may be, plan again, for less by the ratio it was missed by."""
@@ -261,9 +260,9 @@ class Plan:
             tuple(uniform),
         )
 
-    def _assigned(self, choices: Sequence[int]) -> dict[str, Sequence[LayerPass]]:
+    def _assigned(self, choices: Sequence[int]) -> dict[str, Plan]:
         pairs = zip(self.items, (self.choices[j] for j in choices), strict=True)
-        return {name: self.passes[choice] for names, choice in pairs if choice != FLOAT for name in names}
+        return {name: self.plans[choice] for names, choice in pairs if choice != FLOAT for name in names}
 
     def _bytes(self, goal: Goal) -> int:
         """The size asked for."""
@@ -272,12 +271,12 @@ class Plan:
             return int(goal.size / 100 * self.source.bytes)
         if goal.unit != "bit":
             return int(goal.size)
-        blocks = [c.block_size for c in self.passes if c.bits == goal.size]
+        blocks = [c.block_size for c in self.plans if c.bits == goal.size]
         if not blocks:
-            possible = ", ".join(f"{b}bit" for b in sorted({c.bits or 0 for c in self.passes}))
+            possible = ", ".join(f"{b}bit" for b in sorted({c.bits or 0 for c in self.plans}))
             raise OptionError(f"{goal.text}: no layer can have these bits here; there are {possible}")
         choice = Choice(int(goal.size), 32 if 32 in blocks else blocks[0])
-        return self.source.size({layer.name: self.passes[choice] for layer in self.source.layers})
+        return self.source.size({layer.name: self.plans[choice] for layer in self.source.layers})
 
     def _within_size(self) -> knapsack.Point:
         """The least loss whose file, nodes and names included, is no larger than the target."""
@@ -296,7 +295,7 @@ class Plan:
 
 
 class Search:
-    """A plan with what its results are measured against."""
+    """An allocation with what its results are measured against."""
 
     def __init__(
         self,
@@ -325,7 +324,7 @@ class Search:
         self._split = sensitivity.Split.of(data)
         self.data = data if goal.loss is None else self._split.rest
         choices = choices_of(options, provider)
-        self.plan = Plan(goal, source, choices)
+        self.allocation = Allocation(goal, source, choices)
         found, effects = sensitivity.measure(
             source.tapped or source.model,
             source.layers,
@@ -339,24 +338,24 @@ class Search:
             progress=progress,
         )
         self._metric = effects.metric
-        self.plan.solve(lambda name, choice: found[name].loss(choice))
+        self.allocation.solve(lambda name, choice: found[name].loss(choice))
         with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
 
     def accepts(self, work: ir.Model) -> bool:
         """Measure a quantized model; whether it is the result."""
         with Session(work, self._provider) as session:
-            return self.plan.accepts(self._reference.loss(session.run))
+            return self.allocation.accepts(self._reference.loss(session.run))
 
     def stamp(self, work: ir.Model) -> None:
         """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
-        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.plan.goal.text, *self.plan.counts()])
+        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.allocation.goal.text, *self.allocation.counts()])
 
     def report(self) -> Assignment:
         """What was decided, and measured."""
         held = self._split.held_out
-        part = "held out of all else" if self.plan.goal.loss is not None else "held out of the sensitivities"
-        return self.plan.report(self._metric, f"{min(len(held), MEASURED)} calibration batches {part}")
+        part = "held out of all else" if self.allocation.goal.loss is not None else "held out of the sensitivities"
+        return self.allocation.report(self._metric, f"{min(len(held), MEASURED)} calibration batches {part}")
 
 
 def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:

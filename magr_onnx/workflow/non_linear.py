@@ -6,11 +6,12 @@ Everything here is written into one copy of the float model, which linear layers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from magr_onnx.config import options
-from magr_onnx.passes import LayerPass, Skip
+from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import Table
@@ -22,29 +23,29 @@ from magr_onnx.workflow.convolutions import Converted
 from magr_onnx.workflow.setting import Setting
 
 
-def complete(passes: Sequence[LayerPass], model: ir.Model, given: options.Options | None) -> tuple[LayerPass, ...]:
-    """The pipeline with a pass for convolutions, if the model has some that can be converted and nothing was said of them.
+def complete(plan: Plan, model: ir.Model, given: options.Options | None) -> Plan:
+    """The plan with a stage for convolutions, if the model has some that can be converted and nothing was said of them.
 
-    ``given`` are the options the pipeline is made of; None where it was written by hand, and says all there is to say.
+    ``given`` are the options the plan is made of; None where it was written by hand, and says all there is to say.
     """
     if given is None or "conv_bits" in given or not conv.find(model)[0]:
-        return tuple(passes)
-    return (*passes, options.convolutions(given))
+        return plan
+    return replace(plan, convolutions=options.convolutions(given))
 
 
 def look(
-    model: ir.Model, passes: Sequence[LayerPass], include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[Table | ConvLayer], list[Skip]]:
     """What will be converted, and what will not and why."""
-    tables, untouched = embeddings.look(model, passes, include, exclude)
-    layers, skips = convolutions.look(model, passes, include, exclude)
+    tables, untouched = embeddings.look(model, plan, include, exclude)
+    layers, skips = convolutions.look(model, plan, include, exclude)
     return [*tables, *layers], [*untouched, *skips]
 
 
 def convert(
     model: ir.Model,
     work: ir.Model,
-    passes: Sequence[LayerPass],
+    plan: Plan,
     data: Batches | None,
     goal: mixed_precision.Goal | None,
     setting: Setting,
@@ -57,13 +58,13 @@ def convert(
     """
     include, exclude = setting.include, setting.exclude
     seen = None if run.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
-    tables = embeddings.convert(work, passes, include, exclude)
+    tables = embeddings.convert(work, plan, include, exclude)
     if tables.rows:
         run.lap("embeddings")
     layers = convolutions.convert(
         model,
         work,
-        passes,
+        plan,
         seen,
         include=include,
         exclude=exclude,

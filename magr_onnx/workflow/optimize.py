@@ -18,7 +18,7 @@ from magr_onnx.config.recipe import Recipe, with_recipe
 from magr_onnx.errors import OptionError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
-from magr_onnx.passes import ErrorFeedback, LayerPass, Skip, pipeline
+from magr_onnx.passes import Plan, Skip, Stage
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.linear import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
@@ -78,7 +78,7 @@ def optimize(
     layers: Sequence[LayerOptions | Mapping[str, Any]] = (),
     output: str | os.PathLike[str] | None = None,
     validation_data: Source | None = None,
-    pipeline_text: str | Sequence[LayerPass] | None = None,
+    pipeline_text: str | Plan | Sequence[Stage] | None = None,
     provider: str = "cpu",
     mask: str | None = "auto",
     batch_size: int = 16,
@@ -111,7 +111,7 @@ def optimize(
             recipe; of several that match a layer, later ones win.
         output: Where to write the result; None keeps it in memory, its codes verified, but not loaded by onnxruntime.
         validation_data: Held-out inputs to compare the float and the quantized model on.
-        pipeline_text: Passes, or their text, instead of ``options``.
+        pipeline_text: A `magr_onnx.passes.Plan`, its text, or its passes, instead of ``options``.
         provider: ``cpu``, ``cuda``, or an onnxruntime provider name, for calibration and validation.
         mask: Input that marks rows to count; ``"auto"`` takes ``attention_mask`` if there is one, None none.
         batch_size: Samples per batch when stacked inputs are cut up.
@@ -150,16 +150,16 @@ def optimize(
         goal = mixed_precision.goal_of(options)
         if calibration is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
             options["effort"] = "fast"
-        passes = pipeline_of(options, _arguments())
+        plan = pipeline_of(options, _arguments())
     else:
-        passes = pipeline.of(pipeline_text)
-    pipeline.check(passes, provider)
-    passes = pipeline.suited(passes, provider)
+        plan = Plan.read(pipeline_text)
+    plan.check(provider)
+    plan = plan.suited(provider)
     provider_name(provider)
-    special = layer_options.pipelines(tables, options, passes, provider)
+    special = layer_options.pipelines(tables, options, plan, provider)
     run.register(custom_ops)
     if calibration is None:
-        _check_data_free(passes, goal)
+        _check_data_free(plan, goal)
     out = None if output is None else Path(output)
     if out is not None:
         raise_all(OutputError, files.check_output(out, None, frozenset()))  # before a model that is yet to be exported
@@ -168,8 +168,8 @@ def optimize(
         raise_all(OutputError, files.check_output(out, loaded.path, loaded.external))
         worker.start()
     setting = Setting(provider, include, exclude, resolve_mask(loaded.model, mask), cast(Progress, progress), on_layer, tables)
-    prepared = prepare(loaded, passes, options if pipeline_text is None else None, setting, requantize, special)
-    layer_options.assign(tables, prepared.layers, options, passes, provider)  # what is wrong with it is known before any work
+    prepared = prepare(loaded, plan, options if pipeline_text is None else None, setting, requantize, special)
+    layer_options.assign(tables, prepared.layers, options, plan, provider)  # what is wrong with it is known before any work
     run.open(loaded, prepared.layers, out, max_memory, gram_budget, cache, shard_size, external_data)
     run.sweep(prepared.model)
     check_weights(prepared.readable)
@@ -184,13 +184,13 @@ def optimize(
         data = opened(calibration)
     if validation_data is not None:
         held = opened(validation_data)
-    notes = [*prepared.notes, *_data_notes(data, passes)]
+    notes = [*prepared.notes, *_data_notes(data, plan)]
     if preset is not None:
         notes.insert(0, f"preset {preset} sets {find_preset(preset)}, where nothing else was given")
     choices = {"include": include, "exclude": exclude, "requantize": requantize, "custom_ops": list(map(str, custom_ops))}
     choices |= {"mask": setting.mask, "batch_size": batch_size, "decode_steps": decode_steps, "provider": provider}
     choices |= {"layers": "; ".join(map(str, tables)) or "none"}
-    run.resume(resume, loaded, data, prepared.passes, {**asked, **choices})
+    run.resume(resume, loaded, data, prepared.plan, {**asked, **choices})
     if prepared.raised:
         notes += opset_check.check(prepared.reference, prepared.model, data, provider)
     solved = solve(prepared, data, goal, options, setting, run, gram_budget)
@@ -214,7 +214,7 @@ def optimize(
         Report(
             loaded.name,
             None if out is None else str(out),
-            pipeline.text_of(solved.passes),
+            str(solved.plan),
             _describe(solved.data, solved.rows, setting.mask),
             tuple(solved.rows),
             skip_rows(solved.skips, prepared.model),
@@ -237,22 +237,21 @@ def _arguments() -> list[str]:
     return [name for name in inspect.signature(optimize).parameters if name not in ("run", "options")]
 
 
-def _check_data_free(passes: Sequence[LayerPass], goal: mixed_precision.Goal | None) -> None:
+def _check_data_free(plan: Plan, goal: mixed_precision.Goal | None) -> None:
     """Refuse what cannot be done without calibration data."""
-    activations = pipeline.activations_of(passes)
-    if activations is not None and activations.type != "dynamic":
+    if plan.input_grids == "static":
         raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
-    if any(isinstance(p, ErrorFeedback) for p in passes):
+    if plan.error_feedback is not None:
         raise OptionError("error feedback needs calibration data; give some, or take effort fast")
     if goal is not None:
         raise OptionError(f"{goal.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
 
 
-def _data_notes(data: Batches | None, passes: Sequence[LayerPass]) -> list[str]:
+def _data_notes(data: Batches | None, plan: Plan) -> list[str]:
     """What the report says of the amount of data."""
     if data is None:
         return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
-    if len(data) < HELD_OUT and (chosen := held_out_for(passes)):
+    if len(data) < HELD_OUT and (chosen := held_out_for(plan)):
         return [
             *data.notes,
             f"{len(data)} calibration batches are too few to hold some out ({HELD_OUT} are needed), so there is no {chosen}; "
@@ -275,9 +274,9 @@ def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
 
 def _write(solved: Solved, out: Path | None, reference: Path | ir.Model, provider: str, run: Run) -> tuple[int, ProofSummary | None]:
     """Prove, stamp, write and read back; the bytes written and the proof, if one was asked for."""
-    work, demand = solved.model, pipeline.accumulator_of(solved.passes)
+    work, demand = solved.model, solved.plan.accumulator
     proof = None if demand is None else prove(work, demand, solved.emitted)
-    stamp(work, solved.passes, proof)
+    stamp(work, solved.plan, proof)
     if solved.search is not None:
         solved.search.stamp(work)
     if out is None:

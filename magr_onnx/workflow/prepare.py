@@ -13,7 +13,7 @@ from magr_onnx.config import layer_options, selection
 from magr_onnx.config.options import Options
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import Loaded
-from magr_onnx.passes import LayerPass, LinearLayer, Skip, pipeline
+from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -34,7 +34,7 @@ class Prepared:
         reference: The model as the caller gave it.
         model: The same with its functions opened, in canonical form, at the opset the pipeline needs.
         raised: Whether its opset had to be raised.
-        passes: The pipeline, with what the model needs beside what was asked for.
+        plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.
         others: Convolutions and tables that will be converted.
         elsewhere: Nodes that hold weights and are no layers of any kind.
@@ -46,7 +46,7 @@ class Prepared:
     reference: Path | ir.Model
     model: ir.Model
     raised: bool
-    passes: tuple[LayerPass, ...]
+    plan: Plan
     layers: list[LinearLayer]
     others: Sequence[Readable]
     elsewhere: list[Skip]
@@ -77,21 +77,21 @@ def _remedy(quantized: Sequence[Skip]) -> str:
 
 def prepare(
     loaded: Loaded,
-    passes: Sequence[LayerPass],
+    plan: Plan,
     options: Options | None,
     setting: Setting,
     again: bool,
-    special: Sequence[Sequence[LayerPass]] = (),
+    layer_plans: Sequence[Plan] = (),
 ) -> Prepared:
     """Bring a model into the form that layers are looked for in.
 
     Args:
         loaded: The model; it is changed.
-        passes: The pipeline.
-        options: What the pipeline was made of; None where it was written by hand.
+        plan: What will be done to it.
+        options: What the plan was made of; None where it was written by hand.
         setting: What else was asked for.
         again: Take quantized weights for the floats they stand for.
-        special: Pipelines that some layers will have instead; the model is prepared for them too.
+        layer_plans: Plans that some layers will have instead; the model is prepared for them too.
 
     Raises:
         ModelError: No layer can be converted, or the opset cannot be raised as far as the pipeline needs.
@@ -101,17 +101,17 @@ def prepare(
     reference = model.clone() if loaded.path is None else loaded.path
     opset = model.opset_imports.get("")
     notes = [*loaded.notes, *open_up(model)]
-    passes = non_linear.complete(passes, model, options)
-    for some in (passes, *special):
-        pipeline.prepare(some, model)
+    plan = non_linear.complete(plan, model, options)
+    for each in (plan, *layer_plans):
+        each.prepare(model)
     raised = model.opset_imports.get("") != opset
     notes += selection.settle(model, setting.include, setting.exclude, again)
     selection.check(model, setting.include, setting.exclude)
     layers, skips = setting.find(model)
     elsewhere = list(holders(model.graph.all_nodes()))
-    others, unconverted = non_linear.look(model, passes, setting.include, setting.exclude)
+    others, unconverted = non_linear.look(model, plan, setting.include, setting.exclude)
     notes += layer_options.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
-    found = Prepared(loaded.name, loaded.bytes, reference, model, raised, passes, layers, others, elsewhere, notes)
+    found = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, elsewhere, notes)
     if not layers and not others:
         raise found.nothing([*skips, *elsewhere, *unconverted])
     return found

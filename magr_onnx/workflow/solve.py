@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,7 +13,8 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.histograms import places, thinned
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes import Job, LayerPass, LinearLayer, Quantize, Skip, pipeline
+from magr_onnx.passes import Job, LinearLayer, Plan, Skip
+from magr_onnx.passes.emit import EMITTERS
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
@@ -37,7 +38,7 @@ class Solved:
 
     Attributes:
         model: The result.
-        passes: The pipeline as it ran.
+        plan: The plan as it was carried out.
         data: What it was calibrated on.
         rows: A row for every converted layer, in the order of the report.
         digests: Hashes of the dequantized weights, by the output of their layers.
@@ -48,7 +49,7 @@ class Solved:
     """
 
     model: ir.Model
-    passes: tuple[LayerPass, ...]
+    plan: Plan
     data: Batches | None
     rows: list[LayerRow]
     digests: dict[str, str]
@@ -103,12 +104,12 @@ def solve(
         ModelError: Nothing can be converted after all.
         MagrError: Whatever goes wrong on the way.
     """
-    model, passes, provider = prepared.model, prepared.passes, setting.provider
+    model, plan, provider = prepared.model, prepared.plan, setting.provider
     notes: list[str] = []
-    if rewrites.rewrites_of(passes):
+    if plan.rewrites:
         notes += rewrites.rewrite(
             model,
-            passes,
+            plan,
             data,
             include=setting.include,
             exclude=setting.exclude,
@@ -119,7 +120,7 @@ def solve(
         run.sweep(model)
         run.lap("rewrite")
     base = model.clone()
-    begun = non_linear.convert(model, base, passes, data, goal, setting, run)
+    begun = non_linear.convert(model, base, plan, data, goal, setting, run)
     run.sweep(base)
     notes += begun.notes
     setting.finished(begun.rows)
@@ -127,60 +128,59 @@ def solve(
     work = base.clone()
     layers, skips = setting.find(work)
     skips += [*prepared.elsewhere, *begun.skips]
-    activations = pipeline.activations_of(passes)
-    static = activations is not None and activations.type != "dynamic"
-    source = subgraphs.tapped(model, layers, data, passes, provider, run.large)
-    layers, lost = source.split(layers, needed=goal is not None or static)
+    source = subgraphs.tapped(model, layers, data, plan, provider, run.large)
+    layers, lost = source.split(layers, needed=goal is not None or plan.input_grids == "static")
     skips += lost
     if not layers and not begun.rows:
         raise prepared.nothing(skips)
-    passes, missing = without_stages(work, layers, passes)
+    plan, missing = without_stages(work, layers, plan)
     notes += missing
     if run.large and data is not None and (whole := uncuttable(work)):
         some = ", ".join(whole[:3])
         notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
     grids = activation_ranges.Grids()
-    if activations is not None and data is not None and layers:
+    if plan.activations is not None and data is not None and layers:
         grids = activation_ranges.choose_grids(
-            source.model, source.reached(layers), data, passes, activations, setting.mask, provider, setting.stage("ranges")
+            source.model, source.reached(layers), data, plan, setting.mask, provider, setting.stage("ranges")
         )
         notes += grids.notes
         run.lap("ranges")
-    own = layer_options.assign(setting.tables, layers, options, passes, provider)
+    own = layer_options.assign(setting.tables, layers, options, plan, provider)
     search = None
     if goal is not None and data is not None and layers:
-        room = len(pipeline.text_of(passes)) + mixed_precision.STAMP
-        chosen = [layer for layer in layers if layer.name not in own.passes]
-        floats = mixed_precision.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.passes)
-        integer = None if activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        room = len(str(plan)) + mixed_precision.STAMP
+        chosen = [layer for layer in layers if layer.name not in own.plans]
+        floats = mixed_precision.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.plans)
+        integer = None if plan.activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         search = mixed_precision.Search(
             goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities")
         )
         data = search.data
         run.lap("sensitivities")
 
-    with output_hessian(model, layers, data, passes, provider, setting.stage("differentiating"), notes) as hessian:
+    with output_hessian(model, layers, data, plan, provider, setting.stage("differentiating"), notes) as hessian:
         if hessian is not None:
             run.lap("differentiate")
         while True:
             left: list[Skip] = []
-            assigned: Mapping[str, Sequence[LayerPass]] = own.passes
+            assigned: Mapping[str, Plan] = own.plans
             if search is not None:
-                assigned = search.plan.assigned()
-                layers, left = search.plan.select(layers)
-            run.plan(passes, assigned)
+                assigned = search.allocation.assigned()
+                layers, left = search.allocation.select(layers)
+            run.plan(plan, assigned)
             done = _Progress()
             reader_names = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
             finished = partial(_finished, done, len(layers), work, setting, run)
-            sought = [*passes, *(p for some in assigned.values() for p in some if isinstance(p, Quantize))]
-            for group, result in gather(model, work, source, layers, data, sought, grids, setting, run, begun.digests):
+            feedback, hold_out = plan.error_feedback is not None, any(p.holds_out for p in (plan, *assigned.values()))
+            gathered = gather(model, work, source, layers, data, feedback, hold_out, grids, setting, run, begun.digests)
+            for group, result in gathered:
                 done.unmasked += [reader_names[name] for name in result.unmasked if name in reader_names]
                 done.spilled = max(done.spilled, result.spilled)
                 run.lap("calibrate")
                 if not done.rows and (steps := setting.stage("quantizing")) is not None:
                     steps(0, len(layers))  # the stage begins before its first layer is finished
                 stats, begin = result.stats, beginning(result, source, grids, hessian, data)
-                run_layers(passes, group, partial(_known, stats), finished, begin, assigned, run.store)
+                run_layers(plan, group, partial(_known, stats), finished, begin, assigned, run.store)
                 stats.clear()  # the next ones are made while this loop still holds these
                 result.goals.clear()
                 run.lap("quantize")
@@ -204,7 +204,7 @@ def solve(
     rows = [*begun.rows, *rows]
     depth = depths(model, {row.name for row in rows})
     rows = told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
-    return Solved(work, passes, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search)
+    return Solved(work, plan, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search)
 
 
 def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run: Run, job: Job) -> None:
@@ -228,7 +228,7 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
         found.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
-            f"as before; put one of {', '.join(p.name for p in pipeline.EMITTERS)} at its end for a smaller file"
+            f"as before; put one of {', '.join(emitter.name for emitter in EMITTERS)} at its end for a smaller file"
         )
     if done.repeated:
         blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))

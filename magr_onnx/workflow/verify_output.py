@@ -14,7 +14,7 @@ from magr_onnx.core.overflow.targets import Target
 from magr_onnx.core.types import Array, check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import data_files
-from magr_onnx.passes import LayerPass, pipeline
+from magr_onnx.passes import Plan
 from magr_onnx.passes.emit.readback import digest, iterate
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.reasons import IntegerReason
@@ -77,11 +77,11 @@ def _overflow(layer: LayerVerdict) -> str:
     return f"{layer.name} ({layer.k} x {layer.n}) needs {claim.needed} bits {where}, and there are {claim.bits}; exclude it"
 
 
-def stamp(model: ir.Model, passes: Sequence[LayerPass], proof: ProofSummary | None) -> None:
+def stamp(model: ir.Model, plan: Plan, proof: ProofSummary | None) -> None:
     """Say in the model's metadata what was done to it."""
     if proof is not None:
         model.metadata_props["onnx_magr.accumulator"] = str(proof)
-    model.metadata_props["onnx_magr.pipeline"] = pipeline.text_of(passes)
+    model.metadata_props["onnx_magr.pipeline"] = str(plan)
     model.metadata_props["onnx_magr.version"] = versions()["onnx-magr"]
 
 

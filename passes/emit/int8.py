@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.accumulator import extremes
 from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import Emitter, InputGrids
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -96,7 +96,7 @@ class _Nodes:
 
 
 @dataclass(frozen=True)
-class EmitQDQInt8(LayerPass):
+class EmitQDQInt8(Emitter):
     """Replace quantized layers by static integer QDQ.
 
     Attributes:
@@ -105,8 +105,13 @@ class EmitQDQInt8(LayerPass):
 
     name: ClassVar[str] = "emit-qdq-int8"
     summary: ClassVar[str] = "write layers with static 8-bit inputs as QuantizeLinear/DequantizeLinear around MatMul and Gemm"
+    input_grids: ClassVar[InputGrids | None] = "static"
 
     outputs: bool = False
+
+    @property
+    def quantizes_outputs(self) -> bool:
+        return self.outputs
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         return _problems(self.name, spec)
@@ -221,11 +226,12 @@ def _widened(grid: ActivationGrid) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class EmitDynamicInt8(LayerPass):
+class EmitDynamicInt8(Emitter):
     """Replace quantized layers by dynamically quantized integer products."""
 
     name: ClassVar[str] = "emit-dynamic-int8"
     summary: ClassVar[str] = "write layers with 8-bit inputs quantized at run time as DynamicQuantizeLinear and MatMulInteger"
+    input_grids: ClassVar[InputGrids | None] = "dynamic"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         return _problems(self.name, spec)

@@ -8,16 +8,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.overflow.accumulator import data_type_bits
+from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import Emitter
 from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import FLOATS
 
@@ -40,7 +40,7 @@ CUDA_LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class EmitMatMulNBits(LayerPass):
+class EmitMatMulNBits(Emitter):
     """Replace quantized layers by MatMulNBits nodes.
 
     Attributes:
@@ -80,6 +80,12 @@ class EmitMatMulNBits(LayerPass):
             sums = f"sums of {block} products of int8 activations and {spec.bits}-bit codes"
             return [f"accumulator_bits={self.accumulator_bits}: {sums} need {least}"]
         return []
+
+    def accumulator(self) -> Accumulator | None:
+        return None if self.accumulator_bits is None else Accumulator(self.accumulator_bits, None, max(32, self.accumulator_bits))
+
+    def suited(self, largest_block: int) -> Self:
+        return replace(self, largest_block=min(self.largest_block, largest_block))
 
     def apply(self, job: Job) -> bool:
         if job.quantized is None or job.emitted:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.packing import container_bits, pack_qdq
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import Emitter
 from magr_onnx.passes.emit.matmulnbits import block_problems
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.job import Job
@@ -32,7 +32,7 @@ from magr_onnx.passes.layers.linear import FLOATS
 
 
 @dataclass(frozen=True)
-class EmitQDQ(LayerPass):
+class EmitQDQ(Emitter):
     """Replace quantized layers by DequantizeLinear and MatMul."""
 
     name: ClassVar[str] = "emit-qdq"

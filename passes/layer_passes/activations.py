@@ -1,6 +1,6 @@
 """The demand that layer inputs become 8-bit integers: how they are rounded, and where the ranges come from.
 
-The pass itself changes no graph: calibration reads it to gather the statistics of quantized inputs, the quantizer to know what the kernel
+The setting changes no graph: calibration reads it to gather the statistics of quantized inputs, the quantizer to know what the kernel
 multiplies, the emitter to write the nodes.
 """
 
@@ -11,14 +11,14 @@ from typing import ClassVar, Literal
 
 from magr_onnx.core.activation_ranges import METHODS, Method
 from magr_onnx.core.types import ActivationGrid, WeightSpec
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import InputGrids, LayerStage
 from magr_onnx.passes.job import Job
 
 ActivationType = Literal["uint8", "int8", "dynamic"]
 
 
 @dataclass(frozen=True)
-class QuantizeActivations(LayerPass):
+class QuantizeActivations(LayerStage):
     """Layer inputs in 8 bits, one grid a tensor.
 
     Attributes:
@@ -30,19 +30,24 @@ class QuantizeActivations(LayerPass):
 
     name: ClassVar[str] = "quantize-activations"
     summary: ClassVar[str] = "round layer inputs to 8 bits, statically or at run time"
+    slot: ClassVar[str] = "activations"
 
     type: ActivationType = "uint8"
     ranges: Method = "auto"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
+        del spec
         found = []
         if self.type not in ("uint8", "int8", "dynamic"):
             found.append(f"activation type {self.type!r} is not known; choose one of uint8, int8, dynamic")
         if self.ranges not in METHODS:
             found.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
-        if spec is not None:
-            found.append(f"{self.name} must come before quantize")
         return found
+
+    @property
+    def grids(self) -> InputGrids:
+        """Where the grids come from."""
+        return "dynamic" if self.type == "dynamic" else "static"
 
     def apply(self, job: Job) -> bool:
         grid = job.stats.activation

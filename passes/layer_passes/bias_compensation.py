@@ -21,6 +21,7 @@ class CompensateBias(LayerPass):
 
     name: ClassVar[str] = "compensate-bias"
     summary: ClassVar[str] = "move the mean quantization error into the bias"
+    slot: ClassVar[str] = "bias"
 
     bias: BiasPolicy = "existing"
 

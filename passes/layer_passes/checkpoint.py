@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
-from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.job import Job
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -21,10 +20,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Store(Protocol):
     """Where outcomes are kept from one run to the next."""
 
-    def restore(self, job: Job, passes: Sequence[LayerPass]) -> bool:
-        """Put the outcome of these passes into the job; False where it is not here."""
+    def restore(self, job: Job) -> bool:
+        """Put the outcome of the job's layer into it; False where it is not here."""
 
-    def keep(self, job: Job, passes: Sequence[LayerPass]) -> None:
+    def keep(self, job: Job) -> None:
         """Keep the job's outcome."""
 
 

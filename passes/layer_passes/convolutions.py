@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, OptionError, raise_all
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.job import Job
@@ -21,11 +21,11 @@ from magr_onnx.passes.layers.shared import by_weight
 
 
 @dataclass(frozen=True)
-class Convolutions(LayerPass):
+class Convolutions(ModelPass):
     """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
 
     Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
-    format. On a linear layer the pass does nothing. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
+    format. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
     channel to a grid searched for the least squared error.
 
     Attributes:
@@ -37,6 +37,7 @@ class Convolutions(LayerPass):
 
     name: ClassVar[str] = "convolutions"
     summary: ClassVar[str] = "write convolutions with quantized weights too"
+    slot: ClassVar[str] = "convolutions"
 
     bits: int = 8
     symmetric: bool = True
@@ -53,11 +54,6 @@ class Convolutions(LayerPass):
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
             found.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
         return found
-
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        if any(p.name == "quantize" for p in passes):
-            return []
-        return ["convolutions needs a quantize pass: it names the quantizer"]
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""
@@ -78,10 +74,6 @@ class Convolutions(LayerPass):
         if self.bits <= 4:
             return 21
         return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
-
-    def apply(self, job: Job) -> bool:
-        del job
-        return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))

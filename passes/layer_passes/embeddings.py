@@ -14,9 +14,8 @@ import onnx_ir as ir
 from magr_onnx.core.grid import search
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
-from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import Skip, TableReason
@@ -25,9 +24,8 @@ CHUNK = 1 << 22  # values treated at a time
 
 
 @dataclass(frozen=True)
-class Embeddings(LayerPass):
-    """Tables of embeddings on an integer grid: rows rounded to grids searched for the least squared error. On a layer it
-    does nothing.
+class Embeddings(ModelPass):
+    """Tables of embeddings on an integer grid: rows rounded to grids searched for the least squared error.
 
     Attributes:
         form: ``gather-block-quantized`` or ``dequantize``; see `magr_onnx.passes.layers.embedding`.
@@ -36,6 +34,7 @@ class Embeddings(LayerPass):
 
     name: ClassVar[str] = "embeddings"
     summary: ClassVar[str] = "write tables of embeddings with quantized rows"
+    slot: ClassVar[str] = "embeddings"
 
     form: Form = "gather-block-quantized"
     bits: int = 8
@@ -61,10 +60,6 @@ class Embeddings(LayerPass):
         """Why this form cannot hold a table."""
         odd = self.bits == 4 and table.held.shape[1] % 2
         return Skip(table.name, table.op, TableReason.WIDTH, f"{table.held.shape[1]} columns") if odd else None
-
-    def apply(self, job: Job) -> bool:
-        del job
-        return False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))

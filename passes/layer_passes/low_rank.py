@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +10,6 @@ from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.job import BiasPolicy, Job
-from magr_onnx.passes.layer_passes.activations import QuantizeActivations
-from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.quantize import relative_error
 from magr_onnx.passes.layers.linear import FLOATS
 
@@ -25,11 +22,12 @@ class LowRank(LayerPass):
         rank: Columns of A and rows of B; as many as the layer has at most.
         kind: ``exact`` (the whole Gram matrix) or ``diagonal``.
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
     """
 
     name: ClassVar[str] = "low-rank"
     summary: ClassVar[str] = "add a low-rank float branch that gives back quantization error (two small MatMuls a layer)"
+    slot: ClassVar[str] = "low_rank"
     solves: ClassVar[bool] = True
 
     rank: int = 8
@@ -44,16 +42,6 @@ class LowRank(LayerPass):
             found.append(f"{self.name}: kind={self.kind!r} is not known; choose one of exact, diagonal")
         if spec is None:
             found.append(f"{self.name} needs a quantize pass before it: there is no error to give back")
-        return found
-
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        before = passes[: passes.index(self)]
-        found = [f"{self.name} must come before {p.name}" for p in before if isinstance(p, CompensateBias) or p.name.startswith("emit-")]
-        if any(isinstance(p, QuantizeActivations) for p in passes):
-            found.append(
-                f"{self.name} adds float products of the float input, which layers with 8-bit inputs do without; "
-                "use format matmulnbits or qdq, or leave it out"
-            )
         return found
 
     def apply(self, job: Job) -> bool:

@@ -29,11 +29,12 @@ class MagR(LayerPass):
             not free to change; none for one that follows from the number of rows.
         method: ``fista``, or ``authors`` for the published iteration.
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
     """
 
     name: ClassVar[str] = "magr"
     summary: ClassVar[str] = "reduce weight magnitudes at nearly unchanged output (float to float)"
+    slot: ClassVar[str] = "magr"
     solves: ClassVar[bool] = True
 
     alpha: float = 1e-3

@@ -39,17 +39,18 @@ class Quantize(LayerPass):
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
         bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A pipeline fills it in from its compensate-bias pass; none where there is none.
+            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
         target: Machine whose accumulators must not overflow (`magr_onnx.core.overflow.targets.TARGETS`).
         accumulator_bits: Width of the accumulator that must not overflow, instead of a target.
         accumulator_tile: Consecutive terms along K that share it; none for whole dot products.
         alpha: Strength of the MagR inside method auto, relative to the layer; none for one chosen. Other methods leave MagR to its
             own pass.
-        activation: Type of the layer inputs that the codes meet. A pipeline fills it in from its quantize-activations pass.
+        activation: Type of the layer inputs that the codes meet. A plan fills it in from its quantize-activations pass.
     """
 
     name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq, hqq; a2q, a2q+"
+    slot: ClassVar[str] = "quantize"
     solves: ClassVar[bool] = True
 
     method: str = "gptq"
@@ -119,6 +120,11 @@ class Quantize(LayerPass):
                 f"the smallest that works is {least}"
             )
         return found
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the method judges its choices on rows that are held out."""
+        return self.method == "auto"
 
     def budget(self) -> Budget | None:
         """The accumulator the codes must fit, or None for no constraint.

@@ -4,7 +4,7 @@ Readers ``r`` of one ``W`` see inputs of their own. What all of them lose togeth
 
     sum_r n_r tr(D^T H_r D) = n tr(D^T H D),     H = sum_r n_r H_r / n,
 
-with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean. So the passes that choose a weight (`LayerPass.solves`)
+with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean. So the passes that choose a weight (`LayerStage.solves`)
 run once, for the first reader, under ``H``; the others take its codes over. Bias compensation and emission stay each reader's own, from its
 own mean and activation grid; constants made of the codes are shared.
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import LayerStage
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.job import BiasPolicy, Job, Stored, absorbs
 from magr_onnx.passes.layer_passes.quantize import relative_error
@@ -53,7 +53,7 @@ class Bond:
             self._stats[policy] = _summed(seen) if seen else LayerStats.data_free(self._readers[0][0].k)
         return self._stats[policy]
 
-    def apply(self, p: LayerPass, job: Job) -> None:
+    def apply(self, p: LayerStage, job: Job) -> None:
         """Run a pass that solves for the first reader; give its result to the others."""
         policy: BiasPolicy | None = getattr(p, "bias", None)
         if self._first is None:
@@ -71,7 +71,7 @@ class Bond:
         if "error" in job.facts:
             job.facts["error"] = relative_error(job, job.centred(policy))
 
-    def _solve(self, p: LayerPass, job: Job, policy: BiasPolicy | None) -> None:
+    def _solve(self, p: LayerStage, job: Job, policy: BiasPolicy | None) -> None:
         own, facts, notes = job.stats, dict(job.facts), len(job.notes)
         job.stats, job.outputs = self.stats(policy), None
         p.apply(job)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import InputGrids, ModelPass
 from magr_onnx.passes.graph import subgraphs
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.job import META, BiasPolicy, Job
@@ -66,25 +67,16 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Rewrite(LayerPass):
-    """A pass that changes the float graph once, before layers are treated; there is nothing left for it to do layer by layer."""
+class Rewrite(ModelPass):
+    """A pass that changes the float graph once, before layers are treated."""
+
+    slot: ClassVar[str] = "rewrites"
+    input_grids: ClassVar[InputGrids | None] = None
+    """The only grids of layer inputs that the rewrite is for; None where it is for any, and for float inputs."""
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         """Change ``model`` in place; sentences for the report on what was changed, none if nothing was."""
-
-    def apply(self, job: Job) -> bool:
-        del job
-        return False
-
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        before = passes[: passes.index(self)]
-        found = [f"{self.name} must come before {p.name}" for p in before if not isinstance(p, Rewrite)]
-        if any(isinstance(p, type(self)) for p in passes[len(before) + 1 :]):
-            found.append(f"{self.name} appears twice")
-        if not any(p.name == "quantize" for p in passes):
-            found.append(f"{self.name} needs a quantize pass after it: it is made for a grid")
-        return found
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Alone, or in a sequence of passes: for the default grid, with the statistics layers have.

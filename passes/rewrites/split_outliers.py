@@ -21,7 +21,6 @@ yet, but it holds only if the coarse layer's quantizer finds the very grid again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +30,6 @@ import onnx_ir as ir
 from magr_onnx.core.grid import blocks
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, WeightSpec
-from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product
 
 FRACTIONS = tuple(2.0 ** (-i / 2) for i in range(9))  # 1 to 1/16
@@ -86,11 +84,11 @@ class SplitOutliers(Rewrite):
 
     factor: float = 8.0
 
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        found = super().fits(passes)
-        if not self.factor > 1:
-            found.append(f"{self.name}: factor={self.factor:g} must be above 1: a split that does not lower the error only costs")
-        return found
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        del spec
+        if self.factor > 1:
+            return []
+        return [f"{self.name}: factor={self.factor:g} must be above 1: a split that does not lower the error only costs"]
 
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         done: list[str] = []

@@ -17,13 +17,12 @@ hardware that shifts. onnxruntime's kernels know no such code. Two products need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import InputGrids
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product, operator, scalar
 
@@ -94,12 +93,7 @@ class TwinRanges(Rewrite):
 
     name: ClassVar[str] = "twin-ranges"
     summary: ClassVar[str] = "two 8-bit ranges for inputs from GELU and Softmax, twice the cost of the layers that read them (PTQ4ViT)"
-
-    def fits(self, passes: Sequence[LayerPass]) -> list[str]:
-        found = super().fits(passes)
-        if not any(p.name == "emit-qdq-int8" for p in passes):
-            found.append(f"{self.name} is for static 8-bit inputs: use format qdq-int8 (emit-qdq-int8), or leave it out")
-        return found
+    input_grids: ClassVar[InputGrids | None] = "static"
 
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         parts: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}

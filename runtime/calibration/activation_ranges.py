@@ -12,7 +12,7 @@ from magr_onnx.core.activation_ranges import Histogram, Method, candidates
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
-from magr_onnx.passes import CompensateBias, EmitQDQInt8, LayerPass, QuantizeActivations
+from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.layer_passes.activations import ActivationType
@@ -223,17 +223,17 @@ def choose_grids(
     model: ir.Model,
     layers: Sequence[LinearLayer],
     data: Batches,
-    passes: Sequence[LayerPass],
-    activations: QuantizeActivations,
+    plan: Plan,
     mask: str | None,
     provider: str,
     progress: Progress | None,
 ) -> Grids:
-    """The grids that passes ask for, of layers' inputs and of their products where those are quantized too; see `choose`."""
-    if not layers:
+    """The grids that a plan asks for, of layers' inputs and of their products where those are quantized too; see `choose`."""
+    activations = plan.activations
+    if not layers or activations is None:
         return Grids()
-    values = inputs_of(layers, next((p.bias for p in passes if isinstance(p, CompensateBias)), None))
-    products = products_of(layers) if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes) else []
+    values = inputs_of(layers, plan.bias_policy)
+    products = products_of(layers) if plan.quantizes_outputs else []
     read = {v.name for v in values}
     values += [v for v in products if v.name not in read]
     context = CalibrationContext(data, mask, provider)

@@ -16,6 +16,7 @@ from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.job import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tapped
@@ -152,7 +153,7 @@ def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, pro
     """
     open_up(model)
     layers, _ = find(model)
-    source = tapped(model, layers, data, (), provider)
+    source = tapped(model, layers, data, Plan(), provider)
     stats = collect(source.model, source.reached(layers), CalibrationContext(data, mask, provider)).stats
     for layer in layers:
         attach(layer, stats.get(input_name(layer)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.passes import EmitQDQInt8, LayerPass, LinearLayer, Reason, Skip
+from magr_onnx.passes import LinearLayer, Plan, Reason, Skip
 from magr_onnx.passes.instrument.hoist import hoist
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.data.sources import Batches
@@ -58,16 +58,14 @@ class Tapped:
         return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, why) for x in layers if (why := self.why(x)) is not None]
 
 
-def tapped(
-    model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, passes: Sequence[LayerPass], provider: str, large: bool = False
-) -> Tapped:
+def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, provider: str, large: bool = False) -> Tapped:
     """Bring out what layers in bodies read, wherever ``data`` reaches it.
 
     Args:
         model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.open_up`).
         layers: Its layers, or those of a copy.
         data: Batches that fit the model; None for none.
-        passes: The pipeline: some ask for what layers put out, too.
+        plan: The plan: some ask for what layers put out, too.
         provider: Where to run.
         large: Whether the model is too large to be run as a whole: nothing is brought out.
 
@@ -78,7 +76,7 @@ def tapped(
     if data is None or not nested:
         return Tapped(model)
     widths = {layer.reads: layer.k for layer in nested}
-    if any(isinstance(p, EmitQDQInt8) and p.outputs for p in passes):
+    if plan.quantizes_outputs:
         widths |= {str(layer.node.outputs[0].name): layer.n for layer in nested}
     if large:
         return Tapped(model, dict.fromkeys(widths, TOO_LARGE))

@@ -25,14 +25,11 @@ import onnx_ir as ir
 
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
-from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.instrument.weight_inputs import overridable
 from magr_onnx.passes.job import Job
-from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
-from magr_onnx.passes.layer_passes.magr import MagR
-from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
+from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
@@ -46,7 +43,7 @@ ROWS = 4096  # rows of layer inputs behind the measured losses, about; one batch
 FLOOR = 1e-12  # losses below are noise of the float model
 
 Progress = Callable[[int, int], None]
-Passes = Mapping[Choice, Sequence[LayerPass]]
+Plans = Mapping[Choice, Plan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ class Sensitivity:
 def measure(
     model: ir.Model,
     layers: Sequence[LinearLayer],
-    choices: Passes,
+    choices: Plans,
     references: Sequence[Choice],
     split: Split,
     *,
@@ -127,7 +124,7 @@ def measure(
     Args:
         model: The float model; it is not changed.
         layers: Layers of ``model``, or of a copy with the same names.
-        choices: What may be chosen, and the passes each stands for, resolved (`magr_onnx.passes.pipeline.resolve`).
+        choices: What may be chosen, and the plan each stands for.
         references: Choices whose effect on the outputs is measured, one or two.
         split: Calibration batches.
         mask: Input whose zero elements mark rows to leave out.
@@ -200,62 +197,57 @@ def _job(layer: LinearLayer, stats: LayerStats, columns: Array | slice) -> Job:
     return Job(layer, stats, weight, weight, weight, None if bias is None else bias[columns])
 
 
-def _errors(layer: LinearLayer, fit: LayerStats, held: LayerStats, choices: Passes) -> dict[Choice, float]:
+def _errors(layer: LinearLayer, fit: LayerStats, held: LayerStats, choices: Plans) -> dict[Choice, float]:
     """Of every choice; blocks that span the column are one."""
     known: dict[Choice, float] = {}
     found = {}
-    for choice, passes in choices.items():
+    for choice, plan in choices.items():
         same = Choice(choice.bits, min(choice.block_size or layer.k, layer.k))
         if same not in known:
-            known[same] = _error(layer, fit, held, passes)
+            known[same] = _error(layer, fit, held, plan)
         found[choice] = known[same]
     return found
 
 
-def _error(layer: LinearLayer, fit: LayerStats, held: LayerStats, passes: Sequence[LayerPass]) -> float:
+def _error(layer: LinearLayer, fit: LayerStats, held: LayerStats, plan: Plan) -> float:
     """Relative squared layer error of a sample of output channels, under ``held``."""
     job = _job(layer, fit, _columns(layer.n))
-    for p in passes:
-        if isinstance(p, Quantize):
-            replace(p, sweeps=min(p.sweeps, SWEEPS)).apply(job)
-        elif isinstance(p, MagR):
-            p.apply(job)
-    return _relative(job, held, job.weight, job.reference, passes)
+    plan = plan.resolved
+    if plan.magr is not None:
+        plan.magr.apply(job)
+    if plan.quantize is not None:
+        replace(plan.quantize, sweeps=min(plan.quantize.sweeps, SWEEPS)).apply(job)
+    return _relative(job, held, job.weight, job.reference, plan)
 
 
-def _sampled_error(job: Job, held: LayerStats, weight: Array, passes: Sequence[LayerPass]) -> float:
+def _sampled_error(job: Job, held: LayerStats, weight: Array, plan: Plan) -> float:
     """The same of a whole layer, of the same sample."""
     columns = _columns(job.layer.n)
-    return _relative(job, held, weight[:, columns], job.reference[:, columns], passes)
+    return _relative(job, held, weight[:, columns], job.reference[:, columns], plan)
 
 
-def _relative(job: Job, held: LayerStats, weight: Array, reference: Array, passes: Sequence[LayerPass]) -> float:
-    centred = any(isinstance(p, CompensateBias) and job.centred(p.bias) for p in passes)
+def _relative(job: Job, held: LayerStats, weight: Array, reference: Array, plan: Plan) -> float:
+    centred = plan.bias is not None and job.centred(plan.bias_policy)
     power = layer_error(reference, held.gram)
     return max(layer_error(weight - reference, held.objective_gram(centred)), 0.0) / power if power > 0 else 0.0
 
 
-def _quick(passes: Sequence[LayerPass]) -> list[LayerPass]:
-    """Passes of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
-    found: list[LayerPass] = []
-    for p in passes:
-        if isinstance(p, Quantize):
-            found.append(p if p.method == "rtn" else replace(p, method="gptq"))
-        elif isinstance(p, CompensateBias):
-            found.append(p)
-    return found
+def _quick(plan: Plan) -> Plan:
+    """The plan of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
+    quantize = plan.resolved.quantize
+    if quantize is not None and quantize.method != "rtn":
+        quantize = replace(quantize, method="gptq")
+    return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _quantized(layer: LinearLayer, stats: LayerStats, passes: Sequence[LayerPass]) -> Job:
+def _quantized(layer: LinearLayer, stats: LayerStats, plan: Plan) -> Job:
     job = _job(layer, stats, slice(None))
-    for p in passes:
-        p.apply(job)
+    for stage in plan.solving:
+        stage.apply(job)
     return job
 
 
-def _emitted(
-    model: ir.Model, name: str, passes: Sequence[LayerPass], stats: LayerStats, inputs: Inputs, reference: Reference, provider: str
-) -> float:
+def _emitted(model: ir.Model, name: str, plan: Plan, stats: LayerStats, inputs: Inputs, reference: Reference, provider: str) -> float:
     """The loss of the model with one layer emitted."""
     copy = model.clone()
     layer = next(layer for layer in find(copy)[0] if layer.name == name)
@@ -263,6 +255,6 @@ def _emitted(
     def begin(job: Job) -> None:
         job.output_grid = inputs.products.get(str(job.layer.node.outputs[0].name))
 
-    run_layers(passes, [layer], lambda _: stats, lambda _: None, begin)
+    run_layers(plan, [layer], lambda _: stats, lambda _: None, begin)
     with Session(copy, provider) as session:
         return reference.loss(session.run)

@@ -30,7 +30,7 @@ from magr_onnx.core.quantizers import QUANTIZERS, gptq
 from magr_onnx.core.quantizers import Options as SolverOptions
 from magr_onnx.core.quantizers.interface import Problem, Solution
 from magr_onnx.model_io import files, writing
-from magr_onnx.passes import pipeline, run_layers
+from magr_onnx.passes import run_layers
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, moments
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -57,14 +57,14 @@ class Calibrated:
     """A float model with the ranges and statistics of its activations, to be quantized many times."""
 
     def __init__(self, benchmark: Benchmark) -> None:
-        passes = build_pipeline(format="qdq-int8")
-        activations = pipeline.activations_of(passes)
+        plan = build_pipeline(format="qdq-int8")
+        activations = plan.activations
         assert activations is not None
         self.model = files.load(benchmark.model).model
         with Session(benchmark.model) as session:
             data = open_data(benchmark.calibration, session.inputs, BATCH_SIZE)
         context = CalibrationContext(data, resolve_mask(self.model, "auto"))
-        pipeline.prepare(passes, self.model)
+        plan.prepare(self.model)
         layers, _ = find(self.model)
         self.longest = max(layer.k for layer in layers)
         chosen = activation_ranges.choose(
@@ -75,9 +75,9 @@ class Calibrated:
 
     def quantize(self, output: Path, options: Options) -> None:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""
-        passes = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
+        plan = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
         work = self.model.clone()
-        run_layers(passes, find(work)[0], lambda layer: self.stats[moments.input_name(layer)], lambda job: None)
+        run_layers(plan, find(work)[0], lambda layer: self.stats[moments.input_name(layer)], lambda job: None)
         writing.save(work, output)
 
 

@@ -16,15 +16,14 @@ from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
-from magr_onnx.passes import EmitMatMulNBits, MagR, Quantize, QuantizeActivations, check, parse, text_of
-from magr_onnx.passes.pipeline import resolve
+from magr_onnx.passes import EmitMatMulNBits, Plan, Quantize, QuantizeActivations
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
 
 
 def pipeline_of(**options: Any) -> str:
-    return text_of(build_pipeline(**options))
+    return str(build_pipeline(**options))
 
 
 DEFAULTS = {
@@ -39,8 +38,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("form", DEFAULTS)
 def test_defaults_of_every_format(form: Any) -> None:
-    passes = build_pipeline(format=form)
-    assert resolve(parse(DEFAULTS[form])) == resolve(passes)
+    assert Plan.parse(DEFAULTS[form]).resolved == build_pipeline(format=form).resolved
 
 
 FAST = "magr{alpha=0.0001,block_size=32},quantize{method=comq},compensate-bias{bias=any},emit-matmulnbits"
@@ -65,7 +63,7 @@ EFFORTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "text"), EFFORTS)
 def test_what_an_effort_stands_for(options: dict[str, Any], text: str) -> None:
-    assert resolve(parse(text)) == resolve(build_pipeline(**options))
+    assert Plan.parse(text).resolved == build_pipeline(**options).resolved
 
 
 @pytest.mark.parametrize("options", [{}, {"effort": None}, {"quantizer": "gptq"}, {"quantizer": None, "effort": "fast"}])
@@ -95,30 +93,30 @@ def test_without_data_there_is_nothing_to_choose_by(options: dict[str, Any]) -> 
     ],
 )
 def test_every_pipeline_is_text_and_back(options: dict[str, Any]) -> None:
-    passes = build_pipeline(**options)
-    assert parse(text_of(passes)) == passes
-    assert parse(text_of(resolve(passes))) == resolve(passes)
+    plan = build_pipeline(**options)
+    assert Plan.parse(str(plan)) == plan
+    assert Plan.parse(str(plan.resolved)) == plan.resolved
 
 
 def test_the_quantizer_learns_what_the_layer_reads() -> None:
     for kind in ("uint8", "int8", "dynamic"):
-        passes = resolve(parse(f"quantize-activations{{type={kind}}},quantize{{block_size=none,accumulator_bits=16}},compensate-bias"))
-        quantize = passes[1]
-        assert isinstance(quantize, Quantize)
+        text = f"quantize-activations{{type={kind}}},quantize{{block_size=none,accumulator_bits=16}},compensate-bias"
+        quantize = Plan.parse(text).resolved.quantize
+        assert quantize is not None
         assert (quantize.activation, quantize.bias) == (kind, "existing")
         budget = quantize.budget()
         assert budget is not None
         assert (budget.x_min, budget.x_max) == ((-128, 127) if kind == "int8" else (0, 255))
-    given = parse("quantize{block_size=none,accumulator_bits=16,activation=int8,bias=none}")[0]
+    given = Plan.parse("quantize{block_size=none,accumulator_bits=16,activation=int8,bias=none}").quantize
     assert given == Quantize(block_size=None, accumulator_bits=16, activation="int8", bias="none")
-    assert resolve((QuantizeActivations(), given))[1] == given
+    assert Plan(activations=QuantizeActivations(), quantize=given).resolved.quantize == given
 
 
 @pytest.mark.parametrize("before", ["quantize-activations{type=uint8},", ""])
 def test_a_budget_for_other_activations_is_refused(before: str) -> None:
-    passes = parse(f"{before}quantize{{block_size=none,accumulator_bits=16,activation=int8}}")
+    plan = Plan.parse(f"{before}quantize{{block_size=none,accumulator_bits=16,activation=int8}}")
     with pytest.raises(OptionError, match="quantize expects int8 activations"):
-        check(passes)
+        plan.check()
 
 
 # Blocks sized to an accumulator: MatMulNBits
@@ -126,8 +124,9 @@ def test_a_budget_for_other_activations_is_refused(before: str) -> None:
 
 def sized(**options: Any) -> tuple[int, int | None, int]:
     """Bits, block and accuracy level."""
-    quantize, emit = (next(p for p in build_pipeline(**options) if isinstance(p, kind)) for kind in (Quantize, EmitMatMulNBits))
-    assert isinstance(quantize, Quantize)
+    plan = build_pipeline(**options)
+    quantize, emit = plan.quantize, plan.emitter
+    assert quantize is not None
     assert isinstance(emit, EmitMatMulNBits)
     assert (quantize.accumulator_bits, emit.accumulator_bits) == (None, options["accumulator_bits"])
     return quantize.bits, quantize.block_size, emit.accuracy_level
@@ -344,5 +343,5 @@ def test_errors_leave_no_file(arguments: tuple[str, ...], code: int, message: st
 
 
 def test_magr_runs_before_integer_formats_only_when_asked() -> None:
-    assert not any(isinstance(p, MagR) for p in build_pipeline(format="qdq-int8"))
-    assert any(isinstance(p, MagR) for p in build_pipeline(format="qdq-int8", alpha=1e-3))
+    assert build_pipeline(format="qdq-int8").magr is None
+    assert build_pipeline(format="qdq-int8", alpha=1e-3).magr is not None

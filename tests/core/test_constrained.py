@@ -21,7 +21,7 @@ from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution, a2q, comq, gptq
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import MagrError, OptionError
-from magr_onnx.passes import Quantize, QuantizeActivations, check
+from magr_onnx.passes import Plan, Quantize, QuantizeActivations
 from magr_onnx.workflow import verify_output
 from tests import graphs
 from tests.helpers import EXAMPLES, Array, activations, gram_of, layer, project_by_sorting
@@ -256,12 +256,12 @@ def test_projection_is_the_nearest_point_for_either_sign(tile: int | None, kind:
 @pytest.mark.parametrize(("kind", "least"), [("uint8", 9), ("int8", 9), ("dynamic", 9)])
 @pytest.mark.parametrize("tile", [None, 1, 8])
 def test_infeasible_widths_are_refused_with_the_smallest_that_works(kind: Any, least: int, tile: int | None) -> None:
-    def passes(bits: int) -> tuple[Any, ...]:
-        return QuantizeActivations(kind), Quantize(block_size=None, accumulator_bits=bits, accumulator_tile=tile)
+    def plan(bits: int) -> Plan:
+        return Plan(activations=QuantizeActivations(kind), quantize=Quantize(block_size=None, accumulator_bits=bits, accumulator_tile=tile))
 
-    check(passes(least))
+    plan(least).check()
     with pytest.raises(OptionError, match=f"only zero weights cannot overflow; the smallest that works is {least}"):
-        check(passes(least - 1))
+        plan(least - 1).check()
 
 
 def test_the_smallest_width_still_has_weights() -> None:
@@ -272,13 +272,13 @@ def test_the_smallest_width_still_has_weights() -> None:
 
 def test_an_accumulator_needs_one_scale_a_column_and_a_quantizer_that_knows_it() -> None:
     with pytest.raises(OptionError, match="need one scale a column"):
-        check((QuantizeActivations(), Quantize(block_size=32, accumulator_bits=16)))
+        Plan.of((QuantizeActivations(), Quantize(block_size=32, accumulator_bits=16))).check()
     with pytest.raises(OptionError, match="rtn knows no accumulators; choose one of auto, gptq, comq, a2q"):
-        check((QuantizeActivations(), Quantize("rtn", block_size=None, accumulator_bits=16)))
+        Plan.of((QuantizeActivations(), Quantize("rtn", block_size=None, accumulator_bits=16))).check()
     with pytest.raises(OptionError, match="a2q is for accumulators only"):
-        check((QuantizeActivations(), Quantize("a2q", block_size=None)))
+        Plan.of((QuantizeActivations(), Quantize("a2q", block_size=None))).check()
     with pytest.raises(OptionError, match="a2q needs 8-bit activations"):
-        check((Quantize("a2q", block_size=None, target="x86-avx2"),))
+        Plan.of((Quantize("a2q", block_size=None, target="x86-avx2"),)).check()
 
 
 FORMATS: dict[str, dict[str, Any]] = {

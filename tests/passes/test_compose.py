@@ -12,9 +12,10 @@ import pytest
 from onnx_ir.passes import common
 
 from magr_onnx import passes as ours
-from magr_onnx.passes import PASSES, LayerPass, Rewrite, find, parse
+from magr_onnx.passes import Plan, find
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.layers import conv, embedding
+from magr_onnx.passes.registry import passes, stages
 from magr_onnx.runtime.calibration.moments import attach_stats
 from magr_onnx.runtime.data.sources import in_memory
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -22,11 +23,8 @@ from tests.graphs import Array, Builder, random
 
 INT8 = "quantize{bits=8,block_size=none,symmetric=true}"
 # The passes that every pass needs around it to do something.
-PIPELINES = {name: name for name in PASSES} | {
+PIPELINES = {name: name for name in passes()} | {
     "split-outliers": "split-outliers,quantize{bits=3}",
-    "error-feedback": "error-feedback,quantize{method=rtn}",
-    "output-hessian": "output-hessian,quantize{method=rtn}",
-    "quantize-activations": f"quantize-activations{{type=dynamic}},{INT8},emit-dynamic-int8",
     "low-rank": "quantize{bits=2},low-rank{rank=4},emit-matmulnbits",
     "compensate-bias": "magr,quantize{bits=3},compensate-bias,emit-qdq",
     "emit-matmulnbits": "quantize,emit-matmulnbits",
@@ -85,7 +83,7 @@ def weights(result: ir.Model) -> list[Array]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[ir.Model, Array]]:
-    return {name: ran(parse(text)) for name, text in PIPELINES.items()}
+    return {name: ran(Plan.parse(text).passes) for name, text in PIPELINES.items()}
 
 
 def test_the_float_model_is_what_passes_change(plain: dict[str, tuple[ir.Model, Array]]) -> None:
@@ -97,10 +95,10 @@ def test_the_float_model_is_what_passes_change(plain: dict[str, tuple[ir.Model, 
 
 
 @pytest.mark.parametrize("stock", STOCK)
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", passes())
 def test_stock_passes_around_it(name: str, stock: str, plain: dict[str, tuple[ir.Model, Array]]) -> None:
     expected, y = plain[name]
-    found, z = ran([STOCK[stock](), *(p for mine in parse(PIPELINES[name]) for p in (mine, STOCK[stock]()))])
+    found, z = ran([STOCK[stock](), *(p for mine in Plan.parse(PIPELINES[name]).passes for p in (mine, STOCK[stock]()))])
     np.testing.assert_allclose(z, y, atol=2e-5 * np.abs(y).max())
     a, b = weights(expected), weights(found)
     assert len(a) == len(b)
@@ -108,13 +106,13 @@ def test_stock_passes_around_it(name: str, stock: str, plain: dict[str, tuple[ir
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", passes())
 def test_onnxscript_before_and_after(name: str, plain: dict[str, tuple[ir.Model, Array]]) -> None:
     _, y = plain[name]
     work = model()
     onnxscript.optimizer.optimize(work)
     attach_stats(work, in_memory([feeds()], "feeds"))
-    ir.passes.Sequential(*parse(PIPELINES[name]))(work)
+    ir.passes.Sequential(*Plan.parse(PIPELINES[name]).passes)(work)
     work = onnxscript.rewriter.rewrite(work)
     onnxscript.optimizer.optimize(work)
     with Session(work, arithmetic=Arithmetic.UNOPTIMIZED) as session:
@@ -124,31 +122,34 @@ def test_onnxscript_before_and_after(name: str, plain: dict[str, tuple[ir.Model,
 def test_every_pass_is_exported() -> None:
     public = {name for name, value in vars(ours).items() if isinstance(value, type) and issubclass(value, ir.passes.PassBase)}
     assert public <= set(ours.__all__)
-    assert {kind.__name__ for kind in PASSES.values()} <= public
-    assert public - {kind.__name__ for kind in PASSES.values()} == {LayerPass.__name__, Rewrite.__name__}
+    assert public - {kind.__name__ for kind in passes().values()} == {"Emitter", "LayerPass", "ModelPass", "Rewrite"}
+    assert {kind.__name__ for kind in passes().values()} <= public
+    settings = {kind.__name__ for name, kind in stages().items() if name not in passes()}
+    assert settings == {"ErrorFeedback", "OutputHessian", "QuantizeActivations"}
+    assert settings <= set(ours.__all__)
     assert list(ours.__all__) == sorted(ours.__all__, key=lambda n: (n.lower() == n, not n.isupper(), n))
 
 
 def test_initializers_as_inputs_are_nobodys_weights() -> None:
     """What a caller may replace is left alone, as everywhere, until the inverse pass has run."""
     work = model()
-    ir.passes.Sequential(common.AddInitializersToInputsPass(), *parse("quantize,emit-matmulnbits,embeddings"))(work)
+    ir.passes.Sequential(common.AddInitializersToInputsPass(), *Plan.parse("quantize,emit-matmulnbits,embeddings").passes)(work)
     assert read_weights(work).keys() == {"down_out"}  # of a Constant
-    ir.passes.Sequential(common.RemoveInitializersFromInputsPass(), *parse("quantize,emit-matmulnbits,embeddings"))(work)
+    ir.passes.Sequential(common.RemoveInitializersFromInputsPass(), *Plan.parse("quantize,emit-matmulnbits,embeddings").passes)(work)
     assert len(read_weights(work)) == 4
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (parse("quantize{bits=2},emit-qdq"), "2 bits with format qdq"),
+        (Plan.parse("quantize{bits=2},emit-qdq").passes, "2 bits with format qdq"),
         ([ours.Embeddings("dequantize", 4)], "dequantize has 8 bits"),
         ([ours.Embeddings("foo")], "embeddings='foo' is not known"),  # type: ignore[arg-type]
         ([ours.Convolutions(2)], "convolutions: bits=2 is not supported"),
         ([ours.Convolutions(alpha=np.nan)], "convolutions: alpha=nan must be 0 or more, and finite"),
     ],
 )
-def test_options_are_checked_in_a_sequence_too(chosen: Sequence[LayerPass], message: str) -> None:
+def test_options_are_checked_in_a_sequence_too(chosen: Sequence[ir.passes.PassBase], message: str) -> None:
     work = model()
     before = [node.op_type for node in work.graph]
     with pytest.raises(ir.passes.PassError) as caught:
@@ -161,7 +162,8 @@ def test_options_are_checked_in_a_sequence_too(chosen: Sequence[LayerPass], mess
 @pytest.mark.parametrize(("name", "kind"), [("embeddings", "GatherBlockQuantized"), ("convolutions", "Cast")])
 def test_alone_a_pass_converts(name: str, kind: str) -> None:
     work = model()
-    result = PASSES[name]()(work)
-    assert result.modified
+    chosen = stages()[name]()
+    assert isinstance(chosen, ir.passes.PassBase)
+    assert chosen(work).modified
     assert kind in {n.op_type for n in work.graph}
-    assert not PASSES[name]()(work).modified
+    assert not chosen(work).modified

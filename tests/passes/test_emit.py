@@ -10,7 +10,7 @@ import pytest
 
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import OptionError
-from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, Job, LayerPass, Quantize, check, find, prepare, run_layers
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, Job, LayerPass, Plan, Quantize, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
@@ -19,9 +19,10 @@ from tests.graphs import FORMS, feeds, proto
 
 def emit(model: ir.Model, *passes: LayerPass) -> tuple[ir.Model, list[Job]]:
     jobs: list[Job] = []
-    check(passes)
-    prepare(passes, model)
-    run_layers(passes, find(model)[0], lambda _: None, jobs.append)
+    plan = Plan.of(passes)
+    plan.check()
+    plan.prepare(model)
+    run_layers(plan, find(model)[0], lambda _: None, jobs.append)
     proto(model)  # valid for onnx's checker
     return model, jobs
 
@@ -178,8 +179,8 @@ def test_bias_any_gives_matmulnbits_a_bias() -> None:
     jobs: list[Job] = []
     x = feeds(model)["x"].reshape(-1, graphs.K).astype(np.float64)
     stats = LayerStats(x.T @ x / len(x), x.mean(axis=0), len(x))
-    passes = (Quantize(bits=2), CompensateBias("any"), EmitMatMulNBits())
-    run_layers(passes, find(model)[0], lambda _: stats, jobs.append)
+    plan = Plan(quantize=Quantize(bits=2), bias=CompensateBias("any"), emitter=EmitMatMulNBits())
+    run_layers(plan, find(model)[0], lambda _: stats, jobs.append)
     node = next(iter(model.graph))
     assert node.inputs[5] is not None
     expected = run(graphs.matmul())
@@ -188,16 +189,16 @@ def test_bias_any_gives_matmulnbits_a_bias() -> None:
 
 def test_qdq_refuses_two_bits() -> None:
     with pytest.raises(OptionError, match="use format matmulnbits"):
-        check((Quantize(bits=2), EmitQDQ()))
+        Plan.of((Quantize(bits=2), EmitQDQ())).check()
 
 
 @pytest.mark.parametrize("emitter", EMITTERS.values())
 def test_odd_blocks_and_missing_quantize_are_refused(emitter: LayerPass) -> None:
     with pytest.raises(OptionError, match="multiple of 16") as caught:
-        check((Quantize(block_size=20), emitter))
+        Plan.of((Quantize(block_size=20), emitter)).check()
     assert "32" not in str(caught.value)  # 48 is as good
     with pytest.raises(OptionError, match="needs a quantize pass"):
-        check((emitter,))
+        Plan.of((emitter,)).check()
 
 
 def test_weight_shared_by_two_nodes_is_emitted_for_both() -> None:

@@ -23,11 +23,10 @@ from magr_onnx.passes import (
     EmitQDQInt8,
     Job,
     LayerPass,
+    Plan,
     Quantize,
     QuantizeActivations,
-    check,
     find,
-    parse,
     run_layers,
 )
 from magr_onnx.passes.emit.readback import read_weights
@@ -226,7 +225,7 @@ def emit(model: ir.Model, grid: ActivationGrid | DynamicRange, *passes: LayerPas
     jobs: list[Job] = []
     for p in passes:
         p.prepare(model, None)
-    run_layers(passes, find(model)[0], lambda layer: stats_of(grid, layer.k), jobs.append)
+    run_layers(Plan.of(passes), find(model)[0], lambda layer: stats_of(grid, layer.k), jobs.append)
     proto(model)
     return model, jobs
 
@@ -484,21 +483,21 @@ def test_older_opsets_are_raised_as_far_as_needed(opset: int, kind: str) -> None
 def test_what_integer_kernels_cannot_do_is_refused() -> None:
     for emitter, kind in (("emit-qdq-int8", "uint8"), ("emit-dynamic-int8", "dynamic")):
         with pytest.raises(OptionError, match="integer kernels have one scale a column"):
-            check(parse(f"quantize-activations{{type={kind}}},quantize,{emitter}"))
+            Plan.parse(f"quantize-activations{{type={kind}}},quantize,{emitter}").check()
         with pytest.raises(OptionError, match="needs a quantize pass before it"):
-            check(parse(f"quantize-activations{{type={kind}}},{emitter}"))
+            Plan.parse(f"quantize-activations{{type={kind}}},{emitter}").check()
         other = "dynamic" if kind == "uint8" else "int8"
         with pytest.raises(OptionError, match=f"{emitter} needs quantize-activations with type"):
-            check(parse(f"quantize-activations{{type={other}}},quantize{{block_size=none}},{emitter}"))
+            Plan.parse(f"quantize-activations{{type={other}}},quantize{{block_size=none}},{emitter}").check()
         with pytest.raises(OptionError, match=f"{emitter} needs quantize-activations with type"):
-            check(parse(f"quantize{{block_size=none}},{emitter}"))
+            Plan.parse(f"quantize{{block_size=none}},{emitter}").check()
     for emitter in ("emit-matmulnbits", "emit-qdq"):
         with pytest.raises(OptionError, match=f"{emitter} keeps activations float; remove quantize-activations"):
-            check(parse(f"quantize-activations,quantize,{emitter}"))
+            Plan.parse(f"quantize-activations,quantize,{emitter}").check()
     with pytest.raises(OptionError, match="must come before quantize"):
-        check(parse("quantize{block_size=none},quantize-activations"))
+        Plan.parse("quantize{block_size=none},quantize-activations").check()
     with pytest.raises(OptionError, match="quantize-activations appears twice"):
-        check(parse("quantize-activations,quantize-activations{type=int8},quantize{block_size=none},emit-qdq-int8"))
+        Plan.parse("quantize-activations,quantize-activations{type=int8},quantize{block_size=none},emit-qdq-int8").check()
 
 
 def test_static_activations_need_data_and_dynamic_ones_do_not() -> None:

@@ -14,7 +14,7 @@ from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
-from magr_onnx.passes import Equalize, Quantize, attach, check, find, parse
+from magr_onnx.passes import Equalize, Plan, Quantize, attach, find
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.equalize import candidates, search
@@ -275,7 +275,7 @@ def test_without_data_nothing_is_known_and_the_report_says_so() -> None:
 )
 def test_bad_pipelines(text: str, message: str) -> None:
     with pytest.raises(magr_onnx.OptionError, match=message):
-        check(parse(text))
+        Plan.parse(text).check()
 
 
 def test_the_user_s_model_and_patterns_survive() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,9 +12,9 @@ from magr_onnx.core import magr
 from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
-from magr_onnx.passes import PASSES, CompensateBias, EmitMatMulNBits, LayerPass, MagR, Quantize, attach, find, parse, run_layers, text_of
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, MagR, Plan, Quantize, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.passes.pipeline import check, options_of, resolve, suited
+from magr_onnx.passes.registry import options_of, passes, stages
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import correlated, feeds
@@ -34,17 +36,17 @@ def stats_of(k: int, rows: int = 400) -> LayerStats:
     ],
 )
 def test_text_round_trips(text: str) -> None:
-    assert text_of(parse(text)) == text
-    assert parse(text_of(parse(text))) == parse(text)
+    assert str(Plan.parse(text)) == text
+    assert Plan.parse(str(Plan.parse(text))) == Plan.parse(text)
 
 
 def test_text_means_what_it_says() -> None:
-    assert parse(
+    assert Plan.parse(
         " magr { alpha = 1e-3 } , quantize{method=comq, bits=8, block_size=channel, symmetric=true} ,emit-matmulnbits{accuracy_level=4}"
-    ) == (
-        MagR(alpha=1e-3),
-        Quantize(method="comq", bits=8, block_size=None, symmetric=True),
-        EmitMatMulNBits(accuracy_level=4),
+    ) == Plan(
+        magr=MagR(alpha=1e-3),
+        quantize=Quantize(method="comq", bits=8, block_size=None, symmetric=True),
+        emitter=EmitMatMulNBits(accuracy_level=4),
     )
 
 
@@ -65,13 +67,13 @@ def test_text_means_what_it_says() -> None:
 )
 def test_bad_text_says_where_and_what_is_accepted(text: str, message: str) -> None:
     with pytest.raises(PipelineError) as caught:
-        parse(text)
+        Plan.parse(text)
     assert message in str(caught.value)
 
 
 def test_all_problems_at_once() -> None:
     with pytest.raises(OptionError) as caught:
-        check(parse("quantize{method=magic,bits=9,damping=-1},emit-matmulnbits{accuracy_level=7}"))
+        Plan.parse("quantize{method=magic,bits=9,damping=-1},emit-matmulnbits{accuracy_level=7}").check()
     for part in ("'magic'", "bits=9", "damping=-1"):
         assert part in str(caught.value)
 
@@ -85,20 +87,20 @@ def test_strengths_are_finite(value: float) -> None:
 
 
 def test_kernels_a_provider_lacks_are_refused() -> None:
-    passes = parse("quantize{bits=2},emit-matmulnbits")
-    check(passes)
+    plan = Plan.parse("quantize{bits=2},emit-matmulnbits")
+    plan.check()
     for provider in ("cuda", "CUDAExecutionProvider"):
         with pytest.raises(OptionError, match="4 and 8 bits only"):
-            check(passes, provider)
+            plan.check(provider)
 
 
 def test_blocks_are_kept_to_what_a_provider_takes() -> None:
-    passes = parse("quantize{block_size=channel},emit-matmulnbits")
-    assert suited(passes, "cpu") == passes
-    assert suited(passes, "cuda") == parse("quantize{block_size=channel},emit-matmulnbits{largest_block=128}")
-    assert suited(parse("quantize,emit-matmulnbits{largest_block=32}"), "cuda")[-1] == EmitMatMulNBits(largest_block=32)
+    plan = Plan.parse("quantize{block_size=channel},emit-matmulnbits")
+    assert plan.suited("cpu") == plan
+    assert plan.suited("cuda") == Plan.parse("quantize{block_size=channel},emit-matmulnbits{largest_block=128}")
+    assert Plan.parse("quantize,emit-matmulnbits{largest_block=32}").suited("cuda").emitter == EmitMatMulNBits(largest_block=32)
     with pytest.raises(OptionError, match="largest_block=48"):
-        check(parse("quantize,emit-matmulnbits{largest_block=48}"))
+        Plan.parse("quantize,emit-matmulnbits{largest_block=48}").check()
 
 
 @pytest.mark.parametrize(("group", "block"), [(None, 128), (256, 128), (512, 128), (64, 64), (96, 32)])
@@ -109,38 +111,62 @@ def test_a_smaller_largest_block_repeats_scales(group: int | None, block: int) -
     np.testing.assert_array_equal(dequantize_matmulnbits(packed), weight.dequantize())
 
 
-def test_order_is_checked() -> None:
-    with pytest.raises(OptionError, match="must come before quantize"):
-        check(parse("quantize,magr"))
-    with pytest.raises(OptionError, match="twice"):
-        check(parse("quantize,quantize"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quantize,magr", "magr must come before quantize"),
+        ("quantize,error-feedback", "error-feedback must come before quantize"),
+        ("compensate-bias,quantize", "quantize must come before compensate-bias"),
+        ("embeddings,quantize,convolutions", "convolutions must come before embeddings"),
+        ("quantize,quantize", "quantize appears twice"),
+        ("magr,quantize,magr", "magr appears twice"),
+        ("equalize,equalize,quantize", "equalize appears twice"),
+        ("quantize,emit-qdq,emit-matmulnbits", "emit-qdq and emit-matmulnbits: a pipeline has one of them"),
+    ],
+)
+def test_order_is_that_of_the_fields(text: str, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        Plan.parse(text)
+
+
+def test_a_plan_is_its_stages_in_any_writing() -> None:
+    text = "equalize,split-outliers,error-feedback,output-hessian,magr,quantize,low-rank,compensate-bias,emit-qdq,convolutions,embeddings"
+    plan = Plan.parse(text)
+    assert str(plan) == text
+    assert Plan.of(plan.stages) == plan
+    assert Plan.read(plan) is plan
+    assert Plan.read(text) == Plan.read(list(plan.stages)) == plan
+    for other in (3, [3], "nothing"):
+        with pytest.raises(PipelineError):
+            Plan.read(other)  # type: ignore[arg-type]
 
 
 def test_registry_is_complete() -> None:
-    for name, kind in PASSES.items():
+    slots = {f.name for f in fields(Plan)}
+    for name, kind in stages().items():
         assert kind.name == name
         assert kind.summary
-        assert kind() == parse(name)[0]
+        assert kind.slot in slots
+        assert Plan.parse(name).stages == (kind(),)
         assert all(f"{option}:" in (kind.__doc__ or "") for option in options_of(kind)), f"{name}: undocumented option"
-        assert issubclass(kind, LayerPass)
-        assert issubclass(kind, ir.passes.InPlacePass)
+        assert issubclass(kind, ir.passes.InPlacePass) == (name in passes())
 
 
-def test_passes_leave_open_what_only_the_pipeline_knows() -> None:
-    magr, quantize, *_ = resolve(parse("magr,quantize,compensate-bias{bias=any},emit-matmulnbits"))
-    assert isinstance(magr, MagR)
-    assert isinstance(quantize, Quantize)
-    assert (magr.bias, quantize.bias) == ("any", "any")
-    assert resolve(parse("quantize")) == parse("quantize")
+def test_stages_leave_open_what_only_the_plan_knows() -> None:
+    plan = Plan.parse("magr,quantize,compensate-bias{bias=any},emit-matmulnbits").resolved
+    assert plan.magr is not None
+    assert plan.quantize is not None
+    assert (plan.magr.bias, plan.quantize.bias) == ("any", "any")
+    assert Plan.parse("quantize").resolved == Plan.parse("quantize")
 
 
 def test_sequential_equals_layer_by_layer() -> None:
-    passes = resolve(parse("magr,quantize{method=comq},compensate-bias,emit-matmulnbits"))
+    plan = Plan.parse("magr,quantize{method=comq},compensate-bias,emit-matmulnbits")
     one, two = graphs.chain(), graphs.chain()
-    run_layers(passes, find(one)[0], lambda layer: stats_of(layer.k), lambda _: None)
+    run_layers(plan, find(one)[0], lambda layer: stats_of(layer.k), lambda _: None)
     for layer in find(two)[0]:
         attach(layer, stats_of(layer.k))
-    result = ir.passes.Sequential(*passes)(two)
+    result = ir.passes.Sequential(*plan.passes)(two)
     assert result.modified
     a, b = read_weights(one), read_weights(two)
     assert a.keys() == b.keys() == {"up_out", "down_bias_out"}
@@ -154,7 +180,7 @@ def test_sequential_equals_layer_by_layer() -> None:
 def test_magr_alone_is_float_to_float() -> None:
     model = graphs.chain()
     before = {layer.name: layer.read() for layer in find(model)[0]}
-    run_layers(parse("magr{alpha=0.01}"), find(model)[0], lambda layer: stats_of(layer.k), lambda _: None)
+    run_layers(Plan.parse("magr{alpha=0.01}"), find(model)[0], lambda layer: stats_of(layer.k), lambda _: None)
     layers, _ = find(model)
     assert [n.op_type for n in model.graph] == [n.op_type for n in graphs.chain().graph]
     for layer in layers:
@@ -165,7 +191,7 @@ def test_magr_alone_is_float_to_float() -> None:
 
 def test_quantize_alone_is_fake_quantization() -> None:
     model = graphs.chain()
-    run_layers(parse("quantize{bits=2,block_size=16}"), find(model)[0], lambda layer: stats_of(layer.k), lambda _: None)
+    run_layers(Plan.parse("quantize{bits=2,block_size=16}"), find(model)[0], lambda layer: stats_of(layer.k), lambda _: None)
     for layer in find(model)[0]:
         weight = layer.read()
         assert all(len(np.unique(weight[:16, j])) <= 4 for j in range(layer.n))
@@ -184,11 +210,12 @@ def test_a_pass_without_statistics_is_data_free() -> None:
 
 def test_compensated_bias_alone_changes_only_biases() -> None:
     model = graphs.chain()
-    passes = parse("quantize{bits=2},compensate-bias")
     weights: dict[str, np.ndarray] = {}
-    run_layers(passes[:1], find(model)[0], lambda layer: stats_of(layer.k), lambda j: weights.update({j.layer.name: j.weight}))
+    rounding = Plan(quantize=Quantize(bits=2))
+    run_layers(rounding, find(model)[0], lambda layer: stats_of(layer.k), lambda j: weights.update({j.layer.name: j.weight}))
     again = graphs.chain()
-    run_layers((Quantize(bits=2, bias="none"), CompensateBias()), find(again)[0], lambda layer: stats_of(layer.k), lambda _: None)
+    plan = Plan(quantize=Quantize(bits=2, bias="none"), bias=CompensateBias())
+    run_layers(plan, find(again)[0], lambda layer: stats_of(layer.k), lambda _: None)
     for a, b in zip(find(model)[0], find(again)[0], strict=True):
         np.testing.assert_array_equal(a.read(), b.read())
         assert not np.array_equal(a.read_bias(), b.read_bias())  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import magr_onnx
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.models import bundled
-from magr_onnx.passes import SplitOutliers, check, find, parse
+from magr_onnx.passes import Plan, SplitOutliers, find
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.split_outliers import gain, split, thresholds
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -161,7 +161,7 @@ def test_bundled_model(form: Any, tmp_path: Path) -> None:
 )
 def test_bad_pipelines(text: str, message: str) -> None:
     with pytest.raises(magr_onnx.OptionError, match=message):
-        check(parse(text))
+        Plan.parse(text).check()
 
 
 def test_a_factor_of_the_user() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.models import bundled
-from magr_onnx.passes import TwinRanges, check, find, parse
+from magr_onnx.passes import Plan, TwinRanges, find
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.twin_ranges import threshold
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -201,4 +201,4 @@ def test_other_formats_refuse_it(form: Any) -> None:
 
 def test_bad_order() -> None:
     with pytest.raises(magr_onnx.OptionError, match="twin-ranges must come before quantize-activations"):
-        check(parse("quantize-activations,twin-ranges,quantize{block_size=none},emit-qdq-int8"))
+        Plan.parse("quantize-activations,twin-ranges,quantize{block_size=none},emit-qdq-int8").check()

@@ -21,7 +21,7 @@ from magr_onnx.core.quantizers import batched
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes import parse
+from magr_onnx.passes import Plan
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.graph.constants import Held
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -372,8 +372,8 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
     for limit in (0, 10_000, 70_000, 99_840):
         large = conv_patches.unmeasured(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
-    passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
-    result = convolutions.convert(found, found.clone(), passes, data, patch_limit=70_000)
+    plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
+    result = convolutions.convert(found, found.clone(), plan, data, patch_limit=70_000)
     assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
     assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
     assert result.rows[3].notes[0].startswith("data-free: its patches take")
@@ -514,9 +514,9 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
     demand = Convolutions(4, symmetric, alpha=0.0)
     for method in ("rtn", "gptq", "comq"):
-        passes = convolutions.solver_of(parse(f"quantize{{method={method}}}"), demand, False)
-        together = convolutions._solve(layer, stats, passes, False)
-        assert together.error < 1.001 * convolutions._one_by_one(weights, layer, stats, passes, False).error
+        plan = convolutions.solver_of(Plan.parse(f"quantize{{method={method}}}"), demand, False)
+        together = convolutions._solve(layer, stats, plan, False)
+        assert together.error < 1.001 * convolutions._one_by_one(weights, layer, stats, plan, False).error
         difference = np.stack([w.dequantize() for w in together.weights]) - weights
         left = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)
         assert together.error == pytest.approx(np.sqrt(left), rel=1e-4)

@@ -15,9 +15,8 @@ from magr_onnx.core.linalg import damped, layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
-from magr_onnx.passes import Job, check, find, parse, run_layers
+from magr_onnx.passes import Job, Plan, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.passes.pipeline import prepare
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, correlated, feeds, proto
@@ -84,10 +83,10 @@ def stats_of(k: int, rows: int = 400) -> LayerStats:
 
 
 def emit(model: ir.Model, text: str) -> tuple[ir.Model, list[Job]]:
-    passes, jobs = parse(text), list[Job]()
-    check(passes)
-    prepare(passes, model)
-    run_layers(passes, find(model)[0], lambda layer: stats_of(layer.k), jobs.append)
+    plan, jobs = Plan.parse(text), list[Job]()
+    plan.check()
+    plan.prepare(model)
+    run_layers(plan, find(model)[0], lambda layer: stats_of(layer.k), jobs.append)
     proto(model)
     return model, jobs
 
@@ -208,7 +207,7 @@ def test_a_rank_beyond_the_layer_is_said() -> None:
 )
 def test_bad_pipelines(text: str, message: str) -> None:
     with pytest.raises(magr_onnx.OptionError, match=message):
-        check(parse(text))
+        Plan.parse(text).check()
 
 
 @pytest.mark.parametrize("form", ["qdq-int8", "dynamic-int8"])

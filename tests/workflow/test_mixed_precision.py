@@ -19,7 +19,7 @@ from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
-from magr_onnx.passes import LayerPass, find, prepare, run_layers
+from magr_onnx.passes import Plan, find, run_layers
 from magr_onnx.passes.instrument.weight_inputs import overridable
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
@@ -93,25 +93,25 @@ def statistics(layer: Any) -> LayerStats:
     ids=str,
 )
 def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any, tmp_path: Path) -> None:
-    passes = build_pipeline(quantizer="rtn", alpha=0, **options)
+    plan = build_pipeline(quantizer="rtn", alpha=0, **options)
     source = graphs.matmul(160, 72, dtype=kind)
-    prepare(passes, source)
+    plan.prepare(source)
     (name,) = [layer.name for layer in find(source)[0]]
     real = source.clone()
-    run_layers(passes, find(real)[0], statistics, lambda job: None)
-    blank = size_model.blank(source, {name: passes})
+    run_layers(plan, find(real)[0], statistics, lambda job: None)
+    blank = size_model.blank(source, {name: plan})
     assert files.initializer_bytes(blank) == files.initializer_bytes(real)
-    assert size_model.changes(source, [[name]], passes) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
+    assert size_model.changes(source, [[name]], plan) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
     assert writing.save(blank, tmp_path / "blank.onnx") == writing.save(real, tmp_path / "real.onnx")
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_shared_weights_leave_the_file_with_the_last_layer(gathered: bool) -> None:
     model = tied(gathered)
-    passes = build_pipeline(bits=4)
+    plan = build_pipeline(bits=4)
     codes = 64 * (32 + 2 * 4 + 1)  # codes, two scales, zero points, stored once
     biases = 2 * 64 * 4
-    (change,) = size_model.changes(model, [["once", "twice"]], passes)
+    (change,) = size_model.changes(model, [["once", "twice"]], plan)
     assert change == codes + biases - (0 if gathered else 4 * 64 * 64)
 
 
@@ -139,7 +139,7 @@ def test_overridden_weights_are_used(form: str) -> None:
         np.testing.assert_allclose(b.run({**batch, **twice})[0], 2 * expected, atol=2e-4)
 
 
-def measured(model: ir.Model, choices: dict[Choice, tuple[LayerPass, ...]]) -> tuple[dict[str, sensitivity.Sensitivity], Reference]:
+def measured(model: ir.Model, choices: dict[Choice, Plan]) -> tuple[dict[str, sensitivity.Sensitivity], Reference]:
     split = sensitivity.Split.of(data_for(model))
     return sensitivity.measure(model, find(model)[0], choices, mixed_precision.references_of(choices), split)
 
@@ -293,20 +293,20 @@ def test_max_loss_is_kept_when_measured_again(output: str, tmp_path: Path) -> No
 
 
 def test_a_missed_loss_is_tried_again_and_told() -> None:
-    """A plan whose prediction is ten times too low asks for a tenth of the loss next."""
+    """A allocation whose prediction is ten times too low asks for a tenth of the loss next."""
     model = unequal()
     choices = mixed_precision.choices_of({"block_size": 32})
     source = mixed_precision.Source(model, find(model)[0], files.initializer_bytes(model), False, 0)
     goal = mixed_precision.goal_of({"max_loss": "0.01"})
     assert goal is not None
-    plan = mixed_precision.Plan(goal, source, choices)
-    plan.solve(lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
-    bytes_before = source.size(plan.assigned())
-    assert not plan.accepts(0.1)
-    assert source.size(plan.assigned()) > bytes_before
-    assert not plan.accepts(0.05)
-    assert plan.accepts(0.02)  # the last attempt
-    report = plan.report(COSINE, "nothing")
+    allocation = mixed_precision.Allocation(goal, source, choices)
+    allocation.solve(lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
+    bytes_before = source.size(allocation.assigned())
+    assert not allocation.accepts(0.1)
+    assert source.size(allocation.assigned()) > bytes_before
+    assert not allocation.accepts(0.05)
+    assert allocation.accepts(0.02)  # the last attempt
+    report = allocation.report(COSINE, "nothing")
     assert not report.met
     assert [a.measured for a in report.attempts] == [0.1, 0.05, 0.02]
     assert "THE GOAL IS MISSED" in "\n".join(report.lines())

@@ -22,7 +22,7 @@ from magr_onnx.passes.graph.subgraphs import unique_names, walk
 from magr_onnx.passes.instrument.hoist import hoist, hoisted
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.linear import OPERATORS, find
-from magr_onnx.passes.pipeline import parse
+from magr_onnx.passes.plan import Plan
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -362,7 +362,7 @@ def test_passes_run_on_the_whole_model_one_after_the_other() -> None:
     with Session(source) as session:
         data = open_data([trap.feeds(rng) for _ in range(4)], session.inputs)
     moments.attach_stats(source, data)
-    ir.passes.Sequential(*parse("magr,quantize{bits=8,block_size=16},emit-matmulnbits"))(source)
+    ir.passes.Sequential(*Plan.parse("magr,quantize{bits=8,block_size=16},emit-matmulnbits").passes)(source)
     weights = read_weights(source)
     assert len(weights) == 2
     feeds = trap.feeds(rng)

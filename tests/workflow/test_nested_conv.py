@@ -16,7 +16,7 @@ from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.branches import BIAS, OTHER, TRAPS, K, looped
 from magr_onnx.models.zoo.convolutions import convolve, kernel, one, spread
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes import parse
+from magr_onnx.passes import Plan
 from magr_onnx.passes.graph.subgraphs import walk
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.conv import OPS, find, to_matrices
@@ -130,8 +130,8 @@ def test_patches_in_a_body_have_a_limit_too() -> None:
     size = 4 * (24 * 8 + 8 * 9)
     assert conv_patches.unmeasured(found, layers, data, "cpu", size) == {}
     assert set(conv_patches.unmeasured(found, layers, data, "cpu", size - 1)) == {"step"}
-    passes = parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
-    result = convolutions.convert(found, found.clone(), passes, data, patch_limit=size - 1)
+    plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
+    result = convolutions.convert(found, found.clone(), plan, data, patch_limit=size - 1)
     assert {row.name: row.rows > 0 for row in result.rows} == {"step": False, "after": True}
 
 

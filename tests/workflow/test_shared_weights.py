@@ -16,7 +16,7 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.model_io import files
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
-from magr_onnx.passes import Job, find, parse, run_layers
+from magr_onnx.passes import Job, Plan, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks
@@ -55,7 +55,7 @@ def solved(model: ir.Model, pipeline: str, stats: dict[str, LayerStats]) -> dict
     """Jobs after a pipeline, by layer name."""
     done: dict[str, Job] = {}
     layers, _ = find(model)
-    run_layers(parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda job: done.update({job.layer.name: job}))
+    run_layers(Plan.parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda job: done.update({job.layer.name: job}))
     return done
 
 
@@ -245,7 +245,7 @@ def test_stages_see_what_was_solved_before_them() -> None:
     changed = segments.made_by(work, first)
     assert changed == {"first_out", "y"}
     assert segments.behind(work, changed) == {"first_out", "a_out", "between_out", "b_out", "y"}
-    run_layers(parse("quantize{bits=2,block_size=16},emit-matmulnbits"), first, lambda _: None, lambda _: None)
+    run_layers(Plan.parse("quantize{bits=2,block_size=16},emit-matmulnbits"), first, lambda _: None, lambda _: None)
     feeds = [{"x": correlated(64, K, seed=s)} for s in range(4)]
     with Session(model) as session:
         data = open_data(feeds, session.inputs)

@@ -6,7 +6,7 @@ from typing import Any
 
 from magr_onnx.cli import console
 from magr_onnx.cli.arguments import Json
-from magr_onnx.passes.pipeline import PASSES, options_of
+from magr_onnx.passes.registry import options_of, stages
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr passes --json"
 
@@ -14,7 +14,7 @@ EPILOG = "[bold]Example[/bold]\n\nonnx-magr passes --json"
 def passes(as_json: Json = False) -> None:
     """List the passes a pipeline may name, with their options and defaults."""
     lines, value = [], []
-    for name, kind in PASSES.items():
+    for name, kind in stages().items():
         known = options_of(kind)
         lines.append(f"{name}: {kind.summary}")
         lines += [f"    {option}={_shown(default)}" for option, (_, default) in known.items()]

@@ -1,0 +1,266 @@
+"""What a run does to a model: one field for each stage, in the order they are carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import onnx_ir as ir
+
+from magr_onnx.core.overflow.accumulator import Accumulator
+from magr_onnx.core.overflow.targets import Target, find_target
+from magr_onnx.core.types import WeightSpec
+from magr_onnx.errors import OptionError, PipelineError, raise_all
+from magr_onnx.passes import pipeline_text
+from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
+from magr_onnx.passes.emit.matmulnbits import CUDA_LARGEST_BLOCK
+from magr_onnx.passes.job import BiasPolicy
+from magr_onnx.passes.layer_passes.activations import QuantizeActivations
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layer_passes.convolutions import Convolutions
+from magr_onnx.passes.layer_passes.embeddings import Embeddings
+from magr_onnx.passes.layer_passes.error_feedback import ErrorFeedback
+from magr_onnx.passes.layer_passes.low_rank import LowRank
+from magr_onnx.passes.layer_passes.magr import MagR
+from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.rewrites.base import Rewrite
+
+S = TypeVar("S", bound=Stage)
+
+_INPUTS = {"static": "quantize-activations with type uint8 or int8", "dynamic": "quantize-activations with type dynamic"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run; None where there is no such stage.
+
+    Attributes:
+        rewrites: Changes to the float graph before its layers are looked for.
+        error_feedback: Quantize in stages, each layer towards the float output.
+        output_hessian: Weigh output errors by gradients.
+        magr: Reduce weight magnitudes.
+        activations: The grids of 8-bit layer inputs.
+        quantize: The quantizer and its grid.
+        low_rank: A float branch beside every quantized product.
+        bias: Bias correction.
+        emitter: The pass that writes quantized layers.
+        convolutions: Convolutions, which are converted before linear layers.
+        embeddings: Tables of embeddings, which are converted before both.
+    """
+
+    rewrites: tuple[Rewrite, ...] = ()
+    error_feedback: ErrorFeedback | None = None
+    output_hessian: OutputHessian | None = None
+    magr: MagR | None = None
+    activations: QuantizeActivations | None = None
+    quantize: Quantize | None = None
+    low_rank: LowRank | None = None
+    bias: CompensateBias | None = None
+    emitter: Emitter | None = None
+    convolutions: Convolutions | None = None
+    embeddings: Embeddings | None = None
+
+    @staticmethod
+    def of(stages: Iterable[Stage]) -> Plan:
+        """Make a plan of stages in the order of its fields.
+
+        Raises:
+            PipelineError: Stages are out of order, or appear twice.
+        """
+        order = [f.name for f in fields(Plan)]
+        filled: dict[str, Any] = {}
+        before: list[Stage] = []
+        problems: list[str] = []
+        for stage in stages:
+            later = next((other for other in before if order.index(other.slot) > order.index(stage.slot)), None)
+            same = [other for other in before if other.slot == stage.slot]
+            if later is not None:
+                problems.append(f"{stage.name} must come before {later.name}")
+            if any(other.name == stage.name for other in same):
+                problems.append(f"{stage.name} appears twice")
+            elif stage.slot == "rewrites":
+                filled["rewrites"] = (*filled.get("rewrites", ()), stage)
+            elif same:
+                problems.append(f"{same[0].name} and {stage.name}: a pipeline has one of them")
+            else:
+                filled[stage.slot] = stage
+            before.append(stage)
+        raise_all(PipelineError, problems)
+        return Plan(**filled)
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """Read the plan that a pipeline text stands for.
+
+        Raises:
+            PipelineError: The text does not parse, or names an unknown pass or option, or a value has the wrong type, or stages are out
+                of order or appear twice.
+        """
+        return Plan.of(pipeline_text.parse(text))
+
+    @staticmethod
+    def read(value: str | Plan | Sequence[Stage]) -> Plan:
+        """Take a plan as it is, or make one of pipeline text or of stages.
+
+        Raises:
+            PipelineError: As `parse` and `of`, or it is none of these.
+        """
+        if isinstance(value, Plan):
+            return value
+        if isinstance(value, str):
+            return Plan.parse(value)
+        if not isinstance(value, list | tuple) or not all(isinstance(stage, Stage) for stage in value):
+            raise PipelineError(f"pipeline_text = {value!r}: expected a text, a plan, or a list of passes of magr_onnx.passes")
+        return Plan.of(value)
+
+    def __str__(self) -> str:
+        """The text that `parse` turns back into this plan."""
+        return ",".join(map(str, self.stages))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, in order."""
+        return (*self.rewrites, *(stage for f in fields(self)[1:] if (stage := getattr(self, f.name)) is not None))
+
+    @property
+    def passes(self) -> tuple[ir.passes.PassBase, ...]:
+        """The stages that work by themselves, for `ir.passes.Sequential`; what only the plan knows is filled in."""
+        return tuple(stage for stage in self.resolved.stages if isinstance(stage, ir.passes.PassBase))
+
+    @property
+    def solving(self) -> tuple[LayerStage, ...]:
+        """What happens to a layer before it is written; what only the plan knows is filled in."""
+        plan = self.resolved
+        stages = (plan.error_feedback, plan.magr, plan.activations, plan.quantize, plan.low_rank, plan.bias)
+        return tuple(stage for stage in stages if stage is not None)
+
+    @property
+    def resolved(self) -> Plan:
+        """The plan, with bias policy and activation type in the stages that leave them open."""
+        bias, activation = self.bias_policy, None if self.activations is None else self.activations.type
+        return replace(
+            self,
+            error_feedback=_filled(self.error_feedback, bias=bias),
+            magr=_filled(self.magr, bias=bias),
+            quantize=_filled(self.quantize, bias=bias, activation=activation),
+            low_rank=_filled(self.low_rank, bias=bias),
+        )
+
+    @property
+    def bias_policy(self) -> BiasPolicy | None:
+        """Which biases will take up the mean error; None where there is no bias correction."""
+        return None if self.bias is None else self.bias.bias
+
+    @property
+    def input_grids(self) -> InputGrids | None:
+        """How layer inputs become 8-bit integers; None where they stay float."""
+        return None if self.activations is None else self.activations.grids
+
+    @property
+    def quantizes_outputs(self) -> bool:
+        """Whether products of layers are put on a static grid, too."""
+        return self.emitter is not None and self.emitter.quantizes_outputs
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the quantizer judges its choices on rows that are held out."""
+        return self.quantize is not None and self.quantize.holds_out
+
+    @property
+    def spec(self) -> WeightSpec | None:
+        """The grid of float32 weights; None where nothing is quantized, or the quantizer's options are wrong."""
+        quantize = self.resolved.quantize
+        return None if quantize is None or quantize.problems(None) else quantize.spec()
+
+    @property
+    def accumulator(self) -> Target | Accumulator | None:
+        """The accumulator that may not overflow, if there is one."""
+        if self.quantize is not None and self.quantize.target is not None:
+            return find_target(self.quantize.target)
+        if self.quantize is not None and self.quantize.accumulator_bits is not None:
+            return self.quantize.accumulator()
+        return None if self.emitter is None else self.emitter.accumulator()
+
+    def suited(self, provider: str) -> Plan:
+        """The plan, with blocks kept to what the kernels of ``provider`` take."""
+        if self.emitter is None or "cuda" not in provider.lower():
+            return self
+        return replace(self, emitter=self.emitter.suited(CUDA_LARGEST_BLOCK))
+
+    def prepare(self, model: ir.Model) -> bool:
+        """Change the whole model as the stages need it, in place; True if anything changed."""
+        spec = self.spec
+        changed = [stage.prepare(model, spec) for stage in self.stages]
+        return any(changed)
+
+    def check(self, provider: str = "cpu") -> None:
+        """Raise one error for everything that is wrong with the plan.
+
+        Raises:
+            OptionError: With all `problems`.
+        """
+        raise_all(OptionError, self.problems(provider))
+
+    def problems(self, provider: str = "cpu") -> list[str]:
+        """List everything wrong with the plan, before any work.
+
+        Args:
+            provider: Where the result will run: not every kernel exists everywhere.
+        """
+        plan = self.resolved
+        spec = plan.spec
+        behind = False  # the quantizer
+        problems: list[str] = []
+        for stage in plan.stages:
+            invalid = behind and spec is None
+            if not (invalid and stage is plan.emitter):
+                problems += stage.problems(spec if behind else None)
+            behind |= stage is plan.quantize
+        problems += [*plan._missing(), *plan._input_problems()]
+        if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
+            problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")
+        return problems
+
+    def _missing(self) -> list[str]:
+        """What stages need beside them."""
+        problems: list[str] = []
+        for rewrite in self.rewrites:
+            if self.quantize is None:
+                problems.append(f"{rewrite.name} needs a quantize pass after it: it is made for a grid")
+            if rewrite.input_grids == "static" and (self.emitter is None or self.emitter.input_grids != "static"):
+                problems.append(f"{rewrite.name} is for static 8-bit inputs: use format qdq-int8 (emit-qdq-int8), or leave it out")
+        if self.low_rank is not None and self.activations is not None:
+            problems.append(
+                f"{self.low_rank.name} adds float products of the float input, which layers with 8-bit inputs do without; "
+                "use format matmulnbits or qdq, or leave it out"
+            )
+        if self.convolutions is not None and self.quantize is None:
+            problems.append("convolutions needs a quantize pass: it names the quantizer")
+        return problems
+
+    def _input_problems(self) -> list[str]:
+        """Whether the emitter has the inputs the plan asks for, and the accumulator is one of integers."""
+        problems: list[str] = []
+        emitter, quantize, activations = self.emitter, self.quantize, self.activations
+        if quantize is not None and quantize.activation not in (None, None if activations is None else activations.type):
+            other = "no pass quantizes them" if activations is None else f"quantize-activations has type {activations.type}"
+            problems.append(f"quantize expects {quantize.activation} activations, and {other}; leave activation out")
+        if quantize is not None and quantize.accumulator_bits is not None and quantize.activation is None:
+            problems.append(
+                "accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8): floats have no accumulator to overflow"
+            )
+        if emitter is not None and emitter.input_grids != self.input_grids:
+            needed = emitter.input_grids
+            problems.append(
+                f"{emitter.name} keeps activations float; remove quantize-activations"
+                if needed is None
+                else f"{emitter.name} needs {_INPUTS[needed]} before it"
+            )
+        return problems
+
+
+def _filled(stage: S | None, **values: Any) -> S | None:
+    """The stage, with values for the options that it leaves open."""
+    return None if stage is None else replace(stage, **{name: value for name, value in values.items() if getattr(stage, name) is None})

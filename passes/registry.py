@@ -1,0 +1,57 @@
+"""Every stage a plan can have, by the name that pipeline text calls it.
+
+To add one: write its file in a folder beside this file, and add its class here; emitters are listed by `magr_onnx.passes.emit`.
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+from typing import Any
+
+import onnx_ir as ir
+
+from magr_onnx.passes.base import Stage
+from magr_onnx.passes.emit import EMITTERS
+from magr_onnx.passes.layer_passes.activations import QuantizeActivations
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layer_passes.convolutions import Convolutions
+from magr_onnx.passes.layer_passes.embeddings import Embeddings
+from magr_onnx.passes.layer_passes.error_feedback import ErrorFeedback
+from magr_onnx.passes.layer_passes.low_rank import LowRank
+from magr_onnx.passes.layer_passes.magr import MagR
+from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.rewrites.equalize import Equalize
+from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
+from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
+
+BEFORE_EMITTERS: tuple[type[Stage], ...] = (
+    Equalize,
+    SplitOutliers,
+    TwinRanges,
+    ErrorFeedback,
+    OutputHessian,
+    MagR,
+    QuantizeActivations,
+    Quantize,
+    LowRank,
+    CompensateBias,
+)
+AFTER_EMITTERS: tuple[type[Stage], ...] = (Convolutions, Embeddings)
+
+
+def stages() -> dict[str, type[Stage]]:
+    """All stages by name, in the order that a plan has them."""
+    return {kind.name: kind for kind in (*BEFORE_EMITTERS, *EMITTERS, *AFTER_EMITTERS)}
+
+
+def passes() -> dict[str, type[Stage]]:
+    """Those that are onnx-ir passes, and work by themselves."""
+    return {name: kind for name, kind in stages().items() if issubclass(kind, ir.passes.PassBase)}
+
+
+def options_of(kind: type[Stage]) -> dict[str, tuple[Any, Any]]:
+    """Option name to its type and default."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: (hints[f.name], f.default) for f in fields(kind)}
