@@ -1,7 +1,7 @@
 """The state of one layer on its way through a pipeline, and the base of the passes that work on it.
 
 A `Job` lives in the ``meta`` store of the layer's node (never serialized), so that passes compose in `ir.passes.Sequential` as
-well as in `magr_onnx.passes.pipeline`, which runs them layer by layer to bound memory.
+well as in `magr_onnx.passes.layerwise`, which runs them layer by layer to bound memory.
 """
 
 from __future__ import annotations
