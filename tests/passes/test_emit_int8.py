@@ -419,7 +419,8 @@ def test_compensation_counts_activation_rounding() -> None:
         data = open_data([x], session.inputs)
     stats = collect(model, find(model)[0], CalibrationContext(data, quantize={"x": grid})).stats["x"]
     quantize = Quantize("rtn", 8, None, True, beta=1.0)
-    run_layers((QuantizeActivations(), quantize, CompensateBias(), EmitQDQInt8()), find(model)[0], lambda _: stats, lambda _: None)
+    plan = Plan.of((QuantizeActivations(), quantize, CompensateBias(), EmitQDQInt8()))
+    run_layers(plan, find(model)[0], lambda _: stats, lambda _: None)
     np.testing.assert_allclose(read_weights(model)["y"], weight, atol=1e-6)
     error = outputs(model, x)[0] - expected
     uncompensated = (rounded(x["x"], grid) - x["x"]).reshape(-1, K) @ weight

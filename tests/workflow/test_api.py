@@ -92,12 +92,12 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
     chosen: dict[str, str] = {}
     run_layers = solve.run_layers
 
-    def spy(passes: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
+    def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(job: Any) -> None:
             chosen[job.layer.output.name] = digest(job.quantized.dequantize())
             finished(job)
 
-        run_layers(passes, layers, stats, keep, *rest)
+        run_layers(plan, layers, stats, keep, *rest)
 
     monkeypatch.setattr(solve, "run_layers", spy)
     _, report = magr_onnx.optimize(bundled.MODEL, few_samples(), output=out, bits=3)

@@ -228,9 +228,9 @@ def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:
     def planned(size: int) -> int:
         goal = mixed_precision.goal_of({"target_size": f"{size} B"})
         assert goal is not None
-        plan = mixed_precision.Plan(goal, source, choices)
-        plan.solve(lambda name, choice: 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
-        return source.size(plan.assigned())
+        allocation = mixed_precision.Allocation(goal, source, choices)
+        allocation.solve(lambda name, choice: 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
+        return source.size(allocation.assigned())
 
     for size in (15_000, 20_000, 30_000, 40_000):
         largest = planned(size)
