@@ -138,7 +138,7 @@ def test_a_value_called_like_a_constant_to_be_made(format: str, name: str, tmp_p
 
 def test_names_that_another_pass_gave_are_seen() -> None:
     model = attention()
-    quantize, emit = magr_onnx.passes.pipeline.parse("quantize,emit-qdq")
+    quantize, emit = magr_onnx.passes.Plan.parse("quantize,emit-qdq").passes
     quantize(model)
     for node in model.graph:
         if node.name == "relu":
@@ -151,6 +151,6 @@ def test_names_of_replaced_nodes_are_used_again() -> None:
     b = Builder()
     x = b.input("x", ["batch", K])
     model = b.model(b.node("Add", [b.node("MatMul", [x, b.constant("w", random(K, K))], "fc"), b.constant("b", BIAS)], "fc_bias"), [3, K])
-    for each in magr_onnx.passes.pipeline.parse("quantize,emit-qdq"):
+    for each in magr_onnx.passes.Plan.parse("quantize,emit-qdq").passes:
         each(model)
     assert [node.name for node in model.graph] == ["fc_dequantize", "fc_q4", "fc_bias"]

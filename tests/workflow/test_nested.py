@@ -61,7 +61,7 @@ def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str,
     layers, _ = find(source)
     with Session(source) as session:
         data = open_data(feeds, session.inputs)
-    tapped = subgraphs.tapped(source, layers, data, (), "cpu")
+    tapped = subgraphs.tapped(source, layers, data, Plan(), "cpu")
     stats = moments.collect(tapped.model, tapped.reached(layers), CalibrationContext(data)).stats
     return {layer.name: stats.get(moments.input_name(layer)) for layer in layers}, tapped
 
