@@ -10,6 +10,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.edge.web import FLAGS, browser_path
+from tests.helpers import PATIENCE
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 OWN = ("data:", "blob:")  # what a page has in itself
@@ -51,7 +52,7 @@ def opened(browser: Browser, path: Path, size: tuple[int, int] = DESKTOP, dark: 
     )
     try:
         found = Opened(context.new_page())
-        found.page.set_default_timeout(20_000)
+        found.page.set_default_timeout(1000 * PATIENCE)
         found.page.on("console", lambda message: found.said.append(message.text))
         found.page.on("pageerror", lambda error: found.said.append(str(error)))
         address = path.resolve().as_uri()

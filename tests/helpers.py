@@ -14,6 +14,9 @@ from magr_onnx.models import bundled
 
 Array = npt.NDArray[Any]
 
+PATIENCE = 600
+"""Seconds to wait for what comes in a moment where the machine is idle: no test is to fail because it is busy."""
+
 EXAMPLES = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
 

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from magr_onnx.config.options import bytes_of
 from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
 from tests.graphs import feeds, proto
+from tests.helpers import PATIENCE
 
 COMMANDS = ("optimize", "inspect", "validate", "verify", "report", "passes", "presets", "olive-config", "demo")
 
@@ -58,7 +58,7 @@ def run(*arguments: object, cwd: Path | None = None) -> Result:
 
 def test_installed_command_runs(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("onnx-magr")
-    result = subprocess.run([command, "inspect", "none.onnx"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    result = subprocess.run([command, "inspect", "none.onnx"], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=PATIENCE)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: none.onnx: no such file\n"
 
@@ -236,17 +236,16 @@ import sys, time, magr_onnx.cli.main
 from magr_onnx.runtime.calibration import moments
 def slow(*args, **options):
     print("calibrating", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 moments.collect = slow
 sys.argv = {list(map(str, arguments))!r}
 magr_onnx.cli.main.main()
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "calibrating\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "calibrating\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted; no output was changed; the same command goes on where it was"
     assert out.read_bytes() == b"precious"

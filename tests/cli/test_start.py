@@ -10,6 +10,7 @@ import pytest
 import magr_onnx
 from magr_onnx.cli.app import commands
 from magr_onnx.cli.commands import COMMANDS
+from tests.helpers import PATIENCE
 
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "ml_dtypes", "torch", "jinja2", "magr_onnx.api", "magr_onnx.cli.console")
 
@@ -25,7 +26,7 @@ try:
 finally:
     print(*sys.modules, file=sys.stderr)
 """
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stderr.split()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE).stderr.split()
 
 
 @pytest.mark.parametrize("argument", ["--version", "--help"])
@@ -44,7 +45,7 @@ def test_commands_are_listed_as_they_describe_themselves() -> None:
 
 def test_public_names_are_imported_when_they_are_used() -> None:
     code = "import sys, magr_onnx; before = 'numpy' in sys.modules; magr_onnx.optimize; print(before, 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert done.stdout == "False True\n"
     assert set(magr_onnx.__all__) <= set(dir(magr_onnx))
     with pytest.raises(AttributeError, match="no attribute 'optimise'"):
@@ -64,5 +65,5 @@ from magr_onnx.cli.main import main
 sys.argv = ["onnx-magr", "inspect", "model.onnx"]
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; no output was changed\n")

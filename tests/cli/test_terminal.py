@@ -29,6 +29,7 @@ from magr_onnx.workflow import progress
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
+from tests.helpers import PATIENCE
 
 pty = pytest.importorskip("pty", reason="a pseudo-terminal is a thing of POSIX")
 
@@ -59,7 +60,7 @@ def on_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, st
         while part := os.read(outer, 1 << 16):
             found += part
     os.close(outer)
-    return process.wait(timeout=60), found.decode().replace("\r\n", "\n")
+    return process.wait(timeout=PATIENCE), found.decode().replace("\r\n", "\n")
 
 
 CLI = ("-m", "magr_onnx.cli.main")

@@ -22,6 +22,7 @@ from magr_onnx.model_io.atomic import write_text
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
+from tests.helpers import PATIENCE
 from tests.model_io.test_writing import small_disk
 
 PIPELINE = "quantize{method=rtn,bits=8},emit-matmulnbits"
@@ -344,7 +345,9 @@ def test_digits_are_those_of_ascii(folder: Path) -> None:
 
 def in_process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "magr_onnx.cli.main", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.models import bundled
 from tests.edge.jobs import Array, Job
 from tests.graphs import Builder, correlated, proto, random
+from tests.helpers import PATIENCE
 
 K, WIDTH, N = 96, 64, 24
 
@@ -86,5 +87,5 @@ def write(folder: Path) -> dict[str, Job]:
 def to_ort(folder: Path) -> None:
     """Convert all ``.onnx`` files of a folder in every style. In a process of its own: the converter leaves files open."""
     command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert process.returncode == 0, process.stdout + process.stderr

@@ -13,7 +13,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
 
-TIMEOUT = 240.0
+TIMEOUT = 900.0
 """Seconds a target may take for all jobs of one call; below pytest's own limit, whose message would say less."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.browser import chromium
 from tests.docs_blocks import blocks, run
 from tests.edge.targets import WEB, require
+from tests.helpers import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GUIDE = ROOT / "docs" / "guides" / "web.md"
@@ -39,7 +40,7 @@ def test_the_page_of_the_guide_runs_both_models(tmp_path: Path) -> None:
             page.on("pageerror", lambda error: trouble.append(str(error)))
             _wait(int(port))
             page.goto(f"http://127.0.0.1:{port}/")
-            page.locator("body[data-done]").wait_for(timeout=60_000)
+            page.locator("body[data-done]").wait_for(timeout=1000 * PATIENCE)
             result = page.locator("#result").inner_text()
         finally:
             server.terminate()
@@ -50,7 +51,7 @@ def test_the_page_of_the_guide_runs_both_models(tmp_path: Path) -> None:
 
 
 def _wait(port: int) -> None:
-    for _ in range(100):
+    for _ in range(10 * PATIENCE):
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
                 return

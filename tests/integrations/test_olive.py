@@ -21,6 +21,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.passes.emit.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random
+from tests.helpers import PATIENCE
 
 if importlib.util.find_spec("olive") is None:
     pytest.skip("olive-ai is not installed", allow_module_level=True)
@@ -78,7 +79,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "olive", "run", "--config", "workflow.json", "--package-config", "olive_package.json"],
     )
     for command in commands:
-        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=240)
+        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -139,7 +140,7 @@ from magr_onnx.cli.main import main
 main()
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 1
     assert said in done.stderr
 
@@ -153,7 +154,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for source in ("model.onnx", "inputs.npz"):
             (folder / "parts" / f"{name}{Path(source).suffix}").write_bytes((folder / "parts" / source).read_bytes())
     command = [sys.executable, "-m", "tests.olive_workflows", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

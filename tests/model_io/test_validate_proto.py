@@ -469,7 +469,7 @@ def test_time_is_linear_in_the_nodes() -> None:
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(80000) < 16 * max(seconds(10000), 1e-3)
+    assert seconds(80000) < 32 * max(seconds(10000), 1e-3)  # 8 times the nodes; were it quadratic, 64 times the time
 
 
 def test_exhausted_memory_and_stack_are_explained_and_interrupts_are_not() -> None:

@@ -27,6 +27,7 @@ from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import feeds, proto
+from tests.helpers import PATIENCE
 
 KILLED = Path(__file__).parents[1] / "killed.py"
 EXTERNAL = Layout(external=True)
@@ -148,7 +149,6 @@ def test_tensors_of_the_model_lie_in_the_new_files_afterwards(tmp_path: Path) ->
     assert answer(tmp_path / "out.onnx") == answer(model)
 
 
-@pytest.mark.timeout(900)
 def test_a_kill_at_any_step_of_the_write_leaves_a_whole_model(tmp_path: Path) -> None:
     source, out = tmp_path / "source.onnx", tmp_path / "out.onnx"
     onnx.save(proto(graphs.chain()), source)
@@ -164,7 +164,7 @@ def test_a_kill_at_any_step_of_the_write_leaves_a_whole_model(tmp_path: Path) ->
             path.unlink()
         for name, content in old.items():
             (tmp_path / name).write_bytes(content)
-        code = subprocess.run([sys.executable, KILLED, str(step), *map(str, arguments)], check=False, timeout=120).returncode
+        code = subprocess.run([sys.executable, KILLED, str(step), *map(str, arguments)], check=False, timeout=PATIENCE).returncode
         assert data_of(out) in (old, new)
         answer(out)
         assert run(*arguments).returncode == 0  # the same command again

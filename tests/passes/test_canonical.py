@@ -23,6 +23,7 @@ from magr_onnx.passes.canonical.einsum import parse
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.runtime.ort.session import Arithmetic, Session
+from tests.pairwise import each_value
 
 FORMATS: dict[str, dict[str, Any]] = {
     "matmulnbits": {"bits": 8, "block_size": 16},
@@ -59,8 +60,7 @@ def test_the_canonical_model_computes_the_same_and_stays_as_it_is(trap: Trap) ->
     assert canonicalize(work, again=True) == []
 
 
-@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: t.name)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("trap", "form"), each_value(TRAPS, list(FORMATS)))
 def test_every_format_with_calibration_and_feedback(trap: Trap, form: str, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(1), tmp_path / "q.onnx"
     proto, data = trap.build(), [trap.feeds(rng) for _ in range(12)]

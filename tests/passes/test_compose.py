@@ -20,6 +20,7 @@ from magr_onnx.runtime.calibration.moments import attach_stats
 from magr_onnx.runtime.data.sources import in_memory
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Array, Builder, random
+from tests.pairwise import each_value
 
 INT8 = "quantize{bits=8,block_size=none,symmetric=true}"
 # The passes that every pass needs around it to do something.
@@ -94,8 +95,7 @@ def test_the_float_model_is_what_passes_change(plain: dict[str, tuple[ir.Model, 
     assert {n: e for n, (_, y) in plain.items() if (e := np.square(y - floats).sum() / np.square(floats).sum()) > 0.3} == {}
 
 
-@pytest.mark.parametrize("stock", STOCK)
-@pytest.mark.parametrize("name", passes())
+@pytest.mark.parametrize(("name", "stock"), each_value(list(passes()), list(STOCK), times=2))
 def test_stock_passes_around_it(name: str, stock: str, plain: dict[str, tuple[ir.Model, Array]]) -> None:
     expected, y = plain[name]
     found, z = ran([STOCK[stock](), *(p for mine in Plan.parse(PIPELINES[name]).passes for p in (mine, STOCK[stock]()))])

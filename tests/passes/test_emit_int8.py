@@ -38,6 +38,7 @@ from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, proto, random
 from tests.helpers import Array
+from tests.pairwise import each_pair, each_value
 
 STATIC = {"uint8": {"activation_type": "uint8"}, "int8": {"activation_type": "int8"}}
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,8 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dynamic": {"format": "dynamic-int8"},
     "dynamic, asymmetric": {"format": "dynamic-int8", "symmetric": False},
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
-main_kinds = pytest.mark.parametrize("kind", ["uint8", "uint8, outputs", "dynamic"])
+MAIN_KINDS = ["uint8", "uint8, outputs", "dynamic"]
 
 
 def two(bias: bool = True) -> ir.Model:
@@ -139,8 +139,7 @@ def relative(a: Array, b: Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@main_kinds
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind"), each_value(list(MODELS), MAIN_KINDS))
 def test_every_form_is_valid_verified_and_close(name: str, kind: str, tmp_path: Path) -> None:
     """Errors are those of 8 bits on inputs with a few that are six times stronger: seen up to 0.030, and 0.006 between arithmetics
     (one code, where a sum falls on the middle between two)."""
@@ -161,8 +160,7 @@ def test_every_form_is_valid_verified_and_close(name: str, kind: str, tmp_path: 
         assert relative(one, other) < 0.01
 
 
-@every_kind
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("name", "kind"), each_value(list(FORMS), list(KINDS), times=3))
 def test_onnxruntime_fuses_every_form(name: str, kind: str, tmp_path: Path) -> None:
     made, _ = magr_onnx.optimize(FORMS[name](), [feeds(FORMS[name]())], **KINDS[kind])
     nodes = [n.op_type for n in optimized(made, tmp_path)]
@@ -235,10 +233,9 @@ def rounded(x: Array, grid: ActivationGrid) -> Array:
     return (codes - grid.zero_point) * np.float64(np.float32(grid.scale))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("name", ["matmul_bias", "gemm_alpha_beta"])
+@pytest.mark.parametrize(
+    ("name", "signed", "symmetric", "bits"), each_pair(["matmul_bias", "gemm_alpha_beta"], [False, True], [False, True], [2, 3, 5, 8])
+)
 def test_static_layers_compute_with_the_chosen_codes(name: str, signed: bool, symmetric: bool, bits: int) -> None:
     grid = ActivationGrid.of_range(-20, 35, signed)
     quantize = Quantize("rtn", bits, None, symmetric)

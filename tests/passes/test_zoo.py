@@ -17,6 +17,7 @@ from magr_onnx.models.zoo.trap import CONVERTED
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.ort.session import Arithmetic, Session
+from tests.pairwise import each_value
 
 CONVERTING = [t for t in ZOO.values() if t.refused is None]
 REFUSED = [t for t in ZOO.values() if t.refused is not None]
@@ -38,8 +39,7 @@ def weights_in(path: Path, report: Report) -> dict[str, Any]:
     return {row.name: emitted_weight(nodes[row.emitted]) for row in report.layers}
 
 
-@pytest.mark.parametrize("trap", CONVERTING, ids=lambda t: t.name)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("trap", "run"), each_value(CONVERTING, list(RUNS)))
 def test_layers_become_what_they_must_and_outputs_follow_from_the_codes(trap: Trap, run: str, tmp_path: Path) -> None:
     model, rng, path = trap.build(), np.random.default_rng(0), tmp_path / "q.onnx"
     onnx.checker.check_model(model, full_check=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import magr_onnx
+from tests.helpers import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
@@ -32,7 +33,7 @@ def test_wheel_has_every_module_and_the_bundled_model(wheel: zipfile.ZipFile) ->
         if not any(part in {"__pycache__"} for part in p.parts)
     }
     data = {f"magr_onnx/models/tiny_lm/{n}" for n in ("model.onnx", "calibration.npz", "heldout.npz", "tokenizer.json")}
-    pages = {str(p.relative_to(ROOT)) for p in (ROOT / "magr_onnx" / "reporting").rglob("*") if p.suffix in {".jinja", ".css", ".js"}}
+    pages = {str(p.relative_to(ROOT)) for p in (ROOT / "magr_onnx" / "report" / "html").rglob("*") if p.suffix in {".jinja", ".css", ".js"}}
     assert len(pages) > 2
     assert names == expected | data | pages | {"magr_onnx/py.typed", "magr_onnx/models/README.md"}
     assert not any(n.startswith(("passes/", "runtime/", "models/", "tests/")) for n in names)
@@ -49,7 +50,7 @@ def test_wheel_needs_no_torch(wheel: zipfile.ZipFile) -> None:
 def test_import_is_light() -> None:
     heavy = ("torch", "matplotlib", "scipy", "transformers", "jinja2", "vl_convert")
     code = f"import sys, magr_onnx.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert result.stdout.strip() == "[]"
 
 

@@ -34,6 +34,7 @@ from magr_onnx.report.verification import LayerVerdict, Verification
 from tests import dots, graphs
 from tests.cli.test_cli import run
 from tests.dots import F32, S8, U8, model, node, quantized_x, scalars
+from tests.helpers import PATIENCE
 
 Array = npt.NDArray[Any]
 
@@ -815,7 +816,7 @@ def test_a_machine_without_vnni_computes_what_is_simulated(name: str, tmp_path: 
     other = {"ConvInteger, uint8 weight": lambda: dots.conv_integer(dots.CONV.view(np.uint8), S8)}
     onnx.save((other.get(name) or dots.FORMS[name][0])(), tmp_path / "model.onnx")
     command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", PROBE, str(tmp_path / "model.onnx")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.stdout == "layer True False\n", done.stderr[-500:]
 
 

@@ -29,7 +29,7 @@ from magr_onnx.workflow.checkpoint import LAYERS, MANIFEST
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import proto
-from tests.helpers import few_samples
+from tests.helpers import PATIENCE, few_samples
 
 KILLED = Path(__file__).parents[1] / "killed.py"
 Batches = list[dict[str, Any]]
@@ -150,11 +150,10 @@ def test_runs_in_other_processes_give_the_same_bytes(calibration: Path, tmp_path
             "--bits",
             "3",
         ]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": str(i)}, timeout=240)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": str(i)}, timeout=PATIENCE)
     assert out[0].read_bytes() == out[1].read_bytes()
 
 
-@pytest.mark.timeout(900)
 def test_a_run_killed_again_and_again_ends_with_the_same_file(calibration: Path, tmp_path: Path) -> None:
     job, out, plain = tmp_path / "job", tmp_path / "out.onnx", tmp_path / "plain.onnx"
     arguments = ["optimize", bundled.MODEL, "-c", calibration, "--effort", "fast", "--quiet"]
@@ -163,7 +162,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_file(calibration: Path,
     command = [*map(str, arguments), "-o", str(out), "--resume", str(job)]
     done = -1
     for kills in (1, 4, 9, 8):  # of renames: the manifest, then a layer each; the last one kills the final write
-        code = subprocess.run([sys.executable, KILLED, str(kills), *command], check=False, timeout=240).returncode
+        code = subprocess.run([sys.executable, KILLED, str(kills), *command], check=False, timeout=PATIENCE).returncode
         assert code == -signal.SIGKILL
         assert out.read_bytes() == b"precious"
         finished = len(layer_files(job)) if job.exists() else 0

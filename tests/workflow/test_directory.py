@@ -27,6 +27,7 @@ from tests import graphs
 from tests.decoders import genai
 from tests.decoders import optimum as decoder
 from tests.graphs import Builder, proto, random
+from tests.helpers import PATIENCE
 from tests.model_io.test_writing import small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,7 +363,7 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
 def test_folders_of_optimum_load_in_optimum(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.optimum_export", "check", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     one, many = found["classifier"], found["translator"]
