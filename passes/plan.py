@@ -14,7 +14,6 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import pipeline_text
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
-from magr_onnx.passes.emit.matmulnbits import CUDA_LARGEST_BLOCK
 from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
@@ -25,6 +24,7 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
 
 S = TypeVar("S", bound=Stage)
@@ -185,9 +185,8 @@ class Plan:
 
     def suited(self, provider: str) -> Plan:
         """The plan, with blocks kept to what the kernels of ``provider`` take."""
-        if self.emitter is None or "cuda" not in provider.lower():
-            return self
-        return replace(self, emitter=self.emitter.suited(CUDA_LARGEST_BLOCK))
+        largest = find_provider(provider).largest_block
+        return self if self.emitter is None or largest is None else replace(self, emitter=self.emitter.suited(largest))
 
     def prepare(self, model: ir.Model) -> bool:
         """Change the whole model as the stages need it, in place; True if anything changed."""
@@ -219,9 +218,7 @@ class Plan:
                 problems += stage.problems(spec if behind else None)
             behind |= stage is plan.quantize
         problems += [*plan._missing(), *plan._input_problems()]
-        if spec is not None and spec.bits == 2 and "cuda" in provider.lower():
-            problems.append("2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu")
-        return problems
+        return problems if spec is None else problems + find_provider(provider).refuses(spec)
 
     def _missing(self) -> list[str]:
         """What stages need beside them."""

@@ -115,16 +115,17 @@ def verify_file(
         found = prove(model, demand, emitted)
         if str(found) != model.metadata_props["onnx_magr.accumulator"]:
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
+    name = session.provider_name(provider)  # the worker has no providers but those of the package
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
         with worker.as_file(path) as given:
-            worker.call(session.load, size, path=given, provider=provider, lean=size > LARGE)  # a large model's weights stay in their files
+            worker.call(session.load, size, path=given, provider=name, lean=size > LARGE)  # a large model's weights stay in their files
         return
     except (RuntimeFailure, worker.Died) as error:
         result = error
     try:
         with worker.as_file(source) as given:
-            worker.call(session.load, size, path=given, provider=provider, lean=True)
+            worker.call(session.load, size, path=given, provider=name, lean=True)
     except worker.Died as error:
         raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
     raise MagrError(

@@ -36,9 +36,6 @@ def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
     return []
 
 
-CUDA_LARGEST_BLOCK = 128
-
-
 @dataclass(frozen=True)
 class EmitMatMulNBits(Emitter):
     """Replace quantized layers by MatMulNBits nodes.
@@ -46,8 +43,8 @@ class EmitMatMulNBits(Emitter):
     Attributes:
         accuracy_level: 0 lets the kernel decide, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
         accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; none for no such demand.
-        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. On cuda it becomes 128:
-            one row times 4-bit blocks of 256 fails there (onnxruntime 1.31.1).
+        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. A provider may
+            have a smaller one (`magr_onnx.passes.providers`).
     """
 
     name: ClassVar[str] = "emit-matmulnbits"

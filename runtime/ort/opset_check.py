@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from magr_onnx.errors import ModelError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import tensor_bytes
+from magr_onnx.passes.providers import find_provider
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort import worker
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session, provider_name
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +59,7 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
         return [f"{_UNKNOWN_OUTPUTS}: the model is large, and there is no calibration data"]
     try:
         with worker.as_file(before) as old, worker.as_file(after) as new:
-            notes: list[str] = worker.call(compare, 2 * size, before=old, after=new, provider=provider)
+            notes: list[str] = worker.call(compare, 2 * size, before=old, after=new, provider=provider_name(provider))
     except worker.Died as error:
         return [f"{_UNKNOWN_OUTPUTS}: on made-up inputs, {error}"]
     return notes
@@ -66,7 +67,7 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
 
 def compare(before: str, after: str, provider: str) -> list[str]:
     """`check` of two files on inputs that are made up, to be called in a process that may die of it."""
-    with bounded(_MEMORY) if provider == "cpu" else contextlib.nullcontext():
+    with bounded(_MEMORY) if find_provider(provider).host_memory else contextlib.nullcontext():
         return _check(Path(before), Path(after), None, provider)
 
 

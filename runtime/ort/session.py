@@ -6,9 +6,7 @@ Models of any size load: what lies in files is read there, and what is in memory
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,13 +25,12 @@ from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, explained, tensor_bytes
+from magr_onnx.passes.providers import Provider, cpu, find_provider
 from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
 LEAN_BYTES = 2_000_000_000
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Arithmetic(StrEnum):
@@ -53,12 +50,12 @@ class Arithmetic(StrEnum):
 
 
 def provider_name(provider: str) -> str:
-    """The onnxruntime name of ``cpu``, ``cuda`` or a full provider name.
+    """The onnxruntime name of a provider that is registered, or that is called so already.
 
     Raises:
         ProviderError: It is not available here; the message lists those that are.
     """
-    name = PROVIDERS.get(provider.lower(), provider)
+    name = find_provider(provider).onnxruntime
     available = ort.get_available_providers()
     if name not in available:
         raise ProviderError(f"provider {provider!r} is not available; onnxruntime here has {', '.join(available)}")
@@ -132,8 +129,7 @@ class Session:
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
         name = provider_name(provider)
-        if name == PROVIDERS["cuda"]:
-            _preload()
+        _preload(find_provider(provider))
         if lean is None:
             if isinstance(model, ir.Model):
                 lean = tensor_bytes(model) > LEAN_BYTES
@@ -166,8 +162,8 @@ class Session:
                     options.add_session_config_entry(key, value)
             else:
                 source = str(model)
-            fallback = [] if name == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
-            self._session = ort.InferenceSession(source, options, providers=[name, *fallback])
+            providers = list(dict.fromkeys([name, cpu.PROVIDER.onnxruntime]))
+            self._session = ort.InferenceSession(source, options, providers=providers)
         except OSError as error:
             self.close()
             raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {explained(error)}; or set TMPDIR") from error
@@ -223,11 +219,10 @@ def load(path: str, provider: str, lean: bool) -> None:
 
 
 @functools.cache
-def _preload() -> None:
-    """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says whether it starts
-            ort.preload_dlls()
+def _preload(provider: Provider) -> None:
+    """Load the libraries of a provider, once."""
+    if provider.preload is not None:
+        provider.preload(ort)
 
 
 def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
