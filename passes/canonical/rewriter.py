@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from magr_onnx.passes.graph.constants import CASTS, Held, drop_if_unused, held, ints
+from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.subgraphs import remember
 from magr_onnx.passes.layers.linear import layer_name
 from magr_onnx.report.reasons import Reason
@@ -52,6 +53,7 @@ class Canvas:
     Attributes:
         graph: The main graph.
         opset: Of ONNX's own operators.
+        names: The names taken in the model.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -60,17 +62,7 @@ class Canvas:
         self.made: dict[Hashable, list[ir.Value]] = {}
         self._model = model
         self._inferred: dict[str, Dims] | None = None
-        self._names = {v.name for node in model.graph.all_nodes() for v in node.outputs}
-        self._names |= {name for g in model.graphs() for name in (*g.initializers, *(v.name for v in g.inputs))}
-
-    def unique(self, base: str) -> str:
-        """A name that no value has."""
-        name, count = base, 0
-        while name in self._names:
-            count += 1
-            name = f"{base}_{count}"
-        self._names.add(name)
-        return name
+        self.names = Names.rescan(model.graph)
 
     def shape(self, value: ir.Value) -> Dims | None:
         """The shape of a value, inferred where the file does not say; None where it has none."""
@@ -195,7 +187,7 @@ class Edit:
         count, k, n = found.shape
         if any(step.key[0] != "reshape" for step in found.steps) or self._shared(stack):
             return [self.reshape(part, (k, n)) for part in self.split(stack, 0, count)]
-        values = [self._initializer(f"{found.name}[{i}]", part) for i, part in enumerate(_parts(found.stored, count, k, n))]
+        values = [self._constant(f"{found.name}[{i}]", part) for i, part in enumerate(_parts(found.stored, count, k, n))]
         drop_if_unused(stack)
         return values
 
@@ -255,7 +247,7 @@ class Edit:
         made = found.producer()
         assert made is not None
         made.metadata_props.update(self.node.metadata_props)
-        made.name = self.name if index is None else f"{self.name}[{index}]"
+        made.name = self.name if index is None else self.canvas.names.node(f"{self.name}[{index}]")
         if index is not None:
             remember(made, self.name, weight)
         return found
@@ -281,14 +273,8 @@ class Edit:
         return found[0]
 
     def _constant(self, name: str, array: Any) -> ir.Value:
-        return self._initializer(name, ir.tensor(array))
-
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """In the main graph, which its bodies see too."""
-        tensor.name = name = self.canvas.unique(name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.canvas.graph.register_initializer(value)
-        return value
+        return add_initializer(self.canvas.graph, name, array)
 
     def _axes(self, op: str, x: ir.Value, name: str, axes: list[int], shape: Dims | None, **attributes: Any) -> ir.Value:
         if self.canvas.opset < 13:
@@ -312,9 +298,10 @@ class Edit:
         key = (op, id(self.graph), *map(id, inputs), *((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(attributes.items())))
         if not fresh and _there(found := self.canvas.made.get(key, [])):
             return found
-        node = ir.node(op, inputs, attributes, num_outputs=count, name=self.canvas.unique(f"{self.name}_{op.lower()}"))
+        names = self.canvas.names
+        node = ir.node(op, inputs, attributes, num_outputs=count, name=names.node(f"{self.name}_{op.lower()}"))
         for output in node.outputs:
-            output.name = self.canvas.unique(f"{node.name}_out")
+            output.name = names.value(f"{node.name}_out")
             output.dtype = dtype or inputs[0].dtype or self.dtype
             output.shape = None if shape is None else ir.Shape(shape)
         self.graph.insert_before(self.node, node)

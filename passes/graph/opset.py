@@ -14,6 +14,7 @@ from magr_onnx.errors import ModelError
 from magr_onnx.model_io import contrib_schemas
 from magr_onnx.passes.graph import metadata
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.subgraphs import unique_names
 
 IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
 
@@ -61,7 +62,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
                 "opset, or use format matmulnbits"
             )
         metadata.restore(model, kept)
-        _distinct_names(model.graph)
+        _distinct_names(model)
         changed = True
     if model.ir_version < IR_VERSIONS.get(target, 0):
         model.ir_version = IR_VERSIONS[target]
@@ -69,10 +70,11 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     return changed
 
 
-def _distinct_names(graph: ir.Graph) -> None:
-    """Rename nodes that have another's name: the converter puts nodes named like a Softmax around it, which onnxruntime refuses."""
+def _distinct_names(model: ir.Model) -> None:
+    """Rename what has another's name: converters put nodes named like a Softmax around it, and name new values after those of one graph."""
     names = Names()
-    for node in graph.all_nodes():
+    for node in model.graph.all_nodes():
         if node.name:
             node.name = names.node(node.name)
-    Names.rescan(graph)
+    unique_names(model)
+    Names.rescan(model.graph)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
+from magr_onnx.passes.graph.names import Names
+
 BODIES = ("If", "Loop", "Scan")
 """Operators whose bodies onnxruntime runs as part of the graph around them."""
 
@@ -65,20 +67,20 @@ def values_of(graph: ir.Graph) -> list[ir.Value]:
     return list(dict.fromkeys([*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]))
 
 
-def unique_names(model: ir.Model, operators: Collection[str]) -> None:
+def unique_names(model: ir.Model, operators: Collection[str] = ()) -> None:
     """Give values in bodies names of their own, and so the nodes of ``operators`` in bodies; the main graph keeps its names."""
-    used = {str(v.name) for v in values_of(model.graph)}
-    nodes = {str(node.name) for node in model.graph}
-    for node, place in walk(model.graph):
-        if place and f"{node.domain}.{node.op_type}".removeprefix(".") in operators:
+    inner = {node for node, place in walk(model.graph) if place and f"{node.domain}.{node.op_type}".removeprefix(".") in operators}
+    names = Names((v.name for v in values_of(model.graph)), (node.name for node in model.graph.all_nodes() if node not in inner))
+    for node in model.graph.all_nodes():
+        if node in inner:
             name = node.name or f"{node.op_type}:{node.outputs[0].name}"
-            node.name = _free(name, nodes)
+            node.name = names.node(name)
             if node.name != name:
                 remember(node, name)
         for _, body in bodies_of(node):
             for value in values_of(body):
                 if value.name or value.uses():
-                    value.name = _free(value.name or "value", used)
+                    value.name = names.value(value.name or "value")
 
 
 NAMES = "onnx_magr.names"
@@ -89,11 +91,3 @@ def remember(node: ir.Node, *names: str) -> None:
     """Keep names at a node, so that patterns find it by them."""
     known = node.metadata_props.get(NAMES, "").splitlines()
     node.metadata_props[NAMES] = "\n".join(dict.fromkeys([*known, *names]))
-
-
-def _free(name: str, used: set[str]) -> str:
-    found, count = name, 1
-    while found in used:
-        found, count = f"{name}_{count}", count + 1
-    used.add(found)
-    return found

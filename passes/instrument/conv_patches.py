@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.subgraphs import Place, walk
 from magr_onnx.passes.instrument.hoist import carry_out
-from magr_onnx.passes.instrument.taps import Extension, append
+from magr_onnx.passes.instrument.taps import Extension
 from magr_onnx.passes.layers.conv import OPS, ConvLayer
 
 OPSET = 9  # Scan
@@ -48,8 +48,8 @@ def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         node, place = placed[str(layer.output.name)]
         name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
         assert isinstance(graph, ir.Graph)
-        shape = append(graph, "Shape", [node.outputs[0]], f"{name}_shape")
-        extent = append(graph, "Cast", [shape], f"{name}_real", to=ir.DataType.FLOAT)
+        shape = copy.append(graph, ir.node("Shape", [node.outputs[0]], name=f"{name}_shape"))[0]
+        extent = copy.append(graph, ir.node("Cast", [shape], {"to": ir.DataType.FLOAT}, name=f"{name}_real"))[0]
         if place:
             extent = carry_out(extent, place, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
         copy.output(extent, shape=[rank])
@@ -65,15 +65,14 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         node, place = placed[str(layer.output.name)]
         graph = node.graph
         assert isinstance(graph, ir.Graph)
-        real = append(graph, "Cast", [node.inputs[0]], f"{name}_x", to=ir.DataType.FLOAT)
+        real = copy.append(graph, ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_x"))[0]
         g, k = layer.group, layer.k
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
         body = _body(copy, layer, name)
         scan = ir.node("Scan", [*starts, real], {"body": body, "num_scan_inputs": 1}, num_outputs=3, name=name)
-        graph.append(scan)
-        for output, start, part, shape in zip(scan.outputs, starts, ("gram", "sum", "count"), ([g, k, k], [g, k], []), strict=True):
-            output.name = f"{name}_{part}"
-            output.type, output.shape = start.type, start.shape
+        for output, start, part in zip(scan.outputs, starts, ("gram", "sum", "count"), strict=True):
+            output.name, output.type, output.shape = f"{name}_{part}", start.type, start.shape
+        for output, start, shape in zip(copy.append(graph, scan), starts, ([g, k, k], [g, k], []), strict=True):
             result = carry_out(output, place, start, "Add", f"{output.name}_of_all") if place else output
             copy.output(result, shape=shape)
     return copy.finish()
@@ -118,4 +117,7 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(held[:3], (gram, total, count), strict=True))]
     for output, s in zip(outputs, shapes, strict=False):
         output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(s)
+    for value in held:
+        value.name = copy.names.value(str(value.name))
+    copy.names.adopt(nodes)
     return ir.Graph(held, outputs, nodes=nodes, name=f"{name}_body", opset_imports={"": copy.opset})

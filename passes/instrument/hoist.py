@@ -20,7 +20,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.subgraphs import Place, bodies_of, captured, values_of, walk
+from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.subgraphs import Place, bodies_of, captured, root_of, values_of, walk
 
 _HOISTED = "magr_onnx.hoisted"
 
@@ -48,20 +49,20 @@ def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] =
     Those of ``growing`` may have other rows in every iteration of a Loop.
     """
     copy = model.clone()
-    values = inside(copy)
+    values, names = inside(copy), Names.of(copy.graph)
     for name, width in widths.items():
         value, path = values[name]
         place = list(path)
         body = place[-1][0].attributes[place[-1][1]].as_graph()
         if value.graph is body:
-            value.name = f"{name}__inside"
-        rows = _rows(body, value, width, name)
+            value.name = names.value(f"{name}__inside")
+        rows = _rows(names, body, value, width, name)
         for depth in range(len(place) - 1, -1, -1):
             holder, attribute = place[depth]
             if holder.op_type == "Loop" and name in growing:
-                rows = _carried(holder, attribute, rows, width, f"{name}__{depth}")
+                rows = _carried(names, holder, attribute, rows, width, f"{name}__{depth}")
             else:
-                rows = _out(holder, attribute, rows, width, f"{name}__{depth}")
+                rows = _out(names, holder, attribute, rows, width, f"{name}__{depth}")
         rows.name = name
         rows.meta[_HOISTED] = True
     return copy
@@ -77,16 +78,17 @@ def carry_out(value: ir.Value, place: Place, start: ir.Value, op: str, name: str
         op: What puts two together: Add, or another operator that ``start`` is neutral to.
         name: Of the result; names in between are made of it.
     """
+    names = Names.of(root_of(place[0][0], ()))
     for depth in range(len(place) - 1, -1, -1):
         holder, attribute = place[depth]
         if holder.op_type != "If":
-            value = _state(holder, attribute, value, start, op, {}, f"{name}__{depth}")
+            value = _state(names, holder, attribute, value, start, op, {}, f"{name}__{depth}")
             continue
         for other, body in bodies_of(holder):
-            body.outputs.append(value if other == attribute else _same(body, start, f"{name}__{depth}_none"))
+            body.outputs.append(value if other == attribute else _same(body, start, names.value(f"{name}__{depth}_none")))
         holder.resize_outputs(len(holder.outputs) + 1)
-        value = _like(holder.outputs[-1], start, f"{name}__{depth}_out")
-    value.name = name
+        value = _like(holder.outputs[-1], start, names.value(f"{name}__{depth}_out"))
+    value.name = names.value(name)
     return value
 
 
@@ -102,13 +104,13 @@ def _like(value: ir.Value, other: ir.Value, name: str) -> ir.Value:
     return value
 
 
-def _rows(graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
+def _rows(names: Names, graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
     """``value`` as float32 rows, made at the end of its graph."""
     shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
     real = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
     rows = ir.node("Reshape", [real.outputs[0], shape.outputs[0]])
     for node, suffix in ((shape, "shape"), (real, "real"), (rows, "rows")):
-        node.outputs[0].name = f"{name}__{suffix}"
+        node.outputs[0].name = names.value(f"{name}__{suffix}")
     graph.extend([shape, real, rows])
     return _typed(rows.outputs[0], width)
 
@@ -118,20 +120,20 @@ def _typed(value: ir.Value, width: int) -> ir.Value:
     return value
 
 
-def _out(holder: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+def _out(names: Names, holder: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
     """Rows of a body in the graph around it."""
     for other, body in bodies_of(holder):
-        body.outputs.append(rows if other == attribute else _none(body, width, f"{name}_none"))
+        body.outputs.append(rows if other == attribute else _none(body, width, names.value(f"{name}_none")))
     if holder.op_type == "Scan":
         _one_more(holder)
     holder.resize_outputs(len(holder.outputs) + 1)
     result = holder.outputs[-1]
-    result.name = f"{name}_out"
+    result.name = names.value(f"{name}_out")
     if holder.op_type == "If":
         return _typed(result, width)
     graph = holder.graph
     assert isinstance(graph, ir.Graph)
-    return _rows(graph, result, width, name)
+    return _rows(names, graph, result, width, name)
 
 
 def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
@@ -141,28 +143,28 @@ def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
     return _typed(node.outputs[0], width)
 
 
-def _carried(loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
+def _carried(names: Names, loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
     """Rows of a Loop's body in the graph around it, as a state that every iteration appends to."""
     graph = loop.graph
     assert isinstance(graph, ir.Graph)
     none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
-    none.outputs[0].name = f"{name}_none"
+    none.outputs[0].name = names.value(f"{name}_none")
     graph.insert_before(loop, none)
-    return _state(loop, attribute, rows, _typed(none.outputs[0], width), "Concat", {"axis": 0}, name)
+    return _state(names, loop, attribute, rows, _typed(none.outputs[0], width), "Concat", {"axis": 0}, name)
 
 
 def _state(
-    holder: ir.Node, attribute: str, value: ir.Value, start: ir.Value, op: str, attributes: Mapping[str, int], name: str
+    names: Names, holder: ir.Node, attribute: str, value: ir.Value, start: ir.Value, op: str, attributes: Mapping[str, int], name: str
 ) -> ir.Value:
     """One more state of a Loop or Scan: ``start``, to which every turn does ``op`` with its ``value``; what it is at the end."""
     body, scan = holder.attributes[attribute].as_graph(), holder.op_type == "Scan"
     states = len(holder.inputs) - (holder.attributes["num_scan_inputs"].as_int() if scan else 2)
     own = 0 if scan else 1  # a Loop's body puts out the condition first, and reads it and the turn's number; the node reads as many
-    before = _like(ir.Value(), start, f"{name}_before")
+    before = _like(ir.Value(), start, names.value(f"{name}_before"))
     after = ir.node(op, [before, value], attributes)
     body.append(after)
     body.inputs.insert(2 * own + states, before)
-    body.outputs.insert(own + states, _like(after.outputs[0], start, f"{name}_after"))
+    body.outputs.insert(own + states, _like(after.outputs[0], start, names.value(f"{name}_after")))
     inputs = [*holder.inputs[: 2 * own + states], start, *holder.inputs[2 * own + states :]]
     holder.resize_inputs(len(inputs))
     for index, given in enumerate(inputs):
@@ -172,9 +174,9 @@ def _state(
         old, new = holder.outputs[i - 1], holder.outputs[i]
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        name_of, old.name = old.name, f"{name}_moved"
+        name_of, old.name = old.name, names.value(f"{name}_moved")
         new.name = name_of
-    return _like(holder.outputs[states], start, f"{name}_out")
+    return _like(holder.outputs[states], start, names.value(f"{name}_out"))
 
 
 def _one_more(scan: ir.Node) -> None:

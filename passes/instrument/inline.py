@@ -17,6 +17,7 @@ from onnx_ir.passes.common import InlinePass
 
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.canonical import FORMS
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import remember, unique_names
 from magr_onnx.passes.layers.linear import OPERATORS
 
@@ -36,6 +37,7 @@ def open_up(model: ir.Model) -> list[str]:
     """
     notes = inline(model, HOLDING)
     unique_names(model, {*HOLDING, "Gather"})
+    Names.rescan(model.graph)
     return notes
 
 
@@ -109,6 +111,7 @@ def _part_outputs(function: ir.Function) -> None:
         if value in seen:
             node = ir.node("Identity", [value], name=f"{function.name}_{value.name}_{index}")
             node.outputs[0].name = str(node.name)
+            Names.rescan(function.graph).adopt([node])
             function.append(node)
             function.outputs[index] = node.outputs[0]
         seen.add(value)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import bodies_of
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
 from magr_onnx.passes.layers.shared import sharing
@@ -148,14 +149,14 @@ def _captured(graph: ir.Graph) -> Iterator[str]:
 def cut(model: ir.Model, given: Mapping[str, npt.NDArray[np.generic]], wanted: Sequence[str]) -> ir.Model:
     """A copy of the model that computes ``wanted`` from ``given`` values (arrays, for their types and ranks)."""
     copy = model.clone()
-    graph = copy.graph
+    graph, names = copy.graph, Names.of(copy.graph)
     values = {str(v.name): v for v in graph.inputs} | {str(v.name): v for node in graph for v in node.outputs}
     graph.outputs.clear()
     inputs = []
     for name, array in given.items():
         old = values[name]
         new = ir.val(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
-        old.name = f"{name}__before"
+        old.name = names.value(f"{name}__before")
         ir.convenience.replace_all_uses_with(old, new)
         inputs.append(new)
         values[name] = new

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Activation, ActivationGrid, Array
 from magr_onnx.passes.graph.kv_cache import TOKENS, pairs_of
+from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.opset import raise_opset
 
 # Bins of the logarithmic histogram: 8 an octave, from 2^-20 up to the largest float32, for either sign.
@@ -178,7 +179,7 @@ class Extension:
             graph.outputs.extend(unread)
         raise_opset(self.model, opset)
         self.opset = self.model.opset_imports.get("", 13)
-        self.values = _values(self.model)
+        self.values, self.names = _values(self.model), Names.rescan(self.model.graph)
         self._outputs: list[ir.Value] = []
         self._mask: _Mask | None = None
         self._weights: dict[str, tuple[ir.Value, ir.Value]] = {}
@@ -192,13 +193,19 @@ class Extension:
             self._mask = _Mask(self.add("Shape", [real], "__mask_extent"), rows, self.total(rows, "__mask_total"), fixed)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        return append(self.model.graph, op, inputs, name, **attributes)
+        """The output of a new node at the end of the graph; both have the name, where it is free."""
+        return self.append(self.model.graph, ir.node(op, inputs, attributes, name=name))[0]
+
+    def append(self, graph: ir.Graph, node: ir.Node) -> Sequence[ir.Value]:
+        """Put a node at the end of the graph or of a body; what it puts out, named after the node where it has no name."""
+        for output in node.outputs:
+            output.name = output.name or node.name
+        self.names.adopt([node])
+        graph.append(node)
+        return node.outputs
 
     def constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
-        tensor = ir.tensor(np.asarray(array), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.model.graph.register_initializer(value)
-        return value
+        return add_initializer(self.model.graph, name, array)
 
     def _current(self, mask: str) -> ir.Value:
         """The mask of the tokens fed now (see `magr_onnx.passes.graph.kv_cache.current_mask`)."""
@@ -280,8 +287,7 @@ class Extension:
             node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_codes")
             for output, part in zip(node.outputs, ("codes", "scale", "zero"), strict=True):
                 output.name = f"{name}_{part}"
-            self.model.graph.append(node)
-            codes, scale, zero = node.outputs
+            codes, scale, zero = self.append(self.model.graph, node)
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
 
     def gram(self, rows: ir.Value, name: str) -> ir.Value:
@@ -309,14 +315,6 @@ class Extension:
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(self._outputs)
         return self.model
-
-
-def append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-    """The output of a new node at the end of a graph; both have the name."""
-    node = ir.node(op, inputs, attributes, name=name)
-    node.outputs[0].name = name
-    graph.append(node)
-    return node.outputs[0]
 
 
 def _branch(name: str, values: Sequence[ir.Value]) -> ir.Graph:

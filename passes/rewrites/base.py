@@ -106,9 +106,9 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
     remember(layer)
     graph, last, y = layer.graph, layer.add or layer.node, layer.output
     constant = layer.constant(suffix, weight.astype(FLOATS[layer.dtype]))
-    product = ir.node(layer.op, [x, constant], name=f"{layer.name}{suffix}")
+    product = ir.node(layer.op, [x, constant])
     product.metadata_props.update(layer.node.metadata_props)
-    total = ir.node("Add" if integer and layer.op == "Gemm" else "Sum", [y, product.outputs[0]], name=f"{layer.name}{suffix}_sum")
+    total = ir.node("Add" if integer and layer.op == "Gemm" else "Sum", [y, product.outputs[0]])
     result = total.outputs[0]
     result.dtype, result.shape = product.outputs[0].dtype, product.outputs[0].shape = layer.dtype, y.shape
     for user, index in [(use.node, use.idx) for use in y.uses() if use.node is not total]:
@@ -116,8 +116,9 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
     for i, output in enumerate(graph.outputs):
         if output is y:
             graph.outputs[i] = result
-    result.name, y.name = y.name, f"{y.name}_before{suffix}"
-    product.outputs[0].name = f"{result.name}{suffix}"
+    result.name, y.name = y.name, layer.names.value(f"{y.name}_before{suffix}")
+    product.outputs[0].name = layer.names.value(f"{result.name}{suffix}")
+    product.name, total.name = layer.names.node(f"{layer.name}{suffix}"), layer.names.node(f"{layer.name}{suffix}_sum")
     graph.insert_after(last, [product, total])
 
 

@@ -42,6 +42,7 @@ from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.graph.constants import drop_if_unused
+from magr_onnx.passes.graph.names import add_initializer
 from magr_onnx.passes.job import absorbs
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, view
 from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
@@ -80,12 +81,7 @@ class Fold:
         assert old.const_value is not None
         graph, array = self.node.graph, old.const_value.numpy()
         assert isinstance(graph, ir.Graph)
-        name = f"{old.name}_equalized"
-        while name in graph.initializers:
-            name += "_"
-        tensor = ir.tensor((array.astype(np.float64) / s).astype(array.dtype), name=name)
-        new = ir.Value(name=name, shape=old.shape, type=old.type, const_value=tensor)
-        graph.register_initializer(new)
+        new = add_initializer(graph, f"{old.name}_equalized", (array.astype(np.float64) / s).astype(array.dtype))
         self.node.replace_input_with(self.index, new)
         drop_if_unused(old)
 

@@ -129,5 +129,6 @@ def _parts(layer: LinearLayer, x: ir.Value, t: float) -> tuple[ir.Value, ir.Valu
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{node.name}_out", layer.dtype, x.shape
     producer = x.producer()
     assert producer is not None
+    layer.names.adopt(nodes)
     layer.graph.insert_after(producer, nodes)
     return small.outputs[0], nodes[-1].outputs[0]
