@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from magr_onnx.config import schema, selection
+from magr_onnx.config.arguments import Progress
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
-from magr_onnx.errors import OptionError
+from magr_onnx.errors import OptionError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.inline import open_up
@@ -32,9 +34,7 @@ from magr_onnx.runtime.ort import custom_ops as custom
 from magr_onnx.runtime.ort.session import Arithmetic, provider_name
 from magr_onnx.workflow import embeddings
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
-from magr_onnx.workflow.progress import watched
-from magr_onnx.workflow.resource_errors import explained
-from magr_onnx.workflow.setting import Progress, stage
+from magr_onnx.workflow.progress import reporter
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 
@@ -62,7 +62,7 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
 
-@explained
+@translate_resource_errors()
 def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
     """The linear layers and convolutions of a model, with shapes and ranges, and what would be left alone and why.
 
@@ -116,8 +116,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     )
 
 
-@explained
-@watched
+@translate_resource_errors()
 def validate(
     float_model: Any,
     quantized_model: Any,
@@ -146,7 +145,7 @@ def validate(
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    with custom.using(schema.listed("custom_ops", custom_ops)):
+    with custom.using(schema.listed("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
         batches = decoders.open_for(
             a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model, folders=folders
@@ -160,11 +159,11 @@ def validate(
             mask=resolve_mask(a.model, mask),
             layers=layers,
             latency=latency,
-            progress=stage(cast(Progress, progress), "validating"),
+            progress=partial(step, "validating"),
         )
 
 
-@explained
+@translate_resource_errors()
 def verify(
     model: Any,
     *,

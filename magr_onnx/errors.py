@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 
 class MagrError(Exception):
@@ -78,6 +79,19 @@ def do_all(steps: Iterable[Callable[[], None]]) -> None:
         raise errors[0]
     if errors:
         raise_all(type(errors[0]), map(str, errors))
+
+
+@contextlib.contextmanager
+def translate_resource_errors() -> Iterator[None]:
+    """Turn exhausted memory or stack into a `MagrError`; an interrupt stays an interrupt. Around every public function."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MagrError(
+            f"out of memory ({error or 'no size is known'}); give smaller batches, a smaller gram budget, or a machine with more"
+        ) from error
+    except RecursionError as error:
+        raise ModelError("the model is nested too deeply: subgraphs in subgraphs, or functions that call functions") from error
 
 
 def install(extra: str) -> str:

@@ -6,58 +6,67 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.recipe import Recipe, by_name
-from magr_onnx.report.data import Reported
-
-P = ParamSpec("P")
-R = TypeVar("R", bound=Reported)
+from magr_onnx.config.recipe import Recipe
 
 
-def recorded(function: Callable[P, R]) -> Callable[P, R]:
-    """Have the reports of what a function of `magr_onnx` returns say the call: as it was made, before recipes and presets filled it up."""
-    signature = inspect.signature(function)
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """How a run was asked for, for its report.
 
-    @wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        result = function(*args, **kwargs)
-        given = asked(signature, signature.bind(*args, **kwargs).arguments)
-        return result.asked_by(call(f"magr_onnx.{function.__name__}", given), "")
-
-    return called
-
-
-def asked(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, by name, without those that are the default: they say nothing, even where a caller spells them out.
-
-    Beside a recipe they do, and stay.
+    Attributes:
+        command: The command or the Python call that does the same again; paths are as they were given.
+        options: The arguments that say something, as plain data; None for those that the call comes to over its recipe and its preset.
+        recipe: The same as the text of a recipe, where the command line was used.
+        source: What to call the model; empty for its path.
     """
-    named, own = by_name(signature, given), signature.parameters
-    if named.get("recipe") is not None:
-        return named
-    return {name: value for name, value in named.items() if name not in own or _text(value) != _text(own[name].default)}
+
+    command: str
+    options: Mapping[str, Any] | None = None
+    recipe: str = ""
+    source: str = ""
 
 
-def call(function: str, given: Mapping[str, Any]) -> str:
-    """A Python call with the arguments that were given, by name; objects that have no short text are named by their type: ``<Module>``."""
-    return f"{function}({', '.join(f'{name}={_text(value)}' for name, value in _flat(given))})"
+def python_call(function: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Write the Python call with the arguments that were given, by name.
+
+    Those that equal their default are left out, even where a caller spells them out: they say nothing. Beside a recipe they do, and stay.
+    Objects that have no short text are named by their type: ``<Module>``.
+    """
+    shown = arguments if arguments.get("recipe") is not None else without_defaults(arguments, defaults)
+    return f"{function}({', '.join(f'{name}={_text(value)}' for name, value in _flat(shown))})"
 
 
-def options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as plain data."""
-    return {name: _plain(value) for name, value in _flat(given)}
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn arguments into plain data."""
+    return {name: _plain(value) for name, value in _flat(arguments)}
 
 
-def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def without_defaults(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out arguments that equal their default."""
+    return {name: value for name, value in arguments.items() if name not in defaults or _text(value) != _text(defaults[name])}
+
+
+def with_keywords(arguments: Mapping[str, Any], keywords: str) -> dict[str, Any]:
+    """The local variables of a function that has just begun, with those collected under ``**keywords`` among the others."""
+    return {**{name: value for name, value in arguments.items() if name != keywords}, **arguments[keywords]}
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of a function's parameters, by name."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Arguments by name as reports have them; what only watches the run is none."""
-    for name, value in given.items():
-        if name == "layers":
-            yield name, [table.table if isinstance(table, LayerOptions) else dict(table) for table in value or ()]
+    for name, value in arguments.items():
+        if name == "layers" and isinstance(value, list | tuple):
+            yield name, [table.table if isinstance(table, LayerOptions) else table for table in value]
         elif isinstance(value, Recipe):
             yield name, value.to_dict()
         elif name not in ("progress", "on_layer"):
@@ -83,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 def _is_table(value: Any) -> bool:
     """Options of a layer, as a table of a recipe has them."""
-    return isinstance(value, dict) and isinstance(value.get("match"), str | list | tuple)
+    return isinstance(value, Mapping) and isinstance(value.get("match"), str | list | tuple)
 
 
 def _exact(value: Any) -> bool:

@@ -15,26 +15,21 @@ relative to the recipe's folder, and ``~`` means nothing in them. What is given 
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 from magr_onnx.config.layer_options import LayerOptions, problems_of
-from magr_onnx.config.merge import below, left_out, over
+from magr_onnx.config.merge import left_out, over
 from magr_onnx.config.options import Options
-from magr_onnx.config.schema import ARGUMENTS, KEYS, OPTIONS, listed, mistyped, problem, unknown, unworded, worded
-from magr_onnx.errors import OptionError, RecipeError, raise_all
+from magr_onnx.config.schema import KEYS, OPTIONS, listed, problem, unknown, unworded, worded
+from magr_onnx.errors import RecipeError, raise_all
 from magr_onnx.model_io.atomic import write_text
-from magr_onnx.report.data import Report, Reported, megabytes
-
-P = ParamSpec("P")
-R = TypeVar("R", bound=Reported)
+from magr_onnx.report.data import Report, megabytes
 
 VERSION = 1
 _ARGUMENTS = {"validation": "validation_data", "pipeline": "pipeline_text"}
@@ -152,94 +147,6 @@ _SECTIONS = {
     "Which layers": ("include", "exclude", "requantize"),
     "How the run is made": ("mask", "batch_size", "decode_steps", "provider", "cache", "max_memory", "external_data", "shard_size"),
 }
-
-
-def with_recipe(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a function the arguments of its recipe, and `optimize` those of its preset, where the caller gave none.
-
-    An argument that is given as None is given: it wins too, but for the first one (the model), where None takes the recipe's.
-    What ``function`` gets has no recipe left, and a preset only to say so, if it has a parameter of that name.
-
-    Raises:
-        RecipeError: The recipe cannot be used, or is for a folder of models and ``function`` is not.
-        OptionError: An argument has a value that no recipe could have for it.
-    """
-    signature = inspect.signature(function)
-    first = next(iter(signature.parameters))
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = by_name(signature, signature.bind_partial(*args, **kwargs).arguments)
-        said = _recipe(given.pop("recipe", None))
-        own = _tables(given.pop("layers", None))
-        raise_all(OptionError, _misgiven(given))
-        if given.get(first, ()) is None:
-            del given[first]
-        given = {name: listed(name, value) for name, value in unworded(given).items()}
-        lower = said.arguments()
-        if "model" in lower:
-            lower[first] = lower.pop("model")
-        merged, notes = over(lower, given), [*said.notes, *left_out(lower, given, "the recipe")]
-        tables: Sequence[LayerOptions] = (*merged.pop("layers", ()), *own)
-        if folder := [name for name in ("models", "overwrite") if name in merged and name not in signature.parameters]:
-            raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
-        if tables and merged.get("pipeline_text") is not None:
-            some = "; ".join(map(str, tables))
-            raise OptionError(f"options of single layers ({some}) need the run's options to start from, and it has a pipeline")
-        if "preset" in signature.parameters and merged.get("preset") is not None:
-            merged, tables, more = below(merged, tables)
-            notes += more
-        if tables:
-            merged["layers"] = tables
-        return cast(Callable[..., R], function)(**merged).noted(notes)
-
-    return call
-
-
-def by_name(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Bound arguments by name; those collected by ``**options`` are arguments like others."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return found
-
-
-def argument(name: str, given: Mapping[str, Any], default: Any) -> Any:
-    """One argument of `optimize`, for who needs it beforehand: as given, as its recipe says, or the default.
-
-    Raises:
-        RecipeError: The recipe cannot be read, or with everything that is wrong in it.
-    """
-    if given.get(name) is not None:
-        return given[name]
-    recipe = given.get("recipe")
-    return default if recipe is None else _recipe(recipe).arguments().get(name, default)
-
-
-def _recipe(value: Any) -> Recipe:
-    if value is None or isinstance(value, Recipe):
-        return value or Recipe()
-    if isinstance(value, Mapping):
-        return Recipe.from_dict(value)
-    if not isinstance(value, str | os.PathLike):
-        raise RecipeError(f"recipe = {value!r}: give a file, its values as a dict, or a Recipe; found a {type(value).__name__}")
-    return Recipe.load(value)
-
-
-def _tables(value: Any) -> list[LayerOptions]:
-    if value is not None and not isinstance(value, list | tuple):
-        raise OptionError(f"layers = {value!r}: expected a list of tables with match and options, found a {type(value).__name__}")
-    return [table if isinstance(table, LayerOptions) else LayerOptions.of(table) for table in value or ()]
-
-
-def _misgiven(given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
-
-    Which choices there are is said by what knows them, together with options that there are none of.
-    """
-    names = [name for name in given if name in ARGUMENTS and name not in ("model", "calibration", *_ARGUMENTS)]
-    found = [mistyped(name, given[name]) for name in names]
-    return [text for text in found if text is not None]
 
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:

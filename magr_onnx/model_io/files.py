@@ -39,7 +39,7 @@ class Loaded:
         path: Its file, if it has one.
         external: The files its tensors are read from.
         bytes: Size on disk as it was loaded, external data included; of a model in memory the size it would have there.
-        notes: What the result will not have, for the report.
+        notes: What the result will not have, and what its export came to, for the report.
     """
 
     model: ir.Model
@@ -80,7 +80,7 @@ def load(source: Any) -> Loaded:
             f"cannot read a model from {type(source).__name__}; give a path, an onnx.ModelProto, an onnx_ir.Model or a "
             "torch.onnx.ONNXProgram"
         )
-    return Loaded(model.clone(), None, _data_of(model), model_bytes(model))
+    return Loaded(model.clone(), None, _data_of(model), model_bytes(model), tuple(getattr(source, "notes", ())))
 
 
 def _data_of(model: ir.Model) -> frozenset[Path]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from magr_onnx.errors import ReportError
 from magr_onnx.report.mixed_precision import Assignment
@@ -32,16 +32,6 @@ LEGEND = (
 
 SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all that is not finite."""
-
-
-class Reported(Protocol):
-    """What has reports, or is one."""
-
-    def asked_by(self, command: str, recipe: str) -> Self:
-        """The same with another ``command`` and ``recipe`` in its reports."""
-
-    def noted(self, notes: Sequence[str]) -> Self:
-        """The same with more ``notes`` in its reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,14 +238,6 @@ class Report:
         except OSError as error:
             raise ReportError(f"report {os.fspath(path)}: {error.strerror or error}") from error
         return cls.from_json(text, f"report {os.fspath(path)}")
-
-    def asked_by(self, command: str, recipe: str) -> Self:
-        """The same with another ``command`` and ``recipe``."""
-        return replace(self, command=command, recipe=recipe)
-
-    def noted(self, notes: Sequence[str]) -> Self:
-        """The same with more ``notes``."""
-        return replace(self, notes=(*self.notes, *notes))
 
     def to_html(self) -> str:
         """A page that shows everything, in one file that needs no network.

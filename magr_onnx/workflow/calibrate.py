@@ -17,8 +17,7 @@ from magr_onnx.runtime.calibration import staged as stages
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow.context import Run
-from magr_onnx.workflow.setting import Setting
+from magr_onnx.workflow.context import RunContext
 
 
 def gather(
@@ -30,8 +29,7 @@ def gather(
     feedback: bool,
     hold_out: bool,
     grids: activation_ranges.Grids,
-    setting: Setting,
-    run: Run,
+    context: RunContext,
     changed: Collection[str] = (),
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
     """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
@@ -46,8 +44,8 @@ def gather(
     if data is None:
         yield layers, moments.Calibration({}, ())
         return
-    large, progress = run.large, setting.stage("calibrating")
-    context = CalibrationContext(data, setting.mask, setting.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
+    large, progress = context.memory.large, context.stage("calibrating")
+    setup = CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
     taken = {layer.name for layer in first}
     rest = [layer for layer in layers if layer.name not in taken]
@@ -57,20 +55,27 @@ def gather(
     if not staged:
         first, rest = list(layers), []
     changed = {*changed, *segments.made_by(work, first)} if rest else changed
-    groups = moments.plan(first, run.gram_budget, hold_out)
+    groups = moments.plan(first, context.memory.gram_budget, hold_out)
     for index, group in enumerate(groups):
-        seen = source.reached(group) if any(map(run.left, group)) else []
+        seen = source.reached(group) if any(map(context.is_unsolved, group)) else []
         yield (
             group,
-            moments.collect(source.model, seen, context, None if progress is None or staged else _part(progress, index, len(groups))),
+            moments.collect(source.model, seen, setup, None if staged else _part(progress, index, len(groups))),
         )
     if rest:
         yield from stages.staged(
             original,
             work,
             rest,
-            context,
-            stages.Schedule(feedback, run.cache, changed, run.gram_budget if large else None, run.left, every if cuttable else None),
+            setup,
+            stages.Schedule(
+                feedback,
+                context.memory.cache,
+                changed,
+                context.memory.gram_budget if large else None,
+                context.is_unsolved,
+                every if cuttable else None,
+            ),
             progress,
         )
 

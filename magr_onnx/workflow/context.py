@@ -1,139 +1,72 @@
-"""What a run holds besides its model: how much memory it may use, where finished constants go, and its job directory."""
+"""What the steps of one run share: where they run, in how much memory, who is told, and where finished layers are kept."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import onnx_ir as ir
 
-from magr_onnx.config import schema
-from magr_onnx.config.invocation import asked
-from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.config.arguments import OnLayer, Progress
+from magr_onnx.errors import OutputError
 from magr_onnx.model_io.atomic import clear, workspace
-from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
-from magr_onnx.passes import LinearLayer, Plan
-from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.ort import custom_ops
-from magr_onnx.workflow.checkpoint import JobDirectory, job_directory, manifest_of
+from magr_onnx.passes import LinearLayer, Plan, Skip
+from magr_onnx.passes.layers.linear import find
+from magr_onnx.report.data import LayerRow
+from magr_onnx.workflow.checkpoint import JobDirectory
+from magr_onnx.workflow.request import OptimizeRequest
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Size = int | str
+Steps = Callable[[int, int], None]
+"""Called with steps done and in total of one stage."""
 
 DEFAULT_MEMORY = 4_000_000_000
 WHOLE = 3  # times its size is what a model needs that onnxruntime holds as a whole: weights, their packed copies, activations
 GRAM = 24  # bytes an element of the widest layer's Gram matrix beside that: onnxruntime's, and a sum in float64 and its mean
 
 
-def with_run(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
-    """Give a function a `Run` of its own as its first argument, which knows the others, closed when it returns."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with contextlib.ExitStack() as stack:
-            return function(Run(stack, asked(own, own.bind(*args, **kwargs).arguments)), *args, **kwargs)
-
-    signature = inspect.signature(function)
-    own = signature.replace(parameters=list(signature.parameters.values())[1:])
-    call.__signature__ = own  # type: ignore[attr-defined]
-    return call
-
-
-class Run:
-    """Resources of one run.
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How much memory a run may use.
 
     Attributes:
-        given: The arguments of the call, by name; without those that are the default.
         large: Whether the model is too large to be run as a whole in the memory there is.
         gram_budget: Bytes of Gram matrices held at a time.
         cache: Bytes of values between stages held in memory.
         layout: How the result is laid out in files.
-        store: The job directory, if there is one.
-        writes: Whether the result is written to a file.
-        seconds: Wall time by stage, in order of first appearance.
     """
 
-    def __init__(self, stack: contextlib.ExitStack, given: Mapping[str, Any]) -> None:
-        self._stack = stack
-        self.given = given
+    large: bool
+    gram_budget: int
+    cache: int
+    layout: Layout
+
+    @staticmethod
+    def of(request: OptimizeRequest, model_bytes: int, layers: Sequence[LinearLayer]) -> Memory:
+        """Decide by the size of the model and of its widest layer."""
+        limit = DEFAULT_MEMORY if request.max_memory is None else request.max_memory
+        widest = max((layer.k for layer in layers), default=0)
+        if WHOLE * model_bytes + GRAM * widest**2 <= limit:
+            return Memory(False, request.gram_budget, request.cache, Layout(request.external_data, request.shard_size, INLINE_LIMIT))
+        layout = Layout(request.external_data, request.shard_size, limit // 8)
+        return Memory(True, min(request.gram_budget, limit // 4), min(request.cache, limit // 8), layout)
+
+
+class Stopwatch:
+    """Wall time by stage.
+
+    Attributes:
+        seconds: By name of the stage, in order of first appearance.
+    """
+
+    def __init__(self) -> None:
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.writes = False
-        self._spool: Spool | None = None
-        self.large = False
-        self.gram_budget = self.cache = 0
-        self.layout = Layout()
-        self.store: JobDirectory | None = None
-
-    def register(self, libraries: Sequence[str | os.PathLike[str]]) -> None:
-        """Have custom operators in all sessions of the run; see `magr_onnx.runtime.ort.custom_ops.using`."""
-        self._stack.enter_context(custom_ops.using(libraries))
-
-    def open(
-        self,
-        loaded: Loaded,
-        layers: Sequence[LinearLayer],
-        output: Path | None,
-        memory: Size | None,
-        gram_budget: int,
-        cache: int,
-        shard_size: Size | None,
-        external: bool,
-    ) -> None:
-        """Decide between ways by the size of the model, and make a place for what does not stay in memory.
-
-        Raises:
-            OptionError: A size that is none.
-            OutputError: The folder of the output cannot be written to.
-        """
-        limit = DEFAULT_MEMORY if memory is None else schema.size("max_memory", memory)
-        shard = None if shard_size is None else schema.size("shard_size", shard_size)
-        widest = max((layer.k for layer in layers), default=0)
-        self.large = WHOLE * loaded.bytes + GRAM * widest**2 > limit
-        self.gram_budget, self.cache = (min(gram_budget, limit // 4), min(cache, limit // 8)) if self.large else (gram_budget, cache)
-        self.layout = Layout(external, shard, limit // 8 if self.large else INLINE_LIMIT)
-        self.writes = output is not None
-        if output is None:
-            if shard is not None or external:
-                raise OptionError("shard_size and external_data are about files; give an output")
-            return
-        clear(output)
-        if self.large:
-            try:
-                self._spool = Spool(self._stack.enter_context(workspace(output)))
-            except OSError as error:
-                raise OutputError(f"cannot write to {output.parent}: {explained(error)}") from error
-
-    def resume(
-        self,
-        path: str | os.PathLike[str] | None,
-        loaded: Loaded,
-        data: Batches | None,
-        plan: Plan,
-        options: Mapping[str, Any],
-    ) -> None:
-        """Open the job directory, if one is asked for; see `magr_onnx.workflow.checkpoint.job_directory` for what may be wrong with it."""
-        if path is not None:
-            decided = {"large": self.large, "gram_budget": self.gram_budget}
-            self.store = self._stack.enter_context(job_directory(Path(path), manifest_of(loaded, data, plan, {**options, **decided})))
-
-    def plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
-        """Say what will be done to the layers."""
-        if self.store is not None:
-            self.store.plan(plan, assigned)
-
-    def left(self, layer: LinearLayer) -> bool:
-        """Whether the layer is still to be solved."""
-        return self.store is None or not self.store.has(layer)
 
     def lap(self, stage: str) -> None:
         """Count the time since the last lap as that of a stage."""
@@ -141,17 +74,92 @@ class Run:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
-    def sweep(self, model: ir.Model) -> None:
-        """Take what is finished out of memory."""
-        if self._spool is not None:
-            self._spool.sweep(model)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunContext:
+    """What the steps of one run share.
+
+    Attributes:
+        provider: Where to run.
+        include: Patterns of the layers to convert; empty for all.
+        exclude: Patterns of those to leave as they are.
+        mask: The input that marks rows to count, if there is one.
+        memory: How much memory the run may use.
+        output: The file to write, if there is one.
+        progress: Called during long work, with the stage.
+        on_layer: Called with every finished layer.
+        spool: Where finished constants of a large model go.
+        store: The job directory, if there is one.
+        stopwatch: Wall time by stage.
+    """
+
+    provider: str
+    include: Sequence[str]
+    exclude: Sequence[str]
+    mask: str | None
+    memory: Memory
+    output: Path | None
+    progress: Progress
+    on_layer: OnLayer | None
+    spool: Spool | None = None
+    store: JobDirectory | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def find(self, model: ir.Model) -> tuple[list[LinearLayer], list[Skip]]:
+        """The linear layers to convert, and the others with the reason."""
+        return find(model, self.include, self.exclude)
+
+    def stage(self, name: str) -> Steps:
+        """Progress of one stage."""
+        return functools.partial(self.progress, name)
+
+    def report_layers(self, rows: Iterable[LayerRow]) -> None:
+        """Tell the caller of finished layers."""
+        if self.on_layer is not None:
+            for row in rows:
+                self.on_layer(row)
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as that of a stage."""
+        self.stopwatch.lap(stage)
+
+    def spill(self, model: ir.Model) -> None:
+        """Take what is finished out of memory, where the model is large."""
+        if self.spool is not None:
+            self.spool.sweep(model)
+
+    def store_plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
+        """Tell the job directory what will be done to the layers."""
+        if self.store is not None:
+            self.store.plan(plan, assigned)
+
+    def is_unsolved(self, layer: LinearLayer) -> bool:
+        """Whether the job directory does not have the layer."""
+        return self.store is None or not self.store.has(layer)
 
     def notes(self, model: ir.Model) -> list[str]:
-        """What to say about it in the report of the finished ``model``."""
-        found = []
+        """What to say about files in the report of the finished ``model``."""
+        notes = []
         if self.store is not None and self.store.restored:
-            found.append(f"{self.store.restored} layers were finished before and taken from the job directory")
-        found += [] if self.store is None else self.store.notes
-        if large := oversized(model, self.layout):
-            found.append(f"{', '.join(large[:3])}: larger than a shard ({len(large)} tensors); each has a data file of its own")
-        return found
+            notes.append(f"{self.store.restored} layers were finished before and taken from the job directory")
+        notes += [] if self.store is None else self.store.notes
+        if large := oversized(model, self.memory.layout):
+            notes.append(f"{', '.join(large[:3])}: larger than a shard ({len(large)} tensors); each has a data file of its own")
+        return notes
+
+
+def open_spool(output: Path | None, large: bool, stack: contextlib.ExitStack) -> Spool | None:
+    """Remove what dead runs left beside the output, and make a folder for what a large model has no memory for; None for none.
+
+    Raises:
+        OutputError: The folder of the output cannot be written to.
+    """
+    if output is None:
+        return None
+    clear(output)
+    if not large:
+        return None
+    try:
+        return Spool(stack.enter_context(workspace(output)))
+    except OSError as error:
+        raise OutputError(f"cannot write to {output.parent}: {explained(error)}") from error

@@ -13,15 +13,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx.config import invocation, selection
-from magr_onnx.config.recipe import with_recipe
+from magr_onnx.config import selection
+from magr_onnx.config.arguments import FOLDER_DEFAULTS, OMITTED, FolderArguments, FolderSource, explicit, over_preset, over_recipe
+from magr_onnx.config.invocation import Invocation, plain, python_call, without_defaults
 from magr_onnx.config.selection import Known, Patterns
 from magr_onnx.core.types import Deferred
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import explained as advice
 from magr_onnx.report import html
@@ -29,10 +30,8 @@ from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
-from magr_onnx.workflow.optimize import optimize
-from magr_onnx.workflow.resource_errors import explained
-
-FolderSource = Source | Mapping[str, Source | None]
+from magr_onnx.workflow.optimize import run
+from magr_onnx.workflow.request import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +67,6 @@ class OptimizedFolder:
             return {path: next(iter(self.reports.values()))}
         return dict(zip(_report_files(path, list(self.reports)), (self, *self.reports.values()), strict=True))
 
-    def asked_by(self, command: str, recipe: str) -> OptimizedFolder:
-        """The same with another ``command`` and ``recipe`` in the reports."""
-        return replace(self, reports={name: report.asked_by(command, recipe) for name, report in self.reports.items()})
-
-    def noted(self, notes: Sequence[str]) -> OptimizedFolder:
-        """The same with more ``notes`` in the reports."""
-        return replace(self, reports={name: report.noted(notes) for name, report in self.reports.items()})
-
     def save(self, path: Path) -> None:
         """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
         found = self.files(path)
@@ -109,29 +100,20 @@ class OptimizedFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model to optimize: its path in the folder, the files it reads its data from, what to calibrate and to judge it with, and what
-    was said of its layers."""
+    """A model to optimize: its path in the folder, the files it reads its data from, what to calibrate and to judge it with, and the
+    patterns of layers that match something in it."""
 
     name: str
     external: frozenset[Path]
     data: Source | None
     held: Source | None
-    said: Patterns
+    patterns: Patterns
 
 
-@explained
-@invocation.recorded
-@with_recipe
 def optimize_folder(
     folder: str | os.PathLike[str] | None = None,
-    calibration: FolderSource | None = None,
-    *,
-    output: str | os.PathLike[str] | None = None,
-    models: Sequence[str] = (),
-    overwrite: bool = False,
-    validation_data: FolderSource | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    **arguments: Any,
+    calibration: FolderSource | None = OMITTED,
+    **arguments: Unpack[FolderArguments],
 ) -> OptimizedFolder:
     """Optimize the models of a folder into a new folder, which has everything else as it is.
 
@@ -141,18 +123,11 @@ def optimize_folder(
         folder: Has ``.onnx`` files, perhaps in folders of their own. None takes the ``model`` of a recipe.
         calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
-            ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free.
-        output: The folder to write. It must not exist, be empty, or see ``overwrite``.
-        models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along. One that
-            is a model's path, brackets and all, means that model.
-        overwrite: Replace an earlier result: a folder that has the same models. Models, their data and files the new result has are
-            replaced, all others in it are kept as they are, links and empty folders too; also what is written into it during the run.
-            What is replaced leaves its permissions. It stays until the new one is whole; a process that is killed between the two
-            renames leaves neither under that name.
-        validation_data: Held-out inputs, in the same forms.
-        resume: A job directory, with one for each model in it: its path in the folder, with dots.
-        **arguments: All others of `magr_onnx.optimize`. A pattern of layers (``include``, ``exclude``, ``layers``) must match something in
-            one of the models; a recipe is one for the folder.
+            ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free. Left out, the
+            recipe's.
+        **arguments: See `magr_onnx.config.arguments.FolderArguments`. ``output`` is the folder to write; it must not exist, be empty, or
+            see ``overwrite``. ``resume`` gets a job directory for each model in it: its path in the folder, with dots. A pattern of layers
+            (``include``, ``exclude``, ``layers``) must match something in one of the models; a recipe is one for the folder.
 
     Returns:
         A report for every model, what was carried along, and what was kept.
@@ -160,18 +135,30 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
-    if folder is None or output is None:
+    given = explicit(calibration=calibration, **arguments)
+    named = given if folder is None else {"folder": folder, **given}
+    return run_folder({"model": folder, **given}, Invocation(python_call("magr_onnx.optimize_folder", named, FOLDER_DEFAULTS)))
+
+
+@translate_resource_errors()
+def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizedFolder:
+    """Optimize a folder, which is the ``model`` of the explicit arguments; see `optimize_folder`."""
+    merged, notes = over_recipe(arguments)
+    values = {**FOLDER_DEFAULTS, **merged}
+    if values["model"] is None or values["output"] is None:
         raise OptionError("give a folder of models and an output, or name both in the recipe")
-    source, out = Path(folder), Path(output)
-    names = _names(source, models)
-    raise_all(OutputError, _check_output(source, out, names, overwrite))
-    said = Patterns(arguments.pop("include", ()), arguments.pop("exclude", ()), arguments.pop("layers", ()))
-    data, held = _by_model(calibration, names, "calibration"), _by_model(validation_data, names, "validation")
-    found = _read(source, data, held, arguments.get("batch_size", 16), said, arguments.get("requantize", False))
+    source, out = Path(values["model"]), Path(values["output"])
+    invocation = replace(invocation, options=plain(without_defaults(over_preset(merged)[0], FOLDER_DEFAULTS)))
+    names = _names(source, values["models"])
+    raise_all(OutputError, _check_output(source, out, names, values["overwrite"]))
+    patterns = Patterns(values["include"], values["exclude"], values["layers"])
+    data, held = _by_model(values["calibration"], names, "calibration"), _by_model(values["validation_data"], names, "validation")
+    models = _read(source, data, held, values["batch_size"], patterns, values["requantize"])
     reports: dict[str, Report] = {}
-    carried = copy_directory.besides(source, copy_directory.every(source), names, (file for model in found for file in model.external))
+    carried = copy_directory.besides(source, copy_directory.every(source), names, (file for model in models for file in model.external))
     place = out.resolve()  # a link stays one, and what it points to is replaced
     labels = _labels(names)
+    shared = {name: value for name, value in merged.items() if name not in ("models", "overwrite")}
     try:
         before = {path: seen for path, seen in copy_directory.kept(place, names).items() if path not in carried}
         with atomic.workspace(place) as work:
@@ -190,19 +177,21 @@ def optimize_folder(
                 carry()
                 return source / model.name
 
-            for model in found:
+            for model in models:
                 (part / model.name).parent.mkdir(parents=True, exist_ok=True)
-                result = optimize(
-                    Deferred(partial(read, model)),
-                    model.data,
-                    output=part / model.name,
-                    validation_data=model.held,
-                    resume=None if resume is None else Path(resume) / labels[model.name],
-                    include=model.said.include,
-                    exclude=model.said.exclude,
-                    layers=model.said.tables,
-                    **arguments,
-                )
+                arguments_of_model = {
+                    **shared,
+                    "model": Deferred(partial(read, model)),
+                    "calibration": model.data,
+                    "output": part / model.name,
+                    "validation_data": model.held,
+                    "resume": None if values["resume"] is None else Path(values["resume"]) / labels[model.name],
+                    "include": model.patterns.include,
+                    "exclude": model.patterns.exclude,
+                    "layers": model.patterns.tables,
+                }
+                request = resolve(arguments_of_model, invocation)
+                result = run(replace(request, notes=(*notes, *request.notes)))
                 reports[model.name] = replace(result.report, output=str(out / model.name))
             there = copy_directory.kept(place, names).items()  # others may have written there meanwhile
             kept = {path: seen for path, seen in there if path in before or not os.path.lexists(part / path)}
@@ -260,7 +249,7 @@ def _read(
     data: Mapping[str, Source | None],
     held: Mapping[str, Source | None],
     batch_size: int,
-    said: Patterns,
+    patterns: Patterns,
     again: bool,
 ) -> list[_Model]:
     """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
@@ -274,15 +263,15 @@ def _read(
             continue
         try:
             a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
-            found.append(_Model(name, loaded.external, a, b, said))
-            if said != Patterns():
-                seen[name] = selection.look(loaded.model, said, again)
+            found.append(_Model(name, loaded.external, a, b, patterns))
+            if patterns != Patterns():
+                seen[name] = selection.look(loaded.model, patterns, again)
         except MagrError as error:
             sources.append(f"{name}: {error}")
     raise_all(ModelError, models)
     raise_all(CalibrationError, sources)
-    shared = selection.share(seen, said)
-    return [replace(model, said=shared.get(model.name, said)) for model in found]
+    shared = selection.share(seen, patterns)
+    return [replace(model, patterns=shared.get(model.name, patterns)) for model in found]
 
 
 def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:

@@ -18,9 +18,8 @@ from magr_onnx.passes.layers.embedding import Table
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.workflow import convolutions, embeddings, mixed_precision
-from magr_onnx.workflow.context import Run
+from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.convolutions import Converted
-from magr_onnx.workflow.setting import Setting
 
 
 def complete(plan: Plan, model: ir.Model, given: options.Options | None) -> Plan:
@@ -48,19 +47,18 @@ def convert(
     plan: Plan,
     data: Batches | None,
     goal: mixed_precision.Goal | None,
-    setting: Setting,
-    run: Run,
+    context: RunContext,
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
 
     Batches that a budget of loss will be measured on have no part in it. A large model cannot be run as a whole, so that its
     convolutions are solved without data.
     """
-    include, exclude = setting.include, setting.exclude
-    seen = None if run.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    include, exclude = context.include, context.exclude
+    seen = None if context.memory.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
     tables = embeddings.convert(work, plan, include, exclude)
     if tables.rows:
-        run.lap("embeddings")
+        context.lap("embeddings")
     layers = convolutions.convert(
         model,
         work,
@@ -68,15 +66,15 @@ def convert(
         seen,
         include=include,
         exclude=exclude,
-        provider=setting.provider,
-        gram_budget=run.gram_budget,
-        progress=setting.stage("convolutions"),
+        provider=context.provider,
+        gram_budget=context.memory.gram_budget,
+        progress=context.stage("convolutions"),
     )
     if layers.rows:
-        run.lap("convolutions")
+        context.lap("convolutions")
     notes = []
-    if setting.mask is not None and any(row.rows for row in layers.rows):
-        notes.append(f"mask {setting.mask!r} marks no positions of convolutions: all of theirs count")
-    if run.large and data is not None and layers.rows:
+    if context.mask is not None and any(row.rows for row in layers.rows):
+        notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
+    if context.memory.large and data is not None and layers.rows:
         notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options, selection
-from magr_onnx.config.options import Options
-from magr_onnx.errors import ModelError
+from magr_onnx.errors import ModelError, OutputError, raise_all
+from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.report.reasons import Reason
+from magr_onnx.runtime.calibration.mask import resolve_mask
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.hold_out import HELD_OUT
+from magr_onnx.runtime.data.sources import Batches, Source
+from magr_onnx.runtime.ort import custom_ops, opset_check, worker
 from magr_onnx.workflow import non_linear
-from magr_onnx.workflow.setting import Setting
-from magr_onnx.workflow.verify_output import Readable
+from magr_onnx.workflow.calibrate import held_out_for
+from magr_onnx.workflow.checkpoint import job_directory, manifest_of
+from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
+from magr_onnx.workflow.progress import reporter
+from magr_onnx.workflow.request import OptimizeRequest
+from magr_onnx.workflow.verify_output import Readable, check_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +48,10 @@ class Prepared:
         plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.
         others: Convolutions and tables that will be converted.
-        elsewhere: Nodes that hold weights and are no layers of any kind.
-        notes: What was done to it, for the report.
+        unconverted: Nodes that hold weights and are no layers of any kind.
+        notes: Sentences for the report.
+        data: What to calibrate on; None for data-free.
+        validation: What to compare the models on, if they are to be compared.
     """
 
     name: str
@@ -49,8 +62,10 @@ class Prepared:
     plan: Plan
     layers: list[LinearLayer]
     others: Sequence[Readable]
-    elsewhere: list[Skip]
+    unconverted: list[Skip]
     notes: list[str]
+    data: Batches | None = None
+    validation: Batches | None = None
 
     @property
     def readable(self) -> list[Readable]:
@@ -62,8 +77,8 @@ class Prepared:
         by_reason: dict[StrEnum, list[Skip]] = {}
         for skip in sorted(skips, key=lambda skip: skip.reason != Reason.QUANTIZED):
             by_reason.setdefault(skip.reason, []).append(skip)
-        said = [str(some[0]) if len(some) == 1 else f"{len(some)} nodes such as {some[0]}" for some in by_reason.values()]
-        reasons = "; ".join(said[:5]) or "it has no MatMul, Gemm or convolution"
+        texts = [str(nodes[0]) if len(nodes) == 1 else f"{len(nodes)} nodes such as {nodes[0]}" for nodes in by_reason.values()]
+        reasons = "; ".join(texts[:5]) or "it has no MatMul, Gemm or convolution"
         return ModelError(f"{self.name}: no layer can be converted: {reasons}{_remedy(by_reason.get(Reason.QUANTIZED, []))}")
 
 
@@ -75,43 +90,113 @@ def _remedy(quantized: Sequence[Skip]) -> str:
     return remedy if quantized else ""
 
 
-def prepare(
-    loaded: Loaded,
-    plan: Plan,
-    options: Options | None,
-    setting: Setting,
-    again: bool,
-    layer_plans: Sequence[Plan] = (),
-) -> Prepared:
-    """Bring a model into the form that layers are looked for in.
+def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prepared, RunContext]:
+    """Load a model, bring it into the form that layers are looked for in, and open its data.
+
+    Everything that can be said against the run is said here, before the long work.
 
     Args:
-        loaded: The model; it is changed.
-        plan: What will be done to it.
-        options: What the plan was made of; None where it was written by hand.
-        setting: What else was asked for.
-        again: Take quantized weights for the floats they stand for.
-        layer_plans: Plans that some layers will have instead; the model is prepared for them too.
+        request: What is asked for.
+        stack: Closes what the run opens.
 
     Raises:
-        ModelError: No layer can be converted, or the opset cannot be raised as far as the pipeline needs.
-        OptionError: Options are for layers that there are not.
+        MagrError: One of its subclasses.
     """
-    model = loaded.model
+    stopwatch = Stopwatch()
+    progress = stack.enter_context(reporter(request.progress))
+    stack.enter_context(custom_ops.using(request.custom_ops))
+    loaded = _load(request)
+    mask = resolve_mask(loaded.model, request.mask)
+    prepared = _canonical(loaded, request)
+    memory = Memory.of(request, loaded.bytes, prepared.layers)
+    spool = open_spool(request.output, memory.large, stack)
+    if spool is not None:
+        spool.sweep(prepared.model)
+    check_weights(prepared.readable)
+    stopwatch.lap("load")
+    data, validation = (_open_data(source, prepared, request, memory.large) for source in (request.calibration, request.validation))
+    store = None
+    if request.resume is not None:
+        decided = {"mask": mask, "large": memory.large, "gram_budget": memory.gram_budget}
+        manifest = manifest_of(loaded, data, prepared.plan, {**request.result_options, **decided})
+        store = stack.enter_context(job_directory(request.resume, manifest))
+    notes = [*request.notes, *prepared.notes, *_data_notes(data, request.plan)]
+    if prepared.raised:
+        notes += opset_check.check(prepared.reference, prepared.model, data, request.provider)
+    context = RunContext(
+        provider=request.provider,
+        include=request.patterns.include,
+        exclude=request.patterns.exclude,
+        mask=mask,
+        memory=memory,
+        output=request.output,
+        progress=progress,
+        on_layer=request.on_layer,
+        spool=spool,
+        store=store,
+        stopwatch=stopwatch,
+    )
+    return replace(prepared, data=data, validation=validation, notes=notes), context
+
+
+def _load(request: OptimizeRequest) -> Loaded:
+    """The model, once it is known that the output can be written."""
+    if request.output is None:
+        return files.load(request.model)
+    raise_all(OutputError, files.check_output(request.output, None, frozenset()))  # before a model that is yet to be exported
+    loaded = files.load(request.model)
+    raise_all(OutputError, files.check_output(request.output, loaded.path, loaded.external))
+    worker.start()
+    return loaded
+
+
+def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
+    """The model, changed in place, in the form that layers are looked for in.
+
+    Raises:
+        ModelError: No layer can be converted, or the opset cannot be raised as far as the plan needs.
+        OptionError: Options are for layers that there are not, or do not go together.
+    """
+    model, include, exclude = loaded.model, request.patterns.include, request.patterns.exclude
     reference = model.clone() if loaded.path is None else loaded.path
     opset = model.opset_imports.get("")
     notes = [*loaded.notes, *open_up(model)]
-    plan = non_linear.complete(plan, model, options)
-    for each in (plan, *layer_plans):
+    plan = non_linear.complete(request.plan, model, request.options)
+    for each in (plan, *request.layer_plans):
         each.prepare(model)
     raised = model.opset_imports.get("") != opset
-    notes += selection.settle(model, setting.include, setting.exclude, again)
-    selection.check(model, setting.include, setting.exclude)
-    layers, skips = setting.find(model)
-    elsewhere = list(holders(model.graph.all_nodes()))
-    others, unconverted = non_linear.look(model, plan, setting.include, setting.exclude)
-    notes += layer_options.check_matches(setting.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
-    found = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, elsewhere, notes)
+    notes += selection.settle(model, include, exclude, request.requantize)
+    selection.check(model, include, exclude)
+    layers, skips = find(model, include, exclude)
+    unconverted = list(holders(model.graph.all_nodes()))
+    others, other_skips = non_linear.look(model, plan, include, exclude)
+    notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
+    prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:
-        raise found.nothing([*skips, *elsewhere, *unconverted])
-    return found
+        raise prepared.nothing([*skips, *unconverted, *other_skips])
+    layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
+    return prepared
+
+
+def _open_data(source: Source | None, prepared: Prepared, request: OptimizeRequest, large: bool) -> Batches | None:
+    """Batches that fit the model; None where there is no source."""
+    if source is None:
+        return None
+    runs = None if large else prepared.reference
+    folders = [prepared.reference.parent] if isinstance(prepared.reference, Path) else []
+    return decoders.open_for(
+        prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runs=runs, folders=folders
+    )
+
+
+def _data_notes(data: Batches | None, plan: Plan) -> list[str]:
+    """What the report says of the amount of data."""
+    if data is None:
+        return ["data-free: no calibration data was given, so inputs were taken as uncorrelated (H = I); expect lower accuracy"]
+    if len(data) < HELD_OUT and (chosen := held_out_for(plan)):
+        return [
+            *data.notes,
+            f"{len(data)} calibration batches are too few to hold some out ({HELD_OUT} are needed), so there is no {chosen}; "
+            "give more samples, or cut them into smaller batches",
+        ]
+    return list(data.notes)

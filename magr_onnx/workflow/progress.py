@@ -8,19 +8,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import cast
 
+import rich.progress
 from rich.console import Console, RenderableType
 from rich.errors import LiveError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from magr_onnx.config.arguments import Progress
 from magr_onnx.report.data import LayerRow, shortened
 from magr_onnx.report.validation import severity
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 NAME = 22
 """Characters of a layer's name below the bars."""
@@ -30,7 +28,7 @@ LOGGER = logging.getLogger("magr_onnx")
 """Gets two lines a stage at level INFO, from every function of the Python interface that takes long."""
 
 
-class Bars(Progress):
+class Bars(rich.progress.Progress):
     """A bar a stage, and a line about the layers below them."""
 
     layers = Text()
@@ -133,26 +131,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def watched(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a function a callable as ``progress``, whatever the caller gave: a callable, or whether to draw bars (True if nothing is said).
+@contextlib.contextmanager
+def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
+    """Pass steps of long work on: to `LOGGER` in any case, to ``progress`` if it is callable, to bars if it is True."""
+    with bars(Console(stderr=True)) if progress is True else contextlib.nullcontext() as drawn:
+        listeners: list[Progress] = [Watch(drawn, LOGGER.info).step, *([progress] if callable(progress) else [])]
 
-    `LOGGER` hears of every stage in any case.
-    """
+        def step(stage: str, done: int, total: int) -> None:
+            for listener in listeners:
+                listener(stage, done, total)
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        rest: dict[str, Any] = dict(kwargs)
-        given = rest.pop("progress", True)
-        with bars(Console(stderr=True)) if given is True else contextlib.nullcontext() as drawn:
-            steps = [Watch(drawn, LOGGER.info).step, *([given] if callable(given) else [])]
-
-            def progress(stage: str, done: int, total: int) -> None:
-                for step in steps:
-                    step(stage, done, total)
-
-            return cast(Callable[..., R], function)(*args, progress=progress, **rest)
-
-    return call
+        yield step
 
 
 def what(row: LayerRow) -> str:

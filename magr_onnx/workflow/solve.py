@@ -9,7 +9,6 @@ from functools import partial
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options
-from magr_onnx.config.options import Options
 from magr_onnx.core.histograms import places, thinned
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import LayerStats
@@ -27,9 +26,9 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Inputs
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import beginning, gather, output_hessian, uncuttable, without_stages
-from magr_onnx.workflow.context import Run
+from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared
-from magr_onnx.workflow.setting import Setting
+from magr_onnx.workflow.request import OptimizeRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -80,116 +79,105 @@ class _Progress:
             self.digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
 
 
-def solve(
-    prepared: Prepared,
-    data: Batches | None,
-    goal: mixed_precision.Goal | None,
-    options: Options,
-    setting: Setting,
-    run: Run,
-    gram_budget: int,
-) -> Solved:
+def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
     """Convert everything that can be converted.
 
     Args:
-        prepared: The float model; rewrites of the pipeline change it.
-        data: Calibration data; None for none.
-        goal: A budget, for mixed precision.
-        options: What choices of mixed precision are made from.
-        setting: What else was asked for.
-        run: Memory, time and the job directory.
-        gram_budget: Bytes of Gram matrices held at a time, as asked for.
+        prepared: The float model and its calibration data; rewrites of the plan change the model.
+        request: What is asked for.
+        context: What the steps of the run share.
 
     Raises:
         ModelError: Nothing can be converted after all.
         MagrError: Whatever goes wrong on the way.
     """
-    model, plan, provider = prepared.model, prepared.plan, setting.provider
+    data, goal, options = prepared.data, request.budget, request.options or {}
+    model, plan, provider = prepared.model, prepared.plan, context.provider
     notes: list[str] = []
     if plan.rewrites:
         notes += rewrites.rewrite(
             model,
             plan,
             data,
-            include=setting.include,
-            exclude=setting.exclude,
-            mask=setting.mask,
+            include=context.include,
+            exclude=context.exclude,
+            mask=context.mask,
             provider=provider,
-            gram_budget=run.gram_budget,
+            gram_budget=context.memory.gram_budget,
         )
-        run.sweep(model)
-        run.lap("rewrite")
+        context.spill(model)
+        context.lap("rewrite")
     base = model.clone()
-    begun = non_linear.convert(model, base, plan, data, goal, setting, run)
-    run.sweep(base)
+    begun = non_linear.convert(model, base, plan, data, goal, context)
+    context.spill(base)
     notes += begun.notes
-    setting.finished(begun.rows)
+    context.report_layers(begun.rows)
 
     work = base.clone()
-    layers, skips = setting.find(work)
-    skips += [*prepared.elsewhere, *begun.skips]
-    source = subgraphs.tapped(model, layers, data, plan, provider, run.large)
+    layers, skips = context.find(work)
+    skips += [*prepared.unconverted, *begun.skips]
+    source = subgraphs.tapped(model, layers, data, plan, provider, context.memory.large)
     layers, lost = source.split(layers, needed=goal is not None or plan.input_grids == "static")
     skips += lost
     if not layers and not begun.rows:
         raise prepared.nothing(skips)
     plan, missing = without_stages(work, layers, plan)
     notes += missing
-    if run.large and data is not None and (whole := uncuttable(work)):
+    if context.memory.large and data is not None and (whole := uncuttable(work)):
         some = ", ".join(whole[:3])
         notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
     grids = activation_ranges.Grids()
     if plan.activations is not None and data is not None and layers:
         grids = activation_ranges.choose_grids(
-            source.model, source.reached(layers), data, plan, setting.mask, provider, setting.stage("ranges")
+            source.model, source.reached(layers), data, plan, context.mask, provider, context.stage("ranges")
         )
         notes += grids.notes
-        run.lap("ranges")
-    own = layer_options.assign(setting.tables, layers, options, plan, provider)
+        context.lap("ranges")
+    own = layer_options.assign(request.patterns.tables, layers, options, plan, provider)
     search = None
     if goal is not None and data is not None and layers:
         room = len(str(plan)) + mixed_precision.STAMP
         chosen = [layer for layer in layers if layer.name not in own.plans]
-        floats = mixed_precision.Source(base, chosen, prepared.bytes, run.writes, room, model, source.on(base), own.plans)
+        floats = mixed_precision.Source(base, chosen, prepared.bytes, context.output is not None, room, model, source.on(base), own.plans)
         integer = None if plan.activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
         search = mixed_precision.Search(
-            goal, options, floats, data, integer, setting.mask, provider, gram_budget, setting.stage("sensitivities")
+            goal, options, floats, data, integer, context.mask, provider, request.gram_budget, context.stage("sensitivities")
         )
         data = search.data
-        run.lap("sensitivities")
+        context.lap("sensitivities")
 
-    with output_hessian(model, layers, data, plan, provider, setting.stage("differentiating"), notes) as hessian:
+    with output_hessian(model, layers, data, plan, provider, context.stage("differentiating"), notes) as hessian:
         if hessian is not None:
-            run.lap("differentiate")
+            context.lap("differentiate")
         while True:
             left: list[Skip] = []
             assigned: Mapping[str, Plan] = own.plans
             if search is not None:
                 assigned = search.allocation.assigned()
                 layers, left = search.allocation.select(layers)
-            run.plan(plan, assigned)
+            context.store_plan(plan, assigned)
             done = _Progress()
             reader_names = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
-            finished = partial(_finished, done, len(layers), work, setting, run)
+            finished = partial(_finished, done, len(layers), work, context)
             feedback, hold_out = plan.error_feedback is not None, any(p.holds_out for p in (plan, *assigned.values()))
-            gathered = gather(model, work, source, layers, data, feedback, hold_out, grids, setting, run, begun.digests)
+            gathered = gather(model, work, source, layers, data, feedback, hold_out, grids, context, begun.digests)
             for group, result in gathered:
                 done.unmasked += [reader_names[name] for name in result.unmasked if name in reader_names]
                 done.spilled = max(done.spilled, result.spilled)
-                run.lap("calibrate")
-                if not done.rows and (steps := setting.stage("quantizing")) is not None:
-                    steps(0, len(layers))  # the stage begins before its first layer is finished
+                context.lap("calibrate")
+                if not done.rows:
+                    context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
                 stats, begin = result.stats, beginning(result, source, grids, hessian, data)
-                run_layers(plan, group, partial(_known, stats), finished, begin, assigned, run.store)
+                run_layers(plan, group, partial(_known, stats), finished, begin, assigned, context.store)
                 stats.clear()  # the next ones are made while this loop still holds these
                 result.goals.clear()
-                run.lap("quantize")
+                context.lap("quantize")
             if search is None or search.accepts(work):
                 break
             work = base.clone()
-            layers, _ = source.split(setting.find(work)[0], bool(lost))
-    notes += _remarks(done, run, setting.mask)
-    said = shared_weights.remarks(layers, done.added, run.large)
+            layers, _ = source.split(context.find(work)[0], bool(lost))
+    notes += _remarks(done, context)
+    said = shared_weights.remarks(layers, done.added, context.memory.large)
     for name, given in own.options.items():
         said[name].append(f"options of its own: {layer_options.described(given)}")
     rows = [
@@ -204,16 +192,15 @@ def solve(
     rows = [*begun.rows, *rows]
     depth = depths(model, {row.name for row in rows})
     rows = told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
-    return Solved(work, plan, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *run.notes(work)], search)
+    return Solved(work, plan, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *context.notes(work)], search)
 
 
-def _finished(done: _Progress, count: int, work: ir.Model, setting: Setting, run: Run, job: Job) -> None:
+def _finished(done: _Progress, count: int, work: ir.Model, context: RunContext, job: Job) -> None:
     """Take note of a layer that has been through the pipeline."""
     done.add(job)
-    run.sweep(work)
-    setting.finished([done.rows[job.layer.name]])
-    if (progress := setting.stage("quantizing")) is not None:
-        progress(len(done.rows), count)
+    context.spill(work)
+    context.report_layers([done.rows[job.layer.name]])
+    context.stage("quantizing")(len(done.rows), count)
 
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
@@ -221,10 +208,11 @@ def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | 
     return stats.get(moments.input_name(layer))
 
 
-def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
+def _remarks(done: _Progress, context: RunContext) -> list[str]:
     found = []
     if done.spilled:
-        found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {megabytes(run.cache)})")
+        cache = megabytes(context.memory.cache)
+        found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {cache})")
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
         found.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
@@ -241,7 +229,8 @@ def _remarks(done: _Progress, run: Run, mask: str | None) -> list[str]:
         names = list(dict.fromkeys(done.unmasked))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         found.append(
-            f"{some}: all input rows count, since there is not one for each element of the mask {mask!r} (pooled or reshaped before)"
+            f"{some}: all input rows count, since there is not one for each element of the mask {context.mask!r} "
+            "(pooled or reshaped before)"
         )
     return found
 

@@ -139,7 +139,7 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("magr_onnx.api.optimize", broken)
+    monkeypatch.setattr("magr_onnx.cli.commands.optimize.run", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = run("optimize", "model.onnx", cwd=folder)
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (70, "", 1)

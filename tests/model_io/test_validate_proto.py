@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from magr_onnx.workflow.resource_errors import explained
 from onnx import TensorProto, helper, numpy_helper
 
 import magr_onnx
@@ -23,7 +24,6 @@ from magr_onnx.model_io import files, validate_proto
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.runtime.ort.session import Arithmetic, Session
-from magr_onnx.workflow.resource_errors import explained
 
 W = constant("w", 16, 8)
 BODY = "[fc] y = MatMul(x, w)"

@@ -9,7 +9,6 @@ from typing import Any
 
 import typer
 
-from magr_onnx import api
 from magr_onnx.cli import console
 from magr_onnx.cli.arguments import (
     AccumulatorBitsOption,
@@ -71,15 +70,18 @@ from magr_onnx.cli.arguments import (
     ValidationOption,
     Verbose,
 )
+from magr_onnx.config.invocation import Invocation
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.recipe import Recipe, remarks
 from magr_onnx.config.schema import KEYS
 from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.report import html
-from magr_onnx.report.data import MOST, Report
+from magr_onnx.report.data import MOST
 from magr_onnx.runtime.data import decoders
-from magr_onnx.workflow.directory import OptimizedFolder, check_reports, optimize_folder, taken_by
+from magr_onnx.workflow.directory import OptimizedFolder, check_reports, run_folder, taken_by
+from magr_onnx.workflow.optimize import run
+from magr_onnx.workflow.request import resolve
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -184,12 +186,9 @@ def optimize(
         _check_recipe(asked, save_recipe, taken)
     console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
-        watched: dict[str, Any] = {"recipe": asked, "output": out, "progress": progress, "on_layer": on_layer}
-        if source.is_dir():
-            result: Report | OptimizedFolder = optimize_folder(source, **watched)
-        else:
-            result = api.optimize(source, **watched).report
-    result = result.asked_by(console.command_line(), asked.to_text())
+        arguments = {"model": source, "recipe": asked, "output": out, "progress": progress, "on_layer": on_layer}
+        called = Invocation(console.command_line(), recipe=asked.to_text())
+        result = run_folder(arguments, called) if source.is_dir() else run(resolve(arguments, called)).report
     writes = [partial(result.save, path) for path in report or ()]
     if save_recipe is not None:
         told = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])

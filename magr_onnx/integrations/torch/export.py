@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,11 @@ class Exported(NamedTuple):
 
     program: torch.onnx.ONNXProgram
     notes: tuple[str, ...]
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph of the program."""
+        return self.program.model
 
 
 def export(

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 
-from magr_onnx import api
-from magr_onnx.config import invocation, schema
-from magr_onnx.config.recipe import argument
+from magr_onnx.config import schema
+from magr_onnx.config.arguments import argument
+from magr_onnx.config.invocation import Invocation, defaults_of, plain, python_call, with_keywords, without_defaults
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import OptionError
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs, feeds
-from magr_onnx.report.data import Report
 from magr_onnx.runtime.data.sources import Batches, DataReader, Source
 from magr_onnx.runtime.ort.session import inputs_of
-from magr_onnx.workflow.resource_errors import explained
+from magr_onnx.workflow.optimize import Optimized, run
+from magr_onnx.workflow.request import resolve
 
 
-@explained
 def optimize(
     model: torch.nn.Module | torch.onnx.ONNXProgram,
     example_inputs: Examples | None = None,
@@ -40,7 +37,7 @@ def optimize(
     output_names: Sequence[str] | None = None,
     opset_version: int | None = None,
     **options: Any,
-) -> api.Optimized:
+) -> Optimized:
     """Export a module and quantize what comes out of it.
 
     Args:
@@ -62,7 +59,8 @@ def optimize(
         ExportError: torch cannot export the module.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
-    given = dict(locals())
+    given = with_keywords(locals(), "options")
+    called = torch_call(optimize, given)
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise OptionError("example_inputs are needed to export a module: a tensor, a tuple, or a dict of forward's arguments")
@@ -70,19 +68,18 @@ def optimize(
         make = partial(export, model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
     else:
         make = partial(Exported, model, ())
-    run = options if output is None else {**options, "output": output}
-    result = optimized(make, calibration, validation_data, to_inputs, samples, batch_size, run)
-    return result._replace(report=asked(optimize, result.report, given))
+    shared = options if output is None else {**options, "output": output}
+    return run_exported(make, calibration, validation_data, to_inputs, samples, batch_size, shared, called)
 
 
-def asked(function: Callable[..., Any], report: Report, given: Mapping[str, Any]) -> Report:
-    """With the call of ``function`` as it was made, defaults left out, and as source the class of its first argument."""
-    said = invocation.asked(inspect.signature(function), given)
-    call, options = invocation.call(f"magr_onnx.torch.{function.__name__}", said), invocation.options(said)
-    return replace(report, source=type(next(iter(given.values()))).__name__, command=call, options=options)
+def torch_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Invocation:
+    """Describe a call of a function of `magr_onnx.torch`, whose first argument is the module, by its arguments by name."""
+    defaults = defaults_of(function)
+    command = python_call(f"magr_onnx.torch.{function.__name__}", arguments, defaults)
+    return Invocation(command, plain(without_defaults(arguments, defaults)), source=type(next(iter(arguments.values()))).__name__)
 
 
-def optimized(
+def run_exported(
     make: Callable[[], Exported],
     calibration: Any,
     validation_data: Any,
@@ -90,28 +87,20 @@ def optimized(
     samples: int | None,
     batch_size: int | None,
     options: Mapping[str, Any],
-) -> api.Optimized:
-    """`magr_onnx.optimize` on batches of torch, with the notes on the export in the report; ``make`` exports once options are checked."""
+    invocation: Invocation,
+) -> Optimized:
+    """Quantize what ``make`` exports, on batches of torch; it is called once, after options are checked."""
     exported = cache(make)
     own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
-    given = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
-    size = argument("batch_size", given, 16)
+    arguments = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
+    size = argument("batch_size", arguments)
     schema.check(samples=samples, batch_size=size)
 
     def source(batches: Any) -> Source:
         if isinstance(batches, str | os.PathLike | DataReader | Batches):
             return batches
         reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": size}
-        return Deferred(lambda: feeds(batches, inputs_of(exported().program.model), **reading))
+        return Deferred(lambda: feeds(batches, inputs_of(exported().model), **reading))
 
-    given |= {name: source(given[name]) for name in ("calibration", "validation_data") if name in given}
-    result = api.optimize(Deferred(lambda: exported().program), **given)
-    return result._replace(report=_told(result.report, exported().notes))
-
-
-def _told(report: Report, notes: Sequence[str]) -> Report:
-    """With the notes on the export; what validation says as calibration did is said once."""
-    v = report.validation
-    if v is not None:
-        v = replace(v, notes=tuple(note for note in v.notes if note not in report.notes))
-    return replace(report, notes=(*notes, *report.notes), validation=v)
+    arguments |= {name: source(arguments[name]) for name in ("calibration", "validation_data") if name in arguments}
+    return run(resolve({**arguments, "model": Deferred(exported)}, invocation))

@@ -12,9 +12,8 @@ Nothing is guessed: what does not fit is left alone, with the reason.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,20 +21,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from magr_onnx import api
 from magr_onnx.config import schema
-from magr_onnx.errors import ModelError, OptionError, closest, raise_all
+from magr_onnx.config.arguments import RunArguments
+from magr_onnx.config.invocation import Invocation, defaults_of, with_keywords
+from magr_onnx.errors import ModelError, OptionError, closest, raise_all, translate_resource_errors
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs
-from magr_onnx.integrations.torch.interface import asked, optimized
+from magr_onnx.integrations.torch.interface import run_exported, torch_call
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.report.data import Report
-from magr_onnx.workflow.resource_errors import explained
 
 Array = npt.NDArray[Any]
-_NOT_OF_MAGR = ("model", "calibration", "pipeline_text", "options")  # of what `magr_onnx.optimize` takes
+_SETTINGS = (RunArguments.__annotations__.keys() | {"validation_data"}) - {"pipeline_text"}
 _PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
@@ -81,7 +80,6 @@ class Reduced:
         return "\n".join(lines)
 
 
-@explained
 def magr(
     module: torch.nn.Module,
     example_inputs: Examples,
@@ -122,26 +120,7 @@ def magr(
         OptionError: An option that is none, or a value; before the export.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
-    given = dict(locals())
-    names = [name for name in inspect.signature(api.optimize).parameters if name not in _NOT_OF_MAGR]
-    raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*given, *names])}" for n in settings if n not in names])
-    own = schema.unworded({"alpha": alpha, "block_size": block_size, "damping": damping})
-    schema.check(**own, samples=samples)
-    found, reduced = _reduced(
-        module,
-        example_inputs,
-        calibration,
-        MagR(relative=relative, **own),
-        (to_inputs, samples, batch_size),
-        dynamic_shapes,
-        settings,
-    )
-    state = module.state_dict()
-    for change in reduced.changed:
-        old = state[change.name]
-        new = torch.from_numpy(found[change.name]).to(device=old.device, dtype=old.dtype)
-        state |= dict.fromkeys((change.name, *change.tied), new)
-    return state, replace(reduced, report=asked(magr, reduced.report, given))
+    return _magr(magr, with_keywords(locals(), "settings"))
 
 
 def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterable[Any], **options: Any) -> Reduced:
@@ -156,13 +135,40 @@ def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterab
     Raises:
         MagrError: See `magr`; the module is then as it was.
     """
-    given = dict(locals())
-    state, reduced = magr(module, example_inputs, calibration, **options)
-    own = module.state_dict()
+    state, reduced = _magr(magr_, with_keywords(locals(), "options"))
+    parameters = module.state_dict()
     with torch.no_grad():
         for change in reduced.changed:
-            own[change.name].copy_(state[change.name])
-    return replace(reduced, report=asked(magr_, reduced.report, given))
+            parameters[change.name].copy_(state[change.name])
+    return reduced
+
+
+@translate_resource_errors()
+def _magr(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Reduced]:
+    """Carry out a call of `magr` or `magr_`, whose ``arguments`` are by name."""
+    defaults = defaults_of(magr)
+    values = {**defaults, **arguments}
+    settings = {name: value for name, value in arguments.items() if name not in defaults}
+    raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*defaults, *_SETTINGS])}" for n in settings if n not in _SETTINGS])
+    strength = schema.unworded({name: values[name] for name in ("alpha", "block_size", "damping")})
+    schema.check(**strength, samples=values["samples"])
+    module = values["module"]
+    arrays, reduced = _reduced(
+        module,
+        values["example_inputs"],
+        values["calibration"],
+        MagR(relative=values["relative"], **strength),
+        (values["to_inputs"], values["samples"], values["batch_size"]),
+        values["dynamic_shapes"],
+        settings,
+        torch_call(function, arguments),
+    )
+    state = module.state_dict()
+    for change in reduced.changed:
+        old = state[change.name]
+        new = torch.from_numpy(arrays[change.name]).to(device=old.device, dtype=old.dtype)
+        state |= dict.fromkeys((change.name, *change.tied), new)
+    return state, reduced
 
 
 def _reduced(
@@ -173,13 +179,14 @@ def _reduced(
     reading: tuple[ToInputs | None, int | None, int | None],
     shapes: Any,
     settings: Mapping[str, Any],
+    called: Invocation,
 ) -> tuple[dict[str, Array], Reduced]:
     """New values by parameter name, and what to say of them."""
     exported = export(module, example, dynamic_shapes=shapes, fold=False)
     before = files.load(exported.program).model
     open_up(before)
     canonicalize(before)
-    result = optimized(lambda: exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]})
+    result = run_exported(lambda: exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]}, called)
     reduced = {layer.name: layer for layer in find(result.model)[0]}
     errors = {row.name: row.error for row in result.report.layers}
     layers, skips = find(before)

@@ -1,0 +1,241 @@
+"""The keyword arguments of `magr_onnx.optimize`: which there are, and what a call comes to over its recipe and its preset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.merge import below, left_out, over
+from magr_onnx.config.options import Options
+from magr_onnx.config.recipe import Recipe
+from magr_onnx.config.schema import ARGUMENTS, listed, mistyped, unworded
+from magr_onnx.errors import OptionError, RecipeError, raise_all
+from magr_onnx.passes import Plan, Stage
+from magr_onnx.report.data import LayerRow
+from magr_onnx.runtime.calibration import moments, staged
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.data.sources import Source
+
+Size = int | str
+"""Bytes, or text such as ``"2 GB"``."""
+FolderSource = Source | Mapping[str, Source | None]
+"""Data for the models of a folder: one source, or a dict by model."""
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, steps done and steps in total."""
+OnLayer = Callable[[LayerRow], None]
+"""Called with the report's row of a finished layer."""
+
+
+class _Omitted:
+    def __repr__(self) -> str:
+        return "OMITTED"
+
+
+OMITTED: Any = _Omitted()
+"""The default of an argument for which None means something: what the recipe says, or else None."""
+
+
+class RunArguments(TypedDict, total=False):
+    """What `magr_onnx.optimize` and `magr_onnx.optimize_folder` take beside `Options`.
+
+    Attributes:
+        recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
+        preset: A name of `magr_onnx.config.presets.PRESETS`: options to start from, under those of the recipe and those given.
+        layers: Options of single layers, as ``{"match": "*lm_head*", "bits": 8}`` (`magr_onnx.config.layer_options`), after those of the
+            recipe; of several that match a layer, later ones win.
+        output: Where to write the result; None (default) keeps it in memory, its codes verified, but not loaded by onnxruntime.
+        pipeline_text: A `magr_onnx.passes.Plan`, its text, or its passes, instead of `Options`.
+        provider: ``cpu`` (default), ``cuda``, or an onnxruntime provider name, for calibration and validation.
+        mask: Input that marks rows to count; ``"auto"`` (default) takes ``attention_mask`` if there is one, None none.
+        batch_size: Samples per batch when stacked inputs are cut up; default 16.
+        decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
+            `magr_onnx.runtime.data.decoders`), where the data has no past values.
+        include: Shell patterns of layers (by the name of the node, the weight, or the torch module of either) to convert; empty for all.
+        exclude: Patterns of layers to leave alone.
+        requantize: Take weights that are quantized already for the floats they stand for (default False).
+        custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
+        gram_budget: Bytes, or text such as ``"2 GB"``, of Gram matrices held at a time; a smaller one costs more passes over the data.
+        cache: Bytes, or such text, of values between stages held in memory under error feedback; more go to a temporary folder.
+        progress: True (default) draws bars on standard error where that is a terminal or a notebook, and False does not. A callable gets a
+            stage's name, steps done and steps in total instead. The logger ``magr_onnx`` has a line as a stage begins and ends, at level
+            INFO.
+        on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
+        max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
+            fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
+        shard_size: Most bytes of a data file of the output, which then has as many as it needs.
+        external_data: Write tensors beside the output even where they would fit into it (default False).
+        resume: A job directory: finished layers are kept there, and the same call after a kill goes on with those that are not.
+    """
+
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None
+    preset: str | None
+    layers: Sequence[LayerOptions | Mapping[str, Any]]
+    output: str | os.PathLike[str] | None
+    pipeline_text: str | Plan | Sequence[Stage] | None
+    provider: str
+    mask: str | None
+    batch_size: int
+    decode_steps: int
+    include: Sequence[str]
+    exclude: Sequence[str]
+    requantize: bool
+    custom_ops: Sequence[str | os.PathLike[str]]
+    gram_budget: Size
+    cache: Size
+    progress: Progress | bool | None
+    on_layer: OnLayer | None
+    max_memory: Size | None
+    shard_size: Size | None
+    external_data: bool
+    resume: str | os.PathLike[str] | None
+
+
+class Arguments(Options, RunArguments, total=False):
+    """The keyword arguments of `magr_onnx.optimize`: `RunArguments`, `Options`, and one more.
+
+    Attributes:
+        validation_data: Held-out inputs to compare the float and the quantized model on.
+    """
+
+    validation_data: Source | None
+
+
+class FolderArguments(Options, RunArguments, total=False):
+    """The keyword arguments of `magr_onnx.optimize_folder`: `RunArguments`, `Options`, and what follows.
+
+    Attributes:
+        validation_data: Held-out inputs, in the same forms as calibration data.
+        models: Shell patterns of the models to optimize (``"encoder*"``), by their path in the folder; others are carried along. One that
+            is a model's path, brackets and all, means that model.
+        overwrite: Replace an earlier result: a folder that has the same models. Models, their data and files the new result has are
+            replaced, all others in it are kept as they are, links and empty folders too; also what is written into it during the run.
+            What is replaced leaves its permissions. It stays until the new one is whole; a process that is killed between the two
+            renames leaves neither under that name.
+    """
+
+    validation_data: FolderSource | None
+    models: Sequence[str]
+    overwrite: bool
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "model": None,
+    "calibration": None,
+    "recipe": None,
+    "preset": None,
+    "layers": (),
+    "output": None,
+    "validation_data": None,
+    "pipeline_text": None,
+    "provider": "cpu",
+    "mask": "auto",
+    "batch_size": 16,
+    "decode_steps": decoders.STEPS,
+    "include": (),
+    "exclude": (),
+    "requantize": False,
+    "custom_ops": (),
+    "gram_budget": moments.DEFAULT_BUDGET,
+    "cache": staged.DEFAULT_CACHE,
+    "progress": True,
+    "on_layer": None,
+    "max_memory": None,
+    "shard_size": None,
+    "external_data": False,
+    "resume": None,
+}
+"""What stands for an argument that neither the call nor its recipe gives."""
+FOLDER_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "models": (), "overwrite": False}
+
+
+def explicit(**arguments: Any) -> dict[str, Any]:
+    """The arguments a caller gave: those that are not `OMITTED`."""
+    return {name: value for name, value in arguments.items() if value is not OMITTED}
+
+
+def over_recipe(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Fill in what a call omits from its recipe.
+
+    An argument that is None counts as given, but for the model.
+
+    Returns:
+        The arguments, without ``recipe``, and notes on what was left out of the recipe.
+
+    Raises:
+        RecipeError: The recipe cannot be used.
+        OptionError: An argument has a value that no recipe could have for it.
+    """
+    upper = dict(arguments)
+    recipe = read_recipe(upper.pop("recipe", None))
+    tables = _tables(upper.pop("layers", None))
+    raise_all(OptionError, _mistyped(upper))
+    if upper.get("model") is None:
+        upper.pop("model", None)
+    upper = {name: listed(name, value) for name, value in unworded(upper).items()}
+    lower = recipe.arguments()
+    merged = over(lower, upper)
+    merged["layers"] = (*merged.get("layers", ()), *tables)
+    if merged["layers"] and merged.get("pipeline_text") is not None:
+        texts = "; ".join(map(str, merged["layers"]))
+        raise OptionError(f"options of single layers ({texts}) need the run's options to start from, and it has a pipeline")
+    return merged, [*recipe.notes, *left_out(lower, upper, "the recipe")]
+
+
+def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Fill in what arguments without a recipe leave to their preset.
+
+    Returns:
+        The arguments, and notes on what was left out of the preset.
+
+    Raises:
+        OptionError: There is no such preset, or a pipeline is given, which leaves it nothing to set.
+    """
+    upper = dict(arguments)
+    if upper.get("preset") is None:
+        return upper, []
+    merged, tables, notes = below(upper, upper.pop("layers"))
+    return {**merged, "layers": tables}, notes
+
+
+def argument(name: str, arguments: Mapping[str, Any]) -> Any:
+    """One argument of a call, for who needs it beforehand: as given, as the recipe says, or the default.
+
+    Raises:
+        RecipeError: The recipe cannot be read, or with everything that is wrong in it.
+    """
+    if arguments.get(name) is not None:
+        return arguments[name]
+    return read_recipe(arguments.get("recipe")).arguments().get(name, DEFAULTS[name])
+
+
+def read_recipe(value: Any) -> Recipe:
+    """The recipe in any form a caller may give it; an empty one for None.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    if value is None or isinstance(value, Recipe):
+        return value or Recipe()
+    if isinstance(value, Mapping):
+        return Recipe.from_dict(value)
+    if not isinstance(value, str | os.PathLike):
+        raise RecipeError(f"recipe = {value!r}: give a file, its values as a dict, or a Recipe; found a {type(value).__name__}")
+    return Recipe.load(value)
+
+
+def _tables(value: Any) -> list[LayerOptions]:
+    if value is not None and not isinstance(value, list | tuple):
+        raise OptionError(f"layers = {value!r}: expected a list of tables with match and options, found a {type(value).__name__}")
+    return [table if isinstance(table, LayerOptions) else LayerOptions.of(table) for table in value or ()]
+
+
+def _mistyped(arguments: Mapping[str, Any]) -> list[str]:
+    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
+
+    Which choices there are is said by what knows them, together with options that there are none of.
+    """
+    names = [name for name in arguments if name in ARGUMENTS and name not in ("model", "calibration", "validation", "pipeline")]
+    problems = [mistyped(name, arguments[name]) for name in names]
+    return [text for text in problems if text is not None]

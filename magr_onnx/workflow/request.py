@@ -1,0 +1,172 @@
+"""What a run is asked to do: a call resolved over its recipe, its preset and the defaults, once, before anything is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from magr_onnx.config import layer_options, schema
+from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, over_preset, over_recipe
+from magr_onnx.config.invocation import Invocation, plain, without_defaults
+from magr_onnx.config.options import Options, pipeline_of
+from magr_onnx.config.presets import find_preset
+from magr_onnx.config.selection import Patterns
+from magr_onnx.errors import OptionError, RecipeError
+from magr_onnx.passes import Plan
+from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.ort.session import provider_name
+from magr_onnx.workflow import mixed_precision
+from magr_onnx.workflow.mixed_precision import Goal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OptimizeRequest:
+    """One run, with every question of what overrides what answered; see `magr_onnx.config.arguments` for what callers may give.
+
+    Attributes:
+        invocation: How it was asked for, for the report.
+        model: The model, in any form `magr_onnx.model_io.files.load` takes.
+        calibration: Data to calibrate on; None for data-free.
+        validation: Held-out data to compare the models on; None for no comparison.
+        output: The file to write; None keeps the result in memory.
+        plan: What is done to the model.
+        options: What the plan was made of; None where a pipeline was given.
+        budget: The size or the loss that mixed precision is to reach; None for one width of codes.
+        layer_plans: What is done to layers with options of their own instead.
+        patterns: Which layers to convert, and options of single layers.
+        requantize: Whether weights that are quantized already stand for floats.
+        provider: Where to run.
+        mask: Input that marks rows to count; ``"auto"`` for the usual one.
+        batch_size: Samples per batch.
+        decode_steps: Tokens that decoders are fed one by one.
+        custom_ops: Libraries of custom operators.
+        gram_budget: Bytes of Gram matrices held at a time.
+        cache: Bytes of values between stages held in memory.
+        max_memory: Bytes the run may use; None for the default.
+        shard_size: Most bytes of a data file; None for no bound.
+        external_data: Whether tensors are written beside the output in any case.
+        resume: The job directory, if there is one.
+        progress: Who is told of progress; True for bars.
+        on_layer: Who is told of finished layers.
+        notes: Sentences for the report: what preset, recipe and arguments came to.
+        result_options: All that was said of the result, by name, as the job directory compares it.
+    """
+
+    invocation: Invocation
+    model: Any
+    calibration: Source | None
+    validation: Source | None
+    output: Path | None
+    plan: Plan
+    options: Options | None
+    budget: Goal | None
+    layer_plans: Sequence[Plan]
+    patterns: Patterns
+    requantize: bool
+    provider: str
+    mask: str | None
+    batch_size: int
+    decode_steps: int
+    custom_ops: Sequence[str | os.PathLike[str]]
+    gram_budget: int
+    cache: int
+    max_memory: int | None
+    shard_size: int | None
+    external_data: bool
+    resume: Path | None
+    progress: Progress | bool | None
+    on_layer: OnLayer | None
+    notes: Sequence[str]
+    result_options: Mapping[str, Any]
+
+
+def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeRequest:
+    """Turn the explicit arguments of a call, by name, into a request.
+
+    Raises:
+        RecipeError: The recipe cannot be used, or is for a folder of models.
+        OptionError: With everything that is wrong with the options.
+    """
+    merged, notes = over_recipe(arguments)
+    if folder := [name for name in ("models", "overwrite") if name in merged]:
+        raise RecipeError(f"{' and '.join(folder)}: for a folder of models, and this is about one (magr_onnx.optimize_folder)")
+    merged, preset_notes = over_preset(merged)
+    values = {name: merged.get(name, default) for name, default in DEFAULTS.items()}
+    if values["model"] is None:
+        raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
+    options: Any = {name: value for name, value in merged.items() if name not in DEFAULTS}
+    plan, made_of, budget = _plan(values, options)
+    provider = values["provider"]
+    plan.check(provider)
+    plan = plan.suited(provider)
+    provider_name(provider)
+    patterns = Patterns(values["include"], values["exclude"], values["layers"])
+    layer_plans = layer_options.pipelines(patterns.tables, made_of or {}, plan, provider)
+    if values["calibration"] is None:
+        _check_data_free(plan, budget)
+    sizes = {name: _size(name, values[name]) for name in ("max_memory", "shard_size")}
+    if values["output"] is None and (sizes["shard_size"] is not None or values["external_data"]):
+        raise OptionError("shard_size and external_data are about files; give an output")
+    if values["preset"] is not None:
+        notes.insert(0, f"preset {values['preset']} sets {find_preset(values['preset'])}, where nothing else was given")
+    if invocation.options is None:
+        invocation = replace(invocation, options=plain(without_defaults(merged, DEFAULTS)))
+    return OptimizeRequest(
+        invocation=invocation,
+        model=values["model"],
+        calibration=values["calibration"],
+        validation=values["validation_data"],
+        output=None if values["output"] is None else Path(values["output"]),
+        plan=plan,
+        options=made_of,
+        budget=budget,
+        layer_plans=layer_plans,
+        patterns=patterns,
+        gram_budget=schema.size("gram_budget", values["gram_budget"]),
+        cache=schema.size("cache", values["cache"]),
+        max_memory=sizes["max_memory"],
+        shard_size=sizes["shard_size"],
+        resume=None if values["resume"] is None else Path(values["resume"]),
+        notes=(*notes, *preset_notes),
+        result_options={**options, **_result_options(values)},
+        **{name: values[name] for name in _AS_GIVEN},
+    )
+
+
+_AS_GIVEN = ("requantize", "provider", "mask", "batch_size", "decode_steps", "custom_ops", "external_data", "progress", "on_layer")
+
+
+def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:
+    """The plan of a run, the options it is made of, and its budget."""
+    if values["pipeline_text"] is not None:
+        if options:
+            raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
+        return Plan.read(values["pipeline_text"]), None, None
+    budget = mixed_precision.goal_of(options)
+    if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
+        options = {**options, "effort": "fast"}
+    return pipeline_of(options, tuple(DEFAULTS)), options, budget
+
+
+def _check_data_free(plan: Plan, budget: Goal | None) -> None:
+    """Refuse what cannot be done without calibration data."""
+    if plan.input_grids == "static":
+        raise OptionError("static 8-bit activations need calibration data for their ranges; give some, or use format dynamic-int8")
+    if plan.error_feedback is not None:
+        raise OptionError("error feedback needs calibration data; give some, or take effort fast")
+    if budget is not None:
+        raise OptionError(f"{budget.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
+
+
+def _size(name: str, value: Any) -> int | None:
+    return None if value is None else schema.size(name, value)
+
+
+def _result_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments beside the options that a result depends on, in words."""
+    names = ("include", "exclude", "requantize", "mask", "batch_size", "decode_steps", "provider")
+    texts = {"custom_ops": list(map(str, values["custom_ops"])), "layers": "; ".join(map(str, values["layers"])) or "none"}
+    return {**{name: values[name] for name in names}, **texts}
