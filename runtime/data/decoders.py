@@ -29,7 +29,7 @@ import onnx_ir as ir
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
 from magr_onnx.model_io.writing import explained
 from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
-from magr_onnx.runtime.data import text
+from magr_onnx.runtime.data import fixed_batch, text
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, checked, in_memory, load_npz, open_data, open_source
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
@@ -258,14 +258,24 @@ def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: in
     return text.encode(path, folder, wanted, batch_size)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Tokens ``(B, T)`` of one batch, and which samples of one length they are."""
+
+    ids: Array
+    group: fixed_batch.Group
+
+
 def _fed(
     decoder: Decoder, given: Batches, batch_size: int, steps: int, provider: str, runs: ir.Model | str | os.PathLike[str] | None
 ) -> Batches:
     """Feeds made of tokens, with notes on what they are."""
     notes: list[str] = []
-    parts = _parts(_samples(given, notes), batch_size, decoder.samples, given.describe, notes)
-    feeds = in_memory([decoder.start(ids) for ids in parts], given.describe)
-    samples, tokens = sum(map(len, parts)), sum(ids.size for ids in parts)
+    parts = _parts(_samples(given, notes), batch_size, decoder.samples)
+    groups = [part.group for part in parts]
+    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], given.describe), weights=fixed_batch.weights_of(groups))
+    samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
+    notes += fixed_batch.notes_of(groups)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
     if steps and (why := _no_steps(decoder, parts, runs)):
         notes.append(f"no decode steps were fed: {why}")
@@ -279,7 +289,7 @@ def _fed(
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
-def _no_steps(decoder: Decoder, parts: Sequence[Array], runs: object) -> str | None:
+def _no_steps(decoder: Decoder, parts: Sequence[_Part], runs: object) -> str | None:
     """Why tokens cannot, or should not, be fed one by one."""
     if runs is None:
         return "the model is too large for max_memory to be run as a whole"
@@ -287,7 +297,7 @@ def _no_steps(decoder: Decoder, parts: Sequence[Array], runs: object) -> str | N
         return f"the model takes {decoder.tokens.shape[1]} tokens at a time"
     if len(parts) < HELD_OUT:
         return f"{len(parts)} batches of tokens: with fewer than {HELD_OUT} nothing but decode steps would be held out for choosing"
-    return None if any(ids.shape[1] > 1 for ids in parts) else "the samples have one token each"
+    return None if any(part.ids.shape[1] > 1 for part in parts) else "the samples have one token each"
 
 
 def _samples(given: Batches, notes: list[str]) -> list[Array]:
@@ -306,7 +316,8 @@ def _samples(given: Batches, notes: list[str]) -> list[Array]:
         if mask.shape != ids.shape:
             problems.append(f"{where}: {DEFAULT_MASK} has shape {mask.shape}; expected that of {TOKENS}, {ids.shape}")
             continue
-        for row, keep in zip(ids, mask, strict=True):
+        count = round(len(ids) * given.weight(index))  # the others are the same again
+        for row, keep in zip(ids[:count], mask[:count], strict=True):
             at = np.flatnonzero(keep)
             if not len(at) or at[-1] - at[0] + 1 != len(at):
                 problems.append(
@@ -320,21 +331,17 @@ def _samples(given: Batches, notes: list[str]) -> list[Array]:
     return found
 
 
-def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None, where: str, notes: list[str]) -> list[Array]:
-    """Samples of one length together ``(B, T)``: ``fixed`` of them, or batches so small that some can be held out."""
+def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list[_Part]:
+    """Samples of one length together: ``fixed`` of them, or batches so small that some can be held out."""
     by_length: dict[int, list[Array]] = {}
     for sample in samples:
         by_length.setdefault(len(sample), []).append(sample)
     size = fixed or min(batch_size, max(1, len(samples) // HELD_OUT))
-    parts = [np.stack(some[i : i + size]) for some in by_length.values() for i in range(0, len(some), size)]
-    kept = [ids for ids in parts if fixed in (None, len(ids))]
-    if left := len(samples) - sum(map(len, kept)):
-        notes.append(f"{left} samples were left out: the model takes {fixed} at a time, of one length")
-    if not kept:
-        raise CalibrationError(
-            f"{where}: the model takes {fixed} samples at a time, and there are not as many of one length without padding"
-        )
-    return kept
+    parts = []
+    for same in by_length.values():
+        stacked = np.stack(same)
+        parts += [_Part(group.of(stacked), group) for group in fixed_batch.groups(len(same), size, fixed=fixed is not None)]
+    return parts
 
 
 class _Spool:
@@ -342,35 +349,38 @@ class _Spool:
 
     Attributes:
         samples: Whose tokens they are.
+        weights: Of the feeds; see `magr_onnx.runtime.data.sources.Batches`.
     """
 
-    def __init__(self, decoder: Decoder, parts: Sequence[Array], steps: int, session: Session) -> None:
-        self.samples = self._count = 0
+    def __init__(self, decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session) -> None:
+        self.samples = 0
+        self.weights: list[float] = []
         token = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
         left = MOST_BYTES
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="onnx-magr-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            for index, ids in enumerate(parts):
+            for index, part in enumerate(parts):
+                ids = part.ids
                 count = min(steps, ids.shape[1] - 1)
                 each = max(1, token * ids.shape[1] * count)
                 some = len(ids) if decoder.samples else min(len(ids), max(1, left // (len(parts) - index) // each))
                 if not count or some * each > left:
                     continue
                 left -= some * each
-                self.samples += some
+                self.samples += part.group.count if decoder.samples else some
                 for feed in decoder.steps(session, ids[:some], count):
                     arrays: dict[str, Any] = dict(feed)
-                    np.savez(self._folder / f"{self._count}.npz", **arrays)
-                    self._count += 1
+                    np.savez(self._folder / f"{len(self)}.npz", **arrays)
+                    self.weights.append(part.group.weight)
         except OSError as error:
             raise OutputError(f"cannot write decode steps to {tempfile.gettempdir()}: {explained(error)}; or set TMPDIR") from error
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.weights)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (load_npz(self._folder / f"{i}.npz") for i in range(self._count))
+        return (load_npz(self._folder / f"{i}.npz") for i in range(len(self)))
 
 
 def _joined(prefill: Batches, decode: _Spool) -> Batches:
@@ -381,4 +391,5 @@ def _joined(prefill: Batches, decode: _Spool) -> Batches:
         prefill.describe,
         lambda: itertools.chain(prefill, decode),
         lambda i: prefill.label(i) if i < whole else f"{prefill.describe}, decode step {i - whole}",
+        weights=(*prefill.weights, *decode.weights) if prefill.weights else (),
     )

@@ -22,6 +22,7 @@ from onnx.external_data_helper import uses_external_data
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
+from magr_onnx.runtime.data import fixed_batch
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 
@@ -94,7 +95,7 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     Args:
         source: See the module's description.
         inputs: The model's inputs.
-        batch_size: Samples per batch when stacked inputs are cut up; ignored where the model fixes its batch dimension.
+        batch_size: Samples per batch when stacked inputs are cut up; ignored where the model fixes its batch dimension (`fixed_batch`).
 
     Raises:
         CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
@@ -115,11 +116,11 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source), inputs, batch_size)
     if isinstance(source, DataReader):
-        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
+        return _whole(iter(source.get_next, None), "the calibration data reader", inputs)
     if isinstance(source, Mapping):
         return _stacked("the given arrays", _as_arrays(source, "the given dict"), inputs, batch_size)
     if isinstance(source, Iterable):
-        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(source)], "the given batches")
+        return _whole(source, "the given batches", inputs)
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
 
 
@@ -127,17 +128,17 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """``batches``, if all of them fit; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
-    samples = 0
+    samples = 0.0
     found: dict[str, list[int]] = {}  # the batches that have a problem
     for i, batch in enumerate(batches):
-        samples += max((len(array) for array in batch.values() if array.ndim), default=1)
+        samples += batches.weight(i) * max((len(array) for array in batch.values() if array.ndim), default=1)
         for problem in check_batch(batch, inputs):
             found.setdefault(problem, []).append(i)
         if len(found) >= MOST_PROBLEMS:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in found.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(found) >= MOST_PROBLEMS)])
-    return replace(batches, samples=samples if batches.samples is None else batches.samples)
+    return replace(batches, samples=round(samples) if batches.samples is None else batches.samples)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
@@ -172,6 +173,12 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
         return {k: np.asarray(batch[k]) for k in batch}
     except ValueError as error:
         raise CalibrationError(f"{where} holds what is no array: {error}") from error
+
+
+def _whole(batches: Iterable[Batch], describe: str, inputs: Sequence[InputInfo]) -> Batches:
+    """Batches that the caller made, brought to the number of samples that the model takes at a time."""
+    filled, groups = fixed_batch.refill([_as_arrays(b, f"batch {i}") for i, b in enumerate(batches)], inputs)
+    return replace(in_memory(filled, describe), notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
 
 
 def in_memory(batches: list[Any], describe: str) -> Batches:
@@ -238,25 +245,29 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
 
 
 def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
-    """Cut stacked inputs into batches along the first axis; inputs of rank 0 are the same for all."""
+    """Cut stacked inputs into batches along the first axis, as many samples as the model takes at a time; inputs of rank 0 are the same
+    for all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
         return in_memory([arrays] if arrays else [], describe)
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{n} {c}" for n, c in counts.items())
         raise CalibrationError(f"{describe}: inputs have different numbers of samples along the first axis: {found}")
-    samples = next(iter(counts.values()))
-    fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0] is not None}
-    if len(fixed) == 1:
-        batch_size = int(next(iter(fixed)) or 1)
-        samples -= samples % batch_size
-    starts = range(0, samples, batch_size)
+    samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
+    groups = fixed_batch.groups(samples, size or batch_size, fixed=size is not None)
 
     def read() -> Iterator[Batch]:
-        for s in starts:
-            yield {n: a[s : min(s + batch_size, samples)] if a.ndim else a for n, a in arrays.items()}
+        for group in groups:
+            yield {name: group.of(array) for name, array in arrays.items()}
 
-    return Batches(len(starts), describe, read, lambda i: f"{describe}, samples from {starts[i]}")
+    return Batches(
+        len(groups),
+        describe,
+        read,
+        lambda i: f"{describe}, samples from {groups[i].start}",
+        fixed_batch.notes_of(groups),
+        weights=fixed_batch.weights_of(groups),
+    )
 
 
 def _is_test_data(path: Path) -> bool:

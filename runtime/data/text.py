@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
+from magr_onnx.runtime.data import fixed_batch
 from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
@@ -32,7 +34,7 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
         texts: The text file, UTF-8.
         folder: Where ``tokenizer.json`` lies (of the package tokenizers), and ``tokenizer_config.json`` if there is one.
         inputs: The model's inputs; ids (batch, length) and what follows from them.
-        batch_size: Samples a batch, unless the model fixes it; then samples that fill no batch are left out.
+        batch_size: Samples a batch, unless the model fixes it.
 
     Raises:
         CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
@@ -47,14 +49,15 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
     length, fixed = _fixed(wanted["input_ids"])
-    whole = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
+    samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
     batch = fixed or (batch_size if "attention_mask" in wanted or length is not None else 1)
-    samples = whole[: len(whole) - len(whole) % fixed] if fixed else whole
     if not samples:
-        raise CalibrationError(f"{texts}: {f'too few lines of text; the model takes {fixed} at a time' if whole else 'no text in it'}")
+        raise CalibrationError(f"{texts}: no text in it")
     padding = _pad_id(folder)
-    chunks = [samples[at : at + batch] for at in range(0, len(samples), batch)]
-    return in_memory([_batch(chunk, length or len(chunk[-1]), padding, wanted) for chunk in chunks], str(texts))
+    groups = fixed_batch.groups(len(samples), batch, fixed=fixed is not None)
+    chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
+    made = in_memory([_batch(chunk, length or len(chunk[-1]), padding, wanted) for chunk in chunks], str(texts))
+    return replace(made, notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
 
 
 def _fixed(ids: InputInfo) -> tuple[int | None, int | None]:

@@ -48,6 +48,7 @@ class Reference:
             ModelError: The model has no output of floats.
         """
         self._batches = list(data)
+        self._weights = [data.weight(index) for index in range(len(data))]
         results = [session.run(batch) for batch in self._batches]
         cache = set(pairs((i.name for i in session.inputs), session.outputs).values())
         floats = [
@@ -73,12 +74,12 @@ class Reference:
 
     def loss(self, run: Run) -> float:
         """The mean loss of what ``run`` computes on the batches, over all rows of all outputs compared."""
-        total, count = 0.0, 0
-        for batch, expected in zip(self._batches, self._expected, strict=True):
+        total, count = 0.0, 0.0
+        for batch, expected, weight in zip(self._batches, self._expected, self._weights, strict=True):
             y = run(batch)
             for e in expected:
-                total += float(self._distances(e.values, self._normal(_rows(np.atleast_1d(y[e.output]), e.rows))).sum())
-                count += len(e.rows)
+                total += weight * float(self._distances(e.values, self._normal(_rows(np.atleast_1d(y[e.output]), e.rows))).sum())
+                count += weight * len(e.rows)
         return total / max(count, 1)
 
     def _distances(self, expected: Array, found: Array) -> Array:

@@ -37,19 +37,20 @@ class _Sums:
     signal: float = 0.0
     noise: float = 0.0
     cosine: float = 0.0
-    rows: int = 0
+    rows: float = 0.0
     max_error: float = 0.0
     rank: int = 0
     logits: bool = False
-    agree: int = 0
+    agree: float = 0.0
     kl: float = 0.0
     float_loss: float = 0.0
     loss: float = 0.0
-    tokens: int = 0
-    nonfinite: tuple[int, int] = (0, 0)
+    tokens: float = 0.0
+    nonfinite: tuple[float, float] = (0.0, 0.0)
 
     @np.errstate(all="ignore")  # what is not finite is counted, and so are the metrics then
-    def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool) -> None:
+    def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool, weight: float = 1.0) -> None:
+        """Add one batch, whose sums count ``weight`` times."""
         a: Array
         b: Array
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
@@ -59,29 +60,33 @@ class _Sums:
         if keep is not None:
             a, b = a[keep], b[keep]
         if logits:
-            self._add_logits(y, y_hat, a, b, batch, keep)
+            self._add_logits(y, y_hat, a, b, batch, keep, weight)
         a, b = without_same(a, b)
-        self.nonfinite = (self.nonfinite[0] + int((~np.isfinite(a)).sum()), self.nonfinite[1] + int((~np.isfinite(b)).sum()))
-        self.signal += float((a * a).sum())
-        self.noise += float(((a - b) ** 2).sum())
+        bad = (weight * int((~np.isfinite(v)).sum()) for v in (a, b))
+        self.nonfinite = (self.nonfinite[0] + next(bad), self.nonfinite[1] + next(bad))
+        self.signal += weight * float((a * a).sum())
+        self.noise += weight * float(((a - b) ** 2).sum())
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         same = (a == b).all(axis=1)
-        self.cosine += float(np.where(same, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
-        self.rows += len(a)
+        self.cosine += weight * float(np.where(same, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
+        self.rows += weight * len(a)
         self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
 
-    def _add_logits(self, y: Array, y_hat: Array, a: Array, b: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None) -> None:
+    def _add_logits(
+        self, y: Array, y_hat: Array, a: Array, b: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None, weight: float
+    ) -> None:
         self.logits = True
-        self.agree += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+        self.agree += weight * int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
         la, lb = log_softmax(a), log_softmax(b)
         p = np.exp(la)
-        self.kl += float(np.where(p == 0, 0, p * (la - lb)).sum())
+        self.kl += weight * float(np.where(p == 0, 0, p * (la - lb)).sum())
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
             counted = None if keep is None else keep.reshape(ids.shape)
             before, tokens = next_token_loss(y, ids, counted)
-            self.float_loss, self.loss = self.float_loss + before, self.loss + next_token_loss(y_hat, ids, counted)[0]
-            self.tokens += tokens
+            self.float_loss += weight * before
+            self.loss += weight * next_token_loss(y_hat, ids, counted)[0]
+            self.tokens += weight * tokens
 
     @np.errstate(divide="ignore")
     def metrics(self, name: str) -> OutputMetrics:
@@ -93,7 +98,7 @@ class _Sums:
             self.agree / self.rows if self.logits else None,
             self.kl / self.rows if self.logits else None,
             (self.float_loss / self.tokens, self.loss / self.tokens) if self.tokens else None,
-            self.nonfinite,
+            (round(self.nonfinite[0]), round(self.nonfinite[1])),
         )
 
 
@@ -184,7 +189,7 @@ def validate(
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
-                        sums[a][name].add(y, y_hat, batch, mask, logits=is_logits(name, np.ndim(y)))
+                        sums[a][name].add(y, y_hat, batch, mask, is_logits(name, np.ndim(y)), data.weight(index))
                     else:
                         others.add(name)
             if progress is not None:
@@ -228,12 +233,13 @@ def _layers(float_model: Model, quantized_model: Model, data: Batches, provider:
         return ()
     noise, signal = np.zeros(len(names)), np.zeros(len(names))
     with Session(_expose(a, names), provider) as left, Session(_expose(b, names), provider) as right:
-        for batch in data:
+        for index, batch in enumerate(data):
+            weight = data.weight(index)
             for i, pair in enumerate(zip(left.run(batch, names), right.run(batch, names), strict=True)):
                 y, y_hat = without_same(*(np.asarray(v, np.float64) for v in pair))
                 with np.errstate(invalid="ignore"):
-                    signal[i] += float(np.square(y).sum())
-                    noise[i] += float(np.square(y - y_hat).sum())
+                    signal[i] += weight * float(np.square(y).sum())
+                    noise[i] += weight * float(np.square(y - y_hat).sum())
     with np.errstate(invalid="ignore"):
         errors = np.sqrt(noise / np.maximum(signal, 1e-300))
     return tuple(LayerMetrics(n, float(e), scopes[n] or others[n]) for n, e in zip(names, errors, strict=True))

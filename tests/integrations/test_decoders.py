@@ -239,6 +239,29 @@ def test_a_past_may_fix_the_number_of_samples(size: int) -> None:
     assert any("decode: the last tokens" in note for note in batches.notes)
 
 
+def test_samples_that_fill_no_batch_count_once() -> None:
+    """A model that takes 4 samples at a time and 10 samples, in any form, are fed and counted as those of one that takes any number."""
+    ids = decoders.tokens(10)
+    layers = [layer for layer in find(decoders.optimum())[0] if layer.name.endswith("q_proj/MatMul")]
+    whole = decoders.optimum()
+    expected = collect(whole, layers, CalibrationContext(feeding.open_for(whole, {"input_ids": ids}, steps=0))).stats
+    fixed = decoders.optimum()
+    for value in fixed.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([4 if getattr(d, "value", d) == "batch_size" else d for d in value.shape])
+    for source in ({"input_ids": ids}, [{"input_ids": ids[:7]}, {"input_ids": ids[7:]}]):
+        data = feeding.open_for(fixed, source, steps=0)
+        assert data.samples == 10
+        assert {b["input_ids"].shape for b in data} == {(4, 12)}
+        assert any("2 of 10 fill no batch" in note for note in data.notes)
+        for name, stats in collect(fixed, layers, CalibrationContext(data)).stats.items():
+            assert stats.rows == expected[name].rows
+            np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-3, atol=1e-4)
+    with_steps = feeding.open_for(fixed, {"input_ids": decoders.tokens(18)}, steps=2, runs=fixed)
+    assert with_steps.weights == (1, 1, 1, 1, 0.5, *[1] * 8, 0.5, 0.5)
+    assert any("the last tokens of 18 samples" in note for note in with_steps.notes)
+
+
 @PLAIN
 def test_a_mask_longer_than_the_tokens_marks_its_last(make: Callable[[], ir.Model]) -> None:
     """Users' own feeds may be padded; in decode steps the mask covers the past too."""

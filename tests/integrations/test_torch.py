@@ -440,6 +440,10 @@ def test_stacked_samples() -> None:
         assert found.notes == ("the first 10 of 18 samples were used (samples=10)",)
     fixed = InputInfo("ids", np.dtype("int64"), (2, None))
     assert [b["ids"].shape for b in feeds(IDS.repeat(2, 1), [fixed])] == [(2, 2)] * 3
+    odd = feeds([IDS[:2], IDS[:1]], [fixed])  # the last batch of a loader
+    assert [b["ids"].shape for b in odd] == [(2, 2)] * 2
+    assert odd.weights == (1, 0.5)
+    assert odd.notes == ("the model takes 2 samples at a time, and 1 of 3 fill no batch: they were repeated, and count once",)
 
 
 def test_a_single_sample_is_refused_once() -> None:

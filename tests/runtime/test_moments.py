@@ -163,7 +163,9 @@ def test_sources_give_the_same_statistics(tmp_path: Path) -> None:
 def test_stacked_inputs_follow_a_fixed_batch_dimension(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((7, 3, K), np.float32))
     data = open_data(tmp_path / "x.npz", (InputInfo("x", np.dtype("float32"), (2, 3, K)),), batch_size=16)
-    assert [b["x"].shape for b in data] == [(2, 3, K)] * 3
+    assert [b["x"].shape for b in data] == [(2, 3, K)] * 4
+    assert data.weights == (1, 1, 1, 0.5)
+    assert data.samples == 7
 
 
 def test_every_misfit_is_listed_with_both_sides() -> None:

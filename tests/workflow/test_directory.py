@@ -313,8 +313,13 @@ def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
 
 def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     fixed = [InputInfo(name, np.dtype(np.int32), (5, 6)) for name in ("input_ids", "attention_mask")]
-    batches = list(text.encode(tmp_path / "texts.txt", exported, fixed, 16))
-    assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 4
+    encoded = text.encode(tmp_path / "texts.txt", exported, fixed, 16)
+    batches = list(encoded)
+    assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 8
+    assert encoded.weights == (1,) * 4 + (0.2,) * 4  # 24 lines: the last four alone, five times each
+    for batch in batches[4:]:
+        assert (batch["input_ids"] == batch["input_ids"][0]).all()
+    assert "4 of 24 fill no batch" in encoded.notes[0]
     assert batches[0]["input_ids"].dtype == np.int32
     alone = list(text.encode(tmp_path / "texts.txt", exported, [IDS], 16))
     assert {b["input_ids"].shape[0] for b in alone} == {1}
@@ -350,8 +355,8 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
     with pytest.raises(CalibrationError, match=r"empty.txt: no text in it"):
         text.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
     (tmp_path / "few.txt").write_text("one\ntwo\n")
-    with pytest.raises(CalibrationError, match="too few lines of text; the model takes 5 at a time"):
-        text.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
+    few = text.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
+    assert [b["input_ids"].shape[0] for b in few] == [5, 5]
     with pytest.raises(CalibrationError, match="UTF-8"):
         text.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")

@@ -12,6 +12,7 @@ import torch
 
 from magr_onnx.config import schema
 from magr_onnx.errors import CalibrationError
+from magr_onnx.runtime.data.fixed_batch import Group, fixed_size, groups, notes_of, weights_of
 from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
@@ -54,7 +55,7 @@ def feeds(
         OptionError: Numbers of samples that are none.
     """
     schema.check(samples=samples, batch_size=batch_size)
-    found: list[Batch] = []
+    parts: list[tuple[Batch, Group]] = []
     notes: dict[str, None] = {}
     seen, name = 0, f"the given {type(batches).__name__}"
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
@@ -67,12 +68,14 @@ def feeds(
             notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
         _check_batch_axis(arrays, inputs, f"batch {index}")
         seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
-        found += _cut(arrays, inputs, batch_size)
+        parts += _cut(arrays, inputs, batch_size)
         if samples is not None and seen >= samples:
             if _may_have(batches, index + 1):
                 notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
             break
-    return replace(in_memory(found, name), notes=tuple(notes))
+    cut = [group for _, group in parts]
+    made = in_memory([batch for batch, _ in parts], name)
+    return replace(made, notes=(*notes, *notes_of(cut)), weights=weights_of(cut))
 
 
 def _may_have(batches: Any, count: int) -> bool:
@@ -174,14 +177,13 @@ def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
     return array.astype(info.dtype) if kinds == {"f"} or kinds <= {"i", "u"} else array
 
 
-def _cut(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[Batch]:
+def _cut(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[tuple[Batch, Group]]:
     """Parts of a batch along the first axis, where all arrays have it in common: as many samples as the model fixes, or ``size``."""
     counts = {len(a) if a.ndim else 0 for a in arrays.values()}
-    fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0]}
-    if len(fixed) == 1:
-        size = next(iter(fixed)) or size
-    if len(counts) != 1 or len(fixed) > 1 or max(counts) <= size or (fixed and max(counts) % size):
-        yield dict(arrays)
+    fixed = fixed_size(inputs)
+    several = fixed is None and any(i.shape and i.shape[0] for i in inputs)
+    if len(counts) != 1 or several or max(counts) == (fixed or 0) or (fixed is None and max(counts) <= size):
+        yield dict(arrays), Group(0, max(counts, default=1))
         return
-    for at in range(0, max(counts), size):
-        yield {n: a[at : at + size] for n, a in arrays.items()}
+    for group in groups(max(counts), fixed or size, fixed=fixed is not None):
+        yield {n: group.of(a) for n, a in arrays.items()}, group
