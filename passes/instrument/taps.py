@@ -266,13 +266,22 @@ class Extension:
         one = self.constant(f"{name}_one", np.ones((1, 1), np.float32))
         first = self.add("Gather", [self.add("Shape", [rows], f"{name}_size"), self.constant(f"{name}_axis", np.array([0]))], f"{name}_n")
         count = self.add("Cast", [first], f"{name}_rows", to=ir.DataType.FLOAT)
-        branches = [_branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
+        branches = [self._branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
         bodies = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = ir.node("If", [self.fits(tap)], bodies, num_outputs=2, name=name)
         for output, part in zip(choice.outputs, ("weights", "count"), strict=True):
             output.name = f"{name}_{part}"
-        self.model.graph.append(choice)
-        return choice.outputs[0], choice.outputs[1]
+        weights, total = self.append(self.model.graph, choice)
+        return weights, total
+
+    def _branch(self, name: str, values: Sequence[ir.Value]) -> ir.Graph:
+        """The body of an If that puts out values from outside, as floats of any shape."""
+        body = ir.Graph([], [], nodes=[], name=name)
+        for i, value in enumerate(values):
+            (output,) = self.append(body, ir.node("Identity", [value], name=f"{name}_{i}"))
+            output.dtype = ir.DataType.FLOAT
+            body.outputs.append(output)
+        return body
 
     def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
         """The value on a grid, as float32."""
@@ -315,14 +324,6 @@ class Extension:
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(self._outputs)
         return self.model
-
-
-def _branch(name: str, values: Sequence[ir.Value]) -> ir.Graph:
-    """The body of an If that puts out values from outside, as floats of any shape."""
-    nodes = [ir.node("Identity", [value], name=f"{name}_{i}") for i, value in enumerate(values)]
-    for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", ir.DataType.FLOAT
-    return ir.Graph([], [node.outputs[0] for node in nodes], nodes=nodes, name=name)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:
