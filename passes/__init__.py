@@ -1,11 +1,10 @@
 """Graph passes over onnx-ir: each usable alone, in `ir.passes.Sequential`, and in a textual pipeline."""
 
-from magr_onnx.passes.base import Emitter, LayerPass, ModelPass, Stage
+from magr_onnx.passes.base import Emitted, Emitter, LayerPass, ModelPass, Stage
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit.qdq import EmitQDQ
-from magr_onnx.passes.job import Job, attach
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -15,8 +14,9 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.passes.layerwise import run_layers
+from magr_onnx.passes.layerwise import SolvedLayer, run_layers
 from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.rewrites.equalize import Equalize
@@ -32,10 +32,10 @@ __all__ = [
     "EmitMatMulNBits",
     "EmitQDQ",
     "EmitQDQInt8",
+    "Emitted",
     "Emitter",
     "Equalize",
     "ErrorFeedback",
-    "Job",
     "LayerPass",
     "LinearLayer",
     "LowRank",
@@ -48,6 +48,7 @@ __all__ = [
     "Reason",
     "Rewrite",
     "Skip",
+    "SolvedLayer",
     "SplitOutliers",
     "Stage",
     "TwinRanges",

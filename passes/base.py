@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.job import Job, jobs
+from magr_onnx.passes.layer_state import LayerState, states, write_floats
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 InputGrids = Literal["static", "dynamic"]
 """How layer inputs become 8-bit integers: on a grid found by calibration, or on one found at run time."""
@@ -45,14 +48,19 @@ class Stage(abc.ABC):
 
 @dataclass(frozen=True)
 class LayerStage(Stage):
-    """A stage that treats every linear layer by itself."""
+    """A stage that solves a part of every linear layer's problem, each layer by itself."""
 
     solves: ClassVar[bool] = False
     """Whether the stage chooses a weight: for all layers that share one together (`magr_onnx.passes.layer_passes.shared_weights`)."""
 
     @abc.abstractmethod
-    def apply(self, job: Job) -> bool:
-        """Treat one layer; True if the job or the graph changed."""
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        """Carry a solution on by this stage."""
+
+    def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        """Give a solution arrays of the shapes that `solve` would, without the work: what the size of a file depends on."""
+        del problem
+        return solution
 
 
 @dataclass(frozen=True)
@@ -60,16 +68,11 @@ class LayerPass(LayerStage, ir.passes.InPlacePass):
     """A stage that is a pass by itself, too: alone or in `ir.passes.Sequential`, it treats all layers of a model."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        Names.rescan(model.graph)
-        layers = list(jobs(model))
-        spec = next((j.quantized.spec for j in layers if j.quantized is not None), None)
-        raise_all(OptionError, self.problems(spec))
-        modified = self.prepare(model, spec)
-        if any(job.layer.root is not model.graph for job in layers):
-            raise ModelError(f"{self.name}: raising the opset rebuilt the graph; convert the model before the first pass")
-        for job in layers:
-            modified |= self.apply(job)
-            job.write_back()
+        modified, layers = layers_of(self, model)
+        for state in layers:
+            solution = self.solve(state.problem, state.solution)
+            modified |= solution.changed
+            replace(state, solution=write_floats(state.layer, solution, WeightConstants())).keep()
         return ir.passes.PassResult(model, modified)
 
 
@@ -78,13 +81,54 @@ class ModelPass(Stage, ir.passes.InPlacePass):
     """A stage that treats a model as a whole, and is a pass by itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What was written for one layer.
+
+    Attributes:
+        node: Name of the node that multiplies by the quantized weight.
+        stored_bits: Bits of a code in the file.
+        bytes: Size of the constants made of the weight.
+        stored_block: Rows of the blocks that the file has scales for, where the solution has fewer scales; else None.
+        repeated_bytes: Size of the scales and zero points that are in the file again because of that.
+        notes: Sentences for the report.
+    """
+
+    node: str
+    stored_bits: int
+    bytes: int
+    stored_block: int | None = None
+    repeated_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
-class Emitter(LayerPass):
+class Emitter(Stage, ir.passes.InPlacePass):
     """The pass that writes quantized layers in an output format."""
 
     slot: ClassVar[str] = "emitter"
     input_grids: ClassVar[InputGrids | None] = None
     """The grids of layer inputs that the format needs; None for float inputs."""
+
+    @abc.abstractmethod
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        """Replace a layer by nodes that compute with the solution's codes, its low-rank branch and its bias.
+
+        Args:
+            layer: The layer as the graph has it.
+            problem: What is known of it: the grids of its input and its product.
+            solution: What was made of it.
+            constants: What was made of its weight before, for other layers that read it.
+
+        Returns:
+            What was written; None, and an unchanged graph, where the solution has no codes or the problem no grid that the format needs.
+        """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified, layers = layers_of(self, model)
+        for state in layers:
+            modified |= self.emit(state.layer, state.problem, state.solution, WeightConstants()) is not None
+        return ir.passes.PassResult(model, modified)
 
     @property
     def quantizes_outputs(self) -> bool:
@@ -99,6 +143,23 @@ class Emitter(LayerPass):
         """This emitter for kernels that take blocks of at most so many rows."""
         del largest_block
         return self
+
+
+def layers_of(stage: Stage, model: ir.Model) -> tuple[bool, list[LayerState]]:
+    """Prepare a model for a stage that works by itself; whether it changed, and its layers.
+
+    Raises:
+        OptionError: The stage has options that are wrong for these layers.
+        ModelError: The opset had to be raised, which made another graph without what is known of the layers.
+    """
+    Names.rescan(model.graph)
+    layers = states(model)
+    spec = next((s.solution.quantized.spec for s in layers if s.solution.quantized is not None), None)
+    raise_all(OptionError, stage.problems(spec))
+    modified = stage.prepare(model, spec)
+    if any(state.layer.root is not model.graph for state in layers):
+        raise ModelError(f"{stage.name}: raising the opset rebuilt the graph; convert the model before the first pass")
+    return modified, layers
 
 
 def _text(value: Any) -> str:

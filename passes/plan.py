@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import onnx_ir as ir
 
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, join_groups
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
+from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import pipeline_text
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
-from magr_onnx.passes.job import BiasPolicy
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -135,6 +136,55 @@ class Plan:
         plan = self.resolved
         stages = (plan.error_feedback, plan.magr, plan.activations, plan.quantize, plan.low_rank, plan.bias)
         return tuple(stage for stage in stages if stage is not None)
+
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        """Solve a layer: its stages in order."""
+        solution = LayerSolution.unsolved(problem)
+        for stage in self.solving:
+            solution = stage.solve(problem, solution)
+        return solution
+
+    def for_convolutions(self, absorbs: bool) -> Plan:
+        """What the plan is for the groups of a convolution: MagR, the quantizer and the bias correction.
+
+        Args:
+            absorbs: Whether the biases of all convolutions with the weight can take up its mean error.
+        """
+        conv, quantize = self.convolutions, self.quantize
+        assert conv is not None
+        assert quantize is not None
+        auto = quantize.method == "auto"
+        method = "comq" if quantize.method.startswith("a2q") else quantize.method
+        alpha = usual_alpha(conv.bits, None) if conv.alpha is None else conv.alpha
+        magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not auto else None
+        quantize = replace(
+            quantize,
+            method=method,
+            bits=conv.bits,
+            block_size=None,
+            symmetric=conv.symmetric,
+            bias=None,
+            target=None,
+            accumulator_bits=None,
+            accumulator_tile=None,
+            alpha=conv.alpha if auto else None,
+            activation=None,
+        )
+        return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
+
+    def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
+        """Solve the groups of a convolution: together where they are many and small, else one by one."""
+        plan = self.resolved
+        if plan.quantize is not None and plan.quantize.takes_groups(len(problems), len(problems[0].weight)):
+            return plan.quantize.solve_groups(problems)
+        return join_groups(problems, [plan.solve(problem) for problem in problems], problems[0].centred(plan.bias_policy))
+
+    def placeholder(self, problem: LayerProblem) -> LayerSolution:
+        """Make up a solution with arrays of the right shapes, without the work."""
+        solution = LayerSolution.unsolved(problem)
+        for stage in self.solving:
+            solution = stage.placeholder(problem, solution)
+        return solution
 
     @property
     def resolved(self) -> Plan:

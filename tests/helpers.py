@@ -10,7 +10,9 @@ import numpy.typing as npt
 from hypothesis import settings
 
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
+from magr_onnx.model_io.writing import Layout
 from magr_onnx.models import bundled
+from magr_onnx.workflow.context import Memory, RunContext
 
 Array = npt.NDArray[Any]
 
@@ -44,6 +46,12 @@ def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
     """Data of the bundled model: as little as a test of anything but accuracy needs."""
     ids = np.load(source)["input_ids"]
     return [{"input_ids": ids[at : at + 16]} for at in (0, 16)]
+
+
+def run_context() -> RunContext:
+    """A run on the CPU with memory for everything, of all layers, that nobody watches."""
+    memory = Memory(False, 1 << 30, 1 << 30, Layout())
+    return RunContext("cpu", (), (), None, memory, None, lambda stage, done, total: None, None)
 
 
 def next_token_nats(logits: Array, ids: Array, real: Array | None = None) -> list[float]:

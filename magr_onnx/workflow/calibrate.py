@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem
 from magr_onnx.errors import RuntimeFailure
-from magr_onnx.passes import Job, LinearLayer, Plan
+from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
@@ -136,23 +137,27 @@ def output_hessian(
         yield found
 
 
-def beginning(
+def completing(
     result: moments.Calibration,
     source: subgraphs.Tapped,
     grids: activation_ranges.Grids,
     hessian: fisher.Fisher | None,
     data: Batches | None,
-) -> Callable[[Job], None]:
-    """What a job should know before its passes run, and say where there is no data of its layer."""
+) -> Callable[[LinearLayer, LayerProblem], LayerProblem]:
+    """A function that adds to a layer's problem what calibration found beside the moments of its input."""
 
-    def begin(job: Job) -> None:
-        if data is not None and job.stats.is_data_free:
-            job.notes.append(f"data-free: {source.why(job.layer) or subgraphs.NEVER}")
-        job.output_grid = grids.products.get(str(job.layer.node.outputs[0].name))
-        job.goal = result.goals.get(job.layer.name)
-        job.outputs = None if hessian is None else hessian.get(str(job.layer.output.name))
+    def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
+        data_free = data is not None and problem.stats.is_data_free
+        return replace(
+            problem,
+            activation=grids.inputs.get(moments.input_name(layer)),
+            output_grid=grids.products.get(str(layer.node.outputs[0].name)),
+            target_moments=result.goals.get(layer.name),
+            output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
+            notes=(f"data-free: {source.why(layer) or subgraphs.NEVER}",) if data_free else (),
+        )
 
-    return begin
+    return complete
 
 
 def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:

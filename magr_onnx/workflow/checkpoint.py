@@ -2,7 +2,7 @@
 
     DIR/lock             held (flock) while a run works in it
     DIR/manifest.json    what the layers depend on: hashes of the model and the data, pipeline, options, versions, threads
-    DIR/layers/KEY.npz   the outcome of a layer (`magr_onnx.passes.layer_passes.checkpoint`); KEY is a hash of its name, shape and passes
+    DIR/layers/KEY.npz   the solution of a layer (`magr_onnx.core.solution_arrays`); KEY is a hash of its name, shape and passes
 
 Every file is written under another name, synced and renamed, so there are whole files only. A file that is damaged all the same counts as
 not there. Arrays are read without pickle and everything else is JSON: a directory of somebody else can give wrong codes, as a model of
@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.solution_arrays import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.writing import explained, file_digest
-from magr_onnx.passes import Job, LinearLayer, Plan
-from magr_onnx.passes.layer_passes.checkpoint import Arrays, from_arrays, most_bytes, to_arrays
+from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.report.data import versions
 from magr_onnx.runtime.data.sources import Batches
 
@@ -128,7 +129,7 @@ def _check(path: Path, manifest: Mapping[str, str]) -> None:
 
 
 class JobDirectory:
-    """Outcomes of layers on disk: a store for `magr_onnx.passes.layerwise.run_layers`."""
+    """Solutions of layers on disk: a store for `magr_onnx.passes.layerwise.run_layers`."""
 
     def __init__(self, path: Path) -> None:
         self._layers = path / LAYERS
@@ -151,8 +152,7 @@ class JobDirectory:
         if not path.exists():
             return False
         try:
-            job = Job.start(layer, None)
-            from_arrays(job, self._read(path, job))
+            self._read(path, layer)
         except _DAMAGED as error:
             self.notes.append(f"{layer.name}: its result in {self._path} was damaged ({error}) and has been computed again")
             path.unlink(missing_ok=True)
@@ -160,24 +160,24 @@ class JobDirectory:
         self._whole.add(path)
         return True
 
-    def restore(self, job: Job) -> bool:
-        """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
-        if not self.has(job.layer):
-            return False
-        path = self._file(job.layer)
+    def restore(self, layer: LinearLayer) -> LayerSolution | None:
+        """See `magr_onnx.passes.layerwise.Store`."""
+        if not self.has(layer):
+            return None
+        path = self._file(layer)
         try:
-            from_arrays(job, self._read(path, job))
+            solution = self._read(path, layer)
         except _DAMAGED as error:  # it was whole when the statistics were gathered, without those of this layer
             raise OutputError(
                 f"job directory {self._path}: {path.name} was damaged while the run went on ({error}); start again"
             ) from error
         self.restored += 1
-        return True
+        return solution
 
-    def keep(self, job: Job) -> None:
-        """See `magr_onnx.passes.layer_passes.checkpoint.Store`."""
+    def keep(self, layer: LinearLayer, solution: LayerSolution) -> None:
+        """See `magr_onnx.passes.layerwise.Store`."""
         try:
-            _write(self._file(job.layer), to_arrays(job))
+            _write(self._file(layer), to_arrays(solution))
         except OSError as error:
             raise OutputError(
                 f"job directory {self._path}: {explained(error)}. The layers finished so far are kept; the same command goes on from there"
@@ -187,13 +187,13 @@ class JobDirectory:
         key = json.dumps([layer.name, layer.weight_name, layer.k, layer.n, self._plan])
         return self._layers / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
-    def _read(self, path: Path, job: Job) -> Arrays:
+    def _read(self, path: Path, layer: LinearLayer) -> LayerSolution:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > most_bytes(job):
-            raise ValueError(f"{size} bytes are no outcome of a {job.layer.k} x {job.layer.n} layer")
-        with np.load(path, allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in loaded.files}
+        if size > most_bytes(layer.k, layer.n):
+            raise ValueError(f"{size} bytes are no solution of a {layer.k} x {layer.n} layer")
+        with np.load(path, allow_pickle=False) as arrays:
+            return from_arrays({name: arrays[name] for name in arrays.files}, layer.k, layer.n)
 
 
 _PART = ".tmp"  # behind the name of a file that is being written

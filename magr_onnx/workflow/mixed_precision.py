@@ -31,6 +31,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
+from magr_onnx.runtime.calibration.activation_ranges import Grids
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
@@ -150,6 +151,7 @@ class Source:
         reference: The float model results are compared with, where ``model`` is quantized in part; None for ``model``.
         tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
         fixed: Plans of layers that have no choice, by name; they are not among ``layers``.
+        grids: The 8-bit grids of inputs and products; None where they stay float.
     """
 
     model: ir.Model
@@ -160,10 +162,11 @@ class Source:
     reference: ir.Model | None = None
     tapped: ir.Model | None = None
     fixed: Mapping[str, Plan] = field(default_factory=dict)
+    grids: Grids | None = None
 
     def size(self, plans: Mapping[str, Plan]) -> int:
         """Bytes of the result with the layers named in ``plans`` converted, beside those that have no choice."""
-        model = size_model.blank(self.model, {**self.fixed, **plans})
+        model = size_model.converted(self.model, {**self.fixed, **plans}, self.grids)
         if not self.file:
             return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
@@ -189,7 +192,7 @@ class Allocation:
         self.goal, self.source, self.plans = goal, source, choices
         self.items = _shared(source.layers)
         self.choices = [*choices, FLOAT]
-        columns = [size_model.changes(source.model, self.items, plan) for plan in choices.values()]
+        columns = [size_model.changes(source.model, self.items, plan, source.grids) for plan in choices.values()]
         self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
         self._base = source.size({})
         self.attempts: list[Attempt] = []

@@ -19,7 +19,7 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.workflow import convolutions, embeddings, mixed_precision
 from magr_onnx.workflow.context import RunContext
-from magr_onnx.workflow.convolutions import Converted
+from magr_onnx.workflow.converted import Converted
 
 
 def complete(plan: Plan, model: ir.Model, given: options.Options | None) -> Plan:
@@ -59,17 +59,7 @@ def convert(
     tables = embeddings.convert(work, plan, include, exclude)
     if tables.rows:
         context.lap("embeddings")
-    layers = convolutions.convert(
-        model,
-        work,
-        plan,
-        seen,
-        include=include,
-        exclude=exclude,
-        provider=context.provider,
-        gram_budget=context.memory.gram_budget,
-        progress=context.stage("convolutions"),
-    )
+    layers = convolutions.convert(model, work, plan, seen, context)
     if layers.rows:
         context.lap("convolutions")
     notes = []

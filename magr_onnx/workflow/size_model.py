@@ -1,66 +1,79 @@
-"""What a choice of bits and blocks costs in the written file: the emitter is asked, with blank codes."""
+"""What a choice of bits and blocks costs in the written file: the emitter is asked, with placeholders for the solutions.
+
+Every stage of a plan says what it adds to a file (`magr_onnx.passes.base.LayerStage.placeholder`), so that codes, scales, biases and
+low-rank branches are counted as they will be written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight
+from magr_onnx.core.layer import LayerProblem
+from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.model_io.files import initializer_bytes
-from magr_onnx.passes.job import Job, Stored
+from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import Key, sharing
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.plan import Plan
+from magr_onnx.runtime.calibration.activation_ranges import Grids
 
 
-def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, calibrated: bool = True) -> list[int]:
-    """By how many bytes the tensors of ``model`` grow when the layers of an item, by name, go through ``plan``.
+def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: Grids | None = None) -> list[int]:
+    """By how many bytes the tensors of ``model`` grow when the layers of an item, by name, are converted as ``plan`` says.
 
     Items are converted one after the other in one copy of the model. Layers that share a weight belong in one item: its floats stay in the
     file until the last of them is converted, and for ever if another node reads them.
     """
     copy = model.clone()
     layers = {layer.name: layer for layer in find(copy)[0]}
-    found, before = [], initializer_bytes(copy)
-    stored: dict[Key, Stored] = {}
-    shared = sharing(layers.values())
+    writer = _Writer(layers.values(), grids)
+    sizes, before = [], initializer_bytes(copy)
     for names in items:
         for name in names:
-            _emit(layers[name], plan, calibrated, stored, name not in shared)
+            writer.write(layers[name], plan)
         after = initializer_bytes(copy)
-        found.append(after - before)
+        sizes.append(after - before)
         before = after
-    return found
+    return sizes
 
 
-def blank(model: ir.Model, plans: Mapping[str, Plan], calibrated: bool = True) -> ir.Model:
-    """A copy of ``model`` with every layer named in ``plans`` converted to blank codes: the size of the result, without the work."""
+def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = None) -> ir.Model:
+    """A copy of ``model`` with every layer named in ``plans`` converted to placeholders: the size of the result, without the work."""
     copy = model.clone()
-    stored: dict[Key, Stored] = {}
     layers = [layer for layer in find(copy)[0] if layer.name in plans]
-    shared = sharing(layers)
+    writer = _Writer(layers, grids)
     for layer in layers:
-        _emit(layer, plans[layer.name], calibrated, stored, layer.name not in shared)
+        writer.write(layer, plans[layer.name])
     return copy
 
 
-def _emit(layer: LinearLayer, plan: Plan, calibrated: bool, stored: dict[Key, Stored], alone: bool) -> None:
-    """Write the layer with codes of zero; zero points are there unless the grid is symmetric, as for nearly any real weight.
+class _Writer:
+    """Writes layers of one graph as their placeholders."""
 
-    ``stored`` holds the constants of weights that layers share; this one may have its own ``alone``.
-    """
-    nothing = np.zeros((0, 0), np.float32)
-    stats = LayerStats(nothing, np.zeros(layer.k), int(calibrated), activation=ActivationGrid(1.0, 0))
-    job = Job(layer, stats, nothing, nothing, nothing, np.zeros(layer.n) if layer.has_bias else None)
-    job.stored, job.alone = stored.setdefault(layer.weight_key, {}), alone
-    if plan.quantize is not None:
-        spec = plan.quantize.spec(layer.dtype)
-        grid = (spec.groups(layer.k), layer.n)
-        zeros = np.full(grid, spec.middle if spec.symmetric else 0, np.uint8)
-        job.quantized = QuantizedWeight(np.zeros((layer.k, layer.n), np.uint8), np.ones(grid, np.float32), zeros, spec)
-    if plan.bias is not None and job.centred(plan.bias_policy):
-        job.bias = np.zeros(layer.n)
-    if plan.emitter is not None:
-        plan.emitter.apply(job)
+    def __init__(self, layers: Iterable[LinearLayer], grids: Grids | None) -> None:
+        self._shared = sharing(layers)
+        self._grids = grids
+        self._constants: dict[Key, WeightConstants] = {}
+
+    def write(self, layer: LinearLayer, plan: Plan) -> None:
+        if plan.emitter is None:
+            return
+        constants = self._constants.setdefault(layer.weight_key, WeightConstants(layer.name in self._shared))
+        problem = self._problem(layer)
+        plan.emitter.emit(layer, problem, plan.placeholder(problem), constants)
+
+    def _problem(self, layer: LinearLayer) -> LayerProblem:
+        """A problem of the layer's shape, with calibration data, without its elements."""
+        weight = np.broadcast_to(np.float32(0), (layer.k, layer.n))
+        bias = np.zeros(layer.n) if layer.has_bias else None
+        stats = replace(LayerStats.data_free(layer.k), rows=1)
+        problem = LayerProblem(weight, bias, stats, float_type(layer.dtype), ActivationGrid(1.0, 0))
+        if self._grids is None:
+            return problem
+        products = self._grids.products.get(str(layer.node.outputs[0].name))
+        return replace(problem, activation=self._grids.inputs.get(layer.reads), output_grid=products)

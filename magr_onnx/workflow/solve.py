@@ -9,10 +9,8 @@ from functools import partial
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options
-from magr_onnx.core.histograms import places, thinned
-from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes import Job, LinearLayer, Plan, Skip
+from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import EMITTERS
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
@@ -25,8 +23,9 @@ from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, 
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Inputs
 from magr_onnx.workflow import mixed_precision, non_linear
-from magr_onnx.workflow.calibrate import beginning, gather, output_hessian, uncuttable, without_stages
+from magr_onnx.workflow.calibrate import completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
+from magr_onnx.workflow.converted import layer_row
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 
@@ -69,14 +68,16 @@ class _Progress:
     repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
 
-    def add(self, job: Job) -> None:
-        self.rows[job.layer.name] = _layer_row(job)
-        if job.emitted:
-            self.added[job.layer.name] = job.bytes
-        if "stored_block" in job.facts:
-            self.repeated[job.layer.weight_name] = job.facts["stored_block"], job.facts["repeated"]
-        if job.emitted and job.quantized is not None:
-            self.digests[str(job.layer.output.name)] = digest(job.quantized.dequantize())
+    def add(self, solved: SolvedLayer) -> None:
+        layer, emitted, quantized = solved.layer, solved.emitted, solved.solution.quantized
+        self.rows[layer.name] = layer_row(layer, solved.solution, emitted)
+        if emitted is None:
+            return
+        self.added[layer.name] = emitted.bytes
+        if emitted.stored_block is not None:
+            self.repeated[layer.weight_name] = emitted.stored_block, emitted.repeated_bytes
+        if quantized is not None:
+            self.digests[str(layer.output.name)] = digest(quantized.dequantize())
 
 
 def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
@@ -138,8 +139,10 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     if goal is not None and data is not None and layers:
         room = len(str(plan)) + mixed_precision.STAMP
         chosen = [layer for layer in layers if layer.name not in own.plans]
-        floats = mixed_precision.Source(base, chosen, prepared.bytes, context.output is not None, room, model, source.on(base), own.plans)
         integer = None if plan.activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
+        written = None if plan.activations is None else grids
+        to_file = context.output is not None
+        floats = mixed_precision.Source(base, chosen, prepared.bytes, to_file, room, model, source.on(base), own.plans, written)
         search = mixed_precision.Search(
             goal, options, floats, data, integer, context.mask, provider, request.gram_budget, context.stage("sensitivities")
         )
@@ -167,8 +170,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
                 context.lap("calibrate")
                 if not done.rows:
                     context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-                stats, begin = result.stats, beginning(result, source, grids, hessian, data)
-                run_layers(plan, group, partial(_known, stats), finished, begin, assigned, context.store)
+                stats, complete = result.stats, completing(result, source, grids, hessian, data)
+                run_layers(plan, group, partial(_known, stats), finished, complete, assigned, context.store)
                 stats.clear()  # the next ones are made while this loop still holds these
                 result.goals.clear()
                 context.lap("quantize")
@@ -195,11 +198,11 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     return Solved(work, plan, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *context.notes(work)], search)
 
 
-def _finished(done: _Progress, count: int, work: ir.Model, context: RunContext, job: Job) -> None:
+def _finished(done: _Progress, count: int, work: ir.Model, context: RunContext, solved: SolvedLayer) -> None:
     """Take note of a layer that has been through the pipeline."""
-    done.add(job)
+    done.add(solved)
     context.spill(work)
-    context.report_layers([done.rows[job.layer.name]])
+    context.report_layers([done.rows[solved.layer.name]])
     context.stage("quantizing")(len(done.rows), count)
 
 
@@ -233,37 +236,3 @@ def _remarks(done: _Progress, context: RunContext) -> list[str]:
             "(pooled or reshaped before)"
         )
     return found
-
-
-def _layer_row(job: Job) -> LayerRow:
-    layer, facts = job.layer, job.facts
-    spec = None if job.quantized is None else job.quantized.spec
-    stored = None if spec is None else facts.get("stored_bits", container_bits(spec.bits))
-    if spec is not None and stored != spec.bits:
-        job.notes.append(f"{spec.bits}-bit codes are stored in {stored} bits")
-    return LayerRow(
-        layer.name,
-        layer.op,
-        layer.weight_name,
-        layer.k,
-        layer.n,
-        None if spec is None else spec.bits,
-        None if spec is None else spec.rows(layer.k),
-        job.stats.rows,
-        facts.get("error"),
-        facts.get("magr"),
-        facts.get("solver"),
-        bool(facts.get("bias_compensated")),
-        facts.get("emitted"),
-        tuple(job.notes),
-        facts.get("activation"),
-        facts.get("feedback"),
-        facts.get("low_rank"),
-        weights=facts.get("weights"),
-        errors=tuple(thinned(facts.get("errors", ()))),
-        sweeps=tuple(places(len(facts.get("errors", ())))),
-        tiles=facts.get("tiles"),
-        output=layer.output.name,
-        scope=scope_of(layer.node),
-        stored_block=facts.get("stored_block"),
-    )

@@ -27,64 +27,72 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.packing import pack_qdq
+from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.packing import container_bits, pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.graph.constants import constant, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, to_matrices
+from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, split_groups, to_matrices
 from magr_onnx.passes.layers.linear import FLOATS
 
 
-def emit(layers: Sequence[ConvLayer], weights: Sequence[QuantizedWeight], biases: Sequence[Array | None], form: Form, apart: bool) -> None:
-    """Write one weight, a `QuantizedWeight` a group, into all convolutions that share it.
+def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays_float: bool) -> list[Emitted]:
+    """Write one solution into all convolutions that share its weight.
 
     Args:
         layers: The convolutions.
-        weights: Codes of every group, one grid a column.
-        biases: A bias ``(M,)`` for every layer; None leaves what is there.
+        solution: Codes with the channels of all groups side by side, ``(K, M)`` with one grid a channel; its bias ``(M,)`` is added to
+            that of every convolution.
         form: How codes become floats, see above.
-        apart: Whether to see to it that onnxruntime does not compute them in integers.
+        stays_float: Whether to keep onnxruntime from computing the convolutions in integers.
     """
+    quantized = solution.quantized
+    assert quantized is not None
+    bits = quantized.spec.bits
     first, root = layers[0], layers[0].root
-    weight, nodes = _dequantized(first, weights, form, apart)
+    weight, nodes = _dequantized(first, quantized, form, stays_float)
     graph = first.node.graph
     if isinstance(graph, ir.Graph) and all(layer.node.graph is graph for layer in layers):
         graph.insert_before(first.node, nodes)
     else:
         root.insert_before(root[0], nodes)
-    for layer, bias in zip(layers, biases, strict=True):
+    size = sum(v.const_value.nbytes for made in nodes for v in made.inputs if v is not None and v.const_value is not None)
+    emitted = []
+    for layer in layers:
         node, old = layer.node, layer.node.inputs[1]
         node.replace_input_with(1, weight)
         if old is not None:
             drop_if_unused(old)
-        if bias is not None:
-            held = operand(node, 2)
+        if solution.bias is not None:
+            held, known = operand(node, 2), layer.read_bias()
+            bias = solution.bias if known is None else known + solution.bias
             base = layer.weight_name if held is None else str(held.name)
             value = add_initializer(root, f"{base}_bias", bias.astype(FLOATS[layer.dtype]))
             node.resize_inputs(3)
             node.replace_input_with(2, value)
             if held is not None:
                 drop_if_unused(held)
-        node.name = Names.of(root).node(f"{layer.name}_q{weights[0].spec.bits}")
+        node.name = Names.of(root).node(f"{layer.name}_q{bits}")
+        emitted.append(Emitted(node.name, container_bits(bits), size))
+    return emitted
 
 
-def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: Form, apart: bool) -> tuple[ir.Value, list[ir.Node]]:
+def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays_float: bool) -> tuple[ir.Value, list[ir.Node]]:
     """The weight as the layer reads it, and the nodes that make it of codes."""
-    packed = [pack_qdq(w) for w in weights]
-    symmetric = packed[0].zero_points is None
-    kinds = ("int4", "uint4") if packed[0].bits == 4 else ("int8", "uint8")
-    kind = np.dtype(getattr(ml_dtypes, kinds[not symmetric]) if packed[0].bits == 4 else kinds[not symmetric])
-    matrices = np.stack([p.codes for p in packed])
+    packed = pack_qdq(quantized)
+    scales, zeros = packed.scales, packed.zero_points
+    kinds = ("int4", "uint4") if packed.bits == 4 else ("int8", "uint8")
+    name_of_type = kinds[zeros is not None]
+    kind = np.dtype(getattr(ml_dtypes, name_of_type) if packed.bits == 4 else name_of_type)
+    matrices = split_groups(packed.codes, layer.group)
     group, k, n = matrices.shape
     turned = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
     codes = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
-    base, constant_of = f"{layer.weight_name}_q{packed[0].bits}", partial(add_initializer, layer.root)
-    float_kind, zeros = FLOATS[layer.dtype], None
-    scales = np.concatenate([p.scales for p in packed])
-    if not symmetric:
-        zeros = np.concatenate([p.zero_points for p in packed if p.zero_points is not None])
+    base, constant_of = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
+    float_kind = FLOATS[layer.dtype]
     held = constant_of(base, codes.astype(kind))
     name = str(held.name)
     if form == "dequantize":
@@ -105,7 +113,7 @@ def _dequantized(layer: ConvLayer, weights: Sequence[QuantizedWeight], form: For
         parted = constant_of(f"{base}_parted", np.array([group, n, layer.channels // group, -1]))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
-    if turned or (apart and form == "dequantize"):
+    if turned or (stays_float and form == "dequantize"):
         shape = constant_of(f"{base}_shape", np.array(layer.shape))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
-from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.core.types import Array
+from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
@@ -17,9 +19,10 @@ from magr_onnx.passes.layers.embedding import BLOCK, Form, Table
 from magr_onnx.passes.layers.linear import FLOATS
 
 
-def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[str]:
-    """Write one table, as ``(width, rows)`` codes, into all Gathers that read it; the names of the nodes that gather codes."""
-    first = tables[0]
+def emit(tables: Sequence[Table], solution: LayerSolution, form: Form) -> list[Emitted]:
+    """Write the solution of one table, with codes ``(width, rows)``, into all Gathers that read it."""
+    first, weight = tables[0], solution.quantized
+    assert weight is not None
     kind = FLOATS[first.dtype]
     bits, root = weight.spec.bits, first.root
     base = f"{first.weight_name}_q{bits}"
@@ -37,7 +40,8 @@ def emit(tables: Sequence[Table], weight: QuantizedWeight, form: Form) -> list[s
             add_initializer(root, f"{base}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits)),
         ]
         root.opset_imports.setdefault(DOMAIN, 1)
-    return [_replace(table, constants, bits, form) for table in tables]
+    size = sum(c.const_value.nbytes for c in constants if c.const_value is not None)
+    return [Emitted(_replace(table, constants, bits, form), bits, size) for table in tables]
 
 
 def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:

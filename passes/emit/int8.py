@@ -17,18 +17,22 @@ float32 and back, since the integer kernels know no other float.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import extremes
-from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange, WeightSpec, activation_limits
-from magr_onnx.passes.base import Emitter, InputGrids
+from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange, QuantizedWeight, WeightSpec, activation_limits
+from magr_onnx.passes.base import Emitted, Emitter, InputGrids
+from magr_onnx.passes.emit.linear import made_of, replace_layer
 from magr_onnx.passes.graph.opset import raise_opset
-from magr_onnx.passes.job import Job
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 _META = "magr_onnx.input"
 
@@ -42,16 +46,19 @@ def _problems(name: str, spec: WeightSpec | None) -> list[str]:
 class _Nodes:
     """The nodes that replace one layer. Those of its input stand before the product, where every later reader of the input finds them."""
 
-    def __init__(self, job: Job, kind: str) -> None:
-        assert job.quantized is not None
-        self.job, self.layer, self.kind = job, job.layer, kind
+    def __init__(self, layer: LinearLayer, quantized: QuantizedWeight, constants: WeightConstants, kind: str) -> None:
+        self.layer, self.kind, self._constants = layer, kind, constants
         self.nodes: list[ir.Node] = []
-        self.half = job.layer.dtype == ir.DataType.FLOAT16
-        self.suffix = f"_q{job.quantized.spec.bits}"
-        self.codes = job.quantized.raw().astype(np.int8)
-        self.scales = job.quantized.scales[0]
-        self.x_name = f"{job.layer.name}_x" if job.layer.nested else str(job.layer.x.name)  # bodies may read one value from outside
-        self.zeros = job.quantized.zero_points[0].astype(np.int16) - job.quantized.spec.middle
+        self.half = layer.dtype == ir.DataType.FLOAT16
+        self.suffix = f"_q{quantized.spec.bits}"
+        self.codes = quantized.raw().astype(np.int8)
+        self.scales = quantized.scales[0]
+        self.x_name = f"{layer.name}_x" if layer.nested else str(layer.x.name)  # bodies may read one value from outside
+        self.zeros = quantized.zero_points[0].astype(np.int16) - quantized.spec.middle
+
+    def constant(self, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
+        """A constant made of the weight."""
+        return self._constants.add(self.layer, f"{self.suffix}{suffix}", array)
 
     def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=name)
@@ -84,15 +91,16 @@ class _Nodes:
         value.shape = x.shape
         return value
 
-    def finish(self, value: ir.Value) -> None:
-        """Put the nodes in the layer's place; ``value`` is its result in float32."""
+    def finish(self, value: ir.Value, product: ir.Node, solution: LayerSolution, notes: Sequence[str] = ()) -> Emitted:
+        """Put the nodes in the layer's place; ``value`` is its result in float32, and ``product`` multiplies by the weight."""
         if self.half:
             value = self.add("Cast", [value], f"{self.layer.name}_float16", ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
         for node in self.nodes[:-1]:
             for output in node.outputs:
                 if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
                     output.shape = self.layer.output.shape
-        self.job.replace(self.nodes)
+        replace_layer(self.layer, self.nodes, solution.factors, self._constants)
+        return Emitted(str(product.name), 8, self._constants.bytes, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -119,45 +127,40 @@ class EmitQDQInt8(Emitter):
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         return raise_opset(model, 13, "DequantizeLinear with a scale a column")
 
-    def apply(self, job: Job) -> bool:
-        grid = job.stats.activation
-        if job.quantized is None or job.emitted or not isinstance(grid, ActivationGrid):
-            return False
-        layer, n = job.layer, _Nodes(job, "static")
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        grid, addend = problem.activation, solution.bias
+        if solution.quantized is None or not isinstance(grid, ActivationGrid):
+            return None
+        n, notes = _Nodes(layer, solution.quantized, constants, "static"), []
         if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
-            job.notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
+            notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
         x = _static_input(n, grid)
-        codes = job.constant(n.suffix, n.codes)
-        weight = n.add(
-            "DequantizeLinear",
-            [
-                codes,
-                job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32)),
-                job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)),
-            ],
-            f"{layer.name}_dequantize",
-            axis=1,
-        )
-        weight.name, weight.shape = job.own_name(codes, "_dequantized"), ir.Shape([layer.k, layer.n])
-        gemm = layer.op == "Gemm"
-        requantize = self.outputs and job.output_grid is not None
-        may_fuse = gemm or (_may_be_flat(layer) and not requantize)
-        bias = _int32_bias(job, n, grid) if may_fuse and job.bias is not None else None
-        refused = may_fuse and job.bias is not None and bias is None
+        weight = _dequantized(n)
+        gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.outputs else None
+        may_fuse = gemm or (_may_be_flat(layer) and output_grid is None)
+        bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
+        refused = may_fuse and addend is not None and bias is None
         if refused:
-            job.notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
+            notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
         integer = gemm and not refused
         name = f"{layer.name}{n.suffix}"
         value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
         product = n.nodes[-1]
-        if requantize and job.output_grid is not None and not refused:  # the grid is one of products and bias together
-            value = _requantized(n, value, job.output_grid)
-        if job.bias is not None and not integer:
-            addend = layer.constant("_bias", np.asarray(job.bias).astype(np.float32)) if bias is None else bias
-            value = n.add("Add", [value, addend], f"{layer.name}_bias")
-        n.finish(value)
-        job.facts |= {"emitted": product.name, "stored_bits": 8}
-        return True
+        if output_grid is not None and not refused:  # the grid is one of products and bias together
+            value = _requantized(n, value, output_grid)
+        if addend is not None and not integer:
+            vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
+            value = n.add("Add", [value, vector], f"{layer.name}_bias")
+        return n.finish(value, product, solution, notes)
+
+
+def _dequantized(n: _Nodes) -> ir.Value:
+    """The weight as floats."""
+    layer, codes = n.layer, n.constant("", n.codes)
+    scales, zeros = n.constant("_scales", n.scales.astype(np.float32)), n.constant("_zero_points", n.zeros.astype(np.int8))
+    weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", axis=1)
+    weight.name, weight.shape = made_of(layer, codes, "_dequantized"), ir.Shape([layer.k, layer.n])
+    return weight
 
 
 def _may_be_flat(layer: LinearLayer) -> bool:
@@ -196,10 +199,10 @@ def _requantized(n: _Nodes, value: ir.Value, grid: ActivationGrid) -> ir.Value:
     return n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
 
 
-def _int32_bias(job: Job, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
+def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
     """The bias in units of ``s_x s_w``, or None where it could overflow int32 together with the products."""
     scale = (np.float64(grid.scale) * n.scales).astype(np.float32)
-    codes = np.rint(np.asarray(job.bias, np.float64) / np.maximum(scale, np.finfo(np.float32).tiny))
+    codes = np.rint(bias / np.maximum(scale, np.finfo(np.float32).tiny))
     if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
         return None
     for levels in (
@@ -239,25 +242,23 @@ class EmitDynamicInt8(Emitter):
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         return raise_opset(model, 13, "DynamicQuantizeLinear")
 
-    def apply(self, job: Job) -> bool:
-        if job.quantized is None or job.emitted:
-            return False
-        layer, n = job.layer, _Nodes(job, "dynamic")
-        codes, scale, zero = _dynamic_input(n, job.stats.activation)
-        inputs: list[ir.Value | None] = [codes, job.constant(n.suffix, n.codes), zero]
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        if solution.quantized is None:
+            return None
+        n = _Nodes(layer, solution.quantized, constants, "dynamic")
+        codes, scale, zero = _dynamic_input(n, problem.activation)
+        inputs: list[ir.Value | None] = [codes, n.constant("", n.codes), zero]
         if n.zeros.any():
-            inputs.append(job.constant(f"{n.suffix}_zero_points", n.zeros.astype(np.int8)))
+            inputs.append(n.constant("_zero_points", n.zeros.astype(np.int8)))
         sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", ir.DataType.INT32)
         product = n.nodes[-1]
         real = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
-        factors = n.add("Mul", [scale, job.constant(f"{n.suffix}_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
+        factors = n.add("Mul", [scale, n.constant("_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
         factors.shape = ir.Shape([layer.n])
         value = n.add("Mul", [real, factors], f"{layer.name}_scaled")
-        if job.bias is not None:
-            value = n.add("Add", [value, layer.constant("_bias", np.asarray(job.bias).astype(np.float32))], f"{layer.name}_bias")
-        n.finish(value)
-        job.facts |= {"emitted": product.name, "stored_bits": 8}
-        return True
+        if solution.bias is not None:
+            value = n.add("Add", [value, layer.constant("_bias", solution.bias.astype(np.float32))], f"{layer.name}_bias")
+        return n.finish(value, product, solution)
 
 
 def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -11,15 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import Emitter
-from magr_onnx.passes.job import Job
-from magr_onnx.passes.layers.linear import FLOATS
+from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.emit.linear import emitted_blocks, replace_layer
+from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -84,29 +85,27 @@ class EmitMatMulNBits(Emitter):
     def suited(self, largest_block: int) -> Self:
         return replace(self, largest_block=min(self.largest_block, largest_block))
 
-    def apply(self, job: Job) -> bool:
-        if job.quantized is None or job.emitted:
-            return False
-        layer = job.layer
-        packed = pack_matmulnbits(job.quantized, self.largest_block)
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        quantized = solution.quantized
+        if quantized is None:
+            return None
+        packed = pack_matmulnbits(quantized, self.largest_block)
         kind = FLOATS[layer.dtype]
         suffix = f"_q{packed.bits}"
         inputs: list[ir.Value | None] = [
             layer.x,
-            job.constant(suffix, packed.weight),
-            job.constant(f"{suffix}_scales", packed.scales.astype(kind)),
+            constants.add(layer, suffix, packed.weight),
+            constants.add(layer, f"{suffix}_scales", packed.scales.astype(kind)),
         ]
         if packed.zero_points is not None:
-            inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points))
-        if job.bias is not None:
+            inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points))
+        if solution.bias is not None:
             inputs += [None] * (5 - len(inputs))
-            inputs.append(layer.constant("_bias", np.asarray(job.bias).astype(kind)))
+            inputs.append(layer.constant("_bias", solution.bias.astype(kind)))
         attributes = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block_size}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
-        node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{job.quantized.spec.bits}")
+        node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{quantized.spec.bits}")
         layer.root.opset_imports.setdefault(DOMAIN, 1)
-        job.replace([node])
-        job.stored_in_blocks(packed.block_size or layer.k)
-        job.facts["emitted"] = node.name
-        return True
+        replace_layer(layer, [node], solution.factors, constants)
+        return emitted_blocks(node, quantized, packed.block_size or layer.k, constants)

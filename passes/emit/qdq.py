@@ -22,13 +22,15 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.packing import container_bits, pack_qdq
 from magr_onnx.core.types import WeightSpec
-from magr_onnx.passes.base import Emitter
+from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.emit.linear import emitted_blocks, made_of, replace_layer
 from magr_onnx.passes.emit.matmulnbits import block_problems
 from magr_onnx.passes.graph.opset import raise_opset
-from magr_onnx.passes.job import Job
-from magr_onnx.passes.layers.linear import FLOATS
+from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 
 @dataclass(frozen=True)
@@ -47,45 +49,43 @@ class EmitQDQ(Emitter):
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         return spec is not None and raise_opset(model, opset_for(model, spec), "DequantizeLinear of this grid")
 
-    def apply(self, job: Job) -> bool:
-        if job.quantized is None or job.emitted:
-            return False
-        layer = job.layer
-        packed = pack_qdq(job.quantized)
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        quantized = solution.quantized
+        if quantized is None:
+            return None
+        packed = pack_qdq(quantized)
         symmetric = packed.zero_points is None
-        kinds = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[container_bits(job.quantized.spec.bits)]
+        kinds = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[packed.bits]
         kind = np.dtype(getattr(ml_dtypes, kinds[not symmetric]) if packed.bits == 4 else kinds[not symmetric])
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
         # Fused in a body, onnxruntime 1.31 answers half-precision inputs with zeros; what is dequantized outside is not fused.
-        inside = job.alone and layer.dtype != ir.DataType.FLOAT16
-        codes = job.constant(suffix, packed.codes.astype(kind), inside)
+        inside = not constants.shared and layer.dtype != ir.DataType.FLOAT16
+        codes = constants.add(layer, suffix, packed.codes.astype(kind), inside)
         inputs: list[ir.Value | None] = [
             codes,
-            job.constant(f"{suffix}_scales", packed.scales.astype(float_kind), inside),
+            constants.add(layer, f"{suffix}_scales", packed.scales.astype(float_kind), inside),
         ]
         if packed.zero_points is not None:
-            inputs.append(job.constant(f"{suffix}_zero_points", packed.zero_points.astype(kind), inside))
+            inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(kind), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
-        weight.name, weight.dtype, weight.shape = job.own_name(codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
-        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{job.quantized.spec.bits}")
+        weight.name, weight.dtype, weight.shape = made_of(layer, codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
+        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{quantized.spec.bits}")
         nodes = [product]
         if layer.nested and not inside:
             layer.names.adopt([dequantize])
             layer.root.insert_before(layer.root[0], dequantize)
         else:
             nodes.insert(0, dequantize)
-        if job.bias is not None:
+        if solution.bias is not None:
             inner = product.outputs[0]
             inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
-            bias = layer.constant("_bias", np.asarray(job.bias).astype(float_kind))
+            bias = layer.constant("_bias", solution.bias.astype(float_kind))
             nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
-        job.replace(nodes)
-        job.stored_in_blocks(packed.block_size or layer.k)
-        job.facts["emitted"] = product.name
-        return True
+        replace_layer(layer, nodes, solution.factors, constants)
+        return emitted_blocks(product, quantized, packed.block_size or layer.k, constants)
 
 
 def opset_for(model: ir.Model, spec: WeightSpec) -> int:

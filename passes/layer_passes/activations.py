@@ -6,13 +6,13 @@ multiplies, the emitter to write the nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from magr_onnx.core.activation_ranges import METHODS, Method
+from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.types import ActivationGrid, WeightSpec
 from magr_onnx.passes.base import InputGrids, LayerStage
-from magr_onnx.passes.job import Job
 
 ActivationType = Literal["uint8", "int8", "dynamic"]
 
@@ -49,12 +49,11 @@ class QuantizeActivations(LayerStage):
         """Where the grids come from."""
         return "dynamic" if self.type == "dynamic" else "static"
 
-    def apply(self, job: Job) -> bool:
-        grid = job.stats.activation
-        facts: dict[str, object] = {"type": self.type}
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        grid = problem.activation
+        figures: dict[str, Any] = {"type": self.type}
         if isinstance(grid, ActivationGrid):
-            facts |= {"scale": grid.scale, "zero_point": grid.zero_point, "low": grid.range[0], "high": grid.range[1]}
+            figures |= {"scale": grid.scale, "zero_point": grid.zero_point, "low": grid.range[0], "high": grid.range[1]}
         elif grid is not None and grid.clips:
-            facts |= {"low": grid.low, "high": grid.high}
-        job.facts["activation"] = facts
-        return False
+            figures |= {"low": grid.low, "high": grid.high}
+        return replace(solution, record=replace(solution.record, activation=figures))

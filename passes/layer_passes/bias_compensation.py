@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from magr_onnx.core.bias_compensation import compensate
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
 from magr_onnx.passes.base import LayerPass
-from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class CompensateBias(LayerPass):
 
     bias: BiasPolicy = "existing"
 
-    def apply(self, job: Job) -> bool:
-        if not job.centred(self.bias) or job.emitted:
-            return False
-        target = job.reference.astype("float64").T @ job.stats.target_mean if job.goal is None else job.goal.mean
-        job.bias = compensate(job.bias, target, job.weight, job.stats.mean)
-        job.changed = True
-        job.facts["bias_compensated"] = True
-        return True
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        if not problem.centred(self.bias):
+            return solution
+        moments, stats = problem.target_moments, problem.stats
+        target = problem.weight.astype(np.float64).T @ stats.target_mean if moments is None else moments.mean
+        bias = compensate(solution.bias, target, solution.weight, stats.mean)
+        return replace(solution, bias=bias, changed=True, record=replace(solution.record, bias_compensated=True))
+
+    def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        return replace(solution, bias=np.zeros(problem.weight.shape[1])) if problem.centred(self.bias) else solution

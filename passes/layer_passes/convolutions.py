@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from magr_onnx.core.types import WeightSpec
+from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
+from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.graph.opset import raise_opset
-from magr_onnx.passes.job import Job
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.conv import BITS, FORMS, ConvLayer, Form, find
 from magr_onnx.passes.layers.shared import by_weight
 
@@ -83,12 +84,26 @@ class Convolutions(ModelPass):
             return ir.passes.PassResult(model, modified)
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
         rounding = Quantize("rtn", self.bits, None, self.symmetric)
-        for unit in by_weight(layers):
-            weights = []
-            for matrix in unit[0].read():
-                job = Job.start(unit[0].matrix(matrix, None), None)
-                rounding.apply(job)
-                assert job.quantized is not None
-                weights.append(job.quantized)
-            emit(unit, weights, [None] * len(unit), "dequantize" if integer else self.form, integer)
+        for readers in by_weight(layers):
+            problems = problems_of(readers[0])
+            solutions = [rounding.solve(problem, LayerSolution.unsolved(problem)) for problem in problems]
+            emit(readers, join_groups(problems, solutions, False), "dequantize" if integer else self.form, integer)
         return ir.passes.PassResult(model, modified or bool(layers))
+
+
+def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[LayerProblem]:
+    """Read a convolution as a problem for every group of its channels.
+
+    They have no bias: what a bias correction adds to none is added to the bias of every convolution that shares the weight.
+
+    Args:
+        layer: The convolution.
+        stats: Second moments of the patches, a group each; none for data-free problems.
+
+    Raises:
+        NonFiniteError: The weight holds NaN or infinity.
+    """
+    matrices, kind = layer.read(), float_type(layer.dtype)
+    check_weight(f"weight of {layer.name}", matrices)
+    moments = stats or [LayerStats.data_free(layer.k)] * len(matrices)
+    return [LayerProblem(matrix, None, s, kind) for matrix, s in zip(matrices, moments, strict=True)]

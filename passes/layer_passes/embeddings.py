@@ -12,10 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.grid import search
-from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.histograms import sketch
+from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution
+from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, WeightSpec
 from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
+from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import Skip, TableReason
@@ -50,11 +53,10 @@ class Embeddings(ModelPass):
             found.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
         return found
 
-    def spec(self, dtype: ir.DataType) -> WeightSpec:
-        """The grid of a table; a row of it is a column to the solvers."""
-        half = dtype == ir.DataType.FLOAT16
+    def spec(self, scale_type: ScaleType) -> WeightSpec:
+        """The grid of a table with scales of a type; a row of it is a column to the solvers."""
         block = BLOCK if self.form == "gather-block-quantized" else None
-        return WeightSpec(self.bits, block, self.form == "dequantize", "float16" if half else "float32")
+        return WeightSpec(self.bits, block, self.form == "dequantize", scale_type)
 
     def fits_table(self, table: Table) -> Skip | None:
         """Why this form cannot hold a table."""
@@ -64,9 +66,24 @@ class Embeddings(ModelPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))
         tables = [t for t in find(model)[0] if self.fits_table(t) is None]
-        for unit in by_weight(tables):
-            emit(unit, quantize(unit[0].array(), self.spec(unit[0].dtype)), self.form)
+        for readers in by_weight(tables):
+            emit(readers, self.solve(problem_of(readers[0])), self.form)
         return ir.passes.PassResult(model, bool(tables))
+
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        """Round a table on searched grids."""
+        table = problem.weight.T
+        quantized = quantize(table, self.spec(problem.float_type))
+        weight, floats = quantized.dequantize(), table.astype(np.float32)
+        difference, norm = float(np.linalg.norm(weight.T - floats)), float(np.linalg.norm(floats))
+        record = LayerRecord(error=difference / norm if norm else 0.0, histograms=sketch(problem.weight, None, quantized))
+        return LayerSolution(weight, None, problem.weight, None, quantized, None, True, record)
+
+
+def problem_of(table: Table) -> LayerProblem:
+    """Read a table as a data-free problem: its rows are the columns of the weight ``(width, rows)``, in the table's own type."""
+    weight = table.array().T
+    return LayerProblem(weight, None, LayerStats.data_free(len(weight)), float_type(table.dtype))
 
 
 def quantize(table: Array, spec: WeightSpec) -> QuantizedWeight:

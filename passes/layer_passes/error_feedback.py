@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
 from magr_onnx.passes.base import LayerStage
-from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class ErrorFeedback(LayerStage):
 
     bias: BiasPolicy | None = None
 
-    def apply(self, job: Job) -> bool:
-        if job.goal is None or job.goal.held_out is None:
-            return False
-        found = error_feedback.aim(job.reference, job.stats, job.goal, job.centred(self.bias))
-        job.facts["feedback"] = {"damping": found.damping, "held_out_before": found.before, "held_out_after": found.after}
-        job.target = job.weight = found.weights
-        job.kept_target = found.kept
-        return found.damping is not None
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        moments = problem.target_moments
+        if moments is None or moments.held_out is None:
+            return solution
+        aim = error_feedback.aim(problem.weight, problem.stats, moments, problem.centred(self.bias))
+        figures = {"damping": aim.damping, "held_out_before": aim.before, "held_out_after": aim.after}
+        record = replace(solution.record, feedback=figures)
+        return replace(solution, weight=aim.weights, target=aim.weights, fit_target=aim.kept, record=record)

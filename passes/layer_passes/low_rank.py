@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from magr_onnx.core import low_rank
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, relative_error
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.passes.base import LayerPass
-from magr_onnx.passes.job import BiasPolicy, Job
-from magr_onnx.passes.layer_passes.quantize import relative_error
-from magr_onnx.passes.layers.linear import FLOATS
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,24 @@ class LowRank(LayerPass):
             found.append(f"{self.name} needs a quantize pass before it: there is no error to give back")
         return found
 
-    def apply(self, job: Job) -> bool:
-        if job.quantized is None or job.emitted:
-            return False
-        k, n = job.reference.shape
-        rank, centred = min(self.rank, k, n), job.centred(self.bias)
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        if solution.quantized is None:
+            return solution
+        stats, record = problem.stats, solution.record
+        k, n = problem.weight.shape
+        rank, centred = min(self.rank, k, n), problem.centred(self.bias)
         if rank < self.rank:
-            job.notes.append(f"low-rank: a {k} x {n} layer has rank {rank} at most, not {self.rank}")
-        damping = automatic_damping(k, job.stats.rows)
+            record = record.noting(f"low-rank: a {k} x {n} layer has rank {rank} at most, not {self.rank}")
+        damping = automatic_damping(k, stats.rows)
         key = ("low-rank", centred, damping, self.kind)
-        root = job.stats.memo(key, lambda: low_rank.root(job.stats.objective_gram(centred), damping, self.kind))
-        job.factors = low_rank.reconstruct(job.target - job.weight, root, rank).stored(FLOATS[job.layer.dtype])
-        job.weight = job.weight + job.factors.product()
-        job.changed = True
-        before, after = job.facts.get("error"), relative_error(job, centred)
-        job.facts["low_rank"] = {"rank": rank, "error_before": before, "error_after": after}
-        job.facts["error"] = after
-        return True
+        root = stats.memo(key, lambda: low_rank.root(stats.objective_gram(centred), damping, self.kind))
+        factors = low_rank.reconstruct(solution.target - solution.weight, root, rank).stored(problem.float_type)
+        weight = solution.weight + factors.product()
+        error = relative_error(weight, problem, centred)
+        figures = {"rank": rank, "error_before": record.error, "error_after": error}
+        return replace(solution, weight=weight, factors=factors, changed=True, record=replace(record, error=error, low_rank=figures))
+
+    def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        k, n = problem.weight.shape
+        rank = min(self.rank, k, n)
+        return replace(solution, factors=low_rank.Factors(np.zeros((k, rank), np.float32), np.zeros((rank, n), np.float32)))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from magr_onnx.core import magr
 from magr_onnx.core.histograms import places, sketch, thinned
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.quantizers.interface import damped_gram
 from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.base import LayerPass
-from magr_onnx.passes.job import BiasPolicy, Job
 
 
 @dataclass(frozen=True)
@@ -56,40 +56,36 @@ class MagR(LayerPass):
             found.append("magr must come before quantize")
         return found
 
-    def apply(self, job: Job) -> bool:
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if self.alpha == 0:
-            return False
-        if job.stats.is_data_free:
-            job.notes.append("MagR skipped: no calibration data")
-            return False
-        centred = job.centred(self.bias)
-        damping = automatic_damping(job.layer.k, job.stats.rows) if self.damping is None else self.damping
-        gram = damped_gram(job.stats, centred, damping)
-        result = magr.reduce(
-            job.weight,
-            gram,
+            return solution
+        stats, weight = problem.stats, solution.weight
+        if stats.is_data_free:
+            return replace(solution, record=solution.record.noting("MagR skipped: no calibration data"))
+        damping = automatic_damping(len(weight), stats.rows) if self.damping is None else self.damping
+        reduction = magr.reduce(
+            weight,
+            damped_gram(stats, problem.centred(self.bias), damping),
             alpha=self.alpha,
             relative=self.relative,
             group_size=self.block_size,
             method=self.method,
         )
-        job.facts["magr"] = facts_of(job.weight, result)
-        job.facts["weights"] = sketch(job.weight, result.weights, None)
-        job.weight = result.weights
-        job.changed = True
-        return True
+        histograms = sketch(weight, reduction.weights, None)
+        record = replace(solution.record, magr=figures(weight, reduction), histograms=histograms)
+        return replace(solution, weight=reduction.weights, changed=True, record=record)
 
 
-def facts_of(weights: Array, result: magr.Reduction) -> dict[str, Any]:
+def figures(weights: Array, reduction: magr.Reduction) -> dict[str, Any]:
     """What MagR did to ``weights``, for the report."""
     return {
-        "iterations": result.iterations,
-        "converged": result.converged,
-        "objective": result.objective,
-        "objective_start": result.start,
-        "gap": result.gap,
+        "iterations": reduction.iterations,
+        "converged": reduction.converged,
+        "objective": reduction.objective,
+        "objective_start": reduction.start,
+        "gap": reduction.gap,
         "max_before": float(np.abs(weights).max()),
-        "max_after": float(np.abs(result.weights).max()),
-        "trace": thinned(result.trace),
-        "steps": places(len(result.trace)),
+        "max_after": float(np.abs(reduction.weights).max()),
+        "trace": thinned(reduction.trace),
+        "steps": places(len(reduction.trace)),
     }

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch, tile_headroom
-from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, ratio, relative_error, side_by_side
+from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
-from magr_onnx.core.quantizers import QUANTIZERS, UNDER_A_BUDGET, Options, Problem, Solution
-from magr_onnx.core.types import BITS, WeightSpec, activation_limits
+from magr_onnx.core.quantizers import BATCHED, QUANTIZERS, UNDER_A_BUDGET, Options, Problem, batched
+from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError
 from magr_onnx.passes.base import LayerPass
-from magr_onnx.passes.job import BiasPolicy, Job
+from magr_onnx.passes.layer_passes import magr
 from magr_onnx.passes.layer_passes.activations import ActivationType
-from magr_onnx.passes.layer_passes.magr import facts_of
 
 
 @dataclass(frozen=True)
@@ -144,57 +143,69 @@ class Quantize(LayerPass):
         assert self.accumulator_bits is not None
         return Accumulator(self.accumulator_bits, self.accumulator_tile, max(32, self.accumulator_bits))
 
-    def spec(self, dtype: ir.DataType = ir.DataType.FLOAT) -> WeightSpec:
+    def spec(self, float_type: ScaleType = "float32") -> WeightSpec:
         """The grid for weights of a type: half-precision weights store half-precision scales."""
-        half = dtype == ir.DataType.FLOAT16 and self.activation is None  # integer kernels have float32 scales
-        return WeightSpec(self.bits, self.block_size, self.symmetric, "float16" if half else "float32")
+        scales = float_type if self.activation is None else "float32"  # integer kernels have float32 scales
+        return WeightSpec(self.bits, self.block_size, self.symmetric, scales)
 
-    def apply(self, job: Job) -> bool:
-        centred = job.centred(self.bias)
-        problem = Problem(
-            job.weight,
-            job.target,
-            job.stats,
+    def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        centred, record = problem.centred(self.bias), solution.record
+        task = Problem(
+            solution.weight,
+            solution.target,
+            problem.stats,
             centred,
-            self.spec(job.layer.dtype),
+            self.spec(problem.float_type),
             self.budget() if self.activation else None,
-            job.reference,
-            job.kept_target,
-            job.goal,
-            job.outputs,
+            problem.weight,
+            solution.fit_target,
+            problem.target_moments,
+            problem.output_hessian,
         )
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha)
-        solution = QUANTIZERS[self.method](problem, options)
-        if solution.reduction is not None:
-            job.facts["magr"] = facts_of(job.weight, solution.reduction)
-        job.facts["weights"] = self._sketch(job, solution)
-        if problem.budget is not None:
-            job.facts["tiles"] = tile_headroom(solution.weight, problem.budget)
-        job.quantized = solution.weight
-        job.weight = solution.weight.dequantize()
-        job.changed = True
-        job.notes.extend(solution.notes)
-        if solution.facts:
-            job.facts["solver"] = solution.facts
-        if solution.errors:
-            job.facts["errors"] = solution.errors
-        job.facts["error"] = relative_error(job, centred)
-        return True
+        result = QUANTIZERS[self.method](task, options)
+        weight = result.weight.dequantize()
+        if result.reduction is not None:
+            record = replace(record, magr=magr.figures(solution.weight, result.reduction))
+        reduced = solution.weight if result.reduction is None else result.reduction.weights  # by MagR, here or in a stage before
+        record = replace(
+            record.noting(*result.notes),
+            error=relative_error(weight, problem, centred),
+            solver=result.facts or record.solver,
+            histograms=sketch(solution.target, None if record.magr is None else reduced, result.weight),
+            errors=result.errors or record.errors,
+            tile_headroom=None if task.budget is None else tile_headroom(result.weight, task.budget),
+        )
+        return replace(solution, weight=weight, quantized=result.weight, changed=True, record=record)
 
-    def _sketch(self, job: Job, solution: Solution) -> dict[str, Any]:
-        """The weight before and after MagR, which ran in the solver, or in a pass before (then the target is what it was given)."""
-        reduced = job.weight if solution.reduction is None else solution.reduction.weights
-        return sketch(job.target, reduced if "magr" in job.facts else None, solution.weight)
+    def takes_groups(self, count: int, rows: int) -> bool:
+        """Whether ``count`` groups of a convolution, of ``rows`` rows each, are solved together rather than one by one."""
+        small = count >= batched.FEWEST_GROUPS and rows <= batched.MOST_ROWS
+        return small and self.method in BATCHED and self.beta is None
 
+    def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
+        """Solve the groups of a convolution together, bias correction included; the channels of all groups are side by side."""
+        matrices = np.stack([p.weight for p in problems])
+        k = matrices.shape[1]
+        centred, stats = problems[0].centred(self.bias), problems[0].stats
+        grams, objective = (np.stack([p.stats.objective_gram(c) for p in problems]) for c in (False, centred))
+        damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
+        used = objective * np.eye(k) if self.method == "rtn" else objective  # nearest codes are the best where inputs are uncorrelated
+        result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps)
+        difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
+        error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
+        power = float(np.einsum("gkn,gkn->", grams @ matrices.astype(np.float64), matrices))
+        means = np.stack([p.stats.mean for p in problems])
+        bias = -np.einsum("gkn,gk->gn", difference, means).reshape(-1) if centred else None
+        quantized, target = side_by_side(result.weights), np.hstack(list(matrices))
+        histograms = sketch(target, None, quantized)
+        record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, histograms=histograms)
+        return LayerSolution(quantized.dequantize(), bias, target, None, quantized, None, True, record)
 
-def relative_error(job: Job, centred: bool) -> float:
-    """Output error of ``job.weight`` over output, as norms; with error feedback what the layers before did wrong is in it."""
-    if job.goal is not None:
-        return float(np.sqrt(error_feedback.error(job.weight.astype(np.float64), job.stats, job.goal, centred)))
-    if job.stats.is_data_free:  # H = I
-        difference = job.weight - job.reference
-        squares = [float(np.einsum("kn,kn->", a, a, dtype=np.float64)) for a in (difference, job.reference)]
-        return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
-    power = layer_error(job.reference, job.stats.gram)
-    left = layer_error(job.weight - job.reference, job.stats.objective_gram(centred))
-    return float(np.sqrt(max(left, 0) / power)) if power > 0 else 0.0
+    def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+        """Codes of zero; there are zero points unless the grid is symmetric, as for nearly any real weight."""
+        k, n = problem.weight.shape
+        spec = self.spec(problem.float_type)
+        grid = (spec.groups(k), n)
+        zeros = np.full(grid, spec.middle if spec.symmetric else 0, np.uint8)
+        return replace(solution, quantized=QuantizedWeight(np.zeros((k, n), np.uint8), np.ones(grid, np.float32), zeros, spec))

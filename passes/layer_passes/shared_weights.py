@@ -4,7 +4,7 @@ Readers ``r`` of one ``W`` see inputs of their own. What all of them lose togeth
 
     sum_r n_r tr(D^T H_r D) = n tr(D^T H D),     H = sum_r n_r H_r / n,
 
-with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean. So the passes that choose a weight (`LayerStage.solves`)
+with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean. So the stages that choose a weight (`LayerStage.solves`)
 run once, for the first reader, under ``H``; the others take its codes over. Bias compensation and emission stay each reader's own, from its
 own mean and activation grid; constants made of the codes are shared.
 
@@ -14,70 +14,84 @@ Second moments of gradients differ between readers and do not add up to one matr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.types import LayerStats
 from magr_onnx.passes.base import LayerStage
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.job import BiasPolicy, Job, Stored, absorbs
-from magr_onnx.passes.layer_passes.quantize import relative_error
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
 from magr_onnx.passes.layers.shared import Key, by_weight, readers
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 
-class Bond:
-    """One weight on its way through a pipeline, for all that multiply by it.
+class SharedWeight:
+    """One weight on its way through a plan, for all layers that multiply by it.
 
     Attributes:
-        stored: Constants made of its codes.
+        constants: The constants made of it.
     """
 
     def __init__(self, readers: Sequence[tuple[LinearLayer, LayerStats | None]]) -> None:
         """Readers with the statistics of their inputs; None for none."""
-        self.stored: Stored = {}
+        self.constants = WeightConstants(shared=True)
         self._readers = readers
         self._stats: dict[BiasPolicy | None, LayerStats] = {}
-        self._first: Job | None = None
-        self._names = [layer.name for layer, _ in readers]
-        self._changed = False
-        self._facts: dict[str, Any] = {}
-        self._notes: list[str] = []
+        self._solved: LayerSolution | None = None
+        self._notes: tuple[str, ...] = ()
 
     def stats(self, policy: BiasPolicy | None) -> LayerStats:
         """The statistics of all readers together, under a policy of the bias compensation; see the module."""
         if policy not in self._stats:
-            seen = [(s, absorbs(layer, policy)) for layer, s in self._readers if s is not None and not s.is_data_free]
-            self._stats[policy] = _summed(seen) if seen else LayerStats.data_free(self._readers[0][0].k)
+            measured = [(s, absorbs_mean(policy, layer.has_bias)) for layer, s in self._readers if s is not None and not s.is_data_free]
+            self._stats[policy] = _summed(measured) if measured else LayerStats.data_free(self._readers[0][0].k)
         return self._stats[policy]
 
-    def apply(self, p: LayerStage, job: Job) -> None:
-        """Run a pass that solves for the first reader; give its result to the others."""
-        policy: BiasPolicy | None = getattr(p, "bias", None)
-        if self._first is None:
-            self._first = job
-        note = f"shares its weight with {_some([n for n in self._names if n != job.layer.name])}: one solve for all, codes stored once"
-        if note not in job.notes:
-            job.notes.append(note)
-        if job is self._first:
-            self._solve(p, job, policy)
-        elif job.quantized is None and job.factors is None:
-            job.weight, job.quantized, job.factors = self._first.weight, self._first.quantized, self._first.factors
-            job.changed = self._changed
-            job.facts |= self._facts
-            job.notes += self._notes
-        if "error" in job.facts:
-            job.facts["error"] = relative_error(job, job.centred(policy))
+    def solve(self, name: str, problem: LayerProblem, stages: Sequence[LayerStage]) -> LayerSolution:
+        """Solve the problem of the reader ``name``: the first reader's stages choose the weight, the others take it over."""
+        others = [layer.name for layer, _ in self._readers if layer.name != name]
+        note = f"shares its weight with {_listed(others)}: one solve for all, codes stored once"
+        solution, first, before = LayerSolution.unsolved(problem), self._solved is None, True
+        for stage in stages:
+            if not stage.solves:
+                solution = stage.solve(problem, solution)
+                continue
+            policy: BiasPolicy | None = getattr(stage, "bias", None)
+            if before:
+                solution = replace(solution, record=solution.record.noting(note))
+            if first:
+                count = len(solution.record.notes)
+                solution = stage.solve(replace(problem, stats=self.stats(policy), output_hessian=None), solution)
+                self._solved, self._notes = solution, (*self._notes, *solution.record.notes[count:])
+            elif before:
+                solution = self._taken_over(solution)
+            if solution.record.error is not None:
+                error = relative_error(solution.weight, problem, problem.centred(policy))
+                solution = replace(solution, record=replace(solution.record, error=error))
+            before = False
+        return solution
 
-    def _solve(self, p: LayerStage, job: Job, policy: BiasPolicy | None) -> None:
-        own, facts, notes = job.stats, dict(job.facts), len(job.notes)
-        job.stats, job.outputs = self.stats(policy), None
-        p.apply(job)
-        job.stats, self._changed = own, job.changed
-        self._facts |= {name: fact for name, fact in job.facts.items() if facts.get(name) is not fact}
-        self._notes += job.notes[notes:]
+    def _taken_over(self, solution: LayerSolution) -> LayerSolution:
+        """The solution of another reader with the weight of the first one."""
+        solved = self._solved
+        assert solved is not None
+        figures = solved.record
+        record = replace(
+            solution.record.noting(*self._notes),
+            error=figures.error,
+            magr=figures.magr,
+            solver=figures.solver,
+            low_rank=figures.low_rank,
+            histograms=figures.histograms,
+            errors=figures.errors,
+            tile_headroom=figures.tile_headroom,
+        )
+        return replace(
+            solution, weight=solved.weight, quantized=solved.quantized, factors=solved.factors, changed=solved.changed, record=record
+        )
 
 
 def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
@@ -86,14 +100,15 @@ def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
     def part(stats: LayerStats, centred: bool) -> LayerStats:
         return LayerStats(stats.objective_gram(centred), np.zeros_like(stats.mean), stats.rows)
 
-    whole = reduce(LayerStats.combine, (part(stats, centred) for stats, centred in readers))
-    held = [part(stats.held_out, centred) for stats, centred in readers if stats.held_out is not None]
-    return LayerStats(whole.gram, whole.mean, whole.rows, held_out=reduce(LayerStats.combine, held) if held else None)
+    total = reduce(LayerStats.combine, (part(stats, centred) for stats, centred in readers))
+    held_out = [part(stats.held_out, centred) for stats, centred in readers if stats.held_out is not None]
+    return LayerStats(total.gram, total.mean, total.rows, held_out=reduce(LayerStats.combine, held_out) if held_out else None)
 
 
-def bonds(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Key, Bond]:
-    """A bond for every weight that several of ``layers`` multiply by, by `LinearLayer.weight_key`."""
-    return {some[0].weight_key: Bond([(x, stats(x)) for x in some]) for some in by_weight(layers) if len(some) > 1}
+def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Key, SharedWeight]:
+    """Every weight that several of ``layers`` multiply by, by `LinearLayer.weight_key`."""
+    groups = [group for group in by_weight(layers) if len(group) > 1]
+    return {group[0].weight_key: SharedWeight([(layer, stats(layer)) for layer in group]) for group in groups}
 
 
 def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool = False) -> dict[str, list[str]]:
@@ -102,25 +117,27 @@ def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool
     ``added`` has the bytes of the codes that were written for each. ``alone`` is for stages of a model too large to be run as a whole,
     which solve every layer by itself.
     """
-    found: dict[str, list[str]] = {layer.name: [] for layer in layers}
+    notes: dict[str, list[str]] = {layer.name: [] for layer in layers}
     for layer in layers:
         same = [
             x.name for x in layers if alone and x is not layer and not x.nested and not layer.nested and x.weight_key == layer.weight_key
         ]
         if same:
-            found[layer.name].append(f"{_some(same)} reads the same weight in another stage, and has codes of its own")
-        turned = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
-        if turned:
-            found[layer.name].append(f"{_some(turned)} reads the same weight transposed or scaled, so that their codes cannot be shared")
-        if left := readers(layer):
-            names = _some([f"{layer_name(node)} ({node.op_type})" for node in left])
+            notes[layer.name].append(f"{_listed(same)} reads the same weight in another stage, and has codes of its own")
+        transposed = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
+        if transposed:
+            notes[layer.name].append(
+                f"{_listed(transposed)} reads the same weight transposed or scaled, so that their codes cannot be shared"
+            )
+        if nodes := readers(layer):
+            names = _listed([f"{layer_name(node)} ({node.op_type})" for node in nodes])
             ways = [f"leave it out (exclude={[scope_of(layer.node) or layer.name]})"]
-            ways += ['convert the table as well (embeddings="gather-block-quantized")'] * any(node.op_type == "Gather" for node in left)
+            ways += ['convert the table as well (embeddings="gather-block-quantized")'] * any(node.op_type == "Gather" for node in nodes)
             stays = f"its float weight ({layer.weight.stored.nbytes} bytes) stays in the file for {names}"
             more = added.get(layer.name)
             cost = f"converting it saved nothing and added {more} bytes: {stays}; {' or '.join(ways)}"
-            found[layer.name].append(stays if more is None else cost)
-    return found
+            notes[layer.name].append(stays if more is None else cost)
+    return notes
 
 
 def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
@@ -128,5 +145,5 @@ def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
     return a.weight.key == b.weight.key
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -22,7 +22,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
 from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, layer_name, left_out
+from magr_onnx.passes.layers.linear import FLOATS, layer_name, left_out
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -129,14 +129,6 @@ class ConvLayer:
         """The bias ``(M,)`` float64, or None."""
         return None if self.bias is None else self.bias.numpy().astype(np.float64)
 
-    def matrix(self, weight: Array, bias: Array | None) -> LinearLayer:
-        """A linear layer of one group's matrix ``(K, N)`` and bias ``(N,)``, for passes that read a layer and write nothing."""
-        tensor = ir.tensor(weight.astype(FLOATS[self.dtype]), name=self.weight_name)
-        added = None if bias is None else ir.tensor(bias)
-        alone = Held(self.held.source, tensor, (), False)
-        k, n = weight.shape
-        return LinearLayer(self.name, self.node, alone, tensor, False, 1.0, None, added, 1.0, k, n, self.place)
-
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
     """A convolution's weight as ``(G, K, N)``; rows go through a group's channels, and for every channel through the kernel."""
@@ -145,6 +137,11 @@ def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[An
         parts = weight.reshape(group, channels // group, n, -1).transpose(0, 1, 3, 2)
         return np.ascontiguousarray(parts.reshape(group, -1, n))
     return np.ascontiguousarray(weight.reshape(group, len(weight) // group, -1).transpose(0, 2, 1))
+
+
+def split_groups(matrix: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
+    """A matrix ``(K, G N)`` with the channels of all groups side by side as ``(G, K, N)``."""
+    return np.ascontiguousarray(matrix.reshape(len(matrix), group, -1).transpose(1, 0, 2))
 
 
 def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) -> npt.NDArray[Any]:

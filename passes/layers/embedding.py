@@ -76,6 +76,16 @@ class Table:
         """Equal for Gathers of the very same table."""
         return self.held.key
 
+    @property
+    def k(self) -> int:
+        """Rows of the table."""
+        return self.held.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Values of a row."""
+        return self.held.shape[1]
+
     def array(self) -> npt.NDArray[Any]:
         """The table ``(rows, width)`` in its own type."""
         return self.held.tensor().numpy()

@@ -14,11 +14,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.base import InputGrids, ModelPass
 from magr_onnx.passes.graph import subgraphs
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.job import META, BiasPolicy, Job
+from magr_onnx.passes.layer_state import forget, known_stats
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
 from magr_onnx.passes.layers.shared import sharing
 
@@ -84,11 +85,10 @@ class Rewrite(ModelPass):
         Statistics describe the graph as it was, so a graph that changed loses them: rewrite first, then gather them again.
         """
         Names.rescan(model.graph)
-        known = {j.layer.reads: j.stats for node in model.graph if isinstance(j := node.meta.get(META), Job)}
+        known = known_stats(model)
         notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, known)]))
         if notes:
-            for node in model.graph:
-                node.meta.pop(META, None)
+            forget(model)
         return ir.passes.PassResult(model, bool(notes))
 
 

@@ -38,12 +38,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import absorbs_mean
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import add_initializer
-from magr_onnx.passes.job import absorbs
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, view
 from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
 
@@ -191,7 +191,7 @@ class Equalize(Rewrite):
             if readers is None or stats.is_data_free:  # treated with the reader before, or nothing is known
                 continue
             fresh = [v for r in readers if isinstance(v := view(r.node), LinearLayer)]
-            centred = [absorbs(r, context.bias) for r in fresh]
+            centred = [absorbs_mean(context.bias, r.has_bias) for r in fresh]
             best = search([r.read() for r in fresh], stats, centred, context.spec, context.activations)
             if best.scales is None:
                 continue

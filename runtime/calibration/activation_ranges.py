@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.layer import BiasPolicy, absorbs_mean
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
-from magr_onnx.passes.job import BiasPolicy, absorbs
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
@@ -67,7 +67,7 @@ def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> 
     found = []
     for name, some in readers_of(layers).items():
         sketch = _sketch(np.concatenate([x.read() for x in some], axis=1))
-        found.append(Value(name, tuple(some), sketch, all(absorbs(x, bias) for x in some)))
+        found.append(Value(name, tuple(some), sketch, all(absorbs_mean(bias, x.has_bias) for x in some)))
     return found
 
 

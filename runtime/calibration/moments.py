@@ -13,7 +13,7 @@ from magr_onnx.core.types import Array, Goal, LayerStats
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
-from magr_onnx.passes.job import attach
+from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.passes.plan import Plan

@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
 from magr_onnx.passes.instrument.weight_inputs import overridable
-from magr_onnx.passes.job import Job
+from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.plan import Plan
@@ -162,10 +163,12 @@ def measure(
                     if progress is not None:
                         progress(len(found) * (1 + len(references)) + len(points), total)
                     if inputs is None:
-                        job = _quantized(layer, of_fit, _quick(choices[choice]))
-                        feeds = slots[layer.name].feeds(job.weight, job.bias)
+                        problem, columns = _problem(layer, of_fit), _columns(layer.n)
+                        solution = _reference(choices[choice]).solve(problem)
+                        feeds = slots[layer.name].feeds(solution.weight, solution.bias)
                         loss = reference.loss(lambda batch: session.run({**batch, **feeds}))  # noqa: B023
-                        error = _sampled_error(job, of_held, job.weight, choices[choice])
+                        sample = replace(problem, weight=problem.weight[:, columns])
+                        error = _error(sample, solution.weight[:, columns], of_held, choices[choice])
                     else:
                         loss = _emitted(model, layer.name, choices[choice], of_fit, inputs, reference, provider)
                         error = errors[choice]
@@ -191,48 +194,41 @@ def _columns(n: int) -> Array:
     return np.unique(np.linspace(0, n - 1, min(n, COLUMNS)).round().astype(int))
 
 
-def _job(layer: LinearLayer, stats: LayerStats, columns: Array | slice) -> Job:
-    weight = np.ascontiguousarray(layer.read()[:, columns])
-    bias = layer.read_bias()
-    return Job(layer, stats, weight, weight, weight, None if bias is None else bias[columns])
+def _problem(layer: LinearLayer, stats: LayerStats, columns: Array | slice = slice(None)) -> LayerProblem:
+    """The problem of some output channels of a layer."""
+    problem = problem_of(layer, stats)
+    bias = None if problem.bias is None else problem.bias[columns]
+    return replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
 
 
-def _errors(layer: LinearLayer, fit: LayerStats, held: LayerStats, choices: Plans) -> dict[Choice, float]:
+def _errors(layer: LinearLayer, fit: LayerStats, held_out: LayerStats, choices: Plans) -> dict[Choice, float]:
     """Of every choice; blocks that span the column are one."""
+    problem = _problem(layer, fit, _columns(layer.n))
     known: dict[Choice, float] = {}
-    found = {}
+    errors = {}
     for choice, plan in choices.items():
         same = Choice(choice.bits, min(choice.block_size or layer.k, layer.k))
         if same not in known:
-            known[same] = _error(layer, fit, held, plan)
-        found[choice] = known[same]
-    return found
+            known[same] = _error(problem, _fast(plan).solve(problem).weight, held_out, plan)
+        errors[choice] = known[same]
+    return errors
 
 
-def _error(layer: LinearLayer, fit: LayerStats, held: LayerStats, plan: Plan) -> float:
-    """Relative squared layer error of a sample of output channels, under ``held``."""
-    job = _job(layer, fit, _columns(layer.n))
+def _error(problem: LayerProblem, weight: Array, held_out: LayerStats, plan: Plan) -> float:
+    """Relative squared layer error of a weight, under the moments of the held-out batches."""
+    power = layer_error(problem.weight, held_out.gram)
+    gram = held_out.objective_gram(problem.centred(plan.bias_policy))
+    return max(layer_error(weight - problem.weight, gram), 0.0) / power if power > 0 else 0.0
+
+
+def _fast(plan: Plan) -> Plan:
+    """What decides the error of a choice: MagR and the quantizer, with fewer sweeps."""
     plan = plan.resolved
-    if plan.magr is not None:
-        plan.magr.apply(job)
-    if plan.quantize is not None:
-        replace(plan.quantize, sweeps=min(plan.quantize.sweeps, SWEEPS)).apply(job)
-    return _relative(job, held, job.weight, job.reference, plan)
+    quantize = plan.quantize
+    return Plan(magr=plan.magr, quantize=None if quantize is None else replace(quantize, sweeps=min(quantize.sweeps, SWEEPS)))
 
 
-def _sampled_error(job: Job, held: LayerStats, weight: Array, plan: Plan) -> float:
-    """The same of a whole layer, of the same sample."""
-    columns = _columns(job.layer.n)
-    return _relative(job, held, weight[:, columns], job.reference[:, columns], plan)
-
-
-def _relative(job: Job, held: LayerStats, weight: Array, reference: Array, plan: Plan) -> float:
-    centred = plan.bias is not None and job.centred(plan.bias_policy)
-    power = layer_error(reference, held.gram)
-    return max(layer_error(weight - reference, held.objective_gram(centred)), 0.0) / power if power > 0 else 0.0
-
-
-def _quick(plan: Plan) -> Plan:
+def _reference(plan: Plan) -> Plan:
     """The plan of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
     quantize = plan.resolved.quantize
     if quantize is not None and quantize.method != "rtn":
@@ -240,21 +236,14 @@ def _quick(plan: Plan) -> Plan:
     return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _quantized(layer: LinearLayer, stats: LayerStats, plan: Plan) -> Job:
-    job = _job(layer, stats, slice(None))
-    for stage in plan.solving:
-        stage.apply(job)
-    return job
-
-
 def _emitted(model: ir.Model, name: str, plan: Plan, stats: LayerStats, inputs: Inputs, reference: Reference, provider: str) -> float:
     """The loss of the model with one layer emitted."""
     copy = model.clone()
     layer = next(layer for layer in find(copy)[0] if layer.name == name)
 
-    def begin(job: Job) -> None:
-        job.output_grid = inputs.products.get(str(job.layer.node.outputs[0].name))
+    def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
+        return replace(problem, output_grid=inputs.products.get(str(layer.node.outputs[0].name)))
 
-    run_layers(plan, [layer], lambda _: stats, lambda _: None, begin)
+    run_layers(plan, [layer], lambda _: stats, lambda _: None, complete)
     with Session(copy, provider) as session:
         return reference.loss(session.run)

@@ -10,21 +10,21 @@ import pytest
 
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import OptionError
-from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, Job, LayerPass, Plan, Quantize, find, run_layers
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, LayerPass, Plan, Quantize, SolvedLayer, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import FORMS, feeds, proto
 
 
-def emit(model: ir.Model, *passes: LayerPass) -> tuple[ir.Model, list[Job]]:
-    jobs: list[Job] = []
+def emit(model: ir.Model, *passes: LayerPass) -> tuple[ir.Model, list[SolvedLayer]]:
+    solved: list[SolvedLayer] = []
     plan = Plan.of(passes)
     plan.check()
     plan.prepare(model)
-    run_layers(plan, find(model)[0], lambda _: None, jobs.append)
+    run_layers(plan, find(model)[0], lambda _: None, solved.append)
     proto(model)  # valid for onnx's checker
-    return model, jobs
+    return model, solved
 
 
 def run(model: ir.Model, arithmetic: Arithmetic = Arithmetic.UNOPTIMIZED) -> np.ndarray:
@@ -42,14 +42,14 @@ EMITTERS: dict[str, LayerPass] = {"matmulnbits": EmitMatMulNBits(), "qdq": EmitQ
 @pytest.mark.parametrize("emitter", EMITTERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_computes_with_the_chosen_codes(form: str, emitter: str) -> None:
-    model, (job,) = emit(FORMS[form](), Quantize(method="rtn"), EMITTERS[emitter])
-    assert job.quantized is not None
-    assert np.array_equal(read_weights(model)["y"], job.quantized.dequantize())
+    model, (done,) = emit(FORMS[form](), Quantize(method="rtn"), EMITTERS[emitter])
+    assert done.solution.quantized is not None
+    assert np.array_equal(read_weights(model)["y"], done.solution.quantized.dequantize())
     assert [n for n in model.graph if n.op_type in ("Gemm", "Transpose", "Constant")] == []
     assert "w" not in model.graph.initializers
     x = feeds(model)["x"].astype(np.float64)
-    bias = job.layer.read_bias()
-    expected = x @ job.quantized.dequantize() + (0 if bias is None else bias)
+    bias = done.layer.read_bias()
+    expected = x @ done.solution.quantized.dequantize() + (0 if bias is None else bias)
     assert relative(run(model), expected) < 1e-5
     assert relative(run(model, Arithmetic.FLOAT_QDQ), expected) < 1e-5
     assert relative(run(model, Arithmetic.DEFAULT), expected) < 2e-2  # int8 activations
@@ -61,11 +61,11 @@ def test_every_form_computes_with_the_chosen_codes(form: str, emitter: str) -> N
 def test_every_grid_runs(emitter: str, bits: int, block: int | None, symmetric: bool) -> None:
     k = 600 if block in (256, 512, None) else 100
     quantize = Quantize(method="rtn", bits=bits, block_size=block, symmetric=symmetric)
-    model, (job,) = emit(graphs.matmul_bias(k, 24), quantize, EMITTERS[emitter])
-    assert job.quantized is not None
-    weight = job.quantized.dequantize()
+    model, (done,) = emit(graphs.matmul_bias(k, 24), quantize, EMITTERS[emitter])
+    assert done.solution.quantized is not None
+    weight = done.solution.quantized.dequantize()
     assert np.array_equal(read_weights(model)["y"], weight)
-    bias = job.layer.read_bias()
+    bias = done.layer.read_bias()
     expected = feeds(model)["x"].astype(np.float64) @ weight + bias
     for arithmetic, bound in ((Arithmetic.UNOPTIMIZED, 1e-5), (Arithmetic.FLOAT_QDQ, 1e-5), (Arithmetic.DEFAULT, 2e-2)):
         assert relative(run(model, arithmetic), expected) < bound
@@ -74,12 +74,12 @@ def test_every_grid_runs(emitter: str, bits: int, block: int | None, symmetric: 
 @pytest.mark.parametrize("emitter", EMITTERS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_half_precision(emitter: str, bits: int) -> None:
-    model, (job,) = emit(graphs.matmul_bias(64, 24, dtype=np.float16), Quantize(method="rtn", bits=bits), EMITTERS[emitter])
-    assert job.quantized is not None
-    weight = job.quantized.dequantize()
+    model, (done,) = emit(graphs.matmul_bias(64, 24, dtype=np.float16), Quantize(method="rtn", bits=bits), EMITTERS[emitter])
+    assert done.solution.quantized is not None
+    weight = done.solution.quantized.dequantize()
     assert np.array_equal(read_weights(model)["y"], weight)
     assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
-    bias = job.layer.read_bias()
+    bias = done.layer.read_bias()
     expected = feeds(model)["x"].astype(np.float64) @ weight + bias
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.FLOAT_QDQ):
         assert relative(run(model, arithmetic), expected) < 3e-3
@@ -176,11 +176,11 @@ def test_symmetric_three_bits_need_no_zero_points() -> None:
 
 def test_bias_any_gives_matmulnbits_a_bias() -> None:
     model = graphs.matmul()
-    jobs: list[Job] = []
+    solved: list[SolvedLayer] = []
     x = feeds(model)["x"].reshape(-1, graphs.K).astype(np.float64)
     stats = LayerStats(x.T @ x / len(x), x.mean(axis=0), len(x))
     plan = Plan(quantize=Quantize(bits=2), bias=CompensateBias("any"), emitter=EmitMatMulNBits())
-    run_layers(plan, find(model)[0], lambda _: stats, jobs.append)
+    run_layers(plan, find(model)[0], lambda _: stats, solved.append)
     node = next(iter(model.graph))
     assert node.inputs[5] is not None
     expected = run(graphs.matmul())

@@ -15,22 +15,24 @@ import onnxruntime as ort
 import pytest
 
 import magr_onnx
+from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.types import ActivationGrid, DynamicRange, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import OptionError
 from magr_onnx.passes import (
     CompensateBias,
     EmitDynamicInt8,
     EmitQDQInt8,
-    Job,
     LayerPass,
     Plan,
     Quantize,
     QuantizeActivations,
+    SolvedLayer,
     find,
     run_layers,
 )
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.passes.job import attach
+from magr_onnx.passes.layer_state import problem_of
+from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import open_data
@@ -219,8 +221,8 @@ def stats_of(grid: ActivationGrid | DynamicRange, k: int = K) -> LayerStats:
     return LayerStats(np.eye(k), np.zeros(k), 100, np.zeros(k), grid)
 
 
-def emit(model: ir.Model, grid: ActivationGrid | DynamicRange, *passes: LayerPass) -> tuple[ir.Model, list[Job]]:
-    jobs: list[Job] = []
+def emit(model: ir.Model, grid: ActivationGrid | DynamicRange, *passes: LayerPass) -> tuple[ir.Model, list[SolvedLayer]]:
+    jobs: list[SolvedLayer] = []
     for p in passes:
         p.prepare(model, None)
     run_layers(Plan.of(passes), find(model)[0], lambda layer: stats_of(grid, layer.k), jobs.append)
@@ -240,15 +242,15 @@ def test_static_layers_compute_with_the_chosen_codes(name: str, signed: bool, sy
     grid = ActivationGrid.of_range(-20, 35, signed)
     quantize = Quantize("rtn", bits, None, symmetric)
     model, (job,) = emit(FORMS[name](), grid, QuantizeActivations("int8" if signed else "uint8"), quantize, EmitQDQInt8())
-    assert job.quantized is not None
-    np.testing.assert_array_equal(read_weights(model)["y"], job.quantized.dequantize())
-    np.testing.assert_array_equal(model.graph.initializers[f"w_q{bits}"].const_value.numpy(), job.quantized.raw())  # type: ignore[union-attr]
+    assert job.solution.quantized is not None
+    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
+    np.testing.assert_array_equal(model.graph.initializers[f"w_q{bits}"].const_value.numpy(), job.solution.quantized.raw())  # type: ignore[union-attr]
     x = feeds(FORMS[name]())
     bias = job.layer.read_bias()
     if name == "gemm_alpha_beta":
-        step = (np.float64(grid.scale) * job.quantized.scales[0]).astype(np.float32).astype(np.float64)
+        step = (np.float64(grid.scale) * job.solution.quantized.scales[0]).astype(np.float32).astype(np.float64)
         bias = np.rint(bias / step) * step
-    expected = rounded(x["x"], grid) @ job.quantized.dequantize().astype(np.float64) + bias
+    expected = rounded(x["x"], grid) @ job.solution.quantized.dequantize().astype(np.float64) + bias
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.DEFAULT):
         (found,) = outputs(model, x, arithmetic)
         assert relative(found, expected) < 1e-5
@@ -261,12 +263,12 @@ def test_dynamic_layers_compute_with_the_chosen_codes(name: str, grid: DynamicRa
     model, (job,) = emit(
         FORMS[name](), grid, QuantizeActivations("dynamic"), Quantize("rtn", 4, None, symmetric), EmitDynamicInt8()
     )  # fmt: skip
-    assert job.quantized is not None
-    np.testing.assert_array_equal(read_weights(model)["y"], job.quantized.dequantize())
+    assert job.solution.quantized is not None
+    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
     x = feeds(FORMS[name]())
     seen = np.clip(x["x"], grid.low, grid.high)
     exact = ActivationGrid.of_range(float(seen.min()), float(seen.max()))
-    expected = rounded(seen, exact) @ job.quantized.dequantize().astype(np.float64) + job.layer.read_bias()
+    expected = rounded(seen, exact) @ job.solution.quantized.dequantize().astype(np.float64) + job.layer.read_bias()
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.DEFAULT):
         (found,) = outputs(model, x, arithmetic)
         assert relative(found, expected) < 1e-5
@@ -322,10 +324,11 @@ def test_a_bias_that_fits_raw_codes_must_fit_beside_those_without_zero_points() 
         constants = b.constant("w", random(K, 1)), b.constant("b", np.array([size], np.float32))
         model = b.model(b.node("Gemm", [b.input("x", ["batch", K]), *constants], "layer"), ["batch", 1])
         stats = replace(LayerStats.data_free(K), activation=ActivationGrid(1.0, 0))
-        job = attach(find(model)[0][0], stats)
-        job.quantized = quantized
-        EmitQDQInt8().apply(job)
-        assert bool(job.notes) is not fits
+        layer = find(model)[0][0]
+        problem = problem_of(layer, stats)
+        emitted = EmitQDQInt8().emit(layer, problem, replace(LayerSolution.unsolved(problem), quantized=quantized), WeightConstants())
+        assert emitted is not None
+        assert bool(emitted.notes) is not fits
 
 
 def test_a_bias_behind_an_input_of_constant_shape_is_fused(tmp_path: Path) -> None:
@@ -350,7 +353,8 @@ def test_a_bias_never_overflows_with_the_products() -> None:
         model, (job,) = emit(b.model(out, ["batch", 1]), grid, QuantizeActivations(), quantize, EmitQDQInt8())
         (found,) = outputs(model, {"x": np.full((2, K), 255, np.float32)}, Arithmetic.DEFAULT)
         np.testing.assert_allclose(found, 255 * 127 * K + size, rtol=1e-6)
-        assert bool(job.notes) == (size > largest)
+        assert job.emitted is not None
+        assert bool(job.emitted.notes) == (size > largest)
 
 
 @pytest.mark.parametrize("name", ["matmul_bias", "gemm", "half, bias"])

@@ -212,7 +212,7 @@ def test_compensated_bias_alone_changes_only_biases() -> None:
     model = graphs.chain()
     weights: dict[str, np.ndarray] = {}
     rounding = Plan(quantize=Quantize(bits=2))
-    run_layers(rounding, find(model)[0], lambda layer: stats_of(layer.k), lambda j: weights.update({j.layer.name: j.weight}))
+    run_layers(rounding, find(model)[0], lambda layer: stats_of(layer.k), lambda s: weights.update({s.layer.name: s.solution.weight}))
     again = graphs.chain()
     plan = Plan(quantize=Quantize(bits=2, bias="none"), bias=CompensateBias())
     run_layers(plan, find(again)[0], lambda layer: stats_of(layer.k), lambda _: None)

@@ -94,7 +94,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
     def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
         def keep(job: Any) -> None:
-            chosen[job.layer.output.name] = digest(job.quantized.dequantize())
+            chosen[job.layer.output.name] = digest(job.solution.quantized.dequantize())
             finished(job)
 
         run_layers(plan, layers, stats, keep, *rest)

@@ -17,21 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import magr_onnx
+from magr_onnx.core.layer import join_groups
 from magr_onnx.core.quantizers import batched
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes import Plan
+from magr_onnx.passes import Plan, Quantize
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.graph.constants import Held
-from magr_onnx.passes.layer_passes.convolutions import Convolutions
-from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, to_matrices
+from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
+from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, split_groups, to_matrices
 from magr_onnx.report.data import Report
 from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import convolutions
+from tests.helpers import run_context
 
 Array = np.ndarray[Any, Any]
 
@@ -373,7 +375,7 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
         large = conv_patches.unmeasured(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
-    result = convolutions.convert(found, found.clone(), plan, data, patch_limit=70_000)
+    result = convolutions.convert(found, found.clone(), plan, data, run_context(), patch_limit=70_000)
     assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
     assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
     assert result.rows[3].notes[0].startswith("data-free: its patches take")
@@ -512,14 +514,19 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     node = ir.node("Conv", [None, None], name="c")
     source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
     layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
-    demand = Convolutions(4, symmetric, alpha=0.0)
+    problems = problems_of(layer, [stats.of_group(group) for group in range(g)])
     for method in ("rtn", "gptq", "comq"):
-        plan = convolutions.solver_of(Plan.parse(f"quantize{{method={method}}}"), demand, False)
-        together = convolutions._solve(layer, stats, plan, False)
-        assert together.error < 1.001 * convolutions._one_by_one(weights, layer, stats, plan, False).error
-        difference = np.stack([w.dequantize() for w in together.weights]) - weights
-        left = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)
-        assert together.error == pytest.approx(np.sqrt(left), rel=1e-4)
+        plan = Plan(quantize=Quantize(method), convolutions=Convolutions(4, symmetric, alpha=0.0)).for_convolutions(False)
+        assert plan.quantize is not None
+        assert plan.quantize.takes_groups(g, k)
+        together = plan.solve_groups(problems)
+        one_by_one = join_groups(problems, [plan.solve(problem) for problem in problems], False)
+        assert together.record.error is not None
+        assert one_by_one.record.error is not None
+        assert together.record.error < 1.001 * one_by_one.record.error
+        difference = split_groups(together.weight, g) - weights
+        relative = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)
+        assert together.record.error == pytest.approx(np.sqrt(relative), rel=1e-4)
 
 
 def test_small_groups_find_the_best_codes_of_all() -> None:

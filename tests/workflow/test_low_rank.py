@@ -15,7 +15,7 @@ from magr_onnx.core.linalg import damped, layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
-from magr_onnx.passes import Job, Plan, find, run_layers
+from magr_onnx.passes import Plan, SolvedLayer, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
@@ -82,8 +82,8 @@ def stats_of(k: int, rows: int = 400) -> LayerStats:
     return LayerStats(x.T @ x / rows, x.mean(axis=0), rows)
 
 
-def emit(model: ir.Model, text: str) -> tuple[ir.Model, list[Job]]:
-    plan, jobs = Plan.parse(text), list[Job]()
+def emit(model: ir.Model, text: str) -> tuple[ir.Model, list[SolvedLayer]]:
+    plan, jobs = Plan.parse(text), list[SolvedLayer]()
     plan.check()
     plan.prepare(model)
     run_layers(plan, find(model)[0], lambda layer: stats_of(layer.k), jobs.append)
@@ -101,14 +101,14 @@ def relative(a: Array, b: Array) -> float:
 def test_every_form_computes_with_codes_and_factors(form: str, bias: str, emitter: str) -> None:
     after = f"compensate-bias{{bias={bias}}},{emitter}"
     model, (job,) = emit(FORMS[form](), f"quantize{{method=rtn,bits=3}},low-rank{{rank=5}},{after}")
-    assert job.quantized is not None
-    assert job.factors is not None
-    np.testing.assert_array_equal(job.weight, job.quantized.dequantize() + job.factors.product())
+    assert job.solution.quantized is not None
+    assert job.solution.factors is not None
+    np.testing.assert_array_equal(job.solution.weight, job.solution.quantized.dequantize() + job.solution.factors.product())
     assert list(read_weights(model)) == ["y"]
-    np.testing.assert_array_equal(read_weights(model)["y"], job.quantized.dequantize())
+    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
     assert "w" not in model.graph.initializers
     x = feeds(model)["x"]
-    expected = x.astype(np.float64) @ job.weight + (0 if job.bias is None else job.bias)
+    expected = x.astype(np.float64) @ job.solution.weight + (0 if job.solution.bias is None else job.solution.bias)
     for arithmetic, bound in ((Arithmetic.UNOPTIMIZED, 1e-5), (Arithmetic.FLOAT_QDQ, 1e-5), (Arithmetic.DEFAULT, 2e-2)):
         with Session(model, arithmetic=arithmetic) as session:
             assert relative(session.run({"x": x})[0], expected) < bound
@@ -130,13 +130,14 @@ def test_layers_of_one_input_and_bias_compensation_see_the_branch() -> None:
     assert [j.layer.name for j in jobs] == ["up", "down"]
     assert set(read_weights(model)) == {"up_out", "down_bias_out"}
     for job in jobs:
-        stats = job.stats
-        assert job.bias is not None
+        stats = job.problem.stats
+        assert job.solution.bias is not None
         before = job.layer.read_bias()
         assert before is not None
-        np.testing.assert_allclose(job.bias - before, (job.reference.astype(np.float64) - job.weight).T @ stats.mean, atol=1e-6)
-        facts = job.facts["low_rank"]
-        assert facts["error_after"] == job.facts["error"] < 0.9 * facts["error_before"]
+        error = job.problem.weight.astype(np.float64) - job.solution.weight
+        np.testing.assert_allclose(job.solution.bias - before, error.T @ stats.mean, atol=1e-6)
+        facts = job.solution.record.low_rank
+        assert facts["error_after"] == job.solution.record.error < 0.9 * facts["error_before"]
 
 
 @pytest.mark.parametrize("emitter", ["emit-matmulnbits", "emit-qdq"])
@@ -145,7 +146,7 @@ def test_half_precision_keeps_half_precision_factors(emitter: str) -> None:
     branch = [v for name, v in model.graph.initializers.items() if name.endswith(("_down", "_up"))]
     assert [v.dtype for v in branch] == [ir.DataType.FLOAT16] * 2
     x = feeds(model)["x"]
-    expected = x.astype(np.float64) @ job.weight + job.bias
+    expected = x.astype(np.float64) @ job.solution.weight + job.solution.bias
     with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
         (y,) = session.run({"x": x})
     assert y.dtype == np.float16
@@ -155,7 +156,7 @@ def test_half_precision_keeps_half_precision_factors(emitter: str) -> None:
 def test_alone_it_leaves_a_float_model() -> None:
     model, jobs = emit(graphs.chain(), "quantize{method=rtn,bits=2},low-rank{kind=diagonal}")
     for job, found in zip(jobs, find(model)[0], strict=True):
-        np.testing.assert_array_equal(found.read(), job.weight)
+        np.testing.assert_array_equal(found.read(), job.solution.weight)
 
 
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from typer.testing import CliRunner
 import magr_onnx
 from magr_onnx.cli.app import app
 from magr_onnx.config.options import build_pipeline
-from magr_onnx.core.types import ActivationGrid, Choice, LayerStats
+from magr_onnx.core.layer import LayerProblem
+from magr_onnx.core.types import ActivationGrid, Choice, DynamicRange, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
-from magr_onnx.passes import Plan, find, run_layers
+from magr_onnx.passes import LinearLayer, Plan, find, run_layers
 from magr_onnx.passes.instrument.weight_inputs import overridable
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.activation_ranges import Grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.measure import sensitivity
@@ -89,6 +92,9 @@ def statistics(layer: Any) -> LayerStats:
         {"format": "qdq", "bits": 8, "block_size": 64, "symmetric": True},
         {"format": "qdq-int8"},
         {"format": "dynamic-int8"},
+        {"bits": 4, "low_rank": 16},
+        {"bits": 2, "low_rank": 1000},  # more than the layer has
+        {"format": "qdq", "bits": 4, "low_rank": 5, "bias": "none"},
     ],
     ids=str,
 )
@@ -99,10 +105,29 @@ def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any
     (name,) = [layer.name for layer in find(source)[0]]
     real = source.clone()
     run_layers(plan, find(real)[0], statistics, lambda job: None)
-    blank = size_model.blank(source, {name: plan})
+    blank = size_model.converted(source, {name: plan})
     assert files.initializer_bytes(blank) == files.initializer_bytes(real)
     assert size_model.changes(source, [[name]], plan) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
     assert writing.save(blank, tmp_path / "blank.onnx") == writing.save(real, tmp_path / "real.onnx")
+
+
+@pytest.mark.parametrize("options", [{"format": "qdq-int8", "quantize_outputs": True}, {"format": "dynamic-int8"}], ids=str)
+def test_grids_of_activations_count(options: dict[str, Any], tmp_path: Path) -> None:
+    """Scale and zero point of a product, and the bounds an input is clipped to, are constants of the file."""
+    plan = build_pipeline(quantizer="rtn", alpha=0, **options)
+    source = graphs.matmul(160, 72)
+    plan.prepare(source)
+    layer = find(source)[0][0]
+    dynamic = options["format"] == "dynamic-int8"
+    grids = Grids({layer.reads: DynamicRange(-1.0, 1.0) if dynamic else ActivationGrid(0.1, 120)}, {"y": ActivationGrid(0.2, 100)})
+    real = source.clone()
+
+    def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
+        return replace(problem, activation=grids.inputs[layer.reads], output_grid=grids.products["y"])
+
+    run_layers(plan, find(real)[0], statistics, lambda solved: None, complete)
+    assert files.initializer_bytes(size_model.converted(source, {layer.name: plan}, grids)) == files.initializer_bytes(real)
+    assert size_model.changes(source, [[layer.name]], plan, grids) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -217,6 +242,31 @@ def test_target_size_is_kept_by_the_file(percent: int, tmp_path: Path) -> None:
     assert after == result.report.bytes_after
     row = {name: r for r in result.report.assignment.rows for name in r.layers}
     assert row["strong"].bytes >= row["weak"].bytes >= row["faint"].bytes
+
+
+LOW_RANK: dict[str, dict[str, Any]] = {
+    "size": {"target_size": "60%", "low_rank": 16},
+    "qdq": {"target_size": "60%", "low_rank": 8, "format": "qdq"},
+    "one layer": {"target_size": "60%", "layers": [{"match": "weak", "bits": 4, "low_rank": 32}]},
+    "preset": {"target_size": "60%", "preset": "llm-int2"},
+    "loss": {"max_loss": "2%", "low_rank": 16},
+}
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_low_rank_branches_are_part_of_the_size(kind: str, tmp_path: Path) -> None:
+    result, before, after = written(unequal(), tmp_path, **LOW_RANK[kind])
+    assignment = result.report.assignment
+    assert any(row.low_rank for row in result.report.layers)
+    assert after <= assignment.attempts[-1].bytes <= after + 2 * mixed_precision.STAMP
+    if "target_size" in LOW_RANK[kind]:
+        assert after <= 0.6 * before
+        assert assignment.met
+
+
+def test_a_size_that_low_rank_branches_exceed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the smallest possible is"):
+        written(unequal(), tmp_path, target_size="20%", low_rank=64)
 
 
 def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:

@@ -16,10 +16,10 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.model_io import files
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
-from magr_onnx.passes import Job, Plan, find, run_layers
+from magr_onnx.passes import Plan, SolvedLayer, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.instrument import segments
-from magr_onnx.passes.layer_passes.shared_weights import Bond, remarks
+from magr_onnx.passes.layer_passes.shared_weights import SharedWeight, remarks
 from magr_onnx.passes.layers.shared import sharing
 from magr_onnx.report.html import summary
 from magr_onnx.runtime.calibration import moments
@@ -51,9 +51,9 @@ def stats_of(x: Array) -> LayerStats:
     return LayerStats(x.T @ x / len(x), x.mean(axis=0), len(x))
 
 
-def solved(model: ir.Model, pipeline: str, stats: dict[str, LayerStats]) -> dict[str, Job]:
+def solved(model: ir.Model, pipeline: str, stats: dict[str, LayerStats]) -> dict[str, SolvedLayer]:
     """Jobs after a pipeline, by layer name."""
-    done: dict[str, Job] = {}
+    done: dict[str, SolvedLayer] = {}
     layers, _ = find(model)
     run_layers(Plan.parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda job: done.update({job.layer.name: job}))
     return done
@@ -67,13 +67,13 @@ def test_the_shared_solve_is_the_solve_on_all_rows() -> None:
     many = solved(readers(3), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)})
     one = solved(readers(1), QUANTIZE, {"fc0": stats_of(np.concatenate(rows))})["fc0"]
     alone = solved(readers(1), QUANTIZE, {"fc0": stats_of(rows[0])})["fc0"]
-    assert one.quantized is not None
-    assert alone.quantized is not None
-    assert (alone.quantized.codes != one.quantized.codes).any()
+    assert one.solution.quantized is not None
+    assert alone.solution.quantized is not None
+    assert (alone.solution.quantized.codes != one.solution.quantized.codes).any()
     for job in many.values():
-        assert job.quantized is not None
-        np.testing.assert_array_equal(job.quantized.codes, one.quantized.codes)
-        np.testing.assert_array_equal(job.quantized.scales, one.quantized.scales)
+        assert job.solution.quantized is not None
+        np.testing.assert_array_equal(job.solution.quantized.codes, one.solution.quantized.codes)
+        np.testing.assert_array_equal(job.solution.quantized.scales, one.solution.quantized.scales)
 
 
 @pytest.mark.parametrize("biased", [(), (0, 1), (1,)], ids=["none", "both", "one"])
@@ -83,35 +83,35 @@ def test_rows_are_centred_where_a_bias_takes_up_their_mean(biased: tuple[int, ..
     many = solved(readers(2, biased), compensated, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)})
     seen = np.concatenate([x - x.mean(axis=0) if i in biased else x for i, x in enumerate(rows)])
     one = solved(readers(1), QUANTIZE, {"fc0": stats_of(seen)})["fc0"]
-    assert one.quantized is not None
+    assert one.solution.quantized is not None
     for i, job in enumerate(many.values()):
-        assert job.quantized is not None
-        assert (job.quantized.codes == one.quantized.codes).mean() > 0.999  # statistics are the same up to rounding
+        assert job.solution.quantized is not None
+        assert (job.solution.quantized.codes == one.solution.quantized.codes).mean() > 0.999  # statistics are the same up to rounding
         if i in biased:
-            wanted = random(N, seed=i) + (WEIGHT - job.weight).T.astype(np.float64) @ rows[i].mean(axis=0)
-            np.testing.assert_allclose(np.asarray(job.bias), wanted, rtol=1e-5, atol=1e-6)
+            wanted = random(N, seed=i) + (WEIGHT - job.solution.weight).T.astype(np.float64) @ rows[i].mean(axis=0)
+            np.testing.assert_allclose(np.asarray(job.solution.bias), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_errors_are_each_reader_s_own() -> None:
     rows = [rows_of(i) for i in range(2)]
     for job, x in zip(solved(readers(2), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
-        wanted = np.linalg.norm(x @ (job.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
-        assert job.facts["error"] == pytest.approx(wanted, rel=1e-4)
+        wanted = np.linalg.norm(x @ (job.solution.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
+        assert job.solution.record.error == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_reader_without_data_takes_no_part() -> None:
     layers, _ = find(readers(2))
     seen = stats_of(rows_of(0))
-    bond = Bond([(layers[0], seen), (layers[1], None)])
-    np.testing.assert_allclose(bond.stats(None).gram, seen.gram)
-    assert Bond([(layer, None) for layer in layers]).stats(None).is_data_free
+    shared = SharedWeight([(layers[0], seen), (layers[1], None)])
+    np.testing.assert_allclose(shared.stats(None).gram, seen.gram)
+    assert SharedWeight([(layer, None) for layer in layers]).stats(None).is_data_free
 
 
 def test_held_out_rows_are_those_of_all_readers() -> None:
     layers, _ = find(readers(2))
     parts = [[rows_of(i)[:16], rows_of(i)[16:]] for i in range(2)]
     stats = [replace(stats_of(np.concatenate(p)), held_out=stats_of(p[0])) for p in parts]
-    held = Bond(list(zip(layers, stats, strict=True))).stats(None).held_out
+    held = SharedWeight(list(zip(layers, stats, strict=True))).stats(None).held_out
     assert held is not None
     assert held.rows == 32
     x = np.concatenate([p[0] for p in parts])

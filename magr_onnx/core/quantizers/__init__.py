@@ -25,5 +25,8 @@ QUANTIZERS: dict[str, Quantizer] = {
 UNDER_A_BUDGET = ("auto", "gptq", "comq", "a2q", "a2q+")
 """Those that know accumulator constraints; the last two know nothing else."""
 
+BATCHED = ("auto", "gptq", "comq", "rtn")
+"""Those that `magr_onnx.core.quantizers.batched` is a form of, for the many small groups of a convolution."""
 
-__all__ = ["QUANTIZERS", "UNDER_A_BUDGET", "Options", "Problem", "Quantizer", "Solution"]
+
+__all__ = ["BATCHED", "QUANTIZERS", "UNDER_A_BUDGET", "Options", "Problem", "Quantizer", "Solution"]

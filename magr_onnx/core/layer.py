@@ -1,0 +1,176 @@
+"""One layer as the solvers see it: a problem, and the solution that the stages of a plan build up step by step.
+
+Plain arrays, no graph. A layer computes ``Y = X W + b`` with ``W (K, N)`` and ``b (N,)``; see `magr_onnx.core.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from magr_onnx.core import error_feedback
+from magr_onnx.core.histograms import sketch
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.low_rank import Factors
+from magr_onnx.core.types import Activation, ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, ScaleType, joined
+
+BiasPolicy = Literal["existing", "any", "none"]
+"""Which layers bias compensation corrects: those that have a bias, all, or none."""
+
+
+def absorbs_mean(policy: BiasPolicy | None, has_bias: bool) -> bool:
+    """Whether a layer's bias will absorb its mean error under a policy of bias compensation."""
+    return policy == "any" or (policy == "existing" and has_bias)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerProblem:
+    """What is known of one layer before it is solved.
+
+    Attributes:
+        weight: ``(K, N)`` float32, as the model has it: errors are measured against it.
+        bias: ``(N,)`` float64, as the model has it, or None.
+        stats: Second moments of the layer's input.
+        float_type: The type the model stores the weight in; scales and float factors are stored in it too.
+        activation: The 8-bit grid of the layer's input, or None where it stays float.
+        output_grid: The static 8-bit grid of the layer's product, or None where it stays float.
+        target_moments: Moments of the output the layer should have, where the layers before it are quantized; else None.
+        output_hessian: ``(N, N)`` second moments of the gradients at the layer's outputs, or None.
+        notes: What the report should say of all this, as sentences.
+    """
+
+    weight: Array
+    bias: Array | None
+    stats: LayerStats
+    float_type: ScaleType = "float32"
+    activation: Activation | None = None
+    output_grid: ActivationGrid | None = None
+    target_moments: Goal | None = None
+    output_hessian: Array | None = None
+    notes: tuple[str, ...] = ()
+
+    def centred(self, policy: BiasPolicy | None) -> bool:
+        """Whether a bias will absorb the mean error, so that the centred Gram matrix is the objective."""
+        return not self.stats.is_data_free and absorbs_mean(policy, self.bias is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """Figures of one solution for the report, as plain data; `magr_onnx.report.data.LayerRow` explains them.
+
+    Attributes:
+        rows: Calibration rows behind the statistics; 0 for data-free.
+        error: Relative error of the layer's output.
+        magr: Iterations and magnitudes of MagR.
+        solver: Figures of the quantizer.
+        bias_compensated: Whether the bias took up the mean error.
+        activation: How the input is quantized.
+        feedback: Damping and held-out errors of error feedback.
+        low_rank: Rank of the low-rank branch and the errors without and with it.
+        histograms: Histograms of the weight (`magr_onnx.core.histograms.sketch`).
+        errors: The quantizer's objective at the start and after every sweep.
+        tile_headroom: Headroom of a constrained accumulator along K (`magr_onnx.core.histograms.tile_headroom`).
+        notes: Anything out of the ordinary, as sentences.
+    """
+
+    rows: int = 0
+    error: float | None = None
+    magr: dict[str, Any] | None = None
+    solver: dict[str, float] | None = None
+    bias_compensated: bool = False
+    activation: dict[str, Any] | None = None
+    feedback: dict[str, Any] | None = None
+    low_rank: dict[str, Any] | None = None
+    histograms: dict[str, Any] | None = None
+    errors: tuple[float, ...] = ()
+    tile_headroom: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def noting(self, *notes: str) -> LayerRecord:
+        """The record with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSolution:
+    """What the stages so far make of a layer.
+
+    Attributes:
+        weight: ``(K, N)`` float32 that the layer multiplies by now: reduced, or dequantized, with the product of ``factors``.
+        bias: ``(N,)`` now, or None.
+        target: ``(K, N)`` that the quantizer minimises the layer error against: the model's weight, or what error feedback makes of it.
+        fit_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
+        quantized: The codes and their grid, once chosen.
+        factors: A low-rank float branch beside the quantized product, or None.
+        changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
+        record: Figures for the report.
+    """
+
+    weight: Array
+    bias: Array | None
+    target: Array
+    fit_target: Array | None = None
+    quantized: QuantizedWeight | None = None
+    factors: Factors | None = None
+    changed: bool = False
+    record: LayerRecord = field(default_factory=LayerRecord)
+
+    @staticmethod
+    def unsolved(problem: LayerProblem) -> LayerSolution:
+        """The layer as the model has it."""
+        return LayerSolution(problem.weight, problem.bias, problem.weight, record=LayerRecord(problem.stats.rows, notes=problem.notes))
+
+
+def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float:
+    """Norm of the output error of ``weight (K, N)`` over the norm of the output.
+
+    Behind quantized layers (``problem.target_moments``) the errors of the layers before are part of it.
+    """
+    if problem.target_moments is not None:
+        return float(np.sqrt(error_feedback.error(weight.astype(np.float64), problem.stats, problem.target_moments, centred)))
+    difference = weight - problem.weight
+    if problem.stats.is_data_free:  # H = I
+        squares = [float(np.einsum("kn,kn->", a, a, dtype=np.float64)) for a in (difference, problem.weight)]
+        return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
+    return ratio(layer_error(difference, problem.stats.objective_gram(centred)), layer_error(problem.weight, problem.stats.gram))
+
+
+def ratio(error: float, power: float) -> float:
+    """``sqrt(error / power)`` of a squared error and the squared output; 0 without output."""
+    return float(np.sqrt(max(error, 0) / power)) if power > 0 else 0.0
+
+
+def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolution], centred: bool) -> LayerSolution:
+    """The solutions of a convolution's groups as one, with the output channels of all groups side by side: ``(K, G N)``.
+
+    Figures are those of all groups together: squared errors and objectives are added up, and notes are said once.
+    """
+    quantized = side_by_side([s.quantized for s in solutions if s.quantized is not None])
+    weight, target = (np.hstack([getattr(s, name) for s in solutions]) for name in ("weight", "target"))
+    biases = [s.bias for s in solutions if s.bias is not None]
+    error = sum(layer_error(s.weight - p.weight, p.stats.objective_gram(centred)) for p, s in zip(problems, solutions, strict=True))
+    power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
+    records = [s.record for s in solutions]
+    alone = records[0] if len(records) == 1 else LayerRecord(histograms=sketch(np.hstack([p.weight for p in problems]), None, quantized))
+    objectives: list[float] = []
+    for record in records:
+        objectives = joined(objectives, record.errors)
+    record = LayerRecord(
+        rows=records[0].rows,
+        error=ratio(error, power),
+        magr=alone.magr,
+        bias_compensated=bool(biases),
+        histograms=alone.histograms,
+        errors=tuple(objectives),
+        notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
+    )
+    return LayerSolution(weight, np.concatenate(biases) if biases else None, target, None, quantized, None, True, record)
+
+
+def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights ``(K, N)`` on grids of one kind as one ``(K, G N)``."""
+    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+    return QuantizedWeight(codes, scales, zeros, weights[0].spec)

@@ -1,0 +1,104 @@
+"""What was converted, as the report and the checks of the result need it: layers, convolutions and tables alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+
+from magr_onnx.core.histograms import places, thinned
+from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.packing import container_bits
+from magr_onnx.core.types import Array
+from magr_onnx.passes import Skip
+from magr_onnx.passes.base import Emitted
+from magr_onnx.passes.emit.readback import digest
+from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.report.data import LayerRow
+
+
+class Convertible(Protocol):
+    """A view of something with a weight, as it was found."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def weight_name(self) -> str: ...
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def node(self) -> ir.Node: ...
+
+    @property
+    def output(self) -> ir.Value: ...
+
+
+@dataclass(slots=True, eq=False)
+class Converted:
+    """What was converted so far.
+
+    Attributes:
+        rows: A row of the report for every layer.
+        skips: What was left alone, and why.
+        digests: Of the dequantized weights, by the name of the output.
+        notes: Whatever else should be known.
+    """
+
+    rows: list[LayerRow] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, layer: Convertible, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
+        """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it."""
+        self.rows.append(layer_row(layer, solution, emitted, groups))
+        self.digests[str(layer.output.name)] = digest(written)
+
+
+def layer_row(layer: Convertible, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
+    """Describe a converted layer; ``groups`` are those of a convolution."""
+    record, bits, block = solution.record, None, None
+    notes = [*record.notes, *(() if emitted is None else emitted.notes)]
+    if solution.quantized is not None:
+        spec = solution.quantized.spec
+        bits, block = spec.bits, spec.rows(len(solution.quantized.codes))
+        stored = container_bits(bits) if emitted is None else emitted.stored_bits
+        if stored != bits:
+            notes.append(f"{bits}-bit codes are stored in {stored} bits")
+    return LayerRow(
+        layer.name,
+        layer.op,
+        layer.weight_name,
+        layer.k,
+        layer.n,
+        bits,
+        block,
+        record.rows,
+        record.error,
+        record.magr,
+        record.solver,
+        record.bias_compensated,
+        None if emitted is None else emitted.node,
+        tuple(notes),
+        record.activation,
+        record.feedback,
+        record.low_rank,
+        groups,
+        record.histograms,
+        tuple(thinned(record.errors)),
+        tuple(places(len(record.errors))),
+        record.tile_headroom,
+        output=layer.output.name,
+        scope=scope_of(layer.node),
+        stored_block=None if emitted is None else emitted.stored_block,
+    )
