@@ -151,6 +151,17 @@ def chain(k: int = 48, n: int = 32, opset: int = 20) -> ir.Model:
     return b.model(b.node("MatMul", [out, turned], "scores"), ["batch", "batch"])
 
 
+def deep(blocks: int = 5, k: int = 32) -> ir.Model:
+    """Blocks of two layers each around which the input goes, as in transformers: every layer is a stage of its own."""
+    b = Builder()
+    x = b.input("x", ["batch", k])
+    for i in range(blocks):
+        hidden = b.node("Tanh", [b.node("MatMul", [x, b.constant(f"w_up_{i}", random(k, 2 * k, seed=2 * i))], f"up_{i}")], f"tanh_{i}")
+        down = b.node("MatMul", [hidden, b.constant(f"w_down_{i}", random(2 * k, k, seed=2 * i + 1))], f"down_{i}")
+        x = b.node("Add", [x, down], f"residual_{i}")
+    return b.model(x, ["batch", k])
+
+
 def proto(model: ir.Model) -> onnx.ModelProto:
     result = ir.to_proto(model)
     onnx.checker.check_model(result)

@@ -29,7 +29,7 @@ from magr_onnx.workflow.checkpoint import LAYERS, MANIFEST
 from tests import graphs
 from tests.cli.test_cli import run
 from tests.graphs import proto
-from tests.helpers import PATIENCE, few_samples
+from tests.helpers import PATIENCE
 
 KILLED = Path(__file__).parents[1] / "killed.py"
 Batches = list[dict[str, Any]]
@@ -78,7 +78,8 @@ def test_with_and_without_a_job_directory_the_bytes_are_the_same(name: str, tmp_
 
 
 def test_error_feedback_in_many_stages_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    same_after_a_kill(bundled.MODEL, few_samples(), {"effort": "balanced", "bits": 3}, tmp_path)
+    samples = [graphs.feeds(graphs.deep(), 64, seed=i) for i in range(4)]
+    same_after_a_kill(deep_file(tmp_path), samples, {"effort": "balanced", "bits": 3}, tmp_path)
 
 
 @pytest.mark.parametrize("memory", [None, "1kB"])
@@ -133,7 +134,8 @@ def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, A
         assert plain_row(a) == plain_row(b)
 
 
-def test_runs_in_other_processes_give_the_same_bytes(calibration: Path, tmp_path: Path) -> None:
+def test_runs_in_other_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    model = deep_file(tmp_path)
     out = [tmp_path / f"{i}.onnx" for i in range(2)]
     for i, path in enumerate(out):
         command = [
@@ -141,11 +143,11 @@ def test_runs_in_other_processes_give_the_same_bytes(calibration: Path, tmp_path
             "-m",
             "magr_onnx.cli.main",
             "optimize",
-            bundled.MODEL,
+            model,
             "-o",
             path,
             "-c",
-            calibration,
+            model.with_suffix(".npz"),
             "-q",
             "--bits",
             "3",
@@ -154,24 +156,25 @@ def test_runs_in_other_processes_give_the_same_bytes(calibration: Path, tmp_path
     assert out[0].read_bytes() == out[1].read_bytes()
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_file(calibration: Path, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
+    model = deep_file(tmp_path)
     job, out, plain = tmp_path / "job", tmp_path / "out.onnx", tmp_path / "plain.onnx"
-    arguments = ["optimize", bundled.MODEL, "-c", calibration, "--effort", "fast", "--quiet"]
+    arguments = ["optimize", model, "-c", model.with_suffix(".npz"), "--effort", "fast", "--quiet"]
     assert run(*arguments, "-o", plain).returncode == 0
     out.write_bytes(b"precious")
     command = [*map(str, arguments), "-o", str(out), "--resume", str(job)]
     done = -1
-    for kills in (1, 4, 9, 8):  # of renames: the manifest, then a layer each; the last one kills the final write
+    for kills in (1, 4, 5, 1):  # of renames: the manifest, then a layer each; the last one kills the final write
         code = subprocess.run([sys.executable, KILLED, str(kills), *command], check=False, timeout=PATIENCE).returncode
         assert code == -signal.SIGKILL
         assert out.read_bytes() == b"precious"
         finished = len(layer_files(job)) if job.exists() else 0
         assert finished > done
         done = finished
-    assert done == 21
+    assert done == 10
     assert run(*command).returncode == 0
     assert out.read_bytes() == plain.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx", "plain.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep.npz", "deep.onnx", "job", "out.onnx", "plain.onnx"]
 
 
 @pytest.mark.slow
@@ -211,6 +214,14 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "values of the data": ({"calibration": "others"}, "calibration"),
     "way": ({"max_memory": 1000}, "option large"),
 }
+
+
+def deep_file(folder: Path) -> Path:
+    """A model of ten layers, each of which reads what the one before has computed, and its data beside it."""
+    path = folder / "deep.onnx"
+    onnx.save(proto(graphs.deep()), path)
+    np.savez(folder / "deep.npz", **graphs.feeds(graphs.deep(), 256))
+    return path
 
 
 def chain_file(folder: Path, seed: int = 0) -> Path:

@@ -461,16 +461,16 @@ def divergence(path: Path) -> float:
 def bundled_mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Optimized, Path, int]:
     folder = tmp_path_factory.mktemp("mixed")
     with np.load(bundled.CALIBRATION) as file:
-        data = [{"input_ids": part} for part in np.split(file["input_ids"][:64], 4)]  # half of it, for time
-    uniform = magr_onnx.optimize(bundled.MODEL, data, output=folder / "uniform.onnx").report.bytes_after
-    result = magr_onnx.optimize(bundled.MODEL, data, output=folder / "mixed.onnx", target_size=f"{uniform} B")
+        data = [{"input_ids": part} for part in np.split(file["input_ids"][:32], 4)]  # a quarter of it, for time
+    uniform = magr_onnx.optimize(bundled.MODEL, data, output=folder / "uniform.onnx", effort="fast").report.bytes_after
+    result = magr_onnx.optimize(bundled.MODEL, data, output=folder / "mixed.onnx", effort="fast", target_size=f"{uniform} B")
     return result, folder, uniform
 
 
 def test_mixed_beats_uniform_at_its_size(bundled_mixed: tuple[Optimized, Path, int]) -> None:
     result, folder, uniform = bundled_mixed
     assert (folder / "mixed.onnx").stat().st_size == result.report.bytes_after <= uniform
-    assert divergence(folder / "mixed.onnx") < 0.97 * divergence(folder / "uniform.onnx")  # seen: 0.92
+    assert divergence(folder / "mixed.onnx") < 0.97 * divergence(folder / "uniform.onnx")  # seen: 0.91
 
 
 def test_the_report_has_the_assignment(bundled_mixed: tuple[Optimized, Path, int]) -> None:
