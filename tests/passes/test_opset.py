@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from onnx import helper, numpy_helper
 import magr_onnx
 from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo.trap import constant, model
+from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.runtime.ort import opset_check
 from magr_onnx.runtime.ort.session import Session
 
@@ -280,3 +282,25 @@ def test_nodes_that_the_converter_adds_have_names_of_their_own(tmp_path: Path) -
     names = [node.name for node in ir.load(tmp_path / "q.onnx").graph if node.name]
     assert len(set(names)) == len(names)
     assert "soft" in names
+
+
+@pytest.mark.parametrize("inner", ["hidden", "other", "w"])
+def test_what_a_converter_makes_does_not_hide_a_value_of_a_body(inner: str) -> None:
+    text = """g (float[n, 4, 5] x, bool c) => (float[n, 4, 5] y) {
+        a = Softmax<axis = 1>(x)
+        read = Identity(a)
+        b = If(c) <
+            then_branch = t () => (float[n, 4, 5] u) { hidden = Relu(read) u = Exp(hidden) },
+            else_branch = e () => (float[n, 4, 5] w) { other = Neg(read) w = Exp(other) }
+        >
+        y = LogSoftmax<axis = 1>(b)
+    }"""
+    for new in ("a_intermediate", "y_intermediate"):  # what onnx calls them
+        proto = model(re.sub(rf"\b{inner}\b", new, text), opset=11)
+        converted = ir.from_proto(proto)
+        raise_opset(converted, 18)
+        onnx.checker.check_model(ir.to_proto(converted), full_check=True)
+        for flag in (True, False):
+            feeds = {"x": constant("x", 2, 4, 5), "c": np.array(flag)}
+            with Session(ir.from_proto(proto)) as before, Session(converted) as after:
+                np.testing.assert_allclose(after.run(feeds)[0], before.run(feeds)[0], atol=1e-6)

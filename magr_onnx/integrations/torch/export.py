@@ -154,7 +154,7 @@ def _name_outputs(program: torch.onnx.ONNXProgram, names: Sequence[str]) -> None
     """Give the outputs the names forward gave them, where all are free and every output is a value of its own."""
     graph = program.model.graph
     outputs = graph.outputs
-    taken = {v.name for node in graph for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
+    taken = {v.name for node in graph.all_nodes() for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
     taken -= {v.name for v in outputs}
     own = all(v.producer() is not None for v in outputs) and len(set(outputs)) == len(outputs)
     if own and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not taken & set(names):
