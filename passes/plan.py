@@ -14,7 +14,7 @@ from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
-from magr_onnx.passes import pipeline_text
+from magr_onnx.passes import pipeline_text, registry
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
@@ -112,7 +112,7 @@ class Plan:
             return value
         if isinstance(value, str):
             return Plan.parse(value)
-        if not isinstance(value, list | tuple) or not all(isinstance(stage, Stage) for stage in value):
+        if not isinstance(value, list | tuple) or not all(map(registry.is_stage, value)):
             raise PipelineError(f"pipeline_text = {value!r}: expected a text, a plan, or a list of passes of magr_onnx.passes")
         return Plan.of(value)
 
@@ -128,7 +128,7 @@ class Plan:
     @property
     def passes(self) -> tuple[ir.passes.PassBase, ...]:
         """The stages that work by themselves, for `ir.passes.Sequential`; what only the plan knows is filled in."""
-        return tuple(stage for stage in self.resolved.stages if isinstance(stage, ir.passes.PassBase))
+        return tuple(filter(registry.is_pass, self.resolved.stages))
 
     @property
     def solving(self) -> tuple[LayerStage, ...]:

@@ -1,18 +1,18 @@
 """Every stage a plan can have, by the name that pipeline text calls it.
 
-To add one: write its file in a folder beside this file, and add its class here; emitters are listed by `magr_onnx.passes.emit`.
+To add one: write its file in a folder beside this file, and add its class here; emitters come from `magr_onnx.passes.emit.FORMATS`.
 """
 
 from __future__ import annotations
 
 import typing
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import onnx_ir as ir
 
 from magr_onnx.passes.base import Stage
-from magr_onnx.passes.emit import EMITTERS
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -43,12 +43,22 @@ AFTER_EMITTERS: tuple[type[Stage], ...] = (Convolutions, Embeddings)
 
 def stages() -> dict[str, type[Stage]]:
     """All stages by name, in the order that a plan has them."""
-    return {kind.name: kind for kind in (*BEFORE_EMITTERS, *EMITTERS, *AFTER_EMITTERS)}
+    return {kind.name: kind for kind in (*BEFORE_EMITTERS, *(form.emitter for form in FORMATS.values()), *AFTER_EMITTERS)}
 
 
 def passes() -> dict[str, type[Stage]]:
     """Those that are onnx-ir passes, and work by themselves."""
     return {name: kind for name, kind in stages().items() if issubclass(kind, ir.passes.PassBase)}
+
+
+def is_stage(value: object) -> TypeGuard[Stage]:
+    """Whether a value is a stage, of the registry or of a caller's own."""
+    return isinstance(value, Stage)
+
+
+def is_pass(stage: Stage) -> TypeGuard[ir.passes.PassBase]:
+    """Whether a stage works by itself."""
+    return isinstance(stage, ir.passes.PassBase)
 
 
 def options_of(kind: type[Stage]) -> dict[str, tuple[Any, Any]]:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.options import FORMATS, Options
+from magr_onnx.config.options import Options
 from magr_onnx.config.presets import PRESETS, find_preset
 from magr_onnx.config.schema import OPTIONS, worded
 from magr_onnx.errors import OptionError
+from magr_onnx.passes.emit import FORMATS
 
 _YIELDS: dict[str, Sequence[str]] = {
     "quantizer": ("effort",),

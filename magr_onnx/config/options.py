@@ -6,22 +6,14 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack, cast, get_args
 
-from magr_onnx.core.overflow.accumulator import data_type_bits, largest_block
-from magr_onnx.core.packing import MATMULNBITS_BLOCKS, stored_shift
 from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.passes import (
     CompensateBias,
     Convolutions,
     Embeddings,
-    EmitDynamicInt8,
-    EmitMatMulNBits,
-    EmitQDQ,
-    EmitQDQInt8,
-    Emitter,
     Equalize,
     ErrorFeedback,
     LowRank,
@@ -34,10 +26,10 @@ from magr_onnx.passes import (
     SplitOutliers,
     TwinRanges,
 )
-from magr_onnx.passes.emit.matmulnbits import INT8_ACTIVATION, INT8_LEVEL
+from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.layers.conv import Form as ConvForm
 
-Format = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
+FormatName = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
 CONV_BITS = 8
 BIAS = {"auto": None, "any": "any", "existing": "existing", "none": "none"}
@@ -108,7 +100,7 @@ class Options(TypedDict, total=False):
     block_size: int | None
     effort: Effort | None
     quantizer: str | None
-    format: Format
+    format: FormatName
     symmetric: bool | None
     alpha: float | None
     beta: float | None
@@ -136,38 +128,11 @@ class Options(TypedDict, total=False):
     embedding_bits: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """An output format: its last pass and what is usual for it."""
-
-    emit: Callable[[Options], Emitter]
-    bits: int = 4
-    block_size: int | None = 32
-    symmetric: bool = False
-    bias: str = "existing"
-    effort: Effort = "balanced"
-    activations: Callable[[Options], QuantizeActivations] | None = None
-
-
-FORMATS: dict[str, _Form] = {
-    "matmulnbits": _Form(lambda o: EmitMatMulNBits(o.get("accuracy_level", 0), o.get("accumulator_bits")), bias="any"),
-    "qdq": _Form(lambda o: EmitQDQ()),
-    "qdq-int8": _Form(
-        lambda o: EmitQDQInt8(o.get("quantize_outputs", False)),
-        8,
-        None,
-        True,
-        effort="fast",
-        activations=lambda o: QuantizeActivations(o.get("activation_type", "uint8"), o.get("activation_range", "auto")),  # type: ignore[arg-type]
-    ),
-    "dynamic-int8": _Form(lambda o: EmitDynamicInt8(), 8, None, True, effort="fast", activations=lambda o: QuantizeActivations("dynamic")),
-}
 _REWRITES: dict[str, Callable[[], Rewrite]] = {
     "equalize": Equalize,
     "split_outliers": SplitOutliers,
     "twin_ranges": TwinRanges,
 }
-_STATIC_ONLY = ("activation_type", "activation_range", "quantize_outputs")
 
 
 def build_pipeline(**options: Unpack[Options]) -> Plan:
@@ -184,22 +149,24 @@ def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
     names = [*arguments, *Options.__annotations__]
     listed = f"; there are {', '.join(names)}"
     problems = [f"unknown option {o!r}{closest(o, names) or listed}" for o in sorted(options.keys() - Options.__annotations__)]
-    name, bias = options.get("format", "matmulnbits"), options.get("bias", "auto")
+    bias = options.get("bias", "auto")
+    default = next(iter(FORMATS))
+    name = options.get("format", default)
     if name not in FORMATS:
         problems.append(f"format {name!r} is not known; choose one of {', '.join(FORMATS)}")
     if bias not in BIAS:
         problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
-    form = FORMATS.get(name, FORMATS["matmulnbits"])
-    problems += [f"{o} is for format qdq-int8 only" for o in _STATIC_ONLY if name != "qdq-int8" and options.get(o)]
-    if name != "matmulnbits" and options.get("accuracy_level"):
-        problems.append("accuracy_level is for format matmulnbits only")
-    if name == "matmulnbits" and options.get("accumulator_bits") is not None:
+    form = FORMATS.get(name, FORMATS[default])
+    for other in FORMATS.values():
+        problems += [f"{o} is for format {other.name} only" for o in other.own_options if other.name != name and options.get(o)]
+    sizes_blocks = form.fit_accumulator is not None
+    if form.fit_accumulator is not None and options.get("accumulator_bits") is not None:
         try:
-            options = _sized(options)
+            options = cast(Options, form.fit_accumulator(options))
         except OptionError as error:
             problems.append(str(error))
             options = _without_accumulator(options)
-    if name == "matmulnbits" and options.get("accumulator_bits") is None and options.get("accumulator_tile") is not None:
+    elif sizes_blocks and options.get("accumulator_tile") is not None:
         problems.append("accumulator_tile needs accumulator_bits")
     bits, symmetric = options.get("bits"), options.get("symmetric")
     block: int | None = options.get("block_size", form.block_size)
@@ -228,8 +195,8 @@ def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
         options.get("act_order"),
         options.get("sweeps", 8),
         target=options.get("target"),
-        accumulator_bits=None if name == "matmulnbits" else options.get("accumulator_bits"),
-        accumulator_tile=None if name == "matmulnbits" else options.get("accumulator_tile"),
+        accumulator_bits=None if sizes_blocks else options.get("accumulator_bits"),
+        accumulator_tile=None if sizes_blocks else options.get("accumulator_tile"),
         alpha=alpha if auto else None,
     )
     policy = BIAS.get(bias) or form.bias
@@ -251,11 +218,11 @@ def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
         error_feedback=ErrorFeedback() if feedback else None,
         output_hessian=OutputHessian() if named is None and effort == "best" else None,
         magr=MagR(alpha, True, block, damping) if alpha and not auto else None,
-        activations=None if form.activations is None else form.activations(options),
+        activations=_activations(form, options),
         quantize=quantize,
         low_rank=LowRank(rank) if rank else None,
         bias=CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
-        emitter=form.emit(options) if name in FORMATS else None,
+        emitter=form.make_emitter(options) if name in FORMATS else None,
         convolutions=convs,
         embeddings=Embeddings(tables, 8 if embedding_bits is None else embedding_bits) if tables != "none" else None,  # type: ignore[arg-type]
     )
@@ -266,52 +233,20 @@ def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
 def convolutions(options: Options) -> Convolutions:
     """The pass that quantizes convolutions, with the other options that concern it."""
     bits, symmetric = options.get("conv_bits"), options.get("symmetric")
-    usual: ConvForm = "dequantize" if options.get("format", "").startswith("qdq") else "fold"
+    form = FORMATS.get(options.get("format", ""))
     return Convolutions(
         CONV_BITS if bits is None else bits,
         True if symmetric is None else symmetric,
         options.get("alpha"),
-        options.get("conv_form", usual),
+        options.get("conv_form", "fold" if form is None else form.conv_form),
     )
 
 
-def _sized(options: Options) -> Options:
-    """MatMulNBits options sized to an accumulator: the largest block, or the most bits, whose block sums fit for any codes and input.
-
-    A block is what the int8 kernel (accuracy level 4) sums before it goes on in float, so the tile is the block.
-    """
-    p, tile = options["accumulator_bits"], options.get("accumulator_tile")
-    assert p is not None
-    level = options.get("accuracy_level") or INT8_LEVEL
-    if level != INT8_LEVEL:
-        raise OptionError(f"accumulator_bits with accuracy_level={level}: only level 4 computes in integers; leave the level out")
-    if tile is not None and tile not in MATMULNBITS_BLOCKS:
-        kernel = ", ".join(map(str, MATMULNBITS_BLOCKS))
-        raise OptionError(f"accumulator_tile={tile}: MatMulNBits sums whole blocks of {kernel}; give one of these, or leave the tile out")
-    if options.get("block_size", 0) is None:
-        raise OptionError("accumulator_bits with one scale a channel: MatMulNBits sums its blocks; leave the block size out, or give one")
-    block = tile if tile is not None else options.get("block_size")
-    if tile is not None and options.get("block_size") not in (None, tile):
-        raise OptionError(
-            f"accumulator_tile={tile} and block_size={options['block_size']}: MatMulNBits' tile is its block; give one of them"
-        )
-    bits = options.get("bits")
-    needs: list[tuple[int, int, int]] = []
-    for b in (bits,) if bits is not None else (4, 3, 2) if block is None else (8, 4, 3, 2):
-        blocks = tuple(size for size in (MATMULNBITS_BLOCKS if block is None else (block,)) if b != 2 or size in (32, 64, 128))
-        shift = stored_shift(b) if options.get("symmetric") else 0
-        fitting = largest_block(b, p, blocks, INT8_ACTIVATION, shift)
-        if fitting is not None:
-            sized: Options = {**options, "bits": b, "block_size": fitting, "accuracy_level": INT8_LEVEL}
-            return sized
-        needs += [(data_type_bits(size, -INT8_ACTIVATION, INT8_ACTIVATION, 0, 2**b - 1 + shift), -b, size) for size in blocks]
-    if not needs:
-        raise OptionError(f"accumulator_bits={p}: the int8 kernel of 2 bits sums blocks of 32, 64 or 128; give one of these, or other bits")
-    least, fewest, smallest = min(needs)
-    raise OptionError(
-        f"accumulator_bits={p}: sums of {smallest} products of int8 activations and {-fewest}-bit codes need {least}; "
-        "that is the smallest that works here"
-    )
+def _activations(form: Format, options: Options) -> QuantizeActivations | None:
+    """The grids of layer inputs that a format needs."""
+    if form.input_grids == "static":
+        return QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
+    return None if form.input_grids is None else QuantizeActivations("dynamic")
 
 
 def _without_accumulator(options: Options) -> Options:

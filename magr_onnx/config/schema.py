@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, cast
 
-from magr_onnx.config.options import BIAS, FORMATS, Options, bytes_of
+from magr_onnx.config.options import BIAS, Options, bytes_of
 from magr_onnx.core.activation_ranges import METHODS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS
 from magr_onnx.core.types import BITS
 from magr_onnx.errors import OptionError, closest, raise_all
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layers import conv, embedding
 
 WORDS = {"block_size": "channel", "conv_bits": "none", "mask": "none"}

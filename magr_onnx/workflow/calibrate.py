@@ -87,7 +87,7 @@ def _main_layers(model: ir.Model) -> list[LinearLayer]:
 
 def uncuttable(model: ir.Model) -> list[str]:
     """Values between linear layers that cannot be kept from one stage to the next, by name."""
-    return segments.not_tensors(model, segments.plan(model, _main_layers(model)))
+    return segments.not_tensors(model, segments.segments_of(model, _main_layers(model)))
 
 
 def held_out_for(plan: Plan) -> str:
@@ -101,7 +101,7 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
     if plan.error_feedback is None:
         return plan, []
     taken = {layer.name for layer in segments.apart(layers)}
-    containers = segments.not_tensors(model, segments.plan(model, [layer for layer in layers if layer.name not in taken]))
+    containers = segments.not_tensors(model, segments.segments_of(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
         return plan, []
     note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"

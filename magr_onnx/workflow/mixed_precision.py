@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.config.options import FORMATS, Options, build_pipeline, bytes_of
+from magr_onnx.config.options import Options, build_pipeline, bytes_of
 from magr_onnx.core import knapsack
-from magr_onnx.core.packing import MATMULNBITS_BLOCKS
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layers import embedding
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
@@ -40,7 +40,6 @@ from magr_onnx.workflow import size_model
 
 FLOAT = Choice()
 BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
-KERNEL_BLOCKS = {2: (32, 64, 128)}  # what the int8 kernel takes at 2 bits
 REFERENCES = (2, 4)
 ATTEMPTS = 3
 STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
@@ -105,15 +104,12 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, Plan]:
     rest: Options = {**options}
     for name in ("target_size", "max_loss"):
         rest.pop(name, None)  # type: ignore[misc]
-    form = FORMATS[options.get("format", "matmulnbits")]
-    integer = form.activations is not None
-    blocks: tuple[int | None, ...] = (None,) if integer else MATMULNBITS_BLOCKS
-    if "block_size" in options:
-        blocks = (options["block_size"],)
+    kernels = FORMATS[options.get("format", next(iter(FORMATS)))].kernel_blocks
+    known = {block for blocks in kernels.values() for block in blocks}
     found, problems = {}, []
-    for bits in (form.bits,) if integer else BITS:
-        for block in blocks:
-            if bits in KERNEL_BLOCKS and block in MATMULNBITS_BLOCKS and block not in KERNEL_BLOCKS[bits]:
+    for bits in [bits for bits in BITS if bits in kernels]:
+        for block in (options["block_size"],) if "block_size" in options else kernels[bits]:
+            if block in known and block not in kernels[bits]:
                 continue
             each: Options = {**rest, "bits": bits, "block_size": block}
             try:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from magr_onnx.config import layer_options
 from magr_onnx.core.types import LayerStats
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
-from magr_onnx.passes.emit import EMITTERS
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
@@ -219,7 +219,7 @@ def _remarks(done: _Progress, context: RunContext) -> list[str]:
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
         found.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
-            f"as before; put one of {', '.join(emitter.name for emitter in EMITTERS)} at its end for a smaller file"
+            f"as before; put one of {', '.join(form.emitter.name for form in FORMATS.values())} at its end for a smaller file"
         )
     if done.repeated:
         blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))

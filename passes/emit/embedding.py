@@ -11,6 +11,7 @@ from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
 from magr_onnx.core.types import Array
 from magr_onnx.passes.base import Emitted
+from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
@@ -68,16 +69,14 @@ def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form)
     return str(nodes[0].name)
 
 
-def emitted_table(node: ir.Node, scaled: ir.Node | None) -> Array | None:
-    """The dequantized table ``(rows, width)`` behind a node that gathers its codes, or None where it is no such node.
-
-    ``scaled`` is the Mul behind the Cast of a plain Gather.
-    """
+def emitted_table(node: ir.Node) -> Array | None:
+    """The dequantized table ``(rows, width)`` behind a node that gathers its codes, or None where it is no such node."""
     try:
         codes = constant(operand(node, 0))
         if codes is None:
             return None
         if node.op_type == "Gather":
+            scaled = only_reader(only_reader(node, "Cast"), "Mul")
             other = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
             scales = next((constant(n.inputs[0]) for n in other if n is not None and n.op_type == "Gather"), None)
             return None if codes.dtype != np.int8 or scales is None else codes.astype(np.float32) * scales.astype(np.float32)

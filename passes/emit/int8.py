@@ -27,9 +27,12 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import extremes
+from magr_onnx.core.packing import QdqTensors, dequantize_qdq
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange, QuantizedWeight, WeightSpec, activation_limits
 from magr_onnx.passes.base import Emitted, Emitter, InputGrids
+from magr_onnx.passes.emit.format import Format, Reader, only_reader, stored_array
 from magr_onnx.passes.emit.linear import made_of, replace_layer
+from magr_onnx.passes.emit.qdq import DEQUANTIZED
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -279,3 +282,45 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
         n.nodes.append(node)
         found = n.share(list(node.outputs))
     return found[0], found[1], found[2]
+
+
+def _read_product(node: ir.Node) -> Array | None:
+    """The weight ``(K, N)`` of ``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``; None where the node is no part of that."""
+    codes = stored_array(node.inputs[1])
+    zeros = stored_array(node.inputs[3]) if len(node.inputs) > 3 else None
+    scaled = only_reader(only_reader(node, "Cast"), "Mul")
+    if codes is None or codes.ndim != 2 or scaled is None:
+        return None
+    factors = next((p for v in scaled.inputs if v is not None and (p := v.producer()) is not None and p.op_type == "Mul"), None)
+    scales = None if factors is None else next((a for v in factors.inputs if (a := stored_array(v)) is not None), None)
+    if scales is None:
+        return None
+    zero_points = None if zeros is None else zeros.astype(np.int16)
+    return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, 1, 0))
+
+
+STATIC = Format(
+    "qdq-int8",
+    "QuantizeLinear and DequantizeLinear around MatMul and Gemm, 8-bit inputs of static ranges",
+    EmitQDQInt8,
+    {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
+    {8: (None,)},
+    bits=8,
+    block_size=None,
+    symmetric=True,
+    effort="fast",
+    conv_form="dequantize",
+    emitter_options={"quantize_outputs": "outputs"},
+    own_options=("activation_type", "activation_range", "quantize_outputs"),
+)
+DYNAMIC = Format(
+    "dynamic-int8",
+    "DynamicQuantizeLinear and MatMulInteger, 8-bit inputs of ranges found at run time",
+    EmitDynamicInt8,
+    {("", "MatMulInteger"): Reader(_read_product, ("Cast", "Mul"))},
+    {8: (None,)},
+    bits=8,
+    block_size=None,
+    symmetric=True,
+    effort="fast",
+)

@@ -8,17 +8,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution
-from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
-from magr_onnx.core.packing import MATMULNBITS_BLOCKS, kernel_block, pack_matmulnbits, stored_shift
-from magr_onnx.core.types import WeightSpec
+from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits, largest_block
+from magr_onnx.core.packing import (
+    MATMULNBITS_BLOCKS,
+    MatMulNBitsTensors,
+    dequantize_matmulnbits,
+    kernel_block,
+    pack_matmulnbits,
+    stored_shift,
+)
+from magr_onnx.core.types import Array, WeightSpec
+from magr_onnx.errors import OptionError
 from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import emitted_blocks, replace_layer
+from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 
@@ -109,3 +121,84 @@ class EmitMatMulNBits(Emitter):
         layer.root.opset_imports.setdefault(DOMAIN, 1)
         replace_layer(layer, [node], solution.factors, constants)
         return emitted_blocks(node, quantized, packed.block_size or layer.k, constants)
+
+
+def _read(node: ir.Node) -> Array | None:
+    """The dequantized weight ``(K, N)`` of a MatMulNBits; None where it has inputs that this package does not write."""
+    weight, scales = stored_array(node.inputs[1]), stored_array(node.inputs[2])
+    zeros = stored_array(node.inputs[3]) if len(node.inputs) > 3 else None
+    if weight is None or scales is None or (zeros is not None and zeros.dtype != np.uint8):
+        return None
+    bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 0)
+    k, n = attribute_of(node, "K", 0), attribute_of(node, "N", 0)
+    if block <= 0 or weight.shape != (n, -(-k // block), block * bits // 8) or scales.size != n * -(-k // block):
+        return None
+    return dequantize_matmulnbits(MatMulNBitsTensors(weight, scales, zeros, bits, block, k, n))
+
+
+def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Size the largest block, or else the most bits, whose sums fit ``accumulator_bits`` for any codes and input.
+
+    A block is what the int8 kernel (accuracy level 4) sums before it goes on in float, so the tile is the block.
+    """
+    width, tile, bits = options["accumulator_bits"], options.get("accumulator_tile"), options.get("bits")
+    _check_accumulator(options)
+    block = tile if tile is not None else options.get("block_size")
+    needs: list[tuple[int, int, int]] = []
+    for b in (bits,) if bits is not None else (4, 3, 2) if block is None else (8, 4, 3, 2):
+        kernel = KERNEL_BLOCKS.get(b, MATMULNBITS_BLOCKS)
+        blocks = kernel if block is None else (block,) if b != 2 or block in kernel else ()
+        shift = stored_shift(b) if options.get("symmetric") else 0
+        fitting = largest_block(b, width, blocks, INT8_ACTIVATION, shift)
+        if fitting is not None:
+            return {**options, "bits": b, "block_size": fitting, "accuracy_level": INT8_LEVEL}
+        needs += [(data_type_bits(size, -INT8_ACTIVATION, INT8_ACTIVATION, 0, 2**b - 1 + shift), -b, size) for size in blocks]
+    if not needs:
+        raise OptionError(
+            f"accumulator_bits={width}: the int8 kernel of 2 bits sums blocks of 32, 64 or 128; give one of these, or other bits"
+        )
+    least, fewest, smallest = min(needs)
+    raise OptionError(
+        f"accumulator_bits={width}: sums of {smallest} products of int8 activations and {-fewest}-bit codes need {least}; "
+        "that is the smallest that works here"
+    )
+
+
+def _check_accumulator(options: Mapping[str, Any]) -> None:
+    """Refuse options that leave no blocks to be sized.
+
+    Raises:
+        OptionError: The first of them.
+    """
+    tile = options.get("accumulator_tile")
+    level = options.get("accuracy_level") or INT8_LEVEL
+    if level != INT8_LEVEL:
+        raise OptionError(f"accumulator_bits with accuracy_level={level}: only level 4 computes in integers; leave the level out")
+    if tile is not None and tile not in MATMULNBITS_BLOCKS:
+        kernel = ", ".join(map(str, MATMULNBITS_BLOCKS))
+        raise OptionError(f"accumulator_tile={tile}: MatMulNBits sums whole blocks of {kernel}; give one of these, or leave the tile out")
+    if options.get("block_size", 0) is None:
+        raise OptionError("accumulator_bits with one scale a channel: MatMulNBits sums its blocks; leave the block size out, or give one")
+    if tile is not None and options.get("block_size") not in (None, tile):
+        raise OptionError(
+            f"accumulator_tile={tile} and block_size={options['block_size']}: MatMulNBits' tile is its block; give one of them"
+        )
+
+
+KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {
+    2: (32, 64, 128),  # what the int8 kernel takes
+    3: MATMULNBITS_BLOCKS,
+    4: MATMULNBITS_BLOCKS,
+    8: MATMULNBITS_BLOCKS,
+}
+FORMAT = Format(
+    "matmulnbits",
+    "one com.microsoft MatMulNBits node a layer, with its bias",
+    EmitMatMulNBits,
+    {(DOMAIN, "MatMulNBits"): Reader(_read, bias=False)},
+    KERNEL_BLOCKS,
+    bias="any",
+    emitter_options={"accuracy_level": "accuracy_level", "accumulator_bits": "accumulator_bits"},
+    own_options=("accuracy_level",),
+    fit_accumulator=_fit_accumulator,
+)

@@ -23,11 +23,13 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution
-from magr_onnx.core.packing import container_bits, pack_qdq
-from magr_onnx.core.types import WeightSpec
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, QdqTensors, container_bits, dequantize_qdq, pack_qdq
+from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import emitted_blocks, made_of, replace_layer
 from magr_onnx.passes.emit.matmulnbits import block_problems
+from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -95,3 +97,37 @@ def opset_for(model: ir.Model, spec: WeightSpec) -> int:
     graph = model.graph
     values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
     return 19 if any(value.dtype == ir.DataType.FLOAT16 for value in values) else 13
+
+
+def read_dequantized(node: ir.Node) -> Array | None:
+    """The weight ``(K, N)`` that a product reads from a DequantizeLinear; None where it is not of a form that this package writes."""
+    right = node.inputs[1]
+    producer = None if right is None else right.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    codes, scales = stored_array(producer.inputs[0]), stored_array(producer.inputs[1])
+    zeros = stored_array(producer.inputs[2]) if len(producer.inputs) > 2 else None
+    if codes is None or scales is None or codes.ndim != 2:
+        return None
+    axis, block = attribute_of(producer, "axis", 1), attribute_of(producer, "block_size", 0)
+    if scales.ndim > 0 and (axis, block > 0) not in ((1, False), (0, True)):
+        return None
+    grid = (codes.shape[1],) if block == 0 else (-(-len(codes) // block), codes.shape[1])
+    if scales.shape != grid or (zeros is not None and zeros.shape != grid):  # one scale for all, or no valid node: not written here
+        return None
+    zero_points = None if zeros is None else zeros.astype(np.int16)
+    if scales.ndim == 0:  # one grid a tensor, which others write
+        scales, axis = np.broadcast_to(scales, codes.shape[1:]), 1
+        zero_points = None if zero_points is None else np.broadcast_to(zero_points, codes.shape[1:])
+    return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))
+
+
+DEQUANTIZED = Reader(read_dequantized, ("QuantizeLinear", "DequantizeLinear"))
+FORMAT = Format(
+    "qdq",
+    "DequantizeLinear of the codes and MatMul",
+    EmitQDQ,
+    {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
+    dict.fromkeys((4, 8), MATMULNBITS_BLOCKS),  # the kernels onnxruntime fuses it into
+    conv_form="dequantize",
+)

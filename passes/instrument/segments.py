@@ -26,7 +26,7 @@ _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLi
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Segments:
     """What is computed when.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
     live: tuple[tuple[str, ...], ...]
 
 
-def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
+def segments_of(model: ir.Model, layers: Sequence[LinearLayer]) -> Segments:
     """Stages of ``layers`` and what lives between them; layers of one stage may be quantized in any order."""
     own = {id(layer.node) for layer in layers}
     level: dict[str, int] = dict.fromkeys(given_inputs(model), 0)
@@ -57,7 +57,7 @@ def plan(model: ir.Model, layers: Sequence[LinearLayer]) -> Plan:
     constants -= {str(layer.x.name) for layer in layers}
     kept = [(n, at) for n, at in level.items() if n not in constants]
     live = tuple(tuple(n for n, at in kept if at <= s < last_read.get(n, -1)) for s in range(count))
-    return Plan(stages, live)
+    return Segments(stages, live)
 
 
 def depths(model: ir.Model, names: Collection[str]) -> dict[str, int]:
@@ -104,7 +104,7 @@ def behind(model: ir.Model, values: Collection[str]) -> set[str]:
     return found
 
 
-def not_tensors(model: ir.Model, steps: Plan) -> list[str]:
+def not_tensors(model: ir.Model, steps: Segments) -> list[str]:
     """Values between stages that are sequences or optionals, which cannot be kept; by name."""
     found: set[str] = set()
     for node in model.graph:

@@ -23,7 +23,7 @@ from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
 from magr_onnx.core.types import Goal, LayerStats
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
-from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, plan
+from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import MaskRule, kept_rows
@@ -87,7 +87,7 @@ def staged(
     schedule = schedule or Schedule()
     if schedule.feedback and not context.hold_out:
         context = replace(context, hold_out=HoldOut())
-    steps = plan(work, layers if schedule.cuts is None else schedule.cuts)
+    steps = segments_of(work, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
     known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
     kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magr_onnx.passes.graph.constants import FOLLOW, drop_if_unused, held
-from magr_onnx.passes.instrument.segments import plan
+from magr_onnx.passes.instrument.segments import segments_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.graphs import Builder, random
@@ -199,7 +199,7 @@ def test_constant_ways_are_no_values_between_stages() -> None:
     first = b.node("MatMul", [x, b.node("Transpose", [b.constant("w1", random(6, 6))], perm=[1, 0])], "first")
     second = b.node("MatMul", [first, b.node("Transpose", [held_back], perm=[1, 0])], "second")
     model = b.model(b.node("Add", [second, x], "sum"), ["batch", 6])
-    steps = plan(model, find(model)[0])
+    steps = segments_of(model, find(model)[0])
     assert [[layer.name for layer in stage] for stage in steps.stages] == [["first"], ["second"]]
     assert steps.live == (("x",), ("x", "first_out"))
 

@@ -14,7 +14,7 @@ import magr_onnx
 from magr_onnx.core import error_feedback
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
-from magr_onnx.passes.instrument.segments import cut, plan, reads
+from magr_onnx.passes.instrument.segments import cut, reads, segments_of
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import staged as stages
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -46,7 +46,7 @@ def batches(model: ir.Model, count: int = 8, rows: int = 64) -> list[dict[str, A
 def test_stages_follow_the_graph() -> None:
     model = residual()
     layers, _ = find(model)
-    steps = plan(model, layers)
+    steps = segments_of(model, layers)
     assert [[layer.name for layer in stage] for stage in steps.stages] == [["branch_1", "branch_2"], ["down"], ["head"]]
     assert steps.live == (("x",), ("x", "inner_out"), ("around_out",))
 
@@ -57,7 +57,7 @@ def test_segments_compute_what_the_model_does() -> None:
     layers, _ = find(model)
     feeds = batches(model, 1)[0]
     live: dict[str, Any] = dict(feeds)
-    for wanted in plan(model, layers).live:
+    for wanted in segments_of(model, layers).live:
         names = [n for n in wanted if n not in live]
         if names:
             with Session(cut(model, live, names)) as session:
