@@ -15,11 +15,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from magr_onnx.workflow.resource_errors import explained
 from onnx import TensorProto, helper, numpy_helper
 
 import magr_onnx
-from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteError, RuntimeFailure
+from magr_onnx.errors import CalibrationError, MagrError, ModelError, NonFiniteError, RuntimeFailure, translate_resource_errors
 from magr_onnx.model_io import files, validate_proto
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.trap import constant, model
@@ -474,7 +473,7 @@ def test_time_is_linear_in_the_nodes() -> None:
 
 def test_exhausted_memory_and_stack_are_explained_and_interrupts_are_not() -> None:
     def failing(error: BaseException) -> Callable[[], None]:
-        @explained
+        @translate_resource_errors()
         def fail() -> None:
             raise error
 
