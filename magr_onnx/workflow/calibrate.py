@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -21,64 +21,120 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
 
 
-def gather(
-    original: ir.Model,
-    work: ir.Model,
-    source: subgraphs.Tapped,
-    layers: Sequence[LinearLayer],
-    data: Batches | None,
-    feedback: bool,
-    hold_out: bool,
-    grids: activation_ranges.Grids,
-    context: RunContext,
-    changed: Collection[str] = (),
-) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
-    """Groups of layers with the statistics of what they read: in stages behind quantized layers, or all of the float model's.
-
-    ``changed`` are values of ``work``, by name, that are not the float model's from the beginning. The float model of a large model
-    runs in stages too, so that it is never in memory as a whole. Layers that a job directory has come without statistics.
-
-    Layers in bodies and those that share a weight have no one place among stages: they come first, with statistics of the float model
-    (tapped as ``source``), and the stages see them quantized. Where the float model cannot run as a whole, layers in bodies have none, and
-    those that share a weight are solved one by one.
-    """
+def calibration_of(
+    data: Batches | None, context: RunContext, grids: activation_ranges.Grids | None = None, hold_out: bool = False
+) -> CalibrationContext | None:
+    """What calibration is done with: data, the mask of the run, and ``grids`` of activations where they are chosen; None without data."""
     if data is None:
+        return None
+    grids = grids or activation_ranges.Grids()
+    return CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """The models of a calibration.
+
+    Attributes:
+        original: The float model.
+        work: The model being quantized: a copy of ``original`` but for what makes the ``changed`` values.
+        tapped: The float model, with what layers in bodies read as values of the main graph.
+        changed: Names of the values of ``work`` that are not the float model's from the beginning.
+    """
+
+    original: ir.Model
+    work: ir.Model
+    tapped: subgraphs.Tapped
+    changed: Collection[str] = ()
+
+
+def gather(
+    models: Models,
+    layers: Sequence[LinearLayer],
+    calibration: CalibrationContext | None,
+    feedback: bool,
+    context: RunContext,
+) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+    """Groups of layers with the statistics of what they read; layers that a job directory has come without.
+
+    There are three ways: without data no layer has statistics; with error feedback, or where the model is large, layers come in stages, as
+    far as they have a place among stages; all others have statistics of the float model, run as a whole.
+
+    Args:
+        models: The caller quantizes the layers of a group in ``models.work`` before it asks for the next one.
+        layers: Layers of ``models.work``.
+        calibration: Data and how to read it; None for none.
+        feedback: Whether stages see the quantized layers before them.
+        context: Of the run.
+    """
+    if calibration is None:
         yield layers, moments.Calibration({}, ())
         return
-    large, progress = context.memory.large, context.stage("calibrating")
-    setup = CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
+    split = _split(models, layers, feedback, context.memory.large)
+    yield from _of_the_whole(models.tapped, split, calibration, context)
+    if split.staged:
+        yield from _in_stages(models, split, calibration, feedback, context)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Split:
+    """Layers by where their statistics come from.
+
+    Attributes:
+        whole: From the float model as a whole.
+        staged: From stages, after those; None where the model is not run in stages.
+        cuts: Layers to cut the model at; None for the staged ones.
+        changed: Values that differ from the float model's where the stages begin, by name.
+    """
+
+    whole: Sequence[LinearLayer]
+    staged: Sequence[LinearLayer] | None = None
+    cuts: Sequence[LinearLayer] | None = None
+    changed: Collection[str] = ()
+
+
+def _split(models: Models, layers: Sequence[LinearLayer], feedback: bool, large: bool) -> _Split:
+    """Where the statistics of each layer come from.
+
+    Layers in bodies and those that share a weight have no one place among stages: they come first, with statistics of the float model, and
+    the stages see them quantized. Where the float model cannot run as a whole, layers in bodies have none, and those that share a weight
+    are solved one by one.
+    """
+    cuttable = large and not uncuttable(models.work)
+    if not (feedback or cuttable):
+        return _Split(layers)
     first = [layer for layer in segments.apart(layers) if layer.nested or not large]
-    taken = {layer.name for layer in first}
-    rest = [layer for layer in layers if layer.name not in taken]
-    every = _main_layers(work) if large else []  # cut at all of them, no segment is large
-    cuttable = large and not uncuttable(work)
-    staged = feedback or cuttable
-    if not staged:
-        first, rest = list(layers), []
-    changed = {*changed, *segments.made_by(work, first)} if rest else changed
-    groups = moments.plan(first, context.memory.gram_budget, hold_out)
+    names = {layer.name for layer in first}
+    cuts = _main_layers(models.work) if cuttable else None  # cut at all of them, no segment is large
+    changed = {*models.changed, *segments.made_by(models.work, first)}
+    return _Split(first, [layer for layer in layers if layer.name not in names], cuts, changed)
+
+
+def _of_the_whole(
+    tapped: subgraphs.Tapped, split: _Split, calibration: CalibrationContext, context: RunContext
+) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+    """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
+    groups = moments.plan(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
     for index, group in enumerate(groups):
-        seen = source.reached(group) if any(map(context.is_unsolved, group)) else []
-        yield (
-            group,
-            moments.collect(source.model, seen, setup, None if staged else _part(progress, index, len(groups))),
-        )
-    if rest:
-        yield from stages.staged(
-            original,
-            work,
-            rest,
-            setup,
-            stages.Schedule(
-                feedback,
-                context.memory.cache,
-                changed,
-                context.memory.gram_budget if large else None,
-                context.is_unsolved,
-                every if cuttable else None,
-            ),
-            progress,
-        )
+        reached = tapped.reached(group) if any(map(context.is_unsolved, group)) else []
+        progress = _part(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
+        yield group, moments.collect(tapped.model, reached, calibration, progress)
+
+
+def _in_stages(
+    models: Models, split: _Split, calibration: CalibrationContext, feedback: bool, context: RunContext
+) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+    """Stages of layers; the float model of a large model too is never in memory as a whole."""
+    memory = context.memory
+    schedule = stages.Schedule(
+        feedback=feedback,
+        cache=memory.cache,
+        changed=split.changed,
+        gram_budget=memory.gram_budget if memory.large else None,
+        wanted=context.is_unsolved,
+        cuts=split.cuts,
+    )
+    return stages.staged(models.original, models.work, split.staged or [], calibration, schedule, context.stage("calibrating"))
 
 
 def _main_layers(model: ir.Model) -> list[LinearLayer]:
@@ -114,8 +170,7 @@ def output_hessian(
     layers: Sequence[LinearLayer],
     data: Batches | None,
     plan: Plan,
-    provider: str,
-    progress: Callable[[int, int], None] | None,
+    context: RunContext,
     notes: list[str],
 ) -> Iterator[fisher.Fisher | None]:
     """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
@@ -124,7 +179,7 @@ def output_hessian(
         return
     layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
-        found = fisher.collect(model, layers, data, provider=provider, progress=progress)
+        found = fisher.collect(model, layers, data, provider=context.provider, progress=context.stage("differentiating"))
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
         notes.append(f"no gradients, all outputs weigh the same: {str(error).splitlines()[0]}")
         yield None

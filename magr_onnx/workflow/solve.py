@@ -23,7 +23,7 @@ from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, 
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Inputs
 from magr_onnx.workflow import mixed_precision, non_linear
-from magr_onnx.workflow.calibrate import completing, gather, output_hessian, uncuttable, without_stages
+from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import layer_row
 from magr_onnx.workflow.prepare import Prepared
@@ -99,11 +99,9 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         notes += rewrites.rewrite(
             model,
             plan,
-            data,
+            calibration_of(data, context),
             include=context.include,
             exclude=context.exclude,
-            mask=context.mask,
-            provider=provider,
             gram_budget=context.memory.gram_budget,
         )
         context.spill(model)
@@ -128,10 +126,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         some = ", ".join(whole[:3])
         notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
     grids = activation_ranges.Grids()
-    if plan.activations is not None and data is not None and layers:
-        grids = activation_ranges.choose_grids(
-            source.model, source.reached(layers), data, plan, context.mask, provider, context.stage("ranges")
-        )
+    if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
+        grids = activation_ranges.choose_grids(source.model, source.reached(layers), calibration, plan, context.stage("ranges"))
         notes += grids.notes
         context.lap("ranges")
     own = layer_options.assign(request.patterns.tables, layers, options, plan, provider)
@@ -149,7 +145,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         data = search.data
         context.lap("sensitivities")
 
-    with output_hessian(model, layers, data, plan, provider, context.stage("differentiating"), notes) as hessian:
+    with output_hessian(model, layers, data, plan, context, notes) as hessian:
         if hessian is not None:
             context.lap("differentiate")
         while True:
@@ -163,8 +159,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             reader_names = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
             finished = partial(_finished, done, len(layers), work, context)
             feedback, hold_out = plan.error_feedback is not None, any(p.holds_out for p in (plan, *assigned.values()))
-            gathered = gather(model, work, source, layers, data, feedback, hold_out, grids, context, begun.digests)
-            for group, result in gathered:
+            models, calibration = Models(model, work, source, begun.digests), calibration_of(data, context, grids, hold_out)
+            for group, result in gather(models, layers, calibration, feedback, context):
                 done.unmasked += [reader_names[name] for name in result.unmasked if name in reader_names]
                 done.spilled = max(done.spilled, result.spilled)
                 context.lap("calibrate")

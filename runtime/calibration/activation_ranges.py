@@ -19,7 +19,6 @@ from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
 WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
@@ -222,10 +221,8 @@ class Grids:
 def choose_grids(
     model: ir.Model,
     layers: Sequence[LinearLayer],
-    data: Batches,
+    context: CalibrationContext,
     plan: Plan,
-    mask: str | None,
-    provider: str,
     progress: Progress | None,
 ) -> Grids:
     """The grids that a plan asks for, of layers' inputs and of their products where those are quantized too; see `choose`."""
@@ -236,7 +233,6 @@ def choose_grids(
     products = products_of(layers) if plan.quantizes_outputs else []
     read = {v.name for v in values}
     values += [v for v in products if v.name not in read]
-    context = CalibrationContext(data, mask, provider)
     chosen = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
     found = Grids({name: choice.grid for name, choice in chosen.items()})
     for value in products:

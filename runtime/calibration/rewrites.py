@@ -11,18 +11,15 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Batches
 
 
 def rewrite(
     model: ir.Model,
     plan: Plan,
-    data: Batches | None,
+    calibration: CalibrationContext | None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    mask: str | None = None,
-    provider: str = "cpu",
     gram_budget: int = moments.DEFAULT_BUDGET,
 ) -> list[str]:
     """Run the rewrites of a plan on ``model``, in place; what each did, or that it did nothing, for the report.
@@ -30,11 +27,9 @@ def rewrite(
     Args:
         model: The float model.
         plan: The whole plan: rewrites are made for its grid and its bias compensation.
-        data: Batches that fit the model; None for none.
+        calibration: Data that fits the model, and how to read it; None for none.
         include: Patterns of the layers that will be converted.
         exclude: Patterns of those that will not.
-        mask: See `magr_onnx.runtime.calibration.moments.collect`.
-        provider: Where to run.
         gram_budget: Bytes of Gram matrices held at a time.
 
     Raises:
@@ -44,7 +39,7 @@ def rewrite(
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
         for group in moments.plan(layers, gram_budget):
-            yield group, {} if data is None else moments.collect(current, group, CalibrationContext(data, mask, provider)).stats
+            yield group, {} if calibration is None else moments.collect(current, group, calibration).stats
 
     context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, include, exclude, statistics)
     notes: list[str] = []
