@@ -9,7 +9,7 @@ In a batch in which the rows of such a value still do not fit the mask, all of t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Batch, Session
 
 Shape = Sequence[int]
+Dimensions = Mapping[str, Sequence[int | str | None]]
+"""Of a model's inputs, by name: a number, the name of a free dimension, or None for a free one without a name."""
 
 
 def resolve_mask(model: ir.Model, mask: str | None) -> str | None:
@@ -60,8 +62,8 @@ class MaskRule:
     _shapes: tuple[Shape, ...] = ()
 
     @staticmethod
-    def of(model: ir.Model, data: Batches, mask: str | None) -> MaskRule:
-        """The rule for the batches of ``data``, which fit ``model``."""
+    def of(dimensions: Dimensions, data: Batches, mask: str | None) -> MaskRule:
+        """The rule for the batches of ``data``, which fit a model whose inputs have these dimensions."""
         if mask is None:
             return MaskRule(None)
         batches = iter(data)
@@ -76,7 +78,7 @@ class MaskRule:
             if different:
                 same -= different
                 shapes[index] = shape
-        probe = _resized(model, first, mask, sorted(same))
+        probe = _resized(dimensions, first, mask, sorted(same))
         last = [] if probe is None else [np.shape(probe[mask])]
         return MaskRule(mask, tuple(shapes), probe, (*shapes.values(), *last))
 
@@ -99,16 +101,33 @@ def masked_values(model: ir.Model, names: Sequence[str], context: CalibrationCon
 
     None that was brought out of a body: its rows may fit one batch and not the next.
     """
-    rule = MaskRule.of(model, context.data, context.mask)
-    if rule.mask is None:
+    if context.mask is None:
         return set()
-    outside = hoisted(model)
     with Session(shape_taps(model, names), context.provider) as session:
-        shapes = [session.run(batch) for batch in _at(context.data, rule.positions)]
-        if rule.probe is not None:
-            with contextlib.suppress(RuntimeFailure):  # the model does not take this shape, whatever its inputs declare
-                shapes.append(session.run(rule.probe))
-    return {name for name, *own in zip(names, *shapes, strict=True) if name not in outside and rule.follows(own)}
+        found = _followers(session, names, lambda b: [tuple(map(int, s)) for s in session.run(b)], context.data, context.mask)
+    return found - hoisted(model)
+
+
+def masked_outputs(session: Session, names: Sequence[str], data: Batches, mask: str | None) -> set[str]:
+    """Those of a model's outputs ``names`` that follow the mask, by running it on a few batches."""
+    if mask is None or mask not in session.dimensions:
+        return set()
+    return _followers(session, names, lambda batch: [np.shape(y) for y in session.run(batch, names)], data, mask)
+
+
+def _followers(session: Session, names: Sequence[str], shapes_of: Callable[[Batch], Sequence[Shape]], data: Batches, mask: str) -> set[str]:
+    rule = MaskRule.of(session.dimensions, data, mask)
+    shapes = [shapes_of(batch) for batch in _at(data, rule.positions)]
+    if rule.probe is not None:
+        with contextlib.suppress(RuntimeFailure):  # the model does not take this shape, whatever its inputs declare
+            shapes.append(shapes_of(rule.probe))
+    return {name for name, *of_one in zip(names, *shapes, strict=True) if rule.follows(of_one)}
+
+
+def dimensions_of(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
+    """The declared dimensions of a model's inputs, by name, as `Session.dimensions` has them."""
+    shapes = {str(v.name): v.shape for v in model.graph.inputs}
+    return {name: tuple(d if isinstance(d, int) else d.value for d in shape or ()) for name, shape in shapes.items()}
 
 
 def _fits(shape: Shape, mask: Shape) -> bool:
@@ -123,41 +142,23 @@ def _at(data: Batches, positions: Sequence[int]) -> Iterator[Batch]:
             return
 
 
-def _resized(model: ir.Model, batch: Batch, mask: str, axes: Sequence[int]) -> Batch | None:
+def _resized(dimensions: Dimensions, batch: Batch, mask: str, axes: Sequence[int]) -> Batch | None:
     """The batch with other sizes of the mask's ``axes``, as far as the model leaves them free; None where it fixes all of them.
 
     The same dimension of other inputs goes along: of the same name, or, where the mask's stands alone, of the same size at the same axis.
     A decoder that is fed a past is left alone: its mask is longer than its tokens.
     """
-    inputs = {str(v.name): v.shape for v in model.graph.inputs if str(v.name) in batch}
-    free = [axis for axis in axes if _dimension(inputs, mask, axis) is not None]
-    if not free or any(name.startswith(PREFIX) for name in batch):
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.asarray(batch[name]) for name in dimensions if name in batch}
+    free = {(name, i): d for name, shape in dimensions.items() for i, d in enumerate(shape) if not isinstance(d, int) and name in arrays}
+    cut = [axis for axis in axes if (mask, axis) in free]
+    if not cut or any(name.startswith(PREFIX) for name in batch):
         return None
-    arrays: dict[str, npt.NDArray[Any]] = {name: np.asarray(batch[name]) for name in inputs}
-    for axis in free:
-        size = arrays[mask].shape[axis]
+    for axis in cut:
+        size, dimension = arrays[mask].shape[axis], free[mask, axis]
+        same = [at for at, other in free.items() if dimension and other == dimension]
+        if len({name for name, _ in same}) < 2:
+            same = [(name, i) for name, i in free if i == axis and arrays[name].shape[i] == size]
         taken = np.arange(size - 1) if size > 1 else np.zeros(2, np.intp)
-        for name, other in _same_dimension(inputs, arrays, mask, axis):
-            arrays[name] = np.take(arrays[name], taken, axis=other)
+        for name, i in same:
+            arrays[name] = np.take(arrays[name], taken, axis=i)
     return arrays
-
-
-def _dimension(inputs: Mapping[str, ir.Shape | None], name: str, axis: int) -> str | None:
-    """The name of a free dimension, empty for one without a name; None for a fixed one, or where nothing is declared."""
-    shape = inputs[name]
-    if shape is None or axis >= len(shape) or isinstance(shape[axis], int):
-        return None
-    return getattr(shape[axis], "value", None) or ""
-
-
-def _same_dimension(
-    inputs: Mapping[str, ir.Shape | None], arrays: Mapping[str, npt.NDArray[Any]], mask: str, axis: int
-) -> list[tuple[str, int]]:
-    """Inputs and their axes that have the dimension ``axis`` of the mask."""
-    wanted = _dimension(inputs, mask, axis)
-    free = [(name, i) for name, array in arrays.items() for i in range(array.ndim) if _dimension(inputs, name, i) is not None]
-    named = [(name, i) for name, i in free if wanted and _dimension(inputs, name, i) == wanted]
-    if any(name != mask for name, _ in named):
-        return named
-    size = arrays[mask].shape[axis]
-    return [(name, i) for name, i in free if i == axis and arrays[name].shape[i] == size]

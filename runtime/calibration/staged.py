@@ -26,7 +26,7 @@ from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
-from magr_onnx.runtime.calibration.mask import MaskRule, kept_rows
+from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import Calibration, check_rows, not_finite, readers_of
 from magr_onnx.runtime.calibration.moments import plan as plan_groups
 from magr_onnx.runtime.calibration.value_cache import Cache
@@ -125,7 +125,7 @@ class _Values:
         self._models = original, work
         self._provider = context.provider
         self._moved = moved
-        self._mask = MaskRule.of(original, context.data, context.mask)
+        self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
         self._masks: list[npt.NDArray[np.bool_] | None] = []
         names = given_inputs(original)
         for b, batch in enumerate(context.data):

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.graph.kv_cache import pairs
+from magr_onnx.passes.graph.kv_cache import current_mask, pairs
+from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.validate import is_logits, kept_rows, log_softmax
+from magr_onnx.runtime.measure.validate import is_logits, log_softmax
 from magr_onnx.runtime.ort.session import Batch, Session
 
 KL = "KL divergence"
@@ -59,13 +60,15 @@ class Reference:
         logits = [i for i in floats if is_logits(session.outputs[i], results[0][i].ndim)]
         self.metric = KL if logits else COSINE
         self._normal = log_softmax if logits else _unit
+        masked = masked_outputs(session, session.outputs, data, mask)
+        masks = {i: mask if session.outputs[i] in masked else None for i in floats}
         self._expected = [
-            [self._keep(i, y[i], batch, mask) for i in logits or floats] for y, batch in zip(results, self._batches, strict=True)
+            [self._keep(i, y[i], batch, masks[i]) for i in logits or floats] for y, batch in zip(results, self._batches, strict=True)
         ]
 
     def _keep(self, output: int, y: Array, batch: Batch, mask: str | None) -> _Expected:
         y = np.atleast_1d(y)
-        keep = kept_rows(batch, mask, y)
+        keep = None if mask is None else kept_rows(current_mask(batch, mask), y.shape)
         rows = np.arange(y.size // y.shape[-1]) if keep is None else np.flatnonzero(keep)
         most = max(64, ELEMENTS // y.shape[-1])
         if len(rows) > most:

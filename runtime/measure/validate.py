@@ -21,6 +21,7 @@ from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
+from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session
 
@@ -56,7 +57,7 @@ class _Sums:
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         self.rank = y.ndim
-        keep = kept_rows(batch, mask, y)
+        keep = None if mask is None else kept_rows(current_mask(batch, mask), y.shape)
         if keep is not None:
             a, b = a[keep], b[keep]
         if logits:
@@ -182,6 +183,7 @@ def validate(
         if presents and not presents.issuperset(names):
             names = [n for n in names if n not in presents]
             notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
+        masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
         sums = {a: {n: _Sums() for n in names} for a in sessions}
         others: set[str] = set()
         for index, batch in enumerate(data):
@@ -189,7 +191,7 @@ def validate(
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
-                        sums[a][name].add(y, y_hat, batch, mask, is_logits(name, np.ndim(y)), data.weight(index))
+                        sums[a][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
                     else:
                         others.add(name)
             if progress is not None:
@@ -214,14 +216,6 @@ def validate(
         tuple(dict.fromkeys([*data.notes, *notes])),
         data.samples,
     )
-
-
-def kept_rows(batch: Batch, mask: str | None, y: Array) -> npt.NDArray[np.bool_] | None:
-    """Rows of an output to count: those the mask keeps, where it has one element a row."""
-    if mask is None or mask not in batch:
-        return None
-    truth = current_mask(batch, mask)
-    return truth.reshape(-1) if truth.shape == np.shape(y)[:-1] else None
 
 
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:

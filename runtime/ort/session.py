@@ -176,11 +176,12 @@ class Session:
         self._what = _describe(model)
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._overridable = {i.name for i in self._session.get_overridable_initializers()}
+        self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
         self.inputs = tuple(
             InputInfo(
                 i.name,
                 np.dtype(_TYPES.get(i.type, "object")),
-                tuple(d if isinstance(d, int) and d >= 0 else None for d in i.shape or ()),
+                tuple(d if isinstance(d, int) and d >= 0 else None for d in self.dimensions[i.name]),
             )
             for i in self._session.get_inputs()
         )

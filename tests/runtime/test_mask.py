@@ -13,7 +13,7 @@ from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.calibration.mask import MaskRule
+from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows, masked_outputs
 from magr_onnx.runtime.calibration.moments import Calibration, collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.data.sources import Batches, open_data
@@ -201,7 +201,27 @@ def test_ranges_count_all_queries() -> None:
 
 def test_probe_cuts_the_dimension_the_mask_names() -> None:
     model = encoder_decoder()
-    rule = MaskRule.of(model, opened(model, [pair(8, 8)]), MASK)
+    rule = MaskRule.of(dimensions_of(model), opened(model, [pair(8, 8)]), MASK)
     assert rule.probe is not None
     assert {name: array.shape[:2] for name, array in rule.probe.items()} == {"source": (3, 7), MASK: (3, 7), "target": (3, 8)}
-    assert MaskRule.of(perceiver(8, 4), opened(perceiver(8, 4), [batch(8)]), MASK).probe is None
+    fixed = perceiver(8, 4)
+    assert MaskRule.of(dimensions_of(fixed), opened(fixed, [batch(8)]), MASK).probe is None
+
+
+@pytest.mark.parametrize("lengths", [(8, 8), (8, 12)])
+def test_validation_judges_every_query(lengths: tuple[int, ...]) -> None:
+    """An output of 8 queries, of batches of 8 tokens: no row of it is padding."""
+    model = perceiver()
+    quantized, _ = magr_onnx.optimize(model, None, bits=2, quantizer="rtn", include=["on_queries"], progress=None)
+    batches = [batch(t, seed=i) for i, t in enumerate(lengths)]
+    with Session(model) as a, Session(quantized) as b:
+        assert masked_outputs(a, a.outputs, opened(model, batches), MASK) == set()
+        y, y_hat = (np.concatenate([s.run(feeds)[0].reshape(-1, 8) for feeds in batches]).astype(np.float64) for s in (a, b))
+    found = magr_onnx.validate(model, quantized, batches, latency=False, progress=None).arithmetics["default"][0]
+    assert found.sqnr_db == pytest.approx(10 * np.log10((y**2).sum() / ((y - y_hat) ** 2).sum()), rel=1e-5)
+
+
+def test_kept_rows_need_the_shape_of_the_mask() -> None:
+    truth = np.array([[True, False], [True, True]])
+    np.testing.assert_array_equal(kept_rows(truth, (2, 2, 5)), truth.reshape(-1))  # type: ignore[arg-type]
+    assert kept_rows(truth, (4, 5)) is kept_rows(truth, (1, 2, 2, 5)) is kept_rows(None, (2, 2, 5)) is None
