@@ -155,6 +155,11 @@ def explicit(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not OMITTED}
 
 
+def in_order(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments as reports show them: in the order of `DEFAULTS`, then the options."""
+    return {name: arguments[name] for name in DEFAULTS if name in arguments} | dict(arguments)
+
+
 def over_recipe(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Fill in what a call omits from its recipe.
 

@@ -111,7 +111,7 @@ class _Model:
 
 
 def optimize_folder(
-    folder: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = OMITTED,
     calibration: FolderSource | None = OMITTED,
     **arguments: Unpack[FolderArguments],
 ) -> OptimizedFolder:
@@ -120,7 +120,7 @@ def optimize_folder(
     The new folder appears when all of it is there; a run that fails leaves nothing. What links in the source point to is copied.
 
     Args:
-        folder: Has ``.onnx`` files, perhaps in folders of their own. None takes the ``model`` of a recipe.
+        folder: Has ``.onnx`` files, perhaps in folders of their own. None, or left out, the ``model`` of the recipe.
         calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free. Left out, the
@@ -135,9 +135,9 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
-    given = explicit(calibration=calibration, **arguments)
-    named = given if folder is None else {"folder": folder, **given}
-    return run_folder({"model": folder, **given}, Invocation(python_call("magr_onnx.optimize_folder", named, FOLDER_DEFAULTS)))
+    given = explicit(folder=folder, calibration=calibration, **arguments)
+    command = python_call("magr_onnx.optimize_folder", given, FOLDER_DEFAULTS)
+    return run_folder({"model": given.pop("folder", None), **given}, Invocation(command))
 
 
 @translate_resource_errors()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Unpack
 
 import onnx_ir as ir
 
-from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit
+from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
 from magr_onnx.errors import translate_resource_errors
 from magr_onnx.model_io import files
@@ -41,12 +41,12 @@ class Optimized(NamedTuple):
     report: Report
 
 
-def optimize(model: Any = None, calibration: Source | None = OMITTED, **arguments: Unpack[Arguments]) -> Optimized:
+def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **arguments: Unpack[Arguments]) -> Optimized:
     """Quantize the linear layers of a model, its convolutions, and if asked for its tables of embeddings.
 
     Args:
-        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None takes
-            the recipe's.
+        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None, or
+            left out, the recipe's.
         calibration: Sample inputs, in any form of `magr_onnx.runtime.data.sources`, or a ``.txt`` file, a sample a line, where
             ``tokenizer.json`` lies beside the model; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so. Left out, the recipe's.
@@ -58,7 +58,7 @@ def optimize(model: Any = None, calibration: Source | None = OMITTED, **argument
     Raises:
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
-    given = explicit(model=OMITTED if model is None else model, calibration=calibration, **arguments)
+    given = in_order(explicit(model=model, calibration=calibration, **arguments))
     return run(resolve(given, Invocation(python_call("magr_onnx.optimize", given, DEFAULTS))))
 
 

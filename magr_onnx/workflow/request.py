@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magr_onnx.config import layer_options, schema
-from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, over_preset, over_recipe
+from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, in_order, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, without_defaults
 from magr_onnx.config.options import Options, pipeline_of
 from magr_onnx.config.presets import find_preset
@@ -113,7 +113,7 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     if values["preset"] is not None:
         notes.insert(0, f"preset {values['preset']} sets {find_preset(values['preset'])}, where nothing else was given")
     if invocation.options is None:
-        invocation = replace(invocation, options=plain(without_defaults(merged, DEFAULTS)))
+        invocation = replace(invocation, options=plain(without_defaults(in_order(merged), DEFAULTS)))
     return OptimizeRequest(
         invocation=invocation,
         model=values["model"],

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import bodies_of
@@ -146,43 +145,14 @@ def _captured(graph: ir.Graph) -> Iterator[str]:
         inner.update(v.name for v in node.outputs)
 
 
-def cut(model: ir.Model, given: Mapping[str, npt.NDArray[np.generic]], wanted: Sequence[str]) -> ir.Model:
-    """A copy of the model that computes ``wanted`` from ``given`` values (arrays, for their types and ranks)."""
-    copy = model.clone()
-    graph, names = copy.graph, Names.of(copy.graph)
-    values = {str(v.name): v for v in graph.inputs} | {str(v.name): v for node in graph for v in node.outputs}
-    graph.outputs.clear()
-    inputs = []
-    for name, array in given.items():
-        old = values[name]
-        new = ir.val(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
-        old.name = names.value(f"{name}__before")
-        ir.convenience.replace_all_uses_with(old, new)
-        inputs.append(new)
-        values[name] = new
-    graph.inputs.clear()
-    graph.inputs.extend(inputs)
-    graph.outputs.extend(values[name] for name in wanted)
-    _detach_unused_bodies(graph)
-    RemoveUnusedNodesPass()(copy)
-    return copy
-
-
-def _detach_unused_bodies(graph: ir.Graph) -> None:
-    """Take their inputs from nodes in subgraphs nobody needs, so that what only they read is seen to be unused."""
-    needed = {str(v.name) for v in graph.outputs}
-    for node in reversed(list(graph)):
-        if not needed.isdisjoint(str(v.name) for v in node.outputs):
-            needed.update(reads(node))
-            continue
-        for attribute in node.attributes.values():
-            bodies = (
-                [attribute.as_graph()]
-                if attribute.type == ir.AttributeType.GRAPH
-                else attribute.as_graphs()
-                if attribute.type == ir.AttributeType.GRAPHS
-                else []
-            )
-            for inner in (n for body in bodies for n in body.all_nodes()):
-                for i in range(len(inner.inputs)):
-                    inner.replace_input_with(i, None)
+def cut(model: ir.Model, inputs: Mapping[str, npt.NDArray[np.generic]], outputs: Sequence[str]) -> ir.Model:
+    """Copy the nodes that compute ``outputs`` from ``inputs`` (arrays, for their types and ranks), and no others, into a model."""
+    graph = ir.convenience.extract(model.graph, inputs=list(inputs), outputs=list(outputs))
+    values = {str(value.name): value for value in graph.inputs}
+    for name, array in inputs.items():
+        values[name].type, values[name].shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape([None] * array.ndim)
+    for produced in [value for node in graph for value in node.outputs if value.name in values]:  # beside one that is computed
+        name = str(produced.name)
+        produced.name = Names.of(graph).value(f"{name}__before")
+        ir.convenience.replace_all_uses_with(produced, values[name])
+    return ir.Model(graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))

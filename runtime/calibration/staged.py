@@ -241,7 +241,8 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
     activation = context.quantize.get(name)
     with_goals = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: other for layer in readers if (other := values.residual(layer, name)) is not None}
-    outputs = {layer.name: [OutputAccumulator(layer.read()) for _ in range(2)] for layer in readers if layer.name in residuals}
+    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
+    outputs = {layer_name: [OutputAccumulator(weight) for _ in range(2)] for layer_name, weight in weights.items()}
     paired = with_goals and len(outputs) < len(readers)
     inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(2)]
     follows = masked = values.follows_mask(name)
@@ -261,8 +262,11 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
     split = all(sums.rows for sums in inputs)
     goals = {}
     for layer in readers if split and with_goals else ():
-        parts = [s.goal() for s in outputs[layer.name]] if layer.name in outputs else [s.goal(layer.read()) for s in inputs]
-        goals[layer.name] = with_held_out(*parts)
+        if layer.name in outputs:
+            goals[layer.name] = with_held_out(*(sums.goal() for sums in outputs[layer.name]))
+        else:
+            target = layer.read()
+            goals[layer.name] = with_held_out(*(sums.goal(target) for sums in inputs))
     return _Read(split_stats(inputs[0], inputs[1], activation), goals, masked)
 
 

@@ -486,7 +486,7 @@ def test_defaults_that_are_spelled_out_are_not_in_the_call() -> None:
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", **given).report
     assert report.command == "magr_onnx.optimize(model=<Model>, calibration=<list>, effort='fast')"
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast", batch_size=8, mask=None).report
-    assert report.command.endswith("effort='fast', batch_size=8, mask=None)")
+    assert report.command.endswith("mask=None, batch_size=8, effort='fast')")
 
 
 def test_reports_of_the_command_line(tmp_path: Path) -> None:
