@@ -73,7 +73,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         OptionError: A value that is none, or a pattern that matches nothing.
     """
     schema.check(include=include, exclude=exclude, requantize=requantize)
-    include, exclude = schema.listed("include", include), schema.listed("exclude", exclude)
+    include, exclude = schema.as_list("include", include), schema.as_list("exclude", exclude)
     loaded = files.load(model)
     notes = [*loaded.notes, *open_up(loaded.model), *selection.settle(loaded.model, include, exclude, requantize)]
     selection.check(loaded.model, include, exclude)
@@ -145,7 +145,7 @@ def validate(
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     a, b = files.load(float_model), files.load(quantized_model)
-    with custom.using(schema.listed("custom_ops", custom_ops)), reporter(progress) as step:
+    with custom.using(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
         batches = decoders.open_for(
             a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model, folders=folders

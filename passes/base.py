@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -40,9 +42,25 @@ class Stage(abc.ABC):
         del model, spec
         return False
 
+    @classmethod
+    def options(cls) -> dict[str, tuple[Any, Any]]:
+        """Type and default of every option, by name."""
+        hints = typing.get_type_hints(cls)
+        return {f.name: (hints[f.name], f.default) for f in fields(cls)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make a stage of values of its options."""
+        return cls(**values)
+
+    @property
+    def non_default(self) -> dict[str, Any]:
+        """Values of the options that differ from their defaults, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
     def __str__(self) -> str:
         """The text that `magr_onnx.passes.plan.Plan.parse` turns back into this stage."""
-        options = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        options = [f"{name}={_text(value)}" for name, value in self.non_default.items()]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 

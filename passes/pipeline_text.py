@@ -8,7 +8,7 @@ from typing import Any
 
 from magr_onnx.errors import PipelineError
 from magr_onnx.passes.base import Stage
-from magr_onnx.passes.registry import options_of, stages
+from magr_onnx.passes.registry import stages
 
 _STAGE = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*")
 _WORDS = {"true": True, "false": False, "none": None, "channel": None}
@@ -43,14 +43,14 @@ def _make(name: str, text: str) -> Stage:
     known = stages()
     if name not in known:
         raise PipelineError(f"pipeline: no pass is called {name!r}; there are {', '.join(known)}")
-    options = options_of(known[name])
+    options = known[name].options()
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in options:
             raise PipelineError(f"pipeline: {name} has no option {item!r}; it takes {', '.join(options) or 'none'}")
         values[key] = _value(f"{name}{{{key}}}", value, options[key][0])
-    return known[name](**values)
+    return known[name].of(values)
 
 
 def _value(where: str, text: str, kind: Any) -> Any:

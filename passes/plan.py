@@ -153,13 +153,13 @@ class Plan:
         conv, quantize = self.convolutions, self.quantize
         assert conv is not None
         assert quantize is not None
-        auto = quantize.method == "auto"
-        method = "comq" if quantize.method.startswith("a2q") else quantize.method
+        if quantize.quantizer.accumulators == "only":  # convolutions are kept within none
+            quantize = quantize.by("comq")
+        chooses = quantize.quantizer.chooses
         alpha = usual_alpha(conv.bits, None) if conv.alpha is None else conv.alpha
-        magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not auto else None
+        magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
         quantize = replace(
             quantize,
-            method=method,
             bits=conv.bits,
             block_size=None,
             symmetric=conv.symmetric,
@@ -167,7 +167,7 @@ class Plan:
             target=None,
             accumulator_bits=None,
             accumulator_tile=None,
-            alpha=conv.alpha if auto else None,
+            alpha=conv.alpha if chooses else None,
             activation=None,
         )
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)

@@ -5,9 +5,7 @@ To add one: write its file in a folder beside this file, and add its class here;
 
 from __future__ import annotations
 
-import typing
-from dataclasses import fields
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -59,9 +57,3 @@ def is_stage(value: object) -> TypeGuard[Stage]:
 def is_pass(stage: Stage) -> TypeGuard[ir.passes.PassBase]:
     """Whether a stage works by itself."""
     return isinstance(stage, ir.passes.PassBase)
-
-
-def options_of(kind: type[Stage]) -> dict[str, tuple[Any, Any]]:
-    """Option name to its type and default."""
-    hints = typing.get_type_hints(kind)
-    return {f.name: (hints[f.name], f.default) for f in fields(kind)}

@@ -23,9 +23,13 @@ from sphinx.util.typing import ExtensionMetadata
 
 import magr_onnx
 from magr_onnx.cli.app import commands
+from magr_onnx.config.option_table import KEYS, OPTIONS, PANELS
+from magr_onnx.core.option_spec import OptionSpec
+from magr_onnx.core.quantizers import method_options
 from magr_onnx.errors import MagrError
 from magr_onnx.passes.base import Stage
-from magr_onnx.passes.registry import options_of, passes, stages
+from magr_onnx.passes.emit import FORMATS
+from magr_onnx.passes.registry import passes, stages
 
 _MARK = re.compile(r"<!-- generated: ([\w ]+) -->")
 _FIELD = re.compile(r"^    (\w+): (.*)$")
@@ -38,10 +42,11 @@ def _passes() -> Iterator[str]:
     """A section for every pass of the registry: summary, docstring, options, and what its file has to say."""
     for name, kind in stages().items():
         text, described = _described(kind)
+        described |= {name: option.text for name, option in method_options().items()}
         alone = "" if name in passes() else ", a setting of a `Plan` and no pass by itself"
         where = f"`magr_onnx.passes.{kind.__name__}`{alone}"
         yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: {where}.\n\n{text}\n"
-        if options := options_of(kind):
+        if options := kind.options():
             yield "| option | default | |\n|---|---|---|"
             for option, (hint, default) in options.items():
                 if option not in described:
@@ -91,7 +96,7 @@ def _shown(value: object) -> str:
 def _commands() -> Iterator[str]:
     """A section for every command: what it does, its arguments and options, its examples."""
     for name, command in commands().items():
-        hints = typing.get_type_hints(inspect.unwrap(command.callback))
+        hints = typing.get_type_hints(command.callback)
         shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name in hints]
         arguments = " ".join(_argument(p) for p in shown if p.param_type_name == "argument")
         yield f"## onnx-magr {name}\n\n{_plain(_unmarked(command.help))}\n"
@@ -124,6 +129,44 @@ _KINDS = {bool: "", str: "text", int: "integer", float: "number", Path: "path", 
 def _unmarked(text: str | None) -> str:
     """Help text without the markup of the terminal."""
     return Text.from_markup(inspect.cleandoc(text or "")).plain
+
+
+# --- Options -------------------------------------------------------------------------------------------------------------
+
+
+def _options() -> Iterator[str]:
+    """A table of options under each heading of ``--help``: what they take, their default, what they do, and to what."""
+    for panel in PANELS:
+        yield f"## {panel}\n\n| option | takes | default | |\n|---|---|---|---|"
+        for option in KEYS.values():
+            if option.panel == panel:
+                default = option.default_text or ("" if option.default is None else f"`{_shown(option.default)}`")
+                yield f"| `{option.name}` | {_values(option)} | {_cell(default)} | {_cell(' '.join([option.help, *_rules(option)]))} |"
+        yield ""
+
+
+def _values(option: OptionSpec) -> str:
+    if option.choices:
+        values = [f"`{choice}`" for choice in option.choices]
+    else:
+        kinds = {"path": "path", "paths": "paths", "patterns": "patterns", "size": "size"}
+        values = [kinds.get(option.kind) or _takes(kind) for kind in option.types if kind is not type(None)]
+    return " ".join([*values, *([] if option.none_word is None else [f"`{option.none_word}` (Python: `None`)"])])
+
+
+def _rules(option: OptionSpec) -> Iterator[str]:
+    """What an option is for, and what it displaces."""
+    if option.argument:
+        yield f"In Python: {option.argument}."
+    for form in FORMATS.values():
+        if option.name in form.own_options:
+            yield f"For format {form.name} only."
+    if option.displaces:
+        yield f"Displaces {', '.join(option.displaces)} given before it."
+    if option.belongs_to is not None:
+        yield f"Another {option.belongs_to} given after it drops it."
+    if option.name in OPTIONS and option.whole_run is None:
+        yield "May differ by layer."
 
 
 # --- Python --------------------------------------------------------------------------------------------------------------
@@ -177,6 +220,7 @@ def _cell(text: str) -> str:
 GENERATORS: dict[str, Callable[[], Iterator[str]]] = {
     "passes": _passes,
     "command line": _commands,
+    "options": _options,
     "functions": partial(_exported, "autofunction::", inspect.isfunction),
     "classes": partial(_exported, "autoclass::", lambda value: inspect.isclass(value) and not _is_error(value)),
     "errors": partial(_exported, "autoexception::", _is_error),

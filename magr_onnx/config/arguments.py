@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.merge import below, left_out, over
-from magr_onnx.config.options import Options
+from magr_onnx.config.merge import apply_preset, dropped, merge
+from magr_onnx.config.option_table import ARGUMENTS, CALLS, RUN, Options
 from magr_onnx.config.recipe import Recipe
-from magr_onnx.config.schema import ARGUMENTS, listed, mistyped, unworded
+from magr_onnx.config.schema import as_list, word_to_none
 from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.passes import Plan, Stage
 from magr_onnx.report.data import LayerRow
-from magr_onnx.runtime.calibration import moments, staged
-from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
 
 Size = int | str
@@ -38,36 +36,7 @@ OMITTED: Any = _Omitted()
 
 
 class RunArguments(TypedDict, total=False):
-    """What `magr_onnx.optimize` and `magr_onnx.optimize_folder` take beside `Options`.
-
-    Attributes:
-        recipe: A `magr_onnx.Recipe`, its file, or its values as a dict; every argument given beside it wins.
-        preset: A name of `magr_onnx.config.presets.PRESETS`: options to start from, under those of the recipe and those given.
-        layers: Options of single layers, as ``{"match": "*lm_head*", "bits": 8}`` (`magr_onnx.config.layer_options`), after those of the
-            recipe; of several that match a layer, later ones win.
-        output: Where to write the result; None (default) keeps it in memory, its codes verified, but not loaded by onnxruntime.
-        pipeline_text: A `magr_onnx.passes.Plan`, its text, or its passes, instead of `Options`.
-        provider: ``cpu`` (default), ``cuda``, or an onnxruntime provider name, for calibration and validation.
-        mask: Input that marks rows to count; ``"auto"`` (default) takes ``attention_mask`` if there is one, None none.
-        batch_size: Samples per batch when stacked inputs are cut up; default 16.
-        decode_steps: Decoders with a cache: tokens at the end of each sample that are fed once more, one by one (see
-            `magr_onnx.runtime.data.decoders`), where the data has no past values.
-        include: Shell patterns of layers (by the name of the node, the weight, or the torch module of either) to convert; empty for all.
-        exclude: Patterns of layers to leave alone.
-        requantize: Take weights that are quantized already for the floats they stand for (default False).
-        custom_ops: Shared libraries with the custom operators of the model, for onnxruntime.
-        gram_budget: Bytes, or text such as ``"2 GB"``, of Gram matrices held at a time; a smaller one costs more passes over the data.
-        cache: Bytes, or such text, of values between stages held in memory under error feedback; more go to a temporary folder.
-        progress: True (default) draws bars on standard error where that is a terminal or a notebook, and False does not. A callable gets a
-            stage's name, steps done and steps in total instead. The logger ``magr_onnx`` has a line as a stage begins and ends, at level
-            INFO.
-        on_layer: Called with the report's row of every layer as it is finished; again where a budget has it solved again.
-        max_memory: Bytes, or text such as ``"3 GB"``, that decide whether the model is ever run as a whole (three times its size must
-            fit) or in stages only, with finished layers on disk; default 4 GB. See docs/large.md for what a layer needs at least.
-        shard_size: Most bytes of a data file of the output, which then has as many as it needs.
-        external_data: Write tensors beside the output even where they would fit into it (default False).
-        resume: A job directory: finished layers are kept there, and the same call after a kill goes on with those that are not.
-    """
+    """What `magr_onnx.optimize` and `magr_onnx.optimize_folder` take beside `Options`: types for callers; the option table has the rest."""
 
     recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None
     preset: str | None
@@ -121,33 +90,16 @@ class FolderArguments(Options, RunArguments, total=False):
 
 
 DEFAULTS: Mapping[str, Any] = {
-    "model": None,
-    "calibration": None,
-    "recipe": None,
-    "preset": None,
-    "layers": (),
-    "output": None,
-    "validation_data": None,
-    "pipeline_text": None,
-    "provider": "cpu",
-    "mask": "auto",
-    "batch_size": 16,
-    "decode_steps": decoders.STEPS,
-    "include": (),
-    "exclude": (),
-    "requantize": False,
-    "custom_ops": (),
-    "gram_budget": moments.DEFAULT_BUDGET,
-    "cache": staged.DEFAULT_CACHE,
-    "progress": True,
-    "on_layer": None,
-    "max_memory": None,
-    "shard_size": None,
-    "external_data": False,
-    "resume": None,
+    option.argument or option.name: () if option.kind in ("patterns", "paths") else option.default
+    for option in (*RUN.values(), *CALLS.values())
+    if option.name not in ("models", "overwrite", "samples")
 }
 """What stands for an argument that neither the call nor its recipe gives."""
 FOLDER_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "models": (), "overwrite": False}
+
+_texts = {option.argument or option.name: option.text for option in ARGUMENTS.values()}
+_attributes = "".join(f"        {name}: {_texts[name]}\n" for name in RunArguments.__annotations__)
+RunArguments.__doc__ = f"{RunArguments.__doc__}\n\n    Attributes:\n{_attributes}"
 
 
 def explicit(**arguments: Any) -> dict[str, Any]:
@@ -178,14 +130,14 @@ def over_recipe(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     raise_all(OptionError, _mistyped(upper))
     if upper.get("model") is None:
         upper.pop("model", None)
-    upper = {name: listed(name, value) for name, value in unworded(upper).items()}
+    upper = {name: as_list(name, value) for name, value in word_to_none(upper).items()}
     lower = recipe.arguments()
-    merged = over(lower, upper)
+    merged = merge(lower, upper)
     merged["layers"] = (*merged.get("layers", ()), *tables)
     if merged["layers"] and merged.get("pipeline_text") is not None:
         texts = "; ".join(map(str, merged["layers"]))
         raise OptionError(f"options of single layers ({texts}) need the run's options to start from, and it has a pipeline")
-    return merged, [*recipe.notes, *left_out(lower, upper, "the recipe")]
+    return merged, [*recipe.notes, *dropped(lower, upper, "the recipe")]
 
 
 def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -200,7 +152,7 @@ def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     upper = dict(arguments)
     if upper.get("preset") is None:
         return upper, []
-    merged, tables, notes = below(upper, upper.pop("layers"))
+    merged, tables, notes = apply_preset(upper, upper.pop("layers"))
     return {**merged, "layers": tables}, notes
 
 
@@ -241,6 +193,10 @@ def _mistyped(arguments: Mapping[str, Any]) -> list[str]:
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """
-    names = [name for name in arguments if name in ARGUMENTS and name not in ("model", "calibration", "validation", "pipeline")]
-    problems = [mistyped(name, arguments[name]) for name in names]
+    names = [
+        name
+        for name in arguments
+        if name in ARGUMENTS and ARGUMENTS[name].types and name not in ("model", "calibration", "validation", "pipeline")
+    ]
+    problems = [ARGUMENTS[name].mistyped(arguments[name]) for name in names]
     return [text for text in problems if text is not None]

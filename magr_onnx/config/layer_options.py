@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from magr_onnx.config.options import Options, build_pipeline
-from magr_onnx.config.schema import problem, unknown, unworded, worded
+from magr_onnx.config.option_table import OPTIONS, Options
+from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.schema import none_to_word, unknown, word_to_none
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of
@@ -20,42 +21,9 @@ from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import known_as, matched
 from magr_onnx.passes.layers.shared import by_weight
 
-LAYER_OPTIONS = (
-    "bits",
-    "block_size",
-    "quantizer",
-    "symmetric",
-    "alpha",
-    "beta",
-    "damping",
-    "act_order",
-    "sweeps",
-    "bias",
-    "accuracy_level",
-    "low_rank",
-)
-"""Options that a layer may have for itself."""
+LAYER_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.whole_run is None)
+"""Options that may differ by layer."""
 
-_WHOLE = {
-    "format": "a file has one format",
-    "effort": "error feedback and gradients belong to the whole run; give the layer a quantizer",
-    "feedback": "stages are those of the whole model",
-    "target": "a proof is of the whole file",
-    "accumulator_bits": "a proof is of the whole file",
-    "accumulator_tile": "a proof is of the whole file",
-    "activation_type": "layers share their inputs",
-    "activation_range": "layers share their inputs",
-    "quantize_outputs": "layers share values",
-    "equalize": "it moves scales between layers",
-    "split_outliers": "it changes the model before layers are looked for",
-    "twin_ranges": "it changes the model before layers are looked for",
-    "target_size": "a budget is of the whole file",
-    "max_loss": "a budget is of the whole file",
-    "conv_bits": "it is for convolutions, all of them",
-    "conv_form": "it is for convolutions, all of them",
-    "embeddings": "it is for tables of embeddings, all of them",
-    "embedding_bits": "it is for tables of embeddings, all of them",
-}
 _BUDGETS = ("target_size", "max_loss")
 
 
@@ -82,7 +50,7 @@ class LayerOptions:
         """
         raise_all(OptionError, [text for _, text in problems_of(table)])
         match = table["match"]
-        options = unworded({name: value for name, value in table.items() if name != "match"})
+        options = word_to_none({name: value for name, value in table.items() if name != "match"})
         return LayerOptions((match,) if isinstance(match, str) else tuple(match), cast(Options, options))
 
     @staticmethod
@@ -107,7 +75,7 @@ class LayerOptions:
     @property
     def table(self) -> dict[str, Any]:
         """Plain data that `of` takes."""
-        return {"match": self.match[0] if len(self.match) == 1 else list(self.match), **worded(self.options)}
+        return {"match": self.match[0] if len(self.match) == 1 else list(self.match), **none_to_word(self.options)}
 
     def __str__(self) -> str:
         return f"{', '.join(self.match)}: {described(self.options)}"
@@ -124,12 +92,12 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
             patterns = [value] if isinstance(value, str) else value
             if not (isinstance(patterns, list | tuple) and patterns and all(isinstance(p, str) for p in patterns)):
                 text = f"match = {value!r}: expected a pattern or a list of patterns"
-        elif name in _WHOLE:
-            text = f"{name} cannot differ by layer: {_WHOLE[name]}"
-        elif name not in LAYER_OPTIONS:
+        elif name not in OPTIONS:
             text = unknown(name, ("match", *LAYER_OPTIONS))
+        elif (reason := OPTIONS[name].whole_run) is not None:
+            text = f"{name} cannot differ by layer: {reason}"
         else:
-            text = problem(name, value)
+            text = OPTIONS[name].problem(value)
         if text is not None:
             found.append((name, text))
     if "match" not in table:
@@ -254,7 +222,7 @@ def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
 
 def described(options: Options) -> str:
     """Options in words, for the report."""
-    return ", ".join(f"{name}={value}" for name, value in worded(options).items())
+    return ", ".join(f"{name}={value}" for name, value in none_to_word(options).items())
 
 
 def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
@@ -272,6 +240,7 @@ def _plan(own: Options, options: Options, plan: Plan, provider: str) -> Plan:
     if any(options.get(name) is not None for name in _BUDGETS) and own.get("bits") is None:
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
     if own.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
+        rest = {name: value for name, value in rest.items() if OPTIONS[name].belongs_to != "quantizer"}
         rest |= {"effort": None, "feedback": plan.error_feedback is not None}
     made = build_pipeline(**cast(Options, {**rest, **own}))
     made.check(provider)

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from magr_onnx.config.layer_options import LayerOptions, problems_of
-from magr_onnx.config.merge import left_out, over
-from magr_onnx.config.options import Options
-from magr_onnx.config.schema import KEYS, OPTIONS, listed, problem, unknown, unworded, worded
+from magr_onnx.config.merge import dropped, merge
+from magr_onnx.config.option_table import DATA, KEYS, OPTIONS, PANELS, RUN, Options
+from magr_onnx.config.schema import as_list, none_to_word, unknown, word_to_none
 from magr_onnx.errors import RecipeError, raise_all
 from magr_onnx.model_io.atomic import write_text
 from magr_onnx.report.data import Report, megabytes
 
 VERSION = 1
-_ARGUMENTS = {"validation": "validation_data", "pipeline": "pipeline_text"}
+_ARGUMENTS = {name: option.argument for name, option in RUN.items() if option.argument}
 _SHOWN = ("report", "json", "quiet", "verbose", "save_recipe", "recipe")
 
 
@@ -102,12 +102,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes."""
         tables = {"layer": [table.table for table in self.layers]} if self.layers else {}
-        return {**worded(self.values), **tables}
+        return {**none_to_word(self.values), **tables}
 
     def over(self, other: Recipe) -> Recipe:
         """This recipe's values, and the other's where it has none and they do not contradict."""
         lower = {**other.values, "layers": other.layers} if other.layers else other.values
-        values, notes = over(lower, self.values), left_out(lower, self.values, "the recipe")
+        values, notes = merge(lower, self.values), dropped(lower, self.values, "the recipe")
         return Recipe(values, (*values.pop("layers", ()), *self.layers), (*other.notes, *notes, *self.notes))
 
     def save(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
@@ -122,31 +122,14 @@ class Recipe:
     def to_text(self, folder: Path | None = None, comments: Sequence[str] = ()) -> str:
         """The file's text; paths are relative to ``folder``, where there is one."""
         lines = [*(f"# {line}".rstrip() for line in comments), *([""] if comments else []), f"version = {VERSION}"]
-        for title, names in _SECTIONS.items():
-            given = {name: self.values[name] for name in names if name in self.values}
-            found = [f"{name} = {_toml(_placed(name, value, folder))}" for name, value in worded(given).items()]
-            lines += ["", f"# {title}", *found] if found else []
+        for panel in PANELS:
+            values = {name: self.values[name] for name, option in KEYS.items() if option.panel == panel and name in self.values}
+            items = [f"{name} = {_toml(_placed(name, value, folder))}" for name, value in none_to_word(values).items()]
+            title = f"{panel}; paths are relative to this file" if panel == DATA else panel
+            lines += ["", f"# {title}", *items] if items else []
         for table in self.layers:
             lines += ["", "[[layer]]", *(f"{name} = {_toml(value)}" for name, value in table.table.items())]
         return "\n".join(lines) + "\n"
-
-
-_SECTIONS = {
-    "What goes in and comes out; paths are relative to this file": (
-        "model",
-        "models",
-        "calibration",
-        "validation",
-        "output",
-        "overwrite",
-        "custom_ops",
-        "resume",
-    ),
-    "Where the options below start from": ("preset",),
-    "Weights and formats": ("pipeline", *OPTIONS),
-    "Which layers": ("include", "exclude", "requantize"),
-    "How the run is made": ("mask", "batch_size", "decode_steps", "provider", "cache", "max_memory", "external_data", "shard_size"),
-}
 
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
@@ -170,7 +153,7 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
         elif name not in KEYS:
             text = unknown(name, ("version", *KEYS, "layer"))
         else:
-            text = problem(name, value)
+            text = KEYS[name].problem(value)
         if text is not None:
             found.append((name, None, text))
     given = [name for name in data if name in OPTIONS or name == "preset"]
@@ -181,8 +164,8 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
 
 def _made(data: Mapping[str, Any], folder: Path | None) -> Recipe:
     values: dict[str, Any] = {}
-    for name, value in unworded({name: value for name, value in data.items() if name not in ("version", "layer")}).items():
-        kind, value = KEYS[name].kind, listed(name, value)
+    for name, value in word_to_none({name: value for name, value in data.items() if name not in ("version", "layer")}).items():
+        kind, value = KEYS[name].kind, as_list(name, value)
         if folder is not None and kind == "path":
             value = folder / value
         if folder is not None and kind == "paths":

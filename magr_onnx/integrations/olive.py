@@ -10,21 +10,24 @@ Needs the extra ``olive``; nothing else imports this module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import inspect
 import json
 import logging
-import re
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
-from magr_onnx.config.merge import over
-from magr_onnx.config.options import Options, build_pipeline
+from magr_onnx.config.merge import merge
+from magr_onnx.config.option_table import KEYS, OPTIONS, RUN, Options
+from magr_onnx.config.options import build_pipeline
 from magr_onnx.config.presets import find_preset
 from magr_onnx.config.recipe import Recipe
-from magr_onnx.config.schema import KEYS, RUN, WORDS, unknown
+from magr_onnx.config.schema import unknown
+from magr_onnx.core.option_spec import OptionSpec
+from magr_onnx.core.quantizers import QUANTIZERS
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.model_io.writing import file_digest
 from magr_onnx.passes import Plan
@@ -34,6 +37,7 @@ from magr_onnx.workflow.optimize import optimize
 
 try:
     from olive.common.config_utils import ParamCategory, validate_config
+    from olive.constants import QuantAlgorithm
     from olive.data.config import DataConfig
     from olive.hardware.accelerator import AcceleratorSpec
     from olive.model import CompositeModelHandler, ONNXModelHandler
@@ -55,7 +59,7 @@ ENTRY: Mapping[str, Any] = {
     "supported_providers": ["*"],
     "supported_accelerators": ["*"],
     "supported_precisions": ["int4", "int8", "uint4", "uint8"],
-    "supported_algorithms": ["gptq", "hqq", "rtn"],
+    "supported_algorithms": sorted(algorithm.value for algorithm in QuantAlgorithm if algorithm.value in QUANTIZERS),
     "supported_quantization_encodings": ["qdq", "qop"],
     "dataset": "dataset_optional",
 }
@@ -93,19 +97,17 @@ class OnnxMagr(Pass):  # type: ignore[misc]
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        texts = _descriptions()
         one = Categorical([None])  # one choice: nothing is searched over unless a list is given
         options = {
-            name: PassConfigParam(type_=_type(name, hint), search_defaults=one, description=texts[name])
-            for name, hint in get_type_hints(Options).items()
+            name: PassConfigParam(type_=_type(option), search_defaults=one, description=option.text) for name, option in OPTIONS.items()
         }
         run = {
             name: PassConfigParam(
-                type_=_TYPES.get(key.kind, key.types[0]),
-                category=ParamCategory.PATH if key.kind == "path" else ParamCategory.NONE,
-                description=f"As {name} in a recipe.",
+                type_=_TYPES.get(option.kind, option.types[0]),
+                category=ParamCategory.PATH if option.kind == "path" else ParamCategory.NONE,
+                description=option.text,
             )
-            for name, key in RUN.items()
+            for name, option in RUN.items()
             if name not in _OLIVES
         }
         return {
@@ -216,9 +218,10 @@ def _name(source: Path, fingerprint: str) -> str:
     return source.name if not Path(source.name).exists() else f"{source.stem}-{fingerprint}.onnx"
 
 
-def _type(name: str, hint: Any) -> Any:
+def _type(option: OptionSpec) -> Any:
     """What Olive may be given for an option."""
-    return hint | Literal[WORDS[name]] if name in WORDS else hint
+    kind = get_type_hints(Options).get(option.name) or functools.reduce(operator.or_, option.types)
+    return kind if option.none_word is None else kind | Literal[option.none_word]
 
 
 def _asked(config: Any) -> Recipe:
@@ -244,7 +247,7 @@ def _check(config: Any) -> None:
             Plan.parse(text).check()
         else:
             preset = asked.values.get("preset")
-            options = cast(Options, over({} if preset is None else dict(find_preset(preset).options), asked.options))
+            options = cast(Options, merge({} if preset is None else dict(find_preset(preset).options), asked.options))
             mixed_precision.goal_of(options)
             build_pipeline(**options)
     except OptionError as error:
@@ -279,9 +282,3 @@ def _fingerprint(config: Any) -> str:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
             found.update(f"{file}:{file_digest(file)}".encode())
     return found.hexdigest()[:16]
-
-
-def _descriptions() -> dict[str, str]:
-    """What the docstring of `Options` says of each of them, on one line."""
-    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", inspect.getdoc(Options) or "", re.M | re.S)
-    return {name: " ".join(text.split()) for name, text in found}

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.config.options import Options, build_pipeline, bytes_of
+from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import build_pipeline
 from magr_onnx.core import knapsack
+from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing

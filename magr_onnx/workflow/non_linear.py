@@ -11,6 +11,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from magr_onnx.config import options
+from magr_onnx.config.option_table import Options
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -22,7 +23,7 @@ from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
 
-def complete(plan: Plan, model: ir.Model, given: options.Options | None) -> Plan:
+def complete(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
     """The plan with a stage for convolutions, if the model has some that can be converted and nothing was said of them.
 
     ``given`` are the options the plan is made of; None where it was written by hand, and says all there is to say.

@@ -11,7 +11,8 @@ from typing import Any
 from magr_onnx.config import layer_options, schema
 from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, in_order, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, without_defaults
-from magr_onnx.config.options import Options, pipeline_of
+from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import pipeline_of
 from magr_onnx.config.presets import find_preset
 from magr_onnx.config.selection import Patterns
 from magr_onnx.errors import OptionError, RecipeError

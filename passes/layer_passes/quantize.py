@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSol
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
-from magr_onnx.core.quantizers import BATCHED, QUANTIZERS, UNDER_A_BUDGET, Options, Problem, batched
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, rtn
 from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError
 from magr_onnx.passes.base import LayerPass
@@ -45,10 +47,12 @@ class Quantize(LayerPass):
         alpha: Strength of the MagR inside method auto, relative to the layer; none for one chosen. Other methods leave MagR to its
             own pass.
         activation: Type of the layer inputs that the codes meet. A plan fills it in from its quantize-activations pass.
+        method_options: Values of the options that the method declares itself (`magr_onnx.core.quantizers.Quantizer.options`), by name;
+            in pipeline text they stand beside the others.
     """
 
     name: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "choose integer codes: auto; rtn, gptq, comq, hqq; a2q, a2q+"
+    summary: ClassVar[str] = f"choose integer codes: {', '.join(QUANTIZERS)}"
     slot: ClassVar[str] = "quantize"
     solves: ClassVar[bool] = True
 
@@ -67,6 +71,31 @@ class Quantize(LayerPass):
     accumulator_tile: int | None = None
     alpha: float | None = None
     activation: ActivationType | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[Any, Any]]:
+        shared = {name: option for name, option in super().options().items() if name != "method_options"}
+        return shared | {name: (functools.reduce(operator.or_, o.types), o.default) for name, o in method_options().items()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        declared = method_options()
+        shared = {name: value for name, value in values.items() if name not in declared}
+        return cls(**shared, method_options={name: value for name, value in values.items() if name in declared})
+
+    @property
+    def non_default(self) -> dict[str, Any]:
+        return {name: value for name, value in super().non_default.items() if name != "method_options"} | dict(self.method_options)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer of the method; round to nearest where the method is not known."""
+        return QUANTIZERS.get(self.method, rtn.QUANTIZER)
+
+    def by(self, method: str) -> Self:
+        """The same grid and options for another method."""
+        return self if method == self.method else replace(self, method=method, method_options={})
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         found = []
@@ -84,21 +113,34 @@ class Quantize(LayerPass):
             found.append(f"damping={self.damping} must be 0 or more, and finite")
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
             found.append(f"quantize: alpha={self.alpha} must be 0 or more, and finite")
-        if self.alpha is not None and self.method != "auto":
-            found.append(f"quantize: alpha is for method auto; put a magr pass before method {self.method}")
+        if self.alpha is not None and self.method in QUANTIZERS and not self.quantizer.chooses:
+            choosing = " or ".join(quantizer.name for quantizer in QUANTIZERS.values() if quantizer.chooses)
+            found.append(f"quantize: alpha is for method {choosing}; put a magr pass before method {self.method}")
         if self.sweeps < 0:
             found.append(f"sweeps={self.sweeps} must be 0 or more")
-        return found + self._accumulator_problems()
+        return found + self._method_problems() + self._accumulator_problems()
+
+    def _method_problems(self) -> list[str]:
+        """Everything wrong with the options that methods declare themselves."""
+        declared = {option.name: option for option in self.quantizer.options}
+        problems: list[str | None] = []
+        for name, value in self.method_options.items():
+            if name in declared:
+                problems.append(declared[name].problem(value))
+            else:
+                owners = " or ".join(q.name for q in QUANTIZERS.values() if any(option.name == name for option in q.options))
+                problems.append(f"{name} is for quantizer {owners} only" if owners else f"quantize has no option {name!r}")
+        return [problem for problem in problems if problem is not None]
 
     def _accumulator_problems(self) -> list[str]:
         asked = self.target is not None or self.accumulator_bits is not None
         if not asked:
             if self.accumulator_tile is not None:
                 return ["accumulator_tile needs accumulator_bits"]
-            wants = self.method in QUANTIZERS and self.method.startswith("a2q")
+            wants = self.quantizer.accumulators == "only"
             return [f"quantizer {self.method} is for accumulators only; give a target or accumulator_bits"] if wants else []
         found = []
-        if self.activation is None and self.method.startswith("a2q"):
+        if self.activation is None and self.quantizer.accumulators == "only":
             found.append(f"quantizer {self.method} needs 8-bit activations; put a quantize-activations pass before it")
         if self.activation is not None and self.block_size is not None:
             found.append(f"block size {self.block_size} under an accumulator: its sums need one scale a column; use 'channel'")
@@ -106,8 +148,9 @@ class Quantize(LayerPass):
             found.append("give a target or accumulator_bits, not both")
         if self.target is not None and self.accumulator_tile is not None:
             found.append("a target has a tile of its own; leave accumulator_tile out, or give accumulator_bits instead of the target")
-        if self.method in QUANTIZERS and self.method not in UNDER_A_BUDGET:
-            found.append(f"quantizer {self.method} knows no accumulators; choose one of {', '.join(UNDER_A_BUDGET)}")
+        if self.method in QUANTIZERS and self.quantizer.accumulators == "none":
+            names = ", ".join(quantizer.name for quantizer in QUANTIZERS.values() if quantizer.accumulators != "none")
+            found.append(f"quantizer {self.method} knows no accumulators; choose one of {names}")
         try:
             budget = self.budget()
         except OptionError as error:
@@ -123,7 +166,7 @@ class Quantize(LayerPass):
     @property
     def holds_out(self) -> bool:
         """Whether the method judges its choices on rows that are held out."""
-        return self.method == "auto"
+        return self.quantizer.chooses
 
     def budget(self) -> Budget | None:
         """The accumulator the codes must fit, or None for no constraint.
@@ -162,8 +205,9 @@ class Quantize(LayerPass):
             problem.target_moments,
             problem.output_hessian,
         )
-        options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha)
-        result = QUANTIZERS[self.method](task, options)
+        declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
+        options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha, declared)
+        result = self.quantizer.run(task, options)
         weight = result.weight.dequantize()
         if result.reduction is not None:
             record = replace(record, magr=magr.figures(solution.weight, result.reduction))
@@ -181,7 +225,7 @@ class Quantize(LayerPass):
     def takes_groups(self, count: int, rows: int) -> bool:
         """Whether ``count`` groups of a convolution, of ``rows`` rows each, are solved together rather than one by one."""
         small = count >= batched.FEWEST_GROUPS and rows <= batched.MOST_ROWS
-        return small and self.method in BATCHED and self.beta is None
+        return small and self.quantizer.batched is not None and self.beta is None
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
         """Solve the groups of a convolution together, bias correction included; the channels of all groups are side by side."""
@@ -190,7 +234,8 @@ class Quantize(LayerPass):
         centred, stats = problems[0].centred(self.bias), problems[0].stats
         grams, objective = (np.stack([p.stats.objective_gram(c) for p in problems]) for c in (False, centred))
         damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
-        used = objective * np.eye(k) if self.method == "rtn" else objective  # nearest codes are the best where inputs are uncorrelated
+        # nearest codes are the best where inputs are uncorrelated
+        used = objective * np.eye(k) if self.quantizer.batched == "diagonal" else objective
         result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps)
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
         error = float(np.einsum("gkn,gkn->", objective @ difference, difference))

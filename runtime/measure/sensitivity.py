@@ -231,8 +231,8 @@ def _fast(plan: Plan) -> Plan:
 def _reference(plan: Plan) -> Plan:
     """The plan of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
     quantize = plan.resolved.quantize
-    if quantize is not None and quantize.method != "rtn":
-        quantize = replace(quantize, method="gptq")
+    if quantize is not None:
+        quantize = quantize.by(quantize.quantizer.quick)
     return Plan(quantize=quantize, bias=plan.bias)
 
 

@@ -24,7 +24,8 @@ from accuracy import Benchmark, bundled_lm, divergences, sentence_encoder
 from common import BATCH_SIZE, Cell, progress, table
 
 import magr_onnx
-from magr_onnx.config.options import Options, build_pipeline
+from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
 from magr_onnx.core.quantizers import QUANTIZERS, gptq
 from magr_onnx.core.quantizers import Options as SolverOptions
@@ -93,7 +94,7 @@ def solved_once() -> Iterator[None]:
             known[key] = run(problem, options)
         return known[key]
 
-    with mock.patch.object(gptq, "run", remembered), mock.patch.dict(QUANTIZERS, {"gptq": remembered}):
+    with mock.patch.object(gptq, "run", remembered), mock.patch.dict(QUANTIZERS, {"gptq": replace(gptq.QUANTIZER, run=remembered)}):
         yield
 
 

@@ -20,7 +20,7 @@ import magr_onnx
 from magr_onnx.cli import demonstration
 from magr_onnx.cli.app import commands
 from magr_onnx.cli.main import main
-from magr_onnx.config.options import bytes_of
+from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.models.zoo.trap import constant, model
 from tests import graphs
 from tests.graphs import feeds, proto

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.config.merge import over
+from magr_onnx.config.merge import merge
 from magr_onnx.config.recipe import Recipe
 from magr_onnx.errors import MagrError, OptionError, OutputError, RecipeError
 from magr_onnx.model_io.atomic import write_text
@@ -93,25 +93,25 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_of_two_options_that_contradict_each_other_the_later_stays(one: dict[str, Any], other: dict[str, Any]) -> None:
     beside = {"symmetric": True, "damping": 0.1}
     for first, second in ((one, other), (other, one)):
-        assert over({**first, **beside}, second) == {**beside, **second}
-        assert over(first, {**beside, **second}) == {**beside, **second}
-        assert over(first, beside) == {**first, **beside}
+        assert merge({**first, **beside}, second) == {**beside, **second}
+        assert merge(first, {**beside, **second}) == {**beside, **second}
+        assert merge(first, beside) == {**first, **beside}
 
 
 def test_an_accumulator_s_tile_belongs_to_its_bits() -> None:
-    assert over({"accumulator_bits": 16, "accumulator_tile": 64}, {"target": "x86-avx2"}) == {"target": "x86-avx2"}
+    assert merge({"accumulator_bits": 16, "accumulator_tile": 64}, {"target": "x86-avx2"}) == {"target": "x86-avx2"}
 
 
 def test_only_another_value_takes_the_place_of_what_belongs_to_it() -> None:
-    assert over({"embeddings": "dequantize", "embedding_bits": 8}, {"embeddings": "none"}) == {"embeddings": "none"}
-    assert over({"embedding_bits": 4}, {"embeddings": "none"}) == {"embedding_bits": 4, "embeddings": "none"}
-    assert over({"conv_bits": 4, "conv_form": "fold"}, {"conv_bits": 5}) == {"conv_bits": 5, "conv_form": "fold"}
-    assert over({"conv_bits": None}, {"conv_form": "fold"}) == {"conv_form": "fold"}
-    assert over({"preset": "web", "bits": 3}, {"pipeline": "magr"}) == {"pipeline": "magr"}
+    assert merge({"embeddings": "dequantize", "embedding_bits": 8}, {"embeddings": "none"}) == {"embeddings": "none"}
+    assert merge({"embedding_bits": 4}, {"embeddings": "none"}) == {"embedding_bits": 4, "embeddings": "none"}
+    assert merge({"conv_bits": 4, "conv_form": "fold"}, {"conv_bits": 5}) == {"conv_bits": 5, "conv_form": "fold"}
+    assert merge({"conv_bits": None}, {"conv_form": "fold"}) == {"conv_form": "fold"}
+    assert merge({"preset": "web", "bits": 3}, {"pipeline": "magr"}) == {"pipeline": "magr"}
     lower = {"preset": "avx2-safe", "accumulator_bits": 20}
-    assert over(lower, {"format": "qdq-int8"}) == {**lower, "format": "qdq-int8"}
-    assert over(lower, {"format": "qdq"}) == {"preset": "avx2-safe", "format": "qdq"}
-    assert over({"preset": "llm-int2", "embedding_bits": 8}, {"embeddings": "none"}) == {"preset": "llm-int2", "embeddings": "none"}
+    assert merge(lower, {"format": "qdq-int8"}) == {**lower, "format": "qdq-int8"}
+    assert merge(lower, {"format": "qdq"}) == {"preset": "avx2-safe", "format": "qdq"}
+    assert merge({"preset": "llm-int2", "embedding_bits": 8}, {"embeddings": "none"}) == {"preset": "llm-int2", "embeddings": "none"}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 
 import magr_onnx
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.merge import over
+from magr_onnx.config.merge import merge
+from magr_onnx.config.option_table import KEYS, PANELS
 from magr_onnx.config.presets import PRESETS
-from magr_onnx.config.recipe import _SECTIONS, Recipe
-from magr_onnx.config.schema import KEYS
+from magr_onnx.config.recipe import Recipe
 from magr_onnx.errors import OptionError, RecipeError
 from magr_onnx.models import bundled
 from magr_onnx.runtime.ort.session import Session
@@ -142,7 +142,7 @@ def test_every_key_survives_being_written_and_read(tmp_path: Path) -> None:
     assert set(read) == set(values)
     assert {n: v for n, v in read.items() if KEYS[n].kind == "value"} == {n: recipe.values[n] for n in read if KEYS[n].kind == "value"}
     assert found.values["include"] == ("*é", "\\d")
-    assert {name for names in _SECTIONS.values() for name in names} == set(KEYS)
+    assert {option.panel for option in KEYS.values()} == set(PANELS)
 
 
 BAD = """modell = "x"
@@ -245,13 +245,13 @@ def test_files_that_are_none(folder: Path) -> None:
 
 
 def test_later_options_take_the_place_of_those_they_contradict() -> None:
-    assert over({"effort": "best", "bits": 4}, {"quantizer": "gptq"}) == {"bits": 4, "quantizer": "gptq"}
-    assert over({"bits": 4, "block_size": 32}, {"target_size": "25%"}) == {"block_size": 32, "target_size": "25%"}
-    assert over({"target": "x86-avx2", "format": "qdq-int8"}, {"format": "qdq"}) == {"format": "qdq"}
-    assert over({"accuracy_level": 4}, {"format": "matmulnbits"}) == {"accuracy_level": 4, "format": "matmulnbits"}
-    assert over({"bits": 4, "include": ("a",)}, {"pipeline": "magr"}) == {"include": ("a",), "pipeline": "magr"}
-    assert over({"pipeline": "magr"}, {"bits": 4}) == {"bits": 4}
-    assert over({"effort": "best"}, {"quantizer": None}) == {"effort": "best", "quantizer": None}
+    assert merge({"effort": "best", "bits": 4}, {"quantizer": "gptq"}) == {"bits": 4, "quantizer": "gptq"}
+    assert merge({"bits": 4, "block_size": 32}, {"target_size": "25%"}) == {"block_size": 32, "target_size": "25%"}
+    assert merge({"target": "x86-avx2", "format": "qdq-int8"}, {"format": "qdq"}) == {"format": "qdq"}
+    assert merge({"accuracy_level": 4}, {"format": "matmulnbits"}) == {"accuracy_level": 4, "format": "matmulnbits"}
+    assert merge({"bits": 4, "include": ("a",)}, {"pipeline": "magr"}) == {"include": ("a",), "pipeline": "magr"}
+    assert merge({"pipeline": "magr"}, {"bits": 4}) == {"bits": 4}
+    assert merge({"effort": "best"}, {"quantizer": None}) == {"effort": "best", "quantizer": None}
 
 
 def test_recipes_add_their_layers_in_order() -> None:

@@ -121,7 +121,7 @@ def test_without_held_out_rows_options_are_the_usual_ones() -> None:
 def test_without_data_it_is_comq(spec: WeightSpec) -> None:
     problem, _ = problem_of(spec)
     problem = replace(problem, stats=LayerStats.data_free(64))
-    one, other = (QUANTIZERS[name](problem, Options()).weight for name in ("auto", "comq"))
+    one, other = (QUANTIZERS[name].run(problem, Options()).weight for name in ("auto", "comq"))
     np.testing.assert_array_equal(one.codes, other.codes)
     np.testing.assert_array_equal(one.scales, other.scales)
 

@@ -108,7 +108,7 @@ def test_data_is_not_looked_at() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((200, len(weights)))
     found = [
-        QUANTIZERS["hqq"](Problem(weights, weights, stats, False, spec), Options())
+        QUANTIZERS["hqq"].run(Problem(weights, weights, stats, False, spec), Options())
         for stats in (LayerStats.data_free(len(weights)), LayerStats(x.T @ x / 200, x.mean(axis=0), 200))
     ]
     np.testing.assert_array_equal(found[0].weight.codes, found[1].weight.codes)

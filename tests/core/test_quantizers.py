@@ -107,13 +107,13 @@ def test_damping_rises_until_the_matrix_factors(name: str) -> None:
     spec = WeightSpec(4, 32)
     indefinite = np.eye(K)
     indefinite[0, 1] = indefinite[1, 0] = 1.5
-    solution = QUANTIZERS[name](problem_of(weights, indefinite, spec), Options(damping=0.01))
+    solution = QUANTIZERS[name].run(problem_of(weights, indefinite, spec), Options(damping=0.01))
     assert solution.notes[0] == "Cholesky failed at damping 0.01; used 1"
     singular = gram_of(activations(300, K))
     singular[5] = singular[:, 5] = 0
-    solution = QUANTIZERS[name](problem_of(weights, singular, spec), Options(damping=0.0))
+    solution = QUANTIZERS[name].run(problem_of(weights, singular, spec), Options(damping=0.0))
     assert solution.notes[0] == "Cholesky failed at damping 0; used 1e-06"
-    fine = QUANTIZERS[name](problem_of(weights, gram_of(activations(300, K)), spec), Options(damping=0.01))
+    fine = QUANTIZERS[name].run(problem_of(weights, gram_of(activations(300, K)), spec), Options(damping=0.01))
     assert not any("Cholesky" in note for note in fine.notes)
 
 
@@ -200,7 +200,7 @@ def test_every_quantizer_solves_every_grid(name: str, bits: int, symmetric: bool
     x = activations(200, 45)
     spec = WeightSpec(bits, group, symmetric)
     problem = Problem(weights, weights, LayerStats(gram_of(x), x.mean(axis=0), 200), True, spec)
-    found = QUANTIZERS[name](problem, Options()).weight
+    found = QUANTIZERS[name].run(problem, Options()).weight
     assert found.spec == spec
     assert found.codes.shape == weights.shape
     assert found.codes.dtype == found.zero_points.dtype == np.uint8
@@ -215,7 +215,7 @@ def test_order_of_quantizers(spec: WeightSpec) -> None:
     weights, gram = layer(K, N)
     problem = problem_of(weights, gram, spec)
     rtn_error, gptq_error, comq_error = (
-        error(QUANTIZERS[name](problem, Options()).weight, weights, gram) for name in ("rtn", "gptq", "comq")
+        error(QUANTIZERS[name].run(problem, Options()).weight, weights, gram) for name in ("rtn", "gptq", "comq")
     )
     assert comq_error < gptq_error < rtn_error
 
@@ -225,7 +225,7 @@ def test_order_of_quantizers(spec: WeightSpec) -> None:
 def test_comq_never_ends_above_gptq_under_the_matrix_it_minimises(spec: WeightSpec, tail: float) -> None:
     weights, gram = layer(K, N, tail=tail)
     problem = problem_of(weights, gram, spec)
-    start, found = (QUANTIZERS[name](problem, Options(damping=0.1)) for name in ("gptq", "comq"))
+    start, found = (QUANTIZERS[name].run(problem, Options(damping=0.1)) for name in ("gptq", "comq"))
     h = damped(gram, 0.1)
     assert error(found.weight, weights, h) < error(start.weight, weights, h)
     assert found.notes == start.notes
@@ -238,7 +238,7 @@ def test_comq_never_ends_above_gptq_under_the_matrix_it_minimises(spec: WeightSp
 def test_gptq_without_data_is_rounding(spec: WeightSpec, act_order: bool) -> None:
     weights, _ = layer(K, N)
     problem = Problem(weights, weights, LayerStats.data_free(K), True, spec)
-    found, plain = (QUANTIZERS[name](problem, Options(act_order=act_order)).weight for name in ("gptq", "rtn"))
+    found, plain = (QUANTIZERS[name].run(problem, Options(act_order=act_order)).weight for name in ("gptq", "rtn"))
     np.testing.assert_array_equal(found.codes, plain.codes)
 
 
@@ -264,5 +264,5 @@ def test_target_may_differ_from_the_weights() -> None:
     weights, gram = layer(K, N)
     target = weights + 0.01 * np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
     problem = dataclasses.replace(problem_of(weights, gram, WeightSpec(4, 32)), target=target)
-    start, found = (QUANTIZERS[name](problem, Options()).weight for name in ("gptq", "comq"))
+    start, found = (QUANTIZERS[name].run(problem, Options()).weight for name in ("gptq", "comq"))
     assert error(found, target, gram) < error(start, target, gram)

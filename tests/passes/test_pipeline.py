@@ -14,7 +14,7 @@ from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
 from magr_onnx.passes import CompensateBias, EmitMatMulNBits, MagR, Plan, Quantize, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
-from magr_onnx.passes.registry import options_of, passes, stages
+from magr_onnx.passes.registry import passes, stages
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import correlated, feeds
@@ -148,7 +148,7 @@ def test_registry_is_complete() -> None:
         assert kind.summary
         assert kind.slot in slots
         assert Plan.parse(name).stages == (kind(),)
-        assert all(f"{option}:" in (kind.__doc__ or "") for option in options_of(kind)), f"{name}: undocumented option"
+        assert all(f"{option}:" in (kind.__doc__ or "") for option in kind.options()), f"{name}: undocumented option"
         assert issubclass(kind, ir.passes.InPlacePass) == (name in passes())
 
 

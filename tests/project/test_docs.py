@@ -16,7 +16,8 @@ import pytest
 
 import magr_onnx
 from magr_onnx.cli.app import commands
-from magr_onnx.passes.registry import options_of, stages
+from magr_onnx.config.option_table import KEYS, PANELS
+from magr_onnx.passes.registry import stages
 from tests.docs_blocks import Block, blocks, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,8 +110,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     fetched = re.compile(r'<(?:script|img|link)[^>]+(?:src|href)="https?:')
     for page in (tmp_path / "site").rglob("*.html"):
         assert not fetched.search(page.read_text()), f"{page.name} fetches something from the network"
-    _holds(tmp_path / "site" / "reference" / "passes.html", stages(), [o for kind in stages().values() for o in options_of(kind)])
+    _holds(tmp_path / "site" / "reference" / "passes.html", stages(), [o for kind in stages().values() for o in kind.options()])
     options = [o for c in COMMANDS.values() for p in c.params if p.param_type_name == "option" and p.name != "help" for o in p.opts]
+    _holds(tmp_path / "site" / "reference" / "options.html", PANELS, KEYS)
     python = (tmp_path / "site" / "reference" / "python.html").read_text()
     assert [name for name in magr_onnx.__all__ if f'id="magr_onnx.{name}"' not in python] == []
     _holds(tmp_path / "site" / "reference" / "command-line.html", [f"onnx-magr {name}" for name in COMMANDS], options)

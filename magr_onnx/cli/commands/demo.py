@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from magr_onnx.cli import console, demonstration
-from magr_onnx.cli.arguments import Json, Quiet, Verbose
+from magr_onnx.cli.options import Json, Quiet, Verbose
 from magr_onnx.errors import OutputError
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr demo"

@@ -10,7 +10,7 @@ import typer
 
 from magr_onnx import api
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import Exclude, Include, Json, Requantize, Verbose
+from magr_onnx.cli.options import Json, Verbose, option
 from magr_onnx.report.data import by_reason, shortened, wrapped
 
 EPILOG = """[bold]Examples[/bold]
@@ -22,9 +22,9 @@ onnx-magr inspect model.onnx --exclude '*head*' --json"""
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model to read.", show_default=False)],
-    include: Include = None,
-    exclude: Exclude = None,
-    requantize: Requantize = False,
+    include: Annotated[list[str] | None, option("include")] = None,
+    exclude: Annotated[list[str] | None, option("exclude")] = None,
+    requantize: Annotated[bool, option("requantize")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:

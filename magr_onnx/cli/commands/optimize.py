@@ -5,80 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import (
-    AccumulatorBitsOption,
-    AccumulatorTileOption,
-    AccuracyLevelOption,
-    ActivationRangeOption,
-    ActivationTypeOption,
-    ActOrderOption,
-    AlphaOption,
-    BatchSize,
-    BetaOption,
-    BiasOption,
-    BitsOption,
-    BlockSizeOption,
-    CacheOption,
-    CalibrationOption,
-    ConvBitsOption,
-    ConvFormOption,
-    CustomOps,
-    DampingOption,
-    DecodeSteps,
-    EffortOption,
-    EmbeddingBitsOption,
-    EmbeddingsOption,
-    EqualizeOption,
-    Exclude,
-    ExternalDataOption,
-    FeedbackOption,
-    FormatOption,
-    Include,
-    Json,
-    LayerOption,
-    LowRankOption,
-    Mask,
-    MaxLossOption,
-    MaxMemoryOption,
-    ModelArgument,
-    ModelsOption,
-    OutputOption,
-    OverwriteOption,
-    PipelineOption,
-    PresetOption,
-    Provider,
-    QuantizeOutputsOption,
-    QuantizerOption,
-    Quiet,
-    RecipeOption,
-    ReportOption,
-    Requantize,
-    ResumeOption,
-    SaveRecipeOption,
-    ShardSizeOption,
-    SplitOutliersOption,
-    SweepsOption,
-    SymmetricOption,
-    TargetOption,
-    TargetSizeOption,
-    TwinRangesOption,
-    ValidationOption,
-    Verbose,
-)
+from magr_onnx.cli.options import Json, Quiet, Verbose, with_options
 from magr_onnx.config.invocation import Invocation
 from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.config.option_table import DATA, KEYS, OPTIONS, RECIPES, RUN
 from magr_onnx.config.recipe import Recipe, remarks
-from magr_onnx.config.schema import KEYS
 from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.report import html
 from magr_onnx.report.data import MOST
-from magr_onnx.runtime.data import decoders
 from magr_onnx.workflow.directory import OptimizedFolder, check_reports, run_folder, taken_by
 from magr_onnx.workflow.optimize import run
 from magr_onnx.workflow.request import resolve
@@ -104,63 +44,46 @@ onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.o
 onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 
+@with_options(name for name in (*OPTIONS, *RUN) if name != "model")
 def optimize(
     context: typer.Context,
-    model: ModelArgument = None,
-    output: OutputOption = None,
-    calibration: CalibrationOption = None,
-    validation: ValidationOption = None,
-    report: ReportOption = None,
-    models: ModelsOption = None,
-    overwrite: OverwriteOption = False,
-    mask: Mask = "auto",
-    batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = decoders.STEPS,
-    recipe: RecipeOption = None,
-    save_recipe: SaveRecipeOption = None,
-    preset: PresetOption = None,
-    layer: LayerOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    requantize: Requantize = False,
-    bits: BitsOption = None,
-    block_size: BlockSizeOption = None,
-    effort: EffortOption = None,
-    quantizer: QuantizerOption = None,
-    format: FormatOption = "matmulnbits",
-    symmetric: SymmetricOption = None,
-    alpha: AlphaOption = None,
-    beta: BetaOption = None,
-    damping: DampingOption = None,
-    act_order: ActOrderOption = None,
-    sweeps: SweepsOption = 8,
-    bias: BiasOption = "auto",
-    accuracy_level: AccuracyLevelOption = 0,
-    activation_type: ActivationTypeOption = None,
-    activation_range: ActivationRangeOption = None,
-    quantize_outputs: QuantizeOutputsOption = False,
-    target: TargetOption = None,
-    accumulator_bits: AccumulatorBitsOption = None,
-    accumulator_tile: AccumulatorTileOption = None,
-    feedback: FeedbackOption = None,
-    low_rank: LowRankOption = 0,
-    equalize: EqualizeOption = False,
-    split_outliers: SplitOutliersOption = False,
-    twin_ranges: TwinRangesOption = False,
-    target_size: TargetSizeOption = None,
-    max_loss: MaxLossOption = None,
-    conv_bits: ConvBitsOption = None,
-    conv_form: ConvFormOption = None,
-    embeddings: EmbeddingsOption = "none",
-    embedding_bits: EmbeddingBitsOption = None,
-    pipeline: PipelineOption = None,
-    custom_ops: CustomOps = None,
-    provider: Provider = "cpu",
-    cache: CacheOption = "2GB",
-    max_memory: MaxMemoryOption = None,
-    resume: ResumeOption = None,
-    external_data: ExternalDataOption = False,
-    shard_size: ShardSizeOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="ONNX model to read, or a folder of models; a recipe may name it instead.", show_default=False),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--report",
+            help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="FILE",
+            help="TOML file that describes the run; options given here win over it.",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option("--save-recipe", metavar="FILE", help="Write the recipe of this run, with comments.", rich_help_panel=RECIPES),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--layer",
+            metavar="PATTERN:OPTIONS",
+            help="Options of matching layers, as '*lm_head*:bits=8,block_size=32'; repeatable, later ones win.",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

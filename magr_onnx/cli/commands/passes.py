@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import Json
-from magr_onnx.passes.registry import options_of, stages
+from magr_onnx.cli.options import Json
+from magr_onnx.passes.registry import stages
 
 EPILOG = "[bold]Example[/bold]\n\nonnx-magr passes --json"
 
@@ -15,7 +15,7 @@ def passes(as_json: Json = False) -> None:
     """List the passes a pipeline may name, with their options and defaults."""
     lines, value = [], []
     for name, kind in stages().items():
-        known = options_of(kind)
+        known = kind.options()
         lines.append(f"{name}: {kind.summary}")
         lines += [f"    {option}={_shown(default)}" for option, (_, default) in known.items()]
         value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in known.items()}})

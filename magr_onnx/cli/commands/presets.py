@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import Json
+from magr_onnx.cli.options import Json
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.report.data import wrapped
 

@@ -10,7 +10,7 @@ import typer
 
 from magr_onnx import api
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import BatchSize, CustomOps, DecodeSteps, Json, Mask, Provider, Quiet, Verbose
+from magr_onnx.cli.options import Json, Quiet, Verbose, option
 from magr_onnx.report.data import validation_text
 from magr_onnx.report.validation import severity
 from magr_onnx.runtime.data import decoders
@@ -27,11 +27,11 @@ def validate(
     quantized_model: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The model to judge.", show_default=False)],
     data: Annotated[Path, typer.Option("--data", "-d", help="Held-out inputs, in the forms 'optimize --calibration' takes.")],
     min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Exit with 3 if an output's mean cosine is below this.")] = None,
-    mask: Mask = "auto",
-    batch_size: BatchSize = 16,
-    decode_steps: DecodeSteps = decoders.STEPS,
-    provider: Provider = "cpu",
-    custom_ops: CustomOps = None,
+    mask: Annotated[str, option("mask")] = "auto",
+    batch_size: Annotated[int, option("batch_size")] = 16,
+    decode_steps: Annotated[int, option("decode_steps")] = decoders.STEPS,
+    provider: Annotated[str, option("provider")] = "cpu",
+    custom_ops: Annotated[list[Path] | None, option("custom_ops")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

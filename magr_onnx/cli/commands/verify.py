@@ -9,7 +9,7 @@ import typer
 
 from magr_onnx import api
 from magr_onnx.cli import console
-from magr_onnx.cli.arguments import Json, Quiet, Verbose, target_names
+from magr_onnx.cli.options import Json, Quiet, Verbose, target_names
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError

@@ -1,32 +1,34 @@
 """The registry of weight quantizers.
 
-To add one: write its file in this folder, with a ``run(problem, options) -> Solution``, and add its line to `QUANTIZERS`.
+To add one: write its file in this folder, with a `Quantizer` object, and add that to `QUANTIZERS`. Its name, its summary and its own
+options then are in pipelines, recipes, options of layers, ``--help`` and the documentation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
+from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.quantizers import a2q, auto, comq, gptq, hqq, rtn
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
-
-Quantizer = Callable[[Problem, Options], Solution]
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "auto": auto.run,
-    "rtn": rtn.run,
-    "gptq": gptq.run,
-    "comq": comq.run,
-    "hqq": hqq.run,
-    "a2q": a2q.run,
-    "a2q+": a2q.run_plus,
+    quantizer.name: quantizer
+    for quantizer in (
+        auto.QUANTIZER,
+        rtn.QUANTIZER,
+        gptq.QUANTIZER,
+        comq.QUANTIZER,
+        hqq.QUANTIZER,
+        a2q.A2Q,
+        a2q.A2Q_PLUS,
+    )
 }
 
-UNDER_A_BUDGET = ("auto", "gptq", "comq", "a2q", "a2q+")
-"""Those that know accumulator constraints; the last two know nothing else."""
 
-BATCHED = ("auto", "gptq", "comq", "rtn")
-"""Those that `magr_onnx.core.quantizers.batched` is a form of, for the many small groups of a convolution."""
+def method_options() -> dict[str, OptionSpec]:
+    """Options that quantizers declare themselves, by name. They go with the quantizer: another one drops them."""
+    return {option.name: replace(option, belongs_to="quantizer") for quantizer in QUANTIZERS.values() for option in quantizer.options}
 
 
-__all__ = ["BATCHED", "QUANTIZERS", "UNDER_A_BUDGET", "Options", "Problem", "Quantizer", "Solution"]
+__all__ = ["QUANTIZERS", "Options", "Problem", "Quantizer", "Solution", "method_options"]

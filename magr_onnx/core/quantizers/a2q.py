@@ -17,7 +17,7 @@ import numpy as np
 from magr_onnx.core.grid import Grid, stored
 from magr_onnx.core.overflow.accumulator import Budget
 from magr_onnx.core.prox import project_l1_ball
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
@@ -65,12 +65,16 @@ def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> Qu
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form of A2Q; see `magr_onnx.core.quantizers`."""
+    """A2Q."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=False))
 
 
 def run_plus(problem: Problem, options: Options) -> Solution:
-    """Registry form of A2Q+; see `magr_onnx.core.quantizers`."""
+    """A2Q+."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=True))
+
+
+A2Q = Quantizer("a2q", "projection on the accumulator's l1 ball", run, "only")
+A2Q_PLUS = Quantizer("a2q+", "the same, centred", run_plus, "only")

@@ -22,7 +22,7 @@ from magr_onnx.core.linalg import automatic_damping, layer_error
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.quantizers import comq, gptq, two_sided
 from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution, damped_gram
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution, damped_gram
 from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
 SAMPLE = 64  # output channels that choices are made on
@@ -49,7 +49,7 @@ def usual_alpha(bits: int, group_size: int | None) -> float:
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.core.quantizers`."""
+    """The quantizer."""
     stats, spec = problem.stats, problem.spec
     if stats.is_data_free:
         return comq.run(problem, options)
@@ -148,3 +148,6 @@ def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, s
         return weights, None
     found = magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size)
     return found.weights, found
+
+
+QUANTIZER = Quantizer("auto", "MagR and comq, options chosen per layer", run, "supported", chooses=True, batched="gram")

@@ -22,7 +22,7 @@ from magr_onnx.core.grid import Grid, blocks, stored
 from magr_onnx.core.overflow.accumulator import Budget, Room
 from magr_onnx.core.quantizers import diagonal as separable
 from magr_onnx.core.quantizers import gptq
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight, column_parts, joined
 
 BLOCK = 64
@@ -185,7 +185,7 @@ def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: 
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.core.quantizers`: GPTQ, then sweeps under the same damped matrix."""
+    """The quantizer: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
         weight, errors = separable.refine(problem.target, start.weight, options.sweeps, options.rescale)
@@ -195,3 +195,6 @@ def run(problem: Problem, options: Options) -> Solution:
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
     facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.facts
     return Solution(refined.weight, start.notes, facts, refined.errors)
+
+
+QUANTIZER = Quantizer("comq", "GPTQ, refined by coordinate descent", run, "supported", batched="gram")

@@ -30,7 +30,7 @@ from magr_onnx.core.linalg import cholesky, column_errors
 from magr_onnx.core.overflow.accumulator import Budget, Room
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
 
 BLOCK = 64
@@ -208,7 +208,7 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.core.quantizers`. Layers that share statistics share the factorization."""
+    """The quantizer. Layers that share statistics share the factorization."""
     if problem.stats.is_data_free and problem.budget is None:  # nothing to feed forward
         return rtn.run(problem, options)
     damping = problem.damping(options)
@@ -224,3 +224,6 @@ def run(problem: Problem, options: Options) -> Solution:
     gram = problem.damped_gram(damping)
     constrained, columns = under_budget(problem.weights, problem.target, weight, gram, feedback, problem.budget)
     return Solution(constrained, notes, {"columns_constrained": columns})
+
+
+QUANTIZER = Quantizer("gptq", "round with error feedback", run, "supported", batched="gram")

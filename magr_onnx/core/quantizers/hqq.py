@@ -26,7 +26,7 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, minmax, round_codes, search, stored
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 P = 0.7
@@ -92,7 +92,10 @@ def _refit(w: Array, q: Array, s: Array, z: Array, inside: Array, spec: WeightSp
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.core.quantizers`. Calibration data is not looked at, and no option applies."""
+    """The quantizer. Calibration data is not looked at, and no option applies."""
     del options
     weight = quantize(problem.weights, problem.spec)
     return Solution(weight, facts={"lp_error": float(objective(problem.weights, weight.dequantize(), problem.spec).sum())})
+
+
+QUANTIZER = Quantizer("hqq", "half-quadratic, needs no data", run)

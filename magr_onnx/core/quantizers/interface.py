@@ -1,11 +1,14 @@
-"""What every quantizer is given and returns."""
+"""What a quantizer is, and what it is given and returns."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from magr_onnx.core.linalg import automatic_damping, damped
 from magr_onnx.core.magr import Reduction
+from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.accumulator import Budget
 from magr_onnx.core.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
 
@@ -75,6 +78,7 @@ class Options:
         act_order: Round inputs in descending ``diag(H)`` (gptq, comq's start); None for yes (auto: chosen).
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
+        method_options: Values of the options that the quantizer declares itself (`Quantizer.options`), by name.
     """
 
     beta: float | None = None
@@ -83,6 +87,7 @@ class Options:
     sweeps: int = 8
     rescale: bool = True
     alpha: float | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,3 +107,30 @@ class Solution:
     facts: dict[str, float] = field(default_factory=dict)
     errors: tuple[float, ...] = ()
     reduction: Reduction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """A method of choosing codes, and all that the rest of the package must know of it.
+
+    Attributes:
+        name: What users call it.
+        summary: What it does, in a few words.
+        run: The method.
+        accumulators: Whether it can keep sums within an accumulator: ``none`` cannot, ``supported`` can, ``only`` does nothing else.
+        chooses: Whether it chooses MagR's strength, damping and order for every layer, by the error on held-out rows, and so runs MagR
+            itself.
+        batched: How `magr_onnx.core.quantizers.batched` stands in for it where a convolution has many small groups: with their Gram
+            matrices, with the diagonals of these, or not at all.
+        quick: The quantizer that measures sensitivities in its place, where an error need not be the least.
+        options: Options of the method; their values are in `Options.method_options`.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Problem, Options], Solution]
+    accumulators: Literal["none", "supported", "only"] = "none"
+    chooses: bool = False
+    batched: Literal["gram", "diagonal"] | None = None
+    quick: str = "gptq"
+    options: tuple[OptionSpec, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from magr_onnx.core.grid import choose
-from magr_onnx.core.quantizers.interface import Options, Problem, Solution
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
@@ -17,5 +17,8 @@ def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float |
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """Registry form; see `magr_onnx.core.quantizers`."""
+    """The quantizer."""
     return Solution(quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=options.beta))
+
+
+QUANTIZER = Quantizer("rtn", "round to nearest", run, batched="diagonal", quick="rtn")

@@ -150,7 +150,7 @@ def _magr(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[d
     values = {**defaults, **arguments}
     settings = {name: value for name, value in arguments.items() if name not in defaults}
     raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*defaults, *_SETTINGS])}" for n in settings if n not in _SETTINGS])
-    strength = schema.unworded({name: values[name] for name in ("alpha", "block_size", "damping")})
+    strength = schema.word_to_none({name: values[name] for name in ("alpha", "block_size", "damping")})
     schema.check(**strength, samples=values["samples"])
     module = values["module"]
     arrays, reduced = _reduced(

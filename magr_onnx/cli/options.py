@@ -1,0 +1,110 @@
+"""Options of the command line, made from the option table (`magr_onnx.config.option_table`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal
+
+import typer
+
+from magr_onnx.cli import console
+from magr_onnx.config.option_table import KEYS, PANELS
+from magr_onnx.config.presets import PRESETS
+from magr_onnx.core.option_spec import OptionSpec
+from magr_onnx.core.overflow.targets import TARGETS
+from magr_onnx.passes.registry import stages
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Say everything: stages, memory, layers as they are finished, whole lists, where unexpected errors come from.",
+        callback=console.be_verbose,
+    ),
+]
+
+
+def target_names() -> list[tuple[str, str]]:
+    """Targets for the shell to complete, with a line about each."""
+    return [(name, target.summary) for name, target in TARGETS.items()]
+
+
+def _preset_names() -> list[tuple[str, str]]:
+    return [(name, preset.summary.partition(":")[0]) for name, preset in PRESETS.items()]
+
+
+def _pipelines(incomplete: str) -> list[str]:
+    """Pipelines that go on with one more pass."""
+    before, comma, start = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in stages() if name.startswith(start)]
+
+
+_MORE = {"preset": f" There are {', '.join(PRESETS)}."}
+_COMPLETIONS: Mapping[str, Callable[..., Any]] = {"target": target_names, "preset": _preset_names, "pipeline": _pipelines}
+
+
+def option(name: str) -> Any:
+    """What typer needs to know of an option of the table."""
+    spec = KEYS[name]
+    return typer.Option(
+        *(spec.flags or (f"--{name.replace('_', '-')}",)),
+        help=spec.text + _MORE.get(name, ""),
+        metavar=spec.metavar,
+        min=spec.least if spec.kind == "value" else None,
+        rich_help_panel=spec.panel,
+        show_default=spec.default is not None,
+        autocompletion=_COMPLETIONS.get(name),
+    )
+
+
+def with_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of the table, beside its own parameters; it finds their values in the context."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def call(**values: Any) -> None:
+            command(**{name: value for name, value in values.items() if name in own})
+
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own.values()]
+        parameters = sorted([*parameters, *(_parameter(KEYS[name]) for name in names)], key=_position)
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
+
+
+def _parameter(spec: OptionSpec) -> inspect.Parameter:
+    annotation: Any = Annotated[_type(spec), option(spec.name)]
+    return inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=spec.default, annotation=annotation)
+
+
+def _type(spec: OptionSpec) -> Any:
+    """The type of an option's value on the command line; everything may be left out."""
+    if spec.kind in ("paths", "patterns"):
+        return list[Path] | None if spec.kind == "paths" else list[str] | None
+    if spec.kind == "path":
+        return Path | None
+    types = [kind for kind in spec.types if kind is not NoneType]
+    words = () if spec.none_word is None else (spec.none_word,)
+    value: Any = str if spec.kind == "size" or (words and not spec.choices) else types[0]
+    if spec.choices and spec.name not in _COMPLETIONS:
+        value = Literal[(*spec.choices, *words)]
+    return value if spec.default is not None else value | None
+
+
+def _position(parameter: inspect.Parameter) -> int:
+    """Where a parameter stands: arguments first, then the panels in order, then what is for every command."""
+    panel = next((getattr(info, "rich_help_panel", None) for info in getattr(parameter.annotation, "__metadata__", ())), None)
+    argument = parameter.annotation is typer.Context or any(
+        isinstance(info, typer.models.ArgumentInfo) for info in getattr(parameter.annotation, "__metadata__", ())
+    )
+    return -1 if argument else PANELS.index(panel) if panel in PANELS else len(PANELS)

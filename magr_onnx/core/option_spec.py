@@ -1,0 +1,128 @@
+"""How an option is declared: once, for the command line, recipes, layers, pipelines and the documentation."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal
+
+from magr_onnx.errors import closest
+
+Kind = Literal["value", "path", "paths", "patterns", "size"]
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+_UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionSpec:
+    """What an option takes, what users are told of it, and what it does to others.
+
+    Attributes:
+        name: In Python, recipes and pipelines; on the command line with - for _. Empty where the place it is declared in has one.
+        argument: What `magr_onnx.optimize` calls it, where that is another name.
+        help: A sentence or two.
+        types: Python types of the value; None's among them where a call may say None. Empty where the place has a type.
+        default: The value of a run that says nothing.
+        default_text: The default in words, where it is None and depends on the rest of the run.
+        choices: All accepted values, where they can be listed.
+        kind: ``path`` and ``paths`` are relative to the recipe; ``patterns`` and ``paths`` are a text or a list of them; ``size`` is a
+            number of bytes, or a text such as ``2GB``.
+        expected: What a value is in words, where the types say less than there is to say.
+        least: The smallest number accepted, where there is one; of sizes 1 where nothing is said.
+        none_word: What None is called where there is no None: in recipes and on the command line.
+        panel: Heading it stands under in ``--help``.
+        metavar: What stands for its value there.
+        flags: What it is called on the command line, where that is not ``--name`` alone.
+        whole_run: Why it cannot differ by layer; None where it can.
+        displaces: Options that a later value of this one takes the place of.
+        belongs_to: An option whose other value takes this one away; ``format`` or ``embeddings``.
+    """
+
+    name: str = ""
+    argument: str = ""
+    help: str
+    types: tuple[type, ...] = ()
+    default: Any = None
+    default_text: str = ""
+    choices: Collection[Any] = ()
+    kind: Kind = "value"
+    expected: str = ""
+    least: int | None = None
+    none_word: str | None = None
+    panel: str = ""
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    whole_run: str | None = None
+    displaces: tuple[str, ...] = ()
+    belongs_to: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What users are told of it: the help, and the default where that depends on the rest of the run."""
+        return f"{self.help} (default: {self.default_text})" if self.default_text else self.help
+
+    def problem(self, value: Any) -> str | None:
+        """Say what is wrong with a value; None if nothing is."""
+        choices, wrong = self.choices, self.mistyped(value)
+        if wrong is None and choices and value not in (None, self.none_word, *choices):
+            return f"{self.name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
+        return wrong
+
+    def mistyped(self, value: Any) -> str | None:
+        """Say what is wrong with a value but for being none of the choices: its type, or that it is too small; None if nothing is."""
+        if (value is None and NoneType in self.types) or self.is_none_word(value):
+            return None
+        if self.kind in ("patterns", "paths"):
+            kinds = str | os.PathLike if self.kind == "paths" else str
+            texts = [value] if isinstance(value, kinds) else value
+            good = isinstance(texts, list | tuple) and all(isinstance(text, kinds) for text in texts)
+            return None if good else f"{self.name} = {_shown(value)}: expected a text or a list of texts, found {_found(value)}"
+        if self.kind == "size":
+            size = bytes_of(value) if isinstance(value, str) or _is(value, float) else None
+            good = size is not None and size >= (1 if self.least is None else self.least)
+            return None if good else f"{self.name} = {_shown(value)}: give a size such as 512MB or 2GB"
+        if self.kind == "path" and isinstance(value, os.PathLike):
+            return None
+        if not any(_is(value, kind) for kind in self.types):
+            return f"{self.name} = {_shown(value)}: expected {self._expected()}, found {_found(value)}"
+        if self.least is not None and value < self.least:
+            return f"{self.name} = {_shown(value)}: expected {self.least} or more"
+        return None
+
+    def is_none_word(self, value: Any) -> bool:
+        """Whether a value is the word for None."""
+        return isinstance(value, str) and value == self.none_word
+
+    def _expected(self) -> str:
+        names = [self.expected] if self.expected else [_NAMES[kind] for kind in self.types if kind in _NAMES]
+        return " or ".join(names + ([] if self.none_word is None else [repr(self.none_word)]))
+
+
+def bytes_of(size: str | float) -> int | None:
+    """Convert a size such as ``30 MB``, or a number, to bytes; None where it is none, as what is not finite is."""
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        size = math.nan if match is None else float(match["number"]) * _UNITS[match["unit"].lower()]
+    return round(size) if isinstance(size, numbers.Integral) or math.isfinite(size) else None
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; whole numbers are numbers too, and those of numpy are numbers, but truth is none."""
+    abstract = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    return isinstance(value, abstract) and (kind is bool or not isinstance(value, bool))
+
+
+def _found(value: Any) -> str:
+    return _NAMES.get(type(value), f"a {type(value).__name__}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
