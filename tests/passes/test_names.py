@@ -154,3 +154,36 @@ def test_names_of_replaced_nodes_are_used_again() -> None:
     for each in magr_onnx.passes.Plan.parse("quantize,emit-qdq").passes:
         each(model)
     assert [node.name for node in model.graph] == ["fc_dequantize", "fc_q4", "fc_bias"]
+
+
+def tied() -> ir.Model:
+    """Two Gathers of one table, two convolutions of one weight and two layers of one matrix, in a row."""
+    b = Builder(21)
+    table, kernel, matrix = (
+        b.constant("table", random(256, 32)),
+        b.constant("kernel", random(32, 32, 3)),
+        b.constant("w", random(32, 32)),
+    )
+    ids = b.input("ids", ["batch", "time"], ir.DataType.INT64)
+    rows = b.node("Add", [b.node("Gather", [table, ids], f"gather_{i}") for i in range(2)], "sum")
+    turned = b.node("Transpose", [rows], "turn", perm=[0, 2, 1])
+    for i in range(2):
+        turned = b.node("Conv", [turned, kernel], f"conv_{i}", pads=[1, 1])
+    out = b.node("Transpose", [turned], "back", perm=[0, 2, 1])
+    for i in range(2):
+        out = b.node("Relu", [b.node("MatMul", [out, matrix], f"fc_{i}")], f"relu_{i}")
+    return b.model(out, ["batch", "time", 32])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("conv_form", "embeddings"), [("fold", "gather-block-quantized"), ("dequantize", "dequantize")])
+def test_what_shares_a_weight_in_two_runs(format: str, conv_form: str, embeddings: str, tmp_path: Path) -> None:
+    data = [{"ids": np.random.default_rng(i).integers(0, 256, (4, 8))} for i in range(4)]
+    options: dict[str, Any] = {"format": format, "conv_form": conv_form, "conv_bits": 8, "embeddings": embeddings, "effort": "fast"}
+    paths = [tmp_path / f"{i}.onnx" for i in range(2)]
+    magr_onnx.optimize(proto(tied()), data, output=paths[0], include=["*_0"], bits=8, **options)
+    report = magr_onnx.optimize(paths[0], data, output=paths[1], include=["*_1"], bits=8, **options).report
+    assert {row.name for row in report.layers} == {"gather_1", "conv_1", "fc_1"}
+    exact = ort.InferenceSession(proto(tied()).SerializeToString()).run(None, data[0])[0]
+    out = ort.InferenceSession(str(paths[1])).run(None, data[0])[0]
+    assert np.linalg.norm(out - exact) < 0.05 * np.linalg.norm(exact)
