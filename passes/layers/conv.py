@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -21,8 +21,8 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
 from magr_onnx.passes.graph.nodes import operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
-from magr_onnx.passes.layers.linear import FLOATS, layer_name, left_out
+from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as
+from magr_onnx.passes.layers.linear import FLOATS, find_views, in_functions, layer_name
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -165,13 +165,15 @@ def is_made_of_codes(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype.is_integer()
 
 
-def view(node: ir.Node) -> ConvLayer | Skip:
+def view(node: ir.Node, place: Place) -> ConvLayer | Skip:
     """The layer at a Conv or ConvTranspose, or why there is none."""
     name = layer_name(node)
 
     def skip(reason: StrEnum, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
+    if (closed := opaque(place)) is not None:
+        return skip(Reason.SUBGRAPH, f"body of {closed}")
     x, value = operand(node, 0), operand(node, 1)
     if x is None or value is None:
         return skip(ConvReason.SHAPE, "an input is missing")
@@ -194,7 +196,7 @@ def view(node: ir.Node) -> ConvLayer | Skip:
     bias = held(operand(node, 2))
     fixed = bias is not None and not bias.overridable
     takes_bias = fixed or operand(node, 2) is None
-    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group)
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, place)
 
 
 def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
@@ -205,27 +207,5 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         include: Shell patterns on the node's or the weight's name; empty for all.
         exclude: Patterns of those to leave as they are; wins over ``include``.
     """
-    layers: list[ConvLayer] = []
-    skips: list[Skip] = []
-    names: set[str] = set()
-    for node, place in walk(model.graph):
-        if node.domain != "" or node.op_type not in OPS:
-            continue
-        if (closed := opaque(place)) is not None:
-            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
-            continue
-        found = view(node)
-        if isinstance(found, ConvLayer) and (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
-            found = Skip(found.name, found.op, why)
-        if isinstance(found, Skip):
-            skips.append(found)
-            continue
-        if found.name in names:  # ONNX asks for unique value names only
-            found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
-        names.add(found.name)
-        layers.append(replace(found, place=place) if place else found)
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            if node.domain == "" and node.op_type in OPS:
-                skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
-    return layers, skips
+    layers, skips = find_views(model, OPS, view, include, exclude)
+    return layers, skips + in_functions(model, OPS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import CASTS, Held, held
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, walk
-from magr_onnx.passes.layers.linear import FLOATS, layer_name, left_out
+from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of
+from magr_onnx.passes.layers.linear import FLOATS, find_views, layer_name
 from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.report.reasons import Reason, Skip, TableReason
 
@@ -106,23 +106,7 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         include: Shell patterns on the node's or the table's name; empty for all.
         exclude: Patterns of those to leave as they are; wins over ``include``.
     """
-    tables: list[Table] = []
-    skips: list[Skip] = []
-    names: set[str] = set()
-    for node, place in walk(model.graph):
-        if node.domain != "" or node.op_type != "Gather":
-            continue
-        found = _view(node, place)
-        if isinstance(found, Table) and (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
-            found = Skip(found.name, found.op, why)
-        if isinstance(found, Skip):
-            skips.append(found)
-        elif found is not None:
-            if found.name in names:  # ONNX asks for unique value names only
-                found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
-            names.add(found.name)
-            tables.append(found)
-    return tables, skips
+    return find_views(model, ("Gather",), _view, include, exclude)
 
 
 def _view(node: ir.Node, place: Place) -> Table | Skip | None:

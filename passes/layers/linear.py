@@ -10,10 +10,10 @@ made only when every rewrite through it is safe; otherwise the node yields a `Sk
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -307,33 +307,75 @@ def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = 
         include: Shell patterns on the layer's name, its weight's or its torch module's, those before a rewrite included; empty for all.
         exclude: Patterns of layers to leave as they are; wins over ``include``.
     """
-    layers: list[LinearLayer] = []
+    layers, skips = find_views(model, OPERATORS, _placed, include, exclude)
+    return layers, skips + in_functions(model, OPERATORS)
+
+
+def _placed(node: ir.Node, place: Place) -> LinearLayer | Skip:
+    if (closed := opaque(place)) is not None:
+        return Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}")
+    layer = view(node)
+    if isinstance(layer, LinearLayer):
+        return replace(layer, place=place)
+    return Skip(layer.name, layer.op, *node.meta[REFUSED]) if REFUSED in node.meta else layer
+
+
+class View(Protocol):
+    """A view of a node that reads a constant weight."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def weight_name(self) -> str: ...
+
+
+V = TypeVar("V", bound=View)
+
+
+def find_views(
+    model: ir.Model,
+    operators: Collection[str],
+    view: Callable[[ir.Node, Place], V | Skip | None],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[list[V], list[Skip]]:
+    """Every view of nodes of ONNX's ``operators`` in the main graph and the bodies in it, under unique names, and what is skipped.
+
+    Args:
+        model: The model; nothing in it is changed.
+        operators: Types of the nodes to look at.
+        view: Makes the view of a node at a place, or says why there is none; None for nodes of no interest.
+        include: Shell patterns on names; empty for all.
+        exclude: Patterns of what to skip; wins over ``include``.
+    """
+    views: dict[str, V] = {}
     skips: list[Skip] = []
-    names: set[str] = set()
     for node, place in walk(model.graph):
-        if node.domain != "" or node.op_type not in OPERATORS:
+        if node.domain != "" or node.op_type not in operators:
             continue
-        if (closed := opaque(place)) is not None:
-            skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}"))
-            continue
-        found = view(node)
-        why = left_out(node, found.name, found.weight_name, include, exclude) if isinstance(found, LinearLayer) else None
-        if why is not None:
-            found = Skip(found.name, found.op, why)
-        elif isinstance(found, Skip) and (refused := node.meta.get(REFUSED)) is not None:
-            found = Skip(found.name, found.op, *refused)
-        if isinstance(found, Skip):
-            skips.append(found)
-            continue
-        if found.name in names:  # ONNX asks for unique value names only
-            found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
-        names.add(found.name)
-        layers.append(replace(found, place=place) if place else found)
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            if node.domain == "" and node.op_type in OPERATORS:
-                skips.append(Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {function.name}"))
-    return layers, skips
+        found = view(node, place)
+        if found is None or isinstance(found, Skip):
+            skips += [] if found is None else [found]
+        elif (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
+            skips.append(Skip(found.name, found.op, why))
+        else:
+            while found.name in views:  # ONNX asks for unique value names only
+                found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
+            views[found.name] = found
+    return list(views.values()), skips
+
+
+def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
+    """Nodes of ONNX's ``operators`` in functions, which stay as they are."""
+    nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
+    nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
+    return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
 
 
 def left_out(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> Reason | None:
