@@ -114,7 +114,7 @@ def _of_the_whole(
     tapped: subgraphs.Tapped, split: _Split, calibration: CalibrationContext, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
-    groups = moments.plan(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
+    groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
     for index, group in enumerate(groups):
         reached = tapped.reached(group) if any(map(context.is_unsolved, group)) else []
         progress = _part(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
@@ -131,7 +131,7 @@ def _in_stages(
         cache=memory.cache,
         changed=split.changed,
         gram_budget=memory.gram_budget if memory.large else None,
-        wanted=context.is_unsolved,
+        is_unsolved=context.is_unsolved,
         cuts=split.cuts,
     )
     return stages.staged(models.original, models.work, split.staged or [], calibration, schedule, context.stage("calibrating"))
@@ -179,17 +179,17 @@ def output_hessian(
         return
     layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
-        found = fisher.collect(model, layers, data, provider=context.provider, progress=context.stage("differentiating"))
+        hessians = fisher.collect(model, layers, data, provider=context.provider, progress=context.stage("differentiating"))
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
         notes.append(f"no gradients, all outputs weigh the same: {str(error).splitlines()[0]}")
         yield None
         return
-    if found.blocked:
-        without = sum(found.get(str(layer.output.name)) is None for layer in layers)
-        blocked = ", ".join(sorted(found.blocked))
+    if hessians.blocked:
+        without = sum(hessians.get(str(layer.output.name)) is None for layer in layers)
+        blocked = ", ".join(sorted(hessians.blocked))
         notes.append(f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same")
-    with found:
-        yield found
+    with hessians:
+        yield hessians
 
 
 def completing(
@@ -205,7 +205,7 @@ def completing(
         data_free = data is not None and problem.stats.is_data_free
         return replace(
             problem,
-            activation=grids.inputs.get(moments.input_name(layer)),
+            activation=grids.inputs.get(layer.reads),
             output_grid=grids.products.get(str(layer.node.outputs[0].name)),
             target_moments=result.goals.get(layer.name),
             output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),

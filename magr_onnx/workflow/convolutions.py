@@ -110,7 +110,7 @@ def _measured(
     units = iter(by_weight(layers))
     readers = next(units, None)
     gathered: dict[str, PatchStats | None] = {}
-    for group in conv_patches.plan(layers, context.memory.gram_budget):
+    for group in conv_patches.grouped(layers, context.memory.gram_budget):
         measured = [layer for layer in group if layer.name not in unmeasured]
         stats: dict[str, PatchStats] = {}
         if data is not None and measured:

@@ -204,7 +204,7 @@ def _finished(done: _Progress, count: int, work: ir.Model, context: RunContext, 
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
     """The statistics of what a layer reads, where they were gathered."""
-    return stats.get(moments.input_name(layer))
+    return stats.get(layer.reads)
 
 
 def _remarks(done: _Progress, context: RunContext) -> list[str]:

@@ -101,8 +101,8 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) ->
         copy.output(copy.add("Add", [least, finite], f"__min_{i}"), shape=[])
         copy.output(copy.add("ReduceMax", [rows], f"__max_{i}", keepdims=0), shape=[])
         exponent = copy.add("Mul", [copy.add("Log", [copy.add("Abs", [rows], f"{name}_abs")], f"{name}_log"), ratio], f"{name}_exponent")
-        whole = copy.add("Cast", [copy.add("Floor", [exponent], f"{name}_floor")], f"{name}_int", to=ir.DataType.INT64)
-        index = copy.add("Add", [copy.add("Clip", [whole, low, high], f"{name}_bounded"), offsets[0]], f"{name}_bin")
+        integer = copy.add("Cast", [copy.add("Floor", [exponent], f"{name}_floor")], f"{name}_int", to=ir.DataType.INT64)
+        index = copy.add("Add", [copy.add("Clip", [integer, low, high], f"{name}_bounded"), offsets[0]], f"{name}_bin")
         positive = copy.add("Cast", [copy.add("Greater", [rows, nothing], f"{name}_up")], f"{name}_side", to=ir.DataType.INT64)
         index = copy.add("Add", [index, copy.add("Mul", [positive, offsets[1]], f"{name}_half")], f"{name}_index")
         ones = copy.add("Expand", [one, copy.add("Shape", [rows], f"{name}_count")], f"{name}_ones")
@@ -209,12 +209,12 @@ class Extension:
 
     def _current(self, mask: str) -> ir.Value:
         """The mask of the tokens fed now (see `magr_onnx.passes.graph.kv_cache.current_mask`)."""
-        whole = self.values[mask]
+        full = self.values[mask]
         if TOKENS not in self.values or not pairs_of(self.model):
-            return whole
+            return full
         columns = self.add("Gather", [self.add("Shape", [self.values[TOKENS]], "__mask_tokens"), self._one("axis", 1)], "__mask_columns")
         start = self.add("Neg", [columns], "__mask_start")
-        return self.add("Slice", [whole, start, self._one("end", np.iinfo(np.int64).max), self._one("axes", 1)], "__mask_current")
+        return self.add("Slice", [full, start, self._one("end", np.iinfo(np.int64).max), self._one("axes", 1)], "__mask_current")
 
     def _one(self, name: str, value: int) -> ir.Value:
         return self.constant(f"__mask_{name}", np.array([value]))
@@ -327,8 +327,8 @@ class Extension:
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:
-    found = {v.name: v for v in model.graph.inputs if v.name is not None}
+    values = {v.name: v for v in model.graph.inputs if v.name is not None}
     for node in model.graph:
-        found.update({v.name: v for v in node.outputs if v.name is not None})
-    found.update(model.graph.initializers)
-    return found
+        values.update({v.name: v for v in node.outputs if v.name is not None})
+    values.update(model.graph.initializers)
+    return values

@@ -63,11 +63,11 @@ class Value:
 
 def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> list[Value]:
     """What ``layers`` read, to be judged behind the weights of all layers that read it; ``bias``: of the compensation that follows."""
-    found = []
-    for name, some in readers_of(layers).items():
-        sketch = _sketch(np.concatenate([x.read() for x in some], axis=1))
-        found.append(Value(name, tuple(some), sketch, all(absorbs_mean(bias, x.has_bias) for x in some)))
-    return found
+    values = []
+    for name, readers in readers_of(layers).items():
+        sketch = _sketch(np.concatenate([x.read() for x in readers], axis=1))
+        values.append(Value(name, tuple(readers), sketch, all(absorbs_mean(bias, x.has_bias) for x in readers)))
+    return values
 
 
 def product_name(layer: LinearLayer) -> str:
@@ -92,8 +92,15 @@ def choose(
     """The grid of every value, by name.
 
     Each candidate of `magr_onnx.core.activation_ranges.candidates` is run over the data, and the one whose error behind the value's
-    matrix is least is
-    taken: ``||(grid(X) - X) A||^2``, the mean left out where biases will absorb it.
+    matrix is least is taken: ``||(grid(X) - X) A||^2``, the mean left out where biases will absorb it.
+
+    Args:
+        model: The float model; it is not changed.
+        values: Values that need a grid.
+        context: Data and how to read it.
+        method: Which candidates to try.
+        kind: The type of the codes, or ``dynamic``.
+        progress: Called with steps done and in total.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -181,11 +188,11 @@ def _errors(
             if progress is not None:
                 progress(index + 1, len(context.data))
     check_rows(rows, context.mask)
-    found = []
+    errors = []
     for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):
-        left = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
-        found.append(dict(zip(named, map(float, np.maximum(left, 0)), strict=True)))
-    return found
+        remaining = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
+        errors.append(dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True)))
+    return errors
 
 
 def _sketch(weights: Array) -> Array:
@@ -234,15 +241,15 @@ def choose_grids(
     read = {v.name for v in values}
     values += [v for v in products if v.name not in read]
     chosen = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
-    found = Grids({name: choice.grid for name, choice in chosen.items()})
+    grids = Grids({name: choice.grid for name, choice in chosen.items()})
     for value in products:
         grid = chosen[value.name].grid
         if isinstance(grid, ActivationGrid):
-            found.products[value.name] = grid
+            grids.products[value.name] = grid
     for name, choice in chosen.items():
         if choice.bounds is not None:
-            found.bounds[name] = choice.bounds
+            grids.bounds[name] = choice.bounds
         if choice.sentinels is not None:
             low, high = choice.sentinels
-            found.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-    return found
+            grids.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
+    return grids

@@ -16,6 +16,7 @@ from magr_onnx.core.types import Array, LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.subgraphs import NEVER
 from magr_onnx.runtime.data.hold_out import HoldOut
@@ -37,31 +38,21 @@ class PatchStats:
 
     def of_group(self, index: int) -> LayerStats:
         """What one group's passes read."""
-        held = None if self.held_out is None else self.held_out.of_group(index)
-        return LayerStats(self.gram[index], self.mean[index], self.rows, held_out=held)
+        held_out = None if self.held_out is None else self.held_out.of_group(index)
+        return LayerStats(self.gram[index], self.mean[index], self.rows, held_out=held_out)
 
     def combine(self, other: PatchStats) -> PatchStats:
         """Statistics of the rows of both; of layers that share a weight, which one solution must serve."""
         n = self.rows + other.rows
         a, b = self.rows / n, other.rows / n
-        held = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
-        return PatchStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, held)
+        held_out = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
+        return PatchStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, held_out)
 
 
-def plan(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
+def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one layer at least)."""
-    groups: list[list[ConvLayer]] = []
-    seen: set[tuple[object, ...]] = set()
-    used = 0
-    for layer in layers:
-        cost = 24 * layer.group * layer.k**2  # two float64 sums, a float32 batch and what it is added to
-        if not groups or (geometry(layer) not in seen and used + cost > budget):
-            groups.append([])
-            seen, used = set(), 0
-        groups[-1].append(layer)
-        used += 0 if geometry(layer) in seen else cost
-        seen.add(geometry(layer))
-    return groups
+    each = 24  # two float64 sums, a float32 batch and what it is added to
+    return split_by_budget(([layer] for layer in layers), lambda layer: (geometry(layer), each * layer.group * layer.k**2), budget)
 
 
 def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
@@ -80,35 +71,35 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
         others = [layer for layer in layers if not layer.place]
         rest = unmeasured(model, others, data, provider, limit) if others else {}
         return {layer.name: cannot_gather(error) for layer in nested} | rest
-    found = {}
+    reasons = {}
     for layer, shape in zip(layers, shapes, strict=True):
         if not shape.all():
-            found[layer.name] = f"data-free: {NEVER}"
+            reasons[layer.name] = f"data-free: {NEVER}"
             continue
         kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one-hot, a place each
         size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
             why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
-            found[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
-    return found
+            reasons[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
+    return reasons
 
 
 def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> list[npt.NDArray[Any]]:
     """The largest shape of every layer's output; zeros where there was none."""
     nested = any(layer.place for layer in layers)
-    found = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
+    largest = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
     with Session(extent_taps(model, layers), provider) as session:
         for batch in data:
             shapes = session.run(batch)
-            wrong = [layer.name for layer, a, b in zip(layers, found, shapes, strict=True) if len(a) != len(b)]
+            wrong = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
             if wrong:  # onnxruntime believes what is declared
                 raise ModelError(
                     f"output of {', '.join(wrong[:5])}: declared with a number of axes that it does not have; remove its shape"
                 )
-            found = [np.maximum(a, b) for a, b in zip(found, shapes, strict=True)]
-            if not nested and all(shape.all() for shape in found):
+            largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
+            if not nested and all(shape.all() for shape in largest):
                 break
-    return found
+    return largest
 
 
 def cannot_gather(error: MagrError) -> str:
@@ -147,8 +138,8 @@ def collect(
             if progress is not None:
                 progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
-    found = {}
+    stats = {}
     for key, parts in sums.items():
         measured = [PatchStats(*part.means()) for part in parts if part.rows] or [PatchStats(*parts[0].means())]
-        found[key] = with_held_out(*measured) if len(measured) == 2 else measured[0]
-    return {layer.name: found[geometry(layer)] for layer in layers}
+        stats[key] = with_held_out(*measured) if len(measured) == 2 else measured[0]
+    return {layer.name: stats[geometry(layer)] for layer in layers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +15,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.gradients import fisher_taps, measured
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
@@ -47,8 +48,8 @@ class Fisher:
         """The moments at the layer output of a name, if there are any."""
         if name not in self._files:
             return None
-        found: Array = np.load(self._files[name], allow_pickle=False).astype(np.float64)
-        return found
+        stored: Array = np.load(self._files[name], allow_pickle=False).astype(np.float64)
+        return stored
 
     def __len__(self) -> int:
         return len(self._files)
@@ -76,20 +77,20 @@ def collect(
     Layers that are an output of the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits
     that are hardly ever probable say nothing.
     """
-    found = Fisher()
+    moments = Fisher()
     ends = {str(v.name) for v in model.graph.outputs}
-    wanted = {str(layer.output.name): layer.n for layer in layers if str(layer.output.name) not in ends and layer.n <= MOST_OUTPUTS}
-    if not wanted:
-        return found
+    widths = {str(layer.output.name): layer.n for layer in layers if str(layer.output.name) not in ends and layer.n <= MOST_OUTPUTS}
+    if not widths:
+        return moments
     data = data.limit(MOST_BATCHES)
     names = measured(model)
     with Session(shape_taps(model, names), provider) as session:
         shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}
-    groups = list(_groups(wanted, budget))
+    groups = split_by_budget(([name] for name in widths), lambda name: (name, 16 * widths[name] ** 2), budget)
     for index, group in enumerate(groups):
-        tapped, reached, blocked = fisher_taps(model, {n: wanted[n] for n in group}, shapes, is_logits)
-        found.blocked |= blocked
-        sums = [np.zeros((wanted[n], wanted[n])) for n in reached]
+        tapped, reached, blocked = fisher_taps(model, {n: widths[n] for n in group}, shapes, is_logits)
+        moments.blocked |= blocked
+        sums = [np.zeros((widths[n], widths[n])) for n in reached]
         if reached:
             with Session(tapped, provider) as session:
                 for b, batch in enumerate(data):
@@ -99,18 +100,5 @@ def collect(
                         progress(index * len(data) + b + 1, len(groups) * len(data))
         for name, total in zip(reached, sums, strict=True):
             if np.isfinite(total).all() and total.trace() > 0:
-                found.put(name, total / sum(map(data.weight, range(len(data)))))
-    return found
-
-
-def _groups(widths: dict[str, int], budget: int) -> Iterable[Sequence[str]]:
-    group: list[str] = []
-    used = 0
-    for name, n in widths.items():
-        if group and used + 16 * n * n > budget:
-            yield group
-            group, used = [], 0
-        group.append(name)
-        used += 16 * n * n
-    if group:
-        yield group
+                moments.put(name, total / sum(map(data.weight, range(len(data)))))
+    return moments

@@ -104,8 +104,8 @@ def masked_values(model: ir.Model, names: Sequence[str], context: CalibrationCon
     if context.mask is None:
         return set()
     with Session(shape_taps(model, names), context.provider) as session:
-        found = _followers(session, names, lambda b: [tuple(map(int, s)) for s in session.run(b)], context.data, context.mask)
-    return found - hoisted(model)
+        followers = _followers(session, names, lambda b: [tuple(map(int, s)) for s in session.run(b)], context.data, context.mask)
+    return followers - hoisted(model)
 
 
 def masked_outputs(session: Session, names: Sequence[str], data: Batches, mask: str | None) -> set[str]:

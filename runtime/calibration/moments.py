@@ -17,6 +17,7 @@ from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.passes.plan import Plan
+from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tapped
@@ -43,31 +44,10 @@ class Calibration:
     spilled: int = 0
 
 
-def input_name(layer: LinearLayer) -> str:
-    """The name of the value a layer reads: layers with the same one share statistics."""
-    return layer.reads
-
-
-def plan(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
-    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (those of one weight's readers at least).
-
-    Each group costs one pass over the data; memory is bounded by the budget or the largest layer, or layers that share their weight.
-    """
-    groups: list[list[LinearLayer]] = []
-    seen: set[str] = set()
-    used = 0
+def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (those of one weight's readers at least)."""
     each = 24 if hold_out else 16  # float64 sum, float32 batch, solver copy; another sum
-    for some in by_weight(layers):
-        widths = {input_name(layer): layer.k for layer in some}
-        cost = sum(each * k * k for name, k in widths.items() if name not in seen)
-        if not groups or (cost and used + cost > budget):
-            groups.append([])
-            seen, used = set(), 0
-            cost = sum(each * k * k for k in widths.values())
-        groups[-1] += some
-        seen |= set(widths)
-        used += cost
-    return groups
+    return split_by_budget(by_weight(layers), lambda layer: (layer.reads, each * layer.k**2), budget)
 
 
 def collect(model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None) -> Calibration:
@@ -86,7 +66,7 @@ def collect(model: ir.Model, layers: Iterable[LinearLayer], context: Calibration
     readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
         return Calibration({}, ())
-    taps = make_taps(model, {name: some[0].k for name, some in readers.items()}, context)
+    taps = make_taps(model, {name: same[0].k for name, same in readers.items()}, context)
     taps = [replace(t, quantize=context.quantize.get(t.value), bounds=context.bounds.get(t.value)) for t in taps]
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
@@ -106,8 +86,8 @@ def collect(model: ir.Model, layers: Iterable[LinearLayer], context: Calibration
     check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
     stats = {}
     for tap, a, b in zip(taps, fitted, held_out, strict=True):
-        if (found := split_stats(a, b, tap.quantize)) is not None:
-            stats[tap.value] = found
+        if (measured := split_stats(a, b, tap.quantize)) is not None:
+            stats[tap.value] = measured
     return Calibration(stats, tuple(unmasked) if context.mask is not None else ())
 
 
@@ -123,11 +103,11 @@ def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: fl
 
 
 def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
-    """Layers by the name of the value they read."""
-    found: dict[str, list[LinearLayer]] = {}
+    """Layers by the name of the value they read: those of one value share statistics."""
+    readers: dict[str, list[LinearLayer]] = {}
     for layer in layers:
-        found.setdefault(input_name(layer), []).append(layer)
-    return found
+        readers.setdefault(layer.reads, []).append(layer)
+    return readers
 
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
@@ -156,4 +136,4 @@ def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, pro
     source = tapped(model, layers, data, Plan(), provider)
     stats = collect(source.model, source.reached(layers), CalibrationContext(data, mask, provider)).stats
     for layer in layers:
-        attach(layer, stats.get(input_name(layer)))
+        attach(layer, stats.get(layer.reads))

@@ -38,7 +38,7 @@ def rewrite(
     """
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
-        for group in moments.plan(layers, gram_budget):
+        for group in moments.grouped(layers, gram_budget):
             yield group, {} if calibration is None else moments.collect(current, group, calibration).stats
 
     context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, include, exclude, statistics)

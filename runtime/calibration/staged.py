@@ -27,8 +27,7 @@ from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inpu
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
-from magr_onnx.runtime.calibration.moments import Calibration, check_rows, not_finite, readers_of
-from magr_onnx.runtime.calibration.moments import plan as plan_groups
+from magr_onnx.runtime.calibration.moments import Calibration, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.ort.session import Session
@@ -48,7 +47,7 @@ class Schedule:
         changed: Values of the model being quantized that differ from the float ones already, by name: convolutions, and layers that belong
             to no stage, are quantized first.
         gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
-        wanted: Layers that statistics are for; parts without one come without.
+        is_unsolved: Tells which layers statistics are for; parts without one come without.
         cuts: Layers to cut the model at, those to calibrate among them, so that no segment has many; None for those alone.
     """
 
@@ -56,7 +55,7 @@ class Schedule:
     cache: int = DEFAULT_CACHE
     changed: Collection[str] = ()
     gram_budget: int | None = None
-    wanted: Callable[[LinearLayer], bool] = lambda layer: True
+    is_unsolved: Callable[[LinearLayer], bool] = lambda layer: True
     cuts: Sequence[LinearLayer] | None = None
 
 
@@ -90,20 +89,20 @@ def staged(
     steps = segments_of(work, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
     known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
-    kept = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
+    lives = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
         values = _Values(original, work, context, floats, quants, behind(work, schedule.changed))
-        for s, (stage, live) in enumerate(zip(steps.stages, kept, strict=True)):
+        for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
             if progress is not None:
                 progress(s + 1, len(steps.stages))
-            mine = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
+            members = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
             budget = schedule.gram_budget
-            for part in [mine] if budget is None else plan_groups(mine, budget, bool(context.hold_out)):
-                read = part if any(map(schedule.wanted, part)) else []  # all of them: layers that share a weight are solved together
-                found = _gather(read, values, context, schedule.feedback)
-                yield part, replace(found, spilled=floats.spilled + quants.spilled)
-                del found  # before the next ones are made
+            for part in [members] if budget is None else grouped(members, budget, bool(context.hold_out)):
+                unsolved = part if any(map(schedule.is_unsolved, part)) else []  # all: layers that share a weight are solved together
+                calibration = _gather(unsolved, values, context, schedule.feedback)
+                yield part, replace(calibration, spilled=floats.spilled + quants.spilled)
+                del calibration  # before the next one is made
             values.keep(live)
 
 
@@ -152,23 +151,23 @@ class _Values:
             self._run(work, before, [n for n in new if n not in self.shared], self.quants)
         self.live = live
 
-    def _run(self, model: ir.Model, before: Sequence[str], wanted: Sequence[str], cache: Cache, probe: bool = False) -> None:
-        """Compute ``wanted`` values from those ``before`` over all batches, into ``cache``."""
-        if not wanted:  # the layers read the model's inputs
+    def _run(self, model: ir.Model, before: Sequence[str], targets: Sequence[str], cache: Cache, probe: bool = False) -> None:
+        """Compute ``targets``, values from the values ``before``, over all batches, into ``cache``."""
+        if not targets:  # the layers read the model's inputs
             return
         source = {name: self.floats if name in self.shared else cache for name in before}
-        with Session(cut(model, {n: source[n].get(n, 0) for n in before}, wanted), self._provider) as session:
+        with Session(cut(model, {n: source[n].get(n, 0) for n in before}, targets), self._provider) as session:
             needed = [i.name for i in session.inputs]
             for b in range(len(self)):
-                for name, array in zip(wanted, session.run({n: source[n].get(n, b) for n in needed}, list(wanted)), strict=True):
+                for name, array in zip(targets, session.run({n: source[n].get(n, b) for n in needed}, list(targets)), strict=True):
                     cache.put(name, b, array)
             if probe and self._probe is not None:
                 try:
-                    results = session.run({n: self._probe[n] for n in needed}, list(wanted))
+                    results = session.run({n: self._probe[n] for n in needed}, list(targets))
                 except RuntimeFailure:  # the model does not take this shape, whatever its inputs declare
                     self._probe = None
                 else:
-                    self._probe |= zip(wanted, results, strict=True)
+                    self._probe |= zip(targets, results, strict=True)
 
     def keep(self, live: Sequence[str]) -> None:
         """Drop what no later stage reads."""

@@ -98,8 +98,8 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
             except RuntimeFailure as error:
                 missing[name] = f"onnxruntime cannot bring its rows out of the body: {_reason(error)}"
     missing |= {name: NEVER for name, rows in reached.items() if rows == 0}
-    found = {name: width for name, width in widths.items() if name not in missing}
-    return Tapped(hoist(model, found, growing), missing, found, growing)
+    tappable = {name: width for name, width in widths.items() if name not in missing}
+    return Tapped(hoist(model, tappable, growing), missing, tappable, growing)
 
 
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:

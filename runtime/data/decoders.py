@@ -237,13 +237,13 @@ def open_for(
     twins = pairs_of(model)
     if not twins or TOKENS not in {i.name for i in inputs}:
         return open_data(source, inputs, batch_size)
-    given = open_source(source, [i for i in inputs if i.name == TOKENS], batch_size)
-    first = next(iter(given), None)
+    opened = open_source(source, [i for i in inputs if i.name == TOKENS], batch_size)
+    first = next(iter(opened), None)
     if first is None or TOKENS not in first or any(name.startswith(PREFIX) for name in first):
-        return checked(given, inputs)
+        return checked(opened, inputs)
     decoder = recognise(model)
     assert decoder is not None
-    return checked(_fed(decoder, given, batch_size, steps, provider, runs), inputs)
+    return checked(_fed(decoder, opened, batch_size, steps, provider, runs), inputs)
 
 
 def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
@@ -254,8 +254,8 @@ def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: in
     """
     folder = next((f for f in folders if (f / text.TOKENIZER).is_file()), folders[0])
     decoder = recognise(model)
-    wanted = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
-    return text.encode(path, folder, wanted, batch_size)
+    inputs = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
+    return text.encode(path, folder, inputs, batch_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -267,13 +267,13 @@ class _Part:
 
 
 def _fed(
-    decoder: Decoder, given: Batches, batch_size: int, steps: int, provider: str, runs: ir.Model | str | os.PathLike[str] | None
+    decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runs: ir.Model | str | os.PathLike[str] | None
 ) -> Batches:
     """Feeds made of tokens, with notes on what they are."""
     notes: list[str] = []
-    parts = _parts(_samples(given, notes), batch_size, decoder.samples)
+    parts = _parts(_samples(data, notes), batch_size, decoder.samples)
     groups = [part.group for part in parts]
-    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], given.describe), weights=fixed_batch.weights_of(groups))
+    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], data.describe), weights=fixed_batch.weights_of(groups))
     samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
     notes += fixed_batch.notes_of(groups)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
@@ -300,35 +300,35 @@ def _no_steps(decoder: Decoder, parts: Sequence[_Part], runs: object) -> str | N
     return None if any(part.ids.shape[1] > 1 for part in parts) else "the samples have one token each"
 
 
-def _samples(given: Batches, notes: list[str]) -> list[Array]:
+def _samples(data: Batches, notes: list[str]) -> list[Array]:
     """The tokens of every sample ``(T,)``, without padding."""
-    found: list[Array] = []
+    samples: list[Array] = []
     problems: list[str] = []
-    for index, batch in enumerate(given):
-        where, ids = given.label(index), batch.get(TOKENS)
+    for index, batch in enumerate(data):
+        where, ids = data.label(index), batch.get(TOKENS)
         if extra := sorted(batch.keys() - MAKERS.keys()):
             problems.append(f"{where}: has arrays {', '.join(extra)} beside {TOKENS}, and no past; leave them out, or give every input")
         if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            told = "no array" if ids is None else f"{ids.dtype} {ids.shape}"
-            problems.append(f"{where}: {TOKENS} is {told}; expected integers (samples, tokens)")
+            actual = "no array" if ids is None else f"{ids.dtype} {ids.shape}"
+            problems.append(f"{where}: {TOKENS} is {actual}; expected integers (samples, tokens)")
             continue
         mask = np.asarray(batch.get(DEFAULT_MASK, np.ones(ids.shape))) != 0
         if mask.shape != ids.shape:
             problems.append(f"{where}: {DEFAULT_MASK} has shape {mask.shape}; expected that of {TOKENS}, {ids.shape}")
             continue
-        count = round(len(ids) * given.weight(index))  # the others are the same again
+        count = round(len(ids) * data.weight(index))  # the others are the same again
         for row, keep in zip(ids[:count], mask[:count], strict=True):
-            at = np.flatnonzero(keep)
-            if not len(at) or at[-1] - at[0] + 1 != len(at):
+            positions = np.flatnonzero(keep)
+            if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
                 problems.append(
-                    f"{where}: {DEFAULT_MASK} marks {len(at)} tokens of a sample; expected one run of them, with padding on one side"
+                    f"{where}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected one run of them, with padding on one side"
                 )
                 break
-            found.append(row[at])
+            samples.append(row[positions])
         if made := [n for n in ("position_ids", "cache_position") if n in batch]:
             notes[:] = [f"{', '.join(made)} of the data were not used: they follow from the tokens"]
     raise_all(CalibrationError, problems[:10])
-    return found
+    return samples
 
 
 def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list[_Part]:
@@ -356,7 +356,7 @@ class _Spool:
         self.samples = 0
         self.weights: list[float] = []
         token = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
-        left = MOST_BYTES
+        budget = MOST_BYTES
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="onnx-magr-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -364,12 +364,12 @@ class _Spool:
                 ids = part.ids
                 count = min(steps, ids.shape[1] - 1)
                 each = max(1, token * ids.shape[1] * count)
-                some = len(ids) if decoder.samples else min(len(ids), max(1, left // (len(parts) - index) // each))
-                if not count or some * each > left:
+                samples = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // each))
+                if not count or samples * each > budget:
                     continue
-                left -= some * each
-                self.samples += part.group.count if decoder.samples else some
-                for feed in decoder.steps(session, ids[:some], count):
+                budget -= samples * each
+                self.samples += part.group.count if decoder.samples else samples
+                for feed in decoder.steps(session, ids[:samples], count):
                     arrays: dict[str, Any] = dict(feed)
                     np.savez(self._folder / f"{len(self)}.npz", **arrays)
                     self.weights.append(part.group.weight)
@@ -385,11 +385,11 @@ class _Spool:
 
 def _joined(prefill: Batches, decode: _Spool) -> Batches:
     """Prefill first: batches are held out at equal distances, and should be of both kinds."""
-    whole = len(prefill)
+    prefilled = len(prefill)
     return Batches(
-        whole + len(decode),
+        prefilled + len(decode),
         prefill.describe,
         lambda: itertools.chain(prefill, decode),
-        lambda i: prefill.label(i) if i < whole else f"{prefill.describe}, decode step {i - whole}",
+        lambda i: prefill.label(i) if i < prefilled else f"{prefill.describe}, decode step {i - prefilled}",
         weights=(*prefill.weights, *decode.weights) if prefill.weights else (),
     )

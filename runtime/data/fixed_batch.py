@@ -41,30 +41,30 @@ class Group:
 def groups(samples: int, size: int, fixed: bool) -> list[Group]:
     """All samples in batches of ``size``; the last batch is smaller, or, where the size is ``fixed``, made of repeated samples."""
     start = samples - samples % size
-    found = [Group(at, size) for at in range(0, start, size)]
+    batches = [Group(at, size) for at in range(0, start, size)]
     if not fixed:
-        return [*found, *([Group(start, samples - start)] if start < samples else [])]
+        return [*batches, *([Group(start, samples - start)] if start < samples else [])]
     while start < samples:
         count = max(d for d in range(1, samples - start + 1) if size % d == 0)
-        found.append(Group(start, count, size // count))
+        batches.append(Group(start, count, size // count))
         start += count
-    return found
+    return batches
 
 
-def weights_of(found: Sequence[Group]) -> tuple[float, ...]:
+def weights_of(batches: Sequence[Group]) -> tuple[float, ...]:
     """The weights of batches, as `magr_onnx.runtime.data.sources.Batches` has them: none where all are 1."""
-    return tuple(group.weight for group in found) if any(group.repeats > 1 for group in found) else ()
+    return tuple(group.weight for group in batches) if any(group.repeats > 1 for group in batches) else ()
 
 
-def notes_of(found: Sequence[Group]) -> tuple[str, ...]:
+def notes_of(batches: Sequence[Group]) -> tuple[str, ...]:
     """What the report says of samples that were repeated."""
-    repeated = [group for group in found if group.repeats > 1]
+    repeated = [group for group in batches if group.repeats > 1]
     if not repeated:
         return ()
     size, count, total = (
         repeated[0].count * repeated[0].repeats,
         sum(group.count for group in repeated),
-        sum(group.count for group in found),
+        sum(group.count for group in batches),
     )
     return (f"the model takes {size} samples at a time, and {count} of {total} fill no batch: they were repeated, and count once",)
 

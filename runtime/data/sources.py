@@ -78,11 +78,11 @@ class Batches:
 
     def select(self, chosen: Sequence[int]) -> Batches:
         """The batches at some positions, in rising order."""
-        wanted = set(chosen)
+        positions = set(chosen)
 
         def read() -> Iterator[Batch]:
             for i, batch in enumerate(self.read()):
-                if i in wanted:
+                if i in positions:
                     yield batch
 
         weights = tuple(self.weights[i] for i in chosen) if self.weights else ()
@@ -129,37 +129,37 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
     samples = 0.0
-    found: dict[str, list[int]] = {}  # the batches that have a problem
+    offenders: dict[str, list[int]] = {}  # the batches that have a problem
     for i, batch in enumerate(batches):
         samples += batches.weight(i) * max((len(array) for array in batch.values() if array.ndim), default=1)
         for problem in check_batch(batch, inputs):
-            found.setdefault(problem, []).append(i)
-        if len(found) >= MOST_PROBLEMS:
+            offenders.setdefault(problem, []).append(i)
+        if len(offenders) >= MOST_PROBLEMS:
             break
-    problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in found.items()]
-    raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(found) >= MOST_PROBLEMS)])
+    problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
+    raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MOST_PROBLEMS)])
     return replace(batches, samples=round(samples) if batches.samples is None else batches.samples)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
     """What does not fit between a batch and the model's inputs."""
-    wanted = {i.name: i for i in inputs}
-    found = []
-    missing, extra = sorted(wanted.keys() - batch.keys()), sorted(batch.keys() - wanted.keys())
+    declared = {i.name: i for i in inputs}
+    problems = []
+    missing, extra = sorted(declared.keys() - batch.keys()), sorted(batch.keys() - declared.keys())
     if missing or extra:
         remedy = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
         remedy = remedy if missing else f"; leave out {', '.join(extra)}: save, or give, the arrays of the inputs alone"
-        found.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{remedy}")
-    for name in sorted(wanted.keys() & batch.keys()):
-        array, info = batch[name], wanted[name]
+        problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{remedy}")
+    for name in sorted(declared.keys() & batch.keys()):
+        array, info = batch[name], declared[name]
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
         if array.dtype != info.dtype or not shape_fits:
-            found.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
+            problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
         elif array.size == 0 and not name.startswith(PREFIX):  # before the first token there is no past
-            found.append(f"{name} is empty, shape {array.shape}")
+            problems.append(f"{name} is empty, shape {array.shape}")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
-            found.append(f"{name} holds NaN or infinite values")
-    return found
+            problems.append(f"{name} holds NaN or infinite values")
+    return problems
 
 
 def _list(inputs: Sequence[InputInfo]) -> str:
@@ -251,8 +251,8 @@ def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_si
     if not counts:
         return in_memory([arrays] if arrays else [], describe)
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{n} {c}" for n, c in counts.items())
-        raise CalibrationError(f"{describe}: inputs have different numbers of samples along the first axis: {found}")
+        sizes = ", ".join(f"{n} {c}" for n, c in counts.items())
+        raise CalibrationError(f"{describe}: inputs have different numbers of samples along the first axis: {sizes}")
     samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
     groups = fixed_batch.groups(samples, size or batch_size, fixed=size is not None)
 

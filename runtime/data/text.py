@@ -39,24 +39,24 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     Raises:
         CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
     """
-    wanted = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
-    other = [str(i) for i in wanted.values() if i.name not in INPUTS]
+    declared = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
+    other = [str(i) for i in declared.values() if i.name not in INPUTS]
     listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
     problems = [f"there is no {TOKENIZER} in {folder} to read text with; put the model's there, or give an .npz"] * (
         not (folder / TOKENIZER).is_file()
     )
     problems += [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
-    problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in wanted)
+    problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in declared)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
-    length, fixed = _fixed(wanted["input_ids"])
+    length, fixed = _fixed(declared["input_ids"])
     samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
-    batch = fixed or (batch_size if "attention_mask" in wanted or length is not None else 1)
+    batch = fixed or (batch_size if "attention_mask" in declared or length is not None else 1)
     if not samples:
         raise CalibrationError(f"{texts}: no text in it")
     padding = _pad_id(folder)
     groups = fixed_batch.groups(len(samples), batch, fixed=fixed is not None)
     chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
-    made = in_memory([_batch(chunk, length or len(chunk[-1]), padding, wanted) for chunk in chunks], str(texts))
+    made = in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts))
     return replace(made, notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
 
 
@@ -81,17 +81,17 @@ def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
         raise CalibrationError(f"{folder / TOKENIZER} is no tokenizer that the package tokenizers can read: {error}") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(most)
-    found = [list(encoding.ids) for encoding in tokenizer.encode_batch(lines)]
-    return sorted((ids for ids in found if ids), key=len)
+    samples = [list(encoding.ids) for encoding in tokenizer.encode_batch(lines)]
+    return sorted((ids for ids in samples if ids), key=len)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise CalibrationError(f"{path} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _longest(folder: Path) -> int:
@@ -108,11 +108,11 @@ def _pad_id(folder: Path) -> int:
 
     token = _config(folder).get("pad_token")
     text = token.get("content") if isinstance(token, dict) else token
-    found = None if not isinstance(text, str) else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
-    return 0 if found is None else int(found)
+    pad_id = None if not isinstance(text, str) else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
+    return 0 if pad_id is None else int(pad_id)
 
 
-def _batch(samples: Sequence[Sequence[int]], length: int, padding: int, wanted: dict[str, InputInfo]) -> Batch:
+def _batch(samples: Sequence[Sequence[int]], length: int, padding: int, declared: dict[str, InputInfo]) -> Batch:
     ids = np.full((len(samples), length), padding, np.int64)
     mask = np.zeros_like(ids)
     for i, sample in enumerate(samples):
@@ -120,4 +120,4 @@ def _batch(samples: Sequence[Sequence[int]], length: int, padding: int, wanted: 
         mask[i, : len(sample)] = 1
     positions = np.broadcast_to(np.arange(length), ids.shape)
     arrays = dict(zip(INPUTS, (ids, mask, np.zeros_like(ids), positions), strict=True))
-    return {name: arrays[name].astype(info.dtype) for name, info in wanted.items()}
+    return {name: arrays[name].astype(info.dtype) for name, info in declared.items()}

@@ -145,13 +145,13 @@ def measure(
     copy, slots = overridable(model, names if inputs is None else [])
     with Session(copy, provider) as session:
         reference: Reference | None = None
-        for group in moments.plan(layers, gram_budget // 2):
+        for group in moments.grouped(layers, gram_budget // 2):
             fit, held = (
                 moments.collect(model, group, CalibrationContext(part, mask, provider, quantize=quantize, bounds=bounds)).stats
                 for part in (split.fit, split.effects)
             )
             for layer in group:
-                name = moments.input_name(layer)
+                name = layer.reads
                 nothing = LayerStats.data_free(layer.k)  # where only other batches reach a layer
                 of_fit, of_held = fit.get(name, nothing), held.get(name, nothing)
                 if reference is None:

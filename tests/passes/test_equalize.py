@@ -242,7 +242,7 @@ def test_bundled_model_in_float_is_the_same() -> None:
     layers = find(model)[0]
     stats = moments.collect(model, layers, CalibrationContext(data)).stats
     for layer in layers:
-        attach(layer, stats[moments.input_name(layer)])
+        attach(layer, stats[layer.reads])
     result = ir.passes.Sequential(Equalize())(model)
     assert result.modified
     ids = {"input_ids": np.load(bundled.HELD_OUT)["input_ids"][:4]}

@@ -9,14 +9,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
+from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import resolve_mask
-from magr_onnx.runtime.calibration.moments import collect, input_name, plan
+from magr_onnx.runtime.calibration.moments import collect, grouped
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import InputInfo, Session
 from tests import graphs
@@ -93,7 +96,7 @@ def test_mask_names() -> None:
 def test_layers_share_what_they_read_and_activations_stay_inside() -> None:
     model = graphs.masked()
     layers, _ = find(model)
-    assert [input_name(layer) for layer in layers][:2] == ["x", "x"]
+    assert [layer.reads for layer in layers][:2] == ["x", "x"]
     tapped = gram_taps(model, [Tap("x", K)])
     assert [list(o.shape.numpy()) if o.shape is not None and o.shape.is_static() else None for o in tapped.graph.outputs] != [[K]]
     with Session(tapped) as session:
@@ -105,9 +108,9 @@ def test_layers_share_what_they_read_and_activations_stay_inside() -> None:
 def test_plan_bounds_memory_and_keeps_sharing() -> None:
     model = graphs.masked()
     layers, _ = find(model)
-    assert [[layer.name for layer in g] for g in plan(layers)] == [["first", "second", "head"]]
-    assert [[layer.name for layer in g] for g in plan(layers, budget=16 * K * K)] == [["first", "second"], ["head"]]
-    assert [len(g) for g in plan(layers, budget=1)] == [2, 1]
+    assert [[layer.name for layer in g] for g in grouped(layers)] == [["first", "second", "head"]]
+    assert [[layer.name for layer in g] for g in grouped(layers, budget=16 * K * K)] == [["first", "second"], ["head"]]
+    assert [len(g) for g in grouped(layers, budget=1)] == [2, 1]
 
 
 def test_non_finite_activations_name_the_layers() -> None:
@@ -247,3 +250,17 @@ def test_taps_are_a_valid_model() -> None:
     model = graphs.masked()
     tapped = gram_taps(model, [Tap("x", K, masked=True)], "attention_mask")
     onnx.checker.check_model(ir.to_proto(tapped))
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abcde"), st.just(3)), min_size=1, max_size=3), max_size=12), st.integers(0, 12))
+def test_groups_fit_the_budget_and_keep_units_together(units: list[list[tuple[str, int]]], budget: int) -> None:
+    groups = split_by_budget(units, lambda element: element, budget)
+    assert [e for group in groups for e in group] == [e for unit in units for e in unit]
+    position = 0
+    for group in groups:
+        members = []
+        while sum(map(len, members)) < len(group):
+            members.append(units[position])
+            position += 1
+        assert [e for unit in members for e in unit] == group  # no unit is cut
+        assert sum(dict(group).values()) <= budget or len({k for k, _ in group} - {k for k, _ in members[0]}) == 0

@@ -193,7 +193,7 @@ def test_predictions_agree_with_measurements() -> None:
     for choice in (Choice(2, 128), Choice(4, 16), Choice(4, 64), Choice(8, 64)):
         work = model.clone()
         layer = next(layer for layer in find(work)[0] if layer.name == "strong")
-        run_layers(choices[choice], [layer], lambda layer: stats[moments.input_name(layer)], lambda job: None)
+        run_layers(choices[choice], [layer], lambda layer: stats[layer.reads], lambda job: None)
         with Session(work) as session:
             assert found["strong"].loss(choice) == pytest.approx(reference.loss(session.run), rel=0.5)
 

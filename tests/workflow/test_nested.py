@@ -63,7 +63,7 @@ def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str,
         data = open_data(feeds, session.inputs)
     tapped = subgraphs.tapped(source, layers, data, Plan(), "cpu")
     stats = moments.collect(tapped.model, tapped.reached(layers), CalibrationContext(data)).stats
-    return {layer.name: stats.get(moments.input_name(layer)) for layer in layers}, tapped
+    return {layer.name: stats.get(layer.reads) for layer in layers}, tapped
 
 
 def loop_rows(feeds: dict[str, Array]) -> dict[str, list[Array]]:

@@ -223,7 +223,7 @@ def test_readers_stay_together_whatever_the_budget() -> None:
     h = b.node("Tanh", [b.node("MatMul", [h, v], "between")])
     layers, _ = find(b.model(b.node("MatMul", [h, w], "last"), ["batch", K]))
     assert sharing(layers) == {"first", "last"}
-    assert [[x.name for x in group] for group in moments.plan(layers, 1)] == [["first", "last"], ["between"]]
+    assert [[x.name for x in group] for group in moments.grouped(layers, 1)] == [["first", "last"], ["between"]]
 
 
 def stack() -> ir.Model:
