@@ -75,21 +75,10 @@ def fixed_size(inputs: Sequence[InputInfo]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def refill(batches: Sequence[Batch], inputs: Sequence[InputInfo]) -> tuple[list[Batch], list[Group]]:
-    """The batches, those of another number of samples than the model takes cut up or filled; and the groups that they are now.
-
-    Batches that do not fit the model for any other reason are left as they are.
-    """
-    size = fixed_size(inputs)
-    refilled: list[Batch] = []
-    made: list[Group] = []
-    for batch in batches:
-        samples = _samples(batch, inputs)
-        parts = [Group(0, samples or 1)] if size is None or samples in (None, size) else groups(samples or 0, size, fixed=True)
-        for group in parts:
-            refilled.append(batch if len(parts) == group.repeats == 1 else {name: group.of(array) for name, array in batch.items()})
-        made += parts
-    return refilled, made
+def groups_of(batch: Batch, inputs: Sequence[InputInfo], size: int) -> list[Group] | None:
+    """How to cut up or fill a batch that fits the model but for the number of its samples, which is not ``size``; None for any other."""
+    samples = _samples(batch, inputs)
+    return None if samples is None or samples == size else groups(samples, size, fixed=True)
 
 
 def _samples(batch: Batch, inputs: Sequence[InputInfo]) -> int | None:

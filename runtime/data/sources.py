@@ -116,16 +116,17 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source), inputs, batch_size)
     if isinstance(source, DataReader):
-        return _whole(iter(source.get_next, None), "the calibration data reader", inputs)
+        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
     if isinstance(source, Mapping):
         return _stacked("the given arrays", _as_arrays(source, "the given dict"), inputs, batch_size)
     if isinstance(source, Iterable):
-        return _whole(source, "the given batches", inputs)
+        return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(source)], "the given batches")
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
 
 
 def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
-    """``batches``, if all of them fit; see `open_data`."""
+    """``batches``, if all of them fit, those of too many or too few samples cut up or filled; see `open_data`."""
+    batches = _filled(batches, inputs)
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
     samples = 0.0
@@ -139,6 +140,33 @@ def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MOST_PROBLEMS)])
     return replace(batches, samples=round(samples) if batches.samples is None else batches.samples)
+
+
+def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
+    """Batches with as many samples as the model takes at a time; those that do not fit it for any other reason are left as they are."""
+    size = fixed_batch.fixed_size(inputs)
+    cuts = {} if size is None else {i: cut for i, b in enumerate(batches) if (cut := fixed_batch.groups_of(b, inputs, size)) is not None}
+    if not cuts:
+        return batches
+    parts = [(i, group) for i in range(len(batches)) for group in cuts.get(i, [fixed_batch.Group(0, size or 1)])]
+
+    def read() -> Iterator[Batch]:
+        for i, batch in enumerate(batches):
+            for group in cuts.get(i, []):
+                yield {name: group.of(array) for name, array in batch.items()}
+            if i not in cuts:
+                yield batch
+
+    groups = [group for _, group in parts]
+    return Batches(
+        len(parts),
+        batches.describe,
+        read,
+        lambda i: batches.label(parts[i][0]),
+        (*batches.notes, *fixed_batch.notes_of(groups)),
+        batches.samples,
+        tuple(batches.weight(i) * group.weight for i, group in parts),
+    )
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
@@ -173,12 +201,6 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
         return {k: np.asarray(batch[k]) for k in batch}
     except ValueError as error:
         raise CalibrationError(f"{where} holds what is no array: {error}") from error
-
-
-def _whole(batches: Iterable[Batch], describe: str, inputs: Sequence[InputInfo]) -> Batches:
-    """Batches that the caller made, brought to the number of samples that the model takes at a time."""
-    filled, groups = fixed_batch.refill([_as_arrays(b, f"batch {i}") for i, b in enumerate(batches)], inputs)
-    return replace(in_memory(filled, describe), notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
 
 
 def in_memory(batches: list[Any], describe: str) -> Batches:

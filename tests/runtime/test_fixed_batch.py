@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,11 +163,16 @@ def test_optimize_uses_all_samples_and_says_so(count: int, options: dict[str, An
     assert f"{count} samples" in report.calibration
 
 
-def test_batches_of_the_caller_are_filled_or_cut() -> None:
-    """The last batch of a loader, one of a single sample, and one of two batches."""
+@pytest.mark.parametrize("folder", [False, True])
+def test_batches_of_the_caller_are_filled_or_cut(folder: bool, tmp_path: Path) -> None:
+    """The last batch of a loader, one of a single sample, and one of two batches; in memory, and in files."""
     x = samples_of(29)
     made = model(SIZE)
-    data = open_data([{"x": x[:8]}, {"x": x[8:24]}, {"x": x[24:28]}, {"x": x[28:]}], inputs_of(made))
+    batches = [{"x": x[:8]}, {"x": x[8:24]}, {"x": x[24:28]}, {"x": x[28:]}]
+    for i, batch in enumerate(batches):
+        np.savez(tmp_path / f"{i}.npz", x=batch["x"])
+    data = open_data(tmp_path if folder else batches, inputs_of(made))
+    assert [data.label(i)[-5:] for i in (1, 2)] == (["1.npz"] * 2 if folder else ["tch 1"] * 2)
     assert [b["x"].shape for b in data] == [(SIZE, 6, K)] * 5
     assert data.weights == (1, 1, 1, 0.5, 0.125)
     assert data.samples == 29
