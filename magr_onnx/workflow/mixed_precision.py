@@ -304,10 +304,7 @@ class Search:
         options: Options,
         source: Source,
         data: Batches,
-        inputs: sensitivity.Inputs | None,
-        mask: str | None,
-        provider: str,
-        gram_budget: int,
+        conditions: sensitivity.Conditions,
         progress: sensitivity.Progress | None = None,
     ) -> None:
         """Measure the sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`) and plan.
@@ -321,10 +318,10 @@ class Search:
                 f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.describe}): "
                 "give more samples, or a smaller batch size"
             )
-        self._provider = provider
+        self._provider = conditions.provider
         self._split = sensitivity.Split.of(data)
         self.data = data if goal.loss is None else self._split.rest
-        choices = choices_of(options, provider)
+        choices = choices_of(options, conditions.provider)
         self.allocation = Allocation(goal, source, choices)
         found, effects = sensitivity.measure(
             source.tapped or source.model,
@@ -332,16 +329,13 @@ class Search:
             choices,
             references_of(choices),
             self._split,
-            mask=mask,
-            provider=provider,
-            gram_budget=gram_budget,
-            inputs=inputs,
-            progress=progress,
+            conditions,
+            progress,
         )
         self._metric = effects.metric
         self.allocation.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.reference or source.model, provider) as session:
-            self._reference = Reference(session, self._split.held_out.limit(MEASURED), mask)
+        with Session(source.reference or source.model, conditions.provider) as session:
+            self._reference = Reference(session, self._split.held_out.limit(MEASURED), conditions.mask)
 
     def accepts(self, work: ir.Model) -> bool:
         """Measure a quantized model; whether it is the result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,13 +19,13 @@ from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.shared import readers
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
-from magr_onnx.runtime.calibration import activation_ranges, moments, rewrites, subgraphs
+from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.sensitivity import Inputs
+from magr_onnx.runtime.measure.sensitivity import Conditions, Inputs
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
-from magr_onnx.workflow.converted import layer_row
+from magr_onnx.workflow.converted import Converted, layer_row
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 
@@ -57,10 +57,56 @@ class Solved:
     search: mixed_precision.Search | None
 
 
-@dataclass(slots=True, eq=False)
-class _Progress:
-    """What the layers of one round through the pipeline have come to."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Setup:
+    """What every round over the linear layers starts from.
 
+    Attributes:
+        base: The model with its convolutions and tables converted, and float linear layers.
+        layers: Its linear layers that will be converted, if a budget does not keep them.
+        plan: The plan, as far as this model can be carried through it.
+        tapped: The float model, with what layers in bodies read as values of the main graph.
+        data: What layers are calibrated on; None for data-free.
+        grids: How activations are quantized.
+        changed: Names of the values of ``base`` that are not the float model's.
+        needs_statistics: Whether layers without statistics stay as they are.
+        assigned: Layers with options of their own.
+        skips: What stays as it is.
+        notes: Sentences for the report.
+    """
+
+    base: ir.Model
+    layers: list[LinearLayer]
+    plan: Plan
+    tapped: subgraphs.Tapped
+    data: Batches | None
+    grids: activation_ranges.Grids
+    changed: Collection[str]
+    needs_statistics: bool
+    assigned: layer_options.Assigned
+    skips: list[Skip]
+    notes: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """What one round over the linear layers has come to.
+
+    Attributes:
+        model: The model that is converted.
+        layers: Its layers.
+        kept: Those that a budget leaves float.
+        rows: Rows of the report, by layer name.
+        digests: Hashes of the dequantized weights, by the output of their layers.
+        unmasked: Layers whose rows the mask does not fit.
+        spilled: Bytes of values between stages that went to a temporary folder.
+        repeated: By weight name, rows of the blocks it has scales for in the file, and bytes of the scales that are there again.
+        added: Bytes of the constants made of a layer's weight, by layer name.
+    """
+
+    model: ir.Model
+    layers: list[LinearLayer]
+    kept: list[Skip]
     rows: dict[str, LayerRow] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     unmasked: list[str] = field(default_factory=list)
@@ -68,7 +114,14 @@ class _Progress:
     repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
 
-    def add(self, solved: SolvedLayer) -> None:
+    def finish(self, context: RunContext, solved: SolvedLayer) -> None:
+        """Take note of a layer that has been through the plan, and tell the caller."""
+        self._add(solved)
+        context.spill(self.model)
+        context.report_layers([self.rows[solved.layer.name]])
+        context.stage("quantizing")(len(self.rows), len(self.layers))
+
+    def _add(self, solved: SolvedLayer) -> None:
         layer, emitted, quantized = solved.layer, solved.emitted, solved.solution.quantized
         self.rows[layer.name] = layer_row(layer, solved.solution, emitted)
         if emitted is None:
@@ -92,114 +145,139 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         ModelError: Nothing can be converted after all.
         MagrError: Whatever goes wrong on the way.
     """
-    data, goal, options = prepared.data, request.budget, request.options or {}
-    model, plan, provider = prepared.model, prepared.plan, context.provider
-    notes: list[str] = []
-    if plan.rewrites:
-        notes += rewrites.rewrite(
-            model,
-            plan,
-            calibration_of(data, context),
-            include=context.include,
-            exclude=context.exclude,
-            gram_budget=context.memory.gram_budget,
-        )
-        context.spill(model)
-        context.lap("rewrite")
+    model = prepared.model
+    notes = _rewrite(prepared, context)
     base = model.clone()
-    begun = non_linear.convert(model, base, plan, data, goal, context)
+    begun = non_linear.convert(model, base, prepared.plan, prepared.data, request.budget, context)
     context.spill(base)
-    notes += begun.notes
     context.report_layers(begun.rows)
-
-    work = base.clone()
-    layers, skips = context.find(work)
-    skips += [*prepared.unconverted, *begun.skips]
-    source = subgraphs.tapped(model, layers, data, plan, provider, context.memory.large)
-    layers, lost = source.split(layers, needed=goal is not None or plan.input_grids == "static")
-    skips += lost
-    if not layers and not begun.rows:
-        raise prepared.nothing(skips)
-    plan, missing = without_stages(work, layers, plan)
-    notes += missing
-    if context.memory.large and data is not None and (whole := uncuttable(work)):
-        some = ", ".join(whole[:3])
-        notes.append(f"the float model was run as a whole, in more memory than max_memory: {some} between layers is no tensor to be kept")
-    grids = activation_ranges.Grids()
-    if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
-        grids = activation_ranges.choose_grids(source.model, source.reached(layers), calibration, plan, context.stage("ranges"))
-        notes += grids.notes
-        context.lap("ranges")
-    own = layer_options.assign(request.patterns.tables, layers, options, plan, provider)
-    search = None
-    if goal is not None and data is not None and layers:
-        room = len(str(plan)) + mixed_precision.STAMP
-        chosen = [layer for layer in layers if layer.name not in own.plans]
-        integer = None if plan.activations is None else Inputs(grids.inputs, grids.bounds, grids.products)
-        written = None if plan.activations is None else grids
-        to_file = context.output is not None
-        floats = mixed_precision.Source(base, chosen, prepared.bytes, to_file, room, model, source.on(base), own.plans, written)
-        search = mixed_precision.Search(
-            goal, options, floats, data, integer, context.mask, provider, request.gram_budget, context.stage("sensitivities")
-        )
-        data = search.data
-        context.lap("sensitivities")
-
-    with output_hessian(model, layers, data, plan, context, notes) as hessian:
+    setup = _set_up(prepared, base, begun, request, context)
+    notes += [*begun.notes, *setup.notes]
+    search = _search(setup, prepared, request, context)
+    if search is not None:
+        setup = replace(setup, data=search.data)
+    with output_hessian(model, setup.layers, setup.data, setup.plan, context, notes) as hessian:
         if hessian is not None:
             context.lap("differentiate")
         while True:
-            left: list[Skip] = []
-            assigned: Mapping[str, Plan] = own.plans
-            if search is not None:
-                assigned = search.allocation.assigned()
-                layers, left = search.allocation.select(layers)
-            context.store_plan(plan, assigned)
-            done = _Progress()
-            reader_names = {name: scope_of(some[0].node) or some[0].name for name, some in moments.readers_of(layers).items()}
-            finished = partial(_finished, done, len(layers), work, context)
-            feedback, hold_out = plan.error_feedback is not None, any(p.holds_out for p in (plan, *assigned.values()))
-            models, calibration = Models(model, work, source, begun.digests), calibration_of(data, context, grids, hold_out)
-            for group, result in gather(models, layers, calibration, feedback, context):
-                done.unmasked += [reader_names[name] for name in result.unmasked if name in reader_names]
-                done.spilled = max(done.spilled, result.spilled)
-                context.lap("calibrate")
-                if not done.rows:
-                    context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-                stats, complete = result.stats, completing(result, source, grids, hessian, data)
-                run_layers(plan, group, partial(_known, stats), finished, complete, assigned, context.store)
-                stats.clear()  # the next ones are made while this loop still holds these
-                result.goals.clear()
-                context.lap("quantize")
-            if search is None or search.accepts(work):
+            done = _solve_layers(model, setup, search, hessian, context)
+            if search is None or search.accepts(done.model):
                 break
-            work = base.clone()
-            layers, _ = source.split(context.find(work)[0], bool(lost))
-    notes += _remarks(done, context)
-    said = shared_weights.remarks(layers, done.added, context.memory.large)
-    for name, given in own.options.items():
-        said[name].append(f"options of its own: {layer_options.described(given)}")
-    rows = [
-        replace(
-            done.rows[layer.name],
-            notes=(*done.rows[layer.name].notes, *said[layer.name]),
-            added=done.added.get(layer.name) if readers(layer) else None,
-        )
-        for layer in layers
-    ]
-    emitted = {row.emitted for row in rows if row.emitted}
-    rows = [*begun.rows, *rows]
+    rows = _rows(done, setup, begun.rows, model, context)
+    emitted = {row.emitted for row in done.rows.values() if row.emitted}
+    skips = [*setup.skips, *done.kept]
+    notes += [*_remarks(done, context), *context.notes(done.model)]
+    return Solved(done.model, setup.plan, setup.data, rows, done.digests | begun.digests, emitted, skips, notes, search)
+
+
+def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
+    """Carry out the rewrites of the plan; what they did."""
+    if not prepared.plan.rewrites:
+        return []
+    notes = rewrites.rewrite(
+        prepared.model,
+        prepared.plan,
+        calibration_of(prepared.data, context),
+        include=context.include,
+        exclude=context.exclude,
+        gram_budget=context.memory.gram_budget,
+    )
+    context.spill(prepared.model)
+    context.lap("rewrite")
+    return notes
+
+
+def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: OptimizeRequest, context: RunContext) -> _Setup:
+    """Decide which linear layers are converted how, and choose the grids of their inputs."""
+    model, data, plan = prepared.model, prepared.data, prepared.plan
+    layers, skips = context.find(base)
+    tapped = subgraphs.tapped(model, layers, data, plan, context.provider, context.memory.large)
+    needs_statistics = request.budget is not None or plan.input_grids == "static"
+    layers, unreached = tapped.split(layers, needs_statistics)
+    skips += [*prepared.unconverted, *begun.skips, *unreached]
+    if not layers and not begun.rows:
+        raise prepared.nothing(skips)
+    plan, notes = without_stages(base, layers, plan)
+    if context.memory.large and data is not None and (names := uncuttable(base)):
+        listed = ", ".join(names[:3])
+        notes.append(f"the float model was run as a whole, in more memory than max_memory: {listed} between layers is no tensor to be kept")
+    grids = activation_ranges.Grids()
+    if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
+        grids = activation_ranges.choose_grids(tapped.model, tapped.reached(layers), calibration, plan, context.stage("ranges"))
+        notes += grids.notes
+        context.lap("ranges")
+    assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
+    return _Setup(base, layers, plan, tapped, data, grids, begun.digests, needs_statistics, assigned, skips, notes)
+
+
+def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
+    """Measure what a budget is spent by, if there is one."""
+    plans = setup.assigned.plans
+    if request.budget is None or setup.data is None or not setup.layers:
+        return None
+    grids = None if setup.plan.activations is None else setup.grids
+    source = mixed_precision.Source(
+        setup.base,
+        [layer for layer in setup.layers if layer.name not in plans],
+        prepared.bytes,
+        context.output is not None,
+        len(str(setup.plan)) + mixed_precision.STAMP,
+        prepared.model,
+        setup.tapped.on(setup.base),
+        plans,
+        grids,
+    )
+    inputs = None if grids is None else Inputs(grids.inputs, grids.bounds, grids.products)
+    conditions = Conditions(context.mask, context.provider, request.gram_budget, inputs)
+    steps = context.stage("sensitivities")
+    search = mixed_precision.Search(request.budget, request.options or {}, source, setup.data, conditions, steps)
+    context.lap("sensitivities")
+    return search
+
+
+def _solve_layers(
+    model: ir.Model, setup: _Setup, search: mixed_precision.Search | None, hessian: fisher.Fisher | None, context: RunContext
+) -> _Round:
+    """Solve and write all linear layers in a copy of the base model."""
+    work, plan, plans = setup.base.clone(), setup.plan, dict(setup.assigned.plans)
+    layers, kept = setup.tapped.split(context.find(work)[0], setup.needs_statistics)[0], list[Skip]()
+    if search is not None:
+        plans = search.allocation.assigned()
+        layers, kept = search.allocation.select(layers)
+    context.store_plan(plan, plans)
+    done = _Round(work, layers, kept)
+    readers_by_input = moments.readers_of(layers)
+    hold_out = any(p.holds_out for p in (plan, *plans.values()))
+    models = Models(model, work, setup.tapped, setup.changed)
+    calibration = calibration_of(setup.data, context, setup.grids, hold_out)
+    for group, gathered in gather(models, layers, calibration, plan.error_feedback is not None, context):
+        for name in gathered.unmasked:
+            if name in readers_by_input:
+                first = readers_by_input[name][0]
+                done.unmasked.append(scope_of(first.node) or first.name)
+        done.spilled = max(done.spilled, gathered.spilled)
+        context.lap("calibrate")
+        if not done.rows:
+            context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
+        complete = completing(gathered, setup.tapped, setup.grids, hessian, setup.data)
+        run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
+        gathered.stats.clear()  # the next ones are made while this loop still holds these
+        gathered.goals.clear()
+        context.lap("quantize")
+    return done
+
+
+def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model, context: RunContext) -> list[LayerRow]:
+    """Rows of everything that was converted, with what is known only now that all of it is."""
+    remarks = shared_weights.remarks(done.layers, done.added, context.memory.large)
+    for name, options in setup.assigned.options.items():
+        remarks[name].append(f"options of its own: {layer_options.described(options)}")
+    rows = list(begun)
+    for layer in done.layers:
+        row, name = done.rows[layer.name], layer.name
+        rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=done.added.get(name) if readers(layer) else None))
     depth = depths(model, {row.name for row in rows})
-    rows = told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
-    return Solved(work, plan, data, rows, done.digests | begun.digests, emitted, [*skips, *left], [*notes, *context.notes(work)], search)
-
-
-def _finished(done: _Progress, count: int, work: ir.Model, context: RunContext, solved: SolvedLayer) -> None:
-    """Take note of a layer that has been through the pipeline."""
-    done.add(solved)
-    context.spill(work)
-    context.report_layers([done.rows[solved.layer.name]])
-    context.stage("quantizing")(len(done.rows), count)
+    return told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
 
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
@@ -207,7 +285,7 @@ def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | 
     return stats.get(layer.reads)
 
 
-def _remarks(done: _Progress, context: RunContext) -> list[str]:
+def _remarks(done: _Round, context: RunContext) -> list[str]:
     found = []
     if done.spilled:
         cache = megabytes(context.memory.cache)

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
-from magr_onnx.passes.instrument.weight_inputs import overridable
+from magr_onnx.passes.instrument.weight_inputs import Slot, overridable
 from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
@@ -83,6 +83,28 @@ class Inputs:
     products: Mapping[str, ActivationGrid]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """Where sensitivities are measured, and on what.
+
+    Attributes:
+        mask: Input whose zero elements mark rows to leave out; None for none.
+        provider: Where to run.
+        gram_budget: Bytes of Gram matrices held at a time.
+        inputs: How layer inputs are quantized; None where they stay float.
+    """
+
+    mask: str | None = None
+    provider: str = "cpu"
+    gram_budget: int = moments.DEFAULT_BUDGET
+    inputs: Inputs | None = None
+
+    def moments(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> dict[str, LayerStats]:
+        """Statistics of what layers read, by value name."""
+        quantize, bounds = ({}, {}) if self.inputs is None else (self.inputs.quantize, self.inputs.bounds)
+        return moments.collect(model, layers, CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)).stats
+
+
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """What was measured for one layer.
@@ -113,11 +135,7 @@ def measure(
     choices: Plans,
     references: Sequence[Choice],
     split: Split,
-    *,
-    mask: str | None = None,
-    provider: str = "cpu",
-    gram_budget: int = moments.DEFAULT_BUDGET,
-    inputs: Inputs | None = None,
+    conditions: Conditions,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Sensitivity], Reference]:
     """Sensitivities of all layers, by name, and what losses were measured against.
@@ -128,56 +146,42 @@ def measure(
         choices: What may be chosen, and the plan each stands for.
         references: Choices whose effect on the outputs is measured, one or two.
         split: Calibration batches.
-        mask: Input whose zero elements mark rows to leave out.
-        provider: Where to run.
-        gram_budget: Bytes of Gram matrices held at a time.
-        inputs: How layer inputs are quantized; None where they stay float.
+        conditions: Where to run, and on which rows.
         progress: Called with steps done and in total.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
         ModelError: The model has no output of floats.
     """
-    found: dict[str, Sensitivity] = {}
-    total = len(layers) * (1 + len(references))
-    names = [layer.name for layer in layers]
-    quantize, bounds = ({}, {}) if inputs is None else (inputs.quantize, inputs.bounds)
-    copy, slots = overridable(model, names if inputs is None else [])
-    with Session(copy, provider) as session:
+    sensitivities: dict[str, Sensitivity] = {}
+    count = 1 + len(references)  # steps a layer
+    overridden = [layer.name for layer in layers] if conditions.inputs is None else []
+    copy, slots = overridable(model, overridden)
+    with Session(copy, conditions.provider) as session:
         reference: Reference | None = None
-        for group in moments.grouped(layers, gram_budget // 2):
-            fit, held = (
-                moments.collect(model, group, CalibrationContext(part, mask, provider, quantize=quantize, bounds=bounds)).stats
-                for part in (split.fit, split.effects)
-            )
+        for group in moments.grouped(layers, conditions.gram_budget // 2):
+            fit, effects = (conditions.moments(model, group, part) for part in (split.fit, split.effects))
+            if reference is None:
+                rows = max([s.rows for s in effects.values()], default=1) / len(split.effects)
+                reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), conditions.mask)
             for layer in group:
-                name = layer.reads
-                nothing = LayerStats.data_free(layer.k)  # where only other batches reach a layer
-                of_fit, of_held = fit.get(name, nothing), held.get(name, nothing)
-                if reference is None:
-                    rows = max([s.rows for s in held.values()], default=1) / len(split.effects)
-                    reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), mask)
-                errors = _errors(layer, of_fit, of_held, choices)
+                name, nothing = layer.reads, LayerStats.data_free(layer.k)  # where only other batches reach a layer
+                trial = _Trial(layer, fit.get(name, nothing), effects.get(name, nothing))
+                errors = _errors(trial, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
                     if progress is not None:
-                        progress(len(found) * (1 + len(references)) + len(points), total)
-                    if inputs is None:
-                        problem, columns = _problem(layer, of_fit), _columns(layer.n)
-                        solution = _reference(choices[choice]).solve(problem)
-                        feeds = slots[layer.name].feeds(solution.weight, solution.bias)
-                        loss = reference.loss(lambda batch: session.run({**batch, **feeds}))  # noqa: B023
-                        sample = replace(problem, weight=problem.weight[:, columns])
-                        error = _error(sample, solution.weight[:, columns], of_held, choices[choice])
+                        progress(len(sensitivities) * count + len(points), len(layers) * count)
+                    if conditions.inputs is None:
+                        error, loss = _replaced(trial, choices[choice], slots[layer.name], session, reference)
                     else:
-                        loss = _emitted(model, layer.name, choices[choice], of_fit, inputs, reference, provider)
-                        error = errors[choice]
+                        error, loss = errors[choice], _emitted(model, trial, choices[choice], conditions, reference)
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
-                found[layer.name] = Sensitivity(errors, _rising(points))
+                sensitivities[layer.name] = Sensitivity(errors, _rising(points))
         assert reference is not None
     if progress is not None:
-        progress(total, total)
-    return found, reference
+        progress(len(layers) * count, len(layers) * count)
+    return sensitivities, reference
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -194,24 +198,43 @@ def _columns(n: int) -> Array:
     return np.unique(np.linspace(0, n - 1, min(n, COLUMNS)).round().astype(int))
 
 
-def _problem(layer: LinearLayer, stats: LayerStats, columns: Array | slice = slice(None)) -> LayerProblem:
-    """The problem of some output channels of a layer."""
-    problem = problem_of(layer, stats)
-    bias = None if problem.bias is None else problem.bias[columns]
-    return replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """A layer with the statistics it is solved under (``fit``) and those it is measured under."""
+
+    layer: LinearLayer
+    fit: LayerStats
+    effects: LayerStats
+
+    def problem(self, columns: Array | slice = slice(None)) -> LayerProblem:
+        """The problem of some output channels."""
+        problem = problem_of(self.layer, self.fit)
+        bias = None if problem.bias is None else problem.bias[columns]
+        return replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
 
 
-def _errors(layer: LinearLayer, fit: LayerStats, held_out: LayerStats, choices: Plans) -> dict[Choice, float]:
+def _errors(trial: _Trial, choices: Plans) -> dict[Choice, float]:
     """Of every choice; blocks that span the column are one."""
-    problem = _problem(layer, fit, _columns(layer.n))
+    k = trial.layer.k
+    problem = trial.problem(_columns(trial.layer.n))
     known: dict[Choice, float] = {}
     errors = {}
     for choice, plan in choices.items():
-        same = Choice(choice.bits, min(choice.block_size or layer.k, layer.k))
+        same = Choice(choice.bits, min(choice.block_size or k, k))
         if same not in known:
-            known[same] = _error(problem, _fast(plan).solve(problem).weight, held_out, plan)
+            known[same] = _error(problem, _fast(plan).solve(problem).weight, trial.effects, plan)
         errors[choice] = known[same]
     return errors
+
+
+def _replaced(trial: _Trial, plan: Plan, slot: Slot, session: Session, reference: Reference) -> tuple[float, float]:
+    """Error and loss with the weight of one layer replaced in a running session."""
+    problem, columns = trial.problem(), _columns(trial.layer.n)
+    solution = _reference(plan).solve(problem)
+    feeds = slot.feeds(solution.weight, solution.bias)
+    loss = reference.loss(lambda batch: session.run({**batch, **feeds}))
+    sample = replace(problem, weight=problem.weight[:, columns])
+    return _error(sample, solution.weight[:, columns], trial.effects, plan), loss
 
 
 def _error(problem: LayerProblem, weight: Array, held_out: LayerStats, plan: Plan) -> float:
@@ -236,14 +259,16 @@ def _reference(plan: Plan) -> Plan:
     return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _emitted(model: ir.Model, name: str, plan: Plan, stats: LayerStats, inputs: Inputs, reference: Reference, provider: str) -> float:
+def _emitted(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
     """The loss of the model with one layer emitted."""
-    copy = model.clone()
-    layer = next(layer for layer in find(copy)[0] if layer.name == name)
+    copy, inputs = model.clone(), conditions.inputs
+    assert inputs is not None
+    products = inputs.products
+    layer = next(layer for layer in find(copy)[0] if layer.name == trial.layer.name)
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
-        return replace(problem, output_grid=inputs.products.get(str(layer.node.outputs[0].name)))
+        return replace(problem, output_grid=products.get(str(layer.node.outputs[0].name)))
 
-    run_layers(plan, [layer], lambda _: stats, lambda _: None, complete)
-    with Session(copy, provider) as session:
+    run_layers(plan, [layer], lambda _: trial.fit, lambda _: None, complete)
+    with Session(copy, conditions.provider) as session:
         return reference.loss(session.run)

@@ -166,7 +166,7 @@ def test_overridden_weights_are_used(form: str) -> None:
 
 def measured(model: ir.Model, choices: dict[Choice, Plan]) -> tuple[dict[str, sensitivity.Sensitivity], Reference]:
     split = sensitivity.Split.of(data_for(model))
-    return sensitivity.measure(model, find(model)[0], choices, mixed_precision.references_of(choices), split)
+    return sensitivity.measure(model, find(model)[0], choices, mixed_precision.references_of(choices), split, sensitivity.Conditions())
 
 
 @pytest.mark.parametrize(("output", "metric"), [("y", COSINE), ("logits", KL)])
