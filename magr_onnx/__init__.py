@@ -22,8 +22,8 @@ from magr_onnx.errors import (
 if TYPE_CHECKING:
     from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
     from magr_onnx.config.layer_options import LayerOptions
-    from magr_onnx.config.option_table import Options
-    from magr_onnx.config.options import build_pipeline
+    from magr_onnx.config.options import Options
+    from magr_onnx.config.plans import build_pipeline
     from magr_onnx.config.presets import PRESETS, Preset
     from magr_onnx.config.recipe import Recipe
     from magr_onnx.core.overflow.accumulator import Accumulator
@@ -76,8 +76,8 @@ __all__ = [
 _MODULES = {
     "magr_onnx.api": ("Inspection", "Optimized", "inspect", "optimize", "validate", "verify"),
     "magr_onnx.config.layer_options": ("LayerOptions",),
-    "magr_onnx.config.option_table": ("Options",),
-    "magr_onnx.config.options": ("build_pipeline",),
+    "magr_onnx.config.options": ("Options",),
+    "magr_onnx.config.plans": ("build_pipeline",),
     "magr_onnx.config.presets": ("PRESETS", "Preset"),
     "magr_onnx.config.recipe": ("Recipe",),
     "magr_onnx.core.overflow.accumulator": ("Accumulator",),

@@ -23,7 +23,7 @@ from sphinx.util.typing import ExtensionMetadata
 
 import magr_onnx
 from magr_onnx.cli.app import commands
-from magr_onnx.config.option_table import KEYS, OPTIONS, PANELS
+from magr_onnx.config.options import KEYS, OPTIONS, PANELS
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.quantizers import method_options
 from magr_onnx.errors import MagrError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magr_onnx import api
-from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import Options
 from magr_onnx.errors import ModelError
 from magr_onnx.models import bundled
 from magr_onnx.report.data import Report

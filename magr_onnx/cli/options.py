@@ -1,4 +1,4 @@
-"""Options of the command line, made from the option table (`magr_onnx.config.option_table`)."""
+"""Options of the command line, made from the option table (`magr_onnx.config.options`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from magr_onnx.cli import console
-from magr_onnx.config.option_table import KEYS, PANELS
+from magr_onnx.config.options import KEYS, PANELS
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.targets import TARGETS

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.merge import apply_preset, dropped, merge
-from magr_onnx.config.option_table import ARGUMENTS, CALLS, RUN, Options
+from magr_onnx.config.options import ARGUMENTS, Options
 from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import as_list, word_to_none
 from magr_onnx.errors import OptionError, RecipeError, raise_all
@@ -89,16 +89,16 @@ class FolderArguments(Options, RunArguments, total=False):
     overwrite: bool
 
 
+_first = ("model", "calibration", "recipe", "preset", "layers", "output", "validation_data")
+_options = {option.argument or option.name: option for option in ARGUMENTS.values()}
 DEFAULTS: Mapping[str, Any] = {
-    option.argument or option.name: () if option.kind in ("patterns", "paths") else option.default
-    for option in (*RUN.values(), *CALLS.values())
-    if option.name not in ("models", "overwrite", "samples")
+    name: () if _options[name].kind in ("patterns", "paths") else _options[name].default
+    for name in dict.fromkeys((*_first, *RunArguments.__annotations__))
 }
-"""What stands for an argument that neither the call nor its recipe gives."""
+"""What stands for an argument that neither the call nor its recipe gives, in the order a report writes calls."""
 FOLDER_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "models": (), "overwrite": False}
 
-_texts = {option.argument or option.name: option.text for option in ARGUMENTS.values()}
-_attributes = "".join(f"        {name}: {_texts[name]}\n" for name in RunArguments.__annotations__)
+_attributes = "".join(f"        {name}: {_options[name].text}\n" for name in RunArguments.__annotations__)
 RunArguments.__doc__ = f"{RunArguments.__doc__}\n\n    Attributes:\n{_attributes}"
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from magr_onnx.config.option_table import OPTIONS, Options
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.options import OPTIONS, Options
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.config.schema import none_to_word, unknown, word_to_none
 from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.passes import LinearLayer, Plan

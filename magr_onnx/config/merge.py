@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.option_table import OPTIONS, RUN, Options
+from magr_onnx.config.options import OPTIONS, RUN, Options
 from magr_onnx.config.presets import PRESETS, find_preset
 from magr_onnx.config.schema import none_to_word
 from magr_onnx.errors import OptionError

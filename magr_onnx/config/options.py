@@ -1,159 +1,254 @@
-"""The options of `magr_onnx.optimize`, and the pipeline they stand for."""
+"""Every option of a run, declared once: the command line, recipes, options of layers and presets, `magr_onnx.optimize`, how options
+displace each other, and the reference page are made from the tables here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Unpack, cast, get_args
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypedDict
 
-from magr_onnx.config.option_table import BIAS, OPTIONS, Effort, Options
+from magr_onnx.core.activation_ranges import METHODS
+from magr_onnx.core.option_spec import OptionSpec
+from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS, method_options
-from magr_onnx.core.quantizers.auto import usual_alpha
-from magr_onnx.errors import OptionError, closest, raise_all
-from magr_onnx.passes import (
-    CompensateBias,
-    Convolutions,
-    Embeddings,
-    Equalize,
-    ErrorFeedback,
-    LowRank,
-    MagR,
-    OutputHessian,
-    Plan,
-    Quantize,
-    QuantizeActivations,
-    Rewrite,
-    SplitOutliers,
-    TwinRanges,
+from magr_onnx.core.types import BITS
+from magr_onnx.passes.emit import FORMATS
+from magr_onnx.passes.layers import conv, embedding
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.data.decoders import STEPS
+
+FormatName = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
+Effort = Literal["fast", "balanced", "best"]
+BIAS = ("auto", "any", "existing", "none")
+
+DATA, RECIPES, LAYERS = "Data and output", "Recipes and presets", "Which layers"
+WEIGHTS, FINE = "Bits, formats and accuracy", "Fine tuning of the solvers"
+OTHERS, INTEGERS = "Convolutions and embeddings", "Integer layers and accumulators"
+LARGE = "Large models and where it runs"
+PANELS = (DATA, RECIPES, LAYERS, WEIGHTS, FINE, INTEGERS, OTHERS, LARGE)
+"""Headings that options stand under, in order."""
+
+_INPUTS, _GRAPH = "layers share their inputs", "it changes the model before layers are looked for"
+_PROOF, _BUDGET = "a proof is of the whole file", "a budget is of the whole file"
+_CONVOLUTIONS, _TABLES = "it is for convolutions, all of them", "it is for tables of embeddings, all of them"
+
+
+# fmt: off
+# A paragraph an option: one argument a line would make these tables three times as long.
+
+
+class Options(TypedDict, total=False):
+    """What a plan is made of (`magr_onnx.build_pipeline`); every option has a good default."""
+
+    bits: Annotated[int | None, OptionSpec(
+        help="Bits per weight, 2 to 8.", default_text="4; integer formats 8", choices=BITS, panel=WEIGHTS, metavar="N",
+        flags=("--bits", "-b"), displaces=("target_size", "max_loss"))]
+    block_size: Annotated[int | None, OptionSpec(
+        help="Rows that share a scale: a multiple of 16, or 'channel'.", expected="a multiple of 16",
+        default_text="32; integer formats channel", none_word="channel", panel=WEIGHTS, metavar="N")]
+    effort: Annotated[Effort | None, OptionSpec(
+        help="fast: one pass over the data; balanced: staged, options chosen per layer, 2 to 2.5 times as long; best: gradients too, "
+        "4 to 6 times as long.", default_text="balanced; integer formats and without calibration: fast", panel=WEIGHTS, metavar="NAME",
+        flags=("--effort", "-e"), whole_run="error feedback and gradients belong to the whole run; give the layer a quantizer",
+        displaces=("quantizer",))]
+    quantizer: Annotated[str | None, OptionSpec(
+        help=f"Instead of an effort: {', '.join(q.name for q in QUANTIZERS.values() if q.accumulators != 'only')}; under an "
+        f"accumulator also {', '.join(q.name for q in QUANTIZERS.values() if q.accumulators == 'only')}.", choices=QUANTIZERS,
+        panel=WEIGHTS, metavar="NAME", displaces=("effort",))]
+    format: Annotated[FormatName, OptionSpec(
+        help=f"Nodes to write: {'; '.join(f'{form.name} ({form.summary})' for form in FORMATS.values())}.", default=next(iter(FORMATS)),
+        choices=FORMATS, panel=WEIGHTS, metavar="NAME", whole_run="a file has one format")]
+    symmetric: Annotated[bool | None, OptionSpec(
+        help="Fix the zero point in the middle.", default_text="asymmetric; integer formats symmetric", panel=WEIGHTS,
+        flags=("--symmetric/--asymmetric",))]
+    alpha: Annotated[float | None, OptionSpec(
+        help="Strength of MagR, relative to the layer; 0: off.",
+        default_text="chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 above 4 bits", least=0, panel=FINE, metavar="X")]
+    beta: Annotated[float | None, OptionSpec(
+        help="Shrink of the min-max grid, up to 1.", default_text="searched per group", panel=FINE, metavar="X")]
+    damping: Annotated[float | None, OptionSpec(
+        help="Added to the Gram matrix, in units of its diagonal.", default_text="about 2 K / rows", least=0, panel=FINE, metavar="X")]
+    act_order: Annotated[bool | None, OptionSpec(
+        help="Round strong inputs first.", default_text="chosen per layer; fast: yes", panel=FINE, flags=("--act-order/--no-act-order",))]
+    sweeps: Annotated[int, OptionSpec(help="Most coordinate-descent sweeps (auto, comq).", default=8, least=0, panel=FINE, metavar="N")]
+    bias: Annotated[str, OptionSpec(
+        help="Bias correction: existing, any, none; auto: wherever it adds no node.", default="auto", choices=BIAS, panel=FINE,
+        metavar="NAME")]
+    accuracy_level: Annotated[int, OptionSpec(
+        help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", default=0, panel=WEIGHTS, metavar="N", belongs_to="format")]
+    activation_type: Annotated[Literal["uint8", "int8"], OptionSpec(
+        help="Layer inputs of qdq-int8: uint8, int8.", default_text="uint8", panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS,
+        belongs_to="format")]
+    activation_range: Annotated[str, OptionSpec(
+        help="Ranges of layer inputs of qdq-int8: min-max, percentile, min-error; auto: the least measured error.", default_text="auto",
+        choices=METHODS, panel=INTEGERS, metavar="NAME", whole_run=_INPUTS, belongs_to="format")]
+    quantize_outputs: Annotated[bool, OptionSpec(
+        help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
+        whole_run="layers share values", belongs_to="format")]
+    feedback: Annotated[bool | None, OptionSpec(
+        help="Quantize in stages, each layer towards the float output from its quantized inputs.",
+        default_text="as the effort says; no where a quantizer is named", panel=FINE, flags=("--feedback/--no-feedback",),
+        whole_run="stages are those of the whole model")]
+    low_rank: Annotated[int, OptionSpec(
+        help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
+    equalize: Annotated[bool, OptionSpec(
+        help="Move scales between channels into norms and layers before, at no cost.", default=False, panel=FINE,
+        whole_run="it moves scales between layers")]
+    split_outliers: Annotated[bool, OptionSpec(
+        help="Split layers with outliers in two, at twice their cost.", default=False, panel=FINE, whole_run=_GRAPH)]
+    twin_ranges: Annotated[bool, OptionSpec(
+        help="qdq-int8: two ranges for inputs from GELU and Softmax, at twice the cost.", default=False, panel=INTEGERS, whole_run=_GRAPH,
+        belongs_to="format")]
+    target: Annotated[str | None, OptionSpec(
+        help=f"Machine on which no accumulator may overflow: {', '.join(TARGETS)}.", choices=TARGETS, panel=INTEGERS, metavar="NAME",
+        whole_run=_PROOF, displaces=("accumulator_bits", "accumulator_tile"), belongs_to="format")]
+    accumulator_bits: Annotated[int | None, OptionSpec(
+        help="Accumulator that may not overflow, instead of a target; sizes the blocks of matmulnbits.", panel=INTEGERS, metavar="P",
+        whole_run=_PROOF, displaces=("target",), belongs_to="format")]
+    accumulator_tile: Annotated[int | None, OptionSpec(
+        help="Terms along K that share the accumulator.", default_text="all of them; matmulnbits: its block", panel=INTEGERS, metavar="T",
+        whole_run=_PROOF, belongs_to="format")]
+    target_size: Annotated[str | None, OptionSpec(
+        help="Mixed precision, least loss in a file of this size: 25% of the source, 4bit (as all layers at 4), 30MB. A block size "
+        "given with it is the only one tried.", panel=WEIGHTS, metavar="SIZE", whole_run=_BUDGET, displaces=("bits", "max_loss"))]
+    max_loss: Annotated[str | None, OptionSpec(
+        help="Mixed precision, smallest file of this loss on held-out calibration data. 1% is 0.01 of the mean KL divergence in nats "
+        "(logits) or of 1 - mean cosine (other outputs), not of the size or the perplexity; at most 100%.", panel=WEIGHTS, metavar="LOSS",
+        whole_run=_BUDGET, displaces=("bits", "target_size"))]
+    conv_bits: Annotated[int | None, OptionSpec(
+        help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float.", default_text="8", choices=conv.BITS,
+        none_word="none", panel=OTHERS, metavar="N", whole_run=_CONVOLUTIONS)]
+    conv_form: Annotated[conv.Form, OptionSpec(
+        help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
+        "speed).", default_text="dequantize in formats qdq and qdq-int8, else fold", panel=OTHERS, metavar="NAME",
+        whole_run=_CONVOLUTIONS)]
+    embeddings: Annotated[str, OptionSpec(
+        help="Embedding tables: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",
+        default="none", choices=("none", *embedding.FORMS), panel=OTHERS, metavar="NAME", whole_run=_TABLES)]
+    embedding_bits: Annotated[int | None, OptionSpec(
+        help="Bits of a table, 4 or 8.", default_text="8", choices=embedding.BITS, panel=OTHERS, metavar="N", whole_run=_TABLES,
+        belongs_to="embeddings")]
+
+
+_TEXT, _OPTIONAL, _FLAG = (str,), (str, NoneType), (bool,)
+
+
+def _by_name(specs: Iterable[OptionSpec]) -> dict[str, OptionSpec]:
+    return {spec.name: spec for spec in specs}
+
+
+RUN = _by_name(
+    (
+        OptionSpec(name="model", kind="path", help="ONNX model to read, or a folder of models.", types=_TEXT, panel=DATA),
+        OptionSpec(
+            name="calibration", kind="path",
+            help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; with tokenizer.json beside the "
+            "model also .txt, a sample a line. Without it: data-free.", types=_TEXT, panel=DATA, flags=("--calibration", "-c")),
+        OptionSpec(
+            name="output", kind="path", help="File to write, or folder for a folder.", default_text="MODEL with .magr before its suffix",
+            types=_OPTIONAL, panel=DATA, flags=("--output", "-o")),
+        OptionSpec(
+            name="validation", argument="validation_data", kind="path",
+            help="Held-out inputs to compare both models on, in the same forms.", types=_TEXT, panel=DATA),
+        OptionSpec(
+            name="models", kind="patterns", help="Folders: only these models, the others are copied; repeatable.", types=_TEXT,
+            panel=DATA, metavar="PATTERN"),
+        OptionSpec(
+            name="overwrite", help="Folders: replace an earlier result; your own files in it are kept.", types=_FLAG, default=False,
+            panel=DATA),
+        OptionSpec(
+            name="mask", help="Input that marks the rows to count; auto: attention_mask if there is one; none.", types=_OPTIONAL,
+            default="auto", none_word="none", panel=DATA),
+        OptionSpec(
+            name="batch_size", help="Samples per batch when a stacked .npz is split.", types=(int,), default=16, least=1, panel=DATA),
+        OptionSpec(
+            name="decode_steps", help="Decoders with a cache: last tokens of each sample that are fed once more, one by one.",
+            types=(int,), default=STEPS, least=0, panel=DATA),
+        OptionSpec(
+            name="preset", help="A set of options to start from; see 'onnx-magr presets'.", types=_OPTIONAL, panel=RECIPES,
+            metavar="NAME", flags=("--preset", "-p")),
+        OptionSpec(
+            name="include", kind="patterns", help="Only layers whose node, weight or module matches; repeatable.", types=_TEXT,
+            panel=LAYERS),
+        OptionSpec(name="exclude", kind="patterns", help="Leave matching layers as they are; repeatable.", types=_TEXT, panel=LAYERS),
+        OptionSpec(
+            name="requantize",
+            help="Take weights behind DequantizeLinear (QDQ) for the floats they stand for, and quantize those; other forms are left "
+            "alone.", types=_FLAG, default=False, panel=LAYERS),
+        OptionSpec(
+            name="pipeline", argument="pipeline_text", help="Passes as text, instead of the options above; see 'onnx-magr passes'.",
+            types=_TEXT, panel=FINE, metavar="TEXT"),
+        OptionSpec(
+            name="custom_ops", kind="paths", help="Shared library with custom operators of the model; may be given again.", types=_TEXT,
+            panel=LARGE, metavar="FILE"),
+        OptionSpec(name="provider", help="cpu, cuda, or an onnxruntime provider name.", types=_TEXT, default="cpu", panel=LARGE),
+        OptionSpec(
+            name="cache", kind="size", help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
+            types=_TEXT, default="2GB", least=0, panel=LARGE, metavar="SIZE"),
+        OptionSpec(
+            name="max_memory", kind="size",
+            help="Run models of more than a third of this in stages only, with finished layers on disk; see docs/large.md.",
+            default_text="4GB", types=_OPTIONAL, panel=LARGE, metavar="SIZE"),
+        OptionSpec(
+            name="resume", kind="path",
+            help="Keep finished layers in this folder; after a kill the same command goes on from there, to the same file.",
+            types=_OPTIONAL, panel=LARGE, metavar="DIR"),
+        OptionSpec(
+            name="external_data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", types=_FLAG,
+            default=False, panel=LARGE),
+        OptionSpec(
+            name="shard_size", kind="size", help="Put the weights into data files of at most this size, as 2GB.", types=_OPTIONAL,
+            panel=LARGE, metavar="SIZE"),
+    )
 )
-from magr_onnx.passes.emit import FORMATS, Format
+"""What a run is told beside `OPTIONS`."""
 
-CONV_BITS = 8
+CALLS = _by_name(
+    (
+        OptionSpec(name="recipe", help="A Recipe, its file, or its values as a dict; every argument given beside it wins."),
+        OptionSpec(
+            name="layers",
+            help='Options of single layers, as {"match": "*lm_head*", "bits": 8}, after those of the recipe; later ones win.',
+            default=()),
+        OptionSpec(
+            name="gram_budget", kind="size", help="Memory for Gram matrices at a time; a smaller one costs more passes over the data.",
+            default=DEFAULT_BUDGET, types=_TEXT),
+        OptionSpec(
+            name="progress",
+            help="True draws bars on standard error where that is a terminal or a notebook; a callable gets a stage's name, steps done and "
+            "steps in total. The logger magr_onnx has lines about stages at level INFO.", default=True),
+        OptionSpec(
+            name="on_layer",
+            help="Called with the report's row of every layer as it is finished; again where a budget has it solved again."),
+        OptionSpec(name="samples", help="Inputs drawn at random, where a module comes without data.", types=(int, NoneType), least=1),
+    )
+)
+"""What only calls in Python have."""
+# fmt: on
 
 
-_REWRITES: dict[str, Callable[[], Rewrite]] = {
-    "equalize": Equalize,
-    "split_outliers": SplitOutliers,
-    "twin_ranges": TwinRanges,
+def _spec(name: str, hint: Any) -> OptionSpec:
+    """The declaration of an option of `Options`, with its name, and types and choices from its hint."""
+    kind, spec = typing.get_args(hint)
+    parts = typing.get_args(kind) if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+    types = tuple(str if typing.get_origin(part) is Literal else part for part in parts)
+    result: OptionSpec = replace(spec, name=name, types=types, choices=tuple(spec.choices or literals))
+    return result
+
+
+OPTIONS: Mapping[str, OptionSpec] = {
+    **{name: _spec(name, hint) for name, hint in typing.get_type_hints(Options, include_extras=True).items()},
+    **{name: replace(option, panel=option.panel or FINE) for name, option in method_options().items()},
 }
+"""What a plan is made of: `Options`, and the options that quantizers have of their own."""
 
+KEYS: Mapping[str, OptionSpec] = {**RUN, **OPTIONS}
+"""The keys of a recipe, which are the long options of the command line with _ for -."""
 
-def build_pipeline(**options: Unpack[Options]) -> Plan:
-    """Make the plan that a set of options stands for: MagR, quantize, compensate the bias, emit.
+ARGUMENTS: Mapping[str, OptionSpec] = {**KEYS, **CALLS}
 
-    Raises:
-        OptionError: Unknown options or values the target kernel rejects, all of them at once.
-    """
-    return pipeline_of(options)
-
-
-def pipeline_of(options: Options, arguments: Collection[str] = ()) -> Plan:
-    """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
-    names = [*arguments, *OPTIONS]
-    listed = f"; there are {', '.join(names)}"
-    problems = [f"unknown option {o!r}{closest(o, names) or listed}" for o in sorted(options.keys() - OPTIONS.keys())]
-    bias = options.get("bias", "auto")
-    default = next(iter(FORMATS))
-    name = options.get("format", default)
-    if name not in FORMATS:
-        problems.append(f"format {name!r} is not known; choose one of {', '.join(FORMATS)}")
-    if bias not in BIAS:
-        problems.append(f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}")
-    form = FORMATS.get(name, FORMATS[default])
-    for other in FORMATS.values():
-        problems += [f"{o} is for format {other.name} only" for o in other.own_options if other.name != name and options.get(o)]
-    sizes_blocks = form.fit_accumulator is not None
-    if form.fit_accumulator is not None and options.get("accumulator_bits") is not None:
-        try:
-            options = cast(Options, form.fit_accumulator(options))
-        except OptionError as error:
-            problems.append(str(error))
-            options = _without_accumulator(options)
-    elif sizes_blocks and options.get("accumulator_tile") is not None:
-        problems.append("accumulator_tile needs accumulator_bits")
-    bits, symmetric = options.get("bits"), options.get("symmetric")
-    block: int | None = options.get("block_size", form.block_size)
-    alpha, damping = options.get("alpha"), options.get("damping")
-    bits = form.bits if bits is None else bits
-    effort = options.get("effort") or form.effort
-    if effort not in get_args(Effort):
-        problems.append(f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}")
-    named = options.get("quantizer")
-    if named is not None and options.get("effort") is not None:
-        problems.append(f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them")
-    quantizer = named or ("comq" if effort == "fast" else "auto")
-    feedback = options.get("feedback")
-    if feedback is None:
-        feedback = named is None and effort != "fast"
-    chooses = quantizer in QUANTIZERS and QUANTIZERS[quantizer].chooses
-    if alpha is None and not chooses:
-        alpha = usual_alpha(bits, block)
-    quantize = Quantize(
-        quantizer,
-        bits,
-        block,
-        form.symmetric if symmetric is None else symmetric,
-        options.get("beta"),
-        damping,
-        options.get("act_order"),
-        options.get("sweeps", 8),
-        target=options.get("target"),
-        accumulator_bits=None if sizes_blocks else options.get("accumulator_bits"),
-        accumulator_tile=None if sizes_blocks else options.get("accumulator_tile"),
-        alpha=alpha if chooses else None,
-        method_options={name: value for name in method_options() if (value := options.get(name)) is not None},
-    )
-    policy = form.bias if bias == "auto" else bias
-    tables, embedding_bits = options.get("embeddings", "none"), options.get("embedding_bits")
-    if tables == "none" and embedding_bits is not None:
-        problems.append(f"embedding_bits={embedding_bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits")
-    convs: Convolutions | None = None
-    if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:
-        problems.append(f"conv_form={options['conv_form']!r} needs conv_bits")
-    elif "conv_bits" in options or "conv_form" in options:
-        convs = convolutions(options)
-        if "conv_bits" not in options:  # whether there are any to convert is not known here
-            problems += convs.problems(None)
-        if options.get("conv_bits") is None:
-            convs = None
-    rank = options.get("low_rank", 0)
-    plan = Plan(
-        rewrites=tuple(make() for option, make in _REWRITES.items() if options.get(option)),
-        error_feedback=ErrorFeedback() if feedback else None,
-        output_hessian=OutputHessian() if named is None and effort == "best" else None,
-        magr=MagR(alpha, True, block, damping) if alpha and not chooses else None,
-        activations=_activations(form, options),
-        quantize=quantize,
-        low_rank=LowRank(rank) if rank else None,
-        bias=CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
-        emitter=form.make_emitter(options) if name in FORMATS else None,
-        convolutions=convs,
-        embeddings=Embeddings(tables, 8 if embedding_bits is None else embedding_bits) if tables != "none" else None,  # type: ignore[arg-type]
-    )
-    raise_all(OptionError, [*problems, *plan.problems()])
-    return plan
-
-
-def convolutions(options: Options) -> Convolutions:
-    """The pass that quantizes convolutions, with the other options that concern it."""
-    bits, symmetric = options.get("conv_bits"), options.get("symmetric")
-    form = FORMATS.get(options.get("format", ""))
-    return Convolutions(
-        CONV_BITS if bits is None else bits,
-        True if symmetric is None else symmetric,
-        options.get("alpha"),
-        options.get("conv_form", "fold" if form is None else form.conv_form),
-    )
-
-
-def _activations(form: Format, options: Options) -> QuantizeActivations | None:
-    """The grids of layer inputs that a format needs."""
-    if form.input_grids == "static":
-        return QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
-    return None if form.input_grids is None else QuantizeActivations("dynamic")
-
-
-def _without_accumulator(options: Options) -> Options:
-    rest: Options = {**options}
-    rest.pop("accumulator_bits", None)
-    rest.pop("accumulator_tile", None)
-    return rest
+_attributes = "".join(f"        {option.name}: {option.text}\n" for option in OPTIONS.values())
+Options.__doc__ = f"{Options.__doc__}\n\n    Attributes:\n{_attributes}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from magr_onnx.config.layer_options import LayerOptions, described
-from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import Options
 from magr_onnx.errors import OptionError, closest
 
 _HEAD = ("*lm_head*", "*output_projection*")

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from magr_onnx.config.layer_options import LayerOptions, problems_of
 from magr_onnx.config.merge import dropped, merge
-from magr_onnx.config.option_table import DATA, KEYS, OPTIONS, PANELS, RUN, Options
+from magr_onnx.config.options import DATA, KEYS, OPTIONS, PANELS, RUN, Options
 from magr_onnx.config.schema import as_list, none_to_word, unknown, word_to_none
 from magr_onnx.errors import RecipeError, raise_all
 from magr_onnx.model_io.atomic import write_text

@@ -1,6 +1,6 @@
 """Values by the name of their option: checks, words for None, lists and sizes.
 
-`magr_onnx.config.option_table` declares the options. The values come from recipes, options of layers, the command line and calls.
+`magr_onnx.config.options` declares the options. The values come from recipes, options of layers, the command line and calls.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
-from magr_onnx.config.option_table import ARGUMENTS, KEYS
+from magr_onnx.config.options import ARGUMENTS, KEYS
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.errors import OptionError, closest, raise_all
 

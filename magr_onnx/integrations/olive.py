@@ -21,8 +21,8 @@ from typing import Any, Literal, cast, get_type_hints
 
 import magr_onnx
 from magr_onnx.config.merge import merge
-from magr_onnx.config.option_table import KEYS, OPTIONS, RUN, Options
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.options import KEYS, OPTIONS, RUN, Options
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.config.presets import find_preset
 from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import unknown

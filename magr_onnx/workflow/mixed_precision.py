@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.config.option_table import Options
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.options import Options
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.core import knapsack
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice

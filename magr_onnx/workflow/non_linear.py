@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from magr_onnx.config import options
-from magr_onnx.config.option_table import Options
+from magr_onnx.config import plans
+from magr_onnx.config.options import Options
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -30,7 +30,7 @@ def complete(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
     """
     if given is None or "conv_bits" in given or not conv.find(model)[0]:
         return plan
-    return replace(plan, convolutions=options.convolutions(given))
+    return replace(plan, convolutions=plans.convolutions(given))
 
 
 def look(

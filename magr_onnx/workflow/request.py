@@ -11,8 +11,8 @@ from typing import Any
 from magr_onnx.config import layer_options, schema
 from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, in_order, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, without_defaults
-from magr_onnx.config.option_table import Options
-from magr_onnx.config.options import pipeline_of
+from magr_onnx.config.options import Options
+from magr_onnx.config.plans import plan_of
 from magr_onnx.config.presets import find_preset
 from magr_onnx.config.selection import Patterns
 from magr_onnx.errors import OptionError, RecipeError
@@ -149,7 +149,7 @@ def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
     budget = mixed_precision.goal_of(options)
     if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
         options = {**options, "effort": "fast"}
-    return pipeline_of(options, tuple(DEFAULTS)), options, budget
+    return plan_of(options, tuple(DEFAULTS)), options, budget
 
 
 def _check_data_free(plan: Plan, budget: Goal | None) -> None:

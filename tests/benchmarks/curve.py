@@ -24,8 +24,8 @@ from accuracy import Benchmark, bundled_lm, divergences, sentence_encoder
 from common import BATCH_SIZE, Cell, progress, table
 
 import magr_onnx
-from magr_onnx.config.option_table import Options
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.options import Options
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator, data_type_bits
 from magr_onnx.core.quantizers import QUANTIZERS, gptq
 from magr_onnx.core.quantizers import Options as SolverOptions

@@ -12,7 +12,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.config.layer_options import LAYER_OPTIONS, LayerOptions, problems_of
-from magr_onnx.config.option_table import OPTIONS
+from magr_onnx.config.options import OPTIONS
 from magr_onnx.errors import ModelError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.report.data import Report

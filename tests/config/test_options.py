@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import magr_onnx
 from magr_onnx.cli.app import app
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError

@@ -13,7 +13,7 @@ import pytest
 import magr_onnx
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.merge import merge
-from magr_onnx.config.option_table import KEYS, PANELS
+from magr_onnx.config.options import KEYS, PANELS
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.config.recipe import Recipe
 from magr_onnx.errors import OptionError, RecipeError

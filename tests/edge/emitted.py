@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 import magr_onnx
-from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import Options
 from magr_onnx.models import bundled
 from tests.edge.jobs import Array, Job
 from tests.graphs import Builder, correlated, proto, random

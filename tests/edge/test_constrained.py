@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import Options
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.models import bundled
 from magr_onnx.passes.integer.dot_products import find

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 
 import magr_onnx
-from magr_onnx.config.option_table import Options
+from magr_onnx.config.options import Options
 from magr_onnx.passes.emit.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random

@@ -16,7 +16,7 @@ import pytest
 
 import magr_onnx
 from magr_onnx.cli.app import commands
-from magr_onnx.config.option_table import KEYS, PANELS
+from magr_onnx.config.options import KEYS, PANELS
 from magr_onnx.passes.registry import stages
 from tests.docs_blocks import Block, blocks, run
 

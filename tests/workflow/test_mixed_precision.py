@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import magr_onnx
 from magr_onnx.cli.app import app
-from magr_onnx.config.options import build_pipeline
+from magr_onnx.config.plans import build_pipeline
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import ActivationGrid, Choice, DynamicRange, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError

@@ -13,7 +13,7 @@ from magr_onnx.cli import console
 from magr_onnx.cli.options import Json, Quiet, Verbose, with_options
 from magr_onnx.config.invocation import Invocation
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.option_table import DATA, KEYS, OPTIONS, RECIPES, RUN
+from magr_onnx.config.options import DATA, KEYS, OPTIONS, RECIPES, RUN
 from magr_onnx.config.recipe import Recipe, remarks
 from magr_onnx.errors import OptionError, OutputError, do_all, raise_all
 from magr_onnx.model_io.writing import data_files

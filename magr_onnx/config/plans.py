@@ -1,0 +1,178 @@
+"""The plan that options stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from typing import Unpack, cast, get_args
+
+from magr_onnx.config.options import BIAS, OPTIONS, Effort, Options
+from magr_onnx.core.quantizers import method_options
+from magr_onnx.core.quantizers.auto import usual_alpha
+from magr_onnx.errors import OptionError, closest, raise_all
+from magr_onnx.passes import (
+    CompensateBias,
+    Convolutions,
+    Embeddings,
+    Equalize,
+    ErrorFeedback,
+    LowRank,
+    MagR,
+    OutputHessian,
+    Plan,
+    Quantize,
+    QuantizeActivations,
+    Rewrite,
+    SplitOutliers,
+    TwinRanges,
+)
+from magr_onnx.passes.emit import FORMATS, Format
+
+CONV_BITS = 8
+
+
+_REWRITES: dict[str, Callable[[], Rewrite]] = {
+    "equalize": Equalize,
+    "split_outliers": SplitOutliers,
+    "twin_ranges": TwinRanges,
+}
+
+
+def build_pipeline(**options: Unpack[Options]) -> Plan:
+    """Make the plan that a set of options stands for: MagR, quantize, compensate the bias, emit.
+
+    Raises:
+        OptionError: Unknown options or values the target kernel rejects, all of them at once.
+    """
+    return plan_of(options)
+
+
+def plan_of(options: Options, arguments: Collection[str] = ()) -> Plan:
+    """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
+    name = options.get("format", OPTIONS["format"].default)
+    form = FORMATS.get(name, FORMATS[OPTIONS["format"].default])
+    problems = [*_unknown(options, arguments), *_for_other_formats(options, name)]
+    options, accumulator_problem = _fit_accumulator(form, options)
+    problems += [*accumulator_problem, *_conflicts(options, form)]
+    effort, named, feedback = options.get("effort") or form.effort, options.get("quantizer"), options.get("feedback")
+    quantize = _quantize(form, options, named or ("comq" if effort == "fast" else "auto"))
+    bias = options.get("bias", "auto")
+    policy = form.bias if bias == "auto" else bias
+    plan = Plan(
+        rewrites=tuple(make() for option, make in _REWRITES.items() if options.get(option)),
+        error_feedback=ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
+        output_hessian=OutputHessian() if named is None and effort == "best" else None,
+        magr=_magr(quantize, options.get("alpha")),
+        activations=_activations(form, options),
+        quantize=quantize,
+        low_rank=LowRank(rank) if (rank := options.get("low_rank", 0)) else None,
+        bias=CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
+        emitter=form.make_emitter(options) if name in FORMATS else None,
+        convolutions=None if options.get("conv_bits") is None else convolutions(options),
+        embeddings=_embeddings(options),
+    )
+    raise_all(OptionError, [*problems, *plan.problems()])
+    return plan
+
+
+def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
+    """Options, formats and bias policies that there are none of."""
+    names = [*arguments, *OPTIONS]
+    for option in sorted(options.keys() - OPTIONS.keys()):
+        yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
+    if (form := options.get("format", OPTIONS["format"].default)) not in FORMATS:
+        yield f"format {form!r} is not known; choose one of {', '.join(FORMATS)}"
+    if (bias := options.get("bias", "auto")) not in BIAS:
+        yield f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}"
+
+
+def _for_other_formats(options: Options, name: str) -> Iterator[str]:
+    """Options that another format has for itself."""
+    for form in FORMATS.values():
+        if form.name != name:
+            yield from (f"{option} is for format {form.name} only" for option in form.own_options if options.get(option))
+
+
+def _fit_accumulator(form: Format, options: Options) -> tuple[Options, list[str]]:
+    """Options whose sums fit the accumulator, for formats that size their blocks for one, and what is wrong with it."""
+    if form.fit_accumulator is None:
+        return options, []
+    if options.get("accumulator_bits") is None:
+        return options, ["accumulator_tile needs accumulator_bits"] if options.get("accumulator_tile") is not None else []
+    try:
+        return cast(Options, form.fit_accumulator(options)), []
+    except OptionError as error:
+        rest: Options = {**options}
+        rest.pop("accumulator_bits", None)
+        rest.pop("accumulator_tile", None)
+        return rest, [str(error)]
+
+
+def _conflicts(options: Options, form: Format) -> Iterator[str]:
+    """Options that do not go together."""
+    effort, named = options.get("effort") or form.effort, options.get("quantizer")
+    if effort not in get_args(Effort):
+        yield f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}"
+    if named is not None and options.get("effort") is not None:
+        yield f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them"
+    if options.get("embeddings", "none") == "none" and (bits := options.get("embedding_bits")) is not None:
+        yield f"embedding_bits={bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits"
+    if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:
+        yield f"conv_form={options['conv_form']!r} needs conv_bits"
+    elif "conv_form" in options and "conv_bits" not in options:  # whether there are any to convert is not known here
+        yield from convolutions(options).problems(None)
+
+
+def _quantize(form: Format, options: Options, quantizer: str) -> Quantize:
+    """The quantizer and its grid. Formats that size their blocks for an accumulator have no use for one in the quantizer."""
+    bits, symmetric = options.get("bits"), options.get("symmetric")
+    fits = form.fit_accumulator is not None
+    quantize = Quantize(
+        quantizer,
+        form.bits if bits is None else bits,
+        options.get("block_size", form.block_size),
+        form.symmetric if symmetric is None else symmetric,
+        options.get("beta"),
+        options.get("damping"),
+        options.get("act_order"),
+        options.get("sweeps", OPTIONS["sweeps"].default),
+        target=options.get("target"),
+        accumulator_bits=None if fits else options.get("accumulator_bits"),
+        accumulator_tile=None if fits else options.get("accumulator_tile"),
+        method_options={name: value for name in method_options() if (value := options.get(name)) is not None},
+    )
+    return replace(quantize, alpha=options.get("alpha")) if quantize.quantizer.chooses else quantize
+
+
+def _magr(quantize: Quantize, alpha: float | None) -> MagR | None:
+    """MagR, where the quantizer does not run it itself."""
+    if quantize.quantizer.chooses:
+        return None
+    alpha = usual_alpha(quantize.bits, quantize.block_size) if alpha is None else alpha
+    return MagR(alpha, True, quantize.block_size, quantize.damping) if alpha else None
+
+
+def _activations(form: Format, options: Options) -> QuantizeActivations | None:
+    """The grids of layer inputs that a format needs."""
+    if form.input_grids == "static":
+        return QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
+    return None if form.input_grids is None else QuantizeActivations("dynamic")
+
+
+def _embeddings(options: Options) -> Embeddings | None:
+    if (form := options.get("embeddings", "none")) == "none":
+        return None
+    bits = options.get("embedding_bits")
+    return Embeddings(form, 8 if bits is None else bits)  # type: ignore[arg-type]
+
+
+def convolutions(options: Options) -> Convolutions:
+    """The pass that quantizes convolutions, with the other options that concern it."""
+    bits, symmetric = options.get("conv_bits"), options.get("symmetric")
+    form = FORMATS.get(options.get("format", ""))
+    return Convolutions(
+        CONV_BITS if bits is None else bits,
+        True if symmetric is None else symmetric,
+        options.get("alpha"),
+        options.get("conv_form", "fold" if form is None else form.conv_form),
+    )
