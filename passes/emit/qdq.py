@@ -7,7 +7,9 @@
 4. In the body of an If, Loop or Scan the codes are kept in the body: onnxruntime's fusion looks for them there only, and refuses to load a
    model that has them outside [measured, 1.31]. Where layers elsewhere share them, they and the DequantizeLinear stand in the main graph,
    and the product in the body is one of floats.
-5. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
+5. An input that is dequantized itself (in a model that was quantized before) goes through a Sum of one value in front of 8-bit blocks:
+   onnxruntime would make a product of integers of the two, which knows no blocks and fails [measured, 1.31].
+6. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
 
 At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
 ``session.qdq_matmulnbits_accuracy_level=0`` asks for float.
@@ -29,6 +31,7 @@ from magr_onnx.passes.base import Emitted, Emitter
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import emitted_blocks, made_of, replace_layer
 from magr_onnx.passes.emit.matmulnbits import block_problems
+from magr_onnx.passes.graph.constants import behind
 from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
@@ -74,8 +77,14 @@ class EmitQDQ(Emitter):
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
         weight.name, weight.dtype, weight.shape = made_of(layer, codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
-        product = ir.node("MatMul", [layer.x, weight], name=f"{layer.name}_q{quantized.spec.bits}")
-        nodes = [product]
+        nodes: list[ir.Node] = []
+        x = layer.x
+        if packed.bits == 8 and packed.block_size and _is_dequantized(x):
+            nodes.append(ir.node("Sum", [x], name=f"{layer.name}_input"))
+            x = nodes[0].outputs[0]
+            x.name, x.dtype, x.shape = f"{layer.name}_input_out", layer.dtype, layer.x.shape
+        product = ir.node("MatMul", [x, weight], name=f"{layer.name}_q{quantized.spec.bits}")
+        nodes.append(product)
         if layer.nested and not inside:
             layer.names.adopt([dequantize])
             layer.root.insert_before(layer.root[0], dequantize)
@@ -88,6 +97,12 @@ class EmitQDQ(Emitter):
             nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
         replace_layer(layer, nodes, solution.factors, constants)
         return emitted_blocks(product, quantized, packed.block_size or layer.k, constants)
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    """Whether a value is made of integers, maybe through a Reshape or the like."""
+    node = behind(value).producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def opset_for(model: ir.Model, spec: WeightSpec) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
@@ -19,6 +18,7 @@ from tests import graphs
 from tests.graphs import Array, proto
 
 Feeds = Mapping[str, Array]
+FORMATS = ("matmulnbits", "qdq", "qdq-int8", "dynamic-int8")
 INT8: dict[str, Any] = {"format": "qdq-int8", "quantize_outputs": True}
 OWN = {"masked": graphs.masked, "chain": graphs.chain, "old": lambda: graphs.chain(opset=7), "gemm": graphs.gemm}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,13 +125,15 @@ def test_numbers_do_not_depend_on_names_that_are_taken(run: str, tmp_path: Path,
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
 
 
-def test_requantizing_the_own_output(tmp_path: Path) -> None:
-    model, data, _ = case("masked")
-    for first, second in (("qdq", "qdq-int8"), ("qdq", "matmulnbits"), ("qdq", "qdq"), ("qdq-int8", "dynamic-int8")):
-        paths = [tmp_path / f"{first} {second} {i}.onnx" for i in range(2)]
-        magr_onnx.optimize(model, data, output=paths[0], format=first, bits=8)
-        report = magr_onnx.optimize(paths[0], data, output=paths[1], format=second, requantize=True, bits=8).report
-        assert report.layers
-        floats = ort.InferenceSession(ir.to_proto(ir.from_proto(model)).SerializeToString()).run(None, dict(data[0]))
-        for out, exact in zip(outputs(paths[1], data[0], 2), floats, strict=True):
-            assert np.linalg.norm(out - np.asarray(exact)) <= 0.1 * np.linalg.norm(np.asarray(exact))
+@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("first", ["qdq", "qdq-int8"])
+@pytest.mark.parametrize("name", ["masked", "chain"])
+def test_requantizing_the_own_output(name: str, first: str, second: str, tmp_path: Path) -> None:
+    model, data, _ = case(name)
+    paths = [tmp_path / f"{i}.onnx" for i in range(2)]
+    magr_onnx.optimize(model, data, output=paths[0], format=first, bits=8)
+    report = magr_onnx.optimize(paths[0], data, output=paths[1], format=second, requantize=True, bits=8).report
+    assert len(report.layers) == (3 if name == "masked" else 2)
+    floats = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, dict(data[0]))
+    for out, exact in zip(outputs(paths[1], data[0], len(floats)), floats, strict=True):
+        assert np.linalg.norm(out - np.asarray(exact)) <= 0.05 * np.linalg.norm(np.asarray(exact))
