@@ -20,6 +20,7 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.linear import LinearLayer, find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.data import SkipRow, versions
@@ -73,14 +74,14 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         OptionError: A value that is none, or a pattern that matches nothing.
     """
     schema.check(include=include, exclude=exclude, requantize=requantize)
-    include, exclude = schema.as_list("include", include), schema.as_list("exclude", exclude)
+    chosen = Selection(schema.as_list("include", include), schema.as_list("exclude", exclude))
     loaded = files.load(model)
-    notes = [*loaded.notes, *open_up(loaded.model), *selection.settle(loaded.model, include, exclude, requantize)]
-    selection.check(loaded.model, include, exclude)
-    layers, skips = find(loaded.model, include, exclude)
+    notes = [*loaded.notes, *open_up(loaded.model), *selection.canonical(loaded.model, chosen, requantize)]
+    selection.check(loaded.model, chosen)
+    layers, skips = find(loaded.model, chosen)
     skips += holders(loaded.model.graph.all_nodes())
-    convolutions, unfit = conv.find(loaded.model, include, exclude)
-    _, tables = embeddings.look(loaded.model, Plan(), include, exclude)
+    convolutions, unfit = conv.find(loaded.model, chosen)
+    _, tables = embeddings.look(loaded.model, Plan(), chosen)
     found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in found:

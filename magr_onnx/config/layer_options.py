@@ -18,7 +18,7 @@ from magr_onnx.errors import OptionError, closest, raise_all
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.passes.layers.linear import known_as, matched
+from magr_onnx.passes.layers.selection import matches, names_of
 from magr_onnx.passes.layers.shared import by_weight
 
 LAYER_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.whole_run is None)
@@ -175,12 +175,12 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     Raises:
         OptionError: With every such pattern, and the names that are like it.
     """
-    names = [known_as(layer.node, layer.name, layer.weight_name) for layer in layers]
-    others = [known_as(layer.node, layer.name, layer.weight_name) for layer in convolutions]
+    names = [names_of(layer.node, layer.name, layer.weight_name) for layer in layers]
+    others = [names_of(layer.node, layer.name, layer.weight_name) for layer in convolutions]
     wrong, notes = [], []
     for table in tables:
         if table.optional:
-            if layers and not any(matched(some, table.match) for some in names):
+            if layers and not any(matches(some, table.match) for some in names):
                 last = scope_of(layers[-1].node) or layers[-1].name
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
@@ -205,7 +205,7 @@ def unmatched(pattern: str, names: Sequence[Sequence[str]], convolutions: Sequen
 
 
 def _hits(pattern: str, names: Sequence[Sequence[str]]) -> list[str]:
-    return [some[0] for some in names if matched(some, [pattern])]
+    return [some[0] for some in names if matches(some, [pattern])]
 
 
 def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
@@ -226,10 +226,10 @@ def described(options: Options) -> str:
 
 
 def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
-    names = known_as(layer.node, layer.name, layer.weight_name)
+    names = names_of(layer.node, layer.name, layer.weight_name)
     found: dict[str, Any] = {}
     for table in tables:
-        if matched(names, table.match):
+        if matches(names, table.match):
             found |= table.options
     return cast(Options, found)
 

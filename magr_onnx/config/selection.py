@@ -14,7 +14,8 @@ from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph import dead_code
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.layers import conv, embedding
-from magr_onnx.passes.layers.linear import REFUSED, LinearLayer, find, known_as, matched
+from magr_onnx.passes.layers.linear import REFUSED, LinearLayer, find
+from magr_onnx.passes.layers.selection import ALL, Selection, matches, names_of
 from magr_onnx.passes.layers.unconverted import holders
 
 Names = Sequence[tuple[str, ...]]
@@ -22,120 +23,120 @@ Names = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """What was said of layers by pattern.
+    """What a caller said of layers by pattern.
 
     Attributes:
-        include: Layers to convert; empty for all.
-        exclude: Layers to leave as they are.
+        selection: The layers to convert.
         tables: Options of single layers.
     """
 
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    selection: Selection = ALL
     tables: Sequence[LayerOptions] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class LayerNames:
     """Names that patterns may match in a model.
 
     Attributes:
         units: Of layers, convolutions and tables: all names of each.
         others: Of what can be no layer.
-        chosen: Of the linear layers to convert.
+        selected: Of the linear layers to convert.
         convolutions: Of the convolutions to convert.
     """
 
     units: Names
     others: Names
-    chosen: Names
+    selected: Names
     convolutions: Names
 
     def has(self, pattern: str) -> bool:
         """Whether there is anything of that name, to convert or not."""
-        return any(matched(some, [pattern]) for some in (*self.units, *self.others))
+        return any(matches(names, [pattern]) for names in (*self.units, *self.others))
 
 
-def known(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Known:
+def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     """The names in a model whose layers are in canonical form."""
     layers, skips = find(model)
-    convolutions, unfit = conv.find(model)
-    tables, untouched = embedding.find(model)
-    every: list[LinearLayer | conv.ConvLayer | embedding.Table] = [*layers, *convolutions, *tables]
-    units = [known_as(one.node, one.name, one.weight_name) for one in every]
-    others: list[tuple[str, ...]] = [(skip.name,) for skip in (*skips, *unfit, *untouched, *holders(model.graph.all_nodes()))]
+    convolutions, conv_skips = conv.find(model)
+    tables, table_skips = embedding.find(model)
+    units: list[LinearLayer | conv.ConvLayer | embedding.Table] = [*layers, *convolutions, *tables]
+    others: list[tuple[str, ...]] = [(skip.name,) for skip in (*skips, *conv_skips, *table_skips, *holders(model.graph.all_nodes()))]
     others += [  # what was excluded before it could be brought into a layer's form
-        known_as(node, str(node.name), found.name)
+        names_of(node, str(node.name), constant.name)
         for node in model.graph.all_nodes()
         if REFUSED in node.meta
         for value in node.inputs[:2]
-        if (found := weight(value)) is not None
+        if (constant := weight(value)) is not None
     ]
-    chosen = [known_as(one.node, one.name, one.weight_name) for one in find(model, include, exclude)[0]]
-    convs = [known_as(one.node, one.name, one.weight_name) for one in conv.find(model, include, exclude)[0]]
-    return Known(units, others, chosen, convs)
+    return LayerNames(_names(units), others, _names(find(model, selection)[0]), _names(conv.find(model, selection)[0]))
 
 
-def settle(model: ir.Model, include: Sequence[str], exclude: Sequence[str], again: bool) -> list[str]:
+def _names(units: Sequence[LinearLayer | conv.ConvLayer | embedding.Table]) -> Names:
+    return [names_of(unit.node, unit.name, unit.weight_name) for unit in units]
+
+
+def canonical(model: ir.Model, selection: Selection, requantize: bool) -> list[str]:
     """Bring a model, whose bodies and functions are open, into the form in which layers and the names of patterns are looked for.
 
-    What nobody reads is no layer, and goes first. ``again`` is `magr_onnx.optimize`'s ``requantize``. Returns sentences for the report.
+    What nobody reads is no layer, and goes first. ``requantize`` is that of `magr_onnx.optimize`. Returns sentences for the report.
     """
-    return [*dead_code.remove(model), *canonicalize(model, include, exclude, again=again)]
+    return [*dead_code.remove(model), *canonicalize(model, selection, requantized=requantize)]
 
 
-def check(model: ir.Model, include: Sequence[str], exclude: Sequence[str]) -> None:
+def check(model: ir.Model, selection: Selection) -> None:
     """Refuse patterns that nothing in the model has the name of.
 
     Raises:
         OptionError: With every such pattern, and the names that are like it.
     """
-    if include or exclude:
-        raise_all(OptionError, _nowhere([known(model)], Patterns(include, exclude)))
+    if selection:
+        raise_all(OptionError, _unmatched([layer_names(model)], selection))
 
 
-def look(model: ir.Model, said: Patterns, again: bool) -> Known:
-    """The names in a model as it was loaded, which is brought into canonical form; ``again`` as `magr_onnx.optimize` has ``requantize``."""
+def names_as_loaded(model: ir.Model, selection: Selection, requantize: bool) -> LayerNames:
+    """The names in a model as it was loaded, which is brought into canonical form."""
     open_up(model)
-    settle(model, said.include, said.exclude, again)
-    return known(model, said.include, said.exclude)
+    canonical(model, selection, requantize)
+    return layer_names(model, selection)
 
 
-def share(models: Mapping[str, Known], said: Patterns) -> dict[str, Patterns]:
+def share(models: Mapping[str, LayerNames], patterns: Patterns) -> dict[str, Patterns]:
     """What each model of a folder gets of the patterns: those that match something in it.
 
     Raises:
         OptionError: With every pattern that matches in none of the models, and every model that has no layer to include.
     """
-    every = list(models.values())
-    wrong = _nowhere(every, said)
-    names, convs = [n for one in every for n in one.chosen], [n for one in every for n in one.convolutions]
-    found = [unmatched(pattern, names, convs) for table in said.tables if not table.optional for pattern in table.match]
-    wrong += [text for text in found if text is not None]
-    left_out = [name for name, one in models.items() if said.include and not any(map(one.has, said.include))]
-    if len(left_out) < len(models):
-        wrong += [
-            f"{name} has no layer that include {', '.join(said.include)} matches; leave it out (models, --models)" for name in left_out
-        ]
-    raise_all(OptionError, wrong)
-    return {name: _of(one, said) for name, one in models.items()}
+    include = patterns.selection.include
+    problems = _unmatched(list(models.values()), patterns.selection)
+    names = [n for model in models.values() for n in model.selected]
+    convolutions = [n for model in models.values() for n in model.convolutions]
+    texts = [unmatched(pattern, names, convolutions) for table in patterns.tables if not table.optional for pattern in table.match]
+    problems += [text for text in texts if text is not None]
+    without = [name for name, model in models.items() if include and not any(map(model.has, include))]
+    if len(without) < len(models):
+        problems += [f"{name} has no layer that include {', '.join(include)} matches; leave it out (models, --models)" for name in without]
+    raise_all(OptionError, problems)
+    return {name: _matching(model, patterns) for name, model in models.items()}
 
 
-def _nowhere(models: Sequence[Known], said: Patterns) -> list[str]:
-    names = [n for one in models for n in one.units]
+def _unmatched(models: Sequence[LayerNames], selection: Selection) -> list[str]:
+    names = [n for model in models for n in model.units]
     return [
         f"{option} {pattern!r} matches no layer{near(pattern, names)}"
-        for option, patterns in (("include", said.include), ("exclude", said.exclude))
+        for option, patterns in (("include", selection.include), ("exclude", selection.exclude))
         for pattern in patterns
-        if not any(one.has(pattern) for one in models)
+        if not any(model.has(pattern) for model in models)
     ]
 
 
-def _of(model: Known, said: Patterns) -> Patterns:
+def _matching(model: LayerNames, patterns: Patterns) -> Patterns:
     """The part of patterns that matches something in one model; optional tables say themselves where they match nothing."""
-    include, exclude = ([pattern for pattern in some if model.has(pattern)] for some in (said.include, said.exclude))
+    include, exclude = (
+        [pattern for pattern in each if model.has(pattern)] for each in (patterns.selection.include, patterns.selection.exclude)
+    )
     tables = []
-    for table in said.tables:
-        hits = tuple(p for p in table.match if table.optional or any(matched(some, [p]) for some in model.chosen))
+    for table in patterns.tables:
+        hits = tuple(p for p in table.match if table.optional or any(matches(names, [p]) for names in model.selected))
         tables += [replace(table, match=hits)] if hits else []
-    return Patterns(include, exclude, tables)
+    return Patterns(Selection(include, exclude), tables)

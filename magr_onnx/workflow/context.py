@@ -18,6 +18,7 @@ from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
 from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.data import LayerRow
 from magr_onnx.workflow.checkpoint import JobDirectory
 from magr_onnx.workflow.request import OptimizeRequest
@@ -81,8 +82,7 @@ class RunContext:
 
     Attributes:
         provider: Where to run.
-        include: Patterns of the layers to convert; empty for all.
-        exclude: Patterns of those to leave as they are.
+        selection: The layers to convert.
         mask: The input that marks rows to count, if there is one.
         memory: How much memory the run may use.
         output: The file to write, if there is one.
@@ -94,8 +94,7 @@ class RunContext:
     """
 
     provider: str
-    include: Sequence[str]
-    exclude: Sequence[str]
+    selection: Selection
     mask: str | None
     memory: Memory
     output: Path | None
@@ -107,7 +106,7 @@ class RunContext:
 
     def find(self, model: ir.Model) -> tuple[list[LinearLayer], list[Skip]]:
         """The linear layers to convert, and the others with the reason."""
-        return find(model, self.include, self.exclude)
+        return find(model, self.selection)
 
     def stage(self, name: str) -> Steps:
         """Progress of one stage."""

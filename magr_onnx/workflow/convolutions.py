@@ -18,6 +18,7 @@ from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layers.conv import ConvLayer, find, split_groups
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
@@ -42,9 +43,9 @@ def computes_integers(model: ir.Model, plan: Plan) -> bool:
     return plan.input_grids == "static" or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
 
 
-def look(model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
+def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
     """Convolutions that will be converted, and all others with the reason."""
-    layers, skips = find(model, include, exclude)
+    layers, skips = find(model, selection)
     stage = stage_for(model, plan)
     reason, detail = None, ""
     if stage is None:
@@ -77,7 +78,7 @@ def convert(
     Raises:
         NonFiniteError: Activations are NaN or infinite.
     """
-    layers, skips = look(work, plan, context.include, context.exclude)
+    layers, skips = look(work, plan, context.selection)
     result = Converted(skips=skips)
     stage = stage_for(model, plan)
     if stage is None or not layers:

@@ -20,11 +20,12 @@ import onnx_ir as ir
 from magr_onnx.config import selection
 from magr_onnx.config.arguments import FOLDER_DEFAULTS, OMITTED, FolderArguments, FolderSource, explicit, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, python_call, without_defaults
-from magr_onnx.config.selection import Known, Patterns
+from magr_onnx.config.selection import LayerNames, Patterns
 from magr_onnx.core.types import Deferred
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import explained as advice
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
@@ -151,7 +152,7 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
     invocation = replace(invocation, options=plain(without_defaults(over_preset(merged)[0], FOLDER_DEFAULTS)))
     names = _names(source, values["models"])
     raise_all(OutputError, _check_output(source, out, names, values["overwrite"]))
-    patterns = Patterns(values["include"], values["exclude"], values["layers"])
+    patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
     data, held = _by_model(values["calibration"], names, "calibration"), _by_model(values["validation_data"], names, "validation")
     models = _read(source, data, held, values["batch_size"], patterns, values["requantize"])
     reports: dict[str, Report] = {}
@@ -186,8 +187,8 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
                     "output": part / model.name,
                     "validation_data": model.held,
                     "resume": None if values["resume"] is None else Path(values["resume"]) / labels[model.name],
-                    "include": model.patterns.include,
-                    "exclude": model.patterns.exclude,
+                    "include": model.patterns.selection.include,
+                    "exclude": model.patterns.selection.exclude,
                     "layers": model.patterns.tables,
                 }
                 request = resolve(arguments_of_model, invocation)
@@ -254,7 +255,7 @@ def _read(
 ) -> list[_Model]:
     """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
     found, models, sources = [], [], []
-    seen: dict[str, Known] = {}
+    seen: dict[str, LayerNames] = {}
     for name in data:
         try:
             loaded = files.load(folder / name)
@@ -265,7 +266,7 @@ def _read(
             a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
             found.append(_Model(name, loaded.external, a, b, patterns))
             if patterns != Patterns():
-                seen[name] = selection.look(loaded.model, patterns, again)
+                seen[name] = selection.names_as_loaded(loaded.model, patterns.selection, again)
         except MagrError as error:
             sources.append(f"{name}: {error}")
     raise_all(ModelError, models)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_passes.embeddings import problem_of
 from magr_onnx.passes.layers.embedding import Table, find
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.workflow.converted import Converted
 
 
-def look(model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Table], list[Skip]]:
+def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
     """Tables that will be converted, and all others with the reason."""
-    tables, skips = find(model, include, exclude)
+    tables, skips = find(model, selection)
     stage = plan.embeddings
     if stage is None:
         return [], [*skips, *map(_unasked, tables)]
@@ -25,9 +24,9 @@ def look(model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequ
     return [t for t in tables if t.name not in unfit], [*skips, *unfit.values()]
 
 
-def convert(work: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Converted:
+def convert(work: ir.Model, plan: Plan, selection: Selection = ALL) -> Converted:
     """Quantize the tables of ``work``, in place."""
-    tables, skips = look(work, plan, include, exclude)
+    tables, skips = look(work, plan, selection)
     result, stage = Converted(skips=skips), plan.embeddings
     if stage is None:
         return result

@@ -5,7 +5,6 @@ Everything here is written into one copy of the float model, which linear layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -16,6 +15,7 @@ from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import Table
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.workflow import convolutions, embeddings, mixed_precision
@@ -33,12 +33,10 @@ def complete(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
     return replace(plan, convolutions=plans.convolutions(given))
 
 
-def look(
-    model: ir.Model, plan: Plan, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[Table | ConvLayer], list[Skip]]:
+def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table | ConvLayer], list[Skip]]:
     """What will be converted, and what will not and why."""
-    tables, untouched = embeddings.look(model, plan, include, exclude)
-    layers, skips = convolutions.look(model, plan, include, exclude)
+    tables, untouched = embeddings.look(model, plan, selection)
+    layers, skips = convolutions.look(model, plan, selection)
     return [*tables, *layers], [*untouched, *skips]
 
 
@@ -55,9 +53,8 @@ def convert(
     Batches that a budget of loss will be measured on have no part in it. A large model cannot be run as a whole, so that its
     convolutions are solved without data.
     """
-    include, exclude = context.include, context.exclude
     seen = None if context.memory.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
-    tables = embeddings.convert(work, plan, include, exclude)
+    tables = embeddings.convert(work, plan, context.selection)
     if tables.rows:
         context.lap("embeddings")
     layers = convolutions.convert(model, work, plan, seen, context)

@@ -125,8 +125,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         notes += opset_check.check(prepared.reference, prepared.model, data, request.provider)
     context = RunContext(
         provider=request.provider,
-        include=request.patterns.include,
-        exclude=request.patterns.exclude,
+        selection=request.patterns.selection,
         mask=mask,
         memory=memory,
         output=request.output,
@@ -157,7 +156,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
         ModelError: No layer can be converted, or the opset cannot be raised as far as the plan needs.
         OptionError: Options are for layers that there are not, or do not go together.
     """
-    model, include, exclude = loaded.model, request.patterns.include, request.patterns.exclude
+    model, chosen = loaded.model, request.patterns.selection
     reference = model.clone() if loaded.path is None else loaded.path
     opset = model.opset_imports.get("")
     notes = [*loaded.notes, *open_up(model)]
@@ -165,11 +164,11 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     for each in (plan, *request.layer_plans):
         each.prepare(model)
     raised = model.opset_imports.get("") != opset
-    notes += selection.settle(model, include, exclude, request.requantize)
-    selection.check(model, include, exclude)
-    layers, skips = find(model, include, exclude)
+    notes += selection.canonical(model, chosen, request.requantize)
+    selection.check(model, chosen)
+    layers, skips = find(model, chosen)
     unconverted = list(holders(model.graph.all_nodes()))
-    others, other_skips = non_linear.look(model, plan, include, exclude)
+    others, other_skips = non_linear.look(model, plan, chosen)
     notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:

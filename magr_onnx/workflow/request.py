@@ -17,6 +17,7 @@ from magr_onnx.config.presets import find_preset
 from magr_onnx.config.selection import Patterns
 from magr_onnx.errors import OptionError, RecipeError
 from magr_onnx.passes import Plan
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.ort.session import provider_name
 from magr_onnx.workflow import mixed_precision
@@ -104,7 +105,7 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     plan.check(provider)
     plan = plan.suited(provider)
     provider_name(provider)
-    patterns = Patterns(values["include"], values["exclude"], values["layers"])
+    patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
     layer_plans = layer_options.pipelines(patterns.tables, made_of or {}, plan, provider)
     if values["calibration"] is None:
         _check_data_free(plan, budget)

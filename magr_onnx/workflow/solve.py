@@ -178,8 +178,7 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
         prepared.model,
         prepared.plan,
         calibration_of(prepared.data, context),
-        include=context.include,
-        exclude=context.exclude,
+        selection=context.selection,
         gram_budget=context.memory.gram_budget,
     )
     context.spill(prepared.model)

@@ -8,13 +8,14 @@ through and which go with the weight when a layer is converted. What is not conv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
 from magr_onnx.passes.canonical.rewriter import Canvas, Edit, Form, Refusal, weight
-from magr_onnx.passes.layers.linear import REFUSED, left_out
+from magr_onnx.passes.layers.linear import REFUSED
+from magr_onnx.passes.layers.selection import ALL, Selection
 
 FORMS: tuple[Form, ...] = (
     fused.FORM,
@@ -28,26 +29,25 @@ FORMS: tuple[Form, ...] = (
 )
 
 
-def canonicalize(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = (), *, again: bool = False) -> list[str]:
+def canonicalize(model: ir.Model, selection: Selection = ALL, *, requantized: bool = False) -> list[str]:
     """Bring the layers of the main graph and of the bodies in it into the form they are found in; sentences for the report on what changed.
 
     Args:
         model: Changed in place.
-        include: Shell patterns on node or weight names; others are left as they are.
-        exclude: Patterns of nodes to leave as they are.
-        again: Take weights that are quantized already for the floats they stand for.
+        selection: The layers to convert; others are left as they are.
+        requantized: Take weights that are quantized already for the floats they stand for.
     """
     canvas, notes = Canvas(model), []
-    names = [pattern.partition("[")[0] for pattern in include]  # a part of a stack, by the name it will have
-    for form in (requantize.FORM, *FORMS) if again else FORMS:
+    stacks = replace(selection, include=[pattern.partition("[")[0] for pattern in selection.include])  # a part, by the name it will have
+    for form in (requantize.FORM, *FORMS) if requantized else FORMS:
         done = []
         for node in list(model.graph.all_nodes()):
             if f"{node.domain}.{node.op_type}".removeprefix(".") not in form.operators:
                 continue
             edit = Edit(canvas, node)
             constant = next((found.name for v in node.inputs[:2] if (found := weight(v)) is not None), "")
-            why, other = (left_out(node, edit.name, constant, patterns, exclude) for patterns in (include, names))
-            if why is not None and other is not None:
+            why = selection.leaves_out(node, edit.name, constant)
+            if why is not None and stacks.leaves_out(node, edit.name, constant) is not None:
                 if constant:
                     node.meta[REFUSED] = Refusal(why)
                 continue

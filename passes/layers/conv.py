@@ -23,6 +23,7 @@ from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
 from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as
 from magr_onnx.passes.layers.linear import FLOATS, find_views, in_functions, layer_name
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -199,13 +200,12 @@ def view(node: ir.Node, place: Place) -> ConvLayer | Skip:
     return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, place)
 
 
-def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[ConvLayer], list[Skip]]:
+def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
     """Every convolution of the main graph and of the bodies in it with a constant weight, in graph order, and the others with the reason.
 
     Args:
         model: The model; nothing in it is changed.
-        include: Shell patterns on the node's or the weight's name; empty for all.
-        exclude: Patterns of those to leave as they are; wins over ``include``.
+        selection: Those to convert; others are left as they are.
     """
-    layers, skips = find_views(model, OPS, view, include, exclude)
+    layers, skips = find_views(model, OPS, view, selection)
     return layers, skips + in_functions(model, OPS)

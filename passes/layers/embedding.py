@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from magr_onnx.passes.graph.constants import CASTS, Held, held
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of
 from magr_onnx.passes.layers.linear import FLOATS, find_views, layer_name
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.report.reasons import Reason, Skip, TableReason
 
@@ -98,15 +99,14 @@ class Table:
         """Tables have none."""
 
 
-def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Table], list[Skip]]:
+def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
     """Every Gather of rows of a constant float matrix of at least `LEAST` values, in graph order, and those that are not such.
 
     Args:
         model: The model; nothing in it is changed.
-        include: Shell patterns on the node's or the table's name; empty for all.
-        exclude: Patterns of those to leave as they are; wins over ``include``.
+        selection: Those to convert; others are left as they are.
     """
-    return find_views(model, ("Gather",), _view, include, exclude)
+    return find_views(model, ("Gather",), _view, selection)
 
 
 def _view(node: ir.Node, place: Place) -> Table | Skip | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -23,8 +22,8 @@ from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import let_go
 from magr_onnx.passes.graph.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.subgraphs import NAMES, Place, opaque, root_of, seen_as, walk
-from magr_onnx.passes.graph.torch_names import modules_of, owner_of
+from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
@@ -299,15 +298,14 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
     return add, tensor
 
 
-def find(model: ir.Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[LinearLayer], list[Skip]]:
+def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[LinearLayer], list[Skip]]:
     """Every linear layer of the main graph and of the bodies in it, in graph order, and every MatMul or Gemm that is not one.
 
     Args:
         model: The model; nothing in it is changed.
-        include: Shell patterns on the layer's name, its weight's or its torch module's, those before a rewrite included; empty for all.
-        exclude: Patterns of layers to leave as they are; wins over ``include``.
+        selection: The layers to convert; others are left as they are.
     """
-    layers, skips = find_views(model, OPERATORS, _placed, include, exclude)
+    layers, skips = find_views(model, OPERATORS, _placed, selection)
     return layers, skips + in_functions(model, OPERATORS)
 
 
@@ -342,8 +340,7 @@ def find_views(
     model: ir.Model,
     operators: Collection[str],
     view: Callable[[ir.Node, Place], V | Skip | None],
-    include: Sequence[str],
-    exclude: Sequence[str],
+    selection: Selection,
 ) -> tuple[list[V], list[Skip]]:
     """Every view of nodes of ONNX's ``operators`` in the main graph and the bodies in it, under unique names, and what is skipped.
 
@@ -351,8 +348,7 @@ def find_views(
         model: The model; nothing in it is changed.
         operators: Types of the nodes to look at.
         view: Makes the view of a node at a place, or says why there is none; None for nodes of no interest.
-        include: Shell patterns on names; empty for all.
-        exclude: Patterns of what to skip; wins over ``include``.
+        selection: The layers to view; others are skipped.
     """
     views: dict[str, V] = {}
     skips: list[Skip] = []
@@ -362,7 +358,7 @@ def find_views(
         found = view(node, place)
         if found is None or isinstance(found, Skip):
             skips += [] if found is None else [found]
-        elif (why := left_out(node, found.name, found.weight_name, include, exclude)) is not None:
+        elif (why := selection.leaves_out(node, found.name, found.weight_name)) is not None:
             skips.append(Skip(found.name, found.op, why))
         else:
             while found.name in views:  # ONNX asks for unique value names only
@@ -376,23 +372,3 @@ def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
     nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
     nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
     return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
-
-
-def left_out(node: ir.Node, name: str, weight: str, include: Sequence[str], exclude: Sequence[str]) -> Reason | None:
-    """Why patterns do not choose the layer of a node, by any of the names it is `known_as`; None where they do."""
-    names = known_as(node, name, weight)
-    if matched(names, exclude):
-        return Reason.EXCLUDED
-    return None if not include or matched(names, include) else Reason.NOT_INCLUDED
-
-
-def known_as(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, that of the module which has the
-    weight, and those before a rewrite."""
-    found = (*reversed(modules_of(node)), name, weight, owner_of(weight), *node.metadata_props.get(NAMES, "").splitlines())
-    return tuple(dict.fromkeys(filter(None, found)))
-
-
-def matched(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether one of the shell patterns fits one of the names."""
-    return any(name == p or fnmatchcase(name, p) for p in patterns for name in names)

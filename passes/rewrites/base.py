@@ -21,6 +21,7 @@ from magr_onnx.passes.graph import subgraphs
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import forget, known_stats
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.shared import sharing
 
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
@@ -39,8 +40,7 @@ class Context:
         spec: The grid weights will be put on.
         bias: Policy of the bias compensation that will follow.
         activations: Whether layer inputs will be rounded to 8 bits, one grid a tensor.
-        include: Patterns of the layers that will be converted; empty for all.
-        exclude: Patterns of those that will not.
+        selection: The layers that will be converted.
         statistics: Groups of layers, each with the statistics of what its layers read, by value name (none without data). Gathered only
             when asked for: a pass over the calibration data a group.
     """
@@ -48,15 +48,14 @@ class Context:
     spec: WeightSpec = field(default_factory=WeightSpec)
     bias: BiasPolicy | None = None
     activations: bool = False
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    selection: Selection = ALL
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
         """The layers of ``model`` that will be converted, but for those in bodies (a rewrite would change what is captured elsewhere) and
         those that share their weight (it would be stored once for each).
         """
-        layers, _ = find(model, self.include, self.exclude)
+        layers, _ = find(model, self.selection)
         shared = sharing(layers)
         return [layer for layer in layers if not layer.nested and layer.name not in shared]
 

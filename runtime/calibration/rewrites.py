@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.runtime.calibration import moments
@@ -18,8 +19,7 @@ def rewrite(
     plan: Plan,
     calibration: CalibrationContext | None,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    selection: Selection = ALL,
     gram_budget: int = moments.DEFAULT_BUDGET,
 ) -> list[str]:
     """Run the rewrites of a plan on ``model``, in place; what each did, or that it did nothing, for the report.
@@ -28,8 +28,7 @@ def rewrite(
         model: The float model.
         plan: The whole plan: rewrites are made for its grid and its bias compensation.
         calibration: Data that fits the model, and how to read it; None for none.
-        include: Patterns of the layers that will be converted.
-        exclude: Patterns of those that will not.
+        selection: The layers that will be converted.
         gram_budget: Bytes of Gram matrices held at a time.
 
     Raises:
@@ -41,7 +40,7 @@ def rewrite(
         for group in moments.grouped(layers, gram_budget):
             yield group, {} if calibration is None else moments.collect(current, group, calibration).stats
 
-    context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, include, exclude, statistics)
+    context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, selection, statistics)
     notes: list[str] = []
     for p in plan.rewrites:
         notes += p.rewrite(model, context) or [f"{p.name} changed nothing: no layer meets its conditions and gains by it"]

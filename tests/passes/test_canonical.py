@@ -21,6 +21,7 @@ from magr_onnx.models.zoo.trap import CONVERTED, Tensor, constant, model
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.einsum import parse
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import holders
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.pairwise import each_value
@@ -49,7 +50,7 @@ def fates(proto: onnx.ModelProto, **options: Any) -> dict[str, tuple[str, str]]:
 def test_the_canonical_model_computes_the_same_and_stays_as_it_is(trap: Trap) -> None:
     proto, feeds = trap.build(), trap.feeds(np.random.default_rng(5))
     work = ir.from_proto(proto)
-    canonicalize(work, again=True)
+    canonicalize(work, requantized=True)
     onnx.checker.check_model(ir.to_proto(work), full_check=True)
     for value, before in zip(work.graph.outputs, proto.graph.output, strict=True):
         assert value.name == before.name
@@ -57,7 +58,7 @@ def test_the_canonical_model_computes_the_same_and_stays_as_it_is(trap: Trap) ->
     for got, wanted in zip(run(work, feeds), run(proto, feeds), strict=True):
         fine = 2e-2 if wanted.dtype == np.float16 else 1e-5
         np.testing.assert_allclose(got, wanted, rtol=fine, atol=fine)
-    assert canonicalize(work, again=True) == []
+    assert canonicalize(work, requantized=True) == []
 
 
 @pytest.mark.parametrize(("trap", "form"), each_value(TRAPS, list(FORMATS)))
@@ -323,7 +324,7 @@ def test_patterns_know_layers_by_the_names_of_their_nodes(patterns: dict[str, li
 def test_excluded_nodes_are_not_touched() -> None:
     work = ir.from_proto(stack_of_experts())
     before = str(ir.to_proto(work))
-    assert canonicalize(work, exclude=["moe"]) == []
+    assert canonicalize(work, Selection(exclude=["moe"])) == []
     assert str(ir.to_proto(work)) == before
 
 

@@ -16,6 +16,7 @@ from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Equalize, Plan, Quantize, attach, find
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.equalize import candidates, search
 from magr_onnx.runtime.calibration import moments
@@ -144,8 +145,8 @@ def test_a_value_with_any_other_reader_is_left_alone() -> None:
     assert untouched(lambda b, v: b.node("MatMul", [b.constant("left", random(4, 3)), v], "mixed"))  # not a layer
     second = lambda b, v: b.node("Tanh", [b.node("MatMul", [v, b.constant("w2", random(K, 8))], "two")], "tail")  # noqa: E731
     assert not untouched(second)
-    assert untouched(second, exclude=["two"])
-    assert untouched(second, include=["w1"])
+    assert untouched(second, selection=Selection(exclude=["two"]))
+    assert untouched(second, selection=Selection(["w1"]))
     assert untouched(lambda b, v: b.node("MatMul", [v, b.constant("w2", random(K, 8))], "head"))  # its result is an output
 
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from magr_onnx.passes import LinearLayer, Reason, find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import FORMS, Builder, K, N, feeds, random
@@ -156,11 +157,11 @@ def test_layers_in_bodies_are_found() -> None:
 def test_include_and_exclude_match_node_and_weight_names() -> None:
     model = graphs.chain()
     assert [layer.name for layer in find(model)[0]] == ["up", "down"]
-    layers, skips = find(model, include=["w1"])
+    layers, skips = find(model, Selection(["w1"]))
     assert [layer.name for layer in layers] == ["up"]
     assert {s.name: s.reason for s in skips} == {"down": Reason.NOT_INCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
-    assert [layer.name for layer in find(model, exclude=["d*"])[0]] == ["up"]
-    layers, skips = find(model, include=["up", "w*"], exclude=["w2"])  # both name "down": it stays
+    assert [layer.name for layer in find(model, Selection(exclude=["d*"]))[0]] == ["up"]
+    layers, skips = find(model, Selection(["up", "w*"], ["w2"]))  # both name "down": it stays
     assert [layer.name for layer in layers] == ["up"]
     assert {s.name: s.reason for s in skips} == {"down": Reason.EXCLUDED, "scores": Reason.DYNAMIC_WEIGHT}
 
@@ -199,8 +200,8 @@ def test_patterns_find_a_layer_by_the_module_of_its_weight() -> None:
     x = b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("block.0.up.weight", graphs.random(24, 24))], "node_1")
     model = b.model(b.node("MatMul", [x, b.constant("w", graphs.random(24, 8))], "node_2"), ["batch", 8])
     for pattern, found in (("block.0.up", ["node_1"]), ("*.up", ["node_1"]), ("block.0", []), ("", [])):
-        assert [layer.name for layer in find(model, [pattern])[0]] == found
-    assert [layer.name for layer in find(model, exclude=["block.0.up"])[0]] == ["node_2"]
+        assert [layer.name for layer in find(model, Selection([pattern]))[0]] == found
+    assert [layer.name for layer in find(model, Selection(exclude=["block.0.up"]))[0]] == ["node_2"]
 
 
 def test_tied_weight_keeps_its_other_reader() -> None:

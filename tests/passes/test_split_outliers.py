@@ -14,6 +14,7 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Plan, SplitOutliers, find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.split_outliers import gain, split, thresholds
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -88,8 +89,8 @@ def test_float_outputs_stay_the_same(form: str) -> None:
     assert [layer.name for layer in find(model)[0]] == [name, f"{name}_coarse"]
     assert relative(outputs(model), before) < 1e-6
     for pattern in (weight, name):  # the patterns a user knows find both parts
-        assert len(find(model, [pattern])[0]) == 2
-        assert find(model, (), [pattern])[0] == []
+        assert len(find(model, Selection([pattern]))[0]) == 2
+        assert find(model, Selection(exclude=[pattern]))[0] == []
 
 
 @pytest.mark.parametrize("form", FORMS)

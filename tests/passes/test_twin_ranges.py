@@ -13,6 +13,7 @@ import pytest
 import magr_onnx
 from magr_onnx.models import bundled
 from magr_onnx.passes import Plan, TwinRanges, find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.twin_ranges import threshold
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -116,13 +117,13 @@ def test_float_outputs_stay_the_same(source: str) -> None:
     proto(model)
     assert relative(outputs(model), before) < 1e-6
     assert [layer.name for layer in find(model)[0]] == ["layer", "layer_large"]
-    assert len(find(model, ["w"])[0]) == 2
+    assert len(find(model, Selection(["w"]))[0]) == 2
 
 
 @pytest.mark.parametrize("source", [swiglu, sigmoid_gate, relu, square])
 def test_other_values_keep_one_range(source: Callable[[Builder, ir.Value], ir.Value]) -> None:
     model = model_of(source)
-    assert TwinRanges().rewrite(model, Context(include=["layer"])) == []
+    assert TwinRanges().rewrite(model, Context(selection=Selection(["layer"]))) == []
 
 
 @pytest.mark.parametrize("source", ["gelu", "softmax"])

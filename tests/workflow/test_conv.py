@@ -27,6 +27,7 @@ from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.graph.constants import Held
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, split_groups, to_matrices
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.data import Report
 from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
@@ -423,8 +424,8 @@ def test_convolutions_that_cannot_be_viewed_say_why() -> None:
         "brain": "weight type is not float32 or float16",
         "odd": "weight is a graph output",
     }
-    assert find(ir.from_proto(net()), include=["point", "w1"])[0][0].name == "stem"
-    assert [s.name for s in find(ir.from_proto(net()), exclude=["p*"])[1]] == ["point"]
+    assert find(ir.from_proto(net()), Selection(["point", "w1"]))[0][0].name == "stem"
+    assert [s.name for s in find(ir.from_proto(net()), Selection(exclude=["p*"]))[1]] == ["point"]
 
 
 def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:

@@ -18,6 +18,7 @@ from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.layer_passes.embeddings import quantize
 from magr_onnx.passes.layers.embedding import find
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import verify_output
@@ -143,8 +144,8 @@ def test_tables_that_cannot_be_converted_say_why() -> None:
         "columns": "rows are not gathered along axis 0",
     }
     found = ir.from_proto(looked_up(constant("table", 1024, 64)))
-    assert find(found, exclude=["tab*"])[1][0].reason == "excluded by name"
-    assert [t.name for t in find(found, include=["emb"])[0]] == ["emb"]
+    assert find(found, Selection(exclude=["tab*"]))[1][0].reason == "excluded by name"
+    assert [t.name for t in find(found, Selection(["emb"]))[0]] == ["emb"]
 
 
 def test_options_that_cannot_be() -> None:
