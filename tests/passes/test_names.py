@@ -35,6 +35,24 @@ def test_new_names_are_the_first_free_ones(values: list[str], nodes: list[str], 
         taken[is_node].append(name)
 
 
+@EXAMPLES
+@given(st.lists(st.tuples(SHORT, SHORT, st.integers(0, 5)), max_size=12))
+def test_names_of_a_graph_stay_unique_while_nodes_are_added_and_replaced(steps: list[tuple[str, str, int]]) -> None:
+    x = ir.val("x", ir.DataType.FLOAT, [1])
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 20}, name="main")
+    for name, output, index in steps:
+        node = ir.node("Identity", [x], name=name)
+        node.outputs[0].name = output
+        old = list(graph)[index : index + 1]
+        Names.of(graph).adopt([node], old)
+        others = [n for n in graph if n not in old]
+        assert (node.name == name) == (name not in {n.name for n in others})
+        assert (node.outputs[0].name == output) == (output not in {n.outputs[0].name for n in others})
+        graph.remove(old, safe=True)
+        graph.append(node)
+        assert len({n.name for n in graph}) == len({n.outputs[0].name for n in graph}) == len(graph)
+
+
 def nested() -> ir.Model:
     """An If whose branch has a value, an initializer and a node of its own."""
     x, c = ir.val("x", ir.DataType.FLOAT, ["n", K]), ir.val("c", ir.DataType.BOOL, [])
