@@ -58,13 +58,11 @@ def attach(layer: LinearLayer, stats: LayerStats | None) -> None:
 
 def states(model: ir.Model) -> list[LayerState]:
     """Every linear layer of a model in graph order, with its problem and solution; layers without statistics are data-free."""
-    found = []
-    for layer in find(model)[0]:
+    layers = find(model)[0]
+    for layer in layers:
         if META not in layer.node.meta:
             attach(layer, None)
-        problem, solution = layer.node.meta[META]
-        found.append(LayerState(layer, problem, solution))
-    return found
+    return [LayerState(layer, *layer.node.meta[META]) for layer in layers]
 
 
 def known_stats(model: ir.Model) -> dict[str, LayerStats]:

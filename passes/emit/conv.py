@@ -66,14 +66,14 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
         if old is not None:
             drop_if_unused(old)
         if solution.bias is not None:
-            held, known = operand(node, 2), layer.read_bias()
-            bias = solution.bias if known is None else known + solution.bias
-            base = layer.weight_name if held is None else str(held.name)
+            old_bias, floats = operand(node, 2), layer.read_bias()
+            bias = solution.bias if floats is None else floats + solution.bias
+            base = layer.weight_name if old_bias is None else str(old_bias.name)
             value = add_initializer(root, f"{base}_bias", bias.astype(FLOATS[layer.dtype]))
             node.resize_inputs(3)
             node.replace_input_with(2, value)
-            if held is not None:
-                drop_if_unused(held)
+            if old_bias is not None:
+                drop_if_unused(old_bias)
         node.name = Names.of(root).node(f"{layer.name}_q{bits}")
         emitted.append(Emitted(node.name, container_bits(bits), size))
     return emitted
@@ -90,19 +90,19 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
     group, k, n = matrices.shape
     turned = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
-    codes = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
+    array = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
     base, constant_of = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
     float_kind = FLOATS[layer.dtype]
-    held = constant_of(base, codes.astype(kind))
-    name = str(held.name)
+    codes = constant_of(base, array.astype(kind))
+    name = str(codes.name)
     if form == "dequantize":
-        inputs = [held, constant_of(f"{base}_scales", scales.astype(float_kind))]
+        inputs = [codes, constant_of(f"{base}_scales", scales.astype(float_kind))]
         if zeros is not None:
             inputs.append(constant_of(f"{base}_zero_points", zeros.astype(kind)))
         nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     else:
-        spread = (-1, *[1] * (codes.ndim - 1 - axis))
-        nodes = [ir.node("Cast", [held], {"to": layer.dtype}, name=f"{name}_float")]
+        spread = (-1, *[1] * (array.ndim - 1 - axis))
+        nodes = [ir.node("Cast", [codes], {"to": layer.dtype}, name=f"{name}_float")]
         if zeros is not None:
             levels = constant_of(f"{base}_zero_points", zeros.astype(float_kind).reshape(spread))
             nodes.append(ir.node("Sub", [nodes[-1].outputs[0], levels], name=f"{name}_centre"))
@@ -139,11 +139,11 @@ def _computed(value: ir.Value | None) -> Array | None:
     """What the nodes of `emit` compute, in float32; None for any others."""
     node = None if value is None else value.producer()
     if node is None:
-        held = None if value is None or value.is_graph_input() else constant(value)
-        return None if held is None else held.numpy().astype(np.float32)
+        tensor = None if value is None or value.is_graph_input() else constant(value)
+        return None if tensor is None else tensor.numpy().astype(np.float32)
     if node.op_type == "Constant":
-        held = constant(value)
-        return None if held is None else held.numpy().astype(np.float32)
+        tensor = constant(value)
+        return None if tensor is None else tensor.numpy().astype(np.float32)
     parts = [_computed(v) for v in node.inputs]
     if not parts or any(p is None for p in parts):
         return None

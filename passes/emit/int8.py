@@ -181,9 +181,9 @@ def _grid_constants(layer: LinearLayer, name: str, grid: ActivationGrid) -> list
 
 
 def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
-    found = n.shared()
-    if found is not None:
-        return found[0]
+    shared = n.shared()
+    if shared is not None:
+        return shared[0]
     name = n.x_name
     constants = _grid_constants(n.layer, name, grid)
     real = n.real()
@@ -265,8 +265,8 @@ class EmitDynamicInt8(Emitter):
 
 
 def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, ir.Value, ir.Value]:
-    found = n.shared()
-    if found is None:
+    values = n.shared()
+    if values is None:
         name = n.x_name
         real = n.real()
         if isinstance(activation, DynamicRange) and activation.clips:
@@ -280,8 +280,9 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
             output.name, output.dtype = f"{name}_{part}", kind
             output.shape = n.layer.x.shape if part == "codes" else ir.Shape([])
         n.nodes.append(node)
-        found = n.share(list(node.outputs))
-    return found[0], found[1], found[2]
+        values = n.share(list(node.outputs))
+    codes, scale, zero_point = values
+    return codes, scale, zero_point
 
 
 def _read_product(node: ir.Node) -> Array | None:

@@ -68,14 +68,14 @@ class EmitMatMulNBits(Emitter):
     largest_block: int = 256
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = block_problems(self.name, spec)
+        problems = block_problems(self.name, spec)
         if self.accuracy_level not in ACCURACY_LEVELS:
-            found.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
+            problems.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
         if self.largest_block not in MATMULNBITS_BLOCKS:
-            found.append(f"largest_block={self.largest_block} is no block; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
-        if self.accumulator_bits is not None and not found:
-            found += self._accumulator_problems(spec)
-        return found
+            problems.append(f"largest_block={self.largest_block} is no block; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
+        if self.accumulator_bits is not None and not problems:
+            problems += self._accumulator_problems(spec)
+        return problems
 
     def _accumulator_problems(self, spec: WeightSpec | None) -> list[str]:
         if self.accuracy_level != INT8_LEVEL:

@@ -46,10 +46,10 @@ class EmitQDQ(Emitter):
     summary: ClassVar[str] = "write quantized layers as weight-only DequantizeLinear + MatMul"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = block_problems(self.name, spec)
+        problems = block_problems(self.name, spec)
         if spec is not None and spec.bits == 2:
-            found.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
-        return found
+            problems.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
+        return problems
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         return spec is not None and raise_opset(model, opset_for(model, spec), "DequantizeLinear of this grid")

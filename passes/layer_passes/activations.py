@@ -37,12 +37,12 @@ class QuantizeActivations(LayerStage):
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         del spec
-        found = []
+        problems = []
         if self.type not in ("uint8", "int8", "dynamic"):
-            found.append(f"activation type {self.type!r} is not known; choose one of uint8, int8, dynamic")
+            problems.append(f"activation type {self.type!r} is not known; choose one of uint8, int8, dynamic")
         if self.ranges not in METHODS:
-            found.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
-        return found
+            problems.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
+        return problems
 
     @property
     def grids(self) -> InputGrids:

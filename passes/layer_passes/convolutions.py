@@ -46,15 +46,15 @@ class Convolutions(ModelPass):
     form: Form = "fold"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = []
+        problems = []
         if self.bits not in BITS:
             known = ", ".join(map(str, BITS))
-            found.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
+            problems.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
         if self.form not in FORMS:
-            found.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
+            problems.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            found.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
-        return found
+            problems.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
+        return problems
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""

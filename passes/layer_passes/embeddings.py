@@ -44,14 +44,14 @@ class Embeddings(ModelPass):
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         del spec
-        found = []
+        problems = []
         if self.form not in FORMS:
-            found.append(f"embeddings={self.form!r} is not known; choose one of {', '.join(FORMS)}, or none")
+            problems.append(f"embeddings={self.form!r} is not known; choose one of {', '.join(FORMS)}, or none")
         if self.bits not in BITS:
-            found.append(f"embeddings: bits={self.bits} is not supported; choose 4 or 8")
+            problems.append(f"embeddings: bits={self.bits} is not supported; choose 4 or 8")
         elif self.form == "dequantize" and self.bits != 8:
-            found.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
-        return found
+            problems.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
+        return problems
 
     def spec(self, scale_type: ScaleType) -> WeightSpec:
         """The grid of a table with scales of a type; a row of it is a column to the solvers."""

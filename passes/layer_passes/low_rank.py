@@ -35,14 +35,14 @@ class LowRank(LayerPass):
     bias: BiasPolicy | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = []
+        problems = []
         if self.rank < 1:
-            found.append(f"{self.name}: rank={self.rank} must be at least 1; leave the pass out for none")
+            problems.append(f"{self.name}: rank={self.rank} must be at least 1; leave the pass out for none")
         if self.kind not in ("exact", "diagonal"):
-            found.append(f"{self.name}: kind={self.kind!r} is not known; choose one of exact, diagonal")
+            problems.append(f"{self.name}: kind={self.kind!r} is not known; choose one of exact, diagonal")
         if spec is None:
-            found.append(f"{self.name} needs a quantize pass before it: there is no error to give back")
-        return found
+            problems.append(f"{self.name} needs a quantize pass before it: there is no error to give back")
+        return problems
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if solution.quantized is None:

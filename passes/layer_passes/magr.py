@@ -45,16 +45,16 @@ class MagR(LayerPass):
     bias: BiasPolicy | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = []
+        problems = []
         if not 0 <= self.alpha < math.inf:
-            found.append(f"magr: alpha={self.alpha} must be 0 or more, and finite")
+            problems.append(f"magr: alpha={self.alpha} must be 0 or more, and finite")
         if self.damping is not None and not 0 <= self.damping < math.inf:
-            found.append(f"magr: damping={self.damping} must be 0 or more, and finite")
+            problems.append(f"magr: damping={self.damping} must be 0 or more, and finite")
         if self.block_size is not None and self.block_size < 1:
-            found.append(f"magr: block_size={self.block_size} must be at least 1, or none")
+            problems.append(f"magr: block_size={self.block_size} must be at least 1, or none")
         if spec is not None:
-            found.append("magr must come before quantize")
-        return found
+            problems.append("magr must come before quantize")
+        return problems
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if self.alpha == 0:

@@ -98,27 +98,27 @@ class Quantize(LayerPass):
         return self if method == self.method else replace(self, method=method, method_options={})
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        found = []
+        problems = []
         if spec is not None:
-            found.append("quantize appears twice")
+            problems.append("quantize appears twice")
         if self.method not in QUANTIZERS:
-            found.append(f"quantizer {self.method!r} is not known; choose one of {', '.join(QUANTIZERS)}")
+            problems.append(f"quantizer {self.method!r} is not known; choose one of {', '.join(QUANTIZERS)}")
         if self.bits not in BITS:
-            found.append(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
+            problems.append(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
         if self.block_size is not None and self.block_size < 1:
-            found.append(f"block size {self.block_size} must be at least 1, or 'channel'")
+            problems.append(f"block size {self.block_size} must be at least 1, or 'channel'")
         if self.beta is not None and not 0 < self.beta <= 1:
-            found.append(f"beta={self.beta} must be above 0 and at most 1")
+            problems.append(f"beta={self.beta} must be above 0 and at most 1")
         if self.damping is not None and not 0 <= self.damping < math.inf:
-            found.append(f"damping={self.damping} must be 0 or more, and finite")
+            problems.append(f"damping={self.damping} must be 0 or more, and finite")
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            found.append(f"quantize: alpha={self.alpha} must be 0 or more, and finite")
+            problems.append(f"quantize: alpha={self.alpha} must be 0 or more, and finite")
         if self.alpha is not None and self.method in QUANTIZERS and not self.quantizer.chooses:
             choosing = " or ".join(quantizer.name for quantizer in QUANTIZERS.values() if quantizer.chooses)
-            found.append(f"quantize: alpha is for method {choosing}; put a magr pass before method {self.method}")
+            problems.append(f"quantize: alpha is for method {choosing}; put a magr pass before method {self.method}")
         if self.sweeps < 0:
-            found.append(f"sweeps={self.sweeps} must be 0 or more")
-        return found + self._method_problems() + self._accumulator_problems()
+            problems.append(f"sweeps={self.sweeps} must be 0 or more")
+        return problems + self._method_problems() + self._accumulator_problems()
 
     def _method_problems(self) -> list[str]:
         """Everything wrong with the options that methods declare themselves."""
@@ -133,35 +133,34 @@ class Quantize(LayerPass):
         return [problem for problem in problems if problem is not None]
 
     def _accumulator_problems(self) -> list[str]:
-        asked = self.target is not None or self.accumulator_bits is not None
-        if not asked:
+        if self.target is None and self.accumulator_bits is None:
             if self.accumulator_tile is not None:
                 return ["accumulator_tile needs accumulator_bits"]
             wants = self.quantizer.accumulators == "only"
             return [f"quantizer {self.method} is for accumulators only; give a target or accumulator_bits"] if wants else []
-        found = []
+        problems = []
         if self.activation is None and self.quantizer.accumulators == "only":
-            found.append(f"quantizer {self.method} needs 8-bit activations; put a quantize-activations pass before it")
+            problems.append(f"quantizer {self.method} needs 8-bit activations; put a quantize-activations pass before it")
         if self.activation is not None and self.block_size is not None:
-            found.append(f"block size {self.block_size} under an accumulator: its sums need one scale a column; use 'channel'")
+            problems.append(f"block size {self.block_size} under an accumulator: its sums need one scale a column; use 'channel'")
         if self.target is not None and self.accumulator_bits is not None:
-            found.append("give a target or accumulator_bits, not both")
+            problems.append("give a target or accumulator_bits, not both")
         if self.target is not None and self.accumulator_tile is not None:
-            found.append("a target has a tile of its own; leave accumulator_tile out, or give accumulator_bits instead of the target")
+            problems.append("a target has a tile of its own; leave accumulator_tile out, or give accumulator_bits instead of the target")
         if self.method in QUANTIZERS and self.quantizer.accumulators == "none":
             names = ", ".join(quantizer.name for quantizer in QUANTIZERS.values() if quantizer.accumulators != "none")
-            found.append(f"quantizer {self.method} knows no accumulators; choose one of {names}")
+            problems.append(f"quantizer {self.method} knows no accumulators; choose one of {names}")
         try:
             budget = self.budget()
         except OptionError as error:
-            return [*found, str(error)]
+            return [*problems, str(error)]
         if budget is not None and budget.largest_code < 1 and self.activation is not None:
             least = smallest_feasible(budget)
-            found.append(
+            problems.append(
                 f"accumulator_bits={self.accumulator_bits}: with {self.activation} activations only zero weights cannot overflow; "
                 f"the smallest that works is {least}"
             )
-        return found
+        return problems
 
     @property
     def holds_out(self) -> bool:
