@@ -21,7 +21,7 @@ from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, told_apart
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.sensitivity import Conditions, Inputs
+from magr_onnx.runtime.measure.sensitivity import Conditions
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
@@ -226,8 +226,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         plans,
         grids,
     )
-    inputs = None if grids is None else Inputs(grids.inputs, grids.bounds, grids.products)
-    conditions = Conditions(context.mask, context.provider, request.gram_budget, inputs)
+    conditions = Conditions(context.mask, context.provider, request.gram_budget, grids)
     steps = context.stage("sensitivities")
     search = mixed_precision.Search(request.budget, request.options or {}, source, setup.data, conditions, steps)
     context.lap("sensitivities")

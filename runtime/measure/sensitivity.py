@@ -25,13 +25,14 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.linalg import layer_error
-from magr_onnx.core.types import Activation, ActivationGrid, Array, Choice, LayerStats
+from magr_onnx.core.types import Array, Choice, LayerStats
 from magr_onnx.passes.instrument.weight_inputs import Slot, overridable
 from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.activation_ranges import Grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
 from magr_onnx.runtime.data.sources import Batches
@@ -75,15 +76,6 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """How layer inputs are quantized, by value name: as they are before moments are taken, and the grids of products."""
-
-    quantize: Mapping[str, Activation]
-    bounds: Mapping[str, tuple[float, float]]
-    products: Mapping[str, ActivationGrid]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
     """Where sensitivities are measured, and on what.
 
@@ -91,17 +83,17 @@ class Conditions:
         mask: Input whose zero elements mark rows to leave out; None for none.
         provider: Where to run.
         gram_budget: Bytes of Gram matrices held at a time.
-        inputs: How layer inputs are quantized; None where they stay float.
+        grids: How layer inputs and products are quantized; None where they stay float.
     """
 
     mask: str | None = None
     provider: str = "cpu"
     gram_budget: int = moments.DEFAULT_BUDGET
-    inputs: Inputs | None = None
+    grids: Grids | None = None
 
     def moments(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> dict[str, LayerStats]:
         """Statistics of what layers read, by value name."""
-        quantize, bounds = ({}, {}) if self.inputs is None else (self.inputs.quantize, self.inputs.bounds)
+        quantize, bounds = ({}, {}) if self.grids is None else (self.grids.inputs, self.grids.bounds)
         return moments.collect(model, layers, CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)).stats
 
 
@@ -155,7 +147,7 @@ def measure(
     """
     sensitivities: dict[str, Sensitivity] = {}
     count = 1 + len(references)  # steps a layer
-    overridden = [layer.name for layer in layers] if conditions.inputs is None else []
+    overridden = [layer.name for layer in layers] if conditions.grids is None else []
     copy, slots = overridable(model, overridden)
     with Session(copy, conditions.provider) as session:
         reference: Reference | None = None
@@ -172,7 +164,7 @@ def measure(
                 for choice in references:
                     if progress is not None:
                         progress(len(sensitivities) * count + len(points), len(layers) * count)
-                    if conditions.inputs is None:
+                    if conditions.grids is None:
                         error, loss = _replaced(trial, choices[choice], slots[layer.name], session, reference)
                     else:
                         error, loss = errors[choice], _emitted(model, trial, choices[choice], conditions, reference)
@@ -261,9 +253,9 @@ def _reference(plan: Plan) -> Plan:
 
 def _emitted(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
     """The loss of the model with one layer emitted."""
-    copy, inputs = model.clone(), conditions.inputs
-    assert inputs is not None
-    products = inputs.products
+    copy, grids = model.clone(), conditions.grids
+    assert grids is not None
+    products = grids.products
     layer = next(layer for layer in find(copy)[0] if layer.name == trial.layer.name)
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from magr_onnx.core import magr
+from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
+from magr_onnx.core.solution_arrays import to_arrays
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
 from magr_onnx.passes import CompensateBias, EmitMatMulNBits, MagR, Plan, Quantize, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.registry import passes, stages
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -219,3 +223,47 @@ def test_compensated_bias_alone_changes_only_biases() -> None:
     for a, b in zip(find(model)[0], find(again)[0], strict=True):
         np.testing.assert_array_equal(a.read(), b.read())
         assert not np.array_equal(a.read_bias(), b.read_bias())  # type: ignore[arg-type]
+
+
+PLANS = {
+    "magr": "magr{alpha=0.01}",
+    "gptq": "magr{alpha=0.01},quantize{bits=3,block_size=16},compensate-bias{bias=any},emit-matmulnbits",
+    "auto": "quantize{method=auto,bits=2,block_size=32},compensate-bias,emit-qdq",
+    "comq": "quantize{method=comq,bits=4,block_size=none,symmetric=true},low-rank{rank=3},compensate-bias{bias=any},emit-qdq",
+    "low rank": "quantize{method=rtn,bits=2},low-rank{rank=100,kind=diagonal},emit-matmulnbits",
+    "dynamic": "quantize-activations{type=dynamic},quantize{bits=8,block_size=none,symmetric=true},compensate-bias,emit-dynamic-int8",
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_stages_are_pure_and_say_what_they_add_to_a_file(name: str, dtype: Any) -> None:
+    """Solving changes no array it is given and answers the same twice; placeholders have the shapes and types of what is solved."""
+    (layer,) = find(graphs.matmul_bias(48, 24, dtype=dtype))[0]
+    problem = problem_of(layer, stats_of(48))
+    for array in (problem.weight, problem.bias, problem.stats.gram, problem.stats.mean):
+        assert array is not None
+        array.flags.writeable = False
+    plan = Plan.parse(PLANS[name])
+    first, second, placeholder = plan.solve(problem), plan.solve(problem), plan.placeholder(problem)
+    assert {n: a.tobytes() for n, a in to_arrays(first).items()} == {n: a.tobytes() for n, a in to_arrays(second).items()}
+
+    def shapes(solution: LayerSolution) -> dict[str, Any]:
+        arrays = to_arrays(solution)
+        return {n: (a.shape, a.dtype) for n, a in arrays.items() if n not in ("facts", "weight")}
+
+    assert shapes(first) == shapes(placeholder)
+    assert (first.quantized is None) == (placeholder.quantized is None)
+    if first.quantized is not None and placeholder.quantized is not None:
+        assert first.quantized.spec == placeholder.quantized.spec
+
+
+def test_a_plan_is_its_stages_one_after_the_other() -> None:
+    (layer,) = find(graphs.matmul_bias(48, 24))[0]
+    problem = problem_of(layer, stats_of(48))
+    plan = Plan.parse(PLANS["gptq"])
+    solution = LayerSolution.unsolved(problem)
+    for stage in plan.solving:
+        solution = stage.solve(problem, solution)
+    assert to_arrays(plan.solve(problem)).keys() == to_arrays(solution).keys()
+    np.testing.assert_array_equal(plan.solve(problem).weight, solution.weight)
