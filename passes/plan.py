@@ -16,6 +16,7 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import pipeline_text, registry
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -277,11 +278,11 @@ class Plan:
             if self.quantize is None:
                 problems.append(f"{rewrite.name} needs a quantize pass after it: it is made for a grid")
             if rewrite.input_grids == "static" and (self.emitter is None or self.emitter.input_grids != "static"):
-                problems.append(f"{rewrite.name} is for static 8-bit inputs: use format qdq-int8 (emit-qdq-int8), or leave it out")
+                problems.append(f"{rewrite.name} is for static 8-bit inputs: use format {_formats('static')}, or leave it out")
         if self.low_rank is not None and self.activations is not None:
             problems.append(
                 f"{self.low_rank.name} adds float products of the float input, which layers with 8-bit inputs do without; "
-                "use format matmulnbits or qdq, or leave it out"
+                f"use format {_formats(None)}, or leave it out"
             )
         if self.convolutions is not None and self.quantize is None:
             problems.append("convolutions needs a quantize pass: it names the quantizer")
@@ -295,9 +296,8 @@ class Plan:
             other = "no pass quantizes them" if activations is None else f"quantize-activations has type {activations.type}"
             problems.append(f"quantize expects {quantize.activation} activations, and {other}; leave activation out")
         if quantize is not None and quantize.accumulator_bits is not None and quantize.activation is None:
-            problems.append(
-                "accumulator_bits needs integer activations (format qdq-int8 or dynamic-int8): floats have no accumulator to overflow"
-            )
+            integer = _formats("static", "dynamic")
+            problems.append(f"accumulator_bits needs integer activations (format {integer}): floats have no accumulator to overflow")
         if emitter is not None and emitter.input_grids != self.input_grids:
             needed = emitter.input_grids
             problems.append(
@@ -306,6 +306,11 @@ class Plan:
                 else f"{emitter.name} needs {_INPUTS[needed]} before it"
             )
         return problems
+
+
+def _formats(*grids: InputGrids | None) -> str:
+    """The formats with such grids of layer inputs, for a message."""
+    return " or ".join(name for name, form in FORMATS.items() if form.input_grids in grids)
 
 
 def _filled(stage: S | None, **values: Any) -> S | None:

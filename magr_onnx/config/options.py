@@ -4,7 +4,7 @@ displace each other, and the reference page are made from the tables here."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypedDict
@@ -14,12 +14,12 @@ from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.core.quantizers import QUANTIZERS, method_options
 from magr_onnx.core.types import BITS
-from magr_onnx.passes.emit import FORMATS
+from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.layers import conv, embedding
+from magr_onnx.passes.providers import PROVIDERS
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.data.decoders import STEPS
 
-FormatName = Literal["matmulnbits", "qdq", "qdq-int8", "dynamic-int8"]
 Effort = Literal["fast", "balanced", "best"]
 BIAS = ("auto", "any", "existing", "none")
 
@@ -35,6 +35,15 @@ _PROOF, _BUDGET = "a proof is of the whole file", "a budget is of the whole file
 _CONVOLUTIONS, _TABLES = "it is for convolutions, all of them", "it is for tables of embeddings, all of them"
 
 
+def _by_format(fact: Callable[[Format], object]) -> str:
+    """A default that depends on the format, in words: that of the first format, and what others have instead."""
+    names: dict[str, list[str]] = {}
+    for form in FORMATS.values():
+        names.setdefault(str(fact(form)), []).append(form.name)
+    (usual, _), *others = names.items()
+    return "; ".join([usual, *(f"{value} in {', '.join(forms)}" for value, forms in others)])
+
+
 # fmt: off
 # A paragraph an option: one argument a line would make these tables three times as long.
 
@@ -43,25 +52,26 @@ class Options(TypedDict, total=False):
     """What a plan is made of (`magr_onnx.build_pipeline`); every option has a good default."""
 
     bits: Annotated[int | None, OptionSpec(
-        help="Bits per weight, 2 to 8.", default_text="4; integer formats 8", choices=BITS, panel=WEIGHTS, metavar="N",
+        help="Bits per weight, 2 to 8.", default_text=_by_format(lambda form: form.bits), choices=BITS, panel=WEIGHTS, metavar="N",
         flags=("--bits", "-b"), displaces=("target_size", "max_loss"))]
     block_size: Annotated[int | None, OptionSpec(
         help="Rows that share a scale: a multiple of 16, or 'channel'.", expected="a multiple of 16",
-        default_text="32; integer formats channel", none_word="channel", panel=WEIGHTS, metavar="N")]
+        default_text=_by_format(lambda form: form.block_size or "channel"), none_word="channel", panel=WEIGHTS, metavar="N")]
     effort: Annotated[Effort | None, OptionSpec(
         help="fast: one pass over the data; balanced: staged, options chosen per layer, 2 to 2.5 times as long; best: gradients too, "
-        "4 to 6 times as long.", default_text="balanced; integer formats and without calibration: fast", panel=WEIGHTS, metavar="NAME",
+        "4 to 6 times as long.", default_text=_by_format(lambda form: form.effort) + "; fast without data", panel=WEIGHTS, metavar="NAME",
         flags=("--effort", "-e"), whole_run="error feedback and gradients belong to the whole run; give the layer a quantizer",
         displaces=("quantizer",))]
     quantizer: Annotated[str | None, OptionSpec(
         help=f"Instead of an effort: {', '.join(q.name for q in QUANTIZERS.values() if q.accumulators != 'only')}; under an "
         f"accumulator also {', '.join(q.name for q in QUANTIZERS.values() if q.accumulators == 'only')}.", choices=QUANTIZERS,
         panel=WEIGHTS, metavar="NAME", displaces=("effort",))]
-    format: Annotated[FormatName, OptionSpec(
+    format: Annotated[str, OptionSpec(
         help=f"Nodes to write: {'; '.join(f'{form.name} ({form.summary})' for form in FORMATS.values())}.", default=next(iter(FORMATS)),
         choices=FORMATS, panel=WEIGHTS, metavar="NAME", whole_run="a file has one format")]
     symmetric: Annotated[bool | None, OptionSpec(
-        help="Fix the zero point in the middle.", default_text="asymmetric; integer formats symmetric", panel=WEIGHTS,
+        help="Fix the zero point in the middle.",
+        default_text=_by_format(lambda form: "symmetric" if form.symmetric else "asymmetric"), panel=WEIGHTS,
         flags=("--symmetric/--asymmetric",))]
     alpha: Annotated[float | None, OptionSpec(
         help="Strength of MagR, relative to the layer; 0: off.",
@@ -77,16 +87,15 @@ class Options(TypedDict, total=False):
         help="Bias correction: existing, any, none; auto: wherever it adds no node.", default="auto", choices=BIAS, panel=FINE,
         metavar="NAME")]
     accuracy_level: Annotated[int, OptionSpec(
-        help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", default=0, panel=WEIGHTS, metavar="N", belongs_to="format")]
+        help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", default=0, panel=WEIGHTS, metavar="N")]
     activation_type: Annotated[Literal["uint8", "int8"], OptionSpec(
-        help="Layer inputs of qdq-int8: uint8, int8.", default_text="uint8", panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS,
-        belongs_to="format")]
+        help="Layer inputs of qdq-int8: uint8, int8.", default_text="uint8", panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS)]
     activation_range: Annotated[str, OptionSpec(
         help="Ranges of layer inputs of qdq-int8: min-max, percentile, min-error; auto: the least measured error.", default_text="auto",
-        choices=METHODS, panel=INTEGERS, metavar="NAME", whole_run=_INPUTS, belongs_to="format")]
+        choices=METHODS, panel=INTEGERS, metavar="NAME", whole_run=_INPUTS)]
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
-        whole_run="layers share values", belongs_to="format")]
+        whole_run="layers share values")]
     feedback: Annotated[bool | None, OptionSpec(
         help="Quantize in stages, each layer towards the float output from its quantized inputs.",
         default_text="as the effort says; no where a quantizer is named", panel=FINE, flags=("--feedback/--no-feedback",),
@@ -122,7 +131,7 @@ class Options(TypedDict, total=False):
         none_word="none", panel=OTHERS, metavar="N", whole_run=_CONVOLUTIONS)]
     conv_form: Annotated[conv.Form, OptionSpec(
         help="Quantized convolutions: dequantize (DequantizeLinear, in every run) or fold (floats again when the file is loaded, full "
-        "speed).", default_text="dequantize in formats qdq and qdq-int8, else fold", panel=OTHERS, metavar="NAME",
+        "speed).", default_text=_by_format(lambda form: form.conv_form), panel=OTHERS, metavar="NAME",
         whole_run=_CONVOLUTIONS)]
     embeddings: Annotated[str, OptionSpec(
         help="Embedding tables: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",
@@ -183,7 +192,8 @@ RUN = _by_name(
         OptionSpec(
             name="custom_ops", kind="paths", help="Shared library with custom operators of the model; may be given again.", types=_TEXT,
             panel=LARGE, metavar="FILE"),
-        OptionSpec(name="provider", help="cpu, cuda, or an onnxruntime provider name.", types=_TEXT, default="cpu", panel=LARGE),
+        OptionSpec(
+            name="provider", help=f"{', '.join(PROVIDERS)}, or an onnxruntime provider name.", types=_TEXT, default="cpu", panel=LARGE),
         OptionSpec(
             name="cache", kind="size", help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
             types=_TEXT, default="2GB", least=0, panel=LARGE, metavar="SIZE"),
@@ -235,7 +245,8 @@ def _spec(name: str, hint: Any) -> OptionSpec:
     parts = typing.get_args(kind) if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
     types = tuple(str if typing.get_origin(part) is Literal else part for part in parts)
-    result: OptionSpec = replace(spec, name=name, types=types, choices=tuple(spec.choices or literals))
+    owner = "format" if any(name in form.own_options for form in FORMATS.values()) else spec.belongs_to
+    result: OptionSpec = replace(spec, name=name, types=types, choices=tuple(spec.choices or literals), belongs_to=owner)
     return result
 
 

@@ -1,0 +1,49 @@
+"""A new output format is a file and a line of the registry; users have it everywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.new_emitter", str(tmp_path_factory.mktemp("new"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=480)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+def test_every_way_of_asking_for_it_gives_the_same_model(results: dict[str, Any]) -> None:
+    assert results["python"] == results["recipe"] == results["pipeline"]
+    assert results["python"]["operators"].count("Cast") == 2
+    assert results["cli"] == results["python"]["operators"]
+    assert results["python"]["pipeline"].endswith("compensate-bias,emit-scaled")
+    assert results["python"]["bits"] == [8, 8]
+
+
+def test_its_usual_options_and_kernels_are_known(results: dict[str, Any]) -> None:
+    assert "method=comq,bits=8,block_size=none,symmetric=true" in results["python"]["pipeline"]
+    assert set(results["budget"]["bits"]) <= {4, 8}
+    assert "emit-scaled scales columns" in results["refused"]
+    assert "'scald'" in results["wrong"]
+    assert "scaled" in results["wrong"]
+
+
+def test_the_file_is_run_and_compared(results: dict[str, Any]) -> None:
+    assert results["sqnr"] > 30
+
+
+def test_it_is_documented(results: dict[str, Any]) -> None:
+    assert "scaled" in results["help"]
+    assert "emit-scaled: write quantized layers as float products" in results["passes"]
+    assert "## emit-scaled" in results["pages"]["passes"]
+    assert all("`scaled`" in results["pages"][name] for name in ("command line", "options") if name in results["pages"])
