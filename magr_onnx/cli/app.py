@@ -48,9 +48,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            if (found := _NO_CHOICE.fullmatch(error.message)) is not None:
-                choices = found["choices"].replace("'", "").split(", ")
-                error.message = f"{found['given']!r}: choose one of {', '.join(choices)}{closest(found['given'], choices)}"
+            if (refused := _NO_CHOICE.fullmatch(error.message)) is not None:
+                choices = refused["choices"].replace("'", "").split(", ")
+                error.message = f"{refused['given']!r}: choose one of {', '.join(choices)}{closest(refused['given'], choices)}"
             raise
 
 

@@ -70,10 +70,10 @@ def with_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callab
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def call(**values: Any) -> None:
-            command(**{name: value for name, value in values.items() if name in own})
+            command(**{name: value for name, value in values.items() if name in static})
 
-        own = inspect.signature(command, eval_str=True).parameters
-        parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own.values()]
+        static = inspect.signature(command, eval_str=True).parameters
+        parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in static.values()]
         parameters = sorted([*parameters, *(_parameter(KEYS[name]) for name in names)], key=_position)
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

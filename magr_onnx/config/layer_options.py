@@ -60,8 +60,8 @@ class LayerOptions:
         Raises:
             OptionError: It is not that.
         """
-        match, colon, given = text.rpartition(":")
-        pairs = [part.partition("=") for part in given.split(",")]
+        match, colon, pairs_text = text.rpartition(":")
+        pairs = [part.partition("=") for part in pairs_text.split(",")]
         if not (match and colon and all(equals for _, equals, _ in pairs)):
             raise OptionError(f"--layer {text!r}: give PATTERN:option=value,..., such as '*lm_head*:bits=8,block_size=32'")
         names = [name.strip() for name, _, _ in pairs]
@@ -85,7 +85,7 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
     """Everything wrong with the plain data of one table: the key it is about, and a sentence."""
     if not isinstance(table, Mapping):
         return [("", f"a layer's options are a table with match and options, found {table!r}")]
-    found = []
+    problems = []
     for name, value in table.items():
         text = None
         if name == "match":
@@ -99,12 +99,12 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
         else:
             text = OPTIONS[name].problem(value)
         if text is not None:
-            found.append((name, text))
+            problems.append((name, text))
     if "match" not in table:
-        found.append(("", "match is missing: give the pattern of the layers these options are for"))
+        problems.append(("", "match is missing: give the pattern of the layers these options are for"))
     elif len(table) == 1:
-        found.append(("match", f"no options; give some of {', '.join(LAYER_OPTIONS)}"))
-    return found
+        problems.append(("match", f"no options; give some of {', '.join(LAYER_OPTIONS)}"))
+    return problems
 
 
 def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, provider: str) -> list[Plan]:
@@ -114,14 +114,14 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, prov
     Raises:
         OptionError: With everything that no kernel, budget or format takes.
     """
-    found, wrong = [], []
+    plans, problems = [], []
     for table in tables:
         try:
-            found.append(_plan(table.options, options, plan, provider))
+            plans.append(_plan(table.options, options, plan, provider))
         except OptionError as error:
-            wrong += [] if table.optional else [f"layers {', '.join(table.match)}: {error}"]
-    raise_all(OptionError, wrong)
-    return found
+            problems += [] if table.optional else [f"layers {', '.join(table.match)}: {error}"]
+    raise_all(OptionError, problems)
+    return plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,26 +143,26 @@ def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], option
     Raises:
         OptionError: Options that are good in no kernel together, and layers of one weight that would get different ones.
     """
-    given = {layer.name: _merged(tables, layer) for layer in layers}
-    wrong = []
-    for same in by_weight(layers):
-        if any(given[layer.name] != given[same[0].name] for layer in same):
-            names = ", ".join(layer.name for layer in same)
-            wrong.append(f"{names} have one weight, {same[0].weight_name}, and so the same options; match that name, or all of them")
-    made: dict[str, Plan] = {}
+    options_of = {layer.name: _merged(tables, layer) for layer in layers}
+    problems = []
+    for readers in by_weight(layers):
+        if any(options_of[layer.name] != options_of[readers[0].name] for layer in readers):
+            names = ", ".join(layer.name for layer in readers)
+            problems.append(f"{names} have one weight, {readers[0].weight_name}, and so the same options; match that name, or all of them")
+    plans: dict[str, Plan] = {}
     result = Assigned()
-    for name, own in given.items():
-        if not own:
+    for name, layer_options in options_of.items():
+        if not layer_options:
             continue
         try:
-            key = repr(sorted(own.items()))
-            if key not in made:
-                made[key] = _plan(own, options, plan, provider)
+            key = repr(sorted(layer_options.items()))
+            if key not in plans:
+                plans[key] = _plan(layer_options, options, plan, provider)
         except OptionError as error:
-            wrong.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
             continue
-        result.plans[name], result.options[name] = made[key], own
-    raise_all(OptionError, wrong)
+        result.plans[name], result.options[name] = plans[key], layer_options
+    raise_all(OptionError, problems)
     return result
 
 
@@ -177,10 +177,10 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
     """
     names = [names_of(layer.node, layer.name, layer.weight_name) for layer in layers]
     others = [names_of(layer.node, layer.name, layer.weight_name) for layer in convolutions]
-    wrong, notes = [], []
+    problems, notes = [], []
     for table in tables:
         if table.optional:
-            if layers and not any(matches(some, table.match) for some in names):
+            if layers and not any(matches(aliases, table.match) for aliases in names):
                 last = scope_of(layers[-1].node) or layers[-1].name
                 notes.append(
                     f"no layer has a name like {' or '.join(table.match)}, which {described(table.options)} is for: {last} is the last one"
@@ -188,10 +188,10 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
             continue
         for pattern in table.match:
             if (text := unmatched(pattern, names, others)) is not None:
-                wrong.append(text)
+                problems.append(text)
             elif convs := _hits(pattern, others):
                 notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
-    raise_all(OptionError, wrong)
+    raise_all(OptionError, problems)
     return notes
 
 
@@ -205,18 +205,18 @@ def unmatched(pattern: str, names: Sequence[Sequence[str]], convolutions: Sequen
 
 
 def _hits(pattern: str, names: Sequence[Sequence[str]]) -> list[str]:
-    return [some[0] for some in names if matches(some, [pattern])]
+    return [aliases[0] for aliases in names if matches(aliases, [pattern])]
 
 
 def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
     """The end of a message that a pattern matches none of some layers: names of theirs that are like it, or the first ones."""
-    known = dict.fromkeys(name for some in names for name in some)
-    ends = dict.fromkeys(some[0].rpartition(".")[2] for some in names)  # of paths of modules
+    every = dict.fromkeys(name for aliases in names for name in aliases)
+    ends = dict.fromkeys(aliases[0].rpartition(".")[2] for aliases in names)  # of paths of modules
     like = pattern.strip("*?")
     return (
-        closest(like, known if "." in like else ends)
-        or closest(like, known)
-        or (f"; there are {_some([some[0] for some in names])}" if names else "; there are none")
+        closest(like, every if "." in like else ends)
+        or closest(like, every)
+        or (f"; there are {_some([aliases[0] for aliases in names])}" if names else "; there are none")
     )
 
 
@@ -227,24 +227,24 @@ def described(options: Options) -> str:
 
 def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
     names = names_of(layer.node, layer.name, layer.weight_name)
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for table in tables:
         if matches(names, table.match):
-            found |= table.options
-    return cast(Options, found)
+            options |= table.options
+    return cast(Options, options)
 
 
-def _plan(own: Options, options: Options, plan: Plan, provider: str) -> Plan:
+def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -> Plan:
     """The plan of a layer with options of its own: ``options`` made ``plan``, that of the run."""
-    rest: dict[str, Any] = {name: value for name, value in options.items() if name not in _BUDGETS}
-    if any(options.get(name) is not None for name in _BUDGETS) and own.get("bits") is None:
+    run_options: dict[str, Any] = {name: value for name, value in options.items() if name not in _BUDGETS}
+    if any(options.get(name) is not None for name in _BUDGETS) and layer_options.get("bits") is None:
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
-    if own.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
-        rest = {name: value for name, value in rest.items() if OPTIONS[name].belongs_to != "quantizer"}
-        rest |= {"effort": None, "feedback": plan.error_feedback is not None}
-    made = build_pipeline(**cast(Options, {**rest, **own}))
-    made.check(provider)
-    return made.suited(provider)
+    if layer_options.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
+        run_options = {name: value for name, value in run_options.items() if OPTIONS[name].belongs_to != "quantizer"}
+        run_options |= {"effort": None, "feedback": plan.error_feedback is not None}
+    layer_plan = build_pipeline(**cast(Options, {**run_options, **layer_options}))
+    layer_plan.check(provider)
+    return layer_plan.suited(provider)
 
 
 def _value(text: str) -> Any:

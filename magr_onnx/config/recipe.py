@@ -79,9 +79,11 @@ class Recipe:
         Raises:
             RecipeError: With everything that is wrong in it.
         """
-        whole = {"version": VERSION, **data}
-        raise_all(RecipeError, [f"layer {table + 1}: {said}" if table is not None else said for _, table, said in _problems(whole)])
-        return _made(whole, None)
+        versioned = {"version": VERSION, **data}
+        raise_all(
+            RecipeError, [f"layer {table + 1}: {problem}" if table is not None else problem for _, table, problem in _problems(versioned)]
+        )
+        return _made(versioned, None)
 
     @property
     def options(self) -> Options:
@@ -96,8 +98,8 @@ class Recipe:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments for `magr_onnx.optimize`, those of the preset not among them."""
-        found = {_ARGUMENTS.get(name, name): value for name, value in self.values.items()}
-        return {**found, "layers": self.layers} if self.layers else found
+        arguments = {_ARGUMENTS.get(name, name): value for name, value in self.values.items()}
+        return {**arguments, "layers": self.layers} if self.layers else arguments
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes."""
@@ -134,7 +136,7 @@ class Recipe:
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
     """Everything wrong: the key, the number of the layer table it is in if it is in one, and a sentence."""
-    found: list[tuple[str, int | None, str]] = []
+    problems: list[tuple[str, int | None, str]] = []
     for name, value in data.items():
         text = None
         if name == "version":
@@ -147,7 +149,7 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
             if tables is None:
                 text = "layer is a list of tables: begin each with [[layer]], in two brackets"
             for i, table in enumerate(tables or ()):
-                found += [(key, i, said) for key, said in problems_of(table)]
+                problems += [(key, i, problem) for key, problem in problems_of(table)]
         elif name in _SHOWN:
             text = f"{name} is about what is shown, not about the run: give it on the command line"
         elif name not in KEYS:
@@ -155,11 +157,11 @@ def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
         else:
             text = KEYS[name].problem(value)
         if text is not None:
-            found.append((name, None, text))
-    given = [name for name in data if name in OPTIONS or name == "preset"]
-    if "pipeline" in data and given:
-        found.append(("pipeline", None, f"pipeline replaces {', '.join(given)}; give one or the other"))
-    return found
+            problems.append((name, None, text))
+    replaced = [name for name in data if name in OPTIONS or name == "preset"]
+    if "pipeline" in data and replaced:
+        problems.append(("pipeline", None, f"pipeline replaces {', '.join(replaced)}; give one or the other"))
+    return problems
 
 
 def _made(data: Mapping[str, Any], folder: Path | None) -> Recipe:
@@ -235,7 +237,7 @@ def _lines(text: str) -> dict[tuple[str | int, ...], int]:
 
 def remarks(reports: Sequence[Report]) -> list[str]:
     """Comments for the recipe of a run: what it came to, for every model."""
-    found = [
+    lines = [
         f"Written by onnx-magr {reports[0].versions['onnx-magr']} after this run. The same again, to the same bytes:",
         "",
         "    onnx-magr optimize --recipe FILE",
@@ -243,11 +245,11 @@ def remarks(reports: Sequence[Report]) -> list[str]:
         "Keys are long options of the command line with underscores (docs/guides/recipes.md). What is not named below had its default.",
     ]
     for report in reports:
-        found += [
+        lines += [
             "",
             f"{report.source}: {len(report.layers)} layers were converted, {len(report.skipped)} left as they are; "
             f"{megabytes(report.bytes_before)} became {megabytes(report.bytes_after)}. In full, layers went through",
             f"    {report.pipeline}",
             *(note for note in report.notes if note.startswith("preset ")),
         ]
-    return found
+    return lines

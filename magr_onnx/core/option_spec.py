@@ -70,10 +70,10 @@ class OptionSpec:
 
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing is."""
-        choices, wrong = self.choices, self.mistyped(value)
-        if wrong is None and choices and value not in (None, self.none_word, *choices):
+        choices, fault = self.choices, self.mistyped(value)
+        if fault is None and choices and value not in (None, self.none_word, *choices):
             return f"{self.name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
-        return wrong
+        return fault
 
     def mistyped(self, value: Any) -> str | None:
         """Say what is wrong with a value but for being none of the choices: its type, or that it is too small; None if nothing is."""

@@ -29,22 +29,22 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
-    found = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
-    lines = [f"{found.name}: {found.bytes / 1e6:.2f} MB, opset {found.opset}, IR version {found.ir_version}", ""]
+    inspection = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
+    lines = [f"{inspection.name}: {inspection.bytes / 1e6:.2f} MB, opset {inspection.opset}, IR version {inspection.ir_version}", ""]
     width = console.columns()
-    left = width - 46  # for names
-    lines.append(f"{'layer':{left}} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
-    for row in found.layers:
-        name = shortened(row["scope"] or row["name"], left)
+    name_width = width - 46  # for names
+    lines.append(f"{'layer':{name_width}} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
+    for row in inspection.layers:
+        name = shortened(row["scope"] or row["name"], name_width)
         bias = "yes" if row["bias"] else "-"
         shape = f"{row['k']} x {row['n']}"
-        lines.append(f"{name:{left}} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
-    lines += ["", f"{len(found.layers)} layers to convert, {len(found.skipped)} to leave as they are"]
-    for reason, rows in by_reason(found.skipped).items():
-        told = (f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows)
-        lines += [line for text in told for line in wrapped(text, 4, width)]
-    if found.notes:
-        lines += ["", "notes", *(line for note in found.notes for line in wrapped(f"  {note}", 4, width))]
-    value = {name: getattr(found, name) for name in ("name", "bytes", "opset", "ir_version", "layers", "notes")}
-    value["skipped"] = [dataclasses.asdict(s) for s in found.skipped]
+        lines.append(f"{name:{name_width}} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
+    lines += ["", f"{len(inspection.layers)} layers to convert, {len(inspection.skipped)} to leave as they are"]
+    for reason, rows in by_reason(inspection.skipped).items():
+        texts = (f"  {s.label} ({s.op}): {reason}{f' ({s.detail})' if s.detail else ''}" for s in rows)
+        lines += [line for text in texts for line in wrapped(text, 4, width)]
+    if inspection.notes:
+        lines += ["", "notes", *(line for note in inspection.notes for line in wrapped(f"  {note}", 4, width))]
+    value = {name: getattr(inspection, name) for name in ("name", "bytes", "opset", "ir_version", "layers", "notes")}
+    value["skipped"] = [dataclasses.asdict(s) for s in inspection.skipped]
     console.show(value, "\n".join(lines), as_json)

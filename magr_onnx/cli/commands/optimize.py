@@ -44,53 +44,53 @@ onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.o
 onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
 
 
+ModelArgument = Annotated[
+    Path | None, typer.Argument(help="ONNX model to read, or a folder of models; a recipe may name it instead.", show_default=False)
+]
+ReportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
+        metavar="FILE",
+        rich_help_panel=DATA,
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", "-r", metavar="FILE", help="TOML file that describes the run; options given here win over it.", rich_help_panel=RECIPES
+    ),
+]
+SaveRecipeOption = Annotated[
+    Path | None, typer.Option("--save-recipe", metavar="FILE", help="Write the recipe of this run, with comments.", rich_help_panel=RECIPES)
+]
+LayerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="PATTERN:OPTIONS",
+        help="Options of matching layers, as '*lm_head*:bits=8,block_size=32'; repeatable, later ones win.",
+        rich_help_panel=RECIPES,
+    ),
+]
+
+
 @with_options(name for name in (*OPTIONS, *RUN) if name != "model")
 def optimize(
     context: typer.Context,
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="ONNX model to read, or a folder of models; a recipe may name it instead.", show_default=False),
-    ] = None,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--report",
-            help="Also write the report to this file, a page (.html) or data (.json); can be repeated.",
-            metavar="FILE",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="FILE",
-            help="TOML file that describes the run; options given here win over it.",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
-    save_recipe: Annotated[
-        Path | None,
-        typer.Option("--save-recipe", metavar="FILE", help="Write the recipe of this run, with comments.", rich_help_panel=RECIPES),
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--layer",
-            metavar="PATTERN:OPTIONS",
-            help="Options of matching layers, as '*lm_head*:bits=8,block_size=32'; repeatable, later ones win.",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
+    model: ModelArgument = None,
+    report: ReportOption = None,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
+    layer: LayerOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Quantize the linear layers and convolutions of a model, and report what happened to every one."""
-    asked = said(context).over(Recipe() if recipe is None else Recipe.load(recipe))
-    arguments = asked.arguments()
+    run_recipe = recipe_of(context).over(Recipe() if recipe is None else Recipe.load(recipe))
+    arguments = run_recipe.arguments()
     source = arguments.get("model")
     if source is None:
         raise OptionError("no model: give one, or a recipe that names one")
@@ -98,43 +98,43 @@ def optimize(
     if not source.is_dir() and ("models" in arguments or "overwrite" in arguments):
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = Path(arguments.get("output") or _output(source))
-    taken = {source, out, *asked.reads, *data_files(source), *([] if recipe is None else [recipe])}
+    files = {source, out, *run_recipe.reads, *data_files(source), *([] if recipe is None else [recipe])}
     saved = set() if save_recipe is None else {save_recipe}
     if source.is_dir():
-        taken |= taken_by(source, out)
-        check_reports(source, arguments.get("models", ()), report or (), taken | saved)
+        files |= taken_by(source, out)
+        check_reports(source, arguments.get("models", ()), report or (), files | saved)
     else:
-        html.check(report or (), taken | saved)
+        html.check(report or (), files | saved)
     if save_recipe is not None:
-        _check_recipe(asked, save_recipe, taken)
+        _check_recipe(run_recipe, save_recipe, files)
     console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
-        arguments = {"model": source, "recipe": asked, "output": out, "progress": progress, "on_layer": on_layer}
-        called = Invocation(console.command_line(), recipe=asked.to_text())
+        arguments = {"model": source, "recipe": run_recipe, "output": out, "progress": progress, "on_layer": on_layer}
+        called = Invocation(console.command_line(), recipe=run_recipe.to_text())
         result = run_folder(arguments, called) if source.is_dir() else run(resolve(arguments, called)).report
     writes = [partial(result.save, path) for path in report or ()]
     if save_recipe is not None:
-        told = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])
-        writes.insert(0, partial(asked.save, save_recipe, told))
+        comments = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])
+        writes.insert(0, partial(run_recipe.save, save_recipe, comments))
     do_all(writes)
     console.show(result.to_dict(), result.to_text(None if verbose else MOST, console.columns()), as_json, quiet)
 
 
-def _check_recipe(asked: Recipe, path: Path, taken: Collection[Path]) -> None:
+def _check_recipe(recipe: Recipe, path: Path, other_files: Collection[Path]) -> None:
     """See before the work that the recipe can be written after it, and over no file of the run.
 
     Raises:
         OutputError: With everything that stands against it.
     """
-    wrong = html.misplaced(f"recipe {path}", path, taken)
+    problems = html.misplaced(f"recipe {path}", path, other_files)
     if path.suffix.lower() != ".toml":
-        wrong.append(f"recipe {path}: give a name that ends in .toml")
+        problems.append(f"recipe {path}: give a name that ends in .toml")
     try:
-        asked.to_text(path.parent).encode()
+        recipe.to_text(path.parent).encode()
     except UnicodeEncodeError as error:
         line = error.object[error.object.rfind("\n", 0, error.start) + 1 :].splitlines()[0]
-        wrong.append(f"recipe {path}: {line!r} has bytes that are no text, and TOML is text; rename the file")
-    raise_all(OutputError, wrong)
+        problems.append(f"recipe {path}: {line!r} has bytes that are no text, and TOML is text; rename the file")
+    raise_all(OutputError, problems)
 
 
 def _output(model: Path) -> Path:
@@ -144,14 +144,14 @@ def _output(model: Path) -> Path:
     return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
-def said(context: typer.Context) -> Recipe:
+def recipe_of(context: typer.Context) -> Recipe:
     """What was given on the command line, as a recipe: options have the names of its keys.
 
     Raises:
         OptionError: With everything that is wrong in it.
     """
-    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-    values = {name: _plain(name, value) for name, value in context.params.items() if name in given and name in KEYS}
+    explicit = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    values = {name: _plain(name, value) for name, value in context.params.items() if name in explicit and name in KEYS}
     tables = [LayerOptions.parse(text) for text in (context.params["layer"] or ())]
     return Recipe(Recipe.from_dict(values).values, tuple(tables))
 

@@ -15,10 +15,10 @@ def passes(as_json: Json = False) -> None:
     """List the passes a pipeline may name, with their options and defaults."""
     lines, value = [], []
     for name, kind in stages().items():
-        known = kind.options()
+        options = kind.options()
         lines.append(f"{name}: {kind.summary}")
-        lines += [f"    {option}={_shown(default)}" for option, (_, default) in known.items()]
-        value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in known.items()}})
+        lines += [f"    {option}={_shown(default)}" for option, (_, default) in options.items()]
+        value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in options.items()}})
     lines += ["", "example: 'magr{alpha=1e-3},quantize{method=gptq,bits=4},compensate-bias,emit-matmulnbits'"]
     console.show(value, "\n".join(lines), as_json)
 

@@ -39,8 +39,8 @@ def report(
     if out.suffix.lower() not in html.PAGES:
         raise OptionError(f"page {out}: give a name that ends in .html")
     html.check([out], set(reports))
-    found = [Report.load(path) for path in reports]
-    html.write(html.comparison(*found) if len(found) == 2 else found[0].to_html(), out)
+    loaded = [Report.load(path) for path in reports]
+    html.write(html.comparison(*loaded) if len(loaded) == 2 else loaded[0].to_html(), out)
     console.say(str(out))
     if open_page and not webbrowser.open(out.resolve().as_uri()):
         console.errors.print(f"no browser could be opened; open {out} yourself", markup=False)

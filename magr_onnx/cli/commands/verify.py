@@ -50,8 +50,8 @@ def verify(
     elif accumulator_tile is not None:
         raise OptionError("--accumulator-tile needs --accumulator-bits")
     if (target is None) == (accumulator is None):
-        wrong = "neither was given" if target is None else "both were given"
-        raise OptionError(f"give one of --target ({', '.join(TARGETS)}) and --accumulator-bits: {wrong}")
+        fault = "neither was given" if target is None else "both were given"
+        raise OptionError(f"give one of --target ({', '.join(TARGETS)}) and --accumulator-bits: {fault}")
     result = api.verify(model, target=target, accumulator=accumulator, outer_bits=None if accumulator is not None else outer_bits)
     console.show(result.to_dict(), result.to_text(), as_json, quiet)
     if not result.ok:
