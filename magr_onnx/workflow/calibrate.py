@@ -54,7 +54,7 @@ def gather(
     calibration: CalibrationContext | None,
     feedback: bool,
     context: RunContext,
-) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers with the statistics of what they read; layers that a job directory has come without.
 
     There are three ways: without data no layer has statistics; with error feedback, or where the model is large, layers come in stages, as
@@ -68,7 +68,7 @@ def gather(
         context: Of the run.
     """
     if calibration is None:
-        yield layers, moments.Calibration({}, ())
+        yield layers, moments.CalibrationResult({}, ())
         return
     split = _split(models, layers, feedback, context.memory.large)
     yield from _of_the_whole(models.tapped, split, calibration, context)
@@ -112,7 +112,7 @@ def _split(models: Models, layers: Sequence[LinearLayer], feedback: bool, large:
 
 def _of_the_whole(
     tapped: subgraphs.Tapped, split: _Split, calibration: CalibrationContext, context: RunContext
-) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
     groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
     for index, group in enumerate(groups):
@@ -123,7 +123,7 @@ def _of_the_whole(
 
 def _in_stages(
     models: Models, split: _Split, calibration: CalibrationContext, feedback: bool, context: RunContext
-) -> Iterator[tuple[Sequence[LinearLayer], moments.Calibration]]:
+) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Stages of layers; the float model of a large model too is never in memory as a whole."""
     memory = context.memory
     schedule = stages.Schedule(
@@ -193,7 +193,7 @@ def output_hessian(
 
 
 def completing(
-    result: moments.Calibration,
+    result: moments.CalibrationResult,
     source: subgraphs.Tapped,
     grids: activation_ranges.Grids,
     hessian: fisher.Fisher | None,

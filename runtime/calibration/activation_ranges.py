@@ -26,7 +26,7 @@ SKETCH = 64  # columns of the random projection that stands for the weights
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class GridChoice:
     """The grid of one value.
 
     Attributes:
@@ -88,7 +88,7 @@ def choose(
     method: Method = "auto",
     kind: ActivationType = "uint8",
     progress: Progress | None = None,
-) -> dict[str, Choice]:
+) -> dict[str, GridChoice]:
     """The grid of every value, by name.
 
     Each candidate of `magr_onnx.core.activation_ranges.candidates` is run over the data, and the one whose error behind the value's
@@ -117,7 +117,7 @@ def choose(
     for tap, seen, used, named, measured in zip(clipped, histograms, bounded, grids, errors, strict=True):
         best = min(measured, key=lambda name: measured[name] * (1 if name == "min-max" else WORTH_A_NODE if kind == "dynamic" else 1))
         cut = used is not seen
-        result[tap.value] = Choice(named[best], best, measured, (seen.low, seen.high) if cut else None, tap.bounds if cut else None)
+        result[tap.value] = GridChoice(named[best], best, measured, (seen.low, seen.high) if cut else None, tap.bounds if cut else None)
     return result
 
 

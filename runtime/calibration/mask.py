@@ -2,7 +2,8 @@
 
 Shapes tell, but those of one batch do not: eight learned queries are not tokens, even where a batch has eight tokens. So a value follows
 the mask if all its axes but the last are those of the mask in batches of different shapes (`MaskRule.follows`). An axis that is the same
-in all batches is tried at another size on a *probe*: the first batch, cut by one or doubled along that axis, which counts nowhere.
+in all batches is tried at another size on a *probe*: the first batch, cut by one or doubled along that axis, which counts nowhere. Where
+the model fixes the axis, or does not run at another size, the shapes of the data are all there is to decide by.
 In a batch in which the rows of such a value still do not fit the mask, all of them count (`kept_rows`).
 """
 

@@ -28,8 +28,8 @@ DEFAULT_BUDGET = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was gathered.
+class CalibrationResult:
+    """What calibration gathered for some layers.
 
     Attributes:
         stats: Statistics of values, by value name.
@@ -50,7 +50,9 @@ def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_ou
     return split_by_budget(by_weight(layers), lambda layer: (layer.reads, each * layer.k**2), budget)
 
 
-def collect(model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None) -> Calibration:
+def collect(
+    model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None
+) -> CalibrationResult:
     """Gram matrices and means of everything ``layers`` read, over all batches; nothing of a value without any rows.
 
     Args:
@@ -65,7 +67,7 @@ def collect(model: ir.Model, layers: Iterable[LinearLayer], context: Calibration
     """
     readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
-        return Calibration({}, ())
+        return CalibrationResult({}, ())
     taps = make_taps(model, {name: same[0].k for name, same in readers.items()}, context)
     taps = [replace(t, quantize=context.quantize.get(t.value), bounds=context.bounds.get(t.value)) for t in taps]
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
@@ -88,7 +90,7 @@ def collect(model: ir.Model, layers: Iterable[LinearLayer], context: Calibration
     for tap, a, b in zip(taps, fitted, held_out, strict=True):
         if (measured := split_stats(a, b, tap.quantize)) is not None:
             stats[tap.value] = measured
-    return Calibration(stats, tuple(unmasked) if context.mask is not None else ())
+    return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
 
 
 def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: float) -> tuple[bool, bool]:

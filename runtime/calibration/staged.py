@@ -27,7 +27,7 @@ from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inpu
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
-from magr_onnx.runtime.calibration.moments import Calibration, check_rows, grouped, not_finite, readers_of
+from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.ort.session import Session
@@ -66,7 +66,7 @@ def staged(
     context: CalibrationContext,
     schedule: Schedule | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[Sequence[LinearLayer], Calibration]]:
+) -> Iterator[tuple[Sequence[LinearLayer], CalibrationResult]]:
     """Stages of layers, each with the statistics of what its layers read.
 
     The caller quantizes a stage's layers in ``work`` before it asks for the next one, and lets go of the statistics.
@@ -100,9 +100,9 @@ def staged(
             budget = schedule.gram_budget
             for part in [members] if budget is None else grouped(members, budget, bool(context.hold_out)):
                 unsolved = part if any(map(schedule.is_unsolved, part)) else []  # all: layers that share a weight are solved together
-                calibration = _gather(unsolved, values, context, schedule.feedback)
-                yield part, replace(calibration, spilled=floats.spilled + quants.spilled)
-                del calibration  # before the next one is made
+                result = _gather(unsolved, values, context, schedule.feedback)
+                yield part, replace(result, spilled=floats.spilled + quants.spilled)
+                del result  # before the next one is made
             values.keep(live)
 
 
@@ -214,7 +214,7 @@ class _Read:
     masked: bool = True
 
 
-def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> Calibration:
+def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> CalibrationResult:
     """Statistics of what a stage reads and (with feedback) should put out."""
     stats: dict[str, LayerStats] = {}
     goals: dict[str, Goal] = {}
@@ -232,7 +232,7 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
         stats[name] = read.stats
         goals |= read.goals
     raise_all(NonFiniteError, bad)
-    return Calibration(stats, tuple(unmasked), goals)
+    return CalibrationResult(stats, tuple(unmasked), goals)
 
 
 def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Read:

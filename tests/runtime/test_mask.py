@@ -14,7 +14,7 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import activation_ranges
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows, masked_outputs
-from magr_onnx.runtime.calibration.moments import Calibration, collect
+from magr_onnx.runtime.calibration.moments import CalibrationResult, collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.ort.session import Session
@@ -50,9 +50,9 @@ def opened(model: ir.Model, batches: list[dict[str, Array]]) -> Batches:
         return open_data(batches, session.inputs)
 
 
-def in_stages(model: ir.Model, context: CalibrationContext) -> Calibration:
+def in_stages(model: ir.Model, context: CalibrationContext) -> CalibrationResult:
     parts = [found for _, found in staged(model, model, find(model)[0], context, Schedule(feedback=False))]
-    return Calibration({k: v for p in parts for k, v in p.stats.items()}, tuple(n for p in parts for n in p.unmasked))
+    return CalibrationResult({k: v for p in parts for k, v in p.stats.items()}, tuple(n for p in parts for n in p.unmasked))
 
 
 def queries_of(model: ir.Model, feeds: dict[str, Array]) -> Array:
