@@ -1,4 +1,4 @@
-"""What calibration gathers for a pipeline: grids of activations, statistics of what layers read, gradients of what they put out."""
+"""What calibration gathers for a plan: grids of activations, statistics of what layers read, gradients of what they put out."""
 
 from __future__ import annotations
 

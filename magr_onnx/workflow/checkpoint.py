@@ -139,7 +139,7 @@ class JobDirectory:
         self.notes: list[str] = []
         self.restored = 0
 
-    def plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
+    def set_plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
         """Say what is done to all layers: under error feedback the others decide what a layer sees."""
         text = [str(plan), *(f"{name}={of_layer}" for name, of_layer in assigned.items())]
         self._plan = hashlib.sha256("\n".join(text).encode()).hexdigest()

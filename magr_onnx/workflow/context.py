@@ -130,7 +130,7 @@ class RunContext:
     def store_plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
         """Tell the job directory what will be done to the layers."""
         if self.store is not None:
-            self.store.plan(plan, assigned)
+            self.store.set_plan(plan, assigned)
 
     def is_unsolved(self, layer: LinearLayer) -> bool:
         """Whether the job directory does not have the layer."""

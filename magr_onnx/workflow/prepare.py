@@ -43,7 +43,7 @@ class Prepared:
         name: Of the file, for messages.
         bytes: Size of the source.
         reference: The model as the caller gave it.
-        model: The same with its functions opened, in canonical form, at the opset the pipeline needs.
+        model: The same with its functions opened, in canonical form, at the opset the plan needs.
         raised: Whether its opset had to be raised.
         plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.

@@ -1,4 +1,4 @@
-"""The long work: statistics, and every layer through the pipeline."""
+"""The long work: statistics, and every layer through its plan."""
 
 from __future__ import annotations
 

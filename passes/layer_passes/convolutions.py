@@ -23,7 +23,7 @@ from magr_onnx.passes.layers.shared import by_weight
 
 @dataclass(frozen=True)
 class Convolutions(ModelPass):
-    """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the pipeline.
+    """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the plan.
 
     Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
     format. Alone, or in a sequence of passes, it has no statistics of patches and rounds every

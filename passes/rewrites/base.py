@@ -1,7 +1,7 @@
 """The base of float-to-float rewrites: graphs changed before layers are looked for, exactly in real arithmetic.
 
 A rewrite makes layers easier to quantize. The rewritten model is the one that is calibrated and quantized; validation still compares with
-the user's. Rewrites come first in a pipeline.
+the user's. Rewrites come first in a plan.
 """
 
 from __future__ import annotations

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import magr_onnx
 from magr_onnx.core import magr
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
@@ -154,6 +157,22 @@ def test_registry_is_complete() -> None:
         assert Plan.parse(name).stages == (kind(),)
         assert all(f"{option}:" in (kind.__doc__ or "") for option in kind.options()), f"{name}: undocumented option"
         assert issubclass(kind, ir.passes.InPlacePass) == (name in passes())
+
+
+def test_nothing_asks_for_the_class_of_a_stage() -> None:
+    """What a plan does follows from its fields; only the registry looks at classes."""
+    names = {kind.__name__ for kind in stages().values()} | {"Stage", "LayerStage", "LayerPass", "ModelPass", "Emitter", "Rewrite"}
+    folder = Path(magr_onnx.__file__).parent
+    modules = [path for part in ("", "passes", "runtime") for path in (folder / part).resolve().rglob("*.py")]
+    assert len(modules) > 150
+    places = []
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text())):
+            asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass")
+            classes = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} if asks else set()
+            if classes & names and path.name != "registry.py":
+                places.append(f"{path}:{node.lineno}")
+    assert places == []
 
 
 def test_stages_leave_open_what_only_the_plan_knows() -> None:
