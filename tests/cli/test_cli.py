@@ -252,6 +252,7 @@ magr_onnx.cli.main.main()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx"]
 
 
+@pytest.mark.long
 def test_demo_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "SETTINGS", demonstration.SETTINGS[:1])
     result = run("demo", "--folder", "keep/here", "-q", cwd=tmp_path)

@@ -273,6 +273,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_on_the_bundled_model(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"

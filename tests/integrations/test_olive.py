@@ -84,6 +84,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_olive_run_writes_what_this_package_would(workflow: Path, tmp_path: Path) -> None:
     made = workflow / "out" / "model.onnx"
     assert operators(made) == ["MatMulNBits", "Relu", "MatMulNBits"]
@@ -95,12 +96,14 @@ def test_olive_run_writes_what_this_package_would(workflow: Path, tmp_path: Path
         np.testing.assert_array_equal(olives, ours)
 
 
+@pytest.mark.long
 def test_the_result_runs_and_is_close(workflow: Path) -> None:
     x = graphs.correlated(32, K, seed=9)
     wanted, found = (outputs(workflow / name, x) for name in ("model.onnx", "out/model.onnx"))
     assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
+@pytest.mark.long
 def test_the_report_goes_along(workflow: Path) -> None:
     attributes = json.loads((workflow / "out" / "model_config.json").read_text())["config"]["model_attributes"]
     short = attributes["onnx_magr"]
@@ -110,6 +113,7 @@ def test_the_report_goes_along(workflow: Path) -> None:
     assert report["validation"] is not None
 
 
+@pytest.mark.long
 def test_the_package_configuration_keeps_all_of_olives_own(workflow: Path) -> None:
     made = json.loads((workflow / "olive_package.json").read_text())
     spec = importlib.util.find_spec("olive")
@@ -160,16 +164,19 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_the_cache_gives_the_same_and_knows_other_data(many: dict[str, Any]) -> None:
     assert many["again"]["codes"] == many["first"]["codes"]
     assert many["runs"] == {"again": 0, "other_data": 1}
     assert many["other_data"]["codes"] != many["first"]["codes"]
 
 
+@pytest.mark.long
 def test_data_of_olives_own_containers(many: dict[str, Any]) -> None:
     assert many["data_config"]["codes"] == many["other_data"]["codes"]
 
 
+@pytest.mark.long
 def test_errors_name_the_parameters(many: dict[str, Any]) -> None:
     assert "nowhere.npz does not exist" in many["wrong"]["error"]
     assert "accuracy_level is for format matmulnbits only" in many["wrong"]["error"]
@@ -180,6 +187,7 @@ def test_errors_name_the_parameters(many: dict[str, Any]) -> None:
     assert "the model's inputs are x: float32" in many["data_misfit"]["error"]
 
 
+@pytest.mark.long
 def test_recipes_and_layers_of_their_own(many: dict[str, Any]) -> None:
     """The recipe's 8 bits but for one layer, and the format that was given beside it."""
     pipelines = {row["name"]: row["bits"] for row in many["recipe"]["layers"]}
@@ -187,6 +195,7 @@ def test_recipes_and_layers_of_their_own(many: dict[str, Any]) -> None:
     assert many["recipe"]["models"]["model.onnx"].count("DequantizeLinear") == 2
 
 
+@pytest.mark.long
 def test_components_have_data_and_reports_of_their_own(many: dict[str, Any]) -> None:
     assert list(many["composite"]["models"]) == ["a.onnx", "b.onnx"]
     assert all(ops.count("MatMulNBits") == 2 for ops in many["composite"]["models"].values())
@@ -196,6 +205,7 @@ def test_components_have_data_and_reports_of_their_own(many: dict[str, Any]) -> 
     assert [f"{name}.npz" in text for name, text in zip("ab", data, strict=True)] == [True, True]
 
 
+@pytest.mark.long
 def test_a_search_leaves_out_what_cannot_be(many: dict[str, Any]) -> None:
     """Of 8, 4 and 2 bits the smallest that this format has is 4."""
     ops = many["searched"]["models"]["model.onnx"]
@@ -205,6 +215,7 @@ def test_a_search_leaves_out_what_cannot_be(many: dict[str, Any]) -> None:
     assert summary["bytes_after"] < summary["bytes_before"] / 4
 
 
+@pytest.mark.long
 def test_every_option_is_a_parameter_that_is_described(many: dict[str, Any]) -> None:
     for name in Options.__annotations__:
         assert len(many["described"][name]) > len(name) + 10

@@ -149,6 +149,7 @@ def test_tensors_of_the_model_lie_in_the_new_files_afterwards(tmp_path: Path) ->
     assert answer(tmp_path / "out.onnx") == answer(model)
 
 
+@pytest.mark.long
 def test_a_kill_at_any_step_of_the_write_leaves_a_whole_model(tmp_path: Path) -> None:
     source, out = tmp_path / "source.onnx", tmp_path / "out.onnx"
     onnx.save(proto(graphs.chain()), source)

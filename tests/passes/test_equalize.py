@@ -222,6 +222,7 @@ def test_eight_bit_inputs_are_part_of_the_search() -> None:
     assert found.scales[3] > 5 * np.median(found.scales)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq-int8"])
 def test_bundled_model(form: Any) -> None:
     options: dict[str, Any] = {"format": form, "quantizer": "gptq", "include": ["node_MatMul_*"]}

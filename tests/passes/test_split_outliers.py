@@ -135,6 +135,7 @@ def test_half_precision() -> None:
     assert relative(outputs(made), before) < 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq-int8"])
 def test_bundled_model(form: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"

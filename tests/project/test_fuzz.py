@@ -41,6 +41,7 @@ def verdict(made: Made, run: str) -> str | None:
     return None
 
 
+@pytest.mark.long
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(sorted(RUNS)))
 def test_random_graphs(rng: random.Random, run: str) -> None:
@@ -59,6 +60,7 @@ def test_graphs_that_failed_once(seed: int, run: str) -> None:
     assert verdict(make(random.Random(seed)), run) is None
 
 
+@pytest.mark.long
 def test_random_graphs_are_mostly_converted() -> None:
     kinds = Counter(judge_made(make(random.Random(seed)), "qdq, data-free").kind for seed in range(40))
     assert kinds[CONVERTED] > 25, kinds
@@ -74,6 +76,7 @@ def bugs(found: Sequence[tuple[int, Outcome]]) -> str:
     return "\n".join(f"seed {seed}: {outcome.kind}: {outcome.detail[:300]}" for seed, outcome in found if outcome.bug)
 
 
+@pytest.mark.long
 def test_damaged_files() -> None:
     found = mutate.campaign(300, SEED)
     print(f"seeds from {SEED}\n{isolated.table([outcome for _, outcome in found])}")
@@ -89,6 +92,7 @@ def test_many_damaged_files() -> None:
     assert not bugs(found)
 
 
+@pytest.mark.long
 def test_a_sample_of_the_backend_tests() -> None:
     formats = list(OPTIONS)
     cases = backend.all_cases(formats)

@@ -68,6 +68,7 @@ PLAIN: dict[str, Any] = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": 
 TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bias": "none", "damping": 0.01, "act_order": False}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 1.0), (2, 32, 0.7), (3, None, 0.6)])  # seen: 0.88, 0.59, 0.47
 def test_defaults_beat_textbook_gptq_beats_rounding(
     bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float, samples: Batches
@@ -89,6 +90,7 @@ def test_eight_bits_cost_nothing(held_out: np.ndarray, float_loss: float) -> Non
     assert abs(added(held_out, float_loss, calibration=few_samples(), bits=8, quantizer="rtn")) < 2e-3
 
 
+@pytest.mark.long
 def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.onnx"
     chosen: dict[str, str] = {}
@@ -123,6 +125,7 @@ def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         magr_onnx.optimize(graphs.chain())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("form", "effort"), [("matmulnbits", "balanced"), ("qdq", "fast")])
 def test_report_is_complete(form: Any, effort: Any, tmp_path: Path, samples: Batches, held_out: np.ndarray) -> None:
     out = tmp_path / "out.onnx"
@@ -218,6 +221,7 @@ def test_option_problems_come_all_at_once_and_first() -> None:
         magr_onnx.optimize("no such file", pipeline_text="magr", bits=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [demonstration.SETTINGS[2:], pytest.param(demonstration.SETTINGS, marks=pytest.mark.slow)])
 def test_demo(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "SETTINGS", settings)

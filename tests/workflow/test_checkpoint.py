@@ -147,6 +147,7 @@ def same_after_a_kill(model: Path, samples: Batches | None, options: dict[str, A
         assert plain_row(a) == plain_row(b)
 
 
+@pytest.mark.long
 def test_runs_in_other_processes_give_the_same_bytes(tmp_path: Path) -> None:
     model = deep_file(tmp_path)
     out = [tmp_path / f"{i}.onnx" for i in range(2)]
@@ -169,6 +170,7 @@ def test_runs_in_other_processes_give_the_same_bytes(tmp_path: Path) -> None:
     assert out[0].read_bytes() == out[1].read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
     model = deep_file(tmp_path)
     job, out, plain = tmp_path / "job", tmp_path / "out.onnx", tmp_path / "plain.onnx"

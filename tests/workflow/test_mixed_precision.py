@@ -467,12 +467,14 @@ def bundled_mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Optimized, 
     return result, folder, uniform
 
 
+@pytest.mark.long
 def test_mixed_beats_uniform_at_its_size(bundled_mixed: tuple[Optimized, Path, int]) -> None:
     result, folder, uniform = bundled_mixed
     assert (folder / "mixed.onnx").stat().st_size == result.report.bytes_after <= uniform
     assert divergence(folder / "mixed.onnx") < 0.97 * divergence(folder / "uniform.onnx")  # seen: 0.91
 
 
+@pytest.mark.long
 def test_the_report_has_the_assignment(bundled_mixed: tuple[Optimized, Path, int]) -> None:
     report = bundled_mixed[0].report
     text = report.to_text()
