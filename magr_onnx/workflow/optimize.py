@@ -128,7 +128,7 @@ def _validate(solved: Solved, prepared: Prepared, request: OptimizeRequest, cont
 def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written: Written, context: RunContext) -> Report:
     """Describe what was asked for, what was done, and what came of it."""
     invocation, comparison = request.invocation, written.validation
-    notes = [*prepared.notes, *(_large_table(solved.skips, written.bytes) if request.options is not None else []), *solved.notes]
+    notes = [*prepared.notes, *_large_table(solved.skips, written.bytes, request.options is not None), *solved.notes, *request.notes]
     if comparison is not None:  # what calibration said before is said once
         comparison = replace(comparison, notes=tuple(note for note in comparison.notes if note not in notes))
     return Report(
@@ -153,8 +153,10 @@ def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written
     )
 
 
-def _large_table(skips: Sequence[Skip], written: int) -> list[str]:
+def _large_table(skips: Sequence[Skip], written: int, has_options: bool) -> list[str]:
     """Say of the largest table that stayed float for want of an option, where it is a tenth of the result or more."""
+    if not has_options:  # a pipeline says all there is to say
+        return []
     tables = [skip for skip in skips if skip.reason == TableReason.UNASKED]
     most = max(tables, key=lambda skip: skip.bytes, default=None)
     if most is None or 10 * most.bytes < written:

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options, selection
+from magr_onnx.config.presets import find_preset
 from magr_onnx.errors import ModelError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
@@ -120,7 +121,9 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         decided = {"mask": mask, "large": memory.large, "gram_budget": memory.gram_budget}
         manifest = manifest_of(loaded, data, prepared.plan, {**request.result_options, **decided})
         store = stack.enter_context(job_directory(request.resume, manifest))
-    notes = [*request.notes, *prepared.notes, *_data_notes(data, request.plan)]
+    notes = [*prepared.notes, *_data_notes(data, request.plan)]
+    if request.preset is not None:
+        notes.insert(0, f"preset {request.preset} sets {find_preset(request.preset)}, where nothing else was given")
     if prepared.raised:
         notes += opset_check.check(prepared.reference, prepared.model, data, request.provider)
     context = RunContext(

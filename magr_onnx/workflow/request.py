@@ -13,7 +13,6 @@ from magr_onnx.config.arguments import DEFAULTS, OnLayer, Progress, in_order, ov
 from magr_onnx.config.invocation import Invocation, plain, without_defaults
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
-from magr_onnx.config.presets import find_preset
 from magr_onnx.config.selection import Patterns
 from magr_onnx.errors import OptionError, RecipeError
 from magr_onnx.passes import Plan
@@ -53,7 +52,8 @@ class OptimizeRequest:
         resume: The job directory, if there is one.
         progress: Who is told of progress; True for bars.
         on_layer: Who is told of finished layers.
-        notes: Sentences for the report: what preset, recipe and arguments came to.
+        preset: The preset it started from, if there is one.
+        notes: Sentences for the report: what was left out of recipe and preset.
         result_options: All that was said of the result, by name, as the job directory compares it.
     """
 
@@ -81,6 +81,7 @@ class OptimizeRequest:
     resume: Path | None
     progress: Progress | bool | None
     on_layer: OnLayer | None
+    preset: str | None
     notes: Sequence[str]
     result_options: Mapping[str, Any]
 
@@ -112,8 +113,6 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     sizes = {name: _size(name, values[name]) for name in ("max_memory", "shard_size")}
     if values["output"] is None and (sizes["shard_size"] is not None or values["external_data"]):
         raise OptionError("shard_size and external_data are about files; give an output")
-    if values["preset"] is not None:
-        notes.insert(0, f"preset {values['preset']} sets {find_preset(values['preset'])}, where nothing else was given")
     if invocation.options is None:
         invocation = replace(invocation, options=plain(without_defaults(in_order(merged), DEFAULTS)))
     return OptimizeRequest(
@@ -138,7 +137,18 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     )
 
 
-_AS_GIVEN = ("requantize", "provider", "mask", "batch_size", "decode_steps", "custom_ops", "external_data", "progress", "on_layer")
+_AS_GIVEN = (
+    "requantize",
+    "provider",
+    "mask",
+    "batch_size",
+    "decode_steps",
+    "custom_ops",
+    "external_data",
+    "progress",
+    "on_layer",
+    "preset",
+)
 
 
 def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:
