@@ -53,7 +53,7 @@ def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
     with progress.bars(errors) as bars:
         lines = _verbose or bars is None
         say = partial((errors if bars is None else bars.console).print, markup=False)
-        reporter = progress.Watch(bars, say if lines else None, progress.LINE_EVERY)
+        reporter = progress.StageReporter(bars, say if lines else None, progress.LINE_EVERY)
         yield reporter.step, reporter.layer if bars is not None or _verbose else None
 
 

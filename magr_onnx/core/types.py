@@ -31,7 +31,7 @@ COLUMN_BYTES = 1 << 25  # of float32 output channels that solvers work on at a t
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Deferred:
+class Lazy:
     """A model or data that takes work to make, and is made when all that can be checked without it has been.
 
     Attributes:

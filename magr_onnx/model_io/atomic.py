@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from magr_onnx.errors import OutputError, raise_all
-from magr_onnx.model_io.writable import blocked
+from magr_onnx.model_io.writable import why_not_writable
 
 try:
     import fcntl
@@ -42,7 +42,7 @@ def lock(path: Path) -> IO[bytes] | None:
 
 
 @contextlib.contextmanager
-def workspace(output: Path) -> Iterator[Path]:
+def staging_directory(output: Path) -> Iterator[Path]:
     """A temporary folder beside ``output``, on its file system, so that files in it can be renamed into place; removed at the end.
 
     Folders of the same output whose runs were killed are removed first.
@@ -50,7 +50,7 @@ def workspace(output: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be made.
     """
-    clear(output)
+    remove_stale(output)
     folder = Path(tempfile.mkdtemp(prefix=_beginning(output), dir=output.parent))
     owner: IO[bytes] | None = None
     try:
@@ -65,7 +65,7 @@ def workspace(output: Path) -> Iterator[Path]:
             owner.close()
 
 
-def clear(output: Path) -> None:
+def remove_stale(output: Path) -> None:
     """Remove temporary folders of ``output`` that are surely ours and dead: nobody holds the lock that has our mark.
 
     A process that was killed between its first two steps leaves an empty folder, or an empty lock in it; those go too.
@@ -145,11 +145,11 @@ def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None
     Raises:
         OutputError: It cannot be written.
     """
-    raise_all(OutputError, blocked(f"{what} {path}", path))
+    raise_all(OutputError, why_not_writable(f"{what} {path}", path))
     try:
         data = text.encode("utf-8", errors)
         target = path.resolve()
-        with workspace(target) as folder:
+        with staging_directory(target) as folder:
             part = folder / target.name
             part.write_bytes(data)
             part.chmod(mode_of(target))

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from magr_onnx.errors import ModelError, OutputError, raise_all
 from magr_onnx.model_io.atomic import mode_of
-from magr_onnx.model_io.writing import data_files
-from magr_onnx.model_io.writing import explained as advice
+from magr_onnx.model_io.writing import data_files, os_error_hint
 
 
-def every(folder: Path) -> list[Path]:
+def all_files(folder: Path) -> list[Path]:
     """All files in a folder, and in those that links in it lead to; sorted paths in the folder.
 
     Raises:
@@ -34,7 +33,7 @@ def every(folder: Path) -> list[Path]:
                 else:
                     walk(path, {*above, real})
         except OSError as error:
-            problems.append(f"{place} cannot be read: {advice(error)}")
+            problems.append(f"{place} cannot be read: {os_error_hint(error)}")
 
     odd: list[Path] = []
     walk(folder, {folder.resolve()})
@@ -45,7 +44,7 @@ def every(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in found)
 
 
-def besides(folder: Path, files: Iterable[Path], names: Collection[str], external: Iterable[Path]) -> list[Path]:
+def carried_files(folder: Path, files: Iterable[Path], names: Collection[str], external: Iterable[Path]) -> list[Path]:
     """Those of the files that are neither the models of these names nor ``external`` data that only those read; paths in the folder."""
 
     def inside(paths: Iterable[Path]) -> set[Path]:
@@ -60,7 +59,7 @@ Seen = tuple[int, ...]
 """Tells a file, a link or a folder from another in its place, or from itself when it is changed; begins with its kind."""
 
 
-def kept(folder: Path, names: Collection[str]) -> dict[Path, Seen]:
+def preserved(folder: Path, names: Collection[str]) -> dict[Path, Seen]:
     """What stays of a folder that is replaced: all but the models of these names and the data that only those read.
 
     Links are not followed, and a folder is there by itself if it is empty. Sorted paths in the folder; none if it does not exist.
@@ -87,14 +86,14 @@ def kept(folder: Path, names: Collection[str]) -> dict[Path, Seen]:
         [f"{folder / path} is neither a file nor a folder, and cannot be kept; remove it" for path in found if found[path][0] not in kinds],
     )
     data = {file for name in names for file in data_files(folder / name)}
-    return {path: found[path] for path in sorted(besides(folder, found, names, data))}
+    return {path: found[path] for path in sorted(carried_files(folder, found, names, data))}
 
 
 def is_folder(seen: Seen) -> bool:
     return seen[0] == stat.S_IFDIR
 
 
-def in_the_way(old: Mapping[Path, Seen], new: Iterable[Path]) -> list[str]:
+def conflicts(old: Mapping[Path, Seen], new: Iterable[Path]) -> list[str]:
     """What cannot be kept beside ``new`` files: one would be the folder of the other."""
     files = set(new)
     above = {folder: file for file in files for folder in file.parents}
@@ -129,7 +128,7 @@ def copy(source: Path, target: Path, follow_symlinks: bool = True) -> None:
     shutil.copystat(source, target, follow_symlinks=follow_symlinks)
 
 
-def permit(new: Path, old: Path, names: Collection[str]) -> None:
+def keep_permissions(new: Path, old: Path, names: Collection[str]) -> None:
     """Give all in a folder the permissions of what it replaces in another, and new data those of its model among ``names``."""
     data = {file: old / name for name in names for file in data_files(new / name)}
     for path in (*new.rglob("*"), new):

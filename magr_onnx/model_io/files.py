@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magr_onnx.core.types import Deferred
+from magr_onnx.core.types import Lazy
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.model_io import contrib_schemas, validate_proto, writable
 from magr_onnx.model_io.legacy import modernize
@@ -61,7 +61,7 @@ def load(source: Any) -> Loaded:
     Raises:
         ModelError: Not a model, or not a valid one; the message says what was found.
     """
-    if isinstance(source, Deferred):
+    if isinstance(source, Lazy):
         source = source.make()
     if isinstance(source, str | os.PathLike):
         return _load_path(Path(source))
@@ -210,7 +210,7 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
         found.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
         found.append(f"output folder {folder} does not exist; create it first")
-    elif wrong := writable.blocked(f"output {output}", output) or check_length(output):
+    elif wrong := writable.why_not_writable(f"output {output}", output) or check_length(output):
         found += wrong
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.errors import OutputError
-from magr_onnx.model_io.writing import explained, let_go, model_values
+from magr_onnx.model_io.writing import model_values, os_error_hint, release_mmap
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
 FILE_BYTES = 1 << 30  # a tensor maps the whole of its file, so that many files are better than one
@@ -31,11 +31,11 @@ class Spool:
             for value in model_values(model):
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    let_go(tensor)
+                    release_mmap(tensor)
                 elif isinstance(tensor, ir.Tensor) and tensor.nbytes > SMALL:
                     value.const_value = self._move(tensor, str(value.name))
         except OSError as error:
-            raise OutputError(f"cannot write temporary files to {self._folder.parent}: {explained(error)}") from error
+            raise OutputError(f"cannot write temporary files to {self._folder.parent}: {os_error_hint(error)}") from error
 
     def _move(self, tensor: ir.Tensor, name: str) -> ir.ExternalTensor:  # type: ignore[type-arg]
         if self._used > FILE_BYTES:

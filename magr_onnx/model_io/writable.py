@@ -15,7 +15,7 @@ _SPECIAL = {
 _LONGEST = 255  # bytes of a name on almost all file systems
 
 
-def blocked(what: str, path: Path) -> list[str]:
+def why_not_writable(what: str, path: Path) -> list[str]:
     """Why nothing can be renamed to ``path``, links followed.
 
     Its name is too long, its folder or what is there is not writable, or that is neither a file nor a folder, or a mount.

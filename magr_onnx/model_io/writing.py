@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
-from magr_onnx.model_io.atomic import mode_of, replace, sync, workspace
+from magr_onnx.model_io.atomic import mode_of, replace, staging_directory, sync
 from magr_onnx.model_io.external_data import most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
@@ -78,15 +78,15 @@ def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = 
         MagrError: The model without its tensors is larger than a protobuf can be.
     """
     try:
-        with workspace(output) as folder:
+        with staging_directory(output) as folder:
             return _save(model, output, folder, verify, layout or Layout())
     except OSError as error:
-        raise OutputError(f"cannot write {output}: {explained(error)}") from error
+        raise OutputError(f"cannot write {output}: {os_error_hint(error)}") from error
     except ValueError as error:
         raise MagrError(f"the result cannot be serialized to {output}: {error}") from error
 
 
-def explained(error: OSError) -> str:
+def os_error_hint(error: OSError) -> str:
     """What to do about an error of the file system."""
     advice = {
         errno.ENOSPC: "the disk is full; free space there, or write to another disk",
@@ -137,7 +137,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
         for value, tensor in zip(model_values(model), before, strict=True):
             held = value.const_value
             if done and isinstance(held, ir.ExternalTensor):
-                let_go(held)
+                release_mmap(held)
                 held.base_dir = output.parent
             else:
                 value.const_value = tensor
@@ -149,7 +149,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
     return size
 
 
-def let_go(tensor: ir.TensorProtocol) -> None:
+def release_mmap(tensor: ir.TensorProtocol) -> None:
     """Unmap a tensor's file, if it has one, or every file that was ever read counts as memory in use. It is mapped again when read."""
     if isinstance(tensor, ir.ExternalTensor):
         with contextlib.suppress(BufferError):  # somebody still looks at its values
@@ -239,7 +239,7 @@ def _copy(tensor: ir.TensorProtocol, file: _Hashed) -> None:
     start = file.size
     if isinstance(tensor, ir.ExternalTensor):
         tensor.tofile(file)
-        let_go(tensor)
+        release_mmap(tensor)
     else:
         file.write(tensor.tobytes())
     if file.size - start != tensor.nbytes:

@@ -28,7 +28,7 @@ from magr_onnx.core.solution_arrays import Arrays, from_arrays, most_bytes, to_a
 from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
-from magr_onnx.model_io.writing import explained, file_digest
+from magr_onnx.model_io.writing import file_digest, os_error_hint
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.report.data import versions
 from magr_onnx.runtime.data.sources import Batches
@@ -83,7 +83,7 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
         _check_ours(path)
         held = lock(path / LOCK)
     except OSError as error:
-        raise OutputError(f"job directory {path}: {explained(error)}") from error
+        raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error
     if held is None:
         raise OutputError(f"job directory {path}: another run is working in it; wait until it ends, or give another directory")
     with held:
@@ -114,7 +114,7 @@ def _check(path: Path, manifest: Mapping[str, str]) -> None:
         (path / LAYERS).mkdir(exist_ok=True)
         before = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
-        raise OutputError(f"job directory {path}: {explained(error)}") from error
+        raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error
     except ValueError as error:
         raise OptionError(f"job directory {path}: {MANIFEST} is damaged ({error}); delete the directory, or give another one") from error
     if not isinstance(before, dict):
@@ -180,7 +180,8 @@ class JobDirectory:
             _write(self._file(layer), to_arrays(solution))
         except OSError as error:
             raise OutputError(
-                f"job directory {self._path}: {explained(error)}. The layers finished so far are kept; the same command goes on from there"
+                f"job directory {self._path}: {os_error_hint(error)}. The layers finished so far are kept; "
+                "the same command goes on from there"
             ) from error
 
     def _file(self, layer: LinearLayer) -> Path:

@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from magr_onnx.config.arguments import OnLayer, Progress
 from magr_onnx.errors import OutputError
-from magr_onnx.model_io.atomic import clear, workspace
+from magr_onnx.model_io.atomic import remove_stale, staging_directory
 from magr_onnx.model_io.spill import Spool
-from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, explained, oversized
+from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, os_error_hint, oversized
 from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.selection import Selection
@@ -155,10 +155,10 @@ def open_spool(output: Path | None, large: bool, stack: contextlib.ExitStack) ->
     """
     if output is None:
         return None
-    clear(output)
+    remove_stale(output)
     if not large:
         return None
     try:
-        return Spool(stack.enter_context(workspace(output)))
+        return Spool(stack.enter_context(staging_directory(output)))
     except OSError as error:
-        raise OutputError(f"cannot write to {output.parent}: {explained(error)}") from error
+        raise OutputError(f"cannot write to {output.parent}: {os_error_hint(error)}") from error

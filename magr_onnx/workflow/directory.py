@@ -18,13 +18,13 @@ from typing import Any, Unpack
 import onnx_ir as ir
 
 from magr_onnx.config import selection
-from magr_onnx.config.arguments import FOLDER_DEFAULTS, OMITTED, FolderArguments, FolderSource, explicit, over_preset, over_recipe
+from magr_onnx.config.arguments import DEFAULTS, FOLDER_DEFAULTS, OMITTED, FolderArguments, FolderSource, explicit, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, python_call, without_defaults
 from magr_onnx.config.selection import LayerNames, Patterns
-from magr_onnx.core.types import Deferred
+from magr_onnx.core.types import Lazy
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files, writable
-from magr_onnx.model_io.writing import explained as advice
+from magr_onnx.model_io.writing import os_error_hint
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
@@ -70,23 +70,23 @@ class OptimizedFolder:
 
     def save(self, path: Path) -> None:
         """Write `files`, as pages or JSON; see `Report.save`. The page of several models has links to theirs."""
-        found = self.files(path)
+        targets = self.files(path)
 
         def write(file: Path, one: Report | OptimizedFolder) -> None:
             if isinstance(one, Report):
                 one.save(file)
             elif file.suffix.lower() in html.PAGES:
-                pages = [other.name for other in found if other != file]
+                pages = [other.name for other in targets if other != file]
                 html.write(html.index(self.source, dict(zip(pages, self.reports.items(), strict=True))), file)
             else:
                 html.write(one.to_json() + "\n", file)
 
-        do_all([partial(write, *item) for item in found.items()])
+        do_all([partial(write, *item) for item in targets.items()])
 
     def to_text(self, most: int | None = None, width: int = COLUMNS) -> str:
         """The report, of one model, with ``most`` layers; a line a model and their notes, of several (see `Report.to_text`)."""
-        told = {"carried": self.carried, "kept": self.kept}
-        carried = [line for word, f in told.items() if f for line in wrapped(f"{word:12} {len(f)} files: {', '.join(f)}", width=width)]
+        lists = {"carried": self.carried, "kept": self.kept}
+        carried = [line for word, f in lists.items() if f for line in wrapped(f"{word:12} {len(f)} files: {', '.join(f)}", width=width)]
         if len(self.reports) == 1:
             return "\n".join([next(iter(self.reports.values())).to_text(most, width), "", *carried])
         lines = [f"folder       {self.source}", f"output       {self.output}", *carried, ""]
@@ -101,14 +101,18 @@ class OptimizedFolder:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model to optimize: its path in the folder, the files it reads its data from, what to calibrate and to judge it with, and the
-    patterns of layers that match something in it."""
+    """A model to optimize.
+
+    Attributes:
+        name: Its path in the folder.
+        external: The files it reads its data from.
+        arguments: Those of `magr_onnx.optimize` that are for this model: its data, its job directory, and the patterns that match
+            something in it.
+    """
 
     name: str
     external: frozenset[Path]
-    data: Source | None
-    held: Source | None
-    patterns: Patterns
+    arguments: Mapping[str, Any]
 
 
 def optimize_folder(
@@ -148,28 +152,26 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
     values = {**FOLDER_DEFAULTS, **merged}
     if values["model"] is None or values["output"] is None:
         raise OptionError("give a folder of models and an output, or name both in the recipe")
-    source, out = Path(values["model"]), Path(values["output"])
     invocation = replace(invocation, options=plain(without_defaults(over_preset(merged)[0], FOLDER_DEFAULTS)))
+    source, out = Path(values["model"]), Path(values["output"])
     names = _names(source, values["models"])
     raise_all(OutputError, _check_output(source, out, names, values["overwrite"]))
-    patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
-    data, held = _by_model(values["calibration"], names, "calibration"), _by_model(values["validation_data"], names, "validation")
-    models = _read(source, data, held, values["batch_size"], patterns, values["requantize"])
-    reports: dict[str, Report] = {}
-    carried = copy_directory.besides(source, copy_directory.every(source), names, (file for model in models for file in model.external))
+    models = _read(source, names, values)
+    external = (file for model in models for file in model.external)
+    carried = copy_directory.carried_files(source, copy_directory.all_files(source), names, external)
     place = out.resolve()  # a link stays one, and what it points to is replaced
-    labels = _labels(names)
-    shared = {name: value for name, value in merged.items() if name not in ("models", "overwrite")}
+    shared = {name: value for name, value in merged.items() if name in DEFAULTS or name not in FOLDER_DEFAULTS}
+    reports: dict[str, Report] = {}
     try:
-        before = {path: seen for path, seen in copy_directory.kept(place, names).items() if path not in carried}
-        with atomic.workspace(place) as work:
-            part = work / place.name
+        before = {path: seen for path, seen in copy_directory.preserved(place, names).items() if path not in carried}
+        with atomic.staging_directory(place) as staging:
+            part = staging / place.name
             part.mkdir()
 
             @cache
             def carry() -> None:
                 """Before the first result, whose names of data files must be free, and after all that can be said of the options."""
-                raise_all(OutputError, [f"{out}: {text}" for text in copy_directory.in_the_way(before, [*carried, *map(Path, names)])])
+                raise_all(OutputError, [f"{out}: {text}" for text in copy_directory.conflicts(before, [*carried, *map(Path, names)])])
                 for path in carried:
                     copy_directory.copy(source / path, part / path)
                 copy_directory.update(place, part, {}, before)
@@ -180,36 +182,26 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
 
             for model in models:
                 (part / model.name).parent.mkdir(parents=True, exist_ok=True)
-                arguments_of_model = {
-                    **shared,
-                    "model": Deferred(partial(read, model)),
-                    "calibration": model.data,
-                    "output": part / model.name,
-                    "validation_data": model.held,
-                    "resume": None if values["resume"] is None else Path(values["resume"]) / labels[model.name],
-                    "include": model.patterns.selection.include,
-                    "exclude": model.patterns.selection.exclude,
-                    "layers": model.patterns.tables,
-                }
-                request = resolve(arguments_of_model, invocation)
-                result = run(replace(request, notes=(*notes, *request.notes)))
-                reports[model.name] = replace(result.report, output=str(out / model.name))
-            there = copy_directory.kept(place, names).items()  # others may have written there meanwhile
-            kept = {path: seen for path, seen in there if path in before or not os.path.lexists(part / path)}
+                paths = {"model": Lazy(partial(read, model)), "output": part / model.name}
+                request = resolve({**shared, **model.arguments, **paths}, invocation)
+                report = run(replace(request, notes=(*request.notes, *notes))).report
+                reports[model.name] = replace(report, output=str(out / model.name))
+            now = copy_directory.preserved(place, names).items()  # others may have written there meanwhile
+            kept = {path: seen for path, seen in now if path in before or not os.path.lexists(part / path)}
             copy_directory.update(place, part, before, kept)
-            copy_directory.permit(part, place, names)
-            _put(part, place, work)
+            copy_directory.keep_permissions(part, place, names)
+            _put(part, place, staging)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {advice(error)}") from error
-    stayed = [path for path, seen in kept.items() if not copy_directory.is_folder(seen)]
-    return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, stayed)))
+        raise OutputError(f"cannot write {out}: {os_error_hint(error)}") from error
+    files = [path for path, seen in kept.items() if not copy_directory.is_folder(seen)]
+    return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, files)))
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = [p.as_posix() for p in copy_directory.every(folder) if p.suffix == ".onnx"]
+    there = [p.as_posix() for p in copy_directory.all_files(folder) if p.suffix == ".onnx"]
     if not there:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
@@ -229,7 +221,7 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
     long = [text for name in names for text in files.check_length(out / name)]
-    if problems := files.check_name(b) or writable.blocked(f"output {out}", out) or long:
+    if problems := files.check_name(b) or writable.why_not_writable(f"output {out}", out) or long:
         return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]
@@ -245,34 +237,37 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
 
 
-def _read(
-    folder: Path,
-    data: Mapping[str, Source | None],
-    held: Mapping[str, Source | None],
-    batch_size: int,
-    patterns: Patterns,
-    again: bool,
-) -> list[_Model]:
+def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> list[_Model]:
     """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
-    found, models, sources = [], [], []
-    seen: dict[str, LayerNames] = {}
-    for name in data:
+    patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
+    sources = {key: _by_model(values[key], names, key.removesuffix("_data")) for key in ("calibration", "validation_data")}
+    labels, resume = _labels(names), values["resume"]
+    models: list[_Model] = []
+    model_problems, data_problems = [], []
+    layers: dict[str, LayerNames] = {}
+    for name in names:
         try:
             loaded = files.load(folder / name)
         except MagrError as error:
-            models.append(str(error))
+            model_problems.append(str(error))
             continue
         try:
-            a, b = (_opened(source, loaded.model, (folder / name).parent, folder, batch_size) for source in (data[name], held[name]))
-            found.append(_Model(name, loaded.external, a, b, patterns))
+            beside = (folder / name).parent
+            data = {key: _opened(each[name], loaded.model, beside, folder, values["batch_size"]) for key, each in sources.items()}
+            job = None if resume is None else Path(resume) / labels[name]
+            models.append(_Model(name, loaded.external, {**data, "resume": job}))
             if patterns != Patterns():
-                seen[name] = selection.names_as_loaded(loaded.model, patterns.selection, again)
+                layers[name] = selection.names_as_loaded(loaded.model, patterns.selection, values["requantize"])
         except MagrError as error:
-            sources.append(f"{name}: {error}")
-    raise_all(ModelError, models)
-    raise_all(CalibrationError, sources)
-    shared = selection.share(seen, patterns)
-    return [replace(model, patterns=shared.get(model.name, patterns)) for model in found]
+            data_problems.append(f"{name}: {error}")
+    raise_all(ModelError, model_problems)
+    raise_all(CalibrationError, data_problems)
+    shared = selection.share(layers, patterns)
+    return [replace(model, arguments={**model.arguments, **_arguments(shared.get(model.name, patterns))}) for model in models]
+
+
+def _arguments(patterns: Patterns) -> dict[str, Any]:
+    return {"include": patterns.selection.include, "exclude": patterns.selection.exclude, "layers": patterns.tables}
 
 
 def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:
@@ -324,7 +319,7 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
 
 def taken_by(folder: Path, output: Path) -> set[Path]:
     """The files of a folder, and those they will be in the output."""
-    return {base / path for path in copy_directory.every(folder) for base in (folder, output)}
+    return {base / path for path in copy_directory.all_files(folder) for base in (folder, output)}
 
 
 def check_reports(folder: Path, models: Sequence[str], paths: Sequence[Path], taken: Collection[Path]) -> None:

@@ -23,7 +23,7 @@ from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
 
-def complete(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
+def with_convolutions(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
     """The plan with a stage for convolutions, if the model has some that can be converted and nothing was said of them.
 
     ``given`` are the options the plan is made of; None where it was written by hand, and says all there is to say.

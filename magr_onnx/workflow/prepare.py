@@ -73,7 +73,7 @@ class Prepared:
         """Everything with a weight that will be read."""
         return [*self.layers, *self.others]
 
-    def nothing(self, skips: Sequence[Skip]) -> ModelError:
+    def no_layer(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
         by_reason: dict[StrEnum, list[Skip]] = {}
         for skip in sorted(skips, key=lambda skip: skip.reason != Reason.QUANTIZED):
@@ -163,7 +163,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     reference = model.clone() if loaded.path is None else loaded.path
     opset = model.opset_imports.get("")
     notes = [*loaded.notes, *open_up(model)]
-    plan = non_linear.complete(request.plan, model, request.options)
+    plan = non_linear.with_convolutions(request.plan, model, request.options)
     for each in (plan, *request.layer_plans):
         each.prepare(model)
     raised = model.opset_imports.get("") != opset
@@ -175,7 +175,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:
-        raise prepared.nothing([*skips, *unconverted, *other_skips])
+        raise prepared.no_layer([*skips, *unconverted, *other_skips])
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared
 

@@ -62,7 +62,7 @@ def bars(console: Console) -> Iterator[Bars | None]:
         yield found
 
 
-class Watch:
+class StageReporter:
     """The callbacks of a run, in bars, in lines, or in both.
 
     Args:
@@ -117,7 +117,7 @@ class Watch:
         if severity(row.error or 0) >= severity((self._worst and self._worst.error) or 0):
             self._worst = row
         if self._say is not None:
-            self._say(f"{row.label}: {what(row)}")
+            self._say(f"{row.label}: {layer_summary(row)}")
         if self._bars is not None and self._worst is not None:
             last, worst = (f"{r.error or 0:.2%} {shortened(r.label, NAME)}" for r in (row, self._worst))
             self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
@@ -135,7 +135,7 @@ def duration(seconds: float) -> str:
 def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
     """Pass steps of long work on: to `LOGGER` in any case, to ``progress`` if it is callable, to bars if it is True."""
     with bars(Console(stderr=True)) if progress is True else contextlib.nullcontext() as drawn:
-        listeners: list[Progress] = [Watch(drawn, LOGGER.info).step, *([progress] if callable(progress) else [])]
+        listeners: list[Progress] = [StageReporter(drawn, LOGGER.info).step, *([progress] if callable(progress) else [])]
 
         def step(stage: str, done: int, total: int) -> None:
             for listener in listeners:
@@ -144,7 +144,7 @@ def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
         yield step
 
 
-def what(row: LayerRow) -> str:
+def layer_summary(row: LayerRow) -> str:
     """What was done to a layer, and what decided it, in a line."""
     form = "float" if row.bits is None else f"{row.bits} bits, {f'block {row.block}' if row.block.isdecimal() else f'per {row.block}'}"
     found = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]

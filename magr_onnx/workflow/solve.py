@@ -195,7 +195,7 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
     layers, unreached = tapped.split(layers, needs_statistics)
     skips += [*prepared.unconverted, *begun.skips, *unreached]
     if not layers and not begun.rows:
-        raise prepared.nothing(skips)
+        raise prepared.no_layer(skips)
     plan, notes = without_stages(base, layers, plan)
     if context.memory.large and data is not None and (names := uncuttable(base)):
         listed = ", ".join(names[:3])

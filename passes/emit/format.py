@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array
-from magr_onnx.model_io.writing import let_go
+from magr_onnx.model_io.writing import release_mmap
 from magr_onnx.passes.base import Emitter, InputGrids
 from magr_onnx.passes.layers.conv import Form
 
@@ -91,7 +91,7 @@ def stored_array(value: ir.Value | None) -> npt.NDArray[Any] | None:
     array: npt.NDArray[Any] = tensor.numpy()
     if isinstance(tensor, ir.ExternalTensor):
         array = array.copy()
-        let_go(tensor)
+        release_mmap(tensor)
     return array
 
 

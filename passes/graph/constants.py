@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.model_io.writing import let_go
+from magr_onnx.model_io.writing import release_mmap
 
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -105,7 +105,7 @@ class Held:
                 array = step.apply(array)
             result = ir.tensor(np.array(array, order="C"), dtype=self.dtype)
             del array
-            let_go(self.stored)
+            release_mmap(self.stored)
             return result
 
         return ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=self.name)

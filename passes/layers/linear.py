@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.model_io.writing import let_go
+from magr_onnx.model_io.writing import release_mmap
 from magr_onnx.passes.graph.constants import Held, dequantized, drop_if_unused, held
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
@@ -116,7 +116,7 @@ class LinearLayer:
         stored = self.tensor.numpy()
         array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
         del stored
-        let_go(self.tensor)
+        release_mmap(self.tensor)
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array

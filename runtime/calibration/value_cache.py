@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.errors import OutputError
-from magr_onnx.model_io.writing import explained
+from magr_onnx.model_io.writing import os_error_hint
 
 Tensor = npt.NDArray[Any]
 
@@ -51,7 +51,7 @@ class Cache:
         except OSError as error:
             where = tempfile.gettempdir()
             raise OutputError(
-                f"cannot write values between stages to {where}: {explained(error)}; or give a larger --cache, or set TMPDIR"
+                f"cannot write values between stages to {where}: {os_error_hint(error)}; or give a larger --cache, or set TMPDIR"
             ) from error
         self._written += 1
         self.spilled += array.nbytes

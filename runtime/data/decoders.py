@@ -27,7 +27,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
-from magr_onnx.model_io.writing import explained
+from magr_onnx.model_io.writing import os_error_hint
 from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
 from magr_onnx.runtime.data import fixed_batch, text
 from magr_onnx.runtime.data.hold_out import HELD_OUT
@@ -374,7 +374,7 @@ class _Spool:
                     np.savez(self._folder / f"{len(self)}.npz", **arrays)
                     self.weights.append(part.group.weight)
         except OSError as error:
-            raise OutputError(f"cannot write decode steps to {tempfile.gettempdir()}: {explained(error)}; or set TMPDIR") from error
+            raise OutputError(f"cannot write decode steps to {tempfile.gettempdir()}: {os_error_hint(error)}; or set TMPDIR") from error
 
     def __len__(self) -> int:
         return len(self.weights)

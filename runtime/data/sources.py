@@ -19,7 +19,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from magr_onnx.core.types import Deferred
+from magr_onnx.core.types import Lazy
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
@@ -34,7 +34,7 @@ class DataReader(Protocol):
 
 
 MOST_PROBLEMS = 10  # different ones that a message has
-Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Deferred
+Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
 WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
 
 
@@ -109,7 +109,7 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     Raises:
         CalibrationError: There is no such source, or it cannot be read.
     """
-    if isinstance(source, Deferred):
+    if isinstance(source, Lazy):
         source = source.make()
     if isinstance(source, Batches):
         return source

@@ -24,7 +24,7 @@ import onnxruntime as ort
 from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
-from magr_onnx.model_io.writing import data_files, explained, tensor_bytes
+from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
 from magr_onnx.passes.providers import Provider, cpu, find_provider
 from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
@@ -166,7 +166,7 @@ class Session:
             self._session = ort.InferenceSession(source, options, providers=providers)
         except OSError as error:
             self.close()
-            raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {explained(error)}; or set TMPDIR") from error
+            raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {os_error_hint(error)}; or set TMPDIR") from error
         except Exception as error:
             self.close()
             raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error

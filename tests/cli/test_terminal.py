@@ -221,7 +221,7 @@ class Clock:
 def test_stages_begin_again_with_the_next_model() -> None:
     lines: list[str] = []
     clock = Clock()
-    watch = progress.Watch(say=lines.append, clock=clock)
+    watch = progress.StageReporter(say=lines.append, clock=clock)
     for pause in (2, 0):
         watch.step("calibrating", 0, 2)
         clock.now += pause
@@ -237,7 +237,7 @@ def test_stages_begin_again_with_the_next_model() -> None:
 def test_a_long_stage_says_every_few_minutes_how_far_it_is() -> None:
     lines: list[str] = []
     clock = Clock()
-    watch = progress.Watch(say=lines.append, every=120, clock=clock)
+    watch = progress.StageReporter(say=lines.append, every=120, clock=clock)
     for done in range(11):
         watch.step("quantizing", done, 10)
         clock.now += 50
@@ -254,7 +254,7 @@ def test_a_long_stage_says_every_few_minutes_how_far_it_is() -> None:
 def test_lines_of_a_stage_are_no_closer_than_asked_for(step: float, total: int, every: float) -> None:
     times: list[float] = []
     clock = Clock()
-    watch = progress.Watch(say=lambda line: times.append(clock.now), every=every, clock=clock)
+    watch = progress.StageReporter(say=lambda line: times.append(clock.now), every=every, clock=clock)
     for done in range(total + 1):
         watch.step("calibrating", done, total)
         clock.now += step
@@ -269,7 +269,7 @@ def test_lines_of_a_stage_are_no_closer_than_asked_for(step: float, total: int, 
 def test_stages_that_run_together_have_lines_of_their_own() -> None:
     lines: list[str] = []
     clock = Clock()
-    watch = progress.Watch(say=lines.append, every=60, clock=clock)
+    watch = progress.StageReporter(say=lines.append, every=60, clock=clock)
     for done in range(4):
         watch.step("calibrating", done, 4)
         watch.step("quantizing", done, 4)
@@ -285,7 +285,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_bars_begin_again_with_the_next_model() -> None:
     with progress.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
         assert drawn is not None
-        watch = progress.Watch(drawn)
+        watch = progress.StageReporter(drawn)
         for done in range(3):
             watch.step("quantizing", done, 2)
         (task,) = drawn.tasks
@@ -301,7 +301,7 @@ def test_bars_begin_again_with_the_next_model() -> None:
 def test_an_error_that_is_no_number_is_the_most() -> None:
     with progress.bars(Console(file=io.StringIO(), force_terminal=True)) as drawn:
         assert drawn is not None
-        watch = progress.Watch(drawn)
+        watch = progress.StageReporter(drawn)
         for name, error in (("a", 0.1), ("b", math.nan), ("c", 0.2), ("d", None)):
             watch.layer(LayerRow(name, "MatMul", "w", 8, 8, 4, 32, 10, error, None, None, False, None))
         assert drawn.layers.plain == "layer error    last 0.00% d, most nan% b"

@@ -19,7 +19,7 @@ import pytest
 import magr_onnx
 from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.model_io import files, writing
-from magr_onnx.model_io.atomic import clear, lock, workspace
+from magr_onnx.model_io.atomic import lock, remove_stale, staging_directory
 from magr_onnx.model_io.writing import Layout, save
 from magr_onnx.models import bundled
 from magr_onnx.runtime.calibration.value_cache import Cache
@@ -188,8 +188,8 @@ def test_leftovers_are_removed_when_surely_ours_and_dead(tmp_path: Path) -> None
         (tmp_path / folder).mkdir()
         for name, text in contents.items():
             (tmp_path / folder / name).write_text(text)
-    with workspace(out) as living:
-        clear(out)
+    with staging_directory(out) as living:
+        remove_stale(out)
         assert living.is_dir()  # its lock is held
         mark = (living / "owner.lock").read_bytes()
     assert not living.exists()

@@ -12,7 +12,7 @@ import torch
 from magr_onnx.config import schema
 from magr_onnx.config.arguments import argument
 from magr_onnx.config.invocation import Invocation, defaults_of, plain, python_call, with_keywords, without_defaults
-from magr_onnx.core.types import Deferred
+from magr_onnx.core.types import Lazy
 from magr_onnx.errors import OptionError
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs, feeds
@@ -100,7 +100,7 @@ def run_exported(
         if isinstance(batches, str | os.PathLike | DataReader | Batches):
             return batches
         reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": size}
-        return Deferred(lambda: feeds(batches, inputs_of(exported().model), **reading))
+        return Lazy(lambda: feeds(batches, inputs_of(exported().model), **reading))
 
     arguments |= {name: source(arguments[name]) for name in ("calibration", "validation_data") if name in arguments}
-    return run(resolve({**arguments, "model": Deferred(exported)}, invocation))
+    return run(resolve({**arguments, "model": Lazy(exported)}, invocation))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from magr_onnx.errors import OptionError, OutputError, install, raise_all
 from magr_onnx.model_io.atomic import write_text
-from magr_onnx.model_io.writable import blocked
+from magr_onnx.model_io.writable import why_not_writable
 
 if TYPE_CHECKING:
     from magr_onnx.report.data import Report
@@ -81,7 +81,7 @@ def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
         return [f"{what}: folder {path.parent} does not exist; create it first"]
     if os.path.isdir(path) or path.resolve() in {p.resolve() for p in taken}:
         return [f"{what} would overwrite a folder or a file of this run; choose another name"]
-    return blocked(what, path)
+    return why_not_writable(what, path)
 
 
 def save(report: Report, path: Path) -> None:
