@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import onnx_ir as ir
 
 from magr_onnx.core.histograms import places, thinned
 from magr_onnx.core.layer import LayerSolution
@@ -15,32 +12,8 @@ from magr_onnx.passes import Skip
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
+from magr_onnx.passes.layers.linear import View
 from magr_onnx.report.data import LayerRow
-
-
-class Convertible(Protocol):
-    """A view of something with a weight, as it was found."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def op(self) -> str: ...
-
-    @property
-    def weight_name(self) -> str: ...
-
-    @property
-    def k(self) -> int: ...
-
-    @property
-    def n(self) -> int: ...
-
-    @property
-    def node(self) -> ir.Node: ...
-
-    @property
-    def output(self) -> ir.Value: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -59,13 +32,13 @@ class Converted:
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, layer: Convertible, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
+    def add(self, layer: View, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
         """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it."""
         self.rows.append(layer_row(layer, solution, emitted, groups))
         self.digests[str(layer.output.name)] = digest(written)
 
 
-def layer_row(layer: Convertible, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
+def layer_row(layer: View, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
     """Describe a converted layer; ``groups`` are those of a convolution."""
     record, bits, block = solution.record, None, None
     notes = [*record.notes, *(() if emitted is None else emitted.notes)]

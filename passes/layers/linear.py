@@ -332,6 +332,18 @@ class View(Protocol):
     @property
     def weight_name(self) -> str: ...
 
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def node(self) -> ir.Node: ...
+
+    @property
+    def output(self) -> ir.Value: ...
+
 
 V = TypeVar("V", bound=View)
 

@@ -78,7 +78,7 @@ class Calibrated:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""
         plan = build_pipeline(**{"format": "qdq-int8", **options})  # type: ignore[arg-type]
         work = self.model.clone()
-        run_layers(plan, find(work)[0], lambda layer: self.stats[layer.reads], lambda job: None)
+        run_layers(plan, find(work)[0], lambda layer: self.stats[layer.reads], lambda solved: None)
         writing.save(work, output)
 
 

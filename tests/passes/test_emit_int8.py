@@ -222,12 +222,12 @@ def stats_of(grid: ActivationGrid | DynamicRange, k: int = K) -> LayerStats:
 
 
 def emit(model: ir.Model, grid: ActivationGrid | DynamicRange, *passes: LayerPass) -> tuple[ir.Model, list[SolvedLayer]]:
-    jobs: list[SolvedLayer] = []
+    results: list[SolvedLayer] = []
     for p in passes:
         p.prepare(model, None)
-    run_layers(Plan.of(passes), find(model)[0], lambda layer: stats_of(grid, layer.k), jobs.append)
+    run_layers(Plan.of(passes), find(model)[0], lambda layer: stats_of(grid, layer.k), results.append)
     proto(model)
-    return model, jobs
+    return model, results
 
 
 def rounded(x: Array, grid: ActivationGrid) -> Array:
@@ -241,16 +241,16 @@ def rounded(x: Array, grid: ActivationGrid) -> Array:
 def test_static_layers_compute_with_the_chosen_codes(name: str, signed: bool, symmetric: bool, bits: int) -> None:
     grid = ActivationGrid.of_range(-20, 35, signed)
     quantize = Quantize("rtn", bits, None, symmetric)
-    model, (job,) = emit(FORMS[name](), grid, QuantizeActivations("int8" if signed else "uint8"), quantize, EmitQDQInt8())
-    assert job.solution.quantized is not None
-    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
-    np.testing.assert_array_equal(model.graph.initializers[f"w_q{bits}"].const_value.numpy(), job.solution.quantized.raw())  # type: ignore[union-attr]
+    model, (done,) = emit(FORMS[name](), grid, QuantizeActivations("int8" if signed else "uint8"), quantize, EmitQDQInt8())
+    assert done.solution.quantized is not None
+    np.testing.assert_array_equal(read_weights(model)["y"], done.solution.quantized.dequantize())
+    np.testing.assert_array_equal(model.graph.initializers[f"w_q{bits}"].const_value.numpy(), done.solution.quantized.raw())  # type: ignore[union-attr]
     x = feeds(FORMS[name]())
-    bias = job.layer.read_bias()
+    bias = done.layer.read_bias()
     if name == "gemm_alpha_beta":
-        step = (np.float64(grid.scale) * job.solution.quantized.scales[0]).astype(np.float32).astype(np.float64)
+        step = (np.float64(grid.scale) * done.solution.quantized.scales[0]).astype(np.float32).astype(np.float64)
         bias = np.rint(bias / step) * step
-    expected = rounded(x["x"], grid) @ job.solution.quantized.dequantize().astype(np.float64) + bias
+    expected = rounded(x["x"], grid) @ done.solution.quantized.dequantize().astype(np.float64) + bias
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.DEFAULT):
         (found,) = outputs(model, x, arithmetic)
         assert relative(found, expected) < 1e-5
@@ -260,15 +260,15 @@ def test_static_layers_compute_with_the_chosen_codes(name: str, signed: bool, sy
 @pytest.mark.parametrize("grid", [DynamicRange(), DynamicRange(-15, 9), DynamicRange(high=4)], ids=str)
 @pytest.mark.parametrize("name", ["matmul_bias", "gemm_alpha_beta"])
 def test_dynamic_layers_compute_with_the_chosen_codes(name: str, grid: DynamicRange, symmetric: bool) -> None:
-    model, (job,) = emit(
+    model, (done,) = emit(
         FORMS[name](), grid, QuantizeActivations("dynamic"), Quantize("rtn", 4, None, symmetric), EmitDynamicInt8()
     )  # fmt: skip
-    assert job.solution.quantized is not None
-    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
+    assert done.solution.quantized is not None
+    np.testing.assert_array_equal(read_weights(model)["y"], done.solution.quantized.dequantize())
     x = feeds(FORMS[name]())
     seen = np.clip(x["x"], grid.low, grid.high)
     exact = ActivationGrid.of_range(float(seen.min()), float(seen.max()))
-    expected = rounded(seen, exact) @ job.solution.quantized.dequantize().astype(np.float64) + job.layer.read_bias()
+    expected = rounded(seen, exact) @ done.solution.quantized.dequantize().astype(np.float64) + done.layer.read_bias()
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.DEFAULT):
         (found,) = outputs(model, x, arithmetic)
         assert relative(found, expected) < 1e-5
@@ -350,11 +350,11 @@ def test_a_bias_never_overflows_with_the_products() -> None:
         ones = np.full((K, 1), 127, np.float32)
         out = b.node("Gemm", [x, b.constant("w", ones), b.constant("b", np.array([size], np.float32))], "layer")
         quantize = Quantize("rtn", 8, None, True, beta=1.0)
-        model, (job,) = emit(b.model(out, ["batch", 1]), grid, QuantizeActivations(), quantize, EmitQDQInt8())
+        model, (done,) = emit(b.model(out, ["batch", 1]), grid, QuantizeActivations(), quantize, EmitQDQInt8())
         (found,) = outputs(model, {"x": np.full((2, K), 255, np.float32)}, Arithmetic.DEFAULT)
         np.testing.assert_allclose(found, 255 * 127 * K + size, rtol=1e-6)
-        assert job.emitted is not None
-        assert bool(job.emitted.notes) == (size > largest)
+        assert done.emitted is not None
+        assert bool(done.emitted.notes) == (size > largest)
 
 
 @pytest.mark.parametrize("name", ["matmul_bias", "gemm", "half, bias"])

@@ -97,9 +97,9 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
     run_layers = solve.run_layers
 
     def spy(plan: Any, layers: Any, stats: Any, finished: Any, *rest: Any) -> None:
-        def keep(job: Any) -> None:
-            chosen[job.layer.output.name] = digest(job.solution.quantized.dequantize())
-            finished(job)
+        def keep(solved: Any) -> None:
+            chosen[solved.layer.output.name] = digest(solved.solution.quantized.dequantize())
+            finished(solved)
 
         run_layers(plan, layers, stats, keep, *rest)
 

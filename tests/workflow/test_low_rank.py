@@ -83,12 +83,12 @@ def stats_of(k: int, rows: int = 400) -> LayerStats:
 
 
 def emit(model: ir.Model, text: str) -> tuple[ir.Model, list[SolvedLayer]]:
-    plan, jobs = Plan.parse(text), list[SolvedLayer]()
+    plan, results = Plan.parse(text), list[SolvedLayer]()
     plan.check()
     plan.prepare(model)
-    run_layers(plan, find(model)[0], lambda layer: stats_of(layer.k), jobs.append)
+    run_layers(plan, find(model)[0], lambda layer: stats_of(layer.k), results.append)
     proto(model)
-    return model, jobs
+    return model, results
 
 
 def relative(a: Array, b: Array) -> float:
@@ -100,15 +100,15 @@ def relative(a: Array, b: Array) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_computes_with_codes_and_factors(form: str, bias: str, emitter: str) -> None:
     after = f"compensate-bias{{bias={bias}}},{emitter}"
-    model, (job,) = emit(FORMS[form](), f"quantize{{method=rtn,bits=3}},low-rank{{rank=5}},{after}")
-    assert job.solution.quantized is not None
-    assert job.solution.factors is not None
-    np.testing.assert_array_equal(job.solution.weight, job.solution.quantized.dequantize() + job.solution.factors.product())
+    model, (done,) = emit(FORMS[form](), f"quantize{{method=rtn,bits=3}},low-rank{{rank=5}},{after}")
+    assert done.solution.quantized is not None
+    assert done.solution.factors is not None
+    np.testing.assert_array_equal(done.solution.weight, done.solution.quantized.dequantize() + done.solution.factors.product())
     assert list(read_weights(model)) == ["y"]
-    np.testing.assert_array_equal(read_weights(model)["y"], job.solution.quantized.dequantize())
+    np.testing.assert_array_equal(read_weights(model)["y"], done.solution.quantized.dequantize())
     assert "w" not in model.graph.initializers
     x = feeds(model)["x"]
-    expected = x.astype(np.float64) @ job.solution.weight + (0 if job.solution.bias is None else job.solution.bias)
+    expected = x.astype(np.float64) @ done.solution.weight + (0 if done.solution.bias is None else done.solution.bias)
     for arithmetic, bound in ((Arithmetic.UNOPTIMIZED, 1e-5), (Arithmetic.FLOAT_QDQ, 1e-5), (Arithmetic.DEFAULT, 2e-2)):
         with Session(model, arithmetic=arithmetic) as session:
             assert relative(session.run({"x": x})[0], expected) < bound
@@ -126,27 +126,27 @@ def test_the_branch_does_not_keep_weights_from_their_kernel(form: str, tmp_path:
 
 
 def test_layers_of_one_input_and_bias_compensation_see_the_branch() -> None:
-    model, jobs = emit(graphs.chain(), "quantize{method=rtn,bits=2},low-rank{rank=4},compensate-bias,emit-matmulnbits")
-    assert [j.layer.name for j in jobs] == ["up", "down"]
+    model, results = emit(graphs.chain(), "quantize{method=rtn,bits=2},low-rank{rank=4},compensate-bias,emit-matmulnbits")
+    assert [j.layer.name for j in results] == ["up", "down"]
     assert set(read_weights(model)) == {"up_out", "down_bias_out"}
-    for job in jobs:
-        stats = job.problem.stats
-        assert job.solution.bias is not None
-        before = job.layer.read_bias()
+    for done in results:
+        stats = done.problem.stats
+        assert done.solution.bias is not None
+        before = done.layer.read_bias()
         assert before is not None
-        error = job.problem.weight.astype(np.float64) - job.solution.weight
-        np.testing.assert_allclose(job.solution.bias - before, error.T @ stats.mean, atol=1e-6)
-        facts = job.solution.record.low_rank
-        assert facts["error_after"] == job.solution.record.error < 0.9 * facts["error_before"]
+        error = done.problem.weight.astype(np.float64) - done.solution.weight
+        np.testing.assert_allclose(done.solution.bias - before, error.T @ stats.mean, atol=1e-6)
+        facts = done.solution.record.low_rank
+        assert facts["error_after"] == done.solution.record.error < 0.9 * facts["error_before"]
 
 
 @pytest.mark.parametrize("emitter", ["emit-matmulnbits", "emit-qdq"])
 def test_half_precision_keeps_half_precision_factors(emitter: str) -> None:
-    model, (job,) = emit(graphs.matmul_bias(64, 24, dtype=np.float16), f"quantize{{method=rtn,bits=3}},low-rank{{rank=4}},{emitter}")
+    model, (done,) = emit(graphs.matmul_bias(64, 24, dtype=np.float16), f"quantize{{method=rtn,bits=3}},low-rank{{rank=4}},{emitter}")
     branch = [v for name, v in model.graph.initializers.items() if name.endswith(("_down", "_up"))]
     assert [v.dtype for v in branch] == [ir.DataType.FLOAT16] * 2
     x = feeds(model)["x"]
-    expected = x.astype(np.float64) @ job.solution.weight + job.solution.bias
+    expected = x.astype(np.float64) @ done.solution.weight + done.solution.bias
     with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
         (y,) = session.run({"x": x})
     assert y.dtype == np.float16
@@ -154,9 +154,9 @@ def test_half_precision_keeps_half_precision_factors(emitter: str) -> None:
 
 
 def test_alone_it_leaves_a_float_model() -> None:
-    model, jobs = emit(graphs.chain(), "quantize{method=rtn,bits=2},low-rank{kind=diagonal}")
-    for job, found in zip(jobs, find(model)[0], strict=True):
-        np.testing.assert_array_equal(found.read(), job.solution.weight)
+    model, results = emit(graphs.chain(), "quantize{method=rtn,bits=2},low-rank{kind=diagonal}")
+    for done, found in zip(results, find(model)[0], strict=True):
+        np.testing.assert_array_equal(found.read(), done.solution.weight)
 
 
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq"])

@@ -104,7 +104,7 @@ def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any
     plan.prepare(source)
     (name,) = [layer.name for layer in find(source)[0]]
     real = source.clone()
-    run_layers(plan, find(real)[0], statistics, lambda job: None)
+    run_layers(plan, find(real)[0], statistics, lambda solved: None)
     blank = size_model.converted(source, {name: plan})
     assert files.initializer_bytes(blank) == files.initializer_bytes(real)
     assert size_model.changes(source, [[name]], plan) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
@@ -193,7 +193,7 @@ def test_predictions_agree_with_measurements() -> None:
     for choice in (Choice(2, 128), Choice(4, 16), Choice(4, 64), Choice(8, 64)):
         work = model.clone()
         layer = next(layer for layer in find(work)[0] if layer.name == "strong")
-        run_layers(choices[choice], [layer], lambda layer: stats[layer.reads], lambda job: None)
+        run_layers(choices[choice], [layer], lambda layer: stats[layer.reads], lambda solved: None)
         with Session(work) as session:
             assert found["strong"].loss(choice) == pytest.approx(reference.loss(session.run), rel=0.5)
 

@@ -52,11 +52,11 @@ def stats_of(x: Array) -> LayerStats:
 
 
 def solved(model: ir.Model, pipeline: str, stats: dict[str, LayerStats]) -> dict[str, SolvedLayer]:
-    """Jobs after a pipeline, by layer name."""
-    done: dict[str, SolvedLayer] = {}
+    """Layers after a pipeline, by name."""
+    results: dict[str, SolvedLayer] = {}
     layers, _ = find(model)
-    run_layers(Plan.parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda job: done.update({job.layer.name: job}))
-    return done
+    run_layers(Plan.parse(pipeline), layers, lambda layer: stats.get(layer.name), lambda done: results.update({done.layer.name: done}))
+    return results
 
 
 QUANTIZE = "magr,quantize{method=gptq,bits=3,block_size=16}"
@@ -70,10 +70,10 @@ def test_the_shared_solve_is_the_solve_on_all_rows() -> None:
     assert one.solution.quantized is not None
     assert alone.solution.quantized is not None
     assert (alone.solution.quantized.codes != one.solution.quantized.codes).any()
-    for job in many.values():
-        assert job.solution.quantized is not None
-        np.testing.assert_array_equal(job.solution.quantized.codes, one.solution.quantized.codes)
-        np.testing.assert_array_equal(job.solution.quantized.scales, one.solution.quantized.scales)
+    for done in many.values():
+        assert done.solution.quantized is not None
+        np.testing.assert_array_equal(done.solution.quantized.codes, one.solution.quantized.codes)
+        np.testing.assert_array_equal(done.solution.quantized.scales, one.solution.quantized.scales)
 
 
 @pytest.mark.parametrize("biased", [(), (0, 1), (1,)], ids=["none", "both", "one"])
@@ -84,19 +84,19 @@ def test_rows_are_centred_where_a_bias_takes_up_their_mean(biased: tuple[int, ..
     seen = np.concatenate([x - x.mean(axis=0) if i in biased else x for i, x in enumerate(rows)])
     one = solved(readers(1), QUANTIZE, {"fc0": stats_of(seen)})["fc0"]
     assert one.solution.quantized is not None
-    for i, job in enumerate(many.values()):
-        assert job.solution.quantized is not None
-        assert (job.solution.quantized.codes == one.solution.quantized.codes).mean() > 0.999  # statistics are the same up to rounding
+    for i, done in enumerate(many.values()):
+        assert done.solution.quantized is not None
+        assert (done.solution.quantized.codes == one.solution.quantized.codes).mean() > 0.999  # statistics are the same up to rounding
         if i in biased:
-            wanted = random(N, seed=i) + (WEIGHT - job.solution.weight).T.astype(np.float64) @ rows[i].mean(axis=0)
-            np.testing.assert_allclose(np.asarray(job.solution.bias), wanted, rtol=1e-5, atol=1e-6)
+            wanted = random(N, seed=i) + (WEIGHT - done.solution.weight).T.astype(np.float64) @ rows[i].mean(axis=0)
+            np.testing.assert_allclose(np.asarray(done.solution.bias), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_errors_are_each_reader_s_own() -> None:
     rows = [rows_of(i) for i in range(2)]
-    for job, x in zip(solved(readers(2), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
-        wanted = np.linalg.norm(x @ (job.solution.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
-        assert job.solution.record.error == pytest.approx(wanted, rel=1e-4)
+    for done, x in zip(solved(readers(2), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
+        wanted = np.linalg.norm(x @ (done.solution.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
+        assert done.solution.record.error == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_reader_without_data_takes_no_part() -> None:
