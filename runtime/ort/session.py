@@ -34,7 +34,7 @@ LEAN_BYTES = 2_000_000_000
 
 
 class Arithmetic(StrEnum):
-    """The three ways onnxruntime may compute one and the same file; see docs/design.md."""
+    """The three ways onnxruntime may compute one and the same file; see docs/decisions.md."""
 
     DEFAULT = "default"
     UNOPTIMIZED = "unoptimized"

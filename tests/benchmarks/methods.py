@@ -1,9 +1,9 @@
-"""The tables of docs/methods/index.md: what optional methods do to the bundled language model.
+"""The tables of docs/benchmarks.md: what optional methods do to the bundled language model.
 
     python tests/benchmarks/methods.py
 
 Perplexity on all 256 held-out windows (`magr_onnx.cli.demonstration` takes half of them), of the written file, run by onnxruntime. Takes
-about ten minutes. The second table is what calibration data does to quantizers that need none: both MagR and the bias compensation read it.
+about ten minutes. The second table is what calibration data does to quantizers that need none: both MagR and bias correction read it.
 """
 
 from __future__ import annotations
