@@ -82,9 +82,9 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, chosen)
     _, tables = embeddings.look(loaded.model, Plan(), chosen)
-    found: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
+    units: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
-    for layer in found:
+    for layer in units:
         weight = layer.read()
         magnitude = np.abs(weight)
         mean = float(magnitude.mean())

@@ -60,11 +60,11 @@ class RuntimeFailure(MagrError):
 
 def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
     """Raise one ``kind`` that lists every problem, a line each; do nothing when there is none."""
-    found = list(problems)
-    if len(found) == 1:
-        raise kind(found[0])
-    if found:
-        raise kind(f"{len(found)} problems:\n" + "\n".join(f"  - {p}" for p in found))
+    texts = list(problems)
+    if len(texts) == 1:
+        raise kind(texts[0])
+    if texts:
+        raise kind(f"{len(texts)} problems:\n" + "\n".join(f"  - {p}" for p in texts))
 
 
 def do_all(steps: Iterable[Callable[[], None]]) -> None:

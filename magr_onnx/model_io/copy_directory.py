@@ -20,14 +20,14 @@ def all_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: Something in it cannot be copied: a link that leads nowhere or to a folder it is in, a folder that cannot be read.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     problems: list[str] = []
 
     def walk(place: Path, above: Collection[Path]) -> None:
         try:
             for path in place.iterdir():
                 if not path.is_dir():
-                    (found if path.is_file() else odd).append(path)
+                    (paths if path.is_file() else odd).append(path)
                 elif (real := path.resolve()) in above:
                     problems.append(f"{path} is a link to a folder it is in, {real}; remove it")
                 else:
@@ -41,7 +41,7 @@ def all_files(folder: Path) -> list[Path]:
         leads = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "neither a file nor a folder"
         problems.append(f"{path} is {leads}; restore or remove it")
     raise_all(ModelError, sorted(problems))
-    return sorted(path.relative_to(folder) for path in found)
+    return sorted(path.relative_to(folder) for path in paths)
 
 
 def carried_files(folder: Path, files: Iterable[Path], names: Collection[str], external: Iterable[Path]) -> list[Path]:
@@ -68,7 +68,7 @@ def preserved(folder: Path, names: Collection[str]) -> dict[Path, Seen]:
         OutputError: Something in it can be no part of a copy.
         OSError: A folder in it cannot be read.
     """
-    found: dict[Path, Seen] = {}
+    seen: dict[Path, Seen] = {}
 
     def unread(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # removed while we look
@@ -79,14 +79,14 @@ def preserved(folder: Path, names: Collection[str]) -> dict[Path, Seen]:
         for path in [path for path in here if path.is_symlink() or not path.is_dir()] if here else [Path(top)]:
             with contextlib.suppress(FileNotFoundError):
                 now = path.lstat()
-                found[path.relative_to(folder)] = (stat.S_IFMT(now.st_mode), now.st_mode, now.st_ino, now.st_size, now.st_mtime_ns)
+                seen[path.relative_to(folder)] = (stat.S_IFMT(now.st_mode), now.st_mode, now.st_ino, now.st_size, now.st_mtime_ns)
     kinds = {stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR}
     raise_all(
         OutputError,
-        [f"{folder / path} is neither a file nor a folder, and cannot be kept; remove it" for path in found if found[path][0] not in kinds],
+        [f"{folder / path} is neither a file nor a folder, and cannot be kept; remove it" for path in seen if seen[path][0] not in kinds],
     )
     data = {file for name in names for file in data_files(folder / name)}
-    return {path: found[path] for path in sorted(carried_files(folder, found, names, data))}
+    return {path: seen[path] for path in sorted(carried_files(folder, seen, names, data))}
 
 
 def is_folder(seen: Seen) -> bool:

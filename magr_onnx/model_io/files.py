@@ -86,10 +86,10 @@ def load(source: Any) -> Loaded:
 def _data_of(model: ir.Model) -> frozenset[Path]:
     """The files that tensors of a model in memory are still to be read from."""
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    found = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
-    missing = [f"the given model reads {p}, and there is no such file from {Path.cwd()}" for p in sorted(found) if not p.is_file()]
+    paths = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    missing = [f"the given model reads {p}, and there is no such file from {Path.cwd()}" for p in sorted(paths) if not p.is_file()]
     raise_all(ModelError, missing)
-    return frozenset(found)
+    return frozenset(paths)
 
 
 def check_name(path: Path) -> list[str]:
@@ -174,9 +174,9 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
 
 def initializer_bytes(model: ir.Model) -> int:
     """Bytes of all initializers and of the tensors in Constant nodes, those of bodies included, bits packed."""
-    held = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    held += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
-    return sum(t.nbytes for t in held if t is not None)
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    tensors += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def model_bytes(model: ir.Model) -> int:
@@ -202,17 +202,17 @@ def model_bytes(model: ir.Model) -> int:
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:
     """What stands against writing ``output``, without touching anything."""
-    found = check_name(output.absolute())
+    problems = check_name(output.absolute())
     folder = output.parent
     if output.suffix.lower() in _OTHERS or output.name == "-":
-        found.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
+        problems.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
     if os.path.isdir(output):  # where pathlib raises an error of a name that is too long
-        found.append(f"output {output} is a folder; give a file name")
+        problems.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
-        found.append(f"output folder {folder} does not exist; create it first")
+        problems.append(f"output folder {folder} does not exist; create it first")
     elif wrong := writable.why_not_writable(f"output {output}", output) or check_length(output):
-        found += wrong
+        problems += wrong
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
-        found.append(f"output {output} would overwrite the input model or its data; choose another name")
-    return found
+        problems.append(f"output {output} would overwrite the input model or its data; choose another name")
+    return problems

@@ -74,16 +74,16 @@ def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[P
     Raises:
         ModelError: With all problems found, up to 20.
     """
-    found = _Findings(folder)
-    _opsets(proto, found)
+    findings = _Findings(folder)
+    _opsets(proto, findings)
     for graph in _walk(_main(proto)):
-        _graph(graph, False, found)
+        _graph(graph, False, findings)
     for body in _walk(proto.functions):
-        _graph(body, True, found)
-    if found.external_bytes > max(LARGEST_CONSTANT, _ALIASES * sum(found.files.values())):
-        found.add(f"tensors take {found.external_bytes} bytes from external files that have {sum(found.files.values())}")
-    raise_all(ModelError, [f"{name}: {p}" for p in found.problems[:_MOST_PROBLEMS]])
-    return frozenset(found.files)
+        _graph(body, True, findings)
+    if findings.external_bytes > max(LARGEST_CONSTANT, _ALIASES * sum(findings.files.values())):
+        findings.add(f"tensors take {findings.external_bytes} bytes from external files that have {sum(findings.files.values())}")
+    raise_all(ModelError, [f"{name}: {p}" for p in findings.problems[:_MOST_PROBLEMS]])
+    return frozenset(findings.files)
 
 
 def custom_operators(model: ir.Model) -> list[str]:
@@ -108,12 +108,12 @@ _DOMAINS = {
 }
 
 
-def _opsets(proto: onnx.ModelProto, found: _Findings) -> None:
+def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
     versions: dict[str, int] = {}
     for entry in proto.opset_import:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
         if versions.setdefault(domain, entry.version) != entry.version:
-            found.add(f"imports opsets {versions[domain]} and {entry.version} of domain {domain!r}; there can be only one")
+            findings.add(f"imports opsets {versions[domain]} and {entry.version} of domain {domain!r}; there can be only one")
     opset, newest = versions.get(""), onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
         remedy = (
@@ -121,9 +121,10 @@ def _opsets(proto: onnx.ModelProto, found: _Findings) -> None:
             if opset < OLDEST_OPSET
             else "update onnx and onnxruntime, or export it with an older one"
         )
-        found.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {remedy}")
+        findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {remedy}")
     if proto.ir_version > onnx.IR_VERSION:
-        found.add(f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx; update onnx and onnxruntime")
+        newer = f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx"
+        findings.add(f"{newer}; update onnx and onnxruntime")
 
 
 def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
@@ -144,52 +145,52 @@ def _walk(roots: Iterable[onnx.GraphProto | onnx.FunctionProto]) -> Iterator[onn
         stack += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
 
 
-def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, found: _Findings) -> None:
+def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, findings: _Findings) -> None:
     known: dict[str, onnx.TensorProto] = {}
     if isinstance(graph, onnx.GraphProto):
         for tensor in graph.initializer:
-            _tensor(tensor, found)
+            _tensor(tensor, findings)
             known[tensor.name] = tensor
         for sparse in graph.sparse_initializer:
-            _sparse(sparse, found)
+            _sparse(sparse, findings)
         for value in graph.input:
             kind = value.type.tensor_type.elem_type
             if value.name in known and known[value.name].data_type != kind:
-                found.add(f"input {value.name} has type {kind}, and its initializer type {known[value.name].data_type}")
+                findings.add(f"input {value.name} has type {kind}, and its initializer type {known[value.name].data_type}")
     for node in graph.node:
-        if found.full:
+        if findings.full:
             return
         if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
-            found.add(f"node {node.name!r} ({node.op_type!r}) has a name that is not UTF-8")
+            findings.add(f"node {node.name!r} ({node.op_type!r}) has a name that is not UTF-8")
         for attribute in node.attribute:
-            _attribute(node, attribute, inside_function, found)
+            _attribute(node, attribute, inside_function, findings)
         if node.op_type == "Constant" and node.domain in _ONNX and len(node.attribute) != 1:
-            found.add(f"Constant {node.name or list(node.output)} must have one attribute, and has {len(node.attribute)}")
+            findings.add(f"Constant {node.name or list(node.output)} must have one attribute, and has {len(node.attribute)}")
         if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
             known[node.output[0]] = node.attribute[0].t
-        size = None if found.problems else unfolded(node, known)
+        size = None if findings.problems else unfolded(node, known)
         if size is not None and size > LARGEST_CONSTANT:
-            found.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
+            findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
 
 
-def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_function: bool, found: _Findings) -> None:
+def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_function: bool, findings: _Findings) -> None:
     where = f"attribute {attribute.name!r} of node {node.name or list(node.output)} ({node.op_type})"
     if attribute.ref_attr_name and not inside_function:
-        found.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
+        findings.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
     if attribute.type not in _ATTRIBUTE_TYPES:
-        found.add(f"{where} has the unknown type {attribute.type}")
+        findings.add(f"{where} has the unknown type {attribute.type}")
     if node.domain in _ONNX and not attribute.ref_attr_name:
         problem = _value(node, attribute)
         if problem:
-            found.add(f"{where} {problem}")
+            findings.add(f"{where} {problem}")
     if attribute.HasField("t"):
-        _tensor(attribute.t, found, where)
+        _tensor(attribute.t, findings, where)
     for tensor in attribute.tensors:
-        _tensor(tensor, found, where)
+        _tensor(tensor, findings, where)
     if attribute.HasField("sparse_tensor"):
-        _sparse(attribute.sparse_tensor, found, where)
+        _sparse(attribute.sparse_tensor, findings, where)
     for sparse in attribute.sparse_tensors:
-        _sparse(sparse, found, where)
+        _sparse(sparse, findings, where)
 
 
 def _value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> str | None:
@@ -250,39 +251,39 @@ def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
     return count, count if kind == ir.DataType.STRING else -(-count * kind.bitwidth // 8)
 
 
-def _tensor(tensor: onnx.TensorProto, found: _Findings, where: str = "") -> None:
+def _tensor(tensor: onnx.TensorProto, findings: _Findings, where: str = "") -> None:
     what = f"tensor {tensor.name}" if tensor.name or not where else where
     try:
         count, size = _size(tensor.data_type, tensor.dims)
     except ValueError as error:
-        found.add(f"{what} {error}")
+        findings.add(f"{what} {error}")
         return
     if uses_external_data(tensor):
-        problem = _external(tensor, size, found)
+        problem = _external(tensor, size, findings)
         if problem:
-            found.add(f"{what}: {problem}")
+            findings.add(f"{what}: {problem}")
         return
     kind = ir.DataType(tensor.data_type)
     if tensor.HasField("raw_data"):
-        held, wanted, unit = len(tensor.raw_data), size, "bytes"
+        stored, expected, unit = len(tensor.raw_data), size, "bytes"
         if kind == ir.DataType.STRING:
-            found.add(f"{what} holds strings as raw data, which have no form")
+            findings.add(f"{what} holds strings as raw data, which have no form")
             return
     else:
-        held, unit = len(getattr(tensor, _FIELDS.get(kind.name, "int32_data"))), "values"
+        stored, unit = len(getattr(tensor, _FIELDS.get(kind.name, "int32_data"))), "values"
         packed = max(8 // kind.bitwidth, 1) if kind != ir.DataType.STRING else 1
-        wanted = 2 * count if kind.name.startswith("COMPLEX") else -(-count // packed)
-    if held != wanted:
-        found.add(f"{what} of type {kind.name} and shape {list(tensor.dims)} must hold {wanted} {unit}, and has {held}")
+        expected = 2 * count if kind.name.startswith("COMPLEX") else -(-count // packed)
+    if stored != expected:
+        findings.add(f"{what} of type {kind.name} and shape {list(tensor.dims)} must hold {expected} {unit}, and has {stored}")
 
 
-def _external(tensor: onnx.TensorProto, size: int, found: _Findings) -> str | None:
+def _external(tensor: onnx.TensorProto, size: int, findings: _Findings) -> str | None:
     """What is wrong with a tensor's data in another file, which ought to be ``size`` bytes."""
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     if not isinstance(location, str):
         return f"external data {location[:80]!r} has a name that is not UTF-8"
-    if found.folder is None:
+    if findings.folder is None:
         return f"its data is in the file {location!r}, and a model in memory has no folder; give the model's path"
     if tensor.data_type == onnx.TensorProto.STRING:
         return "strings cannot be external data"
@@ -292,44 +293,44 @@ def _external(tensor: onnx.TensorProto, size: int, found: _Findings) -> str | No
         return f"offset {entries.get('offset', '')[:40]!r} and length {entries.get('length', '')[:40]!r} must be whole numbers"
     if offset < 0 or length != size:
         return f"needs {size} bytes of external data, and is said to have {length} at offset {offset}"
-    file = found.folder / location
+    file = findings.folder / location
     try:
-        inside = file.resolve().is_relative_to(found.folder.resolve())
+        inside = file.resolve().is_relative_to(findings.folder.resolve())
         if location and not os.path.isabs(location) and inside and file.is_file():
-            held = found.files.setdefault(file, file.stat().st_size)
-            found.external_bytes += size
-            return None if offset + size <= held else f"{file} has {held} bytes, but the tensor ends at {offset + size}"
+            file_bytes = findings.files.setdefault(file, file.stat().st_size)
+            findings.external_bytes += size
+            return None if offset + size <= file_bytes else f"{file} has {file_bytes} bytes, but the tensor ends at {offset + size}"
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte, a name that is too long
         return f"external data {location[:80]!r} cannot be found: {error}"
     if not location or os.path.isabs(location) or not inside:
         link = " (a link leads there; put the file itself beside the model)" if location and file.is_symlink() else ""
-        return f"external data {location[:80]!r} lies outside {found.folder.resolve()}{link}"
+        return f"external data {location[:80]!r} lies outside {findings.folder.resolve()}{link}"
     return f"external data file {file} is missing; keep it beside the model"
 
 
-def _sparse(sparse: onnx.SparseTensorProto, found: _Findings, where: str = "") -> None:
+def _sparse(sparse: onnx.SparseTensorProto, findings: _Findings, where: str = "") -> None:
     what = f"sparse tensor {sparse.values.name}" if sparse.values.name or not where else where
-    before = len(found.problems)
+    before = len(findings.problems)
     for part, tensor in (("values", sparse.values), ("indices", sparse.indices)):
-        _tensor(tensor, found, f"{part} of {what}")
+        _tensor(tensor, findings, f"{part} of {what}")
         if uses_external_data(tensor):
-            found.add(f"{part} of {what}: sparse tensors cannot be external data")
-    if len(found.problems) > before:
+            findings.add(f"{part} of {what}: sparse tensors cannot be external data")
+    if len(findings.problems) > before:
         return
     try:
         count, size = _size(sparse.values.data_type, sparse.dims)
     except ValueError as error:
-        found.add(f"{what} {error}")
+        findings.add(f"{what} {error}")
         return
     if size > LARGEST_CONSTANT:
-        found.add(f"{what} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
+        findings.add(f"{what} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
         return
     number, rank = math.prod(sparse.values.dims), len(sparse.dims)
     form = list(sparse.indices.dims)
     if len(sparse.values.dims) != 1 or sparse.indices.data_type != onnx.TensorProto.INT64 or form not in ([number], [number, rank]):
-        found.add(f"{what}: {number} values need as many int64 indices, flat or of rank {rank}, and have {form}")
+        findings.add(f"{what}: {number} values need as many int64 indices, flat or of rank {rank}, and have {form}")
         return
     indices = onnx.numpy_helper.to_array(sparse.indices)
     most = count if indices.ndim == 1 else np.asarray(sparse.dims)
     if ((indices < 0) | (indices >= most)).any():
-        found.add(f"{what} has indices beyond its shape {list(sparse.dims)}")
+        findings.add(f"{what} has indices beyond its shape {list(sparse.dims)}")

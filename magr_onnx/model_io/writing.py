@@ -275,11 +275,11 @@ def data_files(model: Path) -> set[Path]:
         proto = onnx.load(str(model), load_external_data=False)
     except Exception:  # whatever is there is no model, and so reads from nothing
         return set()
-    found = set()
+    files = set()
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
-            found.add(model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location)
-    return found
+            files.add(model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location)
+    return files
 
 
 def data_name(output: Path, number: int = 0, count: int = 1, tag: str = "") -> str:
@@ -307,11 +307,11 @@ def _names(output: Path, digests: Sequence[str]) -> list[str]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def is_ours(path: Path, output: Path) -> bool:

@@ -140,9 +140,9 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
-    given = explicit(folder=folder, calibration=calibration, **arguments)
-    command = python_call("magr_onnx.optimize_folder", given, FOLDER_DEFAULTS)
-    return run_folder({"model": given.pop("folder", None), **given}, Invocation(command))
+    call = explicit(folder=folder, calibration=calibration, **arguments)
+    command = python_call("magr_onnx.optimize_folder", call, FOLDER_DEFAULTS)
+    return run_folder({"model": call.pop("folder", None), **call}, Invocation(command))
 
 
 @translate_resource_errors()
@@ -201,14 +201,14 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
     """The paths in the folder of the models to optimize."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    there = [p.as_posix() for p in copy_directory.all_files(folder) if p.suffix == ".onnx"]
-    if not there:
+    paths = [p.as_posix() for p in copy_directory.all_files(folder) if p.suffix == ".onnx"]
+    if not paths:
         raise ModelError(f"{folder}: no .onnx files in it; export a model first, for example with optimum-cli export onnx")
     if not patterns:
-        return there
-    found = {pattern: _matching(there, pattern) for pattern in patterns}
-    raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(there)}" for p in found if not found[p]])
-    return [name for name in there if any(name in some for some in found.values())]
+        return paths
+    matches = {pattern: _matching(paths, pattern) for pattern in patterns}
+    raise_all(ModelError, [f"{folder}: no model matches {p!r}; there are {', '.join(paths)}" for p in matches if not matches[p]])
+    return [name for name in paths if any(name in matching for matching in matches.values())]
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
@@ -281,25 +281,25 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
     return decoders.of_text(model, path, (beside, folder), batch_size)
 
 
-def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
+def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
     """The source of every model among those given.
 
     Raises:
         CalibrationError: A model has none, or a source belongs to no model.
     """
-    if given is None:
+    if source is None:
         return dict.fromkeys(names)
-    if isinstance(given, Mapping):
+    if isinstance(source, Mapping):
         known = {name: name for name in names} | {_stem(name): name for name in names}
         problems = [
-            f"{what} data for {key!r}, and no such model is optimized; there are {', '.join(names)}" for key in given if key not in known
+            f"{what} data for {key!r}, and no such model is optimized; there are {', '.join(names)}" for key in source if key not in known
         ]
-        named: dict[str, Source | None] = {known[key]: source for key, source in given.items() if key in known}
+        named: dict[str, Source | None] = {known[key]: source for key, source in source.items() if key in known}
         problems += [f"no {what} data for {name}; give some, or None for data-free" for name in names if name not in named]
         raise_all(CalibrationError, problems)
         return named
-    if isinstance(given, str | os.PathLike):
-        path = Path(given)
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
         beside: dict[str, Source | None] = {name: file_of(path, _stem(name)) for name in names}
         if any(found is not None for found in beside.values()):
             missing = [
@@ -309,8 +309,8 @@ def _by_model(given: FolderSource | None, names: Sequence[str], what: str) -> di
             ]
             raise_all(CalibrationError, missing)
             return beside
-    if len(names) == 1 or (isinstance(given, str | os.PathLike) and Path(given).suffix == ".txt"):
-        return dict.fromkeys(names, given)
+    if len(names) == 1 or (isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt"):
+        return dict.fromkeys(names, source)
     raise CalibrationError(
         f"{what} data of one model for {len(names)}: {', '.join(names)}; give a folder with {_stem(names[0])}.npz and so on, or choose one "
         "model (--models)"
@@ -347,14 +347,14 @@ def _stem(name: str) -> str:
 
 def _labels(names: Iterable[str]) -> dict[str, str]:
     """What to call each in the name of a file: its path with dots, and a number where another is called that."""
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for name in names:
         flat = label = _stem(name).replace("/", ".")
         more = 2
-        while label in found.values():
+        while label in labels.values():
             label, more = f"{flat}.{more}", more + 1
-        found[name] = label
-    return found
+        labels[name] = label
+    return labels
 
 
 def file_of(folder: Path, stem: str) -> Path | None:

@@ -23,14 +23,14 @@ from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
 
-def with_convolutions(plan: Plan, model: ir.Model, given: Options | None) -> Plan:
+def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> Plan:
     """The plan with a stage for convolutions, if the model has some that can be converted and nothing was said of them.
 
     ``given`` are the options the plan is made of; None where it was written by hand, and says all there is to say.
     """
-    if given is None or "conv_bits" in given or not conv.find(model)[0]:
+    if options is None or "conv_bits" in options or not conv.find(model)[0]:
         return plan
-    return replace(plan, convolutions=plans.convolutions(given))
+    return replace(plan, convolutions=plans.convolutions(options))
 
 
 def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table | ConvLayer], list[Skip]]:

@@ -58,8 +58,8 @@ def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **argum
     Raises:
         MagrError: One of its subclasses; before the long work starts wherever the trouble can be known by then.
     """
-    given = in_order(explicit(model=model, calibration=calibration, **arguments))
-    return run(resolve(given, Invocation(python_call("magr_onnx.optimize", given, DEFAULTS))))
+    call = in_order(explicit(model=model, calibration=calibration, **arguments))
+    return run(resolve(call, Invocation(python_call("magr_onnx.optimize", call, DEFAULTS))))
 
 
 @translate_resource_errors()

@@ -54,12 +54,12 @@ def bars(console: Console) -> Iterator[Bars | None]:
         TextColumn("left"),
     )
     with contextlib.ExitStack() as stack:
-        found: Bars | None = Bars(*columns, console=console, transient=True)
+        drawn: Bars | None = Bars(*columns, console=console, transient=True)
         try:
-            stack.enter_context(cast(Bars, found))
+            stack.enter_context(cast(Bars, drawn))
         except LiveError:
-            found = None
-        yield found
+            drawn = None
+        yield drawn
 
 
 class StageReporter:
@@ -147,18 +147,18 @@ def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
 def layer_summary(row: LayerRow) -> str:
     """What was done to a layer, and what decided it, in a line."""
     form = "float" if row.bits is None else f"{row.bits} bits, {f'block {row.block}' if row.block.isdecimal() else f'per {row.block}'}"
-    found = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]
+    parts = [form, *([] if row.error is None else [f"error {row.error:.2%}"])]
     solver = row.solver or {}
     if "tried" in solver:
         order = "strong inputs first" if solver["act_order"] else "in order"
-        found.append(f"best of {solver['tried']:.0f} trials: alpha {solver['alpha']:.3g}, damping {solver['damping']:.3g}, {order}")
+        parts.append(f"best of {solver['tried']:.0f} trials: alpha {solver['alpha']:.3g}, damping {solver['damping']:.3g}, {order}")
     if row.magr is not None:
         before, after = (f"{row.magr[name]:.3g}" for name in ("max_before", "max_after"))
-        found.append(f"MagR: largest weight {before} before, {after} after" if before != after else f"MagR: largest weight still {after}")
+        parts.append(f"MagR: largest weight {before} before, {after} after" if before != after else f"MagR: largest weight still {after}")
     if row.feedback is not None:
         before, after = (f"{row.feedback[name]:.3g}" for name in ("held_out_before", "held_out_after"))
-        found.append(f"feedback {before} to {after} on held-out rows")
-    return "; ".join([", ".join(found), *row.notes])
+        parts.append(f"feedback {before} to {after} on held-out rows")
+    return "; ".join([", ".join(parts), *row.notes])
 
 
 def _memory() -> str:

@@ -87,8 +87,8 @@ def stamp(model: ir.Model, plan: Plan, proof: ProofSummary | None) -> None:
 
 def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
     """Read every emitted weight back and compare it with what was chosen."""
-    found = {name: digest(weight) for name, weight in iterate(model, digests)}
-    wrong = [name for name, expected in digests.items() if found.get(name) != expected]
+    written = {name: digest(weight) for name, weight in iterate(model, digests)}
+    wrong = [name for name, expected in digests.items() if written.get(name) != expected]
     if wrong:
         raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")
     return len(digests)
@@ -112,20 +112,20 @@ def verify_file(
     model = ir.load(path)
     verify_codes(model, digests)
     if demand is not None:
-        found = prove(model, demand, emitted)
-        if str(found) != model.metadata_props["onnx_magr.accumulator"]:
-            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {found}")
+        proof = prove(model, demand, emitted)
+        if str(proof) != model.metadata_props["onnx_magr.accumulator"]:
+            raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {proof}")
     name = session.provider_name(provider)  # the worker has no providers but those of the package
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
-        with worker.as_file(path) as given:
-            worker.call(session.load, size, path=given, provider=name, lean=size > LARGE)  # a large model's weights stay in their files
+        with worker.as_file(path) as file:
+            worker.call(session.load, size, path=file, provider=name, lean=size > LARGE)  # a large model's weights stay in their files
         return
     except (RuntimeFailure, worker.Died) as error:
         result = error
     try:
-        with worker.as_file(source) as given:
-            worker.call(session.load, size, path=given, provider=name, lean=True)
+        with worker.as_file(source) as file:
+            worker.call(session.load, size, path=file, provider=name, lean=True)
     except worker.Died as error:
         raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
     raise MagrError(

@@ -231,11 +231,11 @@ def _unlike(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], out
     try:
         with Session(program.model) as session:
             (feed,) = feeds([dict(zip(names, inputs, strict=True))], session.inputs)
-            found = session.run(feed)
+            results = session.run(feed)
     except (MagrError, ValueError) as error:
         return f"a graph made for any batch does not run with the example's one sample: {_reason(error)}"
-    far = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(found, outputs, strict=False)) if not _close(a, b)]
-    if not far and len(found) == len(outputs):
+    far = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(results, outputs, strict=False)) if not _close(a, b)]
+    if not far and len(results) == len(outputs):
         return ""
     what = ", ".join(far) or "other outputs"
     return (
@@ -243,11 +243,11 @@ def _unlike(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], out
     )
 
 
-def _close(found: npt.NDArray[Any], wanted: torch.Tensor) -> bool:
+def _close(exported: npt.NDArray[Any], expected: torch.Tensor) -> bool:
     """Whether two results differ by rounding only, as a whole: kernels of two libraries, perhaps in half precision or on a GPU."""
-    exact = wanted.device.type == "cpu" and wanted.dtype in (torch.float32, torch.float64)
-    a, b = np.asarray(found, np.float64), wanted.detach().cpu().double().numpy()
-    if a.shape != b.shape or not wanted.is_floating_point():
+    exact = expected.device.type == "cpu" and expected.dtype in (torch.float32, torch.float64)
+    a, b = np.asarray(exported, np.float64), expected.detach().cpu().double().numpy()
+    if a.shape != b.shape or not expected.is_floating_point():
         return np.array_equal(a, b)
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
@@ -282,11 +282,13 @@ _REMEDIES = {
 
 def _remedy(reason: str, model: torch.nn.Module) -> str:
     """What helps against an error of the exporter."""
-    found = [remedy for signs, remedy in _REMEDIES.items() if any(sign in reason for sign in signs)]
+    remedies = [remedy for signs, remedy in _REMEDIES.items() if any(sign in reason for sign in signs)]
     parameters = inspect.signature(model.forward).parameters
     if both := [name for name, _ in model.named_children() if name in parameters]:
-        found.append(f"{', '.join(both)}: a submodule and an argument of forward have this name, which the exporter confuses; rename one")
-    return found[0] if found else "torch.onnx.export(..., dynamo=True, report=True) writes more about it"
+        remedies.append(
+            f"{', '.join(both)}: a submodule and an argument of forward have this name, which the exporter confuses; rename one"
+        )
+    return remedies[0] if remedies else "torch.onnx.export(..., dynamo=True, report=True) writes more about it"
 
 
 @contextlib.contextmanager

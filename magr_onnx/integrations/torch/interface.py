@@ -59,8 +59,8 @@ def optimize(
         ExportError: torch cannot export the module.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
-    given = with_keywords(locals(), "options")
-    called = torch_call(optimize, given)
+    arguments = with_keywords(locals(), "options")
+    called = torch_call(optimize, arguments)
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise OptionError("example_inputs are needed to export a module: a tensor, a tuple, or a dict of forward's arguments")
@@ -91,8 +91,8 @@ def run_exported(
 ) -> Optimized:
     """Quantize what ``make`` exports, on batches of torch; it is called once, after options are checked."""
     exported = cache(make)
-    own = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
-    arguments = {**options, **{name: value for name, value in own.items() if value is not None}}  # a recipe may say the others
+    torch_arguments = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
+    arguments = {**options, **{name: value for name, value in torch_arguments.items() if value is not None}}  # a recipe may say the others
     size = argument("batch_size", arguments)
     schema.check(samples=samples, batch_size=size)
 

@@ -212,11 +212,11 @@ def _reduced(
 
 def _parameters(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
     """Floating-point parameters of two axes or more, each with all its names."""
-    found: dict[int, tuple[list[str], torch.nn.Parameter]] = {}
+    parameters: dict[int, tuple[list[str], torch.nn.Parameter]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2 and parameter.is_floating_point():
-            found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(found.values())
+            parameters.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(parameters.values())
 
 
 def _array(parameter: torch.Tensor) -> Array:
@@ -236,18 +236,18 @@ def _new_value(
     reasons: Mapping[str, str],
 ) -> tuple[str | None, Array | None, list[LinearLayer]]:
     """Why a parameter is left alone; or its new value, in float32, and the layers that read it."""
-    held = [v for n in names if (v := model.graph.initializers.get(n)) is not None]
-    if not held:
+    initializers = [v for n in names if (v := model.graph.initializers.get(n)) is not None]
+    if not initializers:
         return "not in the exported model under its name", None, []
     old = _array(parameter)
-    if any(v.const_value is None or not _same(v.const_value.numpy(), old) for v in held):
+    if any(v.const_value is None or not _same(v.const_value.numpy(), old) for v in initializers):
         return "its values are not those of the initializer of its name", None, []
-    own = {id(layer.node): layer for layer in layers}
-    ends = [node for value in held for node in _readers(value)]
-    others = [n for n in ends if n is None or id(n) not in own]
+    layer_of = {id(layer.node): layer for layer in layers}
+    ends = [node for value in initializers for node in _readers(value)]
+    others = [n for n in ends if n is None or id(n) not in layer_of]
     if others:
         return _reason(others, reasons), None, []
-    readers = [own[id(n)] for n in ends if n is not None]
+    readers = [layer_of[id(n)] for n in ends if n is not None]
     if missing := [layer.name for layer in readers if layer.name not in errors or layer.name not in reduced]:
         return "; ".join(f"{n}: {reasons.get(n, 'not converted')}" for n in missing), None, []
     news = []
