@@ -60,14 +60,14 @@ def _passes() -> Iterator[str]:
 def _described(kind: type[Stage]) -> tuple[str, dict[str, str]]:
     """The docstring of a pass without its fields, and the fields."""
     text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     last = ""
     for line in rest.splitlines():
         if match := _FIELD.match(line):
-            last, found[match[1]] = match[1], match[2]
+            last, fields[match[1]] = match[1], match[2]
         elif last and line.strip():
-            found[last] += " " + line.strip()
-    return _plain(text).strip(), found
+            fields[last] += " " + line.strip()
+    return _plain(text).strip(), fields
 
 
 def _story(kind: type[Stage]) -> str:
@@ -172,11 +172,11 @@ def _rules(option: OptionSpec) -> Iterator[str]:
 # --- Python --------------------------------------------------------------------------------------------------------------
 
 
-def _exported(directive: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
+def _exported(directive: str, selects: Callable[[Any], bool]) -> Iterator[str]:
     """What `magr_onnx` exports of one kind, by the docstrings."""
     yield "```{eval-rst}\n.. currentmodule:: magr_onnx\n"
     for name in magr_onnx.__all__:
-        if wanted(value := getattr(magr_onnx, name)):
+        if selects(value := getattr(magr_onnx, name)):
             yield f".. {directive} {name}"
             if _is_error(value):
                 yield "   :show-inheritance:"

@@ -88,10 +88,10 @@ def remedy() -> str:
 def _state(path: Path) -> tuple[int, int] | None:
     """Tells a file or a folder from another under its name."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def explain(error: Exception) -> None:
@@ -116,8 +116,8 @@ def apologize(error: Exception, version: str) -> None:
         ) as file:
             file.write(f"onnx-magr {version}, Python {sys.version}\n{trace}")
         where = f"The traceback is in {Path(file.name)} (--verbose prints it)."
-    said = f"{type(error).__name__}: {error}".splitlines()[0]
-    explanation = f"this should not have happened ({said}); {outcome()}. Please report it with the traceback. {where}"
+    summary = f"{type(error).__name__}: {error}".splitlines()[0]
+    explanation = f"this should not have happened ({summary}); {outcome()}. Please report it with the traceback. {where}"
     _error(f"onnx-magr {version}: {explanation}")
 
 

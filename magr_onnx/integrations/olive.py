@@ -71,8 +71,8 @@ _TYPES = {"path": str | Path, "paths": list[str] | str, "patterns": list[str] | 
 
 def package_config() -> dict[str, Any]:
     """The installed Olive's own package configuration with this pass in it, ready for JSON, or for ``olive.workflows.run``."""
-    own: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
-    return {**own, "passes": {**own["passes"], NAME: dict(ENTRY)}}
+    config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
+    return {**config, "passes": {**config["passes"], NAME: dict(ENTRY)}}
 
 
 class OnnxMagr(Pass):  # type: ignore[misc]
@@ -126,9 +126,9 @@ class OnnxMagr(Pass):  # type: ignore[misc]
         Raises:
             ValueError: Parameters there are none of.
         """
-        known = cls.default_config(accelerator_spec)
-        if wrong := [name for name in config or {} if name not in known]:
-            raise ValueError(f"{NAME}: {'; '.join(unknown(name, known) for name in wrong)}")
+        parameters = cls.default_config(accelerator_spec)
+        if unknown_names := [name for name in config or {} if name not in parameters]:
+            raise ValueError(f"{NAME}: {'; '.join(unknown(name, parameters) for name in unknown_names)}")
         return super().get_config_params(accelerator_spec, config, disable_search)
 
     @classmethod
@@ -165,13 +165,13 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             result = super().run(model, output_model_path)
         if isinstance(result, CompositeModelHandler):
             attributes = dict(result.model_attributes or {})
-            kept = set(attributes.get("additional_files") or ())
+            files = set(attributes.get("additional_files") or ())
             for name, component in result.get_model_components():
                 made = Path(component.model_path).parent / component.model_attributes[ATTRIBUTE]["report"]
-                kept.add(str(made.replace(Path(result.model_path) / f"{name}{SUFFIX}")))
+                files.add(str(made.replace(Path(result.model_path) / f"{name}{SUFFIX}")))
                 component.model_attributes[ATTRIBUTE]["report"] = f"{name}{SUFFIX}"
                 component.model_attributes["additional_files"].remove(str(made))
-            result.model_attributes = {**attributes, "additional_files": sorted(kept)}
+            result.model_attributes = {**attributes, "additional_files": sorted(files)}
         return result
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
@@ -188,9 +188,9 @@ class OnnxMagr(Pass):  # type: ignore[misc]
             )
         source = Path(model.model_path)
         output = Path(resolve_onnx_path(output_model_path, _name(source, config.fingerprint)))
-        asked = _asked(config)
-        calibration, held = _data(model, config, asked, Path(output_model_path).stem)
-        result = optimize(source, recipe=asked, calibration=calibration, output=output, validation_data=held)
+        recipe = _recipe_of(config)
+        calibration, validation = _data(model, config, recipe, Path(output_model_path).stem)
+        result = optimize(source, recipe=recipe, calibration=calibration, output=output, validation_data=validation)
         report = output.with_name(f"{source.stem}{SUFFIX}")
         result.report.save(report)
         attributes = {**(model.model_attributes or {}), ATTRIBUTE: _summary(result.report, report.name)}
@@ -224,30 +224,30 @@ def _type(option: OptionSpec) -> Any:
     return kind if option.none_word is None else kind | Literal[option.none_word]
 
 
-def _asked(config: Any) -> Recipe:
+def _recipe_of(config: Any) -> Recipe:
     """All that a configuration says, its recipe included.
 
     Raises:
         RecipeError: With everything that is wrong in it.
     """
-    given = {name: value for name, value in config.model_dump().items() if value is not None and (name in KEYS or name == "layer")}
-    asked = Recipe.from_dict(given)
-    return asked if config.recipe is None else asked.over(Recipe.load(config.recipe))
+    values = {name: value for name, value in config.model_dump().items() if value is not None and (name in KEYS or name == "layer")}
+    recipe = Recipe.from_dict(values)
+    return recipe if config.recipe is None else recipe.over(Recipe.load(config.recipe))
 
 
 def _check(config: Any) -> None:
     """Raise one error for all that does not go together."""
-    asked = _asked(config)
+    recipe = _recipe_of(config)
     problems = []
     if config.data_config is not None and config.calibration is not None:
         problems.append("give data_config or calibration, not both")
-    problems += [f"{path} does not exist" for path in asked.reads if not path.exists()]
+    problems += [f"{path} does not exist" for path in recipe.reads if not path.exists()]
     try:
-        if (text := asked.values.get("pipeline")) is not None:
+        if (text := recipe.values.get("pipeline")) is not None:
             Plan.parse(text).check()
         else:
-            preset = asked.values.get("preset")
-            options = cast(Options, merge({} if preset is None else dict(find_preset(preset).options), asked.options))
+            preset = recipe.values.get("preset")
+            options = cast(Options, merge({} if preset is None else dict(find_preset(preset).options), recipe.options))
             mixed_precision.goal_of(options)
             build_pipeline(**options)
     except OptionError as error:
@@ -255,30 +255,30 @@ def _check(config: Any) -> None:
     raise_all(OptionError, problems)
 
 
-def _data(model: Any, config: Any, asked: Recipe, component: str) -> tuple[Any, Any]:
+def _data(model: Any, config: Any, recipe: Recipe, component: str) -> tuple[Any, Any]:
     """Data to calibrate with and held-out data; of a folder with data for each component, that of this one."""
-    paths = [asked.values.get(name) for name in ("calibration", "validation")]
-    data, held = (None if path is None else directory.file_of(Path(path), component) or path for path in paths)
+    paths = [recipe.values.get(name) for name in ("calibration", "validation")]
+    data, validation = (None if path is None else directory.file_of(Path(path), component) or path for path in paths)
     if config.data_config is not None:
         container = validate_config(config.data_config, DataConfig).to_data_container()
         data = container.create_calibration_dataloader(model_path=model.model_path, io_config=model.io_config)
-    return data, held
+    return data, validation
 
 
 def _summary(report: Report, name: str) -> dict[str, Any]:
     """The report without its rows; ``report`` is the file that has all, beside the model."""
-    found = report.to_dict()
-    short = {key: found[key] for key in ("pipeline", "calibration", "bytes_before", "bytes_after", "verified", "versions", "notes")}
+    values = report.to_dict()
+    short = {key: values[key] for key in ("pipeline", "calibration", "bytes_before", "bytes_after", "verified", "versions", "notes")}
     return {"report": name, "converted": len(report.layers), "skipped": len(report.skipped), **short}
 
 
 def _fingerprint(config: Any) -> str:
     """A hash of this package's version, of the recipe, and of every file behind the paths of a configuration."""
-    found = hashlib.sha256(magr_onnx.__version__.encode())
-    asked = _asked(config)  # reads the recipe first, with errors that say more
+    digest = hashlib.sha256(magr_onnx.__version__.encode())
+    recipe = _recipe_of(config)  # reads the recipe first, with errors that say more
     if config.recipe is not None:
-        found.update(Path(config.recipe).read_bytes())
-    for path in asked.reads:
+        digest.update(Path(config.recipe).read_bytes())
+    for path in recipe.reads:
         for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
-            found.update(f"{file}:{file_digest(file)}".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{file}:{file_digest(file)}".encode())
+    return digest.hexdigest()[:16]

@@ -180,7 +180,7 @@ def test_data_of_olives_own_containers(many: dict[str, Any]) -> None:
 def test_errors_name_the_parameters(many: dict[str, Any]) -> None:
     assert "nowhere.npz does not exist" in many["wrong"]["error"]
     assert "accuracy_level is for format matmulnbits only" in many["wrong"]["error"]
-    assert "'matmulnbits', 'qdq', 'qdq-int8' or 'dynamic-int8'" in many["mistyped"]["error"]
+    assert "choose one of matmulnbits, qdq, qdq-int8, dynamic-int8" in many["mistyped"]["error"]
     assert "unknown key 'bitz'; did you mean 'bits'?" in many["unknown"]["error"]
     assert "nowhere.toml': cannot be read: No such file" in many["no_recipe"]["error"]
     assert "bits=9" in many["out_of_range"]["error"] or "bits = 9" in many["out_of_range"]["error"]

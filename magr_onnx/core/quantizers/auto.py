@@ -76,31 +76,31 @@ def run(problem: Problem, options: Options) -> Solution:
 
 def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
     """The best options by held-out error, and how many were tried."""
-    held = problem.stats.held_out
-    assert held is not None
-    kept = problem.stats.memo("kept", lambda: problem.stats.combine(held, -1))
+    held_out = problem.stats.held_out
+    assert held_out is not None
+    training = problem.stats.memo("kept", lambda: problem.stats.combine(held_out, -1))
     columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = problem.reference[:, columns]
     target = problem.target if problem.kept_target is None else problem.kept_target
     target = np.ascontiguousarray(target[:, columns])
     goal = None if problem.goal is None or problem.goal.held_out is None else problem.goal.held_out.columns(columns)
-    damping = automatic_damping(len(target), kept.rows) if options.damping is None else options.damping
-    held_gram = held.objective_gram(problem.centred)
+    damping = automatic_damping(len(target), training.rows) if options.damping is None else options.damping
+    held_gram = held_out.objective_gram(problem.centred)
     results: dict[Choice, float] = {}
 
     def trial(choice: Choice) -> float:
         if choice not in results:
-            found, *_ = _solve(target, target, kept, problem.centred, problem.spec, choice, options, quick=True)
-            weights = found.dequantize()
+            weight, *_ = _solve(target, target, training, problem.centred, problem.spec, choice, options, quick=True)
+            weights = weight.dequantize()
             if goal is None:
                 results[choice] = layer_error(weights - reference, held_gram)
             else:
-                results[choice] = error_feedback.error(weights.astype(np.float64), held, goal, problem.centred)
+                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, goal, problem.centred)
         return results[choice]
 
     def better(simple: Choice, others: list[Choice]) -> Choice:
-        found = min(others, key=trial)
-        return found if trial(found) < (1 - MARGIN) * trial(simple) else simple
+        best_other = min(others, key=trial)
+        return best_other if trial(best_other) < (1 - MARGIN) * trial(simple) else simple
 
     best = replace(usual, damping=damping)
     if options.alpha is None and usual.alpha > 0:
@@ -146,8 +146,8 @@ def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[Quanti
 def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> tuple[Array, Reduction | None]:
     if choice.alpha == 0:
         return weights, None
-    found = magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size)
-    return found.weights, found
+    reduction = magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size)
+    return reduction.weights, reduction
 
 
 QUANTIZER = Quantizer("auto", "MagR and comq, options chosen per layer", run, "supported", chooses=True, batched="gram")

@@ -55,14 +55,14 @@ def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps
     codes, scales, zeros = np.zeros(weights.shape), np.ones((g, n), np.float32), np.zeros((g, n), np.float32)
     for s, z in ladder(flat, spec, _SHRINKS):
         scale, zero = s.reshape(g, n), z.reshape(g, n)
-        found = _descend(weights, gram, _feedback(weights, factors, scale, zero, spec.top), scale, zero, spec.top, sweeps)
-        error = _errors((found - zero[:, None]) * scale[:, None] - weights, gram)
+        candidate = _descend(weights, gram, _feedback(weights, factors, scale, zero, spec.top), scale, zero, spec.top, sweeps)
+        error = _errors((candidate - zero[:, None]) * scale[:, None] - weights, gram)
         better = error < best
         best = np.where(better, error, best)
-        codes = np.where(better[:, None], found, codes)
+        codes = np.where(better[:, None], candidate, codes)
         scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
-    whole = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
-    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*whole, strict=True)], best.sum(axis=1))
+    tables = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
+    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*tables, strict=True)], best.sum(axis=1))
 
 
 def _factors(grams: Array, damping: float) -> tuple[Array, Array]:
@@ -85,8 +85,8 @@ def _feedback(weights: Array, factors: Array, scales: Array, zeros: Array, top: 
     difference = np.zeros_like(weights)
     codes = np.empty_like(weights)
     for row in range(weights.shape[1]):
-        wanted = weights[:, row] - np.einsum("gj,gjn->gn", factors[:, row, :row], difference[:, :row])
-        codes[:, row] = np.clip(np.rint(wanted / scales) + zeros, 0, top)
+        target = weights[:, row] - np.einsum("gj,gjn->gn", factors[:, row, :row], difference[:, :row])
+        codes[:, row] = np.clip(np.rint(target / scales) + zeros, 0, top)
         difference[:, row] = (codes[:, row] - zeros) * scales - weights[:, row]
     return codes
 

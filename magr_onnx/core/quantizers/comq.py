@@ -97,9 +97,9 @@ def _in_parts(
     codes, scales, errors = np.empty_like(start.codes), np.empty_like(start.scales), list[float]()
     for c in parts:
         weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        found = refine(np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget)
-        codes[:, c], scales[:, c] = found.weight.codes, found.weight.scales
-        errors = joined(errors, found.errors)
+        part = refine(np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget)
+        codes[:, c], scales[:, c] = part.weight.codes, part.weight.scales
+        errors = joined(errors, part.errors)
     return Refined(QuantizedWeight(codes, scales, start.zero_points, start.spec), tuple(errors))
 
 

@@ -41,9 +41,9 @@ def refine(
         c = np.arange(at, min(at + step, n))
         part, grid = target[:, c], Grid.of(start).columns(c)
         weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        found, these = _refine(part, weight, grid, sweeps, rescale, tolerance)
-        codes[:, c], scales[:, c] = found.codes, found.scales
-        errors = joined(errors, these)
+        refined, part_errors = _refine(part, weight, grid, sweeps, rescale, tolerance)
+        codes[:, c], scales[:, c] = refined.codes, refined.scales
+        errors = joined(errors, part_errors)
     return QuantizedWeight(codes, scales, start.zero_points, start.spec), errors
 
 

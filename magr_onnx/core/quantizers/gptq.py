@@ -100,10 +100,10 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     codes = np.empty(w.shape, np.uint8)
     for begin in range(0, k, BLOCK):
         end = min(begin + BLOCK, k)
-        wanted = w[begin:end] - f[begin:end, :begin] @ difference[:begin]
+        corrected = w[begin:end] - f[begin:end, :begin] @ difference[:begin]
         for i in range(begin, end):
             g = groups[i]
-            q = wanted[i - begin] * inverse[g]
+            q = corrected[i - begin] * inverse[g]
             np.rint(q, out=q)
             q += grid.zeros[g]
             np.maximum(q, 0, out=q)
@@ -115,7 +115,7 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
             q *= grid.scales[g]
             np.subtract(q, w[i], out=difference[i])
             if i + 1 < end:
-                wanted[i + 1 - begin :] -= f[i + 1 : end, i, None] * difference[i]
+                corrected[i + 1 - begin :] -= f[i + 1 : end, i, None] * difference[i]
     result = np.empty_like(codes)
     result[order] = codes
     return QuantizedWeight(result, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
@@ -168,15 +168,15 @@ def under_budget(
         at += len(c)
         best = np.full(len(c), np.inf)
         for ladder, start in _ladder(weights[:, c], grid.columns(c), budget, rungs):
-            found = solve(start, feedback, ladder, budget)
-            error = column_errors(found.dequantize() - np.tile(target[:, c], rungs), gram).reshape(rungs, -1)
+            candidate = solve(start, feedback, ladder, budget)
+            error = column_errors(candidate.dequantize() - np.tile(target[:, c], rungs), gram).reshape(rungs, -1)
             for i in range(rungs):
                 better = error[i] < best
                 chosen = i * len(c) + np.flatnonzero(better)
                 best[better] = error[i][better]
-                codes[:, c[better]] = found.codes[:, chosen]
-                scales[:, c[better]] = found.scales[:, chosen]
-                zeros[:, c[better]] = found.zero_points[:, chosen]
+                codes[:, c[better]] = candidate.codes[:, chosen]
+                scales[:, c[better]] = candidate.scales[:, chosen]
+                zeros[:, c[better]] = candidate.zero_points[:, chosen]
     return QuantizedWeight(codes, scales, zeros, spec), len(bad)
 
 

@@ -37,12 +37,12 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
         power = np.square(np.diag(upper)).astype(np.float32)
         best = _error(now[s] - goal, factor, power)
         for scale, zero in ladder(goal, spec, SHRINKS):
-            found = np.empty(goal.shape, np.float32)
+            candidate = np.empty(goal.shape, np.float32)
             difference = np.empty(goal.shape, np.float32)
             for i in range(len(goal)):
-                wanted = goal[i] - factor[i, :i] @ difference[:i]
-                q = found[i]
-                np.divide(wanted, scale, out=q)
+                corrected = goal[i] - factor[i, :i] @ difference[:i]
+                q = candidate[i]
+                np.divide(corrected, scale, out=q)
                 np.rint(q, out=q)
                 q += zero
                 np.maximum(q, 0, out=q)
@@ -53,7 +53,7 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
             error = _error(difference, factor, power)
             better = error < best
             best = np.where(better, error, best)
-            codes[s, better] = found[:, better].astype(np.uint8)
+            codes[s, better] = candidate[:, better].astype(np.uint8)
             scales[g, better], zeros[g, better] = scale[better], zero[better]
         new = (codes[s] - zeros[g]) * scales[g]
         residual -= gram[:, s] @ (new - now[s])

@@ -50,10 +50,10 @@ def quantize(weights: Array, spec: WeightSpec) -> QuantizedWeight:
     for at in range(0, n, step):
         columns = np.arange(at, min(at + step, n))
         best = np.full((spec.groups(k), len(columns)), np.inf)
-        for grid in start:
-            _descend(weights[:, columns], grid.columns(columns), best, scales[:, columns[0] : at + step], zeros[:, columns[0] : at + step])
-    found = Grid(scales, zeros, spec, k)
-    return found.weight(found.codes(weights))
+        for first in start:
+            _descend(weights[:, columns], first.columns(columns), best, scales[:, columns[0] : at + step], zeros[:, columns[0] : at + step])
+    grid = Grid(scales, zeros, spec, k)
+    return grid.weight(grid.codes(weights))
 
 
 def _descend(weights: Array, grid: Grid, best: Array, scales: Array, zeros: Array) -> None:

@@ -63,9 +63,9 @@ def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, b
     at = 0
     for c in blocks:
         target = weights[:, c] - difference[:, :at] @ back[at : at + len(c), :at].T
-        found = gptq.solve(target, feedback, grid.columns(c))
-        codes[:, c] = found.codes
-        difference[:, at : at + len(c)] = found.dequantize() - weights[:, c]
+        block = gptq.solve(target, feedback, grid.columns(c))
+        codes[:, c] = block.codes
+        difference[:, at : at + len(c)] = block.dequantize() - weights[:, c]
         at += len(c)
     return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
 
@@ -99,19 +99,19 @@ def refine(
         for c in blocks:
             now = QuantizedWeight(codes[:, c], scales[:, c], zeros[:, c], start.spec)
             pull = d @ m[:, c]
-            own = m[c, c]
-            goal = target[:, c] - (pull - d[:, c] * own) / own
+            self_coupling = m[c, c]
+            goal = target[:, c] - (pull - d[:, c] * self_coupling) / self_coupling
             before = target[:, c] + d[:, c]
             residual: Array = h @ (goal - before)
-            found, residual = comq.sweep_once(goal, now, h, residual, None)
-            found, _ = comq.refit_scales(goal, found, h, residual)
-            change = found.dequantize() - before
+            block, residual = comq.sweep_once(goal, now, h, residual, None)
+            block, _ = comq.refit_scales(goal, block, h, residual)
+            change = block.dequantize() - before
             felt = h @ change
             rise = 2 * np.einsum("kn,kn->", pull, felt, dtype=np.float64) + np.einsum(
                 "kn,kn->", change @ m[np.ix_(c, c)], felt, dtype=np.float64
             )
             if rise < 0:
-                codes[:, c], scales[:, c], zeros[:, c] = found.codes, found.scales, found.zero_points
+                codes[:, c], scales[:, c], zeros[:, c] = block.codes, block.scales, block.zero_points
                 d[:, c] += change
         errors.append(energy(d, h, m))
         if errors[-1] > (1 - tolerance) * errors[-2]:
