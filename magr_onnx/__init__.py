@@ -21,6 +21,7 @@ from magr_onnx.errors import (
 
 if TYPE_CHECKING:
     from magr_onnx.api import Inspection, Optimized, inspect, optimize, validate, verify
+    from magr_onnx.config.arguments import FolderArguments, RunArguments
     from magr_onnx.config.layer_options import LayerOptions
     from magr_onnx.config.options import Options
     from magr_onnx.config.plans import build_pipeline
@@ -42,6 +43,7 @@ __all__ = [
     "CalibrationError",
     "DependencyError",
     "ExportError",
+    "FolderArguments",
     "Inspection",
     "LayerOptions",
     "LayerStats",
@@ -61,6 +63,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "ReportError",
+    "RunArguments",
     "RuntimeFailure",
     "Target",
     "Verification",
@@ -75,6 +78,7 @@ __all__ = [
 
 _MODULES = {
     "magr_onnx.api": ("Inspection", "Optimized", "inspect", "optimize", "validate", "verify"),
+    "magr_onnx.config.arguments": ("FolderArguments", "RunArguments"),
     "magr_onnx.config.layer_options": ("LayerOptions",),
     "magr_onnx.config.options": ("Options",),
     "magr_onnx.config.plans": ("build_pipeline",),

@@ -130,7 +130,7 @@ def optimize_folder(
             ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
             ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free. Left out, the
             recipe's.
-        **arguments: See `magr_onnx.config.arguments.FolderArguments`. ``output`` is the folder to write; it must not exist, be empty, or
+        **arguments: See `magr_onnx.FolderArguments`. ``output`` is the folder to write; it must not exist, be empty, or
             see ``overwrite``. ``resume`` gets a job directory for each model in it: its path in the folder, with dots. A pattern of layers
             (``include``, ``exclude``, ``layers``) must match something in one of the models; a recipe is one for the folder.
 

@@ -50,7 +50,8 @@ def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **argum
         calibration: Sample inputs, in any form of `magr_onnx.runtime.data.sources`, or a ``.txt`` file, a sample a line, where
             ``tokenizer.json`` lies beside the model; None works data-free (H = I: no MagR, rounding
             without error feedback, no bias compensation), and the report says so. Left out, the recipe's.
-        **arguments: See `magr_onnx.config.arguments.RunArguments` (files, data, which layers, memory) and `Options` (what is done to them).
+        **arguments: See `magr_onnx.RunArguments` (files, data, which layers, memory) and `magr_onnx.Options` (what is done to them), and
+            ``validation_data``: held-out inputs to compare the float and the quantized model on.
 
     Returns:
         The model and the report.
