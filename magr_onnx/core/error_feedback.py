@@ -22,60 +22,68 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core.linalg import damped
-from magr_onnx.core.types import Array, Goal, LayerStats
+from magr_onnx.core.types import Array, LayerStats, TargetMoments
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
 SAMPLE = 128  # output channels the damping is chosen on
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Aim:
+class TargetWeights:
     """What a layer should be quantized towards.
 
     Attributes:
         weights: ``W* (K, N)`` float32.
-        kept: The same from the rows that are not held out.
+        fit: The same from the rows that are not held out.
         damping: The ``a`` in use; None for W0 itself.
         before: Relative error of W0 on the held-out rows.
         after: Relative error of W* on the held-out rows, ``a`` applied to the other rows.
     """
 
     weights: Array
-    kept: Array
+    fit: Array
     damping: float | None
     before: float
     after: float
 
 
-def goal_of(weights: Array, cross: Array, float_gram: Array, float_mean: Array, rows: int) -> Goal:
-    """The goal ``Y = X W0`` of ``weights (K, N)``, from ``X_q^T X / n (K, K)``, ``X^T X / n (K, K)`` and ``mean(X) (K,)``."""
+def target_moments(weights: Array, cross: Array, float_gram: Array, float_mean: Array, rows: int) -> TargetMoments:
+    """Moments of the float output ``Y = X W0`` of ``weights (K, N)``.
+
+    Args:
+        weights: ``W0``.
+        cross: ``X_q^T X / n (K, K)``.
+        float_gram: ``X^T X / n (K, K)``.
+        float_mean: ``mean(X) (K,)``.
+        rows: ``n``.
+    """
     w = weights.astype(np.float64)
-    return Goal(cross @ w, w.T @ float_mean, np.einsum("kn,kn->n", w, float_gram @ w), rows)
+    return TargetMoments(cross @ w, w.T @ float_mean, np.einsum("kn,kn->n", w, float_gram @ w), rows)
 
 
-def aim(weights: Array, stats: LayerStats, goal: Goal, centred: bool) -> Aim:
-    """The damped ``W*`` of ``weights (K, N)``; statistics and goal must have a held-out part.
+def solve_target(weights: Array, stats: LayerStats, moments: TargetMoments, centred: bool) -> TargetWeights:
+    """The damped ``W*`` of ``weights (K, N)``; statistics and moments must have a held-out part.
 
     ``centred``: whether a bias will absorb the mean error.
     """
-    held, held_goal = stats.held_out, goal.held_out
-    assert held is not None
-    assert held_goal is not None
+    held_out, held_moments = stats.held_out, moments.held_out
+    assert held_out is not None
+    assert held_moments is not None
     w = weights.astype(np.float64)
-    kept, kept_goal = stats.memo("kept", lambda: stats.combine(held, -1)), goal.combine(held_goal, -1)
-    some = sample(w.shape[1], SAMPLE)
-    part, part_goal, part_held = w[:, some], kept_goal.columns(some), held_goal.columns(some)
-    before = error(part, held, part_held, centred)
-    best, chosen = before, None
+    fit, fit_moments = stats.memo("kept", lambda: stats.combine(held_out, -1)), moments.combine(held_moments, -1)
+    columns = sample(w.shape[1], SAMPLE)
+    part, part_fit, part_held = w[:, columns], fit_moments.columns(columns), held_moments.columns(columns)
+    before = error(part, held_out, part_held, centred)
+    least, chosen = before, None
     for damping in DAMPINGS:
-        found = error(part + _step(part, kept, part_goal, damping, centred), held, part_held, centred)
-        if found < best:
-            best, chosen = found, damping
+        after = error(part + _step(part, fit, part_fit, damping, centred), held_out, part_held, centred)
+        if after < least:
+            least, chosen = after, damping
     if chosen is None:
-        return Aim(weights, weights, None, before, before)
-    damping = chosen * kept.rows / max(stats.rows, 1)  # all rows need less of it
-    whole, nearest = (w + _step(w, s, g, d, centred) for s, g, d in ((stats, goal, damping), (kept, kept_goal, chosen)))
-    return Aim(whole.astype(np.float32), nearest.astype(np.float32), damping, before, best)
+        return TargetWeights(weights, weights, None, before, before)
+    damping = chosen * fit.rows / max(stats.rows, 1)  # all rows need less of it
+    target, fit_target = (w + _step(w, s, m, d, centred) for s, m, d in ((stats, moments, damping), (fit, fit_moments, chosen)))
+    return TargetWeights(target.astype(np.float32), fit_target.astype(np.float32), damping, before, least)
 
 
 def sample(n: int, most: int) -> npt.NDArray[np.intp]:
@@ -83,22 +91,22 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
-def error(quantized: Array, stats: LayerStats, goal: Goal, centred: bool) -> float:
+def error(quantized: Array, stats: LayerStats, moments: TargetMoments, centred: bool) -> float:
     """``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, the mean error left out if ``centred``.
 
     The output is never centred, so that errors with feedback, without it and in the running model are all measured against the same.
     """
-    cross, power = goal.cross, float(goal.power.sum())
-    left = power
+    cross, power = moments.cross, float(moments.power.sum())
+    squares = power
     if centred:
-        cross, left = cross - np.outer(stats.mean, goal.mean), left - float(np.square(goal.mean).sum())
-    left += float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross))
-    return max(left, 0.0) / power if power > 0 else 0.0
+        cross, squares = cross - np.outer(stats.mean, moments.mean), squares - float(np.square(moments.mean).sum())
+    squares += float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross))
+    return max(squares, 0.0) / power if power > 0 else 0.0
 
 
-def _step(weights: Array, stats: LayerStats, goal: Goal, damping: float, centred: bool) -> Array:
+def _step(weights: Array, stats: LayerStats, moments: TargetMoments, damping: float, centred: bool) -> Array:
     """``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
-    cross = goal.cross - np.outer(stats.mean, goal.mean) if centred else goal.cross
+    cross = moments.cross - np.outer(stats.mean, moments.mean) if centred else moments.cross
     result: Array = np.linalg.solve(damped(gram, damping), cross - gram @ weights)
     return result

@@ -15,7 +15,7 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import Activation, ActivationGrid, Array, Goal, LayerStats, QuantizedWeight, ScaleType, joined
+from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, joined
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Which layers bias compensation corrects: those that have a bias, all, or none."""
@@ -48,7 +48,7 @@ class LayerProblem:
     float_type: ScaleType = "float32"
     activation: Activation | None = None
     output_grid: ActivationGrid | None = None
-    target_moments: Goal | None = None
+    target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
     notes: tuple[str, ...] = ()
 

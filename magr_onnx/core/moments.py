@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.error_feedback import goal_of
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Array, Goal, LayerStats, gram_type
+from magr_onnx.core.error_feedback import target_moments
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Array, LayerStats, TargetMoments, gram_type
 
 
 class _Means(Protocol):
@@ -51,7 +51,7 @@ class MomentAccumulator:
             width: K.
             groups: G; None for a value without groups.
             float_mean: Whether to sum the rows of the float model too.
-            paired: Whether to sum ``cross`` and ``float_gram`` too, which `goal` is made of.
+            paired: Whether to sum ``cross`` and ``float_gram`` too, which `target_moments` is made of.
         """
         shape = (width,) if groups is None else (groups, width)
         self.gram: Array = np.zeros((*shape, width))
@@ -95,13 +95,13 @@ class MomentAccumulator:
         float_mean = None if self.float_total is None else self.float_total / self._count
         return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation)
 
-    def goal(self, weights: Array) -> Goal:
+    def target_moments(self, weights: Array) -> TargetMoments:
         """What a layer of ``weights (K, N)`` should put out: what it does in the float model."""
         assert self.cross is not None
         assert self.float_gram is not None
         assert self.float_total is not None
         n = self._count
-        return goal_of(weights, self.cross / n, self.float_gram / n, self.float_total / n, round(self.rows))
+        return target_moments(weights, self.cross / n, self.float_gram / n, self.float_total / n, round(self.rows))
 
     @property
     def _count(self) -> float:
@@ -136,10 +136,10 @@ class OutputAccumulator:
         self._power += weighted(np.einsum("nk,nk->k", y, y, dtype=np.float64), weight)
         self._rows += len(real) * weight
 
-    def goal(self) -> Goal:
+    def target_moments(self) -> TargetMoments:
         """Means over the rows."""
         n = max(self._rows, 1)
-        return Goal(self._cross / n, self._total / n, self._power / n, round(self._rows))
+        return TargetMoments(self._cross / n, self._total / n, self._power / n, round(self._rows))
 
 
 def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:

@@ -293,7 +293,7 @@ class LayerStats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Goal:
+class TargetMoments:
     """Moments of what a layer should put out, ``Y (n, N)`` without its bias, beside its input ``X_q (n, K)`` behind quantized layers.
 
     Attributes:
@@ -308,17 +308,17 @@ class Goal:
     mean: Array
     power: Array
     rows: int
-    held_out: Goal | None = None
+    held_out: TargetMoments | None = None
 
-    def columns(self, chosen: npt.NDArray[np.intp]) -> Goal:
-        """The goal of some output channels."""
-        return Goal(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
+    def columns(self, chosen: npt.NDArray[np.intp]) -> TargetMoments:
+        """The moments of some output channels."""
+        return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
 
-    def combine(self, other: Goal, sign: int = 1) -> Goal:
+    def combine(self, other: TargetMoments, sign: int = 1) -> TargetMoments:
         """As `LayerStats.combine`."""
         n = self.rows + sign * other.rows
         a, b = self.rows / n, sign * other.rows / n
-        return Goal(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
+        return TargetMoments(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
 
 
 LARGEST = 1e15

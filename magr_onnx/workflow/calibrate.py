@@ -207,7 +207,7 @@ def completing(
             problem,
             activation=grids.inputs.get(layer.reads),
             output_grid=grids.products.get(str(layer.node.outputs[0].name)),
-            target_moments=result.goals.get(layer.name),
+            target_moments=result.targets.get(layer.name),
             output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
             notes=(f"data-free: {source.why(layer) or subgraphs.NEVER}",) if data_free else (),
         )

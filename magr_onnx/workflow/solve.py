@@ -260,7 +260,7 @@ def _solve_layers(
         complete = completing(gathered, setup.tapped, setup.grids, hessian, setup.data)
         run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
         gathered.stats.clear()  # the next ones are made while this loop still holds these
-        gathered.goals.clear()
+        gathered.targets.clear()
         context.lap("quantize")
     return done
 

@@ -12,7 +12,7 @@ from magr_onnx.passes.base import LayerStage
 
 @dataclass(frozen=True)
 class ErrorFeedback(LayerStage):
-    """Replace what a layer is quantized towards by `magr_onnx.core.error_feedback.aim`. It makes calibration run in stages.
+    """Replace what a layer is quantized towards by `magr_onnx.core.error_feedback.solve_target`. It makes calibration run in stages.
 
     Attributes:
         bias: Policy of the bias compensation that will follow. A plan fills it in from its compensate-bias pass.
@@ -28,7 +28,7 @@ class ErrorFeedback(LayerStage):
         moments = problem.target_moments
         if moments is None or moments.held_out is None:
             return solution
-        aim = error_feedback.aim(problem.weight, problem.stats, moments, problem.centred(self.bias))
-        figures = {"damping": aim.damping, "held_out_before": aim.before, "held_out_after": aim.after}
+        target = error_feedback.solve_target(problem.weight, problem.stats, moments, problem.centred(self.bias))
+        figures = {"damping": target.damping, "held_out_before": target.before, "held_out_after": target.after}
         record = replace(solution.record, feedback=figures)
-        return replace(solution, weight=aim.weights, target=aim.weights, fit_target=aim.kept, record=record)
+        return replace(solution, weight=target.weights, target=target.weights, fit_target=target.fit, record=record)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.moments import MomentAccumulator, split_stats
-from magr_onnx.core.types import Array, Goal, LayerStats
+from magr_onnx.core.types import Array, LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import open_up
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
@@ -34,13 +34,13 @@ class CalibrationResult:
     Attributes:
         stats: Statistics of values, by value name.
         unmasked: Values whose rows the mask did not fit.
-        goals: What layers behind quantized ones should put out, by layer name.
+        targets: What layers behind quantized ones should put out, by layer name.
         spilled: Bytes of values between stages that have gone to a temporary folder so far.
     """
 
     stats: dict[str, LayerStats]
     unmasked: tuple[str, ...]
-    goals: dict[str, Goal] = field(default_factory=dict)
+    targets: dict[str, TargetMoments] = field(default_factory=dict)
     spilled: int = 0
 
 

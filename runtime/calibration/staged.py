@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
-from magr_onnx.core.types import Goal, LayerStats
+from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -42,7 +42,7 @@ class Schedule:
     """How a model is gone through in stages.
 
     Attributes:
-        feedback: Whether the model being quantized runs beside the float one; else layers see float inputs and have no goals.
+        feedback: Whether the model being quantized runs beside the float one; else layers see float inputs and have no targets.
         cache: Bytes of live values to hold in memory; more go to a temporary folder.
         changed: Values of the model being quantized that differ from the float ones already, by name: convolutions, and layers that belong
             to no stage, are quantized first.
@@ -205,19 +205,19 @@ class _Read:
 
     Attributes:
         stats: Of its rows; None where there are none.
-        goals: What the layers that read it should put out, by layer name.
+        targets: What the layers that read it should put out, by layer name.
         masked: Whether the mask was applied in all batches.
     """
 
     stats: LayerStats | None
-    goals: dict[str, Goal] = field(default_factory=dict)
+    targets: dict[str, TargetMoments] = field(default_factory=dict)
     masked: bool = True
 
 
 def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> CalibrationResult:
     """Statistics of what a stage reads and (with feedback) should put out."""
     stats: dict[str, LayerStats] = {}
-    goals: dict[str, Goal] = {}
+    targets: dict[str, TargetMoments] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
@@ -230,19 +230,19 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
         if not (np.isfinite(read.stats.target_mean).all() and np.isfinite(read.stats.gram).all()):
             bad.append(not_finite(name, readers, context.data.describe))
         stats[name] = read.stats
-        goals |= read.goals
+        targets |= read.targets
     raise_all(NonFiniteError, bad)
-    return CalibrationResult(stats, tuple(unmasked), goals)
+    return CalibrationResult(stats, tuple(unmasked), targets)
 
 
 def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Read:
-    """Statistics of one value, and the goals of the layers that read it."""
+    """Statistics of one value, and the targets of the layers that read it."""
     activation = context.quantize.get(name)
-    with_goals = feedback and not (name in values.shared and activation is None)
+    with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: other for layer in readers if (other := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
     outputs = {layer_name: [OutputAccumulator(weight) for _ in range(2)] for layer_name, weight in weights.items()}
-    paired = with_goals and len(outputs) < len(readers)
+    paired = with_targets and len(outputs) < len(readers)
     inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(2)]
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
@@ -259,14 +259,14 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
             real, wrong = values.pair(residuals[layer_name], b)
             sums[held_out].add_rows(*rows, _rows(real - wrong, kept), weight)
     split = all(sums.rows for sums in inputs)
-    goals = {}
-    for layer in readers if split and with_goals else ():
+    targets = {}
+    for layer in readers if split and with_targets else ():
         if layer.name in outputs:
-            goals[layer.name] = with_held_out(*(sums.goal() for sums in outputs[layer.name]))
+            targets[layer.name] = with_held_out(*(sums.target_moments() for sums in outputs[layer.name]))
         else:
             target = layer.read()
-            goals[layer.name] = with_held_out(*(sums.goal(target) for sums in inputs))
-    return _Read(split_stats(inputs[0], inputs[1], activation), goals, masked)
+            targets[layer.name] = with_held_out(*(sums.target_moments(target) for sums in inputs))
+    return _Read(split_stats(inputs[0], inputs[1], activation), targets, masked)
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:

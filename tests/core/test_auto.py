@@ -185,17 +185,17 @@ def test_goals_are_what_choices_are_judged_by() -> None:
     def part(rows: slice) -> tuple[LayerStats, Any]:
         a, b = x[rows], y[rows]
         n = len(a)
-        return stats_of(b), error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(axis=0), n)
+        return stats_of(b), error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(axis=0), n)
 
     stats, goal = part(slice(0, 800))
     held, held_goal = part(slice(600, 800))
     stats, goal = replace(stats, held_out=held), replace(goal, held_out=held_goal)
-    aimed = error_feedback.aim(weights, stats, goal, True)
+    aimed = error_feedback.solve_target(weights, stats, goal, True)
     assert aimed.damping is not None
-    problem = Problem(aimed.weights, aimed.weights, stats, True, WeightSpec(4, None), None, weights, aimed.kept, goal)
+    problem = Problem(aimed.weights, aimed.weights, stats, True, WeightSpec(4, None), None, weights, aimed.fit, goal)
     found = auto.run(problem, Options())
     fresh, fresh_goal = part(slice(800, 1200))
-    plain = auto.run(replace(problem, weights=weights, target=weights, kept_target=None), Options())
+    plain = auto.run(replace(problem, weights=weights, target=weights, fit_target=None), Options())
     ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_goal, True) for s in (found, plain))
     assert ours < 0.8 * theirs
     kept = stats.combine(held, -1)
@@ -203,7 +203,7 @@ def test_goals_are_what_choices_are_judged_by() -> None:
     for a in auto.ALPHAS:
         alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
         choice = Choice(alpha, automatic_damping(48, kept.rows), True)
-        tried, *_ = auto._solve(aimed.kept, aimed.kept, kept, True, problem.spec, choice, Options(), quick=True)
+        tried, *_ = auto._solve(aimed.fit, aimed.fit, kept, True, problem.spec, choice, Options(), quick=True)
         errors[alpha] = error_feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
     assert found.facts["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 

@@ -184,7 +184,7 @@ def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bo
     found: dict[str, LayerStats] = {}
     seen: list[str] = []
     for part, result in staged.staged(model, model, layers, context, staged.Schedule(feedback=False, gram_budget=1)):
-        assert not result.goals
+        assert not result.targets
         seen += [layer.name for layer in part]
         found |= result.stats
     assert seen == [layer.name for layer in layers]

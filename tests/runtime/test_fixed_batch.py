@@ -82,7 +82,7 @@ def test_goals_and_held_out_rows_count_once(count: int) -> None:
         weights = layer.read()
         if layer.name == "second" and len(held):
             inputs, real = (np.tanh(x @ random(K, 24, seed=1) * f).reshape(-1, 24).astype(np.float64) for f in (0.5, 1))
-            goal, stats = found.goals["second"], found.stats["tanh_out"]
+            goal, stats = found.targets["second"], found.stats["tanh_out"]
             assert goal.rows == stats.rows == 6 * count
             assert stats.held_out is not None
             assert stats.held_out.rows == 6 * len(held)

@@ -13,7 +13,7 @@ import pytest
 import magr_onnx
 from magr_onnx.core import error_feedback
 from magr_onnx.core.activation_ranges import rounded
-from magr_onnx.core.types import ActivationGrid, DynamicRange, Goal, LayerStats
+from magr_onnx.core.types import ActivationGrid, DynamicRange, LayerStats, TargetMoments
 from magr_onnx.passes.instrument.segments import cut, reads, segments_of
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import staged as stages
@@ -88,7 +88,7 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) 
     work = model.clone()
     for _, found in staged(model, work, find(work)[0], CalibrationContext(data), Schedule(cache=limit)):
         seen |= found.stats
-        goals |= found.goals
+        goals |= found.targets
     assert seen.keys() == expected.keys()
     for name, stats in seen.items():
         np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-4, atol=1e-4)
@@ -116,12 +116,12 @@ def test_later_stages_see_the_quantized_model() -> None:
         for layer in stage:
             stats = found.stats[str(layer.x.name)]
             if layer.name.startswith("branch"):
-                assert layer.name not in found.goals
+                assert layer.name not in found.targets
                 layer.write(np.zeros_like(layer.read()), None)
             elif layer.name == "down":  # tanh(0)
                 assert not stats.gram.any()
-                assert not found.goals["down"].cross.any()
-                assert found.goals["down"].power.all()
+                assert not found.targets["down"].cross.any()
+                assert found.targets["down"].power.all()
 
 
 def block(residuals: bool = True) -> ir.Model:
@@ -174,8 +174,8 @@ def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: s
                 missing = (floats[before].astype(np.float64) - quants[before])[keep] if residuals else 0.0
                 y.append(a @ weights + missing)
             for part, stats, goal in (
-                (range(6), found.stats[layer.x.name], found.goals[layer.name]),
-                ([3], found.stats[layer.x.name].held_out, found.goals[layer.name].held_out),
+                (range(6), found.stats[layer.x.name], found.targets[layer.name]),
+                ([3], found.stats[layer.x.name].held_out, found.targets[layer.name].held_out),
             ):
                 assert stats is not None
                 assert goal is not None
@@ -272,14 +272,14 @@ def drifted(rows: int) -> tuple[Any, Any, LayerStats, LayerStats, Any]:
         a, b, n = x[begin:end], y[begin:end], end - begin
         return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held)
 
-    def goal(weights: Any, begin: int, end: int, held: Goal | None = None) -> Goal:
+    def goal(weights: Any, begin: int, end: int, held: TargetMoments | None = None) -> TargetMoments:
         a, b, n = x[begin:end], y[begin:end], end - begin
-        return replace(error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
+        return replace(error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
 
     return x[:rows], y[:rows], stats(0, rows, stats(3 * rows // 4, rows)), stats(rows, 2 * rows), goal
 
 
-def test_goal_of_is_the_moments_of_the_float_output() -> None:
+def test_target_moments_are_the_moments_of_the_float_output() -> None:
     x, y, _, _, goal = drifted(200)
     weights = random(32, 5)
     found, out = goal(weights, 0, 200), x @ weights
@@ -292,14 +292,14 @@ def test_goal_of_is_the_moments_of_the_float_output() -> None:
 def test_aim_undoes_what_the_prefix_did_on_fresh_rows(centred: bool) -> None:
     *_, stats, fresh, goal = drifted(2000)
     weights = random(32, 24).astype(np.float32)
-    found = error_feedback.aim(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
+    found = error_feedback.solve_target(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
     assert found.damping is not None
     assert found.after < 0.2 * found.before
     after = goal(weights, 2000, 4000)
     before = error_feedback.error(weights, fresh, after, centred)
     assert error_feedback.error(found.weights, fresh, after, centred) < 0.2 * before
-    assert error_feedback.error(found.kept, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
-    assert not np.array_equal(found.kept, found.weights)
+    assert error_feedback.error(found.fit, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
+    assert not np.array_equal(found.fit, found.weights)
 
 
 def test_aim_is_the_weight_itself_where_nothing_changed() -> None:
@@ -307,11 +307,11 @@ def test_aim_is_the_weight_itself_where_nothing_changed() -> None:
     gram, mean = x.T @ x / 400, x.mean(0)
     same = LayerStats(gram, mean, 400, mean)
     weights = random(16, 8).astype(np.float32)
-    goal = error_feedback.goal_of(weights, gram, gram, mean, 400)
-    whole = replace(error_feedback.goal_of(weights, gram, gram, mean, 800), held_out=goal)
-    found = error_feedback.aim(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
+    goal = error_feedback.target_moments(weights, gram, gram, mean, 400)
+    whole = replace(error_feedback.target_moments(weights, gram, gram, mean, 800), held_out=goal)
+    found = error_feedback.solve_target(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
     np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
-    np.testing.assert_allclose(found.kept, weights, rtol=1e-6)
+    np.testing.assert_allclose(found.fit, weights, rtol=1e-6)
 
 
 def test_aim_leaves_the_weight_where_nothing_helps_on_held_out_rows() -> None:
@@ -321,18 +321,18 @@ def test_aim_leaves_the_weight_where_nothing_helps_on_held_out_rows() -> None:
     q = np.concatenate([x[:40] + rng.standard_normal((40, 32)), x[40:]])
     weights = random(32, 8)
 
-    def part(rows: slice, held: tuple[LayerStats, Goal] | None = None) -> tuple[LayerStats, Goal]:
+    def part(rows: slice, held: tuple[LayerStats, TargetMoments] | None = None) -> tuple[LayerStats, TargetMoments]:
         a, b = x[rows], q[rows]
         n = len(a)
-        goal = error_feedback.goal_of(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
+        goal = error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
         stats = LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held and held[0])
         return stats, replace(goal, held_out=held and held[1])
 
-    found = error_feedback.aim(weights, *part(slice(60), part(slice(40, 60))), False)
+    found = error_feedback.solve_target(weights, *part(slice(60), part(slice(40, 60))), False)
     assert found.damping is None
     assert found.after == found.before
     np.testing.assert_array_equal(found.weights, weights)
-    np.testing.assert_array_equal(found.kept, weights)
+    np.testing.assert_array_equal(found.fit, weights)
 
 
 def test_error_is_that_of_the_rows() -> None:

@@ -254,7 +254,7 @@ def test_stages_see_what_was_solved_before_them() -> None:
     quantized = next(iter(read_weights(work).values()))
     x = np.concatenate([np.tanh(f["x"] @ quantized) for f in feeds])
     np.testing.assert_allclose(found.stats["a_out"].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
-    assert set(found.goals) == {"between"}  # it reads another input than in the float model
+    assert set(found.targets) == {"between"}  # it reads another input than in the float model
 
 
 def test_error_feedback_converts_all() -> None:

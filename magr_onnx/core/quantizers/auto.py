@@ -81,9 +81,10 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     training = problem.stats.memo("kept", lambda: problem.stats.combine(held_out, -1))
     columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = problem.reference[:, columns]
-    target = problem.target if problem.kept_target is None else problem.kept_target
+    target = problem.target if problem.fit_target is None else problem.fit_target
     target = np.ascontiguousarray(target[:, columns])
-    goal = None if problem.goal is None or problem.goal.held_out is None else problem.goal.held_out.columns(columns)
+    moments = problem.target_moments
+    held_moments = None if moments is None or moments.held_out is None else moments.held_out.columns(columns)
     damping = automatic_damping(len(target), training.rows) if options.damping is None else options.damping
     held_gram = held_out.objective_gram(problem.centred)
     results: dict[Choice, float] = {}
@@ -92,10 +93,10 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
         if choice not in results:
             weight, *_ = _solve(target, target, training, problem.centred, problem.spec, choice, options, quick=True)
             weights = weight.dequantize()
-            if goal is None:
+            if held_moments is None:
                 results[choice] = layer_error(weights - reference, held_gram)
             else:
-                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, goal, problem.centred)
+                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, held_moments, problem.centred)
         return results[choice]
 
     def better(simple: Choice, others: list[Choice]) -> Choice:

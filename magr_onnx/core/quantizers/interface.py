@@ -10,7 +10,7 @@ from magr_onnx.core.linalg import automatic_damping, damped
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.accumulator import Budget
-from magr_onnx.core.types import LARGE, Array, Goal, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import LARGE, Array, LayerStats, QuantizedWeight, TargetMoments, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +25,8 @@ class Problem:
         spec: The integer grid.
         budget: What the codes that share an accumulator may add up to; None for no constraint.
         original: ``(K, N)`` the weight as the model came, where ``target`` is not it (error feedback); else None.
-        kept_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
-        goal: What the layer should put out, where layers before it are quantized; else None.
+        fit_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
+        target_moments: Moments of the output the layer should have, where layers before it are quantized; else None.
         outputs: ``(N, N)`` second moments of gradients at the layer's outputs, for solvers that couple outputs; else None.
     """
 
@@ -37,8 +37,8 @@ class Problem:
     spec: WeightSpec
     budget: Budget | None = None
     original: Array | None = None
-    kept_target: Array | None = None
-    goal: Goal | None = None
+    fit_target: Array | None = None
+    target_moments: TargetMoments | None = None
     outputs: Array | None = None
 
     @property
