@@ -65,7 +65,7 @@ app = typer.Typer(
 
 
 def commands() -> dict[str, TyperCommand]:
-    """Every command with its options, by name, in the order of the help."""
+    """Import every command with its options; by name, in the order of the help."""
     group: Any = get_command(app)
     return {name: deferred.command for name, deferred in group.commands.items()}
 

@@ -34,7 +34,7 @@ _resumable = False
 
 
 def be_verbose(value: bool) -> bool:
-    """Remember that everything is to be said (the callback of ``--verbose``)."""
+    """Remember ``--verbose``, as its callback."""
     global _verbose
     _verbose = value
     return value
@@ -59,7 +59,7 @@ def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
 
 @contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Steps | None]:
-    """The steps of `watch` alone."""
+    """Open the steps of `watch` alone."""
     with watch(not enabled) as (step, _):
         yield step
 
@@ -74,19 +74,19 @@ def await_output(path: Path | None, resumable: bool = False) -> None:
 
 
 def outcome() -> str:
-    """What became of the output of a run that was broken off, as a clause."""
+    """Say what became of the output of a run that was broken off, as a clause."""
     if _awaited is None or _state(_awaited[0]) == _awaited[1]:
         return NOTHING
     return f"{_awaited[0]} was written before that"
 
 
 def remedy() -> str:
-    """What to do after a run was broken off, as the end of a sentence."""
+    """Say what to do after a run was broken off, as the end of a sentence."""
     return "; the same command goes on where it was" if _resumable else ""
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Tells a file or a folder from another under its name."""
+    """Read what tells a file or a folder from another under its name."""
     try:
         status = path.stat()
     except OSError:
@@ -95,7 +95,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def explain(error: Exception) -> None:
-    """An explained error within one screen: what it is, what to do; the whole of a long list only if all is to be said."""
+    """Print an explained error within one screen; the whole of a long list only with ``--verbose``."""
     lines = str(error).splitlines()
     if len(lines) > LINES and not _verbose:
         lines = [*lines[: LINES - 1], f"  ... and {len(lines) - LINES + 1} more (--verbose shows all)"]
@@ -105,7 +105,7 @@ def explain(error: Exception) -> None:
 
 
 def apologize(error: Exception, version: str) -> None:
-    """An error nobody expected: what to send to whom. The traceback is shown if all is to be said, and else kept in a file."""
+    """Print an unexpected error and how to report it. The traceback is printed with ``--verbose``, else written to a file."""
     trace = "".join(traceback.format_exception(error))
     if _verbose:
         where = "The traceback is above."
@@ -122,7 +122,7 @@ def apologize(error: Exception, version: str) -> None:
 
 
 def _error(text: str) -> None:
-    """The message; on a terminal in lines that fit it, later ones indented."""
+    """Print the message; on a terminal in lines that fit it, later ones indented."""
     text = f"error: {text}"
     if errors.is_terminal:
         wrapped = (textwrap.wrap(line, errors.width, subsequent_indent="    ", break_on_hyphens=False) for line in text.splitlines())
@@ -133,12 +133,12 @@ def _error(text: str) -> None:
 
 
 def command_line() -> str:
-    """The command that is running, as a shell takes it."""
+    """Write the command that is running, as a shell takes it."""
     return shlex.join(["onnx-magr", *sys.argv[1:]])
 
 
 class _Marks(RegexHighlighter):
-    """What the eye should find in a report: headings, and the worst."""
+    """Headings of a report, and its worst figures."""
 
     highlights: ClassVar[list[str]] = [
         r"(?m)^(?P<bold>(?:layer|left as they are|notes|validation|mixed precision)\b.*)$",
@@ -148,12 +148,12 @@ class _Marks(RegexHighlighter):
 
 
 def columns() -> int:
-    """How wide a text should be: as the terminal from 60 to 80 columns, else 80."""
+    """Choose the width of text: the terminal's from 60 to 80 columns, else 80."""
     return min(COLUMNS, max(results.width, 60)) if results.is_terminal else COLUMNS
 
 
 def say(text: str) -> None:
-    """Lines of result on standard output; on a terminal some of them stand out."""
+    """Print lines of the result on standard output; on a terminal some of them are highlighted."""
     if results.is_terminal and not results.is_dumb_terminal:
         results.print(_Marks()(Text(text)), soft_wrap=True)
     else:
@@ -165,7 +165,7 @@ def say_json(value: Any) -> None:
 
 
 def show(value: Any, text: str, as_json: bool, quiet: bool = False) -> None:
-    """The result of a command: as JSON if asked for, as text unless it shall be quiet."""
+    """Print the result of a command: as JSON or as text; no text with ``--quiet``."""
     if as_json:
         say_json(value)
     elif not quiet:

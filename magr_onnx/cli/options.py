@@ -32,7 +32,7 @@ Verbose = Annotated[
 
 
 def target_names() -> list[tuple[str, str]]:
-    """Targets for the shell to complete, with a line about each."""
+    """List targets for the shell to complete, with a line about each."""
     return [(name, target.summary) for name, target in TARGETS.items()]
 
 
@@ -41,7 +41,7 @@ def _preset_names() -> list[tuple[str, str]]:
 
 
 def _pipelines(incomplete: str) -> list[str]:
-    """Pipelines that go on with one more pass."""
+    """Complete a pipeline by one more pass."""
     before, comma, start = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in stages() if name.startswith(start)]
 
@@ -51,7 +51,7 @@ _COMPLETIONS: Mapping[str, Callable[..., Any]] = {"target": target_names, "prese
 
 
 def option(name: str) -> Any:
-    """What typer needs to know of an option of the table."""
+    """Declare an option of the table to typer."""
     spec = KEYS[name]
     return typer.Option(
         *(spec.flags or (f"--{name.replace('_', '-')}",)),
@@ -65,7 +65,7 @@ def option(name: str) -> Any:
 
 
 def with_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options of the table, beside its own parameters; it finds their values in the context."""
+    """Add options of the table to a command's parameters; the command reads their values from the context."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
@@ -88,7 +88,7 @@ def _parameter(spec: OptionSpec) -> inspect.Parameter:
 
 
 def _type(spec: OptionSpec) -> Any:
-    """The type of an option's value on the command line; everything may be left out."""
+    """Choose the type of an option on the command line, where every option may be omitted."""
     if spec.kind in ("paths", "patterns"):
         return list[Path] | None if spec.kind == "paths" else list[str] | None
     if spec.kind == "path":
@@ -102,7 +102,7 @@ def _type(spec: OptionSpec) -> Any:
 
 
 def _position(parameter: inspect.Parameter) -> int:
-    """Where a parameter stands: arguments first, then the panels in order, then what is for every command."""
+    """Sort parameters: arguments first, then the panels in order, then options of every command."""
     panel = next((getattr(info, "rich_help_panel", None) for info in getattr(parameter.annotation, "__metadata__", ())), None)
     argument = parameter.annotation is typer.Context or any(
         isinstance(info, typer.models.ArgumentInfo) for info in getattr(parameter.annotation, "__metadata__", ())

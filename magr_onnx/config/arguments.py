@@ -1,4 +1,4 @@
-"""The keyword arguments of `magr_onnx.optimize`: which there are, and what a call comes to over its recipe and its preset."""
+"""The keyword arguments of `magr_onnx.optimize`, merged with those of a recipe and of a preset."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ RunArguments.__doc__ = f"{RunArguments.__doc__}\n\n    Attributes:\n{_attributes
 
 
 def explicit(**arguments: Any) -> dict[str, Any]:
-    """The arguments a caller gave: those that are not `OMITTED`."""
+    """Keep the arguments that a caller gave: those that are not `OMITTED`."""
     return {name: value for name, value in arguments.items() if value is not OMITTED}
 
 
 def in_order(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments as reports show them: in the order of `DEFAULTS`, then the options."""
+    """Sort arguments as reports show them: in the order of `DEFAULTS`, then the options."""
     return {name: arguments[name] for name in DEFAULTS if name in arguments} | dict(arguments)
 
 
@@ -157,7 +157,7 @@ def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def argument(name: str, arguments: Mapping[str, Any]) -> Any:
-    """One argument of a call, for who needs it beforehand: as given, as the recipe says, or the default.
+    """Look one argument of a call up: in the call, in its recipe, or among the defaults.
 
     Raises:
         RecipeError: The recipe cannot be read, or with everything that is wrong in it.
@@ -168,7 +168,7 @@ def argument(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def read_recipe(value: Any) -> Recipe:
-    """The recipe in any form a caller may give it; an empty one for None.
+    """Make a recipe of any form a caller may give it in; an empty one of None.
 
     Raises:
         RecipeError: It is none.
@@ -189,7 +189,7 @@ def _tables(value: Any) -> list[LayerOptions]:
 
 
 def _mistyped(arguments: Mapping[str, Any]) -> list[str]:
-    """What is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
+    """Say what is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """

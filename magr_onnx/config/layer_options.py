@@ -1,4 +1,4 @@
-"""Options of single layers: tables that name layers by patterns, and what each layer gets from them.
+"""Options of single layers: tables that name layers by patterns, and the plans that layers get from them.
 
 Tables apply in order to every layer they match; where two give the same option, the later one wins. What a layer gets makes it a
 pipeline of its own, as a choice of mixed precision does, in which everything that is the whole run's stays as it is.
@@ -82,7 +82,7 @@ class LayerOptions:
 
 
 def problems_of(table: Any) -> list[tuple[str, str]]:
-    """Everything wrong with the plain data of one table: the key it is about, and a sentence."""
+    """List everything wrong with the plain data of one table: the key, and a sentence."""
     if not isinstance(table, Mapping):
         return [("", f"a layer's options are a table with match and options, found {table!r}")]
     problems = []
@@ -108,8 +108,8 @@ def problems_of(table: Any) -> list[tuple[str, str]]:
 
 
 def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, provider: str) -> list[Plan]:
-    """The plan of every table by itself, to find early what cannot be; not of optional ones that cannot, which `assign` refuses
-    where they match a layer.
+    """Make the plan of every table by itself, so that errors come before any work. Optional tables that cannot have one are left out:
+    `assign` refuses them where they match a layer.
 
     Raises:
         OptionError: With everything that no kernel, budget or format takes.
@@ -126,7 +126,7 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, prov
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """Layers with options of their own.
+    """Layers whose options differ from the run's.
 
     Attributes:
         plans: Their plans, by layer name.
@@ -138,7 +138,7 @@ class Assigned:
 
 
 def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, plan: Plan, provider: str) -> Assigned:
-    """What each layer gets from the tables.
+    """Give every layer the options of the tables that match it, and the plan they make.
 
     Raises:
         OptionError: Options that are good in no kernel together, and layers of one weight that would get different ones.
@@ -196,7 +196,7 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
 
 
 def unmatched(pattern: str, names: Sequence[Sequence[str]], convolutions: Sequence[Sequence[str]]) -> str | None:
-    """What to say of a table's pattern that matches none of the layers to convert, by all their names; None where it matches one."""
+    """Explain that a table's pattern matches none of the layers to convert, by all their names; None where it matches one."""
     if _hits(pattern, names):
         return None
     if convs := _hits(pattern, convolutions):
@@ -209,7 +209,7 @@ def _hits(pattern: str, names: Sequence[Sequence[str]]) -> list[str]:
 
 
 def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
-    """The end of a message that a pattern matches none of some layers: names of theirs that are like it, or the first ones."""
+    """End a message that a pattern matches no layer: with names that are like it, or with the first ones."""
     every = dict.fromkeys(name for aliases in names for name in aliases)
     ends = dict.fromkeys(aliases[0].rpartition(".")[2] for aliases in names)  # of paths of modules
     like = pattern.strip("*?")
@@ -221,7 +221,7 @@ def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
 
 
 def described(options: Options) -> str:
-    """Options in words, for the report."""
+    """Describe options, for the report."""
     return ", ".join(f"{name}={value}" for name, value in none_to_word(options).items())
 
 
@@ -235,7 +235,7 @@ def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
 
 
 def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -> Plan:
-    """The plan of a layer with options of its own: ``options`` made ``plan``, that of the run."""
+    """Make the plan of a layer; ``options`` and ``plan`` are those of the run."""
     run_options: dict[str, Any] = {name: value for name, value in options.items() if name not in _BUDGETS}
     if any(options.get(name) is not None for name in _BUDGETS) and layer_options.get("bits") is None:
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
@@ -248,7 +248,7 @@ def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -
 
 
 def _value(text: str) -> Any:
-    """A value as TOML reads it; a text where it is none."""
+    """Read a value as TOML; what is none is a text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -20,10 +20,10 @@ _BELONGING = {
     for owner in dict.fromkeys(option.belongs_to for option in OPTIONS.values())
     if owner is not None
 }
-"""What is given up for another value of an option that it belongs to."""
+"""Options by the option they belong to: another value of that one drops them."""
 _PIPELINES = ("pipeline", RUN["pipeline"].argument)
 _PLANNED = (*OPTIONS, "preset")
-"""What a pipeline takes the place of."""
+"""Names that a pipeline replaces."""
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def apply_preset(
 
 
 def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, str]:
-    """Names that ``lower`` may not keep, and the name in ``upper`` that takes the place of each."""
+    """Find the names that ``lower`` may not keep, and the name in ``upper`` that displaces each."""
     names = [name for name, value in upper.items() if value is not None]
     displaced = {other: name for name in names if name in OPTIONS for other in OPTIONS[name].displaces}
     displaced |= {other: name for name in names if name in _BELONGING and _changed(name, lower, upper) for other in _BELONGING[name]}

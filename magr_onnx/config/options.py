@@ -36,7 +36,7 @@ _CONVOLUTIONS, _TABLES = "it is for convolutions, all of them", "it is for table
 
 
 def _by_format(fact: Callable[[Format], object]) -> str:
-    """A default that depends on the format, in words: that of the first format, and what others have instead."""
+    """Describe a default that depends on the format: that of the first format, and what others have instead."""
     names: dict[str, list[str]] = {}
     for form in FORMATS.values():
         names.setdefault(str(fact(form)), []).append(form.name)
@@ -213,7 +213,7 @@ RUN = _by_name(
             panel=LARGE, metavar="SIZE"),
     )
 )
-"""What a run is told beside `OPTIONS`."""
+"""Options of a run beside `OPTIONS`: files, data, layers, memory."""
 
 CALLS = _by_name(
     (
@@ -235,12 +235,12 @@ CALLS = _by_name(
         OptionSpec(name="samples", help="Inputs drawn at random, where a module comes without data.", types=(int, NoneType), least=1),
     )
 )
-"""What only calls in Python have."""
+"""Arguments that only calls in Python have."""
 # fmt: on
 
 
 def _spec(name: str, hint: Any) -> OptionSpec:
-    """The declaration of an option of `Options`, with its name, and types and choices from its hint."""
+    """Complete the declaration of an option of `Options`: its name, and types and choices from its hint."""
     kind, spec = typing.get_args(hint)
     parts = typing.get_args(kind) if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]

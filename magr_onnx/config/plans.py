@@ -1,4 +1,4 @@
-"""The plan that options stand for."""
+"""Plans made of options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_pipeline(**options: Unpack[Options]) -> Plan:
 
 
 def plan_of(options: Options, arguments: Collection[str] = ()) -> Plan:
-    """`build_pipeline` for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
+    """Make the plan for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
     name = options.get("format", OPTIONS["format"].default)
     form = FORMATS.get(name, FORMATS[OPTIONS["format"].default])
     problems = [*_unknown(options, arguments), *_for_other_formats(options, name)]
@@ -76,7 +76,7 @@ def plan_of(options: Options, arguments: Collection[str] = ()) -> Plan:
 
 
 def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
-    """Options, formats and bias policies that there are none of."""
+    """Name unknown options, formats and bias policies."""
     names = [*arguments, *OPTIONS]
     for option in sorted(options.keys() - OPTIONS.keys()):
         yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
@@ -87,14 +87,14 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
 
 
 def _for_other_formats(options: Options, name: str) -> Iterator[str]:
-    """Options that another format has for itself."""
+    """Name options that are for another format only."""
     for form in FORMATS.values():
         if form.name != name:
             yield from (f"{option} is for format {form.name} only" for option in form.own_options if options.get(option))
 
 
 def _fit_accumulator(form: Format, options: Options) -> tuple[Options, list[str]]:
-    """Options whose sums fit the accumulator, for formats that size their blocks for one, and what is wrong with it."""
+    """Size bits and blocks for the accumulator, in formats whose blocks decide what fits; also returns what is wrong with it."""
     if form.fit_accumulator is None:
         return options, []
     if options.get("accumulator_bits") is None:
@@ -109,7 +109,7 @@ def _fit_accumulator(form: Format, options: Options) -> tuple[Options, list[str]
 
 
 def _conflicts(options: Options, form: Format) -> Iterator[str]:
-    """Options that do not go together."""
+    """Name options that conflict."""
     effort, named = options.get("effort") or form.effort, options.get("quantizer")
     if effort not in get_args(Effort):
         yield f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}"
@@ -124,7 +124,7 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
 
 
 def _quantize(form: Format, options: Options, quantizer: str) -> Quantize:
-    """The quantizer and its grid. Formats that size their blocks for an accumulator have no use for one in the quantizer."""
+    """Make the quantizer's stage. Formats that size their blocks for an accumulator need none in the quantizer."""
     bits, symmetric = options.get("bits"), options.get("symmetric")
     fits = form.fit_accumulator is not None
     quantize = Quantize(
@@ -145,7 +145,7 @@ def _quantize(form: Format, options: Options, quantizer: str) -> Quantize:
 
 
 def _magr(quantize: Quantize, alpha: float | None) -> MagR | None:
-    """MagR, where the quantizer does not run it itself."""
+    """Make the stage of MagR, where the quantizer does not run it itself."""
     if quantize.quantizer.chooses:
         return None
     alpha = usual_alpha(quantize.bits, quantize.block_size) if alpha is None else alpha
@@ -153,7 +153,7 @@ def _magr(quantize: Quantize, alpha: float | None) -> MagR | None:
 
 
 def _activations(form: Format, options: Options) -> QuantizeActivations | None:
-    """The grids of layer inputs that a format needs."""
+    """Make the stage for layer inputs, where the format quantizes them."""
     if form.input_grids == "static":
         return QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
     return None if form.input_grids is None else QuantizeActivations("dynamic")
@@ -167,7 +167,7 @@ def _embeddings(options: Options) -> Embeddings | None:
 
 
 def convolutions(options: Options) -> Convolutions:
-    """The pass that quantizes convolutions, with the other options that concern it."""
+    """Make the pass that quantizes convolutions."""
     bits, symmetric = options.get("conv_bits"), options.get("symmetric")
     form = FORMATS.get(options.get("format", ""))
     return Convolutions(

@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset called ``name``.
+    """Look a preset up by name.
 
     Raises:
         OptionError: There is none; the message lists them.

@@ -1,4 +1,4 @@
-"""Recipes: everything a run is told, in one TOML file.
+"""Recipes: all options of a run in one TOML file.
 
     version = 1
     model = "model.onnx"
@@ -38,12 +38,12 @@ _SHOWN = ("report", "json", "quiet", "verbose", "save_recipe", "recipe")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A run in words.
+    """The options of a run.
 
     Attributes:
         values: By key; see `magr_onnx.config.schema.KEYS`.
         layers: Options of single layers, in order: later ones win.
-        notes: What was left out of recipes that this one is over, for the report.
+        notes: Options dropped when recipes were merged, for the report.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """From plain data of the same keys; ``version`` may be missing, and paths are as they are.
+        """Make a recipe of plain data with the same keys; ``version`` may be missing, and paths are as they are.
 
         Raises:
             RecipeError: With everything that is wrong in it.
@@ -87,27 +87,27 @@ class Recipe:
 
     @property
     def options(self) -> Options:
-        """What a pipeline is made of, without the preset's part."""
+        """The options a plan is made of, without those of the preset."""
         return cast(Options, {name: value for name, value in self.values.items() if name in OPTIONS})
 
     @property
     def reads(self) -> list[Path]:
-        """The files and folders that the run reads, but the model."""
+        """The files and folders that the run reads, apart from the model."""
         single = [self.values[name] for name in ("calibration", "validation") if name in self.values]
         return [Path(path) for path in (*single, *self.values.get("custom_ops", ()))]
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments for `magr_onnx.optimize`, those of the preset not among them."""
+        """List the arguments of `magr_onnx.optimize`, without those of the preset."""
         arguments = {_ARGUMENTS.get(name, name): value for name, value in self.values.items()}
         return {**arguments, "layers": self.layers} if self.layers else arguments
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` takes."""
+        """Write plain data that `from_dict` takes."""
         tables = {"layer": [table.table for table in self.layers]} if self.layers else {}
         return {**none_to_word(self.values), **tables}
 
     def over(self, other: Recipe) -> Recipe:
-        """This recipe's values, and the other's where it has none and they do not contradict."""
+        """Merge this recipe over another: its values win, and remove those they conflict with."""
         lower = {**other.values, "layers": other.layers} if other.layers else other.values
         values, notes = merge(lower, self.values), dropped(lower, self.values, "the recipe")
         return Recipe(values, (*values.pop("layers", ()), *self.layers), (*other.notes, *notes, *self.notes))
@@ -122,7 +122,7 @@ class Recipe:
         write_text(self.to_text(file.parent, comments), file, "recipe")
 
     def to_text(self, folder: Path | None = None, comments: Sequence[str] = ()) -> str:
-        """The file's text; paths are relative to ``folder``, where there is one."""
+        """Write TOML; paths are relative to ``folder``, where there is one."""
         lines = [*(f"# {line}".rstrip() for line in comments), *([""] if comments else []), f"version = {VERSION}"]
         for panel in PANELS:
             values = {name: self.values[name] for name, option in KEYS.items() if option.panel == panel and name in self.values}
@@ -135,7 +135,7 @@ class Recipe:
 
 
 def _problems(data: Mapping[str, Any]) -> list[tuple[str, int | None, str]]:
-    """Everything wrong: the key, the number of the layer table it is in if it is in one, and a sentence."""
+    """List everything wrong: the key, the number of its layer table if it is in one, and a sentence."""
     problems: list[tuple[str, int | None, str]] = []
     for name, value in data.items():
         text = None
@@ -202,14 +202,14 @@ def _toml(value: Any) -> str:
 
 
 def _line(lines: Mapping[tuple[str | int, ...], int], key: str, table: int | None) -> str:
-    """``:NUMBER`` of the line where the key of the top level, or of a layer's table, begins; empty where there is none."""
+    """Write ``:NUMBER`` of the line where a key of the top level, or of a layer's table, begins; nothing where there is none."""
     place: tuple[str | int, ...] = (key,) if table is None else ("layer", table, key) if key else ("layer", table)
     number = lines.get(place, lines.get(place[:1]))  # of a list of inline tables, where the list begins
     return "" if number is None else f":{number}"
 
 
 def _lines(text: str) -> dict[tuple[str | int, ...], int]:
-    """The line where each key and header of a TOML text begins: ``("bits",)``, ``("layer", 0)``, ``("layer", 0, "bits")``.
+    """Find the line where each key and header of a TOML text begins: ``("bits",)``, ``("layer", 0)``, ``("layer", 0, "bits")``.
 
     Lines are added to a statement until the parser takes it: texts and lists may go on over many.
     """
@@ -236,7 +236,7 @@ def _lines(text: str) -> dict[tuple[str | int, ...], int]:
 
 
 def remarks(reports: Sequence[Report]) -> list[str]:
-    """Comments for the recipe of a run: what it came to, for every model."""
+    """Write the comments of a run's recipe: its result for every model."""
     lines = [
         f"Written by onnx-magr {reports[0].versions['onnx-magr']} after this run. The same again, to the same bytes:",
         "",

@@ -22,7 +22,7 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*", re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionSpec:
-    """What an option takes, what users are told of it, and what it does to others.
+    """The declaration of an option: values, help, where it applies, and which options it displaces.
 
     Attributes:
         name: In Python, recipes and pipelines; on the command line with - for _. Empty where the place it is declared in has one.
@@ -41,8 +41,8 @@ class OptionSpec:
         metavar: What stands for its value there.
         flags: What it is called on the command line, where that is not ``--name`` alone.
         whole_run: Why it cannot differ by layer; None where it can.
-        displaces: Options that a later value of this one takes the place of.
-        belongs_to: An option whose other value takes this one away; ``format`` or ``embeddings``.
+        displaces: Earlier options that a value of this one removes.
+        belongs_to: An option, such as ``format``, of which another value removes this one.
     """
 
     name: str = ""
@@ -65,7 +65,7 @@ class OptionSpec:
 
     @property
     def text(self) -> str:
-        """What users are told of it: the help, and the default where that depends on the rest of the run."""
+        """The help, with the default where that depends on the rest of the run."""
         return f"{self.help} (default: {self.default_text})" if self.default_text else self.help
 
     def problem(self, value: Any) -> str | None:

@@ -121,7 +121,7 @@ def optimize(
 
 
 def _check_recipe(recipe: Recipe, path: Path, other_files: Collection[Path]) -> None:
-    """See before the work that the recipe can be written after it, and over no file of the run.
+    """Refuse, before the work, a recipe that could not be written after it, or would overwrite a file of the run.
 
     Raises:
         OutputError: With everything that stands against it.
@@ -145,7 +145,7 @@ def _output(model: Path) -> Path:
 
 
 def recipe_of(context: typer.Context) -> Recipe:
-    """What was given on the command line, as a recipe: options have the names of its keys.
+    """Make a recipe of the options on the command line, which have the names of its keys.
 
     Raises:
         OptionError: With everything that is wrong in it.
@@ -157,6 +157,6 @@ def recipe_of(context: typer.Context) -> Recipe:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value as it is written in a recipe."""
+    """Convert a value to what a recipe has: whole numbers are no text."""
     numeric = int in KEYS[name].types and isinstance(value, str) and value.isascii() and value.isdecimal()
     return int(value) if numeric else value
