@@ -81,7 +81,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     layers, skips = find(loaded.model, chosen)
     skips += holders(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, chosen)
-    _, tables = embeddings.look(loaded.model, Plan(), chosen)
+    _, tables = embeddings.select(loaded.model, Plan(), chosen)
     units: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in units:

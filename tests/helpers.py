@@ -12,6 +12,7 @@ from hypothesis import settings
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from magr_onnx.model_io.writing import Layout
 from magr_onnx.models import bundled
+from magr_onnx.passes.layers.selection import ALL
 from magr_onnx.workflow.context import Memory, RunContext
 
 Array = npt.NDArray[Any]
@@ -51,7 +52,7 @@ def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
 def run_context() -> RunContext:
     """A run on the CPU with memory for everything, of all layers, that nobody watches."""
     memory = Memory(False, 1 << 30, 1 << 30, Layout())
-    return RunContext("cpu", (), (), None, memory, None, lambda stage, done, total: None, None)
+    return RunContext("cpu", ALL, None, memory, None, lambda stage, done, total: None, None)
 
 
 def next_token_nats(logits: Array, ids: Array, real: Array | None = None) -> list[float]:

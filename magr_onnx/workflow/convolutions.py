@@ -43,7 +43,7 @@ def computes_integers(model: ir.Model, plan: Plan) -> bool:
     return plan.input_grids == "static" or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
 
 
-def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
+def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
     """Convolutions that will be converted, and all others with the reason."""
     layers, skips = find(model, selection)
     stage = stage_for(model, plan)
@@ -78,7 +78,7 @@ def convert(
     Raises:
         NonFiniteError: Activations are NaN or infinite.
     """
-    layers, skips = look(work, plan, context.selection)
+    layers, skips = select(work, plan, context.selection)
     result = Converted(skips=skips)
     stage = stage_for(model, plan)
     if stage is None or not layers:

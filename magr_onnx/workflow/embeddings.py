@@ -14,7 +14,7 @@ from magr_onnx.report.reasons import TableReason
 from magr_onnx.workflow.converted import Converted
 
 
-def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
+def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
     """Tables that will be converted, and all others with the reason."""
     tables, skips = find(model, selection)
     stage = plan.embeddings
@@ -26,7 +26,7 @@ def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[
 
 def convert(work: ir.Model, plan: Plan, selection: Selection = ALL) -> Converted:
     """Quantize the tables of ``work``, in place."""
-    tables, skips = look(work, plan, selection)
+    tables, skips = select(work, plan, selection)
     result, stage = Converted(skips=skips), plan.embeddings
     if stage is None:
         return result

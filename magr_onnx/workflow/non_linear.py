@@ -24,20 +24,20 @@ from magr_onnx.workflow.converted import Converted
 
 
 def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> Plan:
-    """The plan with a stage for convolutions, if the model has some that can be converted and nothing was said of them.
+    """Add a stage for convolutions to a plan, if the model has some that can be converted and the options do not mention them.
 
-    ``given`` are the options the plan is made of; None where it was written by hand, and says all there is to say.
+    ``options`` are those the plan is made of; None for a plan written by hand, which is taken as it is.
     """
     if options is None or "conv_bits" in options or not conv.find(model)[0]:
         return plan
     return replace(plan, convolutions=plans.convolutions(options))
 
 
-def look(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table | ConvLayer], list[Skip]]:
-    """What will be converted, and what will not and why."""
-    tables, untouched = embeddings.look(model, plan, selection)
-    layers, skips = convolutions.look(model, plan, selection)
-    return [*tables, *layers], [*untouched, *skips]
+def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table | ConvLayer], list[Skip]]:
+    """Tables and convolutions that will be converted, and all others with the reason."""
+    tables, table_skips = embeddings.select(model, plan, selection)
+    layers, layer_skips = convolutions.select(model, plan, selection)
+    return [*tables, *layers], [*table_skips, *layer_skips]
 
 
 def convert(
@@ -53,11 +53,12 @@ def convert(
     Batches that a budget of loss will be measured on have no part in it. A large model cannot be run as a whole, so that its
     convolutions are solved without data.
     """
-    seen = None if context.memory.large else data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    fit = data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    calibration = None if context.memory.large else fit
     tables = embeddings.convert(work, plan, context.selection)
     if tables.rows:
         context.lap("embeddings")
-    layers = convolutions.convert(model, work, plan, seen, context)
+    layers = convolutions.convert(model, work, plan, calibration, context)
     if layers.rows:
         context.lap("convolutions")
     notes = []

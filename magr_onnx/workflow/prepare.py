@@ -171,7 +171,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
     unconverted = list(holders(model.graph.all_nodes()))
-    others, other_skips = non_linear.look(model, plan, chosen)
+    others, other_skips = non_linear.select(model, plan, chosen)
     notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:

@@ -447,7 +447,7 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
     before = [str(node) for node in found.graph]
     assert not demand.prepare(found, None)
     assert [str(node) for node in found.graph] == before
-    layers, skips = convolutions.look(found, Plan(convolutions=demand))
+    layers, skips = convolutions.select(found, Plan(convolutions=demand))
     assert layers == []
     assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
 
