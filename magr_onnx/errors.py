@@ -1,4 +1,4 @@
-"""The exception tree. Everything the library raises on purpose is a `MagrError` with a remedy in its message."""
+"""The exception tree. Everything the library raises deliberately is a `MagrError` with a remedy in its message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class MagrError(Exception):
-    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+    """Base of every error this package raises deliberately; the command line prints it without a traceback."""
 
 
 class ModelError(MagrError):
@@ -35,7 +35,7 @@ class RecipeError(OptionError):
 
 
 class OutputError(MagrError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to its path."""
 
 
 class ReportError(MagrError):
@@ -59,16 +59,16 @@ class RuntimeFailure(MagrError):
 
 
 def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
-    """Raise one ``kind`` that lists every problem, a line each; do nothing when there is none."""
-    texts = list(problems)
-    if len(texts) == 1:
-        raise kind(texts[0])
-    if texts:
-        raise kind(f"{len(texts)} problems:\n" + "\n".join(f"  - {p}" for p in texts))
+    """Raise one ``kind`` that lists every problem on its own line; do nothing when there is none."""
+    messages = list(problems)
+    if len(messages) == 1:
+        raise kind(messages[0])
+    if messages:
+        raise kind(f"{len(messages)} problems:\n" + "\n".join(f"  - {m}" for m in messages))
 
 
 def do_all(steps: Iterable[Callable[[], None]]) -> None:
-    """Take every step, whatever becomes of the others; then raise what went wrong: one error, or one of the first kind with all of them."""
+    """Run every step even if others fail; then raise the error, or one of the first kind that lists all of them."""
     errors: list[MagrError] = []
     for step in steps:
         try:
@@ -83,7 +83,7 @@ def do_all(steps: Iterable[Callable[[], None]]) -> None:
 
 @contextlib.contextmanager
 def translate_resource_errors() -> Iterator[None]:
-    """Turn exhausted memory or stack into a `MagrError`; an interrupt stays an interrupt. Around every public function."""
+    """Convert exhausted memory or stack to a `MagrError`. Wraps every public function."""
     try:
         yield
     except MemoryError as error:
@@ -95,13 +95,13 @@ def translate_resource_errors() -> Iterator[None]:
 
 
 def install(extra: str) -> str:
-    """How to get what an extra has, for the end of a message."""
+    """Return the command that installs an extra, for error messages."""
     return f"pip install 'onnx-magr[{extra}]', or pip install '.[{extra}]' in a clone"
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """``; did you mean ...?`` with the names most like a wrong one; empty where none is like it."""
-    import difflib  # which takes longer to import than the rest of this module
+    """Return ``; did you mean ...?`` with the names closest to a wrong one; empty where none is close."""
+    import difflib  # slow to import
 
-    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    matches = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 3, 0.6)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -20,7 +20,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 
 def run(problem: Problem, options: Options) -> Solution:
     shrink = options.method_options["shrink"]
-    return Solution(rtn.quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=shrink), facts={"shrink": shrink})
+    return Solution(rtn.quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=shrink), figures={"shrink": shrink})
 
 
 QUANTIZER = Quantizer(

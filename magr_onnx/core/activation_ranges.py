@@ -1,8 +1,8 @@
-"""Candidate ranges of a static activation grid, from a histogram; which of them is best is decided by measuring their output error.
+"""Candidate ranges of a static activation grid, from a histogram. The caller picks the one of least measured output error.
 
-- *min-max*: everything seen.
+- *min-max*: all values.
 - *percentile*: all but a fraction of 1e-3, 1e-4 or 1e-5 of the values at either end.
-- *min-error*: the range whose rounding and clipping error of the tensor is least by the histogram, and min-max shrunk by constant factors.
+- *min-error*: the range of least rounding and clipping error according to the histogram, and min-max times constant factors.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ METHODS: tuple[str, ...] = get_args(Method)
 PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (0.9, 0.8, 0.7, 0.55)
 SENTINEL_RATIO = 1e5  # a gap this wide between magnitudes separates signal from values such as -1e9 that stand for "nothing"
-_TRIED = 16
+_SHRINK_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Where the values of a tensor lie.
+    """Histogram of the magnitudes of a tensor, by sign.
 
     Attributes:
         negative: Count of negative values by magnitude, ``(B,)``.
@@ -34,7 +34,7 @@ class Histogram:
         edges: Magnitudes between the bins, ``(B + 1,)``.
         low: Least value.
         high: Greatest value.
-        cut: Whether values were left out as sentinels.
+        cut: Whether sentinels were left out.
     """
 
     negative: Array
@@ -45,20 +45,20 @@ class Histogram:
     cut: bool = False
 
     def without_sentinels(self) -> Histogram:
-        """The histogram up to the first gap of `SENTINEL_RATIO` above 1 between occupied magnitudes.
+        """Return the histogram up to the first gap of `SENTINEL_RATIO` above 1 between occupied magnitudes.
 
-        Masks write -1e9 or -1e30 where a softmax must see nothing; a range that spans them has no resolution left for the rest.
+        Attention masks hold -1e9 or -1e30; a range that spans them has no resolution left for the signal.
         """
         occupied = np.flatnonzero((self.negative + self.positive)[1:]) + 1  # the first bin holds zeros, which are no signal beside 1e6
         gaps = np.flatnonzero(self.edges[occupied[1:]] >= SENTINEL_RATIO * np.maximum(self.edges[occupied[:-1] + 1], 1))
         if not len(gaps):
             return self
-        inside = np.arange(len(self.negative)) <= occupied[gaps[0]]
-        kept = Histogram(self.negative * inside, self.positive * inside, self.edges, self.low, self.high, True)
-        return replace(kept, low=kept.quantile(0)[0], high=kept.quantile(0)[1])
+        below_gap = np.arange(len(self.negative)) <= occupied[gaps[0]]
+        signal = Histogram(self.negative * below_gap, self.positive * below_gap, self.edges, self.low, self.high, True)
+        return replace(signal, low=signal.quantile(0)[0], high=signal.quantile(0)[1])
 
     def quantile(self, fraction: float) -> tuple[float, float]:
-        """A range that leaves at most ``fraction`` of all values out at either end."""
+        """Return the range that excludes at most ``fraction`` of all values at either end."""
         allowed = fraction * float(self.negative.sum() + self.positive.sum())
 
         def bound(counts: Array) -> float:
@@ -68,7 +68,7 @@ class Histogram:
         return max(self.low, -bound(self.negative)), min(self.high, bound(self.positive))
 
     def error(self, low: float, high: float) -> float:
-        """Sum of squared errors of a grid over ``[low, high]``: clipping beyond it, rounding inside."""
+        """Estimate the squared error of a grid over ``[low, high]``: clipping outside it, rounding inside."""
         step = max((high - low) / 255, 1e-30)
         centre = np.sqrt(self.edges[:-1] * self.edges[1:])
         rounding = np.minimum(step**2 / 12, centre**2)
@@ -78,28 +78,28 @@ class Histogram:
         return total
 
     def least_error(self) -> tuple[float, float]:
-        """The range of least `error` among shrunk ones, each end by itself."""
-        shrinks = np.geomspace(0.05, 1, _TRIED)
-        tried = [(a * self.low, b * self.high) for a in shrinks for b in shrinks]
-        return min(tried, key=lambda ends: self.error(*ends))
+        """Return the range of least `error`, each end shrunk independently."""
+        shrinks = np.geomspace(0.05, 1, _SHRINK_STEPS)
+        ranges = [(a * self.low, b * self.high) for a in shrinks for b in shrinks]
+        return min(ranges, key=lambda ends: self.error(*ends))
 
 
 def candidates(histogram: Histogram, method: Method = "auto") -> dict[str, tuple[float, float]]:
-    """Ranges by name; both ends are on either side of zero or on it."""
+    """Return candidate ranges by name; every range contains zero."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    found: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     if method in ("auto", "min-max"):
-        found["min-max"] = low, high
+        ranges["min-max"] = low, high
     if method in ("auto", "percentile"):
-        found |= {f"percentile {p}": histogram.quantile(1 - p / 100) for p in PERCENTILES}
+        ranges |= {f"percentile {p}": histogram.quantile(1 - p / 100) for p in PERCENTILES}
     if method in ("auto", "min-error"):
-        found["least tensor error"] = histogram.least_error()
-        found |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
-    return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in found.items()}
+        ranges["least tensor error"] = histogram.least_error()
+        ranges |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
+    return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}
 
 
 def rounded(x: npt.NDArray[Any], activation: Activation | None) -> npt.NDArray[Any]:
-    """``x`` as a layer with 8-bit inputs reads it: on its grid, in float32, as QuantizeLinear or DynamicQuantizeLinear put it there."""
+    """Round ``x`` to the 8-bit grid of a layer's input, in float32, as QuantizeLinear or DynamicQuantizeLinear does."""
     if activation is None:
         return x
     real = x.astype(np.float32, copy=False)

@@ -1,4 +1,4 @@
-"""Choosing the integer grid of a weight: one scale and zero point per group and column.
+"""Choice of a weight's integer grid: one scale and zero point per group and column.
 
 ``minmax`` spans the group's range, both ends shrunk by ``beta`` (MagR's authors shrink the scale and keep the lower end, so that only the
 upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards and keeps, per group,
@@ -28,17 +28,17 @@ class Grid:
     k: int
 
     def codes(self, weights: Array) -> Array:
-        """Nearest codes of ``(K, N)`` weights, as float32 integers."""
+        """Round ``(K, N)`` weights to the nearest codes, as float32 integers."""
         rows = self.spec.group_of_row(self.k)
         result: Array = round_codes(weights, self.scales[rows], self.zeros[rows], self.spec.top)
         return result
 
     def columns(self, chosen: npt.NDArray[np.intp]) -> Grid:
-        """The grid of some columns."""
+        """Return the grid of the ``chosen`` columns."""
         return Grid(self.scales[:, chosen], self.zeros[:, chosen], self.spec, self.k)
 
     def weight(self, codes: Array) -> QuantizedWeight:
-        """Codes on this grid as a `QuantizedWeight`."""
+        """Combine codes on this grid into a `QuantizedWeight`."""
         return QuantizedWeight(codes.astype(np.uint8), self.scales, self.zeros.astype(np.uint8), self.spec)
 
     @staticmethod
@@ -47,14 +47,14 @@ class Grid:
 
 
 def round_codes(weights: Array, scales: Array, zeros: Array, top: int) -> Array:
-    """``clip(round(w / s) + z, 0, top)``."""
+    """Return ``clip(round(w / s) + z, 0, top)``."""
     codes = np.rint(weights / scales)
     codes += zeros
     return np.clip(codes, 0, top, out=codes)
 
 
 def stored(scales: Array, spec: WeightSpec) -> Array:
-    """Scales as the file will hold them: rounded to ``spec.scale_dtype``, never zero or infinite, as float32."""
+    """Round scales to the stored type ``spec.scale_dtype``, never zero or infinite, and return them as float32."""
     kind = np.dtype(spec.scale_dtype)
     smallest = float(np.finfo(kind).smallest_subnormal) if kind == np.float16 else float(np.finfo(kind).tiny)
     result: Array = np.clip(scales, smallest, float(np.finfo(kind).max)).astype(kind).astype(np.float32)
@@ -62,7 +62,7 @@ def stored(scales: Array, spec: WeightSpec) -> Array:
 
 
 def blocks(array: Array, spec: WeightSpec) -> Array:
-    """``(K, N)`` as ``(G, g, N)``, the last group padded with zeros (which no range and no error notices)."""
+    """Reshape ``(K, N)`` to ``(G, g, N)``, the last group padded with zeros (which change no range and no error)."""
     k, n = array.shape
     rows, groups = spec.rows(k), spec.groups(k)
     if groups * rows != k:
@@ -71,7 +71,7 @@ def blocks(array: Array, spec: WeightSpec) -> Array:
 
 
 def _from_range(low: Array, high: Array, spec: WeightSpec) -> tuple[Array, Array]:
-    """Scale and zero point whose grid holds ``[low, high]``, ``low <= 0 <= high``."""
+    """Return the scale and zero point of the grid over ``[low, high]``, ``low <= 0 <= high``."""
     if spec.symmetric:
         scale = np.maximum(-low / spec.middle, high / max(spec.middle - 1, 1))
         scales = stored(np.where(scale > 0, scale, 1), spec)
@@ -82,14 +82,14 @@ def _from_range(low: Array, high: Array, spec: WeightSpec) -> tuple[Array, Array
 
 
 def ladder(group: Array, spec: WeightSpec, shrinks: Sequence[float]) -> Iterator[tuple[Array, Array]]:
-    """Scales and zero points ``(N,)`` of one group ``(g, N)`` for every shrink factor of its range."""
+    """Yield scales and zero points ``(N,)`` of one group ``(g, N)`` for every shrink factor of its range."""
     low, high = np.minimum(group.min(axis=0), 0), np.maximum(group.max(axis=0), 0)
     for shrink in shrinks:
         yield _from_range(low * np.float32(shrink), high * np.float32(shrink), spec)
 
 
 def minmax(weights: Array, spec: WeightSpec, beta: float = 1.0) -> Grid:
-    """Grid over ``beta`` times the range of every group of ``weights (K, N)``."""
+    """Return the grid over ``beta`` times the range of every group of ``weights (K, N)``."""
     grouped = blocks(weights, spec)
     low = np.minimum(grouped.min(axis=1), 0) * beta
     high = np.maximum(grouped.max(axis=1), 0) * beta
@@ -98,7 +98,7 @@ def minmax(weights: Array, spec: WeightSpec, beta: float = 1.0) -> Grid:
 
 
 def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
-    """Grid whose shrink factor minimises ``sum_k diagonal_k (w_k - w_hat_k)^2`` in every group.
+    """Return the grid whose shrink factor minimises ``sum_k diagonal_k (w_k - w_hat_k)^2`` in every group.
 
     Args:
         weights: ``(K, N)`` float32.
@@ -131,5 +131,5 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
 
 
 def choose(weights: Array, spec: WeightSpec, diagonal: Array, beta: float | None) -> Grid:
-    """Min-max shrunk by ``beta``; the search when ``beta`` is None."""
+    """Return the min-max grid shrunk by ``beta``, or the searched one when ``beta`` is None."""
     return search(weights, spec, diagonal) if beta is None else minmax(weights, spec, beta)

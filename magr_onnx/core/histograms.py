@@ -17,7 +17,7 @@ from magr_onnx.core.types import Array, QuantizedWeight
 
 BINS = 64  # at most, of every histogram
 POINTS = 50  # at most, of every curve
-SAMPLE = 1 << 21  # values looked at: more of a weight are thinned to every so many columns
+SAMPLE = 1 << 21  # values looked at: more of a weight are subsampled to every so many columns
 TINY = float(np.finfo(np.float32).tiny)  # a range below it is none: steps of it would be subnormal
 
 
@@ -36,14 +36,14 @@ def sketch(before: Array, after: Array | None, weight: QuantizedWeight | None) -
         NaN is in no bin.
     """
     columns = np.arange(0, before.shape[1], max(1, -(-before.size // SAMPLE)))
-    pair = [None if a is None else a[:, columns].astype(np.float64) for a in (before, after)]  # differences of floats may be no floats
-    assert pair[0] is not None
-    low, high = _range(pair[0])
-    found: dict[str, Any] = {"of": pair[0].size, "low": low, "high": high}
-    found |= _counted(pair, low, high, BINS)
+    tensors = [None if a is None else a[:, columns].astype(np.float64) for a in (before, after)]  # differences of floats may be no floats
+    assert tensors[0] is not None
+    low, high = _range(tensors[0])
+    histograms: dict[str, Any] = {"of": tensors[0].size, "low": low, "high": high}
+    histograms |= _counted(tensors, low, high, BINS)
     if weight is not None:
-        found["grid"] = _on_grid(pair, weight, columns)
-    return found
+        histograms["grid"] = _on_grid(tensors, weight, columns)
+    return histograms
 
 
 def _range(values: Array) -> tuple[float, float]:
@@ -54,44 +54,44 @@ def _range(values: Array) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _counted(pair: Sequence[Array | None], low: float, high: float, bins: int) -> dict[str, Any]:
+def _counted(tensors: Sequence[Array | None], low: float, high: float, bins: int) -> dict[str, Any]:
     """Histograms ``before`` and ``after``."""
-    return {name: None if a is None else _counts(a, low, high, bins) for name, a in zip(("before", "after"), pair, strict=True)}
+    return {name: None if a is None else _counts(a, low, high, bins) for name, a in zip(("before", "after"), tensors, strict=True)}
 
 
 def _counts(values: npt.NDArray[Any], low: float, high: float, bins: int) -> list[int]:
     """Values by bin; those beyond the range count in the bins at its ends."""
-    known = values[~np.isnan(values)]
-    place = np.clip((known - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
-    found: list[int] = np.bincount(place, minlength=bins).tolist()
-    return found
+    numbers = values[~np.isnan(values)]
+    bin_of = np.clip((numbers - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
+    counts: list[int] = np.bincount(bin_of, minlength=bins).tolist()
+    return counts
 
 
-def _on_grid(pair: Sequence[Array | None], weight: QuantizedWeight, columns: npt.NDArray[np.intp]) -> dict[str, Any]:
+def _on_grid(tensors: Sequence[Array | None], weight: QuantizedWeight, columns: npt.NDArray[np.intp]) -> dict[str, Any]:
     """Histograms in units of the grid: bins are a whole number a code, or codes a whole number a bin, so that none falls between."""
     spec = weight.spec
     rows = spec.group_of_row(len(weight.codes))
     scales, zeros = weight.scales[:, columns].astype(np.float64), weight.zero_points[:, columns].astype(np.float64)
-    units = [None if a is None else a / scales[rows] + zeros[rows] for a in pair]
+    units = [None if a is None else a / scales[rows] + zeros[rows] for a in tensors]
     codes = spec.top + 1
     margin = max(1, codes // 8)
     span = codes + 2 * margin
     bins = span * (BINS // span) if span <= BINS else max(b for b in range(1, BINS + 1) if span % b == 0)
     low = -0.5 - margin
-    found: dict[str, Any] = {"low": low, "high": low + span} | _counted(units, low, low + span, bins)
-    used = np.bincount(weight.codes[:, columns].ravel(), minlength=codes)
-    return found | {"top": spec.top, "codes": used.reshape(min(codes, BINS), -1).sum(axis=1).tolist()}
+    histograms: dict[str, Any] = {"low": low, "high": low + span} | _counted(units, low, low + span, bins)
+    code_counts = np.bincount(weight.codes[:, columns].ravel(), minlength=codes)
+    return histograms | {"top": spec.top, "codes": code_counts.reshape(min(codes, BINS), -1).sum(axis=1).tolist()}
 
 
-def thinned(curve: Sequence[float]) -> list[float]:
-    """At most `POINTS` of a curve, its ends among them, to seven digits; `places` has which."""
-    return [_short(curve[i]) for i in places(len(curve))]
+def subsample(curve: Sequence[float]) -> list[float]:
+    """At most `POINTS` of a curve, its ends among them, to seven digits; `sampled_steps` has which."""
+    return [_short(curve[i]) for i in sampled_steps(len(curve))]
 
 
-def places(count: int) -> list[int]:
+def sampled_steps(count: int) -> list[int]:
     """Which points of a curve of ``count`` are kept: steps from its start."""
-    found: list[int] = np.linspace(0, count - 1, min(count, POINTS)).round().astype(int).tolist()
-    return found
+    steps: list[int] = np.linspace(0, count - 1, min(count, POINTS)).round().astype(int).tolist()
+    return steps
 
 
 def _short(value: float) -> float:
@@ -109,7 +109,7 @@ def tile_headroom(weight: QuantizedWeight, budget: Budget) -> dict[str, Any]:
     bounds = [extremes(raw[:, c], accumulator.tile, budget.x_min, budget.x_max) for c in column_pieces(raw)]
     lows = np.min([low.min(axis=1) for low, _ in bounds], axis=0)
     highs = np.max([high.max(axis=1) for _, high in bounds], axis=0)
-    rooms = [log2_gap(int(low), int(high), accumulator.bits) for low, high in zip(lows, highs, strict=True)]
-    least = [min(part) for part in np.array_split(rooms, min(len(rooms), BINS))]
-    found = [_short(room) if np.isfinite(room) else None for room in least]
-    return {"bits": accumulator.bits, "tile": accumulator.tile, "tiles": len(rooms), "headroom": found}
+    headrooms = [log2_gap(int(low), int(high), accumulator.bits) for low, high in zip(lows, highs, strict=True)]
+    least = [min(part) for part in np.array_split(headrooms, min(len(headrooms), BINS))]
+    headroom = [_short(room) if np.isfinite(room) else None for room in least]
+    return {"bits": accumulator.bits, "tile": accumulator.tile, "tiles": len(headrooms), "headroom": headroom}

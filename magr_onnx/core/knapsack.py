@@ -9,12 +9,12 @@ or with costs and losses exchanged. The linear relaxation (Sinha and Zoltners, "
 
     sum l_ij x_ij = B + sum r_ij x_ij + m (C - sum c_ij x_ij),     r_ij = l_ij + m c_ij - min_j (l_ij + m c_ij) >= 0,
 
-so one better than the best known, ``U``, has ``sum r_ij x_ij < U - B``: dynamic programming over items, of states that no other beats in
-both cost and loss, needs to keep those only (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83(2), 1995).
+so one better than the best known, ``U``, has ``sum r_ij x_ij < U - B``: dynamic programming over items, of states on the Pareto front of
+cost and loss, needs to keep those only (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83(2), 1995).
 The bound closes in fast, since every state, completed as the relaxation would, is a solution. The result is within `GAP` of the least.
 
 A general mixed-integer solver (HiGHS) gives the same answers, but ten to a hundred times slower, with a constraint that holds within a
-tolerance, and it writes lines of its own to standard output, where a report may be.
+tolerance, and it prints to standard output, where a report may go.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """One thing to choose for.
+    """One item to choose for.
 
     Attributes:
         costs: ``(J,)`` of every choice, whole numbers.
@@ -59,34 +59,34 @@ class Point:
 
 
 def point(items: Sequence[Item], choices: Sequence[int]) -> Point:
-    """The cost and loss of some choices."""
+    """Compute the cost and loss of ``choices``."""
     cost = sum(float(item.costs[j]) for item, j in zip(items, choices, strict=True))
     loss = sum(float(item.losses[j]) for item, j in zip(items, choices, strict=True))
     return Point(tuple(int(j) for j in choices), cost, loss)
 
 
 def smallest(items: Sequence[Item]) -> Point:
-    """The least cost there is, and the least loss at it."""
+    """Return the point of least cost, and of least loss among those."""
     return point(items, [int(np.lexsort((item.losses, item.costs))[0]) for item in items])
 
 
 def best(items: Sequence[Item]) -> Point:
-    """The least loss there is, and the least cost at it."""
+    """Return the point of least loss, and of least cost among those."""
     return point(items, [int(np.lexsort((item.costs, item.losses))[0]) for item in items])
 
 
 def least_loss(items: Sequence[Item], cost: float) -> Point | None:
-    """The least loss within a cost; None where even `smallest` costs more."""
+    """Minimise the loss within a cost; None where even `smallest` costs more."""
     return _solve(items, cost, "cost")
 
 
 def least_cost(items: Sequence[Item], loss: float) -> Point | None:
-    """The least cost within a loss; None where even `best` loses more."""
+    """Minimise the cost within a loss; None where even `best` loses more."""
     return _solve(items, loss, "loss")
 
 
 def curve(items: Sequence[Item]) -> list[Point]:
-    """The trade-off from `smallest` to `best`, in rising cost: all optima of ``loss + lambda cost`` for any ``lambda > 0``.
+    """Trace the trade-off from `smallest` to `best`, in rising cost: all optima of ``loss + lambda cost`` for any ``lambda > 0``.
 
     Each is the least loss at its cost, exactly. Between neighbours, `least_loss` lies on or above the line that joins them.
     """
@@ -95,17 +95,17 @@ def curve(items: Sequence[Item]) -> list[Point]:
 
 
 def _front(weights: Numbers, values: Numbers) -> list[int]:
-    """Positions that no other beats in weight without being as high in value, in rising weight and falling value."""
+    """Return the indices of the Pareto front, in rising weight and falling value."""
     order = np.lexsort((values, weights))
     falling = values[order]
-    kept = np.ones(len(order), bool)
-    kept[1:] = falling[1:] < np.minimum.accumulate(falling)[:-1]
-    found: list[int] = order[kept].tolist()
-    return found
+    undominated = np.ones(len(order), bool)
+    undominated[1:] = falling[1:] < np.minimum.accumulate(falling)[:-1]
+    positions: list[int] = order[undominated].tolist()
+    return positions
 
 
 def _hull(weights: Numbers, values: Numbers) -> list[int]:
-    """Those of `_front` on the lower convex hull."""
+    """Return the indices of `_front` on the lower convex hull."""
     hull: list[int] = []
     for c in _front(weights, values):
         while len(hull) > 1:
@@ -119,7 +119,7 @@ def _hull(weights: Numbers, values: Numbers) -> list[int]:
 
 
 def _path(weights: Sequence[Numbers], values: Sequence[Numbers]) -> Iterator[tuple[list[int], float]]:
-    """The solutions of the linear relaxation that are whole, in rising weight, each with the slope of the step that led to it."""
+    """Yield the integral solutions of the linear relaxation in rising weight, each with the slope of the step that led to it."""
     hulls = [_hull(w, v) for w, v in zip(weights, values, strict=True)]
     steps = []
     for i, hull in enumerate(hulls):
@@ -133,7 +133,7 @@ def _path(weights: Sequence[Numbers], values: Sequence[Numbers]) -> Iterator[tup
 
 
 def _solve(items: Sequence[Item], bound: float, bounded: str) -> Point | None:
-    """The least of one quantity with the other, ``bounded``, at most ``bound``."""
+    """Minimise one quantity with the other, ``bounded``, at most ``bound``."""
     weights, values = [item.costs for item in items], [item.losses for item in items]
     if bounded == "loss":
         weights, values = values, weights
@@ -151,7 +151,7 @@ def _solve(items: Sequence[Item], bound: float, bounded: str) -> Point | None:
 
 
 def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequence[int], multiplier: float, bound: float) -> list[int]:
-    """The best choices, by dynamic programming from the relaxation's; see the module."""
+    """Improve the relaxation's choices by dynamic programming; see the module."""
     reduced = [v + multiplier * w for w, v in zip(weights, values, strict=True)]
     floors = [float(r.min()) for r in reduced]
     reduced = [r - floor for r, floor in zip(reduced, floors, strict=True)]
@@ -160,7 +160,7 @@ def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequ
     rest_weight = sum(float(weights[i][greedy[i]]) for i in order)
     rest_value = least = sum(float(values[i][greedy[i]]) for i in order)
     weight, value, excess = np.zeros(1), np.zeros(1), np.zeros(1)
-    stages: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []  # of every state: the one before it, and the choice made
+    stages: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []  # of every state: its predecessor and the choice made
     best_state = (0, 0)
     for stage, i in enumerate(order, 1):
         gap = least - below - GAP * abs(least)
@@ -169,11 +169,11 @@ def _improve(weights: Sequence[Numbers], values: Sequence[Numbers], greedy: Sequ
         value = np.add.outer(value, values[i][js]).ravel()
         excess = np.add.outer(excess, reduced[i][js]).ravel()
         possible = np.flatnonzero(excess <= gap)
-        kept = possible[_front(weight[possible], value[possible])]
-        if not len(kept):
+        states = possible[_front(weight[possible], value[possible])]
+        if not len(states):
             break
-        weight, value, excess = weight[kept], value[kept], excess[kept]
-        stages.append((kept // len(js), js[kept % len(js)]))
+        weight, value, excess = weight[states], value[states], excess[states]
+        stages.append((states // len(js), js[states % len(js)]))
         rest_weight -= float(weights[i][greedy[i]])
         rest_value -= float(values[i][greedy[i]])
         within = np.flatnonzero(weight + rest_weight <= bound)

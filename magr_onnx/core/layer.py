@@ -1,4 +1,4 @@
-"""One layer as the solvers see it: a problem, and the solution that the stages of a plan build up step by step.
+"""One layer as the solvers see it: a problem, and the solution that the stages of a plan refine step by step.
 
 Plain arrays, no graph. A layer computes ``Y = X W + b`` with ``W (K, N)`` and ``b (N,)``; see `magr_onnx.core.types`.
 """
@@ -15,20 +15,20 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, joined
+from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
 
 BiasPolicy = Literal["existing", "any", "none"]
-"""Which layers bias compensation corrects: those that have a bias, all, or none."""
+"""Layers that bias correction applies to: those with a bias, all, or none."""
 
 
 def absorbs_mean(policy: BiasPolicy | None, has_bias: bool) -> bool:
-    """Whether a layer's bias will absorb its mean error under a policy of bias compensation."""
+    """Return whether a layer's bias absorbs its mean error under a policy of bias correction."""
     return policy == "any" or (policy == "existing" and has_bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerProblem:
-    """What is known of one layer before it is solved.
+    """Everything known about one layer before it is solved.
 
     Attributes:
         weight: ``(K, N)`` float32, as the model has it: errors are measured against it.
@@ -39,7 +39,7 @@ class LayerProblem:
         output_grid: The static 8-bit grid of the layer's product, or None where it stays float.
         target_moments: Moments of the output the layer should have, where the layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of the gradients at the layer's outputs, or None.
-        notes: What the report should say of all this, as sentences.
+        notes: Sentences for the report.
     """
 
     weight: Array
@@ -53,7 +53,7 @@ class LayerProblem:
     notes: tuple[str, ...] = ()
 
     def centred(self, policy: BiasPolicy | None) -> bool:
-        """Whether a bias will absorb the mean error, so that the centred Gram matrix is the objective."""
+        """Return whether a bias absorbs the mean error, so that the centred Gram matrix is the objective."""
         return not self.stats.is_data_free and absorbs_mean(policy, self.bias is not None)
 
 
@@ -66,7 +66,7 @@ class LayerRecord:
         error: Relative error of the layer's output.
         magr: Iterations and magnitudes of MagR.
         solver: Figures of the quantizer.
-        bias_compensated: Whether the bias took up the mean error.
+        bias_compensated: Whether the bias absorbed the mean error.
         activation: How the input is quantized.
         feedback: Damping and held-out errors of error feedback.
         low_rank: Rank of the low-rank branch and the errors without and with it.
@@ -90,18 +90,18 @@ class LayerRecord:
     notes: tuple[str, ...] = ()
 
     def noting(self, *notes: str) -> LayerRecord:
-        """The record with more notes."""
+        """Return the record with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSolution:
-    """What the stages so far make of a layer.
+    """The state of a layer after the stages so far.
 
     Attributes:
         weight: ``(K, N)`` float32 that the layer multiplies by now: reduced, or dequantized, with the product of ``factors``.
         bias: ``(N,)`` now, or None.
-        target: ``(K, N)`` that the quantizer minimises the layer error against: the model's weight, or what error feedback makes of it.
+        target: ``(K, N)`` that the quantizer minimises the layer error against: the model's weight, or the result of error feedback.
         fit_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
         quantized: The codes and their grid, once chosen.
         factors: A low-rank float branch beside the quantized product, or None.
@@ -120,14 +120,14 @@ class LayerSolution:
 
     @staticmethod
     def unsolved(problem: LayerProblem) -> LayerSolution:
-        """The layer as the model has it."""
+        """Return the layer as it is in the model."""
         return LayerSolution(problem.weight, problem.bias, problem.weight, record=LayerRecord(problem.stats.rows, notes=problem.notes))
 
 
 def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float:
-    """Norm of the output error of ``weight (K, N)`` over the norm of the output.
+    """Return the norm of the output error of ``weight (K, N)`` over the norm of the output.
 
-    Behind quantized layers (``problem.target_moments``) the errors of the layers before are part of it.
+    After quantized layers (``problem.target_moments``) this includes the errors of the layers before.
     """
     if problem.target_moments is not None:
         return float(np.sqrt(error_feedback.error(weight.astype(np.float64), problem.stats, problem.target_moments, centred)))
@@ -139,14 +139,14 @@ def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float
 
 
 def ratio(error: float, power: float) -> float:
-    """``sqrt(error / power)`` of a squared error and the squared output; 0 without output."""
+    """Return ``sqrt(error / power)`` of a squared error and the squared output; 0 without output."""
     return float(np.sqrt(max(error, 0) / power)) if power > 0 else 0.0
 
 
 def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolution], centred: bool) -> LayerSolution:
-    """The solutions of a convolution's groups as one, with the output channels of all groups side by side: ``(K, G N)``.
+    """Join the solutions of a convolution's groups, with their output channels side by side: ``(K, G N)``.
 
-    Figures are those of all groups together: squared errors and objectives are added up, and notes are said once.
+    Squared errors and objectives are summed over groups, and equal notes appear once.
     """
     quantized = side_by_side([s.quantized for s in solutions if s.quantized is not None])
     weight, target = (np.hstack([getattr(s, name) for s in solutions]) for name in ("weight", "target"))
@@ -157,7 +157,7 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     alone = records[0] if len(records) == 1 else LayerRecord(histograms=sketch(np.hstack([p.weight for p in problems]), None, quantized))
     objectives: list[float] = []
     for record in records:
-        objectives = joined(objectives, record.errors)
+        objectives = sum_traces(objectives, record.errors)
     record = LayerRecord(
         rows=records[0].rows,
         error=ratio(error, power),
@@ -171,6 +171,6 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
 
 
 def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights ``(K, N)`` on grids of one kind as one ``(K, G N)``."""
+    """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
     codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
     return QuantizedWeight(codes, scales, zeros, weights[0].spec)

@@ -1,4 +1,4 @@
-"""Dense linear algebra the solvers share: spectral bound, damping, Cholesky with retries, the layer error."""
+"""Dense linear algebra shared by the solvers: spectral bound, damping, Cholesky with retries, the layer error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from magr_onnx.errors import NonFiniteError
 
 
 def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array | None = None) -> float:
-    """Largest eigenvalue of a symmetric positive semidefinite ``(K, K)`` matrix, by Lanczos iteration; of ``S matrix S`` with
+    """Compute the largest eigenvalue of a symmetric positive semidefinite ``(K, K)`` matrix, by Lanczos iteration; of ``S matrix S`` with
     ``S = diag(scale)`` if a scale is given.
 
     Costs one product with the matrix an iteration (``2 K^2`` FLOPs). The Ritz value is a lower bound, tight to about
@@ -20,8 +20,8 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
     """
     k = len(matrix)
     if k <= iterations:
-        whole = matrix.astype(np.float64)
-        return float(np.linalg.eigvalsh(whole if scale is None else whole * scale * scale[:, None])[-1])
+        dense = matrix.astype(np.float64)
+        return float(np.linalg.eigvalsh(dense if scale is None else dense * scale * scale[:, None])[-1])
     basis = np.zeros((iterations + 1, k))
     diagonal, off = np.zeros(iterations), np.zeros(iterations)
     v = np.random.default_rng(seed).standard_normal(k)
@@ -33,7 +33,7 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
         if scale is not None:
             w *= scale
         diagonal[i] = w @ basis[i]
-        for _ in range(2):  # once would lose orthogonality by a factor of diagonal / off a step
+        for _ in range(2):  # one pass would lose orthogonality by a factor of diagonal / off in every step
             w -= basis[: i + 1].T @ (basis[: i + 1] @ w)
         off[i] = np.linalg.norm(w)
         if off[i] <= 1e-12 * max(float(np.abs(diagonal[: i + 1]).max()), 1e-300):
@@ -45,11 +45,11 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
 
 
 def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
-    """``gram + damping * diag(gram)``: correlations between inputs shrunk towards none, at unchanged proportions.
+    """Return ``gram + damping * diag(gram)``: correlations between inputs are shrunk, their scales kept in proportion.
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
-    that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave constant
-    inputs with less than nothing once their mean is taken off.
+    that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave the
+    variance of constant inputs slightly negative.
     """
     result: Array = gram if overwrite else gram.copy()
     diagonal = gram.diagonal().copy()
@@ -59,7 +59,7 @@ def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
 
 
 def automatic_damping(k: int, rows: int) -> float:
-    """``2 K / n`` between 0.01 and 1, for statistics of ``n`` rows of width ``K``.
+    """Return ``2 K / n`` clipped to [0.01, 1], for statistics of ``n`` rows of width ``K``.
 
     The optimal shrinkage of a sample covariance is of the order of K / n (Ledoit and Wolf 2004); the factor 2, for rows that are
     not independent, was chosen by the layer error on held-out rows of five models.
@@ -76,9 +76,9 @@ class Cholesky:
 
 
 def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None) -> Cholesky:
-    """Lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping at every failure.
+    """Compute the lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping after every failure.
 
-    With an ``order (K,)``, of the matrix with its rows and columns in that order. Nothing but the factor is of its size where K is `LARGE`.
+    ``order (K,)`` permutes rows and columns first. Where K is `LARGE`, no temporary is as large as the factor.
 
     Raises:
         NonFiniteError: NaN or infinity, or no damping up to ``damping * 10**retries`` makes the matrix positive definite.
@@ -96,7 +96,7 @@ def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[n
 
 
 def _ordered(gram: Array, order: npt.NDArray[np.intp] | None) -> Array:
-    """A copy in float64, rows and columns in ``order``."""
+    """Copy a matrix to float64, rows and columns in ``order``."""
     if order is None:
         return gram.astype(np.float64)
     result: Array = np.empty(gram.shape)
@@ -106,9 +106,9 @@ def _ordered(gram: Array, order: npt.NDArray[np.intp] | None) -> Array:
 
 
 def _factor(matrix: Array) -> Array:
-    """Lower Cholesky factor of ``matrix (K, K)`` float64; in its place, block column by block column, where K is `LARGE`.
+    """Compute the lower Cholesky factor of ``matrix (K, K)`` float64; in place, by block columns, where K is `LARGE`.
 
-    NumPy's own needs room for three such matrices.
+    NumPy's routine allocates three such matrices.
     """
     k = len(matrix)
     if k < LARGE:
@@ -125,12 +125,12 @@ def _factor(matrix: Array) -> Array:
 
 
 def layer_error(difference: Array, gram: Array) -> float:
-    """``tr(D^T H D)``: the mean squared output error that a weight difference ``D (K, N)`` causes, summed over outputs."""
+    """Return ``tr(D^T H D)``, the mean squared output error caused by a weight difference ``D (K, N)``, summed over outputs."""
     return float(column_errors(difference, gram).sum())
 
 
 def column_errors(difference: Array, gram: Array) -> Array:
-    """``d^T H d`` for every column ``d`` of ``difference (K, N)``, as ``(N,)`` float64."""
+    """Return ``d^T H d`` for every column ``d`` of ``difference (K, N)``, as ``(N,)`` float64."""
     product = gram.astype(difference.dtype, copy=False) @ difference
     result: Array = np.einsum("kn,kn->n", difference, product, dtype=np.float64)
     return result

@@ -1,6 +1,6 @@
 """Low-rank reconstruction of a quantization error in closed form (QERA; Zhang et al., arXiv 2410.06040).
 
-What a layer lost, ``D = W0 - W_hat (K, N)``, is given back by ``A B`` of rank r, so that the layer computes ``x W_hat + (x A) B``. The best
+The error ``D = W0 - W_hat (K, N)`` is approximated by ``A B`` of rank r, so that the layer computes ``x W_hat + (x A) B``. The best
 factors under the layer error ``tr((D - A B)^T H (D - A B))`` follow from a singular value decomposition (Eckart and Young) of ``R D``
 with any root ``R^T R = H``:
 
@@ -8,8 +8,8 @@ with any root ``R^T R = H``:
 
 ``exact`` takes H itself (QERA-exact), ``diagonal`` its diagonal, ``R = diag(sqrt(H_kk))`` (QERA-approx), which needs no factorization.
 
-Deviations from the paper: H may be centred, where a bias will absorb the mean error; it is damped as for the quantizers, since few rows
-determine it badly; R is the Cholesky factor instead of the symmetric root, which gives the same product ``A B`` for less work; and both
+Deviations from the paper: H may be centred, where a bias absorbs the mean error; it is damped as for the quantizers, since few rows
+estimate it badly; R is the Cholesky factor instead of the symmetric root, which gives the same product ``A B`` for less work; and both
 factors carry ``Sigma_r^(1/2)``, which keeps them in the range of half precision.
 """
 
@@ -35,12 +35,12 @@ class Factors:
     up: Array
 
     def product(self) -> Array:
-        """``A B (K, N)`` float32."""
+        """Return ``A B (K, N)`` float32."""
         result: Array = self.down.astype(np.float32) @ self.up.astype(np.float32)
         return result
 
     def stored(self, kind: npt.DTypeLike) -> Factors:
-        """The factors rounded to the type a file will hold them in."""
+        """Round the factors to the stored type."""
         return Factors(self.down.astype(kind).astype(np.float32), self.up.astype(kind).astype(np.float32))
 
 
@@ -51,18 +51,18 @@ class Root:
     matrix: Array
 
     def times(self, x: Array) -> Array:
-        """``R X`` of ``X (K, N)``."""
+        """Return ``R X`` for ``X (K, N)``."""
         result: Array = self.matrix[:, None] * x if self.matrix.ndim == 1 else self.matrix @ x
         return result
 
     def solve(self, x: Array) -> Array:
-        """``R^-1 X`` of ``X (K, N)``."""
+        """Return ``R^-1 X`` for ``X (K, N)``."""
         result: Array = x / self.matrix[:, None] if self.matrix.ndim == 1 else np.linalg.solve(self.matrix, x)
         return result
 
 
 def root(gram: Array, damping: float, kind: Kind) -> Root:
-    """The root of ``gram (K, K)``.
+    """Compute the root of ``gram (K, K)``.
 
     Raises:
         NonFiniteError: The matrix is not finite.
@@ -70,11 +70,11 @@ def root(gram: Array, damping: float, kind: Kind) -> Root:
     if kind == "exact":
         return Root(cholesky(gram, damping).lower.T)
     diagonal = gram.diagonal().astype(np.float64)
-    return Root(np.sqrt(np.maximum(diagonal, 1e-6 * (float(diagonal.mean()) or 1.0))))  # inputs that were never active get a little
+    return Root(np.sqrt(np.maximum(diagonal, 1e-6 * (float(diagonal.mean()) or 1.0))))  # a floor for inputs that were never active
 
 
 def reconstruct(difference: Array, r: Root, rank: int) -> Factors:
-    """The factors of rank ``rank`` (at most ``min(K, N)``) closest to ``difference (K, N)`` under ``r``."""
+    """Compute the factors of rank ``rank`` (at most ``min(K, N)``) closest to ``difference (K, N)`` under ``r``."""
     u, sigma, v = np.linalg.svd(r.times(difference.astype(np.float64)), full_matrices=False)
     half = np.sqrt(sigma[:rank])
     return Factors(r.solve(u[:, :rank] * half).astype(np.float32), (half[:, None] * v[:rank]).astype(np.float32))

@@ -31,7 +31,7 @@ import numpy as np
 
 from magr_onnx.core.linalg import lambda_max
 from magr_onnx.core.prox import levels
-from magr_onnx.core.types import Array, column_parts, joined
+from magr_onnx.core.types import Array, column_parts, sum_traces
 from magr_onnx.errors import OptionError
 
 Method = Literal["fista", "authors"]
@@ -53,7 +53,7 @@ class Reduction:
         gap: Relative duality gap at the result: ``F(W) - min F <= gap * F(W)``.
         iterations: Steps taken.
         converged: Whether a stopping rule ended the iteration rather than the count.
-        penalty: The ``a`` of the objective that ``alpha`` stood for.
+        penalty: The ``a`` of the objective.
         trace: ``F`` at the start and after every step.
     """
 
@@ -68,7 +68,7 @@ class Reduction:
 
 
 def penalty(weights: Array, gram: Array, alpha: float, relative: bool = True, group_size: int | None = None) -> float:
-    """The ``a`` of the objective that ``alpha`` stands for.
+    """Return the ``a`` of the objective for a given ``alpha``.
 
     Relative: ``alpha * g * mean|W0| * mean(diag H)``, so that ``alpha`` is about the fraction of a group's l1 mass that
     may be clipped. It follows the scale of the weights and inputs, and a few outlier inputs do not change it.
@@ -137,21 +137,21 @@ def reduce(
 def _solve(
     weights: Array, gram: Array, a: float, size: int, accelerate: bool, limit: int, tolerance: float, start: Array | None
 ) -> Reduction:
-    """The problem for some output channels, or all."""
+    """Solve for the given output channels."""
     k = len(weights)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
-    begin = problem.rows(weights if start is None else start)
-    x, trace, gap, converged = _iterate(problem, begin, limit, tolerance if accelerate else 0.0, accelerate)
+    initial = problem.rows(weights if start is None else start)
+    x, trace, gap, converged = _iterate(problem, initial, limit, tolerance if accelerate else 0.0, accelerate)
     result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
     return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
 
 
 def _joined(parts: list[Reduction], a: float) -> Reduction:
-    """Output channels solved in parts, side by side; the gap is the weighted mean, which bounds that of the whole."""
+    """Join output channels solved in slices; the gap is the weighted mean, an upper bound for all of them."""
     objective = sum(p.objective for p in parts)
     trace: list[float] = []
     for p in parts:
-        trace = joined(trace, p.trace)
+        trace = sum_traces(trace, p.trace)
     return Reduction(
         np.hstack([p.weights for p in parts]),
         objective,
@@ -200,12 +200,12 @@ class _Problem:
         return x.reshape(len(x), -1, self.group)
 
     def norms(self, x: Array) -> Array:
-        """``sum over groups ||w_group||_inf`` of every channel, ``(N,)``."""
+        """Return ``sum over groups ||w_group||_inf`` of every channel, ``(N,)``."""
         result: Array = np.abs(self.grouped(x)).max(axis=-1).sum(axis=-1, dtype=np.float64)
         return result
 
     def gap(self, x: Array, gradient: Array) -> float:
-        """Relative duality gap at ``x``, with the gradient scaled into the dual ball as the dual point."""
+        """Return the relative duality gap at ``x``; the dual point is the gradient scaled into the dual ball."""
         l1 = np.abs(self.grouped(gradient)).sum(axis=-1).max(axis=-1)
         theta = np.minimum(1, self.penalty / np.maximum(l1, 1e-30)).astype(np.float64)
         quadratic = np.einsum("nk,nk->n", x - self.target, gradient, dtype=np.float64)
@@ -216,14 +216,14 @@ class _Problem:
 
 
 def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
-    """Proximal gradient, one matrix product a step; momentum and restart are per output channel.
+    """Run proximal gradient, one matrix product per step; momentum and restart are per output channel.
 
     The gradient step from the extrapolated point ``x + m (x - x')`` is ``s + m (s - s')`` with ``s = x - D^-1 H (x - W0)``: the
-    step is linear, so neither extrapolated points nor old gradients are stored, and what is not the product takes a dozen
+    step is linear, so neither extrapolated points nor old gradients are stored, and the remaining work is a dozen
     passes over rows that stay in cache.
 
     Returns:
-        The weights, the objective at the start and after every step, the relative duality gap, and whether a rule ended it.
+        The weights, the objective at the start and after every step, the relative duality gap, and whether a stopping rule ended it.
     """
     target, a, group = problem.target, problem.penalty, problem.group
     channels, width = target.shape
@@ -234,7 +234,7 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
     product = difference @ problem.gram
     values = 0.5 * np.einsum("nk,nk->n", difference, product, dtype=np.float64) + a * problem.norms(x)
     trace = [float(values.sum())]
-    mark = trace[0]
+    objective_before = trace[0]
     before = x - product * inverse
     level: Array = np.zeros((channels, width // group), np.float32)
     momentum = np.zeros(channels, np.float32)
@@ -256,15 +256,15 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
             np.subtract(x[s], target[s], out=difference[s])
         before, product = product, before
         np.matmul(difference, problem.gram, out=product)
-        last = values
+        previous = values
         values = 0.5 * np.einsum("nk,nk->n", difference, product).astype(np.float64) + a * level.sum(axis=1, dtype=np.float64)
         if accelerate:
-            momentum = np.where(values > last, 0, _MOMENTUM).astype(np.float32)
+            momentum = np.where(values > previous, 0, _MOMENTUM).astype(np.float32)
         objective = float(values.sum())
         trace.append(objective)
         if tolerance and step % 5 == 0:
-            if mark - objective <= tolerance * (trace[0] - objective) or problem.gap(x, product) <= tolerance:
+            if objective_before - objective <= tolerance * (trace[0] - objective) or problem.gap(x, product) <= tolerance:
                 converged = True
                 break
-            mark = objective
+            objective_before = objective
     return x, trace, problem.gap(x, product), converged

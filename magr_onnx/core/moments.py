@@ -1,6 +1,6 @@
-"""Running sums over rows, in float64, of which the statistics that solvers read are the means.
+"""Running sums over rows, in float64; their means are the statistics solvers read.
 
-A value ``x (..., K)`` is seen as rows ``X (n, K)``. A batch adds the sums that onnxruntime computed in the graph, or its rows themselves.
+A value ``x (..., K)`` is seen as rows ``X (n, K)``. A batch is added as sums computed in the graph by onnxruntime, or as rows.
 Where the samples of a batch are repeated to fill it, its sums are multiplied by a weight below 1.
 """
 
@@ -27,7 +27,7 @@ Means = TypeVar("Means", bound=_Means)
 
 
 def with_held_out(fitted: Means, held_out: Means) -> Means:
-    """Statistics of all rows, with those of the held-out rows apart as ``held_out``; there are rows of both."""
+    """Combine statistics to those of all rows, with the held-out rows as ``held_out``; both have rows."""
     combined: Means = replace(fitted.combine(held_out), held_out=held_out)  # type: ignore[type-var]
     return combined
 
@@ -38,8 +38,8 @@ class MomentAccumulator:
     Attributes:
         gram: Sum of ``X^T X``, ``(K, K)``; ``(G, K, K)`` of the G groups of a convolution.
         total: Sum of the rows, ``(K,)`` or ``(G, K)``.
-        rows: How many there are.
-        float_total: Sum of the same rows of the float model before they are quantized; None where ``total`` is of those.
+        rows: Number of rows, weighted.
+        float_total: Sum of the same rows of the float model, before quantization; None where ``total`` has them.
         cross: Sum of ``X_q^T X`` between the model being quantized and the float one ``(K, K)``; None unless asked for.
         float_gram: Sum of ``X^T X`` in the float model; None unless asked for.
     """
@@ -73,7 +73,7 @@ class MomentAccumulator:
         """Add rows ``(n, K)`` float32 of the model being quantized, and the same rows ``real`` of the float model."""
         width = self.gram.shape[-1]
         step = LARGE_ROWS if width >= LARGE else width
-        for at in range(0, width, step):  # of a large matrix no second one is made
+        for at in range(0, width, step):  # in strips, so that a large matrix has no second copy
             self.gram[at : at + step] += weighted(quantized[:, at : at + step].T @ quantized, weight)
         self.total += weighted(quantized.sum(axis=0, dtype=np.float64), weight)
         self.rows += len(quantized) * weight
@@ -84,19 +84,19 @@ class MomentAccumulator:
             self.float_gram += weighted(real.T @ real, weight)
 
     def means(self) -> tuple[Array, Array, int]:
-        """Second moments, mean and rows. The sums are used up: the matrix may be the largest thing in memory."""
+        """Return second moments, mean and rows. Consumes the sums: the matrix may be the largest array in memory."""
         gram, self.gram = self.gram, np.zeros((0, 0))
         gram /= self._count
         return gram, self.total / self._count, round(self.rows)
 
     def stats(self, activation: Activation | None = None) -> LayerStats:
-        """`means` as the statistics of a value that will be quantized so."""
+        """Return `means` as `LayerStats` of a value quantized by ``activation``."""
         gram, mean, rows = self.means()
         float_mean = None if self.float_total is None else self.float_total / self._count
         return LayerStats(gram.astype(gram_type(len(mean)), copy=False), mean, rows, float_mean, activation)
 
     def target_moments(self, weights: Array) -> TargetMoments:
-        """What a layer of ``weights (K, N)`` should put out: what it does in the float model."""
+        """Return the moments of the float model's output of a layer of ``weights (K, N)``."""
         assert self.cross is not None
         assert self.float_gram is not None
         assert self.float_total is not None
@@ -109,16 +109,16 @@ class MomentAccumulator:
 
 
 def split_stats(fitted: MomentAccumulator, held_out: MomentAccumulator, activation: Activation | None) -> LayerStats | None:
-    """Statistics of all rows of a value, those of the held-out ones apart; None where there are no rows. The sums are used up."""
+    """Return the statistics of a value with its held-out rows; None without rows. Consumes the sums."""
     if fitted.rows and held_out.rows:
         return with_held_out(fitted.stats(activation), held_out.stats(activation))
     return (fitted if fitted.rows else held_out).stats(activation) if fitted.rows or held_out.rows else None
 
 
 class OutputAccumulator:
-    """Sums over rows of what a layer should put out so that its sum with a residual is that of the float model.
+    """Sums over rows of the target output of a layer whose output is added to a residual stream.
 
-    That is ``Y = X W + R - R_q`` for residuals ``R`` of the float model and ``R_q`` of the one being quantized.
+    The target is ``Y = X W + R - R_q`` for residuals ``R`` of the float model and ``R_q`` of the model being quantized.
     """
 
     def __init__(self, weights: Array) -> None:
@@ -127,22 +127,22 @@ class OutputAccumulator:
         self._cross, self._total, self._power = np.zeros(weights.shape), *np.zeros((2, weights.shape[1]))
         self._rows = 0.0
 
-    def add_rows(self, quantized: Array, real: Array, missing: Array, weight: float = 1.0) -> None:
+    def add_rows(self, quantized: Array, real: Array, residual_error: Array, weight: float = 1.0) -> None:
         """Add rows ``(n, K)`` float32 of both models, and of ``R - R_q (n, N)``."""
         y = real @ self._weights
-        y += missing
+        y += residual_error
         self._cross += weighted(quantized.T @ y, weight)
         self._total += weighted(y.sum(axis=0, dtype=np.float64), weight)
         self._power += weighted(np.einsum("nk,nk->k", y, y, dtype=np.float64), weight)
         self._rows += len(real) * weight
 
     def target_moments(self) -> TargetMoments:
-        """Means over the rows."""
+        """Return the means over rows."""
         n = max(self._rows, 1)
         return TargetMoments(self._cross / n, self._total / n, self._power / n, round(self._rows))
 
 
 def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:
-    """Sums of a batch times its weight; the very same array where that is 1."""
+    """Multiply the sums of a batch by its weight; returns the same array for weight 1."""
     result: npt.NDArray[Any] = sums if weight == 1 else sums * weight
     return result

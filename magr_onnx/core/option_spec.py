@@ -22,27 +22,27 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|kB|MB|GB)\s*", re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionSpec:
-    """The declaration of an option: values, help, where it applies, and which options it displaces.
+    """Declaration of one option: its type, help, default, and conflicts with other options.
 
     Attributes:
-        name: In Python, recipes and pipelines; on the command line with - for _. Empty where the place it is declared in has one.
-        argument: What `magr_onnx.optimize` calls it, where that is another name.
+        name: Name in Python, recipes and pipelines; with - for _ on the command line. Empty where the declaration has it elsewhere.
+        argument: Its parameter of `magr_onnx.optimize`, where that has another name.
         help: A sentence or two.
-        types: Python types of the value; None's among them where a call may say None. Empty where the place has a type.
-        default: The value of a run that says nothing.
-        default_text: The default in words, where it is None and depends on the rest of the run.
-        choices: All accepted values, where they can be listed.
+        types: Python types of the value, with NoneType where None is allowed. Empty where the declaration has a type elsewhere.
+        default: Default value.
+        default_text: Description of a default that depends on other options.
+        choices: Accepted values, where they can be listed.
         kind: ``path`` and ``paths`` are relative to the recipe; ``patterns`` and ``paths`` are a text or a list of them; ``size`` is a
             number of bytes, or a text such as ``2GB``.
-        expected: What a value is in words, where the types say less than there is to say.
-        least: The smallest number accepted, where there is one; of sizes 1 where nothing is said.
-        none_word: What None is called where there is no None: in recipes and on the command line.
-        panel: Heading it stands under in ``--help``.
-        metavar: What stands for its value there.
-        flags: What it is called on the command line, where that is not ``--name`` alone.
-        whole_run: Why it cannot differ by layer; None where it can.
-        displaces: Earlier options that a value of this one removes.
-        belongs_to: An option, such as ``format``, of which another value removes this one.
+        expected: Description of a valid value, where the types are not enough.
+        least: Smallest number accepted, if any; 1 by default for sizes.
+        none_word: Word for None in recipes and on the command line.
+        panel: Its heading in ``--help``.
+        metavar: Placeholder of its value in ``--help``.
+        flags: Command-line flags, where they are not just ``--name``.
+        whole_run: Reason why it cannot differ by layer; None where it can.
+        displaces: Options that a later value of this one removes.
+        belongs_to: Option whose other values remove this one, such as ``format`` or ``embeddings``.
     """
 
     name: str = ""
@@ -65,25 +65,25 @@ class OptionSpec:
 
     @property
     def text(self) -> str:
-        """The help, with the default where that depends on the rest of the run."""
+        """Return the help, with the default where that depends on other options."""
         return f"{self.help} (default: {self.default_text})" if self.default_text else self.help
 
     def problem(self, value: Any) -> str | None:
-        """Say what is wrong with a value; None if nothing is."""
+        """Explain why a value is invalid; None if it is valid."""
         choices, fault = self.choices, self.mistyped(value)
         if fault is None and choices and value not in (None, self.none_word, *choices):
             return f"{self.name} = {_shown(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
         return fault
 
     def mistyped(self, value: Any) -> str | None:
-        """Say what is wrong with a value but for being none of the choices: its type, or that it is too small; None if nothing is."""
+        """Explain why a value has a wrong type or is too small; None if neither."""
         if (value is None and NoneType in self.types) or self.is_none_word(value):
             return None
         if self.kind in ("patterns", "paths"):
             kinds = str | os.PathLike if self.kind == "paths" else str
             texts = [value] if isinstance(value, kinds) else value
             good = isinstance(texts, list | tuple) and all(isinstance(text, kinds) for text in texts)
-            return None if good else f"{self.name} = {_shown(value)}: expected a text or a list of texts, found {_found(value)}"
+            return None if good else f"{self.name} = {_shown(value)}: expected a text or a list of texts, found {_type_name(value)}"
         if self.kind == "size":
             size = bytes_of(value) if isinstance(value, str) or _is(value, float) else None
             good = size is not None and size >= (1 if self.least is None else self.least)
@@ -91,13 +91,13 @@ class OptionSpec:
         if self.kind == "path" and isinstance(value, os.PathLike):
             return None
         if not any(_is(value, kind) for kind in self.types):
-            return f"{self.name} = {_shown(value)}: expected {self._expected()}, found {_found(value)}"
+            return f"{self.name} = {_shown(value)}: expected {self._expected()}, found {_type_name(value)}"
         if self.least is not None and value < self.least:
             return f"{self.name} = {_shown(value)}: expected {self.least} or more"
         return None
 
     def is_none_word(self, value: Any) -> bool:
-        """Whether a value is the word for None."""
+        """Return whether a value is the word for None."""
         return isinstance(value, str) and value == self.none_word
 
     def _expected(self) -> str:
@@ -106,7 +106,7 @@ class OptionSpec:
 
 
 def bytes_of(size: str | float) -> int | None:
-    """Convert a size such as ``30 MB``, or a number, to bytes; None where it is none, as what is not finite is."""
+    """Convert a size such as ``30 MB``, or a number, to bytes; None where it is not a finite size."""
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         size = math.nan if match is None else float(match["number"]) * _UNITS[match["unit"].lower()]
@@ -114,12 +114,12 @@ def bytes_of(size: str | float) -> int | None:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind; whole numbers are numbers too, and those of numpy are numbers, but truth is none."""
+    """Return whether a value is of a type; integers count as floats, NumPy scalars as numbers, and bool as neither."""
     abstract = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     return isinstance(value, abstract) and (kind is bool or not isinstance(value, bool))
 
 
-def _found(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return _NAMES.get(type(value), f"a {type(value).__name__}")
 
 

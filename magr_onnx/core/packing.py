@@ -1,8 +1,8 @@
-"""Bit layouts of the formats that are emitted, each with its inverse.
+"""Bit layouts of the output formats, each with its inverse.
 
 MatMulNBits: ``B (N, blocks, block_size * bits / 8)`` uint8, a row per output channel, element ``k`` in the low bits first, the last
 block padded; zero points ``(N, ceil(blocks * bits / 8))`` packed the same way along the blocks; scales ``(N, blocks)``.
-3-bit codes travel in 4 bits, 5 to 7 in 8.
+3-bit codes are stored in 4 bits, 5 to 7 in 8.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.types import Array, Codes, QuantizedWeight, scaled
+from magr_onnx.core.types import Array, Codes, QuantizedWeight, dequantize
 
 MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
 
 def container_bits(bits: int) -> int:
-    """Stored width of a code in the block formats: the next of 2, 4 and 8."""
+    """Return the stored width of a code in the block formats: the next of 2, 4 and 8."""
     return next(width for width in (2, 4, 8) if width >= bits)
 
 
 def stored_shift(bits: int) -> int:
-    """How much higher the codes of a symmetric grid are stored, so that their zero point is the default of the stored width."""
+    """Return the offset added to symmetric codes, so that their zero point is the default of the stored width."""
     return int(2 ** (container_bits(bits) - 1) - 2 ** (bits - 1))
 
 
 def kernel_block(group_size: int | None, k: int, bits: int, largest: int = 256) -> int | None:
-    """Block size a kernel with blocks of 16 to ``largest`` (powers of two) uses for groups of ``group_size``.
+    """Return the block size a kernel with blocks of 16 to ``largest`` (powers of two) uses for groups of ``group_size``.
 
-    A group that is not such a block is written as smaller blocks that repeat its scale: the largest power of two that
-    divides it. Where one group spans the column, the block that needs the fewest bytes. None if there is no such block.
+    Other groups are split into smaller blocks that repeat their scale: the largest power of two that divides the group. Where one
+    group spans the column, the block that needs the fewest bytes. None if there is no such block.
     """
     blocks = [b for b in MATMULNBITS_BLOCKS if b <= largest]
     if group_size is None or group_size >= k:
@@ -53,15 +53,15 @@ def pack_bits(codes: Codes, bits: int) -> Codes:
     pad = -codes.shape[-1] % per_byte
     if pad:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], pad), np.uint8)], axis=-1)
-    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
-    packed = np.zeros(parts.shape[:-1], np.uint8)
+    slots = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(slots.shape[:-1], np.uint8)
     for i in range(per_byte):
-        packed |= parts[..., i] << np.uint8(i * bits)
+        packed |= slots[..., i] << np.uint8(i * bits)
     return packed
 
 
 def unpack_bits(packed: Codes, bits: int, count: int) -> Codes:
-    """Inverse of `pack_bits`: the first ``count`` codes of the last axis."""
+    """Invert `pack_bits`: return the first ``count`` codes of the last axis."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     result: Codes = codes.reshape(*packed.shape[:-1], -1)[..., :count]
@@ -82,9 +82,9 @@ class MatMulNBitsTensors:
 
 
 def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBitsTensors:
-    """A quantized weight in MatMulNBits' layout, in blocks of at most ``largest``.
+    """Pack a quantized weight for MatMulNBits, in blocks of at most ``largest``.
 
-    Zero points are left out where all equal the operator's default ``2^(bits - 1)``; symmetric 3-bit codes are moved up so
+    Zero points are left out where all equal the operator's default ``2^(bits - 1)``; symmetric 3-bit codes are shifted so
     that this holds for them too.
 
     Raises:
@@ -103,11 +103,11 @@ def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBits
     count = -(-k // block)
     padded = np.zeros((n, count * block), np.uint8)
     padded[:, :k] = codes.T
-    first = np.arange(count) * block // spec.rows(k)  # the group each block lies in
-    block_zeros = np.ascontiguousarray(zeros[first].T)
+    group_of_block = np.arange(count) * block // spec.rows(k)  # index of the group that contains each block
+    block_zeros = np.ascontiguousarray(zeros[group_of_block].T)
     return MatMulNBitsTensors(
         weight=pack_bits(padded.reshape(n, count, block), bits),
-        scales=np.ascontiguousarray(weight.scales[first].T).astype(spec.scale_dtype),
+        scales=np.ascontiguousarray(weight.scales[group_of_block].T).astype(spec.scale_dtype),
         zero_points=None if (block_zeros == 2 ** (bits - 1)).all() else pack_bits(block_zeros, bits),
         bits=bits,
         block_size=block,
@@ -117,7 +117,7 @@ def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBits
 
 
 def unpack_matmulnbits(tensors: MatMulNBitsTensors) -> tuple[Codes, Array, Codes]:
-    """Inverse: codes ``(K, N)``, and scales and zero points per block ``(blocks, N)``."""
+    """Unpack codes ``(K, N)``, and scales and zero points per block ``(blocks, N)``."""
     t = tensors
     count = -(-t.k // t.block_size)
     codes = unpack_bits(t.weight, t.bits, t.block_size).reshape(t.n, -1)[:, : t.k].T
@@ -130,9 +130,9 @@ def unpack_matmulnbits(tensors: MatMulNBitsTensors) -> tuple[Codes, Array, Codes
 
 
 def dequantize_matmulnbits(tensors: MatMulNBitsTensors) -> Array:
-    """The float weight ``(K, N)`` a MatMulNBits node multiplies by."""
+    """Return the float weight ``(K, N)`` a MatMulNBits node multiplies by."""
     codes, scales, zeros = unpack_matmulnbits(tensors)
-    return scaled(codes, zeros, scales, np.arange(tensors.k) // tensors.block_size)
+    return dequantize(codes, zeros, scales, np.arange(tensors.k) // tensors.block_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +151,7 @@ class QdqTensors:
 
 
 def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
-    """A quantized weight as DequantizeLinear tensors: per channel on axis 1, or blocks along axis 0.
+    """Pack a quantized weight for DequantizeLinear: per channel on axis 1, or blocks along axis 0.
 
     Raises:
         ValueError: The group size has no block of 16 to 256 that divides it (onnxruntime would not fuse it).
@@ -168,12 +168,12 @@ def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
     block = kernel_block(spec.group_size, k, spec.bits)
     if block is None:
         raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
-    first = np.arange(-(-k // block)) * block // spec.rows(k)
-    return QdqTensors(codes, scales[first], None if zeros is None else zeros[first], bits, 0, block)
+    group_of_block = np.arange(-(-k // block)) * block // spec.rows(k)
+    return QdqTensors(codes, scales[group_of_block], None if zeros is None else zeros[group_of_block], bits, 0, block)
 
 
 def dequantize_qdq(tensors: QdqTensors) -> Array:
-    """The float weight ``(K, N)`` that DequantizeLinear yields."""
+    """Return the float weight ``(K, N)`` that DequantizeLinear yields."""
     t = tensors
     rows: Any = slice(None) if t.block_size == 0 else np.arange(len(t.codes)) // t.block_size
     scales = t.scales.astype(np.float32)[rows]

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from magr_onnx.core.types import Array
 
-_MARGIN = 0.95  # a warm start is taken this much lower, so that it is left of the root unless the root moved further
+_MARGIN = 0.95  # factor on a warm start, so that it is left of the root unless the root moved further
 
 
 def levels(values: Array, threshold: float, metric: Array | None = None, start: Array | None = None) -> Array:
-    """Clipping level of every row.
+    """Compute the clipping level of every row.
 
     Args:
         values: ``(..., n)``, contiguous; rows along the last axis are independent problems.
@@ -39,16 +39,16 @@ def levels(values: Array, threshold: float, metric: Array | None = None, start: 
     if start is None:
         return _finish(magnitude, weights, threshold, _from_left(magnitude, weights, threshold))
     level = _finish(magnitude, weights, threshold, np.maximum(start * _MARGIN, 0).astype(magnitude.dtype), check=True)
-    lost = np.isnan(level)
-    if lost.any():  # the root moved left of the start: begin again in those rows (all groups of a row together)
-        redo = lost if weights.ndim == 1 else lost.any(axis=-1)
-        part = magnitude[redo]
-        level[redo] = _finish(part, weights, threshold, _from_left(part, weights, threshold))
+    overshot = np.isnan(level)
+    if overshot.any():  # the root moved left of the start: restart those rows (all groups of a row together)
+        rows = overshot if weights.ndim == 1 else overshot.any(axis=-1)
+        magnitudes = magnitude[rows]
+        level[rows] = _finish(magnitudes, weights, threshold, _from_left(magnitudes, weights, threshold))
     return level
 
 
 def _from_left(magnitude: Array, weights: Array, threshold: float) -> Array:
-    """A level at or left of every root: Newton's step from where all entries are active, then one more."""
+    """Return a level at or left of every root: two Newton steps, the first with all entries active."""
     lower = np.maximum((_dot(magnitude, weights) - threshold) / weights.sum(axis=-1), 0)
     excess = np.maximum(magnitude - lower[..., None], 0)
     gap = _dot(excess, weights) - threshold
@@ -63,7 +63,7 @@ def _dot(rows: Array, weights: Array) -> Array:
 
 
 def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, check: bool = False) -> Array:
-    """Newton on the entries still above the level, until the active set stands still.
+    """Run Newton on the entries above the level until the active set no longer changes.
 
     The level must not be right of the root; with ``check``, NaN marks the rows where it was.
     """
@@ -72,25 +72,25 @@ def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, ch
     value = magnitude.reshape(-1)[active].astype(np.float64)
     weight = weights.reshape(-1)[active % weights.size].astype(np.float64)
     current = level.reshape(-1).astype(np.float64)
-    lost = np.zeros(current.size, bool)
+    overshot = np.zeros(current.size, bool)
     for step in range(100):
         slope = np.bincount(row, weight, current.size)
         total = np.bincount(row, weight * value, current.size)
         if check and step == 0:
-            lost = (total - slope * current < threshold) & (current > 0)
+            overshot = (total - slope * current < threshold) & (current > 0)
         solved = (total - threshold) / np.where(slope > 0, slope, 1)
         current = np.where(slope > 0, np.maximum(current, solved), current)
         keep = value > current[row]
         if keep.all():
             break
         row, value, weight = row[keep], value[keep], weight[keep]
-    current[lost] = np.nan
+    current[overshot] = np.nan
     result: Array = current.astype(magnitude.dtype).reshape(level.shape)
     return result
 
 
 def prox_linf(vector: Array, threshold: float) -> Array:
-    """``argmin_x 1/2 ||x - v||^2 + t ||x||_inf`` for every column of ``(K,)`` or ``(K, N)``."""
+    """Return ``argmin_x 1/2 ||x - v||^2 + t ||x||_inf`` for every column of ``(K,)`` or ``(K, N)``."""
     columns = np.ascontiguousarray(np.atleast_2d(vector.T))
     if threshold <= 0:
         return vector.copy()
@@ -100,7 +100,7 @@ def prox_linf(vector: Array, threshold: float) -> Array:
 
 
 def project_l1_ball(vector: Array, radius: float) -> Array:
-    """Euclidean projection of every column of ``(K,)`` or ``(K, N)`` on ``{x : ||x||_1 <= radius}``."""
+    """Project every column of ``(K,)`` or ``(K, N)`` on ``{x : ||x||_1 <= radius}``."""
     if radius < 0:
         raise ValueError(f"the radius of an l1 ball must not be negative; got {radius}")
     if radius == 0:

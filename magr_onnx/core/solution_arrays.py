@@ -1,4 +1,4 @@
-"""A layer's solution as plain arrays and JSON: all that a resumed run needs to go on without solving the layer again."""
+"""Serialization of a layer's solution as arrays and JSON, for resumed runs."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def to_arrays(solution: LayerSolution) -> Arrays:
-    """Codes, scales and zero points, or the float weight; low-rank factors; bias; the rest as JSON in ``facts``."""
+    """Convert a solution to arrays: codes and grid, or the weight; low-rank factors; bias; the rest as JSON in ``facts``."""
     arrays: Arrays = {}
-    facts: dict[str, Any] = {"record": asdict(solution.record), "changed": solution.changed}
+    metadata: dict[str, Any] = {"record": asdict(solution.record), "changed": solution.changed}
     if solution.quantized is None:
         arrays["weight"] = solution.weight
     else:
         q = solution.quantized
         arrays |= {"codes": q.codes, "scales": q.scales, "zero_points": q.zero_points}
-        facts["spec"] = asdict(q.spec)
+        metadata["spec"] = asdict(q.spec)
     if solution.factors is not None:
         arrays |= {"down": solution.factors.down, "up": solution.factors.up}
     if solution.bias is not None:
         arrays["bias"] = solution.bias
-    arrays["facts"] = np.frombuffer(json.dumps(facts, default=_to_python).encode(), np.uint8)
+    arrays["facts"] = np.frombuffer(json.dumps(metadata, default=_to_python).encode(), np.uint8)
     return arrays
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int) -> LayerSolution:
-    """The solution of a layer ``(k, n)`` that `to_arrays` took apart. Its ``target`` is its weight: no solver is to follow.
+    """Restore the solution of a layer ``(k, n)`` from `to_arrays`. Its ``target`` is its weight: it is not solved again.
 
     Raises:
         ValueError: An array has another shape or type than this layer's.
-        KeyError: An array or a fact is missing.
-        TypeError: The facts have another form.
+        KeyError: An array or a field is missing.
+        TypeError: The metadata has another form.
     """
-    facts = json.loads(arrays["facts"].tobytes())
+    metadata = json.loads(arrays["facts"].tobytes())
     quantized, factors = None, None
-    if "spec" in facts:
-        spec = WeightSpec(**facts["spec"])
+    if "spec" in metadata:
+        spec = WeightSpec(**metadata["spec"])
         grid = (spec.groups(k), n)
         quantized = QuantizedWeight(
             _array(arrays, "codes", (k, n), np.uint8),
@@ -62,13 +62,13 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int) -> Layer
         factors = Factors(_array(arrays, "down", (k, rank), np.float32), _array(arrays, "up", (rank, n), np.float32))
         weight = weight + factors.product()
     bias = _array(arrays, "bias", (n,), np.float64) if "bias" in arrays else None
-    record = facts["record"]
+    record = metadata["record"]
     record = LayerRecord(**{**record, "errors": tuple(record["errors"]), "notes": tuple(record["notes"])})
-    return LayerSolution(weight, bias, weight, None, quantized, factors, bool(facts["changed"]), record)
+    return LayerSolution(weight, bias, weight, None, quantized, factors, bool(metadata["changed"]), record)
 
 
 def most_bytes(k: int, n: int) -> int:
-    """More bytes than the arrays of a layer ``(k, n)`` can have: a larger file is damaged."""
+    """Return an upper bound on the bytes of a layer ``(k, n)``: a larger file is damaged."""
     return 16 * k * n + 16 * min(k, n) * (k + n) + (1 << 20)
 
 
@@ -80,5 +80,5 @@ def _array(arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, 
 
 
 def _to_python(value: Any) -> Any:
-    """NumPy's scalars as Python's."""
+    """Convert NumPy scalars to Python."""
     return value.item() if isinstance(value, np.generic) else str(value)

@@ -24,18 +24,18 @@ T = TypeVar("T")
 
 BITS = tuple(range(2, 9))
 LARGE = 6144
-"""Inputs of a layer from which its ``(K, K)`` matrices are held in float32, few at a time, and worked on in place."""
-LARGE_ROWS = 512  # of such a matrix worked on at a time
+"""Inputs of a layer from which its ``(K, K)`` matrices are stored in float32 and processed in place, a few at a time."""
+LARGE_ROWS = 512  # of such a matrix processed at a time
 NOISE = 3e-7  # of a second moment that was summed in single precision
-COLUMN_BYTES = 1 << 25  # of float32 output channels that solvers work on at a time: channels are independent of each other
+COLUMN_BYTES = 1 << 25  # of float32 output channels a solver processes at a time: channels are independent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
-    """A model or data that takes work to make, and is made when all that can be checked without it has been.
+    """A model or data that is expensive to make: made only after everything that can be checked without it.
 
     Attributes:
-        make: Makes it; called once for every place that takes it.
+        make: Makes it; called once by each consumer.
     """
 
     make: Callable[[], Any]
@@ -43,7 +43,7 @@ class Lazy:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """What integer grid a weight is put on.
+    """The integer grid of a weight.
 
     Attributes:
         bits: Code width, 2 to 8. Codes are unsigned, in ``[0, 2**bits - 1]``.
@@ -93,7 +93,7 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one layer may become: bits, and rows that share a scale (None: a whole column). No bits: it stays float."""
+    """One candidate for a layer in mixed precision: bits and rows per scale (None: the whole column); without bits it stays float."""
 
     bits: int | None = None
     block_size: int | None = None
@@ -130,36 +130,36 @@ class QuantizedWeight:
 
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
-        return scaled(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
+        return dequantize(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
 
 
-def scaled(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:
-    """``scale * (code - zero point)`` ``(K, N)`` float32 of grids ``(G, N)``; ``rows (K,)`` gives the group of every row."""
+def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:
+    """``scale * (code - zero point)`` ``(K, N)`` float32 of grids ``(G, N)``; ``rows (K,)`` is the group of every row."""
     result: Array = np.empty(codes.shape, np.float32)
-    for at in range(0, len(codes), LARGE_ROWS):  # so that no more than the result is of its size
-        part, group = result[at : at + LARGE_ROWS], rows[at : at + LARGE_ROWS]
-        np.subtract(codes[at : at + LARGE_ROWS], zeros.astype(np.float32)[group], out=part)
-        part *= scales.astype(np.float32, copy=False)[group]
+    for at in range(0, len(codes), LARGE_ROWS):  # so that no temporary is as large as the result
+        values, group = result[at : at + LARGE_ROWS], rows[at : at + LARGE_ROWS]
+        np.subtract(codes[at : at + LARGE_ROWS], zeros.astype(np.float32)[group], out=values)
+        values *= scales.astype(np.float32, copy=False)[group]
     return result
 
 
 def column_parts(k: int, n: int) -> list[slice]:
-    """Output channels of a layer ``(k, n)`` in parts of `COLUMN_BYTES`: one for most layers."""
+    """Split the output channels of a layer ``(k, n)`` into slices of `COLUMN_BYTES`; most layers need one."""
     count = max(1, -(-4 * k * n // COLUMN_BYTES))
     edges = [n * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
-def joined(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Objectives of two sets of columns, step by step, added up; the one that stopped earlier keeps its last."""
+def sum_traces(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Add the objectives of two sets of columns, step by step; the shorter trace keeps its last value."""
     length = max(len(a), len(b))
-    long = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
-    return [x + y for x, y in zip(*long, strict=True)]
+    padded = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
+    return [x + y for x, y in zip(*padded, strict=True)]
 
 
 def gram_type(k: int) -> type[np.float32] | type[np.float64]:
-    """The type that ``(K, K)`` statistics are held in. They are summed in float64; rounding them after that changes nothing that matters
-    beside the damping, and halves what the largest layers need."""
+    """Return the type ``(K, K)`` statistics are stored in. They are summed in float64; the rounding afterwards is far below the damping,
+    and halves the memory of the largest layers."""
     return np.float32 if k >= LARGE else np.float64
 
 
@@ -179,7 +179,7 @@ class ActivationGrid:
 
     @staticmethod
     def of_range(low: float, high: float, signed: bool = False) -> ActivationGrid:
-        """The grid over ``[min(low, 0), max(high, 0)]``, zero exactly on it."""
+        """Return the grid over ``[min(low, 0), max(high, 0)]``, with zero exactly on it."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = float(np.float32(max((high - low) / 255, float(np.finfo(np.float32).tiny) * 256)))
         zero = int(np.clip(np.rint(-low / scale), 0, 255))
@@ -199,7 +199,7 @@ class ActivationGrid:
 
 @dataclass(frozen=True, slots=True)
 class DynamicRange:
-    """A uint8 grid over what each tensor turns out to hold at run time, clipped to ``[low, high]`` first."""
+    """A uint8 grid over the range of each tensor at run time, after clipping to ``[low, high]``."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -225,12 +225,12 @@ class LayerStats:
     Where the input will be quantized, the moments are of the quantized input: codes multiply that one.
 
     Attributes:
-        gram: ``X^T X / n`` ``(K, K)``, float64; float32 from `LARGE` inputs on (see `gram_type`). To be read only.
+        gram: ``X^T X / n`` ``(K, K)``, float64; float32 from `LARGE` inputs on (see `gram_type`). Read-only.
         mean: ``mean(X)`` ``(K,)`` float64.
-        rows: Calibration rows ``n`` that were counted; 0 marks data-free statistics (identity).
+        rows: Number of calibration rows ``n``; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
         activation: How the input is quantized; None where it stays float.
-        held_out: Statistics of a part of the rows, for choices that would overfit on all of them; else None.
+        held_out: Statistics of the held-out rows, for choices that would overfit on all rows; else None.
     """
 
     gram: Array
@@ -243,10 +243,10 @@ class LayerStats:
 
     @staticmethod
     def data_free(k: int) -> LayerStats:
-        """The statistics assumed without calibration data: uncorrelated inputs of unit power, mean zero."""
+        """Return the statistics assumed without calibration data: uncorrelated inputs of unit power and zero mean."""
         line = np.zeros(2 * k - 1)
         line[k - 1] = 1
-        return LayerStats(np.lib.stride_tricks.sliding_window_view(line, k)[::-1], np.zeros(k), 0)  # the identity, in 2 K numbers
+        return LayerStats(np.lib.stride_tricks.sliding_window_view(line, k)[::-1], np.zeros(k), 0)  # the identity, as a view of 2 K numbers
 
     @property
     def target_mean(self) -> Array:
@@ -258,7 +258,7 @@ class LayerStats:
         return self.rows == 0
 
     def combine(self, other: LayerStats, sign: int = 1) -> LayerStats:
-        """Statistics of the rows of both, or (``sign=-1``) of those that are not in ``other``."""
+        """Return the statistics of the rows of both, or (``sign=-1``) of the rows that are not in ``other``."""
         n = self.rows + sign * other.rows
         if n == 0:
             return self
@@ -269,39 +269,39 @@ class LayerStats:
         return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
-        """``make()``, computed once: factorizations are shared by the layers that share these statistics."""
+        """Compute ``make()`` once: layers that share these statistics share factorizations."""
         if key not in self._memo:
             self._memo[key] = make()
         value: T = self._memo[key]
         return value
 
     def objective_gram(self, centred: bool) -> Array:
-        """The matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias will absorb the mean error."""
+        """Return the matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias absorbs the mean error."""
         if not centred or self.is_data_free:
             return self.gram
         return self._centred() if len(self.mean) >= LARGE else self.memo("centred", self._centred)
 
     def _centred(self) -> Array:
-        """The centred matrix row by row, without another of its size; inputs that never change leave only noise, which is taken out."""
+        """Centre the matrix block by block, without a second temporary; what constant inputs leave is noise, and is set to zero."""
         result: Array = self.gram.copy()
         for at in range(0, len(result), LARGE_ROWS):
             result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
-        still = np.flatnonzero(result.diagonal() <= NOISE * self.gram.diagonal())
-        result[still] = 0
-        result[:, still] = 0
+        constant = np.flatnonzero(result.diagonal() <= NOISE * self.gram.diagonal())
+        result[constant] = 0
+        result[:, constant] = 0
         return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetMoments:
-    """Moments of what a layer should put out, ``Y (n, N)`` without its bias, beside its input ``X_q (n, K)`` behind quantized layers.
+    """Moments of a layer's target output ``Y (n, N)`` (without bias) and its input ``X_q (n, K)`` after quantized layers.
 
     Attributes:
         cross: ``X_q^T Y / n`` ``(K, N)`` float64.
         mean: ``mean(Y)`` ``(N,)``.
         power: ``mean(Y^2)`` ``(N,)``.
         rows: Rows ``n``.
-        held_out: The same of the rows that `LayerStats.held_out` counts; else None.
+        held_out: The same over the rows of `LayerStats.held_out`; else None.
     """
 
     cross: Array
@@ -311,32 +311,32 @@ class TargetMoments:
     held_out: TargetMoments | None = None
 
     def columns(self, chosen: npt.NDArray[np.intp]) -> TargetMoments:
-        """The moments of some output channels."""
+        """Return the moments of the ``chosen`` output channels."""
         return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
 
     def combine(self, other: TargetMoments, sign: int = 1) -> TargetMoments:
-        """As `LayerStats.combine`."""
+        """Combine as `LayerStats.combine` does."""
         n = self.rows + sign * other.rows
         a, b = self.rows / n, sign * other.rows / n
         return TargetMoments(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
 
 
 LARGEST = 1e15
-"""Of a weight: sums of squares of larger ones are infinite in float32."""
+"""Largest absolute weight: sums of squares of larger ones overflow float32."""
 
 
 def check_finite(name: str, array: npt.NDArray[Any]) -> None:
     """Raise `NonFiniteError` naming the layer when ``array`` holds NaN or infinity."""
     if not np.isfinite(array).all():
-        bad = np.argwhere(~np.isfinite(array))
+        indices = np.argwhere(~np.isfinite(array))
         raise NonFiniteError(
-            f"{name}: {len(bad)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, bad[0]))}); "
+            f"{name}: {len(indices)} of {array.size} values are NaN or infinite (first at index {tuple(map(int, indices[0]))}); "
             "repair the export or exclude the layer"
         )
 
 
 def check_weight(name: str, weight: Array) -> None:
-    """`check_finite`, of the squares too."""
+    """Raise `NonFiniteError` where a weight or its square is not finite."""
     check_finite(name, weight)
     if (largest := max(float(weight.max(initial=0)), -float(weight.min(initial=0)))) > LARGEST:
         raise NonFiniteError(f"{name}: values up to {largest:.3g}, and {LARGEST:g} is the most that can be squared; exclude the layer")

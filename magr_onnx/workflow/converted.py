@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from magr_onnx.core.histograms import places, thinned
+from magr_onnx.core.histograms import sampled_steps, subsample
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import Array
@@ -68,8 +68,8 @@ def layer_row(layer: View, solution: LayerSolution, emitted: Emitted | None, gro
         record.low_rank,
         groups,
         record.histograms,
-        tuple(thinned(record.errors)),
-        tuple(places(len(record.errors))),
+        tuple(subsample(record.errors)),
+        tuple(sampled_steps(len(record.errors))),
         record.tile_headroom,
         output=layer.output.name,
         scope=scope_of(layer.node),

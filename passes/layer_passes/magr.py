@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from magr_onnx.core import magr
-from magr_onnx.core.histograms import places, sketch, thinned
+from magr_onnx.core.histograms import sampled_steps, sketch, subsample
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.quantizers.interface import damped_gram
@@ -86,6 +86,6 @@ def figures(weights: Array, reduction: magr.Reduction) -> dict[str, Any]:
         "gap": reduction.gap,
         "max_before": float(np.abs(weights).max()),
         "max_after": float(np.abs(reduction.weights).max()),
-        "trace": thinned(reduction.trace),
-        "steps": places(len(reduction.trace)),
+        "trace": subsample(reduction.trace),
+        "steps": sampled_steps(len(reduction.trace)),
     }

@@ -214,7 +214,7 @@ class Quantize(LayerPass):
         record = replace(
             record.noting(*result.notes),
             error=relative_error(weight, problem, centred),
-            solver=result.facts or record.solver,
+            solver=result.figures or record.solver,
             histograms=sketch(solution.target, None if record.magr is None else reduced, result.weight),
             errors=result.errors or record.errors,
             tile_headroom=None if task.budget is None else tile_headroom(result.weight, task.budget),

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.kernels import on_accumulator, on_target
-from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, prove
+from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters, Proof, prove
 from magr_onnx.core.overflow.targets import Target
 from magr_onnx.passes.integer.dot_products import find
 from magr_onnx.report.data import SkipRow
@@ -40,7 +40,7 @@ def verify(
     return tuple(layers), tuple(skipped)
 
 
-def _verdict(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> LayerVerdict:
+def _verdict(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> LayerVerdict:
     shift = machine.x_shift
     return LayerVerdict(
         dot.name,
@@ -61,7 +61,7 @@ def _verdict(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> Laye
     )
 
 
-def _witness(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> WitnessRow | None:
+def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> WitnessRow | None:
     w = proof.witness
     if w is None:
         return None
@@ -73,7 +73,7 @@ def _witness(dot: IntegerDot, machine: Machine, proof: Proof, run: bool) -> Witn
         tuple(w.x.tolist()),
         w.x_zero,
         w.exact,
-        w.held,
+        w.wrapped,
         w.dot,
         w.simulated,
         ran.operator,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.overflow.proof import IntegerDot, Machine, Witness
+from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters, Witness
 from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.runtime.ort.session import Session
@@ -44,7 +44,7 @@ def machine_name() -> str:
     return f"{platform.system()} {platform.machine()}"
 
 
-def run(dot: IntegerDot, machine: Machine, witness: Witness) -> Run:
+def run(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Run:
     """Compute the witness's column with the operator of the layer, or with MatMulInteger in the order and types of its kernel."""
     try:
         if dot.form == "blockwise":
@@ -68,7 +68,7 @@ def _type_range(kind: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if kind.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _matmul_integer(dot: IntegerDot, machine: Machine, witness: Witness) -> Run:
+def _matmul_integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Run:
     """MatMulInteger of the codes in the order the kernel takes them. Where fusion moves int8 activations to uint8, so does this."""
     shift = machine.x_shift if dot.form == "qdq" and dot.x_range[0] < 0 <= dot.x_range[0] + machine.x_shift else 0
     x = _byte(witness.x + shift, dot.x_range[0] + shift, dot.x_range[1] + shift)

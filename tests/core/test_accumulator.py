@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from magr_onnx.core.overflow.accumulator import (
     Accumulator,
     Budget,
-    Room,
+    RunningSums,
     bits_for,
     data_type_bits,
     extremes,
@@ -145,7 +145,7 @@ def test_room_offers_exactly_the_codes_that_fit(data: st.DataObject) -> None:
     bits = data.draw(st.integers(smallest_feasible(Budget(Accumulator(16, tile), *span)), 12))
     budget = Budget(Accumulator(bits, tile, 32), *span)
     k = 6
-    room = Room(budget, k, 1)
+    room = RunningSums(budget, k, 1)
     codes = np.zeros((k, 1), np.int64)
     for row in data.draw(st.permutations(range(k))):
         low, high = (int(a[0]) for a in room.limits(row))
@@ -154,12 +154,12 @@ def test_room_offers_exactly_the_codes_that_fit(data: st.DataObject) -> None:
             assert fits(codes, budget) is expected, (row, code)
         codes[row] = data.draw(st.integers(low, high))
         room.take(row, codes[row])
-    rebuilt = Room(budget, k, 1, codes)
+    rebuilt = RunningSums(budget, k, 1, codes)
     np.testing.assert_array_equal(room.positive, rebuilt.positive)
     np.testing.assert_array_equal(room.negative, rebuilt.negative)
     room.release(2, codes[2])
     codes[2] = 0
-    np.testing.assert_array_equal(room.positive, Room(budget, k, 1, codes).positive)
+    np.testing.assert_array_equal(room.positive, RunningSums(budget, k, 1, codes).positive)
 
 
 @pytest.mark.parametrize("bits", range(2, 18))

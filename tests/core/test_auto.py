@@ -40,7 +40,7 @@ def error(weights: Array, problem: Problem, stats: LayerStats) -> float:
 
 
 def chosen(problem: Problem, options: Options) -> Choice:
-    facts = auto.run(problem, options).facts
+    facts = auto.run(problem, options).figures
     return Choice(facts["alpha"], facts["damping"], bool(facts["act_order"]))
 
 
@@ -81,7 +81,7 @@ def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int)
     best = least(best, [replace(best, damping=kept * d) for d in auto.DAMPINGS])
     best = least(best, [replace(best, act_order=False)])
     found = auto.run(problem, options)
-    assert found.facts["tried"] == len(tried)
+    assert found.figures["tried"] == len(tried)
     assert chosen(problem, options) == replace(best, damping=pytest.approx(automatic_damping(64, 800) * best.damping / kept))
 
 
@@ -103,11 +103,11 @@ def test_columns_are_sampled_where_there_are_many(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("alpha", [0.0, 2e-3])
 def test_given_options_are_not_chosen(alpha: float) -> None:
     problem, _ = problem_of(WeightSpec(3, 32))
-    given = auto.run(problem, Options(alpha=alpha, damping=0.07, act_order=False)).facts
+    given = auto.run(problem, Options(alpha=alpha, damping=0.07, act_order=False)).figures
     assert (given["alpha"], given["damping"], given["act_order"], given["tried"]) == (alpha, 0.07, False, 0)
-    some = auto.run(problem, Options(alpha=alpha)).facts
+    some = auto.run(problem, Options(alpha=alpha)).figures
     assert (some["alpha"], some["tried"]) == (alpha, len(auto.DAMPINGS) + 2)
-    undamped = auto.run(problem, Options(damping=0.0, act_order=True)).facts
+    undamped = auto.run(problem, Options(damping=0.0, act_order=True)).figures
     assert (undamped["damping"], undamped["act_order"], undamped["tried"]) == (0, True, len(auto.ALPHAS) + 1)
 
 
@@ -205,16 +205,16 @@ def test_goals_are_what_choices_are_judged_by() -> None:
         choice = Choice(alpha, automatic_damping(48, kept.rows), True)
         tried, *_ = auto._solve(aimed.fit, aimed.fit, kept, True, problem.spec, choice, Options(), quick=True)
         errors[alpha] = error_feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
-    assert found.facts["alpha"] == min(errors, key=lambda alpha: errors[alpha])
+    assert found.figures["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 
 
 def test_output_moments_lower_the_energy_they_stand_for() -> None:
     problem, _ = problem_of(WeightSpec(3, 32))
     g = np.random.default_rng(1).standard_normal((100, 4)) @ np.random.default_rng(2).standard_normal((4, 32))
     outputs = g.T @ g / 100
-    alone, found = (auto.run(p, Options()) for p in (problem, replace(problem, outputs=outputs)))
-    assert found.facts["coupled"] < found.facts["coupled_start"]
-    assert "coupled" not in alone.facts
+    alone, found = (auto.run(p, Options()) for p in (problem, replace(problem, output_hessian=outputs)))
+    assert found.figures["coupled"] < found.figures["coupled_start"]
+    assert "coupled" not in alone.figures
     root = g / 10  # what the layer's error does behind it
 
     def felt(weights: Array) -> float:

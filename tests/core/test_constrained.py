@@ -100,7 +100,7 @@ def test_room_for_everything_changes_nothing(name: str, spec: WeightSpec, kind: 
     free = solve(name, problem_of(k, 5, spec)).weight
     for bits in (enough, 64):
         solution = solve(name, problem_of(k, 5, spec, Budget(Accumulator(bits, tile, max(32, bits)), x_min, x_max)))
-        assert solution.facts["columns_constrained"] == 0
+        assert solution.figures["columns_constrained"] == 0
         for field in ("codes", "scales", "zero_points"):
             np.testing.assert_array_equal(getattr(solution.weight, field), getattr(free, field))
 
@@ -115,7 +115,7 @@ def test_columns_that_fit_are_left_alone(spec: WeightSpec, tile: int | None) -> 
     fitting = np.array(reach) < 2 ** (bits - 1)
     assert 0 < fitting.sum() < 12
     solution = solve("gptq", problem_of(64, 12, spec, budget, spread=0.6))
-    assert solution.facts["columns_constrained"] == 12 - fitting.sum()
+    assert solution.figures["columns_constrained"] == 12 - fitting.sum()
     for field in ("codes", "scales", "zero_points"):
         a, b = getattr(solution.weight, field), getattr(free, field)
         np.testing.assert_array_equal(a[:, fitting], b[:, fitting])
@@ -188,7 +188,7 @@ def test_refining_under_a_budget_only_lowers_the_error(spec: WeightSpec, tile: i
     start, found = (solve(name, problem, damping=damping) for name in ("gptq", "comq"))
     errors = [float(column_errors(s.weight.dequantize().astype(np.float64) - problem.target, h).sum()) for s in (start, found)]
     assert errors[1] < errors[0]
-    assert found.facts["error"] < found.facts["error_start"] == pytest.approx(errors[0], rel=1e-3)
+    assert found.figures["error"] < found.figures["error_start"] == pytest.approx(errors[0], rel=1e-3)
     path = np.array(comq.refine(problem.target, start.weight, h, sweeps=6, tolerance=0.0, budget=budget).errors)
     assert (path[1:] <= path[:-1] * (1 + 1e-5)).all()
 

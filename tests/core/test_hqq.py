@@ -112,7 +112,7 @@ def test_data_is_not_looked_at() -> None:
         for stats in (LayerStats.data_free(len(weights)), LayerStats(x.T @ x / 200, x.mean(axis=0), 200))
     ]
     np.testing.assert_array_equal(found[0].weight.codes, found[1].weight.codes)
-    assert found[0].facts["lp_error"] == pytest.approx(lp(weights, found[0].weight).sum(), rel=1e-4)
+    assert found[0].figures["lp_error"] == pytest.approx(lp(weights, found[0].weight).sum(), rel=1e-4)
     assert not np.array_equal(found[0].weight.scales, minmax(weights, spec).scales)
 
 

@@ -229,8 +229,8 @@ def test_comq_never_ends_above_gptq_under_the_matrix_it_minimises(spec: WeightSp
     h = damped(gram, 0.1)
     assert error(found.weight, weights, h) < error(start.weight, weights, h)
     assert found.notes == start.notes
-    assert found.facts["sweeps"] >= 1
-    assert found.facts["error"] < found.facts["error_start"]
+    assert found.figures["sweeps"] >= 1
+    assert found.figures["error"] < found.figures["error_start"]
 
 
 @some_specs

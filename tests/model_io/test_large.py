@@ -148,7 +148,7 @@ def test_data_free_solvers_need_no_matrix() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * k * k / 10
-    assert solution.facts["error"] < solution.facts["error_start"]
+    assert solution.figures["error"] < solution.figures["error_start"]
 
 
 @pytest.mark.parametrize(("group", "symmetric"), [(32, False), (None, False), (32, True), (20, False)])
@@ -166,8 +166,8 @@ def test_separable_descent_does_what_descent_under_the_identity_does(group: int 
 
 
 def test_errors_of_columns_add_up() -> None:
-    assert diagonal.joined([], [3.0, 2.0]) == [3.0, 2.0]
-    assert diagonal.joined([4.0, 1.0], [3.0, 2.0, 1.5]) == [7.0, 3.0, 2.5]
+    assert types.sum_traces([], [3.0, 2.0]) == [3.0, 2.0]
+    assert types.sum_traces([4.0, 1.0], [3.0, 2.0, 1.5]) == [7.0, 3.0, 2.5]
 
 
 def batches(count: int = 6) -> list[dict[str, Any]]:

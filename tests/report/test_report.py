@@ -310,7 +310,7 @@ def test_long_curves_know_their_steps() -> None:
     assert len(row.magr["trace"]) == len(row.magr["steps"]) == histograms.POINTS
     assert (row.magr["steps"][0], row.magr["steps"][-1]) == (0, row.magr["iterations"]) == (0, 200)
     assert (row.errors, row.sweeps, summary.sweeps_of(row)) == ((), (), None)
-    swept = replace(row, errors=tuple(histograms.thinned(range(80))), sweeps=tuple(histograms.places(80)))
+    swept = replace(row, errors=tuple(histograms.subsample(range(80))), sweeps=tuple(histograms.sampled_steps(80)))
     assert summary.sweeps_of(swept) == 79
     assert swept.errors == swept.sweeps
     assert summary.sweeps_of(replace(swept, sweeps=())) == 49  # an older report
@@ -342,8 +342,8 @@ def test_a_choice_without_attempts_can_be_shown(reports: dict[str, Report]) -> N
 
 
 def test_curves_keep_their_ends() -> None:
-    assert histograms.thinned([3.0, 2.0, 1.0]) == [3, 2, 1]
-    long = histograms.thinned(np.linspace(1, 0, 999).tolist())
+    assert histograms.subsample([3.0, 2.0, 1.0]) == [3, 2, 1]
+    long = histograms.subsample(np.linspace(1, 0, 999).tolist())
     assert len(long) == histograms.POINTS
     assert (long[0], long[-1]) == (1, 0)
     assert long == sorted(long, reverse=True)

@@ -26,7 +26,7 @@ import magr_onnx
 from magr_onnx import OptionError
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.kernels import on_accumulator, on_target
-from magr_onnx.core.overflow.proof import IntegerDot, Machine, Proof, hold, prove, simulate, wrap
+from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters, Proof, hold, prove, simulate, wrap
 from magr_onnx.core.overflow.targets import TARGETS, Kernel, find_target
 from magr_onnx.passes.integer.dot_products import find
 from magr_onnx.report.reasons import IntegerReason, Skip
@@ -305,7 +305,7 @@ def test_claims_are_what_enumeration_finds(
     codes = np.array([column, [-c for c in column]]).T
     dot = tiny_dot(codes, span, (zero,), w_zero, bias)
     order = np.random.default_rng(len(column)).permutation(len(column))
-    machine = Machine(Accumulator(16, tile, 32), (order,), shift if span[0] < 0 else -0)
+    machine = KernelRegisters(Accumulator(16, tile, 32), (order,), shift if span[0] < 0 else -0)
     proof = prove(dot, machine)
     x = every(*span, len(column))
     raw = x + machine.x_shift
@@ -337,7 +337,7 @@ def test_a_witness_overflows_and_a_proof_has_none(
     check_witness(dot, machine, proof)
 
 
-def check_witness(dot: IntegerDot, machine: Machine, proof: Proof) -> None:
+def check_witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof) -> None:
     """The input is of the type, and the register cannot hold the sum, which is the sum of those rows."""
     w, acc = proof.witness, machine.accumulator
     assert w is not None
@@ -358,7 +358,7 @@ def check_witness(dot: IntegerDot, machine: Machine, proof: Proof) -> None:
         assert all(int(w.x[r]) + machine.x_shift == 0 for r in range(dot.k) if r not in rows)
     bits = acc.bits if w.claim == "inner" else acc.outer_bits
     assert not -(2 ** (bits - 1)) <= w.exact < 2 ** (bits - 1)
-    assert w.held != w.exact
+    assert w.wrapped != w.exact
 
 
 @pytest.mark.parametrize("pair", [(64, 64), (-64, -64), (127, 1), (127, -128), (-128, 0), (-127, -1)])
@@ -471,7 +471,7 @@ def test_an_int32_bias_added_to_a_matmul_is_in_the_accumulator(shape: list[Any],
     for value in (-(2**30), 2**30):
         dot = replace(dot_of(proto), bias=np.array([value]), codes=np.array([[8421505], [0]]), x_zeros=(10,))  # raw: 2^31 + 127
         high = 245 * 8421505 + max(value, 0)
-        proof = prove(dot, Machine(Accumulator(33, None, 33), (np.arange(2),)))
+        proof = prove(dot, KernelRegisters(Accumulator(33, None, 33), (np.arange(2),)))
         assert proof.result is not None
         assert (proof.result.low, proof.result.high) == (-10 * 8421505 + min(value, 0), high)
 
@@ -635,7 +635,7 @@ def test_a_proof_means_that_the_simulated_registers_are_exact(name: str, target:
 def test_large_weights_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     dot = dot_of(dots.qgemm(dots.W, dots.BIAS))
     machine = on_target(dot, TARGETS["x86-avx2"])
-    assert isinstance(machine, Machine)
+    assert isinstance(machine, KernelRegisters)
     whole = prove(dot, machine)
     monkeypatch.setattr("magr_onnx.core.overflow.accumulator.CHUNK", 1)
     pieces = prove(dot, machine)
@@ -755,7 +755,7 @@ def test_simulation_agrees_with_onnxsim() -> None:
     other = onnxsim_prover()
     dot = dot_of(dots.matmul_integer(dots.codes(21, 4)))
     machine = on_target(dot, TARGETS["x86-avx2"])
-    assert isinstance(machine, Machine)
+    assert isinstance(machine, KernelRegisters)
     x = np.random.default_rng(2).integers(0, 256, (6, 21))
     theirs = other.u8s8_pair_saturating_matmul(x, dot.codes)
     ours = [[simulate(dot, machine, row, column) for column in range(4)] for row in x]

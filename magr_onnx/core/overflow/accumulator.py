@@ -1,4 +1,4 @@
-"""Integer accumulators: what a dot product can reach, exactly, and how large codes may be.
+"""Integer accumulators: exact bounds of dot products, and the codes that fit.
 
 A dot product of activations ``x`` in ``[x_min, x_max]`` (``x_min <= 0 <= x_max``) with integer codes ``q`` is summed in tiles of ``T``
 consecutive terms, each in a register of ``P`` bits; tile sums are added in an outer register. Over all inputs and all orders of
@@ -36,7 +36,7 @@ class Accumulator:
         bits: Width ``P`` of the register, two's complement.
         tile: Consecutive terms ``T`` along K that share it; None for the whole dot product.
         outer_bits: Width of the register the tile sums are added in.
-        saturating: Whether the register clips where it overflows (else it wraps): what a witness will show.
+        saturating: Whether the register clips on overflow (else it wraps).
     """
 
     bits: int = 32
@@ -57,7 +57,7 @@ class Accumulator:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """An accumulator met by activations in ``[x_min, x_max]``: what codes may add up to.
+    """An accumulator and the range ``[x_min, x_max]`` of activations: the bound on sums of codes.
 
     Attributes:
         accumulator: The registers.
@@ -86,8 +86,8 @@ class Budget:
     @property
     def largest_code(self) -> int:
         """The largest ``c`` such that a lone code ``c``, and a lone ``-c``, cannot overflow; 0 when the budget is infeasible."""
-        found = min(self.high, -self.low) // self.x_max
-        return min(found, self.high // -self.x_min, -self.low // -self.x_min) if self.x_min else found
+        code = min(self.high, -self.low) // self.x_max
+        return min(code, self.high // -self.x_min, -self.low // -self.x_min) if self.x_min else code
 
     @property
     def l1(self) -> float:
@@ -100,9 +100,9 @@ class Budget:
         return self.high / max(self.x_max, -self.x_min)
 
     def column_extremes(self, codes: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Least and greatest sum any tile of every column of ``codes (K, N)`` can reach, ``(N,)`` each; exact for integer codes."""
+        """Return the least and greatest sum of any tile in every column of ``codes (K, N)``, ``(N,)`` each; exact for integer codes."""
         pieces = (extremes(codes[:, c], self.accumulator.tile, self.x_min, self.x_max) for c in column_pieces(codes))
-        bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in pieces]  # all (tiles, N) at once can be larger than the weight
+        bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in pieces]  # in pieces: (tiles, N) can be larger than the weight
         return np.concatenate([low for low, _ in bounds]), np.concatenate([high for _, high in bounds])
 
     def tiles(self, k: int) -> int:
@@ -115,25 +115,25 @@ class Budget:
 
 
 def tile_starts(k: int, tile: int | None, block: int | None = None) -> npt.NDArray[np.intp]:
-    """First row of every tile of ``k`` rows; tiles start afresh with every ``block`` rows (whose sums leave for floats)."""
+    """Return the first row of every tile of ``k`` rows; tiles restart after every ``block`` rows (whose sums are scaled as floats)."""
     blocks = range(0, max(k, 1), block or max(k, 1))
     return np.concatenate([np.arange(b, max(min(b + (block or k), k), b + 1), tile or max(k, 1)) for b in blocks])
 
 
 def column_pieces(codes: npt.NDArray[Any]) -> Iterator[slice]:
-    """Columns of ``(K, N)``, few enough at a time to be widened to 64 bits."""
+    """Split the columns of ``(K, N)`` into slices small enough to widen to 64 bits."""
     k, n = codes.shape
     step = max(1, CHUNK // max(k, 1))
     return (slice(at, at + step) for at in range(0, max(n, 1), step))
 
 
 def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Sums of the positive and of the negative codes of every tile.
+    """Sum the positive and the negative codes of every tile.
 
     Args:
         codes: ``(K, N)`` raw integer codes.
         tile: Terms a tile; None for all K.
-        block: Rows after which tiles start afresh; None for never.
+        block: Rows after which tiles restart; None for never.
 
     Returns:
         ``p`` and ``m``, each ``(tiles, N)`` int64, ``p >= 0 >= m``.
@@ -143,7 +143,7 @@ def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> 
     kind: Any = codes.dtype if np.issubdtype(codes.dtype, np.floating) else np.int64  # floats: codes before they are rounded
     positive, negative = np.zeros((len(starts), n), kind), np.zeros((len(starts), n), kind)
     for c in column_pieces(codes) if k else ():
-        wide = codes[:, c].astype(kind, copy=False)  # before the sign is split: the least narrow code has no negative
+        wide = codes[:, c].astype(kind, copy=False)  # before the sign is split: the least code has no negative in its own type
         np.add.reduceat(np.maximum(wide, 0), starts, axis=0, out=positive[:, c])
         np.add.reduceat(np.minimum(wide, 0), starts, axis=0, out=negative[:, c])
     return positive, negative
@@ -152,29 +152,29 @@ def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> 
 def extremes(
     codes: Integers, tile: int | None, x_min: int, x_max: int, block: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Least and greatest sum of every tile over all inputs, ``(tiles, N)`` int64 each."""
+    """Compute the least and greatest sum of every tile over all inputs, ``(tiles, N)`` int64 each."""
     p, m = signed_sums(codes, tile, block)
     return x_max * m + x_min * p, x_max * p + x_min * m
 
 
 def bits_for(low: int, high: int) -> int:
-    """The least two's complement width that holds all of ``[low, high]``."""
+    """Return the least two's complement width for ``[low, high]``."""
     return max(max(int(high), 0).bit_length(), (-int(low) - 1).bit_length() if low < 0 else 0) + 1
 
 
 def data_type_bits(tile: int, x_min: int, x_max: int, q_min: int, q_max: int) -> int:
-    """The accumulator that holds ``tile`` products of any codes of the type: the bound without knowledge of the weights."""
+    """Return the accumulator width for ``tile`` products of any codes: the bound that needs no weights."""
     corners = (x_min * q_min, x_min * q_max, x_max * q_min, x_max * q_max)
     return bits_for(tile * min(corners), tile * max(corners))
 
 
 def smallest_feasible(budget: Budget) -> int:
-    """The fewest accumulator bits in which a code of 1 and one of -1 fit: with fewer only zero weights are safe."""
+    """Return the fewest accumulator bits for codes of 1 and -1: with fewer only zero weights are safe."""
     return bits_for(-max(budget.x_max, -budget.x_min), max(budget.x_max, -budget.x_min))
 
 
-class Room:
-    """Running sums of AXE (arXiv 2409.17092, eq. 15 to 21), exact: which codes still fit in every column's tile.
+class RunningSums:
+    """Exact running sums of AXE (arXiv 2409.17092, eq. 15 to 21): the codes that still fit in every column's tile.
 
     Rows may come in any order; `take` one before asking for the next of the same tile. Deviations from the paper: floors and ceilings on
     exact integers instead of a margin for rounding, and ``[low, high]`` of the register instead of a symmetric bound.
@@ -190,7 +190,7 @@ class Room:
             self.positive, self.negative = signed_sums(codes, budget.accumulator.tile)
 
     def limits(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Least and greatest code ``(N,)`` that may be added at ``row``."""
+        """Return the least and greatest code ``(N,)`` that may be added at ``row``."""
         b, t = self._budget, self._tile[row]
         p, m = self.positive[t], self.negative[t]
         above = b.high - (b.x_max * p + b.x_min * m)  # room below the register's largest value
@@ -201,28 +201,28 @@ class Room:
         return -np.maximum(lower, 0), np.maximum(upper, 0)
 
     def take(self, row: int, codes: npt.NDArray[Any]) -> None:
-        """Count ``codes (N,)`` at ``row``."""
+        """Add ``codes (N,)`` at ``row``."""
         t = self._tile[row]
-        whole = codes.astype(np.int64)
-        self.positive[t] += np.maximum(whole, 0)
-        self.negative[t] += np.minimum(whole, 0)
+        integers = codes.astype(np.int64)
+        self.positive[t] += np.maximum(integers, 0)
+        self.negative[t] += np.minimum(integers, 0)
 
     def clip(self, row: int, codes: npt.NDArray[np.floating[Any]], middle: Any) -> None:
-        """Clip wanted codes ``(N,)``, ``middle`` above the raw ones, to what still fits at ``row``, in place, and count them."""
+        """Clip codes ``(N,)``, ``middle`` above the raw ones, in place to what still fits at ``row``, and add them."""
         lower, upper = self.limits(row)
         np.clip(codes, lower + middle, upper + middle, out=codes)
         self.take(row, codes - middle)
 
     def release(self, row: int, codes: npt.NDArray[Any]) -> None:
-        """Uncount ``codes (N,)`` at ``row``."""
+        """Subtract ``codes (N,)`` at ``row``."""
         t = self._tile[row]
-        whole = codes.astype(np.int64)
-        self.positive[t] -= np.maximum(whole, 0)
-        self.negative[t] -= np.minimum(whole, 0)
+        integers = codes.astype(np.int64)
+        self.positive[t] -= np.maximum(integers, 0)
+        self.negative[t] -= np.minimum(integers, 0)
 
 
 def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_max: int = 127, shift: int = 0) -> int | None:
-    """The largest block whose sum of ``bits``-wide codes, each moved up by ``shift``, times activations in ``[-x_max, x_max]`` fits.
+    """Return the largest block whose sum of ``bits``-wide codes, each raised by ``shift``, times activations in ``[-x_max, x_max]`` fits.
 
     None if no block does.
     """
@@ -231,6 +231,6 @@ def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_m
 
 
 def log2_gap(low: int, high: int, bits: int) -> float:
-    """Headroom in bits: how often the worst case could double before it leaves ``bits``; negative when it does not fit."""
+    """Compute the headroom in bits: how often the worst case can double within ``bits``; negative when it does not fit."""
     worst = max(high / (2 ** (bits - 1) - 1), low / -(2 ** (bits - 1)))
     return math.inf if worst <= 0 else 0.0 - math.log2(worst)  # never -0.0

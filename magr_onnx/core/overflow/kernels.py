@@ -1,6 +1,6 @@
-"""Which registers a layer meets: on a named target, or in an accumulator somebody asks about.
+"""Registers of the kernel that computes a layer, on a named target or for a given accumulator.
 
-What onnxruntime's kernels do with each operator, measured as `magr_onnx.core.overflow.targets` says:
+onnxruntime's kernels, measured as described in `magr_onnx.core.overflow.targets`:
 
 - Products of matrices (MatMulInteger, QLinearMatMul, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, and DequantizeLinear forms, which
   are fused into them) visit K in order.
@@ -20,28 +20,28 @@ from dataclasses import replace
 import numpy as np
 
 from magr_onnx.core.overflow.accumulator import Accumulator
-from magr_onnx.core.overflow.proof import IntegerDot, Machine, Rows
+from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters, Rows
 from magr_onnx.core.overflow.targets import Kernel, Target
 
 
-def on_accumulator(dot: IntegerDot, accumulator: Accumulator) -> Machine:
-    """The registers ``accumulator`` describes, for raw codes in the order of K.
+def on_accumulator(dot: IntegerDot, accumulator: Accumulator) -> KernelRegisters:
+    """Return the registers of ``accumulator``, for raw codes in the order of K.
 
-    Where the order decides what shares a tile and the machine is not known (convolutions), both orders must hold. MatMulNBits adds
-    up a block at most: its sums are scaled as floats.
+    Where the order decides which rows share a tile and the target is unknown (convolutions), both orders must hold. MatMulNBits sums
+    at most a block: block sums are scaled as floats.
     """
     plain = np.arange(dot.k)
     orders: tuple[Rows, ...] = (plain,)
     label = ""
     if dot.taps > 1 and dot.block is None and accumulator.tile is not None:
-        last = dot.channels_last()
-        if not np.array_equal(last, plain):
-            orders, label = (plain, last), "both (channels, taps) and (taps, channels)"
-    return Machine(accumulator, orders, label=label)
+        channels_last = dot.channels_last()
+        if not np.array_equal(channels_last, plain):
+            orders, label = (plain, channels_last), "both (channels, taps) and (taps, channels)"
+    return KernelRegisters(accumulator, orders, label=label)
 
 
-def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) -> Machine | str:
-    """The registers of the kernel that onnxruntime runs for ``dot`` on ``target``, or why there is none.
+def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) -> KernelRegisters | str:
+    """Return the registers of onnxruntime's kernel for ``dot`` on ``target``, or the reason why there is none.
 
     Args:
         dot: The layer.
@@ -52,7 +52,7 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
         OptionError: The outer register is narrower than the inner one.
     """
     if dot.form == "blockwise":
-        found = _blockwise(dot, target)
+        registers = _blockwise(dot, target)
     else:
         if dot.x_type not in ("int8", "uint8") or (dot.w_type not in ("int8", "uint8")):
             return f"onnxruntime computes {dot.x_type} x {dot.w_type} in floats"
@@ -64,33 +64,35 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
         if dot.weight_left:
             kernel = target.kernel(w_signed, x_signed)
             orders = (kernel.order(dot.k),)
-            found = Machine(kernel.accumulator, orders, 0, kernel.shift, "(channels, taps), weights on the left" if dot.taps > 1 else "")
+            registers = KernelRegisters(
+                kernel.accumulator, orders, 0, kernel.shift, "(channels, taps), weights on the left" if dot.taps > 1 else ""
+            )
         else:
-            found = _integer(dot, target, target.kernel(x_signed, w_signed, qdq=dot.form == "qdq"))
+            registers = _integer(dot, target, target.kernel(x_signed, w_signed, qdq=dot.form == "qdq"))
     if outer_bits is None:
-        return found
-    inner = found.accumulator
+        return registers
+    inner = registers.accumulator
     bits = outer_bits if inner.tile is None else inner.bits
-    return replace(found, accumulator=replace(inner, bits=bits, outer_bits=outer_bits))
+    return replace(registers, accumulator=replace(inner, bits=bits, outer_bits=outer_bits))
 
 
-def _integer(dot: IntegerDot, target: Target, kernel: Kernel) -> Machine:
+def _integer(dot: IntegerDot, target: Target, kernel: Kernel) -> KernelRegisters:
     if dot.taps == 1 and not dot.depthwise:
-        return Machine(kernel.accumulator, (kernel.order(dot.k),), kernel.shift)
+        return KernelRegisters(kernel.accumulator, (kernel.order(dot.k),), kernel.shift)
     if not dot.depthwise:
-        last = dot.channels_last()
+        channels_last = dot.channels_last()
         order = kernel.order(dot.k)
-        return Machine(kernel.accumulator, (np.where(order < 0, -1, last[order]),), kernel.shift, 0, "(taps, channels)")
+        return KernelRegisters(kernel.accumulator, (np.where(order < 0, -1, channels_last[order]),), kernel.shift, 0, "(taps, channels)")
     if not target.depthwise_pairs:
-        return Machine(Accumulator(32, None, kernel.accumulator.outer_bits), (np.arange(dot.k),), kernel.shift, 0, "depthwise")
+        return KernelRegisters(Accumulator(32, None, kernel.accumulator.outer_bits), (np.arange(dot.k),), kernel.shift, 0, "depthwise")
     orders = [np.arange(dot.k), Kernel(stride=2).order(dot.k)] if kernel.accumulator.tile == 2 else [np.arange(dot.k)]
     if kernel.stride > 1:
         orders.append(kernel.order(dot.k))
-    return Machine(kernel.accumulator, tuple(orders), kernel.shift, 0, "depthwise: taps (k, k + 1) and (k, k + 2)")
+    return KernelRegisters(kernel.accumulator, tuple(orders), kernel.shift, 0, "depthwise: taps (k, k + 1) and (k, k + 2)")
 
 
-def _blockwise(dot: IntegerDot, target: Target) -> Machine:
+def _blockwise(dot: IntegerDot, target: Target) -> KernelRegisters:
     accumulator = target.blockwise
     if accumulator.tile is not None and dot.bits > 4:
         accumulator = replace(accumulator, tile=1)
-    return Machine(accumulator, (np.arange(dot.k),))
+    return KernelRegisters(accumulator, (np.arange(dot.k),))

@@ -1,4 +1,4 @@
-"""What an integer dot product can reach, proved over all inputs, and a witness where a register is too narrow.
+"""Proof over all inputs that an integer dot product fits its registers, or a witness where it does not.
 
 Three claims about a layer, each about one register:
 
@@ -8,7 +8,7 @@ Three claims about a layer, each about one register:
 - *result*: what the operator defines, ``sum (x - zero point) (w - zero point) + bias``.
 
 Extremes are those of `magr_onnx.core.overflow.accumulator`, exact over all inputs and all orders within a tile. Everything here is int64
-or Python integers; only the headroom shown to people is a float.
+or Python integers; only the displayed headroom is a float.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ClaimName = Literal["inner", "outer", "result"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerDot:
-    """A dot product of activation codes with constant weight codes, whatever node computes it.
+    """A dot product of activation codes with constant weight codes, computed by any kind of node.
 
     Attributes:
         name: Node name, unique among those of a model.
@@ -45,7 +45,7 @@ class IntegerDot:
             the operator has none (blockwise).
         w_zeros: Zero points of the weight, ``(1, N)`` or ``(K, N)``; None for blockwise.
         bias: Integer bias ``(N,)`` added in the accumulator, if there is one.
-        block: Terms after which the sum leaves for floats; None for the whole of K.
+        block: Terms after which the sum is scaled as a float; None for all of K.
         taps: Kernel taps of a convolution; 1 for matrix products.
         depthwise: Whether every channel of a convolution is its own group.
         weight_left: Whether the kernel takes the weight as its left operand (ConvInteger).
@@ -87,8 +87,8 @@ class IntegerDot:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Machine:
-    """The registers one layer meets.
+class KernelRegisters:
+    """The registers of the kernel of one layer.
 
     Attributes:
         accumulator: The registers.
@@ -107,7 +107,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one register must hold.
+    """Range of one register's sum.
 
     Attributes:
         low: The least value any input reaches.
@@ -115,7 +115,7 @@ class Claim:
         bits: Width of the register.
         needed: The least width that holds both.
         headroom: How many times the worst case could double, in bits; None for a sum that is always zero.
-        holds: Whether the register holds them.
+        holds: Whether the register is wide enough.
     """
 
     low: int
@@ -142,10 +142,10 @@ class Witness:
         x: Raw activation codes ``(K,)``, in the order of the graph.
         x_zero: Zero point of the activation in the sum ``result``; 0 in raw sums.
         exact: The true sum in that register.
-        held: What the register holds instead.
+        wrapped: The value in the register instead, wrapped or clipped.
         dot: The true integer dot product of the layer at ``column``: raw for inner and outer (there with the bias, if that is what
             overflows), with zero points, and the bias where it is in the sum, for result.
-        simulated: The same as the registers give it.
+        simulated: The same, as computed by the registers.
     """
 
     claim: ClaimName
@@ -154,7 +154,7 @@ class Witness:
     x: Int64
     x_zero: int
     exact: int
-    held: int
+    wrapped: int
     dot: int
     simulated: int
 
@@ -174,27 +174,27 @@ class Proof:
 
 
 def wrap(value: int, bits: int) -> int:
-    """Two's complement wrap."""
+    """Wrap a value in two's complement."""
     half = 1 << (bits - 1)
     return (value + half) % (1 << bits) - half
 
 
 def hold(value: int, bits: int, saturating: bool) -> int:
-    """What a register of ``bits`` makes of a value."""
+    """Store a value in a register of ``bits``: clip or wrap it."""
     half = 1 << (bits - 1)
     return min(max(value, -half), half - 1) if saturating else wrap(value, bits)
 
 
-class _Worst:
-    """The least and greatest value seen, each with where it was."""
+class _Extremes:
+    """Running minimum and maximum, each with its position."""
 
     def __init__(self) -> None:
         self.low, self.high = 0, 0
         self.low_at: Any = None
         self.high_at: Any = None
 
-    def see(self, low: Int64, high: Int64, at: Callable[[int, int], Any]) -> None:
-        """Count extremes ``(rows, columns)``; ``at`` tells the place of an index."""
+    def update(self, low: Int64, high: Int64, at: Callable[[int, int], Any]) -> None:
+        """Update with extremes ``(rows, columns)``; ``at`` maps an index to a position."""
         if not low.size:
             return
         i, j = np.unravel_index(int(low.argmin()), low.shape)
@@ -204,42 +204,42 @@ class _Worst:
         if self.high_at is None or high[i, j] > self.high:
             self.high, self.high_at = int(high[i, j]), at(int(i), int(j))
 
-    def place(self, bits: int) -> tuple[Any, bool]:
-        """Where a register of ``bits`` fails, and whether above."""
+    def overflow(self, bits: int) -> tuple[Any, bool]:
+        """Return the position where a register of ``bits`` overflows, and whether above."""
         above = self.high > 2 ** (bits - 1) - 1
         return (self.high_at, True) if above else (self.low_at, False)
 
 
 def _ordered(codes: Integers, order: Rows) -> Integers:
-    taken = codes[order]
+    ordered = codes[order]
     if (order < 0).any():
-        taken[order < 0] = 0
-    return taken
+        ordered[order < 0] = 0
+    return ordered
 
 
-def prove(dot: IntegerDot, machine: Machine) -> Proof:
-    """Decide the claims of a layer on a machine."""
-    acc = machine.accumulator
-    x_low, x_high = dot.x_range[0] + machine.x_shift, dot.x_range[1] + machine.x_shift
-    inner, outer, result = _Worst(), _Worst(), _Worst()
+def prove(dot: IntegerDot, registers: KernelRegisters) -> Proof:
+    """Decide the claims of a layer on the registers of a kernel."""
+    acc = registers.accumulator
+    x_low, x_high = dot.x_range[0] + registers.x_shift, dot.x_range[1] + registers.x_shift
+    inner, outer, result = _Extremes(), _Extremes(), _Extremes()
     for columns in column_pieces(dot.codes):
-        first = columns.start
+        first_column = columns.start
         chunk = dot.codes[:, columns].astype(np.int64)
         bias = 0 if dot.bias is None else dot.bias[columns]
-        for number, order in enumerate(machine.orders):
-            ordered = _ordered(chunk + machine.w_shift, order)
+        for number, order in enumerate(registers.orders):
+            ordered = _ordered(chunk + registers.w_shift, order)
             low, high = extremes(ordered, acc.tile, x_low, x_high, dot.block)
             starts = tile_starts(len(order), acc.tile, dot.block)
-            inner.see(low, high, lambda t, c, o=number, s=starts, f=first: (o, s, t, f + c))  # type: ignore[misc]
+            inner.update(low, high, lambda t, c, o=number, s=starts, f=first_column: (o, s, t, f + c))  # type: ignore[misc]
             blocks = np.flatnonzero(np.isin(starts, tile_starts(len(order), None, dot.block)))
             low, high = np.add.reduceat(low, blocks, axis=0), np.add.reduceat(high, blocks, axis=0)
-            outer.see(low + np.minimum(bias, 0), high + np.maximum(bias, 0), lambda b, c, o=number, f=first: (o, b, f + c))  # type: ignore[misc]
+            outer.update(low + np.minimum(bias, 0), high + np.maximum(bias, 0), lambda b, c, o=number, f=first_column: (o, b, f + c))  # type: ignore[misc]
         if dot.x_zeros is not None and dot.w_zeros is not None:
             levels = chunk - dot.w_zeros[:, columns]
             for zero in dot.x_zeros:
                 low, high = extremes(levels, None, dot.x_range[0] - zero, dot.x_range[1] - zero, dot.block)
                 least, most = (np.minimum(bias, 0), np.maximum(bias, 0)) if dot.bias_may_be_float else (bias, bias)
-                result.see(low + least, high + most, lambda b, c, z=zero, f=first: (z, b, f + c))  # type: ignore[misc]
+                result.update(low + least, high + most, lambda b, c, z=zero, f=first_column: (z, b, f + c))  # type: ignore[misc]
     claims = (
         Claim.of(inner.low, inner.high, acc.bits),
         Claim.of(outer.low, outer.high, acc.outer_bits),
@@ -247,43 +247,45 @@ def prove(dot: IntegerDot, machine: Machine) -> Proof:
     )
     witness = None
     if not claims[0].holds:
-        (number, starts, tile, column), above = inner.place(acc.bits)
-        stop = starts[tile + 1] if tile + 1 < len(starts) else len(machine.orders[number])
-        witness = _raw_witness(dot, machine, "inner", number, slice(int(starts[tile]), int(stop)), column, above)
+        (number, starts, tile, column), above = inner.overflow(acc.bits)
+        stop = starts[tile + 1] if tile + 1 < len(starts) else len(registers.orders[number])
+        witness = _raw_witness(dot, registers, "inner", number, slice(int(starts[tile]), int(stop)), column, above)
     elif not claims[1].holds:
-        (number, block, column), above = outer.place(acc.outer_bits)
-        size = dot.block or len(machine.orders[number])
-        witness = _raw_witness(dot, machine, "outer", number, slice(block * size, (block + 1) * size), column, above)
+        (number, block, column), above = outer.overflow(acc.outer_bits)
+        size = dot.block or len(registers.orders[number])
+        witness = _raw_witness(dot, registers, "outer", number, slice(block * size, (block + 1) * size), column, above)
     elif claims[2] is not None and not claims[2].holds:
-        witness = _result_witness(dot, machine, *result.place(acc.outer_bits))
+        witness = _result_witness(dot, registers, *result.overflow(acc.outer_bits))
     return Proof(*claims, witness)
 
 
-def _raw_witness(dot: IntegerDot, machine: Machine, claim: ClaimName, number: int, span: slice, column: int, above: bool) -> Witness:
-    """The input that takes the codes of ``span`` to their extreme and leaves the other products zero."""
-    order = machine.orders[number]
+def _raw_witness(
+    dot: IntegerDot, registers: KernelRegisters, claim: ClaimName, number: int, span: slice, column: int, above: bool
+) -> Witness:
+    """Build the input with the extreme sum over ``span`` and all other products zero."""
+    order = registers.orders[number]
     rows = order[span][order[span] >= 0]
-    codes = dot.codes[:, column].astype(np.int64) + machine.w_shift
-    low, high = dot.x_range[0] + machine.x_shift, dot.x_range[1] + machine.x_shift
+    codes = dot.codes[:, column].astype(np.int64) + registers.w_shift
+    low, high = dot.x_range[0] + registers.x_shift, dot.x_range[1] + registers.x_shift
     x = np.zeros(dot.k, np.int64)
     x[rows] = np.where((codes[rows] > 0) == above, high, low)
     x[codes == 0] = 0
-    acc = machine.accumulator
+    acc = registers.accumulator
     bias = 0 if dot.bias is None else int(dot.bias[column])
     total = sum(int(a) * int(b) for a, b in zip(x[rows], codes[rows], strict=True))
     added = bias if (bias > 0) == above else 0  # the sum with or without the bias, whichever is further out
     exact = total if claim == "inner" else total + added
     bits, saturating = (acc.bits, acc.saturating) if claim == "inner" else (acc.outer_bits, False)
-    raw = x - machine.x_shift
+    raw = x - registers.x_shift
     plain = sum(int(a) * int(b) for a, b in zip(raw, dot.codes[:, column], strict=True))
-    simulated = simulate(dot, machine, raw, column, number)
+    simulated = simulate(dot, registers, raw, column, number)
     if claim == "outer":
         plain, simulated = plain + added, wrap(simulated + added, acc.outer_bits)
     return Witness(claim, column, tuple(map(int, rows)), raw, 0, exact, hold(exact, bits, saturating), plain, simulated)
 
 
-def _result_witness(dot: IntegerDot, machine: Machine, place: tuple[int, int, int], above: bool) -> Witness:
-    zero, block, column = place
+def _result_witness(dot: IntegerDot, registers: KernelRegisters, at: tuple[int, int, int], above: bool) -> Witness:
+    zero, block, column = at
     assert dot.w_zeros is not None
     size = dot.block or dot.k
     rows = range(block * size, min((block + 1) * size, dot.k))
@@ -297,25 +299,25 @@ def _result_witness(dot: IntegerDot, machine: Machine, place: tuple[int, int, in
         if level:
             x[row] = dot.x_range[1] if (level > 0) == above else dot.x_range[0]
             total += (int(x[row]) - zero) * level
-    held = wrap(total, machine.accumulator.outer_bits)
-    return Witness("result", column, tuple(rows), x, zero, total, held, total, held)
+    wrapped = wrap(total, registers.accumulator.outer_bits)
+    return Witness("result", column, tuple(rows), x, zero, total, wrapped, total, wrapped)
 
 
-def simulate(dot: IntegerDot, machine: Machine, x: Int64, column: int, order: int = 0) -> int:
-    """The raw dot product ``sum x w`` of one column as the registers give it, in exact integers.
+def simulate(dot: IntegerDot, registers: KernelRegisters, x: Int64, column: int, order: int = 0) -> int:
+    """Compute the raw dot product ``sum x w`` of one column as the registers do, in exact integers.
 
-    Tile sums are held by the inner register; they are added, and the kernel's shifts taken out again, in the outer one. A tile's sum is
-    formed exactly before it is held: within a tile this is the register's answer if it wraps, and if it clips only once at the end.
+    Tile sums are stored in the inner register; the outer one adds them and removes the kernel's shifts. A tile's sum is formed exactly
+    before it is stored: that equals a register that wraps, or one that clips only at the end.
     """
-    acc = machine.accumulator
-    rows = machine.orders[order]
+    acc = registers.accumulator
+    rows = registers.orders[order]
     codes = dot.codes[:, column].astype(np.int64)
     starts = list(map(int, tile_starts(len(rows), acc.tile, dot.block)))
     total = 0
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         tile = [int(r) for r in rows[start:stop] if r >= 0]
-        exact = sum((int(x[r]) + machine.x_shift) * (int(codes[r]) + machine.w_shift) for r in tile)
+        exact = sum((int(x[r]) + registers.x_shift) * (int(codes[r]) + registers.w_shift) for r in tile)
         total = hold(total + hold(exact, acc.bits, acc.saturating), acc.outer_bits, False)
-    a, b = machine.x_shift, machine.w_shift
+    a, b = registers.x_shift, registers.w_shift
     correction = a * int(codes.sum()) + b * int(x.sum()) + a * b * dot.k
     return wrap(total - correction, acc.outer_bits)

@@ -1,4 +1,4 @@
-"""Machines, by what the CPU kernels of onnxruntime add in on them.
+"""Target machines, by the accumulators of onnxruntime's CPU kernels.
 
 Measured with onnxruntime 1.31.1: on an AVX2 machine without VNNI (emulated Haswell), on ARM without dot product (emulated Cortex-A53)
 and with it (emulated Cortex-A76), on a machine with VNNI, with codes at and around every boundary.
@@ -26,7 +26,7 @@ INT32 = Accumulator(32, None, 32)
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """How one combination of types is multiplied.
+    """Kernel of one combination of types.
 
     Attributes:
         accumulator: The registers.
@@ -40,7 +40,7 @@ class Kernel:
     stride: int = 1
 
     def order(self, k: int) -> npt.NDArray[np.intp]:
-        """Rows of K in the order in which consecutive tiles take them, -1 for a row of zeros the kernel pads with."""
+        """Return the rows of K in the order of consecutive tiles, -1 for a zero row of padding."""
         if self.stride == 1:
             return np.arange(k)
         padded = -(-k // (2 * self.stride)) * 2 * self.stride
@@ -53,9 +53,9 @@ class Target:
     """A machine.
 
     Attributes:
-        name: What users call it.
+        name: Its name.
         summary: One line about it.
-        kernels: By the types ``u8s8`` (activation, weight) and so on; a combination left out is exact up to 32 bits.
+        kernels: By the types ``u8s8`` (activation, weight) and so on; other combinations are exact up to 32 bits.
         qdq_unsigned: Whether int8 activations of QuantizeLinear/DequantizeLinear graphs are computed as uint8.
         blockwise: The registers of MatMulNBits with int8 activations and codes of up to 4 bits; 8-bit codes do not share a tile.
         depthwise_pairs: Whether depthwise convolutions add two products in the inner register; False: they are exact.
@@ -69,7 +69,7 @@ class Target:
     depthwise_pairs: bool = False
 
     def kernel(self, activation_signed: bool, weight_signed: bool, *, qdq: bool = False) -> Kernel:
-        """How these types are multiplied; ``qdq`` for DequantizeLinear nodes that onnxruntime fuses."""
+        """Return the kernel of these types; ``qdq`` for DequantizeLinear nodes that onnxruntime fuses."""
         types = f"{'s' if activation_signed else 'u'}8{'s' if weight_signed else 'u'}8"
         if qdq and activation_signed and self.qdq_unsigned:
             inner = self.kernels.get("u8" + types[2:], Kernel())
@@ -77,13 +77,13 @@ class Target:
         return self.kernels.get(types, Kernel())
 
     def budget(self, activation_signed: bool, weight_signed: bool, *, qdq: bool = False) -> Budget:
-        """What codes may add up to: the registers, and the range of the activation codes the kernel multiplies."""
+        """Return the bound on sums of codes: the registers, and the range of activation codes in the kernel."""
         kernel = self.kernel(activation_signed, weight_signed, qdq=qdq)
         low, high = (-128, 127) if activation_signed else (0, 255)
         return Budget(kernel.accumulator, low + kernel.shift, high + kernel.shift)
 
     def weight_budget(self, activation_signed: bool, weight_signed: bool, *, qdq: bool = False) -> Budget:
-        """A budget on consecutive rows that suffices for the kernel, whatever rows it pairs: for solvers."""
+        """Return a budget on consecutive rows that is sufficient whatever rows the kernel pairs, for solvers."""
         budget = self.budget(activation_signed, weight_signed, qdq=qdq)
         if self.kernel(activation_signed, weight_signed, qdq=qdq).stride == 1:
             return budget
@@ -117,10 +117,10 @@ TARGETS: dict[str, Target] = {
 
 
 def find_target(name: str) -> Target:
-    """The target called ``name``.
+    """Return the target called ``name``.
 
     Raises:
-        OptionError: There is none; the message lists them.
+        OptionError: No such target; the message lists them.
     """
     if name not in TARGETS:
         raise OptionError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")

@@ -1,7 +1,7 @@
 """The registry of weight quantizers.
 
-To add one: write its file in this folder, with a `Quantizer` object, and add that to `QUANTIZERS`. Its name, its summary and its own
-options then are in pipelines, recipes, options of layers, ``--help`` and the documentation.
+To add one, write its file in this folder with a `Quantizer` object, and add that to `QUANTIZERS`. Its name, summary and
+options then appear in pipelines, recipes, per-layer options, ``--help`` and the documentation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 
 def method_options() -> dict[str, OptionSpec]:
-    """Options that quantizers declare themselves, by name. They go with the quantizer: another one drops them."""
+    """Return the options declared by quantizers, by name. Choosing another quantizer drops them."""
     return {option.name: replace(option, belongs_to="quantizer") for quantizer in QUANTIZERS.values() for option in quantizer.options}
 
 

@@ -7,7 +7,7 @@ column's mean first, which makes the positive and the negative codes add up to t
 The mean goes into the grid's zero point, so A2Q+ needs an asymmetric grid.
 
 Deviations from the papers: no training, the projection is their initialisation; scales come from the unprojected range; tiles
-(AXE's multi-stage sums) each get a ball of their own; where a tile's mean is not the column's, each sign is held to its own half.
+(AXE's multi-stage sums) each get a ball of their own; where a tile's mean is not the column's, each sign keeps to its own half.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
 def tiled(columns: Array, tile: int | None) -> Array:
-    """``(K, N)`` as ``(T, tiles * N)``: every tile a column, the last padded with zeros."""
+    """Reshape ``(K, N)`` to ``(T, tiles * N)``: every tile a column, the last padded with zeros."""
     k, n = columns.shape
     size = k if tile is None else min(tile, k)
     count = -(-k // size)
@@ -32,26 +32,26 @@ def tiled(columns: Array, tile: int | None) -> Array:
 
 
 def untiled(tiles: Array, k: int, n: int) -> Array:
-    """Inverse of `tiled`."""
+    """Invert `tiled`."""
     size = len(tiles)
     result: Array = tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
     return result
 
 
 def project(codes: Array, budget: Budget) -> Array:
-    """The nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
+    """Return the nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
 
     For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is
     sufficient.
     """
     tiles = tiled(codes, budget.accumulator.tile)
     half = budget.l1 / 2
-    parts = (project_l1_ball(np.maximum(tiles, 0), half), project_l1_ball(np.minimum(tiles, 0), half))
-    return untiled(parts[0] + parts[1], *codes.shape)
+    projected = (project_l1_ball(np.maximum(tiles, 0), half), project_l1_ball(np.minimum(tiles, 0), half))
+    return untiled(projected[0] + projected[1], *codes.shape)
 
 
 def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> QuantizedWeight:
-    """A2Q, or A2Q+ with ``plus``, of ``weights (K, N)`` on one grid a column."""
+    """Quantize ``weights (K, N)`` by A2Q, or A2Q+ with ``plus``, with one grid per column."""
     k, n = weights.shape
     mean = weights.mean(axis=0, keepdims=True) if plus and not spec.symmetric else np.zeros((1, n), weights.dtype)
     span = np.abs(weights - mean).max(axis=0, keepdims=True) / (spec.middle - 1 or 1)
@@ -65,13 +65,13 @@ def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> Qu
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """A2Q."""
+    """Run A2Q."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=False))
 
 
 def run_plus(problem: Problem, options: Options) -> Solution:
-    """A2Q+."""
+    """Run A2Q+."""
     assert problem.budget is not None
     return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=True))
 

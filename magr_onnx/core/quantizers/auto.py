@@ -1,13 +1,12 @@
-"""Everything the other solvers have, with their options chosen for every layer by the error on held-out calibration rows.
+"""MagR, GPTQ and COMQ combined, with their options chosen for every layer by the error on held-out calibration rows.
 
-A layer is first solved several times on a sample of its output channels (columns are independent, so a sample tells as much as all of
-them) from the rows that are not held out, and judged on those that are: MagR's strength (0, which is none, among the choices), damping
-and act-order, one after the other, each from the best so far. The choice is then solved for all channels from all rows: MagR, GPTQ,
-coordinate descent with scale refits, and grid refits (scale and zero point) in between; no step is kept that raises the error it is
-meant to lower. Where second moments of gradients are there, `magr_onnx.core.quantizers.two_sided` solves it instead, with the options so
-chosen.
+A layer is first solved several times on a sample of its output channels (columns are independent, so a sample is representative) from
+the rows that are not held out, and evaluated on the held-out ones: MagR's strength (including 0), damping and act-order, one after the
+other, each from the best so far. All channels are then solved from all rows with the chosen options: MagR, GPTQ, coordinate descent with
+scale refits, and grid refits (scale and zero point) in between; a step that raises its error is rejected. With second moments of
+gradients, `magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options.
 
-Options that are given are not chosen.
+Options set by the user are not searched.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution, damped_gram
 from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, WeightSpec
 
-SAMPLE = 64  # output channels that choices are made on
+SAMPLE = 64  # output channels used to compare options
 ALPHAS = (1.0, 3.0)  # of MagR, times the usual strength
 DAMPINGS = (0.5, 2.0)  # times the automatic one
-MARGIN = 0.005  # by which the error must fall for MagR, another damping or another order to be taken: less is chance
+MARGIN = 0.005  # least improvement for MagR, another damping or another order to be chosen: less is noise
 SWEEPS, TRIAL_SWEEPS = 4, 2  # before the grids are refitted; in trials
 
 
@@ -42,14 +41,14 @@ class Choice:
 
 
 def usual_alpha(bits: int, group_size: int | None) -> float:
-    """MagR's strength where nothing is known of the layer: from 5 bits on its change of the weights costs more than a finer grid saves."""
+    """Return the default strength of MagR: from 5 bits on, changing the weights costs more than the finer grid saves."""
     if bits > 4:
         return 0.0
     return 1e-3 if group_size is None else 1e-4
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """The quantizer."""
+    """Quantize a layer with options chosen on held-out rows."""
     stats, spec = problem.stats, problem.spec
     if stats.is_data_free:
         return comq.run(problem, options)
@@ -61,47 +60,47 @@ def run(problem: Problem, options: Options) -> Solution:
     if problem.budget is not None:
         reduced, reduction = _reduced(problem.weights, stats, problem.centred, usual, spec)
         return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)
-    choice, tried = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
-    facts: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": tried}
-    if problem.outputs is not None:
+    choice, trials = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
+    figures: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": trials}
+    if problem.output_hessian is not None:
         weight, errors, reduction = _coupled(problem, choice, options)
-        facts |= {"coupled_start": errors[0], "coupled": errors[-1]}
+        figures |= {"coupled_start": errors[0], "coupled": errors[-1]}
     else:
         weight, errors, reduction = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
-        facts |= {"error_start": errors[0], "error": errors[-1]}
-    used = gptq.prepared(stats, problem.centred, choice.damping, choice.act_order).damping
-    notes = () if used == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {used:g}",)
-    return Solution(weight, notes, facts, errors, reduction)
+        figures |= {"error_start": errors[0], "error": errors[-1]}
+    damping = gptq.prepared(stats, problem.centred, choice.damping, choice.act_order).damping
+    notes = () if damping == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {damping:g}",)
+    return Solution(weight, notes, figures, errors, reduction)
 
 
 def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
-    """The best options by held-out error, and how many were tried."""
+    """Return the best options by held-out error, and the number of trials."""
     held_out = problem.stats.held_out
     assert held_out is not None
-    training = problem.stats.memo("kept", lambda: problem.stats.combine(held_out, -1))
+    fit = problem.stats.memo("kept", lambda: problem.stats.combine(held_out, -1))
     columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = problem.reference[:, columns]
     target = problem.target if problem.fit_target is None else problem.fit_target
     target = np.ascontiguousarray(target[:, columns])
-    moments = problem.target_moments
-    held_moments = None if moments is None or moments.held_out is None else moments.held_out.columns(columns)
-    damping = automatic_damping(len(target), training.rows) if options.damping is None else options.damping
-    held_gram = held_out.objective_gram(problem.centred)
+    moments = None if problem.target_moments is None else problem.target_moments.held_out
+    moments = None if moments is None else moments.columns(columns)
+    damping = automatic_damping(len(target), fit.rows) if options.damping is None else options.damping
+    held_out_gram = held_out.objective_gram(problem.centred)
     results: dict[Choice, float] = {}
 
     def trial(choice: Choice) -> float:
         if choice not in results:
-            weight, *_ = _solve(target, target, training, problem.centred, problem.spec, choice, options, quick=True)
+            weight, *_ = _solve(target, target, fit, problem.centred, problem.spec, choice, options, quick=True)
             weights = weight.dequantize()
-            if held_moments is None:
-                results[choice] = layer_error(weights - reference, held_gram)
+            if moments is None:
+                results[choice] = layer_error(weights - reference, held_out_gram)
             else:
-                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, held_moments, problem.centred)
+                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, moments, problem.centred)
         return results[choice]
 
     def better(simple: Choice, others: list[Choice]) -> Choice:
-        best_other = min(others, key=trial)
-        return best_other if trial(best_other) < (1 - MARGIN) * trial(simple) else simple
+        best = min(others, key=trial)
+        return best if trial(best) < (1 - MARGIN) * trial(simple) else simple
 
     best = replace(usual, damping=damping)
     if options.alpha is None and usual.alpha > 0:
@@ -117,7 +116,7 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
 def _solve(
     weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
 ) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
-    """One layer, or some columns of one, its error by sweep, and what MagR did; ``quick`` leaves out what hardly depends on the options."""
+    """Solve columns of a layer; return weight, error by sweep, and MagR's result. ``quick`` skips what hardly depends on the options."""
     gram = damped_gram(stats, centred, choice.damping)
     prepared = gptq.prepared(stats, centred, choice.damping, choice.act_order)
     reduced, reduction = _reduced(weights, stats, centred, choice, spec)
@@ -132,9 +131,9 @@ def _solve(
 
 
 def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
-    """The layer under the two-sided Hessian, E after its first pass and by sweep, and what MagR did."""
-    assert problem.outputs is not None
-    outputs = two_sided.damped_outputs(problem.outputs)
+    """Solve the layer under the two-sided Hessian; return the weight, E by sweep, and MagR's result."""
+    assert problem.output_hessian is not None
+    outputs = two_sided.damped_outputs(problem.output_hessian)
     gram = damped_gram(problem.stats, problem.centred, choice.damping)
     reduced, reduction = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
     grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)

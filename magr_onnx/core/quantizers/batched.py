@@ -1,6 +1,6 @@
-"""Many small problems at once: the groups of a convolution, each with few rows and a Gram matrix of its own.
+"""Batched solver for many small problems: the groups of a convolution, each with few rows and its own Gram matrix.
 
-A depthwise convolution is hundreds of problems of 9 x 1, and a solver a problem would do nothing but call NumPy. Here every step treats
+A depthwise convolution is hundreds of problems of 9 x 1; one at a time, the overhead of NumPy calls dominates. Here every step handles
 the same row of all groups together. Minimises, for every column ``w`` of every group,
 
     E(w_hat) = (w_hat - w)^T H_g (w_hat - w)
@@ -8,7 +8,7 @@ the same row of all groups together. Minimises, for every column ``w`` of every 
 by GPTQ (the form of `magr_onnx.core.quantizers.gptq`, rows in natural order) and coordinate descent over the codes, on a ladder of grids of
 which every column keeps the one that is best by E.
 
-There is no MagR here: choosing the scale by the exact error of every column, with error feedback, is what a smaller range is for.
+There is no MagR here: the scale of every column is chosen by its exact error, with error feedback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from magr_onnx.core.grid import ladder
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import NonFiniteError
 
-MOST_ROWS, FEWEST_GROUPS = 64, 8  # where this pays: more rows keep a solver busy, fewer groups are soon done one by one
+MOST_ROWS, FEWEST_GROUPS = 64, 8  # limits within which batching pays
 _SHRINKS = [float(x) for x in np.linspace(1.02, 0.5, 53)]
 _RETRIES = 8
 
@@ -34,7 +34,7 @@ class Grouped(NamedTuple):
 
 
 def damped(grams: Array, damping: float) -> Array:
-    """`magr_onnx.core.linalg.damped` of every matrix of ``(G, K, K)``."""
+    """Apply `magr_onnx.core.linalg.damped` to every matrix of ``(G, K, K)``."""
     diagonal = np.diagonal(grams, axis1=1, axis2=2)
     mean = diagonal.mean(axis=1, keepdims=True)
     added = damping * np.maximum(diagonal, 1e-6 * np.where(mean > 0, mean, 1.0))
@@ -43,7 +43,7 @@ def damped(grams: Array, damping: float) -> Array:
 
 
 def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps: int = 8) -> Grouped:
-    """Codes for ``weights (G, K, N)`` under ``grams (G, K, K)``, one grid a column; about ``30 K^2 G N`` FLOPs in ``30 K^2`` NumPy calls.
+    """Choose codes of ``weights (G, K, N)`` under ``grams (G, K, K)``, one grid per column; ``30 K^2 G N`` FLOPs in ``30 K^2`` NumPy calls.
 
     Raises:
         NonFiniteError: A Gram matrix cannot be factored at any damping.
@@ -61,12 +61,12 @@ def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps
         best = np.where(better, error, best)
         codes = np.where(better[:, None], candidate, codes)
         scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
-    tables = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
-    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*tables, strict=True)], best.sum(axis=1))
+    grids = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
+    return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*grids, strict=True)], best.sum(axis=1))
 
 
 def _factors(grams: Array, damping: float) -> tuple[Array, Array]:
-    """Damped matrices, and the strictly lower ones that weigh the errors of the rows before; both ``(G, K, K)``."""
+    """Return the damped matrices and the strictly lower feedback matrices of GPTQ, both ``(G, K, K)``."""
     for attempt in range(_RETRIES + 1):
         if attempt:
             damping = max(10 * damping, 1e-6)
@@ -81,25 +81,25 @@ def _factors(grams: Array, damping: float) -> tuple[Array, Array]:
 
 
 def _feedback(weights: Array, factors: Array, scales: Array, zeros: Array, top: int) -> Array:
-    """GPTQ's codes ``(G, K, N)`` on one grid a column."""
+    """Compute GPTQ's codes ``(G, K, N)`` with one grid per column."""
     difference = np.zeros_like(weights)
     codes = np.empty_like(weights)
     for row in range(weights.shape[1]):
-        target = weights[:, row] - np.einsum("gj,gjn->gn", factors[:, row, :row], difference[:, :row])
-        codes[:, row] = np.clip(np.rint(target / scales) + zeros, 0, top)
+        corrected = weights[:, row] - np.einsum("gj,gjn->gn", factors[:, row, :row], difference[:, :row])
+        codes[:, row] = np.clip(np.rint(corrected / scales) + zeros, 0, top)
         difference[:, row] = (codes[:, row] - zeros) * scales - weights[:, row]
     return codes
 
 
 def _descend(weights: Array, gram: Array, codes: Array, scales: Array, zeros: Array, top: int, sweeps: int) -> Array:
-    """Every code in turn to the best there is while the others stay, until none moves."""
+    """Run coordinate descent over the codes until none changes."""
     difference = (codes - zeros[:, None]) * scales[:, None] - weights
     for _ in range(sweeps):
         before = codes.copy()
         for row in range(weights.shape[1]):
             slope = np.einsum("gj,gjn->gn", gram[:, row], difference) / gram[:, row, row, None]
-            at = difference[:, row] + weights[:, row] - slope
-            codes[:, row] = np.clip(np.rint(at / scales) + zeros, 0, top)
+            minimum = difference[:, row] + weights[:, row] - slope
+            codes[:, row] = np.clip(np.rint(minimum / scales) + zeros, 0, top)
             difference[:, row] = (codes[:, row] - zeros) * scales - weights[:, row]
         if np.array_equal(before, codes):
             break
@@ -107,6 +107,6 @@ def _descend(weights: Array, gram: Array, codes: Array, scales: Array, zeros: Ar
 
 
 def _errors(difference: Array, gram: Array) -> Array:
-    """``d^T H d`` of every column ``d`` of every group, ``(G, N)``."""
+    """Return ``d^T H d`` of every column ``d`` of every group, ``(G, N)``."""
     result: Array = np.einsum("gkn,gkn->gn", gram @ difference, difference)
     return result

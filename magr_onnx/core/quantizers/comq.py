@@ -7,7 +7,7 @@ Codes and scales never raise E, so this refines any quantizer; no inverse of H i
 
 Deviations from the paper:
 
-- All columns visit rows in one order, descending ``sqrt(H_kk) ||w_k||``, not one greedy order a column. The update of R then is a
+- All columns visit rows in one order, descending ``sqrt(H_kk) ||w_k||``, not one greedy order per column. The update of R then is a
   matrix product per block of rows instead of K rank-one updates of the whole of R.
 - A refitted scale is rounded to the type it is stored in, and kept only in columns where the stored scale lowers E.
 """
@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
-from magr_onnx.core.overflow.accumulator import Budget, Room
-from magr_onnx.core.quantizers import diagonal as separable
-from magr_onnx.core.quantizers import gptq
+from magr_onnx.core.overflow.accumulator import Budget, RunningSums
+from magr_onnx.core.quantizers import diagonal, gptq
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts, joined
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts, sum_traces
 
 BLOCK = 64
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
@@ -62,11 +61,11 @@ def refine(
         sweeps: Most sweeps over all rows.
         rescale: Refit the scales after every sweep but the last.
         tolerance: Stop when a sweep lowers E by less than this fraction.
-        budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code its tile still has room for, so E
+        budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code that still fits its tile, so E
             still never rises. A refitted scale changes no code.
     """
-    if len(parts := column_parts(*target.shape)) > 1:
-        return _in_parts(parts, target, start, gram, sweeps, rescale, tolerance, budget)
+    if len(slices := column_parts(*target.shape)) > 1:
+        return _in_parts(slices, target, start, gram, sweeps, rescale, tolerance, budget)
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
     weight = start
@@ -83,7 +82,7 @@ def refine(
 
 
 def _in_parts(
-    parts: list[slice],
+    slices: list[slice],
     target: Array,
     start: QuantizedWeight,
     gram: Array,
@@ -92,14 +91,16 @@ def _in_parts(
     tolerance: float,
     budget: Budget | None,
 ) -> Refined:
-    """`refine` of some output channels after the others, for layers whose temporaries would be larger than the layer many times over."""
+    """Run `refine` on slices of output channels, for layers whose temporaries would be many times the layer."""
     gram = np.ascontiguousarray(gram, dtype=np.float32)
     codes, scales, errors = np.empty_like(start.codes), np.empty_like(start.scales), list[float]()
-    for c in parts:
+    for c in slices:
         weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        part = refine(np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget)
-        codes[:, c], scales[:, c] = part.weight.codes, part.weight.scales
-        errors = joined(errors, part.errors)
+        refined = refine(
+            np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget
+        )
+        codes[:, c], scales[:, c] = refined.weight.codes, refined.weight.scales
+        errors = sum_traces(errors, refined.errors)
     return Refined(QuantizedWeight(codes, scales, start.zero_points, start.spec), tuple(errors))
 
 
@@ -110,7 +111,7 @@ def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
 def sweep_once(
     target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None
 ) -> tuple[QuantizedWeight, Array]:
-    """One pass of exact coordinate minimisation over all rows."""
+    """Run one pass of exact coordinate minimisation over all rows."""
     grid = Grid.of(weight)
     k = len(target)
     diagonal = gram.diagonal()
@@ -120,10 +121,10 @@ def sweep_once(
     top = np.float32(grid.spec.top)
     codes = weight.codes.astype(np.float32)
     middle = np.float32(grid.spec.middle)
-    room = None if budget is None else Room(budget, k, codes.shape[1], weight.raw())
+    sums = None if budget is None else RunningSums(budget, k, codes.shape[1], weight.raw())
     residual = residual.copy()
-    for begin in range(0, len(order), BLOCK):
-        rows = order[begin : begin + BLOCK]
+    for start in range(0, len(order), BLOCK):
+        rows = order[start : start + BLOCK]
         local = gram[np.ix_(rows, rows)]
         pending = residual[rows]
         change = np.empty_like(pending)
@@ -135,9 +136,9 @@ def sweep_once(
             np.rint(q, out=q)
             np.maximum(q, 0, out=q)  # np.clip costs several times as much on a short row
             np.minimum(q, top, out=q)
-            if room is not None:
-                room.release(k_i, codes[k_i] - middle)
-                room.clip(k_i, q, middle)
+            if sums is not None:
+                sums.release(k_i, codes[k_i] - middle)
+                sums.clip(k_i, q, middle)
             np.subtract(q, codes[k_i], out=change[i])
             change[i] *= scale
             codes[k_i] = q
@@ -148,7 +149,7 @@ def sweep_once(
 
 
 def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> tuple[QuantizedWeight, Array]:
-    """Least-squares scales for fixed codes: ``A s = b`` per column, ``A = C^T H C``, ``b = C^T H w0``.
+    """Refit scales by least squares for fixed codes: ``A s = b`` per column, ``A = C^T H C``, ``b = C^T H w0``.
 
     C holds the column's centred codes ``Q - z``, a group in each of its columns. Solved as a correction to the present
     scales, ``A ds = C^T R``, with a trace of damping for groups whose codes are all at the zero point.
@@ -162,14 +163,14 @@ def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: 
     step = max(1, min(n, _NORMAL_BYTES // (8 * groups * groups)))
     for at in range(0, n, step):
         c = slice(at, min(at + step, n))
-        part = centred[:, c]
-        width = part.shape[1]
+        codes = centred[:, c]
+        width = codes.shape[1]
         normal = np.empty((width, groups, groups))
         for g in range(groups):
             s = slice(g * rows, min((g + 1) * rows, k))
-            product = gram[:, s] @ part[s]
-            normal[:, :, g] = blocks(product * part, spec).sum(axis=1, dtype=np.float64).T
-        right = blocks(residual[:, c] * part, spec).sum(axis=1, dtype=np.float64).T
+            product = gram[:, s] @ codes[s]
+            normal[:, :, g] = blocks(product * codes, spec).sum(axis=1, dtype=np.float64).T
+        right = blocks(residual[:, c] * codes, spec).sum(axis=1, dtype=np.float64).T
         trace = np.trace(normal, axis1=1, axis2=2)[:, None, None]
         normal += (1e-6 * trace / groups + 1e-30) * np.eye(groups)
         change = np.linalg.solve(normal, right[..., None])[..., 0]
@@ -185,16 +186,16 @@ def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: 
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """The quantizer: GPTQ, then sweeps under the same damped matrix."""
+    """Quantize a layer: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
-        weight, errors = separable.refine(problem.target, start.weight, options.sweeps, options.rescale)
+        weight, errors = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale)
         return Solution(weight, start.notes, {"sweeps": len(errors) - 1, "error_start": errors[0], "error": errors[-1]}, tuple(errors))
     damping = problem.damping(options)
     gram = problem.damped_gram(damping)
     refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
-    facts = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.facts
-    return Solution(refined.weight, start.notes, facts, refined.errors)
+    figures = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.figures
+    return Solution(refined.weight, start.notes, figures, refined.errors)
 
 
 QUANTIZER = Quantizer("comq", "GPTQ, refined by coordinate descent", run, "supported", batched="gram")

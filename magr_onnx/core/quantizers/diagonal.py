@@ -1,11 +1,11 @@
-"""Rounding without calibration data: ``H = I`` couples no two weights, so nothing has to be as large as ``(K, K)``.
+"""Rounding without calibration data: ``H = I`` couples no weights, so no ``(K, K)`` matrix is needed.
 
 Under ``E = ||W_hat - W||^2`` GPTQ is rounding to nearest (there is nothing to feed forward), and coordinate descent with scale refits is
 Lloyd's iteration in every group: nearest codes for the scale, then the least-squares scale for the codes,
 
     s = sum w c / sum c^2,    c = q - z.
 
-Neither step raises E. The scale kept is the one the file will store, and only where it lowers E.
+Neither step raises E. A scale is rounded to the stored type first, and replaced only where that lowers E.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
-from magr_onnx.core.types import Array, QuantizedWeight, joined
+from magr_onnx.core.types import Array, QuantizedWeight, sum_traces
 
-_VALUES = 1 << 22  # weights worked on at a time
+_VALUES = 1 << 22  # weights processed at a time
 
 
 def refine(
@@ -24,7 +24,7 @@ def refine(
     """Lower E of ``start`` against ``target (K, N)``.
 
     Args:
-        target: What to be close to.
+        target: The float weight.
         start: A quantized weight to begin from.
         sweeps: Most rounds.
         rescale: Refit the scales after every round but the last.
@@ -39,17 +39,14 @@ def refine(
     step = max(1, _VALUES // k)
     for at in range(0, n, step):
         c = np.arange(at, min(at + step, n))
-        part, grid = target[:, c], Grid.of(start).columns(c)
         weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        refined, part_errors = _refine(part, weight, grid, sweeps, rescale, tolerance)
+        refined, trace = _refine(target[:, c], weight, sweeps, rescale, tolerance)
         codes[:, c], scales[:, c] = refined.codes, refined.scales
-        errors = joined(errors, part_errors)
+        errors = sum_traces(errors, trace)
     return QuantizedWeight(codes, scales, start.zero_points, start.spec), errors
 
 
-def _refine(
-    target: Array, weight: QuantizedWeight, grid: Grid, sweeps: int, rescale: bool, tolerance: float
-) -> tuple[QuantizedWeight, list[float]]:
+def _refine(target: Array, weight: QuantizedWeight, sweeps: int, rescale: bool, tolerance: float) -> tuple[QuantizedWeight, list[float]]:
     errors = [_error(target, weight)]
     for sweep in range(sweeps):
         grid = Grid.of(weight)

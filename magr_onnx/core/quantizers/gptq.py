@@ -11,7 +11,7 @@ inverse of H.
 
 Deviations from the authors' code:
 
-- Rows of inputs that were zero in all calibration data are rounded, not set to zero: no data is no licence to delete a weight.
+- Rows of inputs that were zero in all calibration data are rounded, not set to zero: missing data is no reason to delete a weight.
 - With ``act_order`` (descending ``diag(H)``) groups keep their original rows (static groups), so the result needs no group index.
 - Damping is relative to each input's own ``H_kk``, not to their mean (`magr_onnx.core.linalg.damped`). It is multiplied by ten when the
   factorization fails, and the result says what was used.
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from magr_onnx.core.grid import Grid, choose, stored
 from magr_onnx.core.linalg import cholesky, column_errors
-from magr_onnx.core.overflow.accumulator import Budget, Room
+from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
@@ -40,7 +40,7 @@ _LADDER_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feedback:
-    """What GPTQ needs of H; layers that share H share it.
+    """The factor of H that GPTQ needs; layers that share H share it.
 
     Attributes:
         matrix: ``(K, K)`` float32, strictly lower: row ``k`` weighs the errors of the rows before it.
@@ -63,7 +63,7 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(k)
     reverse = order[::-1]
     factor = cholesky(gram, damping, order=reverse)
-    del gram  # of a large one nobody else holds it, and the matrix below takes its room
+    del gram  # the only reference to a large one, freed before the matrix below is allocated
     upper = factor.lower[::-1, ::-1]
     matrix, pivots = np.zeros((k, k), np.float32), upper.diagonal()
     for at in range(0, k, LARGE_ROWS):
@@ -73,23 +73,23 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
 
 
 def prepared(stats: LayerStats, centred: bool, damping: float, act_order: bool) -> Feedback:
-    """`prepare` of the matrix of the layer error; computed once for all that share the statistics, if K is not `LARGE`."""
+    """Run `prepare` on the matrix of the layer error; once for all layers that share the statistics, unless K is `LARGE`."""
     if len(stats.mean) >= LARGE:
         return prepare(stats.objective_gram(centred), damping, act_order)
     return stats.memo(("gptq", centred, damping, act_order), lambda: prepare(stats.objective_gram(centred), damping, act_order))
 
 
 def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
-    """Codes of ``weights (K, N)`` on ``grid``; ``K^2 N`` FLOPs, nearly all of them in matrix products.
+    """Choose codes of ``weights (K, N)`` on ``grid``; ``K^2 N`` FLOPs, nearly all of them in matrix products.
 
-    With a ``budget`` every code is clipped to what its tile's register still has room for (AXE, arXiv 2409.17092); the clipped error is
+    With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
     if len(parts := column_parts(*weights.shape)) > 1:
         solved = [solve(weights[:, c], feedback, Grid(grid.scales[:, c], grid.zeros[:, c], grid.spec, grid.k), budget) for c in parts]
         return QuantizedWeight(np.hstack([s.codes for s in solved]), grid.scales, grid.zeros.astype(np.uint8), grid.spec)
     k, n = weights.shape
-    room = None if budget is None else Room(budget, k, n)
+    sums = None if budget is None else RunningSums(budget, k, n)
     middle = np.float32(grid.spec.middle)
     order, f = feedback.order, feedback.matrix
     groups = grid.spec.group_of_row(k)[order]
@@ -98,24 +98,24 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     top = np.float32(grid.spec.top)
     difference = np.empty_like(w)
     codes = np.empty(w.shape, np.uint8)
-    for begin in range(0, k, BLOCK):
-        end = min(begin + BLOCK, k)
-        corrected = w[begin:end] - f[begin:end, :begin] @ difference[:begin]
-        for i in range(begin, end):
+    for start in range(0, k, BLOCK):
+        end = min(start + BLOCK, k)
+        corrected = w[start:end] - f[start:end, :start] @ difference[:start]
+        for i in range(start, end):
             g = groups[i]
-            q = corrected[i - begin] * inverse[g]
+            q = corrected[i - start] * inverse[g]
             np.rint(q, out=q)
             q += grid.zeros[g]
             np.maximum(q, 0, out=q)
             np.minimum(q, top, out=q)
-            if room is not None:
-                room.clip(order[i], q, middle)
+            if sums is not None:
+                sums.clip(order[i], q, middle)
             codes[i] = q
             q -= grid.zeros[g]
             q *= grid.scales[g]
             np.subtract(q, w[i], out=difference[i])
             if i + 1 < end:
-                corrected[i + 1 - begin :] -= f[i + 1 : end, i, None] * difference[i]
+                corrected[i + 1 - start :] -= f[i + 1 : end, i, None] * difference[i]
     result = np.empty_like(codes)
     result[order] = codes
     return QuantizedWeight(result, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
@@ -130,24 +130,24 @@ def quantize(
     damping: float = 0.1,
     act_order: bool = True,
 ) -> QuantizedWeight:
-    """GPTQ of ``weights (K, N)`` under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
+    """Quantize ``weights (K, N)`` by GPTQ under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
     return solve(weights, prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
 
 
 def under_budget(
-    weights: Array, target: Array, free: QuantizedWeight, gram: Array, feedback: Feedback, budget: Budget
+    weights: Array, target: Array, unconstrained: QuantizedWeight, gram: Array, feedback: Feedback, budget: Budget
 ) -> tuple[QuantizedWeight, int]:
-    """Columns whose codes could overflow, solved again under the budget.
+    """Solve the columns whose codes could overflow again, under the budget.
 
     A larger scale makes codes smaller: it costs resolution everywhere and saves clipping. So each column takes the best, by its layer
     error, of a ladder of scales from the unconstrained one to the one that needs no clipping at all, with the weights as they are and with
     the weights projected on the budget first (the soft threshold that AXE starts from, A2Q+'s projection). Where the grid has a zero
-    point, zero-centred columns (A2Q+) are in the choice too.
+    point, zero-centred columns (A2Q+) are candidates too.
 
     Args:
-        weights: ``(K, N)`` what to put on the grid.
-        target: ``(K, N)`` what the layer error is measured against.
-        free: The solution without a budget, one grid a column.
+        weights: ``(K, N)`` to quantize.
+        target: ``(K, N)`` reference of the layer error.
+        unconstrained: The solution without a budget, one grid a column.
         gram: ``(K, K)`` the damped matrix of the error.
         feedback: Of the same matrix.
         budget: The constraint.
@@ -155,16 +155,16 @@ def under_budget(
     Returns:
         The weight, and the number of columns that were solved again.
     """
-    spec, k = free.spec, len(weights)
-    low, high = budget.column_extremes(free.raw())
-    bad = np.flatnonzero((low < budget.low) | (high > budget.high))
-    codes, scales, zeros = free.codes.copy(), free.scales.copy(), free.zero_points.copy()
-    grid = Grid.of(free)
-    bad = bad[np.argsort(-_excess(weights[:, bad], grid.columns(bad), budget), kind="stable")]
+    spec, k = unconstrained.spec, len(weights)
+    low, high = budget.column_extremes(unconstrained.raw())
+    overflowing = np.flatnonzero((low < budget.low) | (high > budget.high))
+    codes, scales, zeros = unconstrained.codes.copy(), unconstrained.scales.copy(), unconstrained.zero_points.copy()
+    grid = Grid.of(unconstrained)
+    overflowing = overflowing[np.argsort(-_excess(weights[:, overflowing], grid.columns(overflowing), budget), kind="stable")]
     at = 0
-    while at < len(bad):
-        rungs = _rungs(_excess(weights[:, bad[at : at + 1]], grid.columns(bad[at : at + 1]), budget)[0])
-        c = bad[at : at + max(1, _LADDER_BYTES // (16 * k * rungs))]  # columns of like excess, so that few rungs serve them
+    while at < len(overflowing):
+        rungs = _rungs(_excess(weights[:, overflowing[at : at + 1]], grid.columns(overflowing[at : at + 1]), budget)[0])
+        c = overflowing[at : at + max(1, _LADDER_BYTES // (16 * k * rungs))]  # columns of like excess, so that few rungs serve them
         at += len(c)
         best = np.full(len(c), np.inf)
         for ladder, start in _ladder(weights[:, c], grid.columns(c), budget, rungs):
@@ -177,11 +177,11 @@ def under_budget(
                 codes[:, c[better]] = candidate.codes[:, chosen]
                 scales[:, c[better]] = candidate.scales[:, chosen]
                 zeros[:, c[better]] = candidate.zero_points[:, chosen]
-    return QuantizedWeight(codes, scales, zeros, spec), len(bad)
+    return QuantizedWeight(codes, scales, zeros, spec), len(overflowing)
 
 
 def _excess(weights: Array, grid: Grid, budget: Budget) -> Array:
-    """By how much every column's scale would have to grow for its unrounded codes to fit, at least 1, ``(N,)``."""
+    """Return the factor on every column's scale with which its unrounded codes fit, at least 1, ``(N,)``."""
     low, high = budget.column_extremes(weights / grid.scales + (grid.zeros - grid.spec.middle))
     result: Array = np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
     return result
@@ -192,7 +192,7 @@ def _rungs(excess: float) -> int:
 
 
 def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[tuple[Grid, Array]]:
-    """Grids and weights to try, all rungs side by side: as they are, then projected on the budget; with the grid's zero, then centred."""
+    """Yield grids and weights to try, all rungs side by side: unchanged, then projected; with the grid's zero, then centred."""
     spec, k = grid.spec, len(weights)
     zeros = [grid.zeros]
     if not spec.symmetric:
@@ -208,7 +208,7 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """The quantizer. Layers that share statistics share the factorization."""
+    """Quantize a layer. Layers that share statistics share the factorization."""
     if problem.stats.is_data_free and problem.budget is None:  # nothing to feed forward
         return rtn.run(problem, options)
     damping = problem.damping(options)

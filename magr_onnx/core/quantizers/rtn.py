@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the closest point of its grid, with no regard for the others."""
+"""Round to nearest: every weight to the closest point of its grid, independently of the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 
 def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float | None = None) -> QuantizedWeight:
-    """Nearest codes of ``weights (K, N)`` on a min-max grid times ``beta``, or on a searched grid (``beta=None``).
+    """Round ``weights (K, N)`` to the nearest codes on a min-max grid times ``beta``, or on a searched grid (``beta=None``).
 
     ``diagonal (K,)`` is ``diag(H)``, the weight of every input row in the search.
     """
@@ -17,7 +17,7 @@ def quantize(weights: Array, diagonal: Array, spec: WeightSpec, *, beta: float |
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    """The quantizer."""
+    """Quantize a layer."""
     return Solution(quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=options.beta))
 
 

@@ -1,4 +1,4 @@
-"""Rounding under a two-sided Hessian: errors of different outputs made to cancel where the model notices them.
+"""Rounding under a two-sided Hessian: errors of different outputs cancel where the model is sensitive to them.
 
 The error of a layer matters as far as it changes the outputs of the model. With ``M (N, N)`` the second moments of gradients at the
 layer's outputs (`magr_onnx.runtime.calibration.fisher`), the Fisher information of the weights is about ``H (x) M`` (K-FAC; Martens and
@@ -6,15 +6,15 @@ Grosse, arXiv 1503.05671), and
 
     E = tr(M D^T H D),        D = W_hat - W
 
-is about what the layer adds to the model's loss. Other methods have M = I: they treat every output by itself. This one is the idea of
-YAQA (Tseng et al., arXiv 2505.22988) with the tools at hand: GPTQ over blocks of columns, each block rounded towards weights that make up
-for the errors of the blocks before (the LDL form, in M as GPTQ has it in H), then coordinate descent and scale refits by block, towards
+approximates the increase of the model's loss. Other methods have M = I: they treat every output by itself. This one follows
+YAQA (Tseng et al., arXiv 2505.22988): GPTQ over blocks of columns, each block rounded towards weights that compensate for
+the errors of the blocks before (the LDL form, in M as GPTQ has it in H), then coordinate descent and scale refits by block, towards
 
     W_J - (D M_:,J - D_J diag(M_JJ)) / diag(M_JJ).
 
-Deviations from YAQA: couplings inside a block of columns count in the sweeps alone, and a block's new codes are kept only if E falls.
-M is damped by its own mean diagonal as well as by its diagonal: an output of hardly any gradient would take errors so large that
-no gradient says anything about them.
+Deviations from YAQA: couplings inside a block of columns count only in the sweeps, and a block's new codes are kept only if E falls.
+M is damped by its own mean diagonal as well as by its diagonal: otherwise an output of nearly zero gradient would take
+errors beyond the range where a second-order model holds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Columns = npt.NDArray[np.intp]
 
 
 def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
-    """``M (N, N)`` with a mean diagonal of 1, damped."""
+    """Return ``M (N, N)``, damped and scaled to a mean diagonal of 1."""
     mean = float(outputs.diagonal().mean())
     m = outputs / mean if mean > 0 else np.eye(len(outputs))
     m[np.diag_indices(len(m))] += damping * (0.5 * m.diagonal() + 1)
@@ -44,25 +44,25 @@ def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
 
 
 def energy(difference: Array, gram: Array, outputs: Array) -> float:
-    """``tr(M D^T H D)`` of ``D (K, N)``."""
+    """Return ``tr(M D^T H D)`` of ``D (K, N)``."""
     return float(np.einsum("kn,kn->", gram @ difference, difference @ outputs, dtype=np.float64))
 
 
 def blocks_of(outputs: Array) -> list[Columns]:
-    """Columns in descending power, in `BLOCKS` blocks."""
+    """Split the columns into `BLOCKS` blocks, in descending power."""
     order = np.argsort(-outputs.diagonal(), kind="stable")
     return [part for part in np.array_split(order, BLOCKS) if len(part)]
 
 
 def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Sequence[Columns]) -> QuantizedWeight:
-    """GPTQ of ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
+    """Run GPTQ on ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
     order = np.concatenate(blocks)
-    back = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
+    couplings = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
     codes = np.empty(weights.shape, np.uint8)
     difference = np.zeros(weights.shape, np.float32)  # columns in the order of the blocks
     at = 0
     for c in blocks:
-        target = weights[:, c] - difference[:, :at] @ back[at : at + len(c), :at].T
+        target = weights[:, c] - difference[:, :at] @ couplings[at : at + len(c), :at].T
         block = gptq.solve(target, feedback, grid.columns(c))
         codes[:, c] = block.codes
         difference[:, at : at + len(c)] = block.dequantize() - weights[:, c]
@@ -97,21 +97,21 @@ def refine(
     errors = [energy(d, h, m)]
     for _ in range(sweeps):
         for c in blocks:
-            now = QuantizedWeight(codes[:, c], scales[:, c], zeros[:, c], start.spec)
+            block = QuantizedWeight(codes[:, c], scales[:, c], zeros[:, c], start.spec)
             pull = d @ m[:, c]
-            self_coupling = m[c, c]
-            goal = target[:, c] - (pull - d[:, c] * self_coupling) / self_coupling
+            power = m[c, c]
+            block_target = target[:, c] - (pull - d[:, c] * power) / power
             before = target[:, c] + d[:, c]
-            residual: Array = h @ (goal - before)
-            block, residual = comq.sweep_once(goal, now, h, residual, None)
-            block, _ = comq.refit_scales(goal, block, h, residual)
-            change = block.dequantize() - before
-            felt = h @ change
-            rise = 2 * np.einsum("kn,kn->", pull, felt, dtype=np.float64) + np.einsum(
-                "kn,kn->", change @ m[np.ix_(c, c)], felt, dtype=np.float64
+            residual: Array = h @ (block_target - before)
+            block_now, residual = comq.sweep_once(block_target, block, h, residual, None)
+            block_now, _ = comq.refit_scales(block_target, block_now, h, residual)
+            change = block_now.dequantize() - before
+            gradient_change = h @ change
+            rise = 2 * np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64) + np.einsum(
+                "kn,kn->", change @ m[np.ix_(c, c)], gradient_change, dtype=np.float64
             )
             if rise < 0:
-                codes[:, c], scales[:, c], zeros[:, c] = block.codes, block.scales, block.zero_points
+                codes[:, c], scales[:, c], zeros[:, c] = block_now.codes, block_now.scales, block_now.zero_points
                 d[:, c] += change
         errors.append(energy(d, h, m))
         if errors[-1] > (1 - tolerance) * errors[-2]:
