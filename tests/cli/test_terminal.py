@@ -155,6 +155,7 @@ def test_what_nobody_expected_is_kept_for_a_report(monkeypatch: pytest.MonkeyPat
     assert "ZeroDivisionError" in run("passes").stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("columns", [60, 72, 80, 120])
 def test_text_fits_the_terminal(folder: Path, columns: int) -> None:
     for command in (RUN, ("inspect", "model.onnx", "--exclude", "up")):

@@ -137,6 +137,7 @@ def agree(work: Work, answer: Array, run: str) -> None:
     assert min(relative(answer, as_asked), relative(answer, in_float)) < (1e-3 if file.int8 else 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", RUNS)
 def test_emitted_files_give_the_answers_of_the_host(work: Work, ask: Ask, run: str) -> None:
     agree(work, ask(run), run)

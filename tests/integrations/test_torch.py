@@ -137,6 +137,7 @@ class Recurrent(nn.Module):
         return self.out(self.gru(self.lstm(x)[0])[0])
 
 
+@pytest.mark.long
 def test_weights_of_a_recurrent_module_are_its_own() -> None:
     """The exporter cuts them up and joins them, where it does not fold that."""
     net = Recurrent()
@@ -164,6 +165,7 @@ def test_a_comparison_calls_layers_what_their_modules_are(optimized: tuple[Net, 
         assert f"    at {scopes[worst.layer]}" in validation_text(found)
 
 
+@pytest.mark.long
 def test_layers_are_called_what_their_modules_are(optimized: tuple[Net, Any, Path]) -> None:
     net, report, output = optimized
     scopes = ["attention.in_proj", "attention.out_proj", "up", "down", "first", "second", "head"]
