@@ -17,11 +17,11 @@ from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import Selection
-from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.data import SkipRow, versions
 from magr_onnx.report.validation import Validation
@@ -76,10 +76,10 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     schema.check(include=include, exclude=exclude, requantize=requantize)
     chosen = Selection(schema.as_list("include", include), schema.as_list("exclude", exclude))
     loaded = files.load(model)
-    notes = [*loaded.notes, *open_up(loaded.model), *selection.canonical(loaded.model, chosen, requantize)]
+    notes = [*loaded.notes, *inline_and_rename(loaded.model), *selection.canonical(loaded.model, chosen, requantize)]
     selection.check(loaded.model, chosen)
     layers, skips = find(loaded.model, chosen)
-    skips += holders(loaded.model.graph.all_nodes())
+    skips += unconverted_weights(loaded.model.graph.all_nodes())
     convolutions, unfit = conv.find(loaded.model, chosen)
     _, tables = embeddings.select(loaded.model, Plan(), chosen)
     units: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]

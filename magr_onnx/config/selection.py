@@ -12,11 +12,11 @@ from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph import dead_code
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers import conv, embedding
 from magr_onnx.passes.layers.linear import REFUSED, LinearLayer, find
 from magr_onnx.passes.layers.selection import ALL, Selection, matches, names_of
-from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.passes.layers.unconverted import unconverted_weights
 
 Names = Sequence[tuple[str, ...]]
 
@@ -60,8 +60,10 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     layers, skips = find(model)
     convolutions, conv_skips = conv.find(model)
     tables, table_skips = embedding.find(model)
-    units: list[LinearLayer | conv.ConvLayer | embedding.Table] = [*layers, *convolutions, *tables]
-    others: list[tuple[str, ...]] = [(skip.name,) for skip in (*skips, *conv_skips, *table_skips, *holders(model.graph.all_nodes()))]
+    units: list[LinearLayer | conv.ConvLayer | embedding.EmbeddingTable] = [*layers, *convolutions, *tables]
+    others: list[tuple[str, ...]] = [
+        (skip.name,) for skip in (*skips, *conv_skips, *table_skips, *unconverted_weights(model.graph.all_nodes()))
+    ]
     others += [  # what was excluded before it could be brought into a layer's form
         names_of(node, str(node.name), constant.name)
         for node in model.graph.all_nodes()
@@ -72,7 +74,7 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     return LayerNames(_names(units), others, _names(find(model, selection)[0]), _names(conv.find(model, selection)[0]))
 
 
-def _names(units: Sequence[LinearLayer | conv.ConvLayer | embedding.Table]) -> Names:
+def _names(units: Sequence[LinearLayer | conv.ConvLayer | embedding.EmbeddingTable]) -> Names:
     return [names_of(unit.node, unit.name, unit.weight_name) for unit in units]
 
 
@@ -96,7 +98,7 @@ def check(model: ir.Model, selection: Selection) -> None:
 
 def names_as_loaded(model: ir.Model, selection: Selection, requantize: bool) -> LayerNames:
     """The names in a model as it was loaded, which is brought into canonical form."""
-    open_up(model)
+    inline_and_rename(model)
     canonical(model, selection, requantize)
     return layer_names(model, selection)
 

@@ -7,14 +7,14 @@ import onnx_ir as ir
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_passes.embeddings import problem_of
-from magr_onnx.passes.layers.embedding import Table, find
+from magr_onnx.passes.layers.embedding import EmbeddingTable, find
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.workflow.converted import Converted
 
 
-def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
+def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[EmbeddingTable], list[Skip]]:
     """Tables that will be converted, and all others with the reason."""
     tables, skips = find(model, selection)
     stage = plan.embeddings
@@ -37,6 +37,6 @@ def convert(work: ir.Model, plan: Plan, selection: Selection = ALL) -> Converted
     return result
 
 
-def _unasked(table: Table) -> Skip:
-    size = table.held.stored.nbytes
+def _unasked(table: EmbeddingTable) -> Skip:
+    size = table.weight.stored.nbytes
     return Skip(table.name, table.op, TableReason.UNASKED, f"{table.weight_name}: {size / 1e6:.2f} MB", size)

@@ -363,5 +363,5 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
 
 def _tables(model: ir.Model) -> str:
     """What a budget cannot make smaller, but an option can, as the end of a message."""
-    size = sum({table.weight_name: table.held.stored.nbytes for table in embedding.find(model)[0]}.values())
+    size = sum({table.weight_name: table.weight.stored.nbytes for table in embedding.find(model)[0]}.values())
     return f": tables of embeddings are {size:,} bytes in float (--embeddings gather-block-quantized --embedding-bits 4)" * bool(size)

@@ -14,7 +14,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.passes.layers.embedding import Table
+from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
@@ -33,7 +33,7 @@ def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> P
     return replace(plan, convolutions=plans.convolutions(options))
 
 
-def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[Table | ConvLayer], list[Skip]]:
+def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[EmbeddingTable | ConvLayer], list[Skip]]:
     """Tables and convolutions that will be converted, and all others with the reason."""
     tables, table_skips = embeddings.select(model, plan, selection)
     layers, layer_skips = convolutions.select(model, plan, selection)

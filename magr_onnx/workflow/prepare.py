@@ -17,10 +17,10 @@ from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.canonical import requantize
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
@@ -162,7 +162,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     model, chosen = loaded.model, request.patterns.selection
     reference = model.clone() if loaded.path is None else loaded.path
     opset = model.opset_imports.get("")
-    notes = [*loaded.notes, *open_up(model)]
+    notes = [*loaded.notes, *inline_and_rename(model)]
     plan = non_linear.with_convolutions(request.plan, model, request.options)
     for each in (plan, *request.layer_plans):
         each.prepare(model)
@@ -170,7 +170,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     notes += selection.canonical(model, chosen, request.requantize)
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
-    unconverted = list(holders(model.graph.all_nodes()))
+    unconverted = list(unconverted_weights(model.graph.all_nodes()))
     others, other_skips = non_linear.select(model, plan, chosen)
     notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)

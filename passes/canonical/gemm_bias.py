@@ -6,7 +6,7 @@ C may be a matrix ``(M, N)``, a column ``(M, 1)``, or computed at run time; the 
 from __future__ import annotations
 
 from magr_onnx.passes.canonical.rewriter import Edit, Form, weight
-from magr_onnx.passes.graph.constants import held
+from magr_onnx.passes.graph.constants import constant_view
 
 
 def rewrite(edit: Edit) -> bool | None:
@@ -21,7 +21,7 @@ def rewrite(edit: Edit) -> bool | None:
 
 def _is_vector(edit: Edit, shape: tuple[int, ...]) -> bool:
     """Whether the addend is a constant the layer can have for its bias."""
-    found = held(edit.input(2))
+    found = constant_view(edit.input(2))
     if len(shape) != 2:
         return True  # no Gemm: `find` says so
     n = shape[0 if edit.integer("transB") else -1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from magr_onnx.passes.canonical import fused
 from magr_onnx.passes.canonical.rewriter import Edit, Form
-from magr_onnx.passes.graph.constants import FOLLOW, behind, dequantized, held
+from magr_onnx.passes.graph.constants import FOLLOW, constant_view, dequantized, source_of
 
 
 def rewrite(edit: Edit) -> bool | None:
@@ -16,10 +16,10 @@ def rewrite(edit: Edit) -> bool | None:
         if value is None or dequantized(value) is None:
             continue
         nodes = []
-        while (node := behind(value).producer()) is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        while (node := source_of(value).producer()) is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             node.meta[FOLLOW] = True
             nodes.append(node)
-        if held(value) is not None:
+        if constant_view(value) is not None:
             done = True
             continue
         for node in nodes:  # scales are computed

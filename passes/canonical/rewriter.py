@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from magr_onnx.passes.graph.constants import CASTS, Held, drop_if_unused, held, ints
+from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.subgraphs import remember
 from magr_onnx.passes.layers.linear import layer_name
@@ -335,9 +335,9 @@ def _reshaped(shape: Dims | None, target: Sequence[int]) -> Dims | None:
     return dims
 
 
-def weight(value: ir.Value | None) -> Held | None:
+def weight(value: ir.Value | None) -> ConstantView | None:
     """The constant behind a value, if a layer may have it for its weight."""
-    found = held(value)
+    found = constant_view(value)
     if found is None or found.overridable or found.exposed or found.dtype not in CASTS or 0 in found.shape:
         return None
     return found

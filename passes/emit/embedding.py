@@ -15,12 +15,12 @@ from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
-from magr_onnx.passes.layers.embedding import BLOCK, Form, Table
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
+from magr_onnx.passes.layers.embedding import BLOCK, EmbeddingTable, Form
 from magr_onnx.passes.layers.linear import FLOATS
 
 
-def emit(tables: Sequence[Table], solution: LayerSolution, form: Form) -> list[Emitted]:
+def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) -> list[Emitted]:
     """Write the solution of one table, with codes ``(width, rows)``, into all Gathers that read it."""
     first, weight = tables[0], solution.quantized
     assert weight is not None
@@ -45,7 +45,7 @@ def emit(tables: Sequence[Table], solution: LayerSolution, form: Form) -> list[E
     return [Emitted(_replace(table, constants, bits, form), bits, size) for table in tables]
 
 
-def _replace(table: Table, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
+def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
     node, name = table.node, f"{table.name}_q{bits}"
     source, index = node.inputs
     assert source is not None
@@ -81,7 +81,7 @@ def emitted_table(node: ir.Node) -> Array | None:
             scales = next((constant(n.inputs[0]) for n in other if n is not None and n.op_type == "Gather"), None)
             return None if codes.dtype != np.int8 or scales is None else codes.astype(np.float32) * scales.astype(np.float32)
         scales, zeros = constant(operand(node, 2)), constant(operand(node, 3))
-    except NoView:
+    except UnsupportedNode:
         return None
     bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 128)
     if scales is None or codes.dtype != np.uint8 or codes.ndim != 2:

@@ -31,7 +31,7 @@ from magr_onnx.passes.base import Emitted, Emitter
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import emitted_blocks, made_of, replace_layer
 from magr_onnx.passes.emit.matmulnbits import block_problems
-from magr_onnx.passes.graph.constants import behind
+from magr_onnx.passes.graph.constants import source_of
 from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
@@ -101,7 +101,7 @@ class EmitQDQ(Emitter):
 
 def _is_dequantized(value: ir.Value) -> bool:
     """Whether a value is made of integers, maybe through a Reshape or the like."""
-    node = behind(value).producer()
+    node = source_of(value).producer()
     return node is not None and node.op_type == "DequantizeLinear"
 
 

@@ -1,9 +1,9 @@
-"""Constants behind shapes and types: what a weight is after the Transpose, Reshape, Cast ... nodes between it and its reader.
+"""Lazy constant folding: views of a constant through the Transpose, Reshape, Cast ... nodes between it and its reader.
 
-Nothing is computed until somebody reads, and the graph is not changed. Only operators whose result is no larger than a cast of their input
-are followed: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and QuantizeLinear and
-DequantizeLinear where a caller asked for that (`FOLLOW`). Not Expand, Tile or ConstantOfShape: a file of a few bytes could ask for any
-amount of memory with them.
+A view is computed when it is read, and the graph is not changed. Only operators whose result is no larger than a cast of their input are
+folded: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and QuantizeLinear and
+DequantizeLinear marked with `FOLLOW`. Not Expand, Tile or ConstantOfShape: with these a file of a few bytes could allocate any amount of
+memory.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from magr_onnx.model_io.writing import release_mmap
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 FOLLOW = "onnx_magr.follow"
-"""Key of the ``meta`` store of a DequantizeLinear, or a QuantizeLinear before it, whose values are to be taken for float weights."""
+"""Key of the ``meta`` store of a DequantizeLinear, or a QuantizeLinear before it, to fold as if its output were float weights."""
 
 Tensor = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one node does to a constant.
+    """The effect of one node on a constant.
 
     Attributes:
-        key: What it is, and more; equal for steps that do the same.
+        key: Operator and parameters; equal for steps that do the same.
         shape: The shape after it.
         dtype: The type after it.
-        apply: Does it.
+        apply: Function on the array.
     """
 
     key: tuple[Hashable, ...]
@@ -45,14 +45,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A constant and the way from it to its reader.
+class ConstantView:
+    """A constant and the steps from it to its reader.
 
     Attributes:
-        source: The value that holds the constant.
+        source: The value of the constant.
         stored: Its tensor.
-        steps: What is done to it, in order.
-        exposed: Whether the model's caller sees it, or a value on the way, as an output.
+        steps: The operations on it, in order.
+        exposed: Whether it, or the value after any step, is an output of the model.
     """
 
     source: ir.Value
@@ -66,12 +66,12 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As its reader sees it."""
+        """Return that of the last step."""
         return self.steps[-1].shape if self.steps else tuple(int(d) for d in self.stored.shape.numpy())
 
     @property
     def dtype(self) -> ir.DataType:
-        """As its reader sees it."""
+        """Return that of the last step."""
         return self.steps[-1].dtype if self.steps else self.stored.dtype
 
     @property
@@ -79,23 +79,23 @@ class Held:
         return str(self.stored.name or self.source.name)
 
     @property
-    def way(self) -> tuple[Hashable, ...]:
+    def path(self) -> tuple[Hashable, ...]:
         return tuple(step.key for step in self.steps)
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Equal for constants of the very same elements."""
-        return (id(self.stored), self.way)
+        """Return a key that is equal for constants of the same elements."""
+        return (id(self.stored), self.path)
 
-    def before_transposes(self) -> tuple[Held, bool]:
-        """This constant without the 2-D Transposes at the end of its way, and whether they turn it."""
-        steps, turned = self.steps, False
+    def before_transposes(self) -> tuple[ConstantView, bool]:
+        """Strip the trailing 2-D Transposes; return the view and whether they transpose it."""
+        steps, transposed = self.steps, False
         while steps and steps[-1].key == ("transpose", (1, 0)):
-            steps, turned = steps[:-1], not turned
-        return Held(self.source, self.stored, steps, self.exposed), turned
+            steps, transposed = steps[:-1], not transposed
+        return ConstantView(self.source, self.stored, steps, self.exposed), transposed
 
     def tensor(self) -> ir.TensorProtocol:
-        """The constant as its reader sees it; computed at every read, so that nothing is kept."""
+        """Return the constant as its reader sees it, computed at every read so that memory stays free."""
         if not self.steps:
             return self.stored
 
@@ -111,8 +111,8 @@ class Held:
         return ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=self.name)
 
 
-def held(value: ir.Value | None) -> Held | None:
-    """The constant behind a value, or None where the value depends on anything else."""
+def constant_view(value: ir.Value | None) -> ConstantView | None:
+    """Return the view of the constant a value is folded from, or None where it depends on anything else."""
     if value is None:
         return None
     nodes: list[tuple[ir.Node, int]] = []
@@ -134,11 +134,11 @@ def held(value: ir.Value | None) -> Held | None:
             return None
         steps.append(step)
         shape, dtype = step.shape, step.dtype
-    return Held(value, stored, tuple(steps), exposed)
+    return ConstantView(value, stored, tuple(steps), exposed)
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or Constant node, else None."""
+    """Return the tensor of an initializer or Constant node, else None."""
     if value is None:
         return None
     node = value.producer()
@@ -149,27 +149,27 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
-def behind(value: ir.Value) -> ir.Value:
-    """The value in front of the nodes that `held` may go through."""
+def source_of(value: ir.Value) -> ir.Value:
+    """Return the first value of the chain of nodes that `constant_view` folds."""
     while (node := value.producer()) is not None and _steps(node) and node.inputs[0] is not None:
         value = node.inputs[0]
     return value
 
 
 def dequantized(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The constant that a DequantizeLinear makes a value of, or what the value is a view of; it may be quantized in the graph."""
-    node = None if value is None else behind(value).producer()
+    """Return the constant input of the DequantizeLinear that a value comes from; a QuantizeLinear before it is skipped."""
+    node = None if value is None else source_of(value).producer()
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
         return None
-    source = behind(node.inputs[0])
+    source = source_of(node.inputs[0])
     maker = source.producer()
     if maker is not None and maker.op_type == "QuantizeLinear" and maker.inputs[0] is not None:
-        source = behind(maker.inputs[0])
+        source = source_of(maker.inputs[0])
     return constant(source)
 
 
 def drop_if_unused(value: ir.Value) -> None:
-    """Remove an initializer or constant-making node nobody reads any more, and what only it read."""
+    """Remove an unused initializer or constant node, and what only it read."""
     if value.uses() or value.is_graph_output() or value.is_graph_input():
         return
     producer = value.producer()
@@ -186,7 +186,7 @@ def drop_if_unused(value: ir.Value) -> None:
 
 
 def is_step(node: ir.Node) -> bool:
-    """Whether a node is no more than a part of the way from a constant to its reader."""
+    """Return whether a node is one that `constant_view` folds."""
     return _steps(node)
 
 
@@ -199,7 +199,7 @@ def _steps(node: ir.Node) -> bool:
 
 
 def ints(node: ir.Node, name: str, index: int) -> list[int] | None:
-    """Integers that are an attribute in old opsets and an input since; None where they are left out or computed."""
+    """Read integers that are an attribute in old opsets and an input in newer ones; None where absent or computed."""
     if name in node.attributes:
         return [int(i) for i in node.attributes[name].as_ints()]
     value = node.inputs[index] if len(node.inputs) > index else None
@@ -209,13 +209,8 @@ def ints(node: ir.Node, name: str, index: int) -> list[int] | None:
     return [int(i) for i in tensor.numpy().reshape(-1)]
 
 
-def _given(node: ir.Node, name: str, index: int) -> bool:
+def _has_input(node: ir.Node, name: str, index: int) -> bool:
     return name in node.attributes or (len(node.inputs) > index and node.inputs[index] is not None)
-
-
-def _integer(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.as_int())
 
 
 def _reshaped(shape: Sequence[int], dtype: ir.DataType) -> Step:
@@ -231,20 +226,20 @@ def _transpose(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.Data
 
 
 def _reshape(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
-    wanted = ints(node, "shape", 1)
-    if wanted is None or 0 in shape:
+    requested = ints(node, "shape", 1)
+    if requested is None or 0 in shape:
         return None
-    copy = not _integer(node, "allowzero", 0)
-    if any(d == 0 and (not copy or i >= len(shape)) for i, d in enumerate(wanted)) or wanted.count(-1) > 1:
+    copy = not node.attributes.get_int("allowzero", 0)
+    if any(d == 0 and (not copy or i >= len(shape)) for i, d in enumerate(requested)) or requested.count(-1) > 1:
         return None
-    target = [shape[i] if d == 0 else d for i, d in enumerate(wanted)]
+    target = [shape[i] if d == 0 else d for i, d in enumerate(requested)]
     if -1 in target:
         target[target.index(-1)] = math.prod(shape) // max(math.prod(d for d in target if d != -1), 1)
     return _reshaped(target, dtype) if min(target, default=1) > 0 and math.prod(target) == math.prod(shape) else None
 
 
 def _flatten(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
-    axis = _integer(node, "axis", 1)
+    axis = node.attributes.get_int("axis", 1)
     if not -len(shape) <= axis <= len(shape):
         return None
     axis += len(shape) if axis < 0 else 0
@@ -254,11 +249,11 @@ def _flatten(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataTy
 def _squeeze(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
     axes = ints(node, "axes", 1)
     if axes is None:
-        return None if _given(node, "axes", 1) else _reshaped([d for d in shape if d != 1], dtype)
-    gone = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
-    if not axes or len(gone) != len(axes) or any(shape[a] != 1 for a in gone):
+        return None if _has_input(node, "axes", 1) else _reshaped([d for d in shape if d != 1], dtype)
+    squeezed = {a % len(shape) for a in axes if -len(shape) <= a < len(shape)}
+    if not axes or len(squeezed) != len(axes) or any(shape[a] != 1 for a in squeezed):
         return None
-    return _reshaped([d for i, d in enumerate(shape) if i not in gone], dtype)
+    return _reshaped([d for i, d in enumerate(shape) if i not in squeezed], dtype)
 
 
 def _unsqueeze(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
@@ -266,54 +261,55 @@ def _unsqueeze(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.Data
     if axes is None:
         return None
     rank = len(shape) + len(axes)
-    new = {a % rank for a in axes if -rank <= a < rank}
-    if len(new) != len(axes):
+    inserted = {a % rank for a in axes if -rank <= a < rank}
+    if len(inserted) != len(axes):
         return None
-    left = iter(shape)
-    return _reshaped([1 if i in new else next(left) for i in range(rank)], dtype)
+    remaining = iter(shape)
+    return _reshaped([1 if i in inserted else next(remaining) for i in range(rank)], dtype)
 
 
 def _cast(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
-    to = ir.DataType(_integer(node, "to", 0))
+    to = ir.DataType(node.attributes.get_int("to", 0))
     if dtype not in CASTS or to not in CASTS:
         return None
 
     def apply(array: Tensor) -> Tensor:
-        with np.errstate(over="ignore"):  # infinite where onnxruntime's is; who reads it checks that
+        with np.errstate(over="ignore"):  # overflows to infinity as onnxruntime does; readers check for it
             return array.astype(to.numpy())
 
     return Step(("cast", to), shape, to, apply)
 
 
 def _split(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
-    axis, parts = _integer(node, "axis", 0), len(node.outputs)
+    axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
     if not -len(shape) <= axis < len(shape):
         return None
     axis %= len(shape)
     sizes = ints(node, "split", 1)
     if sizes is None:
-        if _given(node, "split", 1):
+        if _has_input(node, "split", 1):
             return None
-        each = -(-shape[axis] // parts)
-        sizes = [min(each, shape[axis] - i * each) for i in range(parts)]
-    if len(sizes) != parts or sum(sizes) != shape[axis] or min(sizes) < 1:
+        each = -(-shape[axis] // count)
+        sizes = [min(each, shape[axis] - i * each) for i in range(count)]
+    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
         return None
     start, stop = sum(sizes[:index]), sum(sizes[: index + 1])
-    part = (*(slice(None),) * axis, slice(start, stop))
-    return Step(("slice", axis, start, stop), (*shape[:axis], stop - start, *shape[axis + 1 :]), dtype, lambda a: a[part])
+    index_of = (*(slice(None),) * axis, slice(start, stop))
+    return Step(("slice", axis, start, stop), (*shape[:axis], stop - start, *shape[axis + 1 :]), dtype, lambda a: a[index_of])
 
 
 def _grid(node: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None, int, int] | None:
-    """Scales, zero points, axis and block of a QuantizeLinear or DequantizeLinear, where they are constant."""
+    """Read scales, zero points, axis and block of a QuantizeLinear or DequantizeLinear, where they are constant."""
     values = [v for v in node.inputs[1:3] if v is not None]
     tensors = [constant(v) for v in values]
     if not tensors or tensors[0] is None or tensors[-1] is None or any(v.is_graph_input() for v in values):
         return None
-    return tensors[0], tensors[1] if len(tensors) > 1 else None, _integer(node, "axis", 1), _integer(node, "block_size", 0)
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    return tensors[0], tensors[1] if len(tensors) > 1 else None, axis, block
 
 
-def _spread(tensor: ir.TensorProtocol, shape: tuple[int, ...], axis: int, block: int) -> Tensor:
-    """Scales or zero points along ``shape``: one in all, one an index of the axis, or one a block; in float32."""
+def _broadcast(tensor: ir.TensorProtocol, shape: tuple[int, ...], axis: int, block: int) -> Tensor:
+    """Broadcast scales or zero points along ``shape``: per tensor, per axis or per block; in float32."""
     array = tensor.numpy().astype(np.float32)
     if array.size == 1:
         return array.reshape(())
@@ -327,13 +323,13 @@ def _dequantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.Dat
     if grid is None:
         return None
     scale, zero, axis, block = grid
-    to = ir.DataType(_integer(node, "output_dtype", 0)) or scale.dtype
+    to = ir.DataType(node.attributes.get_int("output_dtype", 0)) or scale.dtype
 
     def apply(codes: Tensor) -> Tensor:
         real = codes.astype(np.float32)
         if zero is not None:
-            real -= _spread(zero, shape, axis, block)
-        result: Tensor = (real * _spread(scale, shape, axis, block)).astype(to.numpy())
+            real -= _broadcast(zero, shape, axis, block)
+        result: Tensor = (real * _broadcast(scale, shape, axis, block)).astype(to.numpy())
         return result
 
     return Step(("dequantize", id(scale), id(zero), axis, block, to), shape, to, apply)
@@ -344,15 +340,15 @@ def _quantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataT
     if grid is None:
         return None
     scale, zero, axis, block = grid
-    to = zero.dtype if zero is not None else ir.DataType(_integer(node, "output_dtype", 0)) or ir.DataType.UINT8
+    to = zero.dtype if zero is not None else ir.DataType(node.attributes.get_int("output_dtype", 0)) or ir.DataType.UINT8
     if to not in _CODES or dtype not in CASTS:
         return None
     low, high = _CODES[to]
 
     def apply(real: Tensor) -> Tensor:
-        codes = np.rint(real.astype(np.float32) / _spread(scale, shape, axis, block))
+        codes = np.rint(real.astype(np.float32) / _broadcast(scale, shape, axis, block))
         if zero is not None:
-            codes += _spread(zero, shape, axis, block)
+            codes += _broadcast(zero, shape, axis, block)
         result: Tensor = np.clip(codes, low, high).astype(to.numpy())
         return result
 

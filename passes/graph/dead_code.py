@@ -1,4 +1,4 @@
-"""Nodes whose results nobody reads: converters of opsets drop them, so they must not be looked for afterwards."""
+"""Removal of dead nodes, which opset converters would drop anyway."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def remove(model: ir.Model) -> list[str]:
-    """Remove them from ``model``; a sentence for the report where there were any."""
+    """Remove dead nodes from ``model``; return a note for the report if there were any."""
     before = [n.name or n.op_type for n in model.graph]
     if all(any(v.uses() or v.is_graph_output() for v in n.outputs) for n in model.graph):
         return []
     RemoveUnusedNodesPass()(model)
-    kept = {n.name or n.op_type for n in model.graph}
-    gone = [name for name in before if name not in kept]
-    return [f"nodes whose results nobody reads are left out: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if gone[3:] else "")]
+    remaining = {n.name or n.op_type for n in model.graph}
+    removed = [name for name in before if name not in remaining]
+    more = f" and {len(removed) - 3} more" if removed[3:] else ""
+    return [f"unused nodes are removed: {', '.join(removed[:3])}{more}"]

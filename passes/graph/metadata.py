@@ -1,6 +1,6 @@
-"""What people and tools write beside a graph: names, doc strings, metadata, denotations, quantization annotations.
+"""Annotations of a graph: node names, doc strings, metadata, denotations, quantization annotations.
 
-The opset converters lose some of it where they make nodes and values anew; names of values stay, so it is found again by them.
+The opset converters lose some of them where they create new nodes and values. Value names survive, so annotations are restored by them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 @dataclass(slots=True)
 class Labels:
-    """Of a model: nodes by the name of their first output, values by name, and the graph itself."""
+    """Annotations of a model: nodes by the name of their first output, values by name, and the graph itself."""
 
     nodes: dict[str, tuple[str | None, str | None, dict[str, str]]] = field(default_factory=dict)
     values: dict[str, tuple[str | None, dict[str, str], dict[str, Any], str | None, list[str | None]]] = field(default_factory=dict)
@@ -22,34 +22,34 @@ class Labels:
 
 
 def collect(model: ir.Model) -> Labels:
-    """All that `restore` can bring back."""
-    found = Labels(graph=(model.graph.name, model.graph.doc_string, dict(model.graph.metadata_props)))
+    """Collect the annotations that `restore` can restore."""
+    labels = Labels(graph=(model.graph.name, model.graph.doc_string, dict(model.graph.metadata_props)))
     for node in model.graph.all_nodes():
         if node.outputs and node.outputs[0].name:
-            found.nodes[node.outputs[0].name] = node.name, node.doc_string, dict(node.metadata_props)
+            labels.nodes[node.outputs[0].name] = node.name, node.doc_string, dict(node.metadata_props)
     for name, value in _values(model):
         shape = value.shape
         denotations = [] if shape is None else [shape.get_denotation(i) for i in range(len(shape))]
         kind = None if value.type is None else value.type.denotation
-        found.values[name] = value.doc_string, dict(value.metadata_props), dict(value.meta), kind, denotations
-    return found
+        labels.values[name] = value.doc_string, dict(value.metadata_props), dict(value.meta), kind, denotations
+    return labels
 
 
-def restore(model: ir.Model, kept: Labels) -> None:
-    """Give nodes and values back what they have lost; what they have stays."""
-    model.graph.name, model.graph.doc_string = kept.graph[:2]
-    model.graph.metadata_props.update(kept.graph[2])
-    taken = {node.name for node in model.graph.all_nodes()}  # one node may have become several, and names must differ
+def restore(model: ir.Model, labels: Labels) -> None:
+    """Restore lost annotations of nodes and values; present ones are kept."""
+    model.graph.name, model.graph.doc_string = labels.graph[:2]
+    model.graph.metadata_props.update(labels.graph[2])
+    node_names = {node.name for node in model.graph.all_nodes()}  # one node may have become several; names must be unique
     for node in model.graph.all_nodes():
-        if node.outputs and (found := kept.nodes.get(str(node.outputs[0].name))) is not None:
-            name, doc_string, properties = found
-            if not node.name and name not in taken:
+        if node.outputs and (node_labels := labels.nodes.get(str(node.outputs[0].name))) is not None:
+            name, doc_string, properties = node_labels
+            if not node.name and name not in node_names:
                 node.name = name
             node.doc_string = node.doc_string or doc_string
             _add(node.metadata_props, properties)
     for key, value in _values(model):
-        if key in kept.values:
-            doc_string, properties, meta, kind, denotations = kept.values[key]
+        if key in labels.values:
+            doc_string, properties, meta, kind, denotations = labels.values[key]
             value.doc_string = value.doc_string or doc_string
             _add(value.metadata_props, properties)
             _add(value.meta, meta)
@@ -60,9 +60,9 @@ def restore(model: ir.Model, kept: Labels) -> None:
                     value.shape.set_denotation(i, value.shape.get_denotation(i) or denotation)
 
 
-def _add(held: Any, more: dict[str, Any]) -> None:
-    for key, value in more.items():
-        held.setdefault(key, value)
+def _add(entries: Any, missing: dict[str, Any]) -> None:
+    for key, value in missing.items():
+        entries.setdefault(key, value)
 
 
 def _values(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:

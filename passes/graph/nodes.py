@@ -1,4 +1,4 @@
-"""Reading nodes: inputs, attributes and constants, or the reason one cannot be read."""
+"""Readers of node inputs, attributes and constants, or the reason why one cannot be read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from magr_onnx.report.reasons import IntegerReason
 Array = npt.NDArray[Any]
 
 
-class NoView(Exception):
-    """No view: raised with the reason where it is found, caught in `view`."""
+class UnsupportedNode(Exception):
+    """A node that cannot be viewed, with the reason; caught in `view`."""
 
     def __init__(self, reason: IntegerReason, detail: str = "") -> None:
         super().__init__(reason)
@@ -21,28 +21,32 @@ class NoView(Exception):
 
 
 def operand(node: ir.Node, index: int) -> ir.Value | None:
-    """Input ``index`` of a node; None if it is left out."""
+    """Return input ``index`` of a node; None if absent."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def attribute_of(node: ir.Node, name: str, default: Any) -> Any:
-    """The value of an attribute, or ``default``."""
+    """Return the value of an attribute, or ``default``.
+
+    Raises:
+        UnsupportedNode: The attribute refers to one of a function.
+    """
     attribute = node.attributes.get(name)
     if attribute is None:
         return default
     if attribute.is_ref():
-        raise NoView(IntegerReason.ATTRIBUTE, name)
+        raise UnsupportedNode(IntegerReason.ATTRIBUTE, name)
     return attribute.value
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initializer or Constant, also behind Identity, Transpose and Reshape; None for anything else."""
+    """Return the array of an initializer or Constant, through Identity, Transpose and Reshape; None for anything else."""
     if value is None:
         return None
     node = value.producer()
     if node is None:
         if value.is_initializer() and value.is_graph_input():
-            raise NoView(IntegerReason.OVERRIDABLE, str(value.name))
+            raise UnsupportedNode(IntegerReason.OVERRIDABLE, str(value.name))
         return None if value.const_value is None or not value.is_initializer() else value.const_value.numpy()
     if node.domain != "":
         return None

@@ -1,4 +1,4 @@
-"""Raising the opset of a model, only as far as an operator needs."""
+"""Conversion of a model to the least opset that an operator needs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the converter's warning that it falls back on the converter of onnx, which is as good, and what that one prints itself."""
+    """Silence the warning that the converter falls back to onnx's, and what that one prints."""
     logger = logging.getLogger("onnxscript.version_converter")
-    level, kept = logger.level, os.dup(2)
+    level, stderr = logger.level, os.dup(2)
     logger.setLevel(logging.ERROR)
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         logger.setLevel(level)
 
 
@@ -40,16 +40,16 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
 
     Args:
         model: Changed in place.
-        target: The opset; 0 for no demand.
-        why: What needs it, for the message.
+        target: The opset; 0 for no minimum.
+        why: What needs the opset, for the message.
 
     Raises:
-        ModelError: The converter cannot bring the model there.
+        ModelError: The model cannot be converted.
     """
     changed = False
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
-        kept = metadata.collect(model)
+        labels = metadata.collect(model)
         contrib_schemas.register()
         try:
             with _quiet():
@@ -61,7 +61,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
                 f"the model has opset {before} and could not be converted to opset {target}, which {why} needs; export it with a newer "
                 "opset, or use format matmulnbits"
             )
-        metadata.restore(model, kept)
+        metadata.restore(model, labels)
         _distinct_names(model)
         changed = True
     if model.ir_version < IR_VERSIONS.get(target, 0):
@@ -71,7 +71,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
 
 
 def _distinct_names(model: ir.Model) -> None:
-    """Rename what has another's name: converters put nodes named like a Softmax around it, and name new values after those of one graph."""
+    """Make names unique: converters add nodes named like the Softmax they surround, and values named as in another graph."""
     names = Names()
     for node in model.graph.all_nodes():
         if node.name:

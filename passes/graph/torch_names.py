@@ -1,4 +1,4 @@
-"""Which module of a torch model a node came from, by what the exporter (``torch.onnx.export(..., dynamo=True)``) wrote beside it.
+"""The torch module of a node, from the metadata of the exporter (``torch.onnx.export(..., dynamo=True)``).
 
 1. The scopes of a node are module paths from the outside in, and then the node itself: ``['', 'encoder', 'encoder.linear1', 'linear_2']``
    is of the module ``encoder.linear1``.
@@ -23,7 +23,7 @@ _FOLDED = "batch_norm"
 
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
-    """The paths a node is known by: that of its module, then that within it which its parameter adds; empty where nothing says so."""
+    """Return the module path of a node, then the longer path of its parameter if there is one; empty without metadata."""
     properties: Mapping[str, str] = node.metadata_props
     try:
         scopes = ast.literal_eval(properties.get(_SCOPES, "[]"))
@@ -37,16 +37,16 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
         return (module, owner) if owner not in ("", module) else (module,)
     before = re.sub(r"\W", "_", module) + "_"
     for parameter in _PARAMETER.findall(properties.get(_CALL, "")):
-        if parameter.startswith(before) and (rest := _KIND.sub("", parameter.removeprefix(before))):
-            return module, f"{module}.{rest}"
+        if parameter.startswith(before) and (parameter_path := _KIND.sub("", parameter.removeprefix(before))):
+            return module, f"{module}.{parameter_path}"
     return (module,)
 
 
 def owner_of(weight: str) -> str:
-    """The path of the module that a weight is of, by its name; empty where that has no path."""
+    """Return the module path in the name of a weight; empty if it has none."""
     return weight.rpartition(".")[0]
 
 
 def scope_of(node: ir.Node) -> str:
-    """The narrowest path of `modules_of`; empty where there is none."""
+    """Return the longest path of `modules_of`; empty if there is none."""
     return next(reversed(modules_of(node)), "")

@@ -1,6 +1,6 @@
 """Patches of convolutions inside the graph: a copy of a model whose outputs are Gram matrices of what convolutions multiply.
 
-The patches of ``Conv(X, W)`` are a convolution of X as well: every channel by itself, with a one-hot kernel a place, so that strides,
+The patches of ``Conv(X, W)`` are a convolution of X as well: every channel by itself, with a one-hot kernel per tap, so that strides,
 dilations, pads and auto_pad are right because the same operator does them. The same holds of ConvTranspose, whose output is
 
     Y[m] = sum over c, t of W[c, m, t] P[c, t],   P[c, t] = ConvTranspose(X[c], one-hot at t).
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.subgraphs import Place, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, walk
 from magr_onnx.passes.instrument.hoist import carry_out
 from magr_onnx.passes.instrument.taps import Extension
 from magr_onnx.passes.layers.conv import OPS, ConvLayer
@@ -34,24 +34,24 @@ def geometry(layer: ConvLayer) -> tuple[object, ...]:
     return (layer.op, layer.reads, layer.channels, layer.kernel, layer.group, *sorted(kept.items()))
 
 
-def _placed(copy: Extension) -> dict[str, tuple[ir.Node, Place]]:
+def _placed(copy: Extension) -> dict[str, tuple[ir.Node, SubgraphPath]]:
     """The copy's convolutions with their places, by the name of the output."""
-    return {str(node.outputs[0].name): (node, place) for node, place in walk(copy.model.graph) if node.op_type in OPS}
+    return {str(node.outputs[0].name): (node, path) for node, path in walk(copy.model.graph) if node.op_type in OPS}
 
 
 def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     """A copy of the model that puts out the shape of every layer's output, in order, as floats: the largest of all turns of a body,
     and zeros where it was never run."""
-    copy = Extension(model, opset=OPSET if any(layer.place for layer in layers) else 0)
+    copy = Extension(model, opset=OPSET if any(layer.path for layer in layers) else 0)
     placed = _placed(copy)
     for i, layer in enumerate(layers):
-        node, place = placed[str(layer.output.name)]
+        node, path = placed[str(layer.output.name)]
         name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
         assert isinstance(graph, ir.Graph)
         shape = copy.append(graph, ir.node("Shape", [node.outputs[0]], name=f"{name}_shape"))[0]
         extent = copy.append(graph, ir.node("Cast", [shape], {"to": ir.DataType.FLOAT}, name=f"{name}_real"))[0]
-        if place:
-            extent = carry_out(extent, place, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
+        if path:
+            extent = carry_out(extent, path, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
         copy.output(extent, shape=[rank])
     return copy.finish()
 
@@ -62,7 +62,7 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     placed = _placed(copy)
     for i, layer in enumerate(layers):
         name = f"__patches_{i}"
-        node, place = placed[str(layer.output.name)]
+        node, path = placed[str(layer.output.name)]
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         real = copy.append(graph, ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_x"))[0]
@@ -73,7 +73,7 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         for output, start, part in zip(scan.outputs, starts, ("gram", "sum", "count"), strict=True):
             output.name, output.type, output.shape = f"{name}_{part}", start.type, start.shape
         for output, start, shape in zip(copy.append(graph, scan), starts, ([g, k, k], [g, k], []), strict=True):
-            result = carry_out(output, place, start, "Add", f"{output.name}_of_all") if place else output
+            result = carry_out(output, path, start, "Add", f"{output.name}_of_all") if path else output
             copy.output(result, shape=shape)
     return copy.finish()
 

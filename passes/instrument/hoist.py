@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.graph.subgraphs import Place, bodies_of, captured, root_of, values_of, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, bodies_of, captured_key, root_of, values_of, walk
 
 _HOISTED = "magr_onnx.hoisted"
 
@@ -31,16 +31,16 @@ def hoisted(model: ir.Model) -> set[str]:
     return {str(v.name) for node in model.graph for v in node.outputs if v.meta.get(_HOISTED)}
 
 
-def inside(model: ir.Model) -> dict[str, tuple[ir.Value, Place]]:
+def inside(model: ir.Model) -> dict[str, tuple[ir.Value, SubgraphPath]]:
     """What bodies make, by name (`unique_names` first), and what they read from outside, by `captured`; each with the body's place."""
-    found: dict[str, tuple[ir.Value, Place]] = {}
-    for node, place in walk(model.graph):
+    values: dict[str, tuple[ir.Value, SubgraphPath]] = {}
+    for node, path in walk(model.graph):
         for attribute, body in bodies_of(node):
-            here = (*place, (node, attribute))
-            found.update({str(v.name): (v, here) for v in values_of(body)})
-            outside = {v for n in body for v in n.inputs if v is not None and v.graph is not body}
-            found.update({captured(v, here): (v, here) for v in outside})
-    return found
+            inner_path = (*path, (node, attribute))
+            values.update({str(v.name): (v, inner_path) for v in values_of(body)})
+            captured = {v for n in body for v in n.inputs if v is not None and v.graph is not body}
+            values.update({captured_key(v, inner_path): (v, inner_path) for v in captured})
+    return values
 
 
 def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] = ()) -> ir.Model:
@@ -52,13 +52,12 @@ def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] =
     values, names = inside(copy), Names.of(copy.graph)
     for name, width in widths.items():
         value, path = values[name]
-        place = list(path)
-        body = place[-1][0].attributes[place[-1][1]].as_graph()
+        body = path[-1][0].attributes[path[-1][1]].as_graph()
         if value.graph is body:
             value.name = names.value(f"{name}__inside")
         rows = _rows(names, body, value, width, name)
-        for depth in range(len(place) - 1, -1, -1):
-            holder, attribute = place[depth]
+        for depth in range(len(path) - 1, -1, -1):
+            holder, attribute = path[depth]
             if holder.op_type == "Loop" and name in growing:
                 rows = _carried(names, holder, attribute, rows, width, f"{name}__{depth}")
             else:
@@ -68,19 +67,19 @@ def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] =
     return copy
 
 
-def carry_out(value: ir.Value, place: Place, start: ir.Value, op: str, name: str) -> ir.Value:
+def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, name: str) -> ir.Value:
     """What a body makes, of all turns together, as a value of the main graph; the model is changed in place.
 
     Args:
         value: Made in the body, of one type and shape at every turn.
-        place: The body's place.
+        path: Path of the body.
         start: A constant of the main graph of that type and shape: what there is where the body is not run.
         op: What puts two together: Add, or another operator that ``start`` is neutral to.
         name: Of the result; names in between are made of it.
     """
-    names = Names.of(root_of(place[0][0], ()))
-    for depth in range(len(place) - 1, -1, -1):
-        holder, attribute = place[depth]
+    names = Names.of(root_of(path[0][0], ()))
+    for depth in range(len(path) - 1, -1, -1):
+        holder, attribute = path[depth]
         if holder.op_type != "If":
             value = _state(names, holder, attribute, value, start, op, {}, f"{name}__{depth}")
             continue

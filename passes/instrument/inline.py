@@ -27,7 +27,7 @@ HOLDING = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for form in
 """Operators that are layers, or become layers in a canonical form, with their domain where that is not ONNX's."""
 
 
-def open_up(model: ir.Model) -> list[str]:
+def inline_and_rename(model: ir.Model) -> list[str]:
     """Make the layers in functions and bodies ones that `find` sees, under names of their own; sentences for the report.
 
     Functions with layers are inlined, and values in bodies get names that are unique in the model. Nothing that is computed changes.

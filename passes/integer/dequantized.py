@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS
-from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -78,17 +78,17 @@ def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
     codes, kind = integers(constant_codes(required(dq, 0)))
     scales, zeros = constant(required(dq, 1)), constant(operand(dq, 2))
     if scales is None:
-        raise NoView(IntegerReason.SCALE, "of the weight")
+        raise UnsupportedNode(IntegerReason.SCALE, "of the weight")
     if zeros is None:
         if operand(dq, 2) is not None:
-            raise NoView(IntegerReason.ZERO_POINT, "of the weight")
+            raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
         zeros = np.zeros(scales.shape, np.int32)
     axis, block = attribute_of(dq, "axis", 1), attribute_of(dq, "block_size", 0)
     axis += codes.ndim if axis < 0 else 0
     try:
         full = [broadcast_grid(a, codes.shape, axis, block) for a in (scales, zeros.astype(np.int32))]
     except ValueError as error:
-        raise NoView(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(codes.shape)}") from error
+        raise UnsupportedNode(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(codes.shape)}") from error
     for node in reversed(between):
         if node.op_type == "Transpose":
             perm = attribute_of(node, "perm", None) or tuple(reversed(range(codes.ndim)))
@@ -101,19 +101,19 @@ def product(node: ir.Node) -> IntegerDot:
     x, w = required(node, 0), required(node, 1)
     dq_w, between = _dequantize(w)
     if dq_w is None:
-        raise NoView(IntegerReason.FLOAT)
+        raise UnsupportedNode(IntegerReason.FLOAT)
     dq_x = _dequantized_activation(x)
     conv = node.op_type == "Conv"
     try:
         grid = _grid(dq_w, between)
-    except NoView as no:
-        if no.reason is IntegerReason.DYNAMIC_WEIGHT and dq_x is not None and constant(required(dq_x, 0)) is not None:
-            raise NoView(IntegerReason.CONSTANT_LEFT) from no
+    except UnsupportedNode as unsupported:
+        if unsupported.reason is IntegerReason.DYNAMIC_WEIGHT and dq_x is not None and constant(required(dq_x, 0)) is not None:
+            raise UnsupportedNode(IntegerReason.CONSTANT_LEFT) from unsupported
         raise
     flip = node.op_type == "Gemm" and bool(attribute_of(node, "transB", 0))
     if dq_x is None:
         if conv or flip:
-            raise NoView(IntegerReason.FLOAT, "activations are floats")
+            raise UnsupportedNode(IntegerReason.FLOAT, "activations are floats")
         return _fused_blocks(node, dq_w, grid)
     taps, depthwise = 1, False
     if conv:
@@ -124,9 +124,9 @@ def product(node: ir.Node) -> IntegerDot:
     block = _steps(scales, zeros, grid.block)
     x_scale = constant(required(dq_x, 1))
     if x_scale is None or x_scale.size != 1:
-        raise NoView(IntegerReason.SCALE, "of the activation")
+        raise UnsupportedNode(IntegerReason.SCALE, "of the activation")
     if operand(dq_x, 2) is not None and constant(operand(dq_x, 2)) is None:
-        raise NoView(IntegerReason.ZERO_POINT, "of the activation")
+        raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
     x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
     w_zeros = zeros[:1] if block is None else zeros
     added = _added_bias(node) if node.op_type == "MatMul" else None
@@ -171,7 +171,7 @@ def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
         starts = np.arange(len(scales)) // block * block
         if (scales == scales[starts]).all() and (zeros == zeros[starts]).all():
             return block
-    raise NoView(IntegerReason.SCALE, "they change along K")
+    raise UnsupportedNode(IntegerReason.SCALE, "they change along K")
 
 
 def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
@@ -198,10 +198,10 @@ def _fused_blocks(node: ir.Node, dq: ir.Node, grid: _Grid) -> IntegerDot:
     bits = int(grid.kind.lstrip("uint"))
     uses = len(list(dq.outputs[0].uses()))
     if grid.codes.ndim != 2 or bits not in (2, 4, 8) or uses != 1 or dq.outputs[0].is_graph_output():
-        raise NoView(IntegerReason.FLOAT, "activations are floats, and the weight is not one that is fused")
+        raise UnsupportedNode(IntegerReason.FLOAT, "activations are floats, and the weight is not one that is fused")
     if grid.block is None:
         _steps(grid.scales, grid.zeros, None)
     elif grid.block not in MATMULNBITS_BLOCKS or grid.axis != 0:
-        raise NoView(IntegerReason.FLOAT, f"activations are floats, and blocks of {grid.block} on this axis are not fused")
+        raise UnsupportedNode(IntegerReason.FLOAT, f"activations are floats, and blocks of {grid.block} on this axis are not fused")
     shift = 0 if grid.kind.startswith("u") else 1 << (bits - 1)
     return blocks(f"{node.op_type} (QDQ)", grid.name, grid.codes + shift, bits, grid.block or DEFAULT_BLOCK)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import unpack_bits
-from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
@@ -122,8 +122,8 @@ def view(node: ir.Node) -> IntegerDot | Skip | None:
         return Skip(name, node.op_type, IntegerReason.OPERATOR, f"domain {node.domain}") if known else None
     try:
         return replace(reader(node), name=name)
-    except NoView as no:
-        return Skip(name, node.op_type, no.reason, no.detail)
+    except UnsupportedNode as unsupported:
+        return Skip(name, node.op_type, unsupported.reason, unsupported.detail)
     except (ValueError, IndexError) as error:  # NumPy's, about axes and shapes that a valid model does not have
         return Skip(name, node.op_type, IntegerReason.SHAPE, str(error))
 
@@ -175,13 +175,13 @@ def _conv(
     stored = constant_weight(w, x)
     zeros = constant(w_zero)
     if w_zero is not None and zeros is None:
-        raise NoView(IntegerReason.ZERO_POINT, "of the weight")
+        raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
     matrix, taps, depthwise = unrolled(stored, attribute_of(node, "group", 1))
     codes, w_type = integers(matrix)
     m = codes.shape[1]
     flat = np.zeros(1, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
     if flat.size not in (1, m):
-        raise NoView(IntegerReason.SHAPE, f"{flat.size} weight zero points for {m} channels")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"{flat.size} weight zero points for {m} channels")
     x_type, span, x_zeros = activation_codes(x, x_zero)
     return IntegerDot(
         "",
@@ -212,14 +212,14 @@ def _qlinear_conv(node: ir.Node) -> IntegerDot:
 def _matmul_nbits(node: ir.Node) -> IntegerDot:
     level = attribute_of(node, "accuracy_level", 0)
     if level != 4:
-        raise NoView(IntegerReason.FLOAT, f"accuracy level {level or 'unset'}")
+        raise UnsupportedNode(IntegerReason.FLOAT, f"accuracy level {level or 'unset'}")
     if operand(node, 4) is not None:
-        raise NoView(IntegerReason.OPERATOR, "g_idx")
+        raise UnsupportedNode(IntegerReason.OPERATOR, "g_idx")
     bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 0)
     k, n = attribute_of(node, "K", 0), attribute_of(node, "N", 0)
     packed = constant_weight(required(node, 1))
     if bits not in (2, 4, 8) or block < 1 or packed.size != n * -(-k // block) * (block * bits // 8):
-        raise NoView(IntegerReason.SHAPE, f"{bits} bits, block {block}, K {k}, N {n}, weight {list(packed.shape)}")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"{bits} bits, block {block}, K {k}, N {n}, weight {list(packed.shape)}")
     codes = unpack_bits(packed.reshape(n, -1), bits, -(-k // block) * block)[:, :k].T
     return blocks(node.op_type, weight_name(required(node, 1)), codes, bits, block)
 

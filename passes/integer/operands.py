@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
-from magr_onnx.passes.graph.nodes import NoView, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
 from magr_onnx.report.reasons import IntegerReason
 
 Array = npt.NDArray[Any]
@@ -40,7 +40,7 @@ def required(node: ir.Node, index: int) -> ir.Value:
     """Input ``index`` of a node."""
     value = operand(node, index)
     if value is None:
-        raise NoView(IntegerReason.SHAPE, f"input {index} is missing")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"input {index} is missing")
     return value
 
 
@@ -48,7 +48,7 @@ def integers(array: Array) -> tuple[Array, str]:
     """Integer codes in a NumPy type of their own, and the name of the type they are stored in."""
     name = array.dtype.name
     if name not in RANGES:
-        raise NoView(IntegerReason.WEIGHT_TYPE, name)
+        raise UnsupportedNode(IntegerReason.WEIGHT_TYPE, name)
     wide = np.int16 if name in ("int16", "uint8", "int8") else np.int32 if name == "uint16" else np.int8
     return array.astype(wide), name
 
@@ -63,22 +63,22 @@ def constant_codes(value: ir.Value) -> Array:
         return constant_weight(value)
     floats, scales, zeros = (constant(operand(node, i)) for i in range(3))
     if floats is None or scales is None:
-        raise NoView(IntegerReason.DYNAMIC_WEIGHT)
+        raise UnsupportedNode(IntegerReason.DYNAMIC_WEIGHT)
     if zeros is None or attribute_of(node, "block_size", 0) or not floats.dtype == scales.dtype == np.float32:
-        raise NoView(
+        raise UnsupportedNode(
             IntegerReason.WEIGHT_TYPE, "quantized in the graph other than by float32 scales and zero points, one a tensor or channel"
         )
     if zeros.dtype.name not in RANGES or floats.size == 0:
-        raise NoView(IntegerReason.WEIGHT_TYPE, zeros.dtype.name)
+        raise UnsupportedNode(IntegerReason.WEIGHT_TYPE, zeros.dtype.name)
     axis = attribute_of(node, "axis", 1) % max(floats.ndim, 1)
     try:
         grid = [broadcast_grid(a, floats.shape, axis, 0) for a in (scales, zeros.astype(np.float32))]
     except ValueError as error:
-        raise NoView(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(floats.shape)}") from error
+        raise UnsupportedNode(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(floats.shape)}") from error
     with np.errstate(all="ignore"):
         rounded = np.rint(floats / grid[0]) + grid[1]
     if np.isnan(rounded).any():
-        raise NoView(IntegerReason.WEIGHT_TYPE, "the float weight quantizes to NaN")
+        raise UnsupportedNode(IntegerReason.WEIGHT_TYPE, "the float weight quantizes to NaN")
     codes: Array = np.clip(rounded, *RANGES[zeros.dtype.name]).astype(zeros.dtype)
     return codes
 
@@ -95,9 +95,9 @@ def constant_weight(value: ir.Value, other: ir.Value | None = None) -> Array:
     found = constant(value)
     if found is None:
         left = other is not None and constant(other) is not None
-        raise NoView(IntegerReason.CONSTANT_LEFT if left else IntegerReason.DYNAMIC_WEIGHT)
+        raise UnsupportedNode(IntegerReason.CONSTANT_LEFT if left else IntegerReason.DYNAMIC_WEIGHT)
     if found.size == 0:
-        raise NoView(IntegerReason.SHAPE, f"weight has shape {list(found.shape)}")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"weight has shape {list(found.shape)}")
     return found
 
 
@@ -141,11 +141,11 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
     if kind is None and held is not None:
         kind = held.dtype.name
     if kind not in RANGES:
-        raise NoView(IntegerReason.ACTIVATION_TYPE, str(kind))
+        raise UnsupportedNode(IntegerReason.ACTIVATION_TYPE, str(kind))
     span = RANGES[kind]
     if zero is None:
         if default_zero is None:
-            raise NoView(IntegerReason.ZERO_POINT, "of the activation")
+            raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
         return kind, span, (default_zero,)
     if held is None:
         return kind, span, span
@@ -156,7 +156,7 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
 def columns(array: Array) -> Array:
     """``(..., K, N)``, or ``(K,)``, as ``(K, N')``: every output of a batched product is a column."""
     if array.ndim == 0:
-        raise NoView(IntegerReason.SHAPE, "weight is a scalar")
+        raise UnsupportedNode(IntegerReason.SHAPE, "weight is a scalar")
     if array.ndim == 1:
         return array[:, None]
     return np.moveaxis(array, -2, 0).reshape(array.shape[-2], -1)
@@ -168,12 +168,12 @@ def weight_zeros(value: ir.Value | None, shape: tuple[int, ...]) -> Int64:
         return np.zeros((1, 1), np.int64)
     found = constant(value)
     if found is None:
-        raise NoView(IntegerReason.ZERO_POINT, "of the weight")
+        raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
     zeros = found.astype(np.int64)
     try:
         return columns(np.broadcast_to(zeros, shape)).astype(np.int64)[:1] if zeros.size > 1 else zeros.reshape(1, 1)
     except ValueError as error:
-        raise NoView(IntegerReason.SHAPE, f"weight zero point {list(zeros.shape)}") from error
+        raise UnsupportedNode(IntegerReason.SHAPE, f"weight zero point {list(zeros.shape)}") from error
 
 
 def spread(zeros: Int64, n: int) -> Int64:
@@ -187,12 +187,12 @@ def integer_bias(value: ir.Value | None, n: int) -> Int64 | None:
         return None
     found = constant(value)
     if found is None:
-        raise NoView(IntegerReason.BIAS)
+        raise UnsupportedNode(IntegerReason.BIAS)
     if not np.issubdtype(found.dtype, np.integer):
-        raise NoView(IntegerReason.BIAS, found.dtype.name)
+        raise UnsupportedNode(IntegerReason.BIAS, found.dtype.name)
     flat = found.astype(np.int64).reshape(-1)
     if flat.size not in (1, n):
-        raise NoView(IntegerReason.SHAPE, f"bias of {flat.size} for {n} outputs")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"bias of {flat.size} for {n} outputs")
     return np.broadcast_to(flat, (n,)).copy()
 
 
@@ -208,7 +208,7 @@ def broadcast_grid(values: Array, shape: tuple[int, ...], axis: int, block: int)
 def unrolled(stored: Array, group: int) -> tuple[Array, int, bool]:
     """A convolution's weight as ``(C / group * taps, M)``, its taps, and whether it is depthwise."""
     if stored.ndim < 3:
-        raise NoView(IntegerReason.SHAPE, f"convolution weight {list(stored.shape)}")
+        raise UnsupportedNode(IntegerReason.SHAPE, f"convolution weight {list(stored.shape)}")
     m, channels = stored.shape[:2]
     return stored.reshape(m, -1).T, int(np.prod(stored.shape[2:])), channels == 1 and group == m
 

@@ -19,7 +19,7 @@ from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_state import float_type
-from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, Form, Table, find
+from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, EmbeddingTable, Form, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.report.reasons import Skip, TableReason
 
@@ -58,10 +58,10 @@ class Embeddings(ModelPass):
         block = BLOCK if self.form == "gather-block-quantized" else None
         return WeightSpec(self.bits, block, self.form == "dequantize", scale_type)
 
-    def fits_table(self, table: Table) -> Skip | None:
+    def fits_table(self, table: EmbeddingTable) -> Skip | None:
         """Why this form cannot hold a table."""
-        odd = self.bits == 4 and table.held.shape[1] % 2
-        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.held.shape[1]} columns") if odd else None
+        odd = self.bits == 4 and table.weight.shape[1] % 2
+        return Skip(table.name, table.op, TableReason.WIDTH, f"{table.weight.shape[1]} columns") if odd else None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))
@@ -80,7 +80,7 @@ class Embeddings(ModelPass):
         return LayerSolution(weight, None, problem.weight, None, quantized, None, True, record)
 
 
-def problem_of(table: Table) -> LayerProblem:
+def problem_of(table: EmbeddingTable) -> LayerProblem:
     """Read a table as a data-free problem: its rows are the columns of the weight ``(width, rows)``, in the table's own type."""
     weight = table.array().T
     return LayerProblem(weight, None, LayerStats.data_free(len(weight)), float_type(table.dtype))

@@ -1,7 +1,7 @@
-"""Finding convolutions, and their weights as matrices.
+"""Views of convolutions, and their weights as matrices.
 
 A `ConvLayer` is a view of a Conv or ConvTranspose of any number of spatial axes whose weight is constant. With ``G`` groups it is ``G``
-products ``Y_g = P_g W_g + b_g``: the rows of ``P_g (n, K)`` are the patches of the input that meet at an output position, ``K = C / G *``
+products ``Y_g = P_g W_g + b_g``: the rows of ``P_g (n, K)`` are the input patches of the output positions, ``K = C / G *``
 the size of the kernel, and ``W_g (K, N)`` has ``N = M / G`` output channels. (``C`` and ``M`` count the channels of input and output.) A
 ConvTranspose is the same with the patches of `magr_onnx.passes.instrument.conv_patches`.
 """
@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import Held, constant, dequantized, held
+from magr_onnx.passes.graph.constants import ConstantView, constant, constant_view, dequantized
 from magr_onnx.passes.graph.nodes import operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, unsupported_parent
 from magr_onnx.passes.layers.linear import FLOATS, find_views, in_functions, layer_name
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
@@ -39,20 +39,20 @@ class ConvLayer:
     Attributes:
         name: Node name, or a name made from its output; unique among the model's convolutions.
         node: The Conv or ConvTranspose.
-        held: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
+        weight: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
         bias: The constant bias ``(M,)``, if there is one.
         takes_bias: Whether a bias could be written: False where one is computed at run time.
         group: ``G``.
-        place: The nodes whose bodies the convolution is in; empty in the main graph.
+        path: Path of the subgraph it is in; empty in the main graph.
     """
 
     name: str
     node: ir.Node
-    held: Held
+    weight: ConstantView
     bias: ir.TensorProtocol | None
     takes_bias: bool
     group: int
-    place: Place = ()
+    path: SubgraphPath = ()
 
     @property
     def op(self) -> str:
@@ -60,15 +60,15 @@ class ConvLayer:
 
     @property
     def x(self) -> ir.Value:
-        """The input value, ``(batch, C, ...)``."""
+        """Return the input value, ``(batch, C, ...)``."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     @property
     def reads(self) -> str:
-        """A name for what it reads: the same for all convolutions that read it equally often."""
-        return seen_as(self.x, self.node, self.place)
+        """Return the calibration key of the input: the same for all convolutions that read it equally often."""
+        return calibration_key(self.x, self.node, self.path)
 
     @property
     def output(self) -> ir.Value:
@@ -76,46 +76,46 @@ class ConvLayer:
 
     @property
     def dtype(self) -> ir.DataType:
-        return self.held.dtype
+        return self.weight.dtype
 
     @property
     def root(self) -> ir.Graph:
-        """The main graph."""
-        return root_of(self.node, self.place)
+        """Return the main graph."""
+        return root_of(self.node, self.path)
 
     @property
     def weight_name(self) -> str:
-        """The name of the constant that holds the weight."""
-        return self.held.name
+        """Return the name of the weight's constant."""
+        return self.weight.name
 
     @property
     def weight_key(self) -> Hashable:
-        """Equal for convolutions that make the very same matrices of one weight."""
-        return (*self.held.key, self.op, self.group)
+        """Return a key that is equal for convolutions with the same matrices of one weight."""
+        return (*self.weight.key, self.op, self.group)
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Size of the kernel, an axis each."""
+        """Return the size of the kernel by axis."""
         return self.shape[2:]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.held.shape
+        """Return the shape of the weight."""
+        return self.weight.shape
 
     @property
     def channels(self) -> int:
-        """Input channels ``C``."""
+        """Return the number of input channels ``C``."""
         return self.shape[0] if self.op == "ConvTranspose" else self.shape[1] * self.group
 
     @property
     def k(self) -> int:
-        """Rows of a group's matrix."""
+        """Return the rows of a group's matrix."""
         return self.channels // self.group * math.prod(self.kernel)
 
     @property
     def n(self) -> int:
-        """Output channels of a group."""
+        """Return the output channels of a group."""
         return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group
 
     @property
@@ -123,40 +123,40 @@ class ConvLayer:
         return self.bias is not None
 
     def read(self) -> Array:
-        """The matrices ``(G, K, N)`` float32."""
-        return to_matrices(self.held.tensor().numpy().astype(np.float32), self.op, self.group)
+        """Read the matrices ``(G, K, N)`` float32."""
+        return to_matrices(self.weight.tensor().numpy().astype(np.float32), self.op, self.group)
 
     def read_bias(self) -> Array | None:
-        """The bias ``(M,)`` float64, or None."""
+        """Read the bias ``(M,)`` float64, or None."""
         return None if self.bias is None else self.bias.numpy().astype(np.float64)
 
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:
-    """A convolution's weight as ``(G, K, N)``; rows go through a group's channels, and for every channel through the kernel."""
+    """Reshape a convolution's weight to ``(G, K, N)``; rows are ordered by channel, then kernel tap."""
     if op == "ConvTranspose":
         channels, n = weight.shape[:2]
-        parts = weight.reshape(group, channels // group, n, -1).transpose(0, 1, 3, 2)
-        return np.ascontiguousarray(parts.reshape(group, -1, n))
+        matrices = weight.reshape(group, channels // group, n, -1).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(matrices.reshape(group, -1, n))
     return np.ascontiguousarray(weight.reshape(group, len(weight) // group, -1).transpose(0, 2, 1))
 
 
 def split_groups(matrix: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
-    """A matrix ``(K, G N)`` with the channels of all groups side by side as ``(G, K, N)``."""
+    """Split a matrix ``(K, G N)`` of all groups' channels side by side into ``(G, K, N)``."""
     return np.ascontiguousarray(matrix.reshape(len(matrix), group, -1).transpose(1, 0, 2))
 
 
 def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) -> npt.NDArray[Any]:
-    """Inverse of `to_matrices`."""
+    """Invert `to_matrices`."""
     group, k, n = matrices.shape
     inner = k // math.prod(kernel)
     if op == "ConvTranspose":
-        parts = matrices.reshape(group, inner, -1, n).transpose(0, 1, 3, 2)
-        return np.ascontiguousarray(parts.reshape(group * inner, n, *kernel))
+        weights = matrices.reshape(group, inner, -1, n).transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(weights.reshape(group * inner, n, *kernel))
     return np.ascontiguousarray(matrices.transpose(0, 2, 1).reshape(group * n, inner, *kernel))
 
 
 def is_made_of_codes(value: ir.Value) -> bool:
-    """Whether a weight is computed from an integer constant: dequantized, in whatever form."""
+    """Return whether a weight is computed from an integer constant, that is, dequantized in any form."""
     for _ in range(16):
         node = value.producer()
         if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose") or node.inputs[0] is None:
@@ -166,22 +166,22 @@ def is_made_of_codes(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype.is_integer()
 
 
-def view(node: ir.Node, place: Place) -> ConvLayer | Skip:
-    """The layer at a Conv or ConvTranspose, or why there is none."""
+def view(node: ir.Node, path: SubgraphPath) -> ConvLayer | Skip:
+    """View a Conv or ConvTranspose as a layer, or return the reason why it is none."""
     name = layer_name(node)
 
     def skip(reason: StrEnum, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    if (closed := opaque(place)) is not None:
+    if (closed := unsupported_parent(path)) is not None:
         return skip(Reason.SUBGRAPH, f"body of {closed}")
     x, value = operand(node, 0), operand(node, 1)
     if x is None or value is None:
         return skip(ConvReason.SHAPE, "an input is missing")
-    weight = held(value)
+    weight = constant_view(value)
     if weight is None:
-        known = dequantized(value) is not None or is_made_of_codes(value)
-        return skip(Reason.QUANTIZED if known else ConvReason.DYNAMIC_WEIGHT)
+        quantized = dequantized(value) is not None or is_made_of_codes(value)
+        return skip(Reason.QUANTIZED if quantized else ConvReason.DYNAMIC_WEIGHT)
     if weight.overridable:
         return skip(Reason.OVERRIDABLE)
     if weight.dtype not in FLOATS:
@@ -190,22 +190,21 @@ def view(node: ir.Node, place: Place) -> ConvLayer | Skip:
         return skip(Reason.GRAPH_OUTPUT)
     if 0 in weight.shape:
         return skip(Reason.EMPTY)
-    given = node.attributes.get("group")
-    group = 1 if given is None else given.as_int()
+    group = node.attributes.get_int("group", 1)
     if len(weight.shape) < 3 or group < 1 or weight.shape[0] % group:
         return skip(ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
-    bias = held(operand(node, 2))
+    bias = constant_view(operand(node, 2))
     fixed = bias is not None and not bias.overridable
     takes_bias = fixed or operand(node, 2) is None
-    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, place)
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, path)
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
-    """Every convolution of the main graph and of the bodies in it with a constant weight, in graph order, and the others with the reason.
+    """Find every convolution with a constant weight in the main graph and its subgraphs, in graph order, and skips for the others.
 
     Args:
-        model: The model; nothing in it is changed.
-        selection: Those to convert; others are left as they are.
+        model: The model; not changed.
+        selection: Those to convert; others are skipped.
     """
     layers, skips = find_views(model, OPS, view, selection)
     return layers, skips + in_functions(model, OPS)

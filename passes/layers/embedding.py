@@ -1,10 +1,10 @@
-"""Tables of embeddings: finding Gathers of constant rows, and writing them with quantized ones.
+"""Embedding tables: Gathers of constant rows, and their quantized forms.
 
 1. ``gather-block-quantized``: com.microsoft GatherBlockQuantized, 4 or 8 bits, a scale and a zero point every 32 values of a row; one node.
 2. ``dequantize``: ``Mul(Cast(Gather(codes, i)), Gather(scales, i))``, int8, one scale a row: standard operators of any opset. Only the rows
    that are read become floats. (``Gather(DequantizeLinear(table))`` would dequantize the whole table in every run, and a blocked
    DequantizeLinear of gathered rows was four times slower and needs opset 21.)
-3. Gathers of one table share its codes; what else reads the table keeps its floats.
+3. Gathers of one table share its codes; other readers of the table keep the floats.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import CASTS, Held, held
+from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, root_of, unsupported_parent
 from magr_onnx.passes.layers.linear import FLOATS, find_views, layer_name
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.unconverted import LEAST
@@ -35,20 +35,20 @@ BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Table:
+class EmbeddingTable:
     """A safe view of one Gather of constant rows.
 
     Attributes:
         name: Node name, or a name made from its output.
         node: The Gather.
-        held: The constant table ``(rows, width)``.
-        place: The nodes whose bodies the Gather is in; empty in the main graph.
+        weight: The constant table ``(rows, width)``.
+        path: Path of the subgraph it is in; empty in the main graph.
     """
 
     name: str
     node: ir.Node
-    held: Held
-    place: Place = ()
+    weight: ConstantView
+    path: SubgraphPath = ()
 
     @property
     def op(self) -> str:
@@ -60,64 +60,64 @@ class Table:
 
     @property
     def root(self) -> ir.Graph:
-        """The main graph."""
-        return root_of(self.node, self.place)
+        """Return the main graph."""
+        return root_of(self.node, self.path)
 
     @property
     def weight_name(self) -> str:
-        """The name of the constant that holds the table."""
-        return self.held.name
+        """Return the name of the table's constant."""
+        return self.weight.name
 
     @property
     def dtype(self) -> ir.DataType:
-        return self.held.dtype
+        return self.weight.dtype
 
     @property
     def weight_key(self) -> Hashable:
-        """Equal for Gathers of the very same table."""
-        return self.held.key
+        """Return a key that is equal for Gathers of the same table."""
+        return self.weight.key
 
     @property
     def k(self) -> int:
-        """Rows of the table."""
-        return self.held.shape[0]
+        """Return the number of rows."""
+        return self.weight.shape[0]
 
     @property
     def n(self) -> int:
-        """Values of a row."""
-        return self.held.shape[1]
+        """Return the width of a row."""
+        return self.weight.shape[1]
 
     def array(self) -> npt.NDArray[Any]:
-        """The table ``(rows, width)`` in its own type."""
-        return self.held.tensor().numpy()
+        """Read the table ``(rows, width)`` in its own type."""
+        return self.weight.tensor().numpy()
 
     def read(self) -> Array:
-        """The table ``(rows, width)`` float32."""
+        """Read the table ``(rows, width)`` float32."""
         return self.array().astype(np.float32)
 
     def read_bias(self) -> None:
-        """Tables have none."""
+        """Return None: tables have no bias."""
 
 
-def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[Table], list[Skip]]:
-    """Every Gather of rows of a constant float matrix of at least `LEAST` values, in graph order, and those that are not such.
+def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[EmbeddingTable], list[Skip]]:
+    """Find every Gather of rows of a constant float matrix of at least `LEAST` values, in graph order, and skips for the others.
 
     Args:
-        model: The model; nothing in it is changed.
-        selection: Those to convert; others are left as they are.
+        model: The model; not changed.
+        selection: Those to convert; others are skipped.
     """
     return find_views(model, ("Gather",), _view, selection)
 
 
-def _view(node: ir.Node, place: Place) -> Table | Skip | None:
-    name, table = layer_name(node), held(operand(node, 0))
+def _view(node: ir.Node, path: SubgraphPath) -> EmbeddingTable | Skip | None:
+    name, table = layer_name(node), constant_view(operand(node, 0))
     if table is None or math.prod(table.shape) < LEAST or table.dtype not in CASTS:
         return None
 
     def skip(reason: StrEnum, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    if (closed := opaque(place)) is not None:
+    if (closed := unsupported_parent(path)) is not None:
         return skip(Reason.SUBGRAPH, f"body of {closed}")
     if table.overridable:
         return skip(Reason.OVERRIDABLE)
@@ -129,4 +129,4 @@ def _view(node: ir.Node, place: Place) -> Table | Skip | None:
         return skip(Reason.WEIGHT_RANK, f"shape {list(table.shape)}")
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
-    return Table(name, node, table, place)
+    return EmbeddingTable(name, node, table, path)

@@ -1,10 +1,9 @@
-"""Finding linear layers in a graph, and the only way to write them back.
+"""Views of the linear layers of a graph, and the only way to write them back.
 
-A `LinearLayer` is a view of a MatMul or Gemm whose right side is constant: always ``Y = X W + b`` with ``W (K, N)``, whatever the
-graph says (Gemm's transB, alpha and beta, a bias in a following Add, and whatever `magr_onnx.passes.graph.constants` sees through). A
-view is
-made only when every rewrite through it is safe; otherwise the node yields a `Skip` with its reason. Other forms become these two first
-(`magr_onnx.passes.canonical`).
+A `LinearLayer` is a view of a MatMul or Gemm whose right operand is constant: always ``Y = X W + b`` with ``W (K, N)``, however the graph
+expresses it (Gemm's transB, alpha and beta, a bias in a following Add, and nodes folded by `magr_onnx.passes.graph.constants`). A view
+exists only when every rewrite through it is safe; otherwise the node yields a `Skip` with its reason. Equivalent patterns are rewritten to
+these two first (`magr_onnx.passes.canonical`).
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
-from magr_onnx.passes.graph.constants import Held, dequantized, drop_if_unused, held
+from magr_onnx.passes.graph.constants import ConstantView, constant_view, dequantized, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.subgraphs import Place, opaque, root_of, seen_as, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, unsupported_parent, walk
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
-"""Operators of ONNX that are looked at as linear layers."""
+"""Operators that are viewed as linear layers."""
 
 REFUSED = "onnx_magr.refused"
-"""Key of a node's ``meta`` store under which a canonical form keeps why it could not be made: a `Reason` and details."""
+"""Key of a node's ``meta`` store with the `Reason` and details why it could not be canonicalized."""
 
 FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
@@ -42,21 +41,21 @@ class LinearLayer:
     Attributes:
         name: Node name, or a name made from its output: stable between runs, unique in the graph.
         node: The MatMul or Gemm.
-        weight: Where the constant is kept, and the way from it to ``tensor``.
-        tensor: The constant ``(K, N)``, or ``(N, K)`` when ``transposed``; computed when read where it is not kept in this form.
+        weight: View of the constant that ``tensor`` is computed from.
+        tensor: The constant ``(K, N)``, or ``(N, K)`` when ``transposed``; computed at every read where it is stored in another form.
         transposed: See ``tensor``.
         factor: Gemm's alpha, part of the effective weight.
         add: The Add that holds the bias of a MatMul, if there is one.
-        bias: The constant bias as the graph has it, if there is one.
+        bias: The constant bias in the graph, if there is one.
         bias_factor: Gemm's beta, part of the effective bias.
         k: Input width.
         n: Output width.
-        place: The nodes whose bodies the layer is in; empty for layers of the main graph.
+        path: Path of the subgraph the layer is in; empty in the main graph.
     """
 
     name: str
     node: ir.Node
-    weight: Held
+    weight: ConstantView
     tensor: ir.TensorProtocol
     transposed: bool
     factor: float
@@ -65,12 +64,12 @@ class LinearLayer:
     bias_factor: float
     k: int
     n: int
-    place: Place = ()
+    path: SubgraphPath = ()
 
     @property
     def nested(self) -> bool:
-        """Whether the layer is in the body of an If, Loop or Scan."""
-        return bool(self.place)
+        """Return whether the layer is in a subgraph of an If, Loop or Scan."""
+        return bool(self.path)
 
     @property
     def op(self) -> str:
@@ -78,15 +77,15 @@ class LinearLayer:
 
     @property
     def x(self) -> ir.Value:
-        """The input value, ``(..., K)``, as it is now: a rewrite of the layer before replaces it."""
+        """Return the current input value, ``(..., K)``: rewrites of earlier layers replace it."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     @property
     def reads(self) -> str:
-        """The name of what the layer reads, as calibration knows it: the same for all layers that read it equally often."""
-        return seen_as(self.x, self.node, self.place)
+        """Return the calibration key of the input: the same for all layers that read it equally often."""
+        return calibration_key(self.x, self.node, self.path)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -94,17 +93,17 @@ class LinearLayer:
 
     @property
     def output(self) -> ir.Value:
-        """The layer's result, bias included."""
+        """Return the layer's result, bias included."""
         return (self.add or self.node).outputs[0]
 
     @property
     def weight_name(self) -> str:
-        """The name of the initializer (or Constant output) that holds the weight."""
+        """Return the name of the weight's initializer or Constant."""
         return self.weight.name
 
     @property
     def weight_key(self) -> Hashable:
-        """Equal for layers that multiply by the very same matrix."""
+        """Return a key that is equal for layers that multiply by the same matrix."""
         return (*self.weight.key, self.transposed, self.factor)
 
     @property
@@ -112,7 +111,7 @@ class LinearLayer:
         return self.bias is not None
 
     def read(self) -> Array:
-        """The effective weight ``(K, N)`` float32, contiguous."""
+        """Read the effective weight ``(K, N)`` float32, contiguous."""
         stored = self.tensor.numpy()
         array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
         del stored
@@ -122,7 +121,7 @@ class LinearLayer:
         return array
 
     def read_bias(self) -> Array | None:
-        """The effective bias ``(N,)`` float64, or None."""
+        """Read the effective bias ``(N,)`` float64, or None."""
         if self.bias is None:
             return None
         flat = self.bias.numpy().astype(np.float64).reshape(-1) * self.bias_factor
@@ -132,35 +131,35 @@ class LinearLayer:
     def constant(
         self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None, inside: bool = False
     ) -> ir.Value:
-        """Register a new initializer, named after the weight, or after ``base``.
+        """Add an initializer, named after the weight, or after ``base``.
 
-        It is in the main graph, which bodies can read, or ``inside`` the layer's own.
+        It is in the main graph, which subgraphs can read, or ``inside`` the layer's own subgraph.
         """
         name = f"{self.weight_name if base is None else base}{suffix}"
         return add_initializer(self.root, name, array, self.graph if inside and self.nested else None)
 
     @property
     def root(self) -> ir.Graph:
-        """The main graph."""
-        return root_of(self.node, self.place)
+        """Return the main graph."""
+        return root_of(self.node, self.path)
 
     @property
     def names(self) -> Names:
-        """The names taken in the model."""
+        """Return the names used in the model."""
         return Names.of(self.root)
 
     @property
     def graph(self) -> ir.Graph:
-        """The graph the layer's nodes are in."""
+        """Return the graph of the layer's nodes."""
         graph = self.node.graph
         assert isinstance(graph, ir.Graph)
         return graph
 
     def replace(self, nodes: Sequence[ir.Node]) -> None:
-        """Put ``nodes`` in the place of the layer; the last one's output takes the name, type and users of the layer's."""
+        """Replace the layer by ``nodes``; the output of the last one inherits the name, type and users of the layer's."""
         graph = self.graph
-        old = [self.node] if self.add is None else [self.add, self.node]
-        sources = [v for n in old for v in n.inputs if v is not None]
+        nodes_before = [self.node] if self.add is None else [self.add, self.node]
+        sources = [v for n in nodes_before for v in n.inputs if v is not None]
         result, value = self.output, nodes[-1].outputs[0]
         value.type, value.shape = result.type, result.shape
         value.metadata_props.update(result.metadata_props)
@@ -168,32 +167,33 @@ class LinearLayer:
         value.doc_string = result.doc_string
         nodes[-1].metadata_props.update(self.node.metadata_props)
         nodes[-1].doc_string = self.node.doc_string
-        value.name = None  # it inherits that of the result
-        self.names.adopt(nodes, old, result)
-        ir.convenience.replace_nodes_and_values(graph, old[0], old, list(nodes), [result], [value])
+        value.name = None  # inherits that of the result
+        self.names.adopt(nodes, nodes_before, result)
+        ir.convenience.replace_nodes_and_values(graph, nodes_before[0], nodes_before, list(nodes), [result], [value])
         for source in sources:
             drop_if_unused(source)
 
     def write(self, weight: Array | None, bias: Array | None, constant: Callable[[str, Any], ir.Value] | None = None) -> None:
-        """Write an effective float weight and bias back in the layer's own form and type; None leaves one as it is.
+        """Write an effective float weight and bias back in the layer's form and type; None keeps one unchanged.
 
-        ``constant`` makes the weight's initializer where it is not the layer's own.
+        ``constant`` creates the weight's initializer where layers share it.
         """
         kind = FLOATS[self.dtype]
         if weight is not None:
             array = (weight / np.float32(self.factor)) if self.factor != 1.0 else weight
-            stored = array.T if self.op == "Gemm" and _int_attribute(self.node, "transB") else array
-            old = self.node.inputs[1]
+            transposed = self.op == "Gemm" and bool(self.node.attributes.get_int("transB", 0))
+            stored = array.T if transposed else array
+            previous = self.node.inputs[1]
             self.node.replace_input_with(1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
-            if old is not None:
-                drop_if_unused(old)
+            if previous is not None:
+                drop_if_unused(previous)
         if bias is not None and self.bias is not None:
             holder, index = self._bias_slot()
-            old = holder.inputs[index]
-            assert old is not None
+            previous = holder.inputs[index]
+            assert previous is not None
             array = (bias / self.bias_factor).astype(kind).reshape(_bias_shape(self.bias, self.n))
             holder.replace_input_with(index, self.constant("_bias", array))
-            drop_if_unused(old)
+            drop_if_unused(previous)
 
     def _bias_slot(self) -> tuple[ir.Node, int]:
         if self.add is None:
@@ -210,27 +210,17 @@ def layer_name(node: ir.Node) -> str:
     return node.name or f"{node.op_type}:{node.outputs[0].name}"
 
 
-def _float_attribute(node: ir.Node, name: str) -> float:
-    attribute = node.attributes.get(name)
-    return 1.0 if attribute is None else float(attribute.as_float())
-
-
-def _int_attribute(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return 0 if attribute is None else int(attribute.as_int())
-
-
 def view(node: ir.Node) -> LinearLayer | Skip:
-    """The layer at a MatMul or Gemm, or why there is none."""
+    """View a MatMul or Gemm as a layer, or return the reason why it is none."""
     name = layer_name(node)
 
     def skip(reason: Reason, detail: str = "") -> Skip:
         return Skip(name, node.op_type, reason, detail)
 
-    x, weight = (*node.inputs, None, None)[:2]  # a function may be called with fewer inputs than it has
+    x, weight = (*node.inputs, None, None)[:2]  # a function may be called with fewer inputs than it declares
     if x is None or weight is None:
         return skip(Reason.DYNAMIC_WEIGHT)
-    right, left = held(weight), held(x)
+    right, left = constant_view(weight), constant_view(x)
     if right is None:
         if dequantized(weight) is not None:
             return skip(Reason.QUANTIZED)
@@ -251,10 +241,10 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     rows, columns = right.shape
     factor, beta = 1.0, 1.0
     if node.op_type == "Gemm":
-        if _int_attribute(node, "transA"):
+        if node.attributes.get_int("transA", 0):
             return skip(Reason.TRANS_A)
-        transposed ^= bool(_int_attribute(node, "transB"))
-        factor, beta = _float_attribute(node, "alpha"), _float_attribute(node, "beta")
+        transposed ^= bool(node.attributes.get_int("transB", 0))
+        factor, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         if factor == 0 or not math.isfinite(factor):
             return skip(Reason.ALPHA, f"alpha={factor}")
     k, n = (columns, rows) if transposed else (rows, columns)
@@ -270,16 +260,16 @@ def view(node: ir.Node) -> LinearLayer | Skip:
 
 
 def _bias(value: ir.Value | None, n: int) -> ir.TensorProtocol | None:
-    """The constant vector behind a value, if it is one that fits ``n`` outputs."""
-    found = held(value)
-    if found is None or found.overridable or found.dtype not in FLOATS:
+    """Return the constant vector of a value, if it is one that fits ``n`` outputs."""
+    vector = constant_view(value)
+    if vector is None or vector.overridable or vector.dtype not in FLOATS:
         return None
-    shape = found.shape
-    return found.tensor() if all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, n)) else None
+    shape = vector.shape
+    return vector.tensor() if all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, n)) else None
 
 
 def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol | None]:
-    """The Add of a constant vector that is the only reader of a MatMul, and its constant."""
+    """Return the Add of a constant vector that is the only reader of a MatMul, and its constant."""
     out = node.outputs[0]
     uses = list(out.uses())
     if len(uses) != 1 or out.is_graph_output():
@@ -287,8 +277,8 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
     add = uses[0].node
     if add.op_type != "Add" or add.domain != "" or add.graph is not node.graph:
         return None, None
-    other = add.inputs[1 - uses[0].idx]
-    tensor = _bias(other, n)
+    operand = add.inputs[1 - uses[0].idx]
+    tensor = _bias(operand, n)
     if tensor is None:
         return None, None
     x = node.inputs[0]
@@ -299,22 +289,22 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[LinearLayer], list[Skip]]:
-    """Every linear layer of the main graph and of the bodies in it, in graph order, and every MatMul or Gemm that is not one.
+    """Find every linear layer of the main graph and its subgraphs, in graph order, and the reason for every other MatMul or Gemm.
 
     Args:
-        model: The model; nothing in it is changed.
-        selection: The layers to convert; others are left as they are.
+        model: The model; not changed.
+        selection: The layers to convert; others are skipped.
     """
     layers, skips = find_views(model, OPERATORS, _placed, selection)
     return layers, skips + in_functions(model, OPERATORS)
 
 
-def _placed(node: ir.Node, place: Place) -> LinearLayer | Skip:
-    if (closed := opaque(place)) is not None:
+def _placed(node: ir.Node, path: SubgraphPath) -> LinearLayer | Skip:
+    if (closed := unsupported_parent(path)) is not None:
         return Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}")
     layer = view(node)
     if isinstance(layer, LinearLayer):
-        return replace(layer, place=place)
+        return replace(layer, path=path)
     return Skip(layer.name, layer.op, *node.meta[REFUSED]) if REFUSED in node.meta else layer
 
 
@@ -351,36 +341,36 @@ V = TypeVar("V", bound=View)
 def find_views(
     model: ir.Model,
     operators: Collection[str],
-    view: Callable[[ir.Node, Place], V | Skip | None],
+    view: Callable[[ir.Node, SubgraphPath], V | Skip | None],
     selection: Selection,
 ) -> tuple[list[V], list[Skip]]:
-    """Every view of nodes of ONNX's ``operators`` in the main graph and the bodies in it, under unique names, and what is skipped.
+    """Find every view of nodes of ONNX's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
 
     Args:
-        model: The model; nothing in it is changed.
-        operators: Types of the nodes to look at.
-        view: Makes the view of a node at a place, or says why there is none; None for nodes of no interest.
+        model: The model; not changed.
+        operators: Types of the nodes to view.
+        view: Returns the view of a node at a path, the reason why there is none, or None for irrelevant nodes.
         selection: The layers to view; others are skipped.
     """
     views: dict[str, V] = {}
     skips: list[Skip] = []
-    for node, place in walk(model.graph):
+    for node, path in walk(model.graph):
         if node.domain != "" or node.op_type not in operators:
             continue
-        found = view(node, place)
-        if found is None or isinstance(found, Skip):
-            skips += [] if found is None else [found]
-        elif (why := selection.leaves_out(node, found.name, found.weight_name)) is not None:
-            skips.append(Skip(found.name, found.op, why))
+        layer = view(node, path)
+        if layer is None or isinstance(layer, Skip):
+            skips += [] if layer is None else [layer]
+        elif (why := selection.leaves_out(node, layer.name, layer.weight_name)) is not None:
+            skips.append(Skip(layer.name, layer.op, why))
         else:
-            while found.name in views:  # ONNX asks for unique value names only
-                found = replace(found, name=f"{found.name}:{node.outputs[0].name}")
-            views[found.name] = found
+            while layer.name in views:  # ONNX requires only value names to be unique
+                layer = replace(layer, name=f"{layer.name}:{node.outputs[0].name}")
+            views[layer.name] = layer
     return list(views.values()), skips
 
 
 def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
-    """Nodes of ONNX's ``operators`` in functions, which stay as they are."""
+    """Return skips for nodes of ONNX's ``operators`` in functions, which are not converted."""
     nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
     nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
     return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]

@@ -1,4 +1,4 @@
-"""Which layers to convert: shell patterns on the names a layer goes by."""
+"""Selection of layers by shell patterns on their names."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from magr_onnx.report.reasons import Reason
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Shell patterns on the name of a layer's node, weight or torch module, those before a rewrite included.
+    """Shell patterns on the names of a layer's node, weight or torch module, including those before a rewrite.
 
     Attributes:
         include: Layers to convert; empty for all.
-        exclude: Layers to leave as they are; wins over ``include``.
+        exclude: Layers to skip; takes precedence over ``include``.
     """
 
     include: Sequence[str] = ()
@@ -29,7 +29,7 @@ class Selection:
         return bool(self.include or self.exclude)
 
     def leaves_out(self, node: ir.Node, name: str, weight: str) -> Reason | None:
-        """Why the layer of a node is not chosen; None where it is."""
+        """Return the reason why the layer of a node is not selected; None if it is."""
         names = names_of(node, name, weight)
         if matches(names, self.exclude):
             return Reason.EXCLUDED
@@ -41,12 +41,11 @@ ALL = Selection()
 
 
 def names_of(node: ir.Node, name: str, weight: str) -> tuple[str, ...]:
-    """The names patterns may find the layer of a node by: its torch module's, its own, its weight's, that of the module which has the
-    weight, and those before a rewrite."""
+    """Return the names patterns match for a node: its torch module, node, weight, the weight's module, and names before a rewrite."""
     names = (*reversed(modules_of(node)), name, weight, owner_of(weight), *node.metadata_props.get(NAMES, "").splitlines())
     return tuple(dict.fromkeys(filter(None, names)))
 
 
 def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether one of the shell patterns fits one of the names."""
+    """Return whether any shell pattern matches any name."""
     return any(name == p or fnmatchcase(name, p) for p in patterns for name in names)

@@ -1,4 +1,4 @@
-"""Layers, convolutions and tables that read the very same weight."""
+"""Groups of layers, convolutions and tables that share a weight."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Key = Hashable
 
 
 class Weighted(Protocol):
-    """What has a weight that others may have too."""
+    """An object with a weight that others may share."""
 
     @property
     def weight_key(self) -> Key:
-        """Equal where the weight is the same."""
+        """Return a key that is equal for the same weight."""
 
 
 L = TypeVar("L", bound=Weighted)
 
 
 def sharing(layers: Iterable[LinearLayer]) -> set[str]:
-    """Names of the layers whose weight another one multiplies by as well."""
-    return {layer.name for some in by_weight(layers) if len(some) > 1 for layer in some}
+    """Return the names of layers that share their weight with another layer."""
+    return {layer.name for group in by_weight(layers) if len(group) > 1 for layer in group}
 
 
 def by_weight(layers: Iterable[L]) -> list[list[L]]:
-    """Layers, convolutions or tables in order, those of the very same weight together."""
-    found: dict[Key, list[L]] = {}
+    """Group layers, convolutions or tables by weight, in order."""
+    groups: dict[Key, list[L]] = {}
     for layer in layers:
-        found.setdefault(layer.weight_key, []).append(layer)
-    return list(found.values())
+        groups.setdefault(layer.weight_key, []).append(layer)
+    return list(groups.values())
 
 
 def readers(layer: LinearLayer) -> list[ir.Node]:
-    """The nodes for which the float weight of a layer (as it was found, and converted by now) stays in the file."""
+    """Return the nodes that still read the float weight of a converted layer."""
     return [use.node for use in layer.weight.source.uses()]

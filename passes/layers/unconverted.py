@@ -1,7 +1,7 @@
-"""Weights outside of linear layers: the nodes that hold them, and why they stay as they are.
+"""Weights outside of linear layers: the nodes that read them, and why they are not converted.
 
-So that the report says where the remaining bytes are: fused and recurrent operators, weights that are quantized already, and every other
-node with a constant of `LEAST` elements or more on two axes or more.
+This lets the report account for the remaining bytes: fused and recurrent operators, weights that are already quantized, and every other
+node with a constant of at least `LEAST` elements and two axes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.constants import CASTS, dequantized, held, is_step
+from magr_onnx.passes.graph.constants import CASTS, constant_view, dequantized, is_step
 from magr_onnx.passes.layers.linear import REFUSED, layer_name
 from magr_onnx.report.reasons import Reason, Skip
 
@@ -33,8 +33,8 @@ _PACKING = {("", op) for op in ("Slice", "Split", "Concat", "Squeeze", "Unsqueez
 _LAYERS = {("", op) for op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "QuantizeLinear", "DequantizeLinear")}
 
 
-def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
-    """The nodes, other than those that are looked at as layers, that hold weights."""
+def unconverted_weights(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
+    """Yield a skip for every node with weights that is not viewed as a layer, convolution or table."""
     nodes = list(nodes)
     passed: set[ir.Node] = set()
     packed = {node: [*node.inputs[:1], *_packed(node.inputs[1:], passed)] for node in nodes if _kind(node) == Reason.RECURRENT}
@@ -42,25 +42,25 @@ def holders(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
         if (node.domain, node.op_type) in _LAYERS or is_step(node) or node in passed:
             continue
         kind = _kind(node)
-        found: list[ir.TensorProtocol] = []
+        tensors: list[ir.TensorProtocol] = []
         floats = False
         for value in packed.get(node, node.inputs):
-            constant = held(value)
-            shape, stored = ((), dequantized(value)) if constant is None else (constant.shape, constant.stored)
+            view = constant_view(value)
+            shape, stored = ((), dequantized(value)) if view is None else (view.shape, view.stored)
             if stored is None:
                 continue
             shape = shape or tuple(int(d) for d in stored.shape.numpy())
-            real = constant is not None and constant.dtype in CASTS
-            if constant is not None and not real and kind != Reason.QUANTIZED:
+            real = view is not None and view.dtype in CASTS
+            if view is not None and not real and kind != Reason.QUANTIZED:
                 continue  # indices, shapes, masks
             if len(shape) >= (1 if kind == Reason.EINSUM else 2) and (kind is not None or math.prod(shape) >= LEAST):
-                found.append(stored)
+                tensors.append(stored)
                 floats |= real
-        if not found:
+        if not tensors:
             continue
         reason, detail = node.meta.get(REFUSED) or (kind or Reason.OTHER if floats else Reason.QUANTIZED, "")
-        size = sum({id(t): t.nbytes for t in found}.values())
-        text = f"{', '.join(dict.fromkeys(str(t.name) for t in found))}: {size / 1e6:.2f} MB"
+        size = sum({id(t): t.nbytes for t in tensors}.values())
+        text = f"{', '.join(dict.fromkeys(str(t.name) for t in tensors))}: {size / 1e6:.2f} MB"
         yield Skip(layer_name(node), node.op_type, reason, f"{detail}; {text}" if detail else text, size)
 
 
@@ -69,9 +69,9 @@ def _kind(node: ir.Node) -> Reason | None:
 
 
 def _packed(values: Iterable[ir.Value | None], passed: set[ir.Node]) -> Iterator[ir.Value | None]:
-    """What recurrent weights are cut out of and joined from (torch has its gates in another order); ``passed`` gets the nodes between."""
+    """Yield the sources of recurrent weights through slices and concatenations (torch reorders gates); ``passed`` collects the nodes."""
     for value in values:
-        node = None if value is None or held(value) is not None else value.producer()
+        node = None if value is None or constant_view(value) is not None else value.producer()
         if node is None or (node.domain, node.op_type) not in _PACKING:
             yield value
         elif node not in passed:

@@ -1,4 +1,4 @@
-"""The constants that are made of one weight, each written once for all layers that multiply by the weight."""
+"""Constants derived from one weight, each written once for all layers that share the weight."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from magr_onnx.passes.layers.linear import LinearLayer
 
 
 class WeightConstants:
-    """Constants made of one weight.
+    """Constants derived from one weight.
 
     Attributes:
-        shared: Whether several layers multiply by the weight, so that its constants have to be in the main graph.
+        shared: Whether several layers share the weight, so that its constants must be in the main graph.
     """
 
     def __init__(self, shared: bool = False) -> None:
@@ -22,20 +22,20 @@ class WeightConstants:
         self._values: dict[str, list[ir.Value]] = {}
 
     def add(self, layer: LinearLayer, suffix: str, array: npt.NDArray[Any], inside: bool = False) -> ir.Value:
-        """The constant of these elements that was made before, or a new one named after the weight and ``suffix``.
+        """Return an existing constant of the same elements, or add one named after the weight and ``suffix``.
 
-        It is in the main graph, or ``inside`` the layer's own where no other layer needs it.
+        It is in the main graph, or ``inside`` the layer's subgraph where no other layer needs it.
         """
-        known = self._values.setdefault(suffix, [])
-        for value in known:
+        values = self._values.setdefault(suffix, [])
+        for value in values:
             if value.const_value is not None and _same(value.const_value.numpy(), array):
                 return value
-        known.append(layer.constant(suffix, array, inside=inside and not self.shared))
-        return known[-1]
+        values.append(layer.constant(suffix, array, inside=inside and not self.shared))
+        return values[-1]
 
     @property
     def bytes(self) -> int:
-        """The size of all of them."""
+        """Return the total size in bytes."""
         return sum(v.const_value.nbytes for values in self._values.values() for v in values if v.const_value is not None)
 
 

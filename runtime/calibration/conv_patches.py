@@ -60,7 +60,7 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
 
     Measured on the first batch that reaches all layers, and on all batches where some are in the bodies of If, Loop and Scan.
     """
-    nested = [layer for layer in layers if layer.place]
+    nested = [layer for layer in layers if layer.path]
     try:
         shapes = _extents(model, layers, data, provider)
     except (ModelError, RuntimeFailure) as error:
@@ -68,7 +68,7 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
             raise
         with Session(model, provider) as session:
             session.run(next(iter(data)))  # the model itself must run
-        others = [layer for layer in layers if not layer.place]
+        others = [layer for layer in layers if not layer.path]
         rest = unmeasured(model, others, data, provider, limit) if others else {}
         return {layer.name: cannot_gather(error) for layer in nested} | rest
     reasons = {}
@@ -76,7 +76,7 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
         if not shape.all():
             reasons[layer.name] = f"data-free: {NEVER}"
             continue
-        kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one-hot, a place each
+        kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one one-hot kernel per tap
         size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
             why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
@@ -86,7 +86,7 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
 
 def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> list[npt.NDArray[Any]]:
     """The largest shape of every layer's output; zeros where there was none."""
-    nested = any(layer.place for layer in layers)
+    nested = any(layer.path for layer in layers)
     largest = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
     with Session(extent_taps(model, layers), provider) as session:
         for batch in data:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
@@ -131,9 +131,9 @@ def check_rows(rows: Iterable[float], mask: str | None) -> None:
 def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
     """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other.
 
-    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.instrument.inline.open_up`).
+    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.instrument.inline.inline_and_rename`).
     """
-    open_up(model)
+    inline_and_rename(model)
     layers, _ = find(model)
     source = tapped(model, layers, data, Plan(), provider)
     stats = collect(source.model, source.reached(layers), CalibrationContext(data, mask, provider)).stats

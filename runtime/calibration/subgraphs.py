@@ -62,7 +62,7 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
     """Bring out what layers in bodies read, wherever ``data`` reaches it.
 
     Args:
-        model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.open_up`).
+        model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.inline_and_rename`).
         layers: Its layers, or those of a copy.
         data: Batches that fit the model; None for none.
         plan: The plan: some ask for what layers put out, too.

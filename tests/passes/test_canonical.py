@@ -22,7 +22,7 @@ from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.canonical.einsum import parse
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.selection import Selection
-from magr_onnx.passes.layers.unconverted import holders
+from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.pairwise import each_value
 
@@ -240,7 +240,7 @@ def test_einsums_that_are_left_alone(equation: str, w: tuple[int, ...], detail: 
     proto = model(text, w=constant("w", *w))
     work = ir.from_proto(proto)
     assert canonicalize(work) == []
-    (skip,) = holders(work.graph)
+    (skip,) = unconverted_weights(work.graph)
     assert skip.reason == "an Einsum that is no product with a constant matrix"
     assert skip.detail.startswith(f"{equation}: {detail}; w: ")
 
@@ -464,7 +464,7 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
             cond=np.ones((64, 64), bool),
         )
     )
-    found = {skip.name: (str(skip.reason), skip.detail) for skip in holders(work.graph)}
+    found = {skip.name: (str(skip.reason), skip.detail) for skip in unconverted_weights(work.graph)}
     other = "an operator without a quantized form"
     assert found == {
         "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magr_onnx.passes.graph.constants import FOLLOW, drop_if_unused, held
+from magr_onnx.passes.graph.constants import FOLLOW, constant_view, drop_if_unused
 from magr_onnx.passes.instrument.segments import segments_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -109,7 +109,7 @@ def chains(draw: st.DrawFn) -> Chain:
 @given(chains())
 def test_what_is_read_is_what_onnxruntime_computes(chain: Chain) -> None:
     computed = chain.computed()
-    found = held(chain.value)
+    found = constant_view(chain.value)
     assert found is not None
     assert found.shape == chain.shape
     tensor = found.tensor()
@@ -150,14 +150,14 @@ def weight(*nodes: tuple[str, list[Array], dict[str, Any]], shape: tuple[int, ..
     ids=str,
 )
 def test_what_is_not_followed(node: tuple[str, list[Array], dict[str, Any]]) -> None:
-    assert held(weight(node)) is None
+    assert constant_view(weight(node)) is None
 
 
 def test_computed_shapes_are_not_followed() -> None:
     b = Builder(20)
     x = b.input("x", [24])
     value = b.node("Reshape", [b.constant("w", random(6, 4)), b.node("Shape", [x])])
-    assert held(value) is None
+    assert constant_view(value) is None
 
 
 def test_shapes_a_caller_may_override_are_not_followed() -> None:
@@ -167,7 +167,7 @@ def test_shapes_a_caller_may_override_are_not_followed() -> None:
         out = b.node("Reshape", [b.constant("w", random(6, 4)), shape])
         b.inputs += [shape] * overridable
         b.model(out, [4, 6])
-        assert (held(out) is None) == overridable
+        assert (constant_view(out) is None) == overridable
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
@@ -316,11 +316,11 @@ def test_dequantized_weights_are_what_onnxruntime_makes_of_them(shape: tuple[int
     value = b.node("DequantizeLinear", inputs, axis=axis, **({"block_size": block} if block else {}))
     value.dtype = ir.DataType.FLOAT
     model = b.model(b.node("Mul", [value, b.input("x", [1])]), [6, 4])
-    assert held(value) is None
+    assert constant_view(value) is None
     node = value.producer()
     assert node is not None
     node.meta[FOLLOW] = True
-    found = held(value)
+    found = constant_view(value)
     assert found is not None
     with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
         (wanted,) = session.run({"x": np.ones(1, np.float32)})
@@ -341,7 +341,7 @@ def test_weights_rounded_in_the_graph_are_what_onnxruntime_makes_of_them(shape: 
     model = b.model(b.node("Mul", [value, b.input("x", [1])]), [6, 4])
     for node in model.graph:
         node.meta[FOLLOW] = True
-    found = held(value)
+    found = constant_view(value)
     assert found is not None
     with Session(model, arithmetic=Arithmetic.UNOPTIMIZED) as session:
         (wanted,) = session.run({"x": np.ones(1, np.float32)})

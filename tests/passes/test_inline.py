@@ -13,7 +13,7 @@ from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import U, W
 from magr_onnx.models.zoo.trap import model
-from magr_onnx.passes.instrument.inline import inline, open_up
+from magr_onnx.passes.instrument.inline import inline, inline_and_rename
 from magr_onnx.passes.layers.linear import OPERATORS, find
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.ort.session import Session
@@ -31,7 +31,7 @@ def test_inlining_changes_no_output(name: str) -> None:
     feeds = trap.feeds(np.random.default_rng(0))
     with Session(source) as session:
         before = session.run(feeds)
-    (note,) = open_up(source)
+    (note,) = inline_and_rename(source)
     assert "inlined" in note
     onnx.checker.check_model(ir.to_proto(source), full_check=True)
     assert [v.name for v in source.graph.inputs] == inputs
@@ -49,7 +49,7 @@ def test_functions_without_layers_stay_calls() -> None:
 
 
 def test_models_without_functions_are_left_alone() -> None:
-    assert open_up(ir.from_proto(ZOO["matmul-and-bias"].build())) == []
+    assert inline_and_rename(ir.from_proto(ZOO["matmul-and-bias"].build())) == []
 
 
 def outer_and_inner(version: int) -> ir.Model:
@@ -100,7 +100,7 @@ def test_outputs_that_are_inputs_keep_their_names() -> None:
     x = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
     wanted = ReferenceEvaluator(proto).run(None, {"x": x})
     source = ir.from_proto(proto)
-    open_up(source)
+    inline_and_rename(source)
     with Session(source) as session:
         assert [i.name for i in session.inputs] == ["x"]
         for a, b in zip(session.run({"x": x}), wanted, strict=True):

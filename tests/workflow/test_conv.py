@@ -24,7 +24,7 @@ from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Plan, Quantize
 from magr_onnx.passes.emit.readback import emitted_weight
-from magr_onnx.passes.graph.constants import Held
+from magr_onnx.passes.graph.constants import ConstantView
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, split_groups, to_matrices
 from magr_onnx.passes.layers.selection import Selection
@@ -514,7 +514,7 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     stats = conv_patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
     node = ir.node("Conv", [None, None], name="c")
     source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
-    layer = ConvLayer("c", node, Held(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
+    layer = ConvLayer("c", node, ConstantView(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
     problems = problems_of(layer, [stats.of_group(group) for group in range(g)])
     for method in ("rtn", "gptq", "comq"):
         plan = Plan(quantize=Quantize(method), convolutions=Convolutions(4, symmetric, alpha=0.0)).for_convolutions(False)

@@ -20,7 +20,7 @@ from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.subgraphs import unique_names, walk
 from magr_onnx.passes.instrument.hoist import hoist, hoisted
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.linear import OPERATORS, find
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.reasons import Reason
@@ -57,7 +57,7 @@ SHRINKS = """g (float[t, 1] x, float[5, 24] rows) => (float[1] y) {
 
 def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str, Any], subgraphs.Tapped]:
     """Statistics of what every layer reads, by layer name."""
-    open_up(source)
+    inline_and_rename(source)
     layers, _ = find(source)
     with Session(source) as session:
         data = open_data(feeds, session.inputs)

@@ -18,7 +18,7 @@ from magr_onnx.models.zoo.convolutions import convolve, kernel, one, spread
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Plan
 from magr_onnx.passes.graph.subgraphs import walk
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.conv import OPS, find, to_matrices
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.calibration.subgraphs import NEVER
@@ -33,7 +33,7 @@ CONVOLUTIONS = [t for t in TRAPS if t.name.startswith("conv")]
 
 def opened(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> tuple[ir.Model, Batches]:
     found = ir.from_proto(proto)
-    open_up(found)
+    inline_and_rename(found)
     with Session(found) as session:
         return found, open_data(feeds, session.inputs)
 

@@ -30,7 +30,7 @@ from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs
 from magr_onnx.integrations.torch.interface import run_exported, torch_call
 from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
-from magr_onnx.passes.instrument.inline import open_up
+from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.report.data import Report
 
 Array = npt.NDArray[Any]
@@ -184,7 +184,7 @@ def _reduced(
     """New values by parameter name, and what to say of them."""
     exported = export(module, example, dynamic_shapes=shapes, fold=False)
     before = files.load(exported.program).model
-    open_up(before)
+    inline_and_rename(before)
     canonicalize(before)
     result = run_exported(lambda: exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]}, called)
     reduced = {layer.name: layer for layer in find(result.model)[0]}
