@@ -119,14 +119,14 @@ def verify_file(
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
         with worker.as_file(path) as file:
-            worker.call(session.load, size, path=file, provider=name, lean=size > LARGE)  # a large model's weights stay in their files
+            worker.run_in_worker(session.load, size, path=file, provider=name, lean=size > LARGE)
         return
-    except (RuntimeFailure, worker.Died) as error:
+    except (RuntimeFailure, worker.WorkerCrashed) as error:
         result = error
     try:
         with worker.as_file(source) as file:
-            worker.call(session.load, size, path=file, provider=name, lean=True)
-    except worker.Died as error:
+            worker.run_in_worker(session.load, size, path=file, provider=name, lean=True)
+    except worker.WorkerCrashed as error:
         raise ModelError(f"{error} while it loaded the model itself; nothing was written") from error
     raise MagrError(
         f"{result}; the model itself loads: if it declares shapes that its values do not have, remove them, else please report this"

@@ -1,4 +1,4 @@
-"""Libraries of custom operators that every session of a run registers."""
+"""Shared libraries of custom operators, registered in every session of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=
 
 @contextlib.contextmanager
 def using(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
-    """Register shared libraries in all sessions made inside.
+    """Register shared libraries in every session created inside the context.
 
     Raises:
-        OptionError: A file is not there.
+        OptionError: A file does not exist.
     """
-    found = [Path(p).absolute() for p in paths]
-    raise_all(OptionError, [f"custom operators {p}: no such file; give the shared library that has them" for p in found if not p.is_file()])
-    before = LIBRARIES.set(tuple(map(str, found)))
+    libraries = [Path(p).absolute() for p in paths]
+    missing = [p for p in libraries if not p.is_file()]
+    raise_all(OptionError, [f"custom operators {p}: no such file; give the shared library that has them" for p in missing])
+    token = LIBRARIES.set(tuple(map(str, libraries)))
     try:
         yield
     finally:
-        LIBRARIES.reset(before)
+        LIBRARIES.reset(token)

@@ -1,4 +1,4 @@
-"""Proof by example that raising a model's opset has not changed its outputs."""
+"""Check on sample inputs that raising a model's opset has not changed its outputs."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session,
 Array = npt.NDArray[Any]
 
 _UNKNOWN_OUTPUTS = "whether raising the model's opset has changed its outputs is not known"
-_LARGEST_MODEL = 2 << 30  # bytes that are copied for a comparison on inputs that are made up
-_MEMORY = 8 << 30  # bytes for such a comparison, where the system can bound them: such inputs may ask for any amount
+_LARGEST_MODEL = 2 << 30  # bytes; a larger model is not compared on random inputs
+_MEMORY = 8 << 30  # bytes a comparison on random inputs may allocate, where the system can limit them
 _BATCHES = 2
-_UNKNOWN = ((4, 4), (1, 8), (2, 16))
-"""What first and other dimensions of any size are tried as, in turn; some operators would broadcast an inner axis of one."""
+_DYNAMIC_SIZES = ((4, 4), (1, 8), (2, 16))
+"""Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast."""
 
 _LARGEST = 1 << 24
-"""Elements of an input that are made up; a declared shape may ask for anything."""
+"""Most elements of a random input; a declared shape may ask for any number."""
 
 _TOLERANCE = {2: 1e-2}
-"""Of the largest value, by bytes a value: what is added in another order, with casts to half
-precision inside, stays within 1e-3."""
+"""Tolerated difference relative to the largest value, by bytes per value (1e-3 for others): sums in another order, with casts to half
+precision inside, stay within 1e-3."""
 
 
 def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:
-    """Run a model before and after its opset was raised on the same inputs.
+    """Compare the outputs of a model before and after its opset was raised, on the same inputs.
 
     Args:
-        before: The model as it was given.
-        after: With its opset raised.
-        data: Calibration data; its first batches are taken. None makes inputs from the types of the model's.
+        before: The original model.
+        after: The model with its opset raised.
+        data: Calibration data, of which the first batches are used; None for random inputs of the declared types.
         provider: Where to run.
 
     Returns:
-        Sentences for the report: what could not be compared.
+        Notes for the report on what could not be compared.
 
     Raises:
-        ModelError: Outputs differ, or are not the same ones.
-        RuntimeFailure: onnxruntime does not load one of the two.
+        ModelError: Outputs differ in name or value.
+        RuntimeFailure: onnxruntime cannot load one of the two.
     """
     if data is not None:
         return _check(before, after, data, provider)
@@ -59,15 +59,15 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
         return [f"{_UNKNOWN_OUTPUTS}: the model is large, and there is no calibration data"]
     try:
         with worker.as_file(before) as old, worker.as_file(after) as new:
-            notes: list[str] = worker.call(compare, 2 * size, before=old, after=new, provider=provider_name(provider))
-    except worker.Died as error:
+            notes: list[str] = worker.run_in_worker(compare, 2 * size, before=old, after=new, provider=provider_name(provider))
+    except worker.WorkerCrashed as error:
         return [f"{_UNKNOWN_OUTPUTS}: on made-up inputs, {error}"]
     return notes
 
 
 def compare(before: str, after: str, provider: str) -> list[str]:
-    """`check` of two files on inputs that are made up, to be called in a process that may die of it."""
-    with bounded(_MEMORY) if find_provider(provider).host_memory else contextlib.nullcontext():
+    """Compare two files on random inputs; for a worker process, which this may crash."""
+    with limited_memory(_MEMORY) if find_provider(provider).host_memory else contextlib.nullcontext():
         return _check(Path(before), Path(after), None, provider)
 
 
@@ -80,18 +80,18 @@ def _check(before: ir.Model | Path, after: ir.Model | Path, data: Batches | None
             )
         failure = "they would be too large"
         compared = 0
-        for batch in data.limit(_BATCHES) if data is not None else made_up(old.inputs):
+        for batch in data.limit(_BATCHES) if data is not None else random_inputs(old.inputs):
             try:
                 expected = old.run(batch)
             except RuntimeFailure as error:
                 failure = str(error)
                 continue
             try:
-                got = new.run(batch)
+                actual = new.run(batch)
             except RuntimeFailure as error:
                 raise ModelError(f"raising the opset broke the model; export it with a newer opset: {error}") from error
             compared += 1
-            _compare(old, batch, expected, got)
+            _compare(old, batch, expected, actual)
             if data is None:
                 break
     if compared:
@@ -100,8 +100,8 @@ def _check(before: ir.Model | Path, after: ir.Model | Path, data: Batches | None
 
 
 @contextlib.contextmanager
-def bounded(size: int) -> Iterator[None]:
-    """No more than ``size`` bytes for this process, where the system can do that."""
+def limited_memory(size: int) -> Iterator[None]:
+    """Limit the memory of this process to ``size`` bytes, where the system supports it."""
     try:
         import resource
     except ImportError:
@@ -115,15 +115,15 @@ def bounded(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _compare(old: Session, batch: Batch, expected: Sequence[Any], got: Sequence[Any]) -> None:
-    differing = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if not _same(a, b)]
+def _compare(old: Session, batch: Batch, expected: Sequence[Any], actual: Sequence[Any]) -> None:
+    differing = [i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if not _same(a, b)]
     if not differing:
         return
-    again = old.run(batch)
+    repeated = old.run(batch)
     problems = [
-        f"raising the opset changed output {old.outputs[i]!r} ({_distance(expected[i], got[i])}); export the model with a newer opset"
+        f"raising the opset changed output {old.outputs[i]!r} ({_distance(expected[i], actual[i])}); export the model with a newer opset"
         for i in differing
-        if _same(expected[i], again[i])  # one that draws random numbers never repeats itself
+        if _same(expected[i], repeated[i])  # random operators give other values in every run
     ]
     raise_all(ModelError, problems)
 
@@ -147,11 +147,13 @@ def _distance(a: Any, b: Any) -> str:
     return f"by up to {float(np.nanmax(np.abs(a - b))):.3g}, where the largest value is {float(np.nanmax(np.abs(a))):.3g}"
 
 
-def made_up(inputs: Sequence[InputInfo]) -> list[Batch]:
-    """Random inputs of the model's types: floats around zero, whole numbers and truth values 0 or 1; one batch for each guess at sizes."""
-    tried = [{i.name: [d if d is not None else sizes[axis > 0] for axis, d in enumerate(i.shape)] for i in inputs} for sizes in _UNKNOWN]
-    fitting = [shapes for shapes in tried if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
-    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in fitting]
+def random_inputs(inputs: Sequence[InputInfo]) -> list[Batch]:
+    """Draw inputs of the declared types, normal floats and integers 0 or 1; one batch per guess at the dynamic sizes."""
+    guesses = [
+        {i.name: [d if d is not None else sizes[axis > 0] for axis, d in enumerate(i.shape)] for i in inputs} for sizes in _DYNAMIC_SIZES
+    ]
+    feasible = [shapes for shapes in guesses if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
+    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in feasible]
 
 
 def _random(info: InputInfo, shape: Sequence[int]) -> Array:

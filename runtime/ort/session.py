@@ -1,6 +1,6 @@
 """onnxruntime sessions, made in one place.
 
-Models of any size load: what lies in files is read there, and what is in memory goes to a temporary folder
+Models of any size load: external data is read from its files, and tensors in memory are written to a temporary folder
 (`magr_onnx.model_io.external_data`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -30,11 +30,11 @@ from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
-LEAN_BYTES = 2_000_000_000
+LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mapped files
 
 
 class Arithmetic(StrEnum):
-    """The three ways onnxruntime may compute one and the same file; see docs/decisions.md."""
+    """Configurations in which onnxruntime computes the same file differently; see docs/decisions.md."""
 
     DEFAULT = "default"
     UNOPTIMIZED = "unoptimized"
@@ -50,10 +50,10 @@ class Arithmetic(StrEnum):
 
 
 def provider_name(provider: str) -> str:
-    """The onnxruntime name of a provider that is registered, or that is called so already.
+    """Return the onnxruntime name of a provider, given by its registered or its onnxruntime name.
 
     Raises:
-        ProviderError: It is not available here; the message lists those that are.
+        ProviderError: It is not available; the message lists those that are.
     """
     name = find_provider(provider).onnxruntime
     available = ort.get_available_providers()
@@ -86,18 +86,22 @@ _TYPES = {
 
 
 def inputs_of(model: ir.Model) -> tuple[InputInfo, ...]:
-    """What the model has to be fed, as a session would say it, without loading one."""
-    found = []
+    """Return the required inputs of a model, as `Session.inputs` does, without loading it."""
+    inputs = []
     for value in model.graph.inputs:
-        if str(value.name) in model.graph.initializers:  # may be fed, need not
+        if str(value.name) in model.graph.initializers:  # optional
             continue
         try:
             dtype = np.dtype(object) if value.dtype in (None, ir.DataType.STRING) else value.dtype.numpy()
         except TypeError:
             dtype = np.dtype(object)
-        shape = () if value.shape is None else tuple(d if isinstance(d, int) and d >= 0 else None for d in value.shape)
-        found.append(InputInfo(str(value.name), dtype, shape))
-    return tuple(found)
+        inputs.append(InputInfo(str(value.name), dtype, _static_sizes(() if value.shape is None else value.shape)))
+    return tuple(inputs)
+
+
+def _static_sizes(shape: Iterable[object]) -> tuple[int | None, ...]:
+    """Return a shape with None for its dynamic dimensions."""
+    return tuple(d if isinstance(d, int) and d >= 0 else None for d in shape)
 
 
 class Session:
@@ -117,12 +121,12 @@ class Session:
         Args:
             model: A file, or a model in memory.
             provider: Where to run.
-            arithmetic: How to optimize it.
-            threads: Of one operator; 0 for all cores.
-            lean: Leave weights in their memory-mapped files: no optimizations that would make copies of them, and no prepacking. None for
-                where there are more than `LEAN_BYTES` of them (in a file: and it is not to be optimized).
-            spinning: Let threads without work wait in a loop, as onnxruntime does by default: for measuring what users will see. Beside
-                our own work in Python, and other programs, it takes two thirds more processor time and is no faster.
+            arithmetic: Optimization level.
+            threads: Threads per operator; 0 for one per core.
+            lean: Keep weights in their memory-mapped files, without optimizations that copy them and without prepacking. None enables it
+                above `LEAN_BYTES` of weights (for a file, only if it is not optimized).
+            spinning: Let idle threads spin, as onnxruntime does by default: for measuring the latency users will see. Alongside Python
+                code and other programs, it takes two thirds more processor time and is no faster.
 
         Raises:
             ProviderError: The provider is not available.
@@ -130,74 +134,50 @@ class Session:
         """
         name = provider_name(provider)
         _preload(find_provider(provider))
-        if lean is None:
-            if isinstance(model, ir.Model):
-                lean = tensor_bytes(model) > LEAN_BYTES
-            else:
-                lean = arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised
-        for library in LIBRARIES.get():
-            try:
-                options.register_custom_ops_library(library)
-            except Exception as error:
-                raise RuntimeFailure(f"{library} is no library of custom operators for this onnxruntime: {error}") from error
-        options.intra_op_num_threads = threads
-        if not spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if arithmetic is Arithmetic.UNOPTIMIZED or lean:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        elif arithmetic is Arithmetic.FLOAT_QDQ:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if lean:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
+        options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
+        self._description = _describe(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._load(model, name, options)
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self._overridable = {i.name for i in self._session.get_overridable_initializers()}
+        self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
+        self.inputs = tuple(
+            InputInfo(i.name, np.dtype(_TYPES.get(i.type, "object")), _static_sizes(self.dimensions[i.name]))
+            for i in self._session.get_inputs()
+        )
+
+    def _load(self, model: ir.Model | str | os.PathLike[str], name: str, options: ort.SessionOptions) -> None:
+        """Create the onnxruntime session; an in-memory model is written to a temporary folder first."""
+        source: str | bytes = b"" if isinstance(model, ir.Model) else str(model)
         try:
-            source: str | bytes
             if isinstance(model, ir.Model):
                 self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
                 source, entries = serialized(model, Path(self._folder.name))
                 for key, value in entries.items():
                     options.add_session_config_entry(key, value)
-            else:
-                source = str(model)
-            providers = list(dict.fromkeys([name, cpu.PROVIDER.onnxruntime]))
-            self._session = ort.InferenceSession(source, options, providers=providers)
+            self._session = ort.InferenceSession(source, options, providers=list(dict.fromkeys([name, cpu.PROVIDER.onnxruntime])))
         except OSError as error:
             self.close()
             raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {os_error_hint(error)}; or set TMPDIR") from error
         except Exception as error:
             self.close()
-            raise RuntimeFailure(f"onnxruntime cannot load {_describe(model)}: {error}{_custom(model)}") from error
+            raise RuntimeFailure(f"onnxruntime cannot load {self._description}: {error}{_custom(model)}") from error
         if name not in self._session.get_providers():  # onnxruntime falls back to the CPU with no more than a log line
             self.close()
             raise ProviderError(f"{name} is installed but could not be started (driver or library missing?); use provider cpu")
-        self._what = _describe(model)
-        self.outputs = [o.name for o in self._session.get_outputs()]
-        self._overridable = {i.name for i in self._session.get_overridable_initializers()}
-        self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
-        self.inputs = tuple(
-            InputInfo(
-                i.name,
-                np.dtype(_TYPES.get(i.type, "object")),
-                tuple(d if isinstance(d, int) and d >= 0 else None for d in self.dimensions[i.name]),
-            )
-            for i in self._session.get_inputs()
-        )
 
     def run(self, feeds: Batch, outputs: Sequence[str] | None = None) -> list[npt.NDArray[Any]]:
         """Run one batch; ``feeds`` may replace initializers that are inputs of the graph too.
 
         Raises:
-            RuntimeFailure: onnxruntime fails, with the shapes it was given.
+            RuntimeFailure: onnxruntime fails; the message has the input shapes.
         """
         names = {i.name for i in self.inputs} | self._overridable
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
             shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
-            raise RuntimeFailure(f"onnxruntime failed on {self._what} with inputs {shapes}: {error}") from error
+            raise RuntimeFailure(f"onnxruntime failed on {self._description} with inputs {shapes}: {error}") from error
 
     def close(self) -> None:
         """Release the session and its temporary files."""
@@ -214,14 +194,43 @@ class Session:
 
 
 def load(path: str, provider: str, lean: bool) -> None:
-    """Load a file and let go of it; see `Session` for what may be wrong with it."""
+    """Check that a file loads; raises as `Session` does."""
     with Session(path, provider, lean=lean):
         pass
 
 
+def _is_large(model: ir.Model | str | os.PathLike[str], arithmetic: Arithmetic) -> bool:
+    """Whether copies of the weights are to be avoided (`Session`, ``lean``)."""
+    if isinstance(model, ir.Model):
+        return tensor_bytes(model) > LEAN_BYTES
+    return arithmetic is Arithmetic.UNOPTIMIZED and sum(p.stat().st_size for p in data_files(Path(model))) > LEAN_BYTES
+
+
+def _options(arithmetic: Arithmetic, threads: int, lean: bool, spinning: bool) -> ort.SessionOptions:
+    """Return session options with the registered custom operators; see `Session` for the parameters."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # failures are raised
+    for library in LIBRARIES.get():
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:
+            raise RuntimeFailure(f"{library} is not a library of custom operators for this onnxruntime: {error}") from error
+    options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if arithmetic is Arithmetic.UNOPTIMIZED or lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif arithmetic is Arithmetic.FLOAT_QDQ:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    return options
+
+
 @functools.cache
 def _preload(provider: Provider) -> None:
-    """Load the libraries of a provider, once."""
+    """Load the shared libraries of a provider, once."""
     if provider.preload is not None:
         provider.preload(ort)
 
@@ -231,10 +240,10 @@ def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
 
 
 def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
-    """The custom operators of a model that did not load, as the end of a message."""
+    """Name the custom operators of a model that did not load, for the end of a message."""
     try:
         names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
-    except Exception:  # what is wrong with the file has been said
+    except Exception:  # the caller reports the fault of the file
         return ""
     return (
         f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)} (custom_ops names libraries that have some)"

@@ -1,7 +1,7 @@
-"""onnxruntime in a process of its own, where a model nobody has run yet may crash or hang it without taking the caller along.
+"""onnxruntime in a worker process, so that an untested model cannot crash or hang the caller.
 
-A division by zero in a kernel, on inputs that were made up or while constants are folded, ends the process it happens in. The first
-request starts the process, others go to the same one; one that died is started again.
+A division by zero in a kernel, on random inputs or during constant folding, terminates its process. The first request starts the worker,
+later ones use the same process; a crashed worker is restarted.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from magr_onnx.errors import MagrError
 from magr_onnx.runtime.ort.custom_ops import LIBRARIES, using
 
 SECONDS = 120.0
-"""Most time for a request, beside what its bytes need."""
+"""Time limit of a request, in addition to `SECONDS_A_GIGABYTE`."""
 SECONDS_A_GIGABYTE = 60.0
 
 
-class Died(MagrError):
-    """onnxruntime crashed, or did not come to an end."""
+class WorkerCrashed(MagrError):
+    """onnxruntime crashed or exceeded the time limit."""
 
 
 class _Worker:
-    """A child process that answers requests, a line of JSON each."""
+    """A child process that answers requests of one JSON line each."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,10 +52,10 @@ class _Worker:
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
-            late = threading.Event()
+            timed_out = threading.Event()
 
             def stop() -> None:
-                late.set()
+                timed_out.set()
                 process.kill()
 
             timer = threading.Timer(seconds, stop)
@@ -65,7 +65,7 @@ class _Worker:
                     process.stdin.write(json.dumps(request) + "\n")
                     process.stdin.flush()
                 line = process.stdout.readline()
-            except BaseException:  # an interrupt: the answer would be taken for that of the next request
+            except BaseException:  # after an interrupt, the answer would be mistaken for that of the next request
                 process.kill()
                 raise
             finally:
@@ -75,18 +75,18 @@ class _Worker:
                 return answer
             code = process.wait()
             self.close()
-            if late.is_set():
-                raise Died(f"onnxruntime did not come to an end within {seconds:.0f} s")
-            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise Died(f"onnxruntime crashed ({how})")
+            if timed_out.is_set():
+                raise WorkerCrashed(f"onnxruntime did not finish within {seconds:.0f} s")
+            reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            raise WorkerCrashed(f"onnxruntime crashed ({reason})")
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
         root = str(Path(__file__).resolve().parent.parent.parent)
-        places = [p for p in (root if Path(root, "magr_onnx").is_dir() else "", *sys.path) if p]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
+        paths = [p for p in (root if Path(root, "magr_onnx").is_dir() else "", *sys.path) if p]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         command = [sys.executable, "-m", "magr_onnx.runtime.ort.worker"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -112,17 +112,17 @@ def _worker() -> _Worker:
     return worker
 
 
-def call(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
-    """What a function of a module of this package returns, computed apart.
+def run_in_worker(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
+    """Call a function of this package in the worker process and return its result.
 
     Args:
         function: The function.
         size: Bytes of the models it loads.
-        **arguments: Paths as texts, numbers and other things that JSON holds; as what it returns.
+        **arguments: Keyword arguments, JSON values like the result; paths as strings.
 
     Raises:
-        Died: It crashed, or took longer than it may.
-        MagrError: What it raised.
+        WorkerCrashed: The worker crashed or exceeded the time limit.
+        MagrError: Raised by the function.
     """
     request = {"module": function.__module__, "function": function.__name__, "arguments": arguments, "libraries": LIBRARIES.get()}
     answer = _worker().ask(request, SECONDS + SECONDS_A_GIGABYTE * size / 1e9)
@@ -132,15 +132,15 @@ def call(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
 
 
 def start() -> None:
-    """Start the process if there is none, so that it is ready when it is asked."""
+    """Start the worker ahead of the first request, if it is not running."""
     _worker().start()
 
 
 @contextlib.contextmanager
 def as_file(model: ir.Model | Path) -> Iterator[str]:
-    """The absolute path of a model, written to a temporary folder where it is in memory.
+    """Yield the absolute path of a model, after writing an in-memory model to a temporary folder.
 
-    Absolute, because the other process stays in the folder it was started in.
+    The path is absolute because the worker keeps the working directory it was started in.
     """
     if isinstance(model, Path):
         yield str(model.absolute())
@@ -155,8 +155,8 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
 
 
 def _serve() -> None:
-    """Answer requests until there are no more."""
-    import_module("magr_onnx.runtime.ort.opset_check")  # and with it onnxruntime, before anybody waits
+    """Answer requests from standard input until it ends."""
+    import_module("magr_onnx.runtime.ort.opset_check")  # imports onnxruntime before the first request
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -165,7 +165,7 @@ def _serve() -> None:
                 answer: dict[str, Any] = {"result": function(**request["arguments"])}
         except MagrError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
-        except Exception as error:  # whatever it is, the caller must hear of it
+        except Exception as error:  # every failure is reported to the caller
             answer = {"error": "RuntimeFailure", "message": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
 

@@ -73,7 +73,7 @@ def test_without_the_library_the_operator_is_named(path: Path) -> None:
 def test_files_that_are_no_libraries(path: Path) -> None:
     with pytest.raises(OptionError, match="no such file"):
         magr_onnx.optimize(path, custom_ops=[path.with_name("missing.so")])
-    with pytest.raises(RuntimeFailure, match="no library of custom operators"):
+    with pytest.raises(RuntimeFailure, match="not a library of custom operators"):
         magr_onnx.optimize(path, output=path.with_name("q.onnx"), custom_ops=[path])
 
 

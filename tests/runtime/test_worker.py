@@ -25,15 +25,15 @@ def saved(proto: onnx.ModelProto, folder: Path) -> Path:
 
 def test_what_a_call_returns_and_raises(tmp_path: Path) -> None:
     path = saved(model("g (float[n, 16] x) => (float[n, 8] y) { y = MatMul(x, w) }", w=W), tmp_path)
-    assert worker.call(session.load, path=str(path), provider="cpu", lean=False) is None
+    assert worker.run_in_worker(session.load, path=str(path), provider="cpu", lean=False) is None
     with pytest.raises(RuntimeFailure, match="missing"):
-        worker.call(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
+        worker.run_in_worker(session.load, path=str(tmp_path / "missing.onnx"), provider="cpu", lean=False)
 
 
 def test_a_process_that_dies_is_an_error_and_the_next_call_works() -> None:
-    with pytest.raises(worker.Died, match="SIGABRT"):
-        worker.call(os.abort)
-    assert worker.call(os.getpid) != os.getpid()
+    with pytest.raises(worker.WorkerCrashed, match="SIGABRT"):
+        worker.run_in_worker(os.abort)
+    assert worker.run_in_worker(os.getpid) != os.getpid()
 
 
 def test_relative_paths_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,5 +91,5 @@ def test_made_up_inputs_that_never_end_are_a_note(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(worker._Worker, "ask", impatient)
     report = magr_onnx.optimize(saved(proto, tmp_path), output=tmp_path / "q.onnx", format="qdq", bits=4).report
-    assert any("did not come to an end within 1 s" in note for note in report.notes)
-    assert worker.call(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
+    assert any("did not finish within 1 s" in note for note in report.notes)
+    assert worker.run_in_worker(session.load, path=str(tmp_path / "q.onnx"), provider="cpu", lean=False) is None  # in a new process
