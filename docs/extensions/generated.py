@@ -43,7 +43,7 @@ def _passes() -> Iterator[str]:
     for name, kind in stages().items():
         text, described = _described(kind)
         described |= {name: option.text for name, option in method_options().items()}
-        alone = "" if name in passes() else ", a setting of a `Plan` and no pass by itself"
+        alone = "" if name in passes() else ", a setting of a `Plan`, not a pass"
         where = f"`magr_onnx.passes.{kind.__name__}`{alone}"
         yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: {where}.\n\n{text}\n"
         if options := kind.options():
@@ -160,11 +160,11 @@ def _rules(option: OptionSpec) -> Iterator[str]:
         yield f"In Python: {option.argument}."
     for form in FORMATS.values():
         if option.name in form.own_options:
-            yield f"For format {form.name} only."
+            yield f"Only for format {form.name}."
     if option.displaces:
-        yield f"Displaces {', '.join(option.displaces)} given before it."
+        yield f"Overrides {', '.join(option.displaces)} given earlier."
     if option.belongs_to is not None:
-        yield f"Another {option.belongs_to} given after it drops it."
+        yield f"Dropped by a later change of {option.belongs_to}."
     if option.name in OPTIONS and option.whole_run is None:
         yield "May differ by layer."
 
