@@ -85,7 +85,7 @@ class Prepared:
 
 def _remedy(quantized: Sequence[Skip]) -> str:
     """What to do about weights that are quantized already, as the end of a message."""
-    if any(skip.op in requantize.FORM.operators for skip in quantized):
+    if any(skip.op in requantize.PATTERN.operators for skip in quantized):
         return "; requantize (--requantize) takes quantized weights for the floats they stand for"
     remedy = "; give the float model that this one was made of; --requantize reads weights behind DequantizeLinear, and no other form"
     return remedy if quantized else ""

@@ -1,9 +1,9 @@
-"""Layers in disguise: float-to-float rewrites to MatMul and Gemm with a constant matrix on the right, which is what layers are found as.
+"""Canonicalization: rewrites of equivalent patterns to MatMul and Gemm with a constant matrix on the right, the form of linear layers.
 
-Every form is a file here with a `Form`, and its line in `FORMS`; each may leave the rest to those after it. They are exact in real
-arithmetic and keep the name, type and shape of the value a node makes; the layer gets the node's name (``name[0]``, ``name[1]`` ... where
-it becomes several). Weights are not computed: what is done to them is written as nodes, which `magr_onnx.passes.graph.constants` sees
-through and which go with the weight when a layer is converted. What is not converted in the end is as right as before, written otherwise.
+Every pattern is a file here with a `Pattern`, and a line in `PATTERNS`; each may leave the rest to later ones. Rewrites are exact in real
+arithmetic and keep the name, type and shape of a node's output; the layer gets the node's name (``name[0]``, ``name[1]`` ... where there
+are several). Weights are not computed: transformations of them are nodes, which `magr_onnx.passes.graph.constants` folds and which are
+removed when the layer is converted. A layer that is not converted remains correct in its new form.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
-from magr_onnx.passes.canonical.rewriter import Canvas, Edit, Form, Refusal, weight
+from magr_onnx.passes.canonical.rewriter import NodeRewriter, Pattern, Refusal, RewriteContext, weight
 from magr_onnx.passes.layers.linear import REFUSED
 from magr_onnx.passes.layers.selection import ALL, Selection
 
-FORMS: tuple[Form, ...] = (
-    fused.FORM,
-    einsum.FORM,
-    gemm_bias.FORM,
-    trans_a.FORM,
-    constant_lhs.FORM,
-    matvec.FORM,
-    batched.FORM,
-    casts.FORM,
+PATTERNS: tuple[Pattern, ...] = (
+    fused.PATTERN,
+    einsum.PATTERN,
+    gemm_bias.PATTERN,
+    trans_a.PATTERN,
+    constant_lhs.PATTERN,
+    matvec.PATTERN,
+    batched.PATTERN,
+    casts.PATTERN,
 )
 
 
 def canonicalize(model: ir.Model, selection: Selection = ALL, *, requantized: bool = False) -> list[str]:
-    """Bring the layers of the main graph and of the bodies in it into the form they are found in; sentences for the report on what changed.
+    """Rewrite the layers of the main graph and its subgraphs to canonical form; return notes for the report.
 
     Args:
         model: Changed in place.
-        selection: The layers to convert; others are left as they are.
-        requantized: Take weights that are quantized already for the floats they stand for.
+        selection: The layers to convert; others are not changed.
+        requantized: Treat quantized weights as the floats they dequantize to.
     """
-    canvas, notes = Canvas(model), []
-    stacks = replace(selection, include=[pattern.partition("[")[0] for pattern in selection.include])  # a part, by the name it will have
-    for form in (requantize.FORM, *FORMS) if requantized else FORMS:
-        done = []
+    context, notes = RewriteContext(model), []
+    stacks = replace(selection, include=[name.partition("[")[0] for name in selection.include])  # one matrix of a stack, by its future name
+    for pattern in (requantize.PATTERN, *PATTERNS) if requantized else PATTERNS:
+        rewritten = []
         for node in list(model.graph.all_nodes()):
-            if f"{node.domain}.{node.op_type}".removeprefix(".") not in form.operators:
+            if f"{node.domain}.{node.op_type}".removeprefix(".") not in pattern.operators:
                 continue
-            edit = Edit(canvas, node)
-            constant = next((found.name for v in node.inputs[:2] if (found := weight(v)) is not None), "")
-            why = selection.leaves_out(node, edit.name, constant)
-            if why is not None and stacks.leaves_out(node, edit.name, constant) is not None:
+            rewriter = NodeRewriter(context, node)
+            constant = next((view.name for v in node.inputs[:2] if (view := weight(v)) is not None), "")
+            reason = selection.leaves_out(node, rewriter.name, constant)
+            if reason is not None and stacks.leaves_out(node, rewriter.name, constant) is not None:
                 if constant:
-                    node.meta[REFUSED] = Refusal(why)
+                    node.meta[REFUSED] = Refusal(reason)
                 continue
-            outcome = form.rewrite(edit)
-            if isinstance(outcome, Refusal):
-                node.meta[REFUSED] = outcome
-            elif outcome:
-                done.append(edit.name)
-        if done:
-            some = ", ".join(done[:3]) + (f" and {len(done) - 3} more" if len(done) > 3 else "")
-            notes.append(f"{form.summary}: {some}")
+            result = pattern.rewrite(rewriter)
+            if isinstance(result, Refusal):
+                node.meta[REFUSED] = result
+            elif result:
+                rewritten.append(rewriter.name)
+        if rewritten:
+            names = ", ".join(rewritten[:3]) + (f" and {len(rewritten) - 3} more" if len(rewritten) > 3 else "")
+            notes.append(f"{pattern.summary}: {names}")
     if notes:
         model.graph.sort()
     return notes
 
 
-__all__ = ["FORMS", "Form", "canonicalize"]
+__all__ = ["PATTERNS", "Pattern", "canonicalize"]

@@ -1,15 +1,14 @@
 """Einsum with one constant operand, where it is a product with a matrix or with a stack of them.
 
-The labels of the two operands and of the result say what an axis is:
+The labels of the two operands and of the result determine the role of an axis:
 
     in x and w, not in the result:  contracted, K          in x and the result, not in w:  a row
-    in w and the result, not in x:  an output, N           in all three:                   one of a stack, E
-    in x alone:                     summed before
+    in w and the result, not in x:  an output, N           in all three:                   a stack, E
+    in x alone:                     summed first
 
-so that ``x (rows, E, K)``, ``w (E, K, N)`` and the result ``(rows, E, N)`` are Transposes and Reshapes away; those of w are part of the
-way to the weight, and are not computed. Rows keep their axes, whatever sizes they have at run time. Without a contracted label there is no
-product of matrices, and such nodes are left alone, as are labels that stand twice in one operand, that only the constant sums over, or
-whose axis of one is stretched.
+so ``x (rows, E, K)``, ``w (E, K, N)`` and the result ``(rows, E, N)`` follow by Transposes and Reshapes; those of w are folded into the
+view of the weight. Rows keep their axes, with any run-time sizes. Equations without a contracted label are no matrix products and are not
+rewritten, nor are labels repeated in one operand, labels summed only in the constant, or broadcast axes of 1.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ import string
 from dataclasses import dataclass
 
 from magr_onnx.passes.canonical.batched import stacked
-from magr_onnx.passes.canonical.rewriter import MOST_MATRICES, Dims, Edit, Form, Refusal, known, weight
+from magr_onnx.passes.canonical.rewriter import MOST_MATRICES, Dims, NodeRewriter, Pattern, Refusal, known, weight
 from magr_onnx.report.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """An equation of two operands, one letter an axis; those that an ellipsis stands for are digits."""
+    """An equation of two operands, one letter per axis; axes of an ellipsis are digits."""
 
     operands: tuple[str, str]
     result: str
 
 
 def parse(equation: str, ranks: tuple[int, int]) -> Labels:
-    """The labels of an equation, as `numpy.einsum` reads it: spaces, an ellipsis, or no result.
+    """Parse an equation as `numpy.einsum` does, with spaces, an ellipsis, or without a result.
 
     Raises:
-        ValueError: It is no equation of two operands with these ranks.
+        ValueError: Not an equation of two operands with these ranks.
     """
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
+    terms_text, arrow, result = equation.replace(" ", "").partition("->")
+    terms = terms_text.split(",")
     if len(terms) != 2:
         raise ValueError(f"{len(terms)} operands")
     letters = [term.replace("...", "") for term in terms]
     for text in (*letters, result.replace("...", "")):
         if not set(text) <= set(string.ascii_letters):
             raise ValueError(f"{text!r} has more than letters")
-    hidden = [rank - len(own) if "..." in term else 0 for term, own, rank in zip(terms, letters, ranks, strict=True)]
-    if any(len(own) + h != rank or h < 0 for own, h, rank in zip(letters, hidden, ranks, strict=True)):
+    hidden = [rank - len(letters_of) if "..." in term else 0 for term, letters_of, rank in zip(terms, letters, ranks, strict=True)]
+    if any(len(letters_of) + h != rank or h < 0 for letters_of, h, rank in zip(letters, hidden, ranks, strict=True)):
         raise ValueError(f"operands have {ranks[0]} and {ranks[1]} axes")
     if max(hidden) > len(string.digits):
         raise ValueError("too many axes")
@@ -61,67 +60,67 @@ def parse(equation: str, ranks: tuple[int, int]) -> Labels:
     return Labels((operands[0], operands[1]), result)
 
 
-def rewrite(edit: Edit) -> Refusal | bool | None:
-    inputs = list(edit.node.inputs)
+def rewrite(rewriter: NodeRewriter) -> Refusal | bool | None:
+    inputs = list(rewriter.node.inputs)
     constants = [weight(v) for v in inputs]
     if not any(constants):
         return None
     if len(inputs) != 2 or all(constants) or inputs[0] is None or inputs[1] is None:
         return Refusal(Reason.EINSUM, f"{len(inputs)} operands, {sum(c is not None for c in constants)} of them constant")
     side = 0 if constants[0] is not None else 1
-    held, right, x = constants[side], inputs[side], inputs[1 - side]
-    assert held is not None
+    view, right, x = constants[side], inputs[side], inputs[1 - side]
+    assert view is not None
     assert right is not None
     assert x is not None
-    shape = edit.shape(x)
-    equation = edit.node.attributes["equation"].as_string()
+    shape = rewriter.shape(x)
+    equation = rewriter.node.attributes["equation"].as_string()
     if shape is None:
         return Refusal(Reason.EINSUM, f"{equation}: the rank of the input is unknown")
-    ranks = (len(held.shape), len(shape)) if side == 0 else (len(shape), len(held.shape))
+    ranks = (len(view.shape), len(shape)) if side == 0 else (len(shape), len(view.shape))
     try:
         labels = parse(equation, ranks)
     except ValueError as error:
         return Refusal(Reason.EINSUM, f"{equation}: {error}")
-    own, of_x, result = labels.operands[side], labels.operands[1 - side], labels.result
-    dims = dict(zip(own, held.shape, strict=True))
-    refused = _refused(own, of_x, result, dims, dict(zip(of_x, map(known, shape), strict=True)))
+    of_weight, of_x, result = labels.operands[side], labels.operands[1 - side], labels.result
+    dims = dict(zip(of_weight, view.shape, strict=True))
+    refused = _refused(of_weight, of_x, result, dims, dict(zip(of_x, map(known, shape), strict=True)))
     if refused is not None:
         return Refusal(refused.reason, f"{equation}: {refused.detail}")
 
-    rows = [c for c in result if c in of_x and c not in own]
-    batch = [c for c in result if c in of_x and c in own]
-    inner = [c for c in own if c in of_x and c not in result]
-    outer = [c for c in result if c in own and c not in of_x]
-    e, k, n = (math.prod(dims[c] for c in part) for part in (batch, inner, outer))
-    x = edit.total(x, [i for i, c in enumerate(of_x) if c not in result and c not in own])
-    of_x = "".join(c for c in of_x if c in result or c in own)
-    x = edit.transpose(x, [of_x.index(c) for c in (*rows, *batch, *inner)])
-    matrices = edit.transpose(right, [own.index(c) for c in (*batch, *inner, *outer)])
-    made: Dims = edit.shape(x) or []
-    kept, stack = made[: len(rows)], [e] if e > 1 else []
+    rows = [c for c in result if c in of_x and c not in of_weight]
+    batch = [c for c in result if c in of_x and c in of_weight]
+    inner = [c for c in of_weight if c in of_x and c not in result]
+    outer = [c for c in result if c in of_weight and c not in of_x]
+    e, k, n = (math.prod(dims[c] for c in labels_of) for labels_of in (batch, inner, outer))
+    x = rewriter.sum(x, [i for i, c in enumerate(of_x) if c not in result and c not in of_weight])
+    of_x = "".join(c for c in of_x if c in result or c in of_weight)
+    x = rewriter.transpose(x, [of_x.index(c) for c in (*rows, *batch, *inner)])
+    matrices = rewriter.transpose(right, [of_weight.index(c) for c in (*batch, *inner, *outer)])
+    x_shape: Dims = rewriter.shape(x) or []
+    row_dims, stack = x_shape[: len(rows)], [e] if e > 1 else []
     if not rows and not stack:  # a product of two vectors, or of a vector and a matrix, has one row
-        kept = [1]
-    if (len(batch), len(inner)) != (len(stack), 1) or len(kept) > len(rows):
-        x = edit.reshape(x, [*([0] * len(rows) or [1] * len(kept)), *stack, k])
-    shape = [*kept, *stack, k]
+        row_dims = [1]
+    if (len(batch), len(inner)) != (len(stack), 1) or len(row_dims) > len(rows):
+        x = rewriter.reshape(x, [*([0] * len(rows) or [1] * len(row_dims)), *stack, k])
+    shape = [*row_dims, *stack, k]
     if stack:
-        value = stacked(edit, x, shape, len(rows), edit.reshape(matrices, (e, k, n)))
+        value = stacked(rewriter, x, shape, len(rows), rewriter.reshape(matrices, (e, k, n)))
     else:
-        value = edit.product("MatMul", [x, edit.reshape(matrices, (k, n))], [*kept, n])
-    if (len(batch), len(outer)) != (len(stack), 1) or len(kept) > len(rows):
-        value = edit.reshape(value, [*[0] * len(rows), *(dims[c] for c in (*batch, *outer))])
+        value = rewriter.product("MatMul", [x, rewriter.reshape(matrices, (k, n))], [*row_dims, n])
+    if (len(batch), len(outer)) != (len(stack), 1) or len(row_dims) > len(rows):
+        value = rewriter.reshape(value, [*[0] * len(rows), *(dims[c] for c in (*batch, *outer))])
     order = [*rows, *batch, *outer]
-    return edit.finish(edit.transpose(value, [order.index(c) for c in result]))
+    return rewriter.finish(rewriter.transpose(value, [order.index(c) for c in result]))
 
 
-def _refused(own: str, of_x: str, result: str, dims: dict[str, int], sizes: dict[str, int | None]) -> Refusal | None:
-    """Why labels are not those of a product with a matrix, or a stack of them."""
-    if len(set(own)) < len(own) or len(set(of_x)) < len(of_x):
+def _refused(of_weight: str, of_x: str, result: str, dims: dict[str, int], sizes: dict[str, int | None]) -> Refusal | None:
+    """Return the reason why labels are not a product with a matrix or a stack of matrices, if so."""
+    if len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
         return Refusal(Reason.EINSUM, "a label stands twice in one operand")
-    alone = [c for c in own if c not in of_x and c not in result]
-    if alone:
-        return Refusal(Reason.EINSUM, f"{', '.join(alone)} is summed in the constant alone")
-    shared = [c for c in own if c in of_x]
+    unmatched = [c for c in of_weight if c not in of_x and c not in result]
+    if unmatched:
+        return Refusal(Reason.EINSUM, f"{', '.join(unmatched)} is summed in the constant alone")
+    shared = [c for c in of_weight if c in of_x]
     stretched = [c for c in shared if (dims[c] == 1) != (sizes[c] == 1)]
     if stretched:
         return Refusal(Reason.EINSUM, f"the axis {', '.join(stretched)} is one on a side, and may be stretched")
@@ -133,4 +132,4 @@ def _refused(own: str, of_x: str, result: str, dims: dict[str, int], sizes: dict
     return None
 
 
-FORM = Form("an Einsum", ("Einsum",), rewrite)
+PATTERN = Pattern("an Einsum", ("Einsum",), rewrite)

@@ -1,18 +1,18 @@
-"""Weights that are quantized already, as the floats they stand for: the DequantizeLinear of a constant becomes a step to the weight.
+"""Quantized weights as the floats they dequantize to: the DequantizeLinear of a constant becomes a step of the weight's view.
 
-Only where the caller asks for it: what the first rounding lost does not come back.
+Only on request: the error of the first quantization remains.
 """
 
 from __future__ import annotations
 
 from magr_onnx.passes.canonical import fused
-from magr_onnx.passes.canonical.rewriter import Edit, Form
+from magr_onnx.passes.canonical.rewriter import NodeRewriter, Pattern
 from magr_onnx.passes.graph.constants import FOLLOW, constant_view, dequantized, source_of
 
 
-def rewrite(edit: Edit) -> bool | None:
+def rewrite(rewriter: NodeRewriter) -> bool | None:
     done = None
-    for value in edit.node.inputs[:2]:
+    for value in rewriter.node.inputs[:2]:
         if value is None or dequantized(value) is None:
             continue
         nodes = []
@@ -27,6 +27,6 @@ def rewrite(edit: Edit) -> bool | None:
     return done
 
 
-FORM = Form(
-    "a weight quantized before, now taken for the floats it stands for", ("MatMul", "Gemm", "Einsum", *fused.FORM.operators), rewrite
+PATTERN = Pattern(
+    "a weight quantized before, now taken for the floats it stands for", ("MatMul", "Gemm", "Einsum", *fused.PATTERN.operators), rewrite
 )

@@ -16,14 +16,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.canonical import FORMS
+from magr_onnx.passes.canonical import PATTERNS
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import remember, unique_names
 from magr_onnx.passes.layers.linear import OPERATORS
 
 Id = tuple[str, str, str]
 
-HOLDING = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for form in FORMS for operator in form.operators)))
+HOLDING = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for pattern in PATTERNS for operator in pattern.operators)))
 """Operators that are layers, or become layers in a canonical form, with their domain where that is not ONNX's."""
 
 
