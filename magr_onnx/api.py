@@ -158,8 +158,7 @@ def validate(
             provider=provider,
             arithmetics=arithmetics,
             mask=resolve_mask(a.model, mask),
-            layers=layers,
-            latency=latency,
+            details=[detail for detail, enabled in (("layers", layers), ("latency", latency)) if enabled],
             progress=partial(step, "validating"),
         )
 

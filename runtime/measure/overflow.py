@@ -1,4 +1,4 @@
-"""The overflow proof of a whole model: every integer dot product against the registers it meets."""
+"""Overflow proof of a model: every integer dot product against the registers that accumulate it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from magr_onnx.runtime.measure import witness as witnesses
 def verify(
     model: ir.Model, against: Target | Accumulator, outer_bits: int | None = None, run: bool = True
 ) -> tuple[tuple[LayerVerdict, ...], tuple[SkipRow, ...]]:
-    """Verdicts of all integer dot products, and the nodes that are none or cannot be read.
+    """Prove or refute that every integer dot product fits its accumulators.
 
     Args:
         model: The model; it is not changed.
-        against: A machine, or the registers somebody asks about.
-        outer_bits: Width of the outer register on a target, instead of its own.
-        run: Whether to run one witness a failing layer in onnxruntime.
+        against: A target machine, or accumulator registers.
+        outer_bits: Width of the outer register on a target; None for the target's own.
+        run: Whether to run one witness per failing layer in onnxruntime.
+
+    Returns:
+        Verdicts of the dot products, and the nodes that are none or cannot be read.
     """
     layers: list[LayerVerdict] = []
     skipped: list[SkipRow] = []
@@ -65,7 +68,7 @@ def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool)
     w = proof.witness
     if w is None:
         return None
-    ran = witnesses.run(dot, machine, w) if run else witnesses.Run("", None, None)
+    execution = witnesses.run(dot, machine, w) if run else witnesses.Execution("", None, None)
     return WitnessRow(
         w.claim,
         w.column,
@@ -76,8 +79,8 @@ def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool)
         w.wrapped,
         w.dot,
         w.simulated,
-        ran.operator,
-        ran.computed,
-        ran.exact,
-        ran.detail,
+        execution.operator,
+        execution.computed,
+        execution.exact,
+        execution.detail,
     )

@@ -1,18 +1,18 @@
-"""How much each layer's bits matter: layer errors of every choice, and what they do to the model's outputs.
+"""Sensitivity of the model's outputs to the bits of each layer.
 
-The loss of a layer under a choice is that of a reference, measured at the model's outputs, moved along with the layer error:
+The loss of a layer under a choice of bits is interpolated, by layer error, between losses measured at the model's outputs:
 
-1. The calibration batches that are held out for this are in no Gram matrix here, so a wide layer that overfits its statistics is seen to.
-2. *Layer error*: a sample of output channels goes through the very passes of the choice, under the Gram matrix of the other batches. Output
-   channels are independent given that matrix, so a sample estimates the error of all. It is measured under the Gram matrix of the held-out
-   batches, centred where a bias will take up the mean.
-3. *Effect*: GPTQ of the whole layer at each reference choice replaces the layer's float weight, alone, in one running session
-   (`magr_onnx.passes.instrument.weight_inputs`), and the loss of the outputs (`magr_onnx.runtime.measure.loss`) is measured.
-4. Loss over error is taken as a power law between the references, and as proportional beyond them: at small errors any loss with its least
-   at the float model is quadratic in the weights, as the layer error is.
+1. Some calibration batches are held out of the Gram matrices here, so that overfitting of a wide layer shows in its error.
+2. *Layer error*: a sample of output channels is solved with the plan of the choice under the Gram matrix of the other batches. Channels are
+   independent given that matrix, so a sample estimates the error of all. The error is measured under the Gram matrix of the held-out
+   batches, centred where a bias will absorb the mean.
+3. *Effect*: the layer's float weight alone is replaced in one running session (`magr_onnx.passes.instrument.weight_inputs`) by its GPTQ
+   solution at each reference choice, and the loss of the outputs (`magr_onnx.runtime.measure.loss`) is measured.
+4. Loss as a function of error is a power law between the references and proportional beyond them: near the float model, its minimum,
+   any loss is quadratic in the weights, as the layer error is.
 
-Layers with 8-bit inputs have no such session: there the effect of a choice is that of the layer emitted in this form, alone.
-Losses are taken to add up over layers.
+For layers with 8-bit inputs, the effect of a reference is measured on a copy of the model with the layer emitted instead. Losses are
+assumed to add up over layers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
 
-COLUMNS = 64  # output channels of a layer that are tried
-SWEEPS = 2  # of coordinate descent on them: it converges fast, and what counts is how choices compare
-ROWS = 4096  # rows of layer inputs behind the measured losses, about; one batch at least
+COLUMNS = 64  # output channels of a layer in the sample
+SWEEPS = 2  # of coordinate descent on the sample: it converges fast, and only comparisons between choices matter
+ROWS = 4096  # of layer inputs behind a measured loss, approximately; at least one batch
 FLOOR = 1e-12  # losses below are noise of the float model
 
 Progress = Callable[[int, int], None]
@@ -50,12 +50,12 @@ Plans = Mapping[Choice, Plan]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Calibration batches by what they are for.
+    """Calibration batches by purpose.
 
     Attributes:
-        fit: Gram matrices of the sensitivities.
-        effects: Errors and losses of the sensitivities.
-        held_out: For a measurement of the result that had no part in any of it.
+        fit: For the Gram matrices that sample channels are solved under.
+        effects: For measuring errors and losses.
+        held_out: For measuring the result, and nothing before it.
         rest: All but ``held_out``.
     """
 
@@ -66,10 +66,10 @@ class Split:
 
     @staticmethod
     def of(data: Batches) -> Split:
-        """Of at least 3 batches no part shares a batch with another; of 2, ``fit`` is ``effects``; one serves for all."""
-        every = list(range(len(data)))
-        held_out = [i for i in every if i in HoldOut()] or every[-1:]
-        rest = [i for i in every if i not in held_out] or every
+        """Split batches: 3 or more into disjoint parts, 2 with ``fit`` equal to ``effects``; a single batch is in all parts."""
+        indices = list(range(len(data)))
+        held_out = [i for i in indices if i in HoldOut()] or indices[-1:]
+        rest = [i for i in indices if i not in held_out] or indices
         effects = [i for i in rest if i % HELD_OUT == 1] or rest
         fit = [i for i in rest if i not in effects] or rest
         return Split(data.select(fit), data.select(effects), data.select(held_out), data.select(rest))
@@ -77,13 +77,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """Where sensitivities are measured, and on what.
+    """Provider, mask and activation grids that sensitivities are measured with.
 
     Attributes:
         mask: Input whose zero elements mark rows to leave out; None for none.
         provider: Where to run.
-        gram_budget: Bytes of Gram matrices held at a time.
-        grids: How layer inputs and products are quantized; None where they stay float.
+        gram_budget: Most bytes of Gram matrices in memory.
+        grids: Grids of layer inputs and products; None where they stay float.
     """
 
     mask: str | None = None
@@ -92,25 +92,25 @@ class Conditions:
     grids: Grids | None = None
 
     def moments(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> dict[str, LayerStats]:
-        """Statistics of what layers read, by value name."""
+        """Collect the moments of the inputs of layers, by value name."""
         quantize, bounds = ({}, {}) if self.grids is None else (self.grids.inputs, self.grids.bounds)
         return moments.collect(model, layers, CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)).stats
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What was measured for one layer.
+    """Measured sensitivity of one layer.
 
     Attributes:
         errors: Relative squared layer error ``tr(D^T H D) / tr(W^T H W)`` of every choice.
-        references: The same of the references, and the loss of the model with this layer so and all others float; in rising error.
+        references: Error of each reference choice, and loss of the model with this layer at it and all others float; by rising error.
     """
 
     errors: Mapping[Choice, float]
     references: tuple[tuple[float, float], ...]
 
     def loss(self, choice: Choice) -> float:
-        """The estimated loss of the model with this layer at a choice and all others float."""
+        """Estimate the loss of the model with this layer at a choice and all others float."""
         error = max(self.errors[choice], FLOOR)
         points = self.references
         if error <= points[0][0] or len(points) == 1:
@@ -130,23 +130,23 @@ def measure(
     conditions: Conditions,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Sensitivity], Reference]:
-    """Sensitivities of all layers, by name, and what losses were measured against.
+    """Measure the sensitivities of all layers, by name, and return them with the reference of the losses.
 
     Args:
         model: The float model; it is not changed.
         layers: Layers of ``model``, or of a copy with the same names.
-        choices: What may be chosen, and the plan each stands for.
+        choices: The plan of every choice.
         references: Choices whose effect on the outputs is measured, one or two.
         split: Calibration batches.
-        conditions: Where to run, and on which rows.
+        conditions: Provider, mask and grids.
         progress: Called with steps done and in total.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
-        ModelError: The model has no output of floats.
+        ModelError: The model has no float output.
     """
     sensitivities: dict[str, Sensitivity] = {}
-    count = 1 + len(references)  # steps a layer
+    steps = 1 + len(references)  # per layer
     overridden = [layer.name for layer in layers] if conditions.grids is None else []
     copy, slots = overridable(model, overridden)
     with Session(copy, conditions.provider) as session:
@@ -157,13 +157,13 @@ def measure(
                 rows = max([s.rows for s in effects.values()], default=1) / len(split.effects)
                 reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), conditions.mask)
             for layer in group:
-                name, nothing = layer.reads, LayerStats.data_free(layer.k)  # where only other batches reach a layer
-                trial = _Trial(layer, fit.get(name, nothing), effects.get(name, nothing))
+                name, data_free = layer.reads, LayerStats.data_free(layer.k)  # where these batches do not reach a layer
+                trial = _Trial(layer, fit.get(name, data_free), effects.get(name, data_free))
                 errors = _errors(trial, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
                     if progress is not None:
-                        progress(len(sensitivities) * count + len(points), len(layers) * count)
+                        progress(len(sensitivities) * steps + len(points), len(layers) * steps)
                     if conditions.grids is None:
                         error, loss = _replaced(trial, choices[choice], slots[layer.name], session, reference)
                     else:
@@ -172,18 +172,18 @@ def measure(
                 sensitivities[layer.name] = Sensitivity(errors, _rising(points))
         assert reference is not None
     if progress is not None:
-        progress(len(layers) * count, len(layers) * count)
+        progress(len(layers) * steps, len(layers) * steps)
     return sensitivities, reference
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """In rising error; where the loss does not rise with it, noise was measured, and the one of larger error stands alone."""
-    kept: list[tuple[float, float]] = []
+    """Sort points by error; of points whose loss does not rise with the error, which is noise, keep the one of largest error."""
+    rising: list[tuple[float, float]] = []
     for point in sorted(points):
-        while kept and (kept[-1][1] >= point[1] or kept[-1][0] >= point[0]):
-            kept.pop()
-        kept.append(point)
-    return tuple(kept)
+        while rising and (rising[-1][1] >= point[1] or rising[-1][0] >= point[0]):
+            rising.pop()
+        rising.append(point)
+    return tuple(rising)
 
 
 def _columns(n: int) -> Array:
@@ -192,35 +192,35 @@ def _columns(n: int) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Trial:
-    """A layer with the statistics it is solved under (``fit``) and those it is measured under."""
+    """A layer with the moments it is solved under (``fit``) and those its error is measured under (``effects``)."""
 
     layer: LinearLayer
     fit: LayerStats
     effects: LayerStats
 
     def problem(self, columns: Array | slice = slice(None)) -> LayerProblem:
-        """The problem of some output channels."""
+        """Return the problem restricted to some output channels."""
         problem = problem_of(self.layer, self.fit)
         bias = None if problem.bias is None else problem.bias[columns]
         return replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
 
 
 def _errors(trial: _Trial, choices: Plans) -> dict[Choice, float]:
-    """Of every choice; blocks that span the column are one."""
+    """Measure the layer error of every choice; block sizes of K or more are solved once."""
     k = trial.layer.k
     problem = trial.problem(_columns(trial.layer.n))
-    known: dict[Choice, float] = {}
+    by_grid: dict[Choice, float] = {}
     errors = {}
     for choice, plan in choices.items():
-        same = Choice(choice.bits, min(choice.block_size or k, k))
-        if same not in known:
-            known[same] = _error(problem, _fast(plan).solve(problem).weight, trial.effects, plan)
-        errors[choice] = known[same]
+        grid = Choice(choice.bits, min(choice.block_size or k, k))
+        if grid not in by_grid:
+            by_grid[grid] = _error(problem, _fast(plan).solve(problem).weight, trial.effects, plan)
+        errors[choice] = by_grid[grid]
     return errors
 
 
 def _replaced(trial: _Trial, plan: Plan, slot: Slot, session: Session, reference: Reference) -> tuple[float, float]:
-    """Error and loss with the weight of one layer replaced in a running session."""
+    """Measure error and loss with the weight of one layer replaced in a running session."""
     problem, columns = trial.problem(), _columns(trial.layer.n)
     solution = _reference(plan).solve(problem)
     feeds = slot.feeds(solution.weight, solution.bias)
@@ -230,21 +230,21 @@ def _replaced(trial: _Trial, plan: Plan, slot: Slot, session: Session, reference
 
 
 def _error(problem: LayerProblem, weight: Array, held_out: LayerStats, plan: Plan) -> float:
-    """Relative squared layer error of a weight, under the moments of the held-out batches."""
+    """Compute the relative squared layer error of a weight under the moments of the held-out batches."""
     power = layer_error(problem.weight, held_out.gram)
     gram = held_out.objective_gram(problem.centred(plan.bias_policy))
     return max(layer_error(weight - problem.weight, gram), 0.0) / power if power > 0 else 0.0
 
 
 def _fast(plan: Plan) -> Plan:
-    """What decides the error of a choice: MagR and the quantizer, with fewer sweeps."""
+    """Reduce a plan to the stages that decide the layer error: MagR and the quantizer, with fewer sweeps."""
     plan = plan.resolved
     quantize = plan.quantize
     return Plan(magr=plan.magr, quantize=None if quantize is None else replace(quantize, sweeps=min(quantize.sweeps, SWEEPS)))
 
 
 def _reference(plan: Plan) -> Plan:
-    """The plan of a reference: its grid and bias with GPTQ (or what is quicker), for its error is measured and need not be the least."""
+    """Return a fast plan with the same grid and bias, by GPTQ or a quicker quantizer: its error is measured and need not be minimal."""
     quantize = plan.resolved.quantize
     if quantize is not None:
         quantize = quantize.by(quantize.quantizer.quick)
@@ -252,7 +252,7 @@ def _reference(plan: Plan) -> Plan:
 
 
 def _emitted(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
-    """The loss of the model with one layer emitted."""
+    """Measure the loss of a copy of the model with one layer emitted."""
     copy, grids = model.clone(), conditions.grids
     assert grids is not None
     products = grids.products

@@ -1,14 +1,14 @@
-"""Float against quantized on real inputs: outputs, layers, size and latency."""
+"""Comparison of the float and the quantized model on data: outputs, layers, size and latency."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
-FEWEST = 5  # runs of each model that a latency is measured by, however long they take
+MIN_RUNS = 5  # of each model for a latency, however long they take
+Detail = Literal["layers", "latency"]
 
 
 @dataclass(slots=True)
@@ -49,9 +50,9 @@ class _Sums:
     tokens: float = 0.0
     nonfinite: tuple[float, float] = (0.0, 0.0)
 
-    @np.errstate(all="ignore")  # what is not finite is counted, and so are the metrics then
+    @np.errstate(all="ignore")  # non-finite values are counted and propagate to the metrics
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool, weight: float = 1.0) -> None:
-        """Add one batch, whose sums count ``weight`` times."""
+        """Add one batch, weighted by ``weight``."""
         a: Array
         b: Array
         a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
@@ -62,7 +63,7 @@ class _Sums:
             a, b = a[keep], b[keep]
         if logits:
             self._add_logits(y, y_hat, a, b, batch, keep, weight)
-        a, b = without_same(a, b)
+        a, b = without_equal_nonfinite(a, b)
         bad = (weight * int((~np.isfinite(v)).sum()) for v in (a, b))
         self.nonfinite = (self.nonfinite[0] + next(bad), self.nonfinite[1] + next(bad))
         self.signal += weight * float((a * a).sum())
@@ -103,19 +104,19 @@ class _Sums:
         )
 
 
-def without_same(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both, with zeros where both have the same NaN or infinity: a mask's is no difference."""
+def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:
+    """Zero both arrays where they have the same NaN or infinity, as behind an attention mask: that is no difference."""
     same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
     return (np.where(same, 0, a), np.where(same, 0, b)) if same.any() else (a, b)
 
 
 def is_logits(name: str, rank: int) -> bool:
-    """Whether an output holds logits of a softmax, by its name."""
+    """Whether an output holds softmax logits, judged by its name."""
     return "logit" in name.lower() and rank >= 2
 
 
 def log_softmax(x: Array) -> Array:
-    """``log softmax`` along the last axis."""
+    """Compute the log-softmax along the last axis."""
     shifted = x - x.max(axis=-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
@@ -127,10 +128,10 @@ def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.
     Args:
         logits: ``(B, T, V)``; those at position ``t`` predict the token at ``t + 1``.
         ids: Tokens ``(B, T)``.
-        keep: Which tokens are real ``(B, T)``; a prediction counts if both its position and the token it predicts are. All, without it.
+        keep: Which tokens are real ``(B, T)``; a prediction counts if its position and the token it predicts are. None keeps all.
 
     Returns:
-        The sum (nats), and how many predictions it is of.
+        The sum (nats) and the number of predictions.
     """
     counted = np.ones(ids[:, 1:].shape, np.bool_) if keep is None else keep[:, :-1] & keep[:, 1:]
     log_p = log_softmax(logits[:, :-1][counted].astype(np.float64))
@@ -146,46 +147,33 @@ def validate(
     provider: str = "cpu",
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
     mask: str | None = None,
-    layers: bool = True,
-    latency: bool = True,
+    details: Collection[Detail] = ("layers", "latency"),
     progress: Progress | None = None,
 ) -> Validation:
-    """Run both models on the data and compare.
+    """Compare the outputs of both models on the data.
 
     Args:
         float_model: The reference; always run at the default optimization level.
-        quantized_model: What to judge, once per arithmetic.
-        data: Batches that fit both.
+        quantized_model: The model to compare with it, once per arithmetic.
+        data: Batches that fit both models.
         provider: Where to run both.
-        arithmetics: The ways onnxruntime may compute the quantized file.
+        arithmetics: Session configurations for the quantized model.
         mask: Input whose zero elements mark rows to leave out of the metrics.
-        layers: Also compare every quantized layer's output (on the first two batches).
-        latency: Also time both models on the first batch.
+        details: What else to measure: the error at every quantized layer's output (on the first two batches), and the time of both
+            models on the first batch.
         progress: Called with steps done and in total.
 
     Raises:
         ModelError: The models have no output in common.
         RuntimeFailure: A model does not load or run.
     """
-    notes: list[str] = []
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(Session(float_model, provider))
         sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
-        names = list(reference.outputs)
-        for session in sessions.values():
-            if missing := sorted(set(names) ^ set(session.outputs)):
-                notes.append(f"outputs only one of the models has: {', '.join(missing)}")
-            names = [n for n in names if n in session.outputs]
-        if not names:
-            has = [", ".join(session.outputs) for session in (reference, *sessions.values())]
-            raise ModelError(f"the models have no output in common: {has[0]}, and {has[1]}; are these two forms of one model?")
-        presents = set(pairs((i.name for i in reference.inputs), names).values())
-        if presents and not presents.issuperset(names):
-            names = [n for n in names if n not in presents]
-            notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
+        names, notes = _common_outputs(reference, tuple(sessions.values()))
         masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
         sums = {a: {n: _Sums() for n in names} for a in sessions}
-        others: set[str] = set()
+        skipped: set[str] = set()
         for index, batch in enumerate(data):
             expected = reference.run(batch, names)
             for a, session in sessions.items():
@@ -193,24 +181,21 @@ def validate(
                     if np.issubdtype(np.asarray(y).dtype, np.floating):
                         sums[a][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
                     else:
-                        others.add(name)
+                        skipped.add(name)
             if progress is not None:
                 progress(index + 1, len(data))
     compared = next(iter(sums.values()), {})
     if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
         notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
-    if others:
-        notes.append(f"outputs that are no floats, and not compared: {', '.join(sorted(others))}")
-    results = {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()}
-    per_layer = _layers(float_model, quantized_model, data.limit(2), provider) if layers else ()
-    timing = _latency(float_model, quantized_model, data, provider) if latency else None
+    if skipped:
+        notes.append(f"outputs that are not floats, and not compared: {', '.join(sorted(skipped))}")
     return Validation(
         data.describe,
         len(data),
         provider,
-        results,
-        per_layer,
-        timing,
+        {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()},
+        _layers(float_model, quantized_model, data.limit(2), provider) if "layers" in details else (),
+        _latency(float_model, quantized_model, data, provider) if "latency" in details else None,
         _size(float_model),
         _size(quantized_model),
         tuple(dict.fromkeys([*data.notes, *notes])),
@@ -218,29 +203,47 @@ def validate(
     )
 
 
+def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[list[str], list[str]]:
+    """Return the names of the outputs to compare, those of all sessions that are no cache, and notes on the others."""
+    notes = []
+    names = list(reference.outputs)
+    for session in sessions:
+        if missing := sorted(set(names) ^ set(session.outputs)):
+            notes.append(f"outputs only one of the models has: {', '.join(missing)}")
+        names = [n for n in names if n in session.outputs]
+    if not names:
+        outputs = [", ".join(session.outputs) for session in (reference, *sessions)]
+        raise ModelError(f"the models have no output in common: {outputs[0]}, and {outputs[1]}; are these two forms of one model?")
+    presents = set(pairs((i.name for i in reference.inputs), names).values())
+    if presents and not presents.issuperset(names):
+        names = [n for n in names if n not in presents]
+        notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
+    return names, notes
+
+
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
-    """Relative error at every quantized layer whose output has the same name in both main graphs."""
+    """Measure the relative error at every quantized layer whose output has the same name in both main graphs."""
     a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
-    scopes, others = ({str(v.name): scope_of(node) for node in model.graph for v in node.outputs} for model in (a, b))
-    names = [n for n in read_weights(b) if n in scopes and n in others]
+    scopes, quantized_scopes = ({str(v.name): scope_of(node) for node in model.graph for v in node.outputs} for model in (a, b))
+    names = [n for n in read_weights(b) if n in scopes and n in quantized_scopes]
     if not names:
         return ()
     noise, signal = np.zeros(len(names)), np.zeros(len(names))
-    with Session(_expose(a, names), provider) as left, Session(_expose(b, names), provider) as right:
+    with Session(_expose(a, names), provider) as reference, Session(_expose(b, names), provider) as session:
         for index, batch in enumerate(data):
             weight = data.weight(index)
-            for i, pair in enumerate(zip(left.run(batch, names), right.run(batch, names), strict=True)):
-                y, y_hat = without_same(*(np.asarray(v, np.float64) for v in pair))
+            for i, pair in enumerate(zip(reference.run(batch, names), session.run(batch, names), strict=True)):
+                y, y_hat = without_equal_nonfinite(*(np.asarray(v, np.float64) for v in pair))
                 with np.errstate(invalid="ignore"):
                     signal[i] += weight * float(np.square(y).sum())
                     noise[i] += weight * float(np.square(y - y_hat).sum())
     with np.errstate(invalid="ignore"):
         errors = np.sqrt(noise / np.maximum(signal, 1e-300))
-    return tuple(LayerMetrics(n, float(e), scopes[n] or others[n]) for n, e in zip(names, errors, strict=True))
+    return tuple(LayerMetrics(n, float(e), scopes[n] or quantized_scopes[n]) for n, e in zip(names, errors, strict=True))
 
 
 def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of the model with inner values as its outputs."""
+    """Copy the model, with inner values as its outputs."""
     copy = model.clone()
     values = {v.name: v for node in copy.graph for v in node.outputs}
     copy.graph.outputs.clear()
@@ -255,14 +258,14 @@ def _latency(float_model: Model, quantized_model: Model, data: Batches, provider
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()
-        while len(times[0]) < FEWEST or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
-            turn = 1 - 2 * (len(times[0]) % 2)  # who is first finds the other's data in the caches
-            for kept, session in [(times[0], a), (times[1], b)][::turn]:
+        while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
+            order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
+            for milliseconds, session in [(times[0], a), (times[1], b)][::order]:
                 start = time.perf_counter()
                 session.run(batch)
-                kept.append(1000 * (time.perf_counter() - start))
-    (low, middle, high), (low_too, middle_too, high_too) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
-    return Latency(middle, middle_too, len(times[0]), (low, high), (low_too, high_too))
+                milliseconds.append(1000 * (time.perf_counter() - start))
+    (low, median, high), (quantized_low, quantized_median, quantized_high) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
+    return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high))
 
 
 def _size(model: Model) -> int:

@@ -1,6 +1,6 @@
-"""Running a witness: the dot product of one column, alone, in onnxruntime on this machine.
+"""Running an overflow witness, the dot product of a single column, in onnxruntime on this machine.
 
-A machine that adds in wider registers than the one proved about gives the exact result; that is recorded as it is.
+A machine with wider registers than the target's computes the exact result, which is recorded as it is.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.runtime.ort.session import Session
 
-EXACT_FLOAT = 1 << 24  # integers up to here are floats exactly
+EXACT_FLOAT = 1 << 24  # integers up to this are exact in float32
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What this machine made of a witness.
+class Execution:
+    """Result of a witness on this machine.
 
     Attributes:
         operator: Operator that was run; empty if none could be.
         computed: Its result; None if it could not be run.
-        exact: Whether that is the true dot product.
+        exact: Whether the result is the true dot product.
         detail: Why it could not be run.
     """
 
@@ -40,11 +40,11 @@ class Run:
 
 
 def machine_name() -> str:
-    """This machine, for the record: a witness says nothing without it."""
+    """Name this machine: the result of a witness depends on it."""
     return f"{platform.system()} {platform.machine()}"
 
 
-def run(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Run:
+def run(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
     """Compute the witness's column with the operator of the layer, or with MatMulInteger in the order and types of its kernel."""
     try:
         if dot.form == "blockwise":
@@ -53,11 +53,11 @@ def run(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Run:
             return _conv_integer(dot, witness)
         return _matmul_integer(dot, machine, witness)
     except RuntimeFailure as error:
-        return Run("", None, None, str(error))
+        return Execution("", None, None, str(error))
 
 
 def _byte(codes: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8] | None:
-    """Codes in the 8-bit type that holds the range of their type; None if there is none."""
+    """Convert codes to the 8-bit type that holds ``low`` to ``high``; None if there is none."""
     if low >= 0 and high <= 255:
         return codes.astype(np.uint8)
     return codes.astype(np.int8) if low >= -128 and high <= 127 else None
@@ -68,33 +68,33 @@ def _type_range(kind: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if kind.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _matmul_integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Run:
-    """MatMulInteger of the codes in the order the kernel takes them. Where fusion moves int8 activations to uint8, so does this."""
+def _matmul_integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
+    """Run MatMulInteger on the codes in the kernel's order; int8 activations that fusion shifts to uint8 are shifted here too."""
     shift = machine.x_shift if dot.form == "qdq" and dot.x_range[0] < 0 <= dot.x_range[0] + machine.x_shift else 0
     x = _byte(witness.x + shift, dot.x_range[0] + shift, dot.x_range[1] + shift)
     w = _byte(dot.codes[:, witness.column].astype(np.int64), *_type_range(dot.w_type))
     if x is None or w is None:
-        return Run("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
+        return Execution("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
     rows = dot.channels_last() if dot.taps > 1 and not dot.depthwise else np.arange(dot.k)
     zero = (witness.x_zero if witness.claim == "result" else 0) + shift
     inputs: list[tuple[str, npt.NDArray[Any]]] = [("x", x[rows][None, :]), ("w", w[rows][:, None]), ("x_zero", np.array(zero, x.dtype))]
     if witness.claim == "result" and dot.w_zeros is not None:
         inputs.append(("w_zero", np.array([dot.w_zeros[0, witness.column]], w.dtype)))
-    added = 0
+    offset = 0
     if dot.bias is not None and witness.claim != "inner":
-        # the sum the witness speaks of has the bias in it or not
+        # the witness's sum may include the bias
         levels = dot.codes[:, witness.column].astype(np.int64)
         if witness.claim == "result" and dot.w_zeros is not None:
             levels -= dot.w_zeros[:, witness.column]
-        added = witness.dot - int((witness.x - witness.x_zero) @ levels)
-    return _compare("MatMulInteger", "", inputs, {}, witness, added)
+        offset = witness.dot - int((witness.x - witness.x_zero) @ levels)
+    return _compare("MatMulInteger", "", inputs, {}, witness, offset)
 
 
-def _conv_integer(dot: IntegerDot, witness: Witness) -> Run:
+def _conv_integer(dot: IntegerDot, witness: Witness) -> Execution:
     x = _byte(witness.x, *dot.x_range)
     w = _byte(dot.codes[:, witness.column].astype(np.int64), *_type_range(dot.w_type))
     if x is None or w is None:
-        return Run("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
+        return Execution("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
     shape = (1, -1, dot.taps)
     zero = witness.x_zero if witness.claim == "result" else 0
     inputs: list[tuple[str, npt.NDArray[Any]]] = [("x", x.reshape(shape)), ("w", w.reshape(shape)), ("x_zero", np.array(zero, x.dtype))]
@@ -103,8 +103,8 @@ def _conv_integer(dot: IntegerDot, witness: Witness) -> Run:
     return _compare("ConvInteger", "", inputs, {"kernel_shape": [dot.taps]}, witness)
 
 
-def _blockwise(dot: IntegerDot, witness: Witness) -> Run:
-    """The operator itself, with scales of one: activations whose largest is 127 are quantized to themselves."""
+def _blockwise(dot: IntegerDot, witness: Witness) -> Execution:
+    """Run MatMulNBits with scales of one: activations whose largest magnitude is 127 are quantized to themselves."""
     block = dot.block or dot.k
     count = -(-dot.k // block)
     padded = np.zeros((1, count * block), np.uint8)
@@ -119,7 +119,7 @@ def _blockwise(dot: IntegerDot, witness: Witness) -> Run:
     ]
     attributes = {"K": dot.k, "N": 1, "bits": dot.bits, "block_size": block, "accuracy_level": 4}
     if abs(witness.dot) > EXACT_FLOAT:
-        return Run("", None, None, "the sum is no float")
+        return Execution("", None, None, "the sum is not exact in float32")
     return _compare("MatMulNBits", "com.microsoft", inputs, attributes, witness)
 
 
@@ -129,22 +129,22 @@ def _compare(
     inputs: Sequence[tuple[str, npt.NDArray[Any]]],
     attributes: Mapping[str, int | list[int]],
     witness: Witness,
-    added: int = 0,
-) -> Run:
-    """Run one node with the first input fed and the others constant; ``added`` is added to its result in 32 bits."""
+    offset: int = 0,
+) -> Execution:
+    """Run one node with its first input fed and the others constant, and add ``offset`` to its result in 32 bits."""
     values = []
     name, first = inputs[0]
     kind = ir.DataType.from_numpy(first.dtype)
-    fed = ir.val(name, kind, first.shape)
+    fed_input = ir.val(name, kind, first.shape)
     for name, array in inputs[1:]:
         tensor = ir.tensor(array, name=name)
         values.append(ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor))
-    node = ir.node(op, [fed, *values], attributes, domain=domain, name="witness")
+    node = ir.node(op, [fed_input, *values], attributes, domain=domain, name="witness")
     out = node.outputs[0]
     out.name, out.dtype = "y", kind if domain else ir.DataType.INT32
-    graph = ir.Graph([fed], [out], nodes=[node], initializers=values, opset_imports={"": 17, "com.microsoft": 1}, name="witness")
+    graph = ir.Graph([fed_input], [out], nodes=[node], initializers=values, opset_imports={"": 17, "com.microsoft": 1}, name="witness")
     with Session(ir.Model(graph, ir_version=8), threads=1) as session:
-        found = int(session.run({"x": first})[0].reshape(-1)[0])
-    if added:
-        found = (found + added + 2**31) % 2**32 - 2**31
-    return Run(op, found, found == witness.dot)
+        computed = int(session.run({"x": first})[0].reshape(-1)[0])
+    if offset:
+        computed = (computed + offset + 2**31) % 2**32 - 2**31
+    return Execution(op, computed, computed == witness.dot)

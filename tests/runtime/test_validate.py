@@ -12,7 +12,7 @@ import magr_onnx
 from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
 from magr_onnx.report.validation import Latency, OutputMetrics
 from magr_onnx.runtime.data.sources import open_data
-from magr_onnx.runtime.measure.validate import FEWEST, log_softmax, next_token_loss, validate
+from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, next_token_loss, validate
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
@@ -42,7 +42,7 @@ def test_metrics_of_a_known_difference() -> None:
     with Session(one) as session:
         data = open_data([ids(), ids(3, 9)], session.inputs)
         logits = np.concatenate([session.run(b)[0].reshape(-1, N) for b in data]).astype(np.float64)
-    result = validate(one, two, data, arithmetics=(Arithmetic.DEFAULT,), latency=False)
+    result = validate(one, two, data, arithmetics=(Arithmetic.DEFAULT,), details=("layers",))
     by_name = {m.output: m for m in result.arithmetics["default"]}
     assert set(by_name) == {"logits", "plain"}
     m = by_name["logits"]
@@ -71,11 +71,11 @@ def test_a_single_output_that_is_not_called_logits_is_said_to_be_none() -> None:
         data = open_data([feeds(model)], session.inputs)
     (name,) = (str(v.name) for v in model.graph.outputs)
     said = f"top-1 and KL are of outputs called logits, and this one is called {name}"
-    assert said in validate(model, model, data, layers=False, latency=False).notes
+    assert said in validate(model, model, data, details=()).notes
     two = scaled(1.0)
     with Session(two) as session:
         data = open_data([ids()], session.inputs)
-    assert validate(two, two, data, layers=False, latency=False).notes == ()
+    assert validate(two, two, data, details=()).notes == ()
 
 
 def test_next_token_loss_of_uniform_logits_is_log_vocabulary() -> None:
@@ -133,7 +133,7 @@ def test_perplexity_is_of_predictions_of_real_tokens_from_real_ones(padding: str
             feed["past_key_values.0.key"] = np.zeros((4, past, 4), np.float32)
         with Session(models[0][0]) as session:
             data = open_data([feed], session.inputs)
-        result = validate(models[0][0], models[1][0], data, mask=mask, latency=False, layers=False)
+        result = validate(models[0][0], models[1][0], data, mask=mask, details=())
         (metrics,) = (m for m in result.arithmetics["default"] if m.output == "logits")
         assert metrics.cross_entropy is not None
         expected = [np.mean(next_token_nats(by_token[drawn], drawn, real)) for _, by_token in models]
@@ -147,7 +147,7 @@ def test_tokens_that_are_all_alone_have_no_perplexity() -> None:
     feed = {"input_ids": ids(2, 4)["input_ids"], "attention_mask": np.array([[1, 0, 1, 0], [0, 0, 0, 1]])}
     with Session(model) as session:
         data = open_data([feed], session.inputs)
-    result = validate(model, model, data, mask="attention_mask", latency=False, layers=False)
+    result = validate(model, model, data, mask="attention_mask", details=())
     assert result.arithmetics["default"][0].cross_entropy is None
 
 
@@ -192,12 +192,12 @@ def test_what_is_not_finite_is_counted_unless_it_is_so_in_both(bad: float, sqnr:
     x[0] *= -1
     with Session(masked(1)) as session:
         data = open_data([{"x": x}], session.inputs)
-    found = validate(masked(1), masked(bad), data, latency=False, layers=False)
+    found = validate(masked(1), masked(bad), data, details=())
     m = found.arithmetics["default"][0]
     np.testing.assert_equal([m.sqnr_db, m.max_error], [sqnr, worst])
     assert m.nonfinite == (0, 0 if bad == 1 else 4)
     assert [f": {m.nonfinite[1]} (" in said for said in found.broken()] == ([] if bad == 1 else [True])
-    m = validate(masked(bad), masked(1), data, latency=False, layers=False).arithmetics["default"][0]
+    m = validate(masked(bad), masked(1), data, details=()).arithmetics["default"][0]
     assert m.nonfinite == (0 if bad == 1 else 4, 0)
     assert np.isnan(m.cosine) == (bad != 1)
 
@@ -211,7 +211,7 @@ def test_outputs_that_are_no_floats_are_named() -> None:
     report = magr_onnx.optimize(model, [feeds(model)], validation_data=[feeds(model, seed=1)]).report
     assert report.validation is not None
     assert not any(report.validation.arithmetics.values())
-    assert report.validation.notes == (f"outputs that are no floats, and not compared: {best.name}",)
+    assert report.validation.notes == (f"outputs that are not floats, and not compared: {best.name}",)
     assert "no output is of floats" in report.to_html()
 
 
@@ -231,7 +231,7 @@ def test_three_arithmetics_differ_where_onnxruntime_s_do() -> None:
     quantized, _ = magr_onnx.optimize(model, [x], format="qdq")
     with Session(model) as session:
         data = open_data([x], session.inputs)
-    result = validate(model, quantized, data, latency=False)
+    result = validate(model, quantized, data, details=("layers",))
     sqnr = {a: outputs[0].sqnr_db for a, outputs in result.arithmetics.items()}
     assert sqnr["float-qdq"] == pytest.approx(sqnr["unoptimized"], abs=1e-3)
     assert abs(sqnr["default"] - sqnr["unoptimized"]) > 1e-3
@@ -243,7 +243,7 @@ def test_layer_errors_are_measured_in_the_running_model() -> None:
     quantized, _ = magr_onnx.optimize(model, [x], bits=2)
     with Session(model) as session:
         data = open_data([x], session.inputs)
-    layers = {m.layer: m.relative_error for m in validate(model, quantized, data, latency=False).layers}
+    layers = {m.layer: m.relative_error for m in validate(model, quantized, data, details=("layers",)).layers}
     assert list(layers) == ["up_out", "down_bias_out"]
     assert all(0.001 < e < 1 for e in layers.values())
 
@@ -258,8 +258,8 @@ def test_padded_rows_do_not_count() -> None:
     with Session(model) as session:
         kept = {k: v[batch["attention_mask"] != 0][None] for k, v in batch.items()}
         data, expected = open_data([batch], session.inputs), open_data([kept], session.inputs)
-    a = validate(model, quantized, data, mask="attention_mask", latency=False, layers=False)
-    e = validate(model, quantized, expected, latency=False, layers=False)
+    a = validate(model, quantized, data, mask="attention_mask", details=())
+    e = validate(model, quantized, expected, details=())
     assert a.arithmetics["unoptimized"][0].sqnr_db == pytest.approx(e.arithmetics["unoptimized"][0].sqnr_db, abs=1e-4)
 
 
@@ -279,9 +279,9 @@ def test_a_model_timed_against_itself_is_not_slower() -> None:
     model = graphs.chain()
     with Session(model) as session:
         data = open_data([feeds(model)], session.inputs)
-    t = validate(model, model, data, layers=False).latency
+    t = validate(model, model, data, details=("latency",)).latency
     assert t is not None
-    assert t.runs >= FEWEST
+    assert t.runs >= MIN_RUNS
     for median, (low, high) in zip((t.float_ms, t.quantized_ms), t.spread, strict=True):
         assert 0 < low <= median <= high
     assert not t.slower
@@ -309,6 +309,6 @@ def test_arithmetics_that_agree_are_one_row() -> None:
     rows = {}
     for form in ("matmulnbits", "qdq"):
         quantized, _ = magr_onnx.optimize(model, [x], format=form)
-        rows[form] = validate(model, quantized, data, latency=False, layers=False).shown()
+        rows[form] = validate(model, quantized, data, details=()).shown()
     assert [name for name, _ in rows["matmulnbits"]] == ["all"]
     assert [name for name, _ in rows["qdq"]] == ["default", "unoptimized", "float-qdq"]
