@@ -149,7 +149,7 @@ def validate(
     with custom.using(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
         batches = decoders.open_for(
-            a.model, data, batch_size, steps=decode_steps, provider=provider, runs=a.path or a.model, folders=folders
+            a.model, data, batch_size, steps=decode_steps, provider=provider, runnable=a.path or a.model, folders=folders
         )
         return validation.validate(
             a.path or a.model,

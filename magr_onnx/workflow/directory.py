@@ -276,9 +276,9 @@ def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, 
         return source
     path = Path(source)
     if path.suffix != ".txt":
-        decoders.open_for(model, path, batch_size, runs=None)
+        decoders.open_for(model, path, batch_size, runnable=None)
         return path
-    return decoders.of_text(model, path, (beside, folder), batch_size)
+    return decoders.encode_text(model, path, (beside, folder), batch_size)
 
 
 def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:

@@ -187,7 +187,7 @@ def _open_data(source: Source | None, prepared: Prepared, request: OptimizeReque
     runs = None if large else prepared.reference
     folders = [prepared.reference.parent] if isinstance(prepared.reference, Path) else []
     return decoders.open_for(
-        prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runs=runs, folders=folders
+        prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runnable=runs, folders=folders
     )
 
 

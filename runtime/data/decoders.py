@@ -1,12 +1,12 @@
-"""Tokens in, whole feeds out, for decoders with a cache of keys and values.
+"""Complete feeds for decoders with a KV cache, from tokens alone.
 
-Such a model (onnxruntime-genai's builder, optimum) has dozens of inputs, and all but the tokens follow from those. Samples are fed twice:
+Such a model (onnxruntime-genai's builder, optimum) has dozens of inputs, all of which follow from the tokens. Samples are fed twice:
 
-1. prefill: all tokens at once, with a past of no length;
-2. decode: the last few again, one by one, each with the past that the model itself put out in the step before.
+1. prefill: all tokens at once, with an empty past;
+2. decode: the last few tokens again, one by one, each with the past that the model returned in the previous step.
 
-Padding is cut off first and samples of one length go together, so that every mask is one of ones, whichever side a model wants padded.
-The decode steps follow all prefills, so that held-out batches have some of either.
+Padding is removed and samples of equal length are batched, so that every mask is all ones, whichever side the model expects padding on.
+Decode steps follow all prefills, so that the held-out batches, which are evenly spaced, include both.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from magr_onnx.runtime.data.sources import Batches, Source, checked, in_memory, 
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
 
 STEPS = 4
-MOST_BYTES = 1 << 30  # of past values, in a temporary folder
+MAX_PAST_BYTES = 1 << 30  # of past values, in a temporary folder
 FUSED = "GroupQueryAttention"
 GUIDE = "docs/guides/decoders.md"
-_MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding in text; a decoder with a cache is fed none
+_MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
 Maker = Callable[[Array, int], Array]
 
-# What follows from the tokens fed now (B, T) and the length of the past, by the name of the input.
+# Inputs that follow from the current tokens (B, T) and the length of the past, by input name.
 MAKERS: dict[str, Maker] = {
     TOKENS: lambda ids, past: ids,
     DEFAULT_MASK: lambda ids, past: np.ones((len(ids), past + ids.shape[1])),
@@ -55,14 +55,14 @@ MAKERS: dict[str, Maker] = {
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """One input of a cache.
+    """One input of a KV cache.
 
     Attributes:
         info: The input.
-        present: The output with its next value.
-        batch: The axis of samples; None where there is none.
-        length: The axis that grows with the tokens; None for a buffer of a fixed size.
-        shape: That of the input, with what the graph tells of dimensions that it only names.
+        present: Output with its next value.
+        batch: Axis of samples, or None.
+        length: Axis that grows with the tokens; None for a buffer of fixed size.
+        shape: Shape of the input, with symbolic dimensions inferred from the graph where possible.
     """
 
     info: InputInfo
@@ -73,11 +73,11 @@ class Past:
 
     @property
     def unknown(self) -> list[int]:
-        """Axes whose size nothing tells."""
+        """Axes of unknown size."""
         return [i for i, d in enumerate(self.shape) if d is None and i not in (self.batch, self.length)]
 
     def empty(self, samples: int) -> Array:
-        """The past before the first token: of no length, or zeros where the size is fixed."""
+        """Return the past before the first token: of length 0, or zeros where the size is fixed."""
         dims = [d if d is not None else 1 for d in self.shape]
         if self.batch is not None:
             dims[self.batch] = samples
@@ -88,11 +88,11 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """What a decoder with a cache is fed.
+    """Interface of a decoder with a KV cache.
 
     Attributes:
-        inputs: All of its inputs.
-        pasts: Those that hold the past.
+        inputs: All inputs.
+        pasts: Inputs of the cache.
     """
 
     inputs: tuple[InputInfo, ...]
@@ -104,67 +104,69 @@ class Decoder:
 
     @property
     def samples(self) -> int | None:
-        """How many samples a feed has: what the tokens or the past fix; None for any number."""
+        """Batch size that the tokens or the past fix; None for any."""
         fixed = (self.tokens.shape[0], *(p.shape[p.batch] for p in self.pasts if p.batch is not None))
         return next((size for size in fixed if size is not None), None)
 
     def feed(self, ids: Array, past: Mapping[str, Array], length: int) -> Batch:
-        """A whole feed for tokens ``ids (B, T)`` behind ``length`` others."""
-        made = {i.name: MAKERS[i.name](ids, length).astype(i.dtype) for i in self.inputs if i.name in MAKERS}
-        return {**made, **past}
+        """Return the complete feed for tokens ``ids (B, T)`` that follow ``length`` others."""
+        arrays = {i.name: MAKERS[i.name](ids, length).astype(i.dtype) for i in self.inputs if i.name in MAKERS}
+        return {**arrays, **past}
 
     def start(self, ids: Array) -> Batch:
-        """A whole feed for the first tokens ``(B, T)``."""
+        """Return the complete feed for the first tokens ``(B, T)``."""
         return self.feed(ids, {p.info.name: p.empty(len(ids)) for p in self.pasts}, 0)
 
     def steps(self, session: Session, ids: Array, count: int) -> Iterator[Batch]:
-        """Feeds for the last ``count`` tokens of ``ids (B, T)``, one at a time, behind the others."""
+        """Yield feeds for the last ``count`` tokens of ``ids (B, T)``, one token at a time."""
         names = [p.present for p in self.pasts]
         feed = self.start(ids[:, : ids.shape[1] - count])
-        for at in range(ids.shape[1] - count, ids.shape[1]):
+        for position in range(ids.shape[1] - count, ids.shape[1]):
             present = session.run(feed, names)
-            feed = self.feed(ids[:, at : at + 1], {p.info.name: a for p, a in zip(self.pasts, present, strict=True)}, at)
+            past = {p.info.name: array for p, array in zip(self.pasts, present, strict=True)}
+            feed = self.feed(ids[:, position : position + 1], past, position)
             yield feed
 
 
 def recognise(model: ir.Model) -> Decoder | None:
-    """The decoder that a model is, or None: one with ``input_ids`` and inputs that its outputs give the next value of.
+    """Recognise a decoder with a KV cache: ``input_ids``, and inputs whose next values are outputs. None for any other model.
 
     Raises:
-        CalibrationError: It has inputs that do not follow from tokens, or a cache of a fixed size that its own operators do not manage.
+        CalibrationError: Some inputs do not follow from tokens, or a cache of fixed size is not managed by the model's own operators.
     """
-    twins = pairs_of(model)
+    presents = pairs_of(model)
     inputs = inputs_of(model)
-    if not twins or TOKENS not in {i.name for i in inputs}:
+    if not presents or TOKENS not in {i.name for i in inputs}:
         return None
     problems = []
-    other = [i for i in inputs if i.name not in MAKERS and i.name not in twins]
-    if other:
-        problems.append(f"the model's inputs {'; '.join(map(str, other))} do not follow from {TOKENS}")
+    unknown = [i for i in inputs if i.name not in MAKERS and i.name not in presents]
+    if unknown:
+        problems.append(f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}")
     values = {str(v.name): v for v in model.graph.inputs}
-    pasts = tuple(_past(i, values[i.name], twins[i.name], model) for i in inputs if i.name in twins)
+    pasts = tuple(_past(i, values[i.name], presents[i.name], model) for i in inputs if i.name in presents)
     problems += [f"the size of axis {p.unknown[0]} of the past input {p.info} is not known" for p in pasts if p.unknown][:1]
     fixed = [p.info for p in pasts if p.length is None and len(p.info.shape) == 4]
     if fixed and not any(node.op_type == FUSED for node in model.graph.all_nodes()):
         problems.append(
             f"{len(fixed)} past inputs have a fixed length ({fixed[0]}), and there is no {FUSED} that knows how much of it counts"
         )
-    remedy = f"; give whole feeds, every input of the model in each batch (see {GUIDE})"
+    remedy = f"; give complete feeds, every input of the model in each batch (see {GUIDE})"
     raise_all(CalibrationError, [p + remedy for p in problems])
     return Decoder(inputs, pasts)
 
 
 def _past(info: InputInfo, value: ir.Value, present: str, model: ir.Model) -> Past:
-    """What there is to know of an input that holds the past."""
+    """Describe an input of the cache."""
     batch, length = _axes(value, model)
-    size = next((found for use in value.uses() if use.node.op_type == FUSED and (found := _head_size(use.node)) is not None), None)
+    head_sizes = (_head_size(use.node) for use in value.uses() if use.node.op_type == FUSED)
+    size = next((s for s in head_sizes if s is not None), None)
     last = len(info.shape) - 1
     shape = tuple(size if i == last and d is None and i not in (batch, length) else d for i, d in enumerate(info.shape))
     return Past(info, present, batch, length, shape)
 
 
 def _head_size(node: ir.Node) -> int | None:
-    """The size of a head of a GroupQueryAttention, which newer builders only name: the width of its queries by their number."""
+    """Infer the head size of a GroupQueryAttention, symbolic in newer exports: the width of the queries over the number of heads."""
     query, key = node.inputs[:2]
     heads, shared = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
     width = _width(query)
@@ -173,7 +175,7 @@ def _head_size(node: ir.Node) -> int | None:
 
 
 def _width(value: ir.Value | None) -> int | None:
-    """The last dimension of a value, from its shape or the product that makes it."""
+    """Infer the last dimension of a value, from its shape or its producer."""
     if value is None:
         return None
     if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int):
@@ -189,17 +191,17 @@ def _width(value: ir.Value | None) -> int | None:
 
 
 def _axes(value: ir.Value, model: ir.Model) -> tuple[int | None, int | None]:
-    """The axes of samples and of tokens of an input that holds the past: the one named as that of the tokens, and the other one."""
+    """Find the axes of samples and of tokens of a cache input: the dynamic axis named like that of the token input, and the other one."""
     tokens = next(v for v in model.graph.inputs if v.name == TOKENS)
     samples = None if tokens.shape is None else tokens.shape[0]
-    free = [] if value.shape is None else [i for i, d in enumerate(value.shape) if not isinstance(d, int)]
+    dynamic = [] if value.shape is None else [i for i, d in enumerate(value.shape) if not isinstance(d, int)]
     if isinstance(samples, int):
-        return next((i for i, d in enumerate(value.shape or ()) if d == samples), None), next(iter(free), None)
-    same = [i for i in free if value.shape is not None and value.shape[i] == samples]
-    if not same and len(free) == 1 and free[0] > 0:  # the number of samples is a size here
-        return 0 if len(value.shape or ()) == 4 else None, free[0]
-    batch = next(iter([*same, *free]), None)
-    return batch, next((i for i in free if i != batch), None)
+        return next((i for i, d in enumerate(value.shape or ()) if d == samples), None), next(iter(dynamic), None)
+    same = [i for i in dynamic if value.shape is not None and value.shape[i] == samples]
+    if not same and len(dynamic) == 1 and dynamic[0] > 0:  # the batch size is fixed
+        return 0 if len(value.shape or ()) == 4 else None, dynamic[0]
+    batch = next(iter([*same, *dynamic]), None)
+    return batch, next((i for i in dynamic if i != batch), None)
 
 
 def open_for(
@@ -209,33 +211,33 @@ def open_for(
     *,
     steps: int = STEPS,
     provider: str = "cpu",
-    runs: ir.Model | str | os.PathLike[str] | None = None,
+    runnable: ir.Model | str | os.PathLike[str] | None = None,
     folders: Sequence[Path] = (),
 ) -> Batches:
-    """`magr_onnx.runtime.data.sources.open_data` for a model; a decoder with a cache needs no more than its tokens.
+    """Open data for a model, as `magr_onnx.runtime.data.sources.open_data` does; decoders with a KV cache need only tokens.
 
-    Where data lacks the past, whole feeds are made of its ``input_ids (B, T)`` (and ``attention_mask``, which marks padding).
+    Where the data lacks the past, complete feeds are made from its ``input_ids (B, T)`` (and ``attention_mask``, which marks padding).
 
     Args:
-        model: What will be fed.
+        model: The model that the data is for.
         source: See `magr_onnx.runtime.data.sources`.
-        batch_size: Most samples of a batch.
-        steps: Tokens at the end of each sample that are fed once more, one by one; 0 for prefill only.
-        provider: Where to run the model for their past.
-        runs: The model to run for it; None where it is too large to be run as a whole, so that there are no decode steps.
-        folders: Where the tokenizer of a ``.txt`` file is looked for; none where text is no source.
+        batch_size: Most samples per batch.
+        steps: Tokens at the end of each sample that are fed again, one by one; 0 for prefill only.
+        provider: Where to run the model for the past of decode steps.
+        runnable: The model to run for it; None if it is too large to run as a whole, which leaves out decode steps.
+        folders: Folders to search for the tokenizer of a ``.txt`` file; none where text is not supported.
 
     Raises:
-        CalibrationError: The data does not fit, or is not enough to make feeds of.
-        OptionError: A negative number of steps.
+        CalibrationError: The data does not fit, or does not suffice to make feeds.
+        OptionError: ``steps`` is negative.
     """
     if steps < 0:
         raise OptionError(f"decode_steps={steps} must be 0 or more")
     inputs = inputs_of(model)
     if folders and isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt":
-        source = of_text(model, Path(source), folders, batch_size)
-    twins = pairs_of(model)
-    if not twins or TOKENS not in {i.name for i in inputs}:
+        source = encode_text(model, Path(source), folders, batch_size)
+    presents = pairs_of(model)
+    if not presents or TOKENS not in {i.name for i in inputs}:
         return open_data(source, inputs, batch_size)
     opened = open_source(source, [i for i in inputs if i.name == TOKENS], batch_size)
     first = next(iter(opened), None)
@@ -243,11 +245,11 @@ def open_for(
         return checked(opened, inputs)
     decoder = recognise(model)
     assert decoder is not None
-    return checked(_fed(decoder, opened, batch_size, steps, provider, runs), inputs)
+    return checked(_feeds(decoder, opened, batch_size, steps, provider, runnable), inputs)
 
 
-def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
-    """Tokens of a text file, by the first tokenizer in ``folders``: feeds of a model, or what `open_for` makes a decoder's of.
+def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
+    """Encode a text file with the first tokenizer in ``folders``, as feeds of a model or, for a decoder, as tokens.
 
     Raises:
         CalibrationError: See `magr_onnx.runtime.data.text.encode`.
@@ -260,16 +262,16 @@ def of_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: in
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Tokens ``(B, T)`` of one batch, and which samples of one length they are."""
+    """Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
 
     ids: Array
     group: fixed_batch.Group
 
 
-def _fed(
-    decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runs: ir.Model | str | os.PathLike[str] | None
+def _feeds(
+    decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runnable: ir.Model | str | os.PathLike[str] | None
 ) -> Batches:
-    """Feeds made of tokens, with notes on what they are."""
+    """Make prefill and decode feeds of tokens, with notes that describe them."""
     notes: list[str] = []
     parts = _parts(_samples(data, notes), batch_size, decoder.samples)
     groups = [part.group for part in parts]
@@ -277,10 +279,10 @@ def _fed(
     samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
     notes += fixed_batch.notes_of(groups)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
-    if steps and (why := _no_steps(decoder, parts, runs)):
+    if steps and (why := _no_steps(decoder, parts, runnable)):
         notes.append(f"no decode steps were fed: {why}")
-    elif steps and runs is not None:
-        with Session(runs, provider) as session:
+    elif steps and runnable is not None:
+        with Session(runnable, provider) as session:
             spool = _Spool(decoder, parts, steps, session)
         notes.append(
             f"decode: the last tokens of {spool.samples} samples again, one by one, with the model's own past ({len(spool)} batches)"
@@ -289,9 +291,9 @@ def _fed(
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
-def _no_steps(decoder: Decoder, parts: Sequence[_Part], runs: object) -> str | None:
-    """Why tokens cannot, or should not, be fed one by one."""
-    if runs is None:
+def _no_steps(decoder: Decoder, parts: Sequence[_Part], runnable: object) -> str | None:
+    """Tell why tokens cannot, or should not, be fed one by one; None if they should."""
+    if runnable is None:
         return "the model is too large for max_memory to be run as a whole"
     if decoder.tokens.shape[1] is not None:
         return f"the model takes {decoder.tokens.shape[1]} tokens at a time"
@@ -301,7 +303,7 @@ def _no_steps(decoder: Decoder, parts: Sequence[_Part], runs: object) -> str | N
 
 
 def _samples(data: Batches, notes: list[str]) -> list[Array]:
-    """The tokens of every sample ``(T,)``, without padding."""
+    """Return the tokens of every sample ``(T,)``, without padding."""
     samples: list[Array] = []
     problems: list[str] = []
     for index, batch in enumerate(data):
@@ -316,58 +318,58 @@ def _samples(data: Batches, notes: list[str]) -> list[Array]:
         if mask.shape != ids.shape:
             problems.append(f"{where}: {DEFAULT_MASK} has shape {mask.shape}; expected that of {TOKENS}, {ids.shape}")
             continue
-        count = round(len(ids) * data.weight(index))  # the others are the same again
+        count = round(len(ids) * data.weight(index))  # the others repeat these
         for row, keep in zip(ids[:count], mask[:count], strict=True):
             positions = np.flatnonzero(keep)
             if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
                 problems.append(
-                    f"{where}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected one run of them, with padding on one side"
+                    f"{where}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected consecutive ones, padded on one side"
                 )
                 break
             samples.append(row[positions])
-        if made := [n for n in ("position_ids", "cache_position") if n in batch]:
-            notes[:] = [f"{', '.join(made)} of the data were not used: they follow from the tokens"]
+        if derived := [n for n in ("position_ids", "cache_position") if n in batch]:
+            notes[:] = [f"{', '.join(derived)} of the data were not used: they follow from the tokens"]
     raise_all(CalibrationError, problems[:10])
     return samples
 
 
 def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list[_Part]:
-    """Samples of one length together: ``fixed`` of them, or batches so small that some can be held out."""
+    """Batch samples of equal length, ``fixed`` at a time or in batches small enough that some can be held out."""
     by_length: dict[int, list[Array]] = {}
     for sample in samples:
         by_length.setdefault(len(sample), []).append(sample)
     size = fixed or min(batch_size, max(1, len(samples) // HELD_OUT))
     parts = []
-    for same in by_length.values():
-        stacked = np.stack(same)
-        parts += [_Part(group.of(stacked), group) for group in fixed_batch.groups(len(same), size, fixed=fixed is not None)]
+    for sequences in by_length.values():
+        stacked = np.stack(sequences)
+        parts += [_Part(group.of(stacked), group) for group in fixed_batch.groups(len(sequences), size, fixed=fixed is not None)]
     return parts
 
 
 class _Spool:
-    """Feeds of decode steps in files of a temporary folder, which goes when the object does: a past is as long as what came before.
+    """Feeds of decode steps, in a temporary folder that is removed with the object.
 
     Attributes:
-        samples: Whose tokens they are.
-        weights: Of the feeds; see `magr_onnx.runtime.data.sources.Batches`.
+        samples: Number of samples.
+        weights: Weights of the feeds; see `magr_onnx.runtime.data.sources.Batches`.
     """
 
     def __init__(self, decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session) -> None:
         self.samples = 0
         self.weights: list[float] = []
-        token = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
-        budget = MOST_BYTES
+        token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
+        budget = MAX_PAST_BYTES
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="onnx-magr-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             for index, part in enumerate(parts):
                 ids = part.ids
                 count = min(steps, ids.shape[1] - 1)
-                each = max(1, token * ids.shape[1] * count)
-                samples = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // each))
-                if not count or samples * each > budget:
+                sample_bytes = max(1, token_bytes * ids.shape[1] * count)
+                samples = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // sample_bytes))
+                if not count or samples * sample_bytes > budget:
                     continue
-                budget -= samples * each
+                budget -= samples * sample_bytes
                 self.samples += part.group.count if decoder.samples else samples
                 for feed in decoder.steps(session, ids[:samples], count):
                     arrays: dict[str, Any] = dict(feed)
@@ -384,7 +386,7 @@ class _Spool:
 
 
 def _joined(prefill: Batches, decode: _Spool) -> Batches:
-    """Prefill first: batches are held out at equal distances, and should be of both kinds."""
+    """Chain the batches of prefill and of decode steps."""
     prefilled = len(prefill)
     return Batches(
         prefilled + len(decode),

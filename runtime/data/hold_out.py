@@ -1,18 +1,15 @@
-"""Which calibration batches are held out of the statistics that layers are solved with, to choose options by."""
+"""Hold-out of calibration batches: kept out of the moments that layers are solved with, for choosing between solutions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-HELD_OUT = 4
+HELD_OUT = 4  # one batch in this many
 
 
 @dataclass(frozen=True, slots=True)
 class HoldOut:
-    """Every ``every``-th batch is held out, the first of them after as many as that; None holds out none.
-
-    ``index in HoldOut()`` tells whether a batch is.
-    """
+    """The held-out batches, by index: the last of every ``every`` batches, or none. ``index in HoldOut()`` tells whether one is."""
 
     every: int | None = HELD_OUT
 

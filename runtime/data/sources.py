@@ -1,6 +1,6 @@
 """Sources of input batches for calibration and validation.
 
-Any of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (a batch each, shapes may
+One of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (one batch each, shapes may
 vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
 """
 
@@ -28,14 +28,14 @@ from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 @runtime_checkable
 class DataReader(Protocol):
-    """onnxruntime's ``CalibrationDataReader``, by shape: ``get_next`` returns a dict, or None at the end."""
+    """Structural type of onnxruntime's ``CalibrationDataReader``: ``get_next`` returns a dict, or None at the end."""
 
     def get_next(self) -> dict[str, Any] | None: ...
 
 
-MOST_PROBLEMS = 10  # different ones that a message has
+MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
-WRITTEN = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
+SAVE_CALL = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +43,13 @@ class Batches:
     """Batches that can be read any number of times.
 
     Attributes:
-        count: How many there are.
-        describe: What to call all of them.
-        read: Makes an iterator over them.
-        label: What to call one of them, by its position.
-        notes: Sentences for the report.
-        samples: What all of them have along their first axes, or what they were made of, where somebody counted.
-        weights: By what to multiply sums over each batch, where samples are repeated to fill it; none for 1 everywhere.
+        count: Number of batches.
+        describe: Name of the source, for messages.
+        read: Returns a new iterator over the batches.
+        label: Name of a batch, by its position, for messages.
+        notes: Notes for the report.
+        samples: Number of samples they were made of; None if unknown.
+        weights: Factors of the sums over each batch, where samples are repeated to fill it; empty if all are 1.
     """
 
     count: int
@@ -67,47 +67,47 @@ class Batches:
         return self.count
 
     def weight(self, index: int) -> float:
-        """By what to multiply sums over the batch at a position."""
+        """Return the factor of sums over the batch at a position."""
         return self.weights[index] if self.weights else 1.0
 
     def limit(self, count: int) -> Batches:
-        """At most ``count`` batches, spread evenly."""
+        """Select at most ``count`` batches, evenly spaced."""
         if count >= self.count:
             return self
         return self.select(sorted({round(i * (self.count - 1) / max(count - 1, 1)) for i in range(count)}))
 
-    def select(self, chosen: Sequence[int]) -> Batches:
-        """The batches at some positions, in rising order."""
-        positions = set(chosen)
+    def select(self, positions: Sequence[int]) -> Batches:
+        """Select the batches at some positions, in rising order."""
+        selected = set(positions)
 
         def read() -> Iterator[Batch]:
             for i, batch in enumerate(self.read()):
-                if i in positions:
+                if i in selected:
                     yield batch
 
-        weights = tuple(self.weights[i] for i in chosen) if self.weights else ()
-        return Batches(len(chosen), self.describe, read, lambda i: self.label(chosen[i]), self.notes, weights=weights)
+        weights = tuple(self.weights[i] for i in positions) if self.weights else ()
+        return Batches(len(positions), self.describe, read, lambda i: self.label(positions[i]), self.notes, weights=weights)
 
 
 def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
-    """Open a source and check every batch that can be checked without running anything.
+    """Open a source and check its batches against the model's inputs.
 
     Args:
         source: See the module's description.
         inputs: The model's inputs.
-        batch_size: Samples per batch when stacked inputs are cut up; ignored where the model fixes its batch dimension (`fixed_batch`).
+        batch_size: Samples per batch of stacked inputs; ignored where the model fixes its batch dimension (`fixed_batch`).
 
     Raises:
-        CalibrationError: No data, or names, types or shapes that do not fit the model (all offenders, expected and found).
+        CalibrationError: There is no data, or names, types or shapes do not fit the model; all problems are listed.
     """
     return checked(open_source(source, inputs, batch_size), inputs)
 
 
 def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
-    """Open a source without a look at the batches; see `open_data`.
+    """Open a source without checking its batches; see `open_data`.
 
     Raises:
-        CalibrationError: There is no such source, or it cannot be read.
+        CalibrationError: The source does not exist or cannot be read.
     """
     if isinstance(source, Lazy):
         source = source.make()
@@ -125,36 +125,38 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
 
 
 def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
-    """``batches``, if all of them fit, those of too many or too few samples cut up or filled; see `open_data`."""
+    """Split or fill batches of the wrong number of samples, and check that all fit; see `open_data`."""
     batches = _filled(batches, inputs)
     if len(batches) == 0:
         raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
     samples = 0.0
-    offenders: dict[str, list[int]] = {}  # the batches that have a problem
+    offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
     for i, batch in enumerate(batches):
         samples += batches.weight(i) * max((len(array) for array in batch.values() if array.ndim), default=1)
         for problem in check_batch(batch, inputs):
             offenders.setdefault(problem, []).append(i)
-        if len(offenders) >= MOST_PROBLEMS:
+        if len(offenders) >= MAX_PROBLEMS:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
-    raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MOST_PROBLEMS)])
+    raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
     return replace(batches, samples=round(samples) if batches.samples is None else batches.samples)
 
 
 def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
-    """Batches with as many samples as the model takes at a time; those that do not fit it for any other reason are left as they are."""
+    """Split or fill batches to the batch size that the model fixes; batches that do not fit for another reason stay unchanged."""
     size = fixed_batch.fixed_size(inputs)
-    cuts = {} if size is None else {i: cut for i, b in enumerate(batches) if (cut := fixed_batch.groups_of(b, inputs, size)) is not None}
-    if not cuts:
+    splits = (
+        {} if size is None else {i: split for i, b in enumerate(batches) if (split := fixed_batch.groups_of(b, inputs, size)) is not None}
+    )
+    if not splits:
         return batches
-    parts = [(i, group) for i in range(len(batches)) for group in cuts.get(i, [fixed_batch.Group(0, size or 1)])]
+    parts = [(i, group) for i in range(len(batches)) for group in splits.get(i, [fixed_batch.Group(0, size or 1)])]
 
     def read() -> Iterator[Batch]:
         for i, batch in enumerate(batches):
-            for group in cuts.get(i, []):
+            for group in splits.get(i, []):
                 yield {name: group.of(array) for name, array in batch.items()}
-            if i not in cuts:
+            if i not in splits:
                 yield batch
 
     groups = [group for _, group in parts]
@@ -170,7 +172,7 @@ def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
-    """What does not fit between a batch and the model's inputs."""
+    """List the problems of a batch that does not fit the model's inputs."""
     declared = {i.name: i for i in inputs}
     problems = []
     missing, extra = sorted(declared.keys() - batch.keys()), sorted(batch.keys() - declared.keys())
@@ -183,7 +185,7 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
         if array.dtype != info.dtype or not shape_fits:
             problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
-        elif array.size == 0 and not name.startswith(PREFIX):  # before the first token there is no past
+        elif array.size == 0 and not name.startswith(PREFIX):  # the past is empty before the first token
             problems.append(f"{name} is empty, shape {array.shape}")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.append(f"{name} holds NaN or infinite values")
@@ -200,11 +202,11 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
     try:
         return {k: np.asarray(batch[k]) for k in batch}
     except ValueError as error:
-        raise CalibrationError(f"{where} holds what is no array: {error}") from error
+        raise CalibrationError(f"{where} has an entry that is not an array: {error}") from error
 
 
 def in_memory(batches: list[Any], describe: str) -> Batches:
-    """Batches that are held in a list."""
+    """Return batches read from a list."""
     return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
 
 
@@ -212,15 +214,15 @@ _NPY, _ZIP = b"\x93NUMPY", b"PK"
 
 
 def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """All arrays of a ``.npz`` file; pickled objects are never loaded.
+    """Load all arrays of a ``.npz`` file; pickled objects are never loaded.
 
     Raises:
-        CalibrationError: Not a readable ``.npz``.
+        CalibrationError: The file is not a readable ``.npz``.
     """
     try:
         with path.open("rb") as file:
-            if (first := file.read(len(_NPY))) != _NPY and not first.startswith(_ZIP):  # numpy takes anything else for pickled objects
-                raise CalibrationError(f"{path} is no .npz file, by its first bytes; {WRITTEN}, writes one")
+            if (first := file.read(len(_NPY))) != _NPY and not first.startswith(_ZIP):  # numpy treats any other file as pickled objects
+                raise CalibrationError(f"{path} is not an .npz file by its first bytes; {SAVE_CALL}, writes one")
             file.seek(0)
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -228,21 +230,21 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
             archive = loaded.zip
             assert archive is not None
             unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > _memory() // 2:
+            if unpacked > _memory_size() // 2:
                 raise CalibrationError(f"{path} unpacks to {unpacked} bytes, more than half of this machine's memory; cut it into a folder")
             arrays = {name: loaded[name] for name in loaded.files}
     except CalibrationError:
         raise
-    except Exception as error:  # numpy's reader and its parser of headers raise anything on bytes that are not theirs
+    except Exception as error:  # numpy's readers raise arbitrary exceptions on malformed bytes
         reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise CalibrationError(f"{path} is not a readable .npz file: {reason}; write it with {WRITTEN}") from error
-    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise CalibrationError(f"{path}: {', '.join(other)} are no arrays; save named inputs with numpy.savez")
+        raise CalibrationError(f"{path} is not a readable .npz file: {reason}; write it with {SAVE_CALL}") from error
+    if invalid := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise CalibrationError(f"{path}: {', '.join(invalid)} are not arrays; save named inputs with numpy.savez")
     return arrays
 
 
-def _memory() -> int:
-    """Bytes of this machine's memory; where the system does not say, more than any machine has."""
+def _memory_size() -> int:
+    """Return the bytes of physical memory; a huge number where the system does not tell."""
     if not hasattr(os, "sysconf"):
         return 1 << 62
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -253,9 +255,9 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
         files = sorted(path.glob("*.npz"))
         if files:
             return Batches(len(files), str(path), lambda: map(load_npz, files), lambda i: str(files[i]))
-        sets = [path] if _is_test_data(path) else sorted(p for p in path.glob("test_data_set*") if _is_test_data(p))
-        if sets:
-            return Batches(len(sets), str(path), lambda: (_load_test_data(p, inputs) for p in sets), lambda i: str(sets[i]))
+        folders = [path] if _is_test_data(path) else sorted(p for p in path.glob("test_data_set*") if _is_test_data(p))
+        if folders:
+            return Batches(len(folders), str(path), lambda: (_load_test_data(p, inputs) for p in folders), lambda i: str(folders[i]))
         raise CalibrationError(f"{path}: no .npz files and no test_data_set folders in it")
     if not path.exists():
         raise CalibrationError(f"calibration data {path} does not exist")
@@ -267,8 +269,7 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
 
 
 def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
-    """Cut stacked inputs into batches along the first axis, as many samples as the model takes at a time; inputs of rank 0 are the same
-    for all."""
+    """Split stacked inputs into batches along the first axis, of the size the model fixes, if any; inputs of rank 0 are shared by all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
         return in_memory([arrays] if arrays else [], describe)
@@ -297,7 +298,7 @@ def _is_test_data(path: Path) -> bool:
 
 
 def _load_test_data(path: Path, inputs: Sequence[InputInfo]) -> Batch:
-    """``input_<i>.pb`` files in the order of the model's inputs, or under their own names."""
+    """Load ``input_<i>.pb`` files, named by their tensors, else by the order of the model's inputs."""
     batch: dict[str, npt.NDArray[Any]] = {}
     for file in path.glob("input_*.pb"):
         tensor = onnx.TensorProto()
@@ -310,7 +311,7 @@ def _load_test_data(path: Path, inputs: Sequence[InputInfo]) -> Batch:
             raise CalibrationError(f"{file} is not a serialized ONNX tensor: {error}") from error
         match = re.fullmatch(r"input_(\d+)", file.stem)
         index = int(match[1]) if match else len(inputs)
-        known = {i.name for i in inputs}
-        name = tensor.name if tensor.name in known else inputs[index].name if index < len(inputs) else file.stem
+        input_names = {i.name for i in inputs}
+        name = tensor.name if tensor.name in input_names else inputs[index].name if index < len(inputs) else file.stem
         batch[name] = array
     return batch

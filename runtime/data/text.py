@@ -1,4 +1,4 @@
-"""Lines of text as calibration data, through the tokenizer that lies beside a model."""
+"""Lines of text as calibration data, encoded by the tokenizer in the model's folder."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ from magr_onnx.runtime.ort.session import Batch, InputInfo
 
 TOKENIZER = "tokenizer.json"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-LONGEST = 512  # tokens; more say little more about a layer's inputs, and attention costs their square
+MAX_TOKENS = 512  # more add little information about a layer's inputs, and attention costs their square
 
 
 def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
-    """Batches of the inputs a model wants, from a text file of one sample a line; empty lines are left out.
+    """Encode a text file, one sample per line, as batches of a model's inputs; empty lines are skipped.
 
-    A line feed ends a line, and a carriage return just before it belongs to it; any other is text.
-
-    Samples are sorted by length, so that little is padded, and cut at 512 tokens, at the tokenizer's ``model_max_length`` or at the length
-    the model fixes, whichever is the least. A model without an ``attention_mask`` is fed one sample at a time: it could not tell padding
-    from text.
+    Lines end with LF or CR LF; any other CR is text. Samples are sorted by length, to limit padding, and truncated to `MAX_TOKENS`, the
+    tokenizer's ``model_max_length`` or the length the model fixes, whichever is least. A model without an ``attention_mask`` is fed one
+    sample at a time: it could not tell padding from text.
 
     Args:
         texts: The text file, UTF-8.
-        folder: Where ``tokenizer.json`` lies (of the package tokenizers), and ``tokenizer_config.json`` if there is one.
-        inputs: The model's inputs; ids (batch, length) and what follows from them.
-        batch_size: Samples a batch, unless the model fixes it.
+        folder: Folder of ``tokenizer.json`` (of the package tokenizers) and, optionally, ``tokenizer_config.json``.
+        inputs: The model's inputs: ids (batch, length) and what follows from them.
+        batch_size: Samples per batch, unless the model fixes it.
 
     Raises:
-        CalibrationError: No text, no tokenizer, the package tokenizers is missing, or the model wants other inputs too.
+        CalibrationError: There is no text or tokenizer, the package tokenizers is missing, or the model has other inputs too.
     """
     declared = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
     other = [str(i) for i in declared.values() if i.name not in INPUTS]
@@ -45,28 +43,28 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     problems = [f"there is no {TOKENIZER} in {folder} to read text with; put the model's there, or give an .npz"] * (
         not (folder / TOKENIZER).is_file()
     )
-    problems += [f"text gives {', '.join(INPUTS)}, and the model wants {listed} too; give an .npz with all of them"] * bool(other)
+    problems += [f"text gives {', '.join(INPUTS)}, and the model needs {listed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in declared)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
     length, fixed = _fixed(declared["input_ids"])
-    samples = _tokens(texts, folder, min(LONGEST, length or LONGEST, _longest(folder)))
+    samples = _tokens(texts, folder, min(MAX_TOKENS, length or MAX_TOKENS, _max_length(folder)))
     batch = fixed or (batch_size if "attention_mask" in declared or length is not None else 1)
     if not samples:
         raise CalibrationError(f"{texts}: no text in it")
     padding = _pad_id(folder)
     groups = fixed_batch.groups(len(samples), batch, fixed=fixed is not None)
     chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
-    made = in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts))
-    return replace(made, notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
+    batches = in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts))
+    return replace(batches, notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
 
 
 def _fixed(ids: InputInfo) -> tuple[int | None, int | None]:
-    """The length and the batch size that the model fixes."""
+    """Return the length and the batch size that the model fixes."""
     return (ids.shape[1] if len(ids.shape) > 1 else None), (ids.shape[0] if ids.shape else None)
 
 
-def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
-    """The ids of every line, sorted by their number."""
+def _tokens(texts: Path, folder: Path, limit: int) -> list[list[int]]:
+    """Encode every line, truncated to ``limit`` tokens, and sort by length."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -78,9 +76,9 @@ def _tokens(texts: Path, folder: Path, most: int) -> list[list[int]]:
     try:
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the library raises plain exceptions
-        raise CalibrationError(f"{folder / TOKENIZER} is no tokenizer that the package tokenizers can read: {error}") from error
+        raise CalibrationError(f"{folder / TOKENIZER} is not a tokenizer that the package tokenizers can read: {error}") from error
     tokenizer.no_padding()
-    tokenizer.enable_truncation(most)
+    tokenizer.enable_truncation(limit)
     samples = [list(encoding.ids) for encoding in tokenizer.encode_batch(lines)]
     return sorted((ids for ids in samples if ids), key=len)
 
@@ -94,16 +92,16 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _longest(folder: Path) -> int:
-    """The most tokens the model was made for, as far as it matters; transformers writes 1e30, or Infinity, where nobody said."""
-    most = _config(folder).get("model_max_length")
-    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:  # NaN is no length either
-        return LONGEST
-    return int(min(most, LONGEST))
+def _max_length(folder: Path) -> int:
+    """Return ``model_max_length``, up to `MAX_TOKENS`; transformers writes 1e30 or Infinity where it is unknown."""
+    length = _config(folder).get("model_max_length")
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:  # NaN too
+        return MAX_TOKENS
+    return int(min(length, MAX_TOKENS))
 
 
 def _pad_id(folder: Path) -> int:
-    """What to fill up with; any id will do where the mask is zero, so 0 where there is none."""
+    """Return the id of the padding token; 0 where there is none, as any id will do where the mask is zero."""
     from tokenizers import Tokenizer
 
     token = _config(folder).get("pad_token")

@@ -134,7 +134,7 @@ def test_padding_on_either_side_changes_nothing(make: Callable[[], ir.Model]) ->
     left, right = (np.pad(ids, ((0, 0), pad)) for pad in ((3, 0), (0, 3)))
     wanted = [np.ones_like(ids), np.pad(np.ones_like(ids), ((0, 0), (3, 0))), np.pad(np.ones_like(ids), ((0, 0), (0, 3)))]
     sources = [{"input_ids": i, "attention_mask": m} for i, m in zip((ids, left, right), wanted, strict=True)]
-    found = [list(feeding.open_for(model, [s], steps=2, runs=model)) for s in sources]
+    found = [list(feeding.open_for(model, [s], steps=2, runnable=model)) for s in sources]
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert a.keys() == b.keys()
@@ -146,7 +146,7 @@ def test_samples_of_one_length_go_together() -> None:
     model = decoders.genai()
     mask = np.ones((9, 12), np.int64)
     mask[::2, 7:] = 0
-    data = feeding.open_for(model, [{"input_ids": decoders.tokens(9), "attention_mask": mask}], steps=3, runs=model)
+    data = feeding.open_for(model, [{"input_ids": decoders.tokens(9), "attention_mask": mask}], steps=3, runnable=model)
     batches = list(data)
     shapes = [b["input_ids"].shape for b in batches]
     assert shapes[:5] == [(2, 7), (2, 7), (1, 7), (2, 12), (2, 12)]
@@ -160,8 +160,8 @@ def test_samples_of_one_length_go_together() -> None:
 def test_decode_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoders.genai()
     token = 4 * decoders.LAYERS * 2 * decoders.KV_HEADS * decoders.SIZE
-    monkeypatch.setattr(feeding, "MOST_BYTES", 5 * token * 12 * 2)
-    data = feeding.open_for(model, [{"input_ids": decoders.tokens(16)}], steps=2, runs=model)
+    monkeypatch.setattr(feeding, "MAX_PAST_BYTES", 5 * token * 12 * 2)
+    data = feeding.open_for(model, [{"input_ids": decoders.tokens(16)}], steps=2, runnable=model)
     assert [len(b["input_ids"]) for b in list(data)[4:]] == [1, 1, 1, 1, 1, 1, 2, 2]
     assert "of 5 samples" in data.notes[1]
 
@@ -176,7 +176,7 @@ def test_decode_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_prefill_alone_says_why(source: Array, steps: int, runs: bool, note: str) -> None:
     model = decoders.genai()
-    data = feeding.open_for(model, [{"input_ids": source}], steps=steps, runs=model if runs else None)
+    data = feeding.open_for(model, [{"input_ids": source}], steps=steps, runnable=model if runs else None)
     assert note in " ".join(data.notes)
     assert all(b["input_ids"].shape[1] == source.shape[1] for b in data)
 
@@ -194,7 +194,7 @@ def test_the_users_own_positions_are_not_used() -> None:
         ({"input_ids": decoders.tokens(2), "labels": decoders.tokens(2)}, "has arrays labels beside input_ids"),
         ({"input_ids": decoders.tokens(2).astype(np.float32)}, "expected integers (samples, tokens)"),
         ({"input_ids": decoders.tokens(2), "attention_mask": np.ones((2, 5))}, "expected that of input_ids, (2, 12)"),
-        ({"input_ids": decoders.tokens(1, 3), "attention_mask": np.array([[1, 0, 1]])}, "expected one run of them"),
+        ({"input_ids": decoders.tokens(1, 3), "attention_mask": np.array([[1, 0, 1]])}, "expected consecutive ones"),
         ({"input_ids": decoders.tokens(1, 3), "attention_mask": np.zeros((1, 3))}, "marks 0 tokens"),
         ({"ids": decoders.tokens(1, 3)}, "has arrays ids; the model's inputs are input_ids"),
     ],
@@ -208,7 +208,7 @@ def test_bad_tokens(batch: dict[str, Array], message: str) -> None:
 def test_inputs_that_tokens_do_not_give() -> None:
     model = decoders.optimum()
     model.graph.inputs.append(ir.val("encoder_hidden_states", ir.DataType.FLOAT, ["batch_size", "n", 8]))
-    with pytest.raises(CalibrationError, match=r"encoder_hidden_states: float32 \(\?, \?, 8\) do not follow.*give whole feeds"):
+    with pytest.raises(CalibrationError, match=r"encoder_hidden_states: float32 \(\?, \?, 8\) do not follow.*give complete feeds"):
         feeding.open_for(model, [{"input_ids": decoders.tokens()}])
     model = decoders.optimum()
     for value in model.graph.inputs:
@@ -234,7 +234,7 @@ def test_a_past_may_fix_the_number_of_samples(size: int) -> None:
     decoder = recognised(model)
     assert decoder.samples == size
     assert {(p.batch, p.length) for p in decoder.pasts} == {(0, 2)}
-    batches = feeding.open_for(model, [{"input_ids": decoders.tokens(12, 8)}], runs=model)
+    batches = feeding.open_for(model, [{"input_ids": decoders.tokens(12, 8)}], runnable=model)
     assert {len(batch["input_ids"]) for batch in batches} == {size}
     assert any("decode: the last tokens" in note for note in batches.notes)
 
@@ -257,7 +257,7 @@ def test_samples_that_fill_no_batch_count_once() -> None:
         for name, stats in collect(fixed, layers, CalibrationContext(data)).stats.items():
             assert stats.rows == expected[name].rows
             np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-3, atol=1e-4)
-    with_steps = feeding.open_for(fixed, {"input_ids": decoders.tokens(18)}, steps=2, runs=fixed)
+    with_steps = feeding.open_for(fixed, {"input_ids": decoders.tokens(18)}, steps=2, runnable=fixed)
     assert with_steps.weights == (1, 1, 1, 1, 0.5, *[1] * 8, 0.5, 0.5)
     assert any("the last tokens of 18 samples" in note for note in with_steps.notes)
 
