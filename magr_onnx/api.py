@@ -158,7 +158,7 @@ def validate(
             provider=provider,
             arithmetics=arithmetics,
             mask=resolve_mask(a.model, mask),
-            details=[detail for detail, enabled in (("layers", layers), ("latency", latency)) if enabled],
+            details=[name for name, enabled in zip(validation.DETAILS, (layers, latency), strict=True) if enabled],
             progress=partial(step, "validating"),
         )
 

@@ -209,7 +209,7 @@ def completing(
             output_grid=grids.products.get(str(layer.node.outputs[0].name)),
             target_moments=result.targets.get(layer.name),
             output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
-            notes=(f"data-free: {source.why(layer) or subgraphs.NEVER}",) if data_free else (),
+            notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),
         )
 
     return complete

@@ -13,7 +13,7 @@ class OutputHessian(Stage):
     """Have calibration differentiate the model (`magr_onnx.runtime.calibration.fisher`); ``quantize{method=auto}`` uses what it finds.
 
     Layers whose outputs are the model's, layers wider than
-    `magr_onnx.runtime.calibration.fisher.MOST_OUTPUTS` and layers that gradients do not reach are quantized without.
+    `magr_onnx.runtime.calibration.fisher.MAX_OUTPUTS` and layers that gradients do not reach are quantized without.
     """
 
     name: ClassVar[str] = "output-hessian"

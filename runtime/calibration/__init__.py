@@ -1,1 +1,1 @@
-"""Statistics of activations, gathered by running the model."""
+"""Calibration: statistics of activations, measured by running the model."""

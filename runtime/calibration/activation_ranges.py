@@ -1,4 +1,4 @@
-"""Choosing static activation grids: a pass over the data for histograms, and one that measures what every candidate does to the outputs."""
+"""Choice of activation grids: one pass over the data for histograms, and one for the output error of every candidate."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.ort.session import Session
 
-WORTH_A_NODE = 1.05  # a dynamic range is clipped, which costs a node, where that lowers the error by more than this factor
-SKETCH = 64  # columns of the random projection that stands for the weights
+CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
+SKETCH = 64  # columns of the random projection of the weights
 
 
 @dataclass(frozen=True, slots=True)
 class GridChoice:
-    """The grid of one value.
+    """The grid chosen for one value.
 
     Attributes:
-        grid: What to round it to.
-        method: Name of the range.
+        grid: The grid.
+        method: Name of the candidate range.
         errors: Mean squared output error of every candidate, by name.
-        sentinels: The range seen, where it held values such as -1e9 that were left out; else None.
-        bounds: What is left of it without them; else None.
+        sentinels: The observed range, if it has sentinel values such as -1e9, which are excluded; else None.
+        bounds: The range without them; else None.
     """
 
     grid: Activation
@@ -51,8 +51,8 @@ class Value:
     Attributes:
         name: Its name in the model.
         layers: The layers it belongs to, for messages.
-        sketch: ``(K, r)``: errors are measured behind this matrix.
-        centred: Whether biases will absorb the mean error of all that read it.
+        sketch: Matrix ``(K, r)`` that errors are multiplied by.
+        centred: Whether biases will absorb the mean error in all layers that read it.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Value:
 
 
 def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> list[Value]:
-    """What ``layers`` read, to be judged behind the weights of all layers that read it; ``bias``: of the compensation that follows."""
+    """List the inputs of layers, whose errors are measured behind the weights of all their readers; ``bias`` is the later correction's."""
     values = []
     for name, readers in readers_of(layers).items():
         sketch = _sketch(np.concatenate([x.read() for x in readers], axis=1))
@@ -71,12 +71,12 @@ def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> 
 
 
 def product_name(layer: LinearLayer) -> str:
-    """The name of a layer's product: a Gemm's with its bias, a MatMul's without."""
+    """Return the name of a layer's product, with the bias of a Gemm and without that of a MatMul."""
     return str(layer.node.outputs[0].name)
 
 
 def products_of(layers: Sequence[LinearLayer]) -> list[Value]:
-    """What ``layers`` put out, to be judged by itself."""
+    """List the products of layers, whose errors are measured directly."""
     return [Value(product_name(layer), (layer,), _projection(layer.n)) for layer in layers]
 
 
@@ -89,15 +89,15 @@ def choose(
     kind: ActivationType = "uint8",
     progress: Progress | None = None,
 ) -> dict[str, GridChoice]:
-    """The grid of every value, by name.
+    """Choose the grid of every value, by name.
 
-    Each candidate of `magr_onnx.core.activation_ranges.candidates` is run over the data, and the one whose error behind the value's
-    matrix is least is taken: ``||(grid(X) - X) A||^2``, the mean left out where biases will absorb it.
+    Of the candidates of `magr_onnx.core.activation_ranges.candidates`, the one with the least output error ``||(grid(X) - X) A||^2`` on the
+    data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it.
 
     Args:
         model: The float model; it is not changed.
         values: Values that need a grid.
-        context: Data and how to read it.
+        context: Data, mask and provider.
         method: Which candidates to try.
         kind: The type of the codes, or ``dynamic``.
         progress: Called with steps done and in total.
@@ -114,19 +114,19 @@ def choose(
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
     errors = _errors(model, clipped, values, grids, context, _half(progress, 1))
     result = {}
-    for tap, seen, used, named, measured in zip(clipped, histograms, bounded, grids, errors, strict=True):
-        best = min(measured, key=lambda name: measured[name] * (1 if name == "min-max" else WORTH_A_NODE if kind == "dynamic" else 1))
-        cut = used is not seen
-        result[tap.value] = GridChoice(named[best], best, measured, (seen.low, seen.high) if cut else None, tap.bounds if cut else None)
+    for tap, full, cut, named, by_name in zip(clipped, histograms, bounded, grids, errors, strict=True):
+        best = min(by_name, key=lambda name: by_name[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
+        sentinels, bounds = (None, None) if cut is full else ((full.low, full.high), tap.bounds)
+        result[tap.value] = GridChoice(named[best], best, by_name, sentinels, bounds)
     return result
 
 
 def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> dict[str, Activation]:
-    """What to try on a value. A dynamic range needs no limits where calibration saw nothing to leave out."""
+    """Make the candidate grids of a value; a dynamic range needs no bounds where the histogram was not cut."""
     if kind != "dynamic":
         return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}
-    free = not histogram.cut
-    return {name: DynamicRange() if name == "min-max" and free else DynamicRange(*ends) for name, ends in named.items()}
+    unbounded = not histogram.cut
+    return {name: DynamicRange() if name == "min-max" and unbounded else DynamicRange(*ends) for name, ends in named.items()}
 
 
 def _half(progress: Progress | None, part: int) -> Progress | None:
@@ -151,7 +151,7 @@ def _histograms(
             results = iter(session.run(batch))
             for i, tap in enumerate(taps):
                 least, greatest, histogram = next(results), next(results), next(results)
-                if least > greatest:  # no rows: the least of nothing is infinite
+                if least > greatest:  # no rows: the minimum of an empty set is infinite
                     continue
                 if not (np.isfinite(least) and np.isfinite(greatest)):
                     bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
@@ -171,7 +171,7 @@ def _errors(
     context: CalibrationContext,
     progress: Progress | None,
 ) -> list[dict[str, float]]:
-    """Mean squared output error of every grid of every tap."""
+    """Measure the mean squared output error of every grid of every tap."""
     sketches = [v.sketch for v in values]
     energy = [np.zeros(len(g)) for g in grids]
     sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
@@ -196,13 +196,13 @@ def _errors(
 
 
 def _sketch(weights: Array) -> Array:
-    """``(K, r)`` whose product with errors has the energy that ``weights (K, N)`` give them, in expectation (`SKETCH` columns at most)."""
+    """Project ``weights (K, N)`` to ``(K, r)``, ``r <= SKETCH``, so that products with it have the same energy in expectation."""
     result: Array = weights if weights.shape[1] <= SKETCH else weights @ _projection(weights.shape[1])
     return result
 
 
 def _projection(n: int) -> Array:
-    """``(n, r)`` that keeps energies in expectation, the identity up to `SKETCH` columns."""
+    """Draw a random projection ``(n, SKETCH)`` that preserves energy in expectation; the identity for ``n <= SKETCH``."""
     if n <= SKETCH:
         return np.eye(n, dtype=np.float32)
     return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))
@@ -210,13 +210,13 @@ def _projection(n: int) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """How activations are quantized, by value name.
+    """Activation grids, by value name.
 
     Attributes:
-        inputs: Of what layers read.
-        products: Of what layers put out, where that is quantized too.
-        bounds: What values are clipped to in statistics, where sentinels were found.
-        notes: Sentences for the report.
+        inputs: Grids of layer inputs.
+        products: Grids of layer products, if those are quantized too.
+        bounds: Range that values with sentinels are clipped to in statistics.
+        notes: Notes for the report.
     """
 
     inputs: dict[str, Activation] = field(default_factory=dict)
@@ -232,21 +232,21 @@ def choose_grids(
     plan: Plan,
     progress: Progress | None,
 ) -> Grids:
-    """The grids that a plan asks for, of layers' inputs and of their products where those are quantized too; see `choose`."""
+    """Choose the grids that a plan needs: of layer inputs, and of products if those are quantized too; see `choose`."""
     activations = plan.activations
     if not layers or activations is None:
         return Grids()
     values = inputs_of(layers, plan.bias_policy)
     products = products_of(layers) if plan.quantizes_outputs else []
-    read = {v.name for v in values}
-    values += [v for v in products if v.name not in read]
-    chosen = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
-    grids = Grids({name: choice.grid for name, choice in chosen.items()})
+    input_names = {v.name for v in values}
+    values += [v for v in products if v.name not in input_names]
+    choices = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
+    grids = Grids({name: choice.grid for name, choice in choices.items()})
     for value in products:
-        grid = chosen[value.name].grid
+        grid = choices[value.name].grid
         if isinstance(grid, ActivationGrid):
             grids.products[value.name] = grid
-    for name, choice in chosen.items():
+    for name, choice in choices.items():
         if choice.bounds is not None:
             grids.bounds[name] = choice.bounds
         if choice.sentinels is not None:

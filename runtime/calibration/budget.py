@@ -1,4 +1,4 @@
-"""Splitting what is to be gathered into groups whose matrices fit into memory together: each group costs one pass over the data."""
+"""Grouping of layers whose matrices fit into memory together; each group costs one pass over the data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hash
     """Split units, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
 
     Args:
-        units: What must stay together.
-        cost: What an element needs, and its bytes; elements of a group that need the same share it.
-        budget: Bytes.
+        units: Elements that must stay together.
+        cost: Returns the key of the matrix an element needs, and its bytes; elements of a group share matrices of the same key.
+        budget: Bytes per group.
     """
     groups: list[list[T]] = []
     used: dict[Hashable, int] = {}

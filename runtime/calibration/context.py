@@ -1,4 +1,4 @@
-"""What all of a calibration is done with: data, the rows of it that count, and where to run."""
+"""Settings of a calibration: data, mask and provider."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationContext:
-    """The same for every group or stage of layers.
+    """Settings shared by all groups and stages of layers.
 
     Attributes:
         data: Batches that fit the model.
         mask: Input whose zero elements mark rows to leave out (see `magr_onnx.runtime.calibration.mask`); None for none.
         provider: Where to run.
         hold_out: Which batches are held out.
-        quantize: How values will be quantized before layers read them, by value name; moments are of the quantized values.
-        bounds: What values are clipped to first, by value name (see `magr_onnx.passes.instrument.taps.Tap`).
+        quantize: Quantization of layer inputs, by value name; moments are of the quantized values.
+        bounds: Range that values are clipped to first, by value name (see `magr_onnx.passes.instrument.taps.Tap`).
     """
 
     data: Batches

@@ -1,4 +1,4 @@
-"""Second moments of what convolutions multiply: patches gathered and multiplied inside onnxruntime, summed in float64."""
+"""Second moments of convolution patches, computed inside onnxruntime and summed in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
-PATCH_LIMIT = 1 << 30  # bytes of one sample's patches, which exist twice for a moment
+PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
 Progress = Callable[[int, int], None]
 
 
@@ -37,12 +37,12 @@ class PatchStats:
     held_out: PatchStats | None = None
 
     def of_group(self, index: int) -> LayerStats:
-        """What one group's passes read."""
+        """Return the statistics of one group."""
         held_out = None if self.held_out is None else self.held_out.of_group(index)
         return LayerStats(self.gram[index], self.mean[index], self.rows, held_out=held_out)
 
     def combine(self, other: PatchStats) -> PatchStats:
-        """Statistics of the rows of both; of layers that share a weight, which one solution must serve."""
+        """Pool the rows of both, for layers that share a weight and so a solution."""
         n = self.rows + other.rows
         a, b = self.rows / n, other.rows / n
         held_out = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
@@ -50,15 +50,15 @@ class PatchStats:
 
 
 def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
-    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (one layer at least)."""
-    each = 24  # two float64 sums, a float32 batch and what it is added to
-    return split_by_budget(([layer] for layer in layers), lambda layer: (geometry(layer), each * layer.group * layer.k**2), budget)
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least one layer each)."""
+    element = 24  # bytes: two float64 sums, a float32 batch and its sum
+    return split_by_budget(([layer] for layer in layers), lambda layer: (geometry(layer), element * layer.group * layer.k**2), budget)
 
 
 def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
-    """Layers without statistics, by name, with the reason as a sentence: their patches do not fit the limit, or data does not reach them.
+    """Tell why layers get no statistics, by name: their patches exceed the limit of bytes, or the data does not reach them.
 
-    Measured on the first batch that reaches all layers, and on all batches where some are in the bodies of If, Loop and Scan.
+    Shapes are measured up to the first batch that reaches all layers, or on all batches if some are in bodies of If, Loop or Scan.
     """
     nested = [layer for layer in layers if layer.path]
     try:
@@ -68,9 +68,9 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
             raise
         with Session(model, provider) as session:
             session.run(next(iter(data)))  # the model itself must run
-        others = [layer for layer in layers if not layer.path]
-        rest = unmeasured(model, others, data, provider, limit) if others else {}
-        return {layer.name: cannot_gather(error) for layer in nested} | rest
+        main = [layer for layer in layers if not layer.path]
+        reasons = unmeasured(model, main, data, provider, limit) if main else {}
+        return {layer.name: cannot_gather(error) for layer in nested} | reasons
     reasons = {}
     for layer, shape in zip(layers, shapes, strict=True):
         if not shape.all():
@@ -79,20 +79,20 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
         kernels = 4 * layer.channels * math.prod(layer.kernel) ** 2  # one one-hot kernel per tap
         size = kernels + 4 * layer.group * layer.k * math.prod(map(int, shape[2:]))
         if size > limit:
-            why = f"its patches take {size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
-            reasons[layer.name] = f"data-free: {why}; calibrate on smaller inputs"
+            sizes = f"{size / 1e6:.0f} MB a sample, kernels to gather them included, and the limit is {limit / 1e6:.0f} MB"
+            reasons[layer.name] = f"data-free: its patches take {sizes}; calibrate on smaller inputs"
     return reasons
 
 
 def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> list[npt.NDArray[Any]]:
-    """The largest shape of every layer's output; zeros where there was none."""
+    """Return the largest output shape of every layer; zeros where data does not reach it."""
     nested = any(layer.path for layer in layers)
     largest = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
     with Session(extent_taps(model, layers), provider) as session:
         for batch in data:
             shapes = session.run(batch)
             wrong = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
-            if wrong:  # onnxruntime believes what is declared
+            if wrong:  # onnxruntime trusts declared shapes
                 raise ModelError(
                     f"output of {', '.join(wrong[:5])}: declared with a number of axes that it does not have; remove its shape"
                 )
@@ -103,14 +103,14 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
 
 
 def cannot_gather(error: MagrError) -> str:
-    """The sentence for patches that a copy of the model cannot gather: its opset cannot be raised, or onnxruntime does not run it."""
+    """Say that patches cannot be gathered: the opset of the copy cannot be raised, or onnxruntime does not run it."""
     return f"data-free: its patches cannot be gathered: {str(error).splitlines()[0]}"
 
 
 def collect(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Progress | None = None
 ) -> dict[str, PatchStats]:
-    """Statistics of every layer, by its name; those of held-out batches also apart.
+    """Collect the moments of every layer's patches, by layer name, with those of held-out batches separate.
 
     Args:
         model: The float model; it is not changed.
@@ -131,7 +131,7 @@ def collect(
             for key, layer in tapped.items():
                 gram, total, count = next(results), next(results), next(results)
                 if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
-                    names = ", ".join(other.name for other in layers if geometry(other) == key)
+                    names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
                     bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
                 rows = float(count) / (layer.group * layer.k)
                 sums[key][index in HoldOut()].add(gram, total, rows, weight=data.weight(index))

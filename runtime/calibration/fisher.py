@@ -1,4 +1,4 @@
-"""How much errors of a layer's outputs matter to the model's: second moments of gradients, computed inside the graph by onnxruntime."""
+"""Output Hessians of layers: second moments of gradients at their outputs, computed inside the graph by onnxruntime."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
 from magr_onnx.runtime.ort.session import Session
 
-MOST_OUTPUTS = 8192  # of a layer; the moments of wider ones are not gathered
-MOST_BATCHES = 16
+MAX_OUTPUTS = 8192  # of a layer; wider ones get no moments
+MAX_BATCHES = 16
 
 Progress = Callable[[int, int], None]
 
 
 class Fisher:
-    """Second moments ``E g g^T (N, N)`` of layers, in files of a temporary folder: those of all would not fit into memory.
+    """Second moments ``E g g^T (N, N)`` of layers, in temporary files, since they may exceed memory.
 
     Attributes:
-        blocked: Operators that cannot be differentiated and kept some layers from having moments.
+        blocked: Operators without a derivative, which left some layers without moments.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Fisher:
         self._files[name] = path
 
     def get(self, name: str) -> Array | None:
-        """The moments at the layer output of a name, if there are any."""
+        """Return the moments of the layer output of this name, or None."""
         if name not in self._files:
             return None
         stored: Array = np.load(self._files[name], allow_pickle=False).astype(np.float64)
@@ -70,19 +70,18 @@ def collect(
     budget: int = DEFAULT_BUDGET,
     progress: Progress | None = None,
 ) -> Fisher:
-    """Second moments of random gradients of the model's outputs (`magr_onnx.passes.instrument.gradients.fisher_taps`) at the outputs of
-    layers.
+    """Collect second moments of random gradients of the model's outputs (`magr_onnx.passes.instrument.gradients.fisher_taps`) at layer
+    outputs.
 
-    One forward and one backward pass over at most `MOST_BATCHES` batches for every group of layers whose moments fit ``budget`` bytes.
-    Layers that are an output of the model are left out: what is wrong there is not mended by other outputs, and the gradients of logits
-    that are hardly ever probable say nothing.
+    Every group of layers whose moments fit ``budget`` bytes costs a forward and a backward pass over at most `MAX_BATCHES` batches. Layers
+    whose output is a model output are skipped: other outputs cannot compensate errors there, and gradients of improbable logits vanish.
     """
     moments = Fisher()
-    ends = {str(v.name) for v in model.graph.outputs}
-    widths = {str(layer.output.name): layer.n for layer in layers if str(layer.output.name) not in ends and layer.n <= MOST_OUTPUTS}
+    model_outputs = {str(v.name) for v in model.graph.outputs}
+    widths = {str(layer.output.name): layer.n for layer in layers if str(layer.output.name) not in model_outputs and layer.n <= MAX_OUTPUTS}
     if not widths:
         return moments
-    data = data.limit(MOST_BATCHES)
+    data = data.limit(MAX_BATCHES)
     names = measured(model)
     with Session(shape_taps(model, names), provider) as session:
         shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}

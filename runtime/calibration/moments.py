@@ -29,13 +29,13 @@ DEFAULT_BUDGET = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """What calibration gathered for some layers.
+    """Statistics measured for a group or stage of layers.
 
     Attributes:
-        stats: Statistics of values, by value name.
-        unmasked: Values whose rows the mask did not fit.
-        targets: What layers behind quantized ones should put out, by layer name.
-        spilled: Bytes of values between stages that have gone to a temporary folder so far.
+        stats: Moments of layer inputs, by value name.
+        unmasked: Values that the mask was not applied to.
+        targets: Target moments of layers behind quantized ones, by layer name.
+        spilled: Bytes of values between stages written to a temporary folder so far.
     """
 
     stats: dict[str, LayerStats]
@@ -45,20 +45,20 @@ class CalibrationResult:
 
 
 def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
-    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (those of one weight's readers at least)."""
-    each = 24 if hold_out else 16  # float64 sum, float32 batch, solver copy; another sum
-    return split_by_budget(by_weight(layers), lambda layer: (layer.reads, each * layer.k**2), budget)
+    """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least the layers of one weight)."""
+    element = 24 if hold_out else 16  # bytes: float64 sum, float32 batch, solver copy; another sum
+    return split_by_budget(by_weight(layers), lambda layer: (layer.reads, element * layer.k**2), budget)
 
 
 def collect(
     model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None
 ) -> CalibrationResult:
-    """Gram matrices and means of everything ``layers`` read, over all batches; nothing of a value without any rows.
+    """Collect Gram matrices and means of the inputs of layers over all batches; inputs without rows get none.
 
     Args:
         model: The float model; it is not changed.
         layers: Layers of ``model`` (or of a copy with the same value names).
-        context: Data and how to read it.
+        context: Data, mask and provider.
         progress: Called with batches done and in total.
 
     Raises:
@@ -68,7 +68,7 @@ def collect(
     readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
         return CalibrationResult({}, ())
-    taps = make_taps(model, {name: same[0].k for name, same in readers.items()}, context)
+    taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
     taps = [replace(t, quantize=context.quantize.get(t.value), bounds=context.bounds.get(t.value)) for t in taps]
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
@@ -94,7 +94,7 @@ def collect(
 
 
 def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: float) -> tuple[bool, bool]:
-    """Add a tap's outputs of one batch; whether they are finite, and whether the mask was applied."""
+    """Add a tap's outputs for one batch; return whether they are finite, and whether the mask was applied."""
     gram, total, count = next(results), next(results), next(results)
     float_total = total if tap.quantize is None else next(results)
     masked = tap.masked and bool(next(results))
@@ -105,7 +105,7 @@ def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: fl
 
 
 def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
-    """Layers by the name of the value they read: those of one value share statistics."""
+    """Group layers by the value they read, whose statistics they share."""
     readers: dict[str, list[LinearLayer]] = {}
     for layer in layers:
         readers.setdefault(layer.reads, []).append(layer)
@@ -113,7 +113,7 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
-    """One tap for every value, masked where the value follows the mask."""
+    """Make a tap for every value, masked if the value follows the mask."""
     masked = masked_values(model, list(widths), context)
     return [Tap(n, k, n in masked) for n, k in widths.items()]
 
@@ -129,9 +129,9 @@ def check_rows(rows: Iterable[float], mask: str | None) -> None:
 
 
 def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, provider: str = "cpu") -> None:
-    """Give every layer of ``model`` its statistics, so that passes can run on the whole model one after the other.
+    """Attach its statistics to every layer of ``model``, for passes that run on the model one after the other.
 
-    Layers in functions and bodies are made ones of their own first (`magr_onnx.passes.instrument.inline.inline_and_rename`).
+    Functions are inlined and names in bodies made unique first (`magr_onnx.passes.instrument.inline.inline_and_rename`).
     """
     inline_and_rename(model)
     layers, _ = find(model)

@@ -1,4 +1,4 @@
-"""Running a plan's rewrites on the float model, with statistics gathered only where one asks for them."""
+"""Rewrites of a plan, run on the float model; statistics are collected on demand."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def rewrite(
     selection: Selection = ALL,
     gram_budget: int = moments.DEFAULT_BUDGET,
 ) -> list[str]:
-    """Run the rewrites of a plan on ``model``, in place; what each did, or that it did nothing, for the report.
+    """Run the rewrites of a plan on ``model``, in place, and return notes for the report.
 
     Args:
         model: The float model.
-        plan: The whole plan: rewrites are made for its grid and its bias compensation.
-        calibration: Data that fits the model, and how to read it; None for none.
+        plan: The plan; its rewrites depend on its grid and its bias compensation.
+        calibration: Data, mask and provider; None without data.
         selection: The layers that will be converted.
-        gram_budget: Bytes of Gram matrices held at a time.
+        gram_budget: Most bytes of Gram matrices in memory.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -42,6 +42,6 @@ def rewrite(
 
     context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, selection, statistics)
     notes: list[str] = []
-    for p in plan.rewrites:
-        notes += p.rewrite(model, context) or [f"{p.name} changed nothing: no layer meets its conditions and gains by it"]
+    for stage in plan.rewrites:
+        notes += stage.rewrite(model, context) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
     return notes

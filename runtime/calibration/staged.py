@@ -1,12 +1,12 @@
-"""Calibration in stages with error feedback: each stage's layers see the quantized layers before them.
+"""Sequential calibration with error feedback: each stage of layers is calibrated on the outputs of the quantized layers before it.
 
 The float model and the model being quantized run side by side, segment by segment (`magr_onnx.passes.instrument.segments`), each on its
-own live values. What a stage's layers read is ``X`` in one and ``X_q`` in the other; second moments of both, and between them, are what the
-quantizers need to compute ``X W0`` from ``X_q``. Every segment runs once in each model: two forward passes over the data in all, however
-many stages there are.
+own live values. The inputs of a stage are ``X`` in one and ``X_q`` in the other; from their second and cross moments, quantizers compute
+weights that reproduce ``X W0`` from ``X_q``. Every segment runs once in each model, so the cost is two forward passes over the data,
+however many stages there are.
 
-Without error feedback the float model runs alone, in the same way: a session then holds the weights of one segment, so that models are
-calibrated that are larger than memory.
+Without error feedback only the float model runs. A session then has the weights of a single segment, which calibrates models larger than
+memory.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ Tensor = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """How a model is gone through in stages.
+    """Options of a calibration in stages.
 
     Attributes:
-        feedback: Whether the model being quantized runs beside the float one; else layers see float inputs and have no targets.
-        cache: Bytes of live values to hold in memory; more go to a temporary folder.
-        changed: Values of the model being quantized that differ from the float ones already, by name: convolutions, and layers that belong
-            to no stage, are quantized first.
-        gram_budget: Bytes of Gram matrices held at a time, one at least; a stage that has more comes in parts. None for no bound.
-        is_unsolved: Tells which layers statistics are for; parts without one come without.
-        cuts: Layers to cut the model at, those to calibrate among them, so that no segment has many; None for those alone.
+        feedback: Whether the model being quantized runs beside the float model; else layers see float inputs and have no targets.
+        cache: Bytes of live values in memory; the rest goes to a temporary folder.
+        changed: Names of values that are already different in the model being quantized: convolutions, and layers outside all stages, are
+            quantized first.
+        gram_budget: Most bytes of Gram matrices in memory (at least one matrix); larger stages are split. None for no limit.
+        is_unsolved: Whether a layer needs statistics; parts of a stage without such layers get none.
+        cuts: Layers to cut the model at, including those to calibrate, so that segments are small; None for the latter alone.
     """
 
     feedback: bool = True
@@ -61,22 +61,22 @@ class Schedule:
 
 def staged(
     original: ir.Model,
-    work: ir.Model,
+    quantized: ir.Model,
     layers: Sequence[LinearLayer],
     context: CalibrationContext,
     schedule: Schedule | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Sequence[LinearLayer], CalibrationResult]]:
-    """Stages of layers, each with the statistics of what its layers read.
+    """Yield stages of layers, each with the statistics of its inputs.
 
-    The caller quantizes a stage's layers in ``work`` before it asks for the next one, and lets go of the statistics.
+    The caller quantizes the layers of a stage in ``quantized`` before requesting the next one, and releases the statistics.
 
     Args:
         original: The float model.
-        work: The model being quantized, a copy of ``original`` so far but for what makes the changed values of the schedule.
+        quantized: The model being quantized, a copy of ``original`` except for the changed values of the schedule.
         layers: Its layers.
-        context: Data that fits both, and how to read it; with feedback, batches are held out in any case.
-        schedule: How to go through the model.
+        context: Data, mask and provider; with feedback, batches are always held out.
+        schedule: Options of the stages.
         progress: Called with segments of batches done and in total.
 
     Raises:
@@ -86,12 +86,12 @@ def staged(
     schedule = schedule or Schedule()
     if schedule.feedback and not context.hold_out:
         context = replace(context, hold_out=HoldOut())
-    steps = segments_of(work, layers if schedule.cuts is None else schedule.cuts)
+    steps = segments_of(quantized, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
-    known = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
-    lives = [[n for n in live if n in known] for live in steps.live]  # not weights that only ``work`` dequantizes: they are made again
+    float_names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
+    lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
-        values = _Values(original, work, context, floats, quants, behind(work, schedule.changed))
+        values = _Values(original, quantized, context, floats, quants, behind(quantized, schedule.changed))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
             if progress is not None:
@@ -99,36 +99,36 @@ def staged(
             members = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
             budget = schedule.gram_budget
             for part in [members] if budget is None else grouped(members, budget, bool(context.hold_out)):
-                unsolved = part if any(map(schedule.is_unsolved, part)) else []  # all: layers that share a weight are solved together
+                unsolved = part if any(map(schedule.is_unsolved, part)) else []  # layers that share a weight are solved together
                 result = _gather(unsolved, values, context, schedule.feedback)
                 yield part, replace(result, spilled=floats.spilled + quants.spilled)
-                del result  # before the next one is made
+                del result  # before the next is measured
             values.keep(live)
 
 
 class _Values:
-    """Live values of both models, of all batches: those that later stages read.
+    """Live values of both models for all batches.
 
     Attributes:
-        floats: Of the float model.
-        quants: Of the model being quantized, where they differ.
-        shared: Names of those that are the same in both.
-        live: Names of those that the present stage, or a later one, reads.
+        floats: Values of the float model.
+        quants: Values of the model being quantized, where they differ.
+        shared: Names of values that are the same in both.
+        live: Names of values that the current or a later stage reads.
     """
 
     def __init__(
-        self, original: ir.Model, work: ir.Model, context: CalibrationContext, floats: Cache, quants: Cache, moved: Collection[str]
+        self, original: ir.Model, quantized: ir.Model, context: CalibrationContext, floats: Cache, quants: Cache, changed: Collection[str]
     ) -> None:
         self.floats, self.quants = floats, quants
         self.live: Sequence[str] = ()
-        self._models = original, work
+        self._models = original, quantized
         self._provider = context.provider
-        self._moved = moved
+        self._changed = changed
         self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
         self._masks: list[npt.NDArray[np.bool_] | None] = []
         names = given_inputs(original)
         for b, batch in enumerate(context.data):
-            self._masks.append(self._mask.truth(batch))
+            self._masks.append(self._mask.elements(batch))
             for name in names:
                 floats.put(name, b, np.asarray(batch[name]))
         self.shared = set(names)  # nothing before them is quantized
@@ -138,46 +138,46 @@ class _Values:
         return len(self._masks)
 
     def advance(self, live: Sequence[str], feedback: bool, first: bool) -> None:
-        """Compute what is ``live`` from now on from what was before, in both models with ``feedback``."""
-        original, work = self._models
-        before = self.floats.names(0)
-        new = [n for n in live if n not in before]
+        """Compute the values that are ``live`` from this stage on, with ``feedback`` in both models."""
+        original, quantized = self._models
+        previous = self.floats.names(0)
+        new = [n for n in live if n not in previous]
         if not feedback:
             self.shared |= set(new)
         elif first:
-            self.shared |= set(new) - set(self._moved)
-        self._run(original, before, new, self.floats, probe=True)
+            self.shared |= set(new) - set(self._changed)
+        self._run(original, previous, new, self.floats, probe=True)
         if feedback:
-            self._run(work, before, [n for n in new if n not in self.shared], self.quants)
+            self._run(quantized, previous, [n for n in new if n not in self.shared], self.quants)
         self.live = live
 
-    def _run(self, model: ir.Model, before: Sequence[str], targets: Sequence[str], cache: Cache, probe: bool = False) -> None:
-        """Compute ``targets``, values from the values ``before``, over all batches, into ``cache``."""
+    def _run(self, model: ir.Model, sources: Sequence[str], targets: Sequence[str], cache: Cache, probe: bool = False) -> None:
+        """Compute the values ``targets`` from the values ``sources``, for all batches, into ``cache``."""
         if not targets:  # the layers read the model's inputs
             return
-        source = {name: self.floats if name in self.shared else cache for name in before}
-        with Session(cut(model, {n: source[n].get(n, 0) for n in before}, targets), self._provider) as session:
+        caches = {name: self.floats if name in self.shared else cache for name in sources}
+        with Session(cut(model, {n: caches[n].get(n, 0) for n in sources}, targets), self._provider) as session:
             needed = [i.name for i in session.inputs]
             for b in range(len(self)):
-                for name, array in zip(targets, session.run({n: source[n].get(n, b) for n in needed}, list(targets)), strict=True):
+                for name, array in zip(targets, session.run({n: caches[n].get(n, b) for n in needed}, list(targets)), strict=True):
                     cache.put(name, b, array)
             if probe and self._probe is not None:
                 try:
                     results = session.run({n: self._probe[n] for n in needed}, list(targets))
-                except RuntimeFailure:  # the model does not take this shape, whatever its inputs declare
+                except RuntimeFailure:  # the model fails at this shape, whatever its inputs declare
                     self._probe = None
                 else:
                     self._probe |= zip(targets, results, strict=True)
 
     def keep(self, live: Sequence[str]) -> None:
-        """Drop what no later stage reads."""
+        """Drop values that no later stage reads."""
         self.floats.keep(live)
         self.quants.keep(live)
         if self._probe is not None:
             self._probe = {name: array for name, array in self._probe.items() if name in live}
 
     def pair(self, name: str, batch: int) -> tuple[Tensor, Tensor]:
-        """A value in the float model and in the one being quantized."""
+        """Return a value in the float model and in the model being quantized."""
         x = self.floats.get(name, batch)
         return x, x if name in self.shared else self.quants.get(name, batch)
 
@@ -191,21 +191,21 @@ class _Values:
         return kept_rows(self._masks[batch], shape)
 
     def residual(self, layer: LinearLayer, name: str) -> str | None:
-        """The value added to the output of a layer that reads ``name``, if both models have it by now, it differs between them, and its
-        rows are those read."""
-        other = beside(layer)
-        if other is None or other not in self.live or other in self.shared:
+        """Name the residual added to the output of a layer that reads ``name``, if it is live, differs between the models, and has the
+        same rows."""
+        residual = beside(layer)
+        if residual is None or residual not in self.live or residual in self.shared:
             return None
-        return other if self.floats.get(other, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
+        return residual if self.floats.get(residual, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Read:
-    """What was measured of one value.
+class _Measurement:
+    """Statistics of one value and targets of its readers.
 
     Attributes:
-        stats: Of its rows; None where there are none.
-        targets: What the layers that read it should put out, by layer name.
+        stats: Moments of its rows; None without rows.
+        targets: Target moments of the layers that read it, by layer name.
         masked: Whether the mask was applied in all batches.
     """
 
@@ -215,31 +215,31 @@ class _Read:
 
 
 def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> CalibrationResult:
-    """Statistics of what a stage reads and (with feedback) should put out."""
+    """Measure the inputs of a stage and, with feedback, the target moments of its layers."""
     stats: dict[str, LayerStats] = {}
     targets: dict[str, TargetMoments] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
-        read = _measure(name, readers, values, context, feedback)
+        measured = _measure(name, readers, values, context, feedback)
         if context.mask is not None:
-            check_rows([0 if read.stats is None else read.stats.rows], context.mask)
-            unmasked += [] if read.masked else [name]
-        if read.stats is None:
+            check_rows([0 if measured.stats is None else measured.stats.rows], context.mask)
+            unmasked += [] if measured.masked else [name]
+        if measured.stats is None:
             continue
-        if not (np.isfinite(read.stats.target_mean).all() and np.isfinite(read.stats.gram).all()):
+        if not (np.isfinite(measured.stats.target_mean).all() and np.isfinite(measured.stats.gram).all()):
             bad.append(not_finite(name, readers, context.data.describe))
-        stats[name] = read.stats
-        targets |= read.targets
+        stats[name] = measured.stats
+        targets |= measured.targets
     raise_all(NonFiniteError, bad)
     return CalibrationResult(stats, tuple(unmasked), targets)
 
 
-def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Read:
-    """Statistics of one value, and the targets of the layers that read it."""
+def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Measurement:
+    """Measure one value, and the target moments of the layers that read it."""
     activation = context.quantize.get(name)
     with_targets = feedback and not (name in values.shared and activation is None)
-    residuals = {layer.name: other for layer in readers if (other := values.residual(layer, name)) is not None}
+    residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
     outputs = {layer_name: [OutputAccumulator(weight) for _ in range(2)] for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
@@ -256,8 +256,8 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
         rows = _rows(y, kept), _rows(x, kept)
         inputs[held_out].add_rows(*rows, weight)
         for layer_name, sums in outputs.items():
-            real, wrong = values.pair(residuals[layer_name], b)
-            sums[held_out].add_rows(*rows, _rows(real - wrong, kept), weight)
+            r, r_hat = values.pair(residuals[layer_name], b)
+            sums[held_out].add_rows(*rows, _rows(r - r_hat, kept), weight)
     split = all(sums.rows for sums in inputs)
     targets = {}
     for layer in readers if split and with_targets else ():
@@ -266,10 +266,10 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
         else:
             target = layer.read()
             targets[layer.name] = with_held_out(*(sums.target_moments(target) for sums in inputs))
-    return _Read(split_stats(inputs[0], inputs[1], activation), targets, masked)
+    return _Measurement(split_stats(inputs[0], inputs[1], activation), targets, masked)
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:
-    """Rows ``(n, K)`` float32 of a value, those to keep."""
+    """Return the rows ``(n, K)`` of a value that count, in float32."""
     flat = x.reshape(-1, x.shape[-1])
     return (flat if kept is None else flat[kept]).astype(np.float32, copy=False)

@@ -1,7 +1,7 @@
-"""What calibration data reaches in the bodies of If, Loop and Scan, before any of it is measured.
+"""Coverage of the bodies of If, Loop and Scan by calibration data.
 
-A branch that is never taken, a loop that never turns, and a value whose rows change between the steps of a Scan have no statistics. All
-others can be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.instrument.hoist`).
+A branch never taken, a loop without iterations, and a value whose number of rows changes between the steps of a Scan have no statistics.
+All others can be tapped in a copy of the model like values of the main graph (`magr_onnx.passes.instrument.hoist`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NEVER = "no calibration data reaches it: a branch is never taken, or a loop neve
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tapped:
-    """A model to tap.
+    """A model whose layer inputs can all be tapped in the main graph.
 
     Attributes:
-        model: The model, with what layers in bodies read as values of the main graph; itself where there are none.
+        model: The model, with the inputs of layers in bodies hoisted to the main graph.
         missing: Why a value in a body has no statistics, by its name.
-        widths: Names and widths of the values that were brought out of bodies.
-        growing: Those that have other rows in every iteration.
+        widths: Names and widths of the hoisted values.
+        growing: Hoisted values with a different number of rows in every iteration.
     """
 
     model: ir.Model
@@ -40,34 +40,35 @@ class Tapped:
     growing: Collection[str] = ()
 
     def on(self, model: ir.Model) -> ir.Model:
-        """The same of another model with these values."""
+        """Hoist the same values of another model."""
         return hoist(model, self.widths, self.growing) if self.widths else model
 
-    def why(self, layer: LinearLayer) -> str | None:
-        """Why a layer has no statistics."""
+    def missing_reason(self, layer: LinearLayer) -> str | None:
+        """Tell why a layer has no statistics; None if it has."""
         return self.missing.get(layer.reads) or self.missing.get(str(layer.node.outputs[0].name))
 
     def reached(self, layers: Iterable[LinearLayer]) -> list[LinearLayer]:
-        """Those with statistics."""
-        return [layer for layer in layers if self.why(layer) is None]
+        """Select the layers that have statistics."""
+        return [layer for layer in layers if self.missing_reason(layer) is None]
 
     def split(self, layers: Sequence[LinearLayer], needed: bool) -> tuple[list[LinearLayer], list[Skip]]:
-        """Layers to convert, and those without statistics, where what was asked for cannot do without (``needed``)."""
+        """Split layers into those to convert and, if statistics are ``needed``, skips of those without."""
         if not needed:
             return list(layers), []
-        return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, why) for x in layers if (why := self.why(x)) is not None]
+        reasons = {layer.name: reason for layer in layers if (reason := self.missing_reason(layer)) is not None}
+        return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, reasons[x.name]) for x in layers if x.name in reasons]
 
 
 def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, provider: str, large: bool = False) -> Tapped:
-    """Bring out what layers in bodies read, wherever ``data`` reaches it.
+    """Hoist the inputs of layers in bodies to the main graph, wherever ``data`` reaches them.
 
     Args:
         model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.inline_and_rename`).
         layers: Its layers, or those of a copy.
         data: Batches that fit the model; None for none.
-        plan: The plan: some ask for what layers put out, too.
+        plan: The plan, which may need the products of layers too.
         provider: Where to run.
-        large: Whether the model is too large to be run as a whole: nothing is brought out.
+        large: Whether the model is too large to run as a whole; then nothing is hoisted.
 
     Raises:
         RuntimeFailure: The model itself does not run on the data.
@@ -103,7 +104,7 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
 
 
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:
-    """Rows of every value over all batches."""
+    """Count the rows of every value over all batches."""
     counts = dict.fromkeys(widths, 0)
     with Session(shape_taps(hoist(model, widths, growing), list(widths)), provider) as session:
         for batch in data:
@@ -113,5 +114,5 @@ def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: 
 
 
 def _reason(error: RuntimeFailure) -> str:
-    """onnxruntime's own words."""
+    """Extract the message of onnxruntime."""
     return str(error).split("Status Message: ")[-1].splitlines()[0][:160]

@@ -1,4 +1,4 @@
-"""Values between stages: in memory up to a number of bytes, the rest in files of a temporary folder."""
+"""Cache of values between stages: in memory up to a limit, the rest in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cache:
     """Values of all batches, by name and position of the batch; a context manager.
 
     Attributes:
-        spilled: Bytes that have gone to files so far.
+        spilled: Bytes written to files so far.
     """
 
     def __init__(self, limit: int) -> None:
@@ -31,11 +31,11 @@ class Cache:
         self._memory: dict[tuple[str, int], Tensor] = {}
         self._files: dict[tuple[str, int], Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._written = 0  # names files: their number would give a name again once some were dropped
+        self._written = 0  # files ever written, which names the next one; their current number would repeat
         self.spilled = 0
 
     def put(self, name: str, batch: int, array: Tensor) -> None:
-        """Keep a value.
+        """Store a value.
 
         Raises:
             OutputError: The temporary folder cannot be written to.
@@ -49,9 +49,9 @@ class Cache:
                 self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
             self._files[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
         except OSError as error:
-            where = tempfile.gettempdir()
+            folder = tempfile.gettempdir()
             raise OutputError(
-                f"cannot write values between stages to {where}: {os_error_hint(error)}; or give a larger --cache, or set TMPDIR"
+                f"cannot write values between stages to {folder}: {os_error_hint(error)}; or give a larger --cache, or set TMPDIR"
             ) from error
         self._written += 1
         self.spilled += array.nbytes
@@ -87,7 +87,7 @@ class Cache:
 
 
 def _write(array: Tensor, path: Path) -> Path:
-    """Write a file for `_read`; strings, which NumPy would pickle, as JSON."""
+    """Write an array for `_read`; strings, which NumPy would pickle, as JSON."""
     if array.dtype == object:
         path = path.with_suffix(".json")
         path.write_text(json.dumps([array.shape, [_text(item) for item in array.reshape(-1)]]), encoding="ascii")
@@ -98,7 +98,7 @@ def _write(array: Tensor, path: Path) -> Path:
 
 
 def _text(item: object) -> str:
-    """A string as onnxruntime takes it: bytes are UTF-8."""
+    """Convert to a string as onnxruntime does: bytes are UTF-8."""
     return item.decode() if isinstance(item, bytes) else str(item)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
-Detail = Literal["layers", "latency"]
+DETAILS = ("layers", "latency")
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ def validate(
     provider: str = "cpu",
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
     mask: str | None = None,
-    details: Collection[Detail] = ("layers", "latency"),
+    details: Collection[str] = DETAILS,
     progress: Progress | None = None,
 ) -> Validation:
     """Compare the outputs of both models on the data.
@@ -159,8 +159,8 @@ def validate(
         provider: Where to run both.
         arithmetics: Session configurations for the quantized model.
         mask: Input whose zero elements mark rows to leave out of the metrics.
-        details: What else to measure: the error at every quantized layer's output (on the first two batches), and the time of both
-            models on the first batch.
+        details: What else to measure, of `DETAILS`: the error at every quantized layer's output, on the first two batches, and the time of
+            both models, on the first batch.
         progress: Called with steps done and in total.
 
     Raises:

@@ -94,13 +94,13 @@ def test_groups_give_the_same_moments(budget: int) -> None:
 
 def test_wide_layers_and_later_batches_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tower()
-    monkeypatch.setattr(fisher, "MOST_OUTPUTS", 16)
-    monkeypatch.setattr(fisher, "MOST_BATCHES", 2)
+    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 16)
+    monkeypatch.setattr(fisher, "MAX_BATCHES", 2)
     found, _ = collected(model, data_of(model))
     assert found.keys() == {"first_out"}
     few, _ = collected(model, data_of(model).limit(2))
     np.testing.assert_array_equal(found["first_out"], few["first_out"])
-    monkeypatch.setattr(fisher, "MOST_OUTPUTS", 1)
+    monkeypatch.setattr(fisher, "MAX_OUTPUTS", 1)
     assert collected(model, data_of(model)) == ({}, set())
 
 
