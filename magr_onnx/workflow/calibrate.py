@@ -103,10 +103,10 @@ def _split(models: Models, layers: Sequence[LinearLayer], feedback: bool, large:
     cuttable = large and not uncuttable(models.work)
     if not (feedback or cuttable):
         return _Split(layers)
-    first = [layer for layer in segments.apart(layers) if layer.nested or not large]
+    first = [layer for layer in segments.outside_stages(layers) if layer.nested or not large]
     names = {layer.name for layer in first}
     cuts = _main_layers(models.work) if cuttable else None  # cut at all of them, no segment is large
-    changed = {*models.changed, *segments.made_by(models.work, first)}
+    changed = {*models.changed, *segments.outputs_of(models.work, first)}
     return _Split(first, [layer for layer in layers if layer.name not in names], cuts, changed)
 
 
@@ -143,7 +143,7 @@ def _main_layers(model: ir.Model) -> list[LinearLayer]:
 
 def uncuttable(model: ir.Model) -> list[str]:
     """Values between linear layers that cannot be kept from one stage to the next, by name."""
-    return segments.not_tensors(model, segments.segments_of(model, _main_layers(model)))
+    return segments.non_tensors(model, segments.segments_of(model, _main_layers(model)))
 
 
 def held_out_for(plan: Plan) -> str:
@@ -156,8 +156,8 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
     """The plan, without error feedback where the model cannot be cut into stages, and why."""
     if plan.error_feedback is None:
         return plan, []
-    taken = {layer.name for layer in segments.apart(layers)}
-    containers = segments.not_tensors(model, segments.segments_of(model, [layer for layer in layers if layer.name not in taken]))
+    taken = {layer.name for layer in segments.outside_stages(layers)}
+    containers = segments.non_tensors(model, segments.segments_of(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
         return plan, []
     note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"

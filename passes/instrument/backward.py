@@ -1,7 +1,7 @@
-"""Walking a graph backwards: gradients of outputs with respect to values inside, by a rule an operator.
+"""Reverse-mode traversal of a graph: gradients of outputs with respect to inner values, with one rule per operator.
 
-Only what lies between the values asked about and the outputs is differentiated. Where an operator without a rule is in the way,
-the values before it have no gradient, and `Backward.blocked` names it.
+Only nodes between the requested values and the outputs are differentiated. Values before an operator without a rule have no gradient, and
+`Backward.blocked` names the operator.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Backward:
-    """The copy of the model while its backward half is written.
+    """A copy of the model while its backward graph is added.
 
     Attributes:
-        graph: Where nodes are added.
-        blocked: Operators without a rule that were met.
+        graph: The copy.
+        blocked: Operators without a rule between the values and the outputs.
     """
 
     def __init__(self, graph: Extension, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -46,11 +46,11 @@ class Backward:
         self._lost: set[str] = set()
         self._active: set[str] = set()
 
-    def run(self, seeds: Mapping[str, ir.Value], wanted: Iterable[str]) -> dict[str, ir.Value]:
-        """Gradients of ``sum over outputs <seed, output>`` with respect to every wanted value that has one."""
-        wanted = list(wanted)
+    def run(self, seeds: Mapping[str, ir.Value], targets: Iterable[str]) -> dict[str, ir.Value]:
+        """Differentiate ``sum over outputs <seed, output>`` with respect to ``targets``; return the gradients that exist."""
+        targets = list(targets)
         nodes = list(self.graph.model.graph)
-        active = self._active = set(wanted)
+        active = self._active = set(targets)
         for node in nodes:
             if not _flat(node) and any(name in active for name in reads(node)):
                 active.update(str(v.name) for v in node.outputs)
@@ -62,41 +62,41 @@ class Backward:
             lost = any(v.name in self._lost for v in node.outputs)
             if not inputs or not (lost or any(g is not None for g in reached)):
                 continue
-            found: Grads | None = None
+            input_gradients: Grads | None = None
             if not lost and node.op_type in RULES and node.domain in ("", "com.microsoft"):
-                found = RULES[node.op_type](self, node, reached)
-            if found is None:
+                input_gradients = RULES[node.op_type](self, node, reached)
+            if input_gradients is None:
                 if not lost:
                     self.blocked.add(node.op_type)
                 self._lost.update(inputs)
                 continue
-            for value, gradient in zip_longest(node.inputs, found):
+            for value, gradient in zip_longest(node.inputs, input_gradients):
                 if value is None or value.name not in inputs:
                     continue
-                if gradient is None:  # the rule does not know this operand
+                if gradient is None:  # the rule does not support this operand
                     self.blocked.add(node.op_type)
                     self._lost.add(str(value.name))
                 else:
                     self._gradients.setdefault(str(value.name), []).append(gradient)
-        return {name: g for name in wanted if name not in self._lost and (g := self.gradient(name)) is not None}
+        return {name: g for name in targets if name not in self._lost and (g := self.gradient(name)) is not None}
 
     def _differentiated(self, node: ir.Node) -> set[str]:
-        """What a node reads (its subgraphs included) and a gradient is asked of."""
-        others = {str(v.name) for v in node.inputs if v is not None and v.dtype not in FLOATS}
-        return {name for name in reads(node) if name in self._active} - others
+        """Return the names of the values a node reads, subgraphs included, that need a gradient."""
+        integers_read = {str(v.name) for v in node.inputs if v is not None and v.dtype not in FLOATS}
+        return {name for name in reads(node) if name in self._active} - integers_read
 
     def gradient(self, name: str) -> ir.Value | None:
-        """The sum of what has been found for a value so far; complete once all its readers were visited."""
-        parts = self._gradients.get(name)
-        if not parts:
+        """Return the sum of a value's gradients so far; complete once all its readers are visited."""
+        terms = self._gradients.get(name)
+        if not terms:
             return None
-        total = parts[0]
-        for part in parts[1:]:
-            total = self.op("Add", total, part)
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.op("Add", total, term)
         self._gradients[name] = [total]
         return total
 
-    # --- What rules are written in ------------------------------------------------------------------------------------
+    # --- Operators for rules ------------------------------------------------------------------------------------
 
     def op(self, name: str, *inputs: Maybe, **attributes: object) -> ir.Value:
         self._count += 1
@@ -109,7 +109,7 @@ class Backward:
         return constant if like is None or kind is not None else self.cast(constant, like)
 
     def cast(self, value: Maybe, like: Maybe) -> ir.Value:
-        """``value`` in the type of another value, which the file need not say from opset 15 on."""
+        """Cast ``value`` to the type of another value, which may be undeclared from opset 15 on."""
         if self.graph.opset >= 15:
             return self.op("CastLike", value, like)
         return self.op("Cast", value, to=(None if like is None else like.dtype) or ir.DataType.FLOAT)
@@ -119,7 +119,7 @@ class Backward:
         return self.graph.constant(f"__grad_{self._count}", np.array(values, np.int64))
 
     def shape(self, value: Maybe) -> tuple[int, ...]:
-        """As it was on one batch; the rank and the axes of size 1 are what rules may read from it."""
+        """Return the shape on one batch; rules may use only its rank and axes of size 1."""
         assert value is not None
         if value.const_value is not None:
             return tuple(int(d) for d in value.const_value.shape.numpy())
@@ -141,19 +141,19 @@ class Backward:
         return self.op("Unsqueeze", value, axes=list(axes))
 
     def to_shape_of(self, gradient: Maybe, value: Maybe, result: Sequence[int]) -> Maybe:
-        """The gradient of a broadcast operand: summed over the axes along which it was repeated to the shape ``result``."""
+        """Sum the gradient of a broadcast operand over the axes along which it was broadcast to ``result``."""
         if value is None or value.name not in self._active:  # never read
             return gradient
-        own = self.shape(value)
-        leading = len(result) - len(own)
+        shape = self.shape(value)
+        leading = len(result) - len(shape)
         if leading:
             gradient = self.sum(gradient, list(range(leading)), keepdims=False)
-        axes = [i for i, size in enumerate(own) if size == 1 and result[leading + i] != 1]
+        axes = [i for i, size in enumerate(shape) if size == 1 and result[leading + i] != 1]
         return self.sum(gradient, axes) if axes else gradient
 
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, None)
-# Constant almost everywhere, or no floats: types of values between are often missing in files, so integers are told by what makes them.
+# Piecewise constant or not float: inner types are often undeclared, so integers are recognized by their producer.
 _FLAT = frozenset(
     (
         *("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "IsNaN", "IsInf", "Not", "And", "Or"),
@@ -163,7 +163,7 @@ _FLAT = frozenset(
 
 
 def _flat(node: ir.Node) -> bool:
-    """Whether nothing that comes out of a node has a gradient."""
+    """Return whether no output of a node has a gradient."""
     if node.op_type == "Cast" and "to" in node.attributes:
         return ir.DataType(node.attributes["to"].as_int()) not in FLOATS
     return node.op_type in _FLAT and node.domain == ""

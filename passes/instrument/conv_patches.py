@@ -1,15 +1,14 @@
-"""Patches of convolutions inside the graph: a copy of a model whose outputs are Gram matrices of what convolutions multiply.
+"""Gram matrices of convolution patches, computed in the graph.
 
-The patches of ``Conv(X, W)`` are a convolution of X as well: every channel by itself, with a one-hot kernel per tap, so that strides,
-dilations, pads and auto_pad are right because the same operator does them. The same holds of ConvTranspose, whose output is
+The patches of ``Conv(X, W)`` are themselves a convolution of X: depthwise, with a one-hot kernel per tap, so that strides, dilations, pads
+and auto_pad are handled by the same operator. The same holds for ConvTranspose, whose output is
 
     Y[m] = sum over c, t of W[c, m, t] P[c, t],   P[c, t] = ConvTranspose(X[c], one-hot at t).
 
-Patches are as many times the input as the kernel has places, so a Scan goes through the batch: only those of one sample live at a time.
+Patches are larger than the input by the number of taps, so a Scan runs over the batch: only those of one sample are in memory.
 
-In the body of an If, Loop or Scan all this is done in the body, and its sums are carried out
-(`magr_onnx.passes.instrument.hoist.carry_out`): nothing
-is added for a branch that is not taken, and patches may have other numbers of rows at every turn.
+In a subgraph of an If, Loop or Scan the sums are computed in the subgraph and reduced to the main graph
+(`magr_onnx.passes.instrument.hoist.carry_out`): branches not taken add nothing, and iterations may have different numbers of patches.
 """
 
 from __future__ import annotations
@@ -29,19 +28,21 @@ OPSET = 9  # Scan
 
 
 def geometry(layer: ConvLayer) -> tuple[object, ...]:
-    """Everything the patches depend on: layers with equal geometry share them."""
-    kept = {name: str(a.value) for name, a in layer.node.attributes.items() if name != "kernel_shape"}
-    return (layer.op, layer.reads, layer.channels, layer.kernel, layer.group, *sorted(kept.items()))
+    """Return everything the patches depend on: layers with equal geometry share them."""
+    attributes = {name: str(a.value) for name, a in layer.node.attributes.items() if name != "kernel_shape"}
+    return (layer.op, layer.reads, layer.channels, layer.kernel, layer.group, *sorted(attributes.items()))
 
 
 def _placed(copy: Extension) -> dict[str, tuple[ir.Node, SubgraphPath]]:
-    """The copy's convolutions with their places, by the name of the output."""
+    """Map the copy's convolutions and their paths by output name."""
     return {str(node.outputs[0].name): (node, path) for node, path in walk(copy.model.graph) if node.op_type in OPS}
 
 
 def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
-    """A copy of the model that puts out the shape of every layer's output, in order, as floats: the largest of all turns of a body,
-    and zeros where it was never run."""
+    """Copy the model to output the shape of every layer's output, in order, as floats.
+
+    In a subgraph this is the maximum over iterations, and zero if it does not run.
+    """
     copy = Extension(model, opset=OPSET if any(layer.path for layer in layers) else 0)
     placed = _placed(copy)
     for i, layer in enumerate(layers):
@@ -57,7 +58,7 @@ def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
 
 
 def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
-    """A copy of the model with three outputs a layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows."""
+    """Copy the model with three outputs per layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows."""
     copy = Extension(model, opset=OPSET)
     placed = _placed(copy)
     for i, layer in enumerate(layers):
@@ -70,8 +71,8 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
         body = _body(copy, layer, name)
         scan = ir.node("Scan", [*starts, real], {"body": body, "num_scan_inputs": 1}, num_outputs=3, name=name)
-        for output, start, part in zip(scan.outputs, starts, ("gram", "sum", "count"), strict=True):
-            output.name, output.type, output.shape = f"{name}_{part}", start.type, start.shape
+        for output, start, suffix in zip(scan.outputs, starts, ("gram", "sum", "count"), strict=True):
+            output.name, output.type, output.shape = f"{name}_{suffix}", start.type, start.shape
         for output, start, shape in zip(copy.append(graph, scan), starts, ([g, k, k], [g, k], []), strict=True):
             result = carry_out(output, path, start, "Add", f"{output.name}_of_all") if path else output
             copy.output(result, shape=shape)
@@ -79,20 +80,20 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
 
 
 def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
-    """One sample ``(C, ...)``: its patches, added to what is summed so far."""
-    g, k, places = layer.group, layer.k, math.prod(layer.kernel)
-    hot = np.tile(np.eye(places, dtype=np.float32), (layer.channels, 1, 1))
-    shape = (layer.channels, places) if layer.op == "ConvTranspose" else (layer.channels * places, 1)
+    """Build the body for one sample ``(C, ...)``, which adds its patches to the running sums."""
+    g, k, taps = layer.group, layer.k, math.prod(layer.kernel)
+    hot = np.tile(np.eye(taps, dtype=np.float32), (layer.channels, 1, 1))
+    shape = (layer.channels, taps) if layer.op == "ConvTranspose" else (layer.channels * taps, 1)
     kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
     rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
     axes = [copy.constant(f"{name}_axes_{axis}", np.array([axis])) for axis in (0, 2)] if copy.opset >= 13 else None
     rank = 1 + len(layer.kernel)
     shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * rank]
-    held = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
+    inputs = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
     nodes: list[ir.Node] = []
 
     def along(op: str, value: ir.Value, axis: int, label: str, **attributes: object) -> ir.Value:
-        """An operator whose axes are an input since opset 13."""
+        """Add an operator whose axes are an input since opset 13."""
         if axes is None:
             return add(op, [value], label, axes=[axis], **attributes)
         return add(op, [value, axes[axis // 2]], label, **attributes)
@@ -103,7 +104,7 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
         nodes.append(node)
         return node.outputs[0]
 
-    sample = along("Unsqueeze", held[3], 0, "sample")
+    sample = along("Unsqueeze", inputs[3], 0, "sample")
     same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
     gather = ir.node(layer.op, [sample, kernel], name=f"{name}_gather")
     gather.attributes.update(same)
@@ -114,10 +115,10 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     gram = add("MatMul", [patches, add("Transpose", [patches], "turned", perm=[0, 2, 1])], "gram_of_one")
     total = along("ReduceSum", patches, 2, "sum_of_one", keepdims=0)
     count = add("Cast", [add("Size", [patches], "size")], "count_of_one", to=ir.DataType.FLOAT)
-    outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(held[:3], (gram, total, count), strict=True))]
+    outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(inputs[:3], (gram, total, count), strict=True))]
     for output, s in zip(outputs, shapes, strict=False):
         output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(s)
-    for value in held:
+    for value in inputs:
         value.name = copy.names.value(str(value.name))
     copy.names.adopt(nodes)
-    return ir.Graph(held, outputs, nodes=nodes, name=f"{name}_body", opset_imports={"": copy.opset})
+    return ir.Graph(inputs, outputs, nodes=nodes, name=f"{name}_body", opset_imports={"": copy.opset})

@@ -1,6 +1,6 @@
-"""Reverse-mode differentiation of a graph: a copy of a model that also computes gradients of its outputs, run like any model.
+"""Reverse-mode differentiation of a graph: a copy of a model that also computes gradients of its outputs.
 
-To teach it an operator, write its rule: a function of `Backward`, the node and the gradients of its outputs that returns a
+To support an operator, write its rule: a function of `Backward`, the node and the gradients of its outputs that returns a
 gradient for every input (None where there is none), under ``@rule("Operator")``.
 """
 
@@ -21,13 +21,8 @@ def _constant(value: ir.Value | None) -> list[int] | None:
     return None if tensor is None else [int(v) for v in tensor.numpy().reshape(-1)]
 
 
-def _attribute(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return default if found is None else int(found.as_int())
-
-
 def _axes(node: ir.Node, rank: int) -> list[int] | None:
-    """Axes of a reduction, from its attribute or its constant input; None where they are computed."""
+    """Return the axes of a reduction, from its attribute or constant input; None if they are computed."""
     if "axes" in node.attributes:
         axes: list[int] | None = list(node.attributes["axes"].as_ints())
     elif len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -79,23 +74,22 @@ def _matmul(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     if min(ranks) < 2:
         return None
 
-    def turned(value: Maybe, rank: int) -> ir.Value:
+    def transposed(value: Maybe, rank: int) -> ir.Value:
         return b.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
 
     result = b.shape(node.outputs[0])
-    left = b.op("MatMul", g, turned(y, ranks[1]))
-    right = b.op("MatMul", turned(x, ranks[0]), g)
-    return [b.to_shape_of(left, x, (*result[:-2], *b.shape(x)[-2:])), b.to_shape_of(right, y, (*result[:-2], *b.shape(y)[-2:]))]
+    grad_x = b.op("MatMul", g, transposed(y, ranks[1]))
+    grad_y = b.op("MatMul", transposed(x, ranks[0]), g)
+    return [b.to_shape_of(grad_x, x, (*result[:-2], *b.shape(x)[-2:])), b.to_shape_of(grad_y, y, (*result[:-2], *b.shape(y)[-2:]))]
 
 
 @rule("Gemm")
 def _gemm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     (g,), weight = grads, node.inputs[1]
-    if _attribute(node, "transA", 0):
+    if node.attributes.get_int("transA", 0):
         return None
-    alpha = node.attributes.get("alpha")
-    back = b.op("Gemm", g, weight, transB=1 - _attribute(node, "transB", 0), alpha=1.0 if alpha is None else alpha.as_float())
-    return [back]
+    grad_x = b.op("Gemm", g, weight, transB=1 - node.attributes.get_int("transB", 0), alpha=node.attributes.get_float("alpha", 1.0))
+    return [grad_x]
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -117,22 +111,22 @@ def _expand(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 
 @rule("Concat")
 def _concat(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    axis = _attribute(node, "axis", 0)
+    axis = node.attributes.get_int("axis", 0)
     axis %= len(b.shape(node.outputs[0]))
     grads_in: list[Maybe] = []
-    begin = b.integers([0])
+    start = b.integers([0])
     for value in node.inputs:
         size = b.op("Slice", b.op("Shape", value), b.integers([axis]), b.integers([axis + 1]))
-        end = b.op("Add", begin, size)
-        grads_in.append(b.op("Slice", grads[0], begin, end, b.integers([axis])))
-        begin = end
+        end = b.op("Add", start, size)
+        grads_in.append(b.op("Slice", grads[0], start, end, b.integers([axis])))
+        start = end
     return grads_in
 
 
 @rule("Split")
 def _split(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    parts = [b.op("Mul", out, b.number(0, out)) if g is None else g for out, g in zip(node.outputs, grads, strict=True)]
-    return [b.op("Concat", *parts, axis=_attribute(node, "axis", 0))]
+    slices = [b.op("Mul", out, b.number(0, out)) if g is None else g for out, g in zip(node.outputs, grads, strict=True)]
+    return [b.op("Concat", *slices, axis=node.attributes.get_int("axis", 0))]
 
 
 @rule("Slice")
@@ -145,7 +139,7 @@ def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
     if axes is None or steps is None or set(steps) != {1}:
         return None
-    total, left = b.op("Shape", x), b.op("Shape", node.outputs[0])
+    total, length = b.op("Shape", x), b.op("Shape", node.outputs[0])
     front = {}
     for i, axis in enumerate(axes):
         size = b.op("Slice", total, b.integers([axis % rank]), b.integers([axis % rank + 1]))
@@ -153,16 +147,16 @@ def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         start = b.op("Cast", start, to=ir.DataType.INT64)
         wrapped = b.op("Where", b.op("Less", start, b.integers([0])), b.op("Add", start, size), start)
         front[axis % rank] = b.op("Max", b.op("Min", wrapped, size), b.integers([0]))
-    begin = b.op("Concat", *(front.get(i) or b.integers([0]) for i in range(rank)), axis=0)
-    after = b.op("Sub", b.op("Sub", total, left), begin)
-    return [b.op("Pad", grads[0], b.op("Concat", begin, after, axis=0))]
+    before = b.op("Concat", *(front.get(i) or b.integers([0]) for i in range(rank)), axis=0)
+    after = b.op("Sub", b.op("Sub", total, length), before)
+    return [b.op("Pad", grads[0], b.op("Concat", before, after, axis=0))]
 
 
 @rule("Gather")
 def _gather(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     x, index = node.inputs
     g = grads[0]
-    rank, axis = len(b.shape(x)), _attribute(node, "axis", 0)
+    rank, axis = len(b.shape(x)), node.attributes.get_int("axis", 0)
     axis %= rank
     positions = len(b.shape(index))
     if positions > 1 or b.graph.opset < 16:
@@ -177,8 +171,8 @@ def _gather(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
 @rule("Softmax")
 def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     y = node.outputs[0]
-    axis = _attribute(node, "axis", -1 if b.graph.opset >= 13 else 1)
-    if b.graph.opset < 13 and axis not in (-1, len(b.shape(y)) - 1):  # over all axes from this one on
+    axis = node.attributes.get_int("axis", -1 if b.graph.opset >= 13 else 1)
+    if b.graph.opset < 13 and axis not in (-1, len(b.shape(y)) - 1):  # softmax over all axes from this one on
         return None
     weighted = b.op("Mul", grads[0], y)
     return [b.op("Sub", weighted, b.op("Mul", y, b.sum(weighted, [axis])))]
@@ -187,12 +181,11 @@ def _softmax(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
 def _normalized(b: Backward, node: ir.Node, grads: Grads, centre: bool) -> Grads | None:
     x, scale = node.inputs[:2]
     rank = len(b.shape(x))
-    if _attribute(node, "axis", -1) not in (-1, rank - 1) or len([v for v in node.outputs if v.uses()]) > 1:
+    if node.attributes.get_int("axis", -1) not in (-1, rank - 1) or len([v for v in node.outputs if v.uses()]) > 1:
         return None
-    epsilon = node.attributes.get("epsilon")
     if centre:
         x = b.op("Sub", x, b.mean(x))
-    power = b.op("Add", b.mean(b.op("Mul", x, x)), b.number(1e-5 if epsilon is None else epsilon.as_float(), x))
+    power = b.op("Add", b.mean(b.op("Mul", x, x)), b.number(node.attributes.get_float("epsilon", 1e-5), x))
     deviation = b.op("Sqrt", power)
     unit = b.op("Div", x, deviation)
     g = b.op("Mul", grads[0], scale)
@@ -241,7 +234,7 @@ def _erf(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 
 @rule("Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
 def _of_result(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    """Functions whose derivative is one of their value."""
+    """Differentiate functions whose derivative depends only on their value."""
     g, y = grads[0], node.outputs[0]
     if node.op_type == "Exp":
         return [b.op("Mul", g, y)]
@@ -249,8 +242,8 @@ def _of_result(b: Backward, node: ir.Node, grads: Grads) -> Grads:
         return [b.op("Div", b.op("Mul", g, b.number(0.5, y)), y)]
     if node.op_type == "Reciprocal":
         return [b.op("Neg", b.op("Mul", g, b.op("Mul", y, y)))]
-    other = b.op("Sub", b.number(1, y), y if node.op_type == "Sigmoid" else b.op("Mul", y, y))
-    return [b.op("Mul", g, b.op("Mul", y, other) if node.op_type == "Sigmoid" else other)]
+    complement = b.op("Sub", b.number(1, y), y if node.op_type == "Sigmoid" else b.op("Mul", y, y))
+    return [b.op("Mul", g, b.op("Mul", y, complement) if node.op_type == "Sigmoid" else complement)]
 
 
 @rule("Neg")
@@ -293,7 +286,7 @@ def _where(b: Backward, node: ir.Node, grads: Grads) -> Grads:
 
 @rule("Trilu")
 def _trilu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [b.op("Trilu", grads[0], *node.inputs[1:], upper=_attribute(node, "upper", 1))]
+    return [b.op("Trilu", grads[0], *node.inputs[1:], upper=node.attributes.get_int("upper", 1))]
 
 
 @rule("ReduceSum", "ReduceMean", "ReduceL2")
@@ -302,7 +295,7 @@ def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     axes = _axes(node, len(b.shape(x)))
     if axes is None:
         return None
-    if not _attribute(node, "keepdims", 1):
+    if not node.attributes.get_int("keepdims", 1):
         g, y = b.unsqueeze(g, axes), b.unsqueeze(y, axes)
     if node.op_type == "ReduceL2":
         return [b.op("Mul", x, b.op("Div", g, y))]
@@ -312,17 +305,17 @@ def _reduce(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
     return [b.op("Expand", g, b.op("Shape", x))]
 
 
-def measured(model: ir.Model) -> list[str]:
-    """Values whose shapes rules may ask for, and the outputs; what no rule touches need not be a tensor."""
-    known = {str(v.name): None for node in model.graph if node.op_type in RULES for v in (*node.inputs, *node.outputs) if v is not None}
-    made = {str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name}
-    return [name for name in (known | {str(v.name): None for v in model.graph.outputs}) if name in made]
+def shaped_values(model: ir.Model) -> list[str]:
+    """Return the names of the values whose shapes rules may need, and of the outputs; other values may not be tensors."""
+    operands = {str(v.name): None for node in model.graph if node.op_type in RULES for v in (*node.inputs, *node.outputs) if v is not None}
+    defined = {str(v.name) for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name}
+    return [name for name in (operands | {str(v.name): None for v in model.graph.outputs}) if name in defined]
 
 
 def fisher_taps(
     model: ir.Model, values: Mapping[str, int], shapes: Mapping[str, Sequence[int]], logits: Callable[[str, int], bool]
 ) -> tuple[ir.Model, list[str], set[str]]:
-    """A copy of the model that outputs ``G^T G (N, N)`` of every value ``y (..., N)`` that has one, ``G`` being random gradients.
+    """Copy the model to output ``G^T G (N, N)`` of every differentiable value ``y (..., N)``, with random gradients ``G``.
 
     The gradients are of ``sum <seed, output>``, with seeds such that their second moments are the Fisher information of the
     outputs: of covariance ``diag(p) - p p^T``
@@ -332,23 +325,23 @@ def fisher_taps(
     Args:
         model: The model.
         values: Values to differentiate by, and their widths N.
-        shapes: Of the values that are `measured`, on one batch.
-        logits: Whether an output of a name and rank is one of logits.
+        shapes: Shapes of `shaped_values` on one batch.
+        logits: Whether an output of a given name and rank is logits.
 
     Returns:
-        The copy, the values it has outputs for, in order, and operators in the way that cannot be differentiated.
+        The copy, the values of its outputs in order, and operators that cannot be differentiated.
     """
     copy = Extension(model)
     backward = Backward(copy, shapes)
     seeds = {}
-    cache = set(pairs_of(model).values())  # not what the model is for, and on the way of every layer
+    cache = set(pairs_of(model).values())  # not a model result, and on the path of every layer
     for i, value in enumerate(model.graph.outputs):
         name = str(value.name)
         if name in cache or value.dtype not in FLOATS or name not in shapes or not shapes[name]:
             continue
         out = copy.values[name]
-        other = value.dtype not in (ir.DataType.FLOAT, None)
-        if other:
+        is_cast = value.dtype not in (ir.DataType.FLOAT, None)
+        if is_cast:
             out = backward.op("Cast", out, to=ir.DataType.FLOAT)
         noise = backward.op("RandomNormalLike", out, seed=float(i + 1), dtype=ir.DataType.FLOAT)
         if logits(name, len(shapes[name])):
@@ -362,9 +355,9 @@ def fisher_taps(
                 else backward.op("ReduceSumSquare", out, None, keepdims=0)
             )
             seed = backward.op("Div", noise, backward.op("Sqrt", power))
-        seeds[name] = backward.op("Cast", seed, to=value.dtype) if other else seed
-    found = backward.run(seeds, values)
-    for i, (name, gradient) in enumerate(found.items()):
+        seeds[name] = backward.op("Cast", seed, to=value.dtype) if is_cast else seed
+    gradients = backward.run(seeds, values)
+    for i, (name, gradient) in enumerate(gradients.items()):
         rows = backward.op("Reshape", backward.op("Cast", gradient, to=ir.DataType.FLOAT), backward.integers([-1, values[name]]))
         copy.output(copy.add("Gemm", [rows, rows], f"__fisher_{i}", transA=1), shape=[values[name]] * 2)
-    return copy.finish(), list(found), backward.blocked
+    return copy.finish(), list(gradients), backward.blocked

@@ -27,12 +27,12 @@ _HOISTED = "magr_onnx.hoisted"
 
 
 def hoisted(model: ir.Model) -> set[str]:
-    """Names of the values that were brought out of bodies: what is known of a batch's rows says nothing of theirs."""
+    """Return the names of hoisted values: their rows do not correspond to the rows of a batch."""
     return {str(v.name) for node in model.graph for v in node.outputs if v.meta.get(_HOISTED)}
 
 
-def inside(model: ir.Model) -> dict[str, tuple[ir.Value, SubgraphPath]]:
-    """What bodies make, by name (`unique_names` first), and what they read from outside, by `captured`; each with the body's place."""
+def subgraph_values(model: ir.Model) -> dict[str, tuple[ir.Value, SubgraphPath]]:
+    """Map the values of subgraphs by name (after `unique_names`), and captured ones by `captured_key`, each with the subgraph's path."""
     values: dict[str, tuple[ir.Value, SubgraphPath]] = {}
     for node, path in walk(model.graph):
         for attribute, body in bodies_of(node):
@@ -44,12 +44,12 @@ def inside(model: ir.Model) -> dict[str, tuple[ir.Value, SubgraphPath]]:
 
 
 def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] = ()) -> ir.Model:
-    """A copy of the model in which the values named in ``widths`` (with their K) are rows ``(n, K)`` of the main graph.
+    """Copy the model so that the values named in ``widths`` (with their K) are rows ``(n, K)`` of the main graph.
 
-    Those of ``growing`` may have other rows in every iteration of a Loop.
+    Values in ``growing`` may have a different number of rows in every iteration of a Loop.
     """
     copy = model.clone()
-    values, names = inside(copy), Names.of(copy.graph)
+    values, names = subgraph_values(copy), Names.of(copy.graph)
     for name, width in widths.items():
         value, path = values[name]
         body = path[-1][0].attributes[path[-1][1]].as_graph()
@@ -68,14 +68,14 @@ def hoist(model: ir.Model, widths: Mapping[str, int], growing: Collection[str] =
 
 
 def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, name: str) -> ir.Value:
-    """What a body makes, of all turns together, as a value of the main graph; the model is changed in place.
+    """Reduce a value of a subgraph over all iterations to a value of the main graph; the model is changed in place.
 
     Args:
-        value: Made in the body, of one type and shape at every turn.
-        path: Path of the body.
-        start: A constant of the main graph of that type and shape: what there is where the body is not run.
-        op: What puts two together: Add, or another operator that ``start`` is neutral to.
-        name: Of the result; names in between are made of it.
+        value: A value of the subgraph, of the same type and shape in every iteration.
+        path: Path of the subgraph.
+        start: A constant of the main graph of that type and shape: the result where the subgraph does not run.
+        op: The reduction: Add, or another operator with ``start`` as its neutral element.
+        name: Name of the result, and prefix of the names in between.
     """
     names = Names.of(root_of(path[0][0], ()))
     for depth in range(len(path) - 1, -1, -1):
@@ -83,8 +83,8 @@ def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, nam
         if holder.op_type != "If":
             value = _state(names, holder, attribute, value, start, op, {}, f"{name}__{depth}")
             continue
-        for other, body in bodies_of(holder):
-            body.outputs.append(value if other == attribute else _same(body, start, names.value(f"{name}__{depth}_none")))
+        for name_of_body, body in bodies_of(holder):
+            body.outputs.append(value if name_of_body == attribute else _same(body, start, names.value(f"{name}__{depth}_none")))
         holder.resize_outputs(len(holder.outputs) + 1)
         value = _like(holder.outputs[-1], start, names.value(f"{name}__{depth}_out"))
     value.name = names.value(name)
@@ -92,19 +92,19 @@ def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, nam
 
 
 def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """A value from outside, as one that a body makes."""
+    """Add an Identity of an outer value to a subgraph."""
     node = ir.node("Identity", [value])
     graph.append(node)
     return _like(node.outputs[0], value, name)
 
 
-def _like(value: ir.Value, other: ir.Value, name: str) -> ir.Value:
-    value.name, value.type, value.shape = name, other.type, other.shape
+def _like(value: ir.Value, template: ir.Value, name: str) -> ir.Value:
+    value.name, value.type, value.shape = name, template.type, template.shape
     return value
 
 
 def _rows(names: Names, graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
-    """``value`` as float32 rows, made at the end of its graph."""
+    """Append nodes that reshape ``value`` to float32 rows."""
     shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
     real = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
     rows = ir.node("Reshape", [real.outputs[0], shape.outputs[0]])
@@ -120,9 +120,9 @@ def _typed(value: ir.Value, width: int) -> ir.Value:
 
 
 def _out(names: Names, holder: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
-    """Rows of a body in the graph around it."""
-    for other, body in bodies_of(holder):
-        body.outputs.append(rows if other == attribute else _none(body, width, names.value(f"{name}_none")))
+    """Return rows of a subgraph as a value of the outer graph."""
+    for name_of_body, body in bodies_of(holder):
+        body.outputs.append(rows if name_of_body == attribute else _none(body, width, names.value(f"{name}_none")))
     if holder.op_type == "Scan":
         _one_more(holder)
     holder.resize_outputs(len(holder.outputs) + 1)
@@ -143,7 +143,7 @@ def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
 
 
 def _carried(names: Names, loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
-    """Rows of a Loop's body in the graph around it, as a state that every iteration appends to."""
+    """Return rows of a Loop's body as a value of the outer graph, concatenated over iterations as a state."""
     graph = loop.graph
     assert isinstance(graph, ir.Graph)
     none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
@@ -155,31 +155,31 @@ def _carried(names: Names, loop: ir.Node, attribute: str, rows: ir.Value, width:
 def _state(
     names: Names, holder: ir.Node, attribute: str, value: ir.Value, start: ir.Value, op: str, attributes: Mapping[str, int], name: str
 ) -> ir.Value:
-    """One more state of a Loop or Scan: ``start``, to which every turn does ``op`` with its ``value``; what it is at the end."""
+    """Add a state to a Loop or Scan that starts at ``start`` and applies ``op`` with ``value`` every iteration; return its final value."""
     body, scan = holder.attributes[attribute].as_graph(), holder.op_type == "Scan"
     states = len(holder.inputs) - (holder.attributes["num_scan_inputs"].as_int() if scan else 2)
-    own = 0 if scan else 1  # a Loop's body puts out the condition first, and reads it and the turn's number; the node reads as many
+    extra = 0 if scan else 1  # a Loop's body outputs the condition first, and reads it and the iteration number; so does the node
     before = _like(ir.Value(), start, names.value(f"{name}_before"))
     after = ir.node(op, [before, value], attributes)
     body.append(after)
-    body.inputs.insert(2 * own + states, before)
-    body.outputs.insert(own + states, _like(after.outputs[0], start, names.value(f"{name}_after")))
-    inputs = [*holder.inputs[: 2 * own + states], start, *holder.inputs[2 * own + states :]]
+    body.inputs.insert(2 * extra + states, before)
+    body.outputs.insert(extra + states, _like(after.outputs[0], start, names.value(f"{name}_after")))
+    inputs = [*holder.inputs[: 2 * extra + states], start, *holder.inputs[2 * extra + states :]]
     holder.resize_inputs(len(inputs))
-    for index, given in enumerate(inputs):
-        holder.replace_input_with(index, given)
+    for index, value_in in enumerate(inputs):
+        holder.replace_input_with(index, value_in)
     holder.resize_outputs(len(holder.outputs) + 1)
-    for i in range(len(holder.outputs) - 1, states, -1):  # states come before scan outputs: those move on by one
-        old, new = holder.outputs[i - 1], holder.outputs[i]
-        new.type, new.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        name_of, old.name = old.name, names.value(f"{name}_moved")
-        new.name = name_of
+    for i in range(len(holder.outputs) - 1, states, -1):  # states come before scan outputs, which move by one
+        previous, moved = holder.outputs[i - 1], holder.outputs[i]
+        moved.type, moved.shape = previous.type, previous.shape
+        ir.convenience.replace_all_uses_with(previous, moved, replace_graph_outputs=True)
+        name_of, previous.name = previous.name, names.value(f"{name}_moved")
+        moved.name = name_of
     return _like(holder.outputs[states], start, names.value(f"{name}_out"))
 
 
 def _one_more(scan: ir.Node) -> None:
-    """Axis and direction of one more output, where a Scan gives those of each."""
+    """Append the axis and direction of another output, where a Scan lists them."""
     for name in ("scan_output_axes", "scan_output_directions"):
         if name in scan.attributes:
             scan.attributes[name] = ir.AttrInt64s(name, [*scan.attributes[name].as_ints(), 0])

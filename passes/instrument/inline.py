@@ -1,11 +1,11 @@
-"""Opening a model up: its functions with linear layers are inlined, so that there is one graph to look for layers in.
+"""Inlining of functions with layers, so that all layers are in the main graph and its subgraphs.
 
-1. A function is inlined where it, or a function it calls, holds one of the operators asked for; every call becomes nodes of the caller,
-   with its attributes, and weights handed to it are constants again. Functions without such an operator stay calls.
-2. A function stays a call, with everything it calls, where it imports another version of a domain than the model (its nodes would change
-   their meaning), or where a call hands it a graph (onnx-ir's inliner knows no such attribute).
-3. An output that only hands an input on, or another output, goes through an Identity first: the inliner gives a value the name of the
-   call's output, and an input of the model must keep its own.
+1. A function is inlined if it, or a function it calls, contains one of the given operators; every call becomes nodes of the caller with
+   its attributes, and weights passed as arguments are constants again. Other functions remain calls.
+2. A function remains a call, with everything it calls, if it imports another version of a domain than the model (its nodes would change
+   meaning), or if a call passes it a graph (onnx-ir's inliner does not support such attributes).
+3. An output that is an input, or a repeated output, goes through an Identity first: the inliner renames a value to the call's output, and
+   an input of the model must keep its name.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from magr_onnx.passes.layers.linear import OPERATORS
 
 Id = tuple[str, str, str]
 
-HOLDING = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for pattern in PATTERNS for operator in pattern.operators)))
-"""Operators that are layers, or become layers in a canonical form, with their domain where that is not ONNX's."""
+LAYER_OPERATORS = frozenset((*OPERATORS, "Conv", "ConvTranspose", *(operator for pattern in PATTERNS for operator in pattern.operators)))
+"""Operators that are layers, or become layers by canonicalization, with their domain where that is not ONNX's."""
 
 
 def inline_and_rename(model: ir.Model) -> list[str]:
-    """Make the layers in functions and bodies ones that `find` sees, under names of their own; sentences for the report.
+    """Make the layers in functions and subgraphs visible to `find`, with unique names; return notes for the report.
 
-    Functions with layers are inlined, and values in bodies get names that are unique in the model. Nothing that is computed changes.
+    Functions with layers are inlined, and values in subgraphs get names that are unique in the model. Results do not change.
 
     Raises:
-        ModelError: Functions call each other in a circle.
+        ModelError: Functions call each other recursively.
     """
-    notes = inline(model, HOLDING)
-    unique_names(model, {*HOLDING, "Gather"})
+    notes = inline(model, LAYER_OPERATORS)
+    unique_names(model, {*LAYER_OPERATORS, "Gather"})
     Names.rescan(model.graph)
     return notes
 
 
 def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
-    """Inline in place; sentences for the report, none where nothing changed.
+    """Inline functions; return notes for the report, none if nothing changed.
 
     Args:
         model: Changed in place.
-        operators: Operators that make layers, as in `HOLDING`.
+        operators: Operators of layers, as in `LAYER_OPERATORS`.
 
     Raises:
-        ModelError: Functions call each other in a circle.
+        ModelError: Functions call each other recursively.
     """
     if not model.functions:
         return []
     calls = {id_: _called(model, f.all_nodes()) for id_, f in model.functions.items()}
     holding = _closure({i for i, f in model.functions.items() if any(_is(n, operators) for n in f.all_nodes())}, _callers(calls))
-    kept = _closure({i for i in model.functions if i in holding and not _fits(model, i)}, calls)
-    chosen = holding - kept
+    excluded = _closure({i for i in model.functions if i in holding and not _fits(model, i)}, calls)
+    chosen = holding - excluded
     for id_ in chosen:
-        _part_outputs(model.functions[id_])
+        _separate_outputs(model.functions[id_])
         for node in model.functions[id_].all_nodes():
             if node.name and _is(node, operators):
-                remember(node, node.name)  # every call but the first renames it
+                remember(node, node.name)  # every call after the first renames it
     count = len(chosen & _closure(_called(model, model.graph.all_nodes()), calls))
     if not count:
         return []
@@ -81,17 +81,17 @@ def _called(model: ir.Model, nodes: Iterable[ir.Node]) -> set[Id]:
 
 
 def _callers(calls: dict[Id, set[Id]]) -> dict[Id, set[Id]]:
-    return {called: {caller for caller, some in calls.items() if called in some} for called in calls}
+    return {callee: {caller for caller, callees in calls.items() if callee in callees} for callee in calls}
 
 
 def _closure(start: set[Id], edges: dict[Id, set[Id]]) -> set[Id]:
-    """Everything that can be reached."""
-    found, left = set(start), list(start)
-    while left:
-        more = edges[left.pop()] - found
-        found |= more
-        left += more
-    return found
+    """Return all nodes reachable from ``start``."""
+    reached, pending = set(start), list(start)
+    while pending:
+        neighbours = edges[pending.pop()] - reached
+        reached |= neighbours
+        pending += neighbours
+    return reached
 
 
 def _fits(model: ir.Model, id_: Id) -> bool:
@@ -104,14 +104,14 @@ def _fits(model: ir.Model, id_: Id) -> bool:
     return not any(a.type in graphs for node in nodes if node.op_identifier() == id_ for a in node.attributes.values())
 
 
-def _part_outputs(function: ir.Function) -> None:
-    """An Identity before every output that is an input, or an output twice."""
-    seen = set(function.inputs)
+def _separate_outputs(function: ir.Function) -> None:
+    """Insert an Identity before every output that is an input or a repeated output."""
+    outputs_before = set(function.inputs)
     for index, value in enumerate(function.outputs):
-        if value in seen:
+        if value in outputs_before:
             node = ir.node("Identity", [value], name=f"{function.name}_{value.name}_{index}")
             node.outputs[0].name = str(node.name)
             Names.rescan(function.graph).adopt([node])
             function.append(node)
             function.outputs[index] = node.outputs[0]
-        seen.add(value)
+        outputs_before.add(value)

@@ -1,6 +1,6 @@
-"""Taps: copies of a model whose outputs are statistics of chosen values instead of its results.
+"""Taps: copies of a model that output statistics of chosen values instead of its results.
 
-A value ``x (..., K)`` is seen as rows ``X (n, K)``. Activations never leave onnxruntime, and its optimizer drops what no tap needs.
+A value ``x (..., K)`` is treated as rows ``X (n, K)``. Activations never leave onnxruntime, and its optimizer drops what no tap needs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BINS = (128 - LOWEST_EXPONENT) * BINS_PER_OCTAVE
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """What to tap.
+    """A value to measure.
 
     Attributes:
         value: The value's name.
         width: K.
         masked: Whether rows are weighted by the mask: the value has a row for each of its elements, in most batches at least.
-        quantize: How the value is quantized before its moments are taken; None for not at all.
-        bounds: What the value is clipped to before anything else (sentinels such as -1e9 are no signal); None for not at all.
+        quantize: Quantization of the value before its moments are taken; None for none.
+        bounds: Range the value is clipped to first (sentinels such as -1e9 are no signal); None for no clipping.
     """
 
     value: str
@@ -44,7 +44,7 @@ class Tap:
 
 
 def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
-    """A copy of the model that outputs the run-time shape of each value, in order."""
+    """Copy the model to output the run-time shape of each value, in order."""
     copy = Extension(model)
     for i, name in enumerate(values):
         copy.output(copy.add("Shape", [copy.values[name]], f"__shape_{i}"), ir.DataType.INT64, [None])
@@ -52,14 +52,14 @@ def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
 
 
 def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
-    """A copy of the model with outputs ``X^T X (K, K)``, ``sum(X) (K,)`` and the rows counted for every tap, in order.
+    """Copy the model with outputs ``X^T X (K, K)``, ``sum(X) (K,)`` and the number of rows for every tap, in order.
 
     Taps that quantize have another output, the sum of the value before it was quantized ``(K,)``; masked taps have a last one, 0 where
     the rows of this batch do not fit the mask, so that all of them count.
 
     Args:
         model: The model.
-        taps: What to tap.
+        taps: The values to measure.
         mask: An input of any numeric or boolean type whose nonzero elements mark the rows to count, one element a row.
     """
     copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13 if any(t.quantize or t.bounds for t in taps) else 0)
@@ -78,7 +78,7 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
 
 
 def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
-    """A copy of the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order.
+    """Copy the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order.
 
     The minimum is NaN where any value is not finite.
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
@@ -111,7 +111,7 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) ->
 
 
 def bin_edges() -> Array:
-    """Lower magnitudes of the bins of one sign, and the upper one of the last, ``(BINS + 1,)`` float64."""
+    """Return the edges of the bins of one sign, ``(BINS + 1,)`` float64."""
     result: Array = 2.0 ** (LOWEST_EXPONENT + np.arange(BINS + 1) / BINS_PER_OCTAVE)
     return result
 
@@ -123,25 +123,25 @@ def error_taps(
     grids: Sequence[Sequence[Activation]],
     mask: str | None = None,
 ) -> ir.Model:
-    """A copy of the model that measures what rounding a value does behind its weights.
+    """Copy the model to measure the output error of rounding a value.
 
     For every tap ``i`` and grid ``j`` of ``grids[i]``, in order: the sum of squares of ``E A`` and its column sums ``(r,)``, where
     ``E = grid(X) - X`` and ``A (K, r)`` is ``sketches[i]``; after the grids of a tap, the rows counted.
 
     Args:
         model: The model.
-        taps: What to tap.
-        sketches: A matrix ``(K, r)`` for every tap: the weights behind it, or a projection of them.
-        grids: What to try on every tap.
+        taps: The values to measure.
+        sketches: A matrix ``(K, r)`` for every tap: the weights that read it, or a projection of them.
+        grids: Candidate grids of every tap.
         mask: See `gram_taps`.
     """
     copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13)
-    for i, (tap, sketch, tried) in enumerate(zip(taps, sketches, grids, strict=True)):
+    for i, (tap, sketch, candidates) in enumerate(zip(taps, sketches, grids, strict=True)):
         name = f"__tap_{i}"
         real = copy.real(tap, name)
         weights = copy.constant(f"{name}_sketch", sketch.astype(np.float32))
         rows = copy.rows(real, tap, name)
-        for j, grid in enumerate(tried):
+        for j, grid in enumerate(candidates):
             each = f"{name}_{j}"
             difference = copy.add("Sub", [copy.quantized(real, grid, each), real], f"{each}_difference")
             error = copy.add("MatMul", [copy.rows(difference, tap, each), weights], f"{each}_error")
@@ -153,7 +153,7 @@ def error_taps(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mask:
-    """The mask of the tokens fed now.
+    """The mask of the current tokens.
 
     Attributes:
         shape: Its shape.
@@ -169,11 +169,11 @@ class _Mask:
 
 
 class Extension:
-    """A copy of a model that nodes are added to, and whose outputs are replaced at the end."""
+    """A copy of a model to add nodes to; `finish` replaces its outputs."""
 
     def __init__(self, model: ir.Model, mask: str | None = None, opset: int = 0) -> None:
         self.model = model.clone()
-        if self.model.opset_imports.get("", 0) < opset:  # converters drop what nobody reads, and a tap may; `finish` takes outputs away
+        if self.model.opset_imports.get("", 0) < opset:  # converters drop unused values that taps may read; `finish` removes these outputs
             graph = self.model.graph
             unread = [v for node in graph for v in node.outputs if v.name and not v.uses() and not v.is_graph_output()]
             graph.outputs.extend(unread)
@@ -193,11 +193,11 @@ class Extension:
             self._mask = _Mask(self.add("Shape", [real], "__mask_extent"), rows, self.total(rows, "__mask_total"), fixed)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """The output of a new node at the end of the graph; both have the name, where it is free."""
+        """Append a node to the graph and return its output; both get ``name`` if it is free."""
         return self.append(self.model.graph, ir.node(op, inputs, attributes, name=name))[0]
 
     def append(self, graph: ir.Graph, node: ir.Node) -> Sequence[ir.Value]:
-        """Put a node at the end of the graph or of a body; what it puts out, named after the node where it has no name."""
+        """Append a node to the graph or a subgraph; return its outputs, named after the node if they have no name."""
         for output in node.outputs:
             output.name = output.name or node.name
         self.names.adopt([node])
@@ -208,7 +208,7 @@ class Extension:
         return add_initializer(self.model.graph, name, array)
 
     def _current(self, mask: str) -> ir.Value:
-        """The mask of the tokens fed now (see `magr_onnx.passes.graph.kv_cache.current_mask`)."""
+        """Return the mask of the current tokens (see `magr_onnx.passes.graph.kv_cache.current_mask`)."""
         full = self.values[mask]
         if TOKENS not in self.values or not pairs_of(self.model):
             return full
@@ -220,7 +220,7 @@ class Extension:
         return self.constant(f"__mask_{name}", np.array([value]))
 
     def real(self, tap: Tap, name: str) -> ir.Value:
-        """The tapped value as float32, within its bounds."""
+        """Return the tapped value as float32, clipped to its bounds."""
         real = self.add("Cast", [self.values[tap.value]], f"{name}_float32", to=ir.DataType.FLOAT)
         if tap.bounds is None:
             return real
@@ -228,7 +228,7 @@ class Extension:
         return self.add("Clip", [real, *limits], f"{name}_clipped")
 
     def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
-        """As rows ``(n, K)``, those the mask leaves out set to zero."""
+        """Reshape to rows ``(n, K)``, with masked rows set to zero."""
         rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows")
         if not tap.masked or self._mask is None:
             return rows
@@ -236,7 +236,7 @@ class Extension:
         return self.add("Mul", [rows, weights], f"{name}_counted")
 
     def fits(self, tap: Tap) -> ir.Value:
-        """Whether the tapped value has a row for each element of the mask in this batch, a boolean; of a masked tap."""
+        """Return a boolean: whether the value of a masked tap has a row per mask element in this batch."""
         assert self._mask is not None
         if tap.value not in self._fits:
             name = f"__fits_{len(self._fits)}"
@@ -253,10 +253,9 @@ class Extension:
         return self._fits[tap.value]
 
     def _weighted(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-        """The weights of a masked value's rows ``(n, 1)`` and their sum; one weight of 1 for all, and the number of rows, where they do
-        not fit the mask."""
+        """Return the weights of a value's rows ``(n, 1)`` and their sum; 1 and the number of rows if they do not fit the mask."""
         if tap.value not in self._weights:
-            if self.opset < 11 and mask.fixed:  # an If had to put out one shape then, and there is only one here
+            if self.opset < 11 and mask.fixed:  # an If required equal shapes then, and the shape is fixed here
                 self._weights[tap.value] = mask.rows, mask.total
             else:
                 self._weights[tap.value] = self._weights_by_shape(mask, tap, rows, f"{name}_by_mask")
@@ -264,18 +263,18 @@ class Extension:
 
     def _weights_by_shape(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         one = self.constant(f"{name}_one", np.ones((1, 1), np.float32))
-        first = self.add("Gather", [self.add("Shape", [rows], f"{name}_size"), self.constant(f"{name}_axis", np.array([0]))], f"{name}_n")
-        count = self.add("Cast", [first], f"{name}_rows", to=ir.DataType.FLOAT)
+        size = self.add("Gather", [self.add("Shape", [rows], f"{name}_size"), self.constant(f"{name}_axis", np.array([0]))], f"{name}_n")
+        count = self.add("Cast", [size], f"{name}_rows", to=ir.DataType.FLOAT)
         branches = [self._branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
         bodies = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = ir.node("If", [self.fits(tap)], bodies, num_outputs=2, name=name)
-        for output, part in zip(choice.outputs, ("weights", "count"), strict=True):
-            output.name = f"{name}_{part}"
+        for output, suffix in zip(choice.outputs, ("weights", "count"), strict=True):
+            output.name = f"{name}_{suffix}"
         weights, total = self.append(self.model.graph, choice)
         return weights, total
 
     def _branch(self, name: str, values: Sequence[ir.Value]) -> ir.Graph:
-        """The body of an If that puts out values from outside, as floats of any shape."""
+        """Build a body of an If that outputs outer values, as floats of any shape."""
         body = ir.Graph([], [], nodes=[], name=name)
         for i, value in enumerate(values):
             (output,) = self.append(body, ir.node("Identity", [value], name=f"{name}_{i}"))
@@ -284,7 +283,7 @@ class Extension:
         return body
 
     def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
-        """The value on a grid, as float32."""
+        """Quantize and dequantize the value, as float32."""
         if isinstance(grid, ActivationGrid):
             kind = np.int8 if grid.signed else np.uint8
             scale, zero = self.constant(f"{name}_scale", np.float32(grid.scale)), self.constant(f"{name}_zero", kind(grid.zero_point))
@@ -294,13 +293,13 @@ class Extension:
                 limits = [self.constant(f"{name}_{side}", np.float32(bound)) for side, bound in (("least", grid.low), ("most", grid.high))]
                 real = self.add("Clip", [real, *limits], f"{name}_within")
             node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_codes")
-            for output, part in zip(node.outputs, ("codes", "scale", "zero"), strict=True):
-                output.name = f"{name}_{part}"
+            for output, suffix in zip(node.outputs, ("codes", "scale", "zero"), strict=True):
+                output.name = f"{name}_{suffix}"
             codes, scale, zero = self.append(self.model.graph, node)
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
 
     def gram(self, rows: ir.Value, name: str) -> ir.Value:
-        """``rows^T rows``."""
+        """Return ``rows^T rows``."""
         addend = [] if self.opset >= 11 else [self.constant(f"{name}_zero", np.zeros(1, np.float32))]
         return self.add("Gemm", [rows, rows, *addend], name, transA=1)
 
@@ -311,7 +310,7 @@ class Extension:
         return self.add("ReduceSum", [value], name, axes=[0], keepdims=0)
 
     def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
-        """The number of rows that count, the first element."""
+        """Return the number of unmasked rows."""
         if tap.masked and self._mask is not None:
             return self.add("Identity", [self._weighted(self._mask, tap, rows, name)[1]], name)
         return self.add("Cast", [self.add("Shape", [rows], f"{name}_size")], name, to=ir.DataType.FLOAT)

@@ -1,7 +1,7 @@
-"""A copy of a model whose layers take their weights and biases from the caller: one session, any weights.
+"""Copies of a model with weights and biases as inputs: one session for any weights.
 
-Every layer becomes ``MatMul(X, W) -> Add(b)`` with ``W (K, N)`` and ``b (N,)`` initializers that are graph inputs too, so that onnxruntime
-uses the model's own values wherever a caller feeds none. Layers that share a weight get one each.
+Every layer becomes ``MatMul(X, W) -> Add(b)`` with ``W (K, N)`` and ``b (N,)`` initializers that are graph inputs too, so onnxruntime
+falls back to the model's values. Layers that share a weight get separate inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class WeightInputs:
     """The inputs that replace one layer's weight and bias."""
 
     weight: str
@@ -25,24 +25,24 @@ class Slot:
     dtype: ir.DataType
 
     def feeds(self, weight: Array, bias: Array | None) -> Mapping[str, Array]:
-        """What to feed for an effective weight ``(K, N)`` and bias ``(N,)``, None for zero."""
+        """Return the feeds for an effective weight ``(K, N)`` and bias ``(N,)``; None for a zero bias."""
         kind = FLOATS[self.dtype]
         values = np.zeros(weight.shape[1]) if bias is None else bias
         return {self.weight: weight.astype(kind), self.bias: np.asarray(values).astype(kind)}
 
 
-def overridable(model: ir.Model, names: Iterable[str]) -> tuple[ir.Model, dict[str, Slot]]:
-    """The copy, and the slots of the layers called ``names``."""
+def with_weight_inputs(model: ir.Model, names: Iterable[str]) -> tuple[ir.Model, dict[str, WeightInputs]]:
+    """Copy the model; return the copy and the inputs of the layers called ``names``."""
     copy = model.clone()
-    wanted = set(names)
-    slots = {}
+    selected = set(names)
+    inputs = {}
     for layer in find(copy)[0]:
-        if layer.name in wanted:
-            slots[layer.name] = _open(layer)
-    return copy, slots
+        if layer.name in selected:
+            inputs[layer.name] = _expose(layer)
+    return copy, inputs
 
 
-def _open(layer: LinearLayer) -> Slot:
+def _expose(layer: LinearLayer) -> WeightInputs:
     kind = FLOATS[layer.dtype]
     stored = layer.read_bias()
     bias = layer.constant("_free_bias", (np.zeros(layer.n) if stored is None else stored).astype(kind))
@@ -53,4 +53,4 @@ def _open(layer: LinearLayer) -> Slot:
     root = layer.root
     layer.replace([product, ir.node("Add", [inner, bias], name=f"{layer.name}_free_bias")])
     root.inputs.extend([weight, bias])
-    return Slot(str(weight.name), str(bias.name), layer.dtype)
+    return WeightInputs(str(weight.name), str(bias.name), layer.dtype)

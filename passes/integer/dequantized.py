@@ -19,20 +19,20 @@ from magr_onnx.passes.integer.operands import (
     broadcast_grid,
     columns,
     constant_codes,
+    conv_matrix,
     integer_bias,
     integers,
     required,
     type_of,
-    unrolled,
     weight_name,
 )
 from magr_onnx.report.reasons import IntegerReason
 
-DEFAULT_BLOCK = 32  # onnxruntime's for a fused weight with one scale a tensor or channel [measured]
+DEFAULT_BLOCK = 32  # onnxruntime's block for a fused weight with one scale per tensor or channel (measured)
 
 
 def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
-    """The DequantizeLinear a value comes from, and the Transpose and Identity nodes in between, last first."""
+    """Return the DequantizeLinear of a value, and the Transpose and Identity nodes in between, last first."""
     between: list[ir.Node] = []
     for _ in range(16):
         node = value.producer()
@@ -48,7 +48,7 @@ def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
 
 
 def _dequantized_activation(value: ir.Value) -> ir.Node | None:
-    """The DequantizeLinear of an activation, also before nodes that only move data."""
+    """Return the DequantizeLinear of an activation, through nodes that only move data."""
     for _ in range(64):
         node = value.producer()
         if node is None:
@@ -63,7 +63,7 @@ def _dequantized_activation(value: ir.Value) -> ir.Node | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
-    """A dequantized weight: codes, scales and zero points, all of the shape the product reads."""
+    """A dequantized weight: codes, scales and zero points, all in the shape of the operand."""
 
     name: str
     codes: Array
@@ -71,7 +71,7 @@ class _Grid:
     scales: Array
     zeros: Array
     block: int | None  # DequantizeLinear's block_size
-    axis: int  # that of the blocks, or of the channels
+    axis: int  # axis of the blocks or channels
 
 
 def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
@@ -97,7 +97,7 @@ def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
 
 
 def product(node: ir.Node) -> IntegerDot:
-    """MatMul, Gemm or Conv of dequantized values."""
+    """Read a MatMul, Gemm or Conv of dequantized values."""
     x, w = required(node, 0), required(node, 1)
     dq_w, between = _dequantize(w)
     if dq_w is None:
@@ -117,7 +117,7 @@ def product(node: ir.Node) -> IntegerDot:
         return _fused_blocks(node, dq_w, grid)
     taps, depthwise = 1, False
     if conv:
-        codes, taps, depthwise = unrolled(grid.codes, attribute_of(node, "group", 1))
+        codes, taps, depthwise = conv_matrix(grid.codes, attribute_of(node, "group", 1))
         scales, zeros = (a.reshape(len(a), -1).T for a in (grid.scales, grid.zeros))
     else:
         codes, scales, zeros = (columns(np.swapaxes(a, -1, -2) if flip else a) for a in (grid.codes, grid.scales, grid.zeros))
@@ -152,7 +152,7 @@ def product(node: ir.Node) -> IntegerDot:
 
 
 def _is_made(codes: ir.Value) -> bool:
-    """Whether a node makes activation codes, and does not only move what comes from outside."""
+    """Return whether activation codes are computed in the graph, not only moved from an input."""
     for _ in range(64):
         node = codes.producer()
         if node is None:
@@ -164,7 +164,7 @@ def _is_made(codes: ir.Value) -> bool:
 
 
 def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
-    """Rows over which all columns keep their scale: None for all of K, else the block."""
+    """Return the rows that share a scale in all columns: None for all of K, else the block."""
     if (scales == scales[:1]).all() and (zeros == zeros[:1]).all():
         return None
     if block is not None:
@@ -175,7 +175,7 @@ def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
 
 
 def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
-    """The int32 bias behind a DequantizeLinear; None where the bias is added as floats."""
+    """Return the int32 bias of a DequantizeLinear; None where the bias is added as floats."""
     if value is None:
         return None
     dq, _ = _dequantize(value)
@@ -183,18 +183,18 @@ def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
 
 
 def _added_bias(node: ir.Node) -> ir.Value | None:
-    """The dequantized int32 bias in an Add that alone reads a MatMul: onnxruntime makes a Gemm of the two where it knows the shapes."""
+    """Return the dequantized int32 bias of an Add that is a MatMul's only reader: onnxruntime may fuse the two to a Gemm."""
     out = node.outputs[0]
     uses = list(out.uses())
     if len(uses) != 1 or out.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
         return None
-    other = uses[0].node.inputs[1 - uses[0].idx]
-    dq = None if other is None else _dequantize(other)[0]
-    return other if dq is not None and type_of(required(dq, 0)) == "int32" else None
+    operand_added = uses[0].node.inputs[1 - uses[0].idx]
+    dq = None if operand_added is None else _dequantize(operand_added)[0]
+    return operand_added if dq is not None and type_of(required(dq, 0)) == "int32" else None
 
 
 def _fused_blocks(node: ir.Node, dq: ir.Node, grid: _Grid) -> IntegerDot:
-    """A float activation times a dequantized weight, where onnxruntime makes a MatMulNBits with int8 activations of it."""
+    """Read a float activation times a dequantized weight, which onnxruntime fuses to MatMulNBits with int8 activations."""
     bits = int(grid.kind.lstrip("uint"))
     uses = len(list(dq.outputs[0].uses()))
     if grid.codes.ndim != 2 or bits not in (2, 4, 8) or uses != 1 or dq.outputs[0].is_graph_output():

@@ -1,4 +1,4 @@
-"""Finding integer dot products in a graph, whoever made it: a view of each, or the reason there is none.
+"""Integer dot products of a graph from any tool: a view of each, or the reason why there is none.
 
 Read: MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits; MatMul, Gemm
 and Conv whose inputs come from DequantizeLinear; MatMul and Gemm of a float activation with a dequantized weight where onnxruntime
@@ -24,11 +24,11 @@ from magr_onnx.passes.integer.operands import (
     blocks,
     columns,
     constant_weight,
+    conv_matrix,
     integer_bias,
     integers,
+    per_column,
     required,
-    spread,
-    unrolled,
     weight_name,
     weight_zeros,
 )
@@ -77,33 +77,33 @@ UNREAD = frozenset(
         "TransposeMatMul",
     }
 )
-"""Operators with dot products inside that no reader here takes apart."""
+"""Operators with dot products that have no reader here."""
 
 
 def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
-    """Every dot product of the model, subgraphs and functions included: those with constant integer weights, and all others.
+    """Yield every dot product of the model, subgraphs and functions included, or the reason why it is not proved.
 
-    One by one: the codes of a whole model, widened, can be several times its size.
+    A generator, since the widened codes of a model can be several times its size.
 
     Args:
-        model: The model; nothing in it is changed.
+        model: The model; not changed.
     """
     names: set[str] = set()
-    for node, place in _nodes(model):
-        found = view(node)
-        if found is None:
+    for node, function_prefix in _nodes(model):
+        dot = view(node)
+        if dot is None:
             continue
-        if isinstance(found, Skip) and place and found.reason is IntegerReason.DYNAMIC_WEIGHT:
-            found = replace(found, reason=IntegerReason.FUNCTION)
-        name = place + found.name
-        if name in names:  # ONNX asks for unique value names only
+        if isinstance(dot, Skip) and function_prefix and dot.reason is IntegerReason.DYNAMIC_WEIGHT:
+            dot = replace(dot, reason=IntegerReason.FUNCTION)
+        name = function_prefix + dot.name
+        if name in names:  # ONNX requires only value names to be unique
             name = f"{name}:{node.outputs[0].name}"
         names.add(name)
-        yield replace(found, name=name)
+        yield replace(dot, name=name)
 
 
 def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Every node of the main graph, its subgraphs and the functions; the latter with the function's name."""
+    """Yield every node of the main graph, its subgraphs and the functions; the latter with the function's name as prefix."""
     for node in model.graph.all_nodes():
         yield node, ""
     for function in model.functions.values():
@@ -112,33 +112,33 @@ def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
 
 
 def view(node: ir.Node) -> IntegerDot | Skip | None:
-    """The dot product at a node, or why it is not proved; None for nodes without one."""
+    """Return the dot product of a node, or the reason why it is not proved; None for nodes without one."""
     reader = _READERS.get((node.domain, node.op_type))
     name = node.name or f"{node.op_type}:{node.outputs[0].name}"
     if reader is None:
         if node.domain in ("", CONTRIB):
             return Skip(name, node.op_type, IntegerReason.OPERATOR) if node.op_type in UNREAD else None
-        known = node.op_type in UNREAD or any(op == node.op_type for _, op in _READERS)
-        return Skip(name, node.op_type, IntegerReason.OPERATOR, f"domain {node.domain}") if known else None
+        has_dot = node.op_type in UNREAD or any(op == node.op_type for _, op in _READERS)
+        return Skip(name, node.op_type, IntegerReason.OPERATOR, f"domain {node.domain}") if has_dot else None
     try:
         return replace(reader(node), name=name)
     except UnsupportedNode as unsupported:
         return Skip(name, node.op_type, unsupported.reason, unsupported.detail)
-    except (ValueError, IndexError) as error:  # NumPy's, about axes and shapes that a valid model does not have
+    except (ValueError, IndexError) as error:  # from NumPy, for axes and shapes of an invalid model
         return Skip(name, node.op_type, IntegerReason.SHAPE, str(error))
 
 
 def _matrix(
     node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, *, flip: bool = False, **more: Any
 ) -> IntegerDot:
-    """An integer product of a matrix with constant codes."""
+    """Read an integer product of a matrix with constant codes."""
     stored = constant_weight(w, x)
     if flip:
         stored = np.swapaxes(stored, -1, -2)
     codes, w_type = integers(columns(stored))
     n = codes.shape[1]
     x_type, span, zeros = activation_codes(x, x_zero)
-    w_zeros = spread(weight_zeros(w_zero, stored.shape), n)
+    w_zeros = per_column(weight_zeros(w_zero, stored.shape), n)
     return IntegerDot("", node.op_type, "integer", weight_name(w), codes, x_type, w_type, span, zeros, w_zeros, **more)
 
 
@@ -157,10 +157,10 @@ def _qgemm(node: ir.Node) -> IntegerDot:
 
 
 def _dynamic_quantize_matmul(node: ir.Node) -> IntegerDot:
-    """Float activations, quantized by the operator to uint8 with a zero point of their own."""
+    """Read a product of float activations, which the operator quantizes to uint8 with a zero point at run time."""
     stored = constant_weight(required(node, 1), required(node, 0))
     codes, w_type = integers(columns(stored))
-    w_zeros = spread(weight_zeros(operand(node, 3), stored.shape), codes.shape[1])
+    w_zeros = per_column(weight_zeros(operand(node, 3), stored.shape), codes.shape[1])
     name = weight_name(required(node, 1))
     return IntegerDot("", node.op_type, "integer", name, codes, "uint8", w_type, (0, 255), (0, 255), w_zeros)
 
@@ -170,13 +170,13 @@ def _matmul_integer_to_float(node: ir.Node) -> IntegerDot:
 
 
 def _conv(
-    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, bias: ir.Value | None, left: bool
+    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, bias: ir.Value | None, weight_left: bool
 ) -> IntegerDot:
     stored = constant_weight(w, x)
     zeros = constant(w_zero)
     if w_zero is not None and zeros is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
-    matrix, taps, depthwise = unrolled(stored, attribute_of(node, "group", 1))
+    matrix, taps, depthwise = conv_matrix(stored, attribute_of(node, "group", 1))
     codes, w_type = integers(matrix)
     m = codes.shape[1]
     flat = np.zeros(1, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
@@ -193,11 +193,11 @@ def _conv(
         w_type,
         span,
         x_zeros,
-        spread(flat.reshape(1, -1), m),
+        per_column(flat.reshape(1, -1), m),
         integer_bias(bias, m),
         taps=taps,
         depthwise=depthwise,
-        weight_left=left,
+        weight_left=weight_left,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading the operands of integer products: constants, types, ranges and zero points, or the reason one cannot be read."""
+"""Operands of integer products: constants, types, ranges and zero points, or the reason why one cannot be read."""
 
 from __future__ import annotations
 
@@ -33,11 +33,15 @@ PASSES_THROUGH = frozenset(
         "Unsqueeze",
     }
 )
-"""Operators that move activation codes and leave their type alone."""
+"""Operators that move activation codes without changing their type."""
 
 
 def required(node: ir.Node, index: int) -> ir.Value:
-    """Input ``index`` of a node."""
+    """Return input ``index`` of a node.
+
+    Raises:
+        UnsupportedNode: It is missing.
+    """
     value = operand(node, index)
     if value is None:
         raise UnsupportedNode(IntegerReason.SHAPE, f"input {index} is missing")
@@ -45,7 +49,7 @@ def required(node: ir.Node, index: int) -> ir.Value:
 
 
 def integers(array: Array) -> tuple[Array, str]:
-    """Integer codes in a NumPy type of their own, and the name of the type they are stored in."""
+    """Convert integer codes to a wider NumPy type; return them and the name of the stored type."""
     name = array.dtype.name
     if name not in RANGES:
         raise UnsupportedNode(IntegerReason.WEIGHT_TYPE, name)
@@ -54,9 +58,9 @@ def integers(array: Array) -> tuple[Array, str]:
 
 
 def constant_codes(value: ir.Value) -> Array:
-    """Constant codes, also those a QuantizeLinear makes of a constant float weight, which onnxruntime folds.
+    """Return constant codes, including those of a QuantizeLinear of a constant float weight, which onnxruntime folds.
 
-    The arithmetic is its: float32 division, rounding half to even, saturation.
+    The arithmetic is onnxruntime's: float32 division, rounding half to even, saturation.
     """
     node = value.producer()
     if node is None or node.op_type != "QuantizeLinear" or node.domain != "":
@@ -90,19 +94,19 @@ def _range(bits: int, signed: bool) -> tuple[int, int]:
 RANGES = {f"{'' if signed else 'u'}int{bits}": _range(bits, signed) for bits in (2, 4, 8, 16) for signed in (True, False)}
 
 
-def constant_weight(value: ir.Value, other: ir.Value | None = None) -> Array:
-    """The constant behind a weight operand; ``other`` is the other side, to tell which one is constant."""
-    found = constant(value)
-    if found is None:
-        left = other is not None and constant(other) is not None
-        raise UnsupportedNode(IntegerReason.CONSTANT_LEFT if left else IntegerReason.DYNAMIC_WEIGHT)
-    if found.size == 0:
-        raise UnsupportedNode(IntegerReason.SHAPE, f"weight has shape {list(found.shape)}")
-    return found
+def constant_weight(value: ir.Value, other_operand: ir.Value | None = None) -> Array:
+    """Return the constant of a weight operand; ``other_operand`` serves to tell which side is constant."""
+    weight = constant(value)
+    if weight is None:
+        constant_left = other_operand is not None and constant(other_operand) is not None
+        raise UnsupportedNode(IntegerReason.CONSTANT_LEFT if constant_left else IntegerReason.DYNAMIC_WEIGHT)
+    if weight.size == 0:
+        raise UnsupportedNode(IntegerReason.SHAPE, f"weight has shape {list(weight.shape)}")
+    return weight
 
 
 def weight_name(value: ir.Value) -> str:
-    """Name of the initializer or Constant behind a weight."""
+    """Return the name of the initializer or Constant of a weight."""
     for _ in range(16):
         node = value.producer()
         if node is None or not node.inputs or node.inputs[0] is None:
@@ -112,7 +116,7 @@ def weight_name(value: ir.Value) -> str:
 
 
 def type_of(value: ir.Value) -> str | None:
-    """The type of activation codes, also where the graph does not say it."""
+    """Return the type of activation codes, inferred where it is undeclared."""
     for _ in range(64):
         if value.dtype is not None:
             return value.dtype.name.lower()
@@ -123,9 +127,9 @@ def type_of(value: ir.Value) -> str | None:
             return "uint8"
         if node.op_type == "QuantizeLinear":
             zero = operand(node, 2)
-            named = ir.DataType(attribute_of(node, "output_dtype", 0))
+            declared = ir.DataType(attribute_of(node, "output_dtype", 0))
             if zero is None:
-                return "uint8" if named == ir.DataType.UNDEFINED else named.name.lower()
+                return "uint8" if declared == ir.DataType.UNDEFINED else declared.name.lower()
             value = zero
         elif node.op_type in PASSES_THROUGH and node.inputs and node.inputs[0] is not None:
             value = node.inputs[0]
@@ -135,11 +139,11 @@ def type_of(value: ir.Value) -> str | None:
 
 
 def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int | None = 0) -> tuple[str, tuple[int, int], tuple[int, ...]]:
-    """Type, range and zero points of activation codes; the least and greatest zero point where it is chosen at run time."""
+    """Return type, range and zero points of activation codes; the extreme zero points where they are computed at run time."""
     kind = type_of(codes) or (None if zero is None else type_of(zero))
-    held = constant(zero)
-    if kind is None and held is not None:
-        kind = held.dtype.name
+    zero_points = constant(zero)
+    if kind is None and zero_points is not None:
+        kind = zero_points.dtype.name
     if kind not in RANGES:
         raise UnsupportedNode(IntegerReason.ACTIVATION_TYPE, str(kind))
     span = RANGES[kind]
@@ -147,14 +151,14 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
         if default_zero is None:
             raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
         return kind, span, (default_zero,)
-    if held is None:
+    if zero_points is None:
         return kind, span, span
-    values = held.astype(np.int64).reshape(-1)
+    values = zero_points.astype(np.int64).reshape(-1)
     return kind, span, tuple(sorted({int(values.min()), int(values.max())})) if values.size else (0,)
 
 
 def columns(array: Array) -> Array:
-    """``(..., K, N)``, or ``(K,)``, as ``(K, N')``: every output of a batched product is a column."""
+    """Reshape ``(..., K, N)`` or ``(K,)`` to ``(K, N')``: every output of a batched product is a column."""
     if array.ndim == 0:
         raise UnsupportedNode(IntegerReason.SHAPE, "weight is a scalar")
     if array.ndim == 1:
@@ -163,41 +167,41 @@ def columns(array: Array) -> Array:
 
 
 def weight_zeros(value: ir.Value | None, shape: tuple[int, ...]) -> Int64:
-    """Weight zero points of an integer matrix product, as ``(1, N')``: one, one a column, or batched ``(..., 1, N)``."""
+    """Return weight zero points of an integer matrix product as ``(1, N')``: scalar, per column, or batched ``(..., 1, N)``."""
     if value is None:
         return np.zeros((1, 1), np.int64)
-    found = constant(value)
-    if found is None:
+    zero_points = constant(value)
+    if zero_points is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
-    zeros = found.astype(np.int64)
+    zeros = zero_points.astype(np.int64)
     try:
         return columns(np.broadcast_to(zeros, shape)).astype(np.int64)[:1] if zeros.size > 1 else zeros.reshape(1, 1)
     except ValueError as error:
         raise UnsupportedNode(IntegerReason.SHAPE, f"weight zero point {list(zeros.shape)}") from error
 
 
-def spread(zeros: Int64, n: int) -> Int64:
-    """Zero points of every column."""
+def per_column(zeros: Int64, n: int) -> Int64:
+    """Broadcast zero points to every column."""
     return np.ascontiguousarray(np.broadcast_to(zeros, (len(zeros), n)))
 
 
 def integer_bias(value: ir.Value | None, n: int) -> Int64 | None:
-    """A constant integer bias ``(n,)``; None if there is none."""
+    """Return a constant integer bias ``(n,)``; None if there is none."""
     if value is None:
         return None
-    found = constant(value)
-    if found is None:
+    bias = constant(value)
+    if bias is None:
         raise UnsupportedNode(IntegerReason.BIAS)
-    if not np.issubdtype(found.dtype, np.integer):
-        raise UnsupportedNode(IntegerReason.BIAS, found.dtype.name)
-    flat = found.astype(np.int64).reshape(-1)
+    if not np.issubdtype(bias.dtype, np.integer):
+        raise UnsupportedNode(IntegerReason.BIAS, bias.dtype.name)
+    flat = bias.astype(np.int64).reshape(-1)
     if flat.size not in (1, n):
         raise UnsupportedNode(IntegerReason.SHAPE, f"bias of {flat.size} for {n} outputs")
     return np.broadcast_to(flat, (n,)).copy()
 
 
 def broadcast_grid(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
-    """Scales or zero points broadcast to the codes: one, one a slice of ``axis``, or one a block along it."""
+    """Broadcast scales or zero points to the codes: per tensor, per slice of ``axis``, or per block along it."""
     if values.size == 1:
         return np.broadcast_to(values.reshape((1,) * len(shape)), shape)
     if block:
@@ -205,8 +209,8 @@ def broadcast_grid(values: Array, shape: tuple[int, ...], axis: int, block: int)
     return np.broadcast_to(values.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
 
 
-def unrolled(stored: Array, group: int) -> tuple[Array, int, bool]:
-    """A convolution's weight as ``(C / group * taps, M)``, its taps, and whether it is depthwise."""
+def conv_matrix(stored: Array, group: int) -> tuple[Array, int, bool]:
+    """Reshape a convolution's weight to ``(C / group * taps, M)``; return it, its taps, and whether it is depthwise."""
     if stored.ndim < 3:
         raise UnsupportedNode(IntegerReason.SHAPE, f"convolution weight {list(stored.shape)}")
     m, channels = stored.shape[:2]
@@ -214,7 +218,7 @@ def unrolled(stored: Array, group: int) -> tuple[Array, int, bool]:
 
 
 def blocks(op: str, name: str, codes: Array, bits: int, block: int) -> IntegerDot:
-    """Blocks of unsigned codes that meet activations quantized to ``[-127, 127]`` at run time."""
+    """Describe blocks of unsigned codes times activations quantized to ``[-127, 127]`` at run time."""
     return IntegerDot(
         "",
         op,

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Array
-from magr_onnx.passes.instrument.gradients import fisher_taps, measured
+from magr_onnx.passes.instrument.gradients import fisher_taps, shaped_values
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.budget import split_by_budget
@@ -82,7 +82,7 @@ def collect(
     if not widths:
         return moments
     data = data.limit(MAX_BATCHES)
-    names = measured(model)
+    names = shaped_values(model)
     with Session(shape_taps(model, names), provider) as session:
         shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}
     groups = split_by_budget(([name] for name in widths), lambda name: (name, 16 * widths[name] ** 2), budget)

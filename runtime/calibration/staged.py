@@ -23,7 +23,7 @@ from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
-from magr_onnx.passes.instrument.segments import behind, beside, cut, given_inputs, segments_of
+from magr_onnx.passes.instrument.segments import cut, downstream, fed_inputs, residual_operand, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
@@ -91,7 +91,7 @@ def staged(
     float_names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
     lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
-        values = _Values(original, quantized, context, floats, quants, behind(quantized, schedule.changed))
+        values = _Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
             if progress is not None:
@@ -126,7 +126,7 @@ class _Values:
         self._changed = changed
         self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
         self._masks: list[npt.NDArray[np.bool_] | None] = []
-        names = given_inputs(original)
+        names = fed_inputs(original)
         for b, batch in enumerate(context.data):
             self._masks.append(self._mask.elements(batch))
             for name in names:
@@ -193,7 +193,7 @@ class _Values:
     def residual(self, layer: LinearLayer, name: str) -> str | None:
         """Name the residual added to the output of a layer that reads ``name``, if it is live, differs between the models, and has the
         same rows."""
-        residual = beside(layer)
+        residual = residual_operand(layer)
         if residual is None or residual not in self.live or residual in self.shared:
             return None
         return residual if self.floats.get(residual, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None

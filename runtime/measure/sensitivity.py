@@ -26,7 +26,7 @@ import onnx_ir as ir
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.types import Array, Choice, LayerStats
-from magr_onnx.passes.instrument.weight_inputs import Slot, overridable
+from magr_onnx.passes.instrument.weight_inputs import WeightInputs, with_weight_inputs
 from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
@@ -148,7 +148,7 @@ def measure(
     sensitivities: dict[str, Sensitivity] = {}
     steps = 1 + len(references)  # per layer
     overridden = [layer.name for layer in layers] if conditions.grids is None else []
-    copy, slots = overridable(model, overridden)
+    copy, slots = with_weight_inputs(model, overridden)
     with Session(copy, conditions.provider) as session:
         reference: Reference | None = None
         for group in moments.grouped(layers, conditions.gram_budget // 2):
@@ -219,7 +219,7 @@ def _errors(trial: _Trial, choices: Plans) -> dict[Choice, float]:
     return errors
 
 
-def _replaced(trial: _Trial, plan: Plan, slot: Slot, session: Session, reference: Reference) -> tuple[float, float]:
+def _replaced(trial: _Trial, plan: Plan, slot: WeightInputs, session: Session, reference: Reference) -> tuple[float, float]:
     """Measure error and loss with the weight of one layer replaced in a running session."""
     problem, columns = trial.problem(), _columns(trial.layer.n)
     solution = _reference(plan).solve(problem)

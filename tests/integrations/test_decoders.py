@@ -16,7 +16,7 @@ from magr_onnx.cli.app import app
 from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
-from magr_onnx.passes.instrument.segments import beside
+from magr_onnx.passes.instrument.segments import residual_operand
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.fisher import collect as fisher
@@ -351,7 +351,7 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
 def test_a_residual_that_a_norm_adds_is_seen() -> None:
     """Of every attention and feed-forward block: what error feedback aims at makes up for it."""
     model = decoders.genai()
-    found = {layer.name.split("/", 3)[-1]: beside(layer) for layer in find(model)[0] if "layers.0" in layer.name}
+    found = {layer.name.split("/", 3)[-1]: residual_operand(layer) for layer in find(model)[0] if "layers.0" in layer.name}
     assert found == dict.fromkeys(("attn/q_proj/MatMul", "attn/k_proj/MatMul", "attn/v_proj/MatMul"), None) | {
         "attn/o_proj/MatMul": "/model/embed_tokens/Gather/output_0",
         "mlp/gate_proj/MatMul": None,

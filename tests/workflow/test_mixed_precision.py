@@ -22,7 +22,7 @@ from magr_onnx.errors import CalibrationError, OptionError
 from magr_onnx.model_io import files, writing
 from magr_onnx.models import bundled
 from magr_onnx.passes import LinearLayer, Plan, find, run_layers
-from magr_onnx.passes.instrument.weight_inputs import overridable
+from magr_onnx.passes.instrument.weight_inputs import with_weight_inputs
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import Grids
@@ -154,7 +154,7 @@ def test_overridden_weights_are_used(form: str) -> None:
     """A session fed a layer's own weights computes what it computes without; fed twice the weights and bias, twice that."""
     model = graphs.FORMS[form]()
     (layer,) = find(model)[0]
-    copy, slots = overridable(model, [layer.name])
+    copy, slots = with_weight_inputs(model, [layer.name])
     batch = feeds(model)
     bias = layer.read_bias()
     with Session(model) as a, Session(copy) as b:

@@ -240,11 +240,11 @@ def test_stages_see_what_was_solved_before_them() -> None:
     """Statistics of a layer behind a shared one are those of the model with the shared one quantized."""
     model, work = stack(), stack()
     layers, _ = find(work)
-    first = segments.apart(layers)
+    first = segments.outside_stages(layers)
     assert [layer.name for layer in first] == ["first", "last"]
-    changed = segments.made_by(work, first)
+    changed = segments.outputs_of(work, first)
     assert changed == {"first_out", "y"}
-    assert segments.behind(work, changed) == {"first_out", "a_out", "between_out", "b_out", "y"}
+    assert segments.downstream(work, changed) == {"first_out", "a_out", "between_out", "b_out", "y"}
     run_layers(Plan.parse("quantize{bits=2,block_size=16},emit-matmulnbits"), first, lambda _: None, lambda _: None)
     feeds = [{"x": correlated(64, K, seed=s)} for s in range(4)]
     with Session(model) as session:
