@@ -443,7 +443,7 @@ def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPat
     for mended in (False, True):
         with monkeypatch.context() as patch:
             if not mended:
-                patch.setattr(stages, "beside", lambda layer: None)
+                patch.setattr(stages, "residual_operand", lambda layer: None)
             made, report = magr_onnx.optimize(model, data, bits=2, mask=None)
         assert report.verified == 3
         with Session(made) as session:
