@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class MagrError(Exception):
@@ -92,6 +92,17 @@ def translate_resource_errors() -> Iterator[None]:
         ) from error
     except RecursionError as error:
         raise ModelError("the model is nested too deeply: subgraphs in subgraphs, or functions that call functions") from error
+
+
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first three names and count the rest: ``a, b, c and 2 more``."""
+    return separator.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def shortened(value: object) -> str:
+    """Return the repr of a value in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def install(extra: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from magr_onnx.config.options import OPTIONS, Options
 from magr_onnx.config.plans import build_pipeline
 from magr_onnx.config.schema import none_to_word, unknown, word_to_none
-from magr_onnx.errors import OptionError, closest, raise_all
+from magr_onnx.errors import OptionError, closest, listed, raise_all
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -190,7 +190,8 @@ def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer],
             if (text := unmatched(pattern, names, others)) is not None:
                 problems.append(text)
             elif convs := _hits(pattern, others):
-                notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({_some(convs)}): see conv_bits")
+                matched = listed(convs)
+                notes.append(f"options of layers {pattern!r} are not for convolutions, and it matches some ({matched}): see conv_bits")
     raise_all(OptionError, problems)
     return notes
 
@@ -200,7 +201,7 @@ def unmatched(pattern: str, names: Sequence[Sequence[str]], convolutions: Sequen
     if _hits(pattern, names):
         return None
     if convs := _hits(pattern, convolutions):
-        return f"layer options: {pattern!r} matches convolutions only ({_some(convs)}), and their bits are conv_bits, for all of them"
+        return f"layer options: {pattern!r} matches convolutions only ({listed(convs)}), and their bits are conv_bits, for all of them"
     return f"layer options: {pattern!r} matches no layer that is converted{near(pattern, names)}"
 
 
@@ -216,7 +217,7 @@ def near(pattern: str, names: Sequence[Sequence[str]]) -> str:
     return (
         closest(like, every if "." in like else ends)
         or closest(like, every)
-        or (f"; there are {_some([aliases[0] for aliases in names])}" if names else "; there are none")
+        or (f"; there are {listed([aliases[0] for aliases in names])}" if names else "; there are none")
     )
 
 
@@ -253,7 +254,3 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

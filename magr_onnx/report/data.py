@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from magr_onnx.errors import ReportError
+from magr_onnx.errors import ReportError, listed
 from magr_onnx.report.mixed_precision import Assignment
 from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
 from magr_onnx.report.validation import Validation, severity
@@ -323,7 +323,7 @@ def skip_lines(text: str, rows: Sequence[SkipRow], width: int = COLUMNS) -> list
     """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)
-    shown = ", ".join(r.label for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    shown = listed([r.label for r in rows])
     return wrapped(f"  {len(rows):3d}  {text}: {shown}", 7, width)
 
 

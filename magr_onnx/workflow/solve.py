@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.core.types import LayerStats
+from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.emit.readback import digest
@@ -302,9 +303,8 @@ def _remarks(done: _Round, context: RunContext) -> list[str]:
         )
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         found.append(
-            f"{some}: all input rows count, since there is not one for each element of the mask {context.mask!r} "
+            f"{listed(names)}: all input rows count, since there is not one for each element of the mask {context.mask!r} "
             "(pooled or reshaped before)"
         )
     return found

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from magr_onnx.errors import listed
 from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
 from magr_onnx.passes.canonical.rewriter import NodeRewriter, Pattern, Refusal, RewriteContext, weight
 from magr_onnx.passes.layers.linear import REFUSED
@@ -57,8 +58,7 @@ def canonicalize(model: ir.Model, selection: Selection = ALL, *, requantized: bo
             elif result:
                 rewritten.append(rewriter.name)
         if rewritten:
-            names = ", ".join(rewritten[:3]) + (f" and {len(rewritten) - 3} more" if len(rewritten) > 3 else "")
-            notes.append(f"{pattern.summary}: {names}")
+            notes.append(f"{pattern.summary}: {listed(rewritten)}")
     if notes:
         model.graph.sort()
     return notes

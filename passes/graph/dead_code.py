@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from magr_onnx.errors import listed
+
 
 def remove(model: ir.Model) -> list[str]:
     """Remove dead nodes from ``model``; return a note for the report if there were any."""
@@ -14,5 +16,4 @@ def remove(model: ir.Model) -> list[str]:
     RemoveUnusedNodesPass()(model)
     remaining = {n.name or n.op_type for n in model.graph}
     removed = [name for name in before if name not in remaining]
-    more = f" and {len(removed) - 3} more" if removed[3:] else ""
-    return [f"unused nodes are removed: {', '.join(removed[:3])}{more}"]
+    return [f"unused nodes are removed: {listed(removed)}"]

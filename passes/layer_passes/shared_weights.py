@@ -21,6 +21,7 @@ import numpy as np
 
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.types import LayerStats
+from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.linear import LinearLayer, layer_name
@@ -53,7 +54,7 @@ class SharedWeight:
     def solve(self, name: str, problem: LayerProblem, stages: Sequence[LayerStage]) -> LayerSolution:
         """Solve the problem of the reader ``name``: the first reader's stages choose the weight, the others take it over."""
         others = [layer.name for layer, _ in self._readers if layer.name != name]
-        note = f"shares its weight with {_listed(others)}: one solve for all, codes stored once"
+        note = f"shares its weight with {listed(others)}: one solve for all, codes stored once"
         solution, first, before = LayerSolution.unsolved(problem), self._solved is None, True
         for stage in stages:
             if not stage.solves:
@@ -123,14 +124,14 @@ def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool
             x.name for x in layers if alone and x is not layer and not x.nested and not layer.nested and x.weight_key == layer.weight_key
         ]
         if same:
-            notes[layer.name].append(f"{_listed(same)} reads the same weight in another stage, and has codes of its own")
+            notes[layer.name].append(f"{listed(same)} reads the same weight in another stage, and has codes of its own")
         transposed = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
         if transposed:
             notes[layer.name].append(
-                f"{_listed(transposed)} reads the same weight transposed or scaled, so that their codes cannot be shared"
+                f"{listed(transposed)} reads the same weight transposed or scaled, so that their codes cannot be shared"
             )
         if nodes := readers(layer):
-            names = _listed([f"{layer_name(node)} ({node.op_type})" for node in nodes])
+            names = listed([f"{layer_name(node)} ({node.op_type})" for node in nodes])
             ways = [f"leave it out (exclude={[scope_of(layer.node) or layer.name]})"]
             ways += ['convert the table as well (embeddings="gather-block-quantized")'] * any(node.op_type == "Gather" for node in nodes)
             stays = f"its float weight ({layer.weight.stored.nbytes} bytes) stays in the file for {names}"
@@ -143,7 +144,3 @@ def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool
 def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
     """Whether two layers read the same elements of a tensor, and not two parts of it."""
     return a.weight.key == b.weight.key
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -30,6 +30,7 @@ import onnx_ir as ir
 from magr_onnx.core.grid import blocks
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, WeightSpec
+from magr_onnx.errors import listed
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product
 
 FRACTIONS = tuple(2.0 ** (-i / 2) for i in range(9))  # 1 to 1/16
@@ -106,7 +107,5 @@ class SplitOutliers(Rewrite):
             gains.append(factor)
         if not done:
             return []
-        some = ", ".join(done[:3]) + (f" and {len(done) - 3} more" if len(done) > 3 else "")
-        return [
-            f"split-outliers: {len(done)} of {len(layers)} layers became two ({some}); rounding error falls {min(gains):.1f} times or more"
-        ]
+        count = f"{len(done)} of {len(layers)}"
+        return [f"split-outliers: {count} layers became two ({listed(done)}); rounding error falls {min(gains):.1f} times or more"]

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from magr_onnx.errors import listed
 from magr_onnx.passes.base import InputGrids
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product, operator, scalar
@@ -111,7 +112,7 @@ class TwinRanges(Rewrite):
             done.append(layer)
         if not done:
             return []
-        names = ", ".join(layer.name for layer in done[:3]) + (f" and {len(done) - 3} more" if len(done) > 3 else "")
+        names = listed([layer.name for layer in done])
         return [f"twin-ranges: {len(parts)} inputs of {len(done)} layers have two ranges ({names})"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from magr_onnx.errors import CalibrationError, raise_all
+from magr_onnx.errors import CalibrationError, listed, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
 from magr_onnx.runtime.data.sources import Batches, in_memory
@@ -39,11 +39,11 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     """
     declared = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
     other = [str(i) for i in declared.values() if i.name not in INPUTS]
-    listed = "; ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
     problems = [f"there is no {TOKENIZER} in {folder} to read text with; put the model's there, or give an .npz"] * (
         not (folder / TOKENIZER).is_file()
     )
-    problems += [f"text gives {', '.join(INPUTS)}, and the model needs {listed} too; give an .npz with all of them"] * bool(other)
+    needed = listed(other, "; ")
+    problems += [f"text gives {', '.join(INPUTS)}, and the model needs {needed} too; give an .npz with all of them"] * bool(other)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in declared)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
     length, fixed = _fixed(declared["input_ids"])
