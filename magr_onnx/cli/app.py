@@ -80,7 +80,7 @@ def _version(value: bool) -> None:
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Quantize ONNX models to 2 to 8 bits with MagR, GPTQ and bias compensation.
+    """Quantize ONNX models to 2 to 8 bits with MagR, GPTQ and bias correction.
 
     Try [bold]onnx-magr demo[/bold] first: it needs no model and no data.
     """

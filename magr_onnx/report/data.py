@@ -47,7 +47,7 @@ class LayerRow:
         bits: Code width; None where the weight stayed float (MagR alone).
         block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias compensation included. Behind
+        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias correction included. Behind
             quantized layers: of the output against what it should be there, what the layers before did wrong included.
         magr: Iterations and magnitudes of MagR, if it ran.
         solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
