@@ -1,4 +1,4 @@
-"""What happened to every layer, as data, as JSON and as text."""
+"""Report of a run, as data, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
 from magr_onnx.report.validation import Validation, severity
 
 MOST = 25
-"""Layers in a table for a person in a hurry."""
+"""Layers in a short table."""
 
 COLUMNS = 80
-"""Of text for people, where nothing says how many there are."""
+"""Width of text where the terminal's is unknown."""
 
 LEGEND = (
     "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of "
     "calibration data (a row is a token, or else a sample). *: the largest error."
 )
-"""What a table of layers means, for `Report.to_text`."""
+"""Legend of a table of layers in `Report.to_text`."""
 
 SCHEMA = 3
-"""Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all that is not finite."""
+"""Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all values that are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class LayerRow:
         bits: Code width; None where the weight stayed float (MagR alone).
         block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, bias correction included. Behind
-            quantized layers: of the output against what it should be there, what the layers before did wrong included.
+        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, after bias correction. After
+            quantized layers it is the error of the output against its target, including the errors of the layers before.
         magr: Iterations and magnitudes of MagR, if it ran.
         solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
-        bias_compensated: Whether the bias took up the mean error.
+        bias_compensated: Whether the bias absorbed the mean error.
         emitted: Name of the node that multiplies by the quantized weight.
         notes: Anything out of the ordinary.
         activation: How the input is quantized, if it is.
@@ -59,13 +59,13 @@ class LayerRow:
         low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
         groups: Matrices ``k x n`` of a convolution, one a group of channels.
         weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.core.histograms.sketch`.
-        errors: What the quantizer lowers, at the start and after every sweep (of at most 50).
-        sweeps: How many sweeps each of ``errors`` is behind; empty in older reports, which have all of them.
+        errors: The quantizer's objective, at the start and after every sweep (at most 50).
+        sweeps: The number of sweeps before each of ``errors``; empty in older reports, which have all of them.
         tiles: Headroom of a constrained accumulator along K; see `magr_onnx.core.histograms.tile_headroom`.
-        depth: Converted layers before it on the longest way from the inputs.
+        depth: Converted layers before it on the longest path from the inputs.
         output: Name of its output, by which `Validation.layers` has it.
-        scope: Path of the torch module it came from, where the file says so (`magr_onnx.passes.graph.torch_names`); of several layers of
-            one path the second has ``@1`` behind it, and so on.
+        scope: Path of its torch module, where known (`magr_onnx.passes.graph.torch_names`); ``@1`` and so on are appended to the second
+            and later layers of one path.
         stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
         added: Bytes that it adds to the file, where its float weight stays in it for others.
     """
@@ -100,19 +100,19 @@ class LayerRow:
 
     @property
     def label(self) -> str:
-        """What to call it to a person: its module, or the name of its node."""
+        """Return its display name: its module, or the name of its node."""
         return self.scope or self.name
 
     @property
     def block(self) -> str:
-        """What shares a scale: that many rows, or a whole channel; in a table that many values of a row, or the whole row."""
-        whole, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
-        return "" if self.block_size is None else name if self.block_size >= whole else str(self.block_size)
+        """Return the block that shares a scale: a number of rows, or ``channel``; of a table a number of values, or ``row``."""
+        rows, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
+        return "" if self.block_size is None else name if self.block_size >= rows else str(self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
 class ProofSummary:
-    """What `magr_onnx.verify` found in the result, where an accumulator was asked for.
+    """Result of `magr_onnx.verify` on the output, where an accumulator was set.
 
     Attributes:
         against: The target or the accumulator, in words.
@@ -133,15 +133,15 @@ class ProofSummary:
     def __str__(self) -> str:
         if self.total == 0:
             return f"nothing to prove: no layer computes in integers ({self.against})"
-        room = "" if self.headroom is None else f", least headroom {self.headroom:.2f} bits"
-        return f"{self.proved} of {self.total} integer dot products proved{room} ({self.against})"
+        headroom = "" if self.headroom is None else f", least headroom {self.headroom:.2f} bits"
+        return f"{self.proved} of {self.total} integer dot products proved{headroom} ({self.against})"
 
 
 @dataclass(frozen=True, slots=True)
 class SkipRow:
-    """A node that was looked at and left alone (not converted, or neither proved nor refuted), and why; its weights where known.
+    """A node that was not converted, or neither proved nor refuted, with the reason and the bytes of its weights where known.
 
-    ``scope`` is the path of the torch module it came from, where the file says so.
+    ``scope`` is the path of its torch module, where known.
     """
 
     name: str
@@ -153,33 +153,33 @@ class SkipRow:
 
     @property
     def label(self) -> str:
-        """What to call it to a person: nodes of one module differ by their names."""
+        """Return its display name: nodes of one module differ by their names."""
         return f"{self.scope} ({self.name})" if self.scope else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything `magr_onnx.optimize` did.
+    """Report of `magr_onnx.optimize`.
 
     Attributes:
         source: Path of the model, or a description.
         output: Path written, if any.
-        pipeline: Text that reproduces the passes; with an ``assignment`` that has the bits and blocks of every layer instead.
-        calibration: What the data was, or that there was none.
+        pipeline: Text that reproduces the passes; an ``assignment`` has the bits and blocks of every layer instead.
+        calibration: Description of the data, or that there was none.
         layers: Converted layers in graph order.
-        skipped: Nodes with weights that were left alone.
+        skipped: Nodes with weights that were not converted.
         bytes_before: Size of the source.
         bytes_after: Size of the result.
-        verified: Layers whose codes were read back from the result and found equal to those chosen.
+        verified: Layers whose codes were read back from the result and compared.
         seconds: Wall time by stage.
-        versions: Of the packages involved.
-        notes: Whatever else should be known.
-        validation: Float against quantized, if it was asked for.
-        proof: That no accumulator overflows, if that was asked for.
-        assignment: Mixed precision under a budget, if that was asked for.
-        command: The command or the Python call that does the same again; paths are as they were given.
-        options: What was asked for, defaults left out; objects that are no plain data are text.
-        recipe: The same as the text of a recipe, where the command line was used.
+        versions: Versions of the packages involved.
+        notes: Anything out of the ordinary, as sentences.
+        validation: Comparison of the float and the quantized model, if requested.
+        proof: Proof that no accumulator overflows, if requested.
+        assignment: Mixed precision under a budget, if requested.
+        command: The command or Python call that reproduces the run; paths are as typed.
+        options: Options without defaults; objects that are not plain data are text.
+        recipe: The options as a recipe, where the command line was used.
         schema: Version of this structure, as `SCHEMA`.
     """
 
@@ -204,34 +204,34 @@ class Report:
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; NaN and infinities are the texts ``nan``, ``inf`` and ``-inf``."""
+        """Convert to plain data for JSON; NaN and infinities become the texts ``nan``, ``inf`` and ``-inf``."""
         return plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
-        """JSON, an array of numbers a line; `from_json` gives the same report back."""
+        """Convert to JSON, with arrays of numbers on one line; `from_json` restores the report."""
         return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "report") -> Self:
-        """The report that `to_json` wrote, in this version or an older one, whose missing parts are empty.
+        """Restore a report from `to_json` of this or an older version, whose missing fields are empty.
 
         Raises:
-            ReportError: No report, or one of a newer version; the message begins with ``where``.
+            ReportError: Not a report, or one of a newer version; the message begins with ``where``.
         """
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ReportError(f"{where}: not JSON ({error}); give a file that 'optimize --report FILE.json' wrote") from error
-        if isinstance(value, dict) and isinstance(made := value.setdefault("schema", 1), int) and made > SCHEMA:
-            raise ReportError(f"{where}: written by a newer onnx-magr (schema {made}, this one reads up to {SCHEMA}); update onnx-magr")
+        if isinstance(value, dict) and isinstance(schema := value.setdefault("schema", 1), int) and schema > SCHEMA:
+            raise ReportError(f"{where}: written by a newer onnx-magr (schema {schema}, this one reads up to {SCHEMA}); update onnx-magr")
         return decode(cls, value, where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """`from_json` of a file.
+        """Load a report from a JSON file.
 
         Raises:
-            ReportError: It cannot be read, or is no report.
+            ReportError: It cannot be read, or is not a report.
         """
         try:
             text = Path(path).read_bytes()
@@ -240,20 +240,20 @@ class Report:
         return cls.from_json(text, f"report {os.fspath(path)}")
 
     def to_html(self) -> str:
-        """A page that shows everything, in one file that needs no network.
+        """Render as a self-contained HTML page.
 
         Raises:
             OptionError: The extra ``report`` is not installed.
         """
-        from magr_onnx.report import html  # an extra: most users of reports need no page
+        from magr_onnx.report import html  # an optional extra
 
         return html.page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a file: a page to ``.html``, else JSON to ``.json``.
+        """Save to a file: HTML for ``.html``, JSON for ``.json``.
 
         Raises:
-            OptionError: The extra ``report`` is not installed, or the suffix is another.
+            OptionError: The extra ``report`` is not installed, or the suffix is not supported.
             OutputError: The file cannot be written.
         """
         from magr_onnx.report import html
@@ -261,9 +261,9 @@ class Report:
         html.save(self, Path(path))
 
     def to_text(self, most: int | None = None, width: int = COLUMNS) -> str:
-        """A summary, a table of layers (of more than ``most`` those with the largest errors) and the reasons of those skipped.
+        """Render as text: a summary, a table of at most ``most`` layers with the largest errors, and the skipped nodes by reason.
 
-        Lines have ``width`` columns, from 60 on, but for paths and the numbers of a validation or a budget, which need 80.
+        Lines have ``width`` columns, at least 60, except for paths and the tables of a validation or a budget, which need 80.
         """
         return "\n".join(
             [
@@ -307,20 +307,20 @@ class Report:
         return [] if self.validation is None else ["", *validation_text(self.validation, labels, width)]
 
     def _notes(self, width: int) -> list[str]:
-        found = [*self.notes, *layer_notes(self.layers)]
-        return ["", "notes", *(line for n in found for line in wrapped(f"  {n}", 4, width))] if found else []
+        notes = [*self.notes, *layer_notes(self.layers)]
+        return ["", "notes", *(line for n in notes for line in wrapped(f"  {n}", 4, width))] if notes else []
 
 
 def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
-    """Rows by reason, in order of appearance."""
-    found: dict[str, list[SkipRow]] = {}
+    """Group rows by reason, in order of appearance."""
+    groups: dict[str, list[SkipRow]] = {}
     for row in rows:
-        found.setdefault(row.reason, []).append(row)
-    return found
+        groups.setdefault(row.reason, []).append(row)
+    return groups
 
 
 def skip_lines(text: str, rows: Sequence[SkipRow], width: int = COLUMNS) -> list[str]:
-    """How many, why, the size of their weights where it is known (one that several read counts once), and the first names."""
+    """Summarize skips of one reason: count, size of their weights (shared ones once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)
     shown = listed([r.label for r in rows])
@@ -328,12 +328,12 @@ def skip_lines(text: str, rows: Sequence[SkipRow], width: int = COLUMNS) -> list
 
 
 def wrapped(text: str, indent: int = 13, width: int = COLUMNS) -> list[str]:
-    """The text in lines of ``width`` columns, later ones indented."""
+    """Wrap text to ``width`` columns, with later lines indented."""
     return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
-    """What there is to say about layers, each sentence once with the number of layers it is true of."""
+    """Collect the notes of layers, each once with the number of layers it applies to."""
     layers: dict[str, list[str]] = {}
     for row in rows:
         for note in row.notes:
@@ -342,51 +342,51 @@ def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
 
 
-def told_apart(rows: Iterable[LayerRow]) -> list[LayerRow]:
-    """Rows whose scopes differ: of several with the same one, those after the first are numbered."""
-    seen: dict[str, int] = {}
-    found = []
+def with_unique_scopes(rows: Iterable[LayerRow]) -> list[LayerRow]:
+    """Make scopes unique by numbering repeated ones."""
+    counts: dict[str, int] = {}
+    unique = []
     for row in rows:
-        count = seen[row.scope] = seen.get(row.scope, -1) + 1
-        found.append(replace(row, scope=f"{row.scope}@{count}") if row.scope and count else row)
-    return found
+        count = counts[row.scope] = counts.get(row.scope, -1) + 1
+        unique.append(replace(row, scope=f"{row.scope}@{count}") if row.scope and count else row)
+    return unique
 
 
 def layer_table(rows: Sequence[LayerRow], most: int | None = None, width: int = COLUMNS) -> list[str]:
-    """Layers as text of ``width`` columns, worst error marked; of more than ``most`` those with the largest errors, largest first."""
+    """Render a table of layers with the worst error marked; of more than ``most``, those with the largest errors first."""
     if most is not None and len(rows) > most:
         ordered = sorted(rows, key=lambda row: -severity(row.error or 0))
         errors = [row.error or 0 for row in ordered[most:]]
         ends = f"{min(errors, key=severity):.2%} to {max(errors, key=severity):.2%}"
-        rest = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
-        return [*layer_table(ordered[:most], width=width), *wrapped(rest, 4, width)]
-    left = width - 40  # for names
+        note = f"... and {len(errors)} more layers with errors from {ends} (--verbose shows all)"
+        return [*layer_table(ordered[:most], width=width), *wrapped(note, 4, width)]
+    name_width = width - 40  # for names
     reduced = any(r.magr for r in rows) and all(r.bits is None for r in rows)
     head = f"{'largest weight':>21}" if reduced else f"{'bits':>4} {'block':>7} {'error':>8}"
-    lines = [f"{'layer':{left}} {'K x N':>13} {head}"]
+    lines = [f"{'layer':{name_width}} {'K x N':>13} {head}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
-        name = shortened(r.label, left)
+        name = shortened(r.label, name_width)
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
-        done = f"{_lowered(r):>21}" if reduced else f"{r.bits or '-':>4} {r.block or '-':>7} {error}{mark}"
-        lines.append(f"{name:{left}} {shape:>13} {done}")
+        figures = f"{_lowered(r):>21}" if reduced else f"{r.bits or '-':>4} {r.block or '-':>7} {error}{mark}"
+        lines.append(f"{name:{name_width}} {shape:>13} {figures}")
     return lines
 
 
 def shortened(name: str, most: int) -> str:
-    """The end of a name, which tells layers apart."""
+    """Shorten a name to its end, which distinguishes layers."""
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
 def _lowered(row: LayerRow) -> str:
-    """What MagR made of the largest weight of a layer."""
+    """Describe how MagR reduced the largest weight of a layer."""
     return "-" if row.magr is None else f"{row.magr['max_before']:.4g} -> {row.magr['max_after']:.4g}"
 
 
 def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingProxyType({}), width: int = COLUMNS) -> list[str]:
-    """Metrics of every output and arithmetic, then size and latency; layers by ``labels`` of their outputs, where there are any."""
+    """Render a validation: metrics by output and arithmetic, then size and latency; ``labels`` maps outputs to layers."""
     lines = [
         f"validation   {v.data}: {v.amount}, provider {v.provider}",
         f"  {'output':18} {'arithmetic':11} {'SQNR dB':>7} {'cosine':>8} {'max err':>8} {'top-1':>7} {'KL':>8}",
@@ -396,7 +396,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         kl = "" if m.kl is None else f"{m.kl:8.5f}"
         row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
         lines.append(row.rstrip())
-    lines += [line for said in v.broken() for line in wrapped(f"  {said}", 4, width)]
+    lines += [line for sentence in v.broken() for line in wrapped(f"  {sentence}", 4, width)]
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None and m.perplexity is not None:
             (a, b), (before, after) = m.cross_entropy, m.perplexity
@@ -419,12 +419,12 @@ def megabytes(size: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and those it stands on."""
-    found = {}
+    """Return the versions of this package and its main dependencies."""
+    versions_by_name = {}
     for name in ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
         try:
-            found[name] = version(name)
+            versions_by_name[name] = version(name)
         except PackageNotFoundError:
             continue
-    found.setdefault("onnx-magr", "unknown")
-    return found
+    versions_by_name.setdefault("onnx-magr", "unknown")
+    return versions_by_name

@@ -1,4 +1,4 @@
-"""Why nodes with weights are left as they are."""
+"""Reasons why nodes with weights are not converted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why an operator that holds weights is left as it is."""
+    """Reasons why an operator with weights is not converted."""
 
     DYNAMIC_WEIGHT = "right side is computed at run time"
     QUANTIZED = "weight is quantized already"
@@ -33,7 +33,7 @@ class Reason(StrEnum):
 
 
 class ConvReason(StrEnum):
-    """Why a convolution is left as it is, beside the reasons it shares with linear layers."""
+    """Reasons why a convolution is not converted, besides those shared with linear layers."""
 
     DYNAMIC_WEIGHT = "weight is computed at run time"
     UNASKED = "convolutions stay float (conv_bits gives them bits)"
@@ -42,7 +42,7 @@ class ConvReason(StrEnum):
 
 
 class TableReason(StrEnum):
-    """Why a table is left as it is, beside the reasons it shares with linear layers."""
+    """Reasons why an embedding table is not converted, besides those shared with linear layers."""
 
     UNASKED = "tables of embeddings stay float (option embeddings quantizes them)"
     AXIS = "rows are not gathered along axis 0"
@@ -50,7 +50,7 @@ class TableReason(StrEnum):
 
 
 class IntegerReason(StrEnum):
-    """Why a node is not proved."""
+    """Reasons why a node is not proved."""
 
     FLOAT = "computed in float"
     DYNAMIC_WEIGHT = "weight is computed at run time"
@@ -70,7 +70,7 @@ class IntegerReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that was considered and left alone, for one of the `Reason` values of whoever looked at it; bytes of weights where known."""
+    """A node that is not converted, with the reason and the bytes of its weights where known."""
 
     name: str
     op: str

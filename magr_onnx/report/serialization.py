@@ -1,4 +1,4 @@
-"""Dataclasses as plain data, as JSON has it, and back. JSON knows no NaN and no infinity: they are the texts of `WORDS`."""
+"""Serialization of dataclasses to JSON and back. NaN and infinities, which JSON lacks, are the texts of `WORDS`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 WORDS: Mapping[str, float] = MappingProxyType({"nan": math.nan, "inf": math.inf, "-inf": -math.inf})
 AS_IS: Mapping[str, bool] = MappingProxyType({"as_is": True})
-"""Metadata of a field whose texts are texts, whatever they say."""
+"""Metadata of a field whose texts are never decoded as numbers."""
 
-_PLAIN: Mapping[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}  # as Python's own rules
+_PLAIN: Mapping[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}  # an int is a float, as in Python
 
 
 def plain(value: Any) -> Any:
-    """Nested data with tuples as lists, NumPy scalars as Python ones, and NaN and infinities as `WORDS`."""
+    """Convert nested data: tuples to lists, NumPy scalars to Python, and NaN and infinities to `WORDS`."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -35,41 +35,41 @@ def plain(value: Any) -> Any:
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """The inverse of `plain` of ``dataclasses.asdict``: lists become tuples, nested dictionaries their dataclasses.
+    """Invert `plain` of ``dataclasses.asdict``: lists become tuples, nested dictionaries their dataclasses.
 
-    A field that is missing takes its default and one that is not known is left out, so that versions can differ. None where there must be a
-    float is infinity, as older versions wrote it.
+    Missing fields take their defaults and unknown ones are ignored, so that versions can differ. None for a float is infinity, as older
+    versions wrote it.
 
     Args:
         kind: A dataclass of numbers, text, tuples, dictionaries and other such dataclasses.
         value: The data.
-        where: What to call it in errors.
+        where: Name of the data in errors.
 
     Raises:
-        ReportError: A field without a default is missing, a value is of another type, or they are nested without end.
+        ReportError: A field without a default is missing, a value is of another type, or nesting is too deep.
     """
     try:
-        found: T = _decode(kind, value, where)
+        decoded: T = _decode(kind, value, where)
     except RecursionError as error:
         raise ReportError(f"{where}: nested too deeply for a report") from error
-    return found
+    return decoded
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return _numbers(value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _fields(kind, value, where)
     if origin is types.UnionType or origin is typing.Union:
-        inner = [p for p in parts if p is not type(None)]
-        return None if value is None and len(inner) < len(parts) else _decode(inner[0], value, where)
+        inner = [p for p in arguments if p is not type(None)]
+        return None if value is None and len(inner) < len(arguments) else _decode(inner[0], value, where)
     if origin is tuple and isinstance(value, list):
-        kinds = [parts[0]] * len(value) if parts[-1] is ... else list(parts)
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
         if len(kinds) == len(value):
             return tuple(_decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict and isinstance(value, dict):
-        return {key: _decode(parts[1], v, f"{where}.{key}") for key, v in value.items()}
+        return {key: _decode(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
     if kind is float and (value is None or (isinstance(value, str) and value in WORDS)):
         return WORDS["inf" if value is None else value]
     if isinstance(value, _PLAIN.get(kind, ())):
@@ -78,7 +78,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Figures of any shape, with the numbers that JSON has not."""
+    """Decode the numbers that JSON lacks in nested data."""
     if isinstance(value, dict):
         return {key: _numbers(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -90,17 +90,17 @@ def _fields(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ReportError(f"{where}: found {shortened(value)}, expected {kind.__name__}")
     hints = typing.get_type_hints(kind)
-    given = {}
+    kwargs = {}
     missing = []
     for f in dataclasses.fields(kind):
         if f.name in value:
-            found = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
-            given[f.name] = value[f.name] if f.metadata.get("as_is") else found
+            decoded = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
+            kwargs[f.name] = value[f.name] if f.metadata.get("as_is") else decoded
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             missing.append(f.name)
     if missing:
         raise ReportError(f"{where}: {', '.join(missing)} missing; give a file that 'optimize --report FILE.json' wrote")
-    return kind(**given)
+    return kind(**kwargs)
 
 
 def _name(kind: Any) -> str:
@@ -108,9 +108,9 @@ def _name(kind: Any) -> str:
 
 
 def json_text(value: Any) -> str:
-    """JSON of `plain` data for people too: indented, with an array of numbers a line."""
+    """Format `plain` data as indented JSON, with arrays of numbers on one line."""
     text = json.dumps(value, indent=2, allow_nan=False)
-    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
-_NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # strings in JSON hold no line breaks, so this is no part of one
+_NUMBERS = re.compile(r"\[\n([-+.\deEnul,\s]*)\n\s*\]")  # JSON strings have no line breaks, so this never matches inside one

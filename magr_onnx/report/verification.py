@@ -1,4 +1,4 @@
-"""What `magr_onnx.verify` found, as data, as JSON and as text."""
+"""Result of `magr_onnx.verify`, as data, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class WitnessRow:
         x: Activation codes ``(K,)``.
         x_zero: Zero point of the activation in the sum ``result``.
         exact: The true sum in the register.
-        held: What the register holds instead.
+        held: The wrapped or clipped value in the register.
         dot: The true dot product of the column.
-        simulated: The same as the registers give it.
-        operator: What was run on this machine; empty if nothing could be.
-        computed: What this machine computed.
+        simulated: The same, as computed by the registers.
+        operator: The operator run on this machine; empty if none was.
+        computed: Its result.
         exact_here: Whether that is the true dot product.
-        detail: Why nothing was run.
+        detail: The reason if nothing was run.
     """
 
     claim: str
@@ -52,7 +52,7 @@ class WitnessRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """One integer dot product.
+    """Verdict on one integer dot product.
 
     Attributes:
         name: Node name; a function's nodes are ``function/node``.
@@ -64,7 +64,7 @@ class LayerVerdict:
         w_type: Type of the weight codes.
         x_range: Range of the activation codes as the kernel multiplies them.
         accumulator: The registers, in words.
-        order: Order of K that was assumed, where it is not the graph's.
+        order: Assumed order of K, where it differs from the graph's.
         inner: The sum of a tile.
         outer: The sum of the tiles, with the integer bias.
         result: The operator's own result, with zero points; None where it is formed in floats.
@@ -90,22 +90,22 @@ class LayerVerdict:
 
     @property
     def headroom(self) -> float:
-        """Of the tightest register, in bits."""
+        """Return the headroom of the tightest register, in bits."""
         claims = (self.inner, self.outer, self.result)
         return min((c.headroom for c in claims if c is not None and c.headroom is not None), default=float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Everything `magr_onnx.verify` found.
+    """Result of `magr_onnx.verify`.
 
     Attributes:
         source: Path of the model, or a description.
         against: The target or the accumulator, in words.
         layers: Integer dot products in graph order.
         skipped: All other nodes with dot products.
-        machine: Where witnesses were run.
-        versions: Of the packages involved.
+        machine: The machine witnesses were run on.
+        versions: Versions of the packages involved.
     """
 
     source: str
@@ -121,18 +121,18 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing overflows; what was skipped is not claimed either way."""
+        """Return whether no register overflows; skipped nodes are not covered."""
         return not self.failed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Convert to plain data for JSON."""
         return {**plain(dataclasses.asdict(self)), "ok": self.ok}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_text(self) -> str:
-        """Totals, the tightest layers, one witness in words, and the reasons of nodes skipped, within 80 columns."""
+        """Render totals, the tightest layers, one witness and the skipped nodes, within 80 columns."""
         return "\n".join([*self._summary(), *self._table(), *self._witnesses(), *self._skips()])
 
     def _summary(self) -> list[str]:
@@ -158,10 +158,10 @@ class Verification:
             head = "" if layer.headroom == float("inf") else f"{layer.headroom:6.2f}"
             sizes = f"{f'{layer.inner.needed}/{layer.inner.bits}':>7} {f'{outer.needed}/{outer.bits}':>7}"
             lines.append(f"{name:30} {f'{layer.k} x {layer.n}':>13} {sizes} {head:>6}  {layer.verdict}")
-        rest = ranked[ROWS:]
-        if rest:
-            failing = sum(layer.verdict != "proved" for layer in rest)
-            lines.append(f"... and {len(rest)} more, {f'{failing} of them overflow' if failing else 'all proved'}")
+        others = ranked[ROWS:]
+        if others:
+            failing = sum(layer.verdict != "proved" for layer in others)
+            lines.append(f"... and {len(others)} more, {f'{failing} of them overflow' if failing else 'all proved'}")
         return [*lines, "inner, outer: bits needed / bits there are; head: headroom in bits"]
 
     def _witnesses(self) -> list[str]:
@@ -199,5 +199,5 @@ def _rows(witness: WitnessRow) -> str:
 def _here(witness: WitnessRow) -> str:
     if witness.exact_here is None:
         return f"not run here ({witness.detail})" if witness.detail else "not run here"
-    found = "exact on this machine" if witness.exact_here else f"this machine computes {witness.computed}"
-    return f"{found} ({witness.operator})"
+    outcome = "exact on this machine" if witness.exact_here else f"this machine computes {witness.computed}"
+    return f"{outcome} ({witness.operator})"

@@ -19,7 +19,7 @@ from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.shared import readers
 from magr_onnx.passes.layerwise import run_layers
-from magr_onnx.report.data import LayerRow, megabytes, told_apart
+from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Conditions
@@ -276,7 +276,7 @@ def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Mode
         row, name = done.rows[layer.name], layer.name
         rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=done.added.get(name) if readers(layer) else None))
     depth = depths(model, {row.name for row in rows})
-    return told_apart(replace(row, depth=depth.get(row.name)) for row in rows)
+    return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
 
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:

@@ -38,16 +38,16 @@ def test_layer_errors_with_and_without_feedback_get_no_verdict(runs: dict[str, R
 
 def test_layers_are_judged_by_the_running_model_where_both_have_it(runs: dict[str, Report]) -> None:
     fast, balanced = runs["fast"], runs["balanced"]
-    how = side_by_side.judged(fast, balanced)
+    how = side_by_side.basis_of(fast, balanced)
     assert (how.running, how.verdict) == (True, True)
     for row in (found := side_by_side.differences(fast, balanced)):
         assert row["change"] == row["second"].running - row["first"].running
     assert [abs(row["change"]) for row in found] == sorted((abs(row["change"]) for row in found), reverse=True)
     bare = replace(balanced, validation=None)
-    how = side_by_side.judged(fast, bare)
+    how = side_by_side.basis_of(fast, bare)
     assert (how.running, how.verdict) == (False, False)
     assert all(row["change"] == row["second"].row.error - row["first"].row.error for row in side_by_side.differences(fast, bare))
-    assert side_by_side.judged(replace(fast, validation=None), replace(fast, validation=None)).verdict
+    assert side_by_side.basis_of(replace(fast, validation=None), replace(fast, validation=None)).verdict
 
 
 def test_a_busier_machine_is_no_slower_model(runs: dict[str, Report]) -> None:

@@ -1,7 +1,6 @@
-"""Reports as pages: one HTML file each, with everything in it.
+"""Self-contained HTML pages of reports.
 
-The library of the plots (Vega-Lite) and the templates' (Jinja) are an extra, ``pip install 'onnx-magr[report]'``; what needs neither works
-without.
+The libraries for plots (Vega-Lite) and templates (Jinja) are an extra, ``pip install 'onnx-magr[report]'``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PAGES = (".html", ".htm")
 
 
 def page(report: Report) -> str:
-    """One report as HTML.
+    """Render one report as HTML.
 
     Raises:
         OptionError: The extra ``report`` is not installed.
@@ -36,7 +35,7 @@ def page(report: Report) -> str:
 
 
 def comparison(first: Report, second: Report) -> str:
-    """Two reports side by side as HTML, and what differs between them.
+    """Render a comparison of two reports as HTML.
 
     Raises:
         OptionError: The extra ``report`` is not installed.
@@ -48,7 +47,7 @@ def comparison(first: Report, second: Report) -> str:
 
 
 def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
-    """A list of pages as HTML: by file name what to call the model, and its report.
+    """Render an index of pages as HTML; ``pages`` maps file names to the model's name and report.
 
     Raises:
         OptionError: The extra ``report`` is not installed.
@@ -60,15 +59,15 @@ def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
 
 
 def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:
-    """See that reports can be written to ``paths``, and are none of the files that are ``taken``.
+    """Check that reports can be written to ``paths`` and overwrite none of the files in ``taken``.
 
     Raises:
         OutputError: A folder does not exist, or a file of the run would be overwritten.
         OptionError: The suffix is neither of a page nor of JSON, or the extra ``report`` is not installed.
     """
-    found = list(paths)
-    raise_all(OutputError, [p for path in found for p in misplaced(f"report {path}", path, taken)])
-    for path in found:
+    files = list(paths)
+    raise_all(OutputError, [p for path in files for p in misplaced(f"report {path}", path, taken)])
+    for path in files:
         if path.suffix.lower() in PAGES:
             _check_extra(f"report {path}")
         elif path.suffix.lower() != ".json":
@@ -76,8 +75,8 @@ def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:
 
 
 def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
-    """Why a small file cannot be written to ``path``."""
-    if not os.path.isdir(path.parent):  # where pathlib raises an error of a name that is too long
+    """Return the reasons why a small file cannot be written to ``path``."""
+    if not os.path.isdir(path.parent):  # pathlib would raise for a name that is too long
         return [f"{what}: folder {path.parent} does not exist; create it first"]
     if os.path.isdir(path) or path.resolve() in {p.resolve() for p in taken}:
         return [f"{what} would overwrite a folder or a file of this run; choose another name"]
@@ -85,16 +84,16 @@ def misplaced(what: str, path: Path, taken: Collection[Path]) -> list[str]:
 
 
 def save(report: Report, path: Path) -> None:
-    """See `Report.save`."""
+    """Save a report as `Report.save` does."""
     check([path])
     write(page(report) if path.suffix.lower() in PAGES else report.to_json() + "\n", path)
 
 
 def write(text: str, path: Path) -> None:
-    """A text file; bytes in names that are no text are escaped.
+    """Write a text file, escaping bytes that are not UTF-8.
 
     Raises:
-        OutputError: It cannot be written; one that was there is as it was.
+        OutputError: It cannot be written; an existing file is unchanged.
     """
     write_text(text, path, "report", "backslashreplace")
 

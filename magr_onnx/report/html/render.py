@@ -1,4 +1,4 @@
-"""Templates, styles and scripts put together into one file that asks for nothing else."""
+"""Rendering of templates, styles and scripts into self-contained HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPTS = ("table.js", "charts.js", "details.js", "page.js")
 
 
 def page(report: Report) -> str:
-    """One report."""
+    """Render one report."""
     lines = summary.lines_of(report)
     values = {
         "title": f"{summary.name_of(report)} · onnx-magr",
@@ -31,7 +31,7 @@ def page(report: Report) -> str:
         "notes": [*report.notes, *layer_notes(report.layers)],
         "skips": summary.skips(report),
         "has": {
-            "feedback": summary.fed_back(report),
+            "feedback": summary.has_feedback(report),
             "running": any(line.running is not None for line in lines),
             "peak": any(line.peak is not None for line in lines),
             "sweeps": any(line.sweeps is not None for line in lines),
@@ -44,13 +44,13 @@ def page(report: Report) -> str:
 
 
 def comparison(first: Report, second: Report) -> str:
-    """Two reports side by side."""
+    """Render two reports side by side."""
     names = [summary.result_of(r) for r in (first, second)]
     values = {
         "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
         "names": names,
         "reports": (first, second),
-        "judged": side_by_side.judged(first, second),
+        "judged": side_by_side.basis_of(first, second),
         "rows": side_by_side.compared(first, second),
         "options": side_by_side.options_compared(first, second),
         "layers": side_by_side.differences(first, second),
@@ -59,13 +59,13 @@ def comparison(first: Report, second: Report) -> str:
 
 
 def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
-    """A list of pages."""
+    """Render an index of pages."""
     return _render("index.html.jinja", {"title": f"{source} · onnx-magr", "pages": pages}, [])
 
 
 def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str:
-    found = _templates().get_template(template)
-    return found.render(
+    page_template = _templates().get_template(template)
+    return page_template.render(
         **values,
         made_by=f"onnx-magr {versions()['onnx-magr']}",
         style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
@@ -78,18 +78,18 @@ def _render(template: str, values: dict[str, Any], reports: list[Report]) -> str
 @functools.cache
 def _templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(FOLDER)
-    found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    found.filters |= {"duration": summary.duration, "decibels": summary.decibels, "megabytes": megabytes}
-    return found
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"duration": summary.duration, "decibels": summary.decibels, "megabytes": megabytes}
+    return environment
 
 
 @functools.cache
 def _library() -> Markup:
-    """Vega-Embed, with Vega-Lite and Vega; no text in it ends the element it stands in."""
+    """Return the bundle of Vega-Embed, Vega-Lite and Vega, escaped for a script element."""
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 
 def _embedded(report: Report) -> Markup:
-    """JSON for a script element: a name with ``</script>`` in it must not end that."""
+    """Return the report as JSON, escaped for a script element."""
     text = json.dumps(report.to_dict(), separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

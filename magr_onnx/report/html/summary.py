@@ -1,4 +1,4 @@
-"""What a page says in words and in figures: everything that is chosen or computed from a report is here, its looks are in the templates."""
+"""Content of a page, computed from a report; its layout is in the templates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from magr_onnx.report.data import LayerRow, Report, by_reason, megabytes
 from magr_onnx.report.reasons import Reason, TableReason
 from magr_onnx.report.validation import OutputMetrics, severity
 
-TAIL = 3.0  # times the median error, from which a layer stands out
-LARGE = 0.1  # of the result's bytes, from which a weight that stays float is worth a word
+TAIL = 3.0  # times the median error from which a layer is an outlier
+LARGE = 0.1  # fraction of the result's bytes from which a float weight is mentioned
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A figure of the summary: what it is, its value, and a line of small print."""
+    """A figure of the summary: title, value and detail."""
 
     title: str
     value: str
@@ -29,15 +29,15 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of the table of layers: the row, and what else is known of the layer.
+    """A row of the table of layers.
 
     Attributes:
         row: The layer.
         running: Its relative error in the running model, if that was measured.
         peak: By what fraction MagR lowered its largest weight.
-        sweeps: Of the quantizer.
-        headroom: Bits to the overflow of its tightest register, if that was proved.
-        share: Its error over the largest one, 0 to 1.
+        sweeps: Sweeps of the quantizer.
+        headroom: Headroom of its tightest register in bits, if proved.
+        share: Its error relative to the largest one, 0 to 1.
     """
 
     row: LayerRow
@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to look at first; ``layer`` is the index of the layer it is about."""
+    """A message to read first; ``layer`` is the index of the layer it refers to."""
 
     text: str
     layer: int | None = None
@@ -63,86 +63,86 @@ class Finding:
 
 
 def name_of(report: Report) -> str:
-    """The model's short name."""
-    return _short(report.source)
+    """Return the model's short name."""
+    return _file_name(report.source)
 
 
 def result_of(report: Report) -> str:
-    """That of the result, if it was written to a file."""
-    return _short(report.output or report.source)
+    """Return the result's short name, or the model's."""
+    return _file_name(report.output or report.source)
 
 
-def fed_back(report: Report) -> bool:
-    """Whether layers made up for those before them, so that the error of a layer has what those did wrong in it."""
+def has_feedback(report: Report) -> bool:
+    """Return whether error feedback was used, so that a layer's error includes those of the layers before."""
     return any(row.feedback for row in report.layers)
 
 
-def _short(path: str) -> str:
+def _file_name(path: str) -> str:
     return PurePath(path.replace("\\", "/")).name or path
 
 
 def lines_of(report: Report) -> list[Line]:
-    """The layers from the inputs to the outputs."""
+    """Return the layers from inputs to outputs."""
     running = {} if report.validation is None else {m.layer: m.relative_error for m in report.validation.layers}
-    rooms = {} if report.proof is None else report.proof.by_node
+    headrooms = {} if report.proof is None else report.proof.by_node
     worst = max((r.error for r in report.layers if r.error is not None and math.isfinite(r.error)), default=0)
-    found = []
+    lines = []
     for r in report.layers:
         share = min(severity(r.error or 0) / worst, 1.0) if worst else 0.0
-        room = rooms.get(r.emitted or "")
-        found.append(Line(r, running.get(r.output or r.name), peak_of(r), sweeps_of(r), room, share))
-    return sorted(found, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
+        headroom = headrooms.get(r.emitted or "")
+        lines.append(Line(r, running.get(r.output or r.name), peak_of(r), sweeps_of(r), headroom, share))
+    return sorted(lines, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
 
 
 def sweeps_of(row: LayerRow) -> int | None:
-    """How many sweeps the quantizer of a layer took; None where it takes none."""
+    """Return the number of sweeps of a layer's quantizer; None if it has none."""
     return (row.sweeps[-1] if row.sweeps else len(row.errors) - 1) if row.errors else None
 
 
 def peak_of(row: LayerRow) -> float | None:
-    """By what fraction MagR lowered the largest weight of a layer."""
+    """Return the fraction by which MagR lowered the largest weight of a layer."""
     if not row.magr or not row.magr.get("max_before"):
         return None
     return 1 - float(row.magr["max_after"]) / float(row.magr["max_before"])
 
 
 def cards(report: Report) -> list[Card]:
-    """The figures of the summary."""
+    """Return the figures of the summary."""
     before, after = report.bytes_before, report.bytes_after
-    found = [Card("Size", megabytes(after), f"from {megabytes(before)}, {share_of(after, before)} of it")]
-    found += _accuracy(report)
+    shown = [Card("Size", megabytes(after), f"from {megabytes(before)}, {share_of(after, before)} of it")]
+    shown += _accuracy(report)
     v = report.validation
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
         ranges = f"({milliseconds(low_too)} to {milliseconds(high_too)})", f"({milliseconds(low)} to {milliseconds(high)})"
         detail = f"a batch on {v.provider} {ranges[0]}; float {milliseconds(t.float_ms)} ms {ranges[1]}; median (quartiles)"
-        found.append(Card("Latency", f"{milliseconds(t.quantized_ms)} ms", detail))
-    left = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
-    found.append(Card("Layers converted", f"{len(report.layers)}", f"{left}; codes of {report.verified} read back and verified"))
+        shown.append(Card("Latency", f"{milliseconds(t.quantized_ms)} ms", detail))
+    skipped = f"{len(report.skipped)} left as they are" if report.skipped else "none left out"
+    shown.append(Card("Layers converted", f"{len(report.layers)}", f"{skipped}; codes of {report.verified} read back and verified"))
     if report.proof is not None:
         p = report.proof
-        room = "" if p.headroom is None else f"; least headroom {p.headroom:.3f} bits"
+        headroom = "" if p.headroom is None else f"; least headroom {p.headroom:.3f} bits"
         tone = "good" if p.total and p.proved == p.total else "warn"
-        found.append(Card("No overflow", f"{p.proved} of {p.total}", f"proved: {p.against}{room}", tone))
+        shown.append(Card("No overflow", f"{p.proved} of {p.total}", f"proved: {p.against}{headroom}", tone))
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
         data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        others = "; what layers before did wrong is in it" if fed_back(report) else ""
-        detail = f"median; largest {max(errors, key=severity):.2%}, {data}{others}"
-        found.append(Card("Layer error", f"{statistics.median(errors):.2%}", detail))
+        upstream = "; what layers before did wrong is in it" if has_feedback(report) else ""
+        detail = f"median; largest {max(errors, key=severity):.2%}, {data}{upstream}"
+        shown.append(Card("Layer error", f"{statistics.median(errors):.2%}", detail))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
-        found.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
-    return found
+        shown.append(Card("Time", duration(sum(report.seconds.values())), f"most of it: {longest}"))
+    return shown
 
 
 def _accuracy(report: Report) -> list[Card]:
     metrics = main_metrics(report)
     if metrics is None:
-        given = _asked_with(report, "--validation heldout.npz", "validation_data=...")
-        missing = "no output is of floats" if report.validation is not None else f"give held-out inputs: {given}"
-        return [Card("Accuracy", "not measured", missing, "warn")]
+        option = _as_written(report, "--validation heldout.npz", "validation_data=...")
+        reason = "no output is of floats" if report.validation is not None else f"give held-out inputs: {option}"
+        return [Card("Accuracy", "not measured", reason, "warn")]
     tone = "bad" if metrics.nonfinite[1] else ""
     if metrics.perplexity is not None:
         before, after = metrics.perplexity
@@ -155,7 +155,7 @@ def _accuracy(report: Report) -> list[Card]:
 
 
 def main_metrics(report: Report) -> OutputMetrics | None:
-    """Of the output that says most, in the arithmetic that runs by default."""
+    """Return the metrics of the main output in the default arithmetic."""
     if report.validation is None or not report.validation.arithmetics:
         return None
     outputs = next(iter(report.validation.arithmetics.values()))
@@ -163,113 +163,113 @@ def main_metrics(report: Report) -> OutputMetrics | None:
 
 
 def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
-    """What to look at first, most important first."""
-    found = [] if report.validation is None else [Finding(f"{text}.", tone="bad") for text in report.validation.broken()]
+    """Return the messages of a report, most important first."""
+    messages = [] if report.validation is None else [Finding(f"{text}.", tone="bad") for text in report.validation.broken()]
     if report.assignment is not None and not report.assignment.met:
-        found.append(Finding(f"The goal is missed: {report.assignment.goal}.", tone="bad"))
+        messages.append(Finding(f"The goal is missed: {report.assignment.goal}.", tone="bad"))
     if report.proof is not None and report.proof.proved < report.proof.total:
-        found.append(Finding(f"{report.proof.total - report.proof.proved} integer dot products are not proved.", tone="bad"))
+        messages.append(Finding(f"{report.proof.total - report.proof.proved} integer dot products are not proved.", tone="bad"))
     if not any(r.rows for r in report.layers) and report.layers:
-        found.append(
+        messages.append(
             Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
         )
-    found += _left_float(report)
-    found += [_for_nothing(report, line.row, i) for i, line in enumerate(lines) if line.row.added]
-    found += _outliers(lines)
+    messages += _left_float(report)
+    messages += [_added_bytes(report, line.row, i) for i, line in enumerate(lines) if line.row.added]
+    messages += _outliers(lines)
     if (v := report.validation) is not None:
-        found += _arithmetics(report)
+        messages += _arithmetics(report)
         if v.latency is not None and v.latency.slower:
             times = v.latency.quantized_ms / v.latency.float_ms
             text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
-            found.append(Finding(text, tone="warn"))
-    return found
+            messages.append(Finding(text, tone="warn"))
+    return messages
 
 
-def _for_nothing(report: Report, row: LayerRow, index: int) -> Finding:
-    """A layer whose float weight stays in the file, and what to do about it."""
+def _added_bytes(report: Report, row: LayerRow, index: int) -> Finding:
+    """Report a layer whose float weight stays in the file, with a remedy."""
     name = row.scope or row.weight
-    leave = _asked_with(report, f"--exclude '{name}'", f"exclude={[name]}")
-    table = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+    leave = _as_written(report, f"--exclude '{name}'", f"exclude={[name]}")
+    table = _as_written(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
     text = f"Converting {row.label} saved nothing and added {row.added} bytes: its float weight stays in the file for others that read it."
     return Finding(f"{text} Leave it out ({leave}), or convert those too (a table of embeddings: {table}).", index, "warn")
 
 
-def _asked_with(report: Report, command: str, python: str) -> str:
-    """An option as whoever made the report writes it: on the command line, or in Python."""
+def _as_written(report: Report, command: str, python: str) -> str:
+    """Return an option in the syntax of the run: command line or Python."""
     return command if report.command.startswith("onnx-magr") else python
 
 
 def _left_float(report: Report) -> list[Finding]:
-    """The largest weight that stays float, where it makes up much of the result, and the option that converts it if there is one."""
+    """Report the largest float weight if it is a large part of the result, and the option that converts it."""
     floats = [s for s in report.skipped if s.reason != Reason.QUANTIZED]
     most = max(floats, key=lambda s: s.bytes, default=None)
     if most is None or most.bytes < LARGE * report.bytes_after:
         return []
     text = f"{most.name} ({most.op}) stays float: {megabytes(most.bytes)}, {share_of(most.bytes, report.bytes_after)} of the result."
     if most.reason == TableReason.UNASKED:
-        option = _asked_with(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
+        option = _as_written(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
         text += f" It is a table of embeddings: {option} converts it."
         return [Finding(text, tone="warn")]
     return [Finding(f"{text} Why: {most.reason}.")]
 
 
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
-    """The layers that lose most, by themselves and in the running model."""
-    found = []
-    for what, values in (("of a layer", [line.row.error for line in lines]), ("in the running model", [line.running for line in lines])):
-        known = [(v, i) for i, v in enumerate(values) if v is not None]
-        if len(known) < 2:
+    """Report the layers of largest error, alone and in the running model."""
+    messages = []
+    for scope, values in (("of a layer", [line.row.error for line in lines]), ("in the running model", [line.running for line in lines])):
+        errors = [(v, i) for i, v in enumerate(values) if v is not None]
+        if len(errors) < 2:
             continue
-        worst, i = max(known, key=lambda one: severity(one[0]))
-        median = statistics.median(v for v, _ in known)
+        worst, i = max(errors, key=lambda one: severity(one[0]))
+        median = statistics.median(v for v, _ in errors)
         if not math.isfinite(worst):
-            found.append(Finding(f"The error {what} is {number(worst, '.2%')}.", i, "bad"))
+            messages.append(Finding(f"The error {scope} is {number(worst, '.2%')}.", i, "bad"))
         elif worst > 0:
             times = f", {worst / median:.1f} times the median" if median else ""
-            found.append(Finding(f"Largest error {what}: {worst:.2%}{times}.", i, "warn" if worst > TAIL * median else ""))
-    return found
+            messages.append(Finding(f"Largest error {scope}: {worst:.2%}{times}.", i, "warn" if worst > TAIL * median else ""))
+    return messages
 
 
 def _arithmetics(report: Report) -> Iterable[Finding]:
-    """A word where the result depends on how onnxruntime computes it."""
+    """Report results that depend on onnxruntime's arithmetic."""
     assert report.validation is not None
-    found = [(outputs[0].sqnr_db, name) for name, outputs in report.validation.arithmetics.items() if outputs]
-    known = [one for one in found if math.isfinite(one[0])]
-    if known and (apart := max(known)[0] - min(known)[0]) > 1:
-        yield Finding(f"Arithmetics of onnxruntime differ by {apart:.1f} dB; the worst is {min(known)[1]}.", tone="warn")
+    ratios = [(outputs[0].sqnr_db, name) for name, outputs in report.validation.arithmetics.items() if outputs]
+    finite = [one for one in ratios if math.isfinite(one[0])]
+    if finite and (difference := max(finite)[0] - min(finite)[0]) > 1:
+        yield Finding(f"Arithmetics of onnxruntime differ by {difference:.1f} dB; the worst is {min(finite)[1]}.", tone="warn")
 
 
 def skips(report: Report) -> list[dict[str, Any]]:
-    """What was left as it is, by reason, the most frequent first."""
+    """Group skipped nodes by reason, most frequent first."""
     groups = [{"reason": reason, "rows": rows} for reason, rows in by_reason(report.skipped).items()]
     return sorted(groups, key=lambda group: -len(group["rows"]))
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Format seconds."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    if (whole := round(seconds)) < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+    if (rounded := round(seconds)) < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
 
 
 def milliseconds(value: float) -> str:
-    """A latency in as many digits as can be told apart."""
+    """Format a latency with three significant digits."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def decibels(value: float) -> str:
-    """A signal-to-noise ratio; infinite where nothing differs."""
+    """Format a signal-to-noise ratio; infinite where nothing differs."""
     return "no difference" if value == math.inf else number(value, ".1f", " dB")
 
 
 def number(value: float, form: str, unit: str = "") -> str:
-    """A figure in a form, in words where it is none."""
+    """Format a number, or say that it is none."""
     return "not a number" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
-def share_of(part: float, whole: float) -> str:
-    """A part of something, in percent."""
-    return f"{part / whole:.1%}" if whole else "0%"
+def share_of(size: float, total: float) -> str:
+    """Format a share in percent."""
+    return f"{size / total:.1%}" if total else "0%"
