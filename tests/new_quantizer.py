@@ -11,6 +11,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from magr_onnx.core.option_spec import OptionSpec
@@ -19,15 +20,19 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 
 
 def run(problem: Problem, options: Options) -> Solution:
-    shrink = options.method_options["shrink"]
-    return Solution(rtn.quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=shrink), figures={"shrink": shrink})
+    shrink, margin = options.method_options["shrink"], options.method_options["margin"]
+    beta = shrink if margin is None else shrink * margin
+    return Solution(rtn.quantize(problem.weights, problem.gram.diagonal(), problem.spec, beta=beta), figures={"shrink": shrink})
 
 
 QUANTIZER = Quantizer(
     "shrunk",
     "round to nearest on a smaller grid",
     run,
-    options=(OptionSpec(name="shrink", help="Factor of the min-max grid.", types=(float,), default=1.0, least=0, metavar="X"),),
+    options=(
+        OptionSpec(name="shrink", help="Factor of the min-max grid.", types=(float,), default=1.0, least=0, metavar="X"),
+        OptionSpec(name="margin", help="Another factor.", types=(float, NoneType), none_word="off", least=0, metavar="X"),
+    ),
 )
 
 
@@ -68,19 +73,35 @@ def results(folder: Path) -> dict[str, Any]:
             return str(error)
         return ""
 
+    def optimized(*arguments: object) -> str:
+        command("optimize", source, "-o", folder / "cli.onnx", "--quiet", *arguments)
+        return digest(folder / "cli.onnx")
+
     (folder / "r.toml").write_text('version = 1\nquantizer = "shrunk"\nshrink = 0.5\n')
-    command("optimize", source, "-o", folder / "cli.onnx", "--quantizer", "shrunk", "--shrink", "0.5", "--quiet")
     pipeline = str(magr_onnx.build_pipeline(quantizer="shrunk", shrink=0.5, alpha=0))
     layer = {"match": "up", "quantizer": "shrunk", "shrink": 0.5}
+    (folder / "layers.toml").write_text('version = 1\n[[layer]]\nmatch = "*"\nquantizer = "shrunk"\nshrink = 0.5\n')
     return {
         "python": written(quantizer="shrunk", shrink=0.5, alpha=0),
         "default": written(quantizer="shrunk", alpha=0),
         "recipe": written(recipe=folder / "r.toml", alpha=0),
-        "cli": digest(folder / "cli.onnx"),
+        "cli": optimized("--quantizer", "shrunk", "--shrink", "0.5"),
         "pipeline": written(pipeline_text=pipeline),
         "layer": written(quantizer="shrunk", alpha=0, layers=[layer]),
         "plain": written(quantizer="rtn", alpha=0),
         "dropped": written(recipe=folder / "r.toml", quantizer="rtn", alpha=0),
+        "dropped by an effort": written(recipe=folder / "r.toml", effort="fast"),
+        "dropped by an effort on the command line": optimized("--recipe", folder / "r.toml", "--effort", "fast"),
+        "fast": written(effort="fast"),
+        "restated": written(quantizer="shrunk", shrink=0.5, alpha=0, layers=[{"match": "up", "quantizer": "shrunk"}]),
+        "restated after its option": written(
+            quantizer="shrunk", alpha=0, layers=[{"match": "*", "shrink": 0.5}, {"match": "*", "quantizer": "shrunk"}]
+        ),
+        "stacked": written(alpha=0, layers=[{**layer, "match": "*"}, {"match": "*", "quantizer": "rtn"}]),
+        "stacked on a recipe": optimized("--recipe", folder / "layers.toml", "--alpha", "0", "--layer", "*:quantizer=rtn"),
+        "margin": written(quantizer="shrunk", margin=0.5, alpha=0),
+        "margin on the command line": optimized("--quantizer", "shrunk", "--alpha", "0", "--margin", "5e-1"),
+        "margin off": optimized("--quantizer", "shrunk", "--alpha", "0", "--margin", "off"),
         "text": pipeline,
         "wrong type": refusal(quantizer="shrunk", shrink="much"),
         "too small": refusal(pipeline_text="quantize{method=shrunk,shrink=-1}"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from magr_onnx.config.displacement import merge_options
 from magr_onnx.config.options import OPTIONS, Options
 from magr_onnx.config.plans import build_pipeline
 from magr_onnx.config.schema import none_to_word, unknown, word_to_none
@@ -143,7 +144,7 @@ def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], option
     Raises:
         OptionError: Options that are good in no kernel together, and layers of one weight that would get different ones.
     """
-    options_of = {layer.name: _merged(tables, layer) for layer in layers}
+    options_of = {layer.name: _merged(tables, layer, options) for layer in layers}
     problems = []
     for readers in by_weight(layers):
         if any(options_of[layer.name] != options_of[readers[0].name] for layer in readers):
@@ -226,13 +227,14 @@ def described(options: Options) -> str:
     return ", ".join(f"{name}={value}" for name, value in none_to_word(options).items())
 
 
-def _merged(tables: Sequence[LayerOptions], layer: LinearLayer) -> Options:
+def _merged(tables: Sequence[LayerOptions], layer: LinearLayer, options: Options) -> Options:
+    """Merge the tables that match a layer; ``options`` are those of the run."""
     names = names_of(layer.node, layer.name, layer.weight_name)
-    options: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for table in tables:
         if matches(names, table.match):
-            options |= table.options
-    return cast(Options, options)
+            merged = merge_options(merged, cast(Mapping[str, Any], table.options), cast(Mapping[str, Any], options))
+    return cast(Options, merged)
 
 
 def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -> Plan:
@@ -241,9 +243,8 @@ def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -
     if any(options.get(name) is not None for name in _BUDGETS) and layer_options.get("bits") is None:
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
     if layer_options.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
-        run_options = {name: value for name, value in run_options.items() if OPTIONS[name].belongs_to != "quantizer"}
         run_options |= {"effort": None, "feedback": plan.error_feedback is not None}
-    layer_plan = build_pipeline(**cast(Options, {**run_options, **layer_options}))
+    layer_plan = build_pipeline(**cast(Options, merge_options(run_options, cast(Mapping[str, Any], layer_options), {})))
     layer_plan.check(provider)
     return layer_plan.suited(provider)
 

@@ -9,18 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from magr_onnx.config.displacement import displaced_options
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.options import OPTIONS, RUN, Options
 from magr_onnx.config.presets import PRESETS, find_preset
 from magr_onnx.config.schema import none_to_word
 from magr_onnx.errors import OptionError
 
-_BELONGING = {
-    owner: [name for name, option in OPTIONS.items() if option.belongs_to == owner]
-    for owner in dict.fromkeys(option.belongs_to for option in OPTIONS.values())
-    if owner is not None
-}
-"""Options by the option they belong to: another value of that one drops them."""
 _PIPELINES = ("pipeline", RUN["pipeline"].argument)
 _PLANNED = (*OPTIONS, "preset")
 """Names that a pipeline replaces."""
@@ -57,17 +52,25 @@ def apply_preset(
     preset = find_preset(arguments["preset"])
     if arguments.get(RUN["pipeline"].argument) is not None:
         raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
-    layers = [replace(t, options=cast(Options, {n: v for n, v in t.options.items() if n not in arguments})) for t in preset.layers]
     lower = cast(Mapping[str, Any], preset.options)
+    layers = [_without(table, arguments, lower) for table in preset.layers]
     notes = dropped(lower, arguments, f"preset {preset.name}")
     return merge(lower, arguments), (*(table for table in layers if table.options), *tables), notes
+
+
+def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> LayerOptions:
+    """Return a preset's table without options given for all layers, and without what belongs to the values that those replace."""
+    replaced = {name: arguments[name] for name in table.options if name in arguments}
+    displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
+    kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
+    return replace(table, options=cast(Options, kept))
 
 
 def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, str]:
     """Find the names that ``lower`` may not keep, and the name in ``upper`` that displaces each."""
     names = [name for name, value in upper.items() if value is not None]
-    displaced = {other: name for name in names if name in OPTIONS for other in OPTIONS[name].displaces}
-    displaced |= {other: name for name in names if name in _BELONGING and _changed(name, lower, upper) for other in _BELONGING[name]}
+    preset = PRESETS.get(lower.get("preset") or "")
+    displaced = displaced_options(lower, upper, {} if preset is None else cast(Mapping[str, Any], preset.options))
     if pipeline := next((name for name in names if name in _PIPELINES), None):
         displaced |= dict.fromkeys((*_PLANNED, "layers"), pipeline)
     elif option := next((name for name in names if name in _PLANNED), None):
@@ -77,12 +80,3 @@ def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
     elif "conv_form" in names and lower.get("conv_bits", 0) is None:
         displaced["conv_bits"] = "conv_form"
     return displaced
-
-
-def _changed(name: str, lower: Mapping[str, Any], upper: Mapping[str, Any]) -> bool:
-    """Whether an option has another value in ``upper`` than it had in ``lower`` with its preset."""
-    preset = PRESETS.get(lower.get("preset") or "")
-    default = OPTIONS[name].default
-    usual = upper[name] if default == "none" else default  # what was given beside none of them was meant for any of them
-    before: Mapping[str, Any] = {name: usual, **(preset.options if preset is not None else {}), **lower}
-    return bool(upper[name] != before[name])

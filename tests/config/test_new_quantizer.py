@@ -32,6 +32,23 @@ def test_another_quantizer_drops_its_option(results: dict[str, Any]) -> None:
     assert results["dropped"] == results["plain"]
 
 
+def test_an_effort_drops_its_option_with_the_quantizer(results: dict[str, Any]) -> None:
+    assert results["dropped by an effort"] == results["dropped by an effort on the command line"] == results["fast"]
+
+
+def test_a_layer_that_restates_the_quantizer_keeps_its_option(results: dict[str, Any]) -> None:
+    assert results["restated"] == results["restated after its option"] == results["python"]
+
+
+def test_later_tables_of_layers_drop_its_option(results: dict[str, Any]) -> None:
+    assert results["stacked"] == results["stacked on a recipe"] == results["plain"]
+
+
+def test_an_option_that_is_a_number_or_a_word(results: dict[str, Any]) -> None:
+    assert results["margin on the command line"] == results["margin"] == results["python"]
+    assert results["margin off"] == results["default"]
+
+
 def test_its_option_is_checked(results: dict[str, Any]) -> None:
     assert results["wrong type"] == "shrink = 'much': expected a number, found a text"
     assert "shrink = -1.0: expected 0 or more" in results["too small"]

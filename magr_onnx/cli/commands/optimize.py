@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,13 @@ def recipe_of(context: typer.Context) -> Recipe:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Convert a value to what a recipe has: whole numbers are no text."""
-    numeric = int in KEYS[name].types and isinstance(value, str) and value.isascii() and value.isdecimal()
-    return int(value) if numeric else value
+    """Convert a value to what a recipe has: numbers are no text, also where a word is allowed in their place."""
+    types = KEYS[name].types
+    if not isinstance(value, str) or not value.isascii() or KEYS[name].is_none_word(value):
+        return value
+    if int in types and value.isdecimal():
+        return int(value)
+    if float in types:
+        with contextlib.suppress(ValueError):  # the check of the option's type says what is wrong with it
+            return float(value)
+    return value
