@@ -1,7 +1,7 @@
-"""Locks that die with their process, and temporary folders that the next run clears when theirs did.
+"""Atomic output: locks that end with their process, and staging directories that a later run removes if their process was killed.
 
-A lock is held by the operating system for as long as its file is open (flock), so a killed process holds none: whoever gets the lock of a
-folder knows that its owner is dead. Where there is no flock (Windows), nothing is refused and nothing of others is cleared.
+The operating system holds a lock while its file is open (flock), so a killed process holds none: whoever gets the lock of a directory knows
+that its owner is dead. Without flock (Windows), nothing is refused and no stale directory is removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MIDDLE = ".magr-"
 
 
 def lock(path: Path) -> IO[bytes] | None:
-    """An open, locked file, created if there is none; None where another process holds it."""
+    """Open and lock a file, created if absent; return None where another process holds the lock."""
     file = path.open("a+b")
     if fcntl is not None:
         try:
@@ -43,15 +43,15 @@ def lock(path: Path) -> IO[bytes] | None:
 
 @contextlib.contextmanager
 def staging_directory(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output``, on its file system, so that files in it can be renamed into place; removed at the end.
+    """Make a temporary directory next to ``output``, on the same file system, so that files can be renamed into place.
 
-    Folders of the same output whose runs were killed are removed first.
+    It is removed at the end; stale ones of killed runs on the same output are removed first.
 
     Raises:
-        OSError: The folder cannot be made.
+        OSError: The directory cannot be made.
     """
     remove_stale(output)
-    folder = Path(tempfile.mkdtemp(prefix=_beginning(output), dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
     owner: IO[bytes] | None = None
     try:
         owner = lock(folder / _OWNER)
@@ -66,31 +66,31 @@ def staging_directory(output: Path) -> Iterator[Path]:
 
 
 def remove_stale(output: Path) -> None:
-    """Remove temporary folders of ``output`` that are surely ours and dead: nobody holds the lock that has our mark.
+    """Remove staging directories of ``output`` whose lock has our mark and is free.
 
-    A process that was killed between its first two steps leaves an empty folder, or an empty lock in it; those go too.
+    A process killed at its very start leaves an empty directory, or one with an empty lock; those are removed too.
     """
     if fcntl is None:
         return
-    for folder in output.parent.glob(f"{_escaped(_beginning(output))}*"):
+    for folder in output.parent.glob(f"{_escaped(_prefix(output))}*"):
         try:
             names = [] if folder.is_symlink() else [p.name for p in folder.iterdir()]
             if not names:
                 folder.rmdir()
                 continue
-            mark = (folder / _OWNER).read_bytes()
-            if mark != _MARK and (mark or len(names) > 1):
+            content = (folder / _OWNER).read_bytes()
+            if content != _MARK and (content or len(names) > 1):
                 continue
-            held = lock(folder / _OWNER)
+            owner = lock(folder / _OWNER)
         except OSError:
             continue
-        if held is not None:
+        if owner is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            held.close()
+            owner.close()
 
 
-def _beginning(output: Path) -> str:
-    """What the names of temporary folders of ``output`` begin with: its name, or the hash of one that leaves no room for more."""
+def _prefix(output: Path) -> str:
+    """Return the prefix of staging directories of ``output``: its name, or its hash if it is too long."""
     name = os.fsencode(output.name)
     return f".{output.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()}{_MIDDLE}"
 
@@ -100,29 +100,29 @@ def _escaped(name: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file or a folder's entries to the disk, where it can."""
+    """Flush a file or a directory's entries to disk, where supported."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # folders on Windows
+    except OSError:  # directories on Windows
         return
     try:
         os.fsync(handle)
     except OSError as error:
-        if not path.is_dir():  # some file systems cannot sync folders; a file that cannot be synced may be lost
+        if not path.is_dir():  # some file systems cannot sync directories; a file that cannot be synced may be lost
             raise error
     finally:
         os.close(handle)
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file over another, after its bytes and before the renaming reach the disk."""
+    """Replace a file by another, with its bytes and the rename flushed to disk."""
     sync(source)
     os.replace(source, target)
     sync(target.parent)
 
 
 def mode_of(path: Path) -> int:
-    """Permissions that what replaces ``path`` shall have: those of what is there, and of a new file where there is nothing."""
+    """Return the permissions for a replacement of ``path``: those of the existing file, or of a new one."""
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
@@ -132,15 +132,15 @@ def mode_of(path: Path) -> int:
 
 
 def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None:
-    """Write a text file in UTF-8: all of it, or nothing, and then a file that was there is as it was.
+    """Write a text file in UTF-8 atomically: on failure an existing file is unchanged.
 
-    A file that is replaced leaves its permissions.
+    A replaced file keeps its permissions.
 
     Args:
-        text: What to write.
-        path: Where; a link is followed.
-        what: What the file is, for the message.
-        errors: What becomes of characters that UTF-8 cannot hold (undecodable bytes of file names), as in `str.encode`.
+        text: The text.
+        path: Path of the file; a link is followed.
+        what: Description of the file for messages.
+        errors: Handling of characters that UTF-8 lacks (undecodable bytes of file names), as in `str.encode`.
 
     Raises:
         OutputError: It cannot be written.
@@ -150,10 +150,10 @@ def write_text(text: str, path: Path, what: str, errors: str = "strict") -> None
         data = text.encode("utf-8", errors)
         target = path.resolve()
         with staging_directory(target) as folder:
-            part = folder / target.name
-            part.write_bytes(data)
-            part.chmod(mode_of(target))
-            replace(part, target)
+            temporary = folder / target.name
+            temporary.write_bytes(data)
+            temporary.chmod(mode_of(target))
+            replace(temporary, target)
     except UnicodeEncodeError as error:
         where = text[max(0, error.start - 30) : error.end].splitlines()[-1]
         raise OutputError(f"{what} {path}: cannot be written: {where!r} ends in bytes that are no text; rename what has them") from error

@@ -1,5 +1,4 @@
-"""Operators that onnxruntime has in ONNX's own domain and ONNX has not: told to ONNX's checker, and converter, which
-would refuse models with them."""
+"""Schemas of operators that onnxruntime defines in ONNX's domain, for ONNX's checker and converter, which reject unknown ones."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ _FLOATS = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "doubl
 
 @functools.cache
 def register() -> None:
-    """Make SimplifiedLayerNormalization known: onnxruntime-genai's builder writes one into every Llama-like model.
+    """Register SimplifiedLayerNormalization, which onnxruntime-genai's builder writes into every Llama-like model.
 
-    The registry is that of this process's `onnx`. Where ONNX has come to define the operator, nothing is done.
+    It is registered with this process's `onnx`, unless ONNX defines the operator itself.
     """
     if defs.has("SimplifiedLayerNormalization"):
         return

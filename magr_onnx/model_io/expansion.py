@@ -1,4 +1,4 @@
-"""How large the constants are that a graph only describes, without making them: a node of a few bytes may stand for terabytes."""
+"""Sizes of constants that nodes expand to, without computing them: a node of a few bytes may expand to terabytes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Arrays = Sequence[Array | None]
 Dims = Sequence[Sequence[int] | None]
 
 _SMALL = 64
-"""Elements of a constant that may be a shape."""
+"""Most elements of a constant that may be a shape."""
 
 
-def unfolded(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> float | None:
-    """Bytes of what a node makes of constants, or at least as far as constants alone say; None where there is nothing to fear.
+def expanded_bytes(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> float | None:
+    """Return a lower bound on the bytes a node expands constants to; None for other nodes.
 
     Args:
         node: Any node.
-        known: The constants of its graph that hold what they say, by value name.
+        constants: The valid constants of its graph, by value name.
     """
-    make = _UNFOLDING.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    make = _SIZES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if make is None:
         return None
-    dims = [list(known[name].dims) if name in known else None for name in node.input]
-    return make(node, [_small(known.get(name)) for name in node.input], dims)
+    dims = [list(constants[name].dims) if name in constants else None for name in node.input]
+    return make(node, [_small(constants.get(name)) for name in node.input], dims)
 
 
 def _small(tensor: onnx.TensorProto | None) -> Array | None:
-    """The values of a constant that may be a shape, flat."""
+    """Return the flat values of a constant that may be a shape, else None."""
     if tensor is None or uses_external_data(tensor) or tensor.data_type == onnx.TensorProto.STRING or math.prod(tensor.dims) > _SMALL:
         return None
     return onnx.numpy_helper.to_array(tensor).astype(np.float64).reshape(-1)
@@ -81,7 +81,7 @@ def _outer(node: onnx.NodeProto, arrays: Arrays, dims: Dims) -> float | None:
     return 4.0 * m * n
 
 
-_UNFOLDING = {
+_SIZES = {
     **dict.fromkeys(("ConstantOfShape", "Expand"), _of_shape),
     **dict.fromkeys(("RandomNormal", "RandomUniform"), _random),
     "Tile": _tiled,

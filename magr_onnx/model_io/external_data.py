@@ -1,7 +1,7 @@
-"""A model in memory as onnxruntime can load it: its external data is read where it lies, and only what is in memory is written.
+"""Serialization of a model for onnxruntime without copying external data: only tensors in memory are written.
 
-onnxruntime takes external data only from below one folder. Told that this folder is the root of the file system, it finds every file of
-any source, memory-maps it, and nothing has to be copied however large the model is.
+onnxruntime reads external data only from below one folder. With the root of the file system as that folder, it memory-maps the files of
+any source in place, so nothing is copied however large the model is.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
 
 def most_inline(tensor: ir.TensorProtocol, usual: int) -> int:
-    """Bytes up to which a tensor stays in the protobuf: more for integers, which may be sizes that onnxruntime infers shapes from.
+    """Return the size up to which a tensor stays in the protobuf: larger for int64, from which onnxruntime may infer shapes.
 
-    It does not read data files for that, and refuses the model.
+    It does not read data files for shape inference, and would reject the model.
     """
     return max(usual, SIZES) if tensor.dtype == ir.DataType.INT64 else usual
 
 
 def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
-    """The model as bytes, and the session options that let onnxruntime find its tensors.
+    """Serialize the model; return the bytes and the session options with which onnxruntime finds its tensors.
 
-    Tensors in memory of more than `THRESHOLD` bytes are written to ``folder / "model.data"``, one at a time. The model is as it was
+    Tensors in memory of more than `THRESHOLD` bytes are written to ``folder / "model.data"``, one at a time. The model is restored
     afterwards.
 
     Raises:
         OSError: The folder cannot be written to.
-        ValueError: The protobuf passes 2 GiB without its large tensors.
+        ValueError: The protobuf exceeds 2 GiB without its large tensors.
     """
     root = Path(folder.resolve().anchor)
     values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
@@ -55,8 +55,8 @@ def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
                     value.const_value = _external(tensor, data, root, offset)
         return ir.to_proto(model).SerializeToString(), {FOLDER_KEY: str(root)}
     finally:
-        for value, old in zip(values, before, strict=True):
-            value.const_value = old
+        for value, original in zip(values, before, strict=True):
+            value.const_value = original
 
 
 def _external(tensor: ir.TensorProtocol, path: Path, root: Path, offset: int) -> ir.ExternalTensor:

@@ -1,4 +1,4 @@
-"""Models in: every form a caller may have, checked before work; and what stands against an output."""
+"""Loading of models in every form a caller may have, with checks of inputs and output paths before any work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from magr_onnx.core.types import Lazy
 from magr_onnx.errors import ModelError, raise_all
 from magr_onnx.model_io import contrib_schemas, validate_proto, writable
 from magr_onnx.model_io.legacy import modernize
-from magr_onnx.model_io.writing import data_name, is_ours
+from magr_onnx.model_io.writing import data_name, is_data_file_of
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
 _KINDS = {
@@ -25,21 +25,21 @@ _KINDS = {
     ".npz": "arrays of NumPy, as --calibration takes",
     ".npy": "an array of NumPy",
 }
-"""What files are that users give for models, by suffix."""
+"""Files that users mistake for models, by suffix."""
 _OTHERS = {*_KINDS, ".txt", ".json", ".toml", ".html", ".csv", ".bin", ".zip", ".py", ".data"}
-"""Suffixes under which nobody looks for a model."""
+"""Suffixes that are not for models."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A model and where it came from.
+    """A loaded model and its source.
 
     Attributes:
-        model: The model; a copy where the caller holds it in memory.
+        model: The model; a copy if the caller passed it in memory.
         path: Its file, if it has one.
         external: The files its tensors are read from.
-        bytes: Size on disk as it was loaded, external data included; of a model in memory the size it would have there.
-        notes: What the result will not have, and what its export came to, for the report.
+        bytes: Size on disk with external data; for a model in memory the size it would have.
+        notes: Notes for the report, such as parts of the model that are dropped.
     """
 
     model: ir.Model
@@ -54,12 +54,12 @@ class Loaded:
 
 
 def load(source: Any) -> Loaded:
-    """A model from a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``, or one of these deferred.
+    """Load a model from a path, an ``onnx.ModelProto``, an ``onnx_ir.Model``, a ``torch.onnx.ONNXProgram``, or `Lazy` of one.
 
-    A model in memory is copied (its tensors are shared), so that the caller's object stays as it is.
+    A model in memory is copied (with shared tensors), so that the caller's object does not change.
 
     Raises:
-        ModelError: Not a model, or not a valid one; the message says what was found.
+        ModelError: Not a model, or not a valid one.
     """
     if isinstance(source, Lazy):
         source = source.make()
@@ -84,7 +84,7 @@ def load(source: Any) -> Loaded:
 
 
 def _data_of(model: ir.Model) -> frozenset[Path]:
-    """The files that tensors of a model in memory are still to be read from."""
+    """Return the files that tensors of a model in memory are read from."""
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     paths = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
     missing = [f"the given model reads {p}, and there is no such file from {Path.cwd()}" for p in sorted(paths) if not p.is_file()]
@@ -93,7 +93,7 @@ def _data_of(model: ir.Model) -> frozenset[Path]:
 
 
 def check_name(path: Path) -> list[str]:
-    """What stands against a path whose bytes are no UTF-8: onnx and onnxruntime take texts."""
+    """Return a problem for a path that is not UTF-8, which onnx and onnxruntime require."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -102,14 +102,14 @@ def check_name(path: Path) -> list[str]:
 
 
 def check_length(output: Path) -> list[str]:
-    """What stands against the names that data files of an output may get."""
+    """Return a problem if the names of an output's data files may be too long."""
     return writable.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
 
 
 def _load_path(path: Path) -> Loaded:
     raise_all(ModelError, check_name(path))
     if not path.is_file():
-        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is {_none(path)}")
+        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path} is {_not_a_file(path)}")
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
         raise ModelError(f"{path} is no ONNX model, by its name: {kind}")
     size = path.stat().st_size
@@ -129,8 +129,8 @@ def _load_path(path: Path) -> Loaded:
     return Loaded(model, path, external, size + sum(p.stat().st_size for p in external), _dropped(proto))
 
 
-def _none(path: Path) -> str:
-    """What a path is that is no file, and what to give for it."""
+def _not_a_file(path: Path) -> str:
+    """Describe a path that is not a file, with a remedy."""
     if not path.is_dir():
         return "not a file"
     models = sorted(map(str, (*path.glob("*.onnx"), *path.glob("*/*.onnx"))))
@@ -145,14 +145,14 @@ def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
 
 
 def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
-    """What the result will not have, for the report."""
+    """Return notes on parts of the model that are dropped."""
     return (f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes",) * bool(
         proto.training_info
     )
 
 
 def _load_attributes(model: ir.Model, folder: Path) -> None:
-    """Read external data of attributes: what is written keeps that of initializers only."""
+    """Read external data of attributes into memory: only that of initializers is written again."""
     for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
         for node in nodes:
             for name, attribute in node.attributes.items():
@@ -173,16 +173,16 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
 
 
 def initializer_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers and of the tensors in Constant nodes, those of bodies included, bits packed."""
+    """Return the bytes of all initializers and Constant nodes, subgraphs included, with packed bits."""
     tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
     tensors += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
     return sum(t.nbytes for t in tensors if t is not None)
 
 
 def model_bytes(model: ir.Model) -> int:
-    """Bytes of the file a model in memory would make, tensors included; no tensor is copied or read.
+    """Return the size of a model in memory as a file, without copying or reading tensors.
 
-    While the rest is serialized, initializers stand for data in another file.
+    Initializers are replaced by external data while the rest is serialized.
     """
     tensors = [(value, value.const_value) for graph in model.graphs() for value in graph.initializers.values()]
     try:
@@ -194,25 +194,25 @@ def model_bytes(model: ir.Model) -> int:
     finally:
         for value, tensor in tensors:
             value.const_value = tensor
-    for stored in proto.graph.initializer:  # here the tensor would lie in it
+    for stored in proto.graph.initializer:  # the tensor would be inline
         stored.ClearField("external_data")
         stored.ClearField("data_location")
     return sum(tensor.nbytes for _, tensor in tensors if tensor is not None) + int(proto.ByteSize())
 
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:
-    """What stands against writing ``output``, without touching anything."""
+    """Return the problems of writing ``output``, without changing anything."""
     problems = check_name(output.absolute())
     folder = output.parent
     if output.suffix.lower() in _OTHERS or output.name == "-":
         problems.append(f"output {output}: the result is an ONNX model; give a name that ends in .onnx")
-    if os.path.isdir(output):  # where pathlib raises an error of a name that is too long
+    if os.path.isdir(output):  # pathlib would raise for a name that is too long
         problems.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
         problems.append(f"output folder {folder} does not exist; create it first")
-    elif wrong := writable.why_not_writable(f"output {output}", output) or check_length(output):
-        problems += wrong
+    elif reasons := writable.why_not_writable(f"output {output}", output) or check_length(output):
+        problems += reasons
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
-    if output.resolve() in sources or any(is_ours(p, output) and p.parent == folder.resolve() for p in sources):
+    if output.resolve() in sources or any(is_data_file_of(p, output) and p.parent == folder.resolve() for p in sources):
         problems.append(f"output {output} would overwrite the input model or its data; choose another name")
     return problems

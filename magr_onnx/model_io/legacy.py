@@ -1,7 +1,7 @@
-"""Constants in the forms of old files, brought to that of today: a dense initializer that is no input.
+"""Conversion of legacy constants to dense initializers that are not inputs.
 
-Sparse constants: onnxruntime makes them dense when it loads a model, and onnx-ir has no form for them. Constants among the inputs: before
-IR version 4 every initializer had to be one, and onnxruntime lets nobody override them there; from version 4 on it means that callers may.
+Sparse constants: onnxruntime converts them to dense on loading, and onnx-ir does not support them. Initializers among the inputs: required
+before IR version 4, where onnxruntime does not allow overriding them; from version 4 on it means that callers may override them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ CONSTANTS = 4
 
 
 def modernize(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every constant a dense initializer or Constant; the same object where it is so already.
+    """Convert every constant to a dense initializer or Constant; return the same object if nothing changes.
 
     Args:
-        proto: A model that `sanity.check` has passed, which bounds what its sparse tensors stand for.
+        proto: A model that passed `validate_proto.check`, which bounds the size of its sparse tensors.
     """
     sparse = any(_sparse(graph) for graph in graphs(proto))
     if not sparse and proto.ir_version >= CONSTANTS:
@@ -31,8 +31,8 @@ def modernize(proto: onnx.ModelProto) -> onnx.ModelProto:
     if sparse:
         _densify(copy)
     if proto.ir_version < CONSTANTS:
-        held = {t.name for t in copy.graph.initializer}
-        inputs = [v for v in copy.graph.input if v.name not in held]
+        names = {t.name for t in copy.graph.initializer}
+        inputs = [v for v in copy.graph.input if v.name not in names]
         copy.graph.ClearField("input")
         copy.graph.input.extend(inputs)
         copy.ir_version = CONSTANTS

@@ -1,4 +1,4 @@
-"""Constants of finished layers on disk instead of in memory: the graph holds memory-mapped tensors of a file that grows layer by layer."""
+"""Spilling of finished layers' constants to disk: the graph holds memory-mapped tensors of files that grow layer by layer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from magr_onnx.errors import OutputError
 from magr_onnx.model_io.writing import model_values, os_error_hint, release_mmap
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
-FILE_BYTES = 1 << 30  # a tensor maps the whole of its file, so that many files are better than one
+FILE_BYTES = 1 << 30  # a tensor maps its whole file, so several files are better than one
 
 
 class Spool:
-    """Files of a temporary folder that take a model's tensors out of memory."""
+    """Files in a temporary folder that tensors of a model are moved to."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
         self._used = 0
 
-    def sweep(self, model: ir.Model) -> None:
-        """Move every tensor that is in memory, and no small one, to disk.
+    def spill(self, model: ir.Model) -> None:
+        """Move every tensor in memory, except small ones, to disk.
 
         Raises:
             OutputError: The disk is full.
@@ -43,6 +43,6 @@ class Spool:
         path = self._folder / f"spool-{self._number}.data"
         with path.open("ab") as file:
             offset = file.tell()
-            file.write(tensor.tobytes())  # not tofile: NumPy does not say that a disk is full
+            file.write(tensor.tobytes())  # not tofile, in which NumPy ignores a full disk
             self._used = file.tell()
         return ir.ExternalTensor(path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=self._folder)

@@ -1,7 +1,7 @@
-"""What a model file may not do: reach outside its folder, claim data it does not have, or stand for more than a machine holds.
+"""Validation of untrusted model files: no data outside their folder, no missing data, no constants of excessive size.
 
-Everything here reads the protobuf message only, in one walk without recursion: the time is linear in the file, and no constant is made.
-onnx's checker comes after it, and with it what is about operators: their inputs, the types of their attributes, the order of nodes.
+Only the protobuf message is read, in one pass without recursion: time is linear in the file, and no constant is expanded. Operators, their
+inputs and attribute types, and the order of nodes are left to onnx's checker, which runs afterwards.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
 from magr_onnx.errors import ModelError, raise_all
-from magr_onnx.model_io.expansion import unfolded
+from magr_onnx.model_io.expansion import expanded_bytes
 
 OLDEST_OPSET = 7
-"""Before it, Add and its like broadcast by an attribute, and onnxruntime promises nothing."""
+"""Older opsets broadcast Add and similar operators by an attribute, and onnxruntime does not support them."""
 
 LARGEST_CONSTANT = 1 << 32
-"""Bytes a constant may unfold to where the graph only describes it (ConstantOfShape, Expand, sparse tensors ...)."""
+"""Largest size in bytes that a constant may expand to (ConstantOfShape, Expand, sparse tensors ...)."""
 
 LARGEST_FILE = (1 << 31) - 1
-"""Bytes of a protobuf message."""
+"""Largest size of a protobuf message in bytes."""
 
 _ALIASES = 16
-"""How often all bytes of the external files may be used on average; tied weights use them twice or a few times."""
+"""How often the bytes of external files may be used on average; tied weights use them a few times."""
 
 _MOST_PROBLEMS = 20
 _FIELDS = {
@@ -45,7 +45,7 @@ _FIELDS = {
 
 @dataclass(slots=True)
 class _Findings:
-    """Problems, and what external files hold."""
+    """Problems found, and sizes of external files."""
 
     folder: Path | None
     problems: list[str] = field(default_factory=list)
@@ -61,18 +61,18 @@ class _Findings:
 
 
 def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[Path]:
-    """Look for everything above in a model.
+    """Validate a model.
 
     Args:
-        proto: The message, external data not loaded.
-        name: What to call the model in messages.
-        folder: Where external data lies; None for a model in memory, which may have none.
+        proto: The message, without external data loaded.
+        name: Name of the model in messages.
+        folder: Folder of external data; None for a model in memory, which must have none.
 
     Returns:
         The files of the model's external data.
 
     Raises:
-        ModelError: With all problems found, up to 20.
+        ModelError: Lists up to 20 problems.
     """
     findings = _Findings(folder)
     _opsets(proto, findings)
@@ -87,10 +87,10 @@ def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[P
 
 
 def custom_operators(model: ir.Model) -> list[str]:
-    """The operators (``domain::name``) of a model that are neither ONNX's, nor onnxruntime's, nor functions of the model."""
-    own = {(f.domain, f.name) for f in model.functions.values()}
+    """Return the operators (``domain::name``) that are neither ONNX's, nor onnxruntime's, nor functions of the model."""
+    functions = {(f.domain, f.name) for f in model.functions.values()}
     nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
-    return sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in _DOMAINS and (n.domain, n.op_type) not in own})
+    return sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in _DOMAINS and (n.domain, n.op_type) not in functions})
 
 
 _DOMAINS = {
@@ -128,7 +128,7 @@ def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
 
 
 def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """Every graph and function body of a model, subgraphs and training graphs included."""
+    """Yield every graph and function body of a model, including subgraphs and training graphs."""
     yield from _walk(_main(proto))
     yield from _walk(proto.functions)
 
@@ -146,17 +146,17 @@ def _walk(roots: Iterable[onnx.GraphProto | onnx.FunctionProto]) -> Iterator[onn
 
 
 def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, findings: _Findings) -> None:
-    known: dict[str, onnx.TensorProto] = {}
+    constants: dict[str, onnx.TensorProto] = {}
     if isinstance(graph, onnx.GraphProto):
         for tensor in graph.initializer:
             _tensor(tensor, findings)
-            known[tensor.name] = tensor
+            constants[tensor.name] = tensor
         for sparse in graph.sparse_initializer:
             _sparse(sparse, findings)
         for value in graph.input:
             kind = value.type.tensor_type.elem_type
-            if value.name in known and known[value.name].data_type != kind:
-                findings.add(f"input {value.name} has type {kind}, and its initializer type {known[value.name].data_type}")
+            if value.name in constants and constants[value.name].data_type != kind:
+                findings.add(f"input {value.name} has type {kind}, and its initializer type {constants[value.name].data_type}")
     for node in graph.node:
         if findings.full:
             return
@@ -167,8 +167,8 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
         if node.op_type == "Constant" and node.domain in _ONNX and len(node.attribute) != 1:
             findings.add(f"Constant {node.name or list(node.output)} must have one attribute, and has {len(node.attribute)}")
         if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
-            known[node.output[0]] = node.attribute[0].t
-        size = None if findings.problems else unfolded(node, known)
+            constants[node.output[0]] = node.attribute[0].t
+        size = None if findings.problems else expanded_bytes(node, constants)
         if size is not None and size > LARGEST_CONSTANT:
             findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
 
@@ -194,7 +194,7 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
 
 
 def _value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> str | None:
-    """What is wrong with the value of an attribute of ONNX's operators, where the libraries below do not say so but crash or hang."""
+    """Describe an invalid value of an attribute on which onnx or onnxruntime would crash or hang, else None."""
     if not _is_text(attribute):
         return "is not UTF-8"
     if node.op_type == "Einsum" and attribute.name == "equation" and not _EQUATION.fullmatch(attribute.s):
@@ -208,7 +208,7 @@ def _value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> str | None:
 
 
 def _is_text(attribute: onnx.AttributeProto) -> bool:
-    """Whether the strings of an attribute of ONNX's operators are what they have to be."""
+    """Return whether the strings of an attribute are UTF-8."""
     try:
         for text in (attribute.s, *attribute.strings):
             text.decode()
@@ -219,10 +219,10 @@ def _is_text(attribute: onnx.AttributeProto) -> bool:
 
 _ONNX = ("", "ai.onnx")
 _EQUATION = re.compile(rb"[A-Za-z,.> -]*")
-"""ONNX's own inference of shapes does not come back from other characters."""
+"""ONNX's shape inference hangs on other characters."""
 
 _COUNTS = ("group", "strides", "dilations", "kernel_shape")
-"""Attributes onnxruntime divides by, some without a look at them."""
+"""Attributes onnxruntime divides by, some without a check."""
 
 _DATA_TYPES = set(onnx.TensorProto.DataType.values())
 _TYPES = ("to", "dtype", "output_dtype", "stash_type")
@@ -230,11 +230,11 @@ _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.Attri
 
 
 def _too_large() -> str:
-    return f"more than the {LARGEST_CONSTANT >> 30} GiB that are unfolded at most"
+    return f"more than the {LARGEST_CONSTANT >> 30} GiB that are expanded_bytes at most"
 
 
 def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
-    """Elements and bytes of a dense tensor, of any size; a string counts as one byte.
+    """Return elements and bytes of a dense tensor; a string counts as one byte.
 
     Raises:
         ValueError: An unknown type, or a negative dimension.
@@ -252,33 +252,33 @@ def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
 
 
 def _tensor(tensor: onnx.TensorProto, findings: _Findings, where: str = "") -> None:
-    what = f"tensor {tensor.name}" if tensor.name or not where else where
+    label = f"tensor {tensor.name}" if tensor.name or not where else where
     try:
         count, size = _size(tensor.data_type, tensor.dims)
     except ValueError as error:
-        findings.add(f"{what} {error}")
+        findings.add(f"{label} {error}")
         return
     if uses_external_data(tensor):
         problem = _external(tensor, size, findings)
         if problem:
-            findings.add(f"{what}: {problem}")
+            findings.add(f"{label}: {problem}")
         return
     kind = ir.DataType(tensor.data_type)
     if tensor.HasField("raw_data"):
         stored, expected, unit = len(tensor.raw_data), size, "bytes"
         if kind == ir.DataType.STRING:
-            findings.add(f"{what} holds strings as raw data, which have no form")
+            findings.add(f"{label} holds strings as raw data, which have no form")
             return
     else:
         stored, unit = len(getattr(tensor, _FIELDS.get(kind.name, "int32_data"))), "values"
         packed = max(8 // kind.bitwidth, 1) if kind != ir.DataType.STRING else 1
         expected = 2 * count if kind.name.startswith("COMPLEX") else -(-count // packed)
     if stored != expected:
-        findings.add(f"{what} of type {kind.name} and shape {list(tensor.dims)} must hold {expected} {unit}, and has {stored}")
+        findings.add(f"{label} of type {kind.name} and shape {list(tensor.dims)} must hold {expected} {unit}, and has {stored}")
 
 
 def _external(tensor: onnx.TensorProto, size: int, findings: _Findings) -> str | None:
-    """What is wrong with a tensor's data in another file, which ought to be ``size`` bytes."""
+    """Describe a problem of a tensor's external data, which must have ``size`` bytes, else None."""
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     if not isinstance(location, str):
@@ -295,42 +295,42 @@ def _external(tensor: onnx.TensorProto, size: int, findings: _Findings) -> str |
         return f"needs {size} bytes of external data, and is said to have {length} at offset {offset}"
     file = findings.folder / location
     try:
-        inside = file.resolve().is_relative_to(findings.folder.resolve())
-        if location and not os.path.isabs(location) and inside and file.is_file():
+        contained = file.resolve().is_relative_to(findings.folder.resolve())
+        if location and not os.path.isabs(location) and contained and file.is_file():
             file_bytes = findings.files.setdefault(file, file.stat().st_size)
             findings.external_bytes += size
             return None if offset + size <= file_bytes else f"{file} has {file_bytes} bytes, but the tensor ends at {offset + size}"
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a zero byte, a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte in the name, a name that is too long
         return f"external data {location[:80]!r} cannot be found: {error}"
-    if not location or os.path.isabs(location) or not inside:
+    if not location or os.path.isabs(location) or not contained:
         link = " (a link leads there; put the file itself beside the model)" if location and file.is_symlink() else ""
         return f"external data {location[:80]!r} lies outside {findings.folder.resolve()}{link}"
     return f"external data file {file} is missing; keep it beside the model"
 
 
 def _sparse(sparse: onnx.SparseTensorProto, findings: _Findings, where: str = "") -> None:
-    what = f"sparse tensor {sparse.values.name}" if sparse.values.name or not where else where
+    label = f"sparse tensor {sparse.values.name}" if sparse.values.name or not where else where
     before = len(findings.problems)
-    for part, tensor in (("values", sparse.values), ("indices", sparse.indices)):
-        _tensor(tensor, findings, f"{part} of {what}")
+    for part_name, tensor in (("values", sparse.values), ("indices", sparse.indices)):
+        _tensor(tensor, findings, f"{part_name} of {label}")
         if uses_external_data(tensor):
-            findings.add(f"{part} of {what}: sparse tensors cannot be external data")
+            findings.add(f"{part_name} of {label}: sparse tensors cannot be external data")
     if len(findings.problems) > before:
         return
     try:
         count, size = _size(sparse.values.data_type, sparse.dims)
     except ValueError as error:
-        findings.add(f"{what} {error}")
+        findings.add(f"{label} {error}")
         return
     if size > LARGEST_CONSTANT:
-        findings.add(f"{what} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
+        findings.add(f"{label} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
         return
     number, rank = math.prod(sparse.values.dims), len(sparse.dims)
     form = list(sparse.indices.dims)
     if len(sparse.values.dims) != 1 or sparse.indices.data_type != onnx.TensorProto.INT64 or form not in ([number], [number, rank]):
-        findings.add(f"{what}: {number} values need as many int64 indices, flat or of rank {rank}, and have {form}")
+        findings.add(f"{label}: {number} values need as many int64 indices, flat or of rank {rank}, and have {form}")
         return
     indices = onnx.numpy_helper.to_array(sparse.indices)
     most = count if indices.ndim == 1 else np.asarray(sparse.dims)
     if ((indices < 0) | (indices >= most)).any():
-        findings.add(f"{what} has indices beyond its shape {list(sparse.dims)}")
+        findings.add(f"{label} has indices beyond its shape {list(sparse.dims)}")

@@ -1,4 +1,4 @@
-"""Places for results: what stands against a path, known before the work whose result would go there."""
+"""Checks of output paths before the work."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ _SPECIAL = {
 _LONGEST = 255  # bytes of a name on almost all file systems
 
 
-def why_not_writable(what: str, path: Path) -> list[str]:
-    """Why nothing can be renamed to ``path``, links followed.
+def why_not_writable(label: str, path: Path) -> list[str]:
+    """Return the reasons why no file can be renamed to ``path``, following links.
 
-    Its name is too long, its folder or what is there is not writable, or that is neither a file nor a folder, or a mount.
+    Its name is too long, its folder or the existing file is not writable, or that is a special file or a mount point.
 
     Args:
-        what: What would be there, and the path, for the message.
-        path: A path; whether its folder is there is not looked at.
+        label: Description of the output with its path, for messages.
+        path: The path; its folder need not exist.
     """
-    place = path.resolve()
-    if found := too_long(what, place):
-        return found
-    if os.path.isdir(place.parent) and not os.access(place.parent, os.W_OK):
-        return [f"{what}: folder {place.parent} is not writable"]
+    target = path.resolve()
+    if reasons := too_long(label, target):
+        return reasons
+    if os.path.isdir(target.parent) and not os.access(target.parent, os.W_OK):
+        return [f"{label}: folder {target.parent} is not writable"]
     try:
-        kind = _SPECIAL.get(stat.S_IFMT(place.stat().st_mode))
-    except OSError:  # nothing is there
+        kind = _SPECIAL.get(stat.S_IFMT(target.stat().st_mode))
+    except OSError:  # no such file
         return []
     if kind is not None:
-        return [f"{what} is {kind}, in whose place a result would be put; choose another name"]
-    if os.path.ismount(place):
-        other = f"give a folder in it, such as {path / 'optimized'}" if place.is_dir() else "choose another name"
-        return [f"{what} is a mount point, to which nothing can be renamed; {other}"]
-    if not os.access(place, os.W_OK):
-        return [f"{what} exists and is not writable"]
+        return [f"{label} is {kind}, in whose place a result would be put; choose another name"]
+    if os.path.ismount(target):
+        remedy = f"give a folder in it, such as {path / 'optimized'}" if target.is_dir() else "choose another name"
+        return [f"{label} is a mount point, to which nothing can be renamed; {remedy}"]
+    if not os.access(target, os.W_OK):
+        return [f"{label} exists and is not writable"]
     return []
 
 
-def too_long(what: str, path: Path) -> list[str]:
-    """Whether the file system of ``path`` has no names of that length."""
+def too_long(label: str, path: Path) -> list[str]:
+    """Return a problem if the name of ``path`` is too long for its file system."""
     try:
         most = os.pathconf(path.parent, "PC_NAME_MAX")
     except (AttributeError, OSError):  # Windows; no such folder
         most = _LONGEST
     size = len(os.fsencode(path.name))
-    return [f"{what}: the name {path.name} has {size} bytes, and may have {most} bytes; give a shorter name"] * (size > most)
+    return [f"{label}: the name {path.name} has {size} bytes, and may have {most} bytes; give a shorter name"] * (size > most)

@@ -1,9 +1,9 @@
-"""Writing a model of any size: tensors one by one, in one file or in shards, and all of it in place at once or not at all.
+"""Atomic saving of models of any size, tensor by tensor, in one file or in shards.
 
-A model and its data files are a set. They are written into a folder of their own beside the output, verified there, and renamed: data
-first, the model last, so that at every moment the name of the output means a whole model, the old one or the new one. For that the new
-data must not take the names that an old model reads from: then they carry the beginning of their SHA-256, and the old ones are removed
-when nothing needs them any more. The names follow from what is there and what is written, so a run that is repeated repeats them.
+A model and its data files are a set. They are written to a staging directory next to the output, verified there, and renamed: data first,
+the model last, so that the output is a complete model at any moment, the old or the new one. New data files must not replace files that an
+old model reads: in that case their names include a prefix of their SHA-256, and the old files are removed once unused. Names depend only on
+existing files and contents, so a repeated run repeats them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1
 SMALL = 256  # bytes up to which a tensor stays in the protobuf, as onnx and onnx-ir have it
 _CHUNK = 1 << 24
-_LARGE_PROTOBUF = 1 << 28  # is not read only to learn which data files it names
+_LARGE_PROTOBUF = 1 << 28  # a larger file is not parsed only for the names of its data files
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model is laid out in files.
+    """Layout of a model in files.
 
     Attributes:
-        external: Whether tensors go to data files in any case; else they do where the model would pass ``inline_limit`` bytes.
-        shard_size: Most bytes of a data file; a tensor that is larger has a file of its own. None for no data files, or one.
+        external: Whether tensors always go to data files; else only if the model exceeds ``inline_limit`` bytes.
+        shard_size: Largest size of a data file in bytes; a larger tensor has its own file. None for at most one file.
         inline_limit: See ``external``.
     """
 
@@ -49,9 +49,9 @@ class Layout:
 
 
 def tensor_bytes(model: ir.Model) -> int:
-    """Bytes of all tensors of the model, those in attributes and subgraphs included."""
-    held = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    total = sum(t.nbytes for t in held if t is not None)
+    """Return the bytes of all tensors of the model, including attributes and subgraphs."""
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    total = sum(t.nbytes for t in tensors if t is not None)
     for node in model.graph.all_nodes():
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
@@ -60,22 +60,22 @@ def tensor_bytes(model: ir.Model) -> int:
 
 
 def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = None, layout: Layout | None = None) -> int:
-    """Write a model under a temporary name, verify it, then rename; returns the bytes written.
+    """Save a model under a temporary name, verify it, then rename it; return the bytes written.
 
-    An output that is replaced leaves its permissions, to the new data files too.
+    The permissions of a replaced output are kept, also for the new data files.
 
-    On any error, an interrupt included, the old output stays whole and nothing is left behind. After a kill (or a power cut) the old
-    output, or the new one, is whole, and the next run on the same output clears what was left.
+    On any error, including an interrupt, the old output is intact and nothing is left behind. After a kill or power cut the old or the new
+    output is intact, and the next run on the same output removes what was left.
 
     Args:
-        model: What to write. Its tensors lie in the new data files afterwards, where there are any.
+        model: The model. Its tensors refer to the new data files afterwards, if any.
         output: Final path.
-        verify: Called with the temporary file; an exception it raises stops the rename.
-        layout: Data files or not.
+        verify: Called with the temporary file; an exception prevents the rename.
+        layout: Layout in files.
 
     Raises:
-        OutputError: The disk is full, or the folder is not to be written to.
-        MagrError: The model without its tensors is larger than a protobuf can be.
+        OutputError: The disk is full, or the folder is not writable.
+        MagrError: The model without its tensors exceeds the size of a protobuf.
     """
     try:
         with staging_directory(output) as folder:
@@ -87,7 +87,7 @@ def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = 
 
 
 def os_error_hint(error: OSError) -> str:
-    """What to do about an error of the file system."""
+    """Describe a file system error with a remedy."""
     advice = {
         errno.ENOSPC: "the disk is full; free space there, or write to another disk",
         errno.EDQUOT: "the disk quota is used up; free space there, or write to another disk",
@@ -103,8 +103,8 @@ def os_error_hint(error: OSError) -> str:
 def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], None] | None, layout: Layout) -> int:
     limit = min(layout.inline_limit, INLINE_LIMIT)
     external = layout.external or layout.shard_size is not None or tensor_bytes(model) > limit
-    old = data_files(output)
-    part = folder / output.name
+    previous_files = data_files(output)
+    temporary = folder / output.name
     if external:
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=SMALL // 4)(model)
     values = _large(model) if external else []
@@ -120,56 +120,56 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
         for value in model_values(model):
             if value.const_value is not None and isinstance(value.const_value, ir.ExternalTensor) and value.const_value.base_dir != folder:
                 value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.const_value.name, dtype=value.const_value.dtype)
-        _write_protobuf(model, part)
+        _write_protobuf(model, temporary)
         if verify is not None:
-            verify(part)
-        made = [folder / name for name in names]
-        size = sum(p.stat().st_size for p in (*made, part))
+            verify(temporary)
+        data_paths = [folder / name for name in names]
+        size = sum(p.stat().st_size for p in (*data_paths, temporary))
         mode = mode_of(output)
-        for path in (*made, part):
+        for path in (*data_paths, temporary):
             path.chmod(mode)
             sync(path)
-        for path in made:
+        for path in data_paths:
             replace(path, output.parent / path.name)
-        replace(part, output)
+        replace(temporary, output)
         done = True
     finally:
         for value, tensor in zip(model_values(model), before, strict=True):
-            held = value.const_value
-            if done and isinstance(held, ir.ExternalTensor):
-                release_mmap(held)
-                held.base_dir = output.parent
+            current = value.const_value
+            if done and isinstance(current, ir.ExternalTensor):
+                release_mmap(current)
+                current.base_dir = output.parent
             else:
                 value.const_value = tensor
-    outdated = {path for path in old - {output.parent / name for name in names} if is_ours(path, output)}
+    outdated = {path for path in previous_files - {output.parent / name for name in names} if is_data_file_of(path, output)}
     if outdated:
-        read = {path for other in output.parent.glob("*.onnx") if other != output for path in data_files(other)}
-        for path in outdated - read:  # a copy of the old output may still be there
+        read = {path for model_path in output.parent.glob("*.onnx") if model_path != output for path in data_files(model_path)}
+        for path in outdated - read:  # a copy of the old output may still read them
             path.unlink(missing_ok=True)
     return size
 
 
 def release_mmap(tensor: ir.TensorProtocol) -> None:
-    """Unmap a tensor's file, if it has one, or every file that was ever read counts as memory in use. It is mapped again when read."""
+    """Unmap a tensor's file, if any, so that it does not count as memory in use. Reading maps it again."""
     if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody still looks at its values
+        with contextlib.suppress(BufferError):  # an array still refers to it
             tensor.release()
 
 
 def oversized(model: ir.Model, layout: Layout) -> list[str]:
-    """Names of tensors that are larger than a shard, each of which gets a file of its own."""
+    """Return the names of tensors larger than a shard, each of which gets its own file."""
     if layout.shard_size is None:
         return []
     return [str(v.name) for v in model_values(model) if v.const_value is not None and v.const_value.nbytes > layout.shard_size]
 
 
 def model_values(model: ir.Model) -> list[ir.Value]:
-    """The initializers of the model and its subgraphs."""
+    """Return the initializers of the model and its subgraphs."""
     return [v for graph in model.graphs() for v in graph.initializers.values()]
 
 
 def _large(model: ir.Model) -> list[ir.Value]:
-    """The initializers that go to data files. Where the small ones alone are too many for a protobuf, all of them."""
+    """Return the initializers that go to data files: all of them if the small ones alone are too large for a protobuf."""
     tensors = [(v, v.const_value) for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
     small = sum(tensor.nbytes for _, tensor in tensors if tensor.nbytes <= most_inline(tensor, SMALL))
     return [value for value, tensor in tensors if tensor.nbytes > (most_inline(tensor, SMALL) if small <= INLINE_LIMIT // 4 else 0)]
@@ -177,7 +177,7 @@ def _large(model: ir.Model) -> list[ir.Value]:
 
 @dataclass(slots=True)
 class _DataFile:
-    """A data file being written: its place, its hash, and the number and offset of every tensor in it."""
+    """A data file being written: path, hash, and the index and offset of every tensor."""
 
     path: Path
     digest: str
@@ -185,7 +185,7 @@ class _DataFile:
 
 
 class _Hashed:
-    """A file that hashes what is written to it. It has no file number, so that tensors copy themselves through it."""
+    """A file that hashes what is written to it. It has no file descriptor, so tensors are written through it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -205,32 +205,32 @@ class _Hashed:
 
 
 def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: int | None) -> list[_DataFile]:
-    """Write tensors in order, a new file wherever the next one would pass the shard size."""
+    """Write tensors in order, starting a new file where the next one would exceed the shard size."""
     groups: list[list[int]] = []
-    used = 0
+    size = 0
     for index, tensor in enumerate(tensors):
-        used = _aligned(used, tensor.nbytes)
-        if not groups or (shard_size is not None and used + tensor.nbytes > shard_size):
+        size = _aligned(size, tensor.nbytes)
+        if not groups or (shard_size is not None and size + tensor.nbytes > shard_size):
             groups.append([])
-            used = 0
+            size = 0
         groups[-1].append(index)
-        used += tensor.nbytes
+        size += tensor.nbytes
     files = []
     for number, group in enumerate(groups):
         path = folder / f"{number}.part"
         with path.open("wb") as raw:
             file = _Hashed(raw)
-            places = []
+            offsets = []
             for index in group:
                 file.write(bytes(_aligned(file.size, tensors[index].nbytes) - file.size))
-                places.append((index, file.size))
+                offsets.append((index, file.size))
                 _copy(tensors[index], file)
-        files.append(_DataFile(path, file.digest(), places))
+        files.append(_DataFile(path, file.digest(), offsets))
     return files
 
 
 def _aligned(offset: int, size: int) -> int:
-    """Where a tensor of ``size`` bytes may begin from ``offset`` on: kernels read mapped memory, and large tensors are mapped by pages."""
+    """Return the next aligned offset for a tensor of ``size`` bytes; large tensors are aligned to pages, for memory mapping."""
     step = 4096 if size >= 1 << 20 else 64 if size > SMALL else 8
     return -(-offset // step) * step
 
@@ -255,7 +255,7 @@ def _external(value: ir.Value, name: str, offset: int, folder: Path) -> ir.Exter
 def _write_protobuf(model: ir.Model, path: Path) -> None:
     try:
         proto = ir.to_proto(model)
-    except Exception as error:  # of onnx-ir, with the whole model in its message; the cause says what it is
+    except Exception as error:  # from onnx-ir, whose message has the whole model; the cause is specific
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -266,14 +266,14 @@ def _write_protobuf(model: ir.Model, path: Path) -> None:
 
 
 def data_files(model: Path) -> set[Path]:
-    """The data files that a model on disk reads from; none where there is no such model. Of a very large one, all that it may read."""
+    """Return the data files of a model on disk, if it exists; for a very large one all that it may read."""
     if not model.is_file():
         return set()
     if model.stat().st_size > _LARGE_PROTOBUF:
-        return {path for path in model.parent.iterdir() if is_ours(path, model)}
+        return {path for path in model.parent.iterdir() if is_data_file_of(path, model)}
     try:
         proto = onnx.load(str(model), load_external_data=False)
-    except Exception:  # whatever is there is no model, and so reads from nothing
+    except Exception:  # not a model
         return set()
     files = set()
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
@@ -283,13 +283,13 @@ def data_files(model: Path) -> set[Path]:
 
 
 def data_name(output: Path, number: int = 0, count: int = 1, tag: str = "") -> str:
-    """The name of a data file: ``m.onnx.data``, or ``m.onnx-00001-of-00003.data``; a tag comes before."""
+    """Return the name of a data file: ``m.onnx.data``, or ``m.onnx-00001-of-00003.data``, after a tag if given."""
     stem = f"{output.name}{f'.{tag}' if tag else ''}"
     return f"{stem}.data" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.data"
 
 
 def _names(output: Path, digests: Sequence[str]) -> list[str]:
-    """Names for data files of these contents, by which no file is overwritten with anything else: a model may read it."""
+    """Choose names for data files so that no existing file is overwritten with other contents: a model may read it."""
     count = len(digests)
     tag = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
     plain = [data_name(output, i, count) for i in range(count)]
@@ -299,14 +299,14 @@ def _names(output: Path, digests: Sequence[str]) -> list[str]:
         paths = [output.parent / name for name in names]
         return all(not p.exists() or (p.is_file() and file_digest(p) == d) for p, d in zip(paths, digests, strict=True))
 
-    there = all(
+    tagged_exist = all(
         (output.parent / name).is_file() and file_digest(output.parent / name) == d for name, d in zip(tagged, digests, strict=True)
     )
-    return tagged if (there and count) or not free(plain) else plain
+    return tagged if (tagged_exist and count) or not free(plain) else plain
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file, read in chunks."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -314,6 +314,6 @@ def file_digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
-def is_ours(path: Path, output: Path) -> bool:
-    """Whether a data file has a name that only this output gives."""
+def is_data_file_of(path: Path, output: Path) -> bool:
+    """Return whether a file is named as a data file of ``output``."""
     return re.fullmatch(rf"{re.escape(output.name)}(\.[0-9a-f]{{12}})?(-\d{{5}}-of-\d{{5}})?\.data", path.name) is not None

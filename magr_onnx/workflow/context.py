@@ -125,7 +125,7 @@ class RunContext:
     def spill(self, model: ir.Model) -> None:
         """Take what is finished out of memory, where the model is large."""
         if self.spool is not None:
-            self.spool.sweep(model)
+            self.spool.spill(model)
 
     def store_plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
         """Tell the job directory what will be done to the layers."""

@@ -112,7 +112,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     memory = Memory.of(request, loaded.bytes, prepared.layers)
     spool = open_spool(request.output, memory.large, stack)
     if spool is not None:
-        spool.sweep(prepared.model)
+        spool.spill(prepared.model)
     check_weights(prepared.readable)
     stopwatch.lap("load")
     data, validation = (_open_data(source, prepared, request, memory.large) for source in (request.calibration, request.validation))

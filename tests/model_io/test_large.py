@@ -214,7 +214,7 @@ def test_a_model_run_in_stages_comes_out_as_one_run_as_a_whole(options: dict[str
 def test_emitted_constants_leave_memory(tmp_path: Path) -> None:
     model = graphs.chain()
     before = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items() if v.const_value is not None}
-    Spool(tmp_path).sweep(model)
+    Spool(tmp_path).spill(model)
     for name, value in model.graph.initializers.items():
         assert isinstance(value.const_value, ir.ExternalTensor) == (before[name].nbytes > 4096)
         assert value.const_value is not None
