@@ -546,7 +546,7 @@ def test_calibration_files(make: Callable[[Path], Path], message: str, tmp_path:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([{"x": [[1.0] * 16, [1.0] * 15]}], "no array"),
+        ([{"x": [[1.0] * 16, [1.0] * 15]}], "not an array"),
         ([{"x": np.array([None] * 16)[None]}], "object"),
         ([{"x": "text"}], "expects x"),
         (17, "cannot be a int"),

@@ -360,7 +360,7 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
     with pytest.raises(CalibrationError, match="UTF-8"):
         text.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")
-    with pytest.raises(CalibrationError, match="no tokenizer that"):
+    with pytest.raises(CalibrationError, match="not a tokenizer that"):
         text.encode(tmp_path / "texts.txt", exported, [IDS, MASK])
 
 
