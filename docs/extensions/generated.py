@@ -159,7 +159,7 @@ def _rules(option: OptionSpec) -> Iterator[str]:
     if option.argument:
         yield f"In Python: {option.argument}."
     for form in FORMATS.values():
-        if option.name in form.own_options:
+        if option.name in form.exclusive_options:
             yield f"Only for format {form.name}."
     if option.displaces:
         yield f"Overrides {', '.join(option.displaces)} given earlier."

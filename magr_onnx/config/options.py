@@ -245,7 +245,7 @@ def _spec(name: str, hint: Any) -> OptionSpec:
     parts = typing.get_args(kind) if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
     literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
     types = tuple(str if typing.get_origin(part) is Literal else part for part in parts)
-    owner = "format" if any(name in form.own_options for form in FORMATS.values()) else spec.belongs_to
+    owner = "format" if any(name in form.exclusive_options for form in FORMATS.values()) else spec.belongs_to
     result: OptionSpec = replace(spec, name=name, types=types, choices=tuple(spec.choices or literals), belongs_to=owner)
     return result
 

@@ -90,7 +90,7 @@ def _for_other_formats(options: Options, name: str) -> Iterator[str]:
     """Name options that are for another format only."""
     for form in FORMATS.values():
         if form.name != name:
-            yield from (f"{option} is for format {form.name} only" for option in form.own_options if options.get(option))
+            yield from (f"{option} is for format {form.name} only" for option in form.exclusive_options if options.get(option))
 
 
 def _fit_accumulator(form: Format, options: Options) -> tuple[Options, list[str]]:

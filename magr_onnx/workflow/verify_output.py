@@ -15,7 +15,7 @@ from magr_onnx.core.types import Array, check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import Plan
-from magr_onnx.passes.emit.readback import digest, iterate
+from magr_onnx.passes.emit.readback import digest, iterate_weights
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.reasons import IntegerReason
 from magr_onnx.report.verification import LayerVerdict
@@ -87,7 +87,7 @@ def stamp(model: ir.Model, plan: Plan, proof: ProofSummary | None) -> None:
 
 def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
     """Read every emitted weight back and compare it with what was chosen."""
-    written = {name: digest(weight) for name, weight in iterate(model, digests)}
+    written = {name: digest(weight) for name, weight in iterate_weights(model, digests)}
     wrong = [name for name, expected in digests.items() if written.get(name) != expected]
     if wrong:
         raise MagrError(f"internal error: the emitted weights of {', '.join(wrong)} are not those that were chosen; please report this")

@@ -1,7 +1,7 @@
 """The registry of output formats: how quantized weights are written, and read back.
 
-To add one: write its file in this folder, with its emitter and a `Format` object, and add that to `FORMATS`. The emitter then is in
-pipelines, the format among the options.
+To add one, write its file in this folder, with its emitter and a `Format` object, and add the latter to `FORMATS`. The emitter is then
+available in pipelines, and the format as an option.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from magr_onnx.passes.emit import int8, matmulnbits, qdq
 from magr_onnx.passes.emit.format import Format
 
 FORMATS: dict[str, Format] = {form.name: form for form in (matmulnbits.FORMAT, qdq.FORMAT, int8.STATIC, int8.DYNAMIC)}
-"""By name; the first is the default."""
+"""Formats by name; the first is the default."""
 
 __all__ = ["FORMATS", "Format"]

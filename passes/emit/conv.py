@@ -1,20 +1,20 @@
-"""Emit convolutions of quantized weights: integer codes in the file, one scale an output channel, floats before the convolution.
+"""Emit convolutions with quantized weights: integer codes, one scale per output channel, dequantized before the convolution.
 
-1. The node stays, with its attributes; only its weight and bias inputs change. Convolutions that share a weight share its codes. Constants
-   are in the main graph; what makes floats of codes is before the convolution, in its body too, or at the beginning of the main graph
-   where convolutions of several graphs share a weight. onnxruntime folds it in either place.
-2. ``fold``: ``Mul(Cast(codes), scales)``, with a Sub of zero points where there are some. onnxruntime computes that once, when it loads the
-   file, and the convolution is then the float one, as fast, in its own memory layout. Operators of any opset.
-3. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools know. onnxruntime keeps it, so that the weight is small in
-   memory too, and computes it in every run, without its layout for constant weights: 1.5 times as long, and 5 to 10 times as long for
-   small depthwise ones. (Its session option ``session.disable_quant_qdq`` makes it fold these as well.)
+1. The node and its attributes stay; only its weight and bias inputs change. Convolutions that share a weight share its codes. Constants
+   are in the main graph. The dequantizing nodes are before the convolution, also in a body, or at the start of the main graph if
+   convolutions of several graphs share the weight. onnxruntime folds them in either place.
+2. ``fold``: ``Mul(Cast(codes), scales)``, with a Sub of zero points if there are any. onnxruntime computes this once, when it loads the
+   file, and then runs the float convolution at its usual speed, in its own memory layout. Works in any opset.
+3. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools recognise. onnxruntime keeps it, so that the weight is
+   small in memory too, but dequantizes in every run and loses its layout for constant weights: convolutions take 1.5 times as long, small
+   depthwise ones 5 to 10 times. (Its session option ``session.disable_quant_qdq`` folds these as well.)
 4. Conv: codes ``(M, C / G, ...)`` and scales on axis 0. ConvTranspose in one group: ``(C, M, ...)``, axis 1.
-5. In several groups a channel's scale lies on no axis of a ConvTranspose's weight: codes ``(M, C / G, ...)`` on axis 0, then Reshape,
-   Transpose, Reshape; none of them where every group has one channel in and one out.
+5. A ConvTranspose in several groups has no weight axis of output channels: codes ``(M, C / G, ...)`` on axis 0, then Reshape, Transpose,
+   Reshape, which are not needed if every group has one input and one output channel.
 6. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
-7. Where the model has static integer activations it is DequantizeLinear, and a Reshape that changes nothing behind it. Between a
-   DequantizeLinear and a QuantizeLinear onnxruntime makes a QLinearConv of a convolution whose weight is constant or next to a
-   DequantizeLinear (float weights and biases it rounds in its own way), in integers that nobody asked for.
+7. In models with static integer activations, a Reshape without effect follows DequantizeLinear. Between a DequantizeLinear and a
+   QuantizeLinear, onnxruntime would otherwise replace a convolution whose weight is constant or dequantized by an integer QLinearConv,
+   rounding float weights and biases itself.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
 
     Args:
         layers: The convolutions.
-        solution: Codes with the channels of all groups side by side, ``(K, M)`` with one grid a channel; its bias ``(M,)`` is added to
-            that of every convolution.
-        form: How codes become floats, see above.
-        stays_float: Whether to keep onnxruntime from computing the convolutions in integers.
+        solution: Codes ``(K, M)`` of the channels of all groups, with one grid per channel; its bias ``(M,)`` is added to that of every
+            convolution.
+        form: How codes are dequantized, see the module.
+        stays_float: Whether to prevent onnxruntime from computing the convolutions in integers.
     """
     quantized = solution.quantized
     assert quantized is not None
@@ -58,7 +58,7 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
         graph.insert_before(first.node, nodes)
     else:
         root.insert_before(root[0], nodes)
-    size = sum(v.const_value.nbytes for made in nodes for v in made.inputs if v is not None and v.const_value is not None)
+    size = sum(v.const_value.nbytes for node in nodes for v in node.inputs if v is not None and v.const_value is not None)
     emitted = []
     for layer in layers:
         node, old = layer.node, layer.node.inputs[1]
@@ -80,41 +80,41 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
 
 
 def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays_float: bool) -> tuple[ir.Value, list[ir.Node]]:
-    """The weight as the layer reads it, and the nodes that make it of codes."""
+    """Make the nodes that dequantize a weight; return their result and the nodes."""
     packed = pack_qdq(quantized)
     scales, zeros = packed.scales, packed.zero_points
     kinds = ("int4", "uint4") if packed.bits == 4 else ("int8", "uint8")
-    name_of_type = kinds[zeros is not None]
-    kind = np.dtype(getattr(ml_dtypes, name_of_type) if packed.bits == 4 else name_of_type)
+    type_name = kinds[zeros is not None]
+    kind = np.dtype(getattr(ml_dtypes, type_name) if packed.bits == 4 else type_name)
     matrices = split_groups(packed.codes, layer.group)
     group, k, n = matrices.shape
-    turned = layer.op == "ConvTranspose" and group > 1
+    transposed = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
-    array = from_matrices(matrices, "Conv" if turned else layer.op, layer.kernel)
-    base, constant_of = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
+    array = from_matrices(matrices, "Conv" if transposed else layer.op, layer.kernel)
+    base, add_constant = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
     float_kind = FLOATS[layer.dtype]
-    codes = constant_of(base, array.astype(kind))
+    codes = add_constant(base, array.astype(kind))
     name = str(codes.name)
     if form == "dequantize":
-        inputs = [codes, constant_of(f"{base}_scales", scales.astype(float_kind))]
+        inputs = [codes, add_constant(f"{base}_scales", scales.astype(float_kind))]
         if zeros is not None:
-            inputs.append(constant_of(f"{base}_zero_points", zeros.astype(kind)))
+            inputs.append(add_constant(f"{base}_zero_points", zeros.astype(kind)))
         nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     else:
-        spread = (-1, *[1] * (array.ndim - 1 - axis))
+        channel_shape = (-1, *[1] * (array.ndim - 1 - axis))
         nodes = [ir.node("Cast", [codes], {"to": layer.dtype}, name=f"{name}_float")]
         if zeros is not None:
-            levels = constant_of(f"{base}_zero_points", zeros.astype(float_kind).reshape(spread))
+            levels = add_constant(f"{base}_zero_points", zeros.astype(float_kind).reshape(channel_shape))
             nodes.append(ir.node("Sub", [nodes[-1].outputs[0], levels], name=f"{name}_centre"))
-        steps = constant_of(f"{base}_scales", scales.astype(float_kind).reshape(spread))
+        steps = add_constant(f"{base}_scales", scales.astype(float_kind).reshape(channel_shape))
         nodes.append(ir.node("Mul", [nodes[-1].outputs[0], steps], name=f"{name}_scale"))
-    turned &= n > 1 or k > math.prod(layer.kernel)
-    if turned:
-        parted = constant_of(f"{base}_parted", np.array([group, n, layer.channels // group, -1]))
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], parted], name=f"{name}_part"))
+    transposed &= n > 1 or k > math.prod(layer.kernel)
+    if transposed:
+        split_shape = add_constant(f"{base}_parted", np.array([group, n, layer.channels // group, -1]))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], split_shape], name=f"{name}_part"))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
-    if turned or (stays_float and form == "dequantize"):
-        shape = constant_of(f"{base}_shape", np.array(layer.shape))
+    if transposed or (stays_float and form == "dequantize"):
+        shape = add_constant(f"{base}_shape", np.array(layer.shape))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
@@ -124,7 +124,7 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
 
 
 def emitted_matrices(node: ir.Node) -> Array | None:
-    """The dequantized weight of a Conv or ConvTranspose as `emit` writes it, ``(K, N)`` or in several groups ``(G, K, N)``; else None."""
+    """Read the weight of a Conv or ConvTranspose written by `emit`, ``(K, N)`` or in several groups ``(G, K, N)``; None for others."""
     value, group = operand(node, 1), attribute_of(node, "group", 1)
     if value is None or not is_made_of_codes(value):
         return None
@@ -136,7 +136,7 @@ def emitted_matrices(node: ir.Node) -> Array | None:
 
 
 def _computed(value: ir.Value | None) -> Array | None:
-    """What the nodes of `emit` compute, in float32; None for any others."""
+    """Evaluate the dequantizing nodes of `emit` in float32; None for any other nodes."""
     node = None if value is None else value.producer()
     if node is None:
         tensor = None if value is None or value.is_graph_input() else constant(value)

@@ -1,4 +1,4 @@
-"""Emit tables of embeddings as codes of their rows (see `magr_onnx.passes.layers.embedding` for the forms)."""
+"""Emit embedding tables as codes of their rows (see `magr_onnx.passes.layers.embedding` for the forms)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from magr_onnx.passes.layers.linear import FLOATS
 
 
 def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) -> list[Emitted]:
-    """Write the solution of one table, with codes ``(width, rows)``, into all Gathers that read it."""
+    """Write the solution of a table, with codes ``(width, rows)``, into all Gathers that read it."""
     first, weight = tables[0], solution.quantized
     assert weight is not None
     kind = FLOATS[first.dtype]
@@ -70,15 +70,15 @@ def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, fo
 
 
 def emitted_table(node: ir.Node) -> Array | None:
-    """The dequantized table ``(rows, width)`` behind a node that gathers its codes, or None where it is no such node."""
+    """Dequantize the table ``(rows, width)`` that a node gathers codes of; None for any other node."""
     try:
         codes = constant(operand(node, 0))
         if codes is None:
             return None
         if node.op_type == "Gather":
             scaled = only_reader(only_reader(node, "Cast"), "Mul")
-            other = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
-            scales = next((constant(n.inputs[0]) for n in other if n is not None and n.op_type == "Gather"), None)
+            producers = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
+            scales = next((constant(n.inputs[0]) for n in producers if n is not None and n.op_type == "Gather"), None)
             return None if codes.dtype != np.int8 or scales is None else codes.astype(np.float32) * scales.astype(np.float32)
         scales, zeros = constant(operand(node, 2)), constant(operand(node, 3))
     except UnsupportedNode:

@@ -1,4 +1,4 @@
-"""What is to be known of an output format."""
+"""Description of an output format."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Operator = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How weights are read back from the products of one operator.
+    """Reader of the weights of one operator.
 
     Attributes:
-        weight: The dequantized weight ``(K, N)`` a node multiplies by; None where the node is not of this form.
-        behind: Operators that turn the product into floats, in order; each may be missing.
-        bias: Whether an Add of the bias, and a Cast to float16, may stand behind that.
-        branch: Whether a Sum with a low-rank branch may stand behind that.
+        weight: Dequantizes the weight ``(K, N)`` of a node; None if the node is not of this form.
+        behind: Operators that convert the product to floats, in order; each is optional.
+        bias: Whether an Add of the bias, and a Cast to float16, may follow.
+        branch: Whether a Sum with a low-rank branch may follow.
     """
 
     weight: Callable[[ir.Node], Array | None]
@@ -38,24 +38,24 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An output format: how quantized weights are written and read back, and what is usual for it.
+    """An output format: how quantized weights are written and read back, and its defaults.
 
     Attributes:
-        name: What users call it.
+        name: Value of the option ``format``.
         summary: What is written, for help and documentation.
         emitter: The pass that writes it.
-        readers: How weights are read back, by operator.
-        kernel_blocks: Rows that share a scale in its kernels, by bits; None for a whole column.
-        bits: Bits of the weights where none are given.
-        block_size: Rows that share a scale where nothing is said; None for a whole column.
-        symmetric: Whether grids are symmetric where nothing is said.
-        bias: Which biases take up the mean error where nothing is said.
-        effort: The effort where none is given.
-        conv_form: How codes of convolutions become floats in such a file where nothing is said.
-        emitter_options: Options of a run that the emitter takes, and the fields of the emitter they fill.
-        own_options: Options of a run that are for this format only.
-        fit_accumulator: Given the options of a run with ``accumulator_bits``, those whose sums fit it for any weights; None where the
-            quantizer keeps weights within the accumulator. Raises `magr_onnx.errors.OptionError` where none fit.
+        readers: Readers of weights, by operator.
+        kernel_blocks: Block sizes of its kernels, by bits; None for one scale per column.
+        bits: Default bits of weights.
+        block_size: Default rows per scale; None for one scale per column.
+        symmetric: Default symmetry of grids.
+        bias: Default policy of bias correction.
+        effort: Default effort.
+        conv_form: Default dequantization of convolutions.
+        emitter_options: Fields of the emitter, by the option of a run that sets them.
+        exclusive_options: Options of a run that are for this format only.
+        fit_accumulator: Sizes the options of a run with ``accumulator_bits`` so that sums of any weights fit; None where the quantizer
+            constrains weights instead. Raises `magr_onnx.errors.OptionError` if none fit.
     """
 
     name: str
@@ -70,21 +70,21 @@ class Format:
     effort: Literal["fast", "balanced", "best"] = "balanced"
     conv_form: Form = "fold"
     emitter_options: Mapping[str, str] = field(default_factory=dict)
-    own_options: tuple[str, ...] = ()
+    exclusive_options: tuple[str, ...] = ()
     fit_accumulator: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     @property
     def input_grids(self) -> InputGrids | None:
-        """The grids of layer inputs that the format needs; None for float inputs."""
+        """Kind of grids of layer inputs; None for float inputs."""
         return self.emitter.input_grids
 
     def make_emitter(self, options: Mapping[str, Any]) -> Emitter:
-        """Make the emitter that the options of a run ask for."""
+        """Make the emitter for the options of a run."""
         return self.emitter(**{field: options[name] for name, field in self.emitter_options.items() if name in options})
 
 
 def stored_array(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The values of a constant, None where it is none. What was unpacked from a file is not kept: a model has many of them."""
+    """Read a constant; None for any other value. Memory maps of external data are released, as a model has many."""
     tensor = None if value is None else value.const_value
     if tensor is None:
         return None
@@ -96,7 +96,7 @@ def stored_array(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def only_reader(node: ir.Node | None, op: str) -> ir.Node | None:
-    """The only node that reads ``node``'s output, if it is an ``op``."""
+    """Return the only reader of a node's output if it is an ``op``, else None."""
     if node is None or node.outputs[0].is_graph_output():
         return None
     uses = list(node.outputs[0].uses())

@@ -1,18 +1,18 @@
-"""Emit layers of 8-bit integers, in the two forms onnxruntime has integer kernels for.
+"""Emit layers as 8-bit integer products, in the two forms onnxruntime has kernels for.
 
 `EmitQDQInt8`, static: ``QuantizeLinear(x) -> DequantizeLinear`` and ``DequantizeLinear(W)`` before the product.
 
-1. ``MatMul``: the product stays a MatMul, the bias a float Add. Fused to MatMulIntegerToFloat. On an input of two axes, of unknown rank,
-   or of a constant shape, onnxruntime makes a Gemm of the two first, so the bias is int32 there as in 2.
-2. ``Gemm``: alpha, beta and transB are folded, the bias becomes int32 with scale ``s_x s_w``. Fused to QGemm. Where a bias is too large
-   for that scale (int32, together with what the products can add up to) the layer is written as MatMul and Add, and the report says so.
-3. With ``outputs``, the product is quantized too, to the range calibration saw. Fused to QLinearMatMul or an all-integer QGemm.
+1. ``MatMul``: the product stays a MatMul, the bias a float Add. Fused to MatMulIntegerToFloat. For an input of two axes, unknown rank or
+   static shape, onnxruntime first merges the two into a Gemm, so the bias is int32 there as in 2.
+2. ``Gemm``: alpha, beta and transB are folded, the bias becomes int32 with scale ``s_x s_w``. Fused to QGemm. If bias and products
+   together may exceed int32, the layer is written as MatMul and Add, with a note in the report.
+3. With ``outputs``, the product is quantized too, to its calibrated range. Fused to QLinearMatMul or an all-integer QGemm.
 
 `EmitDynamicInt8`: ``(Clip ->) DynamicQuantizeLinear(x) -> MatMulInteger(W) -> Cast -> Mul(s_x s_w) (-> Add)``. Fused to
 DynamicQuantizeMatMul, or to MatMulIntegerToFloat where layers share the input.
 
-Weights are int8, one scale a column, whatever their bits; layers that read one value share its quantized form. float16 layers are cast to
-float32 and back, since the integer kernels know no other float.
+Weights are int8 with one scale per column, whatever their bits. Layers with the same input share its quantized form. float16 layers are
+cast to float32 and back, since the integer kernels support no other float type.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from magr_onnx.core.packing import QdqTensors, dequantize_qdq
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange, QuantizedWeight, WeightSpec, activation_limits
 from magr_onnx.passes.base import Emitted, Emitter, InputGrids
 from magr_onnx.passes.emit.format import Format, Reader, only_reader, stored_array
-from magr_onnx.passes.emit.linear import made_of, replace_layer
+from magr_onnx.passes.emit.linear import derived_name, replace_layer
 from magr_onnx.passes.emit.qdq import DEQUANTIZED
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -47,7 +47,7 @@ def _problems(name: str, spec: WeightSpec | None) -> list[str]:
 
 
 class _Nodes:
-    """The nodes that replace one layer. Those of its input stand before the product, where every later reader of the input finds them."""
+    """The nodes that replace one layer; those that quantize its input are shared by later layers that read it."""
 
     def __init__(self, layer: LinearLayer, quantized: QuantizedWeight, constants: WeightConstants, kind: str) -> None:
         self.layer, self.kind, self._constants = layer, kind, constants
@@ -60,7 +60,7 @@ class _Nodes:
         self.zeros = quantized.zero_points[0].astype(np.int16) - quantized.spec.middle
 
     def constant(self, suffix: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A constant made of the weight."""
+        """Add a constant derived from the weight."""
         return self._constants.add(self.layer, f"{self.suffix}{suffix}", array)
 
     def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
@@ -70,23 +70,23 @@ class _Nodes:
         return node.outputs[0]
 
     def shared(self) -> list[ir.Value] | None:
-        """What an earlier layer made of the same input."""
+        """Return the quantized form of the input that an earlier layer made; None if there is none."""
         for use in self.layer.x.uses():
             kind, values = use.node.meta.get(_META, (None, ()))
-            if kind == self.kind and all(v.graph is self.layer.graph for v in values):  # a clone has the notes of its original
+            if kind == self.kind and all(v.graph is self.layer.graph for v in values):  # a clone has the metadata of its original
                 return list(values)
         return None
 
     def share(self, values: list[ir.Value]) -> list[ir.Value]:
-        """Put the nodes made so far into the graph, for all layers that read the input (a bias Add may stand behind the next of them)."""
+        """Insert the nodes made so far before the layer, for all layers that read its input."""
         self.nodes[0].meta[_META] = (self.kind, values)
         self.layer.names.adopt(self.nodes)
         self.layer.graph.insert_before(self.layer.node, self.nodes)
         self.nodes = []
         return values
 
-    def real(self) -> ir.Value:
-        """The input as float32."""
+    def float_input(self) -> ir.Value:
+        """Return the input in float32."""
         x = self.layer.x
         if not self.half:
             return x
@@ -95,7 +95,7 @@ class _Nodes:
         return value
 
     def finish(self, value: ir.Value, product: ir.Node, solution: LayerSolution, notes: Sequence[str] = ()) -> Emitted:
-        """Put the nodes in the layer's place; ``value`` is its result in float32, and ``product`` multiplies by the weight."""
+        """Replace the layer by the nodes; ``value`` is its float32 result, and ``product`` multiplies by the weight."""
         if self.half:
             value = self.add("Cast", [value], f"{self.layer.name}_float16", ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
         for node in self.nodes[:-1]:
@@ -111,7 +111,7 @@ class EmitQDQInt8(Emitter):
     """Replace quantized layers by static integer QDQ.
 
     Attributes:
-        outputs: Quantize the products too (see the module).
+        outputs: Whether to quantize products too (see the module).
     """
 
     name: ClassVar[str] = "emit-qdq-int8"
@@ -140,16 +140,16 @@ class EmitQDQInt8(Emitter):
         x = _static_input(n, grid)
         weight = _dequantized(n)
         gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.outputs else None
-        may_fuse = gemm or (_may_be_flat(layer) and output_grid is None)
+        may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
         bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
-        refused = may_fuse and addend is not None and bias is None
-        if refused:
+        overflows = may_fuse and addend is not None and bias is None
+        if overflows:
             notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
-        integer = gemm and not refused
+        integer = gemm and not overflows
         name = f"{layer.name}{n.suffix}"
         value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
         product = n.nodes[-1]
-        if output_grid is not None and not refused:  # the grid is one of products and bias together
+        if output_grid is not None and not overflows:  # the grid is that of the sum of product and bias
             value = _requantized(n, value, output_grid)
         if addend is not None and not integer:
             vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
@@ -158,16 +158,16 @@ class EmitQDQInt8(Emitter):
 
 
 def _dequantized(n: _Nodes) -> ir.Value:
-    """The weight as floats."""
+    """Dequantize the weight."""
     layer, codes = n.layer, n.constant("", n.codes)
     scales, zeros = n.constant("_scales", n.scales.astype(np.float32)), n.constant("_zero_points", n.zeros.astype(np.int8))
     weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", axis=1)
-    weight.name, weight.shape = made_of(layer, codes, "_dequantized"), ir.Shape([layer.k, layer.n])
+    weight.name, weight.shape = derived_name(layer, codes, "_dequantized"), ir.Shape([layer.k, layer.n])
     return weight
 
 
-def _may_be_flat(layer: LinearLayer) -> bool:
-    """Whether onnxruntime may see or make two axes, so that it makes a Gemm of MatMul and Add: one of floats, if the bias is of floats."""
+def _may_become_gemm(layer: LinearLayer) -> bool:
+    """Whether onnxruntime may merge MatMul and Add into a Gemm, as for two axes: a float Gemm, if the bias is float."""
     shape = layer.x.shape
     return shape is None or len(shape) == 2 or shape.is_static()
 
@@ -186,8 +186,8 @@ def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
         return shared[0]
     name = n.x_name
     constants = _grid_constants(n.layer, name, grid)
-    real = n.real()
-    codes = n.add("QuantizeLinear", [real, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
+    x = n.float_input()
+    codes = n.add("QuantizeLinear", [x, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
     codes.shape = n.layer.x.shape
     value = n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
     value.shape = n.layer.x.shape
@@ -203,14 +203,12 @@ def _requantized(n: _Nodes, value: ir.Value, grid: ActivationGrid) -> ir.Value:
 
 
 def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
-    """The bias in units of ``s_x s_w``, or None where it could overflow int32 together with the products."""
+    """Quantize the bias in units of ``s_x s_w``; None if it could overflow int32 together with the products."""
     scale = (np.float64(grid.scale) * n.scales).astype(np.float32)
     codes = np.rint(bias / np.maximum(scale, np.finfo(np.float32).tiny))
     if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
         return None
-    for levels in (
-        (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,)
-    ):  # kernels add raw codes, the operator those without zero points
+    for levels in (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,):  # kernels may sum codes with or without zero points
         low, high = extremes(levels, None, *_widened(grid))
         if (high[0] + codes).max() >= 2**31 or (low[0] + codes).min() < -(2**31):
             return None
@@ -226,7 +224,7 @@ def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None
 
 
 def _widened(grid: ActivationGrid) -> tuple[int, int]:
-    """Range of the activation codes with and without their zero point: kernels may add either."""
+    """Return the range of the activation codes with and without their zero point: kernels may sum either."""
     low, high = activation_limits(grid.signed)
     return min(low, low - grid.zero_point), max(high, high - grid.zero_point)
 
@@ -255,10 +253,10 @@ class EmitDynamicInt8(Emitter):
             inputs.append(n.constant("_zero_points", n.zeros.astype(np.int8)))
         sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", ir.DataType.INT32)
         product = n.nodes[-1]
-        real = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
+        float_sums = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
         factors = n.add("Mul", [scale, n.constant("_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
         factors.shape = ir.Shape([layer.n])
-        value = n.add("Mul", [real, factors], f"{layer.name}_scaled")
+        value = n.add("Mul", [float_sums, factors], f"{layer.name}_scaled")
         if solution.bias is not None:
             value = n.add("Add", [value, layer.constant("_bias", solution.bias.astype(np.float32))], f"{layer.name}_bias")
         return n.finish(value, product, solution)
@@ -268,12 +266,12 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
     values = n.shared()
     if values is None:
         name = n.x_name
-        real = n.real()
+        x = n.float_input()
         if isinstance(activation, DynamicRange) and activation.clips:
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
-            real = n.add("Clip", [real, *limits], f"{name}_clip")
-            real.shape = n.layer.x.shape
-        node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_quantize")
+            x = n.add("Clip", [x, *limits], f"{name}_clip")
+            x.shape = n.layer.x.shape
+        node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{name}_quantize")
         for output, part, kind in zip(
             node.outputs, ("codes", "scale", "zero_point"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True
         ):
@@ -286,7 +284,7 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
 
 
 def _read_product(node: ir.Node) -> Array | None:
-    """The weight ``(K, N)`` of ``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``; None where the node is no part of that."""
+    """Read the weight ``(K, N)`` of ``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``; None for any other node."""
     codes = stored_array(node.inputs[1])
     zeros = stored_array(node.inputs[3]) if len(node.inputs) > 3 else None
     scaled = only_reader(only_reader(node, "Cast"), "Mul")
@@ -312,7 +310,7 @@ STATIC = Format(
     effort="fast",
     conv_form="dequantize",
     emitter_options={"quantize_outputs": "outputs"},
-    own_options=("activation_type", "activation_range", "quantize_outputs"),
+    exclusive_options=("activation_type", "activation_range", "quantize_outputs"),
 )
 DYNAMIC = Format(
     "dynamic-int8",

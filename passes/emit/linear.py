@@ -1,4 +1,4 @@
-"""What the emitters of linear layers have in common."""
+"""Functions shared by the emitters of linear layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from magr_onnx.passes.layers.weight_constants import WeightConstants
 
 
 def replace_layer(layer: LinearLayer, nodes: Sequence[ir.Node], factors: Factors | None, constants: WeightConstants) -> None:
-    """Put an emitter's nodes in the place of a layer, and behind them the low-rank branch, if there is one: ``... + (x A) B``.
+    """Replace a layer by an emitter's nodes, followed by the low-rank branch ``... + (x A) B``, if any.
 
-    A Sum adds it: of MatMul and Add onnxruntime makes a Gemm on two axes, and would no longer see a DequantizeLinear and a MatMul.
+    The branch is added by a Sum: onnxruntime merges MatMul and Add of two axes into a Gemm, which hides DequantizeLinear and MatMul.
     """
     if factors is None:
         layer.replace(nodes)
@@ -34,13 +34,13 @@ def replace_layer(layer: LinearLayer, nodes: Sequence[ir.Node], factors: Factors
     layer.replace([*nodes, down, up, total])
 
 
-def made_of(layer: LinearLayer, constant: ir.Value, suffix: str) -> str:
-    """A name for what the layer makes of a constant: after the constant, or after the layer where others read that too."""
+def derived_name(layer: LinearLayer, constant: ir.Value, suffix: str) -> str:
+    """Name a value computed from a constant: after the constant or, if other nodes read it too, after the layer."""
     return f"{layer.name if len(list(constant.uses())) > 1 else constant.name}{suffix}"
 
 
 def emitted_blocks(node: ir.Node, quantized: QuantizedWeight, block: int, constants: WeightConstants) -> Emitted:
-    """What was written by an emitter that stores a scale for every ``block`` rows, where a scale of the solution may be that of several."""
+    """Describe a layer stored with a scale per ``block`` rows, which repeats scales of larger groups."""
     spec, (k, n) = quantized.spec, quantized.codes.shape
     stored = container_bits(spec.bits)
     repeated = (-(-k // block) - spec.groups(k)) * n

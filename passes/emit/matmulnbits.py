@@ -2,7 +2,7 @@
 
 1. ``MatMul(X, W)``, ``Add(MatMul(X, W), b)`` and ``Gemm(X, W, b)`` become one ``MatMulNBits(X, B, scales, zero_points?, "", bias?)``.
 2. The bias, compensated or not, is fused: the CPU kernel adds it in its epilogue.
-3. A group size that is not a kernel block, and one grid a channel over more than 256 rows, become repeated block scales.
+3. A group size that is not a kernel block, and one grid per channel over more than 256 rows, become repeated block scales.
 4. 3-bit codes use the 4-bit container. Zero points equal to the operator's default are left out.
 """
 
@@ -41,7 +41,7 @@ INT8_ACTIVATION = 127  # the kernels quantize activations to -127..127
 
 
 def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
-    """What an emitter needs of the quantize pass before it."""
+    """List what is wrong with the grid of the quantize pass, for emitters of block formats."""
     if spec is None:
         return [f"{name} needs a quantize pass before it"]
     if spec.group_size is not None and kernel_block(spec.group_size, 1 << 30, spec.bits) is None:
@@ -54,10 +54,10 @@ class EmitMatMulNBits(Emitter):
     """Replace quantized layers by MatMulNBits nodes.
 
     Attributes:
-        accuracy_level: 0 lets the kernel decide, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
-        accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; none for no such demand.
-        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. A provider may
-            have a smaller one (`magr_onnx.passes.providers`).
+        accuracy_level: 0 for the kernel's default, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
+        accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; None for no constraint.
+        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. A provider may have a
+            smaller limit (`magr_onnx.passes.providers`).
     """
 
     name: ClassVar[str] = "emit-matmulnbits"
@@ -72,7 +72,9 @@ class EmitMatMulNBits(Emitter):
         if self.accuracy_level not in ACCURACY_LEVELS:
             problems.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
         if self.largest_block not in MATMULNBITS_BLOCKS:
-            problems.append(f"largest_block={self.largest_block} is no block; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
+            problems.append(
+                f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}"
+            )
         if self.accumulator_bits is not None and not problems:
             problems += self._accumulator_problems(spec)
         return problems
@@ -81,7 +83,7 @@ class EmitMatMulNBits(Emitter):
         if self.accuracy_level != INT8_LEVEL:
             return [f"accumulator_bits with accuracy_level={self.accuracy_level}: only level {INT8_LEVEL} computes in integers"]
         if spec is None or spec.group_size is None:
-            return [f"{self.name}: accumulator_bits needs a block size: what the kernel sums in integers is a block"]
+            return [f"{self.name}: accumulator_bits needs a block size: the kernel sums one block in integers"]
         block = kernel_block(spec.group_size, 1 << 30, spec.bits)
         assert block is not None
         largest = spec.top + (stored_shift(spec.bits) if spec.symmetric else 0)
@@ -124,7 +126,7 @@ class EmitMatMulNBits(Emitter):
 
 
 def _read(node: ir.Node) -> Array | None:
-    """The dequantized weight ``(K, N)`` of a MatMulNBits; None where it has inputs that this package does not write."""
+    """Dequantize the weight ``(K, N)`` of a MatMulNBits; None if it has inputs that this package does not write."""
     weight, scales = stored_array(node.inputs[1]), stored_array(node.inputs[2])
     zeros = stored_array(node.inputs[3]) if len(node.inputs) > 3 else None
     if weight is None or scales is None or (zeros is not None and zeros.dtype != np.uint8):
@@ -137,9 +139,9 @@ def _read(node: ir.Node) -> Array | None:
 
 
 def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Size the largest block, or else the most bits, whose sums fit ``accumulator_bits`` for any codes and input.
+    """Choose the largest block, or else the most bits, whose sums fit ``accumulator_bits`` for any codes and input.
 
-    A block is what the int8 kernel (accuracy level 4) sums before it goes on in float, so the tile is the block.
+    The int8 kernel (accuracy level 4) sums one block in integers and blocks in float, so the tile is the block.
     """
     width, tile, bits = options["accumulator_bits"], options.get("accumulator_tile"), options.get("bits")
     _check_accumulator(options)
@@ -165,10 +167,10 @@ def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_accumulator(options: Mapping[str, Any]) -> None:
-    """Refuse options that leave no blocks to be sized.
+    """Check that options leave block sizes to choose from.
 
     Raises:
-        OptionError: The first of them.
+        OptionError: They do not.
     """
     tile = options.get("accumulator_tile")
     level = options.get("accuracy_level") or INT8_LEVEL
@@ -186,7 +188,7 @@ def _check_accumulator(options: Mapping[str, Any]) -> None:
 
 
 KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {
-    2: (32, 64, 128),  # what the int8 kernel takes
+    2: (32, 64, 128),  # supported by the int8 kernel
     3: MATMULNBITS_BLOCKS,
     4: MATMULNBITS_BLOCKS,
     8: MATMULNBITS_BLOCKS,
@@ -199,6 +201,6 @@ FORMAT = Format(
     KERNEL_BLOCKS,
     bias="any",
     emitter_options={"accuracy_level": "accuracy_level", "accumulator_bits": "accumulator_bits"},
-    own_options=("accuracy_level",),
+    exclusive_options=("accuracy_level",),
     fit_accumulator=_fit_accumulator,
 )

@@ -1,18 +1,18 @@
 """Emit weight-only QDQ: ``DequantizeLinear(W) -> MatMul (-> Add)``, in the forms onnxruntime fuses into MatMulNBits.
 
 1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
-2. One grid a channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as that needs.
+2. One grid per channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as needed.
 3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
    signed type and no zero point.
-4. In the body of an If, Loop or Scan the codes are kept in the body: onnxruntime's fusion looks for them there only, and refuses to load a
-   model that has them outside [measured, 1.31]. Where layers elsewhere share them, they and the DequantizeLinear stand in the main graph,
-   and the product in the body is one of floats.
-5. An input that is dequantized itself (in a model that was quantized before) goes through a Sum of one value in front of 8-bit blocks:
-   onnxruntime would make a product of integers of the two, which knows no blocks and fails [measured, 1.31].
+4. The codes of a layer in the body of an If, Loop or Scan are in that body: onnxruntime's fusion looks for them only there, and fails to
+   load a model that has them outside [measured, 1.31]. If layers elsewhere share them, they and the DequantizeLinear are in the main
+   graph, and the product in the body is a float one.
+5. An input that is itself dequantized (in a model quantized before) passes through a Sum of one value before 8-bit blocks: onnxruntime
+   would otherwise fuse an integer product, which does not support blocks and fails [measured, 1.31].
 6. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
 
 At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
-``session.qdq_matmulnbits_accuracy_level=0`` asks for float.
+``session.qdq_matmulnbits_accuracy_level=0`` selects float.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from magr_onnx.core.packing import MATMULNBITS_BLOCKS, QdqTensors, container_bit
 from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.base import Emitted, Emitter
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
-from magr_onnx.passes.emit.linear import emitted_blocks, made_of, replace_layer
+from magr_onnx.passes.emit.linear import derived_name, emitted_blocks, replace_layer
 from magr_onnx.passes.emit.matmulnbits import block_problems
 from magr_onnx.passes.graph.constants import source_of
 from magr_onnx.passes.graph.nodes import attribute_of
@@ -64,7 +64,7 @@ class EmitQDQ(Emitter):
         kind = np.dtype(getattr(ml_dtypes, kinds[not symmetric]) if packed.bits == 4 else kinds[not symmetric])
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
-        # Fused in a body, onnxruntime 1.31 answers half-precision inputs with zeros; what is dequantized outside is not fused.
+        # Fused in a body, onnxruntime 1.31 returns zeros for half-precision inputs; a weight dequantized outside is not fused.
         inside = not constants.shared and layer.dtype != ir.DataType.FLOAT16
         codes = constants.add(layer, suffix, packed.codes.astype(kind), inside)
         inputs: list[ir.Value | None] = [
@@ -76,7 +76,7 @@ class EmitQDQ(Emitter):
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
-        weight.name, weight.dtype, weight.shape = made_of(layer, codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
+        weight.name, weight.dtype, weight.shape = derived_name(layer, codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
         nodes: list[ir.Node] = []
         x = layer.x
         if packed.bits == 8 and packed.block_size and _is_dequantized(x):
@@ -100,13 +100,13 @@ class EmitQDQ(Emitter):
 
 
 def _is_dequantized(value: ir.Value) -> bool:
-    """Whether a value is made of integers, maybe through a Reshape or the like."""
+    """Whether a value comes from a DequantizeLinear, possibly through a Reshape or the like."""
     node = source_of(value).producer()
     return node is not None and node.op_type == "DequantizeLinear"
 
 
 def opset_for(model: ir.Model, spec: WeightSpec) -> int:
-    """The opset whose DequantizeLinear takes the grid: 13 for int8 on an axis, 19 for float16, 21 for blocks and int4."""
+    """Return the opset whose DequantizeLinear supports the grid: 13 for int8 on an axis, 19 for float16, 21 for blocks and int4."""
     if spec.group_size is not None or container_bits(spec.bits) == 4:
         return 21
     graph = model.graph
@@ -115,9 +115,9 @@ def opset_for(model: ir.Model, spec: WeightSpec) -> int:
 
 
 def read_dequantized(node: ir.Node) -> Array | None:
-    """The weight ``(K, N)`` that a product reads from a DequantizeLinear; None where it is not of a form that this package writes."""
-    right = node.inputs[1]
-    producer = None if right is None else right.producer()
+    """Dequantize the weight ``(K, N)`` that a product reads from a DequantizeLinear; None if this package does not write its form."""
+    weight = node.inputs[1]
+    producer = None if weight is None else weight.producer()
     if producer is None or producer.op_type != "DequantizeLinear":
         return None
     codes, scales = stored_array(producer.inputs[0]), stored_array(producer.inputs[1])
@@ -128,10 +128,10 @@ def read_dequantized(node: ir.Node) -> Array | None:
     if scales.ndim > 0 and (axis, block > 0) not in ((1, False), (0, True)):
         return None
     grid = (codes.shape[1],) if block == 0 else (-(-len(codes) // block), codes.shape[1])
-    if scales.shape != grid or (zeros is not None and zeros.shape != grid):  # one scale for all, or no valid node: not written here
+    if scales.shape != grid or (zeros is not None and zeros.shape != grid):  # an invalid node, or one scale per tensor of one column
         return None
     zero_points = None if zeros is None else zeros.astype(np.int16)
-    if scales.ndim == 0:  # one grid a tensor, which others write
+    if scales.ndim == 0:  # one grid per tensor, written by other tools
         scales, axis = np.broadcast_to(scales, codes.shape[1:]), 1
         zero_points = None if zero_points is None else np.broadcast_to(zero_points, codes.shape[1:])
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))

@@ -1,4 +1,4 @@
-"""Reading quantized weights back out of a graph: the proof that what was chosen is what was written."""
+"""Reading of quantized weights from a graph, to verify that a file has the weights that were chosen."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from magr_onnx.passes.emit.format import Operator, Reader, only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.layers.conv import OPS
 
-OTHERS: dict[Operator, Reader] = {
+NON_LINEAR: dict[Operator, Reader] = {
     **{("", op): Reader(emitted_matrices, bias=False, branch=False) for op in OPS},
     ("", "Gather"): Reader(emitted_table, ("Cast", "Mul"), bias=False, branch=False),
     (DOMAIN, "GatherBlockQuantized"): Reader(emitted_table, bias=False, branch=False),
 }
-"""Convolutions and tables of embeddings, which have forms of their own in every format."""
+"""Readers of convolutions and embedding tables, which are written in the same forms in every format."""
 
 
 def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Array]:
-    """The dequantized weight ``(K, N)`` of every MatMulNBits, QDQ MatMul or Gemm, scaled MatMulInteger and QDQ convolution, by the
-    layer's output name; ``(G, K, N)`` of convolutions in several groups, and gathered tables ``(rows, width)``.
+    """Read every quantized weight of a model, by the layer's output name.
 
-    Bodies are read like the main graph. The layer's output is the first one of ``outputs`` behind the product. Where none of them is, it is
-    what is left after the Cast and Mul of an integer product, the requantization of a product, an Add of an initializer, a Cast back to
-    float16, and a Sum with a low-rank branch, which the weight does not include.
+    These are dequantized weights ``(K, N)`` of MatMulNBits, QDQ MatMul and Gemm, and scaled MatMulInteger, ``(G, K, N)`` of convolutions in
+    several groups, and tables ``(rows, width)``, in bodies too. The layer's output is the first of ``outputs`` behind the product, else the
+    last value after the Cast and Mul of an integer product, the requantization of a product, an Add of an initializer, a Cast back to
+    float16, and a Sum with a low-rank branch (which the weight does not include).
     """
-    return dict(iterate(model, outputs))
+    return dict(iterate_weights(model, outputs))
 
 
-def iterate(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[str, Array]]:
-    """`read_weights` one by one: only one is in memory at a time."""
+def iterate_weights(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[str, Array]]:
+    """Yield the weights of `read_weights` one by one, so that only one is in memory."""
     for node in model.graph.all_nodes():
         for reader in _readers(node):
             weight = reader.weight(node)
@@ -46,19 +46,19 @@ def iterate(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[st
 
 
 def emitted_weight(node: ir.Node) -> Array | None:
-    """The dequantized weight ``(K, N)`` a product multiplies by, or None where it is not one of the forms above."""
+    """Read the dequantized weight ``(K, N)`` of a node; None if no format has its form."""
     return next((weight for reader in _readers(node) if (weight := reader.weight(node)) is not None), None)
 
 
 def _readers(node: ir.Node) -> Iterator[Reader]:
-    """How weights of a node's operator are read back; formats may have a reader in common."""
+    """List the readers of a node's operator; formats may share a reader."""
     operator = (node.domain, node.op_type)
-    known = [OTHERS, *(form.readers for form in FORMATS.values())]
-    return iter(dict.fromkeys(readers[operator] for readers in known if operator in readers))
+    sources = [NON_LINEAR, *(form.readers for form in FORMATS.values())]
+    return iter(dict.fromkeys(readers[operator] for readers in sources if operator in readers))
 
 
 def digest(weight: Array) -> str:
-    """A hash of a dequantized weight, bit for bit."""
+    """Hash the bits of a dequantized weight."""
     return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).tobytes()).hexdigest()[:16]
 
 
@@ -68,19 +68,19 @@ def _output_name(node: ir.Node, reader: Reader, outputs: Collection[str]) -> str
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """An initializer, or one that is dequantized."""
+    """Whether a value is an initializer, possibly dequantized."""
     node = value.producer()
-    held = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else value
-    return held is not None and held.is_initializer()
+    source = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else value
+    return source is not None and source.is_initializer()
 
 
 def _behind(node: ir.Node, reader: Reader) -> Iterator[ir.Node]:
-    """The product, and the nodes behind it that an emitter may have written."""
+    """Yield the product and the nodes behind it that an emitter may have written."""
     last = node
     yield last
     for op in reader.behind:
-        if (found := only_reader(last, op)) is not None:
-            yield (last := found)
+        if (reading := only_reader(last, op)) is not None:
+            yield (last := reading)
     if reader.bias:
         add = only_reader(last, "Add")
         if add is not None and any(v is not None and _is_constant(v) for v in add.inputs):

@@ -29,7 +29,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from magr_onnx.passes.emit.readback import iterate
+from magr_onnx.passes.emit.readback import iterate_weights
 
 HIDDEN, FFN, HEADS = 4096, 11008, 32
 CGROUP = Path("/sys/fs/cgroup/memory")
@@ -174,7 +174,7 @@ def measure(model: Path, output: Path, name: str, arguments: Sequence[str], limi
     if process.returncode:
         raise SystemExit(f"{name}: exit code {process.returncode} after {seconds:.0f} s (-9: more memory than the limit)")
     parameters = back = 0
-    for _, weight in iterate(ir.load(output)):
+    for _, weight in iterate_weights(ir.load(output)):
         back, parameters = back + 1, parameters + weight.size
     cpu = usage.ru_utime + usage.ru_stime
     return Measured(name, parameters, seconds, cpu, usage.ru_maxrss * 1024, bound.anonymous, bound.with_files, back)

@@ -112,7 +112,7 @@ def test_every_layer_s_codes_are_in_the_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = verify_output.iterate
+    read = verify_output.iterate_weights
 
     def tampered(model: ir.Model, outputs: Any) -> Any:
         for name, weight in read(model, outputs):
@@ -120,7 +120,7 @@ def test_tampered_codes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                 weight[0, 0] += 1e-3
             yield name, weight
 
-    monkeypatch.setattr(verify_output, "iterate", tampered)
+    monkeypatch.setattr(verify_output, "iterate_weights", tampered)
     with pytest.raises(magr_onnx.MagrError, match="the emitted weights of up_out"):
         magr_onnx.optimize(graphs.chain())
 

@@ -169,7 +169,7 @@ def test_a_table_with_nan_is_named() -> None:
 
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 def test_a_table_that_is_not_what_was_chosen_is_refused(form: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = verify_output.iterate
+    read = verify_output.iterate_weights
 
     def tampered(found: ir.Model, outputs: Any) -> Any:
         codes = next(v for name, v in found.graph.initializers.items() if name.endswith(f"_q{bits}"))
@@ -178,6 +178,6 @@ def test_a_table_that_is_not_what_was_chosen_is_refused(form: str, bits: int, mo
         codes.const_value = ir.tensor(array)
         return read(found, outputs)
 
-    monkeypatch.setattr(verify_output, "iterate", tampered)
+    monkeypatch.setattr(verify_output, "iterate_weights", tampered)
     with pytest.raises(MagrError, match="not those that were chosen"):
         magr_onnx.optimize(looked_up(constant("table", 1024, 64)), embeddings=form, embedding_bits=bits)
