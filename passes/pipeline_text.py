@@ -1,4 +1,4 @@
-"""Pipelines as text: ``"magr{alpha=1e-3},quantize{method=gptq,bits=4},emit-matmulnbits"``."""
+"""Parser of pipeline texts such as ``"magr{alpha=1e-3},quantize{method=gptq,bits=4},emit-matmulnbits"``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = {"true": True, "false": False, "none": None, "channel": None}
 
 
 def parse(text: str) -> list[Stage]:
-    """List the stages a pipeline text names, in its order.
+    """Parse a pipeline text into its stages, in order.
 
     Raises:
         PipelineError: The text does not parse, or names an unknown pass or option, or a value has the wrong type.
@@ -30,7 +30,7 @@ def parse(text: str) -> list[Stage]:
         position = match.end()
         if position == len(text):
             return parsed
-        if text[position] == "{":  # whose options would have matched
+        if text[position] == "{":  # not closed, or it would have matched
             end = re.compile(r"[^{}]*").match(text, position + 1)
             assert end is not None
             raise PipelineError(f"pipeline: expected '}}' at character {end.end()} of {text!r}, for the '{{' at {position}")
@@ -40,17 +40,17 @@ def parse(text: str) -> list[Stage]:
 
 
 def _make(name: str, text: str) -> Stage:
-    known = stages()
-    if name not in known:
-        raise PipelineError(f"pipeline: no pass is called {name!r}; there are {', '.join(known)}")
-    options = known[name].options()
+    stages_by_name = stages()
+    if name not in stages_by_name:
+        raise PipelineError(f"pipeline: no pass is called {name!r}; there are {', '.join(stages_by_name)}")
+    options = stages_by_name[name].options()
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in options:
             raise PipelineError(f"pipeline: {name} has no option {item!r}; it takes {', '.join(options) or 'none'}")
         values[key] = _value(f"{name}{{{key}}}", value, options[key][0])
-    return known[name].of(values)
+    return stages_by_name[name].of(values)
 
 
 def _value(where: str, text: str, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run does to a model: one field for each stage, in the order they are carried out."""
+"""The plan of a run: one field per stage, in the order of execution."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _INPUTS = {"static": "quantize-activations with type uint8 or int8", "dynamic": 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run; None where there is no such stage.
+    """The stages of a run, each optional.
 
     Attributes:
-        rewrites: Changes to the float graph before its layers are looked for.
-        error_feedback: Quantize in stages, each layer towards the float output.
-        output_hessian: Weigh output errors by gradients.
-        magr: Reduce weight magnitudes.
-        activations: The grids of 8-bit layer inputs.
+        rewrites: Changes to the float graph, before layers are matched.
+        error_feedback: Calibration in stages, each layer towards its float output.
+        output_hessian: Weighting of output errors by gradients.
+        magr: Reduction of weight magnitudes.
+        activations: Grids of 8-bit layer inputs.
         quantize: The quantizer and its grid.
         low_rank: A float branch beside every quantized product.
         bias: Bias correction.
         emitter: The pass that writes quantized layers.
-        convolutions: Convolutions, which are converted before linear layers.
-        embeddings: Tables of embeddings, which are converted before both.
+        convolutions: Convolutions, converted before linear layers.
+        embeddings: Embedding tables, converted before both.
     """
 
     rewrites: tuple[Rewrite, ...] = ()
@@ -72,29 +72,29 @@ class Plan:
             PipelineError: Stages are out of order, or appear twice.
         """
         order = [f.name for f in fields(Plan)]
-        filled: dict[str, Any] = {}
-        before: list[Stage] = []
+        values: dict[str, Any] = {}
+        preceding: list[Stage] = []
         problems: list[str] = []
         for stage in stages:
-            later = next((other for other in before if order.index(other.slot) > order.index(stage.slot)), None)
-            same = [other for other in before if other.slot == stage.slot]
+            later = next((other for other in preceding if order.index(other.slot) > order.index(stage.slot)), None)
+            same_slot = [other for other in preceding if other.slot == stage.slot]
             if later is not None:
                 problems.append(f"{stage.name} must come before {later.name}")
-            if any(other.name == stage.name for other in same):
+            if any(other.name == stage.name for other in same_slot):
                 problems.append(f"{stage.name} appears twice")
             elif stage.slot == "rewrites":
-                filled["rewrites"] = (*filled.get("rewrites", ()), stage)
-            elif same:
-                problems.append(f"{same[0].name} and {stage.name}: a pipeline has one of them")
+                values["rewrites"] = (*values.get("rewrites", ()), stage)
+            elif same_slot:
+                problems.append(f"{same_slot[0].name} and {stage.name}: a pipeline has one of them")
             else:
-                filled[stage.slot] = stage
-            before.append(stage)
+                values[stage.slot] = stage
+            preceding.append(stage)
         raise_all(PipelineError, problems)
-        return Plan(**filled)
+        return Plan(**values)
 
     @staticmethod
     def parse(text: str) -> Plan:
-        """Read the plan that a pipeline text stands for.
+        """Parse a pipeline text.
 
         Raises:
             PipelineError: The text does not parse, or names an unknown pass or option, or a value has the wrong type, or stages are out
@@ -104,10 +104,10 @@ class Plan:
 
     @staticmethod
     def read(value: str | Plan | Sequence[Stage]) -> Plan:
-        """Take a plan as it is, or make one of pipeline text or of stages.
+        """Return a plan unchanged, or make one from pipeline text or stages.
 
         Raises:
-            PipelineError: As `parse` and `of`, or it is none of these.
+            PipelineError: As `parse` and `of`, or for any other type.
         """
         if isinstance(value, Plan):
             return value
@@ -118,7 +118,7 @@ class Plan:
         return Plan.of(value)
 
     def __str__(self) -> str:
-        """The text that `parse` turns back into this plan."""
+        """Format the plan as text that `parse` reads."""
         return ",".join(map(str, self.stages))
 
     @property
@@ -128,33 +128,33 @@ class Plan:
 
     @property
     def passes(self) -> tuple[ir.passes.PassBase, ...]:
-        """The stages that work by themselves, for `ir.passes.Sequential`; what only the plan knows is filled in."""
+        """The resolved stages that also work as separate passes, for `ir.passes.Sequential`."""
         return tuple(filter(registry.is_pass, self.resolved.stages))
 
     @property
     def solving(self) -> tuple[LayerStage, ...]:
-        """What happens to a layer before it is written; what only the plan knows is filled in."""
+        """The resolved stages that solve a layer, before it is emitted."""
         plan = self.resolved
         stages = (plan.error_feedback, plan.magr, plan.activations, plan.quantize, plan.low_rank, plan.bias)
         return tuple(stage for stage in stages if stage is not None)
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        """Solve a layer: its stages in order."""
+        """Run the solving stages on a layer, in order."""
         solution = LayerSolution.unsolved(problem)
         for stage in self.solving:
             solution = stage.solve(problem, solution)
         return solution
 
     def for_convolutions(self, absorbs: bool) -> Plan:
-        """What the plan is for the groups of a convolution: MagR, the quantizer and the bias correction.
+        """Derive the plan for the groups of a convolution: MagR, the quantizer and the bias correction.
 
         Args:
-            absorbs: Whether the biases of all convolutions with the weight can take up its mean error.
+            absorbs: Whether the biases of all convolutions with the weight can absorb its mean error.
         """
         conv, quantize = self.convolutions, self.quantize
         assert conv is not None
         assert quantize is not None
-        if quantize.quantizer.accumulators == "only":  # convolutions are kept within none
+        if quantize.quantizer.accumulators == "only":  # not supported for convolutions
             quantize = quantize.by("comq")
         chooses = quantize.quantizer.chooses
         alpha = usual_alpha(conv.bits, None) if conv.alpha is None else conv.alpha
@@ -174,14 +174,14 @@ class Plan:
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
-        """Solve the groups of a convolution: together where they are many and small, else one by one."""
+        """Solve the groups of a convolution, in a batch if they are many and small, else one by one."""
         plan = self.resolved
         if plan.quantize is not None and plan.quantize.takes_groups(len(problems), len(problems[0].weight)):
             return plan.quantize.solve_groups(problems)
         return join_groups(problems, [plan.solve(problem) for problem in problems], problems[0].centred(plan.bias_policy))
 
     def placeholder(self, problem: LayerProblem) -> LayerSolution:
-        """Make up a solution with arrays of the right shapes, without the work."""
+        """Make a solution with arrays of the right shapes, without solving."""
         solution = LayerSolution.unsolved(problem)
         for stage in self.solving:
             solution = stage.placeholder(problem, solution)
@@ -189,45 +189,45 @@ class Plan:
 
     @property
     def resolved(self) -> Plan:
-        """The plan, with bias policy and activation type in the stages that leave them open."""
+        """The plan with its bias policy and activation type set in stages that leave them open."""
         bias, activation = self.bias_policy, None if self.activations is None else self.activations.type
         return replace(
             self,
-            error_feedback=_filled(self.error_feedback, bias=bias),
-            magr=_filled(self.magr, bias=bias),
-            quantize=_filled(self.quantize, bias=bias, activation=activation),
-            low_rank=_filled(self.low_rank, bias=bias),
+            error_feedback=_with_defaults(self.error_feedback, bias=bias),
+            magr=_with_defaults(self.magr, bias=bias),
+            quantize=_with_defaults(self.quantize, bias=bias, activation=activation),
+            low_rank=_with_defaults(self.low_rank, bias=bias),
         )
 
     @property
     def bias_policy(self) -> BiasPolicy | None:
-        """Which biases will take up the mean error; None where there is no bias correction."""
+        """Policy of the bias correction; None without one."""
         return None if self.bias is None else self.bias.bias
 
     @property
     def input_grids(self) -> InputGrids | None:
-        """How layer inputs become 8-bit integers; None where they stay float."""
+        """Kind of grids of 8-bit layer inputs; None if inputs stay float."""
         return None if self.activations is None else self.activations.grids
 
     @property
     def quantizes_outputs(self) -> bool:
-        """Whether products of layers are put on a static grid, too."""
+        """Whether products of layers are quantized too."""
         return self.emitter is not None and self.emitter.quantizes_outputs
 
     @property
     def holds_out(self) -> bool:
-        """Whether the quantizer judges its choices on rows that are held out."""
+        """Whether the quantizer compares solutions on held-out rows."""
         return self.quantize is not None and self.quantize.holds_out
 
     @property
     def spec(self) -> WeightSpec | None:
-        """The grid of float32 weights; None where nothing is quantized, or the quantizer's options are wrong."""
+        """The grid of float32 weights; None without a quantizer, or if its options are invalid."""
         quantize = self.resolved.quantize
         return None if quantize is None or quantize.problems(None) else quantize.spec()
 
     @property
     def accumulator(self) -> Target | Accumulator | None:
-        """The accumulator that may not overflow, if there is one."""
+        """The accumulator that must not overflow, if any."""
         if self.quantize is not None and self.quantize.target is not None:
             return find_target(self.quantize.target)
         if self.quantize is not None and self.quantize.accumulator_bits is not None:
@@ -235,18 +235,18 @@ class Plan:
         return None if self.emitter is None else self.emitter.accumulator()
 
     def suited(self, provider: str) -> Plan:
-        """The plan, with blocks kept to what the kernels of ``provider`` take."""
+        """Limit block sizes to those that the kernels of ``provider`` support."""
         largest = find_provider(provider).largest_block
         return self if self.emitter is None or largest is None else replace(self, emitter=self.emitter.suited(largest))
 
     def prepare(self, model: ir.Model) -> bool:
-        """Change the whole model as the stages need it, in place; True if anything changed."""
+        """Change the model as the stages need, in place; return whether it changed."""
         spec = self.spec
         changed = [stage.prepare(model, spec) for stage in self.stages]
         return any(changed)
 
     def check(self, provider: str = "cpu") -> None:
-        """Raise one error for everything that is wrong with the plan.
+        """Check the plan, and report all problems in one error.
 
         Raises:
             OptionError: With all `problems`.
@@ -254,25 +254,25 @@ class Plan:
         raise_all(OptionError, self.problems(provider))
 
     def problems(self, provider: str = "cpu") -> list[str]:
-        """List everything wrong with the plan, before any work.
+        """List the problems of the plan.
 
         Args:
-            provider: Where the result will run: not every kernel exists everywhere.
+            provider: Where the result will run; kernels differ.
         """
         plan = self.resolved
         spec = plan.spec
-        behind = False  # the quantizer
+        quantized = False  # whether the quantizer precedes
         problems: list[str] = []
         for stage in plan.stages:
-            invalid = behind and spec is None
+            invalid = quantized and spec is None
             if not (invalid and stage is plan.emitter):
-                problems += stage.problems(spec if behind else None)
-            behind |= stage is plan.quantize
-        problems += [*plan._missing(), *plan._input_problems()]
+                problems += stage.problems(spec if quantized else None)
+            quantized |= stage is plan.quantize
+        problems += [*plan._unmet_requirements(), *plan._input_problems()]
         return problems if spec is None else problems + find_provider(provider).refuses(spec)
 
-    def _missing(self) -> list[str]:
-        """What stages need beside them."""
+    def _unmet_requirements(self) -> list[str]:
+        """List stages whose requirements on other stages are not met."""
         problems: list[str] = []
         for rewrite in self.rewrites:
             if self.quantize is None:
@@ -289,7 +289,7 @@ class Plan:
         return problems
 
     def _input_problems(self) -> list[str]:
-        """Whether the emitter has the inputs the plan asks for, and the accumulator is one of integers."""
+        """Check that emitter and quantizer match the plan's layer inputs, and that an accumulator has integer inputs."""
         problems: list[str] = []
         emitter, quantize, activations = self.emitter, self.quantize, self.activations
         if quantize is not None and quantize.activation not in (None, None if activations is None else activations.type):
@@ -309,10 +309,10 @@ class Plan:
 
 
 def _formats(*grids: InputGrids | None) -> str:
-    """The formats with such grids of layer inputs, for a message."""
+    """List the formats with these kinds of input grids, for a message."""
     return " or ".join(name for name, form in FORMATS.items() if form.input_grids in grids)
 
 
-def _filled(stage: S | None, **values: Any) -> S | None:
-    """The stage, with values for the options that it leaves open."""
+def _with_defaults(stage: S | None, **values: Any) -> S | None:
+    """Set values of options that a stage leaves open."""
     return None if stage is None else replace(stage, **{name: value for name, value in values.items() if getattr(stage, name) is None})

@@ -72,9 +72,7 @@ class EmitMatMulNBits(Emitter):
         if self.accuracy_level not in ACCURACY_LEVELS:
             problems.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
         if self.largest_block not in MATMULNBITS_BLOCKS:
-            problems.append(
-                f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}"
-            )
+            problems.append(f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
         if self.accumulator_bits is not None and not problems:
             problems += self._accumulator_problems(spec)
         return problems

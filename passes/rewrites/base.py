@@ -1,7 +1,6 @@
-"""The base of float-to-float rewrites: graphs changed before layers are looked for, exactly in real arithmetic.
+"""Base of float-to-float rewrites, which change the graph, exactly in real arithmetic, to make layers easier to quantize.
 
-A rewrite makes layers easier to quantize. The rewritten model is the one that is calibrated and quantized; validation still compares with
-the user's. Rewrites come first in a plan.
+Rewrites come first in a plan. The rewritten model is calibrated and quantized; validation still compares with the user's.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ def _data_free(model: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a rewrite may ask of the run it is part of.
+    """Settings of the run that a rewrite is part of.
 
     Attributes:
-        spec: The grid weights will be put on.
-        bias: Policy of the bias compensation that will follow.
-        activations: Whether layer inputs will be rounded to 8 bits, one grid a tensor.
+        spec: Grid of weights.
+        bias: Policy of the bias compensation.
+        activations: Whether layer inputs will be rounded to 8 bits, with one grid per tensor.
         selection: The layers that will be converted.
-        statistics: Groups of layers, each with the statistics of what its layers read, by value name (none without data). Gathered only
-            when asked for: a pass over the calibration data a group.
+        statistics: Splits layers into groups, each with the statistics of its inputs, by value name (none without data). Computed on
+            demand, by one pass over the calibration data per group.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
@@ -52,15 +51,15 @@ class Context:
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
-        """The layers of ``model`` that will be converted, but for those in bodies (a rewrite would change what is captured elsewhere) and
-        those that share their weight (it would be stored once for each).
+        """Select the layers that will be converted, except those in bodies (a rewrite would change values captured elsewhere) and those
+        that share their weight (which would be stored once for each).
         """
         layers, _ = find(model, self.selection)
         shared = sharing(layers)
         return [layer for layer in layers if not layer.nested and layer.name not in shared]
 
     def measured(self, model: ir.Model, layers: Sequence[LinearLayer]) -> Iterator[tuple[LinearLayer, LayerStats]]:
-        """``layers`` with the statistics of what they read, gathered in groups that fit memory."""
+        """Yield layers with the statistics of their inputs, measured in groups that fit memory."""
         for group, stats in self.statistics(model, layers):
             for layer in group:
                 yield layer, stats.get(layer.reads) or LayerStats.data_free(layer.k)
@@ -68,39 +67,39 @@ class Context:
 
 @dataclass(frozen=True)
 class Rewrite(ModelPass):
-    """A pass that changes the float graph once, before layers are treated."""
+    """A pass that changes the float graph once, before layers are quantized."""
 
     slot: ClassVar[str] = "rewrites"
     input_grids: ClassVar[InputGrids | None] = None
-    """The only grids of layer inputs that the rewrite is for; None where it is for any, and for float inputs."""
+    """Kind of grids of layer inputs that the rewrite needs; None for any, including float inputs."""
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
-        """Change ``model`` in place; sentences for the report on what was changed, none if nothing was."""
+        """Change ``model`` in place; return notes for the report on the changes, none if there are none."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Alone, or in a sequence of passes: for the default grid, with the statistics layers have.
+        """Rewrite for the default grid, with the statistics attached to layers.
 
-        Statistics describe the graph as it was, so a graph that changed loses them: rewrite first, then gather them again.
+        Statistics describe the old graph, so a changed graph loses them; collect them again afterwards.
         """
         Names.rescan(model.graph)
-        known = known_stats(model)
-        notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, known)]))
+        stats = known_stats(model)
+        notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, stats)]))
         if notes:
             forget(model)
         return ir.passes.PassResult(model, bool(notes))
 
 
 def remember(layer: LinearLayer) -> None:
-    """Keep the names of a layer at its node, so that patterns find it under new ones."""
+    """Store the names of a layer at its node, so that patterns match it after it is renamed."""
     subgraphs.remember(layer.node, layer.name, layer.weight_name)
 
 
 def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, integer: bool) -> None:
-    """Make ``y`` of a layer ``y + x W``, with a new layer of ``weight (K, N)`` that is named after it and found by its names.
+    """Replace the output ``y`` of a layer by ``y + x W``, with a new layer of ``weight (K, N)`` that patterns match by the old names.
 
-    On two axes onnxruntime makes one Gemm of MatMul and Add, and of Gemm and Sum. With a float addend that would be a Gemm of floats, so
-    the two are added by the other operator: by Add where both stay Gemm (``integer`` formats only), else by Sum.
+    On two axes onnxruntime merges MatMul and Add, and Gemm and Sum, into one Gemm, a float one with a float addend. The sum therefore uses
+    the other operator: Add if both stay Gemm (``integer`` formats only), else Sum.
     """
     remember(layer)
     graph, last, y = layer.graph, layer.add or layer.node, layer.output
@@ -122,11 +121,11 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
 
 
 def scalar(layer: LinearLayer, name: str, value: float) -> ir.Value:
-    """A constant of the layer's type."""
+    """Add a scalar constant of the layer's type."""
     return layer.constant("", np.asarray(value, FLOATS[layer.dtype]), base=name)
 
 
 def operator(value: ir.Value) -> str:
-    """The operator that makes a value, with its domain where that is not ONNX's: ``Mul``, ``com.microsoft.Gelu``; empty for none."""
+    """Name the operator that computes a value, with its domain if not ONNX's: ``Mul``, ``com.microsoft.Gelu``; empty for none."""
     node = value.producer()
     return "" if node is None else f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")

@@ -1,32 +1,31 @@
-"""Activation-aware equalization: channels that matter are scaled up before rounding, at no cost at inference.
+"""Activation-aware equalization: important channels are scaled up before rounding, at no cost at inference.
 
-For a value ``x`` and positive ``s (K,)``, ``x W = (x / s) (diag(s) W)``. Where what makes ``x`` can take ``1 / s`` into its constants,
-scaling between the channels is free. It moves rounding error away from the rows of W that strong inputs multiply (AWQ, Lin et al., arXiv
-2306.00978), and outliers out of inputs that will be rounded with one range a tensor (SmoothQuant, Xiao et al., arXiv 2211.10438).
+For a value ``x`` and positive ``s (K,)``, ``x W = (x / s) (diag(s) W)``. If ``1 / s`` can be folded into the constants that produce ``x``,
+scaling is free. It moves rounding error away from the rows of W that strong inputs multiply (AWQ, Lin et al., arXiv 2306.00978), and
+outliers out of inputs that are rounded with one range per tensor (SmoothQuant, Xiao et al., arXiv 2211.10438).
 
-The scales are those AWQ searches, of one exponent ``a`` from 0 to 1, with and without the magnitude of the weights:
+The candidate scales are those of AWQ, with one exponent ``a`` from 0 to 1, with and without the magnitude of the weights:
 
     s_k = rms(x_k)^a        or        s_k = rms(x_k)^a / mean_n(|W_kn|)^(1 - a),
 
-normalised to a geometric mean of 1. The ones of least error are taken, of all readers together, rounded to nearest on the asked grid,
+normalised to a geometric mean of 1. Those with the least error, summed over readers, when rounded to nearest on the grid are chosen,
 
     sum over readers of   tr(D^T H D) (+ Delta^2 / 12 ||diag(s) W||^2),      D = diag(s)^-1 RTN(diag(s) W) - W,
 
-and nothing is changed where none saves 2%. The second term is there for 8-bit inputs only: the noise of a grid over four standard
-deviations of the strongest channel, ``Delta = 8 max_k(rms(x_k) / s_k) / 255``.
+and nothing is changed if none saves 2%. The second term, for 8-bit inputs only, is the noise of a grid over four standard deviations of
+the strongest channel, ``Delta = 8 max_k(rms(x_k) / s_k) / 255``.
 
-1. Every reader of ``x`` must be a linear layer that will be converted, and ``x`` no output of the graph: a reader left alone would see
-   ``x / s``.
-2. ``1 / s`` goes into: scale and bias of LayerNormalization, scale of RMSNormalization and SimplifiedLayerNormalization; a constant vector
-   that is multiplied or added last (decomposed norms); columns and bias of a linear layer. It passes through Relu and LeakyRelu, and
-   through a product of two activations (the gate of a gated unit) on one side, as long as nothing else reads what is between.
-3. A linear layer that takes ``1 / s`` rounds no worse for it: its grids are a column's own.
-4. A layer whose result is an output of the graph is left as it is, and so is what it reads (AWQ, too, leaves the head of a language model
-   alone): the squared error is not what counts there. A softmax behind it is blind to a shift of all logits; on the bundled model, 40% less
-   error of the logits came with 4% more perplexity.
+1. Every reader of ``x`` must be a linear layer that will be converted, and ``x`` not a graph output: any other reader would see ``x / s``.
+2. ``1 / s`` is folded into: scale and bias of LayerNormalization, scale of RMSNormalization and SimplifiedLayerNormalization; a constant
+   vector multiplied or added last (decomposed norms); columns and bias of a linear layer. It passes through Relu and LeakyRelu, and
+   through one factor of a product of two activations (a gated unit), provided nothing else reads the values between.
+3. Folding ``1 / s`` into a linear layer does not increase its rounding error, since its grids are per column.
+4. Inputs of layers whose output is a graph output are not scaled (AWQ also skips the head of a language model): squared error is the wrong
+   measure there, as softmax is invariant to a shift of all logits. On the bundled model, 40% less error of the logits came with 4% more
+   perplexity.
 
-Deviations from AWQ: root mean squares instead of mean magnitudes (they are what H holds), the whole H instead of sampled inputs, at most
-`COLUMNS` columns of a layer in the search, no clipping search (the grid is searched anyway).
+Deviations from AWQ: root mean squares instead of mean magnitudes (H has them), the full H instead of sampled inputs, at most `COLUMNS`
+columns of a layer in the search, no clipping search (the quantizer searches the grid).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
 EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 GAIN = 0.98
 COLUMNS = 256
-LARGEST = 1000.0  # of s and 1 / s, so that half precision keeps its digits
+LARGEST = 1000.0  # bound of s and 1 / s, for half precision
 
 _SCALED_NORMS = {
     "LayerNormalization": (1, 2),
@@ -62,15 +61,15 @@ _SCALED_NORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A place that can take a factor a channel: a constant input of a node, or a linear layer."""
+    """A constant input of a node, or a linear layer, that a factor per channel can be folded into."""
 
     node: ir.Node
     index: int | None = None
 
     def divide(self, s: Array) -> None:
-        """Take ``1 / s``."""
+        """Fold ``1 / s`` into the constant or layer."""
         if self.index is None:
-            layer = view(self.node)  # a fresh view: the layer's own input may have been scaled before
+            layer = view(self.node)  # viewed again: the layer's own input may have been scaled since
             assert isinstance(layer, LinearLayer)
             remember(layer)
             bias = layer.read_bias()
@@ -87,9 +86,9 @@ class Fold:
 
 
 def folds(value: ir.Value, k: int, layers: dict[int, LinearLayer]) -> list[Fold] | None:
-    """Where ``value (..., K)`` can be divided by a positive vector, or None where it cannot.
+    """List the folds that divide ``value (..., K)`` by a positive vector; None if that is impossible.
 
-    ``layers`` are the linear layers of the graph, by the identity of the value they put out.
+    ``layers`` are the linear layers of the graph, by the identity of their output values.
     """
     node, kind = value.producer(), operator(value)
     if node is None or node.outputs[0] is not value:
@@ -97,32 +96,32 @@ def folds(value: ir.Value, k: int, layers: dict[int, LinearLayer]) -> list[Fold]
     if id(value) in layers:
         return [Fold(layers[id(value)].node)] if layers[id(value)].n == k else None
     if kind in _SCALED_NORMS:
-        places = [i for i in _SCALED_NORMS[kind] if i < len(node.inputs) and node.inputs[i] is not None]
-        return [Fold(node, i) for i in places] if all(_is_vector(node.inputs[i], k) for i in places) else None
+        indices = [i for i in _SCALED_NORMS[kind] if i < len(node.inputs) and node.inputs[i] is not None]
+        return [Fold(node, i) for i in indices] if all(_is_vector(node.inputs[i], k) for i in indices) else None
     if kind in ("Relu", "LeakyRelu"):
-        return _behind(node.inputs[0], k, layers)
+        return _exclusive_folds(node.inputs[0], k, layers)
     if kind in ("Mul", "Add") and len(node.inputs) == 2:
         left, right = node.inputs
         for constant, i, other in ((right, 1, left), (left, 0, right)):
             if _is_vector(constant, k):
                 if kind == "Mul":
                     return [Fold(node, i)]
-                rest = _behind(other, k, layers)
-                return None if rest is None else [Fold(node, i), *rest]
+                upstream = _exclusive_folds(other, k, layers)
+                return None if upstream is None else [Fold(node, i), *upstream]
         if kind == "Mul":
-            return _behind(right, k, layers) or _behind(left, k, layers)
+            return _exclusive_folds(right, k, layers) or _exclusive_folds(left, k, layers)
     return None
 
 
-def _behind(value: ir.Value | None, k: int, layers: dict[int, LinearLayer]) -> list[Fold] | None:
-    """`folds` of a value that nothing but the node in front of it may read."""
+def _exclusive_folds(value: ir.Value | None, k: int, layers: dict[int, LinearLayer]) -> list[Fold] | None:
+    """`folds` of a value with a single reader; None for any other value."""
     if value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return None
     return folds(value, k, layers)
 
 
 def _is_vector(value: ir.Value | None, k: int) -> bool:
-    """Whether a value is a constant of one element a channel, in a type that is written back."""
+    """Whether a value is a float constant of one element per channel."""
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return False
     shape = [int(d) for d in value.const_value.shape.numpy()]
@@ -131,44 +130,44 @@ def _is_vector(value: ir.Value | None, k: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """The scales ``(K,)`` of a value (None for none that help), and the error with them over that without."""
+    """The scales ``(K,)`` of a value (None if none help), and the ratio of the error with them to that without."""
 
     scales: Array | None
     ratio: float
 
 
 def search(weights: Sequence[Array], stats: LayerStats, centred: Sequence[bool], spec: WeightSpec, activations: bool = False) -> Scaling:
-    """The best scales for all ``weights (K, N_i)`` that one value is multiplied by; see the module.
+    """Search the scales of a value that is multiplied by ``weights (K, N_i)``; see the module.
 
     Args:
-        weights: Of every reader.
-        stats: Of the value.
+        weights: Weights of all readers.
+        stats: Moments of the value.
         centred: For every reader, whether a bias will absorb its mean error.
-        spec: The grid.
+        spec: Grid of the weights.
         activations: Whether the value will be rounded to 8 bits.
     """
     power = np.sqrt(np.maximum(stats.gram.diagonal(), 0))
     strength = _normalised(power)
     size = _normalised(np.concatenate([np.abs(w).mean(axis=1, keepdims=True, dtype=np.float64) * w.shape[1] for w in weights], 1).sum(1))
-    tried = [np.ones(len(power)), 1 / size, *(strength**a for a in EXPONENTS), *(strength**a / size ** (1 - a) for a in EXPONENTS)]
-    tried = [np.clip(s, 1 / LARGEST, LARGEST).astype(np.float32) for s in tried]
+    trials = [np.ones(len(power)), 1 / size, *(strength**a for a in EXPONENTS), *(strength**a / size ** (1 - a) for a in EXPONENTS)]
+    trials = [np.clip(s, 1 / LARGEST, LARGEST).astype(np.float32) for s in trials]
     sampled = [w[:, np.unique(np.linspace(0, w.shape[1] - 1, COLUMNS).astype(int))] for w in weights]
-    errors = np.zeros(len(tried))
-    for i, s in enumerate(tried):
+    errors = np.zeros(len(trials))
+    for i, s in enumerate(trials):
         step = 8 * float((power / s).max()) / 255 if activations else 0.0
-        for whole, w, c in zip(weights, sampled, centred, strict=True):
+        for weight, w, c in zip(weights, sampled, centred, strict=True):
             gram, scaled = stats.objective_gram(c), w * s[:, None]
             rounded = rtn.quantize(scaled, gram.diagonal() / np.square(s, dtype=np.float64), spec).dequantize() / s[:, None]
             noise = step**2 / 12 * float(np.square(scaled, dtype=np.float64).sum())
-            errors[i] += (layer_error(rounded.astype(np.float64) - w, gram) + noise) * whole.shape[1] / w.shape[1]
+            errors[i] += (layer_error(rounded.astype(np.float64) - w, gram) + noise) * weight.shape[1] / w.shape[1]
     best = int(np.argmin(errors))
     if errors[best] >= GAIN * errors[0]:
         return Scaling(None, 1.0)
-    return Scaling(tried[best], float(errors[best] / errors[0]))
+    return Scaling(trials[best], float(errors[best] / errors[0]))
 
 
 def _normalised(magnitudes: Array) -> Array:
-    """Magnitudes with a geometric mean of 1; zeros (dead inputs, empty rows) count as 1 first."""
+    """Normalise magnitudes to a geometric mean of 1; zeros (dead inputs, empty rows) are replaced by 1 first."""
     positive = np.where(magnitudes > 0, magnitudes, 1.0)
     result: Array = positive / np.exp(np.log(positive).mean())
     return result
@@ -176,49 +175,49 @@ def _normalised(magnitudes: Array) -> Array:
 
 @dataclass(frozen=True)
 class Equalize(Rewrite):
-    """Scale the channels of values that only layers read, and take the scales back where the values are made."""
+    """Scale channels of the inputs of layers, and fold the inverse scales into the producers of these values."""
 
     name: ClassVar[str] = "equalize"
     summary: ClassVar[str] = "move scales between channels from layers into what makes their inputs (AWQ, SmoothQuant), where that is free"
 
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
-        found = list(candidates(model, context))
-        folded = {id(readers[0].x): places for readers, places in found}
-        together = {id(readers[0].x): readers for readers, _ in found}
+        values = list(candidates(model, context))
+        folds_of = {id(readers[0].x): value_folds for readers, value_folds in values}
+        pending = {id(readers[0].x): readers for readers, _ in values}
         ratios: list[float] = []
-        for layer, stats in context.measured(model, [layer for readers, _ in found for layer in readers]):
-            readers = together.pop(id(layer.x), None)
-            if readers is None or stats.is_data_free:  # treated with the reader before, or nothing is known
+        for layer, stats in context.measured(model, [layer for readers, _ in values for layer in readers]):
+            readers = pending.pop(id(layer.x), None)
+            if readers is None or stats.is_data_free:  # scaled with an earlier reader, or without data
                 continue
-            fresh = [v for r in readers if isinstance(v := view(r.node), LinearLayer)]
-            centred = [absorbs_mean(context.bias, r.has_bias) for r in fresh]
-            best = search([r.read() for r in fresh], stats, centred, context.spec, context.activations)
+            views = [v for r in readers if isinstance(v := view(r.node), LinearLayer)]
+            centred = [absorbs_mean(context.bias, r.has_bias) for r in views]
+            best = search([r.read() for r in views], stats, centred, context.spec, context.activations)
             if best.scales is None:
                 continue
             ratios.append(best.ratio)
-            for place in folded[id(layer.x)]:
-                place.divide(best.scales)
-            for reader in fresh:
+            for fold in folds_of[id(layer.x)]:
+                fold.divide(best.scales)
+            for reader in views:
                 remember(reader)
                 reader.write(reader.read() * best.scales[:, None], None)
         if not ratios:
             return []
-        left = f"{np.mean(ratios):.0%} of its error when rounded to nearest is left on average, {min(ratios):.0%} at best"
-        return [f"equalize: scaled {len(ratios)} of {len(found)} values; {left}"]
+        remaining = f"{np.mean(ratios):.0%} of its error when rounded to nearest is left on average, {min(ratios):.0%} at best"
+        return [f"equalize: scaled {len(ratios)} of {len(values)} values; {remaining}"]
 
 
 def candidates(model: ir.Model, context: Context) -> Iterator[tuple[list[LinearLayer], list[Fold]]]:
-    """Readers of every value that can be scaled, and where."""
+    """Yield the readers and the folds of every value that can be scaled."""
     converted = context.layers(model)
     layers = {id(layer.output): layer for layer in Context().layers(model)}
     seen: set[int] = set()
     for layer in converted:
         x = layer.x
-        readers = [other for other in converted if other.x is x]
-        whole = len(list(x.uses())) == len(readers) and not x.is_graph_output() and not x.is_graph_input()
-        if id(x) in seen or not whole or any(reader.output.is_graph_output() for reader in readers):
+        readers = [reader for reader in converted if reader.x is x]
+        exclusive = len(list(x.uses())) == len(readers) and not x.is_graph_output() and not x.is_graph_input()
+        if id(x) in seen or not exclusive or any(reader.output.is_graph_output() for reader in readers):
             continue
         seen.add(id(x))
-        places = folds(x, layer.k, layers)
-        if places is not None:
-            yield readers, places
+        value_folds = folds(x, layer.k, layers)
+        if value_folds is not None:
+            yield readers, value_folds

@@ -1,22 +1,20 @@
-"""Coarse and fine: a layer whose outliers spoil its grid becomes two that are summed (CFWS; Yang et al., arXiv 2312.10588).
+"""Coarse-fine weight splitting: a layer with outliers becomes the sum of two layers (CFWS; Yang et al., arXiv 2312.10588).
 
-    x W + b = (x F + b) + x C,      F = clip(W, -t, t),      C = W - F,      one t a group and column.
+    x W + b = (x F + b) + x C,      F = clip(W, -t, t),      C = W - F,      one t per group and column.
 
-F is what is left of the weights with the outliers cut off: its range is 2 t, and so its steps are small. C holds what was cut off, the
-``|w| - t`` of the few outliers, and zeros, which every grid holds exactly: however coarse its steps are, only the outliers are rounded with
-them. Both are quantized like any layer, each on its own grids.
+F has a range of 2 t, and so small steps. C has the excess ``|w| - t`` of the few outliers, and zeros, which are exact on every grid: only
+the outliers are rounded with its coarse steps. Both are quantized like any layer, each on its own grids.
 
-The t of a group is the fraction of its largest magnitude, among `FRACTIONS`, that leaves least squared error when both parts are rounded to
-nearest on their min-max grids; 1, no cut, is among them. A layer is split where, with searched grids, the error falls to less than an
-eighth (``factor``) of that of the layer in one piece. Weights without outliers do not reach that: two parts are always finer than one, and
-normal weights gain a factor of 2 at 2 bits and 5 at 8.
+The t of a group is the fraction of its largest magnitude, among `FRACTIONS` (1 means no cut), with the least squared error when both parts
+are rounded to nearest on their min-max grids. A layer is split if, with searched grids, this reduces the error to less than an eighth
+(``factor``). Weights without outliers do not reach that: normal weights gain a factor of 2 at 2 bits and 5 at 8.
 
-The cost is a second product and a second weight of the same size: as much as a layer of twice the bits, which keeps more precision. So this
-is for the formats that have no more bits to give (8), and for a few layers.
+The cost is a second product and a second weight of the same size, as much as twice the bits, which are more precise. So this is for
+formats without more bits (8), and for a few layers.
 
-Deviations from the paper: thresholds a group and column, by rounding error, where the paper takes one a tensor; C is stored dense, since
-onnxruntime has no sparse product of integers. Not taken: C as the rounded weights and F as all that rounding left. On paper it is finer
-yet, but it holds only if the coarse layer's quantizer finds the very grid again, which it does not behind MagR or error feedback.
+Deviations from the paper: thresholds per group and column, by rounding error, not one per tensor; C is stored dense, since onnxruntime
+has no sparse integer product. Rejected: C as the rounded weights and F as the rounding error. In theory it is more precise, but only if
+the coarse layer's quantizer finds exactly the same grid again, which it does not after MagR or error feedback.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ FRACTIONS = tuple(2.0 ** (-i / 2) for i in range(9))  # 1 to 1/16
 
 
 def thresholds(weights: Array, spec: WeightSpec) -> Array:
-    """The t of every group of ``weights (K, N)``, ``(G, N)`` float32: the largest magnitude where cutting does not pay."""
+    """Choose the t of every group of ``weights (K, N)``, ``(G, N)`` float32; the largest magnitude where a cut does not help."""
     largest = np.abs(blocks(weights, spec)).max(axis=1)
     best = np.full(largest.shape, np.inf)
     chosen = largest.copy()
@@ -52,21 +50,21 @@ def thresholds(weights: Array, spec: WeightSpec) -> Array:
 
 
 def split(weights: Array, t: Array, spec: WeightSpec) -> tuple[Array, Array]:
-    """Fine and coarse part ``(K, N)`` of ``weights``, cut at ``t (G, N)``; their sum is exact wherever a part is zero."""
+    """Split weights at ``t (G, N)`` into a fine and a coarse part ``(K, N)``; their sum is exact where a part is zero."""
     limit = t[spec.group_of_row(len(weights))]
     fine: Array = np.clip(weights, -limit, limit)
     return fine, weights - fine
 
 
 def gain(weights: Array, fine: Array, coarse: Array, spec: WeightSpec) -> float:
-    """How many times smaller the squared rounding error of the two parts is than that of the weights in one piece, on searched grids."""
+    """Compute the ratio of the squared rounding error of the weights to that of the two parts, on searched grids."""
     before, *parts = (float(_group_errors(w, spec, None).sum()) for w in (weights, fine, coarse))
     after = sum(parts)
     return before / after if after > 0 else (np.inf if before > 0 else 1.0)
 
 
 def _group_errors(weights: Array, spec: WeightSpec, beta: float | None) -> Array:
-    """Squared error of every group when rounded to nearest, ``(G, N)``."""
+    """Compute the squared round-to-nearest error of every group, ``(G, N)``."""
     rounded = rtn.quantize(weights, np.ones(len(weights)), spec, beta=beta).dequantize()
     result: Array = np.square(blocks(weights - rounded, spec), dtype=np.float64).sum(axis=1)
     return result
@@ -74,10 +72,10 @@ def _group_errors(weights: Array, spec: WeightSpec, beta: float | None) -> Array
 
 @dataclass(frozen=True)
 class SplitOutliers(Rewrite):
-    """Split layers whose few outliers spoil their grids into a fine and a coarse one.
+    """Split layers with outliers into a fine and a coarse one.
 
     Attributes:
-        factor: How many times the squared rounding error must fall for a layer to be split.
+        factor: Factor by which the squared rounding error must fall for a layer to be split.
     """
 
     name: ClassVar[str] = "split-outliers"
@@ -92,7 +90,7 @@ class SplitOutliers(Rewrite):
         return [f"{self.name}: factor={self.factor:g} must be above 1: a split that does not lower the error only costs"]
 
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
-        done: list[str] = []
+        names: list[str] = []
         gains: list[float] = []
         layers = context.layers(model)
         for layer in layers:
@@ -103,9 +101,9 @@ class SplitOutliers(Rewrite):
                 continue
             add_product(layer, layer.x, coarse, "_coarse", context.activations)
             layer.write(fine, None)
-            done.append(layer.name)
+            names.append(layer.name)
             gains.append(factor)
-        if not done:
+        if not names:
             return []
-        count = f"{len(done)} of {len(layers)}"
-        return [f"split-outliers: {count} layers became two ({listed(done)}); rounding error falls {min(gains):.1f} times or more"]
+        count = f"{len(names)} of {len(layers)}"
+        return [f"split-outliers: {count} layers became two ({listed(names)}); rounding error falls {min(gains):.1f} times or more"]
