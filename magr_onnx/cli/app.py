@@ -1,4 +1,4 @@
-"""The commands of ``onnx-magr`` as one application. A command's module is imported when it runs; a list of commands needs none."""
+"""The commands of ``onnx-magr`` as one application; a command's module is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import magr_onnx
 from magr_onnx.cli.commands import COMMANDS
 from magr_onnx.errors import closest
 
-_NO_CHOICE = re.compile(r"(?:Value error, )?'(?P<given>.*)' is not one of (?P<choices>.*?)\.?")
+_INVALID_CHOICE = re.compile(r"(?:Value error, )?'(?P<value>.*)' is not one of (?P<choices>.*?)\.?")
 
 
 class _Deferred(TyperCommand):
@@ -23,7 +23,7 @@ class _Deferred(TyperCommand):
 
     @cached_property
     def command(self) -> TyperCommand:
-        """The command itself: a function of its module, of the same name with _ for -."""
+        """The command, made from the function of the same name (with _ for -) in its module."""
         function = str(self.name).replace("-", "_")
         module = import_module(f"magr_onnx.cli.commands.{function}")
         single = typer.Typer(add_completion=False)
@@ -37,7 +37,7 @@ class _Deferred(TyperCommand):
 
 
 class _Commands(TyperGroup):
-    """All commands. Wrong values are told what they may have been meant to be, as those of recipes are."""
+    """All commands; errors for wrong values suggest the closest valid one, as for recipes."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -48,9 +48,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            if (refused := _NO_CHOICE.fullmatch(error.message)) is not None:
-                choices = refused["choices"].replace("'", "").split(", ")
-                error.message = f"{refused['given']!r}: choose one of {', '.join(choices)}{closest(refused['given'], choices)}"
+            if (match := _INVALID_CHOICE.fullmatch(error.message)) is not None:
+                choices = match["choices"].replace("'", "").split(", ")
+                error.message = f"{match['value']!r}: choose one of {', '.join(choices)}{closest(match['value'], choices)}"
             raise
 
 

@@ -1,4 +1,4 @@
-"""Terminal output: results on standard output; progress on standard error, as bars on a terminal and as lines elsewhere."""
+"""Terminal output: results on standard output; progress on standard error, as bars on a terminal or as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from magr_onnx.workflow import progress
 Steps = Callable[[str, int, int], None]
 Layers = Callable[[LayerRow], None]
 
-LINES = 20  # of an error, on one screen
-NOTHING = "no output was changed"
+MAX_LINES = 20  # of an error message
+UNCHANGED = "no output was changed"
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
 _verbose = False
@@ -42,10 +42,10 @@ def be_verbose(value: bool) -> bool:
 
 @contextmanager
 def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
-    """Callbacks for the steps and the layers of a run, which write to standard error.
+    """Provide callbacks for the steps and the layers of a run, which write to standard error.
 
-    On a terminal they draw bars, with time left. Elsewhere (a pipe, a log file) they print a line as a stage begins and ends, and one every
-    `progress.LINE_EVERY` seconds of a stage. ``--verbose`` adds a line for each layer; both are None where nothing is to be printed.
+    On a terminal they draw bars with the time left. Elsewhere (a pipe, a log file) they print a line when a stage begins and ends, and one
+    every `progress.LINE_EVERY` seconds in between. ``--verbose`` adds a line per layer. A callback is None if it would print nothing.
     """
     if quiet:
         yield None, None
@@ -59,34 +59,34 @@ def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
 
 @contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Steps | None]:
-    """Open the steps of `watch` alone."""
+    """Provide the step callback of `watch` alone."""
     with watch(not enabled) as (step, _):
         yield step
 
 
 def await_output(path: Path | None, resumable: bool = False) -> None:
-    """Remember what is at ``path`` now, so that messages can say whether a run that failed has written it; None expects no output.
+    """Record the state of the output path before a run, so that messages can tell whether a failed run wrote it; None for no output.
 
-    ``resumable``: the run keeps what is finished, for the next one.
+    ``resumable`` tells whether the next run continues from finished layers.
     """
     global _awaited, _resumable
     _awaited, _resumable = None if path is None else (path, _state(path)), resumable
 
 
 def outcome() -> str:
-    """Say what became of the output of a run that was broken off, as a clause."""
+    """Say whether an aborted run wrote its output, as a clause."""
     if _awaited is None or _state(_awaited[0]) == _awaited[1]:
-        return NOTHING
+        return UNCHANGED
     return f"{_awaited[0]} was written before that"
 
 
 def remedy() -> str:
-    """Say what to do after a run was broken off, as the end of a sentence."""
-    return "; the same command goes on where it was" if _resumable else ""
+    """Say how to continue an aborted run, as the end of a sentence."""
+    return "; the same command continues where it stopped" if _resumable else ""
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Read what tells a file or a folder from another under its name."""
+    """Return inode and time of a file or folder, to detect that it was replaced; None if there is none."""
     try:
         status = path.stat()
     except OSError:
@@ -95,12 +95,12 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def explain(error: Exception) -> None:
-    """Print an explained error within one screen; the whole of a long list only with ``--verbose``."""
+    """Print an explained error, at most `MAX_LINES` lines without ``--verbose``."""
     lines = str(error).splitlines()
-    if len(lines) > LINES and not _verbose:
-        lines = [*lines[: LINES - 1], f"  ... and {len(lines) - LINES + 1} more (--verbose shows all)"]
-    if (then := outcome()) != NOTHING:
-        lines.append(then)
+    if len(lines) > MAX_LINES and not _verbose:
+        lines = [*lines[: MAX_LINES - 1], f"  ... and {len(lines) - MAX_LINES + 1} more (--verbose shows all)"]
+    if (consequence := outcome()) != UNCHANGED:
+        lines.append(consequence)
     _error("\n".join(lines))
 
 
@@ -108,21 +108,21 @@ def apologize(error: Exception, version: str) -> None:
     """Print an unexpected error and how to report it. The traceback is printed with ``--verbose``, else written to a file."""
     trace = "".join(traceback.format_exception(error))
     if _verbose:
-        where = "The traceback is above."
+        location = "The traceback is above."
         errors.print(trace, markup=False)
     else:
         with tempfile.NamedTemporaryFile(
             "w", prefix="onnx-magr-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
             file.write(f"onnx-magr {version}, Python {sys.version}\n{trace}")
-        where = f"The traceback is in {Path(file.name)} (--verbose prints it)."
+        location = f"The traceback is in {Path(file.name)} (--verbose prints it)."
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    explanation = f"this should not have happened ({summary}); {outcome()}. Please report it with the traceback. {where}"
+    explanation = f"this should not have happened ({summary}); {outcome()}. Please report it with the traceback. {location}"
     _error(f"onnx-magr {version}: {explanation}")
 
 
 def _error(text: str) -> None:
-    """Print the message; on a terminal in lines that fit it, later ones indented."""
+    """Print a message, on a terminal wrapped to its width with a hanging indent."""
     text = f"error: {text}"
     if errors.is_terminal:
         wrapped = (textwrap.wrap(line, errors.width, subsequent_indent="    ", break_on_hyphens=False) for line in text.splitlines())
@@ -133,12 +133,12 @@ def _error(text: str) -> None:
 
 
 def command_line() -> str:
-    """Write the command that is running, as a shell takes it."""
+    """Format the running command for a shell."""
     return shlex.join(["onnx-magr", *sys.argv[1:]])
 
 
 class _Marks(RegexHighlighter):
-    """Headings of a report, and its worst figures."""
+    """Highlighter of the headings and the worst figures of a report."""
 
     highlights: ClassVar[list[str]] = [
         r"(?m)^(?P<bold>(?:layer|left as they are|notes|validation|mixed precision)\b.*)$",
@@ -148,12 +148,12 @@ class _Marks(RegexHighlighter):
 
 
 def columns() -> int:
-    """Choose the width of text: the terminal's from 60 to 80 columns, else 80."""
+    """Return the width of text: that of the terminal, between 60 and 80 columns, else 80."""
     return min(COLUMNS, max(results.width, 60)) if results.is_terminal else COLUMNS
 
 
 def say(text: str) -> None:
-    """Print lines of the result on standard output; on a terminal some of them are highlighted."""
+    """Print lines of the result on standard output, highlighted on a terminal."""
     if results.is_terminal and not results.is_dumb_terminal:
         results.print(_Marks()(Text(text)), soft_wrap=True)
     else:

@@ -23,12 +23,12 @@ SETTINGS: tuple[tuple[str, Options], ...] = (
     ("2 bits, round to nearest", {"bits": 2, **RTN}),
     ("2 bits, onnx-magr", {"bits": 2, "effort": "fast"}),
 )
-BATCHES = 8  # of held-out text: the differences shown are far above what more of it would change
+BATCHES = 8  # of held-out text; more would change perplexities far less than the differences shown
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One setting: perplexity on the held-out text, file size, and the run's report."""
+    """Result of one setting: perplexity on the held-out text, file size, and report."""
 
     setting: str
     perplexity: float
@@ -38,7 +38,7 @@ class DemoRow:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """All rows, beside the float model's perplexity and size."""
+    """Results of all settings, and perplexity and size of the float model."""
 
     float_perplexity: float
     float_bytes: int
@@ -54,27 +54,27 @@ def run(folder: Path, progress: Callable[[str, int, int], None] | None = None) -
     if not bundled.MODEL.is_file():
         raise ModelError(f"the bundled model {bundled.MODEL} is missing; reinstall the package")
     rows: list[DemoRow] = []
-    before = math.nan
+    float_perplexity = math.nan
     held_out = open_source(bundled.HELD_OUT, ()).limit(BATCHES)
     for name, options in SETTINGS:
         if progress is not None:
             progress(name, 0, 1)
         path = folder / f"tiny_lm_{name.replace(',', '').replace(' ', '_')}.onnx"
-        data = None if options.get("quantizer") == "rtn" else bundled.CALIBRATION  # which rounding does not look at
+        data = None if options.get("quantizer") == "rtn" else bundled.CALIBRATION  # which rounding ignores
         result = api.optimize(bundled.MODEL, data, output=path, progress=False, **options)
-        shown: dict[str, Any] = {"arithmetics": (Arithmetic.DEFAULT,), "layers": False, "latency": False, "progress": False}
-        checked = api.validate(bundled.MODEL, path, held_out, **shown)
-        metrics = checked.arithmetics[str(Arithmetic.DEFAULT)][0]
+        outputs_only: dict[str, Any] = {"arithmetics": (Arithmetic.DEFAULT,), "layers": False, "latency": False, "progress": False}
+        validation = api.validate(bundled.MODEL, path, held_out, **outputs_only)
+        metrics = validation.arithmetics[str(Arithmetic.DEFAULT)][0]
         assert metrics.cross_entropy is not None
-        before, after = (math.exp(v) for v in metrics.cross_entropy)
-        rows.append(DemoRow(name, after, path.stat().st_size, result.report))
+        float_perplexity, perplexity = (math.exp(nats) for nats in metrics.cross_entropy)
+        rows.append(DemoRow(name, perplexity, path.stat().st_size, result.report))
         if progress is not None:
             progress(name, 1, 1)
-    return Demo(before, bundled.MODEL.stat().st_size, tuple(rows))
+    return Demo(float_perplexity, bundled.MODEL.stat().st_size, tuple(rows))
 
 
 def to_text(demo: Demo) -> str:
-    """The table the command prints."""
+    """Format the results as a table."""
     lines = [
         "A language model of 1.9 M parameters, trained on public-domain books; perplexity per",
         "token on books it never saw (lower is better). Blocks of 32 weights share a scale; the",

@@ -1,10 +1,9 @@
-"""The program ``onnx-magr``: it runs `magr_onnx.cli.app` and turns errors into messages and exit codes.
+"""Entry point of ``onnx-magr``: runs `magr_onnx.cli.app` and turns errors into messages and exit codes.
 
-Exit codes: 0 success, 1 an error that is explained (a bad model, bad data, no place to write to), 2 options that are wrong or do not go
-together, 70 a mistake of this program, 130 interrupted. ``validate`` also returns 3 when a threshold given by the user is missed,
-``verify`` 1 when an accumulator overflows.
+Exit codes: 0 success, 1 an explained error (a bad model, bad data, an output that cannot be written), 2 invalid or incompatible options, 70
+a bug, 130 interrupted. ``validate`` also returns 3 if a threshold is missed, ``verify`` 1 if an accumulator overflows.
 
-Little is imported before `main` runs, so that ``--help`` is quick and Ctrl-C is handled from the beginning.
+Imports before `main` are few, so that ``--help`` is fast and Ctrl-C is handled from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from magr_onnx.errors import MagrError, OptionError
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, under a name that no library below catches for itself."""
+    """Ctrl-C, as an exception that no library catches."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -27,9 +26,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; explained errors are one message on standard error and exit code 1, or 2 where options are wrong.
+    """Run the command line and exit with its code.
 
-    What the terminal's encoding has no sign for is escaped: no name of a layer makes a finished run fail.
+    Characters outside the terminal's encoding are escaped, so that the name of a layer cannot fail a finished run.
     """
     try:
         signal.signal(signal.SIGINT, _interrupt)
@@ -38,7 +37,7 @@ def main() -> None:
                 stream.reconfigure(errors="backslashreplace")
         _run()
     except _Interrupted:
-        console = sys.modules.get("magr_onnx.cli.console")  # nothing is imported now: what was interrupted may be an import
+        console = sys.modules.get("magr_onnx.cli.console")  # not imported here: an import may have been interrupted
         outcome = "no output was changed" if console is None else console.outcome() + console.remedy()
         print(f"interrupted; {outcome}", file=sys.stderr)
         sys.exit(130)

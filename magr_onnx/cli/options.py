@@ -1,4 +1,4 @@
-"""Options of the command line, made from the option table (`magr_onnx.config.options`)."""
+"""Command-line options, made from the option table (`magr_onnx.config.options`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Verbose = Annotated[
 
 
 def target_names() -> list[tuple[str, str]]:
-    """List targets for the shell to complete, with a line about each."""
+    """List targets with their summaries, for shell completion."""
     return [(name, target.summary) for name, target in TARGETS.items()]
 
 
@@ -41,9 +41,9 @@ def _preset_names() -> list[tuple[str, str]]:
 
 
 def _pipelines(incomplete: str) -> list[str]:
-    """Complete a pipeline by one more pass."""
-    before, comma, start = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in stages() if name.startswith(start)]
+    """Complete the last pass of a pipeline."""
+    complete, comma, start = incomplete.rpartition(",")
+    return [f"{complete}{comma}{name}" for name in stages() if name.startswith(start)]
 
 
 _MORE = {"preset": f" There are {', '.join(PRESETS)}."}

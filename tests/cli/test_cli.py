@@ -247,7 +247,7 @@ magr_onnx.cli.main.main()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; no output was changed; the same command goes on where it was"
+    assert errors.splitlines()[-1] == "interrupted; no output was changed; the same command continues where it stopped"
     assert out.read_bytes() == b"precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job", "out.onnx"]
 

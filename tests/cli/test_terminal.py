@@ -126,7 +126,7 @@ def test_verbose_adds_a_line_for_each_layer(folder: Path) -> None:
 
 def test_errors_fit_a_screen(folder: Path) -> None:
     (folder / "long.toml").write_text("version = 1\n" + "".join(f"key_number_{i} = 1\n" for i in range(60)))
-    for arguments, lines in ((("-r", "long.toml"), console.LINES), (("-r", "long.toml", "-v"), 61)):
+    for arguments, lines in ((("-r", "long.toml"), console.MAX_LINES), (("-r", "long.toml", "-v"), 61)):
         result = run("optimize", *arguments, cwd=folder)
         assert (result.returncode, len(result.stderr.splitlines())) == (2, lines)
     assert "and 42 more (--verbose shows all)" in run("optimize", "-r", "long.toml", cwd=folder).stderr

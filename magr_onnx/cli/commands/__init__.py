@@ -1,6 +1,6 @@
-"""One command a file: a function that parses, calls the Python interface and prints, and its examples in ``EPILOG``.
+"""Commands, one per file: a function that parses, calls the Python interface and prints, and examples in ``EPILOG``.
 
-**A new command**: a file here, and its line in `COMMANDS`.
+To add a command, add its file here and its line to `COMMANDS`.
 """
 
 COMMANDS = {
@@ -14,5 +14,5 @@ COMMANDS = {
     "olive-config": "Print the package configuration that gives Olive the pass OnnxMagr beside all its own.",
     "demo": "Quantize the bundled language model and print its perplexity before and after: about 20 seconds on a laptop.",
 }
-"""Commands in the order of the help, each with the first line of its docstring, so that a list of them imports none. The name (with _ for
--) is that of the module and of the function in it."""
+"""Commands in the order of the help, with the first lines of their docstrings, so that listing them imports none. A command has the name of
+its module and function, with - for _."""

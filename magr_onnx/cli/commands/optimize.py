@@ -100,19 +100,19 @@ def optimize(
         raise OptionError(f"models and overwrite are for a folder of models, and {source} is none")
     out = Path(arguments.get("output") or _output(source))
     files = {source, out, *run_recipe.reads, *data_files(source), *([] if recipe is None else [recipe])}
-    saved = set() if save_recipe is None else {save_recipe}
+    recipe_file = set() if save_recipe is None else {save_recipe}
     if source.is_dir():
         files |= taken_by(source, out)
-        check_reports(source, arguments.get("models", ()), report or (), files | saved)
+        check_reports(source, arguments.get("models", ()), report or (), files | recipe_file)
     else:
-        html.check(report or (), files | saved)
+        html.check(report or (), files | recipe_file)
     if save_recipe is not None:
         _check_recipe(run_recipe, save_recipe, files)
     console.await_output(out, resumable="resume" in arguments)
     with console.watch(quiet) as (progress, on_layer):
         arguments = {"model": source, "recipe": run_recipe, "output": out, "progress": progress, "on_layer": on_layer}
-        called = Invocation(console.command_line(), recipe=run_recipe.to_text())
-        result = run_folder(arguments, called) if source.is_dir() else run(resolve(arguments, called)).report
+        invocation = Invocation(console.command_line(), recipe=run_recipe.to_text())
+        result = run_folder(arguments, invocation) if source.is_dir() else run(resolve(arguments, invocation)).report
     writes = [partial(result.save, path) for path in report or ()]
     if save_recipe is not None:
         comments = remarks(list(result.reports.values()) if isinstance(result, OptimizedFolder) else [result])
@@ -122,10 +122,10 @@ def optimize(
 
 
 def _check_recipe(recipe: Recipe, path: Path, other_files: Collection[Path]) -> None:
-    """Refuse, before the work, a recipe that could not be written after it, or would overwrite a file of the run.
+    """Check before the run that its recipe can be written, and overwrites no file of the run.
 
     Raises:
-        OutputError: With everything that stands against it.
+        OutputError: It cannot; the message has all problems.
     """
     problems = html.misplaced(f"recipe {path}", path, other_files)
     if path.suffix.lower() != ".toml":
@@ -134,22 +134,22 @@ def _check_recipe(recipe: Recipe, path: Path, other_files: Collection[Path]) -> 
         recipe.to_text(path.parent).encode()
     except UnicodeEncodeError as error:
         line = error.object[error.object.rfind("\n", 0, error.start) + 1 :].splitlines()[0]
-        problems.append(f"recipe {path}: {line!r} has bytes that are no text, and TOML is text; rename the file")
+        problems.append(f"recipe {path}: {line!r} has bytes that are not text, and TOML is text; rename the file")
     raise_all(OutputError, problems)
 
 
 def _output(model: Path) -> Path:
     if model.is_dir():
-        folder = model.resolve()  # which has a name, where "." has none
+        folder = model.resolve()  # for its name, which "." lacks
         return folder.with_name(f"{folder.name}.magr")
     return model.with_name(f"{model.stem}.magr{model.suffix or '.onnx'}")
 
 
 def recipe_of(context: typer.Context) -> Recipe:
-    """Make a recipe of the options on the command line, which have the names of its keys.
+    """Make a recipe of the command-line options, which are named like its keys.
 
     Raises:
-        OptionError: With everything that is wrong in it.
+        OptionError: An option is invalid; the message has all problems.
     """
     explicit = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     values = {name: _plain(name, value) for name, value in context.params.items() if name in explicit and name in KEYS}
@@ -158,13 +158,13 @@ def recipe_of(context: typer.Context) -> Recipe:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Convert a value to what a recipe has: numbers are no text, also where a word is allowed in their place."""
+    """Convert numeric text to the number that a recipe has, also where a word is allowed instead."""
     types = KEYS[name].types
     if not isinstance(value, str) or not value.isascii() or KEYS[name].is_none_word(value):
         return value
     if int in types and value.isdecimal():
         return int(value)
     if float in types:
-        with contextlib.suppress(ValueError):  # the check of the option's type says what is wrong with it
+        with contextlib.suppress(ValueError):  # reported by the check of the option's type
             return float(value)
     return value

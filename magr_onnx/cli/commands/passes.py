@@ -17,11 +17,11 @@ def passes(as_json: Json = False) -> None:
     for name, kind in stages().items():
         options = kind.options()
         lines.append(f"{name}: {kind.summary}")
-        lines += [f"    {option}={_shown(default)}" for option, (_, default) in options.items()]
+        lines += [f"    {option}={_text(default)}" for option, (_, default) in options.items()]
         value.append({"name": name, "summary": kind.summary, "options": {o: d for o, (_, d) in options.items()}})
     lines += ["", "example: 'magr{alpha=1e-3},quantize{method=gptq,bits=4},compensate-bias,emit-matmulnbits'"]
     console.show(value, "\n".join(lines), as_json)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -34,8 +34,8 @@ def report(
     if len(reports) > 2:
         raise OptionError(f"{len(reports)} reports given; give one, or two to compare")
     first = reports[0]
-    other = f"_{reports[1].stem}" if len(reports) == 2 else ""
-    out = first.with_name(f"{first.stem}{other}.html") if output is None else output
+    suffix = f"_{reports[1].stem}" if len(reports) == 2 else ""
+    out = first.with_name(f"{first.stem}{suffix}.html") if output is None else output
     if out.suffix.lower() not in html.PAGES:
         raise OptionError(f"page {out}: give a name that ends in .html")
     html.check([out], set(reports))

@@ -49,7 +49,7 @@ def validate(
     console.show(dataclasses.asdict(result), "\n".join(validation_text(result, width=console.columns())), as_json, quiet)
     if min_cosine is not None:
         cosines = [m.cosine for outputs in result.arithmetics.values() for m in outputs]
-        low = min(cosines, key=lambda cosine: -severity(-cosine), default=1.0)
-        if not low >= min_cosine:  # NaN is none
-            console.errors.print(f"error: mean cosine {low:.5f} is below {min_cosine}", style="red")
+        lowest = min(cosines, key=lambda cosine: -severity(-cosine), default=1.0)
+        if not lowest >= min_cosine:  # also for NaN
+            console.errors.print(f"error: mean cosine {lowest:.5f} is below {min_cosine}", style="red")
             raise typer.Exit(3)
