@@ -1,8 +1,7 @@
-"""A pass for Olive (the package olive-ai): this package's optimizer as a step of an ``olive run`` workflow.
+"""Olive pass (for the package olive-ai): the optimizer as a step of an ``olive run`` workflow.
 
-Olive finds passes in a package configuration, and one given with ``--package-config`` replaces its own. `package_config` is the installed
-Olive's own with this pass added, so that all its other passes stay known; ``onnx-magr olive-config`` prints it. It is made from what is
-installed, not shipped, so it cannot go out of date.
+Olive finds passes in a package configuration, and one given with ``--package-config`` replaces its own. `package_config` returns the
+configuration of the installed Olive with this pass added; ``onnx-magr olive-config`` prints it.
 
 Needs the extra ``olive``; nothing else imports this module.
 """
@@ -65,41 +64,39 @@ ENTRY: Mapping[str, Any] = {
 }
 ATTRIBUTE = "onnx_magr"
 SUFFIX = ".magr.json"
-_OLIVES = ("model", "output", "models", "overwrite", "resume")  # have another place in a workflow, or none
+_UNUSED = ("model", "output", "models", "overwrite", "resume")  # options that Olive sets otherwise, or that do not apply
 _TYPES = {"path": str | Path, "paths": list[str] | str, "patterns": list[str] | str, "size": int | str}
 
 
 def package_config() -> dict[str, Any]:
-    """The installed Olive's own package configuration with this pass in it, ready for JSON, or for ``olive.workflows.run``."""
+    """Return the package configuration of the installed Olive with this pass added, for JSON or ``olive.workflows.run``."""
     config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
     return {**config, "passes": {**config["passes"], NAME: dict(ENTRY)}}
 
 
 class OnnxMagr(Pass):  # type: ignore[misc]
-    """Quantizes linear layers, convolutions and tables of an ONNX model; see `magr_onnx.optimize`.
+    """Olive pass that quantizes linear layers, convolutions and tables of an ONNX model; see `magr_onnx.optimize`.
 
-    Its parameters are the keys of a recipe (`magr_onnx.config.recipe`) but those that Olive has an own place for (model, output), and:
+    Its parameters are the keys of a recipe (`magr_onnx.config.recipe`), except those that Olive sets itself (model, output), and:
 
     Attributes:
-        recipe: A recipe file; parameters given beside it win.
+        recipe: A recipe file; other parameters override it.
         layer: Options of single layers, a list of tables as in a recipe: ``[{"match": "*head*", "bits": 8}]``.
         data_config: Calibration data from one of Olive's data configurations, instead of ``calibration``.
         calibration: A path, as in a recipe; for a composite model a folder with ``COMPONENT.npz`` or a folder ``COMPONENT`` for
             each component.
-        fingerprint: Set by the pass: of this package's version and the bytes behind all paths, so that Olive's cache, which goes by
-            parameters, gives no result of another version or of other data.
+        fingerprint: Set by the pass: a hash of this package's version and of all files, since Olive's cache compares only parameters.
 
-    Where a search strategy is set, Olive searches over options that are given as lists of values.
-    An error of this package reaches Olive as a ValueError, which it raises.
-    The report is beside the model (``NAME.magr.json``, carried along as an additional file) and in short in its ``model_attributes``,
-    under ``onnx_magr``.
+    With a search strategy, Olive searches over options given as lists of values. Errors of this package are raised as ValueError, which
+    Olive passes on. The report is written beside the model (``NAME.magr.json``, an additional file), and summarized in its
+    ``model_attributes`` under ``onnx_magr``.
     """
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
-        one = Categorical([None])  # one choice: nothing is searched over unless a list is given
+        single = Categorical([None])  # one choice: nothing is searched unless a list is given
         options = {
-            name: PassConfigParam(type_=_type(option), search_defaults=one, description=option.text) for name, option in OPTIONS.items()
+            name: PassConfigParam(type_=_type(option), search_defaults=single, description=option.text) for name, option in OPTIONS.items()
         }
         run = {
             name: PassConfigParam(
@@ -108,12 +105,14 @@ class OnnxMagr(Pass):  # type: ignore[misc]
                 description=option.text,
             )
             for name, option in RUN.items()
-            if name not in _OLIVES
+            if name not in _UNUSED
         }
         return {
             **options,
             **run,
-            "recipe": PassConfigParam(type_=str | Path, category=ParamCategory.PATH, description="A recipe file; what is given here wins."),
+            "recipe": PassConfigParam(
+                type_=str | Path, category=ParamCategory.PATH, description="A recipe file; other options override it."
+            ),
             "layer": PassConfigParam(type_=list[dict[str, Any]], description="Options of single layers, as tables with match and options."),
             "data_config": PassConfigParam(type_=DataConfig | dict, description="Calibration data, as one of Olive's data configurations."),
             "fingerprint": PassConfigParam(type_=str, description="Set by the pass; of data and version, for Olive's cache."),
@@ -121,10 +120,10 @@ class OnnxMagr(Pass):  # type: ignore[misc]
 
     @classmethod
     def get_config_params(cls, accelerator_spec: AcceleratorSpec, config: Any = None, disable_search: bool = False) -> Any:
-        """Olive's, which would leave out parameters that it does not know.
+        """Return Olive's parameters, after refusing unknown ones, which Olive would ignore.
 
         Raises:
-            ValueError: Parameters there are none of.
+            ValueError: A parameter is unknown.
         """
         parameters = cls.default_config(accelerator_spec)
         if unknown_names := [name for name in config or {} if name not in parameters]:
@@ -133,21 +132,21 @@ class OnnxMagr(Pass):  # type: ignore[misc]
 
     @classmethod
     def generate_config(cls, accelerator_spec: AcceleratorSpec, config: Any = None, point: Any = None, disable_search: bool = False) -> Any:
-        """Olive's, with the fingerprint.
+        """Return Olive's configuration with the fingerprint.
 
         Raises:
-            ValueError: Without a search, where values do not go together: before any pass of the workflow runs.
+            ValueError: Without a search, if values are incompatible; before any pass of the workflow runs.
         """
-        made = super().generate_config(accelerator_spec, config, point, disable_search)
-        with _raised():
+        generated = super().generate_config(accelerator_spec, config, point, disable_search)
+        with _as_value_errors():
             if disable_search:
-                _check(made)
-            made.fingerprint = _fingerprint(made)
-        return made
+                _check(generated)
+            generated.fingerprint = _fingerprint(generated)
+        return generated
 
     @classmethod
     def validate_config(cls, config: Any, accelerator_spec: AcceleratorSpec) -> bool:
-        """Whether the values go together; a search leaves out those that do not, and the log says why."""
+        """Whether the values are compatible; a search skips those that are not, and the log says why."""
         try:
             _check(config)
         except MagrError as error:
@@ -156,21 +155,21 @@ class OnnxMagr(Pass):  # type: ignore[misc]
         return True
 
     def run(self, model: Any, output_model_path: str) -> Any:
-        """Olive's, with the reports of all components among the files that Olive keeps with a composite model.
+        """Run as Olive does, and keep the reports of all components of a composite model with it.
 
         Raises:
-            ValueError: What `magr_onnx.optimize` raises, with its message.
+            ValueError: `magr_onnx.optimize` raised an error, whose message it has.
         """
-        with _raised():
+        with _as_value_errors():
             result = super().run(model, output_model_path)
         if isinstance(result, CompositeModelHandler):
             attributes = dict(result.model_attributes or {})
             files = set(attributes.get("additional_files") or ())
             for name, component in result.get_model_components():
-                made = Path(component.model_path).parent / component.model_attributes[ATTRIBUTE]["report"]
-                files.add(str(made.replace(Path(result.model_path) / f"{name}{SUFFIX}")))
+                report = Path(component.model_path).parent / component.model_attributes[ATTRIBUTE]["report"]
+                files.add(str(report.replace(Path(result.model_path) / f"{name}{SUFFIX}")))
                 component.model_attributes[ATTRIBUTE]["report"] = f"{name}{SUFFIX}"
-                component.model_attributes["additional_files"].remove(str(made))
+                component.model_attributes["additional_files"].remove(str(report))
             result.model_attributes = {**attributes, "additional_files": sorted(files)}
         return result
 
@@ -205,8 +204,8 @@ class OnnxMagr(Pass):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _raised() -> Iterator[None]:
-    """Errors of this package as Olive's errors of users: of all others it only says in its log that there was one, and goes on."""
+def _as_value_errors() -> Iterator[None]:
+    """Raise errors of this package as ValueError: Olive only logs others, and continues."""
     try:
         yield
     except MagrError as error:
@@ -214,21 +213,21 @@ def _raised() -> Iterator[None]:
 
 
 def _name(source: Path, fingerprint: str) -> str:
-    """A name for the result that no file in the working directory has: Olive 0.13 would take that file for it."""
+    """Name the result differently from any file in the working directory, which Olive 0.13 would mistake for it."""
     return source.name if not Path(source.name).exists() else f"{source.stem}-{fingerprint}.onnx"
 
 
 def _type(option: OptionSpec) -> Any:
-    """What Olive may be given for an option."""
+    """Return the type of an option in Olive."""
     kind = get_type_hints(Options).get(option.name) or functools.reduce(operator.or_, option.types)
     return kind if option.none_word is None else kind | Literal[option.none_word]
 
 
 def _recipe_of(config: Any) -> Recipe:
-    """All that a configuration says, its recipe included.
+    """Merge the parameters of a configuration with its recipe.
 
     Raises:
-        RecipeError: With everything that is wrong in it.
+        RecipeError: The recipe is invalid; the message has all problems.
     """
     values = {name: value for name, value in config.model_dump().items() if value is not None and (name in KEYS or name == "layer")}
     recipe = Recipe.from_dict(values)
@@ -236,7 +235,7 @@ def _recipe_of(config: Any) -> Recipe:
 
 
 def _check(config: Any) -> None:
-    """Raise one error for all that does not go together."""
+    """Check that parameters are compatible, and raise one error for all problems."""
     recipe = _recipe_of(config)
     problems = []
     if config.data_config is not None and config.calibration is not None:
@@ -256,7 +255,7 @@ def _check(config: Any) -> None:
 
 
 def _data(model: Any, config: Any, recipe: Recipe, component: str) -> tuple[Any, Any]:
-    """Data to calibrate with and held-out data; of a folder with data for each component, that of this one."""
+    """Open the calibration and the held-out data; in a folder with data per component, those of this component."""
     paths = [recipe.values.get(name) for name in ("calibration", "validation")]
     data, validation = (None if path is None else directory.file_of(Path(path), component) or path for path in paths)
     if config.data_config is not None:
@@ -266,16 +265,16 @@ def _data(model: Any, config: Any, recipe: Recipe, component: str) -> tuple[Any,
 
 
 def _summary(report: Report, name: str) -> dict[str, Any]:
-    """The report without its rows; ``report`` is the file that has all, beside the model."""
+    """Summarize a report without its rows; ``report`` is the file name of the full one."""
     values = report.to_dict()
-    short = {key: values[key] for key in ("pipeline", "calibration", "bytes_before", "bytes_after", "verified", "versions", "notes")}
-    return {"report": name, "converted": len(report.layers), "skipped": len(report.skipped), **short}
+    summary = {key: values[key] for key in ("pipeline", "calibration", "bytes_before", "bytes_after", "verified", "versions", "notes")}
+    return {"report": name, "converted": len(report.layers), "skipped": len(report.skipped), **summary}
 
 
 def _fingerprint(config: Any) -> str:
-    """A hash of this package's version, of the recipe, and of every file behind the paths of a configuration."""
+    """Hash this package's version, the recipe, and every file that a configuration refers to."""
     digest = hashlib.sha256(magr_onnx.__version__.encode())
-    recipe = _recipe_of(config)  # reads the recipe first, with errors that say more
+    recipe = _recipe_of(config)  # reads the recipe first, with clearer errors
     if config.recipe is not None:
         digest.update(Path(config.recipe).read_bytes())
     for path in recipe.reads:

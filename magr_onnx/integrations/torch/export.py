@@ -1,4 +1,4 @@
-"""torch.onnx.export with what users of this package expect: evaluation mode, any batch size, errors that say what to do."""
+"""Export of torch modules: torch.onnx.export in evaluation mode, for any batch size, with errors that suggest remedies."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from magr_onnx.runtime.ort.session import Session
 
 Examples = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 DynamicShapes = Any
-"""As `torch.onnx.export` takes it; None for fixed shapes, ``"batch"`` for a first axis of any size."""
+"""As in `torch.onnx.export`; None for fixed shapes, ``"batch"`` for a dynamic first axis."""
 
 
 class Exported(NamedTuple):
-    """What `export` returns: the program, and notes for the report."""
+    """An exported program, with notes for the report."""
 
     program: torch.onnx.ONNXProgram
     notes: tuple[str, ...]
@@ -51,21 +51,21 @@ def export(
     opset_version: int | None = None,
     fold: bool = True,
 ) -> Exported:
-    """Export a module in evaluation mode; the module is left as it was.
+    """Export a module in evaluation mode, without changing it.
 
     A module with bfloat16 weights is exported as a float32 copy: onnxruntime has few bfloat16 kernels.
 
     Args:
         model: The module.
         example_inputs: A tensor, the positional arguments as a tuple or list, or the keyword arguments as a dict.
-        dynamic_shapes: As `torch.onnx.export` takes it, None for the shapes of the example; ``"batch"`` (default) lets the first axis of
-            all tensors vary together, and falls back on the shapes of the example where the module does not allow it, or does something
-            else for a batch of one that the example is, with a note.
+        dynamic_shapes: As in `torch.onnx.export`, or None for the shapes of the example. ``"batch"`` (default) makes the first axis of all
+            tensors one dynamic dimension; it falls back to the shapes of the example, with a note, if the module does not allow that, or
+            treats the example, a batch of one, differently.
         input_names: Names of the inputs; those of forward's parameters by default.
-        output_names: Names of the outputs; where forward returns a dict or a dataclass, its keys by default (``key_0``, ``key_1`` of a key
-            with several tensors).
+        output_names: Names of the outputs; by default the keys, if forward returns a dict or dataclass (``key_0``, ``key_1`` for a key with
+            several tensors).
         opset_version: Opset; None for the exporter's default.
-        fold: Let the exporter fold constants. Without, initializers are the parameters, under their names.
+        fold: Whether the exporter folds constants; else initializers are the parameters, under their names.
 
     Raises:
         ExportError: The module does not run on the example, or torch cannot export it; the message has the reason and what to try.
@@ -87,17 +87,17 @@ def export(
         kind, device = _placement(source)
         args = tuple(_placed(a, kind, device) for a in args)
         kwargs = {k: _placed(a, kind, device) for k, a in kwargs.items()}
-        tried = _outputs(_tried(source, args, kwargs))
-        outputs = [name for name, _ in tried]
+        expected = _outputs(_forward(source, args, kwargs))
+        outputs = [name for name, _ in expected]
         _check_names("input_names", input_names, "inputs", pytree.tree_leaves((args, kwargs)))
         _check_names("output_names", output_names, "outputs", outputs)
         names = {"input_names": input_names, "output_names": output_names, "opset_version": opset_version, "optimize": fold}
         program = None
         if isinstance(dynamic_shapes, str):
             dynamic_shapes = None
-            program, why = _any_batch(source, args, kwargs, names, tried)
+            program, reason = _any_batch(source, args, kwargs, names, expected)
             if program is None:
-                notes.append(f"shapes are fixed to those of the example, the batch size too: {why}; dynamic_shapes says what may vary")
+                notes.append(f"shapes are fixed to those of the example, the batch size too: {reason}; dynamic_shapes says what may vary")
         program = program or _run(source, args, kwargs, dynamic_shapes, names)
         if output_names is None:
             _name_outputs(program, outputs)
@@ -107,21 +107,21 @@ def export(
 _LABELS = ("label", "labels", "target", "targets")
 
 
-def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What forward returns for the example; buffers and random numbers stay as they were.
+def _forward(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run forward on the example, preserving buffers and random states.
 
-    torch.export's own errors for arguments that do not fit speak of its insides.
+    Its errors are clearer than those of torch.export, which are about internals.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the caller has seen them where the module was run before
+            warnings.simplefilter("ignore")  # the caller knows them from running the module
             return model(*args, **kwargs)
     except Exception as error:
         parameters = inspect.signature(model.forward).parameters.values()
-        takes = [p.name if p.default is p.empty else f"{p.name} (optional)" for p in parameters]
+        expected = [p.name if p.default is p.empty else f"{p.name} (optional)" for p in parameters]
         raise ExportError(
-            f"{type(model).__name__} does not run on example_inputs: {_reason(error)}; forward takes {', '.join(takes) or 'nothing'}; "
+            f"{type(model).__name__} does not run on example_inputs: {_reason(error)}; forward takes {', '.join(expected) or 'nothing'}; "
             "give a tensor, a tuple of arguments, or a dict by these names"
         ) from error
     finally:
@@ -132,7 +132,7 @@ def _tried(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _outputs(value: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that forward returned, with its names for them; with empty ones where it gave none."""
+    """List the tensors that forward returned, by name; the name is empty if there is none."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     parts = {str(key): _tensors(part) for key, part in value.items()} if isinstance(value, Mapping) else {"": _tensors(value)}
@@ -143,21 +143,21 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _check_names(option: str, names: Sequence[str] | None, what: str, there: Sequence[Any]) -> None:
-    if names is not None and len(names) > len(there):
-        known = [name for name in there if isinstance(name, str) and name]
-        listed = f" ({', '.join(known)})" if known else ""
-        raise OptionError(f"{option} has {len(names)} names ({', '.join(names)}), and the module has {len(there)} {what}{listed}")
+def _check_names(option: str, names: Sequence[str] | None, kind: str, tensors: Sequence[Any]) -> None:
+    if names is not None and len(names) > len(tensors):
+        module_names = [name for name in tensors if isinstance(name, str) and name]
+        listed = f" ({', '.join(module_names)})" if module_names else ""
+        raise OptionError(f"{option} has {len(names)} names ({', '.join(names)}), and the module has {len(tensors)} {kind}{listed}")
 
 
 def _name_outputs(program: torch.onnx.ONNXProgram, names: Sequence[str]) -> None:
-    """Give the outputs the names forward gave them, where all are free and every output is a value of its own."""
+    """Name the outputs as forward does, if all of these names are unused and every output is a separate value."""
     graph = program.model.graph
     outputs = graph.outputs
     taken = {v.name for node in graph.all_nodes() for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
     taken -= {v.name for v in outputs}
-    own = all(v.producer() is not None for v in outputs) and len(set(outputs)) == len(outputs)
-    if own and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not taken & set(names):
+    separate = all(v.producer() is not None for v in outputs) and len(set(outputs)) == len(outputs)
+    if separate and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not taken & set(names):
         for value, name in zip(outputs, names, strict=True):
             value.name = name
 
@@ -172,13 +172,13 @@ def _arguments(example: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _placement(model: torch.nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
-    """The type and device of a module's weights."""
+    """Return the type and device of a module's weights."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     return (None, None) if first is None else (first.dtype, first.device)
 
 
 def _placed(value: Any, kind: torch.dtype | None, device: torch.device | None) -> Any:
-    """A tensor where the weights are, and a bfloat16 one in their type."""
+    """Move a tensor to the device of the weights, and cast bfloat16 to their type."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().to(device) if device is not None else value.detach()
@@ -186,14 +186,14 @@ def _placed(value: Any, kind: torch.dtype | None, device: torch.device | None) -
 
 
 def _batch_of(values: Sequence[Any]) -> int | None:
-    """The common size of the first axis of all tensors; None where there is none."""
+    """Return the common size of the first axis of all tensors; None if they differ."""
     sizes = {v.shape[0] if v.ndim else None for v in values if isinstance(v, torch.Tensor)}
     plain = all(v is None or isinstance(v, torch.Tensor | bool | int | float | str) for v in values)
     return next(iter(sizes)) if len(sizes) == 1 and plain else None
 
 
 def _doubled(value: Any, size: int) -> Any:
-    """A batch of two instead of one, which torch.export would take for a constant."""
+    """Double a batch of one, whose size torch.export would treat as a constant."""
     return torch.cat([value, value]) if size == 1 and isinstance(value, torch.Tensor) else value
 
 
@@ -204,7 +204,7 @@ def _any_batch(
     names: Mapping[str, Any],
     outputs: Sequence[tuple[str, torch.Tensor]],
 ) -> tuple[torch.onnx.ONNXProgram | None, str]:
-    """The program for batches of any size, or None and why there is none; ``outputs`` are the module's for the example."""
+    """Export for any batch size; return None and the reason if that fails. ``outputs`` are those of the module for the example."""
     size = _batch_of([*args, *kwargs.values()])
     if size is None:
         return None, "the tensors of the example do not share their first axis"
@@ -221,12 +221,12 @@ def _any_batch(
     fixed = [str(v.name) for v in program.model.graph.inputs if v.shape is not None and len(v.shape) and isinstance(v.shape[0], int)]
     if fixed:
         return None, f"the module asks for this size of {', '.join(fixed)}"
-    why = _unlike(program, _tensors((args, kwargs)), outputs) if size == 1 else ""
-    return (None, why) if why else (program, "")
+    difference = _difference(program, _tensors((args, kwargs)), outputs) if size == 1 else ""
+    return (None, difference) if difference else (program, "")
 
 
-def _unlike(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[str, torch.Tensor]]) -> str:
-    """How a program that was traced with two samples differs from the module for the example's one; empty where it does not."""
+def _difference(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], outputs: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """Describe how a program traced with two samples differs from the module on the example, one sample; empty if it does not."""
     names = [str(v.name) for v in program.model.graph.inputs]
     try:
         with Session(program.model) as session:
@@ -234,17 +234,15 @@ def _unlike(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor], out
             results = session.run(feed)
     except (MagrError, ValueError) as error:
         return f"a graph made for any batch does not run with the example's one sample: {_reason(error)}"
-    far = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(results, outputs, strict=False)) if not _close(a, b)]
-    if not far and len(results) == len(outputs):
+    differing = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(results, outputs, strict=False)) if not _close(a, b)]
+    if not differing and len(results) == len(outputs):
         return ""
-    what = ", ".join(far) or "other outputs"
-    return (
-        f"with one sample, as in the example, the module computes {what} otherwise than with more; examples of two show what it does then"
-    )
+    listed = ", ".join(differing) or "other outputs"
+    return f"with one sample, as in the example, the module computes {listed} differently than with more; give an example of two samples"
 
 
 def _close(exported: npt.NDArray[Any], expected: torch.Tensor) -> bool:
-    """Whether two results differ by rounding only, as a whole: kernels of two libraries, perhaps in half precision or on a GPU."""
+    """Whether two results agree up to the rounding of different kernels, possibly in half precision or on a GPU."""
     exact = expected.device.type == "cpu" and expected.dtype in (torch.float32, torch.float64)
     a, b = np.asarray(exported, np.float64), expected.detach().cpu().double().numpy()
     if a.shape != b.shape or not expected.is_floating_point():
@@ -281,25 +279,25 @@ _REMEDIES = {
 
 
 def _remedy(reason: str, model: torch.nn.Module) -> str:
-    """What helps against an error of the exporter."""
+    """Suggest a remedy for an error of the exporter."""
     remedies = [remedy for signs, remedy in _REMEDIES.items() if any(sign in reason for sign in signs)]
     parameters = inspect.signature(model.forward).parameters
-    if both := [name for name, _ in model.named_children() if name in parameters]:
+    if ambiguous := [name for name, _ in model.named_children() if name in parameters]:
         remedies.append(
-            f"{', '.join(both)}: a submodule and an argument of forward have this name, which the exporter confuses; rename one"
+            f"{', '.join(ambiguous)}: a submodule and an argument of forward have this name, which the exporter confuses; rename one"
         )
     return remedies[0] if remedies else "torch.onnx.export(..., dynamo=True, report=True) writes more about it"
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what torch writes meanwhile: packages the module does not use, its own deprecations, traces of failed tries."""
+    """Suppress the output of torch: missing packages that the module does not use, its own deprecations, traces of failed attempts."""
     names = ["torch", *(name for name in logging.root.manager.loggerDict if name.startswith("torch."))]
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger, level in levels.items():
-            if level or logger.name == "torch":  # others take the level of those above them
+            if level or logger.name == "torch":  # others inherit their level
                 logger.setLevel(logging.CRITICAL + 1)
         try:
             yield
@@ -312,7 +310,7 @@ _ADVICE = re.compile(r"\s*(For more information about this error, see:|The error
 
 
 def _reason(error: BaseException) -> str:
-    """The first error in a chain, shortly: the exporter wraps it in pages of advice."""
+    """Shorten the first error in a chain, which the exporter wraps in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in _ADVICE.sub("", str(error)).splitlines() if line.strip()]
@@ -321,7 +319,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every submodule's own mode afterwards."""
+    """Switch to evaluation mode, and restore the mode of every submodule afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

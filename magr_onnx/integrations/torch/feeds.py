@@ -28,36 +28,36 @@ def feeds(
     samples: int | None = SAMPLES,
     batch_size: int = 16,
 ) -> Batches:
-    """What the batches of a DataLoader, or of anything that yields batches, feed to a model.
+    """Convert the batches of a DataLoader, or of any iterable, to feeds of a model.
 
-    0. A tensor or a dict in place of batches is all samples, stacked along the first axis.
+    0. A tensor or a dict in place of batches contains all samples, stacked along the first axis.
     1. A tensor is the only input.
-    2. A dict gives inputs by name; what is no input (labels) is dropped.
-    3. A tuple or list gives inputs in order, and what is left behind the last input (labels) is dropped. If its first item is a dict, tuple
-       or list, that is the inputs; a list of single samples in one of these forms (``collate_fn=list``) is stacked.
-    4. ``to_inputs`` turns a batch into one of these first, for everything else.
+    2. A dict has inputs by name; other entries (labels) are dropped.
+    3. A tuple or list has inputs in order, and further items (labels) are dropped. If its first item is a dict, tuple or list, that has the
+       inputs. A list of single samples in one of these forms (``collate_fn=list``) is stacked.
+    4. ``to_inputs`` converts any other batch to one of these first.
 
-    Numbers are brought to the type of the input where both are floats or both integers. Batches are cut to ``batch_size``, so that some can
-    be held out for choices.
+    Numbers are cast to the type of the input if both are floats or both integers. Batches are split to ``batch_size``, so that some can be
+    held out.
 
     Args:
-        batches: Read once, and no batch further than needed. Stacked samples beyond ``samples`` are left out.
+        batches: Read once, and only as far as needed. Stacked samples beyond ``samples`` are left out.
         inputs: The model's inputs.
         to_inputs: See above.
-        samples: How many are enough; None for all there are.
-        batch_size: Most samples of a feed.
+        samples: Most samples to read; None for all.
+        batch_size: Most samples per feed.
 
     Returns:
         The feeds, with notes on what was dropped.
 
     Raises:
-        CalibrationError: A batch that does not give the inputs.
-        OptionError: Numbers of samples that are none.
+        CalibrationError: A batch does not have the inputs.
+        OptionError: ``samples`` or ``batch_size`` is invalid.
     """
     schema.check(samples=samples, batch_size=batch_size)
     parts: list[tuple[Batch, Group]] = []
     notes: dict[str, None] = {}
-    seen, name = 0, f"the given {type(batches).__name__}"
+    count, name = 0, f"the given {type(batches).__name__}"
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
         batches, total = _stacked(batches, samples)
         if samples is not None and total > samples:
@@ -67,19 +67,19 @@ def feeds(
         if dropped:
             notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
         _check_batch_axis(arrays, inputs, f"batch {index}")
-        seen += max((len(a) for a in arrays.values() if a.ndim), default=1)
-        parts += _cut(arrays, inputs, batch_size)
-        if samples is not None and seen >= samples:
-            if _may_have(batches, index + 1):
-                notes[f"calibration stopped after {seen} samples (samples={samples})"] = None
+        count += max((len(a) for a in arrays.values() if a.ndim), default=1)
+        parts += _split(arrays, inputs, batch_size)
+        if samples is not None and count >= samples:
+            if _may_have_more(batches, index + 1):
+                notes[f"calibration stopped after {count} samples (samples={samples})"] = None
             break
-    cut = [group for _, group in parts]
-    made = in_memory([batch for batch, _ in parts], name)
-    return replace(made, notes=(*notes, *notes_of(cut)), weights=weights_of(cut))
+    split = [group for _, group in parts]
+    result = in_memory([batch for batch, _ in parts], name)
+    return replace(result, notes=(*notes, *notes_of(split)), weights=weights_of(split))
 
 
-def _may_have(batches: Any, count: int) -> bool:
-    """Whether there are more than ``count`` batches, as far as that is known without reading another."""
+def _may_have_more(batches: Any, count: int) -> bool:
+    """Whether there may be more than ``count`` batches, judged without reading another."""
     try:
         return len(batches) > count
     except TypeError:
@@ -87,7 +87,7 @@ def _may_have(batches: Any, count: int) -> bool:
 
 
 def _arrays(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, npt.NDArray[Any]], str]:
-    """Inputs by name as arrays, those of single samples stacked; and a word on what was dropped."""
+    """Convert a batch to arrays by input name, stacking single samples, and describe what was dropped."""
     if not _is_samples(batch, inputs):
         named, dropped = _named(batch, inputs, where)
         return {i.name: _array(named[i.name], i, where) for i in inputs}, dropped
@@ -105,7 +105,7 @@ def _arrays(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[s
 
 
 def _is_samples(batch: Any, inputs: Sequence[InputInfo]) -> bool:
-    """Whether a batch is a list of samples, each with all inputs: their arrays lack the first axis."""
+    """Whether a batch is a list of single samples: each has all inputs, without the batch axis."""
     if not isinstance(batch, list) or not batch or not all(hasattr(i, "keys") or isinstance(i, tuple | list) for i in batch):
         return False
     try:
@@ -116,29 +116,28 @@ def _is_samples(batch: Any, inputs: Sequence[InputInfo]) -> bool:
 
 
 def _named(batch: Any, inputs: Sequence[InputInfo], where: str) -> tuple[dict[str, Any], str]:
-    """Inputs by name, and a word on what was dropped."""
+    """Select the inputs of a batch by name, and describe what was dropped."""
     names = [i.name for i in inputs]
     if isinstance(batch, torch.Tensor | np.ndarray):
         batch = [batch]
     if isinstance(batch, tuple | list) and batch and (hasattr(batch[0], "keys") or isinstance(batch[0], tuple | list)):
         named, dropped = _named(batch[0], inputs, where)
-        rest = _behind(1, len(batch))
-        return named, ", ".join(filter(None, (dropped, rest)))
+        return named, ", ".join(filter(None, (dropped, _extra_items(1, len(batch)))))
     remedy = f"the model's inputs are {'; '.join(map(str, inputs))}; to_inputs can pick them out of a batch"
     if hasattr(batch, "keys"):
-        schema = list(batch.keys())
-        if missing := [n for n in names if n not in schema]:
-            raise CalibrationError(f"{where} has {', '.join(map(str, schema)) or 'nothing'} and lacks {', '.join(missing)}; {remedy}")
-        return {n: batch[n] for n in names}, ", ".join(str(k) for k in schema if k not in names)
+        keys = list(batch.keys())
+        if missing := [n for n in names if n not in keys]:
+            raise CalibrationError(f"{where} has {', '.join(map(str, keys)) or 'nothing'} and lacks {', '.join(missing)}; {remedy}")
+        return {n: batch[n] for n in names}, ", ".join(str(k) for k in keys if k not in names)
     if isinstance(batch, tuple | list):
         if len(batch) < len(names):
             raise CalibrationError(f"{where} has {len(batch)} items; {remedy}")
-        return dict(zip(names, batch, strict=False)), _behind(len(names), len(batch))
+        return dict(zip(names, batch, strict=False)), _extra_items(len(names), len(batch))
     raise CalibrationError(f"{where} is a {type(batch).__name__}; expected a tensor, a tuple, a list or a dict; {remedy}")
 
 
-def _behind(count: int, size: int) -> str:
-    """Words for the items of a batch behind the first ``count``."""
+def _extra_items(count: int, size: int) -> str:
+    """Describe the items of a batch after the first ``count``."""
     if size == count:
         return ""
     ordinals = ("first", "second", "third", "fourth")
@@ -147,15 +146,15 @@ def _behind(count: int, size: int) -> str:
 
 
 def _stacked(values: Any, samples: int | None) -> tuple[list[Any], int]:
-    """All samples as one batch, no more than asked for, and how many there are."""
+    """Return at most ``samples`` stacked samples as one batch, and their total number."""
     if not isinstance(values, Mapping):
         return ([values[:samples]], len(values)) if values.ndim else ([values], 1)
-    cut = {name: value[:samples] if getattr(value, "ndim", 0) else value for name, value in values.items()}
-    return [cut], max((len(value) for value in values.values() if getattr(value, "ndim", 0)), default=1)
+    batch = {name: value[:samples] if getattr(value, "ndim", 0) else value for name, value in values.items()}
+    return [batch], max((len(value) for value in values.values() if getattr(value, "ndim", 0)), default=1)
 
 
 def _check_batch_axis(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], where: str) -> None:
-    """Refuse single samples, which lack the batch axis."""
+    """Check that arrays have a batch axis, which single samples lack."""
     for info in inputs:
         shape = arrays[info.name].shape
         if len(shape) == len(info.shape) - 1 and all(e is None or e == d for e, d in zip(info.shape[1:], shape, strict=True)):
@@ -172,17 +171,17 @@ def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise CalibrationError(f"{where}: {info.name} is no array: {error}") from error
+        raise CalibrationError(f"{where}: {info.name} is not an array: {error}") from error
     kinds = {array.dtype.kind, info.dtype.kind}
     return array.astype(info.dtype) if kinds == {"f"} or kinds <= {"i", "u"} else array
 
 
-def _cut(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[tuple[Batch, Group]]:
-    """Parts of a batch along the first axis, where all arrays have it in common: as many samples as the model fixes, or ``size``."""
+def _split(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[tuple[Batch, Group]]:
+    """Split a batch along the first axis, if all arrays share it, into the batch size that the model fixes, or ``size``."""
     counts = {len(a) if a.ndim else 0 for a in arrays.values()}
     fixed = fixed_size(inputs)
-    several = fixed is None and any(i.shape and i.shape[0] for i in inputs)
-    if len(counts) != 1 or several or max(counts) == (fixed or 0) or (fixed is None and max(counts) <= size):
+    conflicting = fixed is None and any(i.shape and i.shape[0] for i in inputs)
+    if len(counts) != 1 or conflicting or max(counts) == (fixed or 0) or (fixed is None and max(counts) <= size):
         yield dict(arrays), Group(0, max(counts, default=1))
         return
     for group in groups(max(counts), fixed or size, fixed=fixed is not None):

@@ -38,29 +38,29 @@ def optimize(
     opset_version: int | None = None,
     **options: Any,
 ) -> Optimized:
-    """Export a module and quantize what comes out of it.
+    """Export a module and quantize the exported model.
 
     Args:
-        model: A module, which is exported in evaluation mode and left as it was, or what ``torch.onnx.export(..., dynamo=True)`` returned.
+        model: A module, exported in evaluation mode and not changed, or an ONNXProgram of ``torch.onnx.export(..., dynamo=True)``.
         example_inputs: Arguments of the module's forward: a tensor, a tuple, or a dict of keyword arguments. None for an ONNXProgram.
         calibration: A DataLoader, or anything `magr_onnx.integrations.torch.feeds` or `magr_onnx.runtime.data.sources` can read.
-        output: Where to write the result; None keeps it in memory, or takes a recipe's.
+        output: Where to write the result; None for a recipe's, else the result stays in memory.
         validation_data: Held-out inputs in the same forms, to compare the float and the quantized model on.
-        to_inputs: What of a batch is input, where that is not clear by itself (see `magr_onnx.integrations.torch.feeds`).
-        samples: How many samples of a loader are enough; None for all.
-        batch_size: Most samples run at a time; None for what a recipe says, or 16.
+        to_inputs: Extracts the inputs from a batch of any other form (see `magr_onnx.integrations.torch.feeds`).
+        samples: Most samples read from a loader; None for all.
+        batch_size: Most samples per batch; None for a recipe's, or 16.
         dynamic_shapes: See `magr_onnx.integrations.torch.export`.
         input_names: Names of the inputs; those of forward's parameters by default.
         output_names: Names of the outputs.
         opset_version: Opset of the export.
-        **options: Of `magr_onnx.optimize`.
+        **options: Options of `magr_onnx.optimize`.
 
     Raises:
         ExportError: torch cannot export the module.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
     arguments = with_keywords(locals(), "options")
-    called = torch_call(optimize, arguments)
+    invocation = torch_call(optimize, arguments)
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise OptionError("example_inputs are needed to export a module: a tensor, a tuple, or a dict of forward's arguments")
@@ -69,11 +69,11 @@ def optimize(
     else:
         make = partial(Exported, model, ())
     shared = options if output is None else {**options, "output": output}
-    return run_exported(make, calibration, validation_data, to_inputs, samples, batch_size, shared, called)
+    return run_exported(make, calibration, validation_data, to_inputs, samples, batch_size, shared, invocation)
 
 
 def torch_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Invocation:
-    """Describe a call of a function of `magr_onnx.torch`, whose first argument is the module, by its arguments by name."""
+    """Describe a call of a function of `magr_onnx.torch`, whose first argument is the module."""
     defaults = defaults_of(function)
     command = python_call(f"magr_onnx.torch.{function.__name__}", arguments, defaults)
     return Invocation(command, plain(without_defaults(arguments, defaults)), source=type(next(iter(arguments.values()))).__name__)
@@ -89,18 +89,18 @@ def run_exported(
     options: Mapping[str, Any],
     invocation: Invocation,
 ) -> Optimized:
-    """Quantize what ``make`` exports, on batches of torch; it is called once, after options are checked."""
+    """Quantize the model that ``make`` exports, on batches of torch; ``make`` is called once, after options are checked."""
     exported = cache(make)
     torch_arguments = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
-    arguments = {**options, **{name: value for name, value in torch_arguments.items() if value is not None}}  # a recipe may say the others
+    arguments = {**options, **{name: value for name, value in torch_arguments.items() if value is not None}}  # a recipe may set the others
     size = argument("batch_size", arguments)
     schema.check(samples=samples, batch_size=size)
 
     def source(batches: Any) -> Source:
         if isinstance(batches, str | os.PathLike | DataReader | Batches):
             return batches
-        reading: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": size}
-        return Lazy(lambda: feeds(batches, inputs_of(exported().model), **reading))
+        settings: dict[str, Any] = {"to_inputs": to_inputs, "samples": samples, "batch_size": size}
+        return Lazy(lambda: feeds(batches, inputs_of(exported().model), **settings))
 
     arguments |= {name: source(arguments[name]) for name in ("calibration", "validation_data") if name in arguments}
     return run(resolve({**arguments, "model": Lazy(exported)}, invocation))

@@ -1,13 +1,13 @@
-"""MagR for a torch module: smaller weights at nearly the same outputs, written back to where they came from.
+"""MagR for a torch module: smaller weights at nearly the same outputs, written back to the parameters.
 
 The module is exported without constant folding, so that ONNX initializers are parameters under their names. A parameter is written only if
 
-1. an initializer of its name, or of that of a parameter it is tied to, holds the same bits;
-2. every node that reads it is a linear layer that MagR changed (a table of embeddings that is also the last layer's weight is not: the
-   embeddings would change with it);
-3. what the layer multiplied by is the parameter as it is, or transposed, bit by bit.
+1. an initializer of its name, or of that of a parameter it is tied to, has the same bits;
+2. every node that reads it is a linear layer that MagR changed (which excludes an embedding table tied to the last layer's weight: the
+   embeddings would change too);
+3. the weight of that layer is the parameter or its transpose, bit by bit.
 
-Nothing is guessed: what does not fit is left alone, with the reason.
+Other parameters are not changed, and listed with the reason.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from magr_onnx.report.data import Report
 
 Array = npt.NDArray[Any]
 _SETTINGS = (RunArguments.__annotations__.keys() | {"validation_data"}) - {"pipeline_text"}
-_PASSED = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
+_LAYOUT_OPS = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One parameter with smaller weights.
+    """A changed parameter.
 
     Attributes:
-        name: As in the state dict; of tied parameters the first.
+        name: Name in the state dict; the first of tied parameters.
         tied: Other names of the same parameter.
-        layers: The layers that read it, as ONNX names them.
-        before: Largest magnitude it had.
-        after: Largest magnitude it has.
-        error: Relative error of the layer's outputs on the calibration data, the largest of the layers'.
+        layers: ONNX names of the layers that read it.
+        before: Largest magnitude before.
+        after: Largest magnitude after.
+        error: Relative error of layer outputs on the calibration data, the largest of all layers.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What MagR did to a module.
+    """Result of MagR on a module.
 
     Attributes:
         changed: Parameters with new values.
-        unchanged: Weights of two axes or more that were left alone, with the reason, by name.
-        report: That of the run on the exported model.
+        unchanged: Why other weights of two or more axes were not changed, by name.
+        report: Report of the run on the exported model.
     """
 
     changed: tuple[Change, ...]
@@ -76,7 +76,7 @@ class Reduced:
     def __str__(self) -> str:
         lines = [f"{len(self.changed)} parameters changed, {len(self.unchanged)} left as they are"]
         lines += [f"  {c.name}: largest magnitude {c.before:.4g} -> {c.after:.4g}" for c in self.changed]
-        lines += [f"  {name}: {why}" for name, why in self.unchanged.items()]
+        lines += [f"  {name}: {reason}" for name, reason in self.unchanged.items()]
         return "\n".join(lines)
 
 
@@ -95,36 +95,36 @@ def magr(
     dynamic_shapes: DynamicShapes | Literal["batch"] = "batch",
     **settings: Any,
 ) -> tuple[dict[str, torch.Tensor], Reduced]:
-    """MagR on a copy of the weights: a state dict for `module.load_state_dict`; the module is left as it is.
+    """Run MagR on a copy of the weights, and return a state dict for `module.load_state_dict`; the module is not changed.
 
     Args:
         module: The module; it is run in evaluation mode.
-        example_inputs: See `magr_onnx.torch.optimize`, as for what follows.
-        calibration: Batches.
-        alpha: Strength; 1e-3 suits quantizers with one scale a channel, 1e-4 those with a scale a block (see `magr_onnx.passes.MagR`).
+        example_inputs: See `magr_onnx.torch.optimize`.
+        calibration: Batches, see there.
+        alpha: Strength; 1e-3 suits one scale per channel, 1e-4 one per block (see `magr_onnx.passes.MagR`).
         relative: Whether alpha is relative to the layer.
         block_size: Rows per l_inf norm; None for whole channels.
-        damping: Multiple of the Gram matrix's diagonal; None for one that follows from the number of rows.
-        to_inputs: What of a batch is input.
-        samples: How many samples of a loader are enough; None for all.
-        batch_size: Most samples run at a time; None for what a recipe says, or 16.
+        damping: Multiple of the Gram matrix's mean diagonal; None to derive it from the number of rows.
+        to_inputs: Extracts the inputs from a batch.
+        samples: Most samples read from a loader; None for all.
+        batch_size: Most samples per batch; None for a recipe's, or 16.
         dynamic_shapes: See `magr_onnx.integrations.torch.export`.
         **settings: ``include``, ``exclude``, ``mask``, ``provider`` and the like of `magr_onnx.optimize`.
 
     Returns:
-        The state dict (new tensors for what changed, tied ones still one; the module's own for all others), and what happened.
+        The state dict, with new tensors for changed parameters (shared by tied ones) and the module's own for others; and the result.
 
     Raises:
         ExportError: torch cannot export the module.
         ModelError: There is no layer to change.
-        OptionError: An option that is none, or a value; before the export.
+        OptionError: An option or value is invalid; raised before the export.
         MagrError: Whatever `magr_onnx.optimize` raises.
     """
     return _magr(magr, with_keywords(locals(), "settings"))
 
 
 def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterable[Any], **options: Any) -> Reduced:
-    """`magr`, written back into the module: same parameters, types, devices and ties, other values.
+    """Run `magr` and write the values back to the module's parameters, whose types, devices and ties stay.
 
     Args:
         module: The module; changed in place.
@@ -133,7 +133,7 @@ def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterab
         **options: See `magr`.
 
     Raises:
-        MagrError: See `magr`; the module is then as it was.
+        MagrError: See `magr`; the module is then unchanged.
     """
     state, reduced = _magr(magr_, with_keywords(locals(), "options"))
     parameters = module.state_dict()
@@ -145,7 +145,7 @@ def magr_(module: torch.nn.Module, example_inputs: Examples, calibration: Iterab
 
 @translate_resource_errors()
 def _magr(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Reduced]:
-    """Carry out a call of `magr` or `magr_`, whose ``arguments`` are by name."""
+    """Run `magr` or `magr_` with ``arguments`` by name."""
     defaults = defaults_of(magr)
     values = {**defaults, **arguments}
     settings = {name: value for name, value in arguments.items() if name not in defaults}
@@ -176,17 +176,17 @@ def _reduced(
     example: Examples,
     calibration: Iterable[Any],
     strength: MagR,
-    reading: tuple[ToInputs | None, int | None, int | None],
+    data_settings: tuple[ToInputs | None, int | None, int | None],
     shapes: Any,
     settings: Mapping[str, Any],
-    called: Invocation,
+    invocation: Invocation,
 ) -> tuple[dict[str, Array], Reduced]:
-    """New values by parameter name, and what to say of them."""
+    """Compute new values by parameter name, and describe them."""
     exported = export(module, example, dynamic_shapes=shapes, fold=False)
     before = files.load(exported.program).model
     inline_and_rename(before)
     canonicalize(before)
-    result = run_exported(lambda: exported, calibration, None, *reading, {**settings, "pipeline_text": [strength]}, called)
+    result = run_exported(lambda: exported, calibration, None, *data_settings, {**settings, "pipeline_text": [strength]}, invocation)
     reduced = {layer.name: layer for layer in find(result.model)[0]}
     errors = {row.name: row.error for row in result.report.layers}
     layers, skips = find(before)
@@ -195,23 +195,23 @@ def _reduced(
     changed: list[Change] = []
     unchanged: dict[str, str] = {}
     for names, parameter in _parameters(module):
-        why, new, readers = _new_value(names, parameter, before, layers, reduced, errors, reasons)
-        if why is not None:
-            unchanged |= dict.fromkeys(names, why)
+        reason, new, readers = _new_value(names, parameter, before, layers, reduced, errors, reasons)
+        if reason is not None:
+            unchanged |= dict.fromkeys(names, reason)
             continue
         assert new is not None
         old = _array(parameter)
         values[names[0]] = new
-        read = tuple(layer.name for layer in readers)
-        worst = max((e for n in read if (e := errors[n]) is not None), default=None)
-        changed.append(Change(names[0], tuple(names[1:]), read, float(np.abs(old).max()), float(np.abs(new).max()), worst))
+        layer_names = tuple(layer.name for layer in readers)
+        largest = max((e for n in layer_names if (e := errors[n]) is not None), default=None)
+        changed.append(Change(names[0], tuple(names[1:]), layer_names, float(np.abs(old).max()), float(np.abs(new).max()), largest))
     if not changed:
-        raise ModelError("MagR changed no parameter: " + "; ".join(f"{n}: {why}" for n, why in list(unchanged.items())[:5]))
+        raise ModelError("MagR changed no parameter: " + "; ".join(f"{n}: {reason}" for n, reason in list(unchanged.items())[:5]))
     return values, Reduced(tuple(changed), unchanged, result.report)
 
 
 def _parameters(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
-    """Floating-point parameters of two axes or more, each with all its names."""
+    """List floating-point parameters of two or more axes, each with all its names."""
     parameters: dict[int, tuple[list[str], torch.nn.Parameter]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2 and parameter.is_floating_point():
@@ -220,7 +220,7 @@ def _parameters(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Param
 
 
 def _array(parameter: torch.Tensor) -> Array:
-    """The values as NumPy has them: bfloat16 as float32, which holds them exactly."""
+    """Convert to NumPy, bfloat16 exactly to float32."""
     value = parameter.detach().cpu()
     array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     return array
@@ -235,7 +235,7 @@ def _new_value(
     errors: Mapping[str, float | None],
     reasons: Mapping[str, str],
 ) -> tuple[str | None, Array | None, list[LinearLayer]]:
-    """Why a parameter is left alone; or its new value, in float32, and the layers that read it."""
+    """Compute the new value of a parameter in float32, and the layers that read it; or the reason why it is not changed."""
     initializers = [v for n in names if (v := model.graph.initializers.get(n)) is not None]
     if not initializers:
         return "not in the exported model under its name", None, []
@@ -243,26 +243,26 @@ def _new_value(
     if any(v.const_value is None or not _same(v.const_value.numpy(), old) for v in initializers):
         return "its values are not those of the initializer of its name", None, []
     layer_of = {id(layer.node): layer for layer in layers}
-    ends = [node for value in initializers for node in _readers(value)]
-    others = [n for n in ends if n is None or id(n) not in layer_of]
+    nodes = [node for value in initializers for node in _readers(value)]
+    others = [n for n in nodes if n is None or id(n) not in layer_of]
     if others:
         return _reason(others, reasons), None, []
-    readers = [layer_of[id(n)] for n in ends if n is not None]
+    readers = [layer_of[id(n)] for n in nodes if n is not None]
     if missing := [layer.name for layer in readers if layer.name not in errors or layer.name not in reduced]:
         return "; ".join(f"{n}: {reasons.get(n, 'not converted')}" for n in missing), None, []
-    news = []
+    candidates = []
     for layer in readers:
-        turn = _turn(old, layer)
-        if turn is None:
-            return f"{layer.name} multiplies by something else made of it", None, []
-        news.append(turn(reduced[layer.name].read()))
-    if not all(_same(news[0], n) for n in news[1:]):
-        return f"{', '.join(layer.name for layer in readers)} came to different values for it", None, []
-    return None, np.ascontiguousarray(news[0]), readers
+        to_parameter = _layout(old, layer)
+        if to_parameter is None:
+            return f"{layer.name} multiplies by another value computed from it", None, []
+        candidates.append(to_parameter(reduced[layer.name].read()))
+    if not all(_same(candidates[0], other) for other in candidates[1:]):
+        return f"{', '.join(layer.name for layer in readers)} gave different values for it", None, []
+    return None, np.ascontiguousarray(candidates[0]), readers
 
 
-def _turn(old: Array, layer: LinearLayer) -> Callable[[Array], Array] | None:
-    """From what a layer multiplies by to the parameter; None where it is neither the parameter nor its transpose."""
+def _layout(old: Array, layer: LinearLayer) -> Callable[[Array], Array] | None:
+    """Return the map from a layer's weight to the parameter; None if it is neither the parameter nor its transpose."""
     weight = layer.read()
     if old.ndim != 2:
         return None
@@ -278,11 +278,11 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node | None]:
-    """The nodes that compute with a constant, behind those that only turn it; None for the model's outputs."""
+    """Yield the nodes that compute with a constant, behind those that change its layout; None for a model output."""
     if value.is_graph_output():
         yield None
     for node, _ in value.uses():
-        if node.domain == "" and node.op_type in _PASSED:
+        if node.domain == "" and node.op_type in _LAYOUT_OPS:
             yield from _readers(node.outputs[0])
         else:
             yield node
@@ -294,5 +294,5 @@ def _reason(others: Sequence[ir.Node | None], reasons: Mapping[str, str]) -> str
         return "it is an output of the model"
     if node.op_type in ("Conv", "ConvTranspose"):
         return "a convolution: MagR alone is for linear layers"
-    why = None if node.op_type == "Gather" else reasons.get(str(node.name))  # what converts tables is no option here
-    return f"{node.op_type} {node.name} reads it" + (f" ({why})" if why else ", and would change with it")
+    reason = None if node.op_type == "Gather" else reasons.get(str(node.name))  # tables cannot be converted here
+    return f"{node.op_type} {node.name} reads it" + (f" ({reason})" if reason else ", and would change with it")
