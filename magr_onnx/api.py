@@ -42,16 +42,16 @@ __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "valida
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found.
+    """Layers and other properties of a model.
 
     Attributes:
-        name: Of the file, or of the graph.
+        name: Name of the file, or of the graph.
         bytes: Size, with external data.
         opset: Version of the standard operators.
-        ir_version: Of the file format.
+        ir_version: Version of the file format.
         layers: A row for every layer to convert: names, the torch module (``scope``), ``k`` and ``n``, type, and the range of its weight.
-        skipped: What would be left alone, and why.
-        notes: What else there is to say, such as nodes that nobody reads.
+        skipped: Nodes that would not be converted, and why.
+        notes: Further findings, such as unused nodes.
     """
 
     name: str
@@ -65,26 +65,26 @@ class Inspection:
 
 @translate_resource_errors()
 def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
-    """The linear layers and convolutions of a model, with shapes and ranges, and what would be left alone and why.
+    """List the linear layers and convolutions of a model, and what would not be converted and why.
 
     See `optimize` for the arguments.
 
     Raises:
-        ModelError: Not a usable model.
-        OptionError: A value that is none, or a pattern that matches nothing.
+        ModelError: The model is not usable.
+        OptionError: A value is invalid, or a pattern matches nothing.
     """
     schema.check(include=include, exclude=exclude, requantize=requantize)
-    chosen = Selection(schema.as_list("include", include), schema.as_list("exclude", exclude))
+    patterns = Selection(schema.as_list("include", include), schema.as_list("exclude", exclude))
     loaded = files.load(model)
-    notes = [*loaded.notes, *inline_and_rename(loaded.model), *selection.canonical(loaded.model, chosen, requantize)]
-    selection.check(loaded.model, chosen)
-    layers, skips = find(loaded.model, chosen)
+    notes = [*loaded.notes, *inline_and_rename(loaded.model), *selection.canonical(loaded.model, patterns, requantize)]
+    selection.check(loaded.model, patterns)
+    layers, skips = find(loaded.model, patterns)
     skips += unconverted_weights(loaded.model.graph.all_nodes())
-    convolutions, unfit = conv.find(loaded.model, chosen)
-    _, tables = embeddings.select(loaded.model, Plan(), chosen)
-    units: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
+    convolutions, conv_skips = conv.find(loaded.model, patterns)
+    _, table_skips = embeddings.select(loaded.model, Plan(), patterns)
+    converted: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
-    for layer in units:
+    for layer in converted:
         weight = layer.read()
         magnitude = np.abs(weight)
         mean = float(magnitude.mean())
@@ -112,7 +112,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        skip_rows([*tables, *skips, *unfit], loaded.model),
+        skip_rows([*table_skips, *skips, *conv_skips], loaded.model),
         tuple(notes),
     )
 
@@ -133,31 +133,31 @@ def validate(
     custom_ops: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | bool | None = True,
 ) -> Validation:
-    """Compare a float and a quantized model (anybody's) on data; see `magr_onnx.runtime.measure.validate`.
+    """Compare a float and a quantized model on data; see `magr_onnx.runtime.measure.validate`.
 
-    A decoder with a cache is fed as `optimize` feeds it. ``data`` may be a ``.txt`` file, a sample a line, where ``tokenizer.json`` lies
-    beside one of the models. ``custom_ops`` are shared libraries with custom operators of the two. Bars and
-    lines of ``progress`` are those of `optimize`.
+    The quantized model need not be from this package. Decoders with a KV cache are fed as in `optimize`. ``data`` may be a ``.txt`` file,
+    one sample per line, if ``tokenizer.json`` is in the folder of one of the models. ``custom_ops`` are shared libraries with custom
+    operators of the models. ``progress`` is that of `optimize`.
 
     Raises:
-        OptionError: A value that is none, such as a batch size of 0.
-        MagrError: A model or the data cannot be used.
+        OptionError: A value is invalid, such as a batch size of 0.
+        MagrError: A model or the data is not usable.
     """
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
-    a, b = files.load(float_model), files.load(quantized_model)
+    reference, quantized = files.load(float_model), files.load(quantized_model)
     with custom.using(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
-        folders = [loaded.path.parent for loaded in (a, b) if loaded.path is not None]
+        folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]
+        sources = [loaded.path or loaded.model for loaded in (reference, quantized)]
         batches = decoders.open_for(
-            a.model, data, batch_size, steps=decode_steps, provider=provider, runnable=a.path or a.model, folders=folders
+            reference.model, data, batch_size, steps=decode_steps, provider=provider, runnable=sources[0], folders=folders
         )
         return validation.validate(
-            a.path or a.model,
-            b.path or b.model,
+            *sources,
             batches,
             provider=provider,
             arithmetics=arithmetics,
-            mask=resolve_mask(a.model, mask),
+            mask=resolve_mask(reference.model, mask),
             details=[name for name, enabled in zip(validation.DETAILS, (layers, latency), strict=True) if enabled],
             progress=partial(step, "validating"),
         )
@@ -172,18 +172,18 @@ def verify(
     outer_bits: int | None = None,
     run: bool = True,
 ) -> Verification:
-    """Prove that no input of any integer dot product of a model overflows its accumulators, or show one that does.
+    """Prove that no integer dot product of a model overflows its accumulators, or show an input that does.
 
     Args:
-        model: A model in any of the forms `optimize` takes, whoever quantized it.
-        target: A machine of `magr_onnx.core.overflow.targets`, or its name: which registers onnxruntime's kernels use there.
-        accumulator: Registers to ask about instead.
-        outer_bits: Width of the register tile sums are added in on ``target`` (an ``accumulator`` has its own).
-        run: Run one witness a failing layer in onnxruntime on this machine.
+        model: A quantized model in any form that `optimize` accepts; it need not be from this package.
+        target: A machine of `magr_onnx.core.overflow.targets`, or its name, which determines the registers of onnxruntime's kernels.
+        accumulator: Registers to prove for instead.
+        outer_bits: Width of the register that tile sums are added in, on ``target`` (an ``accumulator`` has its own).
+        run: Whether to run one witness per failing layer in onnxruntime on this machine.
 
     Raises:
         OptionError: Neither or both of ``target`` and ``accumulator``, an unknown target, or impossible widths.
-        ModelError: Not a usable model.
+        ModelError: The model is not usable.
     """
     if (target is None) == (accumulator is None):
         raise OptionError("give a target or an accumulator, and not both")
@@ -192,11 +192,11 @@ def verify(
     if outer_bits is not None and not 2 <= outer_bits <= 64:
         raise OptionError(f"accumulators have 2 to 64 bits; got {outer_bits} outer bits")
     machine = find_target(target) if isinstance(target, str) else target
-    text = f"{machine.name}: {machine.summary}" if machine is not None else f"accumulator: {accumulator}"
+    description = f"{machine.name}: {machine.summary}" if machine is not None else f"accumulator: {accumulator}"
     if machine is not None and outer_bits is not None:
-        text += f"; {outer_bits} outer bits"
-    against: Target | Accumulator | None = machine or accumulator
-    assert against is not None
+        description += f"; {outer_bits} outer bits"
+    registers: Target | Accumulator | None = machine or accumulator
+    assert registers is not None
     loaded = files.load(model)
-    layers, skipped = overflow.verify(loaded.model, against, outer_bits, run)
-    return Verification(loaded.name, text, layers, skipped, witness.machine_name(), versions())
+    layers, skipped = overflow.verify(loaded.model, registers, outer_bits, run)
+    return Verification(loaded.name, description, layers, skipped, witness.machine_name(), versions())
