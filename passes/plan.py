@@ -293,8 +293,8 @@ class Plan:
         problems: list[str] = []
         emitter, quantize, activations = self.emitter, self.quantize, self.activations
         if quantize is not None and quantize.activation not in (None, None if activations is None else activations.type):
-            other = "no pass quantizes them" if activations is None else f"quantize-activations has type {activations.type}"
-            problems.append(f"quantize expects {quantize.activation} activations, and {other}; leave activation out")
+            actual = "no pass quantizes them" if activations is None else f"quantize-activations has type {activations.type}"
+            problems.append(f"quantize expects {quantize.activation} activations, and {actual}; leave activation out")
         if quantize is not None and quantize.accumulator_bits is not None and quantize.activation is None:
             integer = _formats("static", "dynamic")
             problems.append(f"accumulator_bits needs integer activations (format {integer}): floats have no accumulator to overflow")

@@ -91,10 +91,10 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
     with Session(extent_taps(model, layers), provider) as session:
         for batch in data:
             shapes = session.run(batch)
-            wrong = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
-            if wrong:  # onnxruntime trusts declared shapes
+            mismatched = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
+            if mismatched:  # onnxruntime trusts declared shapes
                 raise ModelError(
-                    f"output of {', '.join(wrong[:5])}: declared with a number of axes that it does not have; remove its shape"
+                    f"output of {', '.join(mismatched[:5])}: declared with a number of axes that it does not have; remove its shape"
                 )
             largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
             if not nested and all(shape.all() for shape in largest):

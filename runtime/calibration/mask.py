@@ -156,10 +156,10 @@ def _resized(dimensions: Dimensions, batch: Batch, mask: str, axes: Sequence[int
         return None
     for axis in resized:
         size, dimension = arrays[mask].shape[axis], dynamic[mask, axis]
-        same = [key for key, symbol in dynamic.items() if dimension and symbol == dimension]
-        if len({name for name, _ in same}) < 2:
-            same = [(name, i) for name, i in dynamic if i == axis and arrays[name].shape[i] == size]
+        linked = [key for key, symbol in dynamic.items() if dimension and symbol == dimension]
+        if len({name for name, _ in linked}) < 2:
+            linked = [(name, i) for name, i in dynamic if i == axis and arrays[name].shape[i] == size]
         indices = np.arange(size - 1) if size > 1 else np.zeros(2, np.intp)
-        for name, i in same:
+        for name, i in linked:
             arrays[name] = np.take(arrays[name], indices, axis=i)
     return arrays

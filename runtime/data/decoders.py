@@ -197,10 +197,10 @@ def _axes(value: ir.Value, model: ir.Model) -> tuple[int | None, int | None]:
     dynamic = [] if value.shape is None else [i for i, d in enumerate(value.shape) if not isinstance(d, int)]
     if isinstance(samples, int):
         return next((i for i, d in enumerate(value.shape or ()) if d == samples), None), next(iter(dynamic), None)
-    same = [i for i in dynamic if value.shape is not None and value.shape[i] == samples]
-    if not same and len(dynamic) == 1 and dynamic[0] > 0:  # the batch size is fixed
+    batch_axes = [i for i in dynamic if value.shape is not None and value.shape[i] == samples]
+    if not batch_axes and len(dynamic) == 1 and dynamic[0] > 0:  # the batch size is fixed
         return 0 if len(value.shape or ()) == 4 else None, dynamic[0]
-    batch = next(iter([*same, *dynamic]), None)
+    batch = next(iter([*batch_axes, *dynamic]), None)
     return batch, next((i for i in dynamic if i != batch), None)
 
 
@@ -279,8 +279,8 @@ def _feeds(
     samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
     notes += fixed_batch.notes_of(groups)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
-    if steps and (why := _no_steps(decoder, parts, runnable)):
-        notes.append(f"no decode steps were fed: {why}")
+    if steps and (reason := _no_steps(decoder, parts, runnable)):
+        notes.append(f"no decode steps were fed: {reason}")
     elif steps and runnable is not None:
         with Session(runnable, provider) as session:
             spool = _Spool(decoder, parts, steps, session)
@@ -307,23 +307,23 @@ def _samples(data: Batches, notes: list[str]) -> list[Array]:
     samples: list[Array] = []
     problems: list[str] = []
     for index, batch in enumerate(data):
-        where, ids = data.label(index), batch.get(TOKENS)
+        label, ids = data.label(index), batch.get(TOKENS)
         if extra := sorted(batch.keys() - MAKERS.keys()):
-            problems.append(f"{where}: has arrays {', '.join(extra)} beside {TOKENS}, and no past; leave them out, or give every input")
+            problems.append(f"{label}: has arrays {', '.join(extra)} beside {TOKENS}, and no past; leave them out, or give every input")
         if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
             actual = "no array" if ids is None else f"{ids.dtype} {ids.shape}"
-            problems.append(f"{where}: {TOKENS} is {actual}; expected integers (samples, tokens)")
+            problems.append(f"{label}: {TOKENS} is {actual}; expected integers (samples, tokens)")
             continue
         mask = np.asarray(batch.get(DEFAULT_MASK, np.ones(ids.shape))) != 0
         if mask.shape != ids.shape:
-            problems.append(f"{where}: {DEFAULT_MASK} has shape {mask.shape}; expected that of {TOKENS}, {ids.shape}")
+            problems.append(f"{label}: {DEFAULT_MASK} has shape {mask.shape}; expected that of {TOKENS}, {ids.shape}")
             continue
         count = round(len(ids) * data.weight(index))  # the others repeat these
         for row, keep in zip(ids[:count], mask[:count], strict=True):
             positions = np.flatnonzero(keep)
             if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
                 problems.append(
-                    f"{where}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected consecutive ones, padded on one side"
+                    f"{label}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected consecutive ones, padded on one side"
                 )
                 break
             samples.append(row[positions])

@@ -38,12 +38,12 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
         CalibrationError: There is no text or tokenizer, the package tokenizers is missing, or the model has other inputs too.
     """
     declared = {i.name: i for i in inputs if not i.name.startswith(PREFIX)}  # a past follows from tokens
-    other = [str(i) for i in declared.values() if i.name not in INPUTS]
+    unsupported = [str(i) for i in declared.values() if i.name not in INPUTS]
     problems = [f"there is no {TOKENIZER} in {folder} to read text with; put the model's there, or give an .npz"] * (
         not (folder / TOKENIZER).is_file()
     )
-    needed = listed(other, "; ")
-    problems += [f"text gives {', '.join(INPUTS)}, and the model needs {needed} too; give an .npz with all of them"] * bool(other)
+    needed = listed(unsupported, "; ")
+    problems += [f"text gives {', '.join(INPUTS)}, and the model needs {needed} too; give an .npz with all of them"] * bool(unsupported)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in declared)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
     length, fixed = _fixed(declared["input_ids"])

@@ -69,8 +69,8 @@ class _Sums:
         self.signal += weight * float((a * a).sum())
         self.noise += weight * float(((a - b) ** 2).sum())
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        same = (a == b).all(axis=1)
-        self.cosine += weight * float(np.where(same, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
+        equal = (a == b).all(axis=1)
+        self.cosine += weight * float(np.where(equal, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
         self.rows += weight * len(a)
         self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
 

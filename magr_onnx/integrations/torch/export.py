@@ -154,10 +154,10 @@ def _name_outputs(program: torch.onnx.ONNXProgram, names: Sequence[str]) -> None
     """Name the outputs as forward does, if all of these names are unused and every output is a separate value."""
     graph = program.model.graph
     outputs = graph.outputs
-    taken = {v.name for node in graph.all_nodes() for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
-    taken -= {v.name for v in outputs}
+    used_names = {v.name for node in graph.all_nodes() for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
+    used_names -= {v.name for v in outputs}
     separate = all(v.producer() is not None for v in outputs) and len(set(outputs)) == len(outputs)
-    if separate and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not taken & set(names):
+    if separate and len(names) == len(outputs) and all(names) and len(set(names)) == len(names) and not used_names & set(names):
         for value, name in zip(outputs, names, strict=True):
             value.name = name
 
