@@ -44,7 +44,7 @@ class Models:
 
     original: ir.Model
     work: ir.Model
-    tapped: subgraphs.Tapped
+    tapped: subgraphs.TappedModel
     changed: Collection[str] = ()
 
 
@@ -111,7 +111,7 @@ def _split(models: Models, layers: Sequence[LinearLayer], feedback: bool, large:
 
 
 def _of_the_whole(
-    tapped: subgraphs.Tapped, split: _Split, calibration: CalibrationContext, context: RunContext
+    tapped: subgraphs.TappedModel, split: _Split, calibration: CalibrationContext, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
     groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
@@ -194,7 +194,7 @@ def output_hessian(
 
 def completing(
     result: moments.CalibrationResult,
-    source: subgraphs.Tapped,
+    source: subgraphs.TappedModel,
     grids: activation_ranges.Grids,
     hessian: fisher.Fisher | None,
     data: Batches | None,

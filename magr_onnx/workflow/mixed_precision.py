@@ -315,7 +315,7 @@ class Search:
         """
         if goal.loss is not None and len(data) < 2:
             raise CalibrationError(
-                f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.describe}): "
+                f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
                 "give more samples, or a smaller batch size"
             )
         self._provider = conditions.provider

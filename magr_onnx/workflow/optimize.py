@@ -178,4 +178,4 @@ def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) 
     if data is None:
         return "none (data-free)"
     most = max((r.rows for r in rows), default=0)
-    return f"{data.describe}: {amount(data.samples, len(data))}, {most} rows" + (f", mask {mask}" if mask else "")
+    return f"{data.description}: {amount(data.samples, len(data))}, {most} rows" + (f", mask {mask}" if mask else "")

@@ -79,7 +79,7 @@ class _Setup:
     base: ir.Model
     layers: list[LinearLayer]
     plan: Plan
-    tapped: subgraphs.Tapped
+    tapped: subgraphs.TappedModel
     data: Batches | None
     grids: activation_ranges.Grids
     changed: Collection[str]
@@ -191,7 +191,7 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
     layers, skips = context.find(base)
-    tapped = subgraphs.tapped(model, layers, data, plan, context.provider, context.memory.large)
+    tapped = subgraphs.tap_subgraphs(model, layers, data, plan, context.provider, context.memory.large)
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
     skips += [*prepared.unconverted, *begun.skips, *unreached]

@@ -58,7 +58,7 @@ class Context:
         shared = sharing(layers)
         return [layer for layer in layers if not layer.nested and layer.name not in shared]
 
-    def measured(self, model: ir.Model, layers: Sequence[LinearLayer]) -> Iterator[tuple[LinearLayer, LayerStats]]:
+    def with_statistics(self, model: ir.Model, layers: Sequence[LinearLayer]) -> Iterator[tuple[LinearLayer, LayerStats]]:
         """Yield layers with the statistics of their inputs, measured in groups that fit memory."""
         for group, stats in self.statistics(model, layers):
             for layer in group:

@@ -185,7 +185,7 @@ class Equalize(Rewrite):
         folds_of = {id(readers[0].x): value_folds for readers, value_folds in values}
         pending = {id(readers[0].x): readers for readers, _ in values}
         ratios: list[float] = []
-        for layer, stats in context.measured(model, [layer for readers, _ in values for layer in readers]):
+        for layer, stats in context.with_statistics(model, [layer for readers, _ in values for layer in readers]):
             readers = pending.pop(id(layer.x), None)
             if readers is None or stats.is_data_free:  # scaled with an earlier reader, or without data
                 continue

@@ -20,7 +20,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.calibration.subgraphs import tapped
+from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -135,7 +135,7 @@ def attach_stats(model: ir.Model, data: Batches, *, mask: str | None = None, pro
     """
     inline_and_rename(model)
     layers, _ = find(model)
-    source = tapped(model, layers, data, Plan(), provider)
+    source = tap_subgraphs(model, layers, data, Plan(), provider)
     stats = collect(source.model, source.reached(layers), CalibrationContext(data, mask, provider)).stats
     for layer in layers:
         attach(layer, stats.get(layer.reads))

@@ -228,7 +228,7 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
         if measured.stats is None:
             continue
         if not (np.isfinite(measured.stats.target_mean).all() and np.isfinite(measured.stats.gram).all()):
-            bad.append(not_finite(name, readers, context.data.describe))
+            bad.append(not_finite(name, readers, context.data.description))
         stats[name] = measured.stats
         targets |= measured.targets
     raise_all(NonFiniteError, bad)

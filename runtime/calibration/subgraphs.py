@@ -24,7 +24,7 @@ NEVER = "no calibration data reaches it: a branch is never taken, or a loop neve
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tapped:
+class TappedModel:
     """A model whose layer inputs can all be tapped in the main graph.
 
     Attributes:
@@ -59,7 +59,9 @@ class Tapped:
         return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, reasons[x.name]) for x in layers if x.name in reasons]
 
 
-def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, provider: str, large: bool = False) -> Tapped:
+def tap_subgraphs(
+    model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, provider: str, large: bool = False
+) -> TappedModel:
     """Hoist the inputs of layers in bodies to the main graph, wherever ``data`` reaches them.
 
     Args:
@@ -75,12 +77,12 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
     """
     nested = [layer for layer in layers if layer.nested]
     if data is None or not nested:
-        return Tapped(model)
+        return TappedModel(model)
     widths = {layer.reads: layer.k for layer in nested}
     if plan.quantizes_outputs:
         widths |= {str(layer.node.outputs[0].name): layer.n for layer in nested}
     if large:
-        return Tapped(model, dict.fromkeys(widths, TOO_LARGE))
+        return TappedModel(model, dict.fromkeys(widths, TOO_LARGE))
     reached: dict[str, int] = {}
     missing: dict[str, str] = {}
     growing: set[str] = set()
@@ -100,7 +102,7 @@ def tapped(model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None,
                 missing[name] = f"onnxruntime cannot bring its rows out of the body: {_reason(error)}"
     missing |= {name: NEVER for name, rows in reached.items() if rows == 0}
     tappable = {name: width for name, width in widths.items() if name not in missing}
-    return Tapped(hoist(model, tappable, growing), missing, tappable, growing)
+    return TappedModel(hoist(model, tappable, growing), missing, tappable, growing)
 
 
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:

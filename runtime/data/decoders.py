@@ -31,7 +31,7 @@ from magr_onnx.model_io.writing import os_error_hint
 from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
 from magr_onnx.runtime.data import fixed_batch, text
 from magr_onnx.runtime.data.hold_out import HELD_OUT
-from magr_onnx.runtime.data.sources import Batches, Source, checked, in_memory, load_npz, open_data, open_source
+from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, load_npz, open_data, open_source
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
 
 STEPS = 4
@@ -242,10 +242,10 @@ def open_for(
     opened = open_source(source, [i for i in inputs if i.name == TOKENS], batch_size)
     first = next(iter(opened), None)
     if first is None or TOKENS not in first or any(name.startswith(PREFIX) for name in first):
-        return checked(opened, inputs)
+        return check_batches(opened, inputs)
     decoder = recognise(model)
     assert decoder is not None
-    return checked(_feeds(decoder, opened, batch_size, steps, provider, runnable), inputs)
+    return check_batches(_feeds(decoder, opened, batch_size, steps, provider, runnable), inputs)
 
 
 def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
@@ -275,7 +275,7 @@ def _feeds(
     notes: list[str] = []
     parts = _parts(_samples(data, notes), batch_size, decoder.samples)
     groups = [part.group for part in parts]
-    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], data.describe), weights=fixed_batch.weights_of(groups))
+    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], data.description), weights=fixed_batch.weights_of(groups))
     samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
     notes += fixed_batch.notes_of(groups)
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
@@ -390,8 +390,8 @@ def _joined(prefill: Batches, decode: _Spool) -> Batches:
     prefilled = len(prefill)
     return Batches(
         prefilled + len(decode),
-        prefill.describe,
+        prefill.description,
         lambda: itertools.chain(prefill, decode),
-        lambda i: prefill.label(i) if i < prefilled else f"{prefill.describe}, decode step {i - prefilled}",
+        lambda i: prefill.label(i) if i < prefilled else f"{prefill.description}, decode step {i - prefilled}",
         weights=(*prefill.weights, *decode.weights) if prefill.weights else (),
     )

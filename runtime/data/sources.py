@@ -44,7 +44,7 @@ class Batches:
 
     Attributes:
         count: Number of batches.
-        describe: Name of the source, for messages.
+        description: Name of the source, for messages.
         read: Returns a new iterator over the batches.
         label: Name of a batch, by its position, for messages.
         notes: Notes for the report.
@@ -53,7 +53,7 @@ class Batches:
     """
 
     count: int
-    describe: str
+    description: str
     read: Callable[[], Iterator[Batch]]
     label: Callable[[int], str]
     notes: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class Batches:
                     yield batch
 
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
-        return Batches(len(positions), self.describe, read, lambda i: self.label(positions[i]), self.notes, weights=weights)
+        return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, weights=weights)
 
 
 def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
@@ -100,7 +100,7 @@ def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16)
     Raises:
         CalibrationError: There is no data, or names, types or shapes do not fit the model; all problems are listed.
     """
-    return checked(open_source(source, inputs, batch_size), inputs)
+    return check_batches(open_source(source, inputs, batch_size), inputs)
 
 
 def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
@@ -124,11 +124,11 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
 
 
-def checked(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
+def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """Split or fill batches of the wrong number of samples, and check that all fit; see `open_data`."""
     batches = _filled(batches, inputs)
     if len(batches) == 0:
-        raise CalibrationError(f"{batches.describe}: no data; give at least one batch with {_list(inputs)}")
+        raise CalibrationError(f"{batches.description}: no data; give at least one batch with {_list(inputs)}")
     samples = 0.0
     offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
     for i, batch in enumerate(batches):
@@ -162,7 +162,7 @@ def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     groups = [group for _, group in parts]
     return Batches(
         len(parts),
-        batches.describe,
+        batches.description,
         read,
         lambda i: batches.label(parts[i][0]),
         (*batches.notes, *fixed_batch.notes_of(groups)),
@@ -205,9 +205,9 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
         raise CalibrationError(f"{where} has an entry that is not an array: {error}") from error
 
 
-def in_memory(batches: list[Any], describe: str) -> Batches:
+def in_memory(batches: list[Any], description: str) -> Batches:
     """Return batches read from a list."""
-    return Batches(len(batches), describe, lambda: iter(batches), lambda i: f"{describe}, batch {i}")
+    return Batches(len(batches), description, lambda: iter(batches), lambda i: f"{description}, batch {i}")
 
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
@@ -268,14 +268,14 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
     return _stacked(str(path), load_npz(path), inputs, batch_size)
 
 
-def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
+def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
     """Split stacked inputs into batches along the first axis, of the size the model fixes, if any; inputs of rank 0 are shared by all."""
     counts = {name: len(a) for name, a in arrays.items() if a.ndim}
     if not counts:
-        return in_memory([arrays] if arrays else [], describe)
+        return in_memory([arrays] if arrays else [], description)
     if len(set(counts.values())) > 1:
         sizes = ", ".join(f"{n} {c}" for n, c in counts.items())
-        raise CalibrationError(f"{describe}: inputs have different numbers of samples along the first axis: {sizes}")
+        raise CalibrationError(f"{description}: inputs have different numbers of samples along the first axis: {sizes}")
     samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
     groups = fixed_batch.groups(samples, size or batch_size, fixed=size is not None)
 
@@ -285,9 +285,9 @@ def _stacked(describe: str, arrays: Batch, inputs: Sequence[InputInfo], batch_si
 
     return Batches(
         len(groups),
-        describe,
+        description,
         read,
-        lambda i: f"{describe}, samples from {groups[i].start}",
+        lambda i: f"{description}, samples from {groups[i].start}",
         fixed_batch.notes_of(groups),
         weights=fixed_batch.weights_of(groups),
     )

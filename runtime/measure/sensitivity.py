@@ -165,25 +165,25 @@ def measure(
                     if progress is not None:
                         progress(len(sensitivities) * steps + len(points), len(layers) * steps)
                     if conditions.grids is None:
-                        error, loss = _replaced(trial, choices[choice], slots[layer.name], session, reference)
+                        error, loss = _replacement_loss(trial, choices[choice], slots[layer.name], session, reference)
                     else:
-                        error, loss = errors[choice], _emitted(model, trial, choices[choice], conditions, reference)
+                        error, loss = errors[choice], _emitted_loss(model, trial, choices[choice], conditions, reference)
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
-                sensitivities[layer.name] = Sensitivity(errors, _rising(points))
+                sensitivities[layer.name] = Sensitivity(errors, _increasing(points))
         assert reference is not None
     if progress is not None:
         progress(len(layers) * steps, len(layers) * steps)
     return sensitivities, reference
 
 
-def _rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+def _increasing(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
     """Sort points by error; of points whose loss does not rise with the error, which is noise, keep the one of largest error."""
-    rising: list[tuple[float, float]] = []
+    increasing: list[tuple[float, float]] = []
     for point in sorted(points):
-        while rising and (rising[-1][1] >= point[1] or rising[-1][0] >= point[0]):
-            rising.pop()
-        rising.append(point)
-    return tuple(rising)
+        while increasing and (increasing[-1][1] >= point[1] or increasing[-1][0] >= point[0]):
+            increasing.pop()
+        increasing.append(point)
+    return tuple(increasing)
 
 
 def _columns(n: int) -> Array:
@@ -214,15 +214,15 @@ def _errors(trial: _Trial, choices: Plans) -> dict[Choice, float]:
     for choice, plan in choices.items():
         grid = Choice(choice.bits, min(choice.block_size or k, k))
         if grid not in by_grid:
-            by_grid[grid] = _error(problem, _fast(plan).solve(problem).weight, trial.effects, plan)
+            by_grid[grid] = _error(problem, _fast_plan(plan).solve(problem).weight, trial.effects, plan)
         errors[choice] = by_grid[grid]
     return errors
 
 
-def _replaced(trial: _Trial, plan: Plan, slot: WeightInputs, session: Session, reference: Reference) -> tuple[float, float]:
+def _replacement_loss(trial: _Trial, plan: Plan, slot: WeightInputs, session: Session, reference: Reference) -> tuple[float, float]:
     """Measure error and loss with the weight of one layer replaced in a running session."""
     problem, columns = trial.problem(), _columns(trial.layer.n)
-    solution = _reference(plan).solve(problem)
+    solution = _reference_plan(plan).solve(problem)
     feeds = slot.feeds(solution.weight, solution.bias)
     loss = reference.loss(lambda batch: session.run({**batch, **feeds}))
     sample = replace(problem, weight=problem.weight[:, columns])
@@ -236,14 +236,14 @@ def _error(problem: LayerProblem, weight: Array, held_out: LayerStats, plan: Pla
     return max(layer_error(weight - problem.weight, gram), 0.0) / power if power > 0 else 0.0
 
 
-def _fast(plan: Plan) -> Plan:
+def _fast_plan(plan: Plan) -> Plan:
     """Reduce a plan to the stages that decide the layer error: MagR and the quantizer, with fewer sweeps."""
     plan = plan.resolved
     quantize = plan.quantize
     return Plan(magr=plan.magr, quantize=None if quantize is None else replace(quantize, sweeps=min(quantize.sweeps, SWEEPS)))
 
 
-def _reference(plan: Plan) -> Plan:
+def _reference_plan(plan: Plan) -> Plan:
     """Return a fast plan with the same grid and bias, by GPTQ or a quicker quantizer: its error is measured and need not be minimal."""
     quantize = plan.resolved.quantize
     if quantize is not None:
@@ -251,7 +251,7 @@ def _reference(plan: Plan) -> Plan:
     return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _emitted(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
+def _emitted_loss(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
     """Measure the loss of a copy of the model with one layer emitted."""
     copy, grids = model.clone(), conditions.grids
     assert grids is not None

@@ -190,7 +190,7 @@ def validate(
     if skipped:
         notes.append(f"outputs that are not floats, and not compared: {', '.join(sorted(skipped))}")
     return Validation(
-        data.describe,
+        data.description,
         len(data),
         provider,
         {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()},

@@ -55,13 +55,13 @@ SHRINKS = """g (float[t, 1] x, float[5, 24] rows) => (float[1] y) {
 }"""
 
 
-def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str, Any], subgraphs.Tapped]:
+def gathered(source: ir.Model, feeds: list[dict[str, Array]]) -> tuple[dict[str, Any], subgraphs.TappedModel]:
     """Statistics of what every layer reads, by layer name."""
     inline_and_rename(source)
     layers, _ = find(source)
     with Session(source) as session:
         data = open_data(feeds, session.inputs)
-    tapped = subgraphs.tapped(source, layers, data, Plan(), "cpu")
+    tapped = subgraphs.tap_subgraphs(source, layers, data, Plan(), "cpu")
     stats = moments.collect(tapped.model, tapped.reached(layers), CalibrationContext(data)).stats
     return {layer.name: stats.get(layer.reads) for layer in layers}, tapped
 
