@@ -148,12 +148,13 @@ def validate(
     reference, quantized = files.load(float_model), files.load(quantized_model)
     with custom.using(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]
-        sources = [loaded.path or loaded.model for loaded in (reference, quantized)]
+        float_source, quantized_source = (loaded.path or loaded.model for loaded in (reference, quantized))
         batches = decoders.open_for(
-            reference.model, data, batch_size, steps=decode_steps, provider=provider, runnable=sources[0], folders=folders
+            reference.model, data, batch_size, steps=decode_steps, provider=provider, runnable=float_source, folders=folders
         )
         return validation.validate(
-            *sources,
+            float_source,
+            quantized_source,
             batches,
             provider=provider,
             arithmetics=arithmetics,
