@@ -17,6 +17,7 @@ from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, su
 from magr_onnx.runtime.calibration import staged as stages
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
+from magr_onnx.runtime.data.progress import part_of
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
 
@@ -117,7 +118,7 @@ def _of_the_whole(
     groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
     for index, group in enumerate(groups):
         reached = tapped.reached(group) if any(map(context.is_unsolved, group)) else []
-        progress = _part(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
+        progress = part_of(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
         yield group, moments.collect(tapped.model, reached, calibration, progress)
 
 
@@ -213,7 +214,3 @@ def completing(
         )
 
     return complete
-
-
-def _part(progress: Callable[[int, int], None], index: int, count: int) -> Callable[[int, int], None]:
-    return lambda done, total: progress(index * total + done, count * total)

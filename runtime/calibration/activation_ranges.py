@@ -17,8 +17,9 @@ from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
+from magr_onnx.runtime.data.progress import Progress, part_of, with_progress
 from magr_onnx.runtime.ort.session import Session
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
@@ -107,12 +108,12 @@ def choose(
         CalibrationError: The mask leaves no rows.
     """
     taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
-    histograms = _histograms(model, taps, values, context, _half(progress, 0))
+    histograms = _histograms(model, taps, values, context, part_of(progress, 0, 2))
     bounded = [h.without_sentinels() for h in histograms]
     ranges = [candidates(h, method) for h in bounded]
     grids = [_grids(h, named, kind) for h, named in zip(bounded, ranges, strict=True)]
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
-    errors = _errors(model, clipped, values, grids, context, _half(progress, 1))
+    errors = _errors(model, clipped, values, grids, context, part_of(progress, 1, 2))
     result = {}
     for tap, full, cut, named, by_name in zip(clipped, histograms, bounded, grids, errors, strict=True):
         best = min(by_name, key=lambda name: by_name[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
@@ -129,12 +130,6 @@ def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Ac
     return {name: DynamicRange() if name == "min-max" and unbounded else DynamicRange(*ends) for name, ends in named.items()}
 
 
-def _half(progress: Progress | None, part: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(part * total + done, 2 * total)
-
-
 def _histograms(
     model: ir.Model,
     taps: Sequence[Tap],
@@ -147,7 +142,7 @@ def _histograms(
     bad: dict[str, str] = {}
     data = context.data
     with Session(range_taps(model, taps, context.mask), context.provider) as session:
-        for index, batch in enumerate(data):
+        for index, batch in with_progress(data, progress):
             results = iter(session.run(batch))
             for i, tap in enumerate(taps):
                 least, greatest, histogram = next(results), next(results), next(results)
@@ -157,8 +152,6 @@ def _histograms(
                     bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
                 low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
                 counts[i] += weighted(histogram, data.weight(index))
-            if progress is not None:
-                progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
     return [Histogram(c[:BINS], c[BINS:], bin_edges(), float(a), float(b)) for c, a, b in zip(counts, low, high, strict=True)]
 
@@ -178,15 +171,13 @@ def _errors(
     rows = [0.0] * len(taps)
     tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
     with Session(tapped, context.provider) as session:
-        for index, batch in enumerate(context.data):
+        for index, batch in with_progress(context.data, progress):
             results, weight = iter(session.run(batch)), context.data.weight(index)
             for i in range(len(taps)):
                 for j in range(len(grids[i])):
                     energy[i][j] += float(next(results)) * weight
                     sums[i][j] += weighted(next(results), weight)
                 rows[i] += float(next(results)[0]) * weight
-            if progress is not None:
-                progress(index + 1, len(context.data))
     check_rows(rows, context.mask)
     errors = []
     for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.subgraphs import NEVER
 from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.progress import Progress, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ def collect(
     sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(2)] for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
     with Session(patch_taps(model, list(tapped.values())), provider) as session:
-        for index, batch in enumerate(data):
+        for index, batch in with_progress(data, progress):
             results = iter(session.run(batch))
             for key, layer in tapped.items():
                 gram, total, count = next(results), next(results), next(results)
@@ -135,8 +135,6 @@ def collect(
                     bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
                 rows = float(count) / (layer.group * layer.k)
                 sums[key][index in HoldOut()].add(gram, total, rows, weight=data.weight(index))
-            if progress is not None:
-                progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
     stats = {}
     for key, parts in sums.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -17,14 +17,13 @@ from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.data.progress import Progress, part_of, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
 from magr_onnx.runtime.ort.session import Session
 
 MAX_OUTPUTS = 8192  # of a layer; wider ones get no moments
 MAX_BATCHES = 16
-
-Progress = Callable[[int, int], None]
 
 
 class Fisher:
@@ -92,11 +91,9 @@ def collect(
         sums = [np.zeros((widths[n], widths[n])) for n in reached]
         if reached:
             with Session(tapped, provider) as session:
-                for b, batch in enumerate(data):
+                for b, batch in with_progress(data, part_of(progress, index, len(groups))):
                     for total, part in zip(sums, session.run(batch), strict=True):
                         total += weighted(part, data.weight(b))
-                    if progress is not None:
-                        progress(index * len(data) + b + 1, len(groups) * len(data))
         for name, total in zip(reached, sums, strict=True):
             if np.isfinite(total).all() and total.trace() > 0:
                 moments.put(name, total / sum(map(data.weight, range(len(data)))))

@@ -18,9 +18,10 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.shared import by_weight
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.budget import split_by_budget
-from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
+from magr_onnx.runtime.data.progress import Progress, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -74,7 +75,7 @@ def collect(
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     with Session(gram_taps(model, taps, context.mask), context.provider) as session:
-        for index, batch in enumerate(data):
+        for index, batch in with_progress(data, progress):
             results = iter(session.run(batch))
             for tap, sums in zip(taps, held_out if index in hold_out else fitted, strict=True):
                 finite, masked = _add(sums, tap, results, data.weight(index))
@@ -82,8 +83,6 @@ def collect(
                     bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
                 if not masked:
                     unmasked[tap.value] = None
-            if progress is not None:
-                progress(index + 1, len(data))
     raise_all(NonFiniteError, bad.values())
     check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
     stats = {}

@@ -25,11 +25,12 @@ from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.segments import cut, downstream, fed_inputs, residual_operand, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.context import CalibrationContext, Progress
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.progress import Progress
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
@@ -92,6 +93,8 @@ def staged(
     lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
         values = _Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
+        if progress is not None:
+            progress(0, len(steps.stages))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
             if progress is not None:

@@ -17,7 +17,7 @@ assumed to add up over layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,7 @@ from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import Grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
+from magr_onnx.runtime.data.progress import Progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
@@ -44,7 +45,6 @@ SWEEPS = 2  # of coordinate descent on the sample: it converges fast, and only c
 ROWS = 4096  # of layer inputs behind a measured loss, approximately; at least one batch
 FLOOR = 1e-12  # losses below are noise of the float model
 
-Progress = Callable[[int, int], None]
 Plans = Mapping[Choice, Plan]
 
 

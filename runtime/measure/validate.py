@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
+from magr_onnx.runtime.data.progress import Progress, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session
 
 Model = ir.Model | str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency")
@@ -174,7 +174,7 @@ def validate(
         masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
         sums = {a: {n: _Sums() for n in names} for a in sessions}
         skipped: set[str] = set()
-        for index, batch in enumerate(data):
+        for index, batch in with_progress(data, progress):
             expected = reference.run(batch, names)
             for a, session in sessions.items():
                 for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
@@ -182,8 +182,6 @@ def validate(
                         sums[a][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
                     else:
                         skipped.add(name)
-            if progress is not None:
-                progress(index + 1, len(data))
     compared = next(iter(sums.values()), {})
     if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
         notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")

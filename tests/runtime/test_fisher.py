@@ -87,7 +87,7 @@ def test_groups_give_the_same_moments(budget: int) -> None:
     calls: list[tuple[int, int]] = []
     whole, _ = collected(model, data)
     parted, _ = collected(model, data, budget=budget, progress=lambda *c: calls.append(c))
-    assert calls == [(i + 1, 8) for i in range(8)]
+    assert list(dict.fromkeys(calls)) == [(i, 8) for i in range(9)]
     for name, moments in whole.items():
         np.testing.assert_allclose(parted[name], moments, rtol=1e-4, atol=1e-5 * float(np.abs(moments).max()))
 

@@ -194,6 +194,23 @@ def test_magr_alone_feeds_any_other_quantizer() -> None:
     assert [n.op_type for n in model.graph] == [n.op_type for n in original.graph]
 
 
+@pytest.mark.parametrize(
+    "options", [{"effort": "best"}, {"format": "qdq-int8"}, {"target_size": "60%"}], ids=lambda o: next(iter(o.values()))
+)
+def test_a_stage_is_reported_before_its_first_step(options: dict[str, Any]) -> None:
+    calls: dict[str, list[int]] = {}
+    batches = [{"x": graphs.correlated(32, 48, seed=seed)} for seed in range(4)]
+    magr_onnx.optimize(
+        graphs.chain(),
+        batches,
+        validation_data=batches[:1],
+        progress=lambda stage, done, _: calls.setdefault(stage, []).append(done),
+        **options,
+    )
+    assert {"calibrating", "quantizing", "validating"} <= calls.keys()
+    assert {stage: steps[0] for stage, steps in calls.items()} == dict.fromkeys(calls, 0)
+
+
 def test_progress_is_reported_stage_by_stage() -> None:
     calls: list[tuple[str, int, int]] = []
     batch = feeds(graphs.chain())
