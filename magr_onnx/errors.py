@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class MagrError(Exception):
-    """Base of every error this package raises deliberately; the command line prints it without a traceback."""
+    """Base of every error this package raises deliberately; the command line prints it without a traceback.
+
+    Attributes:
+        problems: What is wrong, one text each; the message has all of them.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.problems: tuple[str, ...] = (str(self),)
 
 
 class ModelError(MagrError):
@@ -58,13 +66,18 @@ class RuntimeFailure(MagrError):
     """onnxruntime could not load or run a model."""
 
 
+def joined(kind: type[MagrError], problems: Sequence[str]) -> MagrError:
+    """Return one ``kind`` that lists every problem on its own line."""
+    several = f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    error = kind(problems[0] if len(problems) == 1 else several)
+    error.problems = tuple(problems)
+    return error
+
+
 def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
     """Raise one ``kind`` that lists every problem on its own line; do nothing when there is none."""
-    messages = list(problems)
-    if len(messages) == 1:
-        raise kind(messages[0])
-    if messages:
-        raise kind(f"{len(messages)} problems:\n" + "\n".join(f"  - {m}" for m in messages))
+    if texts := list(problems):
+        raise joined(kind, texts)
 
 
 def do_all(steps: Iterable[Callable[[], None]]) -> None:
@@ -78,7 +91,7 @@ def do_all(steps: Iterable[Callable[[], None]]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise_all(type(errors[0]), map(str, errors))
+        raise_all(type(errors[0]), [problem for error in errors for problem in error.problems])
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ def results(folder: Path) -> dict[str, Any]:
         "text": pipeline,
         "wrong type": refusal(quantizer="shrunk", shrink="much"),
         "too small": refusal(pipeline_text="quantize{method=shrunk,shrink=-1}"),
+        "unknown quantizer": refusal(quantizer="shrnk"),
         "other quantizer": refusal(quantizer="rtn", shrink=0.5),
         "help": command("optimize", "--help"),
         "passes": command("passes"),

@@ -22,6 +22,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.typing import ExtensionMetadata
 
 import magr_onnx
+import magr_onnx.passes
 from magr_onnx.cli.app import commands
 from magr_onnx.config.options import KEYS, OPTIONS, PANELS
 from magr_onnx.core.option_spec import OptionSpec
@@ -44,7 +45,7 @@ def _passes() -> Iterator[str]:
         text, described = _described(kind)
         described |= {name: option.text for name, option in method_options().items()}
         alone = "" if name in passes() else ", a setting of a `Plan`, not a pass"
-        where = f"`magr_onnx.passes.{kind.__name__}`{alone}"
+        where = f"`{_import_path(kind)}`{alone}"
         yield f"## {name}\n\n*{kind.summary[0].upper()}{kind.summary[1:]}.* In Python: {where}.\n\n{text}\n"
         if options := kind.options():
             yield "| option | default | |\n|---|---|---|"
@@ -55,6 +56,12 @@ def _passes() -> Iterator[str]:
             yield ""
         if story := _story(kind):
             yield f"### How {name} works\n\n{story}\n"
+
+
+def _import_path(kind: type[Stage]) -> str:
+    """Where a pass is imported from: `magr_onnx.passes`, or its file if that does not export it."""
+    exported = getattr(magr_onnx.passes, kind.__name__, None) is kind
+    return f"{'magr_onnx.passes' if exported else kind.__module__}.{kind.__name__}"
 
 
 def _described(kind: type[Stage]) -> tuple[str, dict[str, str]]:

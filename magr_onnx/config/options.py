@@ -3,6 +3,7 @@ displace each other, and the reference page are made from the tables here."""
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,9 +13,10 @@ from typing import Annotated, Any, Literal, TypedDict
 from magr_onnx.core.activation_ranges import METHODS
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.targets import TARGETS
-from magr_onnx.core.quantizers import QUANTIZERS, method_options
+from magr_onnx.core.quantizers import QUANTIZERS, method_options, quantizers_with
 from magr_onnx.core.types import BITS
 from magr_onnx.passes.emit import FORMATS, Format
+from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers import conv, embedding
 from magr_onnx.passes.providers import PROVIDERS
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
@@ -250,10 +252,27 @@ def _spec(name: str, hint: Any) -> OptionSpec:
     return result
 
 
-OPTIONS: Mapping[str, OptionSpec] = {
-    **{name: _spec(name, hint) for name, hint in typing.get_type_hints(Options, include_extras=True).items()},
-    **{name: replace(option, panel=option.panel or FINE) for name, option in method_options().items()},
-}
+_COMMAND_LINE = ("help", "json", "layer", "quiet", "report", "save_recipe", "verbose", "version")
+"""Names that the command line and recipes have beside the options here."""
+
+
+def _quantizer_options(shared: Mapping[str, OptionSpec]) -> dict[str, OptionSpec]:
+    """Return the options declared by quantizers.
+
+    Raises:
+        ValueError: One has a name that is taken: it would silently replace the other option.
+    """
+    arguments = (option.argument for option in RUN.values() if option.argument)
+    fields = (field.name for field in dataclasses.fields(Quantize))
+    taken = {*shared, *RUN, *CALLS, *arguments, *fields, *_COMMAND_LINE}
+    declared = method_options()
+    if problems := [f"{name!r} of quantizer {' and '.join(quantizers_with(name))}" for name in declared if name in taken]:
+        raise ValueError(f"options have names that are taken: {', '.join(problems)}; rename them")
+    return {name: replace(option, panel=option.panel or FINE) for name, option in declared.items()}
+
+
+_shared = {name: _spec(name, hint) for name, hint in typing.get_type_hints(Options, include_extras=True).items()}
+OPTIONS: Mapping[str, OptionSpec] = {**_shared, **_quantizer_options(_shared)}
 """What a plan is made of: `Options`, and the options that quantizers have of their own."""
 
 KEYS: Mapping[str, OptionSpec] = {**RUN, **OPTIONS}

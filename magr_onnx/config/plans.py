@@ -47,8 +47,12 @@ def build_pipeline(**options: Unpack[Options]) -> Plan:
     return plan_of(options)
 
 
-def plan_of(options: Options, arguments: Collection[str] = ()) -> Plan:
-    """Make the plan for a function that has ``arguments`` beside the options, which a mistyped one may stand for."""
+def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "cpu") -> Plan:
+    """Make the plan for a function that has ``arguments`` beside the options, which a mistyped one may stand for.
+
+    Raises:
+        OptionError: Unknown options or values the target kernel or ``provider`` rejects, all of them at once.
+    """
     name = options.get("format", OPTIONS["format"].default)
     form = FORMATS.get(name, FORMATS[OPTIONS["format"].default])
     problems = [*_unknown(options, arguments), *_for_other_formats(options, name)]
@@ -71,7 +75,7 @@ def plan_of(options: Options, arguments: Collection[str] = ()) -> Plan:
         convolutions=None if options.get("conv_bits") is None else convolutions(options),
         embeddings=_embeddings(options),
     )
-    raise_all(OptionError, [*problems, *plan.problems()])
+    raise_all(OptionError, [*problems, *plan.problems(provider)])
     return plan
 
 
@@ -81,9 +85,9 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
     for option in sorted(options.keys() - OPTIONS.keys()):
         yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
     if (form := options.get("format", OPTIONS["format"].default)) not in FORMATS:
-        yield f"format {form!r} is not known; choose one of {', '.join(FORMATS)}"
+        yield f"format {form!r} is not known; choose one of {', '.join(FORMATS)}{closest(str(form), FORMATS)}"
     if (bias := options.get("bias", "auto")) not in BIAS:
-        yield f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}"
+        yield f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}{closest(str(bias), BIAS)}"
 
 
 def _for_other_formats(options: Options, name: str) -> Iterator[str]:
@@ -112,7 +116,7 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
     """Name options that conflict."""
     effort, named = options.get("effort") or form.effort, options.get("quantizer")
     if effort not in get_args(Effort):
-        yield f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}"
+        yield f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}{closest(str(effort), get_args(Effort))}"
     if named is not None and options.get("effort") is not None:
         yield f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them"
     if options.get("embeddings", "none") == "none" and (bits := options.get("embedding_bits")) is not None:

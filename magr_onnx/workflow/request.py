@@ -14,11 +14,11 @@ from magr_onnx.config.invocation import Invocation, plain, without_defaults
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.config.selection import Patterns
-from magr_onnx.errors import OptionError, RecipeError
+from magr_onnx.errors import OptionError, ProviderError, RecipeError, joined, raise_all
 from magr_onnx.passes import Plan
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.runtime.data.sources import Source
-from magr_onnx.runtime.ort.session import provider_name
+from magr_onnx.runtime.ort.session import provider_problems
 from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.mixed_precision import Goal
 
@@ -101,11 +101,9 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     if values["model"] is None:
         raise OptionError('no model; give one, or name it in the recipe: model = "model.onnx"')
     options: Any = {name: value for name, value in merged.items() if name not in DEFAULTS}
-    plan, made_of, budget = _plan(values, options)
     provider = values["provider"]
-    plan.check(provider)
+    plan, made_of, budget = _plan(values, options)
     plan = plan.suited(provider)
-    provider_name(provider)
     patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
     layer_plans = layer_options.pipelines(patterns.tables, made_of or {}, plan, provider)
     if values["calibration"] is None:
@@ -152,7 +150,23 @@ _AS_GIVEN = (
 
 
 def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:
-    """The plan of a run, the options it is made of, and its budget."""
+    """The plan of a run, the options it is made of, and its budget.
+
+    Raises:
+        OptionError: With everything that is wrong with the plan, and the provider if it is not available.
+        ProviderError: It is not available, and nothing else is wrong.
+    """
+    unavailable = provider_problems(values["provider"])
+    try:
+        plan, made_of, budget = _made(values, options)
+        plan.check(values["provider"])
+    except OptionError as error:
+        raise joined(type(error), [*error.problems, *unavailable]) from error
+    raise_all(ProviderError, unavailable)
+    return plan, made_of, budget
+
+
+def _made(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:
     if values["pipeline_text"] is not None:
         if options:
             raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
@@ -160,7 +174,7 @@ def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
     budget = mixed_precision.goal_of(options)
     if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
         options = {**options, "effort": "fast"}
-    return plan_of(options, tuple(DEFAULTS)), options, budget
+    return plan_of(options, tuple(DEFAULTS), values["provider"]), options, budget
 
 
 def _check_data_free(plan: Plan, budget: Goal | None) -> None:

@@ -16,9 +16,9 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSol
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, rtn
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, quantizers_with, rtn
 from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
-from magr_onnx.errors import OptionError
+from magr_onnx.errors import OptionError, closest
 from magr_onnx.passes.base import LayerPass
 from magr_onnx.passes.layer_passes import magr
 from magr_onnx.passes.layer_passes.activations import ActivationType
@@ -102,7 +102,9 @@ class Quantize(LayerPass):
         if spec is not None:
             problems.append("quantize appears twice")
         if self.method not in QUANTIZERS:
-            problems.append(f"quantizer {self.method!r} is not known; choose one of {', '.join(QUANTIZERS)}")
+            problems.append(
+                f"quantizer {self.method!r} is not known; choose one of {', '.join(QUANTIZERS)}{closest(self.method, QUANTIZERS)}"
+            )
         if self.bits not in BITS:
             problems.append(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
         if self.block_size is not None and self.block_size < 1:
@@ -128,7 +130,7 @@ class Quantize(LayerPass):
             if name in declared:
                 problems.append(declared[name].problem(value))
             else:
-                owners = " or ".join(q.name for q in QUANTIZERS.values() if any(option.name == name for option in q.options))
+                owners = " or ".join(quantizers_with(name))
                 problems.append(f"{name} is for quantizer {owners} only" if owners else f"quantize has no option {name!r}")
         return [problem for problem in problems if problem is not None]
 

@@ -21,11 +21,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure
+from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure, closest, raise_all
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
-from magr_onnx.passes.providers import Provider, cpu, find_provider
+from magr_onnx.passes.providers import PROVIDERS, Provider, cpu, find_provider
 from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -55,11 +55,18 @@ def provider_name(provider: str) -> str:
     Raises:
         ProviderError: It is not available; the message lists those that are.
     """
-    name = find_provider(provider).onnxruntime
+    raise_all(ProviderError, provider_problems(provider))
+    return find_provider(provider).onnxruntime
+
+
+def provider_problems(provider: str) -> list[str]:
+    """Say that a provider is not available here, with those that are; an empty list where it is."""
     available = ort.get_available_providers()
-    if name not in available:
-        raise ProviderError(f"provider {provider!r} is not available; onnxruntime here has {', '.join(available)}")
-    return name
+    known = find_provider(provider)
+    if known.onnxruntime in available:
+        return []
+    suggestion = "" if known.name in PROVIDERS else closest(provider.lower().partition("execution")[0], PROVIDERS)
+    return [f"provider {provider!r} is not available; onnxruntime here has {', '.join(available)}{suggestion}"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,4 +46,6 @@ def test_it_is_documented(results: dict[str, Any]) -> None:
     assert "scaled" in results["help"]
     assert "emit-scaled: write quantized layers as float products" in results["passes"]
     assert "## emit-scaled" in results["pages"]["passes"]
+    assert "In Python: `__main__.EmitScaled`." in results["pages"]["passes"]  # where it is; magr_onnx.passes does not export it
+    assert "In Python: `magr_onnx.passes.EmitMatMulNBits`." in results["pages"]["passes"]
     assert all("`scaled`" in results["pages"][name] for name in ("command line", "options") if name in results["pages"])

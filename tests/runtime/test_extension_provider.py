@@ -76,3 +76,26 @@ def test_one_that_is_not_there_lists_those_that_are(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ProviderError) as caught, Session(graphs.matmul(), "tpu"):
         pass
     assert all(name in str(caught.value) for name in ("'tpu'", *ort.get_available_providers()))
+
+
+def test_everything_wrong_with_options_and_provider_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROVIDERS, "tpu", Provider("tpu", "TPUExecutionProvider", refuses))
+    model = graphs.matmul()
+    with pytest.raises(OptionError) as caught:
+        magr_onnx.optimize(proto(model), [feeds(model)], provider="tpu", quantizer="gtpq", format="qdp")
+    assert len(caught.value.problems) == 3
+    assert all(
+        text in str(caught.value) for text in ("3 problems:", "did you mean 'gptq'?", "did you mean 'qdq'", "'tpu' is not available")
+    )
+    for options in ({}, {"pipeline_text": "quantize,emit-matmulnbits"}):
+        with pytest.raises(OptionError) as caught:
+            magr_onnx.optimize(proto(model), [feeds(model)], provider="tpu", **options)  # type: ignore[arg-type]
+        assert [text.partition(" ")[0] for text in caught.value.problems] == ["asymmetric", "provider"]
+    with pytest.raises(ProviderError, match="'tpu' is not available"):
+        magr_onnx.optimize(proto(model), [feeds(model)], provider="tpu", symmetric=True)
+
+
+@pytest.mark.parametrize("name", ["cudaa", "CUDAExecutionProvidr"])
+def test_an_unknown_provider_gets_a_suggestion(name: str) -> None:
+    with pytest.raises(ProviderError, match="did you mean 'cuda'"):
+        magr_onnx.optimize(graphs.matmul(), provider=name)

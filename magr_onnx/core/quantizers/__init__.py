@@ -27,8 +27,26 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 
 def method_options() -> dict[str, OptionSpec]:
-    """Return the options declared by quantizers, by name. Choosing another quantizer drops them."""
-    return {option.name: replace(option, belongs_to="quantizer") for quantizer in QUANTIZERS.values() for option in quantizer.options}
+    """Return the options declared by quantizers, by name. Choosing another quantizer drops them.
+
+    Raises:
+        ValueError: Two quantizers declare different options under one name.
+    """
+    declared: dict[str, OptionSpec] = {}
+    for quantizer in QUANTIZERS.values():
+        for option in quantizer.options:
+            if declared.setdefault(option.name, option) != option:
+                first = quantizers_with(option.name)[0]
+                raise ValueError(f"quantizers {first} and {quantizer.name} declare different options {option.name!r}; rename one of them")
+    return {
+        name: replace(option, belongs_to="quantizer", help=f"{option.help} For quantizer {' or '.join(quantizers_with(name))} only.")
+        for name, option in declared.items()
+    }
 
 
-__all__ = ["QUANTIZERS", "Options", "Problem", "Quantizer", "Solution", "method_options"]
+def quantizers_with(option: str) -> list[str]:
+    """Return the names of the quantizers that declare an option."""
+    return [quantizer.name for quantizer in QUANTIZERS.values() if any(spec.name == option for spec in quantizer.options)]
+
+
+__all__ = ["QUANTIZERS", "Options", "Problem", "Quantizer", "Solution", "method_options", "quantizers_with"]
