@@ -321,7 +321,7 @@ def test_a_recipe_that_could_not_be_written_is_refused_before_the_work(folder: P
     asked = ("optimize", "m.onnx", "-c", name, "-o", "o.onnx", "-e", "fast")
     result = run(*asked, "--save-recipe", "mine.toml", cwd=folder)
     assert (result.returncode, (folder / "mine.toml").read_text(), (folder / "o.onnx").exists()) == (1, "kept", False)
-    assert "has bytes that are no text" in result.stderr
+    assert "has bytes that are not text" in result.stderr
     assert run(*asked, "--report", "r.json", "-q", cwd=folder).returncode == 0
     assert (folder / "r.json").is_file()
 
