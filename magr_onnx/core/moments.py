@@ -87,7 +87,7 @@ class MomentAccumulator:
         """Return second moments, mean and rows. Consumes the sums: the matrix may be the largest array in memory."""
         gram, self.gram = self.gram, np.zeros((0, 0))
         gram /= self._count
-        return gram, self.total / self._count, round(self.rows)
+        return gram, self.total / self._count, whole_rows(self.rows)
 
     def stats(self, activation: Activation | None = None) -> LayerStats:
         """Return `means` as `LayerStats` of a value quantized by ``activation``."""
@@ -101,11 +101,11 @@ class MomentAccumulator:
         assert self.float_gram is not None
         assert self.float_total is not None
         n = self._count
-        return target_moments(weights, self.cross / n, self.float_gram / n, self.float_total / n, round(self.rows))
+        return target_moments(weights, self.cross / n, self.float_gram / n, self.float_total / n, whole_rows(self.rows))
 
     @property
     def _count(self) -> float:
-        return max(self.rows, 1)
+        return self.rows or 1.0
 
 
 def split_stats(fitted: MomentAccumulator, held_out: MomentAccumulator, activation: Activation | None) -> LayerStats | None:
@@ -138,8 +138,13 @@ class OutputAccumulator:
 
     def target_moments(self) -> TargetMoments:
         """Return the means over rows."""
-        n = max(self._rows, 1)
-        return TargetMoments(self._cross / n, self._total / n, self._power / n, round(self._rows))
+        n = self._rows or 1.0
+        return TargetMoments(self._cross / n, self._total / n, self._power / n, whole_rows(self._rows))
+
+
+def whole_rows(rows: float) -> int:
+    """Round weighted rows for reports and pooling; fewer than one row are one, since 0 stands for no data."""
+    return max(round(rows), 1) if rows > 0 else 0
 
 
 def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:

@@ -9,8 +9,6 @@ from magr_onnx.core.types import Activation
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 
-"""Called with steps done and in total."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationContext:

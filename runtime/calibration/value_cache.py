@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,9 +73,6 @@ class Cache:
 
     def names(self, batch: int) -> list[str]:
         return [n for n, b in (*self._memory, *self._files) if b == batch]
-
-    def batch(self, names: Sequence[str], batch: int) -> Mapping[str, Tensor]:
-        return {name: self.get(name, batch) for name in names}
 
     def __enter__(self) -> Cache:
         return self

@@ -38,7 +38,10 @@ class Group:
 
 
 def groups(samples: int, size: int, fixed: bool) -> list[Group]:
-    """Split samples into batches of ``size``; the last is smaller or, where the size is ``fixed``, filled with repeated samples."""
+    """Split samples into batches of ``size``; the last is smaller. Where the size is ``fixed``, it is filled with repeated samples.
+
+    Filled batches come first, smallest first: batches are held out from the fourth on, and one should not stand for a sample or two.
+    """
     start = samples - samples % size
     batches = [Group(at, size) for at in range(0, start, size)]
     if not fixed:
@@ -47,7 +50,7 @@ def groups(samples: int, size: int, fixed: bool) -> list[Group]:
         count = max(d for d in range(1, samples - start + 1) if size % d == 0)
         batches.append(Group(start, count, size // count))
         start += count
-    return batches
+    return sorted(batches, key=lambda group: group.count)
 
 
 def weights_of(batches: Sequence[Group]) -> tuple[float, ...]:
@@ -74,7 +77,7 @@ def fixed_size(inputs: Sequence[InputInfo]) -> int | None:
 def groups_of(batch: Batch, inputs: Sequence[InputInfo], size: int) -> list[Group] | None:
     """Split or fill a batch that has other than ``size`` samples and fits the model otherwise; None for all other batches."""
     samples = _samples(batch, inputs)
-    return None if samples is None or samples == size else groups(samples, size, fixed=True)
+    return None if samples is None or samples in (0, size) else groups(samples, size, fixed=True)
 
 
 def _samples(batch: Batch, inputs: Sequence[InputInfo]) -> int | None:

@@ -32,7 +32,7 @@ SAMPLES = [20, 4, 8, 3, 7, 1, 23]
 @given(st.integers(0, 200), st.integers(1, 24), st.booleans())
 def test_groups_have_every_sample_once(samples: int, size: int, fixed: bool) -> None:
     found = fixed_batch.groups(samples, size, fixed)
-    assert [i for g in found for i in range(g.start, g.start + g.count)] == list(range(samples))
+    assert sorted(i for g in found for i in range(g.start, g.start + g.count)) == list(range(samples))
     assert all(g.count * g.repeats == size if fixed else g.repeats == 1 and g.count <= size for g in found)
     assert len(found) <= samples // size + size
     numbers = np.arange(samples)
@@ -189,6 +189,34 @@ def test_batches_that_do_not_fit_otherwise_are_refused_as_given() -> None:
 
 def test_a_selection_keeps_the_weights() -> None:
     _, data = fixed(20)
-    assert data.select([0, 2]).weights == (1, 0.5)
-    assert data.limit(2).weight(1) == 0.5
+    assert data.select([0, 2]).weights == (0.5, 1)
+    assert data.limit(2).weight(0) == 0.5
     assert [index for index in range(9) if index in HoldOut()] == [3, 7]
+
+
+def test_held_out_batches_are_as_full_as_there_are() -> None:
+    for samples in (97, 113, 31):
+        groups = fixed_batch.groups(samples, 32, True)
+        assert sum(group.count for i, group in enumerate(groups) if i in HoldOut()) >= samples // 4
+
+
+def test_a_batch_of_no_samples_is_refused() -> None:
+    made = model(SIZE)
+    with pytest.raises(CalibrationError, match=r"\(0, 6, 16\)"):
+        open_data([{"x": samples_of(4)}, {"x": samples_of(0)}], inputs_of(made))
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_values_without_a_batch_axis_have_rows_in_filled_batches(count: int, effort: str) -> None:
+    """A timestep is one row a batch, of which a filled batch counts only a part."""
+    b = Builder()
+    x, step = b.input("x", [SIZE, 6, K]), b.input("step", [])
+    embedded = b.node("Mul", [step, b.constant("frequencies", random(1, K, seed=3))], "embed")
+    hidden = b.node("Tanh", [b.node("MatMul", [embedded, b.constant("w0", random(K, K, seed=1))], "time_in")], "tanh")
+    scale = b.node("MatMul", [hidden, b.constant("w1", random(K, 8, seed=2))], "time_out")
+    made = b.model(b.node("Add", [b.node("MatMul", [x, b.constant("w2", random(K, 8, seed=4))], "body"), scale]), [SIZE, 6, 8])
+    data = [{"x": samples_of(1, seed=i), "step": np.float32(0.3 * i + 0.1)} for i in range(count)]
+    report = magr_onnx.optimize(made, data, effort=effort).report
+    assert {row.name: row.rows for row in report.layers}["time_in"] >= 1
+    assert not any("data-free" in note for row in report.layers for note in row.notes)

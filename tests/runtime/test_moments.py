@@ -167,7 +167,7 @@ def test_stacked_inputs_follow_a_fixed_batch_dimension(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((7, 3, K), np.float32))
     data = open_data(tmp_path / "x.npz", (InputInfo("x", np.dtype("float32"), (2, 3, K)),), batch_size=16)
     assert [b["x"].shape for b in data] == [(2, 3, K)] * 4
-    assert data.weights == (1, 1, 1, 0.5)
+    assert data.weights == (0.5, 1, 1, 1)
     assert data.samples == 7
 
 

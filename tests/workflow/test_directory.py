@@ -316,8 +316,8 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     encoded = text.encode(tmp_path / "texts.txt", exported, fixed, 16)
     batches = list(encoded)
     assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 8
-    assert encoded.weights == (1,) * 4 + (0.2,) * 4  # 24 lines: the last four alone, five times each
-    for batch in batches[4:]:
+    assert encoded.weights == (0.2,) * 4 + (1,) * 4  # 24 lines: four of them alone, five times each
+    for batch in batches[:4]:
         assert (batch["input_ids"] == batch["input_ids"][0]).all()
     assert "4 of 24 fill no batch" in encoded.notes[0]
     assert batches[0]["input_ids"].dtype == np.int32
@@ -556,3 +556,8 @@ def test_a_name_is_no_pattern_where_a_model_has_it(tmp_path: Path) -> None:
         ("three", ["a[0-9]"], ["a1.onnx"]),
     ):
         assert list(optimize_folder(tmp_path / "source", output=tmp_path / out, models=patterns).reports) == wanted
+
+
+def test_a_folder_and_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the folder is the first argument"):
+        optimize_folder(tmp_path, output=tmp_path / "out", model=tmp_path / "other")
