@@ -58,8 +58,9 @@ def with_keywords(arguments: Mapping[str, Any], keywords: str) -> dict[str, Any]
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The defaults of a function's parameters, by name."""
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    """The defaults of a function's parameters, by name; what it takes as ``**`` has none."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ class JobDirectory:
 
 
 _PART = ".tmp"  # behind the name of a file that is being written
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, OptionError)
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile, OptionError)
 
 
 def _write(path: Path, content: bytes | Arrays) -> None:

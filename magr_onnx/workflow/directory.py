@@ -140,6 +140,8 @@ def optimize_folder(
     Raises:
         MagrError: One of its subclasses, as `magr_onnx.optimize`; for all models at once wherever the trouble can be known before.
     """
+    if "model" in arguments:
+        raise OptionError("model is for optimize; the folder is the first argument here")
     call = explicit(folder=folder, calibration=calibration, **arguments)
     command = python_call("magr_onnx.optimize_folder", call, FOLDER_DEFAULTS)
     return run_folder({"model": call.pop("folder", None), **call}, Invocation(command))

@@ -164,6 +164,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             done = _solve_layers(model, setup, search, hessian, context)
             if search is None or search.accepts(done.model):
                 break
+            del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model, context)
     emitted = {row.emitted for row in done.rows.values() if row.emitted}
     skips = [*setup.skips, *done.kept]
@@ -221,7 +222,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         [layer for layer in setup.layers if layer.name not in plans],
         prepared.bytes,
         context.output is not None,
-        len(str(setup.plan)) + mixed_precision.STAMP,
+        len(str(setup.plan)) + len("; ".join(map(str, request.patterns.tables)).encode()) + mixed_precision.STAMP,
         prepared.model,
         setup.tapped.on(setup.base),
         plans,

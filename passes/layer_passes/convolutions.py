@@ -14,6 +14,7 @@ from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.errors import ModelError, OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.conv import emit
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_state import float_type
@@ -79,6 +80,7 @@ class Convolutions(ModelPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))
         modified = self.prepare(model, None)
+        Names.rescan(model.graph)
         layers, _ = find(model)
         if self.opset(layers) > model.opset_imports.get("", 0):
             return ir.passes.PassResult(model, modified)

@@ -18,6 +18,7 @@ from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, 
 from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, EmbeddingTable, Form, find
 from magr_onnx.passes.layers.shared import by_weight
@@ -65,6 +66,7 @@ class Embeddings(ModelPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise_all(OptionError, self.problems(None))
+        Names.rescan(model.graph)
         tables = [t for t in find(model)[0] if self.fits_table(t) is None]
         for readers in by_weight(tables):
             emit(readers, self.solve(problem_of(readers[0])), self.form)

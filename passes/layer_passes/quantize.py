@@ -208,7 +208,7 @@ class Quantize(LayerPass):
         )
         declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha, declared)
-        result = self.quantizer.run(task, options)
+        result = QUANTIZERS[self.method].run(task, options)
         weight = result.weight.dequantize()
         if result.reduction is not None:
             record = replace(record, magr=magr.figures(solution.weight, result.reduction))

@@ -67,6 +67,7 @@ class _Worker:
                 line = process.stdout.readline()
             except BaseException:  # after an interrupt, the answer would be mistaken for that of the next request
                 process.kill()
+                process.wait()
                 raise
             finally:
                 timer.cancel()

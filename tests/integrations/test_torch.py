@@ -652,6 +652,8 @@ def test_magr_says_which_options_it_has() -> None:
         magr_torch.magr(Net(), x, data, block_sise=3)
     with pytest.raises(OptionError, match=r"magr has no option 'effort'"):
         magr_torch.magr_(Net(), x, data, effort="fast")
+    with pytest.raises(OptionError, match=r"magr has no option 'settings'"):
+        magr_torch.magr(Net(), x, data, settings={"exclude": ["*"]})
     with pytest.raises(OptionError, match=r"block_size = 'x'"):
         magr_torch.magr_(Net(), x, data, block_size="x")
 

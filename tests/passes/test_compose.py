@@ -167,3 +167,14 @@ def test_alone_a_pass_converts(name: str, kind: str) -> None:
     assert chosen(work).modified
     assert kind in {n.op_type for n in work.graph}
     assert not chosen(work).modified
+
+
+def test_tables_see_names_that_other_code_took() -> None:
+    b = Builder()
+    rows = b.node("Gather", [b.constant("table", random(64, 32)), b.input("ids", ["n"], ir.DataType.INT64)], "gather")
+    model = b.model(b.node("MatMul", [rows, b.constant("w", random(32, 8))], "product"), ["n", 8])
+    ours.Quantize("rtn")(model)  # names of the model are known from here on
+    taken = ir.Value(name="table_q8", const_value=ir.tensor(np.zeros(1, np.float32), name="table_q8"))
+    model.graph.register_initializer(taken)
+    ours.Embeddings()(model)
+    assert {"table_q8", "table_q8_1"} <= set(model.graph.initializers)

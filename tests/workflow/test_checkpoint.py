@@ -332,7 +332,13 @@ def bomb(content: bytes, trap: Path) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, empty, pickled, other_shape, bomb])
+def encrypted(content: bytes, trap: Path) -> bytes:
+    """One bit more in the directory of the archive: its entries call themselves encrypted."""
+    at = content.rindex(b"PK\x01\x02") + 8
+    return content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, empty, pickled, other_shape, bomb, encrypted])
 def test_a_damaged_layer_is_computed_again(damage: Any, tmp_path: Path) -> None:
     data = [graphs.feeds(graphs.chain(), seed=i) for i in range(4)]
     path, out, job, trap = chain_file(tmp_path), tmp_path / "out.onnx", tmp_path / "job", tmp_path / "trap"

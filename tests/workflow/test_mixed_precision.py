@@ -490,3 +490,17 @@ def test_the_report_has_the_assignment(bundled_mixed: tuple[Optimized, Path, int
     assert found["attempts"][-1]["measured"] == pytest.approx(found["attempts"][-1]["predicted"], rel=0.5)
     assert abs(found["attempts"][-1]["bytes"] - report.bytes_after) <= mixed_precision.STAMP + 200
     assert bundled_mixed[0].model.metadata_props["onnx_magr.mixed"].startswith("target size")
+
+
+def test_options_of_layers_in_the_metadata_count_too(tmp_path: Path) -> None:
+    """Many tables of options are kilobytes of metadata in the file."""
+    b = Builder()
+    value = b.input("x", ["n", 64])
+    for i in range(6):
+        value = b.node("MatMul", [value, b.constant(f"w{i}", random(64, 64, seed=i))], f"layer{i}")
+    tables = [{"match": ["layer0", "*ayer0", "l?yer0", "la?er0", "lay?r0"], "bits": 8, "block_size": 32}] * 60
+    data = {"x": random(64, 64)}
+    path = tmp_path / "out.onnx"
+    report = magr_onnx.optimize(b.model(value, ["n", 64]), data, effort="fast", target_size="24000B", layers=tables, output=path).report
+    assert report.assignment is not None
+    assert path.stat().st_size <= report.assignment.attempts[-1].bytes <= 24000
