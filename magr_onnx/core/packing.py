@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -148,6 +149,12 @@ class QdqTensors:
     bits: int
     axis: int
     block_size: int  # 0: per channel
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The type of codes and zero points in the file: int4, uint4, int8 or uint8."""
+        name = f"{'int' if self.zero_points is None else 'uint'}{self.bits}"
+        return np.dtype(getattr(ml_dtypes, name) if self.bits == 4 else name)
 
 
 def pack_qdq(weight: QuantizedWeight) -> QdqTensors:

@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -83,9 +82,6 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
     """Make the nodes that dequantize a weight; return their result and the nodes."""
     packed = pack_qdq(quantized)
     scales, zeros = packed.scales, packed.zero_points
-    kinds = ("int4", "uint4") if packed.bits == 4 else ("int8", "uint8")
-    type_name = kinds[zeros is not None]
-    kind = np.dtype(getattr(ml_dtypes, type_name) if packed.bits == 4 else type_name)
     matrices = split_groups(packed.codes, layer.group)
     group, k, n = matrices.shape
     transposed = layer.op == "ConvTranspose" and group > 1
@@ -93,12 +89,12 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
     array = from_matrices(matrices, "Conv" if transposed else layer.op, layer.kernel)
     base, add_constant = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
     float_kind = FLOATS[layer.dtype]
-    codes = add_constant(base, array.astype(kind))
+    codes = add_constant(base, array.astype(packed.stored_dtype))
     name = str(codes.name)
     if form == "dequantize":
         inputs = [codes, add_constant(f"{base}_scales", scales.astype(float_kind))]
         if zeros is not None:
-            inputs.append(add_constant(f"{base}_zero_points", zeros.astype(kind)))
+            inputs.append(add_constant(f"{base}_zero_points", zeros.astype(packed.stored_dtype)))
         nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     else:
         channel_shape = (-1, *[1] * (array.ndim - 1 - axis))

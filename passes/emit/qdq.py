@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -59,20 +58,17 @@ class EmitQDQ(Emitter):
         if quantized is None:
             return None
         packed = pack_qdq(quantized)
-        symmetric = packed.zero_points is None
-        kinds = {8: ("int8", "uint8"), 4: ("int4", "uint4")}[packed.bits]
-        kind = np.dtype(getattr(ml_dtypes, kinds[not symmetric]) if packed.bits == 4 else kinds[not symmetric])
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
         # Fused in a body, onnxruntime 1.31 returns zeros for half-precision inputs; a weight dequantized outside is not fused.
         inside = not constants.shared and layer.dtype != ir.DataType.FLOAT16
-        codes = constants.add(layer, suffix, packed.codes.astype(kind), inside)
+        codes = constants.add(layer, suffix, packed.codes.astype(packed.stored_dtype), inside)
         inputs: list[ir.Value | None] = [
             codes,
             constants.add(layer, f"{suffix}_scales", packed.scales.astype(float_kind), inside),
         ]
         if packed.zero_points is not None:
-            inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(kind), inside))
+            inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(packed.stored_dtype), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
         dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
         weight = dequantize.outputs[0]
