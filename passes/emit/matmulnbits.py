@@ -40,6 +40,15 @@ INT8_LEVEL = 4
 INT8_ACTIVATION = 127  # the kernels quantize activations to -127..127
 
 
+def _sum_bits(block: int, bits: int, shift: int) -> int:
+    """Return the accumulator bits for the sum of any block: int8 activations times codes, each raised by ``shift``."""
+    return data_type_bits(block, -INT8_ACTIVATION, INT8_ACTIVATION, 0, 2**bits - 1 + shift)
+
+
+def _too_narrow(accumulator_bits: int, block: int, bits: int, needed: int) -> str:
+    return f"accumulator_bits={accumulator_bits}: sums of {block} products of int8 activations and {bits}-bit codes need {needed}"
+
+
 def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
     """List what is wrong with the grid of the quantize pass, for emitters of block formats."""
     if spec is None:
@@ -74,22 +83,18 @@ class EmitMatMulNBits(Emitter):
         if self.largest_block not in MATMULNBITS_BLOCKS:
             problems.append(f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
         if self.accumulator_bits is not None and not problems:
-            problems += self._accumulator_problems(spec)
+            problems += self._accumulator_problems(spec, self.accumulator_bits)
         return problems
 
-    def _accumulator_problems(self, spec: WeightSpec | None) -> list[str]:
+    def _accumulator_problems(self, spec: WeightSpec | None, accumulator_bits: int) -> list[str]:
         if self.accuracy_level != INT8_LEVEL:
             return [f"accumulator_bits with accuracy_level={self.accuracy_level}: only level {INT8_LEVEL} computes in integers"]
         if spec is None or spec.group_size is None:
             return [f"{self.name}: accumulator_bits needs a block size: the kernel sums one block in integers"]
         block = kernel_block(spec.group_size, 1 << 30, spec.bits)
         assert block is not None
-        largest = spec.top + (stored_shift(spec.bits) if spec.symmetric else 0)
-        least = data_type_bits(block, -INT8_ACTIVATION, INT8_ACTIVATION, 0, largest)
-        if least > (self.accumulator_bits or 0):
-            sums = f"sums of {block} products of int8 activations and {spec.bits}-bit codes"
-            return [f"accumulator_bits={self.accumulator_bits}: {sums} need {least}"]
-        return []
+        needed = _sum_bits(block, spec.bits, stored_shift(spec.bits) if spec.symmetric else 0)
+        return [_too_narrow(accumulator_bits, block, spec.bits, needed)] if needed > accumulator_bits else []
 
     def accumulator(self) -> Accumulator | None:
         return None if self.accumulator_bits is None else Accumulator(self.accumulator_bits, None, max(32, self.accumulator_bits))
@@ -152,16 +157,13 @@ def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
         fitting = largest_block(b, width, blocks, INT8_ACTIVATION, shift)
         if fitting is not None:
             return {**options, "bits": b, "block_size": fitting, "accuracy_level": INT8_LEVEL}
-        needs += [(data_type_bits(size, -INT8_ACTIVATION, INT8_ACTIVATION, 0, 2**b - 1 + shift), -b, size) for size in blocks]
+        needs += [(_sum_bits(size, b, shift), -b, size) for size in blocks]
     if not needs:
         raise OptionError(
             f"accumulator_bits={width}: the int8 kernel of 2 bits sums blocks of 32, 64 or 128; give one of these, or other bits"
         )
-    least, fewest, smallest = min(needs)
-    raise OptionError(
-        f"accumulator_bits={width}: sums of {smallest} products of int8 activations and {-fewest}-bit codes need {least}; "
-        "that is the smallest that works here"
-    )
+    needed, negative_bits, block = min(needs)
+    raise OptionError(f"{_too_narrow(width, block, -negative_bits, needed)}; that is the smallest that works here")
 
 
 def _check_accumulator(options: Mapping[str, Any]) -> None:
