@@ -117,11 +117,21 @@ def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBits
     )
 
 
+def packed_shape(k: int, n: int, bits: int, block_size: int) -> tuple[int, int, int]:
+    """Return the shape of the packed weight of MatMulNBits."""
+    return n, -(-k // block_size), block_size * bits // 8
+
+
+def unpack_codes(packed: Codes, bits: int, block_size: int, k: int, n: int) -> Codes:
+    """Unpack the codes ``(K, N)`` of a MatMulNBits weight, which may also be ``(N, -1)``."""
+    return unpack_bits(packed.reshape(n, -1), bits, -(-k // block_size) * block_size)[:, :k].T
+
+
 def unpack_matmulnbits(tensors: MatMulNBitsTensors) -> tuple[Codes, Array, Codes]:
     """Unpack codes ``(K, N)``, and scales and zero points per block ``(blocks, N)``."""
     t = tensors
     count = -(-t.k // t.block_size)
-    codes = unpack_bits(t.weight, t.bits, t.block_size).reshape(t.n, -1)[:, : t.k].T
+    codes = unpack_codes(t.weight, t.bits, t.block_size, t.k, t.n)
     scales = t.scales.reshape(t.n, count).astype(np.float32).T
     if t.zero_points is None:
         zeros = np.full((count, t.n), 2 ** (t.bits - 1), np.uint8)

@@ -23,6 +23,7 @@ from magr_onnx.core.packing import (
     dequantize_matmulnbits,
     kernel_block,
     pack_matmulnbits,
+    packed_shape,
     stored_shift,
 )
 from magr_onnx.core.types import Array, WeightSpec
@@ -136,7 +137,7 @@ def _read(node: ir.Node) -> Array | None:
         return None
     bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 0)
     k, n = attribute_of(node, "K", 0), attribute_of(node, "N", 0)
-    if block <= 0 or weight.shape != (n, -(-k // block), block * bits // 8) or scales.size != n * -(-k // block):
+    if block <= 0 or weight.shape != packed_shape(k, n, bits, block) or scales.size != n * -(-k // block):
         return None
     return dequantize_matmulnbits(MatMulNBitsTensors(weight, scales, zeros, bits, block, k, n))
 

@@ -7,6 +7,7 @@ fuses them into MatMulNBits with int8 activations. Subgraphs and model-local fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import IntegerDot
-from magr_onnx.core.packing import unpack_bits
+from magr_onnx.core.packing import packed_shape, unpack_codes
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
@@ -218,9 +219,9 @@ def _matmul_nbits(node: ir.Node) -> IntegerDot:
     bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 0)
     k, n = attribute_of(node, "K", 0), attribute_of(node, "N", 0)
     packed = constant_weight(required(node, 1))
-    if bits not in (2, 4, 8) or block < 1 or packed.size != n * -(-k // block) * (block * bits // 8):
+    if bits not in (2, 4, 8) or block < 1 or packed.size != math.prod(packed_shape(k, n, bits, block)):
         raise UnsupportedNode(IntegerReason.SHAPE, f"{bits} bits, block {block}, K {k}, N {n}, weight {list(packed.shape)}")
-    codes = unpack_bits(packed.reshape(n, -1), bits, -(-k // block) * block)[:, :k].T
+    codes = unpack_codes(packed, bits, block, k, n)
     return blocks(node.op_type, weight_name(required(node, 1)), codes, bits, block)
 
 
