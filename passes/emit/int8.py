@@ -40,12 +40,6 @@ from magr_onnx.passes.layers.weight_constants import WeightConstants
 _META = "magr_onnx.input"
 
 
-def _problems(name: str, spec: WeightSpec | None) -> list[str]:
-    if spec is None:
-        return [f"{name} needs a quantize pass before it"]
-    return [] if spec.group_size is None else [f"block size {spec.group_size}: integer kernels have one scale a column; use 'channel'"]
-
-
 class _Nodes:
     """The nodes that replace one layer; those that quantize its input are shared by later layers that read it."""
 
@@ -106,8 +100,23 @@ class _Nodes:
         return Emitted(str(product.name), 8, self._constants.bytes, notes=tuple(notes))
 
 
+class _EmitInt8(Emitter):
+    """An emitter of layers as 8-bit integer products."""
+
+    needs: ClassVar[str]
+    """The form of an operator that needs opset 13."""
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        if spec is None:
+            return [f"{self.name} needs a quantize pass before it"]
+        return [] if spec.group_size is None else [f"block size {spec.group_size}: integer kernels have one scale a column; use 'channel'"]
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return raise_opset(model, 13, self.needs)
+
+
 @dataclass(frozen=True)
-class EmitQDQInt8(Emitter):
+class EmitQDQInt8(_EmitInt8):
     """Replace quantized layers by static integer QDQ.
 
     Attributes:
@@ -117,18 +126,13 @@ class EmitQDQInt8(Emitter):
     name: ClassVar[str] = "emit-qdq-int8"
     summary: ClassVar[str] = "write layers with static 8-bit inputs as QuantizeLinear/DequantizeLinear around MatMul and Gemm"
     input_grids: ClassVar[InputGrids | None] = "static"
+    needs: ClassVar[str] = "DequantizeLinear with a scale a column"
 
     outputs: bool = False
 
     @property
     def quantizes_outputs(self) -> bool:
         return self.outputs
-
-    def problems(self, spec: WeightSpec | None) -> list[str]:
-        return _problems(self.name, spec)
-
-    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
-        return raise_opset(model, 13, "DequantizeLinear with a scale a column")
 
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
         grid, addend = problem.activation, solution.bias
@@ -150,7 +154,7 @@ class EmitQDQInt8(Emitter):
         value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
         product = n.nodes[-1]
         if output_grid is not None and not overflows:  # the grid is that of the sum of product and bias
-            value = _requantized(n, value, output_grid)
+            value = _round_trip(n, value, f"{layer.name}_product", output_grid, layer.output.shape)
         if addend is not None and not integer:
             vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
             value = n.add("Add", [value, vector], f"{layer.name}_bias")
@@ -172,33 +176,24 @@ def _may_become_gemm(layer: LinearLayer) -> bool:
     return shape is None or len(shape) == 2 or shape.is_static()
 
 
-def _grid_constants(layer: LinearLayer, name: str, grid: ActivationGrid) -> list[ir.Value | None]:
-    kind = np.int8 if grid.signed else np.uint8
-    return [
-        layer.constant(f"{name}_scale", np.float32(grid.scale), base=""),
-        layer.constant(f"{name}_zero_point", kind(grid.zero_point), base=""),
-    ]
-
-
 def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
     shared = n.shared()
     if shared is not None:
         return shared[0]
-    name = n.x_name
-    constants = _grid_constants(n.layer, name, grid)
-    x = n.float_input()
-    codes = n.add("QuantizeLinear", [x, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
-    codes.shape = n.layer.x.shape
-    value = n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
+    value = _round_trip(n, n.float_input(), n.x_name, grid, n.layer.x.shape)
     value.shape = n.layer.x.shape
     return n.share([value])[0]
 
 
-def _requantized(n: _Nodes, value: ir.Value, grid: ActivationGrid) -> ir.Value:
-    name = f"{n.layer.name}_product"
-    constants = _grid_constants(n.layer, name, grid)
-    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", ir.DataType.INT8 if grid.signed else ir.DataType.UINT8)
-    codes.shape = n.layer.output.shape
+def _round_trip(n: _Nodes, value: ir.Value, name: str, grid: ActivationGrid, shape: ir.Shape | None) -> ir.Value:
+    """Quantize a value of a shape to a grid, and dequantize it."""
+    kind, dtype = (np.int8, ir.DataType.INT8) if grid.signed else (np.uint8, ir.DataType.UINT8)
+    constants: list[ir.Value | None] = [
+        n.layer.constant(f"{name}_scale", np.float32(grid.scale), base=""),
+        n.layer.constant(f"{name}_zero_point", kind(grid.zero_point), base=""),
+    ]
+    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", dtype)
+    codes.shape = shape
     return n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
 
 
@@ -230,18 +225,13 @@ def _widened(grid: ActivationGrid) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class EmitDynamicInt8(Emitter):
+class EmitDynamicInt8(_EmitInt8):
     """Replace quantized layers by dynamically quantized integer products."""
 
     name: ClassVar[str] = "emit-dynamic-int8"
     summary: ClassVar[str] = "write layers with 8-bit inputs quantized at run time as DynamicQuantizeLinear and MatMulInteger"
     input_grids: ClassVar[InputGrids | None] = "dynamic"
-
-    def problems(self, spec: WeightSpec | None) -> list[str]:
-        return _problems(self.name, spec)
-
-    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
-        return raise_opset(model, 13, "DynamicQuantizeLinear")
+    needs: ClassVar[str] = "DynamicQuantizeLinear"
 
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
         if solution.quantized is None:
