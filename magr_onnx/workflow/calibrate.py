@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,8 +117,9 @@ def _of_the_whole(
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
     groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
-    for index, group in enumerate(groups):
-        reached = tapped.reached(group) if any(map(context.is_unsolved, group)) else []
+    unsolved = [tapped.reached(group) if any(map(context.is_unsolved, group)) else [] for group in groups]
+    calibration = moments.with_masked(tapped.model, itertools.chain.from_iterable(unsolved), calibration)
+    for index, (group, reached) in enumerate(zip(groups, unsolved, strict=True)):
         progress = part_of(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
         yield group, moments.collect(tapped.model, reached, calibration, progress)
 

@@ -45,7 +45,13 @@ def current_mask(batch: Mapping[str, npt.NDArray[np.generic]], mask: str) -> npt
         Booleans ``(B, T)``, in the shape of the tokens for a decoder with cache inputs, else in that of the mask.
     """
     truth: npt.NDArray[np.bool_] = np.asarray(batch[mask]) != 0
-    if TOKENS not in batch or not any(name.startswith(PREFIX) for name in batch):
-        return truth
-    columns = np.shape(batch[TOKENS])[-1]
-    return truth[:, -columns:] if truth.ndim == 2 and truth.shape[1] > columns else truth
+    shape = current_shape({name: np.shape(array) for name, array in batch.items()}, mask)
+    return truth if truth.shape == shape else truth[:, -shape[1] :]
+
+
+def current_shape(shapes: Mapping[str, tuple[int, ...]], mask: str) -> tuple[int, ...]:
+    """Return the shape of `current_mask`, given the shapes of the inputs of the model by name."""
+    shape = shapes[mask]
+    if len(shape) != 2 or TOKENS not in shapes or not any(name.startswith(PREFIX) for name in shapes):
+        return shape
+    return shape[0], min(shape[1], shapes[TOKENS][-1])

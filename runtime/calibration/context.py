@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from magr_onnx.core.types import Activation
@@ -21,6 +21,7 @@ class CalibrationContext:
         hold_out: Which batches are held out.
         quantize: Quantization of layer inputs, by value name; moments are of the quantized values.
         bounds: Range that values are clipped to first, by value name (see `magr_onnx.passes.instrument.taps.Tap`).
+        masked: The values that follow the mask, of all that are measured; None where that is not known yet.
     """
 
     data: Batches
@@ -29,3 +30,4 @@ class CalibrationContext:
     hold_out: HoldOut = NONE
     quantize: Mapping[str, Activation] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    masked: Collection[str] | None = None

@@ -10,7 +10,7 @@ In a batch where the rows of such a value do not match the mask, all rows count 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, RuntimeFailure
-from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_mask
+from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_mask, current_shape
 from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, shapes_of
 from magr_onnx.runtime.ort.session import Batch, Session
 
 Shape = Sequence[int]
@@ -67,19 +67,17 @@ class MaskRule:
         """Make the rule for the batches of ``data``, given the dimensions of the model's inputs."""
         if mask is None:
             return MaskRule(None)
-        batches = iter(data)
-        first = next(batches)
-        shapes = {0: current_mask(first, mask).shape}
-        constant_axes = set(range(len(shapes[0])))
-        for index, batch in enumerate(batches, 1):
+        first, *others = (current_shape(known, mask) for known in data.shapes or map(shapes_of, data))
+        shapes = {0: first}
+        constant_axes = set(range(len(first)))
+        for index, shape in enumerate(others, 1):
             if not constant_axes:
                 break
-            shape = current_mask(batch, mask).shape
-            different = {axis for axis in constant_axes if len(shape) != len(shapes[0]) or shape[axis] != shapes[0][axis]}
+            different = {axis for axis in constant_axes if len(shape) != len(first) or shape[axis] != first[axis]}
             if different:
                 constant_axes -= different
                 shapes[index] = shape
-        probe = _resized(dimensions, first, mask, sorted(constant_axes))
+        probe = _resized(dimensions, next(iter(data)), mask, sorted(constant_axes)) if constant_axes else None
         probe_shapes = [] if probe is None else [np.shape(probe[mask])]
         return MaskRule(mask, tuple(shapes), probe, (*shapes.values(), *probe_shapes))
 
@@ -102,26 +100,43 @@ def masked_values(model: ir.Model, names: Sequence[str], context: CalibrationCon
 
     Values hoisted out of subgraphs never do: their rows may match one batch and not the next.
     """
-    if context.mask is None:
+    if context.mask is None or not names:
         return set()
     with Session(shape_taps(model, names), context.provider) as session:
-        followers = _followers(session, names, lambda b: [tuple(map(int, s)) for s in session.run(b)], context.data, context.mask)
+
+        def measured(batch: Batch) -> list[Shape]:
+            return [tuple(map(int, shape)) for shape in session.run(batch)]
+
+        rule = MaskRule.of(session.dimensions, context.data, context.mask)
+        followers = _followers(rule, names, measured, map(measured, _at(context.data, rule.positions)))
     return followers - hoisted(model)
 
 
-def masked_outputs(session: Session, names: Sequence[str], data: Batches, mask: str | None) -> set[str]:
-    """Select the model outputs that follow the mask, by running the model on a few batches."""
+def masked_outputs(
+    session: Session, names: Sequence[str], data: Batches, mask: str | None, known: Sequence[Sequence[Shape]] = ()
+) -> set[str]:
+    """Select the model outputs that follow the mask.
+
+    The model runs on a few batches, or only on the probe where the shapes of its outputs in every batch are ``known``.
+    """
     if mask is None or mask not in session.dimensions:
         return set()
-    return _followers(session, names, lambda batch: [np.shape(y) for y in session.run(batch, names)], data, mask)
 
+    def measured(batch: Batch) -> list[Shape]:
+        return [np.shape(y) for y in session.run(batch, names)]
 
-def _followers(session: Session, names: Sequence[str], shapes_of: Callable[[Batch], Sequence[Shape]], data: Batches, mask: str) -> set[str]:
     rule = MaskRule.of(session.dimensions, data, mask)
-    shapes = [shapes_of(batch) for batch in _at(data, rule.positions)]
+    return _followers(rule, names, measured, (known[i] for i in rule.positions) if known else map(measured, _at(data, rule.positions)))
+
+
+def _followers(
+    rule: MaskRule, names: Sequence[str], measured: Callable[[Batch], Sequence[Shape]], at_positions: Iterable[Sequence[Shape]]
+) -> set[str]:
+    """Select the values that follow a mask, by their shapes at the positions of its rule and on its probe."""
+    shapes = list(at_positions)
     if rule.probe is not None:
         with contextlib.suppress(RuntimeFailure):  # the model fails at this shape, whatever its inputs declare
-            shapes.append(shapes_of(rule.probe))
+            shapes.append(measured(rule.probe))
     return {name for name, *value_shapes in zip(names, *shapes, strict=True) if rule.follows(value_shapes)}
 
 

@@ -51,6 +51,11 @@ def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_ou
     return split_by_budget(by_weight(layers), lambda layer: (layer.reads, element * layer.k**2), budget)
 
 
+def with_masked(model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext) -> CalibrationContext:
+    """Find the inputs of layers that follow the mask, once for all groups that `collect` is called with."""
+    return replace(context, masked=masked_values(model, list(readers_of(layers)), context))
+
+
 def collect(
     model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None
 ) -> CalibrationResult:
@@ -113,7 +118,7 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
     """Make a tap for every value, masked if the value follows the mask."""
-    masked = masked_values(model, list(widths), context)
+    masked = masked_values(model, list(widths), context) if context.masked is None else context.masked
     return [Tap(n, k, n in masked) for n, k in widths.items()]
 
 

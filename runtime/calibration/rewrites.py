@@ -37,8 +37,9 @@ def rewrite(
     """
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
+        context = None if calibration is None else moments.with_masked(current, layers, calibration)
         for group in moments.grouped(layers, gram_budget):
-            yield group, {} if calibration is None else moments.collect(current, group, calibration).stats
+            yield group, {} if context is None else moments.collect(current, group, context).stats
 
     context = Context(plan.spec or Context().spec, plan.bias_policy, plan.activations is not None, selection, statistics)
     notes: list[str] = []

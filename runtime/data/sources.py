@@ -35,6 +35,8 @@ class DataReader(Protocol):
 
 MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the arrays of a batch, by name."""
 SAVE_CALL = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
 
 
@@ -50,6 +52,7 @@ class Batches:
         notes: Notes for the report.
         samples: Number of samples they were made of; None if unknown.
         weights: Factors of the sums over each batch, where samples are repeated to fill it; empty if all are 1.
+        shapes: Shapes of every batch, once `check_batches` has read them; else empty.
     """
 
     count: int
@@ -59,6 +62,7 @@ class Batches:
     notes: tuple[str, ...] = ()
     samples: int | None = None
     weights: tuple[float, ...] = ()
+    shapes: tuple[Shapes, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
@@ -86,7 +90,13 @@ class Batches:
                     yield batch
 
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
-        return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, weights=weights)
+        shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
+        return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, None, weights, shapes)
+
+
+def shapes_of(batch: Batch) -> Shapes:
+    """Return the shapes of the arrays of a batch, by name."""
+    return {name: np.shape(array) for name, array in batch.items()}
 
 
 def open_data(source: Source, inputs: Sequence[InputInfo], batch_size: int = 16) -> Batches:
@@ -125,50 +135,51 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
 
 
 def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
-    """Split or fill batches of the wrong number of samples, and check that all fit; see `open_data`."""
-    batches = _filled(batches, inputs)
+    """Split or fill batches of the wrong number of samples, and check that all fit, in one pass over them; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.description}: no data; give at least one batch with {_list(inputs)}")
+    parts: list[tuple[int, fixed_batch.Group | None]] = []
+    shapes: list[Shapes] = []
     samples = 0.0
     offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
-    for i, batch in enumerate(batches):
-        samples += batches.weight(i) * max((len(array) for array in batch.values() if array.ndim), default=1)
+    for i, group, batch in _filled(batches, inputs):
+        parts.append((i, group))
+        shapes.append(shapes_of(batch))
+        weight = batches.weight(i) * (1.0 if group is None else group.weight)
+        samples += weight * max((len(array) for array in batch.values() if array.ndim), default=1)
         for problem in check_batch(batch, inputs):
             offenders.setdefault(problem, []).append(i)
         if len(offenders) >= MAX_PROBLEMS:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
-    return replace(batches, samples=round(samples) if batches.samples is None else batches.samples)
+    checked = replace(batches, samples=round(samples) if batches.samples is None else batches.samples, shapes=tuple(shapes))
+    if all(group is None for _, group in parts):
+        return checked
+    groups = [group or fixed_batch.Group(0, fixed_batch.fixed_size(inputs) or 1) for _, group in parts]
+    return replace(
+        checked,
+        count=len(parts),
+        read=lambda: (batch for _, _, batch in _filled(batches, inputs)),
+        label=lambda i: batches.label(parts[i][0]),
+        notes=(*batches.notes, *fixed_batch.notes_of(groups)),
+        weights=tuple(batches.weight(i) * group.weight for (i, _), group in zip(parts, groups, strict=True)),
+    )
 
 
-def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
-    """Split or fill batches to the batch size that the model fixes; batches that do not fit for another reason stay unchanged."""
+def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int, fixed_batch.Group | None, Batch]]:
+    """Split or fill batches to the batch size that the model fixes.
+
+    Yields the position of the source batch, the group of its samples and the batch; without a group, the batch is unchanged, since it fits
+    already or would not fit then either.
+    """
     size = fixed_batch.fixed_size(inputs)
-    splits = (
-        {} if size is None else {i: split for i, b in enumerate(batches) if (split := fixed_batch.groups_of(b, inputs, size)) is not None}
-    )
-    if not splits:
-        return batches
-    parts = [(i, group) for i in range(len(batches)) for group in splits.get(i, [fixed_batch.Group(0, size or 1)])]
-
-    def read() -> Iterator[Batch]:
-        for i, batch in enumerate(batches):
-            for group in splits.get(i, []):
-                yield {name: group.of(array) for name, array in batch.items()}
-            if i not in splits:
-                yield batch
-
-    groups = [group for _, group in parts]
-    return Batches(
-        len(parts),
-        batches.description,
-        read,
-        lambda i: batches.label(parts[i][0]),
-        (*batches.notes, *fixed_batch.notes_of(groups)),
-        batches.samples,
-        tuple(batches.weight(i) * group.weight for i, group in parts),
-    )
+    for i, batch in enumerate(batches):
+        groups = None if size is None else fixed_batch.groups_of(batch, inputs, size)
+        if groups is None:
+            yield i, None, batch
+        else:
+            yield from ((i, group, {name: group.of(array) for name, array in batch.items()}) for group in groups)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:

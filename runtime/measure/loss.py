@@ -58,7 +58,7 @@ class Reference:
         logits = [i for i in floats if is_logits(session.outputs[i], results[0][i].ndim)]
         self.metric = KL if logits else COSINE
         self._normalize = log_softmax if logits else _unit
-        masked = masked_outputs(session, session.outputs, data, mask)
+        masked = masked_outputs(session, session.outputs, data, mask, [[np.shape(y) for y in outputs] for outputs in results])
         masks = {i: mask if session.outputs[i] in masked else None for i in floats}
         self._expected = [
             [self._expect(i, y[i], batch, masks[i]) for i in logits or floats] for y, batch in zip(results, self._batches, strict=True)

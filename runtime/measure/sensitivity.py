@@ -91,10 +91,11 @@ class Conditions:
     gram_budget: int = moments.DEFAULT_BUDGET
     grids: Grids | None = None
 
-    def moments(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> dict[str, LayerStats]:
-        """Collect the moments of the inputs of layers, by value name."""
+    def calibration(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> CalibrationContext:
+        """Return the settings to collect the moments of the inputs of layers with."""
         quantize, bounds = ({}, {}) if self.grids is None else (self.grids.inputs, self.grids.bounds)
-        return moments.collect(model, layers, CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)).stats
+        context = CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)
+        return moments.with_masked(model, layers, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,11 @@ def measure(
     steps = 1 + len(references)  # per layer
     overridden = [layer.name for layer in layers] if conditions.grids is None else []
     copy, slots = with_weight_inputs(model, overridden)
+    calibrations = [conditions.calibration(model, layers, part) for part in (split.fit, split.effects)]
     with Session(copy, conditions.provider) as session:
         reference: Reference | None = None
         for group in moments.grouped(layers, conditions.gram_budget // 2):
-            fit, effects = (conditions.moments(model, group, part) for part in (split.fit, split.effects))
+            fit, effects = (moments.collect(model, group, calibration).stats for calibration in calibrations)
             if reference is None:
                 rows = max([s.rows for s in effects.values()], default=1) / len(split.effects)
                 reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), conditions.mask)
