@@ -20,7 +20,7 @@ from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.selection import matches, names_of
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 
 LAYER_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.whole_run is None)
 """Options that may differ by layer."""

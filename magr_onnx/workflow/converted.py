@@ -12,7 +12,7 @@ from magr_onnx.passes import Skip
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layers.linear import View
+from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.report.data import LayerRow
 
 
@@ -32,13 +32,13 @@ class Converted:
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, layer: View, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
+    def add(self, layer: WeightedNode, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
         """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it."""
         self.rows.append(layer_row(layer, solution, emitted, groups))
         self.digests[str(layer.output.name)] = digest(written)
 
 
-def layer_row(layer: View, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
+def layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
     """Describe a converted layer; ``groups`` are those of a convolution."""
     record, bits, block = solution.record, None, None
     notes = [*record.notes, *(() if emitted is None else emitted.notes)]

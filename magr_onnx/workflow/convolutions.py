@@ -19,7 +19,7 @@ from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layers.conv import ConvLayer, find, split_groups
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.calibration.conv_patches import PatchStats

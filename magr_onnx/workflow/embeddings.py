@@ -9,7 +9,7 @@ from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_passes.embeddings import problem_of
 from magr_onnx.passes.layers.embedding import EmbeddingTable, find
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.workflow.converted import Converted
 

@@ -16,7 +16,7 @@ from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
 from magr_onnx.passes import Skip
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layers.linear import layer_name
+from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import Validation, amount

@@ -6,7 +6,7 @@ low-rank branches are counted as they will be written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +17,8 @@ from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.model_io.files import initializer_bytes
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.passes.layers.shared import Key, sharing
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.activation_ranges import Grids
 
@@ -58,7 +58,7 @@ class _Writer:
     def __init__(self, layers: Iterable[LinearLayer], grids: Grids | None) -> None:
         self._shared = sharing(layers)
         self._grids = grids
-        self._constants: dict[Key, WeightConstants] = {}
+        self._constants: dict[Hashable, WeightConstants] = {}
 
     def write(self, layer: LinearLayer, plan: Plan) -> None:
         if plan.emitter is None:

@@ -17,7 +17,7 @@ from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
-from magr_onnx.passes.layers.shared import readers
+from magr_onnx.passes.layers.weighted import readers
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.subgraphs import remember
-from magr_onnx.passes.layers.linear import layer_name
+from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.reasons import Reason
 
 Dims = list[int | ir.SymbolicDim]

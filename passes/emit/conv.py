@@ -34,7 +34,7 @@ from magr_onnx.passes.graph.constants import constant, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, split_groups, to_matrices
-from magr_onnx.passes.layers.linear import FLOATS
+from magr_onnx.passes.layers.weighted import FLOATS
 
 
 def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays_float: bool) -> list[Emitted]:

@@ -17,7 +17,7 @@ from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
 from magr_onnx.passes.layers.embedding import BLOCK, EmbeddingTable, Form
-from magr_onnx.passes.layers.linear import FLOATS
+from magr_onnx.passes.layers.weighted import FLOATS
 
 
 def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) -> list[Emitted]:

@@ -11,8 +11,9 @@ from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.packing import container_bits
 from magr_onnx.core.types import QuantizedWeight
 from magr_onnx.passes.base import Emitted
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.layers.weighted import FLOATS
 
 
 def replace_layer(layer: LinearLayer, nodes: Sequence[ir.Node], factors: Factors | None, constants: WeightConstants) -> None:

@@ -32,8 +32,9 @@ from magr_onnx.passes.base import Emitted, Emitter
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import emitted_blocks, replace_layer
 from magr_onnx.passes.graph.nodes import attribute_of
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.layers.weighted import FLOATS
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)

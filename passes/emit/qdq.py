@@ -33,8 +33,9 @@ from magr_onnx.passes.emit.matmulnbits import block_problems
 from magr_onnx.passes.graph.constants import source_of
 from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.graph.opset import raise_opset
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.layers.weighted import FLOATS
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import bodies_of
-from magr_onnx.passes.layers.linear import LinearLayer, layer_name
-from magr_onnx.passes.layers.shared import sharing
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weighted import layer_name, sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
+from magr_onnx.passes.layers.linear import LinearLayer, find
+from magr_onnx.passes.layers.weighted import FLOATS
 
 
 @dataclass(frozen=True, slots=True)

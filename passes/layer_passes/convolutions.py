@@ -19,7 +19,7 @@ from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.conv import BITS, FORMS, ConvLayer, Form, find
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 
 
 @dataclass(frozen=True)

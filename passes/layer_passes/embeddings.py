@@ -21,7 +21,7 @@ from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, EmbeddingTable, Form, find
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import Skip, TableReason
 
 CHUNK = 1 << 22  # values treated at a time

@@ -13,7 +13,7 @@ Second moments of gradients differ between readers and do not add up to one matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -24,9 +24,9 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layers.linear import LinearLayer, layer_name
-from magr_onnx.passes.layers.shared import Key, by_weight, readers
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.layers.weighted import by_weight, layer_name, readers
 
 
 class SharedWeight:
@@ -106,7 +106,7 @@ def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
     return LayerStats(total.gram, total.mean, total.rows, held_out=reduce(LayerStats.combine, held_out) if held_out else None)
 
 
-def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Key, SharedWeight]:
+def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:
     """Every weight that several of ``layers`` multiply by, by `LinearLayer.weight_key`."""
     groups = [group for group in by_weight(layers) if len(group) > 1]
     return {group[0].weight_key: SharedWeight([(layer, stats(layer)) for layer in group]) for group in groups}

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import ConstantView, constant, constant_view, dequantized
+from magr_onnx.passes.graph.constants import constant, constant_view, dequantized
 from magr_onnx.passes.graph.nodes import operand
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, unsupported_parent
-from magr_onnx.passes.layers.linear import FLOATS, find_views, in_functions, layer_name
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
+from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -33,60 +33,18 @@ BITS = tuple(range(3, 9))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ConvLayer:
-    """A safe view of one convolution.
+class ConvLayer(Product):
+    """A safe view of one convolution. Its weight is ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
 
     Attributes:
-        name: Node name, or a name made from its output; unique among the model's convolutions.
-        node: The Conv or ConvTranspose.
-        weight: The constant weight, ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
         bias: The constant bias ``(M,)``, if there is one.
         takes_bias: Whether a bias could be written: False where one is computed at run time.
         group: ``G``.
-        path: Path of the subgraph it is in; empty in the main graph.
     """
 
-    name: str
-    node: ir.Node
-    weight: ConstantView
     bias: ir.TensorProtocol | None
     takes_bias: bool
     group: int
-    path: SubgraphPath = ()
-
-    @property
-    def op(self) -> str:
-        return self.node.op_type
-
-    @property
-    def x(self) -> ir.Value:
-        """Return the input value, ``(batch, C, ...)``."""
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def reads(self) -> str:
-        """Return the calibration key of the input: the same for all convolutions that read it equally often."""
-        return calibration_key(self.x, self.node, self.path)
-
-    @property
-    def output(self) -> ir.Value:
-        return self.node.outputs[0]
-
-    @property
-    def dtype(self) -> ir.DataType:
-        return self.weight.dtype
-
-    @property
-    def root(self) -> ir.Graph:
-        """Return the main graph."""
-        return root_of(self.node, self.path)
-
-    @property
-    def weight_name(self) -> str:
-        """Return the name of the weight's constant."""
-        return self.weight.name
 
     @property
     def weight_key(self) -> Hashable:
@@ -196,7 +154,7 @@ def view(node: ir.Node, path: SubgraphPath) -> ConvLayer | Skip:
     bias = constant_view(operand(node, 2))
     fixed = bias is not None and not bias.overridable
     takes_bias = fixed or operand(node, 2) is None
-    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, path)
+    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, path=path)
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -20,12 +19,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view
+from magr_onnx.passes.graph.constants import CASTS, constant_view
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, root_of, unsupported_parent
-from magr_onnx.passes.layers.linear import FLOATS, find_views, layer_name
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.unconverted import LEAST
+from magr_onnx.passes.layers.weighted import FLOATS, WeightedNode, find_views, layer_name
 from magr_onnx.report.reasons import Reason, Skip, TableReason
 
 Form = Literal["gather-block-quantized", "dequantize"]
@@ -35,47 +34,8 @@ BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmbeddingTable:
-    """A safe view of one Gather of constant rows.
-
-    Attributes:
-        name: Node name, or a name made from its output.
-        node: The Gather.
-        weight: The constant table ``(rows, width)``.
-        path: Path of the subgraph it is in; empty in the main graph.
-    """
-
-    name: str
-    node: ir.Node
-    weight: ConstantView
-    path: SubgraphPath = ()
-
-    @property
-    def op(self) -> str:
-        return self.node.op_type
-
-    @property
-    def output(self) -> ir.Value:
-        return self.node.outputs[0]
-
-    @property
-    def root(self) -> ir.Graph:
-        """Return the main graph."""
-        return root_of(self.node, self.path)
-
-    @property
-    def weight_name(self) -> str:
-        """Return the name of the table's constant."""
-        return self.weight.name
-
-    @property
-    def dtype(self) -> ir.DataType:
-        return self.weight.dtype
-
-    @property
-    def weight_key(self) -> Hashable:
-        """Return a key that is equal for Gathers of the same table."""
-        return self.weight.key
+class EmbeddingTable(WeightedNode):
+    """A safe view of one Gather of the rows of a constant table ``(rows, width)``."""
 
     @property
     def k(self) -> int:
@@ -129,4 +89,4 @@ def _view(node: ir.Node, path: SubgraphPath) -> EmbeddingTable | Skip | None:
         return skip(Reason.WEIGHT_RANK, f"shape {list(table.shape)}")
     if attribute_of(node, "axis", 0) not in (0, -2):
         return skip(TableReason.AXIS)
-    return EmbeddingTable(name, node, table, path)
+    return EmbeddingTable(name, node, table, path=path)

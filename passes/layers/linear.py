@@ -9,9 +9,9 @@ these two first (`magr_onnx.passes.canonical`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,11 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
-from magr_onnx.passes.graph.constants import ConstantView, constant_view, dequantized, drop_if_unused
+from magr_onnx.passes.graph.constants import constant_view, dequantized, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, unsupported_parent, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
+from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
 from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
@@ -31,75 +32,41 @@ OPERATORS = ("MatMul", "Gemm")
 REFUSED = "onnx_magr.refused"
 """Key of a node's ``meta`` store with the `Reason` and details why it could not be canonicalized."""
 
-FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinearLayer:
-    """A safe view of one linear layer.
+class LinearLayer(Product):
+    """A safe view of one MatMul or Gemm.
 
     Attributes:
-        name: Node name, or a name made from its output: stable between runs, unique in the graph.
-        node: The MatMul or Gemm.
-        weight: View of the constant that ``tensor`` is computed from.
         tensor: The constant ``(K, N)``, or ``(N, K)`` when ``transposed``; computed at every read where it is stored in another form.
         transposed: See ``tensor``.
         factor: Gemm's alpha, part of the effective weight.
         add: The Add that holds the bias of a MatMul, if there is one.
         bias: The constant bias in the graph, if there is one.
         bias_factor: Gemm's beta, part of the effective bias.
-        k: Input width.
-        n: Output width.
-        path: Path of the subgraph the layer is in; empty in the main graph.
     """
 
-    name: str
-    node: ir.Node
-    weight: ConstantView
     tensor: ir.TensorProtocol
     transposed: bool
     factor: float
     add: ir.Node | None
     bias: ir.TensorProtocol | None
     bias_factor: float
-    k: int
-    n: int
-    path: SubgraphPath = ()
 
     @property
-    def nested(self) -> bool:
-        """Return whether the layer is in a subgraph of an If, Loop or Scan."""
-        return bool(self.path)
+    def k(self) -> int:
+        """Return the input width."""
+        return self.weight.shape[1 if self.transposed else 0]
 
     @property
-    def op(self) -> str:
-        return self.node.op_type
-
-    @property
-    def x(self) -> ir.Value:
-        """Return the current input value, ``(..., K)``: rewrites of earlier layers replace it."""
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def reads(self) -> str:
-        """Return the calibration key of the input: the same for all layers that read it equally often."""
-        return calibration_key(self.x, self.node, self.path)
-
-    @property
-    def dtype(self) -> ir.DataType:
-        return self.tensor.dtype
+    def n(self) -> int:
+        """Return the output width."""
+        return self.weight.shape[0 if self.transposed else 1]
 
     @property
     def output(self) -> ir.Value:
         """Return the layer's result, bias included."""
         return (self.add or self.node).outputs[0]
-
-    @property
-    def weight_name(self) -> str:
-        """Return the name of the weight's initializer or Constant."""
-        return self.weight.name
 
     @property
     def weight_key(self) -> Hashable:
@@ -137,11 +104,6 @@ class LinearLayer:
         """
         name = f"{self.weight_name if base is None else base}{suffix}"
         return add_initializer(self.root, name, array, self.graph if inside and self.nested else None)
-
-    @property
-    def root(self) -> ir.Graph:
-        """Return the main graph."""
-        return root_of(self.node, self.path)
 
     @property
     def names(self) -> Names:
@@ -206,10 +168,6 @@ def _bias_shape(bias: ir.TensorProtocol, n: int) -> tuple[int, ...]:
     return (*(1,) * (rank - 1), n)
 
 
-def layer_name(node: ir.Node) -> str:
-    return node.name or f"{node.op_type}:{node.outputs[0].name}"
-
-
 def view(node: ir.Node) -> LinearLayer | Skip:
     """View a MatMul or Gemm as a layer, or return the reason why it is none."""
     name = layer_name(node)
@@ -247,7 +205,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         factor, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         if factor == 0 or not math.isfinite(factor):
             return skip(Reason.ALPHA, f"alpha={factor}")
-    k, n = (columns, rows) if transposed else (rows, columns)
+    n = rows if transposed else columns
     add: ir.Node | None = None
     bias: ir.TensorProtocol | None = None
     if node.op_type == "MatMul":
@@ -256,7 +214,7 @@ def view(node: ir.Node) -> LinearLayer | Skip:
         bias = _bias(node.inputs[2], n)
         if bias is None:
             return skip(Reason.BIAS)
-    return LinearLayer(name, node, right, right.tensor(), transposed, factor, add, bias, beta, k, n)
+    return LinearLayer(name, node, right, right.tensor(), transposed, factor, add, bias, beta)
 
 
 def _bias(value: ir.Value | None, n: int) -> ir.TensorProtocol | None:
@@ -306,71 +264,3 @@ def _placed(node: ir.Node, path: SubgraphPath) -> LinearLayer | Skip:
     if isinstance(layer, LinearLayer):
         return replace(layer, path=path)
     return Skip(layer.name, layer.op, *node.meta[REFUSED]) if REFUSED in node.meta else layer
-
-
-class View(Protocol):
-    """A view of a node that reads a constant weight."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def op(self) -> str: ...
-
-    @property
-    def weight_name(self) -> str: ...
-
-    @property
-    def k(self) -> int: ...
-
-    @property
-    def n(self) -> int: ...
-
-    @property
-    def node(self) -> ir.Node: ...
-
-    @property
-    def output(self) -> ir.Value: ...
-
-
-V = TypeVar("V", bound=View)
-
-
-def find_views(
-    model: ir.Model,
-    operators: Collection[str],
-    view: Callable[[ir.Node, SubgraphPath], V | Skip | None],
-    selection: Selection,
-) -> tuple[list[V], list[Skip]]:
-    """Find every view of nodes of ONNX's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
-
-    Args:
-        model: The model; not changed.
-        operators: Types of the nodes to view.
-        view: Returns the view of a node at a path, the reason why there is none, or None for irrelevant nodes.
-        selection: The layers to view; others are skipped.
-    """
-    views: dict[str, V] = {}
-    skips: list[Skip] = []
-    for node, path in walk(model.graph):
-        if node.domain != "" or node.op_type not in operators:
-            continue
-        layer = view(node, path)
-        if layer is None or isinstance(layer, Skip):
-            skips += [] if layer is None else [layer]
-        elif (why := selection.leaves_out(node, layer.name, layer.weight_name)) is not None:
-            skips.append(Skip(layer.name, layer.op, why))
-        else:
-            while layer.name in views:  # ONNX requires only value names to be unique
-                layer = replace(layer, name=f"{layer.name}:{node.outputs[0].name}")
-            views[layer.name] = layer
-    return list(views.values()), skips
-
-
-def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
-    """Return skips for nodes of ONNX's ``operators`` in functions, which are not converted."""
-    nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
-    nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
-    return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]

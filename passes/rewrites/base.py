@@ -19,9 +19,9 @@ from magr_onnx.passes.base import InputGrids, ModelPass
 from magr_onnx.passes.graph import subgraphs
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import forget, known_stats
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, find
+from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.shared import sharing
+from magr_onnx.passes.layers.weighted import FLOATS, sharing
 
 Groups = Iterable[tuple[Sequence[LinearLayer], Mapping[str, LayerStats]]]
 

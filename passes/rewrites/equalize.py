@@ -43,7 +43,8 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import add_initializer
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer, view
+from magr_onnx.passes.layers.linear import LinearLayer, view
+from magr_onnx.passes.layers.weighted import FLOATS
 from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
 
 EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

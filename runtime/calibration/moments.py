@@ -15,7 +15,7 @@ from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.passes.layers.shared import by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext

@@ -15,8 +15,9 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.models import bundled
 from magr_onnx.passes import Equalize, Plan, Quantize, attach, find
-from magr_onnx.passes.layers.linear import FLOATS, LinearLayer
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.selection import Selection
+from magr_onnx.passes.layers.weighted import FLOATS
 from magr_onnx.passes.rewrites.base import Context
 from magr_onnx.passes.rewrites.equalize import candidates, search
 from magr_onnx.runtime.calibration import moments

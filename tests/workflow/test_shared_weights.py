@@ -20,7 +20,7 @@ from magr_onnx.passes import Plan, SolvedLayer, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layer_passes.shared_weights import SharedWeight, remarks
-from magr_onnx.passes.layers.shared import sharing
+from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.report.html import summary
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.context import CalibrationContext

@@ -1,0 +1,159 @@
+"""What the views of layers, convolutions and tables have in common, and the search that finds them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.constants import ConstantView
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, walk
+from magr_onnx.passes.layers.selection import Selection
+from magr_onnx.report.reasons import Reason, Skip
+
+FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedNode(abc.ABC):
+    """A safe view of a node that reads a constant weight.
+
+    Attributes:
+        name: Node name, or a name made from its output: stable between runs, unique among the views of its kind.
+        node: The node.
+        weight: View of the constant weight.
+        path: Path of the subgraph it is in; empty in the main graph.
+    """
+
+    name: str
+    node: ir.Node
+    weight: ConstantView
+    path: SubgraphPath = field(default=(), kw_only=True)
+
+    @property
+    @abc.abstractmethod
+    def k(self) -> int:
+        """Return the rows of the weight's matrix."""
+
+    @property
+    @abc.abstractmethod
+    def n(self) -> int:
+        """Return the columns of the weight's matrix."""
+
+    @property
+    def nested(self) -> bool:
+        """Return whether the node is in a subgraph of an If, Loop or Scan."""
+        return bool(self.path)
+
+    @property
+    def op(self) -> str:
+        return self.node.op_type
+
+    @property
+    def output(self) -> ir.Value:
+        """Return the node's result."""
+        return self.node.outputs[0]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Return the float type of the weight."""
+        return self.weight.dtype
+
+    @property
+    def root(self) -> ir.Graph:
+        """Return the main graph."""
+        return root_of(self.node, self.path)
+
+    @property
+    def weight_name(self) -> str:
+        """Return the name of the weight's initializer or Constant."""
+        return self.weight.name
+
+    @property
+    def weight_key(self) -> Hashable:
+        """Return a key that is equal for views that use the same weight in the same way."""
+        return self.weight.key
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product(WeightedNode):
+    """A node that multiplies its first input by the weight."""
+
+    @property
+    def x(self) -> ir.Value:
+        """Return the current input value: rewrites of earlier layers replace it."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def reads(self) -> str:
+        """Return the calibration key of the input: the same for all nodes that read it equally often."""
+        return calibration_key(self.x, self.node, self.path)
+
+
+V = TypeVar("V", bound=WeightedNode)
+
+
+def layer_name(node: ir.Node) -> str:
+    return node.name or f"{node.op_type}:{node.outputs[0].name}"
+
+
+def find_views(
+    model: ir.Model,
+    operators: Collection[str],
+    view: Callable[[ir.Node, SubgraphPath], V | Skip | None],
+    selection: Selection,
+) -> tuple[list[V], list[Skip]]:
+    """Find every view of nodes of ONNX's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
+
+    Args:
+        model: The model; not changed.
+        operators: Types of the nodes to view.
+        view: Returns the view of a node at a path, the reason why there is none, or None for irrelevant nodes.
+        selection: The layers to view; others are skipped.
+    """
+    views: dict[str, V] = {}
+    skips: list[Skip] = []
+    for node, path in walk(model.graph):
+        if node.domain != "" or node.op_type not in operators:
+            continue
+        layer = view(node, path)
+        if layer is None or isinstance(layer, Skip):
+            skips += [] if layer is None else [layer]
+        elif (why := selection.leaves_out(node, layer.name, layer.weight_name)) is not None:
+            skips.append(Skip(layer.name, layer.op, why))
+        else:
+            while layer.name in views:  # ONNX requires only value names to be unique
+                layer = replace(layer, name=f"{layer.name}:{node.outputs[0].name}")
+            views[layer.name] = layer
+    return list(views.values()), skips
+
+
+def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
+    """Return skips for nodes of ONNX's ``operators`` in functions, which are not converted."""
+    nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
+    nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
+    return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
+
+
+def by_weight(layers: Iterable[V]) -> list[list[V]]:
+    """Group layers, convolutions or tables by weight, in order."""
+    groups: dict[Hashable, list[V]] = {}
+    for layer in layers:
+        groups.setdefault(layer.weight_key, []).append(layer)
+    return list(groups.values())
+
+
+def sharing(layers: Iterable[WeightedNode]) -> set[str]:
+    """Return the names of layers that share their weight with another layer."""
+    return {layer.name for group in by_weight(layers) if len(group) > 1 for layer in group}
+
+
+def readers(layer: WeightedNode) -> list[ir.Node]:
+    """Return the nodes that still read the float weight of a converted layer."""
+    return [use.node for use in layer.weight.source.uses()]
