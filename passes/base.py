@@ -98,6 +98,20 @@ class LayerPass(LayerStage, ir.passes.InPlacePass):
 class ModelPass(Stage, ir.passes.InPlacePass):
     """A stage that treats a model as a whole, and is a pass by itself."""
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change a model by itself.
+
+        Raises:
+            OptionError: The stage has options that are wrong.
+        """
+        raise_all(OptionError, self.problems(None))
+        Names.rescan(model.graph)
+        return ir.passes.PassResult(model, self.change(model))
+
+    @abc.abstractmethod
+    def change(self, model: ir.Model) -> bool:
+        """Change a model without the rest of a plan; True if anything changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Emitted:

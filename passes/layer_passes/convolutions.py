@@ -11,10 +11,9 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
-from magr_onnx.errors import ModelError, OptionError, raise_all
+from magr_onnx.errors import ModelError
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.conv import emit
-from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_state import float_type
@@ -77,20 +76,18 @@ class Convolutions(ModelPass):
             return 21
         return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        raise_all(OptionError, self.problems(None))
+    def change(self, model: ir.Model) -> bool:
         modified = self.prepare(model, None)
-        Names.rescan(model.graph)
         layers, _ = find(model)
         if self.opset(layers) > model.opset_imports.get("", 0):
-            return ir.passes.PassResult(model, modified)
+            return modified
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
         rounding = Quantize("rtn", self.bits, None, self.symmetric)
         for readers in by_weight(layers):
             problems = problems_of(readers[0])
             solutions = [rounding.solve(problem, LayerSolution.unsolved(problem)) for problem in problems]
             emit(readers, join_groups(problems, solutions, False), "dequantize" if integer else self.form, integer)
-        return ir.passes.PassResult(model, modified or bool(layers))
+        return modified or bool(layers)
 
 
 def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[LayerProblem]:

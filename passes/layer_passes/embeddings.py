@@ -15,10 +15,8 @@ from magr_onnx.core.grid import search
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution
 from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, WeightSpec
-from magr_onnx.errors import OptionError, raise_all
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
-from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, EmbeddingTable, Form, find
 from magr_onnx.passes.layers.weighted import by_weight
@@ -64,13 +62,11 @@ class Embeddings(ModelPass):
         odd = self.bits == 4 and table.weight.shape[1] % 2
         return Skip(table.name, table.op, TableReason.WIDTH, f"{table.weight.shape[1]} columns") if odd else None
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        raise_all(OptionError, self.problems(None))
-        Names.rescan(model.graph)
+    def change(self, model: ir.Model) -> bool:
         tables = [t for t in find(model)[0] if self.fits_table(t) is None]
         for readers in by_weight(tables):
             emit(readers, self.solve(problem_of(readers[0])), self.form)
-        return ir.passes.PassResult(model, bool(tables))
+        return bool(tables)
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Round a table on searched grids."""

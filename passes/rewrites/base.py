@@ -17,7 +17,6 @@ from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.base import InputGrids, ModelPass
 from magr_onnx.passes.graph import subgraphs
-from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import forget, known_stats
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import ALL, Selection
@@ -77,17 +76,16 @@ class Rewrite(ModelPass):
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         """Change ``model`` in place; return notes for the report on the changes, none if there are none."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def change(self, model: ir.Model) -> bool:
         """Rewrite for the default grid, with the statistics attached to layers.
 
         Statistics describe the old graph, so a changed graph loses them; collect them again afterwards.
         """
-        Names.rescan(model.graph)
         stats = known_stats(model)
         notes = self.rewrite(model, Context(statistics=lambda _, layers: [(layers, stats)]))
         if notes:
             forget(model)
-        return ir.passes.PassResult(model, bool(notes))
+        return bool(notes)
 
 
 def remember(layer: LinearLayer) -> None:

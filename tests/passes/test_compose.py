@@ -169,12 +169,22 @@ def test_alone_a_pass_converts(name: str, kind: str) -> None:
     assert not chosen(work).modified
 
 
-def test_tables_see_names_that_other_code_took() -> None:
+@pytest.mark.parametrize(("kind", "taken"), [(ours.Embeddings, "table_q8"), (ours.Convolutions, "kernel_q8")])
+def test_passes_see_names_that_other_code_took(kind: type[ir.passes.InPlacePass], taken: str) -> None:
     b = Builder()
     rows = b.node("Gather", [b.constant("table", random(64, 32)), b.input("ids", ["n"], ir.DataType.INT64)], "gather")
-    model = b.model(b.node("MatMul", [rows, b.constant("w", random(32, 8))], "product"), ["n", 8])
+    product = b.node("MatMul", [rows, b.constant("w", random(32, 8))], "product")
+    convolved = b.node("Conv", [b.input("image", [1, 2, 8, 8]), b.constant("kernel", random(4, 2, 3, 3))], "conv")
+    model = b.model_of([product, convolved])
     ours.Quantize("rtn")(model)  # names of the model are known from here on
-    taken = ir.Value(name="table_q8", const_value=ir.tensor(np.zeros(1, np.float32), name="table_q8"))
-    model.graph.register_initializer(taken)
-    ours.Embeddings()(model)
-    assert {"table_q8", "table_q8_1"} <= set(model.graph.initializers)
+    model.graph.register_initializer(ir.Value(name=taken, const_value=ir.tensor(np.zeros(1, np.float32), name=taken)))
+    kind()(model)
+    assert {taken, f"{taken}_1"} <= set(model.graph.initializers)
+
+
+def test_a_rewrite_by_itself_refuses_wrong_options() -> None:
+    b = Builder()
+    product = b.node("MatMul", [b.input("x", ["n", 32]), b.constant("w", random(32, 8))], "product")
+    with pytest.raises(ir.passes.PassError) as caught:
+        ir.passes.Sequential(ours.SplitOutliers(factor=0.5))(b.model_of([product]))
+    assert "must be above 1" in str(caught.value.__cause__)
