@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,19 @@ Array = npt.NDArray[Any]
 PATIENCE = 600
 """Seconds to wait for what comes in a moment where the machine is idle: no test is to fail because it is busy."""
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The root of the project."""
+
 EXAMPLES = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+
+
+def run_program(name: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run a module of ``tests`` in a process of its own; the JSON object that is its last line."""
+    command = [sys.executable, "-m", f"tests.{name}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
 
 
 def activations(rows: int, k: int, seed: int = 0, tail: float = 1.0) -> Array:

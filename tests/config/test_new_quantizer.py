@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.quantizers import QUANTIZERS, Quantizer, method_options, rtn
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT, run_program
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.new_quantizer", str(tmp_path_factory.mktemp("new"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_program("new_quantizer", tmp_path_factory.mktemp("new"))
 
 
 def test_every_way_of_giving_its_option_gives_the_same_model(results: dict[str, Any]) -> None:

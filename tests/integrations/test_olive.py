@@ -21,12 +21,10 @@ from magr_onnx.config.options import Options
 from magr_onnx.passes.emit.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random
-from tests.helpers import PATIENCE
+from tests.helpers import PATIENCE, ROOT, run_program
 
 if importlib.util.find_spec("olive") is None:
     pytest.skip("olive-ai is not installed", allow_module_level=True)
-
-ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = {"CI": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 K, ROWS = 64, 96
 
@@ -157,11 +155,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("a", "b"):
         for source in ("model.onnx", "inputs.npz"):
             (folder / "parts" / f"{name}{Path(source).suffix}").write_bytes((folder / "parts" / source).read_bytes())
-    command = [sys.executable, "-m", "tests.olive_workflows", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_program("olive_workflows", folder, environment=environment())
 
 
 @pytest.mark.long

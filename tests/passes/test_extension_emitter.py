@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import run_program
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.new_emitter", str(tmp_path_factory.mktemp("new"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=480)
-    assert done.returncode == 0, done.stderr
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return values
+    return run_program("new_emitter", tmp_path_factory.mktemp("new"))
 
 
 def test_every_way_of_asking_for_it_gives_the_same_model(results: dict[str, Any]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,9 @@ from tests import graphs
 from tests.decoders import genai
 from tests.decoders import optimum as decoder
 from tests.graphs import Builder, proto, random
-from tests.helpers import PATIENCE
+from tests.helpers import ROOT, run_program
 from tests.model_io.test_writing import small_disk
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]]
 INT64 = ir.DataType.INT64
 
@@ -367,10 +364,7 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-onnx is not installed")
 def test_folders_of_optimum_load_in_optimum(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.optimum_export", "check", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_program("optimum_export", "check", tmp_path, environment=environment)
     one, many = found["classifier"], found["translator"]
     assert 0 < one["difference"] < 0.1
     before, after = tree(Path(one["source"])), tree(Path(one["out"]))
