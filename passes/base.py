@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -192,6 +193,11 @@ def layers_of(stage: Stage, model: ir.Model) -> tuple[bool, list[LayerState]]:
     if any(state.layer.root is not model.graph for state in layers):
         raise ModelError(f"{stage.name}: raising the opset rebuilt the graph; convert the model before the first pass")
     return modified, layers
+
+
+def negative_or_infinite(name: str, value: float | None) -> list[str]:
+    """What is wrong with an option that must be 0 or more, and finite; None is an option left open."""
+    return [] if value is None or 0 <= value < math.inf else [f"{name}={value} must be 0 or more, and finite"]
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ import onnx_ir as ir
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.errors import ModelError
-from magr_onnx.passes.base import ModelPass
+from magr_onnx.passes.base import ModelPass, negative_or_infinite
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layer_passes.quantize import Quantize
@@ -52,9 +51,7 @@ class Convolutions(ModelPass):
             problems.append(f"convolutions: bits={self.bits} is not supported; choose one of {known}, or none to leave them float")
         if self.form not in FORMS:
             problems.append(f"convolutions: form={self.form!r} is not known; choose one of {', '.join(FORMS)}")
-        if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            problems.append(f"convolutions: alpha={self.alpha} must be 0 or more, and finite")
-        return problems
+        return problems + negative_or_infinite("convolutions: alpha", self.alpha)
 
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""

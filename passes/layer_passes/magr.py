@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.quantizers.interface import damped_gram
 from magr_onnx.core.types import Array, WeightSpec
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass, negative_or_infinite
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,7 @@ class MagR(LayerPass):
     bias: BiasPolicy | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        problems = []
-        if not 0 <= self.alpha < math.inf:
-            problems.append(f"magr: alpha={self.alpha} must be 0 or more, and finite")
-        if self.damping is not None and not 0 <= self.damping < math.inf:
-            problems.append(f"magr: damping={self.damping} must be 0 or more, and finite")
+        problems = [*negative_or_infinite("magr: alpha", self.alpha), *negative_or_infinite("magr: damping", self.damping)]
         if self.block_size is not None and self.block_size < 1:
             problems.append(f"magr: block_size={self.block_size} must be at least 1, or none")
         if spec is not None:

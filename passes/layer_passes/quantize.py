@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from magr_onnx.core.overflow.targets import find_target
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, quantizers_with, rtn
 from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError, closest
-from magr_onnx.passes.base import LayerPass
+from magr_onnx.passes.base import LayerPass, negative_or_infinite
 from magr_onnx.passes.layer_passes import magr
 from magr_onnx.passes.layer_passes.activations import ActivationType
 
@@ -111,10 +110,7 @@ class Quantize(LayerPass):
             problems.append(f"block size {self.block_size} must be at least 1, or 'channel'")
         if self.beta is not None and not 0 < self.beta <= 1:
             problems.append(f"beta={self.beta} must be above 0 and at most 1")
-        if self.damping is not None and not 0 <= self.damping < math.inf:
-            problems.append(f"damping={self.damping} must be 0 or more, and finite")
-        if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            problems.append(f"quantize: alpha={self.alpha} must be 0 or more, and finite")
+        problems += [*negative_or_infinite("damping", self.damping), *negative_or_infinite("quantize: alpha", self.alpha)]
         if self.alpha is not None and self.method in QUANTIZERS and not self.quantizer.chooses:
             choosing = " or ".join(quantizer.name for quantizer in QUANTIZERS.values() if quantizer.chooses)
             problems.append(f"quantize: alpha is for method {choosing}; put a magr pass before method {self.method}")
