@@ -123,6 +123,12 @@ def install(extra: str) -> str:
     return f"pip install 'onnx-magr[{extra}]', or pip install '.[{extra}]' in a clone"
 
 
+def choose_one(value: object, choices: Iterable[object]) -> str:
+    """Return ``choose one of ...`` for a wrong value, with the choices closest to it."""
+    names = list(map(str, choices))
+    return f"choose one of {', '.join(names)}{closest(str(value), names)}"
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean ...?`` with the names closest to a wrong one; empty where none is close."""
     import difflib  # slow to import

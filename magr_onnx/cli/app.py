@@ -13,7 +13,7 @@ from typer.main import get_command
 
 import magr_onnx
 from magr_onnx.cli.commands import COMMANDS
-from magr_onnx.errors import closest
+from magr_onnx.errors import choose_one
 
 _INVALID_CHOICE = re.compile(r"(?:Value error, )?'(?P<value>.*)' is not one of (?P<choices>.*?)\.?")
 
@@ -50,7 +50,7 @@ class _Commands(TyperGroup):
         except typer.BadParameter as error:
             if (match := _INVALID_CHOICE.fullmatch(error.message)) is not None:
                 choices = match["choices"].replace("'", "").split(", ")
-                error.message = f"{match['value']!r}: choose one of {', '.join(choices)}{closest(match['value'], choices)}"
+                error.message = f"{match['value']!r}: {choose_one(match['value'], choices)}"
             raise
 
 

@@ -9,7 +9,7 @@ from typing import Unpack, cast, get_args
 from magr_onnx.config.options import BIAS, OPTIONS, Effort, Options
 from magr_onnx.core.quantizers import method_options
 from magr_onnx.core.quantizers.auto import usual_alpha
-from magr_onnx.errors import OptionError, closest, raise_all
+from magr_onnx.errors import OptionError, choose_one, closest, raise_all
 from magr_onnx.passes import (
     CompensateBias,
     Convolutions,
@@ -85,9 +85,9 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
     for option in sorted(options.keys() - OPTIONS.keys()):
         yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
     if (form := options.get("format", OPTIONS["format"].default)) not in FORMATS:
-        yield f"format {form!r} is not known; choose one of {', '.join(FORMATS)}{closest(str(form), FORMATS)}"
+        yield f"format {form!r} is not known; {choose_one(form, FORMATS)}"
     if (bias := options.get("bias", "auto")) not in BIAS:
-        yield f"bias={bias!r} is not known; choose one of {', '.join(BIAS)}{closest(str(bias), BIAS)}"
+        yield f"bias={bias!r} is not known; {choose_one(bias, BIAS)}"
 
 
 def _for_other_formats(options: Options, name: str) -> Iterator[str]:
@@ -116,7 +116,7 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
     """Name options that conflict."""
     effort, named = options.get("effort") or form.effort, options.get("quantizer")
     if effort not in get_args(Effort):
-        yield f"effort={effort!r} is not known; choose one of {', '.join(get_args(Effort))}{closest(str(effort), get_args(Effort))}"
+        yield f"effort={effort!r} is not known; {choose_one(effort, get_args(Effort))}"
     if named is not None and options.get("effort") is not None:
         yield f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them"
     if options.get("embeddings", "none") == "none" and (bits := options.get("embedding_bits")) is not None:

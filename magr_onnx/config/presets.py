@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from magr_onnx.config.layer_options import LayerOptions, described
 from magr_onnx.config.options import Options
-from magr_onnx.errors import OptionError, closest
+from magr_onnx.errors import OptionError, choose_one
 
 _HEAD = ("*lm_head*", "*output_projection*")
 
@@ -90,5 +90,5 @@ def find_preset(name: str) -> Preset:
         OptionError: There is none; the message lists them.
     """
     if name not in PRESETS:
-        raise OptionError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}{closest(name, PRESETS)}")
+        raise OptionError(f"unknown preset {name!r}; {choose_one(name, PRESETS)}")
     return PRESETS[name]

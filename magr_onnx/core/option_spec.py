@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal
 
-from magr_onnx.errors import closest, shortened
+from magr_onnx.errors import choose_one, shortened
 
 Kind = Literal["value", "path", "paths", "patterns", "size"]
 
@@ -72,7 +72,7 @@ class OptionSpec:
         """Explain why a value is invalid; None if it is valid."""
         choices, fault = self.choices, self.mistyped(value)
         if fault is None and choices and value not in (None, self.none_word, *choices):
-            return f"{self.name} = {shortened(value)}: choose one of {', '.join(map(str, choices))}{closest(str(value), map(str, choices))}"
+            return f"{self.name} = {shortened(value)}: {choose_one(value, choices)}"
         return fault
 
     def mistyped(self, value: Any) -> str | None:

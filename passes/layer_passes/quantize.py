@@ -17,7 +17,7 @@ from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_fe
 from magr_onnx.core.overflow.targets import find_target
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, quantizers_with, rtn
 from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
-from magr_onnx.errors import OptionError, closest
+from magr_onnx.errors import OptionError, choose_one
 from magr_onnx.passes.base import LayerPass, negative_or_infinite
 from magr_onnx.passes.layer_passes import magr
 from magr_onnx.passes.layer_passes.activations import ActivationType
@@ -101,9 +101,7 @@ class Quantize(LayerPass):
         if spec is not None:
             problems.append("quantize appears twice")
         if self.method not in QUANTIZERS:
-            problems.append(
-                f"quantizer {self.method!r} is not known; choose one of {', '.join(QUANTIZERS)}{closest(self.method, QUANTIZERS)}"
-            )
+            problems.append(f"quantizer {self.method!r} is not known; {choose_one(self.method, QUANTIZERS)}")
         if self.bits not in BITS:
             problems.append(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
         if self.block_size is not None and self.block_size < 1:
