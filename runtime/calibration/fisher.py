@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -17,6 +15,7 @@ from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.progress import Progress, part_of, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
@@ -34,30 +33,31 @@ class Fisher:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
-        self._files: dict[str, Path] = {}
+        self._cache = Cache(0, "second moments of gradients", "set TMPDIR")
+        self._names: set[str] = set()
         self.blocked: set[str] = set()
 
     def put(self, name: str, moments: Array) -> None:
-        path = Path(self._folder.name, f"{len(self._files)}.npy")
-        np.save(path, moments.astype(np.float32), allow_pickle=False)
-        self._files[name] = path
+        """Store the moments of a layer output.
+
+        Raises:
+            OutputError: The temporary folder cannot be written to.
+        """
+        self._cache.put(name, 0, moments.astype(np.float32))
+        self._names.add(name)
 
     def get(self, name: str) -> Array | None:
         """Return the moments of the layer output of this name, or None."""
-        if name not in self._files:
-            return None
-        stored: Array = np.load(self._files[name], allow_pickle=False).astype(np.float64)
-        return stored
+        return self._cache.get(name, 0).astype(np.float64) if name in self._names else None
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def __enter__(self) -> Fisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._folder.cleanup()
+        self._cache.__exit__(kind, error, trace)
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""Cache of values between stages: in memory up to a limit, the rest in a temporary folder."""
+"""Cache of values: in memory up to a limit, the rest in a temporary folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Cache:
         spilled: Bytes written to files so far.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, contents: str = "values between stages", remedy: str = "give a larger --cache, or set TMPDIR") -> None:
+        """Start empty, with ``limit`` bytes of memory; ``contents`` and ``remedy`` are for the message about a full disk."""
+        self._limit, self._contents, self._remedy = limit, contents, remedy
         self._used = 0
         self._memory: dict[tuple[str, int], Tensor] = {}
         self._files: dict[tuple[str, int], Path] = {}
@@ -50,9 +51,7 @@ class Cache:
             self._files[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
         except OSError as error:
             folder = tempfile.gettempdir()
-            raise OutputError(
-                f"cannot write values between stages to {folder}: {os_error_hint(error)}; or give a larger --cache, or set TMPDIR"
-            ) from error
+            raise OutputError(f"cannot write {self._contents} to {folder}: {os_error_hint(error)}; or {self._remedy}") from error
         self._written += 1
         self.spilled += array.nbytes
 
@@ -90,7 +89,10 @@ def _write(array: Tensor, path: Path) -> Path:
         path.write_text(json.dumps([array.shape, [_text(item) for item in array.reshape(-1)]]), encoding="ascii")
     else:
         path = path.with_suffix(".npy")
-        np.save(path, array, allow_pickle=False)
+        array = np.asarray(array, order="C")
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)  # not np.save, which ignores a full disk
     return path
 
 

@@ -22,6 +22,7 @@ from magr_onnx.model_io import files, writing
 from magr_onnx.model_io.atomic import lock, remove_stale, staging_directory
 from magr_onnx.model_io.writing import Layout, save
 from magr_onnx.models import bundled
+from magr_onnx.runtime.calibration.fisher import Fisher
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -260,9 +261,23 @@ def test_temporary_files_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(tempfile, "tempdir", str(disk))
         with pytest.raises(OutputError, match=r"temporary files to .*disk.*set TMPDIR"):
             Session(ir.from_proto(onnx.load(bundled.MODEL)))
-        with Cache(0) as cache, pytest.raises(OutputError, match="larger --cache, or set TMPDIR"):
+        with Cache(0) as cache, pytest.raises(OutputError, match=r"disk is full.*larger --cache, or set TMPDIR"):
             cache.put("x", 0, np.zeros(1 << 16))
+        with Fisher() as moments, pytest.raises(OutputError, match=r"second moments of gradients to .*disk is full.*set TMPDIR"):
+            moments.put("y", np.zeros((256, 256)))
         assert names(disk) == []
+
+
+def test_the_last_bytes_of_a_value_on_a_full_disk_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few enough that a buffer takes them in, of a file whose first page is written."""
+    values = np.arange(1000, dtype=np.float32)
+    with small_disk(tmp_path, 3 << 12) as disk:  # a value takes two pages
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with Cache(0) as cache:
+            cache.put("x", 0, values)
+            with pytest.raises(OutputError, match="disk is full"):
+                cache.put("x", 1, values)
+            np.testing.assert_array_equal(cache.get("x", 0), values)
 
 
 def test_a_job_directory_on_a_full_disk_keeps_what_it_has(tmp_path: Path) -> None:
