@@ -30,7 +30,7 @@ from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import container_bits, pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.base import Emitted
-from magr_onnx.passes.graph.constants import constant, drop_if_unused
+from magr_onnx.passes.graph.constants import constant_tensor, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, split_groups, to_matrices
@@ -135,10 +135,10 @@ def _computed(value: ir.Value | None) -> Array | None:
     """Evaluate the dequantizing nodes of `emit` in float32; None for any other nodes."""
     node = None if value is None else value.producer()
     if node is None:
-        tensor = None if value is None or value.is_graph_input() else constant(value)
+        tensor = None if value is None or value.is_graph_input() else constant_tensor(value)
         return None if tensor is None else tensor.numpy().astype(np.float32)
     if node.op_type == "Constant":
-        tensor = constant(value)
+        tensor = constant_tensor(value)
         return None if tensor is None else tensor.numpy().astype(np.float32)
     parts = [_computed(v) for v in node.inputs]
     if not parts or any(p is None for p in parts):

@@ -15,7 +15,7 @@ from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.passes.layers.embedding import BLOCK, EmbeddingTable, Form
 from magr_onnx.passes.layers.weighted import FLOATS
 
@@ -72,15 +72,15 @@ def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, fo
 def emitted_table(node: ir.Node) -> Array | None:
     """Dequantize the table ``(rows, width)`` that a node gathers codes of; None for any other node."""
     try:
-        codes = constant(operand(node, 0))
+        codes = constant_array(operand(node, 0))
         if codes is None:
             return None
         if node.op_type == "Gather":
             scaled = only_reader(only_reader(node, "Cast"), "Mul")
             producers = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
-            scales = next((constant(n.inputs[0]) for n in producers if n is not None and n.op_type == "Gather"), None)
+            scales = next((constant_array(n.inputs[0]) for n in producers if n is not None and n.op_type == "Gather"), None)
             return None if codes.dtype != np.int8 or scales is None else codes.astype(np.float32) * scales.astype(np.float32)
-        scales, zeros = constant(operand(node, 2)), constant(operand(node, 3))
+        scales, zeros = constant_array(operand(node, 2)), constant_array(operand(node, 3))
     except UnsupportedNode:
         return None
     bits, block = attribute_of(node, "bits", 4), attribute_of(node, "block_size", 128)

@@ -121,7 +121,7 @@ def constant_view(value: ir.Value | None) -> ConstantView | None:
         nodes.append((node, value.index() or 0))
         value = node.inputs[0]
         exposed |= value.is_graph_output()
-    stored = constant(value)
+    stored = constant_tensor(value)
     if stored is None:
         return None
     shape, dtype = tuple(int(d) for d in stored.shape.numpy()), stored.dtype
@@ -137,7 +137,7 @@ def constant_view(value: ir.Value | None) -> ConstantView | None:
     return ConstantView(value, stored, tuple(steps), exposed)
 
 
-def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor of an initializer or Constant node, else None."""
     if value is None:
         return None
@@ -165,7 +165,7 @@ def dequantized(value: ir.Value | None) -> ir.TensorProtocol | None:
     maker = source.producer()
     if maker is not None and maker.op_type == "QuantizeLinear" and maker.inputs[0] is not None:
         source = source_of(maker.inputs[0])
-    return constant(source)
+    return constant_tensor(source)
 
 
 def drop_if_unused(value: ir.Value) -> None:
@@ -203,7 +203,7 @@ def ints(node: ir.Node, name: str, index: int) -> list[int] | None:
     if name in node.attributes:
         return [int(i) for i in node.attributes[name].as_ints()]
     value = node.inputs[index] if len(node.inputs) > index else None
-    tensor = constant(value)
+    tensor = constant_tensor(value)
     if tensor is None or (value is not None and value.is_graph_input()):
         return None
     return [int(i) for i in tensor.numpy().reshape(-1)]
@@ -301,7 +301,7 @@ def _split(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType
 def _grid(node: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None, int, int] | None:
     """Read scales, zero points, axis and block of a QuantizeLinear or DequantizeLinear, where they are constant."""
     values = [v for v in node.inputs[1:3] if v is not None]
-    tensors = [constant(v) for v in values]
+    tensors = [constant_tensor(v) for v in values]
     if not tensors or tensors[0] is None or tensors[-1] is None or any(v.is_graph_input() for v in values):
         return None
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -76,7 +76,7 @@ class _Grid:
 
 def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
     codes, kind = integers(constant_codes(required(dq, 0)))
-    scales, zeros = constant(required(dq, 1)), constant(operand(dq, 2))
+    scales, zeros = constant_array(required(dq, 1)), constant_array(operand(dq, 2))
     if scales is None:
         raise UnsupportedNode(IntegerReason.SCALE, "of the weight")
     if zeros is None:
@@ -107,7 +107,7 @@ def product(node: ir.Node) -> IntegerDot:
     try:
         grid = _grid(dq_w, between)
     except UnsupportedNode as unsupported:
-        if unsupported.reason is IntegerReason.DYNAMIC_WEIGHT and dq_x is not None and constant(required(dq_x, 0)) is not None:
+        if unsupported.reason is IntegerReason.DYNAMIC_WEIGHT and dq_x is not None and constant_array(required(dq_x, 0)) is not None:
             raise UnsupportedNode(IntegerReason.CONSTANT_LEFT) from unsupported
         raise
     flip = node.op_type == "Gemm" and bool(attribute_of(node, "transB", 0))
@@ -122,10 +122,10 @@ def product(node: ir.Node) -> IntegerDot:
     else:
         codes, scales, zeros = (columns(np.swapaxes(a, -1, -2) if flip else a) for a in (grid.codes, grid.scales, grid.zeros))
     block = _steps(scales, zeros, grid.block)
-    x_scale = constant(required(dq_x, 1))
+    x_scale = constant_array(required(dq_x, 1))
     if x_scale is None or x_scale.size != 1:
         raise UnsupportedNode(IntegerReason.SCALE, "of the activation")
-    if operand(dq_x, 2) is not None and constant(operand(dq_x, 2)) is None:
+    if operand(dq_x, 2) is not None and constant_array(operand(dq_x, 2)) is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
     x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
     w_zeros = zeros[:1] if block is None else zeros

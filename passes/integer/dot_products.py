@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import packed_shape, unpack_codes
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
@@ -174,7 +174,7 @@ def _conv(
     node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, bias: ir.Value | None, weight_left: bool
 ) -> IntegerDot:
     stored = constant_weight(w, x)
-    zeros = constant(w_zero)
+    zeros = constant_array(w_zero)
     if w_zero is not None and zeros is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
     matrix, taps, depthwise = conv_matrix(stored, attribute_of(node, "group", 1))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.report.reasons import IntegerReason
 
 Array = npt.NDArray[Any]
@@ -65,7 +65,7 @@ def constant_codes(value: ir.Value) -> Array:
     node = value.producer()
     if node is None or node.op_type != "QuantizeLinear" or node.domain != "":
         return constant_weight(value)
-    floats, scales, zeros = (constant(operand(node, i)) for i in range(3))
+    floats, scales, zeros = (constant_array(operand(node, i)) for i in range(3))
     if floats is None or scales is None:
         raise UnsupportedNode(IntegerReason.DYNAMIC_WEIGHT)
     if zeros is None or attribute_of(node, "block_size", 0) or not floats.dtype == scales.dtype == np.float32:
@@ -96,9 +96,9 @@ RANGES = {f"{'' if signed else 'u'}int{bits}": _range(bits, signed) for bits in 
 
 def constant_weight(value: ir.Value, other_operand: ir.Value | None = None) -> Array:
     """Return the constant of a weight operand; ``other_operand`` serves to tell which side is constant."""
-    weight = constant(value)
+    weight = constant_array(value)
     if weight is None:
-        constant_left = other_operand is not None and constant(other_operand) is not None
+        constant_left = other_operand is not None and constant_array(other_operand) is not None
         raise UnsupportedNode(IntegerReason.CONSTANT_LEFT if constant_left else IntegerReason.DYNAMIC_WEIGHT)
     if weight.size == 0:
         raise UnsupportedNode(IntegerReason.SHAPE, f"weight has shape {list(weight.shape)}")
@@ -141,7 +141,7 @@ def type_of(value: ir.Value) -> str | None:
 def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int | None = 0) -> tuple[str, tuple[int, int], tuple[int, ...]]:
     """Return type, range and zero points of activation codes; the extreme zero points where they are computed at run time."""
     kind = type_of(codes) or (None if zero is None else type_of(zero))
-    zero_points = constant(zero)
+    zero_points = constant_array(zero)
     if kind is None and zero_points is not None:
         kind = zero_points.dtype.name
     if kind not in RANGES:
@@ -170,7 +170,7 @@ def weight_zeros(value: ir.Value | None, shape: tuple[int, ...]) -> Int64:
     """Return weight zero points of an integer matrix product as ``(1, N')``: scalar, per column, or batched ``(..., 1, N)``."""
     if value is None:
         return np.zeros((1, 1), np.int64)
-    zero_points = constant(value)
+    zero_points = constant_array(value)
     if zero_points is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
     zeros = zero_points.astype(np.int64)
@@ -189,7 +189,7 @@ def integer_bias(value: ir.Value | None, n: int) -> Int64 | None:
     """Return a constant integer bias ``(n,)``; None if there is none."""
     if value is None:
         return None
-    bias = constant(value)
+    bias = constant_array(value)
     if bias is None:
         raise UnsupportedNode(IntegerReason.BIAS)
     if not np.issubdtype(bias.dtype, np.integer):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import constant, constant_view, dequantized
+from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized
 from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
@@ -120,7 +120,7 @@ def is_made_of_codes(value: ir.Value) -> bool:
         if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose") or node.inputs[0] is None:
             break
         value = node.inputs[0]
-    tensor = constant(value)
+    tensor = constant_tensor(value)
     return tensor is not None and tensor.dtype.is_integer()
 
 
