@@ -189,6 +189,25 @@ def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
     return QdqTensors(codes, scales[group_of_block], None if zeros is None else zeros[group_of_block], bits, 0, block)
 
 
+def broadcast_grid(values: npt.NDArray[Any], shape: tuple[int, ...], axis: int, block_size: int) -> npt.NDArray[Any]:
+    """Broadcast scales or zero points of DequantizeLinear to the codes: per tensor, per slice of ``axis``, or per block along it.
+
+    Args:
+        values: Of any size, which tells a tensor from slices.
+        shape: The shape of the codes.
+        axis: An axis of them, not negative.
+        block_size: Codes of a block; 0 without blocks.
+
+    Raises:
+        ValueError: They do not fit the codes.
+    """
+    if values.size == 1:
+        return np.broadcast_to(values.reshape((1,) * len(shape)), shape)
+    if block_size:
+        return np.broadcast_to(np.repeat(values, block_size, axis=axis)[(slice(None),) * axis + (slice(shape[axis]),)], shape)
+    return np.broadcast_to(values.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
+
+
 def dequantize_qdq(tensors: QdqTensors) -> Array:
     """Return the float weight ``(K, N)`` that DequantizeLinear yields."""
     t = tensors

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.packing import broadcast_grid
 from magr_onnx.model_io.writing import release_mmap
 
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
@@ -309,13 +310,8 @@ def _grid(node: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol | None, i
 
 
 def _broadcast(tensor: ir.TensorProtocol, shape: tuple[int, ...], axis: int, block: int) -> Tensor:
-    """Broadcast scales or zero points along ``shape``: per tensor, per axis or per block; in float32."""
-    array = tensor.numpy().astype(np.float32)
-    if array.size == 1:
-        return array.reshape(())
-    if array.ndim == 1 and not block:
-        return array.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
-    return np.repeat(array, block, axis=axis).take(range(shape[axis]), axis=axis) if block else array
+    """Broadcast scales or zero points to the codes, in float32."""
+    return broadcast_grid(tensor.numpy().astype(np.float32), shape, axis % max(len(shape), 1), block)
 
 
 def _dequantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:

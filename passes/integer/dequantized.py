@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
-from magr_onnx.core.packing import MATMULNBITS_BLOCKS
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, broadcast_grid
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
@@ -16,7 +16,6 @@ from magr_onnx.passes.integer.operands import (
     Array,
     activation_codes,
     blocks,
-    broadcast_grid,
     columns,
     constant_codes,
     conv_matrix,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.core.packing import broadcast_grid
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
 from magr_onnx.report.reasons import IntegerReason
 
@@ -198,15 +199,6 @@ def integer_bias(value: ir.Value | None, n: int) -> Int64 | None:
     if flat.size not in (1, n):
         raise UnsupportedNode(IntegerReason.SHAPE, f"bias of {flat.size} for {n} outputs")
     return np.broadcast_to(flat, (n,)).copy()
-
-
-def broadcast_grid(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
-    """Broadcast scales or zero points to the codes: per tensor, per slice of ``axis``, or per block along it."""
-    if values.size == 1:
-        return np.broadcast_to(values.reshape((1,) * len(shape)), shape)
-    if block:
-        return np.broadcast_to(np.repeat(values, block, axis=axis)[(slice(None),) * axis + (slice(shape[axis]),)], shape)
-    return np.broadcast_to(values.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
 
 
 def conv_matrix(stored: Array, group: int) -> tuple[Array, int, bool]:
