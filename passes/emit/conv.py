@@ -27,10 +27,10 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerSolution
-from magr_onnx.core.packing import container_bits, pack_qdq
+from magr_onnx.core.packing import broadcast_grid, container_bits, pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.base import Emitted
-from magr_onnx.passes.graph.constants import constant_tensor, drop_if_unused
+from magr_onnx.passes.graph.constants import constant_tensor, drop_if_unused, step_of
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, split_groups, to_matrices
@@ -133,30 +133,29 @@ def emitted_matrices(node: ir.Node) -> Array | None:
 
 def _computed(value: ir.Value | None) -> Array | None:
     """Evaluate the dequantizing nodes of `emit` in float32; None for any other nodes."""
-    node = None if value is None else value.producer()
-    if node is None:
-        tensor = None if value is None or value.is_graph_input() else constant_tensor(value)
-        return None if tensor is None else tensor.numpy().astype(np.float32)
-    if node.op_type == "Constant":
-        tensor = constant_tensor(value)
-        return None if tensor is None else tensor.numpy().astype(np.float32)
-    parts = [_computed(v) for v in node.inputs]
-    if not parts or any(p is None for p in parts):
+    if value is None or value.is_graph_input():
         return None
-    first, *others = (p for p in parts if p is not None)
+    tensor = constant_tensor(value)
+    if tensor is not None:
+        return tensor.numpy().astype(np.float32)
+    node = value.producer()
+    x = None if node is None else _computed(operand(node, 0))
+    if node is None or x is None:
+        return None
+    if node.op_type in ("Reshape", "Transpose"):
+        step = step_of(node, 0, x.shape, ir.DataType.FLOAT)
+        return None if step is None else step.apply(x)
+    grid = [array for v in node.inputs[1:] if (array := _computed(v)) is not None]
+    if len(grid) != len(node.inputs) - 1:
+        return None
     if node.op_type == "DequantizeLinear":
-        axis = attribute_of(node, "axis", 1) % first.ndim
-        if attribute_of(node, "block_size", 0) or any(o.size != first.shape[axis] for o in others):
+        axis = attribute_of(node, "axis", 1) % max(x.ndim, 1)
+        if attribute_of(node, "block_size", 0) or any((array.size,) != x.shape[axis : axis + 1] for array in grid):
             return None
-        scales, *zeros = (o.reshape(-1, *[1] * (first.ndim - 1 - axis)) for o in others)
-        return (first - zeros[0] if zeros else first) * scales
-    return _ARITHMETIC[node.op_type](node, first, *others) if node.op_type in _ARITHMETIC else None
+        scales, *zeros = (broadcast_grid(array, x.shape, axis, 0) for array in grid)
+        weight: Array = (x - zeros[0] if zeros else x) * scales
+        return weight
+    return _ARITHMETIC[node.op_type](x, *grid) if node.op_type in _ARITHMETIC else None
 
 
-_ARITHMETIC: dict[str, Callable[..., Array]] = {
-    "Cast": lambda node, x: x,
-    "Sub": lambda node, x, zeros: x - zeros,
-    "Mul": lambda node, x, scales: x * scales,
-    "Reshape": lambda node, x, shape: x.reshape(tuple(int(d) for d in shape)),
-    "Transpose": lambda node, x: x.transpose(attribute_of(node, "perm", None)),
-}
+_ARITHMETIC: dict[str, Callable[..., Array]] = {"Cast": lambda x: x, "Sub": np.subtract, "Mul": np.multiply}

@@ -130,7 +130,7 @@ def constant_view(value: ir.Value | None) -> ConstantView | None:
     for node, index in reversed(nodes):
         if node.op_type == "Identity":
             continue
-        step = _STEPS[node.op_type](node, index, shape, dtype)
+        step = step_of(node, index, shape, dtype)
         if step is None:
             return None
         steps.append(step)
@@ -184,6 +184,11 @@ def drop_if_unused(value: ir.Value) -> None:
         producer.graph.remove(producer, safe=True)
         for source in sources:
             drop_if_unused(source)
+
+
+def step_of(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Step | None:
+    """Return what a node does to a constant, for its output ``index``; None for other nodes, and where it depends on anything else."""
+    return _STEPS[node.op_type](node, index, shape, dtype) if node.op_type in _STEPS else None
 
 
 def is_step(node: ir.Node) -> bool:

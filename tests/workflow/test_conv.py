@@ -480,6 +480,39 @@ def test_the_result_is_known_as_quantized(tmp_path: Path) -> None:
         assert len(find(found)[1]) == 4
 
 
+@pytest.mark.parametrize("shape", [[0, -1, 3, 3], [-1, 3, 3, 3], [4, 3, 0, 3]])
+def test_a_quantized_kernel_that_is_reshaped_is_read_as_onnxruntime_computes_it(shape: list[int]) -> None:
+    codes = np.random.default_rng(2).integers(-127, 128, (4, 3, 3, 3) if shape[2] == 0 else (4, 27)).astype(np.int8)
+    proto = model(
+        """g (float[n, 3, 6, 6] x) => (float[n, 4, 4, 8] y) {
+            d = DequantizeLinear<axis = 0>(codes, scales)
+            k = Reshape(d, shape)
+            c = Conv(x, k)
+            y = MatMul(c, w)
+        }""",
+        codes=codes,
+        scales=np.exp2(-np.arange(4, 8, dtype=np.float32)),
+        shape=np.array(shape),
+        w=constant("w", 4, 8),
+    )
+    conv = next(node for node in ir.from_proto(proto).graph if node.op_type == "Conv")
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("k", 1, None))
+    kernel = ort.InferenceSession(proto.SerializeToString()).run(["k"], {"x": np.zeros((1, 3, 6, 6), np.float32)})[0]
+    del proto.graph.output[-1]
+    np.testing.assert_array_equal(emitted_weight(conv), to_matrices(np.asarray(kernel), "Conv", 1)[0])
+    assert [row.name for row in magr_onnx.optimize(proto)[1].layers] == ["MatMul:y"]
+
+
+def test_a_kernel_of_one_scalar_code_is_not_read() -> None:
+    proto = model(
+        "g (float[n, 1, 6] x) => (float[n, 1, 6] y) { d = DequantizeLinear(codes, scale) k = Reshape(d, shape) y = Conv(x, k) }",
+        codes=np.array(3, np.int8),
+        scale=np.float32(0.5),
+        shape=np.array([1, 1, 1]),
+    )
+    assert emitted_weight(next(node for node in ir.from_proto(proto).graph if node.op_type == "Conv")) is None
+
+
 def test_options_that_cannot_be(tmp_path: Path) -> None:
     for bits in (2, 9):
         with pytest.raises(OptionError, match=f"convolutions: bits={bits} is not supported"):
