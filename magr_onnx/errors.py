@@ -112,7 +112,7 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def shortened(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return the repr of a value in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal
 
-from magr_onnx.errors import choose_one, shortened
+from magr_onnx.errors import choose_one, short_repr
 
 Kind = Literal["value", "path", "paths", "patterns", "size"]
 
@@ -72,7 +72,7 @@ class OptionSpec:
         """Explain why a value is invalid; None if it is valid."""
         choices, fault = self.choices, self.mistyped(value)
         if fault is None and choices and value not in (None, self.none_word, *choices):
-            return f"{self.name} = {shortened(value)}: {choose_one(value, choices)}"
+            return f"{self.name} = {short_repr(value)}: {choose_one(value, choices)}"
         return fault
 
     def mistyped(self, value: Any) -> str | None:
@@ -83,17 +83,17 @@ class OptionSpec:
             kinds = str | os.PathLike if self.kind == "paths" else str
             texts = [value] if isinstance(value, kinds) else value
             good = isinstance(texts, list | tuple) and all(isinstance(text, kinds) for text in texts)
-            return None if good else f"{self.name} = {shortened(value)}: expected a text or a list of texts, found {_type_name(value)}"
+            return None if good else f"{self.name} = {short_repr(value)}: expected a text or a list of texts, found {_type_name(value)}"
         if self.kind == "size":
             size = bytes_of(value) if isinstance(value, str) or _is(value, float) else None
             good = size is not None and size >= (1 if self.least is None else self.least)
-            return None if good else f"{self.name} = {shortened(value)}: give a size such as 512MB or 2GB"
+            return None if good else f"{self.name} = {short_repr(value)}: give a size such as 512MB or 2GB"
         if self.kind == "path" and isinstance(value, os.PathLike):
             return None
         if not any(_is(value, kind) for kind in self.types):
-            return f"{self.name} = {shortened(value)}: expected {self._expected()}, found {_type_name(value)}"
+            return f"{self.name} = {short_repr(value)}: expected {self._expected()}, found {_type_name(value)}"
         if self.least is not None and value < self.least:
-            return f"{self.name} = {shortened(value)}: expected {self.least} or more"
+            return f"{self.name} = {short_repr(value)}: expected {self.least} or more"
         return None
 
     def is_none_word(self, value: Any) -> bool:

@@ -366,7 +366,7 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None, width: int = 
     lines = [f"{'layer':{name_width}} {'K x N':>13} {head}"]
     worst = max((severity(r.error or 0) for r in rows), default=0)
     for r in rows:
-        name = shortened(r.label, name_width)
+        name = name_end(r.label, name_width)
         error = "" if r.error is None else f"{r.error:8.2%}"
         mark = " *" if r.error and severity(r.error) == worst and len(rows) > 1 else ""
         shape = f"{r.k} x {r.n}" if r.groups == 1 else f"{r.groups} x {r.k} x {r.n}"
@@ -375,8 +375,8 @@ def layer_table(rows: Sequence[LayerRow], most: int | None = None, width: int = 
     return lines
 
 
-def shortened(name: str, most: int) -> str:
-    """Shorten a name to its end, which distinguishes layers."""
+def name_end(name: str, most: int) -> str:
+    """Return the end of a name, which tells layers apart, in at most ``most`` characters."""
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
 
-from magr_onnx.errors import ReportError, shortened
+from magr_onnx.errors import ReportError, short_repr
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return WORDS["inf" if value is None else value]
     if isinstance(value, _PLAIN.get(kind, ())):
         return value
-    raise ReportError(f"{where}: found {shortened(value)}, expected {_name(kind)}")
+    raise ReportError(f"{where}: found {short_repr(value)}, expected {_name(kind)}")
 
 
 def _numbers(value: Any) -> Any:
@@ -88,7 +88,7 @@ def _numbers(value: Any) -> Any:
 
 def _fields(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ReportError(f"{where}: found {shortened(value)}, expected {kind.__name__}")
+        raise ReportError(f"{where}: found {short_repr(value)}, expected {kind.__name__}")
     hints = typing.get_type_hints(kind)
     kwargs = {}
     missing = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem
-from magr_onnx.errors import RuntimeFailure
+from magr_onnx.errors import RuntimeFailure, listed
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
@@ -163,7 +163,7 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
     containers = segments.non_tensors(model, segments.segments_of(model, [layer for layer in layers if layer.name not in taken]))
     if not containers:
         return plan, []
-    note = f"no error feedback: {', '.join(containers[:3])} between layers is no tensor, and cannot be kept from stage to stage"
+    note = f"no error feedback: {listed(containers)} between layers is no tensor, and cannot be kept from stage to stage"
     return replace(plan, error_feedback=None), [note]
 
 

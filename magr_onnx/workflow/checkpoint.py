@@ -26,7 +26,7 @@ import numpy as np
 
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.solution_arrays import Arrays, from_arrays, most_bytes, to_arrays
-from magr_onnx.errors import OptionError, OutputError
+from magr_onnx.errors import OptionError, OutputError, listed
 from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.model_io.writing import file_digest, os_error_hint
@@ -97,7 +97,7 @@ def _check_ours(path: Path) -> None:
     known = (LOCK, LAYERS, MANIFEST, f"{MANIFEST}{_PART}")
     others = [p.name for p in path.iterdir() if p.name not in known]
     if others and not (path / MANIFEST).exists():
-        raise OptionError(f"job directory {path} is not one: it holds {', '.join(sorted(others)[:3])}; give a new directory")
+        raise OptionError(f"job directory {path} is not one: it holds {listed(sorted(others))}; give a new directory")
 
 
 def _check(path: Path, manifest: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.text import Text
 
 from magr_onnx.config.arguments import Progress
-from magr_onnx.report.data import LayerRow, shortened
+from magr_onnx.report.data import LayerRow, name_end
 from magr_onnx.report.validation import severity
 
 NAME = 22
@@ -119,7 +119,7 @@ class StageReporter:
         if self._say is not None:
             self._say(f"{row.label}: {layer_summary(row)}")
         if self._bars is not None and self._worst is not None:
-            last, worst = (f"{r.error or 0:.2%} {shortened(r.label, NAME)}" for r in (row, self._worst))
+            last, worst = (f"{r.error or 0:.2%} {name_end(r.label, NAME)}" for r in (row, self._worst))
             self._bars.layers = Text(f"layer error    last {last}, most {worst}", no_wrap=True, overflow="ellipsis")
 
 

@@ -200,8 +200,9 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
         raise prepared.no_layer(skips)
     plan, notes = without_stages(base, layers, plan)
     if context.memory.large and data is not None and (names := uncuttable(base)):
-        listed = ", ".join(names[:3])
-        notes.append(f"the float model was run as a whole, in more memory than max_memory: {listed} between layers is no tensor to be kept")
+        notes.append(
+            f"the float model was run as a whole, in more memory than max_memory: {listed(names)} between layers is no tensor to be kept"
+        )
     grids = activation_ranges.Grids()
     if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
         grids = activation_ranges.choose_grids(tapped.model, tapped.reached(layers), calibration, plan, context.stage("ranges"))

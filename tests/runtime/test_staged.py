@@ -554,6 +554,31 @@ def test_sequences_between_layers_do_without_stages(effort: Any, tmp_path: Path)
         assert np.linalg.norm(c.run(fresh)[0] - expected) < 0.2 * np.linalg.norm(expected)
 
 
+def test_many_sequences_between_layers_are_counted() -> None:
+    """The first three are named, and how many more there are."""
+    b = Builder()
+    inner = b.node("MatMul", [b.input("x", ["batch", 48]), b.constant("w1", random(48, 48, seed=1))], "first")
+    sizes = b.constant("sizes", np.array([24, 24]))
+    pieces = []
+    for i in range(5):
+        node = ir.node("SplitToSequence", [inner, sizes], {"axis": 1}, name=f"split_{i}")
+        node.outputs[0].name, node.outputs[0].type = f"pieces_{i}", ir.SequenceType(ir.TensorType(graphs.FLOAT))
+        b.nodes.append(node)
+        pieces.append(node.outputs[0])
+    half = b.node("Slice", [inner, b.constant("starts", np.array([0])), b.constant("ends", np.array([24])), b.constant("axes", np.array([1]))], "half")
+    total = b.node("MatMul", [half, b.constant("w2", random(24, 24, seed=2))], "second")
+    nothing = b.node("Mul", [b.node("ReduceMax", [total], "most", keepdims=0), b.constant("none", np.float32(0))], "nothing")
+    index = b.node("Cast", [nothing], "index", to=ir.DataType.INT64)  # so that sequences are read a stage later
+    index.dtype = ir.DataType.INT64
+    for i, piece in enumerate(pieces):
+        total = b.node("Add", [total, b.node("SequenceAt", [piece, index], f"at_{i}")], f"sum_{i}")
+    model = b.model(b.node("MatMul", [total, b.constant("w3", random(24, 16, seed=3))], "third"), ["batch", 16])
+    names = "pieces_0, pieces_1, pieces_2 and 2 more between layers is no tensor"
+    for options in ({"effort": "balanced"}, {"effort": "fast", "max_memory": 1000}):
+        report = magr_onnx.optimize(graphs.proto(model), batches(model), **options).report
+        assert any(names in note for note in report.notes), options
+
+
 def test_cache_keeps_strings_on_disk() -> None:
     """Any text, and of any shape: NumPy could only pickle it."""
     arrays = [

@@ -366,6 +366,10 @@ def test_a_damaged_manifest_and_a_folder_of_something_else_are_refused(tmp_path:
     (other / "me.jpg").write_bytes(b"me")
     with pytest.raises(OptionError, match=r"it holds me.jpg; give a new directory"):
         magr_onnx.optimize(path, output=out, resume=other)
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        (other / name).write_bytes(b"")
+    with pytest.raises(OptionError, match=r"it holds a.jpg, b.jpg, c.jpg and 2 more; give a new directory"):
+        magr_onnx.optimize(path, output=out, resume=other)
     with pytest.raises(OutputError, match=r"job directory .*model.onnx is a file; give the name of a directory"):
         magr_onnx.optimize(path, output=out, resume=path)
 

@@ -11,7 +11,7 @@ import typer
 from magr_onnx import api
 from magr_onnx.cli import console
 from magr_onnx.cli.options import Json, Verbose, option
-from magr_onnx.report.data import by_reason, shortened, wrapped
+from magr_onnx.report.data import by_reason, name_end, wrapped
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -35,7 +35,7 @@ def inspect(
     name_width = width - 46  # for names
     lines.append(f"{'layer':{name_width}} {'K x N':>13} {'type':>7} {'bias':>4} {'min':>8} {'max':>8}")
     for row in inspection.layers:
-        name = shortened(row["scope"] or row["name"], name_width)
+        name = name_end(row["scope"] or row["name"], name_width)
         bias = "yes" if row["bias"] else "-"
         shape = f"{row['k']} x {row['n']}"
         lines.append(f"{name:{name_width}} {shape:>13} {row['dtype']:>7} {bias:>4} {row['min']:8.3f} {row['max']:8.3f}")
