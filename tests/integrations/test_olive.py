@@ -17,7 +17,9 @@ import onnxruntime
 import pytest
 
 import magr_onnx
+from magr_onnx.cli.commands.olive_config import olive_config
 from magr_onnx.config.options import Options
+from magr_onnx.errors import OutputError
 from magr_onnx.passes.emit.readback import read_weights
 from tests import graphs
 from tests.graphs import Builder, proto, random
@@ -120,6 +122,21 @@ def test_the_package_configuration_keeps_all_of_olives_own(workflow: Path) -> No
     own = json.loads((Path(spec.submodule_search_locations[0]) / "olive_config.json").read_text())
     assert made["passes"].pop("OnnxMagr")["module_path"] == "magr_onnx.integrations.olive.OnnxMagr"
     assert made == own
+
+
+def test_a_package_configuration_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits of a process are a thing of POSIX")
+    file = tmp_path / "package.json"
+    file.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # as a disk that is full after 200 bytes
+        with pytest.raises(OutputError, match=r"package configuration .*package.json: cannot be written: File too large"):
+            olive_config(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from magr_onnx.cli import console
-from magr_onnx.errors import OutputError
+from magr_onnx.model_io.atomic import write_text
 
 EPILOG = """[bold]Example[/bold]
 
@@ -28,7 +28,4 @@ def olive_config(
     if output is None:
         console.say_json(config)
         return
-    try:
-        output.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror}; choose another file") from error
+    write_text(json.dumps(config, indent=2) + "\n", output, "package configuration")
