@@ -7,7 +7,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,10 @@ from rich.console import Console
 from rich.highlighter import RegexHighlighter
 from rich.text import Text
 
-from magr_onnx.report.data import COLUMNS, LayerRow
+from magr_onnx.config.arguments import OnLayer, Progress
+from magr_onnx.report.data import COLUMNS
 from magr_onnx.report.serialization import json_text, plain
 from magr_onnx.workflow import progress
-
-Steps = Callable[[str, int, int], None]
-Layers = Callable[[LayerRow], None]
 
 MAX_LINES = 20  # of an error message
 UNCHANGED = "no output was changed"
@@ -41,7 +39,7 @@ def be_verbose(value: bool) -> bool:
 
 
 @contextmanager
-def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
+def watch(quiet: bool = False) -> Iterator[tuple[Progress | None, OnLayer | None]]:
     """Provide callbacks for the steps and the layers of a run, which write to standard error.
 
     On a terminal they draw bars with the time left. Elsewhere (a pipe, a log file) they print a line when a stage begins and ends, and one
@@ -58,7 +56,7 @@ def watch(quiet: bool = False) -> Iterator[tuple[Steps | None, Layers | None]]:
 
 
 @contextmanager
-def progress_bar(enabled: bool = True) -> Iterator[Steps | None]:
+def progress_bar(enabled: bool = True) -> Iterator[Progress | None]:
     """Provide the step callback of `watch` alone."""
     with watch(not enabled) as (step, _):
         yield step

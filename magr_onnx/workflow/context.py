@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +20,9 @@ from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.data import LayerRow
+from magr_onnx.runtime.data.progress import Steps
 from magr_onnx.workflow.checkpoint import JobDirectory
 from magr_onnx.workflow.request import OptimizeRequest
-
-Steps = Callable[[int, int], None]
-"""Called with steps done and in total of one stage."""
 
 DEFAULT_MEMORY = 4_000_000_000
 WHOLE = 3  # times its size is what a model needs that onnxruntime holds as a whole: weights, their packed copies, activations
@@ -109,7 +107,7 @@ class RunContext:
         return find(model, self.selection)
 
     def stage(self, name: str) -> Steps:
-        """Progress of one stage."""
+        """The progress of one stage."""
         return functools.partial(self.progress, name)
 
     def report_layers(self, rows: Iterable[LayerRow]) -> None:

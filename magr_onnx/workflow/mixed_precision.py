@@ -34,7 +34,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
 from magr_onnx.runtime.calibration.activation_ranges import Grids
-from magr_onnx.runtime.data.progress import Progress
+from magr_onnx.runtime.data.progress import Steps
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
@@ -306,7 +306,7 @@ class Search:
         source: Source,
         data: Batches,
         conditions: sensitivity.Conditions,
-        progress: Progress | None = None,
+        progress: Steps | None = None,
     ) -> None:
         """Measure the sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`) and plan.
 

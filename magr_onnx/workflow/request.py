@@ -25,36 +25,20 @@ from magr_onnx.workflow.mixed_precision import Goal
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OptimizeRequest:
-    """One run, with every question of what overrides what answered; see `magr_onnx.config.arguments` for what callers may give.
+    """One run, with every question of what overrides what answered, sizes in bytes, and paths as `Path`.
+
+    Fields that are not described here are arguments of `magr_onnx.optimize`: see `magr_onnx.RunArguments`.
 
     Attributes:
         invocation: How it was asked for, for the report.
-        model: The model, in any form `magr_onnx.model_io.files.load` takes.
-        calibration: Data to calibrate on; None for data-free.
-        validation: Held-out data to compare the models on; None for no comparison.
-        output: The file to write; None keeps the result in memory.
+        validation: The ``validation_data``.
         plan: What is done to the model.
         options: What the plan was made of; None where a pipeline was given.
         budget: The size or the loss that mixed precision is to reach; None for one width of codes.
-        layer_plans: What is done to layers with options of their own instead.
+        layer_plans: What is done instead to layers with options of their own.
         patterns: Which layers to convert, and options of single layers.
-        requantize: Whether weights that are quantized already stand for floats.
-        provider: Where to run.
-        mask: Input that marks rows to count; ``"auto"`` for the usual one.
-        batch_size: Samples per batch.
-        decode_steps: Tokens that decoders are fed one by one.
-        custom_ops: Libraries of custom operators.
-        gram_budget: Bytes of Gram matrices held at a time.
-        cache: Bytes of values between stages held in memory.
-        max_memory: Bytes the run may use; None for the default.
-        shard_size: Most bytes of a data file; None for no bound.
-        external_data: Whether tensors are written beside the output in any case.
-        resume: The job directory, if there is one.
-        progress: Who is told of progress; True for bars.
-        on_layer: Who is told of finished layers.
-        preset: The preset it started from, if there is one.
         notes: Sentences for the report: what was left out of recipe and preset.
-        result_options: All that was said of the result, by name, as the job directory compares it.
+        result_options: All arguments that the result depends on, by name, as the job directory compares them.
     """
 
     invocation: Invocation

@@ -19,7 +19,7 @@ from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data.progress import Progress, part_of, with_progress
+from magr_onnx.runtime.data.progress import Steps, part_of, with_progress
 from magr_onnx.runtime.ort.session import Session
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
@@ -88,7 +88,7 @@ def choose(
     *,
     method: Method = "auto",
     kind: ActivationType = "uint8",
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> dict[str, GridChoice]:
     """Choose the grid of every value, by name.
 
@@ -135,7 +135,7 @@ def _histograms(
     taps: Sequence[Tap],
     values: Sequence[Value],
     context: CalibrationContext,
-    progress: Progress | None,
+    progress: Steps | None,
 ) -> list[Histogram]:
     low, high = np.full(len(taps), np.inf), np.full(len(taps), -np.inf)
     counts = np.zeros((len(taps), 2 * BINS))
@@ -162,7 +162,7 @@ def _errors(
     values: Sequence[Value],
     grids: Sequence[dict[str, Activation]],
     context: CalibrationContext,
-    progress: Progress | None,
+    progress: Steps | None,
 ) -> list[dict[str, float]]:
     """Measure the mean squared output error of every grid of every tap."""
     sketches = [v.sketch for v in values]
@@ -221,7 +221,7 @@ def choose_grids(
     layers: Sequence[LinearLayer],
     context: CalibrationContext,
     plan: Plan,
-    progress: Progress | None,
+    progress: Steps | None,
 ) -> Grids:
     """Choose the grids that a plan needs: of layer inputs, and of products if those are quantized too; see `choose`."""
     activations = plan.activations

@@ -20,7 +20,7 @@ from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.subgraphs import NEVER
 from magr_onnx.runtime.data.hold_out import HoldOut
-from magr_onnx.runtime.data.progress import Progress, with_progress
+from magr_onnx.runtime.data.progress import Steps, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -108,7 +108,7 @@ def cannot_gather(error: MagrError) -> str:
 
 
 def collect(
-    model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Progress | None = None
+    model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Steps | None = None
 ) -> dict[str, PatchStats]:
     """Collect the moments of every layer's patches, by layer name, with those of held-out batches separate.
 

@@ -16,7 +16,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.progress import Progress, part_of, with_progress
+from magr_onnx.runtime.data.progress import Steps, part_of, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
 from magr_onnx.runtime.ort.session import Session
@@ -67,7 +67,7 @@ def collect(
     *,
     provider: str = "cpu",
     budget: int = DEFAULT_BUDGET,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Fisher:
     """Collect second moments of random gradients of the model's outputs (`magr_onnx.passes.instrument.gradients.fisher_taps`) at layer
     outputs.

@@ -21,7 +21,7 @@ from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
-from magr_onnx.runtime.data.progress import Progress, with_progress
+from magr_onnx.runtime.data.progress import Steps, with_progress
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -57,7 +57,7 @@ def with_masked(model: ir.Model, layers: Iterable[LinearLayer], context: Calibra
 
 
 def collect(
-    model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Progress | None = None
+    model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Steps | None = None
 ) -> CalibrationResult:
     """Collect Gram matrices and means of the inputs of layers over all batches; inputs without rows get none.
 

@@ -30,7 +30,7 @@ from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_row
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.hold_out import HoldOut
-from magr_onnx.runtime.data.progress import Progress
+from magr_onnx.runtime.data.progress import Steps
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
@@ -66,7 +66,7 @@ def staged(
     layers: Sequence[LinearLayer],
     context: CalibrationContext,
     schedule: Schedule | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Iterator[tuple[Sequence[LinearLayer], CalibrationResult]]:
     """Yield stages of layers, each with the statistics of its inputs.
 

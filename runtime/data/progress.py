@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Batch
 
-Progress = Callable[[int, int], None]
+Steps = Callable[[int, int], None]
 """Called with steps done and steps in total, first with none done."""
 
 
-def with_progress(data: Batches, progress: Progress | None) -> Iterator[tuple[int, Batch]]:
+def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, Batch]]:
     """Yield batches with their numbers, and report progress before the first and after each."""
     report = progress or (lambda done, total: None)
     report(0, len(data))
@@ -20,6 +20,6 @@ def with_progress(data: Batches, progress: Progress | None) -> Iterator[tuple[in
         report(index + 1, len(data))
 
 
-def part_of(progress: Progress | None, index: int, count: int) -> Progress | None:
+def part_of(progress: Steps | None, index: int, count: int) -> Steps | None:
     """The progress of part ``index`` of ``count`` parts with equally many steps."""
     return None if progress is None else lambda done, total: progress(index * total + done, count * total)

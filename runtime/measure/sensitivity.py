@@ -35,7 +35,7 @@ from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import Grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
-from magr_onnx.runtime.data.progress import Progress
+from magr_onnx.runtime.data.progress import Steps
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
@@ -129,7 +129,7 @@ def measure(
     references: Sequence[Choice],
     split: Split,
     conditions: Conditions,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> tuple[dict[str, Sensitivity], Reference]:
     """Measure the sensitivities of all layers, by name, and return them with the reference of the losses.
 

@@ -565,7 +565,9 @@ def test_many_sequences_between_layers_are_counted() -> None:
         node.outputs[0].name, node.outputs[0].type = f"pieces_{i}", ir.SequenceType(ir.TensorType(graphs.FLOAT))
         b.nodes.append(node)
         pieces.append(node.outputs[0])
-    half = b.node("Slice", [inner, b.constant("starts", np.array([0])), b.constant("ends", np.array([24])), b.constant("axes", np.array([1]))], "half")
+    half = b.node(
+        "Slice", [inner, b.constant("starts", np.array([0])), b.constant("ends", np.array([24])), b.constant("axes", np.array([1]))], "half"
+    )
     total = b.node("MatMul", [half, b.constant("w2", random(24, 24, seed=2))], "second")
     nothing = b.node("Mul", [b.node("ReduceMax", [total], "most", keepdims=0), b.constant("none", np.float32(0))], "nothing")
     index = b.node("Cast", [nothing], "index", to=ir.DataType.INT64)  # so that sequences are read a stage later
