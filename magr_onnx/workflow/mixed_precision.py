@@ -98,6 +98,19 @@ def goal_of(options: Options) -> Goal | None:
     return goal
 
 
+def check_layers(goal: Goal | None, layers: Sequence[LinearLayer]) -> None:
+    """Refuse a budget where there is no linear layer to choose bits for.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if goal is not None and not layers:
+        raise OptionError(
+            f"{goal.text}: a budget chooses the bits of linear layers, and there is none to convert; leave it out (convolutions have "
+            "conv_bits, tables of embeddings embedding_bits)"
+        )
+
+
 def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, Plan]:
     """Everything a layer may become but float, with its plan: what the format, the accumulator and the provider take.
 

@@ -27,7 +27,7 @@ from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.ort import custom_ops, opset_check, worker
-from magr_onnx.workflow import non_linear
+from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
@@ -176,6 +176,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:
         raise prepared.no_layer([*skips, *unconverted, *other_skips])
+    mixed_precision.check_layers(request.budget, layers)
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared
 

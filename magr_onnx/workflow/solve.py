@@ -215,7 +215,8 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
     """Measure what a budget is spent by, if there is one."""
     plans = setup.assigned.plans
-    if request.budget is None or setup.data is None or not setup.layers:
+    mixed_precision.check_layers(request.budget, setup.layers)
+    if request.budget is None or setup.data is None:
         return None
     grids = None if setup.plan.activations is None else setup.grids
     source = mixed_precision.Source(

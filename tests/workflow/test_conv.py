@@ -601,6 +601,18 @@ def test_a_budget_counts_convolutions_and_leaves_their_bits_alone(tmp_path: Path
     assert not lossy.assignment.met  # what convolutions lose counts too
 
 
+@pytest.mark.parametrize("budget", [{"target_size": "30%"}, {"max_loss": "1%"}])
+def test_a_budget_without_linear_layers_is_refused(budget: dict[str, str]) -> None:
+    """It would be ignored: convolutions get the bits of ``conv_bits`` whatever the budget says."""
+    x = np.zeros((1, 3, 6, 6), np.float32)
+    proto, data = convolution("Conv", x, (4, 3, 3, 3), {}), [{"x": x + i} for i in range(4)]
+    with pytest.raises(OptionError, match=r"budget chooses the bits of linear layers, and there is none to convert.*conv_bits"):
+        magr_onnx.optimize(proto, data, **budget)
+    with pytest.raises(OptionError, match="there is none to convert"):
+        magr_onnx.optimize(net(), samples(8), exclude=["fc"], **budget)
+    assert [row.bits for row in magr_onnx.optimize(proto, data).report.layers] == [8]
+
+
 def test_a_model_too_large_to_run_has_data_free_convolutions(tmp_path: Path) -> None:
     onnx.save(net(), tmp_path / "m.onnx")
     report = magr_onnx.optimize(tmp_path / "m.onnx", samples(8), output=tmp_path / "q.onnx", max_memory=20_000).report
