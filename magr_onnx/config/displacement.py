@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from magr_onnx.config.options import OPTIONS
@@ -37,7 +37,11 @@ def displaced_options(lower: Mapping[str, Any], upper: Mapping[str, Any], base: 
 
 def merge_options(lower: Mapping[str, Any], upper: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two sets of options: those of ``upper`` win, and remove those of ``lower`` they conflict with."""
-    displaced = displaced_options(lower, upper, base)
+    return replace_displaced(lower, upper, displaced_options(lower, upper, base))
+
+
+def replace_displaced(lower: Mapping[str, Any], upper: Mapping[str, Any], displaced: Collection[str]) -> dict[str, Any]:
+    """Put ``upper`` over ``lower``, without the names of ``lower`` that are ``displaced``."""
     return {**{name: value for name, value in lower.items() if name not in displaced}, **upper}
 
 

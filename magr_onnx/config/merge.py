@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from magr_onnx.config.displacement import displaced_options
+from magr_onnx.config.displacement import displaced_options, replace_displaced
 from magr_onnx.config.layer_options import LayerOptions
 from magr_onnx.config.options import OPTIONS, RUN, Options
 from magr_onnx.config.presets import PRESETS, find_preset
@@ -23,8 +23,7 @@ _PLANNED = (*OPTIONS, "preset")
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two sets of arguments: those of ``upper`` win, and remove those of ``lower`` they conflict with."""
-    displaced = _displaced(lower, upper)
-    return {**{name: value for name, value in lower.items() if name not in displaced}, **upper}
+    return replace_displaced(lower, upper, _displaced(lower, upper))
 
 
 def dropped(lower: Mapping[str, Any], upper: Mapping[str, Any], where: str) -> list[str]:
