@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from magr_onnx.config.displacement import merge_options
 from magr_onnx.config.options import OPTIONS, Options
-from magr_onnx.config.plans import build_pipeline
+from magr_onnx.config.plans import plan_of
 from magr_onnx.config.schema import none_to_word, unknown, word_to_none
 from magr_onnx.errors import OptionError, closest, listed, raise_all
 from magr_onnx.passes import LinearLayer, Plan
@@ -244,9 +244,8 @@ def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
     if layer_options.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
         run_options |= {"effort": None, "feedback": plan.error_feedback is not None}
-    layer_plan = build_pipeline(**cast(Options, merge_options(run_options, cast(Mapping[str, Any], layer_options), {})))
-    layer_plan.check(provider)
-    return layer_plan.suited(provider)
+    merged = merge_options(run_options, cast(Mapping[str, Any], layer_options), {})
+    return plan_of(cast(Options, merged), provider=provider).suited(provider)
 
 
 def _value(text: str) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.config.options import Options
-from magr_onnx.config.plans import build_pipeline
+from magr_onnx.config.plans import plan_of
 from magr_onnx.core import knapsack
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice
@@ -129,12 +129,9 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, Plan]:
                 continue
             each: Options = {**rest, "bits": bits, "block_size": block}
             try:
-                plan = build_pipeline(**each)
-                plan.check(provider)
+                found[Choice(bits, block)] = plan_of(each, provider=provider).suited(provider)
             except OptionError as error:
                 problems.append(str(error))
-            else:
-                found[Choice(bits, block)] = plan.suited(provider)
     if not found:
         raise_all(OptionError, dict.fromkeys(problems))
     return found

@@ -143,7 +143,6 @@ def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
     unavailable = provider_problems(values["provider"])
     try:
         plan, made_of, budget = _made(values, options)
-        plan.check(values["provider"])
     except OptionError as error:
         raise joined(type(error), [*error.problems, *unavailable]) from error
     raise_all(ProviderError, unavailable)
@@ -154,7 +153,9 @@ def _made(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
     if values["pipeline_text"] is not None:
         if options:
             raise OptionError(f"give a pipeline or options, not both (options: {', '.join(options)})")
-        return Plan.read(values["pipeline_text"]), None, None
+        plan = Plan.read(values["pipeline_text"])
+        plan.check(values["provider"])
+        return plan, None, None
     budget = mixed_precision.goal_of(options)
     if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
         options = {**options, "effort": "fast"}
