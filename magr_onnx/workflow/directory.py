@@ -7,11 +7,12 @@ so the result loads wherever the source did.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +22,6 @@ from magr_onnx.config import selection
 from magr_onnx.config.arguments import DEFAULTS, FOLDER_DEFAULTS, OMITTED, FolderArguments, FolderSource, explicit, over_preset, over_recipe
 from magr_onnx.config.invocation import Invocation, plain, python_call, without_defaults
 from magr_onnx.config.selection import LayerNames, Patterns
-from magr_onnx.core.types import Lazy
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files, writable
 from magr_onnx.model_io.writing import os_error_hint
@@ -32,7 +32,7 @@ from magr_onnx.report.serialization import json_text
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
 from magr_onnx.workflow.optimize import run
-from magr_onnx.workflow.request import resolve
+from magr_onnx.workflow.request import OptimizeRequest, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,40 +163,44 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
     carried = copy_directory.carried_files(source, copy_directory.all_files(source), names, external)
     place = out.resolve()  # a link stays one, and what it points to is replaced
     shared = {name: value for name, value in merged.items() if name in DEFAULTS or name not in FOLDER_DEFAULTS}
+    requests: dict[str, OptimizeRequest] = {}
+    for model in models:  # all of them before any is carried out: what is wrong with one is known before the work on others
+        paths = {"model": source / model.name, "output": out / model.name}
+        request = resolve({**shared, **model.arguments, **paths}, invocation)
+        requests[model.name] = replace(request, notes=(*request.notes, *notes))
     reports: dict[str, Report] = {}
-    try:
-        before = {path: seen for path, seen in copy_directory.preserved(place, names).items() if path not in carried}
-        with atomic.staging_directory(place) as staging:
+    with contextlib.ExitStack() as stack:
+        with _writing(out):
+            before = {path: seen for path, seen in copy_directory.preserved(place, names).items() if path not in carried}
+            staging = stack.enter_context(atomic.staging_directory(place))
             part = staging / place.name
             part.mkdir()
-
-            @cache
-            def carry() -> None:
-                """Before the first result, whose names of data files must be free, and after all that can be said of the options."""
-                raise_all(OutputError, [f"{out}: {text}" for text in copy_directory.conflicts(before, [*carried, *map(Path, names)])])
-                for path in carried:
-                    copy_directory.copy(source / path, part / path)
-                copy_directory.update(place, part, {}, before)
-
-            def read(model: _Model) -> Path:
-                carry()
-                return source / model.name
-
-            for model in models:
-                (part / model.name).parent.mkdir(parents=True, exist_ok=True)
-                paths = {"model": Lazy(partial(read, model)), "output": part / model.name}
-                request = resolve({**shared, **model.arguments, **paths}, invocation)
-                report = run(replace(request, notes=(*request.notes, *notes))).report
-                reports[model.name] = replace(report, output=str(out / model.name))
+            raise_all(OutputError, [f"{out}: {text}" for text in copy_directory.conflicts(before, [*carried, *map(Path, names)])])
+            for path in carried:  # before the first result, whose data files take names that are free
+                copy_directory.copy(source / path, part / path)
+            copy_directory.update(place, part, {}, before)
+            for name in names:
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, request in requests.items():
+            report = run(replace(request, output=part / name)).report
+            reports[name] = replace(report, output=str(out / name))
+        with _writing(out):
             now = copy_directory.preserved(place, names).items()  # others may have written there meanwhile
             kept = {path: seen for path, seen in now if path in before or not os.path.lexists(part / path)}
             copy_directory.update(place, part, before, kept)
             copy_directory.keep_permissions(part, place, names)
             _put(part, place, staging)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {os_error_hint(error)}") from error
     files = [path for path, seen in kept.items() if not copy_directory.is_folder(seen)]
     return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, files)))
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Explain errors of the system in writing the folder; those of a run, of its data and of its callbacks are not about that."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {os_error_hint(error)}") from error
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,40 @@ def test_a_run_that_fails_leaves_nothing(several: Path, tmp_path: Path, damage: 
     before = {p.name for p in tmp_path.iterdir()}
     with pytest.raises(ModelError if damage == "truncated" else CalibrationError):
         optimize_folder(several, data, output=tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_what_is_wrong_with_one_model_is_known_before_any_work(several: Path, tmp_path: Path) -> None:
+    """One of the models has no data, which its ranges need: the other is not quantized in vain."""
+    finished: list[str] = []
+    for first, second in (("encoder_model", "decoder_model"), ("decoder_model", "encoder_model")):
+        model = graphs.matmul() if first == "encoder_model" else graphs.chain()
+        data = {first: [graphs.feeds(model)], second: None}
+        with pytest.raises(OptionError, match="static 8-bit activations need calibration data"):
+            optimize_folder(
+                several, data, output=tmp_path / "out", format="qdq-int8", on_layer=lambda row: finished.append(row.name), progress=None
+            )
+    assert finished == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_callbacks_and_data_are_not_about_the_output(several: Path, tmp_path: Path) -> None:
+    """A caller's own OSError comes back as it is, as from a single model."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "my log is full")
+
+    class Source:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            yield graphs.feeds(graphs.matmul())
+            raise OSError(5, "my data is gone")
+
+    before = {p.name for p in tmp_path.iterdir()}
+    for options in ({"on_layer": full}, {"progress": full}):
+        with pytest.raises(OSError, match="my log is full"):
+            optimize_folder(several, output=tmp_path / "out", **options)
+    with pytest.raises(OSError, match="my data is gone"):
+        optimize_folder(several, {"encoder_model": Source(), "decoder_model": None}, output=tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
