@@ -671,6 +671,30 @@ def test_options_are_checked_before_the_export(tmp_path: Path) -> None:
         magr_torch.optimize(Never(), torch.randn(2, 4), calibration=[torch.randn(2, 4)])
 
 
+def test_options_of_magr_are_checked_before_the_export() -> None:
+    class Never(nn.Module):
+        def forward(self, x: Any) -> Any:
+            raise AssertionError("exported")
+
+    for wrong in (
+        {"provider": "bogus"},
+        {"cache": "much"},
+        {"layers": [{"match": "*", "bits": 4}]},
+        {"recipe": {"bits": 9}},
+        {"alpha": -1},
+    ):
+        with pytest.raises(MagrError) as caught:
+            magr_torch.magr(Never(), torch.randn(2, 4), [torch.randn(2, 4)], **wrong)
+        assert "exported" not in str(caught.value)
+    with pytest.raises(ExportError, match="exported"):
+        magr_torch.magr(Never(), torch.randn(2, 4), [torch.randn(2, 4)])
+
+
+def test_magr_needs_a_strength() -> None:
+    with pytest.raises(OptionError, match=r"alpha = None: .*give one"):
+        magr_torch.magr(nn.Linear(4, 4), torch.randn(2, 4), [torch.randn(2, 4)], alpha=None)
+
+
 class SameName(nn.Module):
     """A submodule that is called as an argument of forward is."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -152,6 +153,8 @@ def _magr(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[d
     raise_all(OptionError, [f"magr has no option {n!r}{closest(n, [*defaults, *_SETTINGS])}" for n in settings if n not in _SETTINGS])
     strength = schema.word_to_none({name: values[name] for name in ("alpha", "block_size", "damping")})
     schema.check(**strength, samples=values["samples"])
+    if strength["alpha"] is None:
+        raise OptionError("alpha = None: MagR alone has no strength to choose from the error of codes; give one, such as 1e-3")
     module = values["module"]
     arrays, reduced = _reduced(
         module,
@@ -182,11 +185,11 @@ def _reduced(
     invocation: Invocation,
 ) -> tuple[dict[str, Array], Reduced]:
     """Compute new values by parameter name, and describe them."""
-    exported = export(module, example, dynamic_shapes=shapes, fold=False)
-    before = files.load(exported.program).model
+    exported = cache(partial(export, module, example, dynamic_shapes=shapes, fold=False))
+    result = run_exported(exported, calibration, None, *data_settings, {**settings, "pipeline_text": [strength]}, invocation)
+    before = files.load(exported().program).model
     inline_and_rename(before)
     canonicalize(before)
-    result = run_exported(lambda: exported, calibration, None, *data_settings, {**settings, "pipeline_text": [strength]}, invocation)
     reduced = {layer.name: layer for layer in find(result.model)[0]}
     errors = {row.name: row.error for row in result.report.layers}
     layers, skips = find(before)
