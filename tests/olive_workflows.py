@@ -66,6 +66,15 @@ def _codes(path: Path) -> str:
     return "".join(sorted(onnx.numpy_helper.to_array(t).tobytes().hex()[:64] for t in onnx.load(path).graph.initializer))
 
 
+def refusal(**config: Any) -> str:
+    """What is said of values before any pass of a workflow runs; nothing where they are taken."""
+    try:
+        OnnxMagr.generate_config(DEFAULT_CPU_ACCELERATOR, config, disable_search=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
     inputs = str(folder / "inputs.npz")
     found = {"first": workflow(folder, "first", calibration=inputs)}
@@ -81,6 +90,16 @@ def main(folder: Path) -> None:
     data |= {"dataloader_config": {"params": {"batch_size": 16}}}
     found["data_config"] = workflow(folder, "data_config", data_configs=[data], data_config="samples")
     found["wrong"] = workflow(folder, "wrong", format="qdq", bits=2, accuracy_level=4, calibration="nowhere.npz")
+    found["refusals"] = {
+        "ranges": refusal(format="qdq-int8"),
+        "size": refusal(target_size="30%"),
+        "loss": refusal(max_loss="1%"),
+        "feedback": refusal(feedback=True),
+        "provider": refusal(provider="bogus", format="qdq", accuracy_level=4),
+        "layer": refusal(layer=[{"match": "up", "bits": 9}]),
+        "data": refusal(format="qdq-int8", calibration=inputs),
+        "shards": refusal(shard_size="1MB", bits=4),
+    }
     found["mistyped"] = workflow(folder, "mistyped", format="int4")
     found["out_of_range"] = workflow(folder, "out_of_range", bits=9)
     (folder / "recipe.toml").write_text('version = 1\ncalibration = "inputs.npz"\nbits = 8\n')

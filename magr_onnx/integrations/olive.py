@@ -16,23 +16,21 @@ import logging
 import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import magr_onnx
-from magr_onnx.config.merge import merge
+from magr_onnx.config.invocation import Invocation
 from magr_onnx.config.options import KEYS, OPTIONS, RUN, Options
-from magr_onnx.config.plans import build_pipeline
-from magr_onnx.config.presets import find_preset
 from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import unknown
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.quantizers import QUANTIZERS
 from magr_onnx.errors import DependencyError, MagrError, ModelError, OptionError, install, raise_all
 from magr_onnx.model_io.writing import file_digest
-from magr_onnx.passes import Plan
 from magr_onnx.report.data import Report
-from magr_onnx.workflow import directory, mixed_precision
+from magr_onnx.workflow import directory
 from magr_onnx.workflow.optimize import optimize
+from magr_onnx.workflow.request import resolve
 
 try:
     from olive.common.config_utils import ParamCategory, validate_config
@@ -241,16 +239,13 @@ def _check(config: Any) -> None:
     if config.data_config is not None and config.calibration is not None:
         problems.append("give data_config or calibration, not both")
     problems += [f"{path} does not exist" for path in recipe.reads if not path.exists()]
+    arguments: dict[str, Any] = {"recipe": recipe, "model": "model.onnx", "output": "output.onnx"}  # Olive names them later
+    if config.data_config is not None:
+        arguments["calibration"] = config.data_config
     try:
-        if (text := recipe.values.get("pipeline")) is not None:
-            Plan.parse(text).check()
-        else:
-            preset = recipe.values.get("preset")
-            options = cast(Options, merge({} if preset is None else dict(find_preset(preset).options), recipe.options))
-            mixed_precision.goal_of(options)
-            build_pipeline(**options)
-    except OptionError as error:
-        problems.append(str(error))
+        resolve(arguments, Invocation(NAME))
+    except MagrError as error:
+        problems += error.problems
     raise_all(OptionError, problems)
 
 

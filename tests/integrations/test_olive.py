@@ -199,6 +199,19 @@ def test_errors_name_the_parameters(many: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
+def test_what_the_run_would_refuse_is_refused_before_it(many: dict[str, Any]) -> None:
+    refusals = many["refusals"]
+    assert "static 8-bit activations need calibration data" in refusals["ranges"]
+    assert "target size 30% needs calibration data" in refusals["size"]
+    assert "loss at most 1% needs calibration data" in refusals["loss"]
+    assert "error feedback needs calibration data" in refusals["feedback"]
+    assert "bogus" in refusals["provider"]
+    assert "accuracy_level is for format matmulnbits only" in refusals["provider"]
+    assert "bits" in refusals["layer"]
+    assert refusals["data"] == refusals["shards"] == ""
+
+
+@pytest.mark.long
 def test_recipes_and_layers_of_their_own(many: dict[str, Any]) -> None:
     """The recipe's 8 bits but for one layer, and the format that was given beside it."""
     pipelines = {row["name"]: row["bits"] for row in many["recipe"]["layers"]}
