@@ -44,7 +44,7 @@ def python_call(function: str, arguments: Mapping[str, Any], defaults: Mapping[s
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Turn arguments into plain data."""
-    return {name: _plain(value) for name, value in _flat(arguments)}
+    return {name: _plain(value)[0] for name, value in _flat(arguments)}
 
 
 def without_defaults(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,21 +74,23 @@ def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _plain(value: Any) -> Any:
-    """Words and numbers as they are, and lists and tables of them; anything else by its type."""
+def _plain(value: Any) -> tuple[Any, bool]:
+    """Words and numbers as they are, and lists and tables of them; anything else by its type. Also whether it is all of the value."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # as JSON would have it
+        return str(value), False  # as JSON would have it
     if value is None or isinstance(value, bool | int | float | str):
-        return value
+        return value, True
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return os.fspath(value), True
     if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) or _is_table(v) for v in value):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) and _exact(part) for key, part in value.items()):
-        return {key: _plain(part) for key, part in value.items()}
-    return f"<{type(value).__name__}>"
+        return [_plain(v)[0] for v in value], True
+    if isinstance(value, Mapping):
+        parts = {key: _plain(part) for key, part in value.items()}
+        if all(isinstance(key, str) and exact for key, (_, exact) in parts.items()):
+            return {key: data for key, (data, _) in parts.items()}, True
+    return f"<{type(value).__name__}>", False
 
 
 def _is_table(value: Any) -> bool:
@@ -96,10 +98,6 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("match"), str | list | tuple)
 
 
-def _exact(value: Any) -> bool:
-    """Whether the plain data of a value is all of it, and not its type."""
-    return isinstance(value, str | os.PathLike) or not isinstance(_plain(value), str)
-
-
 def _text(value: Any) -> str:
-    return repr(_plain(value)) if _exact(value) else str(_plain(value))
+    data, exact = _plain(value)
+    return repr(data) if exact else str(data)
