@@ -36,11 +36,19 @@ class LayerOptions:
         match: Shell patterns on the name of a layer, of its weight or of its torch module.
         options: What these layers have instead of the run's options; names are among `LAYER_OPTIONS`.
         optional: Whether a model without such a layer is no mistake.
+
+    Raises:
+        OptionError: Everything that is wrong with them.
     """
 
     match: tuple[str, ...]
     options: Options = field(default_factory=Options)
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        raise_all(OptionError, [text for _, text in problems_of({**self.options, "match": self.match})])
+        object.__setattr__(self, "match", (self.match,) if isinstance(self.match, str) else tuple(self.match))
+        object.__setattr__(self, "options", word_to_none(self.options))
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> LayerOptions:
@@ -50,9 +58,7 @@ class LayerOptions:
             OptionError: Everything that is wrong with it.
         """
         raise_all(OptionError, [text for _, text in problems_of(table)])
-        match = table["match"]
-        options = word_to_none({name: value for name, value in table.items() if name != "match"})
-        return LayerOptions((match,) if isinstance(match, str) else tuple(match), cast(Options, options))
+        return LayerOptions(table["match"], cast(Options, {name: value for name, value in table.items() if name != "match"}))
 
     @staticmethod
     def parse(text: str) -> LayerOptions:

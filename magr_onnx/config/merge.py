@@ -52,17 +52,18 @@ def apply_preset(
     if arguments.get(RUN["pipeline"].argument) is not None:
         raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
     lower = cast(Mapping[str, Any], preset.options)
-    layers = [_without(table, arguments, lower) for table in preset.layers]
+    layers = [layer for table in preset.layers for layer in _without(table, arguments, lower)]
     notes = dropped(lower, arguments, f"preset {preset.name}")
-    return merge(lower, arguments), (*(table for table in layers if table.options), *tables), notes
+    return merge(lower, arguments), (*layers, *tables), notes
 
 
-def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> LayerOptions:
-    """Return a preset's table without options given for all layers, and without what belongs to the values that those replace."""
+def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> list[LayerOptions]:
+    """Return a preset's table without options given for all layers, and without what belongs to the values that those replace; none if
+    that leaves no options."""
     replaced = {name: arguments[name] for name in table.options if name in arguments}
     displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
     kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
-    return replace(table, options=cast(Options, kept))
+    return [replace(table, options=cast(Options, kept))] if kept else []
 
 
 def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, str]:

@@ -45,6 +45,30 @@ def test_every_option_is_a_layer_s_or_the_whole_run_s() -> None:
         assert ("cannot differ by layer" in said[0][1]) == (name not in LAYER_OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("*", {"bits": 99}),
+        ("*", {"bits": "four"}),
+        ("*", {"block": 32}),
+        ("*", {"format": "qdq"}),
+        ("*", {}),
+        ((), {"bits": 4}),
+        ((1,), {"bits": 4}),
+    ],
+)
+def test_the_constructor_refuses_what_tables_may_not_have(match: Any, options: Any) -> None:
+    with pytest.raises(OptionError) as made:
+        LayerOptions(match, options)
+    with pytest.raises(OptionError) as read:
+        LayerOptions.of({**options, "match": match})
+    assert made.value.problems == read.value.problems
+
+
+def test_the_constructor_makes_what_a_table_makes() -> None:
+    assert LayerOptions("*", {"block_size": "channel"}) == LayerOptions.of({"match": "*", "block_size": None})  # type: ignore[arg-type,typeddict-item]
+
+
 @pytest.mark.parametrize("effort", ["fast", "balanced"])
 def test_layers_get_their_options_in_the_file(effort: str, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
