@@ -103,6 +103,7 @@ class _Round:
         spilled: Bytes of values between stages that went to a temporary folder.
         repeated: By weight name, rows of the blocks it has scales for in the file, and bytes of the scales that are there again.
         added: Bytes of the constants made of a layer's weight, by layer name.
+        stages: The number of the stage that a layer is solved in, by layer name: layers of one stage share the codes of their weight.
     """
 
     model: ir.Model
@@ -114,6 +115,7 @@ class _Round:
     spilled: int = 0
     repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, int] = field(default_factory=dict)
 
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
@@ -252,7 +254,8 @@ def _solve_layers(
     hold_out = any(p.holds_out for p in (plan, *plans.values()))
     models = Models(model, work, setup.tapped, setup.changed)
     calibration = calibration_of(setup.data, context, setup.grids, hold_out)
-    for group, gathered in gather(models, layers, calibration, plan.error_feedback is not None, context):
+    for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
+        done.stages |= {layer.name: stage for layer in group}
         for name in gathered.unmasked:
             if name in readers_by_input:
                 first = readers_by_input[name][0]
@@ -271,7 +274,7 @@ def _solve_layers(
 
 def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model, context: RunContext) -> list[LayerRow]:
     """Rows of everything that was converted, with what is known only now that all of it is."""
-    remarks = shared_weights.remarks(done.layers, done.added, context.memory.large)
+    remarks = shared_weights.remarks(done.layers, done.added, done.stages)
     for name, options in setup.assigned.options.items():
         remarks[name].append(f"options of its own: {layer_options.described(options)}")
     rows = list(begun)

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from types import MappingProxyType
 
 import numpy as np
 
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, absorbs_mean, relative_error
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, absorbs_mean, relative_error
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
@@ -70,8 +71,7 @@ class SharedWeight:
             elif before:
                 solution = self._taken_over(solution)
             if solution.record.error is not None:
-                error = relative_error(solution.weight, problem, problem.centred(policy))
-                solution = replace(solution, record=replace(solution.record, error=error))
+                solution = replace(solution, record=_with_errors(solution, problem, problem.centred(policy)))
             before = False
         return solution
 
@@ -95,6 +95,14 @@ class SharedWeight:
         )
 
 
+def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) -> LayerRecord:
+    """The record of one reader, whose errors are those on its own input."""
+    error, low_rank = relative_error(solution.weight, problem, centred), solution.record.low_rank
+    if low_rank is not None and solution.quantized is not None:
+        low_rank = low_rank | {"error_before": relative_error(solution.quantized.dequantize(), problem, centred), "error_after": error}
+    return replace(solution.record, error=error, low_rank=low_rank)
+
+
 def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
     """Of rows that are centred by each reader's own mean where its bias takes that up."""
 
@@ -112,17 +120,18 @@ def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer],
     return {group[0].weight_key: SharedWeight([(layer, stats(layer)) for layer in group]) for group in groups}
 
 
-def remarks(layers: Sequence[LinearLayer], added: Mapping[str, int], alone: bool = False) -> dict[str, list[str]]:
+def remarks(
+    layers: Sequence[LinearLayer], added: Mapping[str, int], stages: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, list[str]]:
     """What there is to say of layers (as they were found, and converted by now) whose weight others read too, by layer name.
 
-    ``added`` has the bytes of the codes that were written for each. ``alone`` is for stages of a model too large to be run as a whole,
-    which solve every layer by itself.
+    ``added`` has the bytes of the codes that were written for each, ``stages`` the number of the stage it was solved in: those of different
+    stages have a solution each.
     """
     notes: dict[str, list[str]] = {layer.name: [] for layer in layers}
     for layer in layers:
-        same = [
-            x.name for x in layers if alone and x is not layer and not x.nested and not layer.nested and x.weight_key == layer.weight_key
-        ]
+        others = [x for x in layers if stages.get(x.name) != stages.get(layer.name) and not (x.nested or layer.nested)]
+        same = [x.name for x in others if x.weight_key == layer.weight_key]
         if same:
             notes[layer.name].append(f"{listed(same)} reads the same weight in another stage, and has codes of its own")
         transposed = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]

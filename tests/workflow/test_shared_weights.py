@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,18 @@ def test_errors_are_each_reader_s_own() -> None:
     for done, x in zip(solved(readers(2), QUANTIZE, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
         wanted = np.linalg.norm(x @ (done.solution.weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
         assert done.solution.record.error == pytest.approx(wanted, rel=1e-4)
+
+
+def test_low_rank_figures_are_each_reader_s_own() -> None:
+    rows = [rows_of(i) for i in range(3)]
+    pipeline = "magr,quantize{method=gptq,bits=2,block_size=16},low-rank{rank=4}"
+    for done, x in zip(solved(readers(3), pipeline, {f"fc{i}": stats_of(x) for i, x in enumerate(rows)}).values(), rows, strict=True):
+        assert done.solution.quantized is not None
+        assert done.solution.record.low_rank is not None
+        weights = {"error_before": done.solution.quantized.dequantize(), "error_after": done.solution.weight}
+        for name, weight in weights.items():
+            expected = np.linalg.norm(x @ (weight - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
+            assert done.solution.record.low_rank[name] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_reader_without_data_takes_no_part() -> None:
@@ -255,6 +268,19 @@ def test_stages_see_what_was_solved_before_them() -> None:
     x = np.concatenate([np.tanh(f["x"] @ quantized) for f in feeds])
     np.testing.assert_allclose(found.stats["a_out"].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
     assert set(found.targets) == {"between"}  # it reads another input than in the float model
+
+
+@pytest.mark.parametrize("data_free", [True, False], ids=["data-free", "data"])
+@pytest.mark.parametrize("kind", ["stack", "side by side"])
+def test_codes_of_its_own_are_noted_where_there_are_some(kind: str, data_free: bool, tmp_path: Path) -> None:
+    model = stack() if kind == "stack" else readers(2)
+    feeds = {f"x{'' if kind == 'stack' else i}": rows_of(i).astype(np.float32) for i in range(1 if kind == "stack" else 2)}
+    options: dict[str, Any] = {"bits": 4, "block_size": 16, "output": tmp_path / "out.onnx", "max_memory": 1000}
+    made, report = magr_onnx.optimize(model, None if data_free else [feeds] * 4, **options)
+    copies = sum(re.fullmatch(r"w_q4(_\d+)?", name) is not None for name in made.graph.initializers)
+    notes = " ".join(note for row in report.layers for note in row.notes)
+    assert ("codes of its own" in notes) == (copies > 1) == (kind == "stack" and not data_free)
+    assert ("codes stored once" in notes) == (copies == 1)
 
 
 def test_error_feedback_converts_all() -> None:
