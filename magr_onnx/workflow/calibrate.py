@@ -14,6 +14,7 @@ from magr_onnx.errors import RuntimeFailure, listed
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.instrument import segments
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration import staged as stages
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -177,9 +178,18 @@ def output_hessian(
     notes: list[str],
 ) -> Iterator[fisher.Fisher | None]:
     """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
-    if data is None or plan.output_hessian is None:
+    if plan.output_hessian is None:
         yield None
         return
+    quantize = plan.resolved.quantize
+    if data is None or quantize is None or not quantize.weighs_outputs:
+        reason = "there is no calibration data" if data is None else "the quantizer takes none, or none under an accumulator"
+        notes.append(f"no gradients, all outputs weigh the same: {reason}")
+        yield None
+        return
+    shared = sharing(layers)
+    if names := [layer.name for layer in layers if layer.nested or layer.name in shared]:
+        notes.append(f"no gradients for {listed(names)}: in the body of a node, or of one weight with others; their outputs weigh the same")
     layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
         hessians = fisher.collect(model, layers, data, provider=context.provider, progress=context.stage("differentiating"))

@@ -163,6 +163,11 @@ class Quantize(LayerPass):
         """Whether the method judges its choices on rows that are held out."""
         return self.quantizer.chooses
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether the method takes second moments of gradients, in a plan that is resolved."""
+        return self.quantizer.chooses and (self.activation is None or self.budget() is None)
+
     def budget(self) -> Budget | None:
         """The accumulator the codes must fit, or None for no constraint.
 

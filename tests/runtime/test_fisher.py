@@ -144,3 +144,19 @@ def test_values_that_are_no_tensors_are_passed_over() -> None:
     found, blocked = collected(model, data_of(model))
     assert found.keys() == {"second_out"}
     assert blocked == {"SequenceAt"}
+
+
+@pytest.mark.parametrize("case", ["data-free", "budget", "shared"])
+def test_gradients_that_are_not_used_are_noted(case: str) -> None:
+    model = tower()
+    if case == "shared":
+        b = Builder()
+        w, hidden = b.constant("w", random(20, 20)), b.input("x", ["batch", 20])
+        for name in ("first", "second"):
+            hidden = b.node("Tanh", [b.node("MatMul", [hidden, w], name)], f"{name}_tanh")
+        model = b.model(hidden, ["batch", 20])
+    data = [graphs.feeds(model, 60, seed=s) for s in range(4)]
+    options: dict[str, Any] = {"format": "qdq-int8", "target": "x86-avx2"} if case == "budget" else {"feedback": False, "bits": 3}
+    report = magr_onnx.optimize(model, None if case == "data-free" else data, effort="best", **options).report
+    assert sum(note.startswith("no gradients") for note in report.notes) == 1
+    assert not any("coupled" in (row.solver or {}) for row in report.layers)
