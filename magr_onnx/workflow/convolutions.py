@@ -13,6 +13,7 @@ from functools import reduce
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit.conv import emit
@@ -22,7 +23,6 @@ from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
-from magr_onnx.runtime.calibration.conv_patches import PatchStats
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -106,14 +106,14 @@ def convert(
 
 def _measured(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches | None, context: RunContext, unmeasured: dict[str, str]
-) -> Iterator[tuple[list[ConvLayer], list[PatchStats]]]:
+) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats]]]]:
     """Convolutions of one weight with the statistics of those that have some; ``unmeasured`` gets the reason of those that have not."""
     units = iter(by_weight(layers))
     readers = next(units, None)
-    gathered: dict[str, PatchStats | None] = {}
+    gathered: dict[str, list[LayerStats] | None] = {}
     for group in conv_patches.grouped(layers, context.memory.gram_budget):
         measured = [layer for layer in group if layer.name not in unmeasured]
-        stats: dict[str, PatchStats] = {}
+        stats: dict[str, list[LayerStats]] = {}
         if data is not None and measured:
             try:
                 stats = conv_patches.collect(model, measured, data, provider=context.provider)
@@ -125,11 +125,16 @@ def _measured(
             readers = next(units, None)
 
 
-def _solve(readers: Sequence[ConvLayer], stats: Sequence[PatchStats], plan: Plan) -> LayerSolution:
+def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats]], plan: Plan) -> LayerSolution:
     """One solution for all convolutions of a weight, under the moments of all their patches."""
     first, policy = readers[0], plan.bias_policy
-    moments_of = reduce(PatchStats.combine, stats) if stats else None
-    groups = [] if moments_of is None else [moments_of.of_group(group) for group in range(first.group)]
+    groups = [reduce(_pooled, parts) for parts in zip(*stats, strict=True)]
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
     absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
     return plan.for_convolutions(absorbs).solve_groups(problems_of(first, groups))
+
+
+def _pooled(a: LayerStats, b: LayerStats) -> LayerStats:
+    """The statistics of the rows of both, held-out rows included."""
+    held_out = None if a.held_out is None or b.held_out is None else a.held_out.combine(b.held_out)
+    return replace(a.combine(b), held_out=held_out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.moments import MomentAccumulator, with_held_out
-from magr_onnx.core.types import Array, LayerStats
+from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -25,28 +24,6 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PatchStats:
-    """Second moments of the patches of every group: Gram matrices ``(G, K, K)`` and means ``(G, K)`` of ``rows`` rows, float64."""
-
-    gram: Array
-    mean: Array
-    rows: int
-    held_out: PatchStats | None = None
-
-    def of_group(self, index: int) -> LayerStats:
-        """Return the statistics of one group."""
-        held_out = None if self.held_out is None else self.held_out.of_group(index)
-        return LayerStats(self.gram[index], self.mean[index], self.rows, held_out=held_out)
-
-    def combine(self, other: PatchStats) -> PatchStats:
-        """Pool the rows of both, for layers that share a weight and so a solution."""
-        n = self.rows + other.rows
-        a, b = self.rows / n, other.rows / n
-        held_out = None if self.held_out is None or other.held_out is None else self.held_out.combine(other.held_out)
-        return PatchStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, held_out)
 
 
 def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
@@ -109,8 +86,8 @@ def cannot_gather(error: MagrError) -> str:
 
 def collect(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Steps | None = None
-) -> dict[str, PatchStats]:
-    """Collect the moments of every layer's patches, by layer name, with those of held-out batches separate.
+) -> dict[str, list[LayerStats]]:
+    """Collect the moments of every group's patches ``(n, K)``, by layer name, with those of held-out batches separate.
 
     Args:
         model: The float model; it is not changed.
@@ -136,8 +113,12 @@ def collect(
                 rows = float(count) / (layer.group * layer.k)
                 sums[key][index in HoldOut()].add(gram, total, rows, weight=data.weight(index))
     raise_all(NonFiniteError, bad.values())
-    stats = {}
-    for key, parts in sums.items():
-        measured = [PatchStats(*part.means()) for part in parts if part.rows] or [PatchStats(*parts[0].means())]
-        stats[key] = with_held_out(*measured) if len(measured) == 2 else measured[0]
+    stats = {key: _by_group(*parts) for key, parts in sums.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}
+
+
+def _by_group(fitted: MomentAccumulator, held_out: MomentAccumulator) -> list[LayerStats]:
+    """Return the statistics of every group, with its held-out rows. Consumes the sums."""
+    parts = [part.means() for part in (fitted, held_out) if part.rows] or [fitted.means()]
+    measured = [[LayerStats(gram, mean, rows) for gram, mean in zip(grams, means, strict=True)] for grams, means, rows in parts]
+    return measured[0] if len(measured) == 1 else list(map(with_held_out, *measured))

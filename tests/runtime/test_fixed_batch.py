@@ -113,11 +113,11 @@ def test_convolutions_count_every_sample_once(count: int) -> None:
     made = b.model(b.node("Conv", [x, b.constant("w", random(5, 3, 3, 3))], "conv", kernel_shape=[3, 3]), [SIZE, 5, 7, 7])
     images = np.random.default_rng(0).standard_normal((count, 3, 9, 9)).astype(np.float32) * np.arange(1, count + 1)[:, None, None, None]
     images = images.astype(np.float32)
-    found = conv_patches.collect(made, conv.find(made)[0], open_data({"x": images}, inputs_of(made)))["conv"]
+    found = conv_patches.collect(made, conv.find(made)[0], open_data({"x": images}, inputs_of(made)))["conv"][0]
     patches = np.lib.stride_tricks.sliding_window_view(images, (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
     expected = patches.T.astype(np.float64) @ patches / len(patches)
     assert found.rows == len(patches)
-    np.testing.assert_allclose(found.gram[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(found.gram, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_gradients_count_every_sample_once() -> None:

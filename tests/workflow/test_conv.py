@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import magr_onnx
 from magr_onnx.core.layer import join_groups
 from magr_onnx.core.quantizers import batched
-from magr_onnx.core.types import WeightSpec
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Plan, Quantize
@@ -55,7 +55,7 @@ def convolution(op: str, x: Array, shape: tuple[int, ...], attributes: dict[str,
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
 
 
-def collected(proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> dict[str, conv_patches.PatchStats]:
+def collected(proto: onnx.ModelProto, batches: list[dict[str, Array]]) -> dict[str, list[LayerStats]]:
     found = ir.from_proto(proto)
     with Session(found) as session:
         data = open_data(batches, session.inputs, 4)
@@ -117,9 +117,9 @@ def test_gram_matrices_are_those_of_patches_gathered_by_loops(case: tuple[Array,
     rows = gathered(x, kernel, attributes["strides"], attributes["dilations"], pads_of(attributes, x, kernel), y.shape[2:])
     parts = rows.reshape(-1, group, rows.shape[-1] // group)
     found = collected(proto, [{"x": x[:2]}, {"x": x[2:]}])["c"]
-    assert found.rows == len(parts)
-    np.testing.assert_allclose(found.gram, np.einsum("ngk,ngl->gkl", parts, parts) / len(parts), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.mean, parts.mean(axis=0), rtol=1e-4, atol=1e-5)
+    assert {group.rows for group in found} == {len(parts)}
+    np.testing.assert_allclose([group.gram for group in found], np.einsum("ngk,ngl->gkl", parts, parts) / len(parts), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([group.mean for group in found], parts.mean(axis=0), rtol=1e-4, atol=1e-5)
     product = np.einsum("ngk,gkm->ngm", parts, to_matrices(constant("w", *shape), "Conv", group)).reshape(len(x), -1, y.shape[1])
     np.testing.assert_allclose(np.moveaxis(y, 1, -1).reshape(product.shape), product, rtol=1e-3, atol=1e-4)
 
@@ -140,11 +140,12 @@ def test_patches_of_a_transposed_convolution_explain_its_output(case: tuple[Arra
     found = collected(proto, [{"x": x}])["c"]
     w = to_matrices(constant("w", *shape), "ConvTranspose", group).astype(np.float64)
     rows = np.moveaxis(y, 1, -1).reshape(-1, group, m // group).astype(np.float64)
-    assert found.rows == len(rows)
+    gram, mean = (np.stack([getattr(group, name) for group in found]) for name in ("gram", "mean"))
+    assert {group.rows for group in found} == {len(rows)}
     np.testing.assert_allclose(
-        np.einsum("gkm,gkl,gln->gmn", w, found.gram, w), np.einsum("ngm,ngl->gml", rows, rows) / len(rows), rtol=1e-3, atol=1e-4
+        np.einsum("gkm,gkl,gln->gmn", w, gram, w), np.einsum("ngm,ngl->gml", rows, rows) / len(rows), rtol=1e-3, atol=1e-4
     )
-    np.testing.assert_allclose(np.einsum("gkm,gk->gm", w, found.mean), rows.mean(axis=0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.einsum("gkm,gk->gm", w, mean), rows.mean(axis=0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -544,11 +545,11 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     g, k, n = 40, 9, 2
     weights = rng.standard_normal((g, k, n)).astype(np.float32) * 0.2
     x = rng.standard_normal((g, 500, k)) @ (np.eye(k) + 0.4 * rng.standard_normal((g, k, k)))
-    stats = conv_patches.PatchStats(x.transpose(0, 2, 1) @ x / 500, x.mean(axis=1), 500)
+    grams = x.transpose(0, 2, 1) @ x / 500
     node = ir.node("Conv", [None, None], name="c")
     source = ir.val("k", ir.DataType.FLOAT, [g * n, 1, 3, 3])
     layer = ConvLayer("c", node, ConstantView(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
-    problems = problems_of(layer, [stats.of_group(group) for group in range(g)])
+    problems = problems_of(layer, [LayerStats(gram, mean, 500) for gram, mean in zip(grams, x.mean(axis=1), strict=True)])
     for method in ("rtn", "gptq", "comq"):
         plan = Plan(quantize=Quantize(method), convolutions=Convolutions(4, symmetric, alpha=0.0)).for_convolutions(False)
         assert plan.quantize is not None
@@ -559,7 +560,7 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
         assert one_by_one.record.error is not None
         assert together.record.error < 1.001 * one_by_one.record.error
         difference = split_groups(together.weight, g) - weights
-        relative = np.einsum("gkn,gkl,gln->", difference, stats.gram, difference) / np.einsum("gkn,gkl,gln->", weights, stats.gram, weights)
+        relative = np.einsum("gkn,gkl,gln->", difference, grams, difference) / np.einsum("gkn,gkl,gln->", weights, grams, weights)
         assert together.record.error == pytest.approx(np.sqrt(relative), rel=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import magr_onnx
+from magr_onnx.core.types import LayerStats
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.branches import BIAS, OTHER, TRAPS, K, looped
 from magr_onnx.models.zoo.convolutions import convolve, kernel, one, spread
@@ -38,7 +40,7 @@ def opened(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> tuple[ir.Mo
         return found, open_data(feeds, session.inputs)
 
 
-def collected(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, conv_patches.PatchStats]:
+def collected(proto: onnx.ModelProto, feeds: list[dict[str, Array]]) -> dict[str, list[LayerStats]]:
     found, data = opened(proto, feeds)
     layers = find(found)[0]
     assert conv_patches.unmeasured(found, layers, data, "cpu", conv_patches.PATCH_LIMIT) == {}
@@ -51,11 +53,12 @@ def rows_of(x: Array, pad: int = 0) -> Array:
     return np.concatenate([x[:, :, at : at + 3].reshape(len(x), -1) for at in range(x.shape[2] - 2)]).astype(np.float64)
 
 
-def agree(found: conv_patches.PatchStats, rows: list[Array]) -> None:
+def agree(found: Sequence[LayerStats], rows: list[Array]) -> None:
     x = np.concatenate(rows)
-    assert found.rows == len(x)
-    np.testing.assert_allclose(found.gram, [x.T @ x / len(x)], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.mean, [x.mean(axis=0)], rtol=1e-4, atol=1e-5)
+    (stats,) = found
+    assert stats.rows == len(x)
+    np.testing.assert_allclose(stats.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats.mean, x.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_branch_counts_where_it_is_taken() -> None:
@@ -88,12 +91,14 @@ def test_a_branch_in_a_scan_counts_at_the_steps_that_take_it() -> None:
     }
     for name, made in outputs.items():
         y = np.concatenate([np.moveaxis(part, 1, -1).reshape(-1, 2, 4) for part in made]).astype(np.float64)
-        w, stats = weights[name].astype(np.float64), found[name]
-        assert stats.rows == len(y) > 0
+        w = weights[name].astype(np.float64)
+        gram, mean = (np.stack([getattr(stats, figure) for stats in found[name]]) for figure in ("gram", "mean"))
+        assert {stats.rows for stats in found[name]} == {len(y)}
+        assert len(y) > 0
         np.testing.assert_allclose(
-            np.einsum("gkm,gkl,gln->gmn", w, stats.gram, w), np.einsum("ngm,ngl->gml", y, y) / len(y), rtol=1e-3, atol=1e-4
+            np.einsum("gkm,gkl,gln->gmn", w, gram, w), np.einsum("ngm,ngl->gml", y, y) / len(y), rtol=1e-3, atol=1e-4
         )
-        np.testing.assert_allclose(np.einsum("gkm,gk->gm", w, stats.mean), y.mean(axis=0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.einsum("gkm,gk->gm", w, mean), y.mean(axis=0), rtol=1e-3, atol=1e-4)
 
 
 def test_a_value_from_outside_counts_in_every_graph_as_often_as_it_is_read_there() -> None:
