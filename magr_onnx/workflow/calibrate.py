@@ -17,7 +17,7 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration import staged as stages
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.progress import part_of
 from magr_onnx.runtime.data.sources import Batches
@@ -25,13 +25,12 @@ from magr_onnx.workflow.context import RunContext
 
 
 def calibration_of(
-    data: Batches | None, context: RunContext, grids: activation_ranges.Grids | None = None, hold_out: bool = False
+    data: Batches | None, context: RunContext, grids: Grids | None = None, hold_out: bool = False
 ) -> CalibrationContext | None:
     """What calibration is done with: data, the mask of the run, and ``grids`` of activations where they are chosen; None without data."""
     if data is None:
         return None
-    grids = grids or activation_ranges.Grids()
-    return CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids.inputs, grids.bounds)
+    return CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids or {})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,7 +207,7 @@ def output_hessian(
 def completing(
     result: moments.CalibrationResult,
     source: subgraphs.TappedModel,
-    grids: activation_ranges.Grids,
+    grids: Grids,
     hessian: fisher.Fisher | None,
     data: Batches | None,
 ) -> Callable[[LinearLayer, LayerProblem], LayerProblem]:
@@ -217,9 +216,7 @@ def completing(
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
         data_free = data is not None and problem.stats.is_data_free
         return replace(
-            problem,
-            activation=grids.inputs.get(layer.reads),
-            output_grid=grids.products.get(str(layer.node.outputs[0].name)),
+            activation_ranges.with_grids(problem, layer, grids),
             target_moments=result.targets.get(layer.name),
             output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
             notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),

@@ -33,9 +33,8 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
-from magr_onnx.runtime.calibration.activation_ranges import Grids
+from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.data.progress import Steps
-from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
@@ -314,8 +313,8 @@ class Search:
         goal: Goal,
         options: Options,
         source: Source,
-        data: Batches,
-        conditions: sensitivity.Conditions,
+        calibration: CalibrationContext,
+        gram_budget: int,
         progress: Steps | None = None,
     ) -> None:
         """Measure the sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`) and plan.
@@ -324,15 +323,16 @@ class Search:
             OptionError: No choice is possible, or none small enough.
             CalibrationError: A loss is asked for, and there is no batch to measure it on that had no part in the quantization.
         """
+        data = calibration.data
         if goal.loss is not None and len(data) < 2:
             raise CalibrationError(
                 f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
                 "give more samples, or a smaller batch size"
             )
-        self._provider = conditions.provider
+        self._provider = calibration.provider
         self._split = sensitivity.Split.of(data)
         self.data = data if goal.loss is None else self._split.rest
-        choices = choices_of(options, conditions.provider)
+        choices = choices_of(options, calibration.provider)
         self.allocation = Allocation(goal, source, choices)
         found, effects = sensitivity.measure(
             source.tapped or source.model,
@@ -340,13 +340,14 @@ class Search:
             choices,
             references_of(choices),
             self._split,
-            conditions,
+            calibration,
+            gram_budget,
             progress,
         )
         self._metric = effects.metric
         self.allocation.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.reference or source.model, conditions.provider) as session:
-            self._reference = Reference(session, self._split.held_out.limit(MEASURED), conditions.mask)
+        with Session(source.reference or source.model, calibration.provider) as session:
+            self._reference = Reference(session, self._split.held_out.limit(MEASURED), calibration.mask)
 
     def accepts(self, work: ir.Model) -> bool:
         """Measure a quantized model; whether it is the result."""

@@ -20,7 +20,8 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.passes.plan import Plan
-from magr_onnx.runtime.calibration.activation_ranges import Grids
+from magr_onnx.runtime.calibration.activation_ranges import with_grids
+from magr_onnx.runtime.calibration.context import Grids
 
 
 def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: Grids | None = None) -> list[int]:
@@ -73,7 +74,4 @@ class _Writer:
         bias = np.zeros(layer.n) if layer.has_bias else None
         stats = replace(LayerStats.data_free(layer.k), rows=1)
         problem = LayerProblem(weight, bias, stats, float_type(layer.dtype), ActivationGrid(1.0, 0))
-        if self._grids is None:
-            return problem
-        products = self._grids.products.get(str(layer.node.outputs[0].name))
-        return replace(problem, activation=self._grids.inputs.get(layer.reads), output_grid=products)
+        return with_grids(problem, layer, self._grids) if self._grids else problem

@@ -21,8 +21,8 @@ from magr_onnx.passes.layers.weighted import readers
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
+from magr_onnx.runtime.calibration.context import Grids
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.sensitivity import Conditions
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
@@ -81,7 +81,7 @@ class _Setup:
     plan: Plan
     tapped: subgraphs.TappedModel
     data: Batches | None
-    grids: activation_ranges.Grids
+    grids: Grids
     changed: Collection[str]
     needs_statistics: bool
     assigned: layer_options.Assigned
@@ -205,10 +205,10 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
         notes.append(
             f"the float model was run as a whole, in more memory than max_memory: {listed(names)} between layers is no tensor to be kept"
         )
-    grids = activation_ranges.Grids()
+    grids: Grids = {}
     if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
         grids = activation_ranges.choose_grids(tapped.model, tapped.reached(layers), calibration, plan, context.stage("ranges"))
-        notes += grids.notes
+        notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
     return _Setup(base, layers, plan, tapped, data, grids, begun.digests, needs_statistics, assigned, skips, notes)
@@ -218,9 +218,9 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
     """Measure what a budget is spent by, if there is one."""
     plans = setup.assigned.plans
     mixed_precision.check_layers(request.budget, setup.layers)
-    if request.budget is None or setup.data is None:
+    calibration = calibration_of(setup.data, context, setup.grids)
+    if request.budget is None or calibration is None:
         return None
-    grids = None if setup.plan.activations is None else setup.grids
     source = mixed_precision.Source(
         setup.base,
         [layer for layer in setup.layers if layer.name not in plans],
@@ -230,11 +230,10 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         prepared.model,
         setup.tapped.on(setup.base),
         plans,
-        grids,
+        setup.grids,
     )
-    conditions = Conditions(context.mask, context.provider, request.gram_budget, grids)
     steps = context.stage("sensitivities")
-    search = mixed_precision.Search(request.budget, request.options or {}, source, setup.data, conditions, steps)
+    search = mixed_precision.Search(request.budget, request.options or {}, source, calibration, request.gram_budget, steps)
     context.lap("sensitivities")
     return search
 

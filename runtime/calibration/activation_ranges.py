@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates
-from magr_onnx.core.layer import BiasPolicy, absorbs_mean
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, absorbs_mean
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.errors import NonFiniteError, raise_all
@@ -17,32 +17,13 @@ from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.data.progress import Steps, part_of, with_progress
 from magr_onnx.runtime.ort.session import Session
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
-
-
-@dataclass(frozen=True, slots=True)
-class GridChoice:
-    """The grid chosen for one value.
-
-    Attributes:
-        grid: The grid.
-        method: Name of the candidate range.
-        errors: Mean squared output error of every candidate, by name.
-        sentinels: The observed range, if it has sentinel values such as -1e9, which are excluded; else None.
-        bounds: The range without them; else None.
-    """
-
-    grid: Activation
-    method: str
-    errors: dict[str, float]
-    sentinels: tuple[float, float] | None
-    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,23 +180,6 @@ def _projection(n: int) -> Array:
     return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))
 
 
-@dataclass(frozen=True, slots=True)
-class Grids:
-    """Activation grids, by value name.
-
-    Attributes:
-        inputs: Grids of layer inputs.
-        products: Grids of layer products, if those are quantized too.
-        bounds: Range that values with sentinels are clipped to in statistics.
-        notes: Notes for the report.
-    """
-
-    inputs: dict[str, Activation] = field(default_factory=dict)
-    products: dict[str, ActivationGrid] = field(default_factory=dict)
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def choose_grids(
     model: ir.Model,
     layers: Sequence[LinearLayer],
@@ -226,21 +190,20 @@ def choose_grids(
     """Choose the grids that a plan needs: of layer inputs, and of products if those are quantized too; see `choose`."""
     activations = plan.activations
     if not layers or activations is None:
-        return Grids()
+        return {}
     values = inputs_of(layers, plan.bias_policy)
-    products = products_of(layers) if plan.quantizes_outputs else []
     input_names = {v.name for v in values}
-    values += [v for v in products if v.name not in input_names]
-    choices = choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
-    grids = Grids({name: choice.grid for name, choice in choices.items()})
-    for value in products:
-        grid = choices[value.name].grid
-        if isinstance(grid, ActivationGrid):
-            grids.products[value.name] = grid
-    for name, choice in choices.items():
-        if choice.bounds is not None:
-            grids.bounds[name] = choice.bounds
-        if choice.sentinels is not None:
-            low, high = choice.sentinels
-            grids.notes.append(f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range")
-    return grids
+    values += [v for v in products_of(layers) if v.name not in input_names] if plan.quantizes_outputs else []
+    return choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
+
+
+def notes_of(grids: Grids) -> list[str]:
+    """Return notes for the report on the values whose range leaves out sentinels."""
+    ranges = [(name, *choice.sentinels) for name, choice in grids.items() if choice.sentinels is not None]
+    return [f"{name}: values from {low:g} to {high:g} were taken as masks and left out of the range" for name, low, high in ranges]
+
+
+def with_grids(problem: LayerProblem, layer: LinearLayer, grids: Grids) -> LayerProblem:
+    """Add the grids of a layer's input and product to its problem, where there are any."""
+    activation, product = (None if name not in grids else grids[name].grid for name in (layer.reads, product_name(layer)))
+    return replace(problem, activation=activation, output_grid=product if isinstance(product, ActivationGrid) else None)

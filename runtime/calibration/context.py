@@ -1,4 +1,4 @@
-"""Settings of a calibration: data, mask and provider."""
+"""Settings of a calibration: data, mask, provider, and the grids of activations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,29 @@ from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 
 
+@dataclass(frozen=True, slots=True)
+class GridChoice:
+    """The grid chosen for a layer input or product.
+
+    Attributes:
+        grid: The grid.
+        method: Name of the candidate range.
+        errors: Mean squared output error of every candidate, by name.
+        sentinels: The observed range, if it has sentinel values such as -1e9, which are excluded; else None.
+        bounds: The range without them, which values are clipped to in statistics; else None.
+    """
+
+    grid: Activation
+    method: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    sentinels: tuple[float, float] | None = None
+    bounds: tuple[float, float] | None = None
+
+
+Grids = Mapping[str, GridChoice]
+"""Grids of layer inputs and, if those are quantized too, of layer products, by value name."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationContext:
     """Settings shared by all groups and stages of layers.
@@ -19,8 +42,7 @@ class CalibrationContext:
         mask: Input whose zero elements mark rows to leave out (see `magr_onnx.runtime.calibration.mask`); None for none.
         provider: Where to run.
         hold_out: Which batches are held out.
-        quantize: Quantization of layer inputs, by value name; moments are of the quantized values.
-        bounds: Range that values are clipped to first, by value name (see `magr_onnx.passes.instrument.taps.Tap`).
+        grids: Quantization of layer inputs; moments are of the quantized values.
         masked: The values that follow the mask, of all that are measured; None where that is not known yet.
     """
 
@@ -28,6 +50,5 @@ class CalibrationContext:
     mask: str | None = None
     provider: str = "cpu"
     hold_out: HoldOut = NONE
-    quantize: Mapping[str, Activation] = field(default_factory=dict)
-    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    grids: Grids = field(default_factory=dict)
     masked: Collection[str] | None = None

@@ -75,7 +75,7 @@ def collect(
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    taps = [replace(t, quantize=context.quantize.get(t.value), bounds=context.bounds.get(t.value)) for t in taps]
+    taps = [replace(t, quantize=g.grid, bounds=g.bounds) if (g := context.grids.get(t.value)) else t for t in taps]
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}

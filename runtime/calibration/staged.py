@@ -240,7 +240,8 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
 
 def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Measurement:
     """Measure one value, and the target moments of the layers that read it."""
-    activation = context.quantize.get(name)
+    choice = context.grids.get(name)
+    activation, bounds = (None, None) if choice is None else (choice.grid, choice.bounds)
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
@@ -250,8 +251,8 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
         x, y = values.pair(name, b)
-        if name in context.bounds:
-            x, y = np.clip(x, *context.bounds[name]), np.clip(y, *context.bounds[name])
+        if bounds is not None:
+            x, y = np.clip(x, *bounds), np.clip(y, *bounds)
         y = rounded(y, activation)
         kept = values.kept_rows(b, x.shape) if follows else None
         masked &= kept is not None

@@ -32,7 +32,7 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration import moments
-from magr_onnx.runtime.calibration.activation_ranges import Grids
+from magr_onnx.runtime.calibration.activation_ranges import with_grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
 from magr_onnx.runtime.data.progress import Steps
@@ -75,29 +75,6 @@ class Split:
         return Split(data.select(fit), data.select(effects), data.select(held_out), data.select(rest))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Conditions:
-    """Provider, mask and activation grids that sensitivities are measured with.
-
-    Attributes:
-        mask: Input whose zero elements mark rows to leave out; None for none.
-        provider: Where to run.
-        gram_budget: Most bytes of Gram matrices in memory.
-        grids: Grids of layer inputs and products; None where they stay float.
-    """
-
-    mask: str | None = None
-    provider: str = "cpu"
-    gram_budget: int = moments.DEFAULT_BUDGET
-    grids: Grids | None = None
-
-    def calibration(self, model: ir.Model, layers: Sequence[LinearLayer], data: Batches) -> CalibrationContext:
-        """Return the settings to collect the moments of the inputs of layers with."""
-        quantize, bounds = ({}, {}) if self.grids is None else (self.grids.inputs, self.grids.bounds)
-        context = CalibrationContext(data, self.mask, self.provider, quantize=quantize, bounds=bounds)
-        return moments.with_masked(model, layers, context)
-
-
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """Measured sensitivity of one layer.
@@ -128,7 +105,8 @@ def measure(
     choices: Plans,
     references: Sequence[Choice],
     split: Split,
-    conditions: Conditions,
+    context: CalibrationContext,
+    gram_budget: int = moments.DEFAULT_BUDGET,
     progress: Steps | None = None,
 ) -> tuple[dict[str, Sensitivity], Reference]:
     """Measure the sensitivities of all layers, by name, and return them with the reference of the losses.
@@ -139,7 +117,8 @@ def measure(
         choices: The plan of every choice.
         references: Choices whose effect on the outputs is measured, one or two.
         split: Calibration batches.
-        conditions: Provider, mask and grids.
+        context: Mask, provider and grids; the data is that of ``split``.
+        gram_budget: Most bytes of Gram matrices in memory.
         progress: Called with steps done and in total.
 
     Raises:
@@ -148,16 +127,16 @@ def measure(
     """
     sensitivities: dict[str, Sensitivity] = {}
     steps = 1 + len(references)  # per layer
-    overridden = [layer.name for layer in layers] if conditions.grids is None else []
+    overridden = [] if context.grids else [layer.name for layer in layers]
     copy, slots = with_weight_inputs(model, overridden)
-    calibrations = [conditions.calibration(model, layers, part) for part in (split.fit, split.effects)]
-    with Session(copy, conditions.provider) as session:
+    calibrations = [moments.with_masked(model, layers, replace(context, data=part)) for part in (split.fit, split.effects)]
+    with Session(copy, context.provider) as session:
         reference: Reference | None = None
-        for group in moments.grouped(layers, conditions.gram_budget // 2):
+        for group in moments.grouped(layers, gram_budget // 2):
             fit, effects = (moments.collect(model, group, calibration).stats for calibration in calibrations)
             if reference is None:
                 rows = max([s.rows for s in effects.values()], default=1) / len(split.effects)
-                reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), conditions.mask)
+                reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), context.mask)
             for layer in group:
                 name, data_free = layer.reads, LayerStats.data_free(layer.k)  # where these batches do not reach a layer
                 trial = _Trial(layer, fit.get(name, data_free), effects.get(name, data_free))
@@ -166,10 +145,10 @@ def measure(
                 for choice in references:
                     if progress is not None:
                         progress(len(sensitivities) * steps + len(points), len(layers) * steps)
-                    if conditions.grids is None:
-                        error, loss = _replacement_loss(trial, choices[choice], slots[layer.name], session, reference)
+                    if context.grids:
+                        error, loss = errors[choice], _emitted_loss(model, trial, choices[choice], context, reference)
                     else:
-                        error, loss = errors[choice], _emitted_loss(model, trial, choices[choice], conditions, reference)
+                        error, loss = _replacement_loss(trial, choices[choice], slots[layer.name], session, reference)
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
                 sensitivities[layer.name] = Sensitivity(errors, _increasing(points))
         assert reference is not None
@@ -253,16 +232,10 @@ def _reference_plan(plan: Plan) -> Plan:
     return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _emitted_loss(model: ir.Model, trial: _Trial, plan: Plan, conditions: Conditions, reference: Reference) -> float:
+def _emitted_loss(model: ir.Model, trial: _Trial, plan: Plan, context: CalibrationContext, reference: Reference) -> float:
     """Measure the loss of a copy of the model with one layer emitted."""
-    copy, grids = model.clone(), conditions.grids
-    assert grids is not None
-    products = grids.products
+    copy = model.clone()
     layer = next(layer for layer in find(copy)[0] if layer.name == trial.layer.name)
-
-    def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
-        return replace(problem, output_grid=products.get(str(layer.node.outputs[0].name)))
-
-    run_layers(plan, [layer], lambda _: trial.fit, lambda _: None, complete)
-    with Session(copy, conditions.provider) as session:
+    run_layers(plan, [layer], lambda _: trial.fit, lambda _: None, lambda layer, problem: with_grids(problem, layer, context.grids))
+    with Session(copy, context.provider) as session:
         return reference.loss(session.run)

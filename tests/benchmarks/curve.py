@@ -68,11 +68,10 @@ class Calibrated:
         plan.prepare(self.model)
         layers, _ = find(self.model)
         self.longest = max(layer.k for layer in layers)
-        chosen = activation_ranges.choose(
+        grids = activation_ranges.choose(
             self.model, activation_ranges.inputs_of(layers), context, method=activations.ranges, kind=activations.type
         )
-        grids = {name: choice.grid for name, choice in chosen.items()}
-        self.stats = moments.collect(self.model, layers, replace(context, quantize=grids)).stats
+        self.stats = moments.collect(self.model, layers, replace(context, grids=grids)).stats
 
     def quantize(self, output: Path, options: Options) -> None:
         """What `magr_onnx.optimize` would write with these options, as static QDQ."""

@@ -33,7 +33,7 @@ from magr_onnx.passes import (
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.layers.weight_constants import WeightConstants
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -418,7 +418,7 @@ def test_compensation_counts_activation_rounding() -> None:
     grid = ActivationGrid.of_range(0, 1.5)
     with Session(model) as session:
         data = open_data([x], session.inputs)
-    stats = collect(model, find(model)[0], CalibrationContext(data, quantize={"x": grid})).stats["x"]
+    stats = collect(model, find(model)[0], CalibrationContext(data, grids={"x": GridChoice(grid)})).stats["x"]
     quantize = Quantize("rtn", 8, None, True, beta=1.0)
     plan = Plan.of((QuantizeActivations(), quantize, CompensateBias(), EmitQDQInt8()))
     run_layers(plan, find(model)[0], lambda _: stats, lambda _: None)

@@ -18,7 +18,7 @@ from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.runtime.calibration import activation_ranges
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.ort.session import Session
@@ -334,7 +334,7 @@ def test_wide_products_are_judged_behind_a_narrow_projection() -> None:
 def test_moments_are_of_the_quantized_input_and_the_float_mean_is_kept(grid: Activation) -> None:
     model = graphs.matmul(opset=11)
     x = feeds(model)
-    stats = collect(model, find(model)[0], CalibrationContext(data_of(model, [x]), quantize={"x": grid})).stats["x"]
+    stats = collect(model, find(model)[0], CalibrationContext(data_of(model, [x]), grids={"x": GridChoice(grid)})).stats["x"]
     seen, plain = rounded(x["x"], grid).reshape(-1, K).astype(np.float64), x["x"].reshape(-1, K).astype(np.float64)
     assert stats.activation == grid
     np.testing.assert_allclose(stats.gram, seen.T @ seen / len(seen), rtol=1e-4, atol=1e-4 * np.abs(stats.gram).max())

@@ -25,8 +25,7 @@ from magr_onnx.passes import LinearLayer, Plan, find, run_layers
 from magr_onnx.passes.instrument.weight_inputs import with_weight_inputs
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import moments
-from magr_onnx.runtime.calibration.activation_ranges import Grids
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice
 from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import COSINE, KL, Reference
@@ -119,11 +118,13 @@ def test_grids_of_activations_count(options: dict[str, Any], tmp_path: Path) -> 
     plan.prepare(source)
     layer = find(source)[0][0]
     dynamic = options["format"] == "dynamic-int8"
-    grids = Grids({layer.reads: DynamicRange(-1.0, 1.0) if dynamic else ActivationGrid(0.1, 120)}, {"y": ActivationGrid(0.2, 100)})
+    activation = DynamicRange(-1.0, 1.0) if dynamic else ActivationGrid(0.1, 120)
+    product = ActivationGrid(0.2, 100)
+    grids = {layer.reads: GridChoice(activation), "y": GridChoice(product)}
     real = source.clone()
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
-        return replace(problem, activation=grids.inputs[layer.reads], output_grid=grids.products["y"])
+        return replace(problem, activation=activation, output_grid=product)
 
     run_layers(plan, find(real)[0], statistics, lambda solved: None, complete)
     assert files.initializer_bytes(size_model.converted(source, {layer.name: plan}, grids)) == files.initializer_bytes(real)
@@ -166,7 +167,9 @@ def test_overridden_weights_are_used(form: str) -> None:
 
 def measured(model: ir.Model, choices: dict[Choice, Plan]) -> tuple[dict[str, sensitivity.Sensitivity], Reference]:
     split = sensitivity.Split.of(data_for(model))
-    return sensitivity.measure(model, find(model)[0], choices, mixed_precision.references_of(choices), split, sensitivity.Conditions())
+    return sensitivity.measure(
+        model, find(model)[0], choices, mixed_precision.references_of(choices), split, CalibrationContext(split.rest)
+    )
 
 
 @pytest.mark.parametrize(("output", "metric"), [("y", COSINE), ("logits", KL)])
