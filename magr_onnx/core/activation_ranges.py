@@ -98,6 +98,7 @@ def candidates(histogram: Histogram, method: Method = "auto") -> dict[str, tuple
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}
 
 
+@np.errstate(over="ignore")  # values far outside the grid are clipped to its ends
 def rounded(x: npt.NDArray[Any], activation: Activation | None) -> npt.NDArray[Any]:
     """Round ``x`` to the 8-bit grid of a layer's input, in float32, as QuantizeLinear or DynamicQuantizeLinear does."""
     if activation is None:

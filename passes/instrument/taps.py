@@ -31,7 +31,7 @@ class Tap:
     Attributes:
         value: The value's name.
         width: K.
-        masked: Whether rows are weighted by the mask: the value has a row for each of its elements, in most batches at least.
+        masked: Whether the mask leaves out rows: the value has a row for each of its elements, in most batches at least.
         quantize: Quantization of the value before its moments are taken; None for none.
         bounds: Range the value is clipped to first (sentinels such as -1e9 are no signal); None for no clipping.
     """
@@ -157,8 +157,8 @@ class _Mask:
 
     Attributes:
         shape: Its shape.
-        rows: Its elements as weights of rows ``(n, 1)``.
-        total: Their sum ``(1,)``.
+        rows: Its elements as booleans of rows ``(n, 1)``.
+        total: The number of those that are true ``(1,)``.
         fixed: Whether the model fixes its shape.
     """
 
@@ -182,15 +182,15 @@ class Extension:
         self.values, self.names = _values(self.model), Names.rescan(self.model.graph)
         self._outputs: list[ir.Value] = []
         self._mask: _Mask | None = None
-        self._weights: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self._kept_rows: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._fits: dict[str, ir.Value] = {}
         if mask is not None:
             truth = self.add("Cast", [self._current(mask)], "__mask_bool", to=ir.DataType.BOOL)
-            real = self.add("Cast", [truth], "__mask_float", to=ir.DataType.FLOAT)
-            rows = self.add("Reshape", [real, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
+            rows = self.add("Reshape", [truth, self.constant("__mask_shape", np.array([-1, 1]))], "__mask_rows")
+            real = self.add("Cast", [rows], "__mask_float", to=ir.DataType.FLOAT)
             declared = self.values[mask].shape
             fixed = declared is not None and declared.is_static()
-            self._mask = _Mask(self.add("Shape", [real], "__mask_extent"), rows, self.total(rows, "__mask_total"), fixed)
+            self._mask = _Mask(self.add("Shape", [truth], "__mask_extent"), rows, self.total(real, "__mask_total"), fixed)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         """Append a node to the graph and return its output; both get ``name`` if it is free."""
@@ -228,12 +228,14 @@ class Extension:
         return self.add("Clip", [real, *limits], f"{name}_clipped")
 
     def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
-        """Reshape to rows ``(n, K)``, with masked rows set to zero."""
+        """Reshape to rows ``(n, K)``, with masked rows set to zero, whatever they hold."""
         rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows")
         if not tap.masked or self._mask is None:
             return rows
-        weights, _ = self._weighted(self._mask, tap, rows, name)
-        return self.add("Mul", [rows, weights], f"{name}_counted")
+        kept, _ = self._kept(self._mask, tap, rows, name)
+        if self.opset < 9:  # there is no Where, and NaN times 0 is NaN
+            return self.add("Mul", [rows, self.add("Cast", [kept], f"{name}_weights", to=ir.DataType.FLOAT)], f"{name}_counted")
+        return self.add("Where", [kept, rows, self.constant(f"{name}_nothing", np.float32(0))], f"{name}_counted")
 
     def fits(self, tap: Tap) -> ir.Value:
         """Return a boolean: whether the value of a masked tap has a row per mask element in this batch."""
@@ -252,33 +254,33 @@ class Extension:
             self._fits[tap.value] = self.add("Cast", [least], f"{name}_all", to=ir.DataType.BOOL)
         return self._fits[tap.value]
 
-    def _weighted(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-        """Return the weights of a value's rows ``(n, 1)`` and their sum; 1 and the number of rows if they do not fit the mask."""
-        if tap.value not in self._weights:
+    def _kept(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """Return which rows of a value count ``(n, 1)``, and how many; all of them if they do not fit the mask."""
+        if tap.value not in self._kept_rows:
             if self.opset < 11 and mask.fixed:  # an If required equal shapes then, and the shape is fixed here
-                self._weights[tap.value] = mask.rows, mask.total
+                self._kept_rows[tap.value] = mask.rows, mask.total
             else:
-                self._weights[tap.value] = self._weights_by_shape(mask, tap, rows, f"{name}_by_mask")
-        return self._weights[tap.value]
+                self._kept_rows[tap.value] = self._kept_by_shape(mask, tap, rows, f"{name}_by_mask")
+        return self._kept_rows[tap.value]
 
-    def _weights_by_shape(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-        one = self.constant(f"{name}_one", np.ones((1, 1), np.float32))
+    def _kept_by_shape(self, mask: _Mask, tap: Tap, rows: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        one = self.constant(f"{name}_one", np.ones((1, 1), np.bool_))
         size = self.add("Gather", [self.add("Shape", [rows], f"{name}_size"), self.constant(f"{name}_axis", np.array([0]))], f"{name}_n")
         count = self.add("Cast", [size], f"{name}_rows", to=ir.DataType.FLOAT)
         branches = [self._branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
         bodies = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = ir.node("If", [self.fits(tap)], bodies, num_outputs=2, name=name)
-        for output, suffix in zip(choice.outputs, ("weights", "count"), strict=True):
+        for output, suffix in zip(choice.outputs, ("kept", "count"), strict=True):
             output.name = f"{name}_{suffix}"
-        weights, total = self.append(self.model.graph, choice)
-        return weights, total
+        kept, total = self.append(self.model.graph, choice)
+        return kept, total
 
     def _branch(self, name: str, values: Sequence[ir.Value]) -> ir.Graph:
-        """Build a body of an If that outputs outer values, as floats of any shape."""
+        """Build a body of an If that outputs outer values: booleans and a float, of any shape."""
         body = ir.Graph([], [], nodes=[], name=name)
-        for i, value in enumerate(values):
+        for i, (value, dtype) in enumerate(zip(values, (ir.DataType.BOOL, ir.DataType.FLOAT), strict=True)):
             (output,) = self.append(body, ir.node("Identity", [value], name=f"{name}_{i}"))
-            output.dtype = ir.DataType.FLOAT
+            output.dtype = dtype
             body.outputs.append(output)
         return body
 
@@ -312,7 +314,7 @@ class Extension:
     def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
         """Return the number of unmasked rows."""
         if tap.masked and self._mask is not None:
-            return self.add("Identity", [self._weighted(self._mask, tap, rows, name)[1]], name)
+            return self.add("Identity", [self._kept(self._mask, tap, rows, name)[1]], name)
         return self.add("Cast", [self.add("Shape", [rows], f"{name}_size")], name, to=ir.DataType.FLOAT)
 
     def output(self, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, shape: Sequence[int | None] = (None,)) -> None:

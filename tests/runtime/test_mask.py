@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -225,3 +226,28 @@ def test_kept_rows_need_the_shape_of_the_mask() -> None:
     truth = np.array([[True, False], [True, True]])
     np.testing.assert_array_equal(kept_rows(truth, (2, 2, 5)), truth.reshape(-1))  # type: ignore[arg-type]
     assert kept_rows(truth, (4, 5)) is kept_rows(truth, (1, 2, 2, 5)) is kept_rows(None, (2, 2, 5)) is None
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 20])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -3.4e38])
+def test_padding_does_not_matter_whatever_it_holds(opset: int, bad: float) -> None:
+    """Neither in moments of floats or of a static grid, nor in ranges; the same in the graph and in stages."""
+    b = Builder(opset)
+    x = b.input("x", ["batch", "length", K])
+    b.input(MASK, ["batch", "length"], ir.DataType.INT64)
+    model = b.model(b.node("MatMul", [x, b.constant("w", random(K, 8))], "layer"), ["batch", "length", 8])
+    clean, dirty = ([batch(t, seed=i) for i, t in enumerate((8, 12, 8))] for _ in range(2))
+    for feeds in dirty:
+        feeds["x"][feeds[MASK] == 0] = bad
+    batches = opened(model, clean)
+    contexts = [CalibrationContext(replace(batches, read=lambda feeds=feeds: iter(feeds)), MASK) for feeds in (clean, dirty)]
+    (value,) = activation_ranges.inputs_of(find(model)[0])
+    choices = [activation_ranges.choose(model, [value], context)["x"] for context in contexts]
+    assert choices[0].grid == choices[1].grid
+    assert choices[0].errors == choices[1].errors
+    for grids in ({}, {"x": choices[0]}):
+        for driver in (lambda context: collect(model, find(model)[0], context), lambda context: in_stages(model, context)):
+            stats, others = (driver(replace(context, grids=grids)).stats["x"] for context in contexts)
+            assert stats.rows == others.rows == sum(int(feeds[MASK].sum()) for feeds in clean)
+            np.testing.assert_array_equal(stats.gram, others.gram)
+            np.testing.assert_array_equal(stats.target_mean, others.target_mean)
