@@ -138,7 +138,8 @@ class LinearLayer(Product):
     def write(self, weight: Array | None, bias: Array | None, constant: Callable[[str, Any], ir.Value] | None = None) -> None:
         """Write an effective float weight and bias back in the layer's form and type; None keeps one unchanged.
 
-        ``constant`` creates the weight's initializer where layers share it.
+        A layer without a bias gets the addend of its Gemm, or an Add after its MatMul. ``constant`` creates the weight's initializer where
+        layers share it.
         """
         kind = FLOATS[self.dtype]
         if weight is not None:
@@ -149,13 +150,33 @@ class LinearLayer(Product):
             self.node.replace_input_with(1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
             if previous is not None:
                 drop_if_unused(previous)
-        if bias is not None and self.bias is not None:
+        if bias is not None and self.bias is None:
+            value = self.constant("_bias", bias.astype(kind))
+            if self.op == "MatMul":
+                self.add_to_output("Add", value, "_before_bias", f"{self.name}_bias")
+            else:
+                self.node.resize_inputs(3)
+                self.node.replace_input_with(2, value)
+                self.node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        elif bias is not None and self.bias is not None:
             holder, index = self._bias_slot()
             previous = holder.inputs[index]
             assert previous is not None
             array = (bias / self.bias_factor).astype(kind).reshape(_bias_shape(self.bias, self.n))
             holder.replace_input_with(index, self.constant("_bias", array))
             drop_if_unused(previous)
+
+    def add_to_output(self, op: str, addend: ir.Value, suffix: str, name: str) -> ir.Node:
+        """Add a value to the layer's output ``y``, which becomes ``y`` and the suffix; the sum, a node ``op``, inherits name and users."""
+        y = self.output
+        total = ir.node(op, [addend, addend], name=self.names.node(name))
+        result = total.outputs[0]
+        result.dtype, result.shape = self.dtype, y.shape
+        ir.convenience.replace_all_uses_with(y, result, replace_graph_outputs=True)
+        total.replace_input_with(0, y)
+        result.name, y.name = y.name, self.names.value(f"{y.name}{suffix}")
+        self.graph.insert_after(self.add or self.node, total)
+        return total
 
     def _bias_slot(self) -> tuple[ir.Node, int]:
         if self.add is None:

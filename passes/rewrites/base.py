@@ -100,22 +100,15 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
     the other operator: Add if both stay Gemm (``integer`` formats only), else Sum.
     """
     remember(layer)
-    graph, last, y = layer.graph, layer.add or layer.node, layer.output
+    name, y = layer.output.name, layer.output
     constant = layer.constant(suffix, weight.astype(FLOATS[layer.dtype]))
-    product = ir.node(layer.op, [x, constant])
+    product = ir.node(layer.op, [x, constant], name=layer.names.node(f"{layer.name}{suffix}"))
     product.metadata_props.update(layer.node.metadata_props)
-    total = ir.node("Add" if integer and layer.op == "Gemm" else "Sum", [y, product.outputs[0]])
-    result = total.outputs[0]
-    result.dtype, result.shape = product.outputs[0].dtype, product.outputs[0].shape = layer.dtype, y.shape
-    for user, index in [(use.node, use.idx) for use in y.uses() if use.node is not total]:
-        user.replace_input_with(index, result)
-    for i, output in enumerate(graph.outputs):
-        if output is y:
-            graph.outputs[i] = result
-    result.name, y.name = y.name, layer.names.value(f"{y.name}_before{suffix}")
-    product.outputs[0].name = layer.names.value(f"{result.name}{suffix}")
-    product.name, total.name = layer.names.node(f"{layer.name}{suffix}"), layer.names.node(f"{layer.name}{suffix}_sum")
-    graph.insert_after(last, [product, total])
+    addend = product.outputs[0]
+    addend.dtype, addend.shape = layer.dtype, y.shape
+    total = layer.add_to_output("Add" if integer and layer.op == "Gemm" else "Sum", addend, f"_before{suffix}", f"{layer.name}{suffix}_sum")
+    addend.name = layer.names.value(f"{name}{suffix}")
+    layer.graph.insert_before(total, product)
 
 
 def scalar(layer: LinearLayer, name: str, value: float) -> ir.Value:

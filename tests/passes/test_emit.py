@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,7 +12,7 @@ import pytest
 
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import OptionError
-from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, LayerPass, Plan, Quantize, SolvedLayer, find, run_layers
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, LayerPass, Plan, Quantize, SolvedLayer, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
@@ -84,6 +86,36 @@ def test_half_precision(emitter: str, bits: int) -> None:
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.FLOAT_QDQ):
         assert relative(run(model, arithmetic), expected) < 3e-3
     assert relative(run(model, Arithmetic.DEFAULT), expected) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("make", "nodes"),
+    [
+        (graphs.matmul, ["MatMul", "Add"]),
+        (lambda: graphs.gemm(bias=None, alpha=0.5, beta=0.25), ["Gemm"]),
+        (lambda: graphs.gemm(beta=0.0), ["Gemm"]),
+        (lambda: graphs.gemm(beta=2.0), ["Gemm"]),
+        (lambda: graphs.matmul_bias(bias_first=True), ["MatMul", "Add"]),
+    ],
+)
+def test_a_float_layer_gets_the_bias_that_a_plan_gives_it(make: Callable[[], ir.Model], nodes: list[str]) -> None:
+    """Without an emitter, layer by layer and in a sequence."""
+    plan = Plan.parse("quantize{method=rtn,bits=2},compensate-bias{bias=any}")
+    x = feeds(make())["x"].astype(np.float64)
+    flat = x.reshape(-1, x.shape[-1])
+    stats = LayerStats(flat.T @ flat / len(flat), flat.mean(axis=0), len(flat))
+    model, sequence, done = make(), make(), list[SolvedLayer]()
+    run_layers(plan, find(model)[0], lambda _: stats, done.append)
+    attach(find(sequence)[0][0], stats)
+    ir.passes.Sequential(*plan.passes)(sequence)
+    solution = done[0].solution
+    assert solution.bias is not None
+    for result in (model, sequence):
+        assert [n.op_type for n in result.graph][-len(nodes) :] == nodes
+        assert [v.name for v in result.graph.outputs] == ["y"]
+        assert relative(run(result), x @ solution.weight + solution.bias) < 1e-6
+        layer = find(result)[0][0]
+        np.testing.assert_allclose(layer.read_bias(), solution.bias, rtol=1e-6, atol=1e-7)
 
 
 def fused(model: ir.Model, tmp_path: object) -> list[str]:
