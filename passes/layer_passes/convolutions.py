@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -74,16 +74,17 @@ class Convolutions(ModelPass):
         return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
 
     def change(self, model: ir.Model) -> bool:
-        modified = self.prepare(model, None)
-        layers, _ = find(model)
-        if self.opset(layers) > model.opset_imports.get("", 0):
-            return modified
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+        stage = replace(self, form="dequantize") if integer else self
+        modified = stage.prepare(model, None)
+        layers, _ = find(model)
+        if stage.opset(layers) > model.opset_imports.get("", 0):
+            return modified
         rounding = Quantize("rtn", self.bits, None, self.symmetric)
         for readers in by_weight(layers):
             problems = problems_of(readers[0])
             solutions = [rounding.solve(problem, LayerSolution.unsolved(problem)) for problem in problems]
-            emit(readers, join_groups(problems, solutions, False), "dequantize" if integer else self.form, integer)
+            emit(readers, join_groups(problems, solutions, False), stage.form, integer)
         return modified or bool(layers)
 
 

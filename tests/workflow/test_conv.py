@@ -453,6 +453,29 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
     assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
 
 
+def test_the_pass_alone_writes_a_quantized_model_of_an_old_opset() -> None:
+    """It has no DequantizeLinear with an axis, which the form beside quantized values needs."""
+    proto = model(
+        """g (float[n, 4, 8, 8] x) => (float[n, 8, 6, 6] y) {
+            q = QuantizeLinear(x, s, z)
+            d = DequantizeLinear(q, s, z)
+            [c] y = Conv(d, k)
+        }""",
+        opset=11,
+        ir_version=6,
+        k=constant("k", 8, 4, 3, 3),
+        s=np.float32(0.05),
+        z=np.int8(0),
+    )
+    result = Convolutions()(ir.from_proto(proto)).model
+    onnx.checker.check_model(ir.to_proto(result), full_check=True)
+    assert [n.op_type for n in result.graph].count("DequantizeLinear") == 2
+    x = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    with Session(ir.from_proto(proto)) as before, Session(result, arithmetic=Arithmetic.UNOPTIMIZED) as after:
+        y = before.run({"x": x})[0]
+        np.testing.assert_allclose(after.run({"x": x})[0], y, atol=0.02 * np.abs(y).max())
+
+
 def loaded_operators(path: Path, optimized: Path) -> list[str]:
     """What onnxruntime makes of a file at its default level."""
     options = ort.SessionOptions()
