@@ -173,7 +173,7 @@ class Emitter(Stage, ir.passes.InPlacePass):
         return None
 
     def suited(self, largest_block: int) -> Self:
-        """This emitter for kernels that take blocks of at most so many rows."""
+        """This emitter for kernels that take blocks of at most so many rows, if it writes blocks."""
         del largest_block
         return self
 

@@ -69,13 +69,16 @@ class Plan:
         """Make a plan of stages in the order of its fields.
 
         Raises:
-            PipelineError: Stages are out of order, or appear twice.
+            PipelineError: Stages are out of order, appear twice, or have no slot.
         """
         order = [f.name for f in fields(Plan)]
         values: dict[str, Any] = {}
         preceding: list[Stage] = []
         problems: list[str] = []
         for stage in stages:
+            if getattr(stage, "slot", None) not in order:
+                problems.append(f"{stage.name} has no place in a plan: set its class attribute slot to one of {', '.join(order)}")
+                continue
             later = next((other for other in preceding if order.index(other.slot) > order.index(stage.slot)), None)
             same_slot = [other for other in preceding if other.slot == stage.slot]
             if later is not None:
@@ -264,9 +267,10 @@ class Plan:
         quantized = False  # whether the quantizer precedes
         problems: list[str] = []
         for stage in plan.stages:
-            invalid = quantized and spec is None
-            if not (invalid and stage is plan.emitter):
-                problems += stage.problems(spec if quantized else None)
+            if not quantized:
+                problems += stage.problems(None)
+            elif spec is not None or stage is not plan.emitter:
+                problems += stage.problems(spec or WeightSpec())  # of an invalid quantizer any grid serves: other options are checked
             quantized |= stage is plan.quantize
         problems += [*plan._unmet_requirements(), *plan._input_problems()]
         return problems if spec is None else problems + find_provider(provider).refuses(spec)

@@ -167,8 +167,8 @@ class QdqTensors:
         return np.dtype(getattr(ml_dtypes, name) if self.bits == 4 else name)
 
 
-def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
-    """Pack a quantized weight for DequantizeLinear: per channel on axis 1, or blocks along axis 0.
+def pack_qdq(weight: QuantizedWeight, largest: int = 256) -> QdqTensors:
+    """Pack a quantized weight for DequantizeLinear: per channel on axis 1, or blocks of at most ``largest`` along axis 0.
 
     Raises:
         ValueError: The group size has no block of 16 to 256 that divides it (onnxruntime would not fuse it).
@@ -182,7 +182,7 @@ def pack_qdq(weight: QuantizedWeight) -> QdqTensors:
     bits = container_bits(spec.bits)
     if spec.groups(k) == 1:
         return QdqTensors(codes, scales[0], None if zeros is None else zeros[0], bits, 1, 0)
-    block = kernel_block(spec.group_size, k, spec.bits)
+    block = kernel_block(spec.group_size, k, spec.bits, largest)
     if block is None:
         raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
     group_of_block = np.arange(-(-k // block)) * block // spec.rows(k)

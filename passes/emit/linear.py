@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.packing import container_bits
-from magr_onnx.core.types import QuantizedWeight
-from magr_onnx.passes.base import Emitted
+from magr_onnx.core.packing import MATMULNBITS_BLOCKS, container_bits, kernel_block
+from magr_onnx.core.types import QuantizedWeight, WeightSpec
+from magr_onnx.passes.base import Emitted, Emitter
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.layers.weighted import FLOATS
+
+
+@dataclass(frozen=True)
+class BlockEmitter(Emitter):
+    """An emitter for the kernels of MatMulNBits, whose blocks of 16 to 256 rows share a scale.
+
+    Attributes:
+        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. A provider may have a
+            smaller limit (`magr_onnx.passes.providers`).
+    """
+
+    largest_block: int = field(default=256, kw_only=True)
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        problems = []
+        if spec is None:
+            problems.append(f"{self.name} needs a quantize pass before it")
+        elif spec.group_size is not None and kernel_block(spec.group_size, 1 << 30, spec.bits) is None:
+            problems.append(
+                f"block size {spec.group_size} cannot be cut into blocks that onnxruntime has; give a multiple of 16, or 'channel'"
+            )
+        if self.largest_block not in MATMULNBITS_BLOCKS:
+            problems.append(f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
+        return problems
+
+    def suited(self, largest_block: int) -> Self:
+        return replace(self, largest_block=min(self.largest_block, largest_block))
 
 
 def replace_layer(layer: LinearLayer, nodes: Sequence[ir.Node], factors: Factors | None, constants: WeightConstants) -> None:

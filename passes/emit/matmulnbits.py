@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -28,9 +28,9 @@ from magr_onnx.core.packing import (
 )
 from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.errors import OptionError
-from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
-from magr_onnx.passes.emit.linear import emitted_blocks, replace_layer
+from magr_onnx.passes.emit.linear import BlockEmitter, emitted_blocks, replace_layer
 from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -51,24 +51,14 @@ def _too_narrow(accumulator_bits: int, block: int, bits: int, needed: int) -> st
     return f"accumulator_bits={accumulator_bits}: sums of {block} products of int8 activations and {bits}-bit codes need {needed}"
 
 
-def block_problems(name: str, spec: WeightSpec | None) -> list[str]:
-    """List what is wrong with the grid of the quantize pass, for emitters of block formats."""
-    if spec is None:
-        return [f"{name} needs a quantize pass before it"]
-    if spec.group_size is not None and kernel_block(spec.group_size, 1 << 30, spec.bits) is None:
-        return [f"block size {spec.group_size} cannot be cut into blocks that onnxruntime has; give a multiple of 16, or 'channel'"]
-    return []
-
-
 @dataclass(frozen=True)
-class EmitMatMulNBits(Emitter):
+class EmitMatMulNBits(BlockEmitter):
     """Replace quantized layers by MatMulNBits nodes.
 
     Attributes:
         accuracy_level: 0 for the kernel's default, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
         accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; None for no constraint.
-        largest_block: Most rows in a block, a power of two from 16 to 256; larger groups repeat their scale. A provider may have a
-            smaller limit (`magr_onnx.passes.providers`).
+        largest_block: Most rows in a block.
     """
 
     name: ClassVar[str] = "emit-matmulnbits"
@@ -76,14 +66,11 @@ class EmitMatMulNBits(Emitter):
 
     accuracy_level: int = 0
     accumulator_bits: int | None = None
-    largest_block: int = 256
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        problems = block_problems(self.name, spec)
+        problems = super().problems(spec)
         if self.accuracy_level not in ACCURACY_LEVELS:
             problems.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
-        if self.largest_block not in MATMULNBITS_BLOCKS:
-            problems.append(f"largest_block={self.largest_block} is no block size; choose one of {', '.join(map(str, MATMULNBITS_BLOCKS))}")
         if self.accumulator_bits is not None and not problems:
             problems += self._accumulator_problems(spec, self.accumulator_bits)
         return problems
@@ -100,9 +87,6 @@ class EmitMatMulNBits(Emitter):
 
     def accumulator(self) -> Accumulator | None:
         return None if self.accumulator_bits is None else Accumulator(self.accumulator_bits, None, max(32, self.accumulator_bits))
-
-    def suited(self, largest_block: int) -> Self:
-        return replace(self, largest_block=min(self.largest_block, largest_block))
 
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
         quantized = solution.quantized

@@ -26,10 +26,9 @@ import onnx_ir as ir
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, QdqTensors, container_bits, dequantize_qdq, pack_qdq
 from magr_onnx.core.types import Array, WeightSpec
-from magr_onnx.passes.base import Emitted, Emitter
+from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
-from magr_onnx.passes.emit.linear import derived_name, emitted_blocks, replace_layer
-from magr_onnx.passes.emit.matmulnbits import block_problems
+from magr_onnx.passes.emit.linear import BlockEmitter, derived_name, emitted_blocks, replace_layer
 from magr_onnx.passes.graph.constants import source_of
 from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.graph.opset import raise_opset
@@ -39,14 +38,18 @@ from magr_onnx.passes.layers.weighted import FLOATS
 
 
 @dataclass(frozen=True)
-class EmitQDQ(Emitter):
-    """Replace quantized layers by DequantizeLinear and MatMul."""
+class EmitQDQ(BlockEmitter):
+    """Replace quantized layers by DequantizeLinear and MatMul.
+
+    Attributes:
+        largest_block: Most rows in a block.
+    """
 
     name: ClassVar[str] = "emit-qdq"
     summary: ClassVar[str] = "write quantized layers as weight-only DequantizeLinear + MatMul"
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
-        problems = block_problems(self.name, spec)
+        problems = super().problems(spec)
         if spec is not None and spec.bits == 2:
             problems.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
         return problems
@@ -58,7 +61,7 @@ class EmitQDQ(Emitter):
         quantized = solution.quantized
         if quantized is None:
             return None
-        packed = pack_qdq(quantized)
+        packed = pack_qdq(quantized, self.largest_block)
         suffix = f"_q{packed.bits}"
         float_kind = FLOATS[layer.dtype]
         # Fused in a body, onnxruntime 1.31 returns zeros for half-precision inputs; a weight dequantized outside is not fused.

@@ -13,12 +13,12 @@ import pytest
 
 import magr_onnx
 from magr_onnx.core import magr
-from magr_onnx.core.layer import LayerSolution
-from magr_onnx.core.packing import dequantize_matmulnbits, pack_matmulnbits
+from magr_onnx.core.layer import LayerProblem, LayerSolution
+from magr_onnx.core.packing import dequantize_matmulnbits, dequantize_qdq, pack_matmulnbits, pack_qdq
 from magr_onnx.core.solution_arrays import to_arrays
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import OptionError, PipelineError
-from magr_onnx.passes import CompensateBias, EmitMatMulNBits, MagR, Plan, Quantize, attach, find, run_layers
+from magr_onnx.passes import CompensateBias, EmitMatMulNBits, LayerPass, MagR, Plan, Quantize, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.layer_state import problem_of
 from magr_onnx.passes.registry import passes, stages
@@ -101,10 +101,21 @@ def test_kernels_a_provider_lacks_are_refused() -> None:
             plan.check(provider)
 
 
+def test_an_invalid_quantizer_is_no_missing_one() -> None:
+    stages = "low-rank{rank=0},compensate-bias,emit-matmulnbits,convolutions"
+    valid = Plan.parse(f"quantize,{stages}").problems()
+    assert valid == ["low-rank: rank=0 must be at least 1; leave the pass out for none"]
+    assert Plan.parse(f"quantize{{bits=9}},{stages}").problems() == ["bits=9 is not supported; choose one of 2, 3, 4, 5, 6, 7, 8", *valid]
+    assert any("low-rank needs a quantize pass" in text for text in Plan.parse(stages).problems())
+
+
 def test_blocks_are_kept_to_what_a_provider_takes() -> None:
     plan = Plan.parse("quantize{block_size=channel},emit-matmulnbits")
     assert plan.suited("cpu") == plan
     assert plan.suited("cuda") == Plan.parse("quantize{block_size=channel},emit-matmulnbits{largest_block=128}")
+    assert str(Plan.parse("quantize{block_size=256},emit-qdq").suited("cuda")) == "quantize{block_size=256},emit-qdq{largest_block=128}"
+    integer = Plan.parse("quantize-activations,quantize{block_size=channel},emit-qdq-int8")
+    assert integer.suited("cuda") == integer
     assert Plan.parse("quantize,emit-matmulnbits{largest_block=32}").suited("cuda").emitter == EmitMatMulNBits(largest_block=32)
     with pytest.raises(OptionError, match="largest_block=48"):
         Plan.parse("quantize,emit-matmulnbits{largest_block=48}").check()
@@ -116,6 +127,9 @@ def test_a_smaller_largest_block_repeats_scales(group: int | None, block: int) -
     packed = pack_matmulnbits(weight, 128)
     assert packed.block_size == block
     np.testing.assert_array_equal(dequantize_matmulnbits(packed), weight.dequantize())
+    dequantized = pack_qdq(weight, 128)
+    assert dequantized.block_size == (0 if group in (None, 512) else block)  # the kernel's, where a column has one scale
+    np.testing.assert_array_equal(dequantize_qdq(dequantized), weight.dequantize())
 
 
 @pytest.mark.parametrize(
@@ -134,6 +148,21 @@ def test_a_smaller_largest_block_repeats_scales(group: int | None, block: int) -
 def test_order_is_that_of_the_fields(text: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         Plan.parse(text)
+
+
+def test_a_stage_without_a_slot_is_refused() -> None:
+    class Unplaced(LayerPass):
+        name, summary = "unplaced", "leave a solution as it is"
+
+        def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
+            return solution
+
+    class Misplaced(Unplaced):
+        slot = "before"
+
+    for stage in (Unplaced(), Misplaced()):
+        with pytest.raises(PipelineError, match="unplaced has no place in a plan: set its class attribute slot to one of rewrites, error"):
+            Plan.read([Quantize(), stage])
 
 
 def test_a_plan_is_its_stages_in_any_writing() -> None:
