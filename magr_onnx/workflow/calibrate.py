@@ -17,20 +17,16 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.weighted import sharing
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration import staged as stages
-from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
-from magr_onnx.runtime.data.hold_out import NONE, HoldOut
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.progress import part_of
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
 
 
-def calibration_of(
-    data: Batches | None, context: RunContext, grids: Grids | None = None, hold_out: bool = False
-) -> CalibrationContext | None:
-    """What calibration is done with: data, the mask of the run, and ``grids`` of activations where they are chosen; None without data."""
-    if data is None:
-        return None
-    return CalibrationContext(data, context.mask, context.provider, HoldOut() if hold_out else NONE, grids or {})
+def calibration_of(data: Batches | None, context: RunContext) -> CalibrationContext | None:
+    """What calibration is done with: data, and mask and provider of the run; None without data."""
+    return None if data is None else CalibrationContext(data, context.mask, context.provider)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +114,7 @@ def _of_the_whole(
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
     groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
     unsolved = [tapped.reached(group) if any(map(context.is_unsolved, group)) else [] for group in groups]
-    calibration = moments.with_masked(tapped.model, itertools.chain.from_iterable(unsolved), calibration)
+    masked_values(tapped.model, moments.readers_of(itertools.chain.from_iterable(unsolved)), calibration)  # for all groups at once
     for index, (group, reached) in enumerate(zip(groups, unsolved, strict=True)):
         progress = part_of(context.stage("calibrating"), index, len(groups)) if split.staged is None else None
         yield group, moments.collect(tapped.model, reached, calibration, progress)
@@ -207,16 +203,15 @@ def output_hessian(
 def completing(
     result: moments.CalibrationResult,
     source: subgraphs.TappedModel,
-    grids: Grids,
     hessian: fisher.Fisher | None,
-    data: Batches | None,
+    calibration: CalibrationContext | None,
 ) -> Callable[[LinearLayer, LayerProblem], LayerProblem]:
     """A function that adds to a layer's problem what calibration found beside the moments of its input."""
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
-        data_free = data is not None and problem.stats.is_data_free
+        data_free = calibration is not None and problem.stats.is_data_free
         return replace(
-            activation_ranges.with_grids(problem, layer, grids),
+            activation_ranges.with_grids(problem, layer, {} if calibration is None else calibration.grids),
             target_moments=result.targets.get(layer.name),
             output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
             notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -331,7 +331,7 @@ class Search:
             )
         self._provider = calibration.provider
         self._split = sensitivity.Split.of(data)
-        self.data = data if goal.loss is None else self._split.rest
+        self.calibration = calibration if goal.loss is None else replace(calibration, data=self._split.rest)
         choices = choices_of(options, calibration.provider)
         self.allocation = Allocation(goal, source, choices)
         found, effects = sensitivity.measure(

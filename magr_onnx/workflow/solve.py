@@ -21,7 +21,8 @@ from magr_onnx.passes.layers.weighted import readers
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
-from magr_onnx.runtime.calibration.context import Grids
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
@@ -67,8 +68,7 @@ class _Setup:
         layers: Its linear layers that will be converted, if a budget does not keep them.
         plan: The plan, as far as this model can be carried through it.
         tapped: The float model, with what layers in bodies read as values of the main graph.
-        data: What layers are calibrated on; None for data-free.
-        grids: How activations are quantized.
+        calibration: What layers are calibrated with, grids of activations included; None for data-free.
         changed: Names of the values of ``base`` that are not the float model's.
         needs_statistics: Whether layers without statistics stay as they are.
         assigned: Layers with options of their own.
@@ -80,8 +80,7 @@ class _Setup:
     layers: list[LinearLayer]
     plan: Plan
     tapped: subgraphs.TappedModel
-    data: Batches | None
-    grids: Grids
+    calibration: CalibrationContext | None
     changed: Collection[str]
     needs_statistics: bool
     assigned: layer_options.Assigned
@@ -158,8 +157,9 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     notes += [*begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:
-        setup = replace(setup, data=search.data)
-    with output_hessian(model, setup.layers, setup.data, setup.plan, context, notes) as hessian:
+        setup = replace(setup, calibration=search.calibration)
+    data = None if setup.calibration is None else setup.calibration.data
+    with output_hessian(model, setup.layers, data, setup.plan, context, notes) as hessian:
         if hessian is not None:
             context.lap("differentiate")
         while True:
@@ -171,7 +171,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     emitted = {row.emitted for row in done.rows.values() if row.emitted}
     skips = [*setup.skips, *done.kept]
     notes += [*_remarks(done, context), *context.notes(done.model)]
-    return Solved(done.model, setup.plan, setup.data, rows, done.digests | begun.digests, emitted, skips, notes, search)
+    return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -205,21 +205,21 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
         notes.append(
             f"the float model was run as a whole, in more memory than max_memory: {listed(names)} between layers is no tensor to be kept"
         )
-    grids: Grids = {}
-    if plan.activations is not None and (calibration := calibration_of(data, context)) is not None and layers:
+    calibration = calibration_of(data, context)
+    if plan.activations is not None and calibration is not None and layers:
         grids = activation_ranges.choose_grids(tapped.model, tapped.reached(layers), calibration, plan, context.stage("ranges"))
+        calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
-    return _Setup(base, layers, plan, tapped, data, grids, begun.digests, needs_statistics, assigned, skips, notes)
+    return _Setup(base, layers, plan, tapped, calibration, begun.digests, needs_statistics, assigned, skips, notes)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
     """Measure what a budget is spent by, if there is one."""
     plans = setup.assigned.plans
     mixed_precision.check_layers(request.budget, setup.layers)
-    calibration = calibration_of(setup.data, context, setup.grids)
-    if request.budget is None or calibration is None:
+    if request.budget is None or setup.calibration is None:
         return None
     source = mixed_precision.Source(
         setup.base,
@@ -230,10 +230,10 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         prepared.model,
         setup.tapped.on(setup.base),
         plans,
-        setup.grids,
+        setup.calibration.grids,
     )
     steps = context.stage("sensitivities")
-    search = mixed_precision.Search(request.budget, request.options or {}, source, calibration, request.gram_budget, steps)
+    search = mixed_precision.Search(request.budget, request.options or {}, source, setup.calibration, request.gram_budget, steps)
     context.lap("sensitivities")
     return search
 
@@ -250,9 +250,9 @@ def _solve_layers(
     context.store_plan(plan, plans)
     done = _Round(work, layers, kept)
     readers_by_input = moments.readers_of(layers)
-    hold_out = any(p.holds_out for p in (plan, *plans.values()))
+    hold_out = HoldOut() if any(p.holds_out for p in (plan, *plans.values())) else NONE
     models = Models(model, work, setup.tapped, setup.changed)
-    calibration = calibration_of(setup.data, context, setup.grids, hold_out)
+    calibration = None if setup.calibration is None else replace(setup.calibration, hold_out=hold_out)
     for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
         done.stages |= {layer.name: stage for layer in group}
         for name in gathered.unmasked:
@@ -263,7 +263,7 @@ def _solve_layers(
         context.lap("calibrate")
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-        complete = completing(gathered, setup.tapped, setup.grids, hessian, setup.data)
+        complete = completing(gathered, setup.tapped, hessian, calibration)
         run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
         gathered.stats.clear()  # the next ones are made while this loop still holds these
         gathered.targets.clear()

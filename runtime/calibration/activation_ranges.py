@@ -19,8 +19,7 @@ from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data.progress import Steps, part_of, with_progress
-from magr_onnx.runtime.ort.session import Session
+from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
@@ -122,17 +121,14 @@ def _histograms(
     counts = np.zeros((len(taps), 2 * BINS))
     bad: dict[str, str] = {}
     data = context.data
-    with Session(range_taps(model, taps, context.mask), context.provider) as session:
-        for index, batch in with_progress(data, progress):
-            results = iter(session.run(batch))
-            for i, tap in enumerate(taps):
-                least, greatest, histogram = next(results), next(results), next(results)
-                if least > greatest:  # no rows: the minimum of an empty set is infinite
-                    continue
-                if not (np.isfinite(least) and np.isfinite(greatest)):
-                    bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
-                low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
-                counts[i] += weighted(histogram, data.weight(index))
+    for index, weight, results in run_batches(range_taps(model, taps, context.mask), data, context.provider, progress):
+        for i, (tap, least, greatest, histogram) in enumerate(zip(taps, results[::3], results[1::3], results[2::3], strict=True)):
+            if least > greatest:  # no rows: the minimum of an empty set is infinite
+                continue
+            if not (np.isfinite(least) and np.isfinite(greatest)):
+                bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
+            low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
+            counts[i] += weighted(histogram, weight)
     raise_all(NonFiniteError, bad.values())
     return [Histogram(c[:BINS], c[BINS:], bin_edges(), float(a), float(b)) for c, a, b in zip(counts, low, high, strict=True)]
 
@@ -151,14 +147,13 @@ def _errors(
     sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
     rows = [0.0] * len(taps)
     tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
-    with Session(tapped, context.provider) as session:
-        for index, batch in with_progress(context.data, progress):
-            results, weight = iter(session.run(batch)), context.data.weight(index)
-            for i in range(len(taps)):
-                for j in range(len(grids[i])):
-                    energy[i][j] += float(next(results)) * weight
-                    sums[i][j] += weighted(next(results), weight)
-                rows[i] += float(next(results)[0]) * weight
+    for _, weight, outputs in run_batches(tapped, context.data, context.provider, progress):
+        results = iter(outputs)
+        for i in range(len(taps)):
+            for j in range(len(grids[i])):
+                energy[i][j] += float(next(results)) * weight
+                sums[i][j] += weighted(next(results), weight)
+            rows[i] += float(next(results)[0]) * weight
     check_rows(rows, context.mask)
     errors = []
     for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):

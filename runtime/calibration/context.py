@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from magr_onnx.core.types import Activation
@@ -43,7 +43,7 @@ class CalibrationContext:
         provider: Where to run.
         hold_out: Which batches are held out.
         grids: Quantization of layer inputs; moments are of the quantized values.
-        masked: The values that follow the mask, of all that are measured; None where that is not known yet.
+        followers: Whether a value follows the mask, by name, as far as `magr_onnx.runtime.calibration.mask.masked_values` has found out.
     """
 
     data: Batches
@@ -51,4 +51,4 @@ class CalibrationContext:
     provider: str = "cpu"
     hold_out: HoldOut = NONE
     grids: Grids = field(default_factory=dict)
-    masked: Collection[str] | None = None
+    followers: dict[str, bool] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.subgraphs import NEVER
 from magr_onnx.runtime.data.hold_out import HoldOut
-from magr_onnx.runtime.data.progress import Steps, with_progress
+from magr_onnx.runtime.data.progress import Steps, run_batches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -65,17 +65,15 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
     """Return the largest output shape of every layer; zeros where data does not reach it."""
     nested = any(layer.path for layer in layers)
     largest = [np.zeros(2 + len(layer.kernel), np.float32) for layer in layers]
-    with Session(extent_taps(model, layers), provider) as session:
-        for batch in data:
-            shapes = session.run(batch)
-            mismatched = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
-            if mismatched:  # onnxruntime trusts declared shapes
-                raise ModelError(
-                    f"output of {', '.join(mismatched[:5])}: declared with a number of axes that it does not have; remove its shape"
-                )
-            largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
-            if not nested and all(shape.all() for shape in largest):
-                break
+    for _, _, shapes in run_batches(extent_taps(model, layers), data, provider):
+        mismatched = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
+        if mismatched:  # onnxruntime trusts declared shapes
+            raise ModelError(
+                f"output of {', '.join(mismatched[:5])}: declared with a number of axes that it does not have; remove its shape"
+            )
+        largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
+        if not nested and all(shape.all() for shape in largest):
+            break
     return largest
 
 
@@ -102,16 +100,12 @@ def collect(
     tapped = {geometry(layer): layer for layer in reversed(layers)}
     sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(2)] for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
-    with Session(patch_taps(model, list(tapped.values())), provider) as session:
-        for index, batch in with_progress(data, progress):
-            results = iter(session.run(batch))
-            for key, layer in tapped.items():
-                gram, total, count = next(results), next(results), next(results)
-                if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
-                    names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
-                    bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-                rows = float(count) / (layer.group * layer.k)
-                sums[key][index in HoldOut()].add(gram, total, rows, weight=data.weight(index))
+    for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress):
+        for (key, layer), gram, total, count in zip(tapped.items(), results[::3], results[1::3], results[2::3], strict=True):
+            if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
+                names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
+                bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
+            sums[key][index in HoldOut()].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
     raise_all(NonFiniteError, bad.values())
     stats = {key: _by_group(*parts) for key, parts in sums.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}

@@ -16,7 +16,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.progress import Steps, part_of, with_progress
+from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
 from magr_onnx.runtime.ort.session import Session
@@ -90,10 +90,9 @@ def collect(
         moments.blocked |= blocked
         sums = [np.zeros((widths[n], widths[n])) for n in reached]
         if reached:
-            with Session(tapped, provider) as session:
-                for b, batch in with_progress(data, part_of(progress, index, len(groups))):
-                    for total, part in zip(sums, session.run(batch), strict=True):
-                        total += weighted(part, data.weight(b))
+            for _, weight, parts in run_batches(tapped, data, provider, part_of(progress, index, len(groups))):
+                for total, part in zip(sums, parts, strict=True):
+                    total += weighted(part, weight)
         for name, total in zip(reached, sums, strict=True):
             if np.isfinite(total).all() and total.trace() > 0:
                 moments.put(name, total / sum(map(data.weight, range(len(data)))))

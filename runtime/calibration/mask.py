@@ -95,21 +95,23 @@ def kept_rows(mask: npt.NDArray[np.bool_] | None, shape: Shape) -> npt.NDArray[n
     return mask.reshape(-1) if mask is not None and _fits(shape, mask.shape) else None
 
 
-def masked_values(model: ir.Model, names: Sequence[str], context: CalibrationContext) -> set[str]:
-    """Select the values that follow the mask, by running the model on a few batches.
+def masked_values(model: ir.Model, names: Iterable[str], context: CalibrationContext) -> set[str]:
+    """Select the values that follow the mask, by running the model on a few batches, once for every value (`followers` of ``context``).
 
     Values hoisted out of subgraphs never do: their rows may match one batch and not the next.
     """
-    if context.mask is None or not names:
-        return set()
-    with Session(shape_taps(model, names), context.provider) as session:
+    names = list(names)
+    unknown = [name for name in names if name not in context.followers]
+    if context.mask is not None and unknown:
+        with Session(shape_taps(model, unknown), context.provider) as session:
 
-        def measured(batch: Batch) -> list[Shape]:
-            return [tuple(map(int, shape)) for shape in session.run(batch)]
+            def measured(batch: Batch) -> list[Shape]:
+                return [tuple(map(int, shape)) for shape in session.run(batch)]
 
-        rule = MaskRule.of(session.dimensions, context.data, context.mask)
-        followers = _followers(rule, names, measured, map(measured, _at(context.data, rule.positions)))
-    return followers - hoisted(model)
+            rule = MaskRule.of(session.dimensions, context.data, context.mask)
+            followers = _followers(rule, unknown, measured, map(measured, _at(context.data, rule.positions))) - hoisted(model)
+        context.followers.update((name, name in followers) for name in unknown)
+    return {name for name in names if context.followers.get(name)}
 
 
 def masked_outputs(

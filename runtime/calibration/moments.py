@@ -21,9 +21,8 @@ from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
-from magr_onnx.runtime.data.progress import Steps, with_progress
+from magr_onnx.runtime.data.progress import Steps, run_batches
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_BUDGET = 1 << 30
 
@@ -51,11 +50,6 @@ def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_ou
     return split_by_budget(by_weight(layers), lambda layer: (layer.reads, element * layer.k**2), budget)
 
 
-def with_masked(model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext) -> CalibrationContext:
-    """Find the inputs of layers that follow the mask, once for all groups that `collect` is called with."""
-    return replace(context, masked=masked_values(model, list(readers_of(layers)), context))
-
-
 def collect(
     model: ir.Model, layers: Iterable[LinearLayer], context: CalibrationContext, progress: Steps | None = None
 ) -> CalibrationResult:
@@ -79,15 +73,14 @@ def collect(
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
-    with Session(gram_taps(model, taps, context.mask), context.provider) as session:
-        for index, batch in with_progress(data, progress):
-            results = iter(session.run(batch))
-            for tap, sums in zip(taps, held_out if index in hold_out else fitted, strict=True):
-                finite, masked = _add(sums, tap, results, data.weight(index))
-                if not finite:
-                    bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
-                if not masked:
-                    unmasked[tap.value] = None
+    for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
+        results = iter(outputs)
+        for tap, sums in zip(taps, held_out if index in hold_out else fitted, strict=True):
+            finite, masked = _add(sums, tap, results, weight)
+            if not finite:
+                bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
+            if not masked:
+                unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
     check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
     stats = {}
@@ -118,7 +111,7 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
     """Make a tap for every value, masked if the value follows the mask."""
-    masked = masked_values(model, list(widths), context) if context.masked is None else context.masked
+    masked = masked_values(model, widths, context)
     return [Tap(n, k, n in masked) for n, k in widths.items()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import masked_values
 
 
 def rewrite(
@@ -37,7 +39,9 @@ def rewrite(
     """
 
     def statistics(current: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
-        context = None if calibration is None else moments.with_masked(current, layers, calibration)
+        context = None if calibration is None else replace(calibration, followers={})  # the model has changed
+        if context is not None:
+            masked_values(current, moments.readers_of(layers), context)
         for group in moments.grouped(layers, gram_budget):
             yield group, {} if context is None else moments.collect(current, group, context).stats
 

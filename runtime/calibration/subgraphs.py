@@ -16,6 +16,7 @@ from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import LinearLayer, Plan, Reason, Skip
 from magr_onnx.passes.instrument.hoist import hoist
 from magr_onnx.passes.instrument.taps import shape_taps
+from magr_onnx.runtime.data.progress import run_batches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Session
 
@@ -108,10 +109,9 @@ def tap_subgraphs(
 def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: str, growing: Collection[str] = ()) -> dict[str, int]:
     """Count the rows of every value over all batches."""
     counts = dict.fromkeys(widths, 0)
-    with Session(shape_taps(hoist(model, widths, growing), list(widths)), provider) as session:
-        for batch in data:
-            for name, shape in zip(widths, session.run(batch), strict=True):
-                counts[name] += int(shape[0])
+    for _, _, shapes in run_batches(shape_taps(hoist(model, widths, growing), list(widths)), data, provider):
+        for name, shape in zip(widths, shapes, strict=True):
+            counts[name] += int(shape[0])
     return counts
 
 

@@ -34,6 +34,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import with_grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
 from magr_onnx.runtime.data.progress import Steps
 from magr_onnx.runtime.data.sources import Batches
@@ -129,7 +130,8 @@ def measure(
     steps = 1 + len(references)  # per layer
     overridden = [] if context.grids else [layer.name for layer in layers]
     copy, slots = with_weight_inputs(model, overridden)
-    calibrations = [moments.with_masked(model, layers, replace(context, data=part)) for part in (split.fit, split.effects)]
+    masked_values(model, moments.readers_of(layers), context)  # by all of the data
+    calibrations = [replace(context, data=part) for part in (split.fit, split.effects)]
     with Session(copy, context.provider) as session:
         reference: Reference | None = None
         for group in moments.grouped(layers, gram_budget // 2):

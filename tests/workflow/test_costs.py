@@ -83,7 +83,7 @@ COSTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "one group": ({"effort": "fast"}, 2, 2),
     "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 4, 4),
     "stages": ({}, 2, 8),
-    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 4, 5),
+    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 4, 4),
 }
 
 
