@@ -33,7 +33,7 @@ from magr_onnx.runtime.measure import overflow, witness
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import custom_ops as custom
 from magr_onnx.runtime.ort.session import Arithmetic, provider_name
-from magr_onnx.workflow import embeddings
+from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import reporter
 
@@ -81,7 +81,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     layers, skips = find(loaded.model, patterns)
     skips += unconverted_weights(loaded.model.graph.all_nodes())
     convolutions, conv_skips = conv.find(loaded.model, patterns)
-    _, table_skips = embeddings.select(loaded.model, Plan(), patterns)
+    _, table_skips = non_linear.select_tables(loaded.model, Plan(), patterns)
     converted: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in converted:

@@ -1,24 +1,37 @@
 """What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, and convolutions.
 
-Everything here is written into one copy of the float model, which linear layers then start from.
+Everything here is written into one copy of the float model, which linear layers then start from. A group of a convolution's channels is a
+problem like that of any linear layer; convolutions that share a weight are solved together, under the moments of all their patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import onnx_ir as ir
 
 from magr_onnx.config import plans
 from magr_onnx.config.options import Options
+from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.types import LayerStats
+from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
-from magr_onnx.passes.layers import conv
+from magr_onnx.passes.emit import conv as conv_emitter
+from magr_onnx.passes.emit import embedding as table_emitter
+from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
+from magr_onnx.passes.layer_passes.embeddings import problem_of
+from magr_onnx.passes.layers import conv, embedding
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.passes.layers.selection import ALL, Selection
+from magr_onnx.passes.layers.weighted import by_weight
+from magr_onnx.report.reasons import ConvReason, TableReason
+from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import convolutions, embeddings, mixed_precision
+from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
@@ -33,20 +46,8 @@ def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> P
     return replace(plan, convolutions=plans.convolutions(options))
 
 
-def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[EmbeddingTable | ConvLayer], list[Skip]]:
-    """Tables and convolutions that will be converted, and all others with the reason."""
-    tables, table_skips = embeddings.select(model, plan, selection)
-    layers, layer_skips = convolutions.select(model, plan, selection)
-    return [*tables, *layers], [*table_skips, *layer_skips]
-
-
 def convert(
-    model: ir.Model,
-    work: ir.Model,
-    plan: Plan,
-    data: Batches | None,
-    goal: mixed_precision.Goal | None,
-    context: RunContext,
+    model: ir.Model, work: ir.Model, plan: Plan, data: Batches | None, goal: mixed_precision.Goal | None, context: RunContext
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
 
@@ -54,16 +55,155 @@ def convert(
     convolutions are solved without data.
     """
     fit = data if data is None or goal is None or goal.loss is None else Split.of(data).rest
-    calibration = None if context.memory.large else fit
-    tables = embeddings.convert(work, plan, context.selection)
-    if tables.rows:
+    result = Converted()
+    convert_tables(result, work, plan, context.selection)
+    tables = len(result.rows)
+    if tables:
         context.lap("embeddings")
-    layers = convolutions.convert(model, work, plan, calibration, context)
-    if layers.rows:
+    convert_convolutions(result, model, work, plan, None if context.memory.large else fit, context)
+    layers = result.rows[tables:]
+    if layers:
         context.lap("convolutions")
-    notes = []
-    if context.mask is not None and any(row.rows for row in layers.rows):
-        notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
-    if context.memory.large and data is not None and layers.rows:
-        notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
-    return Converted([*tables.rows, *layers.rows], [*tables.skips, *layers.skips], tables.digests | layers.digests, notes)
+    if context.mask is not None and any(row.rows for row in layers):
+        result.notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
+    if context.memory.large and data is not None and layers:
+        result.notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
+    return result
+
+
+def select_tables(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[EmbeddingTable], list[Skip]]:
+    """Tables that will be converted, and all others with the reason."""
+    tables, skips = embedding.find(model, selection)
+    stage = plan.embeddings
+    if stage is None:
+        return [], [*skips, *map(_unasked, tables)]
+    unfit = {t.name: skip for t in tables if (skip := stage.fits_table(t)) is not None}
+    return [t for t in tables if t.name not in unfit], [*skips, *unfit.values()]
+
+
+def _unasked(table: EmbeddingTable) -> Skip:
+    size = table.weight.stored.nbytes
+    return Skip(table.name, table.op, TableReason.UNASKED, f"{table.weight_name}: {size / 1e6:.2f} MB", size)
+
+
+def convert_tables(result: Converted, work: ir.Model, plan: Plan, selection: Selection = ALL) -> None:
+    """Quantize the tables of ``work``, in place."""
+    tables, skips = select_tables(work, plan, selection)
+    result.skips += skips
+    for readers in by_weight(tables):
+        assert plan.embeddings is not None
+        solution = plan.embeddings.solve(problem_of(readers[0]))
+        for table, emitted in zip(readers, table_emitter.emit(readers, solution, plan.embeddings.form), strict=True):
+            result.add(table, solution, emitted, solution.weight.T)
+
+
+def select_convolutions(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
+    """Convolutions that will be converted, and all others with the reason."""
+    layers, skips = conv.find(model, selection)
+    stage = _stage_for(model, plan)
+    reason, detail = None, ""
+    if stage is None:
+        reason = ConvReason.UNASKED
+    elif (needed := stage.opset(layers)) > (opset := model.opset_imports.get("", 0)):
+        reason, detail = ConvReason.OPSET, f"from {opset} to {needed}; export it with a newer opset"
+    if reason is None:
+        return layers, skips
+    return [], [*skips, *(Skip(layer.name, layer.op, reason, detail) for layer in layers)]
+
+
+def _stage_for(model: ir.Model, plan: Plan) -> Convolutions | None:
+    """The plan's stage for convolutions, if it has one, in the form that this model needs.
+
+    Beside static integer activations it is DequantizeLinear: onnxruntime would fold the other, round the weight anew in its own way and
+    compute the convolution in integers.
+    """
+    stage = plan.convolutions
+    return replace(stage, form="dequantize") if stage is not None and _computes_integers(model, plan) else stage
+
+
+def _computes_integers(model: ir.Model, plan: Plan) -> bool:
+    """Whether onnxruntime could make integer operators of the result's convolutions."""
+    return plan.input_grids == "static" or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
+
+
+def convert_convolutions(
+    result: Converted,
+    model: ir.Model,
+    work: ir.Model,
+    plan: Plan,
+    data: Batches | None,
+    context: RunContext,
+    patch_limit: int = conv_patches.PATCH_LIMIT,
+) -> None:
+    """Quantize the convolutions of ``work``, in place, by the statistics of ``model``, of which it is a copy.
+
+    Args:
+        result: Takes note of them.
+        model: The float model.
+        work: Its copy.
+        plan: The whole plan.
+        data: Batches that fit the model; None works data-free.
+        context: What is converted, where to run, in how much memory, and who hears of progress.
+        patch_limit: Bytes of one sample's patches; convolutions that need more are solved data-free, and the report says so.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite.
+    """
+    layers, skips = select_convolutions(work, plan, context.selection)
+    result.skips += skips
+    stage = _stage_for(model, plan)
+    if stage is None or not layers:
+        return
+    integer, first = _computes_integers(model, plan), len(result.rows)
+    ordered = [layer for readers in by_weight(layers) for layer in readers]
+    unmeasured: dict[str, str] = {}
+    if data is not None:
+        unmeasured |= conv_patches.unmeasured(model, ordered, data, context.provider, patch_limit)
+    for readers, stats in _measured(model, ordered, data, context, unmeasured):
+        solution = _solve(readers, stats, plan)
+        assert solution.quantized is not None
+        weight = conv.split_groups(solution.quantized.dequantize(), readers[0].group)
+        for layer, emitted in zip(readers, conv_emitter.emit(readers, solution, stage.form, integer), strict=True):
+            notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
+            if len(readers) > 1:
+                notes.append(f"one weight for {len(readers)} convolutions: one solution for all")
+            result.add(layer, replace(solution, record=solution.record.noting(*notes)), emitted, weight, layer.group)
+        context.stage("convolutions")(len(result.rows) - first, len(ordered))
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
+
+
+def _measured(
+    model: ir.Model, layers: Sequence[ConvLayer], data: Batches | None, context: RunContext, unmeasured: dict[str, str]
+) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats]]]]:
+    """Convolutions of one weight with the statistics of those that have some; ``unmeasured`` gets the reason of those that have not."""
+    units = iter(by_weight(layers))
+    readers = next(units, None)
+    gathered: dict[str, list[LayerStats] | None] = {}
+    for group in conv_patches.grouped(layers, context.memory.gram_budget):
+        measured = [layer for layer in group if layer.name not in unmeasured]
+        stats: dict[str, list[LayerStats]] = {}
+        if data is not None and measured:
+            try:
+                stats = conv_patches.collect(model, measured, data, provider=context.provider)
+            except (ModelError, RuntimeFailure) as error:  # the model itself runs: this is about a copy with patches
+                unmeasured |= dict.fromkeys((layer.name for layer in measured), conv_patches.cannot_gather(error))
+        gathered |= {layer.name: stats.get(layer.name) for layer in group}
+        while readers is not None and all(layer.name in gathered for layer in readers):
+            yield readers, [known for layer in readers if (known := gathered.pop(layer.name)) is not None]
+            readers = next(units, None)
+
+
+def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats]], plan: Plan) -> LayerSolution:
+    """One solution for all convolutions of a weight, under the moments of all their patches."""
+    first, policy = readers[0], plan.bias_policy
+    groups = [reduce(_pooled, parts) for parts in zip(*stats, strict=True)]
+    takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
+    absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
+    return plan.for_convolutions(absorbs).solve_groups(problems_of(first, groups))
+
+
+def _pooled(a: LayerStats, b: LayerStats) -> LayerStats:
+    """The statistics of the rows of both, held-out rows included."""
+    held_out = None if a.held_out is None or b.held_out is None else a.held_out.combine(b.held_out)
+    return replace(a.combine(b), held_out=held_out)

@@ -19,6 +19,7 @@ from magr_onnx.passes import LinearLayer, Plan, Skip
 from magr_onnx.passes.canonical import requantize
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.report.reasons import Reason
@@ -33,7 +34,7 @@ from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
 from magr_onnx.workflow.progress import reporter
 from magr_onnx.workflow.request import OptimizeRequest
-from magr_onnx.workflow.verify_output import Readable, check_weights
+from magr_onnx.workflow.verify_output import check_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,16 +63,11 @@ class Prepared:
     raised: bool
     plan: Plan
     layers: list[LinearLayer]
-    others: Sequence[Readable]
+    others: Sequence[EmbeddingTable | ConvLayer]
     unconverted: list[Skip]
     notes: list[str]
     data: Batches | None = None
     validation: Batches | None = None
-
-    @property
-    def readable(self) -> list[Readable]:
-        """Everything with a weight that will be read."""
-        return [*self.layers, *self.others]
 
     def no_layer(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
@@ -113,7 +109,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     spool = open_spool(request.output, memory.large, stack)
     if spool is not None:
         spool.spill(prepared.model)
-    check_weights(prepared.readable)
+    check_weights([*prepared.layers, *prepared.others])
     stopwatch.lap("load")
     data, validation = (_open_data(source, prepared, request, memory.large) for source in (request.calibration, request.validation))
     store = None
@@ -171,11 +167,13 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
     unconverted = list(unconverted_weights(model.graph.all_nodes()))
-    others, other_skips = non_linear.select(model, plan, chosen)
-    notes += layer_options.check_matches(request.patterns.tables, layers, [other for other in others if isinstance(other, ConvLayer)])
+    tables, table_skips = non_linear.select_tables(model, plan, chosen)
+    convolutions, conv_skips = non_linear.select_convolutions(model, plan, chosen)
+    notes += layer_options.check_matches(request.patterns.tables, layers, convolutions)
+    others: list[EmbeddingTable | ConvLayer] = [*tables, *convolutions]
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
     if not layers and not others:
-        raise prepared.no_layer([*skips, *unconverted, *other_skips])
+        raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips])
     mixed_precision.check_layers(request.budget, layers)
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared

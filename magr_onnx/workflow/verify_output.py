@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target
-from magr_onnx.core.types import Array, check_finite, check_weight
+from magr_onnx.core.types import check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.model_io.writing import data_files
-from magr_onnx.passes import Plan
+from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.emit.readback import digest, iterate_weights
+from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.report.data import ProofSummary, versions
 from magr_onnx.report.reasons import IntegerReason
 from magr_onnx.report.verification import LayerVerdict
@@ -25,18 +26,7 @@ from magr_onnx.runtime.ort import session, worker
 LARGE = 1 << 29  # bytes of a file from which loading it to prove that it loads makes no copies of its weights
 
 
-class Readable(Protocol):
-    """A view of something with a weight and perhaps a bias."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self) -> Array: ...
-
-    def read_bias(self) -> Array | None: ...
-
-
-def check_weights(layers: Sequence[Readable]) -> None:
+def check_weights(layers: Sequence[LinearLayer | ConvLayer | EmbeddingTable]) -> None:
     """Name every layer with NaN or infinite weights or bias, before any work."""
     problems = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The pass that puts the weights of convolutions on a grid; `magr_onnx.workflow.convolutions` runs it with statistics of what they read."""
+"""The pass that puts the weights of convolutions on a grid; `magr_onnx.workflow.non_linear` runs it with statistics of what they read."""
 
 from __future__ import annotations
 

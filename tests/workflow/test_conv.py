@@ -33,7 +33,8 @@ from magr_onnx.report.reasons import ConvReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
-from magr_onnx.workflow import convolutions
+from magr_onnx.workflow import non_linear
+from magr_onnx.workflow.converted import Converted
 from tests.helpers import run_context
 
 Array = np.ndarray[Any, Any]
@@ -377,7 +378,8 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
         large = conv_patches.unmeasured(found, layers, data, "cpu", limit)
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
-    result = convolutions.convert(found, found.clone(), plan, data, run_context(), patch_limit=70_000)
+    result = Converted()
+    non_linear.convert_convolutions(result, found, found.clone(), plan, data, run_context(), patch_limit=70_000)
     assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
     assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
     assert result.rows[3].notes[0].startswith("data-free: its patches take")
@@ -448,7 +450,7 @@ def test_an_opset_that_cannot_be_raised_leaves_convolutions_float() -> None:
     before = [str(node) for node in found.graph]
     assert not demand.prepare(found, None)
     assert [str(node) for node in found.graph] == before
-    layers, skips = convolutions.select(found, Plan(convolutions=demand))
+    layers, skips = non_linear.select_convolutions(found, Plan(convolutions=demand))
     assert layers == []
     assert [(s.name, s.reason, s.detail) for s in skips] == [("c", ConvReason.OPSET, "from 6 to 13; export it with a newer opset")]
 
