@@ -68,7 +68,7 @@ def few_samples(source: Path = bundled.CALIBRATION) -> list[dict[str, Array]]:
 def run_context() -> RunContext:
     """A run on the CPU with memory for everything, of all layers, that nobody watches."""
     memory = Memory(False, 1 << 30, 1 << 30, Layout())
-    return RunContext("cpu", ALL, None, memory, None, lambda stage, done, total: None, None)
+    return RunContext("cpu", ALL, None, memory, lambda stage, done, total: None, None)
 
 
 def next_token_nats(logits: Array, ids: Array, real: Array | None = None) -> list[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
 from magr_onnx.config.options import ARGUMENTS, KEYS
 from magr_onnx.core.option_spec import bytes_of
@@ -41,14 +41,14 @@ def as_list(name: str, value: Any) -> Any:
     return tuple([value] if isinstance(value, str | os.PathLike) else value) if several else value
 
 
-def size(name: str, value: float | str) -> int:
-    """Convert a size to bytes.
+def size(name: str, value: float | str | None) -> int | None:
+    """Convert a size to bytes; None stays None where the option may be that.
 
     Raises:
         OptionError: It is none, or too small.
     """
     check(**{name: value})
-    return cast(int, bytes_of(value))
+    return None if value is None else bytes_of(value)
 
 
 def unknown(name: str, names: Mapping[str, Any] | Collection[str]) -> str:

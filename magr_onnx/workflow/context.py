@@ -83,7 +83,6 @@ class RunContext:
         selection: The layers to convert.
         mask: The input that marks rows to count, if there is one.
         memory: How much memory the run may use.
-        output: The file to write, if there is one.
         progress: Called during long work, with the stage.
         on_layer: Called with every finished layer.
         spool: Where finished constants of a large model go.
@@ -95,7 +94,6 @@ class RunContext:
     selection: Selection
     mask: str | None
     memory: Memory
-    output: Path | None
     progress: Progress
     on_layer: OnLayer | None
     spool: Spool | None = None

@@ -127,7 +127,6 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         selection=request.patterns.selection,
         mask=mask,
         memory=memory,
-        output=request.output,
         progress=progress,
         on_layer=request.on_layer,
         spool=spool,

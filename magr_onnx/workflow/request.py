@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,45 +92,25 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     layer_plans = layer_options.pipelines(patterns.tables, made_of or {}, plan, provider)
     if values["calibration"] is None:
         _check_data_free(plan, budget)
-    sizes = {name: _size(name, values[name]) for name in ("max_memory", "shard_size")}
+    sizes = {name: schema.size(name, values[name]) for name in ("max_memory", "shard_size", "gram_budget", "cache")}
     if values["output"] is None and (sizes["shard_size"] is not None or values["external_data"]):
         raise OptionError("shard_size and external_data are about files; give an output")
     if invocation.options is None:
         invocation = replace(invocation, options=plain(without_defaults(in_order(merged), DEFAULTS)))
+    paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "resume")}
+    unchanged = {field.name: values[field.name] for field in fields(OptimizeRequest) if field.name in values}
     return OptimizeRequest(
+        **{**unchanged, **sizes, **paths},
         invocation=invocation,
-        model=values["model"],
-        calibration=values["calibration"],
         validation=values["validation_data"],
-        output=None if values["output"] is None else Path(values["output"]),
         plan=plan,
         options=made_of,
         budget=budget,
         layer_plans=layer_plans,
         patterns=patterns,
-        gram_budget=schema.size("gram_budget", values["gram_budget"]),
-        cache=schema.size("cache", values["cache"]),
-        max_memory=sizes["max_memory"],
-        shard_size=sizes["shard_size"],
-        resume=None if values["resume"] is None else Path(values["resume"]),
         notes=(*notes, *preset_notes),
         result_options={**options, **_result_options(values)},
-        **{name: values[name] for name in _AS_GIVEN},
     )
-
-
-_AS_GIVEN = (
-    "requantize",
-    "provider",
-    "mask",
-    "batch_size",
-    "decode_steps",
-    "custom_ops",
-    "external_data",
-    "progress",
-    "on_layer",
-    "preset",
-)
 
 
 def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:
@@ -170,10 +150,6 @@ def _check_data_free(plan: Plan, budget: Goal | None) -> None:
         raise OptionError("error feedback needs calibration data; give some, or take effort fast")
     if budget is not None:
         raise OptionError(f"{budget.text} needs calibration data to measure what each layer can bear; give some, or give bits instead")
-
-
-def _size(name: str, value: Any) -> int | None:
-    return None if value is None else schema.size(name, value)
 
 
 def _result_options(values: Mapping[str, Any]) -> dict[str, Any]:

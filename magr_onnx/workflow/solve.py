@@ -225,7 +225,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         setup.base,
         [layer for layer in setup.layers if layer.name not in plans],
         prepared.bytes,
-        context.output is not None,
+        request.output is not None,
         len(str(setup.plan)) + len("; ".join(map(str, request.patterns.tables)).encode()) + mixed_precision.STAMP,
         prepared.model,
         setup.tapped.on(setup.base),
