@@ -59,22 +59,7 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """Figures of one solution for the report, as plain data; `magr_onnx.report.data.LayerRow` explains them.
-
-    Attributes:
-        rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Relative error of the layer's output.
-        magr: Iterations and magnitudes of MagR.
-        solver: Figures of the quantizer.
-        bias_compensated: Whether the bias absorbed the mean error.
-        activation: How the input is quantized.
-        feedback: Damping and held-out errors of error feedback.
-        low_rank: Rank of the low-rank branch and the errors without and with it.
-        histograms: Histograms of the weight (`magr_onnx.core.histograms.sketch`).
-        errors: The quantizer's objective at the start and after every sweep.
-        tile_headroom: Headroom of a constrained accumulator along K (`magr_onnx.core.histograms.tile_headroom`).
-        notes: Anything out of the ordinary, as sentences.
-    """
+    """Figures of one solution for the report, as plain data: those fields of `magr_onnx.report.data.LayerRow` that solvers know."""
 
     rows: int = 0
     error: float | None = None
@@ -84,9 +69,9 @@ class LayerRecord:
     activation: dict[str, Any] | None = None
     feedback: dict[str, Any] | None = None
     low_rank: dict[str, Any] | None = None
-    histograms: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
     errors: tuple[float, ...] = ()
-    tile_headroom: dict[str, Any] | None = None
+    tiles: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     def noting(self, *notes: str) -> LayerRecord:
@@ -154,7 +139,7 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     error = sum(layer_error(s.weight - p.weight, p.stats.objective_gram(centred)) for p, s in zip(problems, solutions, strict=True))
     power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
     records = [s.record for s in solutions]
-    alone = records[0] if len(records) == 1 else LayerRecord(histograms=sketch(np.hstack([p.weight for p in problems]), None, quantized))
+    alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
     objectives: list[float] = []
     for record in records:
         objectives = sum_traces(objectives, record.errors)
@@ -163,7 +148,7 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
         error=ratio(error, power),
         magr=alone.magr,
         bias_compensated=bool(biases),
-        histograms=alone.histograms,
+        weights=alone.weights,
         errors=tuple(objectives),
         notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
     )

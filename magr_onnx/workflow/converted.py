@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from magr_onnx.core.histograms import sampled_steps, subsample
 from magr_onnx.core.layer import LayerSolution
@@ -48,7 +48,9 @@ def layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | N
         stored = container_bits(bits) if emitted is None else emitted.stored_bits
         if stored != bits:
             notes.append(f"{bits}-bit codes are stored in {stored} bits")
+    figures = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("errors", "notes")}
     return LayerRow(
+        **figures,
         name=layer.name,
         op=layer.op,
         weight=layer.weight_name,
@@ -56,21 +58,11 @@ def layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | N
         n=layer.n,
         bits=bits,
         block_size=block,
-        rows=record.rows,
-        error=record.error,
-        magr=record.magr,
-        solver=record.solver,
-        bias_compensated=record.bias_compensated,
         emitted=None if emitted is None else emitted.node,
         notes=tuple(notes),
-        activation=record.activation,
-        feedback=record.feedback,
-        low_rank=record.low_rank,
         groups=groups,
-        weights=record.histograms,
         errors=tuple(subsample(record.errors)),
         sweeps=tuple(sampled_steps(len(record.errors))),
-        tiles=record.tile_headroom,
         output=layer.output.name,
         scope=scope_of(layer.node),
         stored_block=None if emitted is None else emitted.stored_block,

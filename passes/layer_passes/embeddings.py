@@ -74,7 +74,7 @@ class Embeddings(ModelPass):
         quantized = quantize(table, self.spec(problem.float_type))
         weight, floats = quantized.dequantize(), table.astype(np.float32)
         difference, norm = float(np.linalg.norm(weight.T - floats)), float(np.linalg.norm(floats))
-        record = LayerRecord(error=difference / norm if norm else 0.0, histograms=sketch(problem.weight, None, quantized))
+        record = LayerRecord(error=difference / norm if norm else 0.0, weights=sketch(problem.weight, None, quantized))
         return LayerSolution(weight, None, problem.weight, None, quantized, None, True, record)
 
 

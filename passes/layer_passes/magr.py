@@ -66,8 +66,7 @@ class MagR(LayerPass):
             group_size=self.block_size,
             method=self.method,
         )
-        histograms = sketch(weight, reduction.weights, None)
-        record = replace(solution.record, magr=figures(weight, reduction), histograms=histograms)
+        record = replace(solution.record, magr=figures(weight, reduction), weights=sketch(weight, reduction.weights, None))
         return replace(solution, weight=reduction.weights, changed=True, record=record)
 
 

@@ -216,9 +216,9 @@ class Quantize(LayerPass):
             record.noting(*result.notes),
             error=relative_error(weight, problem, centred),
             solver=result.figures or record.solver,
-            histograms=sketch(solution.target, None if record.magr is None else reduced, result.weight),
+            weights=sketch(solution.target, None if record.magr is None else reduced, result.weight),
             errors=result.errors or record.errors,
-            tile_headroom=None if task.budget is None else tile_headroom(result.weight, task.budget),
+            tiles=None if task.budget is None else tile_headroom(result.weight, task.budget),
         )
         return replace(solution, weight=weight, quantized=result.weight, changed=True, record=record)
 
@@ -243,8 +243,8 @@ class Quantize(LayerPass):
         means = np.stack([p.stats.mean for p in problems])
         bias = -np.einsum("gkn,gk->gn", difference, means).reshape(-1) if centred else None
         quantized, target = side_by_side(result.weights), np.hstack(list(matrices))
-        histograms = sketch(target, None, quantized)
-        record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, histograms=histograms)
+        weights = sketch(target, None, quantized)
+        record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, weights=weights)
         return LayerSolution(quantized.dequantize(), bias, target, None, quantized, None, True, record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:

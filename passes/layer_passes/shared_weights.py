@@ -79,20 +79,9 @@ class SharedWeight:
         """The solution of another reader with the weight of the first one."""
         solved = self._solved
         assert solved is not None
-        figures = solved.record
-        record = replace(
-            solution.record.noting(*self._notes),
-            error=figures.error,
-            magr=figures.magr,
-            solver=figures.solver,
-            low_rank=figures.low_rank,
-            histograms=figures.histograms,
-            errors=figures.errors,
-            tile_headroom=figures.tile_headroom,
-        )
-        return replace(
-            solution, weight=solved.weight, quantized=solved.quantized, factors=solved.factors, changed=solved.changed, record=record
-        )
+        of_input = {name: getattr(solution.record, name) for name in ("rows", "bias_compensated", "activation", "feedback")}
+        record = replace(solved.record, **of_input, notes=(*solution.record.notes, *self._notes))
+        return replace(solved, bias=solution.bias, target=solution.target, fit_target=solution.fit_target, record=record)
 
 
 def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) -> LayerRecord:
