@@ -207,7 +207,7 @@ class _Problem:
     def gap(self, x: Array, gradient: Array) -> float:
         """Return the relative duality gap at ``x``; the dual point is the gradient scaled into the dual ball."""
         l1 = np.abs(self.grouped(gradient)).sum(axis=-1).max(axis=-1)
-        theta = np.minimum(1, self.penalty / np.maximum(l1, 1e-30)).astype(np.float64)
+        theta = np.minimum(1, self.penalty / np.maximum(l1, 1e-30 * max(self.penalty, 1.0))).astype(np.float64)
         quadratic = np.einsum("nk,nk->n", x - self.target, gradient, dtype=np.float64)
         inner = np.einsum("nk,nk->n", self.target, gradient, dtype=np.float64)
         primal = 0.5 * quadratic + self.penalty * self.norms(x)

@@ -25,6 +25,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 from magr_onnx.core.types import Array, QuantizedWeight, column_parts, sum_traces
 
 BLOCK = 64
+TINY = np.finfo(np.float32).tiny
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
 
 
@@ -128,10 +129,10 @@ def sweep_once(
         local = gram[np.ix_(rows, rows)]
         pending = residual[rows]
         change = np.empty_like(pending)
+        scales = grid.scales[groups[rows]]
+        curvature = np.maximum(diagonal[rows, None] * scales, TINY)  # the product of a faint input and a small scale may be 0
         for i, k_i in enumerate(rows):
-            g = groups[k_i]
-            scale = grid.scales[g]
-            q = pending[i] / (diagonal[k_i] * scale)
+            q = pending[i] / curvature[i]
             q += codes[k_i]
             np.rint(q, out=q)
             np.maximum(q, 0, out=q)  # np.clip costs several times as much on a short row
@@ -140,7 +141,7 @@ def sweep_once(
                 sums.release(k_i, codes[k_i] - middle)
                 sums.clip(k_i, q, middle)
             np.subtract(q, codes[k_i], out=change[i])
-            change[i] *= scale
+            change[i] *= scales[i]
             codes[k_i] = q
             if i + 1 < len(rows):
                 pending[i + 1 :] -= local[i + 1 :, i, None] * change[i]
