@@ -193,7 +193,7 @@ def output_hessian(
         yield None
         return
     if hessians.blocked:
-        without = sum(hessians.get(str(layer.output.name)) is None for layer in layers)
+        without = sum(hessians.moments(str(layer.output.name)) is None for layer in layers)
         blocked = ", ".join(sorted(hessians.blocked))
         notes.append(f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same")
     with hessians:
@@ -213,7 +213,7 @@ def completing(
         return replace(
             activation_ranges.with_grids(problem, layer, {} if calibration is None else calibration.grids),
             target_moments=result.targets.get(layer.name),
-            output_hessian=None if hessian is None else hessian.get(str(layer.output.name)),
+            output_hessian=None if hessian is None else hessian.moments(str(layer.output.name)),
             notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 
 import numpy as np
 import onnx_ir as ir
@@ -25,39 +24,20 @@ MAX_OUTPUTS = 8192  # of a layer; wider ones get no moments
 MAX_BATCHES = 16
 
 
-class Fisher:
-    """Second moments ``E g g^T (N, N)`` of layers, in temporary files, since they may exceed memory.
+class Fisher(Cache):
+    """Second moments ``E g g^T (N, N)`` by layer output, in temporary files, since they may exceed memory.
 
     Attributes:
         blocked: Operators without a derivative, which left some layers without moments.
     """
 
     def __init__(self) -> None:
-        self._cache = Cache(0, "second moments of gradients", "set TMPDIR")
-        self._names: set[str] = set()
+        super().__init__(0, "second moments of gradients", "set TMPDIR")
         self.blocked: set[str] = set()
 
-    def put(self, name: str, moments: Array) -> None:
-        """Store the moments of a layer output.
-
-        Raises:
-            OutputError: The temporary folder cannot be written to.
-        """
-        self._cache.put(name, 0, moments.astype(np.float32))
-        self._names.add(name)
-
-    def get(self, name: str) -> Array | None:
+    def moments(self, name: str) -> Array | None:
         """Return the moments of the layer output of this name, or None."""
-        return self._cache.get(name, 0).astype(np.float64) if name in self._names else None
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __enter__(self) -> Fisher:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._cache.__exit__(kind, error, trace)
+        return self.get(name, 0).astype(np.float64) if name in self.names(0) else None
 
 
 def collect(
@@ -95,5 +75,5 @@ def collect(
                     total += weighted(part, weight)
         for name, total in zip(reached, sums, strict=True):
             if np.isfinite(total).all() and total.trace() > 0:
-                moments.put(name, total / sum(map(data.weight, range(len(data)))))
+                moments.put(name, 0, (total / sum(map(data.weight, range(len(data))))).astype(np.float32))
     return moments

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ Tensor = npt.NDArray[Any]
 
 
 class Cache:
-    """Values of all batches, by name and position of the batch; a context manager.
+    """Values of all batches, by name and position of the batch; a context manager, whose files go at its end or that of the object.
 
     Attributes:
         spilled: Bytes written to files so far.
@@ -48,6 +49,7 @@ class Cache:
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
+                weakref.finalize(self, self._folder.cleanup)
             self._files[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
         except OSError as error:
             folder = tempfile.gettempdir()
@@ -73,7 +75,7 @@ class Cache:
     def names(self, batch: int) -> list[str]:
         return [n for n, b in (*self._memory, *self._files) if b == batch]
 
-    def __enter__(self) -> Cache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -14,9 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import CalibrationError, OptionError, OutputError, raise_all
-from magr_onnx.model_io.writing import os_error_hint
+from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
-from magr_onnx.runtime.data import fixed_batch, text
+from magr_onnx.runtime.calibration.value_cache import Cache
+from magr_onnx.runtime.data import text
+from magr_onnx.runtime.data.fixed_batch import Group, groups
 from magr_onnx.runtime.data.hold_out import HELD_OUT
-from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, load_npz, open_data, open_source
+from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, open_source
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
 
 STEPS = 4
@@ -42,6 +40,8 @@ _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks paddi
 
 Array = npt.NDArray[Any]
 Maker = Callable[[Array, int], Array]
+_Part = tuple[Array, Group]
+"""Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
 
 # Inputs that follow from the current tokens (B, T) and the length of the past, by input name.
 MAKERS: dict[str, Maker] = {
@@ -236,16 +236,12 @@ def open_for(
     inputs = inputs_of(model)
     if folders and isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt":
         source = encode_text(model, Path(source), folders, batch_size)
-    presents = pairs_of(model)
-    if not presents or TOKENS not in {i.name for i in inputs}:
-        return open_data(source, inputs, batch_size)
-    opened = open_source(source, [i for i in inputs if i.name == TOKENS], batch_size)
-    first = next(iter(opened), None)
-    if first is None or TOKENS not in first or any(name.startswith(PREFIX) for name in first):
-        return check_batches(opened, inputs)
-    decoder = recognise(model)
-    assert decoder is not None
-    return check_batches(_feeds(decoder, opened, batch_size, steps, provider, runnable), inputs)
+    tokens = [i for i in inputs if i.name == TOKENS] if pairs_of(model) else []
+    opened = open_source(source, tokens or inputs, batch_size)
+    first = next(iter(opened), {}) if tokens else {}
+    if TOKENS in first and not any(name.startswith(PREFIX) for name in first) and (decoder := recognise(model)) is not None:
+        opened = _feeds(decoder, opened, batch_size, steps, provider, runnable)
+    return check_batches(opened, inputs)
 
 
 def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
@@ -260,34 +256,25 @@ def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size
     return text.encode(path, folder, inputs, batch_size)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
-
-    ids: Array
-    group: fixed_batch.Group
-
-
 def _feeds(
     decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runnable: ir.Model | str | os.PathLike[str] | None
 ) -> Batches:
     """Make prefill and decode feeds of tokens, with notes that describe them."""
     notes: list[str] = []
     parts = _parts(_samples(data, notes), batch_size, decoder.samples)
-    groups = [part.group for part in parts]
-    feeds = replace(in_memory([decoder.start(part.ids) for part in parts], data.description), weights=fixed_batch.weights_of(groups))
-    samples, tokens = sum(group.count for group in groups), sum(part.group.count * part.ids.shape[1] for part in parts)
-    notes += fixed_batch.notes_of(groups)
+    feeds = in_memory([decoder.start(ids) for ids, _ in parts], data.description, [group for _, group in parts])
+    samples, tokens = sum(group.count for _, group in parts), sum(group.count * ids.shape[1] for ids, group in parts)
+    notes += feeds.notes
     notes.insert(0, f"decoder with a cache: prefill of {tokens} tokens ({samples} samples, {len(parts)} batches) with an empty past")
     if steps and (reason := _no_steps(decoder, parts, runnable)):
         notes.append(f"no decode steps were fed: {reason}")
     elif steps and runnable is not None:
         with Session(runnable, provider) as session:
-            spool = _Spool(decoder, parts, steps, session)
+            decode = _decoded(decoder, parts, steps, session, data.description)
         notes.append(
-            f"decode: the last tokens of {spool.samples} samples again, one by one, with the model's own past ({len(spool)} batches)"
+            f"decode: the last tokens of {decode.samples} samples again, one by one, with the model's own past ({len(decode)} batches)"
         )
-        feeds = _joined(feeds, spool)
+        feeds = _joined(feeds, decode)
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
@@ -299,7 +286,7 @@ def _no_steps(decoder: Decoder, parts: Sequence[_Part], runnable: object) -> str
         return f"the model takes {decoder.tokens.shape[1]} tokens at a time"
     if len(parts) < HELD_OUT:
         return f"{len(parts)} batches of tokens: with fewer than {HELD_OUT} nothing but decode steps would be held out for choosing"
-    return None if any(part.ids.shape[1] > 1 for part in parts) else "the samples have one token each"
+    return None if any(ids.shape[1] > 1 for ids, _ in parts) else "the samples have one token each"
 
 
 def _samples(data: Batches, notes: list[str]) -> list[Array]:
@@ -342,50 +329,33 @@ def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list
     parts = []
     for sequences in by_length.values():
         stacked = np.stack(sequences)
-        parts += [_Part(group.of(stacked), group) for group in fixed_batch.groups(len(sequences), size, fixed=fixed is not None)]
+        parts += [(group.of(stacked), group) for group in groups(len(sequences), size, fixed=fixed is not None)]
     return parts
 
 
-class _Spool:
-    """Feeds of decode steps, in a temporary folder that is removed with the object.
-
-    Attributes:
-        samples: Number of samples.
-        weights: Weights of the feeds; see `magr_onnx.runtime.data.sources.Batches`.
-    """
-
-    def __init__(self, decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session) -> None:
-        self.samples = 0
-        self.weights: list[float] = []
-        token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
-        budget = MAX_PAST_BYTES
-        try:
-            self._folder = Path(tempfile.mkdtemp(prefix="onnx-magr-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            for index, part in enumerate(parts):
-                ids = part.ids
-                count = min(steps, ids.shape[1] - 1)
-                sample_bytes = max(1, token_bytes * ids.shape[1] * count)
-                samples = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // sample_bytes))
-                if not count or samples * sample_bytes > budget:
-                    continue
-                budget -= samples * sample_bytes
-                self.samples += part.group.count if decoder.samples else samples
-                for feed in decoder.steps(session, ids[:samples], count):
-                    arrays: dict[str, Any] = dict(feed)
-                    np.savez(self._folder / f"{len(self)}.npz", **arrays)
-                    self.weights.append(part.group.weight)
-        except OSError as error:
-            raise OutputError(f"cannot write decode steps to {tempfile.gettempdir()}: {os_error_hint(error)}; or set TMPDIR") from error
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (load_npz(self._folder / f"{i}.npz") for i in range(len(self)))
+def _decoded(decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session, description: str) -> Batches:
+    """Make the feeds of decode steps, kept in a temporary folder as long as they are in use."""
+    cache, weights, samples = Cache(0, "decode steps", "set TMPDIR"), list[float](), 0
+    names = [i.name for i in decoder.inputs]
+    token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
+    budget = MAX_PAST_BYTES
+    for index, (ids, group) in enumerate(parts):
+        count = min(steps, ids.shape[1] - 1)
+        sample_bytes = max(1, token_bytes * ids.shape[1] * count)
+        rows = len(ids) if decoder.samples else min(len(ids), max(1, budget // (len(parts) - index) // sample_bytes))
+        if not count or rows * sample_bytes > budget:
+            continue
+        budget -= rows * sample_bytes
+        samples += group.count if decoder.samples else rows
+        for feed in decoder.steps(session, ids[:rows], count):
+            for name in names:
+                cache.put(name, len(weights), feed[name])
+            weights.append(group.weight)
+    feeds = Batches(len(weights), description, lambda: ({n: cache.get(n, i) for n in names} for i in range(len(weights))), str)
+    return replace(feeds, samples=samples, weights=tuple(weights))
 
 
-def _joined(prefill: Batches, decode: _Spool) -> Batches:
+def _joined(prefill: Batches, decode: Batches) -> Batches:
     """Chain the batches of prefill and of decode steps."""
     prefilled = len(prefill)
     return Batches(

@@ -36,6 +36,10 @@ class Group:
         samples = array[self.start : self.start + self.count]
         return samples if self.repeats == 1 else np.concatenate([samples] * self.repeats)
 
+    def part(self, batch: Batch) -> Batch:
+        """Take the batch from arrays of all samples, by input name."""
+        return {name: self.of(array) for name, array in batch.items()}
+
 
 def groups(samples: int, size: int, fixed: bool) -> list[Group]:
     """Split samples into batches of ``size``; the last is smaller. Where the size is ``fixed``, it is filled with repeated samples.
@@ -74,10 +78,12 @@ def fixed_size(inputs: Sequence[InputInfo]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def groups_of(batch: Batch, inputs: Sequence[InputInfo], size: int) -> list[Group] | None:
-    """Split or fill a batch that has other than ``size`` samples and fits the model otherwise; None for all other batches."""
-    samples = _samples(batch, inputs)
-    return None if samples is None or samples in (0, size) else groups(samples, size, fixed=True)
+def groups_of(batch: Batch, inputs: Sequence[InputInfo]) -> list[Group]:
+    """Split or fill a batch that has other than the fixed number of samples and fits the model otherwise; all other batches are a group."""
+    size, samples = fixed_size(inputs), _samples(batch, inputs)
+    if size is None or samples is None or samples in (0, size):
+        return [Group(0, max((len(array) for array in batch.values() if array.ndim), default=1))]
+    return groups(samples, size, fixed=True)
 
 
 def _samples(batch: Batch, inputs: Sequence[InputInfo]) -> int | None:

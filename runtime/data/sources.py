@@ -138,15 +138,14 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """Split or fill batches of the wrong number of samples, and check that all fit, in one pass over them; see `open_data`."""
     if len(batches) == 0:
         raise CalibrationError(f"{batches.description}: no data; give at least one batch with {_list(inputs)}")
-    parts: list[tuple[int, fixed_batch.Group | None]] = []
+    parts: list[tuple[int, fixed_batch.Group]] = []
     shapes: list[Shapes] = []
     samples = 0.0
     offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
     for i, group, batch in _filled(batches, inputs):
         parts.append((i, group))
         shapes.append(shapes_of(batch))
-        weight = batches.weight(i) * (1.0 if group is None else group.weight)
-        samples += weight * max((len(array) for array in batch.values() if array.ndim), default=1)
+        samples += batches.weight(i) * group.count
         for problem in check_batch(batch, inputs):
             offenders.setdefault(problem, []).append(i)
         if len(offenders) >= MAX_PROBLEMS:
@@ -154,32 +153,24 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
     checked = replace(batches, samples=round(samples) if batches.samples is None else batches.samples, shapes=tuple(shapes))
-    if all(group is None for _, group in parts):
+    groups = [group for _, group in parts]
+    if len(groups) == len(batches) and all(group.repeats == 1 for group in groups):
         return checked
-    groups = [group or fixed_batch.Group(0, fixed_batch.fixed_size(inputs) or 1) for _, group in parts]
     return replace(
         checked,
         count=len(parts),
         read=lambda: (batch for _, _, batch in _filled(batches, inputs)),
         label=lambda i: batches.label(parts[i][0]),
         notes=(*batches.notes, *fixed_batch.notes_of(groups)),
-        weights=tuple(batches.weight(i) * group.weight for (i, _), group in zip(parts, groups, strict=True)),
+        weights=tuple(batches.weight(i) * group.weight for i, group in parts),
     )
 
 
-def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int, fixed_batch.Group | None, Batch]]:
-    """Split or fill batches to the batch size that the model fixes.
-
-    Yields the position of the source batch, the group of its samples and the batch; without a group, the batch is unchanged, since it fits
-    already or would not fit then either.
-    """
-    size = fixed_batch.fixed_size(inputs)
+def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int, fixed_batch.Group, Batch]]:
+    """Split or fill batches to the batch size that the model fixes: the position of the source batch, a group of its samples, and those."""
     for i, batch in enumerate(batches):
-        groups = None if size is None else fixed_batch.groups_of(batch, inputs, size)
-        if groups is None:
-            yield i, None, batch
-        else:
-            yield from ((i, group, {name: group.of(array) for name, array in batch.items()}) for group in groups)
+        for group in fixed_batch.groups_of(batch, inputs):
+            yield i, group, group.part(batch)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
@@ -216,9 +207,10 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
         raise CalibrationError(f"{where} has an entry that is not an array: {error}") from error
 
 
-def in_memory(batches: list[Any], description: str) -> Batches:
-    """Return batches read from a list."""
-    return Batches(len(batches), description, lambda: iter(batches), lambda i: f"{description}, batch {i}")
+def in_memory(batches: Sequence[Any], description: str, groups: Sequence[fixed_batch.Group] = ()) -> Batches:
+    """Return batches read from a list, each of a group of samples."""
+    notes, weights = fixed_batch.notes_of(groups), fixed_batch.weights_of(groups)
+    return Batches(len(batches), description, lambda: iter(batches), lambda i: f"{description}, batch {i}", notes, weights=weights)
 
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
@@ -289,19 +281,8 @@ def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch
         raise CalibrationError(f"{description}: inputs have different numbers of samples along the first axis: {sizes}")
     samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
     groups = fixed_batch.groups(samples, size or batch_size, fixed=size is not None)
-
-    def read() -> Iterator[Batch]:
-        for group in groups:
-            yield {name: group.of(array) for name, array in arrays.items()}
-
-    return Batches(
-        len(groups),
-        description,
-        read,
-        lambda i: f"{description}, samples from {groups[i].start}",
-        fixed_batch.notes_of(groups),
-        weights=fixed_batch.weights_of(groups),
-    )
+    batches = in_memory([group.part(arrays) for group in groups], description, groups)
+    return replace(batches, label=lambda i: f"{description}, samples from {groups[i].start}")
 
 
 def _is_test_data(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     padding = _pad_id(folder)
     groups = fixed_batch.groups(len(samples), batch, fixed=fixed is not None)
     chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
-    batches = in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts))
-    return replace(batches, notes=fixed_batch.notes_of(groups), weights=fixed_batch.weights_of(groups))
+    return in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts), groups)
 
 
 def _fixed(ids: InputInfo) -> tuple[int | None, int | None]:

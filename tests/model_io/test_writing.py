@@ -264,7 +264,7 @@ def test_temporary_files_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monk
         with Cache(0) as cache, pytest.raises(OutputError, match=r"disk is full.*larger --cache, or set TMPDIR"):
             cache.put("x", 0, np.zeros(1 << 16))
         with Fisher() as moments, pytest.raises(OutputError, match=r"second moments of gradients to .*disk is full.*set TMPDIR"):
-            moments.put("y", np.zeros((256, 256)))
+            moments.put("y", 0, np.zeros((256, 256)))
         assert names(disk) == []
 
 

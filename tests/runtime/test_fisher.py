@@ -40,7 +40,7 @@ def collected(model: ir.Model, data: Batches, **options: Any) -> tuple[dict[str,
     layers, _ = find(model)
     with fisher.collect(model, layers, data, **options) as found:
         names = [str(layer.output.name) for layer in layers]
-        return {n: m for n in names if (m := found.get(n)) is not None}, found.blocked
+        return {n: m for n in names if (m := found.moments(n)) is not None}, found.blocked
 
 
 def test_moments_are_the_mean_of_the_taps_over_batches() -> None:

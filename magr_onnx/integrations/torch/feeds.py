@@ -12,7 +12,7 @@ import torch
 
 from magr_onnx.config import schema
 from magr_onnx.errors import CalibrationError
-from magr_onnx.runtime.data.fixed_batch import Group, fixed_size, groups, notes_of, weights_of
+from magr_onnx.runtime.data.fixed_batch import Group, fixed_size, groups
 from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
@@ -73,9 +73,8 @@ def feeds(
             if _may_have_more(batches, index + 1):
                 notes[f"calibration stopped after {count} samples (samples={samples})"] = None
             break
-    split = [group for _, group in parts]
-    result = in_memory([batch for batch, _ in parts], name)
-    return replace(result, notes=(*notes, *notes_of(split)), weights=weights_of(split))
+    result = in_memory([batch for batch, _ in parts], name, [group for _, group in parts])
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def _may_have_more(batches: Any, count: int) -> bool:
@@ -185,4 +184,4 @@ def _split(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], 
         yield dict(arrays), Group(0, max(counts, default=1))
         return
     for group in groups(max(counts), fixed or size, fixed=fixed is not None):
-        yield {n: group.of(a) for n, a in arrays.items()}, group
+        yield group.part(arrays), group
