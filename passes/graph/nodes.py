@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -24,6 +25,13 @@ class UnsupportedNode(Exception):
 def operand(node: ir.Node, index: int) -> ir.Value | None:
     """Return input ``index`` of a node; None if absent."""
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def producers(value: ir.Value | None) -> Iterator[ir.Node]:
+    """Yield the node a value comes from, the node that the first input of that one comes from, and so on."""
+    while value is not None and (node := value.producer()) is not None:
+        yield node
+        value = operand(node, 0)
 
 
 def attribute_of(node: ir.Node, name: str, default: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, broadcast_grid
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand, producers
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -33,31 +33,20 @@ DEFAULT_BLOCK = 32  # onnxruntime's block for a fused weight with one scale per 
 def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
     """Return the DequantizeLinear of a value, and the Transpose and Identity nodes in between, last first."""
     between: list[ir.Node] = []
-    for _ in range(16):
-        node = value.producer()
-        if node is None or node.domain not in ("", CONTRIB):
-            return None, between
-        if node.op_type == "DequantizeLinear":
+    for node in producers(value):
+        if node.domain in ("", CONTRIB) and node.op_type == "DequantizeLinear":
             return node, between
-        if node.op_type not in ("Transpose", "Identity") or node.inputs[0] is None:
-            return None, between
+        if node.domain not in ("", CONTRIB) or node.op_type not in ("Transpose", "Identity"):
+            break
         between.append(node)
-        value = node.inputs[0]
     return None, between
 
 
 def _dequantized_activation(value: ir.Value) -> ir.Node | None:
     """Return the DequantizeLinear of an activation, through nodes that only move data."""
-    for _ in range(64):
-        node = value.producer()
-        if node is None:
-            return None
-        if node.op_type == "DequantizeLinear":
-            return node
-        if node.op_type not in PASSES_THROUGH - {"Concat"} or not node.inputs or node.inputs[0] is None:
-            return None
-        value = node.inputs[0]
-    return None
+    moving = PASSES_THROUGH - {"Concat"}
+    node = next((node for node in producers(value) if node.op_type not in moving), None)
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +60,10 @@ class _Grid:
     zeros: Array
     block: int | None  # DequantizeLinear's block_size
     axis: int  # axis of the blocks or channels
+
+    @property
+    def bits(self) -> int:
+        return int(self.kind.lstrip("uint"))
 
 
 def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
@@ -129,37 +122,11 @@ def product(node: ir.Node) -> IntegerDot:
     x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
     w_zeros = zeros[:1] if block is None else zeros
     added = _added_bias(node) if node.op_type == "MatMul" else None
-    return IntegerDot(
-        "",
-        f"{node.op_type} (QDQ)",
-        "qdq",
-        grid.name,
-        np.ascontiguousarray(codes),
-        x_type,
-        grid.kind,
-        span,
-        x_zeros,
-        np.ascontiguousarray(w_zeros, np.int64),
-        _dequantized_bias(operand(node, 2) if added is None else added, codes.shape[1]),
-        bias_may_be_float=added is not None,
-        block=block,
-        taps=taps,
-        depthwise=depthwise,
-        quantized_in_graph=_is_made(required(dq_x, 0)),
-        bits=int(grid.kind.lstrip("uint")),
-    )
-
-
-def _is_made(codes: ir.Value) -> bool:
-    """Return whether activation codes are computed in the graph, not only moved from an input."""
-    for _ in range(64):
-        node = codes.producer()
-        if node is None:
-            return False
-        if node.op_type not in PASSES_THROUGH or not node.inputs or node.inputs[0] is None:
-            return True
-        codes = node.inputs[0]
-    return True
+    op, codes, w_zeros = f"{node.op_type} (QDQ)", np.ascontiguousarray(codes), np.ascontiguousarray(w_zeros, np.int64)
+    dot = IntegerDot("", op, "qdq", grid.name, codes, x_type, grid.kind, span, x_zeros, w_zeros, block=block, taps=taps, bits=grid.bits)
+    bias = _dequantized_bias(operand(node, 2) if added is None else added, dot.n)
+    made = any(producer.op_type not in PASSES_THROUGH for producer in producers(required(dq_x, 0)))  # not moved from an input
+    return replace(dot, bias=bias, bias_may_be_float=added is not None, depthwise=depthwise, quantized_in_graph=made)
 
 
 def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
@@ -194,7 +161,7 @@ def _added_bias(node: ir.Node) -> ir.Value | None:
 
 def _fused_blocks(node: ir.Node, dq: ir.Node, grid: _Grid) -> IntegerDot:
     """Read a float activation times a dequantized weight, which onnxruntime fuses to MatMulNBits with int8 activations."""
-    bits = int(grid.kind.lstrip("uint"))
+    bits = grid.bits
     uses = len(list(dq.outputs[0].uses()))
     if grid.codes.ndim != 2 or bits not in (2, 4, 8) or uses != 1 or dq.outputs[0].is_graph_output():
         raise UnsupportedNode(IntegerReason.FLOAT, "activations are floats, and the weight is not one that is fused")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -35,49 +35,14 @@ from magr_onnx.passes.integer.operands import (
 )
 from magr_onnx.report.reasons import IntegerReason, Skip
 
-UNREAD = frozenset(
-    {
-        "Attention",
-        "ConvTranspose",
-        "ConvTransposeWithDynamicPads",
-        "DecoderAttention",
-        "DecoderMaskedMultiHeadAttention",
-        "DecoderMaskedSelfAttention",
-        "DeformConv",
-        "DynamicQuantizeLSTM",
-        "Einsum",
-        "FusedConv",
-        "FusedGemm",
-        "FusedMatMul",
-        "FusedMatMulActivation",
-        "GRU",
-        "GatedRelativePositionBias",
-        "GemmFastGelu",
-        "GemmFloat8",
-        "GroupQueryAttention",
-        "LongformerAttention",
-        "LSTM",
-        "MatMulBnb4",
-        "MatMulFpQ4",
-        "MatMulInteger16",
-        "MoE",
-        "MultiHeadAttention",
-        "NhwcConv",
-        "NhwcFusedConv",
-        "PackedAttention",
-        "PackedMultiHeadAttention",
-        "PagedAttention",
-        "QAttention",
-        "QMoE",
-        "QOrderedAttention",
-        "QOrderedLongformerAttention",
-        "QOrderedMatMul",
-        "RNN",
-        "SparseAttention",
-        "SparseToDenseMatMul",
-        "TransposeMatMul",
-    }
-)
+_WITHOUT_READER = """
+    Attention ConvTranspose ConvTransposeWithDynamicPads DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention
+    DeformConv DynamicQuantizeLSTM Einsum FusedConv FusedGemm FusedMatMul FusedMatMulActivation GRU GatedRelativePositionBias
+    GemmFastGelu GemmFloat8 GroupQueryAttention LongformerAttention LSTM MatMulBnb4 MatMulFpQ4 MatMulInteger16 MoE MultiHeadAttention
+    NhwcConv NhwcFusedConv PackedAttention PackedMultiHeadAttention PagedAttention QAttention QMoE QOrderedAttention
+    QOrderedLongformerAttention QOrderedMatMul RNN SparseAttention SparseToDenseMatMul TransposeMatMul
+"""
+UNREAD = frozenset(_WITHOUT_READER.split())
 """Operators with dot products that have no reader here."""
 
 
@@ -129,53 +94,31 @@ def view(node: ir.Node) -> IntegerDot | Skip | None:
         return Skip(name, node.op_type, IntegerReason.SHAPE, str(error))
 
 
-def _matrix(
-    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, *, flip: bool = False, **more: Any
-) -> IntegerDot:
-    """Read an integer product of a matrix with constant codes."""
-    stored = constant_weight(w, x)
+def _matrix(node: ir.Node, x: int, x_zero: int | None, w: int, w_zero: int, *, flip: bool = False) -> IntegerDot:
+    """Read an integer product of a matrix with constant codes, given which inputs are what.
+
+    An activation without a zero point is one of floats, which the operator quantizes to uint8 with a zero point at run time.
+    """
+    weight = required(node, w)
+    stored = constant_weight(weight, required(node, x))
     if flip:
         stored = np.swapaxes(stored, -1, -2)
     codes, w_type = integers(columns(stored))
-    n = codes.shape[1]
-    x_type, span, zeros = activation_codes(x, x_zero)
-    w_zeros = per_column(weight_zeros(w_zero, stored.shape), n)
-    return IntegerDot("", node.op_type, "integer", weight_name(w), codes, x_type, w_type, span, zeros, w_zeros, **more)
-
-
-def _matmul_integer(node: ir.Node) -> IntegerDot:
-    return _matrix(node, required(node, 0), operand(node, 2), required(node, 1), operand(node, 3))
-
-
-def _qlinear_matmul(node: ir.Node) -> IntegerDot:
-    return _matrix(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5))
+    at_run_time = ("uint8", (0, 255), (0, 255))
+    x_type, span, zeros = at_run_time if x_zero is None else activation_codes(required(node, x), operand(node, x_zero))
+    w_zeros = per_column(weight_zeros(operand(node, w_zero), stored.shape), codes.shape[1])
+    return IntegerDot("", node.op_type, "integer", weight_name(weight), codes, x_type, w_type, span, zeros, w_zeros)
 
 
 def _qgemm(node: ir.Node) -> IntegerDot:
-    flip = bool(attribute_of(node, "transB", 0))
-    dot = _matrix(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5), flip=flip)
+    dot = _matrix(node, 0, 2, 3, 5, flip=bool(attribute_of(node, "transB", 0)))
     return replace(dot, bias=integer_bias(operand(node, 6), dot.n))
 
 
-def _dynamic_quantize_matmul(node: ir.Node) -> IntegerDot:
-    """Read a product of float activations, which the operator quantizes to uint8 with a zero point at run time."""
-    stored = constant_weight(required(node, 1), required(node, 0))
-    codes, w_type = integers(columns(stored))
-    w_zeros = per_column(weight_zeros(operand(node, 3), stored.shape), codes.shape[1])
-    name = weight_name(required(node, 1))
-    return IntegerDot("", node.op_type, "integer", name, codes, "uint8", w_type, (0, 255), (0, 255), w_zeros)
-
-
-def _matmul_integer_to_float(node: ir.Node) -> IntegerDot:
-    return _matrix(node, required(node, 0), operand(node, 4), required(node, 1), operand(node, 5))
-
-
-def _conv(
-    node: ir.Node, x: ir.Value, x_zero: ir.Value | None, w: ir.Value, w_zero: ir.Value | None, bias: ir.Value | None, weight_left: bool
-) -> IntegerDot:
-    stored = constant_weight(w, x)
-    zeros = constant_array(w_zero)
-    if w_zero is not None and zeros is None:
+def _conv(node: ir.Node, w: int, w_zero: int, bias: int | None) -> IntegerDot:
+    weight, x = required(node, w), required(node, 0)
+    stored, zeros = constant_weight(weight, x), constant_array(operand(node, w_zero))
+    if operand(node, w_zero) is not None and zeros is None:
         raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight")
     matrix, taps, depthwise = conv_matrix(stored, attribute_of(node, "group", 1))
     codes, w_type = integers(matrix)
@@ -183,31 +126,11 @@ def _conv(
     flat = np.zeros(1, np.int64) if zeros is None else zeros.astype(np.int64).reshape(-1)
     if flat.size not in (1, m):
         raise UnsupportedNode(IntegerReason.SHAPE, f"{flat.size} weight zero points for {m} channels")
-    x_type, span, x_zeros = activation_codes(x, x_zero)
-    return IntegerDot(
-        "",
-        node.op_type,
-        "integer",
-        weight_name(w),
-        codes,
-        x_type,
-        w_type,
-        span,
-        x_zeros,
-        per_column(flat.reshape(1, -1), m),
-        integer_bias(bias, m),
-        taps=taps,
-        depthwise=depthwise,
-        weight_left=weight_left,
-    )
-
-
-def _conv_integer(node: ir.Node) -> IntegerDot:
-    return _conv(node, required(node, 0), operand(node, 2), required(node, 1), operand(node, 3), None, True)
-
-
-def _qlinear_conv(node: ir.Node) -> IntegerDot:
-    return _conv(node, required(node, 0), operand(node, 2), required(node, 3), operand(node, 5), operand(node, 8), False)
+    x_type, span, x_zeros = activation_codes(x, operand(node, 2))
+    w_zeros = per_column(flat.reshape(1, -1), m)
+    dot = IntegerDot("", node.op_type, "integer", weight_name(weight), codes, x_type, w_type, span, x_zeros, w_zeros)
+    added = None if bias is None else integer_bias(operand(node, bias), m)
+    return replace(dot, bias=added, taps=taps, depthwise=depthwise, weight_left=bias is None)  # ConvInteger has none, and the weight first
 
 
 def _matmul_nbits(node: ir.Node) -> IntegerDot:
@@ -225,15 +148,16 @@ def _matmul_nbits(node: ir.Node) -> IntegerDot:
     return blocks(node.op_type, weight_name(required(node, 1)), codes, bits, block)
 
 
+_QLINEAR_CONV = partial(_conv, w=3, w_zero=5, bias=8)
 _READERS: dict[tuple[str, str], Callable[[ir.Node], IntegerDot]] = {
-    ("", "MatMulInteger"): _matmul_integer,
-    ("", "ConvInteger"): _conv_integer,
-    ("", "QLinearMatMul"): _qlinear_matmul,
-    ("", "QLinearConv"): _qlinear_conv,
-    (CONTRIB, "QLinearConv"): _qlinear_conv,
+    ("", "MatMulInteger"): partial(_matrix, x=0, x_zero=2, w=1, w_zero=3),
+    ("", "ConvInteger"): partial(_conv, w=1, w_zero=3, bias=None),
+    ("", "QLinearMatMul"): partial(_matrix, x=0, x_zero=2, w=3, w_zero=5),
+    ("", "QLinearConv"): _QLINEAR_CONV,
+    (CONTRIB, "QLinearConv"): _QLINEAR_CONV,
     (CONTRIB, "QGemm"): _qgemm,
-    (CONTRIB, "DynamicQuantizeMatMul"): _dynamic_quantize_matmul,
-    (CONTRIB, "MatMulIntegerToFloat"): _matmul_integer_to_float,
+    (CONTRIB, "DynamicQuantizeMatMul"): partial(_matrix, x=0, x_zero=None, w=1, w_zero=3),
+    (CONTRIB, "MatMulIntegerToFloat"): partial(_matrix, x=0, x_zero=4, w=1, w_zero=5),
     (CONTRIB, "MatMulNBits"): _matmul_nbits,
     ("", "MatMul"): product,
     ("", "Gemm"): product,

@@ -10,30 +10,13 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import broadcast_grid
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand, producers
 from magr_onnx.report.reasons import IntegerReason
 
 Array = npt.NDArray[Any]
 CONTRIB = "com.microsoft"
-
-
-PASSES_THROUGH = frozenset(
-    {
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "MaxPool",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
+_MOVING = "Concat Expand Flatten Gather Identity MaxPool Pad Reshape Slice Split Squeeze Transpose Unsqueeze"
+PASSES_THROUGH = frozenset(_MOVING.split())
 """Operators that move activation codes without changing their type."""
 
 
@@ -108,12 +91,7 @@ def constant_weight(value: ir.Value, other_operand: ir.Value | None = None) -> A
 
 def weight_name(value: ir.Value) -> str:
     """Return the name of the initializer or Constant of a weight."""
-    for _ in range(16):
-        node = value.producer()
-        if node is None or not node.inputs or node.inputs[0] is None:
-            break
-        value = node.inputs[0]
-    return str(value.name)
+    return str(([value] + [v for node in producers(value) if (v := operand(node, 0)) is not None])[-1].name)
 
 
 def type_of(value: ir.Value) -> str | None:
@@ -139,7 +117,7 @@ def type_of(value: ir.Value) -> str | None:
     return None
 
 
-def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int | None = 0) -> tuple[str, tuple[int, int], tuple[int, ...]]:
+def activation_codes(codes: ir.Value, zero: ir.Value | None) -> tuple[str, tuple[int, int], tuple[int, ...]]:
     """Return type, range and zero points of activation codes; the extreme zero points where they are computed at run time."""
     kind = type_of(codes) or (None if zero is None else type_of(zero))
     zero_points = constant_array(zero)
@@ -149,9 +127,7 @@ def activation_codes(codes: ir.Value, zero: ir.Value | None, default_zero: int |
         raise UnsupportedNode(IntegerReason.ACTIVATION_TYPE, str(kind))
     span = RANGES[kind]
     if zero is None:
-        if default_zero is None:
-            raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
-        return kind, span, (default_zero,)
+        return kind, span, (0,)
     if zero_points is None:
         return kind, span, span
     values = zero_points.astype(np.int64).reshape(-1)
@@ -211,17 +187,5 @@ def conv_matrix(stored: Array, group: int) -> tuple[Array, int, bool]:
 
 def blocks(op: str, name: str, codes: Array, bits: int, block: int) -> IntegerDot:
     """Describe blocks of unsigned codes times activations quantized to ``[-127, 127]`` at run time."""
-    return IntegerDot(
-        "",
-        op,
-        "blockwise",
-        name,
-        codes.astype(np.int16),
-        "int8",
-        f"uint{bits}",
-        (-127, 127),
-        None,
-        None,
-        block=min(block, len(codes)),
-        bits=bits,
-    )
+    span, block = (-127, 127), min(block, len(codes))
+    return IntegerDot("", op, "blockwise", name, codes.astype(np.int16), "int8", f"uint{bits}", span, None, None, block=block, bits=bits)

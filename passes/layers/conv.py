@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized
-from magr_onnx.passes.graph.nodes import operand
+from magr_onnx.passes.graph.nodes import operand, producers
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
@@ -115,12 +115,12 @@ def from_matrices(matrices: npt.NDArray[Any], op: str, kernel: Sequence[int]) ->
 
 def is_made_of_codes(value: ir.Value) -> bool:
     """Return whether a weight is computed from an integer constant, that is, dequantized in any form."""
-    for _ in range(16):
-        node = value.producer()
-        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose") or node.inputs[0] is None:
+    source: ir.Value | None = value
+    for node in producers(value):
+        if node.op_type not in ("Cast", "DequantizeLinear", "Mul", "Reshape", "Sub", "Transpose"):
             break
-        value = node.inputs[0]
-    tensor = constant_tensor(value)
+        source = operand(node, 0)
+    tensor = constant_tensor(source)
     return tensor is not None and tensor.dtype.is_integer()
 
 
