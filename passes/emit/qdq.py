@@ -67,10 +67,7 @@ class EmitQDQ(BlockEmitter):
         # Fused in a body, onnxruntime 1.31 returns zeros for half-precision inputs; a weight dequantized outside is not fused.
         inside = not constants.shared and layer.dtype != ir.DataType.FLOAT16
         codes = constants.add(layer, suffix, packed.codes.astype(packed.stored_dtype), inside)
-        inputs: list[ir.Value | None] = [
-            codes,
-            constants.add(layer, f"{suffix}_scales", packed.scales.astype(float_kind), inside),
-        ]
+        inputs: list[ir.Value | None] = [codes, constants.add(layer, f"{suffix}_scales", packed.scales.astype(float_kind), inside)]
         if packed.zero_points is not None:
             inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(packed.stored_dtype), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}

@@ -99,13 +99,15 @@ class Backward:
     # --- Operators for rules ------------------------------------------------------------------------------------
 
     def op(self, name: str, *inputs: Maybe, **attributes: object) -> ir.Value:
+        return self.graph.add(name, inputs, self._name(), **attributes)
+
+    def _name(self) -> str:
         self._count += 1
-        return self.graph.add(name, inputs, f"__grad_{self._count}", **attributes)
+        return f"__grad_{self._count}"
 
     def number(self, value: float, like: Maybe) -> ir.Value:
-        self._count += 1
         kind = None if like is None else like.dtype
-        constant = self.graph.constant(f"__grad_{self._count}", np.array(value, (kind or ir.DataType.FLOAT).numpy()))
+        constant = self.graph.constant(self._name(), np.array(value, (kind or ir.DataType.FLOAT).numpy()))
         return constant if like is None or kind is not None else self.cast(constant, like)
 
     def cast(self, value: Maybe, like: Maybe) -> ir.Value:
@@ -115,8 +117,7 @@ class Backward:
         return self.op("Cast", value, to=(None if like is None else like.dtype) or ir.DataType.FLOAT)
 
     def integers(self, values: Sequence[int]) -> ir.Value:
-        self._count += 1
-        return self.graph.constant(f"__grad_{self._count}", np.array(values, np.int64))
+        return self.graph.constant(self._name(), np.array(values, np.int64))
 
     def shape(self, value: Maybe) -> tuple[int, ...]:
         """Return the shape on one batch; rules may use only its rank and axes of size 1."""
@@ -126,19 +127,13 @@ class Backward:
         return tuple(self._shapes[str(value.name)])
 
     def sum(self, gradient: Maybe, axes: Sequence[int], keepdims: bool = True) -> ir.Value:
-        if self.graph.opset >= 13:
-            return self.op("ReduceSum", gradient, self.integers(axes), keepdims=int(keepdims))
-        return self.op("ReduceSum", gradient, axes=list(axes), keepdims=int(keepdims))
+        return self.graph.along("ReduceSum", gradient, axes, self._name(), keepdims=int(keepdims))
 
     def mean(self, value: Maybe, axis: int = -1) -> ir.Value:
-        if self.graph.opset >= 18:
-            return self.op("ReduceMean", value, self.integers([axis]), keepdims=1)
-        return self.op("ReduceMean", value, axes=[axis], keepdims=1)
+        return self.graph.along("ReduceMean", value, [axis], self._name(), since=18, keepdims=1)
 
     def unsqueeze(self, value: Maybe, axes: Sequence[int]) -> ir.Value:
-        if self.graph.opset >= 13:
-            return self.op("Unsqueeze", value, self.integers(axes))
-        return self.op("Unsqueeze", value, axes=list(axes))
+        return self.graph.along("Unsqueeze", value, axes, self._name())
 
     def to_shape_of(self, gradient: Maybe, value: Maybe, result: Sequence[int]) -> Maybe:
         """Sum the gradient of a broadcast operand over the axes along which it was broadcast to ``result``."""

@@ -49,8 +49,8 @@ def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         node, path = placed[str(layer.output.name)]
         name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
         assert isinstance(graph, ir.Graph)
-        shape = copy.append(graph, ir.node("Shape", [node.outputs[0]], name=f"{name}_shape"))[0]
-        extent = copy.append(graph, ir.node("Cast", [shape], {"to": ir.DataType.FLOAT}, name=f"{name}_real"))[0]
+        shape = copy.add("Shape", [node.outputs[0]], f"{name}_shape", graph)
+        extent = copy.add("Cast", [shape], f"{name}_real", graph, to=ir.DataType.FLOAT)
         if path:
             extent = carry_out(extent, path, copy.constant(f"{name}_zero", np.zeros(rank, np.float32)), "Max", name)
         copy.output(extent, shape=[rank])
@@ -66,7 +66,7 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         node, path = placed[str(layer.output.name)]
         graph = node.graph
         assert isinstance(graph, ir.Graph)
-        real = copy.append(graph, ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}_x"))[0]
+        real = copy.add("Cast", [node.inputs[0]], f"{name}_x", graph, to=ir.DataType.FLOAT)
         g, k = layer.group, layer.k
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
         body = _body(copy, layer, name)
@@ -86,39 +86,19 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     shape = (layer.channels, taps) if layer.op == "ConvTranspose" else (layer.channels * taps, 1)
     kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
     rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
-    axes = [copy.constant(f"{name}_axes_{axis}", np.array([axis])) for axis in (0, 2)] if copy.opset >= 13 else None
-    rank = 1 + len(layer.kernel)
-    shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * rank]
-    inputs = [ir.val(f"{name}_in_{j}", ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
-    nodes: list[ir.Node] = []
-
-    def along(op: str, value: ir.Value, axis: int, label: str, **attributes: object) -> ir.Value:
-        """Add an operator whose axes are an input since opset 13."""
-        if axes is None:
-            return add(op, [value], label, axes=[axis], **attributes)
-        return add(op, [value, axes[axis // 2]], label, **attributes)
-
-    def add(op: str, inputs: Sequence[ir.Value], label: str, **attributes: object) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=f"{name}_{label}")  # type: ignore[arg-type]
-        node.outputs[0].name = node.name
-        nodes.append(node)
-        return node.outputs[0]
-
-    sample = along("Unsqueeze", inputs[3], 0, "sample")
+    shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * (1 + len(layer.kernel))]
+    inputs = [ir.val(copy.names.value(f"{name}_in_{j}"), ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
+    body = ir.Graph(inputs, [], nodes=[], name=f"{name}_body", opset_imports={"": copy.opset})
+    sample = copy.along("Unsqueeze", inputs[3], [0], f"{name}_sample", body)
     same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
-    gather = ir.node(layer.op, [sample, kernel], name=f"{name}_gather")
-    gather.attributes.update(same)
-    gather.attributes["group"] = ir.AttrInt64("group", layer.channels)
-    gather.outputs[0].name = gather.name
-    nodes.append(gather)
-    patches = add("Reshape", [gather.outputs[0], rows], "patches")
-    gram = add("MatMul", [patches, add("Transpose", [patches], "turned", perm=[0, 2, 1])], "gram_of_one")
-    total = along("ReduceSum", patches, 2, "sum_of_one", keepdims=0)
-    count = add("Cast", [add("Size", [patches], "size")], "count_of_one", to=ir.DataType.FLOAT)
-    outputs = [add("Add", [a, b], f"out_{j}") for j, (a, b) in enumerate(zip(inputs[:3], (gram, total, count), strict=True))]
-    for output, s in zip(outputs, shapes, strict=False):
-        output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(s)
-    for value in inputs:
-        value.name = copy.names.value(str(value.name))
-    copy.names.adopt(nodes)
-    return ir.Graph(inputs, outputs, nodes=nodes, name=f"{name}_body", opset_imports={"": copy.opset})
+    gathered = copy.add(layer.op, [sample, kernel], f"{name}_gather", body, **same, group=layer.channels)
+    patches = copy.add("Reshape", [gathered, rows], f"{name}_patches", body)
+    turned = copy.add("Transpose", [patches], f"{name}_turned", body, perm=[0, 2, 1])
+    gram = copy.add("MatMul", [patches, turned], f"{name}_gram_of_one", body)
+    total = copy.along("ReduceSum", patches, [2], f"{name}_sum_of_one", body, keepdims=0)
+    count = copy.add("Cast", [copy.add("Size", [patches], f"{name}_size", body)], f"{name}_count_of_one", body, to=ir.DataType.FLOAT)
+    for j, (before, added) in enumerate(zip(inputs[:3], (gram, total, count), strict=True)):
+        output = copy.add("Add", [before, added], f"{name}_out_{j}", body)
+        output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(shapes[j])
+        body.outputs.append(output)
+    return body

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
+from magr_onnx.passes.graph.constants import ints
 from magr_onnx.passes.graph.kv_cache import pairs_of
+from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.instrument.backward import FLOATS, RULES, Backward, Grads, Maybe, rule
 from magr_onnx.passes.instrument.taps import Extension
 
 
-def _constant(value: ir.Value | None) -> list[int] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(v) for v in tensor.numpy().reshape(-1)]
-
-
 def _axes(node: ir.Node, rank: int) -> list[int] | None:
     """Return the axes of a reduction, from its attribute or constant input; None if they are computed."""
-    if "axes" in node.attributes:
-        axes: list[int] | None = list(node.attributes["axes"].as_ints())
-    elif len(node.inputs) > 1 and node.inputs[1] is not None:
-        axes = _constant(node.inputs[1])
-    else:
+    axes = ints(node, "axes", 1)
+    if axes is None and "axes" not in node.attributes and operand(node, 1) is None:
         axes = list(range(rank))
     return None if axes is None else sorted(a % rank for a in axes)
 
@@ -135,8 +130,8 @@ def _slice(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         return None
     x, starts = node.inputs[:2]
     rank = len(b.shape(x))
-    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
-    steps = _constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+    axes = list(range(rank)) if operand(node, 3) is None else ints(node, "axes", 3)
+    steps = [1] if operand(node, 4) is None else ints(node, "steps", 4)
     if axes is None or steps is None or set(steps) != {1}:
         return None
     total, length = b.op("Shape", x), b.op("Shape", node.outputs[0])
@@ -195,14 +190,8 @@ def _normalized(b: Backward, node: ir.Node, grads: Grads, centre: bool) -> Grads
     return [b.op("Div", inner, deviation)]
 
 
-@rule("LayerNormalization")
-def _layer_norm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
-    return _normalized(b, node, grads, centre=True)
-
-
-@rule("RMSNormalization", "SimplifiedLayerNormalization")
-def _rms_norm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
-    return _normalized(b, node, grads, centre=False)
+rule("LayerNormalization")(partial(_normalized, centre=True))
+rule("RMSNormalization", "SimplifiedLayerNormalization")(partial(_normalized, centre=False))
 
 
 @rule("Gelu")
@@ -225,35 +214,27 @@ def _gelu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     return [b.op("Mul", grads[0], slope)]
 
 
-@rule("Erf")
-def _erf(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+Derivative = Callable[[Backward, ir.Value, ir.Value, Maybe], ir.Value]
+_ELEMENTWISE: dict[str, Derivative] = {
+    "Neg": lambda b, x, y, g: b.op("Neg", g),
+    "Log": lambda b, x, y, g: b.op("Div", g, x),
+    "Exp": lambda b, x, y, g: b.op("Mul", g, y),
+    "Sqrt": lambda b, x, y, g: b.op("Div", b.op("Mul", g, b.number(0.5, y)), y),
+    "Reciprocal": lambda b, x, y, g: b.op("Neg", b.op("Mul", g, b.op("Mul", y, y))),
+    "Sigmoid": lambda b, x, y, g: b.op("Mul", g, b.op("Mul", y, b.op("Sub", b.number(1, y), y))),
+    "Tanh": lambda b, x, y, g: b.op("Mul", g, b.op("Sub", b.number(1, y), b.op("Mul", y, y))),
+    "Relu": lambda b, x, y, g: b.op("Where", b.op("Greater", x, b.number(0, x)), g, b.number(0, x)),
+    "Clip": lambda b, x, y, g: b.op("Where", b.op("Equal", x, y), g, b.number(0, x)),
+    "Erf": lambda b, x, y, g: b.op("Mul", g, b.op("Mul", b.op("Exp", b.op("Neg", b.op("Mul", x, x))), b.number(2 / math.sqrt(math.pi), x))),
+}
+"""Gradients of ``x`` for functions ``y = f(x)`` of every element, from x, y and the gradient of y."""
+
+
+@rule(*_ELEMENTWISE)
+def _elementwise(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     x = node.inputs[0]
-    density = b.op("Exp", b.op("Neg", b.op("Mul", x, x)))
-    return [b.op("Mul", grads[0], b.op("Mul", density, b.number(2 / math.sqrt(math.pi), x)))]
-
-
-@rule("Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal")
-def _of_result(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    """Differentiate functions whose derivative depends only on their value."""
-    g, y = grads[0], node.outputs[0]
-    if node.op_type == "Exp":
-        return [b.op("Mul", g, y)]
-    if node.op_type == "Sqrt":
-        return [b.op("Div", b.op("Mul", g, b.number(0.5, y)), y)]
-    if node.op_type == "Reciprocal":
-        return [b.op("Neg", b.op("Mul", g, b.op("Mul", y, y)))]
-    complement = b.op("Sub", b.number(1, y), y if node.op_type == "Sigmoid" else b.op("Mul", y, y))
-    return [b.op("Mul", g, b.op("Mul", y, complement) if node.op_type == "Sigmoid" else complement)]
-
-
-@rule("Neg")
-def _neg(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [b.op("Neg", grads[0])]
-
-
-@rule("Log")
-def _log(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [b.op("Div", grads[0], node.inputs[0])]
+    assert x is not None
+    return [_ELEMENTWISE[node.op_type](b, x, node.outputs[0], grads[0])]
 
 
 @rule("Pow")
@@ -263,18 +244,6 @@ def _pow(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     exponent = b.cast(p, x)
     slope = b.op("Mul", b.op("Pow", x, b.op("Sub", exponent, b.number(1, x))), exponent)
     return [b.to_shape_of(b.op("Mul", grads[0], slope), x, result)]
-
-
-@rule("Relu")
-def _relu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    x = node.inputs[0]
-    return [b.op("Where", b.op("Greater", x, b.number(0, x)), grads[0], b.number(0, x))]
-
-
-@rule("Clip")
-def _clip(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    x = node.inputs[0]
-    return [b.op("Where", b.op("Equal", x, node.outputs[0]), grads[0], b.number(0, x))]
 
 
 @rule("Where")
@@ -317,10 +286,9 @@ def fisher_taps(
 ) -> tuple[ir.Model, list[str], set[str]]:
     """Copy the model to output ``G^T G (N, N)`` of every differentiable value ``y (..., N)``, with random gradients ``G``.
 
-    The gradients are of ``sum <seed, output>``, with seeds such that their second moments are the Fisher information of the
-    outputs: of covariance ``diag(p) - p p^T``
-    for logits (``E g g^T`` is then the Hessian of the Kullback-Leibler divergence from the float model), uncorrelated for all
-    others (the Gauss-Newton matrix of the squared error, every output relative to its own power).
+    The gradients are of ``sum <seed, output>``, with seeds such that their second moments are the Fisher information of the outputs: of
+    covariance ``diag(p) - p p^T`` for logits (``E g g^T`` is then the Hessian of the Kullback-Leibler divergence from the float model),
+    uncorrelated for all others (the Gauss-Newton matrix of the squared error, every output relative to its own power).
 
     Args:
         model: The model.
@@ -349,12 +317,7 @@ def fisher_taps(
             root = backward.op("Mul", backward.op("Sqrt", p), noise)
             seed = backward.op("Sub", root, backward.op("Mul", p, backward.sum(root, [-1])))
         else:
-            power = (
-                backward.op("ReduceSumSquare", out, keepdims=0)
-                if copy.opset < 18
-                else backward.op("ReduceSumSquare", out, None, keepdims=0)
-            )
-            seed = backward.op("Div", noise, backward.op("Sqrt", power))
+            seed = backward.op("Div", noise, backward.op("Sqrt", backward.op("ReduceSumSquare", out, keepdims=0)))
         seeds[name] = backward.op("Cast", seed, to=value.dtype) if is_cast else seed
     gradients = backward.run(seeds, values)
     for i, (name, gradient) in enumerate(gradients.items()):

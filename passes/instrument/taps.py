@@ -117,11 +117,7 @@ def bin_edges() -> Array:
 
 
 def error_taps(
-    model: ir.Model,
-    taps: Sequence[Tap],
-    sketches: Sequence[Array],
-    grids: Sequence[Sequence[Activation]],
-    mask: str | None = None,
+    model: ir.Model, taps: Sequence[Tap], sketches: Sequence[Array], grids: Sequence[Sequence[Activation]], mask: str | None = None
 ) -> ir.Model:
     """Copy the model to measure the output error of rounding a value.
 
@@ -192,9 +188,17 @@ class Extension:
             fixed = declared is not None and declared.is_static()
             self._mask = _Mask(self.add("Shape", [truth], "__mask_extent"), rows, self.total(real, "__mask_total"), fixed)
 
-    def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Append a node to the graph and return its output; both get ``name`` if it is free."""
-        return self.append(self.model.graph, ir.node(op, inputs, attributes, name=name))[0]
+    def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, graph: ir.Graph | None = None, **attributes: Any) -> ir.Value:
+        """Append a node to the main graph or a subgraph and return its output; both get ``name`` if it is free."""
+        return self.append(self.model.graph if graph is None else graph, ir.node(op, inputs, attributes, name=name))[0]
+
+    def along(
+        self, op: str, value: ir.Value | None, axes: Sequence[int], name: str, graph: ir.Graph | None = None, since: int = 13, **more: Any
+    ) -> ir.Value:
+        """Add an operator whose axes are an input from opset ``since`` on, and an attribute before."""
+        if self.opset < since:
+            return self.add(op, [value], name, graph, axes=list(axes), **more)
+        return self.add(op, [value, self.constant(f"{name}_axes", np.array(axes, np.int64))], name, graph, **more)
 
     def append(self, graph: ir.Graph, node: ir.Node) -> Sequence[ir.Value]:
         """Append a node to the graph or a subgraph; return its outputs, named after the node if they have no name."""
@@ -307,9 +311,7 @@ class Extension:
 
     def total(self, value: ir.Value, name: str) -> ir.Value:
         """Sum over rows."""
-        if self.opset >= 13:
-            return self.add("ReduceSum", [value, self.constant(f"{name}_axes", np.array([0]))], name, keepdims=0)
-        return self.add("ReduceSum", [value], name, axes=[0], keepdims=0)
+        return self.along("ReduceSum", value, [0], name, keepdims=0)
 
     def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
         """Return the number of unmasked rows."""

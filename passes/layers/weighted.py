@@ -104,10 +104,7 @@ def layer_name(node: ir.Node) -> str:
 
 
 def find_views(
-    model: ir.Model,
-    operators: Collection[str],
-    view: Callable[[ir.Node, SubgraphPath], V | Skip | None],
-    selection: Selection,
+    model: ir.Model, operators: Collection[str], view: Callable[[ir.Node, SubgraphPath], V | Skip | None], selection: Selection
 ) -> tuple[list[V], list[Skip]]:
     """Find every view of nodes of ONNX's ``operators`` in the main graph and its subgraphs, under unique names, and the skipped nodes.
 
