@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -98,7 +99,7 @@ class Backward:
 
     # --- Operators for rules ------------------------------------------------------------------------------------
 
-    def op(self, name: str, *inputs: Maybe, **attributes: object) -> ir.Value:
+    def op(self, name: str, *inputs: Maybe, **attributes: Any) -> ir.Value:
         return self.graph.add(name, inputs, self._name(), **attributes)
 
     def _name(self) -> str:
