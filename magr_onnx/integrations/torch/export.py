@@ -146,8 +146,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _check_names(option: str, names: Sequence[str] | None, kind: str, tensors: Sequence[Any]) -> None:
     if names is not None and len(names) > len(tensors):
         module_names = [name for name in tensors if isinstance(name, str) and name]
-        listed = f" ({', '.join(module_names)})" if module_names else ""
-        raise OptionError(f"{option} has {len(names)} names ({', '.join(names)}), and the module has {len(tensors)} {kind}{listed}")
+        known = f" ({', '.join(module_names)})" if module_names else ""
+        raise OptionError(f"{option} has {len(names)} names ({', '.join(names)}), and the module has {len(tensors)} {kind}{known}")
 
 
 def _name_outputs(program: torch.onnx.ONNXProgram, names: Sequence[str]) -> None:
@@ -237,8 +237,8 @@ def _difference(program: torch.onnx.ONNXProgram, inputs: Sequence[torch.Tensor],
     differing = [name or f"output {i}" for i, (a, (name, b)) in enumerate(zip(results, outputs, strict=False)) if not _close(a, b)]
     if not differing and len(results) == len(outputs):
         return ""
-    listed = ", ".join(differing) or "other outputs"
-    return f"with one sample, as in the example, the module computes {listed} differently than with more; give an example of two samples"
+    values = ", ".join(differing) or "other outputs"
+    return f"with one sample, as in the example, the module computes {values} differently than with more; give an example of two samples"
 
 
 def _close(exported: npt.NDArray[Any], expected: torch.Tensor) -> bool:

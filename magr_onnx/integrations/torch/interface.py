@@ -21,6 +21,8 @@ from magr_onnx.runtime.ort.session import inputs_of
 from magr_onnx.workflow.optimize import Optimized, run
 from magr_onnx.workflow.request import resolve
 
+_FROM_RECIPE = ("calibration", "output", "validation_data", "batch_size")
+
 
 def optimize(
     model: torch.nn.Module | torch.onnx.ONNXProgram,
@@ -68,8 +70,8 @@ def optimize(
         make = partial(export, model, example_inputs, dynamic_shapes=dynamic_shapes, **names)
     else:
         make = partial(Exported, model, ())
-    shared = options if output is None else {**options, "output": output}
-    return run_exported(make, calibration, validation_data, to_inputs, samples, batch_size, shared, invocation)
+    options |= {"calibration": calibration, "output": output, "validation_data": validation_data, "batch_size": batch_size}
+    return run_exported(make, to_inputs, samples, options, invocation)
 
 
 def torch_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Invocation:
@@ -80,19 +82,14 @@ def torch_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> In
 
 
 def run_exported(
-    make: Callable[[], Exported],
-    calibration: Any,
-    validation_data: Any,
-    to_inputs: ToInputs | None,
-    samples: int | None,
-    batch_size: int | None,
-    options: Mapping[str, Any],
-    invocation: Invocation,
+    make: Callable[[], Exported], to_inputs: ToInputs | None, samples: int | None, options: Mapping[str, Any], invocation: Invocation
 ) -> Optimized:
-    """Quantize the model that ``make`` exports, on batches of torch; ``make`` is called once, after options are checked."""
+    """Quantize the model that ``make`` exports, on batches of torch; ``make`` is called once, after options are checked.
+
+    ``options`` are arguments of `magr_onnx.optimize`; those of `_FROM_RECIPE` that are None are left to the recipe.
+    """
     exported = cache(make)
-    torch_arguments = {"calibration": calibration, "validation_data": validation_data, "batch_size": batch_size}
-    arguments = {**options, **{name: value for name, value in torch_arguments.items() if value is not None}}  # a recipe may set the others
+    arguments = {name: value for name, value in options.items() if value is not None or name not in _FROM_RECIPE}
     size = argument("batch_size", arguments)
     schema.check(samples=samples, batch_size=size)
 

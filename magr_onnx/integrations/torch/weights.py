@@ -24,7 +24,7 @@ import torch
 
 from magr_onnx.config import schema
 from magr_onnx.config.arguments import RunArguments
-from magr_onnx.config.invocation import Invocation, defaults_of, with_keywords
+from magr_onnx.config.invocation import defaults_of, with_keywords
 from magr_onnx.errors import ModelError, OptionError, closest, raise_all, translate_resource_errors
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs
@@ -33,6 +33,7 @@ from magr_onnx.model_io import files
 from magr_onnx.passes import LinearLayer, MagR, canonicalize, find
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.report.data import Report
+from magr_onnx.workflow.optimize import Optimized
 
 Array = npt.NDArray[Any]
 _SETTINGS = (RunArguments.__annotations__.keys() | {"validation_data"}) - {"pipeline_text"}
@@ -155,46 +156,23 @@ def _magr(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[d
     schema.check(**strength, samples=values["samples"])
     if strength["alpha"] is None:
         raise OptionError("alpha = None: MagR alone has no strength to choose from the error of codes; give one, such as 1e-3")
-    module = values["module"]
-    arrays, reduced = _reduced(
-        module,
-        values["example_inputs"],
-        values["calibration"],
-        MagR(relative=values["relative"], **strength),
-        (values["to_inputs"], values["samples"], values["batch_size"]),
-        values["dynamic_shapes"],
-        settings,
-        torch_call(function, arguments),
-    )
-    state = module.state_dict()
-    for change in reduced.changed:
-        old = state[change.name]
-        new = torch.from_numpy(arrays[change.name]).to(device=old.device, dtype=old.dtype)
-        state |= dict.fromkeys((change.name, *change.tied), new)
-    return state, reduced
-
-
-def _reduced(
-    module: torch.nn.Module,
-    example: Examples,
-    calibration: Iterable[Any],
-    strength: MagR,
-    data_settings: tuple[ToInputs | None, int | None, int | None],
-    shapes: Any,
-    settings: Mapping[str, Any],
-    invocation: Invocation,
-) -> tuple[dict[str, Array], Reduced]:
-    """Compute new values by parameter name, and describe them."""
-    exported = cache(partial(export, module, example, dynamic_shapes=shapes, fold=False))
-    result = run_exported(exported, calibration, None, *data_settings, {**settings, "pipeline_text": [strength]}, invocation)
+    pipeline = [MagR(relative=values["relative"], **strength)]
+    exported = cache(partial(export, values["module"], values["example_inputs"], dynamic_shapes=values["dynamic_shapes"], fold=False))
+    options = {**settings, "pipeline_text": pipeline, **{name: values[name] for name in ("calibration", "batch_size")}}
+    result = run_exported(exported, values["to_inputs"], values["samples"], options, torch_call(function, arguments))
     before = files.load(exported().program).model
     inline_and_rename(before)
     canonicalize(before)
+    return _written_back(values["module"], before, result)
+
+
+def _written_back(module: torch.nn.Module, before: ir.Model, result: Optimized) -> tuple[dict[str, torch.Tensor], Reduced]:
+    """The state dict of the module with the weights of the result, whose float model is ``before``, and what differs."""
     reduced = {layer.name: layer for layer in find(result.model)[0]}
     errors = {row.name: row.error for row in result.report.layers}
     layers, skips = find(before)
     reasons = {s.name: str(s.reason) for s in skips} | {s.name: s.reason for s in result.report.skipped}
-    values: dict[str, Array] = {}
+    state = module.state_dict()
     changed: list[Change] = []
     unchanged: dict[str, str] = {}
     for names, parameter in _parameters(module):
@@ -203,14 +181,13 @@ def _reduced(
             unchanged |= dict.fromkeys(names, reason)
             continue
         assert new is not None
-        old = _array(parameter)
-        values[names[0]] = new
-        layer_names = tuple(layer.name for layer in readers)
+        old, layer_names = _array(parameter), tuple(layer.name for layer in readers)
         largest = max((e for n in layer_names if (e := errors[n]) is not None), default=None)
         changed.append(Change(names[0], tuple(names[1:]), layer_names, float(np.abs(old).max()), float(np.abs(new).max()), largest))
+        state |= dict.fromkeys(names, torch.from_numpy(new).to(device=parameter.device, dtype=parameter.dtype))
     if not changed:
         raise ModelError("MagR changed no parameter: " + "; ".join(f"{n}: {reason}" for n, reason in list(unchanged.items())[:5]))
-    return values, Reduced(tuple(changed), unchanged, result.report)
+    return state, Reduced(tuple(changed), unchanged, result.report)
 
 
 def _parameters(module: torch.nn.Module) -> list[tuple[list[str], torch.nn.Parameter]]:
