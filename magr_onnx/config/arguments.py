@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import replace
+from typing import Any, TypedDict, cast
 
 from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.merge import apply_preset, dropped, merge
+from magr_onnx.config.merge import dropped, merge
 from magr_onnx.config.options import ARGUMENTS, Options
+from magr_onnx.config.presets import find_preset
 from magr_onnx.config.recipe import Recipe
-from magr_onnx.config.schema import as_list, word_to_none
+from magr_onnx.config.schema import as_list, displaced_options, word_to_none
 from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.passes import Plan, Stage
 from magr_onnx.report.data import LayerRow
@@ -141,7 +143,7 @@ def over_recipe(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Fill in what arguments without a recipe leave to their preset.
+    """Fill in what arguments without a recipe leave to their preset; its tables of layers stand before theirs.
 
     Returns:
         The arguments, and notes on what was left out of the preset.
@@ -152,8 +154,21 @@ def over_preset(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     upper = dict(arguments)
     if upper.get("preset") is None:
         return upper, []
-    merged, tables, notes = apply_preset(upper, upper.pop("layers"))
-    return {**merged, "layers": tables}, notes
+    preset, tables = find_preset(upper["preset"]), upper.pop("layers")
+    if upper.get("pipeline_text") is not None:
+        raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
+    lower = cast(Mapping[str, Any], preset.options)
+    layers = [layer for table in preset.layers for layer in _without(table, upper, lower)]
+    return {**merge(lower, upper), "layers": (*layers, *tables)}, dropped(lower, upper, f"preset {preset.name}")
+
+
+def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> list[LayerOptions]:
+    """Return a preset's table without options given for all layers, and without what belongs to the values that those replace; none if
+    that leaves no options."""
+    replaced = {name: arguments[name] for name in table.options if name in arguments}
+    displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
+    kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
+    return [replace(table, options=cast(Options, kept))] if kept else []
 
 
 def argument(name: str, arguments: Mapping[str, Any]) -> Any:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from magr_onnx.config.displacement import merge_options
 from magr_onnx.config.options import OPTIONS, Options
 from magr_onnx.config.plans import plan_of
-from magr_onnx.config.schema import none_to_word, unknown, word_to_none
+from magr_onnx.config.schema import merge_options, none_to_word, unknown, word_to_none
 from magr_onnx.errors import OptionError, closest, listed, raise_all
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.graph.torch_names import scope_of

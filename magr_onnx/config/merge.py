@@ -5,16 +5,12 @@ What an option displaces and which one it belongs to stands in the option table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, cast
 
-from magr_onnx.config.displacement import displaced_options, replace_displaced
-from magr_onnx.config.layer_options import LayerOptions
-from magr_onnx.config.options import OPTIONS, RUN, Options
-from magr_onnx.config.presets import PRESETS, find_preset
-from magr_onnx.config.schema import none_to_word
-from magr_onnx.errors import OptionError
+from magr_onnx.config.options import OPTIONS, RUN
+from magr_onnx.config.presets import PRESETS
+from magr_onnx.config.schema import displaced_options, none_to_word, replace_displaced
 
 _PIPELINES = ("pipeline", RUN["pipeline"].argument)
 _PLANNED = (*OPTIONS, "preset")
@@ -35,35 +31,6 @@ def dropped(lower: Mapping[str, Any], upper: Mapping[str, Any], where: str) -> l
             text = f"layers {'; '.join(map(str, value))}" if name == "layers" else f"{name}={value}"
             texts.setdefault("a pipeline" if displaced[name] in _PIPELINES else displaced[name], []).append(text)
     return [f"{', '.join(options)} of {where} left out: {upper_name} was given over it" for upper_name, options in texts.items()]
-
-
-def apply_preset(
-    arguments: Mapping[str, Any], tables: Sequence[LayerOptions]
-) -> tuple[dict[str, Any], tuple[LayerOptions, ...], list[str]]:
-    """Merge arguments over those of the preset they name; its tables, without options given for all layers, stand before ``tables``.
-
-    Returns:
-        The arguments, the tables, and what was left out of the preset.
-
-    Raises:
-        OptionError: There is no such preset, or a pipeline is given, which leaves it nothing to set.
-    """
-    preset = find_preset(arguments["preset"])
-    if arguments.get(RUN["pipeline"].argument) is not None:
-        raise OptionError(f"preset {preset.name} and a pipeline: a pipeline replaces all options; give one or the other")
-    lower = cast(Mapping[str, Any], preset.options)
-    layers = [layer for table in preset.layers for layer in _without(table, arguments, lower)]
-    notes = dropped(lower, arguments, f"preset {preset.name}")
-    return merge(lower, arguments), (*layers, *tables), notes
-
-
-def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> list[LayerOptions]:
-    """Return a preset's table without options given for all layers, and without what belongs to the values that those replace; none if
-    that leaves no options."""
-    replaced = {name: arguments[name] for name in table.options if name in arguments}
-    displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
-    kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
-    return [replace(table, options=cast(Options, kept))] if kept else []
 
 
 def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, str]:

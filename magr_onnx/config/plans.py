@@ -31,11 +31,7 @@ from magr_onnx.passes.emit import FORMATS, Format
 CONV_BITS = 8
 
 
-_REWRITES: dict[str, Callable[[], Rewrite]] = {
-    "equalize": Equalize,
-    "split_outliers": SplitOutliers,
-    "twin_ranges": TwinRanges,
-}
+_REWRITES: dict[str, Callable[[], Rewrite]] = {"equalize": Equalize, "split_outliers": SplitOutliers, "twin_ranges": TwinRanges}
 
 
 def build_pipeline(**options: Unpack[Options]) -> Plan:
