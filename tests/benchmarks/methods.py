@@ -2,7 +2,7 @@
 
     python tests/benchmarks/methods.py
 
-Perplexity on all 256 held-out windows (`magr_onnx.cli.demonstration` takes half of them), of the written file, run by onnxruntime. Takes
+Perplexity on all 256 held-out windows (`magr_onnx.cli.commands.demo` takes half of them), of the written file, run by onnxruntime. Takes
 about ten minutes. The second table is what calibration data does to quantizers that need none: both MagR and bias correction read it.
 """
 

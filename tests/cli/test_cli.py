@@ -17,8 +17,8 @@ import onnx
 import pytest
 
 import magr_onnx
-from magr_onnx.cli import demonstration
 from magr_onnx.cli.app import commands
+from magr_onnx.cli.commands import demo
 from magr_onnx.cli.main import main
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.models.zoo.trap import constant, model
@@ -254,7 +254,7 @@ magr_onnx.cli.main.main()
 
 @pytest.mark.long
 def test_demo_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstration, "SETTINGS", demonstration.SETTINGS[:1])
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS[:1])
     result = run("demo", "--folder", "keep/here", "-q", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert [p.suffix for p in (tmp_path / "keep" / "here").iterdir()] == [".onnx"]

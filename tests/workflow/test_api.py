@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 import magr_onnx
-from magr_onnx.cli import demonstration
+from magr_onnx.cli.commands import demo
 from magr_onnx.models import bundled
 from magr_onnx.passes import Plan, find
 from magr_onnx.passes.emit.readback import digest, read_weights
@@ -239,11 +239,11 @@ def test_option_problems_come_all_at_once_and_first() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings", [demonstration.SETTINGS[2:], pytest.param(demonstration.SETTINGS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [demo.SETTINGS[2:], pytest.param(demo.SETTINGS, marks=pytest.mark.slow)])
 def test_demo(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstration, "SETTINGS", settings)
-    result = demonstration.run(tmp_path)
+    monkeypatch.setattr(demo, "SETTINGS", settings)
+    result = demo.run(tmp_path)
     assert len(result.rows) == len(list(tmp_path.iterdir())) == len(settings)
     for plain, ours in zip(result.rows[::2], result.rows[1::2], strict=True):
         assert result.float_perplexity < ours.perplexity < plain.perplexity
-    assert demonstration.to_text(result).count("MB") == len(settings) + 1
+    assert demo.to_text(result).count("MB") == len(settings) + 1

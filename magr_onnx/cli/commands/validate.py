@@ -37,15 +37,9 @@ def validate(
     verbose: Verbose = False,
 ) -> None:
     """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
-    options: dict[str, Any] = {
-        "provider": provider,
-        "mask": mask,
-        "batch_size": batch_size,
-        "decode_steps": decode_steps,
-        "custom_ops": custom_ops or (),
-    }
+    settings: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "decode_steps": decode_steps}
     with console.progress_bar(not quiet) as progress:
-        result = api.validate(float_model, quantized_model, data, progress=progress, **options)
+        result = api.validate(float_model, quantized_model, data, progress=progress, custom_ops=custom_ops or (), **settings)
     console.show(dataclasses.asdict(result), "\n".join(validation_text(result, width=console.columns())), as_json, quiet)
     if min_cosine is not None:
         cosines = [m.cosine for outputs in result.arithmetics.values() for m in outputs]
