@@ -36,45 +36,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "PRESETS",
-    "TARGETS",
-    "Accumulator",
-    "CalibrationError",
-    "DependencyError",
-    "ExportError",
-    "FolderArguments",
-    "Inspection",
-    "LayerOptions",
-    "LayerStats",
-    "MagrError",
-    "ModelError",
-    "NonFiniteError",
-    "Optimized",
-    "OptimizedFolder",
-    "OptionError",
-    "Options",
-    "OutputError",
-    "PipelineError",
-    "Preset",
-    "ProviderError",
-    "QuantizedWeight",
-    "Recipe",
-    "RecipeError",
-    "Report",
-    "ReportError",
-    "RunArguments",
-    "RuntimeFailure",
-    "Target",
-    "Verification",
-    "WeightSpec",
-    "build_pipeline",
-    "inspect",
-    "optimize",
-    "optimize_folder",
-    "validate",
-    "verify",
+    "PRESETS", "TARGETS", "Accumulator", "CalibrationError", "DependencyError", "ExportError", "FolderArguments", "Inspection",
+    "LayerOptions", "LayerStats", "MagrError", "ModelError", "NonFiniteError", "Optimized", "OptimizedFolder", "OptionError",
+    "Options", "OutputError", "PipelineError", "Preset", "ProviderError", "QuantizedWeight", "Recipe", "RecipeError", "Report",
+    "ReportError", "RunArguments", "RuntimeFailure", "Target", "Verification", "WeightSpec", "build_pipeline", "inspect", "optimize",
+    "optimize_folder", "validate", "verify",
 ]
+# fmt: on
 
 _MODULES = {
     "magr_onnx.api": ("Inspection", "Optimized", "inspect", "optimize", "validate", "verify"),

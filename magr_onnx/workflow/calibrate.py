@@ -47,11 +47,7 @@ class Models:
 
 
 def gather(
-    models: Models,
-    layers: Sequence[LinearLayer],
-    calibration: CalibrationContext | None,
-    feedback: bool,
-    context: RunContext,
+    models: Models, layers: Sequence[LinearLayer], calibration: CalibrationContext | None, feedback: bool, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers with the statistics of what they read; layers that a job directory has come without.
 
@@ -165,12 +161,7 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
 
 @contextlib.contextmanager
 def output_hessian(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    data: Batches | None,
-    plan: Plan,
-    context: RunContext,
-    notes: list[str],
+    model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, context: RunContext, notes: list[str]
 ) -> Iterator[fisher.Fisher | None]:
     """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
     if plan.output_hessian is None:

@@ -103,16 +103,12 @@ def _check_ours(path: Path) -> None:
 def _check(path: Path, manifest: Mapping[str, str]) -> None:
     """Compare the directory with this run, or begin it."""
     try:
-        for left in (
-            path / f"{MANIFEST}{_PART}",
-            *(path / LAYERS).glob(f"*.npz{_PART}"),
-        ):  # the lock is ours, so who wrote them is dead
-            left.unlink(missing_ok=True)
+        for part in (path / f"{MANIFEST}{_PART}", *(path / LAYERS).glob(f"*.npz{_PART}")):  # the lock is ours: who wrote them is dead
+            part.unlink(missing_ok=True)
+        (path / LAYERS).mkdir(exist_ok=True)
         if not (path / MANIFEST).exists():
-            (path / LAYERS).mkdir(exist_ok=True)
             _write(path / MANIFEST, json.dumps(dict(manifest), indent=1).encode())
             return
-        (path / LAYERS).mkdir(exist_ok=True)
         before = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error

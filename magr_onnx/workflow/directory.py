@@ -99,26 +99,8 @@ class OptimizedFolder:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model to optimize.
-
-    Attributes:
-        name: Its path in the folder.
-        external: The files it reads its data from.
-        arguments: Those of `magr_onnx.optimize` that are for this model: its data, its job directory, and the patterns that match
-            something in it.
-    """
-
-    name: str
-    external: frozenset[Path]
-    arguments: Mapping[str, Any]
-
-
 def optimize_folder(
-    folder: str | os.PathLike[str] | None = OMITTED,
-    calibration: FolderSource | None = OMITTED,
-    **arguments: Unpack[FolderArguments],
+    folder: str | os.PathLike[str] | None = OMITTED, calibration: FolderSource | None = OMITTED, **arguments: Unpack[FolderArguments]
 ) -> OptimizedFolder:
     """Optimize the models of a folder into a new folder, which has everything else as it is.
 
@@ -158,16 +140,14 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
     source, out = Path(values["model"]), Path(values["output"])
     names = _names(source, values["models"])
     raise_all(OutputError, _check_output(source, out, names, values["overwrite"]))
-    models = _read(source, names, values)
-    external = (file for model in models for file in model.external)
+    arguments_of, external = _read(source, names, values)
     carried = copy_directory.carried_files(source, copy_directory.all_files(source), names, external)
     place = out.resolve()  # a link stays one, and what it points to is replaced
     shared = {name: value for name, value in merged.items() if name in DEFAULTS or name not in FOLDER_DEFAULTS}
     requests: dict[str, OptimizeRequest] = {}
-    for model in models:  # all of them before any is carried out: what is wrong with one is known before the work on others
-        paths = {"model": source / model.name, "output": out / model.name}
-        request = resolve({**shared, **model.arguments, **paths}, invocation)
-        requests[model.name] = replace(request, notes=(*request.notes, *notes))
+    for name, arguments_of_one in arguments_of.items():  # before any is carried out: what is wrong with one comes before work on others
+        request = resolve({**shared, **arguments_of_one, "model": source / name, "output": out / name}, invocation)
+        requests[name] = replace(request, notes=(*request.notes, *notes))
     reports: dict[str, Report] = {}
     with contextlib.ExitStack() as stack:
         with _writing(out):
@@ -243,12 +223,18 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     return [f"output folder {out} is not replaced: it is no earlier result, there is no {', '.join(missing)} in it"] * bool(missing)
 
 
-def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> list[_Model]:
-    """All models and their data opened once, so that no long work is done for a folder of which one cannot be."""
+def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], set[Path]]:
+    """All models and their data opened once, so that no long work is done for a folder of which one cannot be.
+
+    Returns:
+        The arguments of `magr_onnx.optimize` that are for one model only, by its path in the folder: its data, its job directory and the
+        patterns that match something in it. And the files that models read their data from.
+    """
     patterns = Patterns(Selection(values["include"], values["exclude"]), values["layers"])
     sources = {key: _by_model(values[key], names, key.removesuffix("_data")) for key in ("calibration", "validation_data")}
     labels, resume = _labels(names), values["resume"]
-    models: list[_Model] = []
+    arguments: dict[str, dict[str, Any]] = {}
+    external: set[Path] = set()
     model_problems, data_problems = [], []
     layers: dict[str, LayerNames] = {}
     for name in names:
@@ -261,7 +247,7 @@ def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> list
             beside = (folder / name).parent
             data = {key: _opened(each[name], loaded.model, beside, folder, values["batch_size"]) for key, each in sources.items()}
             job = None if resume is None else Path(resume) / labels[name]
-            models.append(_Model(name, loaded.external, {**data, "resume": job}))
+            arguments[name], external = {**data, "resume": job}, external | loaded.external
             if patterns != Patterns():
                 layers[name] = selection.names_as_loaded(loaded.model, patterns.selection, values["requantize"])
         except MagrError as error:
@@ -269,11 +255,10 @@ def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> list
     raise_all(ModelError, model_problems)
     raise_all(CalibrationError, data_problems)
     shared = selection.share(layers, patterns)
-    return [replace(model, arguments={**model.arguments, **_arguments(shared.get(model.name, patterns))}) for model in models]
-
-
-def _arguments(patterns: Patterns) -> dict[str, Any]:
-    return {"include": patterns.selection.include, "exclude": patterns.selection.exclude, "layers": patterns.tables}
+    for name in arguments:
+        matching = shared.get(name, patterns)
+        arguments[name] |= {"include": matching.selection.include, "exclude": matching.selection.exclude, "layers": matching.tables}
+    return arguments, external
 
 
 def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:
@@ -336,9 +321,8 @@ def check_reports(folder: Path, models: Sequence[str], paths: Sequence[Path], ta
     """
     names = _names(folder, models)
     every = [file for path in paths for file in (_report_files(path, names) if len(names) > 1 else [path])]
-    raise_all(
-        OutputError, [f"two reports would be {file}; choose other names" for file in sorted({f for f in every if every.count(f) > 1})]
-    )
+    twice = sorted({file for file in every if every.count(file) > 1})
+    raise_all(OutputError, [f"two reports would be {file}; choose other names" for file in twice])
     html.check(every, taken)
 
 

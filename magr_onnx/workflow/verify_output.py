@@ -85,12 +85,7 @@ def verify_codes(model: ir.Model, digests: dict[str, str]) -> int:
 
 
 def verify_file(
-    path: Path,
-    digests: dict[str, str],
-    provider: str,
-    demand: Target | Accumulator | None,
-    emitted: set[str],
-    source: ir.Model | Path,
+    path: Path, digests: dict[str, str], provider: str, demand: Target | Accumulator | None, emitted: set[str], source: ir.Model | Path
 ) -> None:
     """The file holds the chosen codes, they cannot overflow if that was asked for, and onnxruntime loads it.
 
