@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec
 
 SHRINKS = np.linspace(1.0, 0.35, 27)
 
@@ -33,7 +32,7 @@ class Grid:
         result: Array = round_codes(weights, self.scales[rows], self.zeros[rows], self.spec.top)
         return result
 
-    def columns(self, chosen: npt.NDArray[np.intp]) -> Grid:
+    def columns(self, chosen: Columns) -> Grid:
         """Return the grid of the ``chosen`` columns."""
         return Grid(self.scales[:, chosen], self.zeros[:, chosen], self.spec, self.k)
 

@@ -15,7 +15,17 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
+from magr_onnx.core.types import (
+    Activation,
+    ActivationGrid,
+    Array,
+    LayerStats,
+    QuantizedWeight,
+    ScaleType,
+    TargetMoments,
+    side_by_side,
+    sum_traces,
+)
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Layers that bias correction applies to: those with a bias, all, or none."""
@@ -140,22 +150,13 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
     records = [s.record for s in solutions]
     alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
-    objectives: list[float] = []
-    for record in records:
-        objectives = sum_traces(objectives, record.errors)
     record = LayerRecord(
         rows=records[0].rows,
         error=ratio(error, power),
         magr=alone.magr,
         bias_compensated=bool(biases),
         weights=alone.weights,
-        errors=tuple(objectives),
+        errors=tuple(sum_traces(*[r.errors for r in records])),
         notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
     )
     return LayerSolution(weight, np.concatenate(biases) if biases else None, target, None, quantized, None, True, record)
-
-
-def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
-    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
-    return QuantizedWeight(codes, scales, zeros, weights[0].spec)

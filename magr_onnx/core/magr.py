@@ -90,7 +90,6 @@ def reduce(
     method: Method = "fista",
     max_iterations: int | None = None,
     tolerance: float = 0.03,
-    start: Array | None = None,
 ) -> Reduction:
     """Reduce the magnitude of ``weights`` at nearly unchanged output.
 
@@ -104,7 +103,6 @@ def reduce(
         max_iterations: Bound on steps; None for 30 (fista) or 200 (authors).
         tolerance: Stop when five steps add less than this fraction to the decrease of F so far, or when the relative duality
             gap is below it (fista only).
-        start: Warm start ``(K, N)``; None for ``W0``.
 
     Raises:
         OptionError: A negative or infinite alpha, an unknown method, or shapes that do not fit.
@@ -118,8 +116,6 @@ def reduce(
         raise OptionError(f"group_size={group_size} must be at least 1, or None for whole columns")
     if method not in get_args(Method):
         raise OptionError(f"method={method!r} is not known; choose one of {', '.join(get_args(Method))}")
-    if start is not None and start.shape != weights.shape:
-        raise OptionError(f"start {start.shape} must have the shape of the weights {weights.shape}")
     a = penalty(weights, gram, alpha, relative, group_size)
     if a == 0:
         return Reduction(weights.copy(), 0.0, 0.0, 0.0, 0, True, 0.0)
@@ -128,30 +124,21 @@ def reduce(
     size = k if group_size is None else min(group_size, k)
     if len(parts := column_parts(*weights.shape)) > 1:
         h = np.ascontiguousarray(gram, np.float32)
-        return _joined(
-            [_solve(weights[:, c], h, a, size, accelerate, limit, tolerance, None if start is None else start[:, c]) for c in parts], a
-        )
-    return _solve(weights, gram, a, size, accelerate, limit, tolerance, start)
+        return _joined([_solve(weights[:, c], h, a, size, accelerate, limit, tolerance) for c in parts], a)
+    return _solve(weights, gram, a, size, accelerate, limit, tolerance)
 
 
-def _solve(
-    weights: Array, gram: Array, a: float, size: int, accelerate: bool, limit: int, tolerance: float, start: Array | None
-) -> Reduction:
+def _solve(weights: Array, gram: Array, a: float, size: int, accelerate: bool, limit: int, tolerance: float) -> Reduction:
     """Solve for the given output channels."""
-    k = len(weights)
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
-    initial = problem.rows(weights if start is None else start)
-    x, trace, gap, converged = _iterate(problem, initial, limit, tolerance if accelerate else 0.0, accelerate)
-    result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
+    x, trace, gap, converged = _iterate(problem, limit, tolerance if accelerate else 0.0, accelerate)
+    result = np.ascontiguousarray(x[:, : len(weights)].T).astype(weights.dtype, copy=False)
     return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
 
 
 def _joined(parts: list[Reduction], a: float) -> Reduction:
     """Join output channels solved in slices; the gap is the weighted mean, an upper bound for all of them."""
     objective = sum(p.objective for p in parts)
-    trace: list[float] = []
-    for p in parts:
-        trace = sum_traces(trace, p.trace)
     return Reduction(
         np.hstack([p.weights for p in parts]),
         objective,
@@ -160,7 +147,7 @@ def _joined(parts: list[Reduction], a: float) -> Reduction:
         max(p.iterations for p in parts),
         all(p.converged for p in parts),
         a,
-        tuple(trace),
+        tuple(sum_traces(*[p.trace for p in parts])),
     )
 
 
@@ -191,11 +178,6 @@ class _Problem:
         target[:, :k] = weights.T
         return _Problem(target, h, metric.astype(np.float32), a, size)
 
-    def rows(self, weights: Array) -> Array:
-        x = np.zeros_like(self.target)
-        x[:, : len(weights)] = weights.T
-        return x
-
     def grouped(self, x: Array) -> Array:
         return x.reshape(len(x), -1, self.group)
 
@@ -215,7 +197,7 @@ class _Problem:
         return float((primal - dual).sum() / max(primal.sum(), 1e-300))
 
 
-def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
+def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
     """Run proximal gradient, one matrix product per step; momentum and restart are per output channel.
 
     The gradient step from the extrapolated point ``x + m (x - x')`` is ``s + m (s - s')`` with ``s = x - D^-1 H (x - W0)``: the
@@ -226,6 +208,7 @@ def _iterate(problem: _Problem, x: Array, limit: int, tolerance: float, accelera
         The weights, the objective at the start and after every step, the relative duality gap, and whether a stopping rule ended it.
     """
     target, a, group = problem.target, problem.penalty, problem.group
+    x = target.copy()
     channels, width = target.shape
     metric = problem.metric.reshape(-1, group)
     inverse = 1 / problem.metric

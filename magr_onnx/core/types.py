@@ -19,6 +19,7 @@ from magr_onnx.errors import NonFiniteError, OptionError
 
 Array = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.uint8]
+Columns = slice | npt.NDArray[np.intp]
 ScaleType = Literal["float32", "float16"]
 T = TypeVar("T")
 
@@ -128,9 +129,19 @@ class QuantizedWeight:
         """Codes as an int8 kernel multiplies them, ``code - 2^(bits - 1)``, ``(K, N)``."""
         return self.codes.astype(np.int16) - np.int16(self.spec.middle)
 
+    def columns(self, chosen: Columns) -> QuantizedWeight:
+        """Return the ``chosen`` output channels."""
+        return QuantizedWeight(self.codes[:, chosen], self.scales[:, chosen], self.zero_points[:, chosen], self.spec)
+
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
         return dequantize(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
+
+
+def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
+    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+    return QuantizedWeight(codes, scales, zeros, weights[0].spec)
 
 
 def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:
@@ -150,11 +161,11 @@ def column_parts(k: int, n: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
-def sum_traces(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Add the objectives of two sets of columns, step by step; the shorter trace keeps its last value."""
-    length = max(len(a), len(b))
-    padded = [[*e, *[e[-1]] * (length - len(e))] if e else [0.0] * length for e in (a, b)]
-    return [x + y for x, y in zip(*padded, strict=True)]
+def sum_traces(*traces: Sequence[float]) -> list[float]:
+    """Add the objectives of sets of columns, step by step; a shorter trace keeps its last value."""
+    length = max(map(len, traces))
+    padded = [[*trace, *[trace[-1]] * (length - len(trace))] for trace in traces if trace]
+    return [sum(values) for values in zip(*padded, strict=True)]
 
 
 def gram_type(k: int) -> type[np.float32] | type[np.float64]:

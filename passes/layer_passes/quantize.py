@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from magr_onnx.core.histograms import sketch, tile_headroom
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, ratio, relative_error, side_by_side
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, ratio, relative_error
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, quantizers_with, rtn
-from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
+from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits, side_by_side
 from magr_onnx.errors import OptionError, choose_one
 from magr_onnx.passes.base import LayerPass, negative_or_infinite
 from magr_onnx.passes.layer_passes import magr

@@ -89,9 +89,9 @@ def test_columns_are_sampled_where_there_are_many(monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     solve = auto._solve
 
-    def spy(weights: Array, *rest: Any, **options: Any) -> Any:
-        seen.append(weights.shape[1])
-        return solve(weights, *rest, **options)
+    def spy(problem: Problem, *rest: Any, **options: Any) -> Any:
+        seen.append(problem.weights.shape[1])
+        return solve(problem, *rest, **options)
 
     monkeypatch.setattr(auto, "_solve", spy)
     problem, _ = problem_of(WeightSpec(3, 32), n=100)
@@ -203,7 +203,7 @@ def test_goals_are_what_choices_are_judged_by() -> None:
     for a in auto.ALPHAS:
         alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
         choice = Choice(alpha, automatic_damping(48, kept.rows), True)
-        tried, *_ = auto._solve(aimed.fit, aimed.fit, kept, True, problem.spec, choice, Options(), quick=True)
+        tried, *_ = auto._solve(replace(problem, weights=aimed.fit, target=aimed.fit, stats=kept), choice, Options(), quick=True)
         errors[alpha] = error_feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
     assert found.figures["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 

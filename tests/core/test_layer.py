@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution, absorbs_mean, join_groups, ratio, relative_error, side_by_side
+from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution, absorbs_mean, join_groups, ratio, relative_error
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.solution_arrays import from_arrays, most_bytes, to_arrays
-from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec, side_by_side
 from tests.helpers import Array, activations, gram_of
 
 K, N = 24, 5

@@ -196,14 +196,6 @@ def test_relative_alpha_ignores_the_scale_of_weights_and_inputs(group: int | Non
     np.testing.assert_allclose(scaled.weights, factor * plain.weights, rtol=0, atol=limit)
 
 
-def test_warm_start_ends_at_the_same_minimum() -> None:
-    w0, gram = layer(40, 6, seed=10)
-    strong = exact(w0, gram, alpha=0.1)
-    cold, warm = exact(w0, gram, alpha=0.01), exact(w0, gram, alpha=0.01, start=strong.weights)
-    assert warm.start == pytest.approx(objective(strong.weights, w0, gram, warm.penalty), rel=1e-5)
-    assert warm.objective == pytest.approx(cold.objective, rel=1e-4)
-
-
 @pytest.mark.parametrize("group", [None, 16])
 def test_output_moves_no_further_than_the_bound(group: int | None) -> None:
     x = activations(200, 48, seed=11)

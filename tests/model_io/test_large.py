@@ -158,7 +158,7 @@ def test_separable_descent_does_what_descent_under_the_identity_does(group: int 
     start = rtn.quantize(weights, np.ones(K), spec)
     found, errors = diagonal.refine(weights, start, 8, True)
     wanted = comq.refine(weights, start, np.eye(K))
-    assert errors == sorted(errors, reverse=True)
+    assert list(errors) == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx(wanted.errors[0], rel=1e-5)
     assert errors[-1] == pytest.approx(float(((found.dequantize() - weights).astype(np.float64) ** 2).sum()), rel=1e-6)
     assert errors[-1] < 1.02 * wanted.errors[-1]

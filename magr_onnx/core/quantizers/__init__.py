@@ -14,15 +14,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 
 QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
-    for quantizer in (
-        auto.QUANTIZER,
-        rtn.QUANTIZER,
-        gptq.QUANTIZER,
-        comq.QUANTIZER,
-        hqq.QUANTIZER,
-        a2q.A2Q,
-        a2q.A2Q_PLUS,
-    )
+    for quantizer in (auto.QUANTIZER, rtn.QUANTIZER, gptq.QUANTIZER, comq.QUANTIZER, hqq.QUANTIZER, a2q.A2Q, a2q.A2Q_PLUS)
 }
 
 

@@ -12,6 +12,8 @@ Deviations from the papers: no training, the projection is their initialisation;
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from magr_onnx.core.grid import Grid, stored
@@ -64,17 +66,11 @@ def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> Qu
     return Grid(scales, (spec.middle - shift).astype(np.float32), spec, k).weight(rounded)
 
 
-def run(problem: Problem, options: Options) -> Solution:
-    """Run A2Q."""
+def run(problem: Problem, options: Options, plus: bool = False) -> Solution:
+    """Run A2Q, or A2Q+ with ``plus``."""
     assert problem.budget is not None
-    return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=False))
-
-
-def run_plus(problem: Problem, options: Options) -> Solution:
-    """Run A2Q+."""
-    assert problem.budget is not None
-    return Solution(quantize(problem.weights, problem.spec, problem.budget, plus=True))
+    return Solution(quantize(problem.weights, problem.spec, problem.budget, plus))
 
 
 A2Q = Quantizer("a2q", "projection on the accumulator's l1 ball", run, "only")
-A2Q_PLUS = Quantizer("a2q+", "the same, centred", run_plus, "only")
+A2Q_PLUS = Quantizer("a2q+", "the same, centred", partial(run, plus=True), "only")

@@ -17,18 +17,20 @@ import numpy as np
 
 from magr_onnx.core import error_feedback, magr
 from magr_onnx.core.grid import choose
-from magr_onnx.core.linalg import automatic_damping, layer_error
+from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.quantizers import comq, gptq, two_sided
 from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
-from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution, damped_gram
-from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, WeightSpec
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
+from magr_onnx.core.types import Array, QuantizedWeight
 
 SAMPLE = 64  # output channels used to compare options
 ALPHAS = (1.0, 3.0)  # of MagR, times the usual strength
 DAMPINGS = (0.5, 2.0)  # times the automatic one
 MARGIN = 0.005  # least improvement for MagR, another damping or another order to be chosen: less is noise
 SWEEPS, TRIAL_SWEEPS = 4, 2  # before the grids are refitted; in trials
+
+Solved = tuple[QuantizedWeight, tuple[float, ...], Reduction | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +60,14 @@ def run(problem: Problem, options: Options) -> Solution:
         True if options.act_order is None else options.act_order,
     )
     if problem.budget is not None:
-        reduced, reduction = _reduced(problem.weights, stats, problem.centred, usual, spec)
+        reduced, reduction = _reduced(problem, usual)
         return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)
     choice, trials = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
-    figures: dict[str, float] = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": trials}
-    if problem.output_hessian is not None:
-        weight, errors, reduction = _coupled(problem, choice, options)
-        figures |= {"coupled_start": errors[0], "coupled": errors[-1]}
-    else:
-        weight, errors, reduction = _solve(problem.weights, problem.target, stats, problem.centred, spec, choice, options)
-        figures |= {"error_start": errors[0], "error": errors[-1]}
-    damping = gptq.prepared(stats, problem.centred, choice.damping, choice.act_order).damping
-    notes = () if damping == choice.damping else (f"Cholesky failed at damping {choice.damping:g}; used {damping:g}",)
-    return Solution(weight, notes, figures, errors, reduction)
+    weight, errors, reduction = (_solve if problem.output_hessian is None else _coupled)(problem, choice, options)
+    error = "error" if problem.output_hessian is None else "coupled"
+    figures = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": trials}
+    figures |= {f"{error}_start": errors[0], error: errors[-1]}
+    return Solution(weight, gptq.prepared(problem, choice.damping, choice.act_order).notes(choice.damping), figures, errors, reduction)
 
 
 def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
@@ -84,14 +81,14 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     target = np.ascontiguousarray(target[:, columns])
     moments = None if problem.target_moments is None else problem.target_moments.held_out
     moments = None if moments is None else moments.columns(columns)
-    damping = automatic_damping(len(target), fit.rows) if options.damping is None else options.damping
+    sampled = replace(problem, weights=target, target=target, stats=fit)
+    damping = sampled.damping(options)
     held_out_gram = held_out.objective_gram(problem.centred)
     results: dict[Choice, float] = {}
 
     def trial(choice: Choice) -> float:
         if choice not in results:
-            weight, *_ = _solve(target, target, fit, problem.centred, problem.spec, choice, options, quick=True)
-            weights = weight.dequantize()
+            weights = _solve(sampled, choice, options, quick=True)[0].dequantize()
             if moments is None:
                 results[choice] = layer_error(weights - reference, held_out_gram)
             else:
@@ -113,40 +110,38 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     return replace(best, damping=problem.damping(options) * scale), len(results)
 
 
-def _solve(
-    weights: Array, target: Array, stats: LayerStats, centred: bool, spec: WeightSpec, choice: Choice, options: Options, quick: bool = False
-) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
-    """Solve columns of a layer; return weight, error by sweep, and MagR's result. ``quick`` skips what hardly depends on the options."""
-    gram = damped_gram(stats, centred, choice.damping)
-    prepared = gptq.prepared(stats, centred, choice.damping, choice.act_order)
-    reduced, reduction = _reduced(weights, stats, centred, choice, spec)
-    start = gptq.solve(reduced, prepared, choose(reduced, spec, stats.objective_gram(centred).diagonal(), options.beta))
+def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = False) -> Solved:
+    """Solve the layer; return its weight, error by sweep, and MagR's result. ``quick`` skips what hardly depends on the options."""
+    target, gram = problem.target, problem.damped_gram(choice.damping)
+    feedback = gptq.prepared(problem, choice.damping, choice.act_order)
+    reduced, reduction = _reduced(problem, choice)
+    start = gptq.solve(reduced, feedback, choose(reduced, problem.spec, problem.gram.diagonal(), options.beta))
     refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
     errors = refined.errors
     if not quick and options.rescale and options.sweeps > SWEEPS:
-        weight = regrid(target, refined.weight, gram.astype(np.float32)) if spec.rows(len(weights)) <= MOST_ROWS else refined.weight
+        weight = regrid(target, refined.weight, gram.astype(np.float32)) if problem.spec.rows(len(target)) <= MOST_ROWS else refined.weight
         refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale)
         errors += refined.errors[1:]
     return refined.weight, errors, reduction
 
 
-def _coupled(problem: Problem, choice: Choice, options: Options) -> tuple[QuantizedWeight, tuple[float, ...], Reduction | None]:
-    """Solve the layer under the two-sided Hessian; return the weight, E by sweep, and MagR's result."""
+def _coupled(problem: Problem, choice: Choice, options: Options) -> Solved:
+    """Solve the layer under the two-sided Hessian; return as `_solve` does, with E by sweep."""
     assert problem.output_hessian is not None
     outputs = two_sided.damped_outputs(problem.output_hessian)
-    gram = damped_gram(problem.stats, problem.centred, choice.damping)
-    reduced, reduction = _reduced(problem.weights, problem.stats, problem.centred, choice, problem.spec)
+    gram = problem.damped_gram(choice.damping)
+    reduced, reduction = _reduced(problem, choice)
     grid = choose(reduced, problem.spec, problem.gram.diagonal(), options.beta)
     blocks = two_sided.blocks_of(outputs)
-    start = two_sided.solve(reduced, gptq.prepared(problem.stats, problem.centred, choice.damping, choice.act_order), grid, outputs, blocks)
-    weight, errors = two_sided.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps)
-    return weight, errors, reduction
+    start = two_sided.solve(reduced, gptq.prepared(problem, choice.damping, choice.act_order), grid, outputs, blocks)
+    return *two_sided.refine(problem.target, start, gram, outputs, blocks, sweeps=options.sweeps), reduction
 
 
-def _reduced(weights: Array, stats: LayerStats, centred: bool, choice: Choice, spec: WeightSpec) -> tuple[Array, Reduction | None]:
+def _reduced(problem: Problem, choice: Choice) -> tuple[Array, Reduction | None]:
     if choice.alpha == 0:
-        return weights, None
-    reduction = magr.reduce(weights, damped_gram(stats, centred, choice.damping), alpha=choice.alpha, group_size=spec.group_size)
+        return problem.weights, None
+    gram = problem.damped_gram(choice.damping)
+    reduction = magr.reduce(problem.weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size)
     return reduction.weights, reduction
 
 

@@ -14,31 +14,20 @@ Deviations from the paper:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
 from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import diagonal, gptq
+from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts, sum_traces
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 BLOCK = 64
 TINY = np.finfo(np.float32).tiny
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Refined:
-    """Result of `refine`: the weight, E at the start and after every sweep, and the sweeps taken."""
-
-    weight: QuantizedWeight
-    errors: tuple[float, ...]
-
-    @property
-    def sweeps(self) -> int:
-        return len(self.errors) - 1
 
 
 def refine(
@@ -65,44 +54,20 @@ def refine(
         budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code that still fits its tile, so E
             still never rises. A refitted scale changes no code.
     """
-    if len(slices := column_parts(*target.shape)) > 1:
-        return _in_parts(slices, target, start, gram, sweeps, rescale, tolerance, budget)
+    if len(parts := column_parts(*target.shape)) > 1:
+        gram = np.ascontiguousarray(gram, dtype=np.float32)
+        options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
+        return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, gram, **options))
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
-    weight = start
-    residual: Array = h @ (w0 - weight.dequantize())
-    errors = [_energy(w0, weight, residual)]
-    for sweep in range(sweeps):
-        weight, residual = sweep_once(w0, weight, h, residual, budget)
-        if rescale and sweep + 1 < sweeps:
-            weight, residual = refit_scales(w0, weight, h, residual)
-        errors.append(_energy(w0, weight, residual))
-        if errors[-1] > (1 - tolerance) * errors[-2]:
-            break
-    return Refined(weight, tuple(errors))
 
+    def sweep(state: tuple[QuantizedWeight, Array], last: bool) -> tuple[QuantizedWeight, Array]:
+        weight, residual = sweep_once(w0, state[0], h, state[1], budget)
+        return refit_scales(w0, weight, h, residual) if rescale and not last else (weight, residual)
 
-def _in_parts(
-    slices: list[slice],
-    target: Array,
-    start: QuantizedWeight,
-    gram: Array,
-    sweeps: int,
-    rescale: bool,
-    tolerance: float,
-    budget: Budget | None,
-) -> Refined:
-    """Run `refine` on slices of output channels, for layers whose temporaries would be many times the layer."""
-    gram = np.ascontiguousarray(gram, dtype=np.float32)
-    codes, scales, errors = np.empty_like(start.codes), np.empty_like(start.scales), list[float]()
-    for c in slices:
-        weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        refined = refine(
-            np.ascontiguousarray(target[:, c]), weight, gram, sweeps=sweeps, rescale=rescale, tolerance=tolerance, budget=budget
-        )
-        codes[:, c], scales[:, c] = refined.weight.codes, refined.weight.scales
-        errors = sum_traces(errors, refined.errors)
-    return Refined(QuantizedWeight(codes, scales, start.zero_points, start.spec), tuple(errors))
+    begin: tuple[QuantizedWeight, Array] = start, h @ (w0 - start.dequantize())
+    (weight, _), errors = descend(begin, sweep, lambda state: _energy(w0, *state), sweeps, tolerance)
+    return Refined(weight, errors)
 
 
 def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
@@ -190,11 +155,10 @@ def run(problem: Problem, options: Options) -> Solution:
     """Quantize a layer: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
-        weight, errors = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale)
-        return Solution(weight, start.notes, {"sweeps": len(errors) - 1, "error_start": errors[0], "error": errors[-1]}, tuple(errors))
-    damping = problem.damping(options)
-    gram = problem.damped_gram(damping)
-    refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
+        refined = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale)
+    else:
+        gram = problem.damped_gram(problem.damping(options))
+        refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)
     figures = {"sweeps": refined.sweeps, "error_start": refined.errors[0], "error": refined.errors[-1]} | start.figures
     return Solution(refined.weight, start.notes, figures, refined.errors)
 

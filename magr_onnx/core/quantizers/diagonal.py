@@ -13,14 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
-from magr_onnx.core.types import Array, QuantizedWeight, sum_traces
+from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
+from magr_onnx.core.types import Array, QuantizedWeight
 
 _VALUES = 1 << 22  # weights processed at a time
 
 
-def refine(
-    target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, tolerance: float = 2e-3
-) -> tuple[QuantizedWeight, list[float]]:
+def refine(target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, tolerance: float = 2e-3) -> Refined:
     """Lower E of ``start`` against ``target (K, N)``.
 
     Args:
@@ -29,34 +28,19 @@ def refine(
         sweeps: Most rounds.
         rescale: Refit the scales after every round but the last.
         tolerance: Stop when a round lowers E by less than this fraction.
-
-    Returns:
-        The weight, and E at the start and after every round.
     """
+
+    def refine_part(target: Array, start: QuantizedWeight) -> Refined:
+        def sweep(weight: QuantizedWeight, last: bool) -> QuantizedWeight:
+            grid = Grid.of(weight)
+            weight = grid.weight(grid.codes(target))
+            return _refit(target, weight) if rescale and not last else weight
+
+        return Refined(*descend(start, sweep, lambda weight: _error(target, weight), sweeps, tolerance))
+
     k, n = target.shape
-    codes, scales = np.empty((k, n), np.uint8), np.empty_like(start.scales)
-    errors: list[float] = []
     step = max(1, _VALUES // k)
-    for at in range(0, n, step):
-        c = np.arange(at, min(at + step, n))
-        weight = QuantizedWeight(start.codes[:, c], start.scales[:, c], start.zero_points[:, c], start.spec)
-        refined, trace = _refine(target[:, c], weight, sweeps, rescale, tolerance)
-        codes[:, c], scales[:, c] = refined.codes, refined.scales
-        errors = sum_traces(errors, trace)
-    return QuantizedWeight(codes, scales, start.zero_points, start.spec), errors
-
-
-def _refine(target: Array, weight: QuantizedWeight, sweeps: int, rescale: bool, tolerance: float) -> tuple[QuantizedWeight, list[float]]:
-    errors = [_error(target, weight)]
-    for sweep in range(sweeps):
-        grid = Grid.of(weight)
-        weight = grid.weight(grid.codes(target))
-        if rescale and sweep + 1 < sweeps:
-            weight = _refit(target, weight)
-        errors.append(_error(target, weight))
-        if errors[-1] > (1 - tolerance) * errors[-2]:
-            break
-    return weight, errors
+    return by_columns([np.arange(at, min(at + step, n)) for at in range(0, n, step)], target, start, refine_part)
 
 
 def _refit(target: Array, weight: QuantizedWeight) -> QuantizedWeight:

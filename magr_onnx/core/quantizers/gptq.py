@@ -31,7 +31,7 @@ from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, LayerStats, QuantizedWeight, WeightSpec, column_parts
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, WeightSpec, column_parts, side_by_side
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -51,6 +51,10 @@ class Feedback:
     matrix: Array
     order: npt.NDArray[np.intp]
     damping: float
+
+    def notes(self, requested: float) -> tuple[str, ...]:
+        """Return a note where another damping than the ``requested`` one is in use."""
+        return () if self.damping == requested else (f"Cholesky failed at damping {requested:g}; used {self.damping:g}",)
 
 
 def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedback:
@@ -72,11 +76,11 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     return Feedback(matrix, order, factor.damping)
 
 
-def prepared(stats: LayerStats, centred: bool, damping: float, act_order: bool) -> Feedback:
+def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback:
     """Run `prepare` on the matrix of the layer error; once for all layers that share the statistics, unless K is `LARGE`."""
-    if len(stats.mean) >= LARGE:
-        return prepare(stats.objective_gram(centred), damping, act_order)
-    return stats.memo(("gptq", centred, damping, act_order), lambda: prepare(stats.objective_gram(centred), damping, act_order))
+    if len(problem.weights) >= LARGE:
+        return prepare(problem.gram, damping, act_order)
+    return problem.stats.memo(("gptq", problem.centred, damping, act_order), lambda: prepare(problem.gram, damping, act_order))
 
 
 def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
@@ -86,8 +90,7 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     fed forward like any rounding error.
     """
     if len(parts := column_parts(*weights.shape)) > 1:
-        solved = [solve(weights[:, c], feedback, Grid(grid.scales[:, c], grid.zeros[:, c], grid.spec, grid.k), budget) for c in parts]
-        return QuantizedWeight(np.hstack([s.codes for s in solved]), grid.scales, grid.zeros.astype(np.uint8), grid.spec)
+        return side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
     middle = np.float32(grid.spec.middle)
@@ -122,13 +125,7 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
 
 
 def quantize(
-    weights: Array,
-    gram: Array,
-    spec: WeightSpec,
-    *,
-    beta: float | None = None,
-    damping: float = 0.1,
-    act_order: bool = True,
+    weights: Array, gram: Array, spec: WeightSpec, *, beta: float | None = None, damping: float = 0.1, act_order: bool = True
 ) -> QuantizedWeight:
     """Quantize ``weights (K, N)`` by GPTQ under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
     return solve(weights, prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
@@ -213,12 +210,9 @@ def run(problem: Problem, options: Options) -> Solution:
         return rtn.run(problem, options)
     damping = problem.damping(options)
     act_order = options.act_order is not False
-    feedback = prepared(problem.stats, problem.centred, damping, act_order)
-    grid = choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta)
-    notes: tuple[str, ...] = ()
-    if feedback.damping != damping:
-        notes = (f"Cholesky failed at damping {damping:g}; used {feedback.damping:g}",)
-    weight = solve(problem.weights, feedback, grid)
+    feedback = prepared(problem, damping, act_order)
+    weight = solve(problem.weights, feedback, choose(problem.weights, problem.spec, problem.gram.diagonal(), options.beta))
+    notes = feedback.notes(damping)
     if problem.budget is None:
         return Solution(weight, notes)
     gram = problem.damped_gram(damping)

@@ -26,12 +26,13 @@ import numpy.typing as npt
 
 from magr_onnx.core.grid import Grid
 from magr_onnx.core.quantizers import comq, gptq
+from magr_onnx.core.quantizers.descent import Refined, descend
 from magr_onnx.core.types import Array, QuantizedWeight
 
 BLOCKS = 16
 DAMPING = 0.3
 
-Columns = npt.NDArray[np.intp]
+Indices = npt.NDArray[np.intp]
 
 
 def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
@@ -48,13 +49,13 @@ def energy(difference: Array, gram: Array, outputs: Array) -> float:
     return float(np.einsum("kn,kn->", gram @ difference, difference @ outputs, dtype=np.float64))
 
 
-def blocks_of(outputs: Array) -> list[Columns]:
+def blocks_of(outputs: Array) -> list[Indices]:
     """Split the columns into `BLOCKS` blocks, in descending power."""
     order = np.argsort(-outputs.diagonal(), kind="stable")
     return [part for part in np.array_split(order, BLOCKS) if len(part)]
 
 
-def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Sequence[Columns]) -> QuantizedWeight:
+def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Sequence[Indices]) -> QuantizedWeight:
     """Run GPTQ on ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
     order = np.concatenate(blocks)
     couplings = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
@@ -75,11 +76,11 @@ def refine(
     start: QuantizedWeight,
     gram: Array,
     outputs: Array,
-    blocks: Sequence[Columns],
+    blocks: Sequence[Indices],
     *,
     sweeps: int = 8,
     tolerance: float = 5e-3,
-) -> tuple[QuantizedWeight, tuple[float, ...]]:
+) -> Refined:
     """Lower E of ``start`` by coordinate descent, a block of columns at a time; the result, and E before and after every sweep.
 
     Args:
@@ -94,8 +95,8 @@ def refine(
     h, m = np.ascontiguousarray(gram, np.float32), outputs.astype(np.float32)
     codes, scales, zeros = start.codes.copy(), start.scales.copy(), start.zero_points.copy()
     d: Array = start.dequantize() - target
-    errors = [energy(d, h, m)]
-    for _ in range(sweeps):
+
+    def sweep(d: Array, last: bool) -> Array:
         for c in blocks:
             block = QuantizedWeight(codes[:, c], scales[:, c], zeros[:, c], start.spec)
             pull = d @ m[:, c]
@@ -113,7 +114,7 @@ def refine(
             if rise < 0:
                 codes[:, c], scales[:, c], zeros[:, c] = block_now.codes, block_now.scales, block_now.zero_points
                 d[:, c] += change
-        errors.append(energy(d, h, m))
-        if errors[-1] > (1 - tolerance) * errors[-2]:
-            break
-    return QuantizedWeight(codes, scales, zeros, start.spec), tuple(errors)
+        return d
+
+    _, errors = descend(d, sweep, lambda d: energy(d, h, m), sweeps, tolerance)
+    return Refined(QuantizedWeight(codes, scales, zeros, start.spec), errors)
