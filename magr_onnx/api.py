@@ -31,7 +31,7 @@ from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.measure import overflow, witness
 from magr_onnx.runtime.measure import validate as validation
-from magr_onnx.runtime.ort import custom_ops as custom
+from magr_onnx.runtime.ort import session
 from magr_onnx.runtime.ort.session import Arithmetic, provider_name
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
@@ -146,7 +146,7 @@ def validate(
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     provider_name(provider)
     reference, quantized = files.load(float_model), files.load(quantized_model)
-    with custom.using(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
+    with session.custom_ops(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]
         float_source, quantized_source = (loaded.path or loaded.model for loaded in (reference, quantized))
         batches = decoders.open_for(

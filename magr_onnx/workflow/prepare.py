@@ -27,7 +27,7 @@ from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source
-from magr_onnx.runtime.ort import custom_ops, opset_check, worker
+from magr_onnx.runtime.ort import opset_check, session, worker
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
@@ -101,7 +101,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     """
     stopwatch = Stopwatch()
     progress = stack.enter_context(reporter(request.progress))
-    stack.enter_context(custom_ops.using(request.custom_ops))
+    stack.enter_context(session.custom_ops(request.custom_ops))
     loaded = _load(request)
     mask = resolve_mask(loaded.model, request.mask)
     prepared = _canonical(loaded, request)

@@ -9,7 +9,7 @@ from functools import partial
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options
-from magr_onnx.core.types import LayerStats
+from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
@@ -19,9 +19,11 @@ from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.weighted import readers
 from magr_onnx.passes.layerwise import run_layers
+from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
-from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, rewrites, subgraphs
+from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import mixed_precision, non_linear
@@ -178,13 +180,18 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
     """Carry out the rewrites of the plan; what they did."""
     if not prepared.plan.rewrites:
         return []
-    notes = rewrites.rewrite(
-        prepared.model,
-        prepared.plan,
-        calibration_of(prepared.data, context),
-        selection=context.selection,
-        gram_budget=context.memory.gram_budget,
-    )
+
+    def statistics(model: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
+        calibration = calibration_of(prepared.data, context)  # anew: names stand for other values after a rewrite
+        if calibration is not None:
+            masked_values(model, moments.readers_of(layers), calibration)
+        for group in moments.grouped(layers, context.memory.gram_budget):
+            yield group, {} if calibration is None else moments.collect(model, group, calibration).stats
+
+    plan, notes = prepared.plan, list[str]()
+    setting = Context(plan.spec or WeightSpec(), plan.bias_policy, plan.activations is not None, context.selection, statistics)
+    for stage in plan.rewrites:
+        notes += stage.rewrite(prepared.model, setting) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
     context.spill(prepared.model)
     context.lap("rewrite")
     return notes

@@ -15,8 +15,7 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.runtime.calibration.budget import split_by_budget
-from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.subgraphs import NEVER
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.progress import Steps, run_batches

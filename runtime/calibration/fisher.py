@@ -12,8 +12,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.instrument.gradients import fisher_taps, shaped_values
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.runtime.calibration.budget import split_by_budget
-from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
+from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
 from magr_onnx.runtime.data.sources import Batches

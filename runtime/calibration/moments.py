@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,6 @@ from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.passes.plan import Plan
-from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
@@ -25,6 +25,7 @@ from magr_onnx.runtime.data.progress import Steps, run_batches
 from magr_onnx.runtime.data.sources import Batches
 
 DEFAULT_BUDGET = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,27 @@ class CalibrationResult:
     unmasked: tuple[str, ...]
     targets: dict[str, TargetMoments] = field(default_factory=dict)
     spilled: int = 0
+
+
+def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hashable, int]], budget: int) -> list[list[T]]:
+    """Split units, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
+
+    Args:
+        units: Elements that must stay together.
+        cost: Returns the key of the matrix an element needs, and its bytes; elements of a group share matrices of the same key.
+        budget: Bytes per group.
+    """
+    groups: list[list[T]] = []
+    used: dict[Hashable, int] = {}
+    for unit in units:
+        costs = dict(map(cost, unit))
+        new = sum(size for key, size in costs.items() if key not in used)
+        if not groups or (new and sum(used.values()) + new > budget):
+            groups.append([])
+            used = {}
+        groups[-1] += unit
+        used |= costs
+    return groups
 
 
 def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:

@@ -30,7 +30,7 @@ from magr_onnx.runtime.data import text
 from magr_onnx.runtime.data.fixed_batch import Group, groups
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, open_source
-from magr_onnx.runtime.ort.session import Batch, InputInfo, Session, inputs_of
+from magr_onnx.runtime.ort.session import Batch, InputInfo, Model, Session, inputs_of
 
 STEPS = 4
 MAX_PAST_BYTES = 1 << 30  # of past values, in a temporary folder
@@ -211,7 +211,7 @@ def open_for(
     *,
     steps: int = STEPS,
     provider: str = "cpu",
-    runnable: ir.Model | str | os.PathLike[str] | None = None,
+    runnable: Model | None = None,
     folders: Sequence[Path] = (),
 ) -> Batches:
     """Open data for a model, as `magr_onnx.runtime.data.sources.open_data` does; decoders with a KV cache need only tokens.
@@ -256,9 +256,7 @@ def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size
     return text.encode(path, folder, inputs, batch_size)
 
 
-def _feeds(
-    decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runnable: ir.Model | str | os.PathLike[str] | None
-) -> Batches:
+def _feeds(decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runnable: Model | None) -> Batches:
     """Make prefill and decode feeds of tokens, with notes that describe them."""
     notes: list[str] = []
     parts = _parts(_samples(data, notes), batch_size, decoder.samples)

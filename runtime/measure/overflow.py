@@ -68,19 +68,6 @@ def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool)
     w = proof.witness
     if w is None:
         return None
-    execution = witnesses.run(dot, machine, w) if run else witnesses.Execution("", None, None)
-    return WitnessRow(
-        w.claim,
-        w.column,
-        w.rows,
-        tuple(w.x.tolist()),
-        w.x_zero,
-        w.exact,
-        w.wrapped,
-        w.dot,
-        w.simulated,
-        execution.operator,
-        execution.computed,
-        execution.exact,
-        execution.detail,
-    )
+    execution = witnesses.run(dot, machine, w) if run else witnesses.Execution()
+    x = tuple(w.x.tolist())
+    return WitnessRow(w.claim, w.column, w.rows, x, w.x_zero, w.exact, w.wrapped, w.dot, w.simulated, *execution)

@@ -24,9 +24,7 @@ from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Va
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.progress import Steps, with_progress
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session
-
-Model = ir.Model | str | os.PathLike[str]
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency")

@@ -6,9 +6,8 @@ A machine with wider registers than the target's computes the exact result, whic
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,7 @@ from magr_onnx.runtime.ort.session import Session
 EXACT_FLOAT = 1 << 24  # integers up to this are exact in float32
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
+class Execution(NamedTuple):
     """Result of a witness on this machine.
 
     Attributes:
@@ -33,9 +31,9 @@ class Execution:
         detail: Why it could not be run.
     """
 
-    operator: str
-    computed: int | None
-    exact: bool | None
+    operator: str = ""
+    computed: int | None = None
+    exact: bool | None = None
     detail: str = ""
 
 
@@ -47,13 +45,9 @@ def machine_name() -> str:
 def run(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
     """Compute the witness's column with the operator of the layer, or with MatMulInteger in the order and types of its kernel."""
     try:
-        if dot.form == "blockwise":
-            return _blockwise(dot, witness)
-        if dot.weight_left:
-            return _conv_integer(dot, witness)
-        return _matmul_integer(dot, machine, witness)
+        return _blockwise(dot, witness) if dot.form == "blockwise" else _integer(dot, machine, witness)
     except RuntimeFailure as error:
-        return Execution("", None, None, str(error))
+        return Execution(detail=str(error))
 
 
 def _byte(codes: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8] | None:
@@ -68,39 +62,25 @@ def _type_range(kind: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if kind.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _matmul_integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
-    """Run MatMulInteger on the codes in the kernel's order; int8 activations that fusion shifts to uint8 are shifted here too."""
+def _integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
+    """Run ConvInteger, or MatMulInteger in the kernel's order; int8 activations that fusion shifts to uint8 are shifted here too."""
     shift = machine.x_shift if dot.form == "qdq" and dot.x_range[0] < 0 <= dot.x_range[0] + machine.x_shift else 0
+    codes = dot.codes[:, witness.column].astype(np.int64)
     x = _byte(witness.x + shift, dot.x_range[0] + shift, dot.x_range[1] + shift)
-    w = _byte(dot.codes[:, witness.column].astype(np.int64), *_type_range(dot.w_type))
+    w = _byte(codes, *_type_range(dot.w_type))
     if x is None or w is None:
-        return Execution("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
-    rows = dot.channels_last() if dot.taps > 1 and not dot.depthwise else np.arange(dot.k)
+        return Execution(detail=f"no operator multiplies {dot.x_type} by {dot.w_type}")
     zero = (witness.x_zero if witness.claim == "result" else 0) + shift
-    inputs: list[tuple[str, npt.NDArray[Any]]] = [("x", x[rows][None, :]), ("w", w[rows][:, None]), ("x_zero", np.array(zero, x.dtype))]
-    if witness.claim == "result" and dot.w_zeros is not None:
-        inputs.append(("w_zero", np.array([dot.w_zeros[0, witness.column]], w.dtype)))
+    w_zeros = dot.w_zeros[:, witness.column] if witness.claim == "result" and dot.w_zeros is not None else None
     offset = 0
-    if dot.bias is not None and witness.claim != "inner":
-        # the witness's sum may include the bias
-        levels = dot.codes[:, witness.column].astype(np.int64)
-        if witness.claim == "result" and dot.w_zeros is not None:
-            levels -= dot.w_zeros[:, witness.column]
-        offset = witness.dot - int((witness.x - witness.x_zero) @ levels)
-    return _compare("MatMulInteger", "", inputs, {}, witness, offset)
-
-
-def _conv_integer(dot: IntegerDot, witness: Witness) -> Execution:
-    x = _byte(witness.x, *dot.x_range)
-    w = _byte(dot.codes[:, witness.column].astype(np.int64), *_type_range(dot.w_type))
-    if x is None or w is None:
-        return Execution("", None, None, f"no operator multiplies {dot.x_type} by {dot.w_type}")
-    shape = (1, -1, dot.taps)
-    zero = witness.x_zero if witness.claim == "result" else 0
-    inputs: list[tuple[str, npt.NDArray[Any]]] = [("x", x.reshape(shape)), ("w", w.reshape(shape)), ("x_zero", np.array(zero, x.dtype))]
-    if witness.claim == "result" and dot.w_zeros is not None:
-        inputs.append(("w_zero", np.array(dot.w_zeros[0, witness.column], w.dtype)))
-    return _compare("ConvInteger", "", inputs, {"kernel_shape": [dot.taps]}, witness)
+    if dot.bias is not None and witness.claim != "inner":  # the witness's sum may include the bias
+        offset = witness.dot - int((witness.x - witness.x_zero) @ (codes if w_zeros is None else codes - w_zeros))
+    constants = {"x_zero": np.array(zero, x.dtype)} | ({} if w_zeros is None else {"w_zero": np.array(w_zeros[0], w.dtype)})
+    if dot.weight_left:
+        inputs = {"x": x.reshape(1, -1, dot.taps), "w": w.reshape(1, -1, dot.taps), **constants}
+        return _compare("ConvInteger", "", inputs, {"kernel_shape": [dot.taps]}, witness, offset)
+    rows = dot.channels_last() if dot.taps > 1 and not dot.depthwise else np.arange(dot.k)
+    return _compare("MatMulInteger", "", {"x": x[rows][None, :], "w": w[rows][:, None], **constants}, {}, witness, offset)
 
 
 def _blockwise(dot: IntegerDot, witness: Witness) -> Execution:
@@ -111,40 +91,26 @@ def _blockwise(dot: IntegerDot, witness: Witness) -> Execution:
     padded[0, : dot.k] = dot.codes[:, witness.column]
     packed = pack_bits(padded.reshape(1, count, block), dot.bits)
     zeros = np.zeros((1, -(-count * dot.bits // 8)), np.uint8)
-    inputs: list[tuple[str, npt.NDArray[Any]]] = [
-        ("x", witness.x.astype(np.float32)[None, :]),
-        ("w", packed),
-        ("scales", np.ones((1, count), np.float32)),
-        ("zeros", zeros),
-    ]
+    x, scales = witness.x.astype(np.float32)[None, :], np.ones((1, count), np.float32)
     attributes = {"K": dot.k, "N": 1, "bits": dot.bits, "block_size": block, "accuracy_level": 4}
     if abs(witness.dot) > EXACT_FLOAT:
-        return Execution("", None, None, "the sum is not exact in float32")
-    return _compare("MatMulNBits", "com.microsoft", inputs, attributes, witness)
+        return Execution(detail="the sum is not exact in float32")
+    return _compare("MatMulNBits", "com.microsoft", {"x": x, "w": packed, "scales": scales, "zeros": zeros}, attributes, witness)
 
 
 def _compare(
-    op: str,
-    domain: str,
-    inputs: Sequence[tuple[str, npt.NDArray[Any]]],
-    attributes: Mapping[str, int | list[int]],
-    witness: Witness,
-    offset: int = 0,
+    op: str, domain: str, inputs: Mapping[str, npt.NDArray[Any]], attributes: Mapping[str, Any], witness: Witness, offset: int = 0
 ) -> Execution:
-    """Run one node with its first input fed and the others constant, and add ``offset`` to its result in 32 bits."""
-    values = []
-    name, first = inputs[0]
-    kind = ir.DataType.from_numpy(first.dtype)
-    fed_input = ir.val(name, kind, first.shape)
-    for name, array in inputs[1:]:
-        tensor = ir.tensor(array, name=name)
-        values.append(ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor))
-    node = ir.node(op, [fed_input, *values], attributes, domain=domain, name="witness")
+    """Run one node with its input ``x`` fed and the others constant, and add ``offset`` to its result in 32 bits."""
+    x, *constants = (ir.val(name, ir.DataType.from_numpy(array.dtype), array.shape) for name, array in inputs.items())
+    for value in constants:
+        value.const_value = ir.tensor(inputs[str(value.name)], name=value.name)
+    node = ir.node(op, [x, *constants], attributes, domain=domain, name="witness")
     out = node.outputs[0]
-    out.name, out.dtype = "y", kind if domain else ir.DataType.INT32
-    graph = ir.Graph([fed_input], [out], nodes=[node], initializers=values, opset_imports={"": 17, "com.microsoft": 1}, name="witness")
+    out.name, out.type = "y", x.type if domain else ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([x], [out], nodes=[node], initializers=constants, opset_imports={"": 17, "com.microsoft": 1}, name="witness")
     with Session(ir.Model(graph, ir_version=8), threads=1) as session:
-        computed = int(session.run({"x": first})[0].reshape(-1)[0])
+        computed = int(session.run(inputs)[0].reshape(-1)[0])
     if offset:
         computed = (computed + offset + 2**31) % 2**32 - 2**31
     return Execution(op, computed, computed == witness.dot)

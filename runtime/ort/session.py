@@ -6,10 +6,12 @@ Models of any size load: external data is read from its files, and tensors in me
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,15 +23,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from magr_onnx.errors import OutputError, ProviderError, RuntimeFailure, closest, raise_all
+from magr_onnx.errors import OptionError, OutputError, ProviderError, RuntimeFailure, closest, raise_all
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
 from magr_onnx.passes.providers import PROVIDERS, Provider, cpu, find_provider
-from magr_onnx.runtime.ort.custom_ops import LIBRARIES
 
 Batch = Mapping[str, npt.NDArray[Any]]
+Model = ir.Model | str | os.PathLike[str]
+"""A model in memory, or its file."""
 
+LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())
+"""Shared libraries of custom operators, registered in every session."""
 LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mapped files
 
 
@@ -47,6 +52,23 @@ class Arithmetic(StrEnum):
             "unoptimized": "all graph optimizations off; every node as written",
             "float-qdq": "default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)",
         }[self.value]
+
+
+@contextlib.contextmanager
+def custom_ops(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Register shared libraries of custom operators in every session created inside the context.
+
+    Raises:
+        OptionError: A file does not exist.
+    """
+    libraries = [Path(p).absolute() for p in paths]
+    missing = [p for p in libraries if not p.is_file()]
+    raise_all(OptionError, [f"custom operators {p}: no such file; give the shared library that has them" for p in missing])
+    token = LIBRARIES.set(tuple(map(str, libraries)))
+    try:
+        yield
+    finally:
+        LIBRARIES.reset(token)
 
 
 def provider_name(provider: str) -> str:
@@ -116,7 +138,7 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model | str | os.PathLike[str],
+        model: Model,
         provider: str = "cpu",
         arithmetic: Arithmetic = Arithmetic.DEFAULT,
         threads: int = 0,
@@ -142,7 +164,7 @@ class Session:
         name = provider_name(provider)
         _preload(find_provider(provider))
         options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
-        self._description = _describe(model)
+        self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._load(model, name, options)
         self.outputs = [o.name for o in self._session.get_outputs()]
@@ -153,7 +175,7 @@ class Session:
             for i in self._session.get_inputs()
         )
 
-    def _load(self, model: ir.Model | str | os.PathLike[str], name: str, options: ort.SessionOptions) -> None:
+    def _load(self, model: Model, name: str, options: ort.SessionOptions) -> None:
         """Create the onnxruntime session; an in-memory model is written to a temporary folder first."""
         source: str | bytes = b"" if isinstance(model, ir.Model) else str(model)
         try:
@@ -206,7 +228,7 @@ def load(path: str, provider: str, lean: bool) -> None:
         pass
 
 
-def _is_large(model: ir.Model | str | os.PathLike[str], arithmetic: Arithmetic) -> bool:
+def _is_large(model: Model, arithmetic: Arithmetic) -> bool:
     """Whether copies of the weights are to be avoided (`Session`, ``lean``)."""
     if isinstance(model, ir.Model):
         return tensor_bytes(model) > LEAN_BYTES
@@ -242,18 +264,11 @@ def _preload(provider: Provider) -> None:
         provider.preload(ort)
 
 
-def _describe(model: ir.Model | str | os.PathLike[str]) -> str:
-    return "the model in memory" if isinstance(model, ir.Model) else str(model)
-
-
-def _custom(model: ir.Model | str | os.PathLike[str]) -> str:
+def _custom(model: Model) -> str:
     """Name the custom operators of a model that did not load, for the end of a message."""
     try:
         names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
     except Exception:  # the caller reports the fault of the file
         return ""
-    return (
-        f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)} (custom_ops names libraries that have some)"
-        if names
-        else ""
-    )
+    lacking = f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)} (custom_ops names libraries that have some)"
+    return lacking if names else ""

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from magr_onnx import errors
 from magr_onnx.errors import MagrError
-from magr_onnx.runtime.ort.custom_ops import LIBRARIES, using
+from magr_onnx.runtime.ort.session import LIBRARIES, custom_ops
 
 SECONDS = 120.0
 """Time limit of a request, in addition to `SECONDS_A_GIGABYTE`."""
@@ -157,12 +157,11 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
 
 def _serve() -> None:
     """Answer requests from standard input until it ends."""
-    import_module("magr_onnx.runtime.ort.opset_check")  # imports onnxruntime before the first request
     for line in sys.stdin:
         request = json.loads(line)
         try:
             function = getattr(import_module(request["module"]), request["function"])
-            with using(request["libraries"]):
+            with custom_ops(request["libraries"]):
                 answer: dict[str, Any] = {"result": function(**request["arguments"])}
         except MagrError as error:
             answer = {"error": type(error).__name__, "message": str(error)}

@@ -14,8 +14,7 @@ import magr_onnx
 from magr_onnx.cli.app import app
 from magr_onnx.errors import OptionError, RuntimeFailure
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.runtime.ort import custom_ops
-from magr_onnx.runtime.ort.session import Session
+from magr_onnx.runtime.ort.session import Session, custom_ops
 
 W = constant("w", 32, 8)
 
@@ -57,7 +56,7 @@ def test_the_result_loads_runs_and_keeps_the_operator(path: Path, effort: str | 
         (n.domain, n.op_type, n.name) for n in onnx.load(out).graph.node if n.name == "shout"
     }
     given = feeds(99)
-    with custom_ops.using([library]), Session(out) as session:
+    with custom_ops([library]), Session(out) as session:
         y, loud = session.run(given)
     np.testing.assert_allclose(y, given["x"] @ W, atol=0.05)
     assert list(loud) == ["A", "BC"]

@@ -16,10 +16,9 @@ from onnx import numpy_helper
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
-from magr_onnx.runtime.calibration.budget import split_by_budget
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import resolve_mask
-from magr_onnx.runtime.calibration.moments import collect, grouped
+from magr_onnx.runtime.calibration.moments import collect, grouped, split_by_budget
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import InputInfo, Session
 from tests import graphs
