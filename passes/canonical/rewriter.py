@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.subgraphs import remember
+from magr_onnx.passes.graph.subgraphs import graph_of, remember
 from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.reasons import Reason
 
@@ -109,9 +109,7 @@ class NodeRewriter:
     @property
     def graph(self) -> ir.Graph:
         """Return the graph of the node: the main graph or a subgraph."""
-        graph = self.node.graph
-        assert isinstance(graph, ir.Graph)
-        return graph
+        return graph_of(self.node)
 
     @property
     def dtype(self) -> ir.DataType:

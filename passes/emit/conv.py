@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -30,8 +29,7 @@ from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import broadcast_grid, container_bits, pack_qdq
 from magr_onnx.core.types import Array, QuantizedWeight
 from magr_onnx.passes.base import Emitted
-from magr_onnx.passes.graph.constants import constant_tensor, drop_if_unused, step_of
-from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.constants import constant_tensor, replace_input, step_of
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made_of_codes, split_groups, to_matrices
 from magr_onnx.passes.layers.weighted import FLOATS
@@ -60,20 +58,14 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
     size = sum(v.const_value.nbytes for node in nodes for v in node.inputs if v is not None and v.const_value is not None)
     emitted = []
     for layer in layers:
-        node, old = layer.node, layer.node.inputs[1]
-        node.replace_input_with(1, weight)
-        if old is not None:
-            drop_if_unused(old)
+        node = layer.node
+        replace_input(node, 1, weight)
         if solution.bias is not None:
             old_bias, floats = operand(node, 2), layer.read_bias()
             bias = solution.bias if floats is None else floats + solution.bias
-            base = layer.weight_name if old_bias is None else str(old_bias.name)
-            value = add_initializer(root, f"{base}_bias", bias.astype(FLOATS[layer.dtype]))
-            node.resize_inputs(3)
-            node.replace_input_with(2, value)
-            if old_bias is not None:
-                drop_if_unused(old_bias)
-        node.name = Names.of(root).node(f"{layer.name}_q{bits}")
+            base = None if old_bias is None else str(old_bias.name)
+            replace_input(node, 2, layer.constant("_bias", bias.astype(FLOATS[layer.dtype]), base))
+        node.name = layer.names.node(f"{layer.name}_q{bits}")
         emitted.append(Emitted(node.name, container_bits(bits), size))
     return emitted
 
@@ -87,34 +79,34 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
     transposed = layer.op == "ConvTranspose" and group > 1
     axis = 1 if layer.op == "ConvTranspose" and group == 1 else 0
     array = from_matrices(matrices, "Conv" if transposed else layer.op, layer.kernel)
-    base, add_constant = f"{layer.weight_name}_q{packed.bits}", partial(add_initializer, layer.root)
+    suffix = f"_q{packed.bits}"
     float_kind = FLOATS[layer.dtype]
-    codes = add_constant(base, array.astype(packed.stored_dtype))
+    codes = layer.constant(suffix, array.astype(packed.stored_dtype))
     name = str(codes.name)
     if form == "dequantize":
-        inputs = [codes, add_constant(f"{base}_scales", scales.astype(float_kind))]
+        inputs = [codes, layer.constant(f"{suffix}_scales", scales.astype(float_kind))]
         if zeros is not None:
-            inputs.append(add_constant(f"{base}_zero_points", zeros.astype(packed.stored_dtype)))
+            inputs.append(layer.constant(f"{suffix}_zero_points", zeros.astype(packed.stored_dtype)))
         nodes = [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     else:
         channel_shape = (-1, *[1] * (array.ndim - 1 - axis))
         nodes = [ir.node("Cast", [codes], {"to": layer.dtype}, name=f"{name}_float")]
         if zeros is not None:
-            levels = add_constant(f"{base}_zero_points", zeros.astype(float_kind).reshape(channel_shape))
+            levels = layer.constant(f"{suffix}_zero_points", zeros.astype(float_kind).reshape(channel_shape))
             nodes.append(ir.node("Sub", [nodes[-1].outputs[0], levels], name=f"{name}_centre"))
-        steps = add_constant(f"{base}_scales", scales.astype(float_kind).reshape(channel_shape))
+        steps = layer.constant(f"{suffix}_scales", scales.astype(float_kind).reshape(channel_shape))
         nodes.append(ir.node("Mul", [nodes[-1].outputs[0], steps], name=f"{name}_scale"))
     transposed &= n > 1 or k > math.prod(layer.kernel)
     if transposed:
-        split_shape = add_constant(f"{base}_parted", np.array([group, n, layer.channels // group, -1]))
+        split_shape = layer.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], split_shape], name=f"{name}_part"))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
     if transposed or (stays_float and form == "dequantize"):
-        shape = add_constant(f"{base}_shape", np.array(layer.shape))
+        shape = layer.constant(f"{suffix}_shape", np.array(layer.shape))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shape], name=f"{name}_shape"))
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
-    Names.of(layer.root).adopt(nodes)
+    layer.names.adopt(nodes)
     nodes[-1].outputs[0].shape = ir.Shape(layer.shape)
     return nodes[-1].outputs[0], nodes
 

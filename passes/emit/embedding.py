@@ -13,9 +13,8 @@ from magr_onnx.core.types import Array
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
-from magr_onnx.passes.graph.constants import drop_if_unused
-from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
 from magr_onnx.passes.layers.embedding import BLOCK, EmbeddingTable, Form
 from magr_onnx.passes.layers.weighted import FLOATS
 
@@ -25,30 +24,28 @@ def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) 
     first, weight = tables[0], solution.quantized
     assert weight is not None
     kind = FLOATS[first.dtype]
-    bits, root = weight.spec.bits, first.root
-    base = f"{first.weight_name}_q{bits}"
+    bits = weight.spec.bits
+    suffix = f"_q{bits}"
     if form == "dequantize":
         packed = pack_qdq(weight)
         scales = packed.scales.astype(kind)[:, None]
         constants = [
-            add_initializer(root, base, np.ascontiguousarray(packed.codes.T.astype(np.int8))),
-            add_initializer(root, f"{base}_scales", scales),
+            first.constant(suffix, np.ascontiguousarray(packed.codes.T.astype(np.int8))),
+            first.constant(f"{suffix}_scales", scales),
         ]
     else:
         constants = [
-            add_initializer(root, base, pack_bits(np.ascontiguousarray(weight.codes.T), bits)),
-            add_initializer(root, f"{base}_scales", np.ascontiguousarray(weight.scales.T).astype(kind)),
-            add_initializer(root, f"{base}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits)),
+            first.constant(suffix, pack_bits(np.ascontiguousarray(weight.codes.T), bits)),
+            first.constant(f"{suffix}_scales", np.ascontiguousarray(weight.scales.T).astype(kind)),
+            first.constant(f"{suffix}_zero_points", pack_bits(np.ascontiguousarray(weight.zero_points.T), bits)),
         ]
-        root.opset_imports.setdefault(DOMAIN, 1)
+        first.root.opset_imports.setdefault(DOMAIN, 1)
     size = sum(c.const_value.nbytes for c in constants if c.const_value is not None)
     return [Emitted(_replace(table, constants, bits, form), bits, size) for table in tables]
 
 
 def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
-    node, name = table.node, f"{table.name}_q{bits}"
-    source, index = node.inputs
-    assert source is not None
+    index, name = table.node.inputs[1], f"{table.name}_q{bits}"
     if form == "dequantize":
         codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
         scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
@@ -59,13 +56,7 @@ def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, fo
     else:
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
-    graph, result, value = node.graph, table.output, nodes[-1].outputs[0]
-    assert isinstance(graph, ir.Graph)
-    value.type, value.shape = result.type, result.shape
-    nodes[-1].metadata_props.update(node.metadata_props)
-    Names.of(table.root).adopt(nodes, [node], result)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [result], [value])
-    drop_if_unused(source)
+    table.replace(nodes)
     return str(nodes[0].name)
 
 

@@ -19,6 +19,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.packing import broadcast_grid
 from magr_onnx.model_io.writing import release_mmap
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
+from magr_onnx.report.reasons import IntegerReason
 
 CASTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -118,7 +120,7 @@ def constant_view(value: ir.Value | None) -> ConstantView | None:
         return None
     nodes: list[tuple[ir.Node, int]] = []
     exposed = value.is_graph_output()
-    while (node := value.producer()) is not None and _steps(node) and node.inputs[0] is not None:
+    while (node := value.producer()) is not None and is_step(node) and node.inputs[0] is not None:
         nodes.append((node, value.index() or 0))
         value = node.inputs[0]
         exposed |= value.is_graph_output()
@@ -150,9 +152,36 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+def constant_array(value: ir.Value | None) -> Tensor | None:
+    """Return the array of an initializer or Constant, through Identity, Transpose and Reshape; None for anything else.
+
+    Raises:
+        UnsupportedNode: A caller may override it, or an attribute refers to one of a function.
+    """
+    if value is None:
+        return None
+    if value.is_initializer() and value.is_graph_input():
+        raise UnsupportedNode(IntegerReason.OVERRIDABLE, str(value.name))
+    tensor = constant_tensor(value)
+    if tensor is not None:
+        return tensor.numpy()
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type not in ("Identity", "Transpose", "Reshape"):
+        return None
+    inner = constant_array(node.inputs[0])
+    if inner is None or node.op_type == "Identity":
+        return inner
+    if node.op_type == "Transpose":
+        return inner.transpose(attribute_of(node, "perm", None))
+    shape = constant_array(operand(node, 1))
+    if shape is None or attribute_of(node, "allowzero", 0):
+        return None
+    return inner.reshape([inner.shape[i] if d == 0 else int(d) for i, d in enumerate(shape)])
+
+
 def source_of(value: ir.Value) -> ir.Value:
     """Return the first value of the chain of nodes that `constant_view` folds."""
-    while (node := value.producer()) is not None and _steps(node) and node.inputs[0] is not None:
+    while (node := value.producer()) is not None and is_step(node) and node.inputs[0] is not None:
         value = node.inputs[0]
     return value
 
@@ -169,6 +198,15 @@ def dequantized(value: ir.Value | None) -> ir.TensorProtocol | None:
     return constant_tensor(source)
 
 
+def replace_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Replace or add an input of a node, and remove the former constant if nothing else reads it."""
+    former = operand(node, index)
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    node.replace_input_with(index, value)
+    if former is not None:
+        drop_if_unused(former)
+
+
 def drop_if_unused(value: ir.Value) -> None:
     """Remove an unused initializer or constant node, and what only it read."""
     if value.uses() or value.is_graph_output() or value.is_graph_input():
@@ -177,7 +215,7 @@ def drop_if_unused(value: ir.Value) -> None:
     if producer is None:
         if value.graph is not None and value.name is not None and value.name in value.graph.initializers:
             del value.graph.initializers[value.name]
-    elif (producer.op_type == "Constant" or _steps(producer)) and producer.graph is not None:
+    elif (producer.op_type == "Constant" or is_step(producer)) and producer.graph is not None:
         if any(v.uses() or v.is_graph_output() for v in producer.outputs):
             return
         sources = [v for v in producer.inputs if v is not None]
@@ -193,10 +231,6 @@ def step_of(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataTyp
 
 def is_step(node: ir.Node) -> bool:
     """Return whether a node is one that `constant_view` folds."""
-    return _steps(node)
-
-
-def _steps(node: ir.Node) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return False
     return node.op_type == "Identity" or (
@@ -208,7 +242,7 @@ def ints(node: ir.Node, name: str, index: int) -> list[int] | None:
     """Read integers that are an attribute in old opsets and an input in newer ones; None where absent or computed."""
     if name in node.attributes:
         return [int(i) for i in node.attributes[name].as_ints()]
-    value = node.inputs[index] if len(node.inputs) > index else None
+    value = operand(node, index)
     tensor = constant_tensor(value)
     if tensor is None or (value is not None and value.is_graph_input()):
         return None
@@ -216,7 +250,7 @@ def ints(node: ir.Node, name: str, index: int) -> list[int] | None:
 
 
 def _has_input(node: ir.Node, name: str, index: int) -> bool:
-    return name in node.attributes or (len(node.inputs) > index and node.inputs[index] is not None)
+    return name in node.attributes or operand(node, index) is not None
 
 
 def _reshaped(shape: Sequence[int], dtype: ir.DataType) -> Step:
@@ -344,7 +378,8 @@ def _quantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataT
     to = zero.dtype if zero is not None else ir.DataType(node.attributes.get_int("output_dtype", 0)) or ir.DataType.UINT8
     if to not in _CODES or dtype not in CASTS:
         return None
-    low, high = _CODES[to]
+    high = 2 ** (to.bitwidth - to.is_signed()) - 1
+    low = -high - 1 if to.is_signed() else 0
 
     def apply(real: Tensor) -> Tensor:
         codes = np.rint(real.astype(np.float32) / _broadcast(scale, shape, axis, block))
@@ -356,14 +391,7 @@ def _quantize(node: ir.Node, index: int, shape: tuple[int, ...], dtype: ir.DataT
     return Step(("quantize", id(scale), id(zero), axis, block, to), shape, to, apply)
 
 
-_CODES = {
-    ir.DataType.INT4: (-8, 7),
-    ir.DataType.UINT4: (0, 15),
-    ir.DataType.INT8: (-128, 127),
-    ir.DataType.UINT8: (0, 255),
-    ir.DataType.INT16: (-32768, 32767),
-    ir.DataType.UINT16: (0, 65535),
-}
+_CODES = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16)
 _STEPS: dict[str, Callable[[ir.Node, int, tuple[int, ...], ir.DataType], Step | None]] = {
     "Transpose": _transpose,
     "Reshape": _reshape,

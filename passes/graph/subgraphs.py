@@ -55,11 +55,10 @@ def captured_key(value: ir.Value, path: SubgraphPath) -> str:
     return f"{value.name}@{next((v.name for v in holder.outputs if v.name), holder.name)}.{attribute}"
 
 
-def root_of(node: ir.Node, path: SubgraphPath) -> ir.Graph:
-    """Return the main graph of a node at ``path``."""
-    graph = path[0][0].graph if path else node.graph
-    assert isinstance(graph, ir.Graph)
-    return graph
+def graph_of(node: ir.Node) -> ir.Graph:
+    """Return the graph or subgraph of a node, which is in no function."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def values_of(graph: ir.Graph) -> list[ir.Value]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, graph_of, walk
 from magr_onnx.passes.instrument.hoist import carry_out
 from magr_onnx.passes.instrument.taps import Extension
 from magr_onnx.passes.layers.conv import OPS, ConvLayer
@@ -47,8 +47,7 @@ def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     placed = _placed(copy)
     for i, layer in enumerate(layers):
         node, path = placed[str(layer.output.name)]
-        name, graph, rank = f"__extent_{i}", node.graph, 2 + len(layer.kernel)
-        assert isinstance(graph, ir.Graph)
+        name, graph, rank = f"__extent_{i}", graph_of(node), 2 + len(layer.kernel)
         shape = copy.add("Shape", [node.outputs[0]], f"{name}_shape", graph)
         extent = copy.add("Cast", [shape], f"{name}_real", graph, to=ir.DataType.FLOAT)
         if path:
@@ -64,8 +63,7 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     for i, layer in enumerate(layers):
         name = f"__patches_{i}"
         node, path = placed[str(layer.output.name)]
-        graph = node.graph
-        assert isinstance(graph, ir.Graph)
+        graph = graph_of(node)
         real = copy.add("Cast", [node.inputs[0]], f"{name}_x", graph, to=ir.DataType.FLOAT)
         g, k = layer.group, layer.k
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, bodies_of, captured_key, root_of, values_of, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, bodies_of, captured_key, graph_of, values_of, walk
 
 _HOISTED = "magr_onnx.hoisted"
 
@@ -77,7 +77,7 @@ def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, nam
         op: The reduction: Add, or another operator with ``start`` as its neutral element.
         name: Name of the result, and prefix of the names in between.
     """
-    names = Names.of(root_of(path[0][0], ()))
+    names = Names.of(graph_of(path[0][0]))
     for depth in range(len(path) - 1, -1, -1):
         holder, attribute = path[depth]
         if holder.op_type != "If":
@@ -130,9 +130,7 @@ def _out(names: Names, holder: ir.Node, attribute: str, rows: ir.Value, width: i
     result.name = names.value(f"{name}_out")
     if holder.op_type == "If":
         return _typed(result, width)
-    graph = holder.graph
-    assert isinstance(graph, ir.Graph)
-    return _rows(names, graph, result, width, name)
+    return _rows(names, graph_of(holder), result, width, name)
 
 
 def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
@@ -144,11 +142,9 @@ def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
 
 def _carried(names: Names, loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:
     """Return rows of a Loop's body as a value of the outer graph, concatenated over iterations as a state."""
-    graph = loop.graph
-    assert isinstance(graph, ir.Graph)
     none = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
     none.outputs[0].name = names.value(f"{name}_none")
-    graph.insert_before(loop, none)
+    graph_of(loop).insert_before(loop, none)
     return _state(names, loop, attribute, rows, _typed(none.outputs[0], width), "Concat", {"axis": 0}, name)
 
 

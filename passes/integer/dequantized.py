@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, broadcast_grid
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand, producers
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand, producers
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import packed_shape, unpack_codes
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
     CONTRIB,

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.overflow.proof import Int64, IntegerDot
 from magr_onnx.core.packing import broadcast_grid
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, constant_array, operand, producers
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand, producers
 from magr_onnx.report.reasons import IntegerReason
 
 Array = npt.NDArray[Any]

@@ -9,18 +9,16 @@ these two first (`magr_onnx.passes.canonical`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
-from magr_onnx.passes.graph.constants import constant_view, dequantized, drop_if_unused
-from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.constants import constant_view, dequantized, replace_input
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
@@ -64,9 +62,8 @@ class LinearLayer(Product):
         return self.weight.shape[0 if self.transposed else 1]
 
     @property
-    def output(self) -> ir.Value:
-        """Return the layer's result, bias included."""
-        return (self.add or self.node).outputs[0]
+    def last(self) -> ir.Node:
+        return self.add or self.node
 
     @property
     def weight_key(self) -> Hashable:
@@ -95,46 +92,6 @@ class LinearLayer(Product):
         result: Array = np.broadcast_to(flat, (self.n,)).copy()
         return result
 
-    def constant(
-        self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None, inside: bool = False
-    ) -> ir.Value:
-        """Add an initializer, named after the weight, or after ``base``.
-
-        It is in the main graph, which subgraphs can read, or ``inside`` the layer's own subgraph.
-        """
-        name = f"{self.weight_name if base is None else base}{suffix}"
-        return add_initializer(self.root, name, array, self.graph if inside and self.nested else None)
-
-    @property
-    def names(self) -> Names:
-        """Return the names used in the model."""
-        return Names.of(self.root)
-
-    @property
-    def graph(self) -> ir.Graph:
-        """Return the graph of the layer's nodes."""
-        graph = self.node.graph
-        assert isinstance(graph, ir.Graph)
-        return graph
-
-    def replace(self, nodes: Sequence[ir.Node]) -> None:
-        """Replace the layer by ``nodes``; the output of the last one inherits the name, type and users of the layer's."""
-        graph = self.graph
-        nodes_before = [self.node] if self.add is None else [self.add, self.node]
-        sources = [v for n in nodes_before for v in n.inputs if v is not None]
-        result, value = self.output, nodes[-1].outputs[0]
-        value.type, value.shape = result.type, result.shape
-        value.metadata_props.update(result.metadata_props)
-        value.meta.update(result.meta)
-        value.doc_string = result.doc_string
-        nodes[-1].metadata_props.update(self.node.metadata_props)
-        nodes[-1].doc_string = self.node.doc_string
-        value.name = None  # inherits that of the result
-        self.names.adopt(nodes, nodes_before, result)
-        ir.convenience.replace_nodes_and_values(graph, nodes_before[0], nodes_before, list(nodes), [result], [value])
-        for source in sources:
-            drop_if_unused(source)
-
     def write(self, weight: Array | None, bias: Array | None, constant: Callable[[str, Any], ir.Value] | None = None) -> None:
         """Write an effective float weight and bias back in the layer's form and type; None keeps one unchanged.
 
@@ -146,25 +103,18 @@ class LinearLayer(Product):
             array = (weight / np.float32(self.factor)) if self.factor != 1.0 else weight
             transposed = self.op == "Gemm" and bool(self.node.attributes.get_int("transB", 0))
             stored = array.T if transposed else array
-            previous = self.node.inputs[1]
-            self.node.replace_input_with(1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
-            if previous is not None:
-                drop_if_unused(previous)
+            replace_input(self.node, 1, (constant or self.constant)("_magr", np.ascontiguousarray(stored).astype(kind)))
         if bias is not None and self.bias is None:
             value = self.constant("_bias", bias.astype(kind))
             if self.op == "MatMul":
                 self.add_to_output("Add", value, "_before_bias", f"{self.name}_bias")
             else:
-                self.node.resize_inputs(3)
-                self.node.replace_input_with(2, value)
+                replace_input(self.node, 2, value)
                 self.node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
         elif bias is not None and self.bias is not None:
-            holder, index = self._bias_slot()
-            previous = holder.inputs[index]
-            assert previous is not None
-            array = (bias / self.bias_factor).astype(kind).reshape(_bias_shape(self.bias, self.n))
-            holder.replace_input_with(index, self.constant("_bias", array))
-            drop_if_unused(previous)
+            index = 2 if self.add is None else int(self.add.inputs[0] is self.node.outputs[0])
+            array = (bias / self.bias_factor).astype(kind).reshape([*[1] * (len(self.bias.shape) - 1), self.n])
+            replace_input(self.last, index, self.constant("_bias", array))
 
     def add_to_output(self, op: str, addend: ir.Value, suffix: str, name: str) -> ir.Node:
         """Add a value to the layer's output ``y``, which becomes ``y`` and the suffix; the sum, a node ``op``, inherits name and users."""
@@ -175,18 +125,8 @@ class LinearLayer(Product):
         ir.convenience.replace_all_uses_with(y, result, replace_graph_outputs=True)
         total.replace_input_with(0, y)
         result.name, y.name = y.name, self.names.value(f"{y.name}{suffix}")
-        self.graph.insert_after(self.add or self.node, total)
+        self.graph.insert_after(self.last, total)
         return total
-
-    def _bias_slot(self) -> tuple[ir.Node, int]:
-        if self.add is None:
-            return self.node, 2
-        return self.add, 1 if self.add.inputs[0] is self.node.outputs[0] else 0
-
-
-def _bias_shape(bias: ir.TensorProtocol, n: int) -> tuple[int, ...]:
-    rank = max(len(bias.shape), 1)
-    return (*(1,) * (rank - 1), n)
 
 
 def view(node: ir.Node) -> LinearLayer | Skip:

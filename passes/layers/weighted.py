@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.constants import ConstantView
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, root_of, walk
+from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused
+from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, walk
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.reasons import Reason, Skip
 
@@ -54,9 +56,14 @@ class WeightedNode(abc.ABC):
         return self.node.op_type
 
     @property
+    def last(self) -> ir.Node:
+        """Return the node that puts out the result."""
+        return self.node
+
+    @property
     def output(self) -> ir.Value:
-        """Return the node's result."""
-        return self.node.outputs[0]
+        """Return the result, with a bias if there is one."""
+        return self.last.outputs[0]
 
     @property
     def dtype(self) -> ir.DataType:
@@ -66,7 +73,17 @@ class WeightedNode(abc.ABC):
     @property
     def root(self) -> ir.Graph:
         """Return the main graph."""
-        return root_of(self.node, self.path)
+        return graph_of(self.path[0][0] if self.path else self.node)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """Return the graph of the node: the main graph or a subgraph."""
+        return graph_of(self.node)
+
+    @property
+    def names(self) -> Names:
+        """Return the names used in the model."""
+        return Names.of(self.root)
 
     @property
     def weight_name(self) -> str:
@@ -77,6 +94,33 @@ class WeightedNode(abc.ABC):
     def weight_key(self) -> Hashable:
         """Return a key that is equal for views that use the same weight in the same way."""
         return self.weight.key
+
+    def constant(
+        self, suffix: str, array: npt.NDArray[Any] | np.generic | ir.TensorProtocol, base: str | None = None, inside: bool = False
+    ) -> ir.Value:
+        """Add an initializer, named after the weight, or after ``base``.
+
+        It is in the main graph, which subgraphs can read, or ``inside`` the node's own subgraph.
+        """
+        name = f"{self.weight_name if base is None else base}{suffix}"
+        return add_initializer(self.root, name, array, self.graph if inside and self.nested else None)
+
+    def replace(self, nodes: Sequence[ir.Node]) -> None:
+        """Replace the node by ``nodes``; the output of the last one inherits the name, type and users of the result."""
+        replaced = list(dict.fromkeys((self.last, self.node)))
+        sources = [v for node in replaced for v in node.inputs if v is not None]
+        result, value, graph = self.output, nodes[-1].outputs[0], self.graph
+        value.type, value.shape = result.type, result.shape
+        value.metadata_props.update(result.metadata_props)
+        value.meta.update(result.meta)
+        value.doc_string = result.doc_string
+        nodes[-1].metadata_props.update(self.node.metadata_props)
+        nodes[-1].doc_string = self.node.doc_string
+        value.name = None  # inherits that of the result
+        self.names.adopt(nodes, replaced, result)
+        ir.convenience.replace_nodes_and_values(graph, replaced[0], replaced, list(nodes), [result], [value])
+        for source in sources:
+            drop_if_unused(source)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,8 +41,9 @@ from magr_onnx.core.layer import absorbs_mean
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
-from magr_onnx.passes.graph.constants import drop_if_unused
+from magr_onnx.passes.graph.constants import replace_input
 from magr_onnx.passes.graph.names import add_initializer
+from magr_onnx.passes.graph.subgraphs import graph_of
 from magr_onnx.passes.layers.linear import LinearLayer, view
 from magr_onnx.passes.layers.weighted import FLOATS
 from magr_onnx.passes.rewrites.base import Context, Rewrite, operator, remember
@@ -79,11 +80,9 @@ class Fold:
         old = self.node.inputs[self.index]
         assert old is not None
         assert old.const_value is not None
-        graph, array = self.node.graph, old.const_value.numpy()
-        assert isinstance(graph, ir.Graph)
-        new = add_initializer(graph, f"{old.name}_equalized", (array.astype(np.float64) / s).astype(array.dtype))
-        self.node.replace_input_with(self.index, new)
-        drop_if_unused(old)
+        array = old.const_value.numpy()
+        divided = add_initializer(graph_of(self.node), f"{old.name}_equalized", (array.astype(np.float64) / s).astype(array.dtype))
+        replace_input(self.node, self.index, divided)
 
 
 def folds(value: ir.Value, k: int, layers: dict[int, LinearLayer]) -> list[Fold] | None:
