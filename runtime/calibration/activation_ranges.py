@@ -44,11 +44,10 @@ class Value:
 
 def inputs_of(layers: Sequence[LinearLayer], bias: BiasPolicy | None = None) -> list[Value]:
     """List the inputs of layers, whose errors are measured behind the weights of all their readers; ``bias`` is the later correction's."""
-    values = []
-    for name, readers in readers_of(layers).items():
-        sketch = _sketch(np.concatenate([x.read() for x in readers], axis=1))
-        values.append(Value(name, tuple(readers), sketch, all(absorbs_mean(bias, x.has_bias) for x in readers)))
-    return values
+    return [
+        Value(name, tuple(readers), _sketch(readers), all(absorbs_mean(bias, x.has_bias) for x in readers))
+        for name, readers in readers_of(layers).items()
+    ]
 
 
 def product_name(layer: LinearLayer) -> str:
@@ -162,8 +161,9 @@ def _errors(
     return errors
 
 
-def _sketch(weights: Array) -> Array:
-    """Project ``weights (K, N)`` to ``(K, r)``, ``r <= SKETCH``, so that products with it have the same energy in expectation."""
+def _sketch(layers: Sequence[LinearLayer]) -> Array:
+    """Project the weights of layers ``(K, N)`` to ``(K, r)``, ``r <= SKETCH``; products with it have the same energy in expectation."""
+    weights = np.concatenate([layer.read() for layer in layers], axis=1)
     result: Array = weights if weights.shape[1] <= SKETCH else weights @ _projection(weights.shape[1])
     return result
 

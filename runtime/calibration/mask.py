@@ -10,7 +10,7 @@ In a batch where the rows of such a value do not match the mask, all rows count 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError, RuntimeFailure
-from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_mask, current_shape
+from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, current_shape
 from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -85,10 +85,6 @@ class MaskRule:
         """Whether a value has one row per element of the mask, by its shapes at `positions` and, if it ran, on the probe."""
         return self.mask is not None and all(_fits(shape, mask) for shape, mask in zip(shapes, self._shapes, strict=False))
 
-    def elements(self, batch: Batch) -> npt.NDArray[np.bool_] | None:
-        """Return the mask of a batch as booleans; None without a mask."""
-        return None if self.mask is None else current_mask(batch, self.mask)
-
 
 def kept_rows(mask: npt.NDArray[np.bool_] | None, shape: Shape) -> npt.NDArray[np.bool_] | None:
     """Flatten a batch's mask ``(n,)`` for a value that follows it; None, for all rows, without a mask or where the shape differs."""
@@ -104,13 +100,9 @@ def masked_values(model: ir.Model, names: Iterable[str], context: CalibrationCon
     unknown = [name for name in names if name not in context.followers]
     if context.mask is not None and unknown:
         with Session(shape_taps(model, unknown), context.provider) as session:
-
-            def measured(batch: Batch) -> list[Shape]:
-                return [tuple(map(int, shape)) for shape in session.run(batch)]
-
             rule = MaskRule.of(session.dimensions, context.data, context.mask)
-            followers = _followers(rule, unknown, measured, map(measured, _at(context.data, rule.positions))) - hoisted(model)
-        context.followers.update((name, name in followers) for name in unknown)
+            followers = _followers(rule, unknown, lambda batch: [tuple(map(int, s)) for s in session.run(batch)], context.data)
+        context.followers.update((name, name in followers - hoisted(model)) for name in unknown)
     return {name for name in names if context.followers.get(name)}
 
 
@@ -123,19 +115,19 @@ def masked_outputs(
     """
     if mask is None or mask not in session.dimensions:
         return set()
-
-    def measured(batch: Batch) -> list[Shape]:
-        return [np.shape(y) for y in session.run(batch, names)]
-
     rule = MaskRule.of(session.dimensions, data, mask)
-    return _followers(rule, names, measured, (known[i] for i in rule.positions) if known else map(measured, _at(data, rule.positions)))
+    return _followers(rule, names, lambda batch: list(map(np.shape, session.run(batch, names))), data, known)
 
 
 def _followers(
-    rule: MaskRule, names: Sequence[str], measured: Callable[[Batch], Sequence[Shape]], at_positions: Iterable[Sequence[Shape]]
+    rule: MaskRule,
+    names: Sequence[str],
+    measured: Callable[[Batch], Sequence[Shape]],
+    data: Batches,
+    known: Sequence[Sequence[Shape]] = (),
 ) -> set[str]:
     """Select the values that follow a mask, by their shapes at the positions of its rule and on its probe."""
-    shapes = list(at_positions)
+    shapes = [known[i] for i in rule.positions] if known else list(map(measured, data.select(rule.positions)))
     if rule.probe is not None:
         with contextlib.suppress(RuntimeFailure):  # the model fails at this shape, whatever its inputs declare
             shapes.append(measured(rule.probe))
@@ -150,14 +142,6 @@ def dimensions_of(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
 
 def _fits(shape: Shape, mask: Shape) -> bool:
     return tuple(shape[:-1]) == tuple(mask)
-
-
-def _at(data: Batches, positions: Sequence[int]) -> Iterator[Batch]:
-    for index, batch in enumerate(data):
-        if index in positions:
-            yield batch
-        if index == positions[-1]:
-            return
 
 
 def _resized(dimensions: Dimensions, batch: Batch, mask: str, axes: Sequence[int]) -> Batch | None:

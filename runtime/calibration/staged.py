@@ -12,7 +12,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
+from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.segments import cut, downstream, fed_inputs, residual_operand, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext
@@ -117,6 +118,7 @@ class _Values:
         quants: Values of the model being quantized, where they differ.
         shared: Names of values that are the same in both.
         live: Names of values that the current or a later stage reads.
+        masks: The mask of every batch; None without one.
     """
 
     def __init__(
@@ -128,17 +130,17 @@ class _Values:
         self._provider = context.provider
         self._changed = changed
         self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
-        self._masks: list[npt.NDArray[np.bool_] | None] = []
+        self.masks: list[npt.NDArray[np.bool_] | None] = []
         names = fed_inputs(original)
         for b, batch in enumerate(context.data):
-            self._masks.append(self._mask.elements(batch))
+            self.masks.append(None if context.mask is None else current_mask(batch, context.mask))
             for name in names:
                 floats.put(name, b, np.asarray(batch[name]))
         self.shared = set(names)  # nothing before them is quantized
         self._probe = None if self._mask.probe is None else {name: np.asarray(self._mask.probe[name]) for name in names}
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self.masks)
 
     def advance(self, live: Sequence[str], feedback: bool, first: bool) -> None:
         """Compute the values that are ``live`` from this stage on, with ``feedback`` in both models."""
@@ -189,10 +191,6 @@ class _Values:
         arrays = [self.floats.get(name, b) for b in self._mask.positions]
         return self._mask.follows([a.shape for a in (*arrays, *([] if self._probe is None else [self._probe[name]]))])
 
-    def kept_rows(self, batch: int, shape: Sequence[int]) -> npt.NDArray[np.bool_] | None:
-        """See `magr_onnx.runtime.calibration.mask.kept_rows`."""
-        return kept_rows(self._masks[batch], shape)
-
     def residual(self, layer: LinearLayer, name: str) -> str | None:
         """Name the residual added to the output of a layer that reads ``name``, if it is live, differs between the models, and has the
         same rows."""
@@ -202,21 +200,6 @@ class _Values:
         return residual if self.floats.get(residual, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measurement:
-    """Statistics of one value and targets of its readers.
-
-    Attributes:
-        stats: Moments of its rows; None without rows.
-        targets: Target moments of the layers that read it, by layer name.
-        masked: Whether the mask was applied in all batches.
-    """
-
-    stats: LayerStats | None
-    targets: dict[str, TargetMoments] = field(default_factory=dict)
-    masked: bool = True
-
-
 def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> CalibrationResult:
     """Measure the inputs of a stage and, with feedback, the target moments of its layers."""
     stats: dict[str, LayerStats] = {}
@@ -224,22 +207,24 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
-        measured = _measure(name, readers, values, context, feedback)
+        measured, masked, targets_of_readers = _measure(name, readers, values, context, feedback)
         if context.mask is not None:
-            check_rows([0 if measured.stats is None else measured.stats.rows], context.mask)
-            unmasked += [] if measured.masked else [name]
-        if measured.stats is None:
+            check_rows([0 if measured is None else measured.rows], context.mask)
+            unmasked += [] if masked else [name]
+        if measured is None:
             continue
-        if not (np.isfinite(measured.stats.target_mean).all() and np.isfinite(measured.stats.gram).all()):
+        if not (np.isfinite(measured.target_mean).all() and np.isfinite(measured.gram).all()):
             bad.append(not_finite(name, readers, context.data.description))
-        stats[name] = measured.stats
-        targets |= measured.targets
+        stats[name] = measured
+        targets |= targets_of_readers
     raise_all(NonFiniteError, bad)
     return CalibrationResult(stats, tuple(unmasked), targets)
 
 
-def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> _Measurement:
-    """Measure one value, and the target moments of the layers that read it."""
+def _measure(
+    name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool
+) -> tuple[LayerStats | None, bool, dict[str, TargetMoments]]:
+    """Measure one value: its moments, whether the mask was applied in all batches, and the target moments of the layers that read it."""
     choice = context.grids.get(name)
     activation, bounds = (None, None) if choice is None else (choice.grid, choice.bounds)
     with_targets = feedback and not (name in values.shared and activation is None)
@@ -254,7 +239,7 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
         if bounds is not None:
             x, y = np.clip(x, *bounds), np.clip(y, *bounds)
         y = rounded(y, activation)
-        kept = values.kept_rows(b, x.shape) if follows else None
+        kept = kept_rows(values.masks[b], x.shape) if follows else None
         masked &= kept is not None
         held_out, weight = b in context.hold_out, context.data.weight(b)
         rows = _rows(y, kept), _rows(x, kept)
@@ -270,7 +255,7 @@ def _measure(name: str, readers: Sequence[LinearLayer], values: _Values, context
         else:
             target = layer.read()
             targets[layer.name] = with_held_out(*(sums.target_moments(target) for sums in inputs))
-    return _Measurement(split_stats(inputs[0], inputs[1], activation), targets, masked)
+    return split_stats(inputs[0], inputs[1], activation), masked, targets
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:

@@ -71,19 +71,10 @@ class Past:
     length: int | None
     shape: tuple[int | None, ...]
 
-    @property
-    def unknown(self) -> list[int]:
-        """Axes of unknown size."""
-        return [i for i, d in enumerate(self.shape) if d is None and i not in (self.batch, self.length)]
-
     def empty(self, samples: int) -> Array:
         """Return the past before the first token: of length 0, or zeros where the size is fixed."""
-        dims = [d if d is not None else 1 for d in self.shape]
-        if self.batch is not None:
-            dims[self.batch] = samples
-        if self.length is not None:
-            dims[self.length] = 0
-        return np.zeros(dims, self.info.dtype)
+        known = {self.batch: samples, self.length: 0}
+        return np.zeros([known.get(i, 1 if d is None else d) for i, d in enumerate(self.shape)], self.info.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +135,8 @@ def recognise(model: ir.Model) -> Decoder | None:
         problems.append(f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}")
     values = {str(v.name): v for v in model.graph.inputs}
     pasts = tuple(_past(i, values[i.name], presents[i.name], model) for i in inputs if i.name in presents)
-    problems += [f"the size of axis {p.unknown[0]} of the past input {p.info} is not known" for p in pasts if p.unknown][:1]
+    unsized = [(p, i) for p in pasts for i, d in enumerate(p.shape) if d is None and i not in (p.batch, p.length)]
+    problems += [f"the size of axis {i} of the past input {p.info} is not known" for p, i in unsized[:1]]
     fixed = [p.info for p in pasts if p.length is None and len(p.info.shape) == 4]
     if fixed and not any(node.op_type == FUSED for node in model.graph.all_nodes()):
         problems.append(

@@ -6,6 +6,7 @@ vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``Calibratio
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,12 +83,10 @@ class Batches:
 
     def select(self, positions: Sequence[int]) -> Batches:
         """Select the batches at some positions, in rising order."""
-        selected = set(positions)
+        selected, stop = set(positions), max(positions, default=-1) + 1
 
         def read() -> Iterator[Batch]:
-            for i, batch in enumerate(self.read()):
-                if i in selected:
-                    yield batch
+            return (batch for i, batch in enumerate(itertools.islice(self.read(), stop)) if i in selected)
 
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
         shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
@@ -137,7 +136,7 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
 def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """Split or fill batches of the wrong number of samples, and check that all fit, in one pass over them; see `open_data`."""
     if len(batches) == 0:
-        raise CalibrationError(f"{batches.description}: no data; give at least one batch with {_list(inputs)}")
+        raise CalibrationError(f"{batches.description}: no data; give at least one batch with {'; '.join(map(str, inputs))}")
     parts: list[tuple[int, fixed_batch.Group]] = []
     shapes: list[Shapes] = []
     samples = 0.0
@@ -175,13 +174,13 @@ def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
     """List the problems of a batch that does not fit the model's inputs."""
-    declared = {i.name: i for i in inputs}
+    declared, described = {i.name: i for i in inputs}, "; ".join(map(str, inputs))
     problems = []
     missing, extra = sorted(declared.keys() - batch.keys()), sorted(batch.keys() - declared.keys())
     if missing or extra:
         remedy = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
         remedy = remedy if missing else f"; leave out {', '.join(extra)}: save, or give, the arrays of the inputs alone"
-        problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {_list(inputs)}{remedy}")
+        problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {described}{remedy}")
     for name in sorted(declared.keys() & batch.keys()):
         array, info = batch[name], declared[name]
         shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
@@ -192,10 +191,6 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.append(f"{name} holds NaN or infinite values")
     return problems
-
-
-def _list(inputs: Sequence[InputInfo]) -> str:
-    return "; ".join(map(str, inputs))
 
 
 def _as_arrays(batch: Batch, where: str) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,40 +45,39 @@ def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], batch_size: i
     problems += [f"text gives {', '.join(INPUTS)}, and the model needs {needed} too; give an .npz with all of them"] * bool(unsupported)
     problems += ["the model has no input_ids to feed text to; give an .npz of its inputs"] * ("input_ids" not in declared)
     raise_all(CalibrationError, [f"{texts}: {p}" for p in problems])
-    length, fixed = _fixed(declared["input_ids"])
-    samples = _tokens(texts, folder, min(MAX_TOKENS, length or MAX_TOKENS, _max_length(folder)))
+    shape, config = declared["input_ids"].shape, _config(folder)
+    fixed, length = shape[0] if shape else None, shape[1] if len(shape) > 1 else None
+    tokenizer = _tokenizer(folder)
+    samples = _tokens(texts, tokenizer, min(MAX_TOKENS, length or MAX_TOKENS, _max_length(config)))
     batch = fixed or (batch_size if "attention_mask" in declared or length is not None else 1)
     if not samples:
         raise CalibrationError(f"{texts}: no text in it")
-    padding = _pad_id(folder)
+    padding = _pad_id(config, tokenizer)
     groups = fixed_batch.groups(len(samples), batch, fixed=fixed is not None)
     chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
     return in_memory([_batch(chunk, length or len(chunk[-1]), padding, declared) for chunk in chunks], str(texts), groups)
 
 
-def _fixed(ids: InputInfo) -> tuple[int | None, int | None]:
-    """Return the length and the batch size that the model fixes."""
-    return (ids.shape[1] if len(ids.shape) > 1 else None), (ids.shape[0] if ids.shape else None)
-
-
-def _tokens(texts: Path, folder: Path, limit: int) -> list[list[int]]:
-    """Encode every line, truncated to ``limit`` tokens, and sort by length."""
+def _tokenizer(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise CalibrationError("calibration with text needs the package tokenizers: pip install tokenizers") from None
     try:
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # the library raises plain exceptions
+        raise CalibrationError(f"{folder / TOKENIZER} is not a tokenizer that the package tokenizers can read: {error}") from error
+
+
+def _tokens(texts: Path, tokenizer: Any, limit: int) -> list[list[int]]:
+    """Encode every line, truncated to ``limit`` tokens, and sort by length."""
+    try:
         lines = [line.removesuffix("\r") for line in texts.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{texts} cannot be read as UTF-8 text: {error}") from error
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    except Exception as error:  # the library raises plain exceptions
-        raise CalibrationError(f"{folder / TOKENIZER} is not a tokenizer that the package tokenizers can read: {error}") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    samples = [list(encoding.ids) for encoding in tokenizer.encode_batch(lines)]
-    return sorted((ids for ids in samples if ids), key=len)
+    return sorted((list(encoding.ids) for encoding in tokenizer.encode_batch(lines) if encoding.ids), key=len)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -90,22 +89,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _max_length(folder: Path) -> int:
+def _max_length(config: Mapping[str, Any]) -> int:
     """Return ``model_max_length``, up to `MAX_TOKENS`; transformers writes 1e30 or Infinity where it is unknown."""
-    length = _config(folder).get("model_max_length")
+    length = config.get("model_max_length")
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:  # NaN too
         return MAX_TOKENS
     return int(min(length, MAX_TOKENS))
 
 
-def _pad_id(folder: Path) -> int:
+def _pad_id(config: Mapping[str, Any], tokenizer: Any) -> int:
     """Return the id of the padding token; 0 where there is none, as any id will do where the mask is zero."""
-    from tokenizers import Tokenizer
-
-    token = _config(folder).get("pad_token")
+    token = config.get("pad_token")
     text = token.get("content") if isinstance(token, dict) else token
-    pad_id = None if not isinstance(text, str) else Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(text)
-    return 0 if pad_id is None else int(pad_id)
+    return (tokenizer.token_to_id(text) if isinstance(text, str) else None) or 0
 
 
 def _batch(samples: Sequence[Sequence[int]], length: int, padding: int, declared: dict[str, InputInfo]) -> Batch:

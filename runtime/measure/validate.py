@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import model_bytes
+from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.graph.torch_names import scope_of
@@ -267,6 +267,4 @@ def _latency(float_model: Model, quantized_model: Model, data: Batches, provider
 def _size(model: Model) -> int:
     if isinstance(model, ir.Model):
         return model_bytes(model)
-    path = Path(model)
-    external = {t.path for v in ir.load(path).graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
-    return path.stat().st_size + sum(os.stat(p).st_size for p in external)
+    return sum(path.stat().st_size for path in (Path(model), *data_files(Path(model))))
