@@ -35,7 +35,7 @@ def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
         ValueError: The protobuf exceeds 2 GiB without its large tensors.
     """
     root = Path(folder.resolve().anchor)
-    values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    values = [v for v in model_values(model) if v.const_value is not None]
     before = [v.const_value for v in values]
     data = folder.resolve() / "model.data"
     try:
@@ -46,19 +46,25 @@ def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
                 if isinstance(tensor, ir.ExternalTensor):
                     path = Path(os.path.abspath(tensor.path))
                     path = path.parent.resolve() / path.name  # a link to a folder, followed; a link to a file is checked by its reader
-                    if Path(path.anchor) == root:
-                        value.const_value = _external(tensor, path, root, tensor.offset or 0)
-                        continue
-                if tensor.nbytes > most_inline(tensor, THRESHOLD):
-                    offset = file.tell()
+                if isinstance(tensor, ir.ExternalTensor) and Path(path.anchor) == root:
+                    offset = tensor.offset or 0
+                elif tensor.nbytes > most_inline(tensor, THRESHOLD):
+                    path, offset = data, file.tell()
                     file.write(tensor.tobytes())
-                    value.const_value = _external(tensor, data, root, offset)
+                else:
+                    continue
+                value.const_value = external_tensor(tensor, str(tensor.name), path.relative_to(root).as_posix(), offset, root)
         return ir.to_proto(model).SerializeToString(), {FOLDER_KEY: str(root)}
     finally:
         for value, original in zip(values, before, strict=True):
             value.const_value = original
 
 
-def _external(tensor: ir.TensorProtocol, path: Path, root: Path, offset: int) -> ir.ExternalTensor:
-    location = path.relative_to(root).as_posix()
-    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(tensor.name), base_dir=root)  # type: ignore[arg-type]
+def external_tensor(tensor: ir.TensorProtocol, name: str, location: str, offset: int, folder: Path) -> ir.ExternalTensor:
+    """Return ``tensor`` as one that is read from ``location``, a file relative to ``folder``."""
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder)  # type: ignore[arg-type]
+
+
+def model_values(model: ir.Model) -> list[ir.Value]:
+    """Return the initializers of the model and its subgraphs."""
+    return [v for graph in model.graphs() for v in graph.initializers.values()]

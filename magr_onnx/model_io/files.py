@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Lazy
 from magr_onnx.errors import ModelError, raise_all
-from magr_onnx.model_io import contrib_schemas, validate_proto, writable
+from magr_onnx.model_io import atomic, contrib_schemas, validate_proto
+from magr_onnx.model_io.external_data import model_values
 from magr_onnx.model_io.legacy import modernize
 from magr_onnx.model_io.writing import data_name, is_data_file_of
 
@@ -85,8 +86,7 @@ def load(source: Any) -> Loaded:
 
 def _data_of(model: ir.Model) -> frozenset[Path]:
     """Return the files that tensors of a model in memory are read from."""
-    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    paths = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    paths = {Path(v.const_value.path) for v in model_values(model) if isinstance(v.const_value, ir.ExternalTensor)}
     missing = [f"the given model reads {p}, and there is no such file from {Path.cwd()}" for p in sorted(paths) if not p.is_file()]
     raise_all(ModelError, missing)
     return frozenset(paths)
@@ -103,7 +103,7 @@ def check_name(path: Path) -> list[str]:
 
 def check_length(output: Path) -> list[str]:
     """Return a problem if the names of an output's data files may be too long."""
-    return writable.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
+    return atomic.too_long(f"output {output}, data files", output.with_name(data_name(output, count=2, tag=12 * "0")))
 
 
 def _load_path(path: Path) -> Loaded:
@@ -172,19 +172,12 @@ def _check(model: str | onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} cannot be checked: {error}") from error
 
 
-def initializer_bytes(model: ir.Model) -> int:
-    """Return the bytes of all initializers and Constant nodes, subgraphs included, with packed bits."""
-    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    tensors += [n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if n.op_type == "Constant" and "value" in n.attributes]
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
 def model_bytes(model: ir.Model) -> int:
     """Return the size of a model in memory as a file, without copying or reading tensors.
 
     Initializers are replaced by external data while the rest is serialized.
     """
-    tensors = [(value, value.const_value) for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [(value, value.const_value) for value in model_values(model)]
     try:
         for value, tensor in tensors:
             if tensor is not None:
@@ -210,7 +203,7 @@ def check_output(output: Path, loaded_path: Path | None, external: frozenset[Pat
         problems.append(f"output {output} is a folder; give a file name")
     elif not os.path.isdir(folder):
         problems.append(f"output folder {folder} does not exist; create it first")
-    elif reasons := writable.why_not_writable(f"output {output}", output) or check_length(output):
+    elif reasons := atomic.why_not_writable(f"output {output}", output) or check_length(output):
         problems += reasons
     sources = {p.resolve() for p in external} | ({loaded_path.resolve()} if loaded_path else set())
     if output.resolve() in sources or any(is_data_file_of(p, output) and p.parent == folder.resolve() for p in sources):

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.errors import OutputError
-from magr_onnx.model_io.writing import model_values, os_error_hint, release_mmap
+from magr_onnx.model_io.external_data import external_tensor, model_values
+from magr_onnx.model_io.writing import os_error_hint, release_mmap
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
 FILE_BYTES = 1 << 30  # a tensor maps its whole file, so several files are better than one
@@ -45,4 +46,4 @@ class Spool:
             offset = file.tell()
             file.write(tensor.tobytes())  # not tofile, in which NumPy ignores a full disk
             self._used = file.tell()
-        return ir.ExternalTensor(path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=self._folder)
+        return external_tensor(tensor, name, path.name, offset, self._folder)

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import onnx
 import onnx_ir as ir
@@ -24,12 +23,11 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.model_io.atomic import mode_of, replace, staging_directory, sync
-from magr_onnx.model_io.external_data import most_inline
+from magr_onnx.model_io.external_data import external_tensor, model_values, most_inline
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1
 SMALL = 256  # bytes up to which a tensor stays in the protobuf, as onnx and onnx-ir have it
-_CHUNK = 1 << 24
 _LARGE_PROTOBUF = 1 << 28  # a larger file is not parsed only for the names of its data files
 
 
@@ -50,8 +48,7 @@ class Layout:
 
 def tensor_bytes(model: ir.Model) -> int:
     """Return the bytes of all tensors of the model, including attributes and subgraphs."""
-    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
-    total = sum(t.nbytes for t in tensors if t is not None)
+    total = sum(v.const_value.nbytes for v in model_values(model) if v.const_value is not None)
     for node in model.graph.all_nodes():
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
@@ -109,14 +106,15 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
         LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=SMALL // 4)(model)
     values = _large(model) if external else []
     before = [v.const_value for v in model_values(model)]
-    files = _write_data([v.const_value for v in values if v.const_value is not None], folder, layout.shard_size)
+    tensors = [v.const_value for v in values if v.const_value is not None]
+    files = _write_data(tensors, folder, layout.shard_size)
     names = _names(output, [f.digest for f in files])
     done = False
     try:
         for file, name in zip(files, names, strict=True):
             os.replace(file.path, folder / name)
             for index, offset in file.tensors:
-                values[index].const_value = _external(values[index], name, offset, folder)
+                values[index].const_value = external_tensor(tensors[index], str(values[index].name), name, offset, folder)
         for value in model_values(model):
             if value.const_value is not None and isinstance(value.const_value, ir.ExternalTensor) and value.const_value.base_dir != folder:
                 value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.const_value.name, dtype=value.const_value.dtype)
@@ -163,11 +161,6 @@ def oversized(model: ir.Model, layout: Layout) -> list[str]:
     return [str(v.name) for v in model_values(model) if v.const_value is not None and v.const_value.nbytes > layout.shard_size]
 
 
-def model_values(model: ir.Model) -> list[ir.Value]:
-    """Return the initializers of the model and its subgraphs."""
-    return [v for graph in model.graphs() for v in graph.initializers.values()]
-
-
 def _large(model: ir.Model) -> list[ir.Value]:
     """Return the initializers that go to data files: all of them if the small ones alone are too large for a protobuf."""
     tensors = [(v, v.const_value) for v in model_values(model) if v.const_value is not None and v.const_value.dtype != ir.DataType.STRING]
@@ -184,26 +177,6 @@ class _DataFile:
     tensors: list[tuple[int, int]]
 
 
-class _Hashed:
-    """A file that hashes what is written to it. It has no file descriptor, so tensors are written through it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for at in range(0, len(view), _CHUNK):
-            self._file.write(view[at : at + _CHUNK])
-            self._hash.update(view[at : at + _CHUNK])
-        self.size += len(view)
-        return len(view)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
 def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: int | None) -> list[_DataFile]:
     """Write tensors in order, starting a new file where the next one would exceed the shard size."""
     groups: list[list[int]] = []
@@ -218,14 +191,20 @@ def _write_data(tensors: Sequence[ir.TensorProtocol], folder: Path, shard_size: 
     files = []
     for number, group in enumerate(groups):
         path = folder / f"{number}.part"
-        with path.open("wb") as raw:
-            file = _Hashed(raw)
-            offsets = []
+        offsets = []
+        with path.open("wb") as file:
             for index in group:
-                file.write(bytes(_aligned(file.size, tensors[index].nbytes) - file.size))
-                offsets.append((index, file.size))
-                _copy(tensors[index], file)
-        files.append(_DataFile(path, file.digest(), offsets))
+                tensor = tensors[index]
+                file.write(bytes(_aligned(file.tell(), tensor.nbytes) - file.tell()))
+                offsets.append((index, file.tell()))
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.tofile(file)
+                    release_mmap(tensor)
+                else:
+                    file.write(tensor.tobytes())  # not tofile, in which NumPy ignores a full disk
+                if (written := file.tell() - offsets[-1][1]) != tensor.nbytes:
+                    raise ValueError(f"tensor {tensor.name} wrote {written} bytes and should have {tensor.nbytes}")
+        files.append(_DataFile(path, file_digest(path), offsets))
     return files
 
 
@@ -233,23 +212,6 @@ def _aligned(offset: int, size: int) -> int:
     """Return the next aligned offset for a tensor of ``size`` bytes; large tensors are aligned to pages, for memory mapping."""
     step = 4096 if size >= 1 << 20 else 64 if size > SMALL else 8
     return -(-offset // step) * step
-
-
-def _copy(tensor: ir.TensorProtocol, file: _Hashed) -> None:
-    start = file.size
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.tofile(file)
-        release_mmap(tensor)
-    else:
-        file.write(tensor.tobytes())
-    if file.size - start != tensor.nbytes:
-        raise ValueError(f"tensor {tensor.name} wrote {file.size - start} bytes and should have {tensor.nbytes}")
-
-
-def _external(value: ir.Value, name: str, offset: int, folder: Path) -> ir.ExternalTensor:
-    tensor = value.const_value
-    assert tensor is not None
-    return ir.ExternalTensor(name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=folder)  # type: ignore[arg-type]
 
 
 def _write_protobuf(model: ir.Model, path: Path) -> None:
@@ -295,23 +257,21 @@ def _names(output: Path, digests: Sequence[str]) -> list[str]:
     plain = [data_name(output, i, count) for i in range(count)]
     tagged = [data_name(output, i, count, tag) for i in range(count)]
 
-    def free(names: Sequence[str]) -> bool:
-        paths = [output.parent / name for name in names]
-        return all(not p.exists() or (p.is_file() and file_digest(p) == d) for p, d in zip(paths, digests, strict=True))
+    def stored(name: str, digest: str) -> bool:
+        path = output.parent / name
+        return path.is_file() and file_digest(path) == digest
 
-    tagged_exist = all(
-        (output.parent / name).is_file() and file_digest(output.parent / name) == d for name, d in zip(tagged, digests, strict=True)
-    )
-    return tagged if (tagged_exist and count) or not free(plain) else plain
+    def free(name: str, digest: str) -> bool:
+        return not (output.parent / name).exists() or stored(name, digest)
+
+    tagged_exist = count > 0 and all(map(stored, tagged, digests))
+    return tagged if tagged_exist or not all(map(free, plain, digests)) else plain
 
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, read in chunks."""
-    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_data_file_of(path: Path, output: Path) -> bool:

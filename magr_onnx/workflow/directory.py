@@ -23,7 +23,7 @@ from magr_onnx.config.arguments import DEFAULTS, FOLDER_DEFAULTS, OMITTED, Folde
 from magr_onnx.config.invocation import Invocation, plain, python_call, without_defaults
 from magr_onnx.config.selection import LayerNames, Patterns
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
-from magr_onnx.model_io import atomic, copy_directory, files, writable
+from magr_onnx.model_io import atomic, copy_directory, files
 from magr_onnx.model_io.writing import os_error_hint
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report import html
@@ -207,7 +207,7 @@ def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool
     """What stands against writing the folder."""
     a, b = folder.resolve(), out.resolve()
     long = [text for name in names for text in files.check_length(out / name)]
-    if problems := files.check_name(b) or writable.why_not_writable(f"output {out}", out) or long:
+    if problems := files.check_name(b) or atomic.why_not_writable(f"output {out}", out) or long:
         return problems
     if a == b or a in b.parents or b in a.parents:
         return [f"output folder {out} and source {folder} must not be, or hold, each other; choose another folder"]

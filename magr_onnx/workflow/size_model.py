@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import ActivationGrid, LayerStats
-from magr_onnx.model_io.files import initializer_bytes
+from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -33,11 +33,11 @@ def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: 
     copy = model.clone()
     layers = {layer.name: layer for layer in find(copy)[0]}
     writer = _Writer(layers.values(), grids)
-    sizes, before = [], initializer_bytes(copy)
+    sizes, before = [], tensor_bytes(copy)
     for names in items:
         for name in names:
             writer.write(layers[name], plan)
-        after = initializer_bytes(copy)
+        after = tensor_bytes(copy)
         sizes.append(after - before)
         before = after
     return sizes

@@ -19,7 +19,8 @@ from magr_onnx.config.plans import build_pipeline
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import ActivationGrid, Choice, DynamicRange, LayerStats
 from magr_onnx.errors import CalibrationError, OptionError
-from magr_onnx.model_io import files, writing
+from magr_onnx.model_io import writing
+from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.models import bundled
 from magr_onnx.passes import LinearLayer, Plan, find, run_layers
 from magr_onnx.passes.instrument.weight_inputs import with_weight_inputs
@@ -105,8 +106,8 @@ def test_size_of_a_choice_is_that_of_the_file(options: dict[str, Any], kind: Any
     real = source.clone()
     run_layers(plan, find(real)[0], statistics, lambda solved: None)
     blank = size_model.converted(source, {name: plan})
-    assert files.initializer_bytes(blank) == files.initializer_bytes(real)
-    assert size_model.changes(source, [[name]], plan) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
+    assert tensor_bytes(blank) == tensor_bytes(real)
+    assert size_model.changes(source, [[name]], plan) == [tensor_bytes(real) - tensor_bytes(source)]
     assert writing.save(blank, tmp_path / "blank.onnx") == writing.save(real, tmp_path / "real.onnx")
 
 
@@ -127,8 +128,8 @@ def test_grids_of_activations_count(options: dict[str, Any], tmp_path: Path) -> 
         return replace(problem, activation=activation, output_grid=product)
 
     run_layers(plan, find(real)[0], statistics, lambda solved: None, complete)
-    assert files.initializer_bytes(size_model.converted(source, {layer.name: plan}, grids)) == files.initializer_bytes(real)
-    assert size_model.changes(source, [[layer.name]], plan, grids) == [files.initializer_bytes(real) - files.initializer_bytes(source)]
+    assert tensor_bytes(size_model.converted(source, {layer.name: plan}, grids)) == tensor_bytes(real)
+    assert size_model.changes(source, [[layer.name]], plan, grids) == [tensor_bytes(real) - tensor_bytes(source)]
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -143,7 +144,7 @@ def test_shared_weights_leave_the_file_with_the_last_layer(gathered: bool) -> No
 
 def test_weights_in_constant_nodes_count() -> None:
     model = graphs.matmul_constant(64, 64)
-    assert files.initializer_bytes(model) == 4 * 64 * 64
+    assert tensor_bytes(model) == 4 * 64 * 64
     assert size_model.changes(model, [["layer"]], build_pipeline(bits=4)) == [64 * (32 + 8 + 1) + 64 * 4 - 4 * 64 * 64]
 
 
@@ -276,7 +277,7 @@ def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:
     """The nodes and names of layers count, which what a layer costs does not have."""
     model = unequal()
     choices = mixed_precision.choices_of({"block_size": 32})
-    source = mixed_precision.Source(model, find(model)[0], files.initializer_bytes(model), file=True, stamp=0)
+    source = mixed_precision.Source(model, find(model)[0], tensor_bytes(model), file=True, stamp=0)
 
     def planned(size: int) -> int:
         goal = mixed_precision.goal_of({"target_size": f"{size} B"})
@@ -295,7 +296,7 @@ def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:
 def test_in_memory_tensors_count() -> None:
     model = unequal()
     result = magr_onnx.optimize(model, batches(model), target_size="20%")
-    assert files.initializer_bytes(result.model) <= 0.2 * files.initializer_bytes(model)
+    assert tensor_bytes(result.model) <= 0.2 * tensor_bytes(model)
 
 
 @pytest.mark.parametrize(("text", "size"), [("20 kB", 20_000), ("19000B", 19_000), ("0.02MB", 20_000)])
@@ -349,7 +350,7 @@ def test_a_missed_loss_is_tried_again_and_told() -> None:
     """A allocation whose prediction is ten times too low asks for a tenth of the loss next."""
     model = unequal()
     choices = mixed_precision.choices_of({"block_size": 32})
-    source = mixed_precision.Source(model, find(model)[0], files.initializer_bytes(model), False, 0)
+    source = mixed_precision.Source(model, find(model)[0], tensor_bytes(model), False, 0)
     goal = mixed_precision.goal_of({"max_loss": "0.01"})
     assert goal is not None
     allocation = mixed_precision.Allocation(goal, source, choices)

@@ -14,7 +14,7 @@ import pytest
 import magr_onnx
 from magr_onnx import Report
 from magr_onnx.core.types import LayerStats
-from magr_onnx.model_io import files
+from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.models.zoo import ZOO
 from magr_onnx.models.zoo.nested import TABLE, W
 from magr_onnx.passes import Plan, SolvedLayer, find, run_layers
@@ -149,7 +149,7 @@ def test_codes_are_stored_once(kind: str) -> None:
         options = {"bias": "none"} | options
     one, _ = magr_onnx.optimize(readers(1), [{"x0": feeds["x0"]}] * 4, **options)
     two, report = magr_onnx.optimize(readers(2), [feeds] * 4, **options)
-    assert files.initializer_bytes(two) == files.initializer_bytes(one) + more
+    assert tensor_bytes(two) == tensor_bytes(one) + more
     assert "w" not in two.graph.initializers
     assert len(report.layers) == 2
     with Session(two) as session, Session(readers(2)) as floats:

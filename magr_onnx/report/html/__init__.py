@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magr_onnx.errors import OptionError, OutputError, install, raise_all
-from magr_onnx.model_io.atomic import write_text
-from magr_onnx.model_io.writable import why_not_writable
+from magr_onnx.model_io.atomic import why_not_writable, write_text
 
 if TYPE_CHECKING:
     from magr_onnx.report.data import Report
