@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Unpack, cast, get_args
 
+from magr_onnx import passes
 from magr_onnx.config.options import BIAS, OPTIONS, Effort, Options
 from magr_onnx.core.quantizers import method_options
 from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.errors import OptionError, choose_one, closest, raise_all
-from magr_onnx.passes import (
-    CompensateBias,
-    Convolutions,
-    Embeddings,
-    Equalize,
-    ErrorFeedback,
-    LowRank,
-    MagR,
-    OutputHessian,
-    Plan,
-    Quantize,
-    QuantizeActivations,
-    Rewrite,
-    SplitOutliers,
-    TwinRanges,
-)
 from magr_onnx.passes.emit import FORMATS, Format
 
 CONV_BITS = 8
 
 
-_REWRITES: dict[str, Callable[[], Rewrite]] = {"equalize": Equalize, "split_outliers": SplitOutliers, "twin_ranges": TwinRanges}
+_REWRITES: tuple[type[passes.Rewrite], ...] = (passes.Equalize, passes.SplitOutliers, passes.TwinRanges)
 
 
-def build_pipeline(**options: Unpack[Options]) -> Plan:
+def build_pipeline(**options: Unpack[Options]) -> passes.Plan:
     """Make the plan that a set of options stands for: MagR, quantize, compensate the bias, emit.
 
     Raises:
@@ -43,7 +28,7 @@ def build_pipeline(**options: Unpack[Options]) -> Plan:
     return plan_of(options)
 
 
-def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "cpu") -> Plan:
+def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "cpu") -> passes.Plan:
     """Make the plan for a function that has ``arguments`` beside the options, which a mistyped one may stand for.
 
     Raises:
@@ -58,15 +43,15 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
     quantize = _quantize(form, options, named or ("comq" if effort == "fast" else "auto"))
     bias = options.get("bias", "auto")
     policy = form.bias if bias == "auto" else bias
-    plan = Plan(
-        rewrites=tuple(make() for option, make in _REWRITES.items() if options.get(option)),
-        error_feedback=ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
-        output_hessian=OutputHessian() if named is None and effort == "best" else None,
+    plan = passes.Plan(
+        rewrites=tuple(rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_"))),
+        error_feedback=passes.ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
+        output_hessian=passes.OutputHessian() if named is None and effort == "best" else None,
         magr=_magr(quantize, options.get("alpha")),
         activations=_activations(form, options),
         quantize=quantize,
-        low_rank=LowRank(rank) if (rank := options.get("low_rank", 0)) else None,
-        bias=CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
+        low_rank=passes.LowRank(rank) if (rank := options.get("low_rank", 0)) else None,
+        bias=passes.CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
         emitter=form.make_emitter(options) if name in FORMATS else None,
         convolutions=None if options.get("conv_bits") is None else convolutions(options),
         embeddings=_embeddings(options),
@@ -123,11 +108,11 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield from convolutions(options).problems(None)
 
 
-def _quantize(form: Format, options: Options, quantizer: str) -> Quantize:
+def _quantize(form: Format, options: Options, quantizer: str) -> passes.Quantize:
     """Make the quantizer's stage. Formats that size their blocks for an accumulator need none in the quantizer."""
     bits, symmetric = options.get("bits"), options.get("symmetric")
     fits = form.fit_accumulator is not None
-    quantize = Quantize(
+    quantize = passes.Quantize(
         quantizer,
         form.bits if bits is None else bits,
         options.get("block_size", form.block_size),
@@ -144,33 +129,33 @@ def _quantize(form: Format, options: Options, quantizer: str) -> Quantize:
     return replace(quantize, alpha=options.get("alpha")) if quantize.quantizer.chooses else quantize
 
 
-def _magr(quantize: Quantize, alpha: float | None) -> MagR | None:
+def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
     """Make the stage of MagR, where the quantizer does not run it itself."""
     if quantize.quantizer.chooses:
         return None
     alpha = usual_alpha(quantize.bits, quantize.block_size) if alpha is None else alpha
-    return MagR(alpha, True, quantize.block_size, quantize.damping) if alpha else None
+    return passes.MagR(alpha, True, quantize.block_size, quantize.damping) if alpha else None
 
 
-def _activations(form: Format, options: Options) -> QuantizeActivations | None:
+def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:
     """Make the stage for layer inputs, where the format quantizes them."""
     if form.input_grids == "static":
-        return QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
-    return None if form.input_grids is None else QuantizeActivations("dynamic")
+        return passes.QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
+    return None if form.input_grids is None else passes.QuantizeActivations("dynamic")
 
 
-def _embeddings(options: Options) -> Embeddings | None:
+def _embeddings(options: Options) -> passes.Embeddings | None:
     if (form := options.get("embeddings", "none")) == "none":
         return None
     bits = options.get("embedding_bits")
-    return Embeddings(form, 8 if bits is None else bits)  # type: ignore[arg-type]
+    return passes.Embeddings(form, 8 if bits is None else bits)  # type: ignore[arg-type]
 
 
-def convolutions(options: Options) -> Convolutions:
+def convolutions(options: Options) -> passes.Convolutions:
     """Make the pass that quantizes convolutions."""
     bits, symmetric = options.get("conv_bits"), options.get("symmetric")
     form = FORMATS.get(options.get("format", ""))
-    return Convolutions(
+    return passes.Convolutions(
         CONV_BITS if bits is None else bits,
         True if symmetric is None else symmetric,
         options.get("alpha"),

@@ -21,11 +21,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from magr_onnx.config.layer_options import LayerOptions, problems_of
 from magr_onnx.config.merge import dropped, merge
-from magr_onnx.config.options import DATA, KEYS, OPTIONS, PANELS, RUN, Options
+from magr_onnx.config.options import DATA, KEYS, OPTIONS, PANELS, RUN
 from magr_onnx.config.schema import as_list, none_to_word, unknown, word_to_none
 from magr_onnx.errors import RecipeError, raise_all
 from magr_onnx.model_io.atomic import write_text
@@ -84,11 +84,6 @@ class Recipe:
             RecipeError, [f"layer {table + 1}: {problem}" if table is not None else problem for _, table, problem in _problems(versioned)]
         )
         return _made(versioned, None)
-
-    @property
-    def options(self) -> Options:
-        """The options a plan is made of, without those of the preset."""
-        return cast(Options, {name: value for name, value in self.values.items() if name in OPTIONS})
 
     @property
     def reads(self) -> list[Path]:
