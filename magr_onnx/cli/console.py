@@ -55,13 +55,6 @@ def watch(quiet: bool = False) -> Iterator[tuple[Progress | None, OnLayer | None
         yield reporter.step, reporter.layer if bars is not None or _verbose else None
 
 
-@contextmanager
-def progress_bar(enabled: bool = True) -> Iterator[Progress | None]:
-    """Provide the step callback of `watch` alone."""
-    with watch(not enabled) as (step, _):
-        yield step
-
-
 def await_output(path: Path | None, resumable: bool = False) -> None:
     """Record the state of the output path before a run, so that messages can tell whether a failed run wrote it; None for no output.
 

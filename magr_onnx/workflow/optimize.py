@@ -108,22 +108,14 @@ def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context:
             context.memory.layout,
         )
     context.lap("write")
-    return Written(size, proof, _validate(solved, prepared, request, context))
-
-
-def _validate(solved: Solved, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Validation | None:
     if prepared.validation is None:
-        return None
-    result = validation.validate(
-        prepared.reference,
-        request.output or solved.model,
-        prepared.validation,
-        provider=context.provider,
-        mask=context.mask,
-        progress=context.stage("validating"),
+        return Written(size, proof, None)
+    result, steps = request.output or model, context.stage("validating")
+    comparison = validation.validate(
+        prepared.reference, result, prepared.validation, provider=context.provider, mask=context.mask, progress=steps
     )
     context.lap("validate")
-    return result
+    return Written(size, proof, comparison)
 
 
 def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written: Written, context: RunContext) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -66,24 +66,20 @@ class _Setup:
     """What every round over the linear layers starts from.
 
     Attributes:
-        base: The model with its convolutions and tables converted, and float linear layers.
-        layers: Its linear layers that will be converted, if a budget does not keep them.
+        models: The float model and, as ``work``, that with its convolutions and tables converted, which every round copies.
+        layers: Linear layers of ``work`` that will be converted, if a budget does not keep them.
         plan: The plan, as far as this model can be carried through it.
-        tapped: The float model, with what layers in bodies read as values of the main graph.
         calibration: What layers are calibrated with, grids of activations included; None for data-free.
-        changed: Names of the values of ``base`` that are not the float model's.
         needs_statistics: Whether layers without statistics stay as they are.
         assigned: Layers with options of their own.
         skips: What stays as it is.
         notes: Sentences for the report.
     """
 
-    base: ir.Model
+    models: Models
     layers: list[LinearLayer]
     plan: Plan
-    tapped: subgraphs.TappedModel
     calibration: CalibrationContext | None
-    changed: Collection[str]
     needs_statistics: bool
     assigned: layer_options.Assigned
     skips: list[Skip]
@@ -165,7 +161,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         if hessian is not None:
             context.lap("differentiate")
         while True:
-            done = _solve_layers(model, setup, search, hessian, context)
+            done = _solve_layers(setup, search, hessian, context)
             if search is None or search.accepts(done.model):
                 break
             del done  # one quantized model at a time
@@ -219,7 +215,7 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
-    return _Setup(base, layers, plan, tapped, calibration, begun.digests, needs_statistics, assigned, skips, notes)
+    return _Setup(Models(model, base, tapped, begun.digests), layers, plan, calibration, needs_statistics, assigned, skips, notes)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
@@ -229,13 +225,13 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
     if request.budget is None or setup.calibration is None:
         return None
     source = mixed_precision.Source(
-        setup.base,
+        setup.models.work,
         [layer for layer in setup.layers if layer.name not in plans],
         prepared.bytes,
         request.output is not None,
         len(str(setup.plan)) + len("; ".join(map(str, request.patterns.tables)).encode()) + mixed_precision.STAMP,
         prepared.model,
-        setup.tapped.on(setup.base),
+        setup.models.tapped.on(setup.models.work),
         plans,
         setup.calibration.grids,
     )
@@ -245,12 +241,11 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
     return search
 
 
-def _solve_layers(
-    model: ir.Model, setup: _Setup, search: mixed_precision.Search | None, hessian: fisher.Fisher | None, context: RunContext
-) -> _Round:
+def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian: fisher.Fisher | None, context: RunContext) -> _Round:
     """Solve and write all linear layers in a copy of the base model."""
-    work, plan, plans = setup.base.clone(), setup.plan, dict(setup.assigned.plans)
-    layers, kept = setup.tapped.split(context.find(work)[0], setup.needs_statistics)[0], list[Skip]()
+    models = replace(setup.models, work=setup.models.work.clone())
+    work, plan, plans = models.work, setup.plan, dict(setup.assigned.plans)
+    layers, kept = models.tapped.split(context.find(work)[0], setup.needs_statistics)[0], list[Skip]()
     if search is not None:
         plans = search.allocation.assigned()
         layers, kept = search.allocation.select(layers)
@@ -258,7 +253,6 @@ def _solve_layers(
     done = _Round(work, layers, kept)
     readers_by_input = moments.readers_of(layers)
     hold_out = HoldOut() if any(p.holds_out for p in (plan, *plans.values())) else NONE
-    models = Models(model, work, setup.tapped, setup.changed)
     calibration = None if setup.calibration is None else replace(setup.calibration, hold_out=hold_out)
     for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
         done.stages |= {layer.name: stage for layer in group}
@@ -270,7 +264,7 @@ def _solve_layers(
         context.lap("calibrate")
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-        complete = completing(gathered, setup.tapped, hessian, calibration)
+        complete = completing(gathered, models.tapped, hessian, calibration)
         run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
         gathered.stats.clear()  # the next ones are made while this loop still holds these
         gathered.targets.clear()

@@ -106,6 +106,6 @@ def demo(
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}; give another one") from error
-    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.progress_bar(not quiet) as progress:
+    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as temporary, console.watch(quiet) as (progress, _):
         result = run(folder or Path(temporary), progress)
     console.show(dataclasses.asdict(result), to_text(result), as_json, quiet)

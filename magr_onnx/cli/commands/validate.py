@@ -38,7 +38,7 @@ def validate(
 ) -> None:
     """Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use."""
     settings: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "decode_steps": decode_steps}
-    with console.progress_bar(not quiet) as progress:
+    with console.watch(quiet) as (progress, _):
         result = api.validate(float_model, quantized_model, data, progress=progress, custom_ops=custom_ops or (), **settings)
     console.show(dataclasses.asdict(result), "\n".join(validation_text(result, width=console.columns())), as_json, quiet)
     if min_cosine is not None:
