@@ -208,10 +208,7 @@ def _mistyped(arguments: Mapping[str, Any]) -> list[str]:
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """
-    names = [
-        name
-        for name in arguments
-        if name in ARGUMENTS and ARGUMENTS[name].types and name not in ("model", "calibration", "validation", "pipeline")
-    ]
+    objects = ("model", "calibration", "validation", "pipeline")
+    names = [name for name in arguments if name in ARGUMENTS and ARGUMENTS[name].types and name not in objects]
     problems = [ARGUMENTS[name].mistyped(arguments[name]) for name in names]
     return [text for text in problems if text is not None]

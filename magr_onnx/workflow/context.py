@@ -135,9 +135,9 @@ class RunContext:
     def notes(self, model: ir.Model) -> list[str]:
         """What to say about files in the report of the finished ``model``."""
         notes = []
-        if self.store is not None and self.store.restored:
-            notes.append(f"{self.store.restored} layers were finished before and taken from the job directory")
-        notes += [] if self.store is None else self.store.notes
+        if self.store is not None:
+            count = self.store.restored
+            notes += [f"{count} layers were finished before and taken from the job directory"] * (count > 0) + self.store.notes
         if large := oversized(model, self.memory.layout):
             notes.append(f"{', '.join(large[:3])}: larger than a shard ({len(large)} tensors); each has a data file of its own")
         return notes

@@ -233,6 +233,10 @@ class Allocation:
         labels = [choice_label(c.bits, c.block_size) for c in self.choices]
         return [f"{count} x {label}" for label, count in zip(labels, found.values(), strict=True) if count]
 
+    def stamp(self, work: ir.Model) -> None:
+        """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
+        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.goal.text, *self.counts()])
+
     def select(self, layers: Sequence[LinearLayer]) -> tuple[list[LinearLayer], list[Skip]]:
         """Those to convert, and those that stay float."""
         plans = self.assigned()
@@ -305,64 +309,45 @@ class Allocation:
         return found
 
 
-class Search:
-    """An allocation with what its results are measured against."""
+class Search(Allocation):
+    """An allocation made from measured sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`).
+
+    Attributes:
+        calibration: What layers are calibrated with: without the batches that a loss is measured on.
+        metric: What a loss is of.
+        measured_on: The batches that results are measured on, in words.
+    """
 
     def __init__(
-        self,
-        goal: Goal,
-        options: Options,
-        source: Source,
-        calibration: CalibrationContext,
-        gram_budget: int,
-        progress: Steps | None = None,
+        self, goal: Goal, options: Options, source: Source, calibration: CalibrationContext, gram_budget: int, progress: Steps
     ) -> None:
-        """Measure the sensitivities (see `magr_onnx.runtime.measure.sensitivity.measure`) and plan.
+        """Measure the sensitivities, and plan.
 
         Raises:
             OptionError: No choice is possible, or none small enough.
             CalibrationError: A loss is asked for, and there is no batch to measure it on that had no part in the quantization.
         """
-        data = calibration.data
+        data, provider = calibration.data, calibration.provider
         if goal.loss is not None and len(data) < 2:
             raise CalibrationError(
                 f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
                 "give more samples, or a smaller batch size"
             )
-        self._provider = calibration.provider
-        self._split = sensitivity.Split.of(data)
-        self.calibration = calibration if goal.loss is None else replace(calibration, data=self._split.rest)
-        choices = choices_of(options, calibration.provider)
-        self.allocation = Allocation(goal, source, choices)
-        found, effects = sensitivity.measure(
-            source.tapped or source.model,
-            source.layers,
-            choices,
-            references_of(choices),
-            self._split,
-            calibration,
-            gram_budget,
-            progress,
-        )
-        self._metric = effects.metric
-        self.allocation.solve(lambda name, choice: found[name].loss(choice))
-        with Session(source.reference or source.model, calibration.provider) as session:
-            self._reference = Reference(session, self._split.held_out.limit(MEASURED), calibration.mask)
+        choices, split = choices_of(options, provider), sensitivity.Split.of(data)
+        super().__init__(goal, source, choices)
+        model, references = source.tapped or source.model, references_of(choices)
+        losses, effects = sensitivity.measure(model, source.layers, choices, references, split, calibration, gram_budget, progress)
+        self.solve(lambda name, choice: losses[name].loss(choice))
+        self.calibration = calibration if goal.loss is None else replace(calibration, data=split.rest)
+        part = "held out of all else" if goal.loss is not None else "held out of the sensitivities"
+        self.metric, self.measured_on = effects.metric, f"{min(len(split.held_out), MEASURED)} calibration batches {part}"
+        with Session(source.reference or source.model, provider) as session:
+            self._reference = Reference(session, split.held_out.limit(MEASURED), calibration.mask)
 
-    def accepts(self, work: ir.Model) -> bool:
-        """Measure a quantized model; whether it is the result."""
-        with Session(work, self._provider) as session:
-            return self.allocation.accepts(self._reference.loss(session.run))
-
-    def stamp(self, work: ir.Model) -> None:
-        """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
-        work.metadata_props["onnx_magr.mixed"] = "; ".join([self.allocation.goal.text, *self.allocation.counts()])
-
-    def report(self) -> Assignment:
-        """What was decided, and measured."""
-        held = self._split.held_out
-        part = "held out of all else" if self.allocation.goal.loss is not None else "held out of the sensitivities"
-        return self.allocation.report(self._metric, f"{min(len(held), MEASURED)} calibration batches {part}")
+    def loss_of(self, work: ir.Model) -> float:
+        """Measure a quantized model."""
+        with Session(work, self.calibration.provider) as session:
+            return self._reference.loss(session.run)
 
 
 def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:

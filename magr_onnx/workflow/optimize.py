@@ -139,7 +139,7 @@ def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written
         notes=tuple(notes),
         validation=comparison,
         proof=written.proof,
-        assignment=None if solved.search is None else solved.search.report(),
+        assignment=None if (search := solved.search) is None else search.report(search.metric, search.measured_on),
         command=invocation.command,
         options=dict(invocation.options or {}),
         recipe=invocation.recipe,

@@ -162,7 +162,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             context.lap("differentiate")
         while True:
             done = _solve_layers(setup, search, hessian, context)
-            if search is None or search.accepts(done.model):
+            if search is None or search.accepts(search.loss_of(done.model)):
                 break
             del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model, context)
@@ -247,8 +247,8 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     work, plan, plans = models.work, setup.plan, dict(setup.assigned.plans)
     layers, kept = models.tapped.split(context.find(work)[0], setup.needs_statistics)[0], list[Skip]()
     if search is not None:
-        plans = search.allocation.assigned()
-        layers, kept = search.allocation.select(layers)
+        plans = search.assigned()
+        layers, kept = search.select(layers)
     context.store_plan(plan, plans)
     done = _Round(work, layers, kept)
     readers_by_input = moments.readers_of(layers)
