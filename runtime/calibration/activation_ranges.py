@@ -110,11 +110,7 @@ def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Ac
 
 
 def _histograms(
-    model: ir.Model,
-    taps: Sequence[Tap],
-    values: Sequence[Value],
-    context: CalibrationContext,
-    progress: Steps | None,
+    model: ir.Model, taps: Sequence[Tap], values: Sequence[Value], context: CalibrationContext, progress: Steps | None
 ) -> list[Histogram]:
     low, high = np.full(len(taps), np.inf), np.full(len(taps), -np.inf)
     counts = np.zeros((len(taps), 2 * BINS))
@@ -175,13 +171,7 @@ def _projection(n: int) -> Array:
     return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))
 
 
-def choose_grids(
-    model: ir.Model,
-    layers: Sequence[LinearLayer],
-    context: CalibrationContext,
-    plan: Plan,
-    progress: Steps | None,
-) -> Grids:
+def choose_grids(model: ir.Model, layers: Sequence[LinearLayer], context: CalibrationContext, plan: Plan, progress: Steps | None) -> Grids:
     """Choose the grids that a plan needs: of layer inputs, and of products if those are quantized too; see `choose`."""
     activations = plan.activations
     if not layers or activations is None:

@@ -120,11 +120,7 @@ def masked_outputs(
 
 
 def _followers(
-    rule: MaskRule,
-    names: Sequence[str],
-    measured: Callable[[Batch], Sequence[Shape]],
-    data: Batches,
-    known: Sequence[Sequence[Shape]] = (),
+    rule: MaskRule, names: Sequence[str], measured: Callable[[Batch], Sequence[Shape]], data: Batches, known: Sequence[Sequence[Shape]] = ()
 ) -> set[str]:
     """Select the values that follow a mask, by their shapes at the positions of its rule and on its probe."""
     shapes = [known[i] for i in rule.positions] if known else list(map(measured, data.select(rule.positions)))
