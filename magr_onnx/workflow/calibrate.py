@@ -108,7 +108,7 @@ def _of_the_whole(
     tapped: subgraphs.TappedModel, split: _Split, calibration: CalibrationContext, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
-    groups = moments.grouped(split.whole, context.memory.gram_budget, bool(calibration.hold_out))
+    groups = moments.grouped(split.whole, context.memory.gram_budget, calibration.hold_out)
     unsolved = [tapped.reached(group) if any(map(context.is_unsolved, group)) else [] for group in groups]
     masked_values(tapped.model, moments.readers_of(itertools.chain.from_iterable(unsolved)), calibration)  # for all groups at once
     for index, (group, reached) in enumerate(zip(groups, unsolved, strict=True)):

@@ -24,7 +24,6 @@ from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
@@ -252,7 +251,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     context.store_plan(plan, plans)
     done = _Round(work, layers, kept)
     readers_by_input = moments.readers_of(layers)
-    hold_out = HoldOut() if any(p.holds_out for p in (plan, *plans.values())) else NONE
+    hold_out = any(p.holds_out for p in (plan, *plans.values()))
     calibration = None if setup.calibration is None else replace(setup.calibration, hold_out=hold_out)
     for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
         done.stages |= {layer.name: stage for layer in group}

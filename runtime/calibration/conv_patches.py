@@ -17,10 +17,8 @@ from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patc
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.subgraphs import NEVER
-from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.progress import Steps, run_batches
-from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.ort.session import Session
+from magr_onnx.runtime.data.sources import Batches, is_held_out
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
 
@@ -42,8 +40,7 @@ def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, prov
     except (ModelError, RuntimeFailure) as error:
         if not nested:
             raise
-        with Session(model, provider) as session:
-            session.run(next(iter(data)))  # the model itself must run
+        next(run_batches(model, data, provider))  # the model itself must run
         main = [layer for layer in layers if not layer.path]
         reasons = unmeasured(model, main, data, provider, limit) if main else {}
         return {layer.name: cannot_gather(error) for layer in nested} | reasons
@@ -104,7 +101,7 @@ def collect(
             if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
                 names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
                 bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-            sums[key][index in HoldOut()].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
+            sums[key][is_held_out(index)].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
     raise_all(NonFiniteError, bad.values())
     stats = {key: _by_group(*parts) for key, parts in sums.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}

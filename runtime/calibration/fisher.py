@@ -17,7 +17,6 @@ from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits
-from magr_onnx.runtime.ort.session import Session
 
 MAX_OUTPUTS = 8192  # of a layer; wider ones get no moments
 MAX_BATCHES = 16
@@ -61,8 +60,8 @@ def collect(
         return moments
     data = data.limit(MAX_BATCHES)
     names = shaped_values(model)
-    with Session(shape_taps(model, names), provider) as session:
-        shapes = {n: tuple(int(d) for d in s) for n, s in zip(names, session.run(next(iter(data))), strict=True)}
+    _, _, measured = next(run_batches(shape_taps(model, names), data, provider))
+    shapes = {name: tuple(map(int, shape)) for name, shape in zip(names, measured, strict=True)}
     groups = split_by_budget(([name] for name in widths), lambda name: (name, 16 * widths[name] ** 2), budget)
     for index, group in enumerate(groups):
         tapped, reached, blocked = fisher_taps(model, {n: widths[n] for n in group}, shapes, is_logits)

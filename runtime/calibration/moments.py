@@ -22,7 +22,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
 from magr_onnx.runtime.data.progress import Steps, run_batches
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, is_held_out
 
 DEFAULT_BUDGET = 1 << 30
 T = TypeVar("T")
@@ -87,7 +87,7 @@ def collect(
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
         CalibrationError: The mask leaves no rows.
     """
-    readers, data, hold_out = readers_of(layers), context.data, context.hold_out
+    readers, data = readers_of(layers), context.data
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
@@ -97,7 +97,7 @@ def collect(
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
         results = iter(outputs)
-        for tap, sums in zip(taps, held_out if index in hold_out else fitted, strict=True):
+        for tap, sums in zip(taps, held_out if context.hold_out and is_held_out(index) else fitted, strict=True):
             finite, masked = _add(sums, tap, results, weight)
             if not finite:
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))

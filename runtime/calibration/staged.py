@@ -30,8 +30,8 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.progress import Steps
+from magr_onnx.runtime.data.sources import is_held_out
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
@@ -86,8 +86,7 @@ def staged(
         CalibrationError: The mask leaves no rows.
     """
     schedule = schedule or Schedule()
-    if schedule.feedback and not context.hold_out:
-        context = replace(context, hold_out=HoldOut())
+    context = replace(context, hold_out=context.hold_out or schedule.feedback)
     steps = segments_of(quantized, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
     float_names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
@@ -102,7 +101,7 @@ def staged(
                 progress(s + 1, len(steps.stages))
             members = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
             budget = schedule.gram_budget
-            for part in [members] if budget is None else grouped(members, budget, bool(context.hold_out)):
+            for part in [members] if budget is None else grouped(members, budget, context.hold_out):
                 unsolved = part if any(map(schedule.is_unsolved, part)) else []  # layers that share a weight are solved together
                 result = _gather(unsolved, values, context, schedule.feedback)
                 yield part, replace(result, spilled=floats.spilled + quants.spilled)
@@ -241,7 +240,7 @@ def _measure(
         y = rounded(y, activation)
         kept = kept_rows(values.masks[b], x.shape) if follows else None
         masked &= kept is not None
-        held_out, weight = b in context.hold_out, context.data.weight(b)
+        held_out, weight = context.hold_out and is_held_out(b), context.data.weight(b)
         rows = _rows(y, kept), _rows(x, kept)
         inputs[held_out].add_rows(*rows, weight)
         for layer_name, sums in outputs.items():

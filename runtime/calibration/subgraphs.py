@@ -18,7 +18,6 @@ from magr_onnx.passes.instrument.hoist import hoist
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.data.progress import run_batches
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.ort.session import Session
 
 TOO_LARGE = "the model is too large to be run as a whole in the memory there is (max_memory)"
 NEVER = "no calibration data reaches it: a branch is never taken, or a loop never turns"
@@ -56,8 +55,8 @@ class TappedModel:
         """Split layers into those to convert and, if statistics are ``needed``, skips of those without."""
         if not needed:
             return list(layers), []
-        reasons = {layer.name: reason for layer in layers if (reason := self.missing_reason(layer)) is not None}
-        return self.reached(layers), [Skip(x.name, x.op, Reason.NO_STATISTICS, reasons[x.name]) for x in layers if x.name in reasons]
+        reasons = [(layer, reason) for layer in layers if (reason := self.missing_reason(layer)) is not None]
+        return self.reached(layers), [Skip(layer.name, layer.op, Reason.NO_STATISTICS, reason) for layer, reason in reasons]
 
 
 def tap_subgraphs(
@@ -90,8 +89,7 @@ def tap_subgraphs(
     try:
         reached = _count(model, widths, data, provider)
     except RuntimeFailure:
-        with Session(model, provider) as session:
-            session.run(next(iter(data)))  # the model itself must run
+        next(run_batches(model, data, provider))  # the model itself must run
         for name, width in widths.items():
             with contextlib.suppress(RuntimeFailure):
                 reached |= _count(model, {name: width}, data, provider)
@@ -100,7 +98,8 @@ def tap_subgraphs(
                 reached |= _count(model, {name: width}, data, provider, growing={name})
                 growing.add(name)
             except RuntimeFailure as error:
-                missing[name] = f"onnxruntime cannot bring its rows out of the body: {_reason(error)}"
+                reason = str(error).split("Status Message: ")[-1].splitlines()[0][:160]
+                missing[name] = f"onnxruntime cannot bring its rows out of the body: {reason}"
     missing |= {name: NEVER for name, rows in reached.items() if rows == 0}
     tappable = {name: width for name, width in widths.items() if name not in missing}
     return TappedModel(hoist(model, tappable, growing), missing, tappable, growing)
@@ -113,8 +112,3 @@ def _count(model: ir.Model, widths: Mapping[str, int], data: Batches, provider: 
         for name, shape in zip(widths, shapes, strict=True):
             counts[name] += int(shape[0])
     return counts
-
-
-def _reason(error: RuntimeFailure) -> str:
-    """Extract the message of onnxruntime."""
-    return str(error).split("Status Message: ")[-1].splitlines()[0][:160]

@@ -60,17 +60,12 @@ class Cache:
     def get(self, name: str, batch: int) -> Tensor:
         return self._memory[name, batch] if (name, batch) in self._memory else _read(self._files[name, batch])
 
-    def drop(self, name: str, batch: int) -> None:
-        if (name, batch) in self._memory:
-            self._used -= self._memory.pop((name, batch)).nbytes
-        else:
-            self._files.pop((name, batch)).unlink()
-
     def keep(self, names: Sequence[str]) -> None:
         """Drop everything but these values."""
-        for name, batch in [*self._memory, *self._files]:
-            if name not in names:
-                self.drop(name, batch)
+        for key in [key for key in self._memory if key[0] not in names]:
+            self._used -= self._memory.pop(key).nbytes
+        for key in [key for key in self._files if key[0] not in names]:
+            self._files.pop(key).unlink()
 
     def names(self, batch: int) -> list[str]:
         return [n for n, b in (*self._memory, *self._files) if b == batch]

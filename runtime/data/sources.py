@@ -34,6 +34,7 @@ class DataReader(Protocol):
     def get_next(self) -> dict[str, Any] | None: ...
 
 
+HELD_OUT = 4  # one batch in this many is held out: kept out of the moments layers are solved with, for choosing between solutions
 MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,6 +92,11 @@ class Batches:
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
         shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
         return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, None, weights, shapes)
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether the batch at a position is held out: the last of every `HELD_OUT`."""
+    return batch % HELD_OUT == HELD_OUT - 1
 
 
 def shapes_of(batch: Batch) -> Shapes:

@@ -7,7 +7,6 @@ in nats per row. For a model without logits, 1 minus the mean cosine of the vect
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,8 @@ COSINE = "1 - cosine"
 MAX_ELEMENTS = 1 << 22  # compared per output and batch; of more, evenly spaced rows are
 
 Run = Callable[[Batch], Sequence[npt.NDArray[Any]]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Expected:
-    """Rows of one output of one batch, and their float values: log-probabilities or unit vectors ``(n, V)``."""
-
-    output: int
-    rows: npt.NDArray[np.intp]
-    values: Array
+_Expected = tuple[int, npt.NDArray[np.intp], Array]
+"""An output, its rows in one batch, and their float values: log-probabilities or unit vectors ``(n, V)``."""
 
 
 class Reference:
@@ -71,16 +63,16 @@ class Reference:
         limit = max(64, MAX_ELEMENTS // y.shape[-1])
         if len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-        return _Expected(output, rows, self._normalize(_rows(y, rows)))
+        return output, rows, self._normalize(_rows(y, rows))
 
     def loss(self, run: Run) -> float:
         """Compute the mean loss of the outputs of ``run`` on the batches, over all rows of all outputs compared."""
         total, count = 0.0, 0.0
         for batch, expected, weight in zip(self._batches, self._expected, self._weights, strict=True):
             y = run(batch)
-            for e in expected:
-                total += weight * float(self._distances(e.values, self._normalize(_rows(np.atleast_1d(y[e.output]), e.rows))).sum())
-                count += weight * len(e.rows)
+            for output, rows, values in expected:
+                total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y[output]), rows))).sum())
+                count += weight * len(rows)
         return total / max(count, 1)
 
     def _distances(self, expected: Array, actual: Array) -> Array:

@@ -23,7 +23,6 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import moments, staged
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data import sources
-from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import graphs
 from tests.graphs import feeds, proto
@@ -179,7 +178,7 @@ def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bo
     model = graphs.chain()
     layers, _ = find(model)
     opened = sources.open_data(batches(), inputs_of(model))
-    context = CalibrationContext(opened, hold_out=HoldOut() if hold_out else NONE)
+    context = CalibrationContext(opened, hold_out=hold_out)
     wanted = moments.collect(model, layers, context).stats
     found: dict[str, LayerStats] = {}
     seen: list[str] = []

@@ -21,7 +21,6 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -83,7 +82,7 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) 
     layers, _ = find(model)
     with Session(model) as session:
         data = open_data(batches(model), session.inputs)
-    expected = collect(model, layers, CalibrationContext(data, hold_out=HoldOut())).stats
+    expected = collect(model, layers, CalibrationContext(data, hold_out=True)).stats
     seen, goals = {}, {}
     work = model.clone()
     for _, found in staged(model, work, find(work)[0], CalibrationContext(data), Schedule(cache=limit)):
