@@ -130,21 +130,10 @@ def pipelines(tables: Sequence[LayerOptions], options: Options, plan: Plan, prov
     return plans
 
 
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """Layers whose options differ from the run's.
-
-    Attributes:
-        plans: Their plans, by layer name.
-        options: What was given, by layer name.
-    """
-
-    plans: dict[str, Plan] = field(default_factory=dict)
-    options: dict[str, Options] = field(default_factory=dict)
-
-
-def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, plan: Plan, provider: str) -> Assigned:
-    """Give every layer the options of the tables that match it, and the plan they make.
+def assign(
+    tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], options: Options, plan: Plan, provider: str
+) -> dict[str, tuple[Options, Plan]]:
+    """Give every layer that tables match their options, and the plan they make, by layer name.
 
     Raises:
         OptionError: Options that are good in no kernel together, and layers of one weight that would get different ones.
@@ -156,7 +145,7 @@ def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], option
             names = ", ".join(layer.name for layer in readers)
             problems.append(f"{names} have one weight, {readers[0].weight_name}, and so the same options; match that name, or all of them")
     plans: dict[str, Plan] = {}
-    result = Assigned()
+    assigned: dict[str, tuple[Options, Plan]] = {}
     for name, layer_options in options_of.items():
         if not layer_options:
             continue
@@ -167,9 +156,9 @@ def assign(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], option
         except OptionError as error:
             problems.append(f"{name}: {error}")
             continue
-        result.plans[name], result.options[name] = plans[key], layer_options
+        assigned[name] = layer_options, plans[key]
     raise_all(OptionError, problems)
-    return result
+    return assigned
 
 
 def check_matches(tables: Sequence[LayerOptions], layers: Sequence[LinearLayer], convolutions: Iterable[ConvLayer]) -> list[str]:

@@ -46,27 +46,27 @@ def manifest_of(loaded: Loaded, data: Batches | None, plan: Plan, options: Mappi
     """
     if loaded.path is None:
         raise OptionError("resume needs a model in a file: a model in memory is gone with the process; save it first")
-    found = {"model": file_digest(loaded.path)}
-    found |= {f"data file {p.name}": file_digest(p) for p in sorted(loaded.external)}
-    found["calibration"] = "none" if data is None else data_digest(data)
-    found["pipeline"] = str(plan)
-    found |= {f"option {name}": str(value) for name, value in options.items()}
-    found |= {f"version of {name}": value for name, value in versions().items()}
-    found["processors"] = f"{platform.machine()}, {_processors()}"
-    found |= {name: os.environ.get(name, "not set") for name in _THREADS}
-    return found
+    manifest = {"model": file_digest(loaded.path)}
+    manifest |= {f"data file {p.name}": file_digest(p) for p in sorted(loaded.external)}
+    manifest["calibration"] = "none" if data is None else data_digest(data)
+    manifest["pipeline"] = str(plan)
+    manifest |= {f"option {name}": str(value) for name, value in options.items()}
+    manifest |= {f"version of {name}": value for name, value in versions().items()}
+    manifest["processors"] = f"{platform.machine()}, {_processors()}"
+    manifest |= {name: os.environ.get(name, "not set") for name in _THREADS}
+    return manifest
 
 
 def data_digest(data: Batches) -> str:
     """SHA-256 of all batches: names, types, shapes and values."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for batch in data:
         for name in sorted(batch):
             array = np.asarray(batch[name])
-            found.update(f"{name} {array.dtype} {array.shape};".encode())
-            found.update(repr(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
-        found.update(b"\n")
-    return found.hexdigest()
+            digest.update(f"{name} {array.dtype} {array.shape};".encode())
+            digest.update(repr(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -82,12 +82,12 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
     try:
         path.mkdir(parents=True, exist_ok=True)
         _check_ours(path)
-        held = lock(path / LOCK)
+        locked = lock(path / LOCK)
     except OSError as error:
         raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error
-    if held is None:
+    if locked is None:
         raise OutputError(f"job directory {path}: another run is working in it; wait until it ends, or give another directory")
-    with held:
+    with locked:
         _check(path, manifest)
         yield JobDirectory(path)
 
@@ -214,8 +214,8 @@ def _write(path: Path, content: bytes | Arrays) -> None:
 
 
 def _short(text: Any) -> str:
-    found = "nothing" if text is None else str(text)
-    return found if len(found) <= 100 else f"{found[:97]}..."
+    shown = "nothing" if text is None else str(text)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _processors() -> int:

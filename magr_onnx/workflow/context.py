@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from magr_onnx.errors import OutputError
 from magr_onnx.model_io.atomic import remove_stale, staging_directory
 from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, os_error_hint, oversized
-from magr_onnx.passes import LinearLayer, Plan, Skip
-from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes import LinearLayer
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.data import LayerRow
 from magr_onnx.runtime.data.progress import Steps
@@ -100,10 +99,6 @@ class RunContext:
     store: JobDirectory | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
-    def find(self, model: ir.Model) -> tuple[list[LinearLayer], list[Skip]]:
-        """The linear layers to convert, and the others with the reason."""
-        return find(model, self.selection)
-
     def stage(self, name: str) -> Steps:
         """The progress of one stage."""
         return functools.partial(self.progress, name)
@@ -122,11 +117,6 @@ class RunContext:
         """Take what is finished out of memory, where the model is large."""
         if self.spool is not None:
             self.spool.spill(model)
-
-    def store_plan(self, plan: Plan, assigned: Mapping[str, Plan]) -> None:
-        """Tell the job directory what will be done to the layers."""
-        if self.store is not None:
-            self.store.set_plan(plan, assigned)
 
     def is_unsolved(self, layer: LinearLayer) -> bool:
         """Whether the job directory does not have the layer."""

@@ -122,11 +122,11 @@ def _plan(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
     """
     unavailable = provider_problems(values["provider"])
     try:
-        plan, made_of, budget = _made(values, options)
+        made = _made(values, options)
     except OptionError as error:
         raise joined(type(error), [*error.problems, *unavailable]) from error
     raise_all(ProviderError, unavailable)
-    return plan, made_of, budget
+    return made
 
 
 def _made(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | None, Goal | None]:

@@ -9,6 +9,7 @@ from functools import partial
 import onnx_ir as ir
 
 from magr_onnx.config import layer_options
+from magr_onnx.config.options import Options
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
@@ -17,6 +18,7 @@ from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
+from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.weighted import readers
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
@@ -70,7 +72,7 @@ class _Setup:
         plan: The plan, as far as this model can be carried through it.
         calibration: What layers are calibrated with, grids of activations included; None for data-free.
         needs_statistics: Whether layers without statistics stay as they are.
-        assigned: Layers with options of their own.
+        assigned: Options and plan of layers that have their own, by name.
         skips: What stays as it is.
         notes: Sentences for the report.
     """
@@ -80,9 +82,14 @@ class _Setup:
     plan: Plan
     calibration: CalibrationContext | None
     needs_statistics: bool
-    assigned: layer_options.Assigned
+    assigned: Mapping[str, tuple[Options, Plan]]
     skips: list[Skip]
     notes: list[str]
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Plans of layers that have their own, by name."""
+        return {name: plan for name, (_, plan) in self.assigned.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -195,7 +202,7 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
 def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: OptimizeRequest, context: RunContext) -> _Setup:
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
-    layers, skips = context.find(base)
+    layers, skips = find(base, context.selection)
     tapped = subgraphs.tap_subgraphs(model, layers, data, plan, context.provider, context.memory.large)
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
@@ -219,7 +226,7 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
     """Measure what a budget is spent by, if there is one."""
-    plans = setup.assigned.plans
+    plans = setup.plans
     mixed_precision.check_layers(request.budget, setup.layers)
     if request.budget is None or setup.calibration is None:
         return None
@@ -243,12 +250,13 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
 def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian: fisher.Fisher | None, context: RunContext) -> _Round:
     """Solve and write all linear layers in a copy of the base model."""
     models = replace(setup.models, work=setup.models.work.clone())
-    work, plan, plans = models.work, setup.plan, dict(setup.assigned.plans)
-    layers, kept = models.tapped.split(context.find(work)[0], setup.needs_statistics)[0], list[Skip]()
+    work, plan, plans = models.work, setup.plan, setup.plans
+    layers, kept = models.tapped.split(find(work, context.selection)[0], setup.needs_statistics)[0], list[Skip]()
     if search is not None:
         plans = search.assigned()
         layers, kept = search.select(layers)
-    context.store_plan(plan, plans)
+    if context.store is not None:
+        context.store.set_plan(plan, plans)
     done = _Round(work, layers, kept)
     readers_by_input = moments.readers_of(layers)
     hold_out = any(p.holds_out for p in (plan, *plans.values()))
@@ -274,7 +282,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
 def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model, context: RunContext) -> list[LayerRow]:
     """Rows of everything that was converted, with what is known only now that all of it is."""
     remarks = shared_weights.remarks(done.layers, done.added, done.stages)
-    for name, options in setup.assigned.options.items():
+    for name, (options, _) in setup.assigned.items():
         remarks[name].append(f"options of its own: {layer_options.described(options)}")
     rows = list(begun)
     for layer in done.layers:
@@ -290,26 +298,26 @@ def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | 
 
 
 def _remarks(done: _Round, context: RunContext) -> list[str]:
-    found = []
+    notes = []
     if done.spilled:
         cache = megabytes(context.memory.cache)
-        found.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {cache})")
+        notes.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {cache})")
     if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
-        found.append(
+        notes.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
             f"as before; put one of {', '.join(form.emitter.name for form in FORMATS.values())} at its end for a smaller file"
         )
     if done.repeated:
         blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
-        found.append(
+        notes.append(
             f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share "
             f"one (about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
             "128 and 256 only"
         )
     if done.unmasked:
         names = list(dict.fromkeys(done.unmasked))
-        found.append(
+        notes.append(
             f"{listed(names)}: all input rows count, since there is not one for each element of the mask {context.mask!r} "
             "(pooled or reshaped before)"
         )
-    return found
+    return notes
