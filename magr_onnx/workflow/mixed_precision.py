@@ -121,29 +121,30 @@ def choices_of(options: Options, provider: str = "cpu") -> dict[Choice, Plan]:
         rest.pop(name, None)  # type: ignore[misc]
     kernels = FORMATS[options.get("format", next(iter(FORMATS)))].kernel_blocks
     known = {block for blocks in kernels.values() for block in blocks}
-    found, problems = {}, []
+    choices: dict[Choice, Plan] = {}
+    problems = []
     for bits in [bits for bits in BITS if bits in kernels]:
         for block in (options["block_size"],) if "block_size" in options else kernels[bits]:
             if block in known and block not in kernels[bits]:
                 continue
             each: Options = {**rest, "bits": bits, "block_size": block}
             try:
-                found[Choice(bits, block)] = plan_of(each, provider=provider).suited(provider)
+                choices[Choice(bits, block)] = plan_of(each, provider=provider).suited(provider)
             except OptionError as error:
                 problems.append(str(error))
-    if not found:
+    if not choices:
         raise_all(OptionError, dict.fromkeys(problems))
-    return found
+    return choices
 
 
 def references_of(choices: Iterable[Choice]) -> list[Choice]:
     """The choices whose effect is measured: one of 2 and one of 4 bits, of block 32 or as near as may be; else the first there is."""
-    found = []
+    references = []
     for bits in REFERENCES:
         blocks = [c.block_size for c in choices if c.bits == bits]
         if blocks:
-            found.append(Choice(bits, 32 if 32 in blocks else blocks[0]))
-    return found or list(choices)[:1]
+            references.append(Choice(bits, 32 if 32 in blocks else blocks[0]))
+    return references or list(choices)[:1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,11 +228,11 @@ class Allocation:
 
     def counts(self) -> list[str]:
         """How many layers have which choice, in words."""
-        found = Counter(dict.fromkeys(range(len(self.choices)), 0))
+        layers = Counter(dict.fromkeys(range(len(self.choices)), 0))
         for names, j in zip(self.items, self._point.choices, strict=True):
-            found[j] += len(names)
+            layers[j] += len(names)
         labels = [choice_label(c.bits, c.block_size) for c in self.choices]
-        return [f"{count} x {label}" for label, count in zip(labels, found.values(), strict=True) if count]
+        return [f"{count} x {label}" for label, count in zip(labels, layers.values(), strict=True) if count]
 
     def stamp(self, work: ir.Model) -> None:
         """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
@@ -296,17 +297,17 @@ class Allocation:
     def _within_size(self) -> knapsack.Point:
         """The least loss whose file, nodes and names included, is no larger than the target."""
         room = float(self._target - self._base)
-        while (found := knapsack.least_loss(self._items, room)) is not None:
-            excess = self.source.size(self._assigned(found.choices)) - self._target
+        while (point := knapsack.least_loss(self._items, room)) is not None:
+            excess = self.source.size(self._assigned(point.choices)) - self._target
             if excess <= 0:
-                return found
-            room = found.cost - excess
+                return point
+            room = point.cost - excess
         return knapsack.smallest(self._items)
 
     def _within_loss(self, loss: float) -> knapsack.Point:
-        found = knapsack.least_cost(self._items, loss)
-        assert found is not None  # float loses nothing
-        return found
+        point = knapsack.least_cost(self._items, loss)
+        assert point is not None  # float loses nothing
+        return point
 
 
 class Search(Allocation):
@@ -352,10 +353,10 @@ class Search(Allocation):
 
 def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     """Names of layers, those with one weight together."""
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for layer in layers:
-        found.setdefault(id(layer.weight.stored), []).append(layer.name)
-    return list(found.values())
+        names.setdefault(id(layer.weight.stored), []).append(layer.name)
+    return list(names.values())
 
 
 def _tables(model: ir.Model) -> str:

@@ -45,7 +45,6 @@ class Prepared:
         bytes: Size of the source.
         reference: The model as the caller gave it.
         model: The same with its functions opened, in canonical form, at the opset the plan needs.
-        raised: Whether its opset had to be raised.
         plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.
         others: Convolutions and tables that will be converted.
@@ -59,7 +58,6 @@ class Prepared:
     bytes: int
     reference: Path | ir.Model
     model: ir.Model
-    raised: bool
     plan: Plan
     layers: list[LinearLayer]
     others: Sequence[EmbeddingTable | ConvLayer]
@@ -102,7 +100,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     progress = stack.enter_context(reporter(request.progress))
     stack.enter_context(session.custom_ops(request.custom_ops))
     loaded = _load(request)
-    mask = resolve_mask(loaded.model, request.mask)
+    mask, opset = resolve_mask(loaded.model, request.mask), loaded.model.opset_imports.get("")
     prepared = _canonical(loaded, request)
     memory = Memory.of(request, loaded.bytes, prepared.layers)
     spool = open_spool(request.output, memory.large, stack)
@@ -119,7 +117,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     notes = [*prepared.notes, *_data_notes(data, request.plan)]
     if request.preset is not None:
         notes.insert(0, f"preset {request.preset} sets {find_preset(request.preset)}, where nothing else was given")
-    if prepared.raised:
+    if prepared.model.opset_imports.get("") != opset:
         notes += opset_check.check(prepared.reference, prepared.model, data, request.provider)
     context = RunContext(
         provider=request.provider,
@@ -155,12 +153,10 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     """
     model, chosen = loaded.model, request.patterns.selection
     reference = model.clone() if loaded.path is None else loaded.path
-    opset = model.opset_imports.get("")
     notes = [*loaded.notes, *inline_and_rename(model)]
     plan = non_linear.with_convolutions(request.plan, model, request.options)
     for each in (plan, *request.layer_plans):
         each.prepare(model)
-    raised = model.opset_imports.get("") != opset
     notes += selection.canonical(model, chosen, request.requantize)
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
@@ -169,7 +165,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     convolutions, conv_skips = non_linear.select_convolutions(model, plan, chosen)
     notes += layer_options.check_matches(request.patterns.tables, layers, convolutions)
     others: list[EmbeddingTable | ConvLayer] = [*tables, *convolutions]
-    prepared = Prepared(loaded.name, loaded.bytes, reference, model, raised, plan, layers, others, unconverted, notes)
+    prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
         raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips])
     mixed_precision.check_layers(request.budget, layers)
