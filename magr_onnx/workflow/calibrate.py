@@ -19,8 +19,7 @@ from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, su
 from magr_onnx.runtime.calibration import staged as stages
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.data.progress import part_of
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, part_of
 from magr_onnx.workflow.context import RunContext
 
 

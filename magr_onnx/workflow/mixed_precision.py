@@ -34,7 +34,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
 from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
-from magr_onnx.runtime.data.progress import Steps
+from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session

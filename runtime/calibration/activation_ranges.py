@@ -19,7 +19,7 @@ from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
+from magr_onnx.runtime.data.sources import Steps, part_of, run_batches
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights

@@ -17,8 +17,7 @@ from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patc
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.subgraphs import NEVER
-from magr_onnx.runtime.data.progress import Steps, run_batches
-from magr_onnx.runtime.data.sources import Batches, is_held_out
+from magr_onnx.runtime.data.sources import Batches, Steps, is_held_out, run_batches
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
 

@@ -14,8 +14,7 @@ from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.progress import Steps, part_of, run_batches
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches
 from magr_onnx.runtime.measure.validate import is_logits
 
 MAX_OUTPUTS = 8192  # of a layer; wider ones get no moments

@@ -21,8 +21,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
-from magr_onnx.runtime.data.progress import Steps, run_batches
-from magr_onnx.runtime.data.sources import Batches, is_held_out
+from magr_onnx.runtime.data.sources import Batches, Steps, is_held_out, run_batches
 
 DEFAULT_BUDGET = 1 << 30
 T = TypeVar("T")

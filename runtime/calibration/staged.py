@@ -30,8 +30,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.progress import Steps
-from magr_onnx.runtime.data.sources import is_held_out
+from magr_onnx.runtime.data.sources import Steps, is_held_out
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30

@@ -16,8 +16,7 @@ from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes import LinearLayer, Plan, Reason, Skip
 from magr_onnx.passes.instrument.hoist import hoist
 from magr_onnx.passes.instrument.taps import shape_taps
-from magr_onnx.runtime.data.progress import run_batches
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, run_batches
 
 TOO_LARGE = "the model is too large to be run as a whole in the memory there is (max_memory)"
 NEVER = "no calibration data reaches it: a branch is never taken, or a loop never turns"

@@ -38,12 +38,11 @@ GUIDE = "docs/guides/decoders.md"
 _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
-Maker = Callable[[Array, int], Array]
 _Part = tuple[Array, Group]
 """Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
 
 # Inputs that follow from the current tokens (B, T) and the length of the past, by input name.
-MAKERS: dict[str, Maker] = {
+MAKERS: dict[str, Callable[[Array, int], Array]] = {
     TOKENS: lambda ids, past: ids,
     DEFAULT_MASK: lambda ids, past: np.ones((len(ids), past + ids.shape[1])),
     "position_ids": lambda ids, past: np.broadcast_to(past + np.arange(ids.shape[1]), ids.shape),

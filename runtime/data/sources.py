@@ -1,7 +1,8 @@
-"""Sources of input batches for calibration and validation.
+"""Batches of inputs for calibration and validation, their sources, and work on them batch by batch.
 
-One of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (one batch each, shapes may
-vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of arrays.
+A source is one of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (one batch
+each, shapes may vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of
+arrays.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from magr_onnx.core.types import Lazy
+from magr_onnx.core.types import Array, Lazy
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
-from magr_onnx.runtime.ort.session import Batch, InputInfo
+from magr_onnx.runtime.ort.session import Batch, InputInfo, Session
 
 
 @runtime_checkable
@@ -37,6 +39,8 @@ class DataReader(Protocol):
 HELD_OUT = 4  # one batch in this many is held out: kept out of the moments layers are solved with, for choosing between solutions
 MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
+Steps = Callable[[int, int], None]
+"""Progress: called with steps done and steps in total, first with none done."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the arrays of a batch, by name."""
 SAVE_CALL = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
@@ -97,6 +101,27 @@ class Batches:
 def is_held_out(batch: int) -> bool:
     """Whether the batch at a position is held out: the last of every `HELD_OUT`."""
     return batch % HELD_OUT == HELD_OUT - 1
+
+
+def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, Batch]]:
+    """Yield batches with their numbers, and report progress before the first and after each."""
+    report = progress or (lambda done, total: None)
+    report(0, len(data))
+    for index, batch in enumerate(data):
+        yield index, batch
+        report(index + 1, len(data))
+
+
+def run_batches(model: ir.Model, data: Batches, provider: str, progress: Steps | None = None) -> Iterator[tuple[int, float, list[Array]]]:
+    """Run a model on all batches; yield the number of each, the factor of sums over it, and the outputs."""
+    with Session(model, provider) as session:
+        for index, batch in with_progress(data, progress):
+            yield index, data.weight(index), session.run(batch)
+
+
+def part_of(progress: Steps | None, index: int, count: int) -> Steps | None:
+    """The progress of part ``index`` of ``count`` parts with equally many steps."""
+    return None if progress is None else lambda done, total: progress(index * total + done, count * total)
 
 
 def shapes_of(batch: Batch) -> Shapes:
@@ -293,18 +318,16 @@ def _is_test_data(path: Path) -> bool:
 def _load_test_data(path: Path, inputs: Sequence[InputInfo]) -> Batch:
     """Load ``input_<i>.pb`` files, named by their tensors, else by the order of the model's inputs."""
     batch: dict[str, npt.NDArray[Any]] = {}
+    names = [i.name for i in inputs]
     for file in path.glob("input_*.pb"):
-        tensor = onnx.TensorProto()
         try:
-            tensor.ParseFromString(file.read_bytes())
+            tensor = onnx.load_tensor(file)
             if uses_external_data(tensor):
                 raise ValueError("its data lies in another file")
             array = numpy_helper.to_array(tensor)
         except Exception as error:
             raise CalibrationError(f"{file} is not a serialized ONNX tensor: {error}") from error
         match = re.fullmatch(r"input_(\d+)", file.stem)
-        index = int(match[1]) if match else len(inputs)
-        input_names = {i.name for i in inputs}
-        name = tensor.name if tensor.name in input_names else inputs[index].name if index < len(inputs) else file.stem
-        batch[name] = array
+        index = int(match[1]) if match else len(names)
+        batch[tensor.name if tensor.name in names else names[index] if index < len(names) else file.stem] = array
     return batch

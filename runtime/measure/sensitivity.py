@@ -35,8 +35,7 @@ from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import with_grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.data.progress import Steps
-from magr_onnx.runtime.data.sources import HELD_OUT, Batches, is_held_out
+from magr_onnx.runtime.data.sources import HELD_OUT, Batches, Steps, is_held_out
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
 

@@ -22,8 +22,7 @@ from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
-from magr_onnx.runtime.data.progress import Steps, with_progress
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session
 
 MIN_RUNS = 5  # of each model for a latency, however long they take

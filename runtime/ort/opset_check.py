@@ -28,9 +28,7 @@ _BATCHES = 2
 _DYNAMIC_SIZES = ((4, 4), (1, 8), (2, 16))
 """Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast."""
 
-_LARGEST = 1 << 24
-"""Most elements of a random input; a declared shape may ask for any number."""
-
+_LARGEST = 1 << 24  # elements of a random input; a declared shape may ask for any number
 _TOLERANCE = {2: 1e-2}
 """Tolerated difference relative to the largest value, by bytes per value (1e-3 for others): sums in another order, with casts to half
 precision inside, stay within 1e-3."""
