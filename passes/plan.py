@@ -162,18 +162,9 @@ class Plan:
         chooses = quantize.quantizer.chooses
         alpha = usual_alpha(conv.bits, None) if conv.alpha is None else conv.alpha
         magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
-        quantize = replace(
-            quantize,
-            bits=conv.bits,
-            block_size=None,
-            symmetric=conv.symmetric,
-            bias=None,
-            target=None,
-            accumulator_bits=None,
-            accumulator_tile=None,
-            alpha=conv.alpha if chooses else None,
-            activation=None,
-        )
+        linear = ("block_size", "bias", "target", "accumulator_bits", "accumulator_tile", "activation")  # options of linear layers only
+        unset: dict[str, Any] = dict.fromkeys(linear)
+        quantize = replace(quantize, bits=conv.bits, symmetric=conv.symmetric, alpha=conv.alpha if chooses else None, **unset)
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 from hypothesis import settings
 
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from magr_onnx.model_io.writing import Layout
 from magr_onnx.models import bundled
+from magr_onnx.passes.emit.readback import readers_of
 from magr_onnx.passes.layers.selection import ALL
 from magr_onnx.workflow.context import Memory, RunContext
 
@@ -37,6 +39,11 @@ def run_program(name: str, *arguments: str | Path, environment: Mapping[str, str
     assert done.returncode == 0, done.stderr[-3000:]
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return values
+
+
+def emitted_weight(node: ir.Node) -> Array | None:
+    """The dequantized weight ``(K, N)`` of a node, as a read-back finds it; None if no format has its form."""
+    return next((weight for reader in readers_of(node) if (weight := reader.weight(node)) is not None), None)
 
 
 def activations(rows: int, k: int, seed: int = 0, tail: float = 1.0) -> Array:

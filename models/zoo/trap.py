@@ -24,7 +24,7 @@ class Trap:
         build: Makes the model.
         feeds: Inputs for it.
         evaluate: The outputs, in order, of ``(feeds, weights)``: ``weights`` holds the matrix ``(K, N)`` of every converted layer, by
-            name (of other operators what `magr_onnx.passes.emit.readback.emitted_weight` says). Everything else it needs (biases, layers
+            name (of other operators what a reader of `magr_onnx.passes.emit.readback` says). Everything else it needs (biases, layers
             that are left alone) it takes from `constant`.
         layers: `CONVERTED`, or the text of the reason to leave it alone, for every linear layer by its name.
         options: Options of `magr_onnx.optimize` that the trap is about.

@@ -38,19 +38,14 @@ def read_weights(model: ir.Model, outputs: Collection[str] = ()) -> dict[str, Ar
 def iterate_weights(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[tuple[str, Array]]:
     """Yield the weights of `read_weights` one by one, so that only one is in memory."""
     for node in model.graph.all_nodes():
-        for reader in _readers(node):
+        for reader in readers_of(node):
             weight = reader.weight(node)
             if weight is not None:
                 yield _output_name(node, reader, outputs), weight
                 break
 
 
-def emitted_weight(node: ir.Node) -> Array | None:
-    """Read the dequantized weight ``(K, N)`` of a node; None if no format has its form."""
-    return next((weight for reader in _readers(node) if (weight := reader.weight(node)) is not None), None)
-
-
-def _readers(node: ir.Node) -> Iterator[Reader]:
+def readers_of(node: ir.Node) -> Iterator[Reader]:
     """List the readers of a node's operator; formats may share a reader."""
     operator = (node.domain, node.op_type)
     sources = [NON_LINEAR, *(form.readers for form in FORMATS.values())]

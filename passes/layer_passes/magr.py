@@ -58,14 +58,8 @@ class MagR(LayerPass):
         if stats.is_data_free:
             return replace(solution, record=solution.record.noting("MagR skipped: no calibration data"))
         damping = automatic_damping(len(weight), stats.rows) if self.damping is None else self.damping
-        reduction = magr.reduce(
-            weight,
-            damped_gram(stats, problem.centred(self.bias), damping),
-            alpha=self.alpha,
-            relative=self.relative,
-            group_size=self.block_size,
-            method=self.method,
-        )
+        gram = damped_gram(stats, problem.centred(self.bias), damping)
+        reduction = magr.reduce(weight, gram, alpha=self.alpha, relative=self.relative, group_size=self.block_size, method=self.method)
         record = replace(solution.record, magr=figures(weight, reduction), weights=sketch(weight, reduction.weights, None))
         return replace(solution, weight=reduction.weights, changed=True, record=record)
 

@@ -193,18 +193,9 @@ class Quantize(LayerPass):
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         centred, record = problem.centred(self.bias), solution.record
-        task = Problem(
-            solution.weight,
-            solution.target,
-            problem.stats,
-            centred,
-            self.spec(problem.float_type),
-            self.budget() if self.activation else None,
-            problem.weight,
-            solution.fit_target,
-            problem.target_moments,
-            problem.output_hessian,
-        )
+        spec, budget, fit = self.spec(problem.float_type), self.budget() if self.activation else None, solution.fit_target
+        moments, hessian = problem.target_moments, problem.output_hessian
+        task = Problem(solution.weight, solution.target, problem.stats, centred, spec, budget, problem.weight, fit, moments, hessian)
         declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha, declared)
         result = QUANTIZERS[self.method].run(task, options)
@@ -218,7 +209,7 @@ class Quantize(LayerPass):
             solver=result.figures or record.solver,
             weights=sketch(solution.target, None if record.magr is None else reduced, result.weight),
             errors=result.errors or record.errors,
-            tiles=None if task.budget is None else tile_headroom(result.weight, task.budget),
+            tiles=None if budget is None else tile_headroom(result.weight, budget),
         )
         return replace(solution, weight=weight, quantized=result.weight, changed=True, record=record)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +20,9 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized
 from magr_onnx.passes.graph.nodes import operand, producers
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
+from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
+from magr_onnx.passes.layers.weighted import Product, find_views, in_closed_body, in_functions, layer_name, refusal, skip_of
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -37,12 +36,10 @@ class ConvLayer(Product):
     """A safe view of one convolution. Its weight is ``(M, C / G, ...)``, or ``(C, M / G, ...)`` of a ConvTranspose.
 
     Attributes:
-        bias: The constant bias ``(M,)``, if there is one.
         takes_bias: Whether a bias could be written: False where one is computed at run time.
         group: ``G``.
     """
 
-    bias: ir.TensorProtocol | None
     takes_bias: bool
     group: int
 
@@ -75,10 +72,6 @@ class ConvLayer(Product):
     def n(self) -> int:
         """Return the output channels of a group."""
         return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group
-
-    @property
-    def has_bias(self) -> bool:
-        return self.bias is not None
 
     def read(self) -> Array:
         """Read the matrices ``(G, K, N)`` float32."""
@@ -126,43 +119,27 @@ def is_made_of_codes(value: ir.Value) -> bool:
 
 def view(node: ir.Node, path: SubgraphPath) -> ConvLayer | Skip:
     """View a Conv or ConvTranspose as a layer, or return the reason why it is none."""
-    name = layer_name(node)
-
-    def skip(reason: StrEnum, detail: str = "") -> Skip:
-        return Skip(name, node.op_type, reason, detail)
-
-    if (closed := unsupported_parent(path)) is not None:
-        return skip(Reason.SUBGRAPH, f"body of {closed}")
+    if (refused := in_closed_body(node, path)) is not None:
+        return refused
     x, value = operand(node, 0), operand(node, 1)
     if x is None or value is None:
-        return skip(ConvReason.SHAPE, "an input is missing")
+        return skip_of(node, ConvReason.SHAPE, "an input is missing")
     weight = constant_view(value)
     if weight is None:
         quantized = dequantized(value) is not None or is_made_of_codes(value)
-        return skip(Reason.QUANTIZED if quantized else ConvReason.DYNAMIC_WEIGHT)
-    if weight.overridable:
-        return skip(Reason.OVERRIDABLE)
-    if weight.dtype not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(weight.dtype))
-    if weight.exposed:
-        return skip(Reason.GRAPH_OUTPUT)
-    if 0 in weight.shape:
-        return skip(Reason.EMPTY)
+        return skip_of(node, Reason.QUANTIZED if quantized else ConvReason.DYNAMIC_WEIGHT)
+    if (refused := refusal(node, weight)) is not None:
+        return refused
     group = node.attributes.get_int("group", 1)
     if len(weight.shape) < 3 or group < 1 or weight.shape[0] % group:
-        return skip(ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
+        return skip_of(node, ConvReason.SHAPE, f"weight {list(weight.shape)} in {group} groups")
     bias = constant_view(operand(node, 2))
     fixed = bias is not None and not bias.overridable
     takes_bias = fixed or operand(node, 2) is None
-    return ConvLayer(name, node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, path=path)
+    return ConvLayer(layer_name(node), node, weight, bias.tensor() if bias is not None and fixed else None, takes_bias, group, path=path)
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[ConvLayer], list[Skip]]:
-    """Find every convolution with a constant weight in the main graph and its subgraphs, in graph order, and skips for the others.
-
-    Args:
-        model: The model; not changed.
-        selection: Those to convert; others are skipped.
-    """
+    """Find every convolution with a constant weight in the main graph and its subgraphs, and skips for the others; see `find_views`."""
     layers, skips = find_views(model, OPS, view, selection)
     return layers, skips + in_functions(model, OPS)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +20,11 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import CASTS, constant_view
 from magr_onnx.passes.graph.nodes import attribute_of, operand
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
+from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.unconverted import LEAST
-from magr_onnx.passes.layers.weighted import FLOATS, WeightedNode, find_views, layer_name
-from magr_onnx.report.reasons import Reason, Skip, TableReason
+from magr_onnx.passes.layers.weighted import WeightedNode, find_views, in_closed_body, layer_name, refusal, skip_of
+from magr_onnx.report.reasons import Skip, TableReason
 
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
@@ -60,33 +59,16 @@ class EmbeddingTable(WeightedNode):
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[EmbeddingTable], list[Skip]]:
-    """Find every Gather of rows of a constant float matrix of at least `LEAST` values, in graph order, and skips for the others.
-
-    Args:
-        model: The model; not changed.
-        selection: Those to convert; others are skipped.
-    """
+    """Find every Gather of rows of a constant float matrix of at least `LEAST` values, and skips for the others; see `find_views`."""
     return find_views(model, ("Gather",), _view, selection)
 
 
 def _view(node: ir.Node, path: SubgraphPath) -> EmbeddingTable | Skip | None:
-    name, table = layer_name(node), constant_view(operand(node, 0))
+    table = constant_view(operand(node, 0))
     if table is None or math.prod(table.shape) < LEAST or table.dtype not in CASTS:
         return None
-
-    def skip(reason: StrEnum, detail: str = "") -> Skip:
-        return Skip(name, node.op_type, reason, detail)
-
-    if (closed := unsupported_parent(path)) is not None:
-        return skip(Reason.SUBGRAPH, f"body of {closed}")
-    if table.overridable:
-        return skip(Reason.OVERRIDABLE)
-    if table.exposed:
-        return skip(Reason.GRAPH_OUTPUT)
-    if table.dtype not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(table.dtype))
-    if len(table.shape) != 2:
-        return skip(Reason.WEIGHT_RANK, f"shape {list(table.shape)}")
+    if (refused := in_closed_body(node, path) or refusal(node, table, 2)) is not None:
+        return refused
     if attribute_of(node, "axis", 0) not in (0, -2):
-        return skip(TableReason.AXIS)
-    return EmbeddingTable(name, node, table, path=path)
+        return skip_of(node, TableReason.AXIS)
+    return EmbeddingTable(layer_name(node), node, table, path=path)

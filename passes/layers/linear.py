@@ -19,9 +19,9 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
 from magr_onnx.passes.graph.constants import constant_view, dequantized, replace_input
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, unsupported_parent
+from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_functions, layer_name
+from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_closed_body, in_functions, layer_name, refusal, skip_of
 from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
@@ -36,19 +36,15 @@ class LinearLayer(Product):
     """A safe view of one MatMul or Gemm.
 
     Attributes:
-        tensor: The constant ``(K, N)``, or ``(N, K)`` when ``transposed``; computed at every read where it is stored in another form.
-        transposed: See ``tensor``.
+        transposed: Whether the constant is ``(N, K)`` rather than ``(K, N)``.
         factor: Gemm's alpha, part of the effective weight.
         add: The Add that holds the bias of a MatMul, if there is one.
-        bias: The constant bias in the graph, if there is one.
         bias_factor: Gemm's beta, part of the effective bias.
     """
 
-    tensor: ir.TensorProtocol
     transposed: bool
     factor: float
     add: ir.Node | None
-    bias: ir.TensorProtocol | None
     bias_factor: float
 
     @property
@@ -70,16 +66,13 @@ class LinearLayer(Product):
         """Return a key that is equal for layers that multiply by the same matrix."""
         return (*self.weight.key, self.transposed, self.factor)
 
-    @property
-    def has_bias(self) -> bool:
-        return self.bias is not None
-
     def read(self) -> Array:
         """Read the effective weight ``(K, N)`` float32, contiguous."""
-        stored = self.tensor.numpy()
+        tensor = self.weight.tensor()
+        stored = tensor.numpy()
         array: Array = np.array(stored.T if self.transposed else stored, dtype=np.float32, order="C")
         del stored
-        release_mmap(self.tensor)
+        release_mmap(tensor)
         if self.factor != 1.0:
             array *= np.float32(self.factor)
         return array
@@ -131,41 +124,28 @@ class LinearLayer(Product):
 
 def view(node: ir.Node) -> LinearLayer | Skip:
     """View a MatMul or Gemm as a layer, or return the reason why it is none."""
-    name = layer_name(node)
-
-    def skip(reason: Reason, detail: str = "") -> Skip:
-        return Skip(name, node.op_type, reason, detail)
-
     x, weight = (*node.inputs, None, None)[:2]  # a function may be called with fewer inputs than it declares
     if x is None or weight is None:
-        return skip(Reason.DYNAMIC_WEIGHT)
+        return skip_of(node, Reason.DYNAMIC_WEIGHT)
     right, left = constant_view(weight), constant_view(x)
     if right is None:
         if dequantized(weight) is not None:
-            return skip(Reason.QUANTIZED)
-        return skip(Reason.DYNAMIC_WEIGHT if left is None else Reason.CONSTANT_LEFT)
-    if right.overridable:
-        return skip(Reason.OVERRIDABLE)
-    if right.dtype not in FLOATS:
-        return skip(Reason.WEIGHT_DTYPE, str(right.dtype))
-    if len(right.shape) != 2:
-        return skip(Reason.WEIGHT_RANK, f"shape {list(right.shape)}")
-    if right.exposed:
-        return skip(Reason.GRAPH_OUTPUT)
-    if 0 in right.shape:
-        return skip(Reason.EMPTY)
+            return skip_of(node, Reason.QUANTIZED)
+        return skip_of(node, Reason.DYNAMIC_WEIGHT if left is None else Reason.CONSTANT_LEFT)
+    if (refused := refusal(node, right, 2)) is not None:
+        return refused
     if left is not None:
-        return skip(Reason.CONSTANT, "a caller may override the input" if left.overridable else "")
+        return skip_of(node, Reason.CONSTANT, "a caller may override the input" if left.overridable else "")
     right, transposed = right.before_transposes()
     rows, columns = right.shape
     factor, beta = 1.0, 1.0
     if node.op_type == "Gemm":
         if node.attributes.get_int("transA", 0):
-            return skip(Reason.TRANS_A)
+            return skip_of(node, Reason.TRANS_A)
         transposed ^= bool(node.attributes.get_int("transB", 0))
         factor, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         if factor == 0 or not math.isfinite(factor):
-            return skip(Reason.ALPHA, f"alpha={factor}")
+            return skip_of(node, Reason.ALPHA, f"alpha={factor}")
     n = rows if transposed else columns
     add: ir.Node | None = None
     bias: ir.TensorProtocol | None = None
@@ -174,8 +154,8 @@ def view(node: ir.Node) -> LinearLayer | Skip:
     elif len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0:
         bias = _bias(node.inputs[2], n)
         if bias is None:
-            return skip(Reason.BIAS)
-    return LinearLayer(name, node, right, right.tensor(), transposed, factor, add, bias, beta)
+            return skip_of(node, Reason.BIAS)
+    return LinearLayer(layer_name(node), node, right, bias, transposed, factor, add, beta)
 
 
 def _bias(value: ir.Value | None, n: int) -> ir.TensorProtocol | None:
@@ -208,20 +188,15 @@ def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol 
 
 
 def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[LinearLayer], list[Skip]]:
-    """Find every linear layer of the main graph and its subgraphs, in graph order, and the reason for every other MatMul or Gemm.
-
-    Args:
-        model: The model; not changed.
-        selection: The layers to convert; others are skipped.
-    """
+    """Find every linear layer, in graph order, and the reason for every other MatMul or Gemm; see `find_views`."""
     layers, skips = find_views(model, OPERATORS, _placed, selection)
     return layers, skips + in_functions(model, OPERATORS)
 
 
 def _placed(node: ir.Node, path: SubgraphPath) -> LinearLayer | Skip:
-    if (closed := unsupported_parent(path)) is not None:
-        return Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"body of {closed}")
+    if (refused := in_closed_body(node, path)) is not None:
+        return refused
     layer = view(node)
     if isinstance(layer, LinearLayer):
         return replace(layer, path=path)
-    return Skip(layer.name, layer.op, *node.meta[REFUSED]) if REFUSED in node.meta else layer
+    return skip_of(node, *node.meta[REFUSED]) if REFUSED in node.meta else layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, walk
+from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, unsupported_parent, walk
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.reasons import Reason, Skip
 
@@ -125,7 +126,17 @@ class WeightedNode(abc.ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product(WeightedNode):
-    """A node that multiplies its first input by the weight."""
+    """A node that multiplies its first input by the weight.
+
+    Attributes:
+        bias: The constant in the graph that is, but for a factor, added to the product, if there is one.
+    """
+
+    bias: ir.TensorProtocol | None
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
     @property
     def x(self) -> ir.Value:
@@ -145,6 +156,29 @@ V = TypeVar("V", bound=WeightedNode)
 
 def layer_name(node: ir.Node) -> str:
     return node.name or f"{node.op_type}:{node.outputs[0].name}"
+
+
+def skip_of(node: ir.Node, reason: StrEnum, detail: str = "") -> Skip:
+    """Make the row of a node that is not converted."""
+    return Skip(layer_name(node), node.op_type, reason, detail)
+
+
+def refusal(node: ir.Node, weight: ConstantView, rank: int | None = None) -> Skip | None:
+    """Say why a constant cannot be the weight of a node that takes those of ``rank``; None if it can."""
+    faults = (
+        (weight.overridable, Reason.OVERRIDABLE, ""),
+        (weight.dtype not in FLOATS, Reason.WEIGHT_DTYPE, str(weight.dtype)),
+        (rank is not None and len(weight.shape) != rank, Reason.WEIGHT_RANK, f"shape {list(weight.shape)}"),
+        (weight.exposed, Reason.GRAPH_OUTPUT, ""),
+        (0 in weight.shape, Reason.EMPTY, ""),
+    )
+    return next((skip_of(node, reason, detail) for fault, reason, detail in faults if fault), None)
+
+
+def in_closed_body(node: ir.Node, path: SubgraphPath) -> Skip | None:
+    """Skip a node in a body that onnxruntime does not run as a part of the graph around it; None for any other node."""
+    closed = unsupported_parent(path)
+    return None if closed is None else skip_of(node, Reason.SUBGRAPH, f"body of {closed}")
 
 
 def find_views(
@@ -179,7 +213,7 @@ def in_functions(model: ir.Model, operators: Collection[str]) -> list[Skip]:
     """Return skips for nodes of ONNX's ``operators`` in functions, which are not converted."""
     nodes = [(node, function.name) for function in model.functions.values() for node in function.all_nodes()]
     nodes = [(node, name) for node, name in nodes if node.domain == "" and node.op_type in operators]
-    return [Skip(layer_name(node), node.op_type, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
+    return [skip_of(node, Reason.SUBGRAPH, f"function {name}") for node, name in nodes]
 
 
 def by_weight(layers: Iterable[V]) -> list[list[V]]:

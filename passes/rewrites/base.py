@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.layer import BiasPolicy
@@ -109,11 +108,6 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
     total = layer.add_to_output("Add" if integer and layer.op == "Gemm" else "Sum", addend, f"_before{suffix}", f"{layer.name}{suffix}_sum")
     addend.name = layer.names.value(f"{name}{suffix}")
     layer.graph.insert_before(total, product)
-
-
-def scalar(layer: LinearLayer, name: str, value: float) -> ir.Value:
-    """Add a scalar constant of the layer's type."""
-    return layer.constant("", np.asarray(value, FLOATS[layer.dtype]), base=name)
 
 
 def operator(value: ir.Value) -> str:

@@ -20,12 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import InputGrids
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product, operator, scalar
+from magr_onnx.passes.layers.weighted import FLOATS
+from magr_onnx.passes.rewrites.base import Context, Rewrite, add_product, operator
 
 _GELU = {"Gelu", "com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.QuickGelu", "com.microsoft.BiasGelu"}
 _GATES = {"Erf", "Tanh", "Sigmoid"}
@@ -118,7 +120,7 @@ class TwinRanges(Rewrite):
 
 def _parts(layer: LinearLayer, x: ir.Value, t: float) -> tuple[ir.Value, ir.Value]:
     """Insert ``min(x, t)`` and ``max(x - t, 0)`` behind ``x``."""
-    limit = scalar(layer, f"{x.name}_limit", t)
+    limit = layer.constant("_limit", np.asarray(t, FLOATS[layer.dtype]), str(x.name))
     small = ir.node("Min", [x, limit], name=f"{x.name}_small")
     nodes = [small]
     above = x

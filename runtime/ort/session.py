@@ -27,7 +27,7 @@ from magr_onnx.errors import OptionError, OutputError, ProviderError, RuntimeFai
 from magr_onnx.model_io.external_data import serialized
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
-from magr_onnx.passes.providers import PROVIDERS, Provider, cpu, find_provider
+from magr_onnx.passes.providers import CPU, PROVIDERS, Provider, find_provider
 
 Batch = Mapping[str, npt.NDArray[Any]]
 Model = ir.Model | str | os.PathLike[str]
@@ -184,7 +184,7 @@ class Session:
                 source, entries = serialized(model, Path(self._folder.name))
                 for key, value in entries.items():
                     options.add_session_config_entry(key, value)
-            self._session = ort.InferenceSession(source, options, providers=list(dict.fromkeys([name, cpu.PROVIDER.onnxruntime])))
+            self._session = ort.InferenceSession(source, options, providers=list(dict.fromkeys([name, CPU.onnxruntime])))
         except OSError as error:
             self.close()
             raise OutputError(f"cannot write temporary files to {tempfile.gettempdir()}: {os_error_hint(error)}; or set TMPDIR") from error

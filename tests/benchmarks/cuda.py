@@ -31,8 +31,8 @@ import magr_onnx
 from magr_onnx.errors import MagrError
 from magr_onnx.models import bundled
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.runtime.ort.session import Arithmetic, Session
+from tests.helpers import emitted_weight
 
 TYPES = {"float": np.float32, "float16": np.float16, "bfloat16": None}
 ROWS = (1, 3, 64)

@@ -184,7 +184,7 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     value = b.node("Cast", [b.node("Transpose", [b.node("Reshape", [source, b.constant("s", np.array([6, -1]))])])], to=1)
     model = b.model(b.node("MatMul", [x, value], "layer"), ["batch", 6])
     (layer,) = find(model)[0]
-    assert (layer.k, layer.n, layer.dtype, layer.weight_name, layer.tensor.shape.numpy()) == (4, 6, ir.DataType.FLOAT, "w", (4, 6))
+    assert (layer.k, layer.n, layer.dtype, layer.weight_name, layer.weight.tensor().shape.numpy()) == (4, 6, ir.DataType.FLOAT, "w", (4, 6))
     assert reads == []
     np.testing.assert_array_equal(layer.read(), random(6, 4).astype(np.float16).T.astype(np.float32))
     layer.read()

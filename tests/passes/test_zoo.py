@@ -14,9 +14,9 @@ from magr_onnx import optimize
 from magr_onnx.errors import MagrError
 from magr_onnx.models.zoo import ZOO, Trap
 from magr_onnx.models.zoo.trap import CONVERTED
-from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.report.data import Report
 from magr_onnx.runtime.ort.session import Arithmetic, Session
+from tests.helpers import emitted_weight
 from tests.pairwise import each_value
 
 CONVERTING = [t for t in ZOO.values() if t.refused is None]

@@ -23,7 +23,6 @@ from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Plan, Quantize
-from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.graph.constants import ConstantView
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layers.conv import FORMS, ConvLayer, Form, find, from_matrices, split_groups, to_matrices
@@ -35,7 +34,7 @@ from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.converted import Converted
-from tests.helpers import run_context
+from tests.helpers import emitted_weight, run_context
 
 Array = np.ndarray[Any, Any]
 

@@ -15,13 +15,13 @@ from magr_onnx.core.grid import minmax
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import MagrError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
-from magr_onnx.passes.emit.readback import emitted_weight
 from magr_onnx.passes.layer_passes.embeddings import quantize
 from magr_onnx.passes.layers.embedding import find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import LEAST
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import verify_output
+from tests.helpers import emitted_weight
 
 Array = np.ndarray[Any, Any]
 FORMS = [("gather-block-quantized", 4), ("gather-block-quantized", 8), ("dequantize", 8)]

@@ -1,0 +1,63 @@
+"""Execution providers: where onnxruntime runs a model, and what its kernels there take.
+
+To add one: write a `Provider` with the functions it needs, and add it to `PROVIDERS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from magr_onnx.core.types import WeightSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An execution provider of onnxruntime.
+
+    Attributes:
+        name: What users call it.
+        onnxruntime: What onnxruntime calls it.
+        refuses: Say why its kernels cannot have weights on a grid; nothing where they can.
+        largest_block: Most rows that share a scale in a kernel; None for no limit but the kernel's own.
+        preload: Load its libraries, given the module ``onnxruntime``; None where there is nothing to load.
+        host_memory: Whether it computes in the memory of the process, so that limits of that hold for a run.
+    """
+
+    name: str
+    onnxruntime: str
+    refuses: Callable[[WeightSpec], list[str]] = lambda _: []
+    largest_block: int | None = None
+    preload: Callable[[ModuleType], None] | None = None
+    host_memory: bool = False
+
+
+def _cuda_refuses(spec: WeightSpec) -> list[str]:
+    if spec.bits != 2:  # 3-bit codes are stored in 4 bits
+        return []
+    return ["2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu"]
+
+
+def _preload_cuda(onnxruntime: ModuleType) -> None:
+    """Load CUDA's libraries from NVIDIA's Python packages, where there are: by itself onnxruntime finds those of the system only."""
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says whether it starts
+            onnxruntime.preload_dlls()
+
+
+CPU = Provider("cpu", "CPUExecutionProvider", host_memory=True)
+"""The processor: what every onnxruntime has, and what it falls back to."""
+CUDA = Provider("cuda", "CUDAExecutionProvider", _cuda_refuses, largest_block=128, preload=_preload_cuda)
+"""NVIDIA GPUs. Measured with onnxruntime 1.31.1: MatMulNBits takes 4 and 8 bits only, and one row times 4-bit blocks of 256 fails."""
+
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (CPU, CUDA)}
+
+
+def find_provider(name: str) -> Provider:
+    """Look a provider up by its name here or in onnxruntime; one that is not registered takes whatever a plan writes."""
+    lower = name.lower()
+    known = (provider for provider in PROVIDERS.values() if lower in (provider.name, provider.onnxruntime.lower()))
+    return next(known, Provider(name, name))
