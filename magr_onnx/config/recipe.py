@@ -44,11 +44,17 @@ class Recipe:
         values: By key; see `magr_onnx.config.schema.KEYS`.
         layers: Options of single layers, in order: later ones win.
         notes: Options dropped when recipes were merged, for the report.
+
+    Raises:
+        RecipeError: With everything that is wrong with the values.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[LayerOptions, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        raise_all(RecipeError, [problem for _, _, problem in _problems({"version": VERSION, **self.values})])
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Recipe:

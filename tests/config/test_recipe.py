@@ -344,3 +344,14 @@ def test_presets_are_listed_with_what_they_set() -> None:
         assert f"\n{preset.name}\n" in f"\n{shown.stdout}"
         for name, value in preset.options.items():
             assert f"{name}={value}" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "values", [{"bits": 99}, {"batch_size": 0}, {"colour": "red"}, {"include": 3}, {"pipeline": "magr", "bits": 4}, {"version": 2}]
+)
+def test_the_constructor_refuses_what_a_file_may_not_have(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as made:
+        Recipe(values)
+    with pytest.raises(RecipeError) as read:
+        Recipe.from_dict(values)
+    assert made.value.problems == read.value.problems
