@@ -8,7 +8,6 @@ so the result loads wherever the source did.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from magr_onnx.config.selection import LayerNames, Patterns
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files
 from magr_onnx.model_io.writing import os_error_hint
-from magr_onnx.passes.layers.selection import Selection
+from magr_onnx.passes.layers.selection import Selection, matches
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
@@ -200,7 +199,7 @@ def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
     """What a pattern stands for: the model that has it for a name, or all it matches."""
     exact = [name for name in names if pattern in (name, _stem(name))]
-    return exact or [name for name in names if any(fnmatch.fnmatchcase(one, pattern) for one in (name, _stem(name)))]
+    return exact or [name for name in names if matches((name, _stem(name)), [pattern])]
 
 
 def _check_output(folder: Path, out: Path, names: Sequence[str], overwrite: bool) -> list[str]:

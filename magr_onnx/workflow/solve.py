@@ -13,6 +13,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
+from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
@@ -104,8 +105,7 @@ class _Round:
         digests: Hashes of the dequantized weights, by the output of their layers.
         unmasked: Layers whose rows the mask does not fit.
         spilled: Bytes of values between stages that went to a temporary folder.
-        repeated: By weight name, rows of the blocks it has scales for in the file, and bytes of the scales that are there again.
-        added: Bytes of the constants made of a layer's weight, by layer name.
+        emitted: What was written for layers, by layer name.
         stages: The number of the stage that a layer is solved in, by layer name: layers of one stage share the codes of their weight.
     """
 
@@ -116,27 +116,20 @@ class _Round:
     digests: dict[str, str] = field(default_factory=dict)
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
-    repeated: dict[str, tuple[int, int]] = field(default_factory=dict)
-    added: dict[str, int] = field(default_factory=dict)
+    emitted: dict[str, Emitted] = field(default_factory=dict)
     stages: dict[str, int] = field(default_factory=dict)
 
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
-        self._add(solved)
+        layer, quantized = solved.layer, solved.solution.quantized
+        self.rows[layer.name] = layer_row(layer, solved.solution, solved.emitted)
+        if solved.emitted is not None:
+            self.emitted[layer.name] = solved.emitted
+            if quantized is not None:
+                self.digests[str(layer.output.name)] = digest(quantized.dequantize())
         context.spill(self.model)
-        context.report_layers([self.rows[solved.layer.name]])
+        context.report_layers([self.rows[layer.name]])
         context.stage("quantizing")(len(self.rows), len(self.layers))
-
-    def _add(self, solved: SolvedLayer) -> None:
-        layer, emitted, quantized = solved.layer, solved.emitted, solved.solution.quantized
-        self.rows[layer.name] = layer_row(layer, solved.solution, emitted)
-        if emitted is None:
-            return
-        self.added[layer.name] = emitted.bytes
-        if emitted.stored_block is not None:
-            self.repeated[layer.weight_name] = emitted.stored_block, emitted.repeated_bytes
-        if quantized is not None:
-            self.digests[str(layer.output.name)] = digest(quantized.dequantize())
 
 
 def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
@@ -171,8 +164,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             if search is None or search.accepts(search.loss_of(done.model)):
                 break
             del done  # one quantized model at a time
-    rows = _rows(done, setup, begun.rows, model, context)
-    emitted = {row.emitted for row in done.rows.values() if row.emitted}
+    rows = _rows(done, setup, begun.rows, model)
+    emitted = {written.node for written in done.emitted.values()}
     skips = [*setup.skips, *done.kept]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
@@ -279,15 +272,16 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     return done
 
 
-def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model, context: RunContext) -> list[LayerRow]:
+def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Model) -> list[LayerRow]:
     """Rows of everything that was converted, with what is known only now that all of it is."""
-    remarks = shared_weights.remarks(done.layers, done.added, done.stages)
+    added = {name: emitted.bytes for name, emitted in done.emitted.items()}
+    remarks = shared_weights.remarks(done.layers, added, done.stages)
     for name, (options, _) in setup.assigned.items():
         remarks[name].append(f"options of its own: {layer_options.described(options)}")
     rows = list(begun)
     for layer in done.layers:
         row, name = done.rows[layer.name], layer.name
-        rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=done.added.get(name) if readers(layer) else None))
+        rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=added.get(name) if readers(layer) else None))
     depth = depths(model, {row.name for row in rows})
     return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
 
@@ -307,11 +301,12 @@ def _remarks(done: _Round, context: RunContext) -> list[str]:
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
             f"as before; put one of {', '.join(form.emitter.name for form in FORMATS.values())} at its end for a smaller file"
         )
-    if done.repeated:
-        blocks = " or ".join(map(str, sorted({block for block, _ in done.repeated.values()})))
+    written = ((layer.weight_name, done.emitted[layer.name]) for layer in done.layers if layer.name in done.emitted)
+    if repeated := {weight: (e.stored_block, e.repeated_bytes) for weight, e in written if e.stored_block is not None}:
+        blocks = " or ".join(map(str, sorted({block for block, _ in repeated.values()})))
         notes.append(
-            f"{len(done.repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share "
-            f"one (about {sum(size for _, size in done.repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
+            f"{len(repeated)} weights have their scales in the file again for every block of {blocks} rows, though more rows share "
+            f"one (about {sum(size for _, size in repeated.values())} bytes more): onnxruntime's kernels know blocks of 16, 32, 64, "
             "128 and 256 only"
         )
     if done.unmasked:
