@@ -29,7 +29,7 @@ from magr_onnx.report.verification import Verification
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
-from magr_onnx.runtime.measure import overflow, witness
+from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import session
 from magr_onnx.runtime.ort.session import Arithmetic, provider_name
@@ -200,4 +200,4 @@ def verify(
     assert registers is not None
     loaded = files.load(model)
     layers, skipped = overflow.verify(loaded.model, registers, outer_bits, run)
-    return Verification(loaded.name, description, layers, skipped, witness.machine_name(), versions())
+    return Verification(loaded.name, description, layers, skipped, overflow.machine_name(), versions())

@@ -83,7 +83,8 @@ def _write(array: Tensor, path: Path) -> Path:
     """Write an array for `_read`; strings, which NumPy would pickle, as JSON."""
     if array.dtype == object:
         path = path.with_suffix(".json")
-        path.write_text(json.dumps([array.shape, [_text(item) for item in array.reshape(-1)]]), encoding="ascii")
+        texts = [item.decode() if isinstance(item, bytes) else str(item) for item in array.reshape(-1)]  # as onnxruntime does
+        path.write_text(json.dumps([array.shape, texts]), encoding="ascii")
     else:
         path = path.with_suffix(".npy")
         array = np.asarray(array, order="C")
@@ -93,15 +94,9 @@ def _write(array: Tensor, path: Path) -> Path:
     return path
 
 
-def _text(item: object) -> str:
-    """Convert to a string as onnxruntime does: bytes are UTF-8."""
-    return item.decode() if isinstance(item, bytes) else str(item)
-
-
 def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
-        stored: Tensor = np.load(path, allow_pickle=False)
-        return stored
+        return np.asarray(np.load(path, allow_pickle=False))
     shape, items = json.loads(path.read_text(encoding="ascii"))
     strings = np.empty(len(items), object)
     strings[:] = items

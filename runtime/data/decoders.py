@@ -34,7 +34,6 @@ from magr_onnx.runtime.ort.session import Batch, InputInfo, Model, Session, inpu
 STEPS = 4
 MAX_PAST_BYTES = 1 << 30  # of past values, in a temporary folder
 FUSED = "GroupQueryAttention"
-GUIDE = "docs/guides/decoders.md"
 _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
@@ -140,7 +139,7 @@ def recognise(model: ir.Model) -> Decoder | None:
         problems.append(
             f"{len(fixed)} past inputs have a fixed length ({fixed[0]}), and there is no {FUSED} that knows how much of it counts"
         )
-    remedy = f"; give complete feeds, every input of the model in each batch (see {GUIDE})"
+    remedy = "; give complete feeds, every input of the model in each batch (see docs/guides/decoders.md)"
     raise_all(CalibrationError, [p + remedy for p in problems])
     return Decoder(inputs, pasts)
 

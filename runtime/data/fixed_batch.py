@@ -57,11 +57,6 @@ def groups(samples: int, size: int, fixed: bool) -> list[Group]:
     return sorted(batches, key=lambda group: group.count)
 
 
-def weights_of(batches: Sequence[Group]) -> tuple[float, ...]:
-    """Return the weights of batches for `magr_onnx.runtime.data.sources.Batches`: none where all are 1."""
-    return tuple(group.weight for group in batches) if any(group.repeats > 1 for group in batches) else ()
-
-
 def notes_of(batches: Sequence[Group]) -> tuple[str, ...]:
     """Return a note for the report on repeated samples, if any."""
     repeated = [group for group in batches if group.repeats > 1]
@@ -90,10 +85,7 @@ def _samples(batch: Batch, inputs: Sequence[InputInfo]) -> int | None:
     """Count the samples of a batch that fits the model apart from their number; None if it does not."""
     if {i.name for i in inputs} != set(batch):
         return None
-    counts: set[int] = set()
-    for info in inputs:
-        shape = np.shape(batch[info.name])
-        if len(shape) != len(info.shape) or any(e is not None and e != d for e, d in zip(info.shape[1:], shape[1:], strict=True)):
-            return None
-        counts.update(shape[:1])
+    if not all(info.fits(np.shape(batch[info.name]), 1) for info in inputs):
+        return None
+    counts = {count for info in inputs for count in np.shape(batch[info.name])[:1]}
     return counts.pop() if len(counts) == 1 else None

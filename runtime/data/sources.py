@@ -214,8 +214,7 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
         problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {described}{remedy}")
     for name in sorted(declared.keys() & batch.keys()):
         array, info = batch[name], declared[name]
-        shape_fits = len(array.shape) == len(info.shape) and all(e is None or e == d for e, d in zip(info.shape, array.shape, strict=True))
-        if array.dtype != info.dtype or not shape_fits:
+        if array.dtype != info.dtype or not info.fits(array.shape):
             problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
         elif array.size == 0 and not name.startswith(PREFIX):  # the past is empty before the first token
             problems.append(f"{name} is empty, shape {array.shape}")
@@ -235,7 +234,8 @@ def _as_arrays(batch: Batch, where: str) -> Batch:
 
 def in_memory(batches: Sequence[Any], description: str, groups: Sequence[fixed_batch.Group] = ()) -> Batches:
     """Return batches read from a list, each of a group of samples."""
-    notes, weights = fixed_batch.notes_of(groups), fixed_batch.weights_of(groups)
+    weights = tuple(group.weight for group in groups) if any(group.repeats > 1 for group in groups) else ()
+    notes = fixed_batch.notes_of(groups)
     return Batches(len(batches), description, lambda: iter(batches), lambda i: f"{description}, batch {i}", notes, weights=weights)
 
 
@@ -259,7 +259,8 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
             archive = loaded.zip
             assert archive is not None
             unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > _memory_size() // 2:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+            if unpacked > memory // 2:
                 raise CalibrationError(f"{path} unpacks to {unpacked} bytes, more than half of this machine's memory; cut it into a folder")
             arrays = {name: loaded[name] for name in loaded.files}
     except CalibrationError:
@@ -270,13 +271,6 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     if invalid := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise CalibrationError(f"{path}: {', '.join(invalid)} are not arrays; save named inputs with numpy.savez")
     return arrays
-
-
-def _memory_size() -> int:
-    """Return the bytes of physical memory; a huge number where the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return 1 << 62
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batches:

@@ -116,7 +116,7 @@ def measure(
         choices: The plan of every choice.
         references: Choices whose effect on the outputs is measured, one or two.
         split: Calibration batches.
-        context: Mask, provider and grids; the data is that of ``split``.
+        context: Mask, provider and grids, and the data that ``split`` is of.
         gram_budget: Most bytes of Gram matrices in memory.
         progress: Called with steps done and in total.
 
@@ -138,17 +138,18 @@ def measure(
                 rows = max([s.rows for s in effects.values()], default=1) / len(split.effects)
                 reference = Reference(session, split.effects.limit(max(1, int(ROWS // rows))), context.mask)
             for layer in group:
-                name, data_free = layer.reads, LayerStats.data_free(layer.k)  # where these batches do not reach a layer
-                trial = _Trial(layer, fit.get(name, data_free), effects.get(name, data_free))
-                errors = _errors(trial, choices)
+                problem = problem_of(layer, fit.get(layer.reads))
+                measured_on = effects.get(layer.reads) or LayerStats.data_free(layer.k)  # where these batches do not reach a layer
+                errors = _errors(problem, measured_on, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
                     if progress is not None:
                         progress(len(sensitivities) * steps + len(points), len(layers) * steps)
+                    plan, error = choices[choice], errors[choice]
                     if context.grids:
-                        error, loss = errors[choice], _emitted_loss(model, trial, choices[choice], context, reference)
+                        loss = _emitted_loss(model, layer.name, problem.stats, plan, context, reference)
                     else:
-                        error, loss = _replacement_loss(trial, choices[choice], slots[layer.name], session, reference)
+                        error, loss = _replacement_loss(problem, measured_on, plan, slots[layer.name], session, reference)
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
                 sensitivities[layer.name] = Sensitivity(errors, _increasing(points))
         assert reference is not None
@@ -171,43 +172,31 @@ def _columns(n: int) -> Array:
     return np.unique(np.linspace(0, n - 1, min(n, COLUMNS)).round().astype(int))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Trial:
-    """A layer with the moments it is solved under (``fit``) and those its error is measured under (``effects``)."""
-
-    layer: LinearLayer
-    fit: LayerStats
-    effects: LayerStats
-
-    def problem(self, columns: Array | slice = slice(None)) -> LayerProblem:
-        """Return the problem restricted to some output channels."""
-        problem = problem_of(self.layer, self.fit)
-        bias = None if problem.bias is None else problem.bias[columns]
-        return replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
-
-
-def _errors(trial: _Trial, choices: Plans) -> dict[Choice, float]:
+def _errors(problem: LayerProblem, effects: LayerStats, choices: Plans) -> dict[Choice, float]:
     """Measure the layer error of every choice; block sizes of K or more are solved once."""
-    k = trial.layer.k
-    problem = trial.problem(_columns(trial.layer.n))
+    k, columns = len(problem.weight), _columns(problem.weight.shape[1])
+    bias = None if problem.bias is None else problem.bias[columns]
+    sample = replace(problem, weight=np.ascontiguousarray(problem.weight[:, columns]), bias=bias)
     by_grid: dict[Choice, float] = {}
     errors = {}
     for choice, plan in choices.items():
         grid = Choice(choice.bits, min(choice.block_size or k, k))
         if grid not in by_grid:
-            by_grid[grid] = _error(problem, _fast_plan(plan).solve(problem).weight, trial.effects, plan)
+            by_grid[grid] = _error(sample, _fast_plan(plan).solve(sample).weight, effects, plan)
         errors[choice] = by_grid[grid]
     return errors
 
 
-def _replacement_loss(trial: _Trial, plan: Plan, slot: WeightInputs, session: Session, reference: Reference) -> tuple[float, float]:
+def _replacement_loss(
+    problem: LayerProblem, effects: LayerStats, plan: Plan, slot: WeightInputs, session: Session, reference: Reference
+) -> tuple[float, float]:
     """Measure error and loss with the weight of one layer replaced in a running session."""
-    problem, columns = trial.problem(), _columns(trial.layer.n)
+    columns = _columns(problem.weight.shape[1])
     solution = _reference_plan(plan).solve(problem)
     feeds = slot.feeds(solution.weight, solution.bias)
     loss = reference.loss(lambda batch: session.run({**batch, **feeds}))
     sample = replace(problem, weight=problem.weight[:, columns])
-    return _error(sample, solution.weight[:, columns], trial.effects, plan), loss
+    return _error(sample, solution.weight[:, columns], effects, plan), loss
 
 
 def _error(problem: LayerProblem, weight: Array, held_out: LayerStats, plan: Plan) -> float:
@@ -232,10 +221,10 @@ def _reference_plan(plan: Plan) -> Plan:
     return Plan(quantize=quantize, bias=plan.bias)
 
 
-def _emitted_loss(model: ir.Model, trial: _Trial, plan: Plan, context: CalibrationContext, reference: Reference) -> float:
+def _emitted_loss(model: ir.Model, name: str, fit: LayerStats, plan: Plan, context: CalibrationContext, reference: Reference) -> float:
     """Measure the loss of a copy of the model with one layer emitted."""
     copy = model.clone()
-    layer = next(layer for layer in find(copy)[0] if layer.name == trial.layer.name)
-    run_layers(plan, [layer], lambda _: trial.fit, lambda _: None, lambda layer, problem: with_grids(problem, layer, context.grids))
+    layer = next(layer for layer in find(copy)[0] if layer.name == name)
+    run_layers(plan, [layer], lambda _: fit, lambda _: None, lambda layer, problem: with_grids(problem, layer, context.grids))
     with Session(copy, context.provider) as session:
         return reference.loss(session.run)

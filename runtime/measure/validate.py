@@ -216,6 +216,7 @@ def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[li
     return names, notes
 
 
+@np.errstate(invalid="ignore")
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
     """Measure the relative error at every quantized layer whose output has the same name in both main graphs."""
     a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
@@ -229,11 +230,9 @@ def _layers(float_model: Model, quantized_model: Model, data: Batches, provider:
             weight = data.weight(index)
             for i, pair in enumerate(zip(reference.run(batch, names), session.run(batch, names), strict=True)):
                 y, y_hat = without_equal_nonfinite(*(np.asarray(v, np.float64) for v in pair))
-                with np.errstate(invalid="ignore"):
-                    signal[i] += weight * float(np.square(y).sum())
-                    noise[i] += weight * float(np.square(y - y_hat).sum())
-    with np.errstate(invalid="ignore"):
-        errors = np.sqrt(noise / np.maximum(signal, 1e-300))
+                signal[i] += weight * float(np.square(y).sum())
+                noise[i] += weight * float(np.square(y - y_hat).sum())
+    errors = np.sqrt(noise / np.maximum(signal, 1e-300))
     return tuple(LayerMetrics(n, float(e), scopes[n] or quantized_scopes[n]) for n, e in zip(names, errors, strict=True))
 
 

@@ -103,6 +103,11 @@ class InputInfo:
         dims = ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.name}: {self.dtype} ({dims})"
 
+    def fits(self, shape: Sequence[int], start: int = 0) -> bool:
+        """Whether an array's shape fits, from the axis ``start`` on."""
+        same_rank = len(shape) == len(self.shape)
+        return same_rank and all(d is None or d == size for d, size in zip(self.shape[start:], shape[start:], strict=True))
+
 
 _TYPES = {
     "tensor(float)": "float32",

@@ -27,9 +27,7 @@ from magr_onnx import errors
 from magr_onnx.errors import MagrError
 from magr_onnx.runtime.ort.session import LIBRARIES, custom_ops
 
-SECONDS = 120.0
-"""Time limit of a request, in addition to `SECONDS_A_GIGABYTE`."""
-SECONDS_A_GIGABYTE = 60.0
+SECONDS, SECONDS_A_GIGABYTE = 120.0, 60.0  # time limit of a request: a constant and, by the size of its models, more
 
 
 class WorkerCrashed(MagrError):
@@ -96,14 +94,10 @@ class _Worker:
 
     def close(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(OSError), process:  # closes its pipes, and waits for its end
+                pass
 
 
 @functools.cache

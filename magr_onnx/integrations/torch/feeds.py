@@ -156,7 +156,7 @@ def _check_batch_axis(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[I
     """Check that arrays have a batch axis, which single samples lack."""
     for info in inputs:
         shape = arrays[info.name].shape
-        if len(shape) == len(info.shape) - 1 and all(e is None or e == d for e, d in zip(info.shape[1:], shape, strict=True)):
+        if info.fits((1, *shape), 1):
             raise CalibrationError(
                 f"{where}: {info.name} has the shape {list(shape)} of a single sample, and the model takes batches ({info}); stack samples "
                 "(torch.stack), give a DataLoader, or add the axis to each: to_inputs=lambda sample: sample[None]"
