@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -33,14 +34,12 @@ def changes(model: ir.Model, items: Sequence[Sequence[str]], plan: Plan, grids: 
     copy = model.clone()
     layers = {layer.name: layer for layer in find(copy)[0]}
     writer = _Writer(layers.values(), grids)
-    sizes, before = [], tensor_bytes(copy)
+    sizes = [tensor_bytes(copy)]
     for names in items:
         for name in names:
             writer.write(layers[name], plan)
-        after = tensor_bytes(copy)
-        sizes.append(after - before)
-        before = after
-    return sizes
+        sizes.append(tensor_bytes(copy))
+    return [after - before for before, after in pairwise(sizes)]
 
 
 def converted(model: ir.Model, plans: Mapping[str, Plan], grids: Grids | None = None) -> ir.Model:
