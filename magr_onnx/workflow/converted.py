@@ -23,22 +23,29 @@ class Converted:
     Attributes:
         rows: A row of the report for every layer.
         skips: What was left alone, and why.
+        emitted: What was written for layers, by layer name.
         digests: Of the dequantized weights, by the name of the output.
         notes: Whatever else should be known.
     """
 
     rows: list[LayerRow] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    emitted: dict[str, Emitted] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, layer: WeightedNode, solution: LayerSolution, emitted: Emitted, written: Array, groups: int = 1) -> None:
-        """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it."""
-        self.rows.append(layer_row(layer, solution, emitted, groups))
-        self.digests[str(layer.output.name)] = digest(written)
+    def add(
+        self, layer: WeightedNode, solution: LayerSolution, emitted: Emitted | None, written: Array | None = None, groups: int = 1
+    ) -> None:
+        """Add a layer; ``written`` is its dequantized weight as `magr_onnx.passes.emit.readback` reads it, if it was put on a grid."""
+        self.rows.append(_layer_row(layer, solution, emitted, groups))
+        if emitted is not None:
+            self.emitted[layer.name] = emitted
+            if written is not None:
+                self.digests[str(layer.output.name)] = digest(written)
 
 
-def layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | None, groups: int = 1) -> LayerRow:
+def _layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | None, groups: int) -> LayerRow:
     """Describe a converted layer; ``groups`` are those of a convolution."""
     record, bits, block = solution.record, None, None
     notes = [*record.notes, *(() if emitted is None else emitted.notes)]

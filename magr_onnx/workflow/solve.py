@@ -13,9 +13,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.types import LayerStats, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
-from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit import FORMATS
-from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
@@ -31,7 +29,7 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
-from magr_onnx.workflow.converted import Converted, layer_row
+from magr_onnx.workflow.converted import Converted
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 
@@ -93,42 +91,31 @@ class _Setup:
         return {name: plan for name, (_, plan) in self.assigned.items()}
 
 
-@dataclass(slots=True, eq=False)
-class _Round:
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Round(Converted):
     """What one round over the linear layers has come to.
 
     Attributes:
         model: The model that is converted.
-        layers: Its layers.
-        kept: Those that a budget leaves float.
-        rows: Rows of the report, by layer name.
-        digests: Hashes of the dequantized weights, by the output of their layers.
+        layers: Its layers; those that a budget leaves float are among the ``skips``.
         unmasked: Layers whose rows the mask does not fit.
         spilled: Bytes of values between stages that went to a temporary folder.
-        emitted: What was written for layers, by layer name.
         stages: The number of the stage that a layer is solved in, by layer name: layers of one stage share the codes of their weight.
     """
 
     model: ir.Model
     layers: list[LinearLayer]
-    kept: list[Skip]
-    rows: dict[str, LayerRow] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
-    emitted: dict[str, Emitted] = field(default_factory=dict)
     stages: dict[str, int] = field(default_factory=dict)
 
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
-        layer, quantized = solved.layer, solved.solution.quantized
-        self.rows[layer.name] = layer_row(layer, solved.solution, solved.emitted)
-        if solved.emitted is not None:
-            self.emitted[layer.name] = solved.emitted
-            if quantized is not None:
-                self.digests[str(layer.output.name)] = digest(quantized.dequantize())
+        quantized = solved.solution.quantized
+        written = None if quantized is None or solved.emitted is None else quantized.dequantize()
+        self.add(solved.layer, solved.solution, solved.emitted, written)
         context.spill(self.model)
-        context.report_layers([self.rows[layer.name]])
+        context.report_layers(self.rows[-1:])
         context.stage("quantizing")(len(self.rows), len(self.layers))
 
 
@@ -166,7 +153,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model)
     emitted = {written.node for written in done.emitted.values()}
-    skips = [*setup.skips, *done.kept]
+    skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
 
@@ -250,7 +237,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         layers, kept = search.select(layers)
     if context.store is not None:
         context.store.set_plan(plan, plans)
-    done = _Round(work, layers, kept)
+    done = _Round(model=work, layers=layers, skips=kept)
     readers_by_input = moments.readers_of(layers)
     hold_out = any(p.holds_out for p in (plan, *plans.values()))
     calibration = None if setup.calibration is None else replace(setup.calibration, hold_out=hold_out)
@@ -278,9 +265,9 @@ def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Mode
     remarks = shared_weights.remarks(done.layers, added, done.stages)
     for name, (options, _) in setup.assigned.items():
         remarks[name].append(f"options of its own: {layer_options.described(options)}")
-    rows = list(begun)
+    rows, solved = list(begun), {row.name: row for row in done.rows}
     for layer in done.layers:
-        row, name = done.rows[layer.name], layer.name
+        row, name = solved[layer.name], layer.name
         rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=added.get(name) if readers(layer) else None))
     depth = depths(model, {row.name for row in rows})
     return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
@@ -296,7 +283,7 @@ def _remarks(done: _Round, context: RunContext) -> list[str]:
     if done.spilled:
         cache = megabytes(context.memory.cache)
         notes.append(f"{megabytes(done.spilled)} of values between stages went through a temporary folder (cache {cache})")
-    if floats := sum(row.bits is not None and row.emitted is None for row in done.rows.values()):
+    if floats := sum(row.bits is not None and row.emitted is None for row in done.rows):
         notes.append(
             f"no pass of the pipeline writes codes: {floats} weights are stored as the floats that their codes stand for, in as many bytes "
             f"as before; put one of {', '.join(form.emitter.name for form in FORMATS.values())} at its end for a smaller file"
