@@ -37,6 +37,7 @@ from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 
+FLOAT = ir.DataType.FLOAT
 _META = "magr_onnx.input"
 
 
@@ -57,11 +58,18 @@ class _Nodes:
         """Add a constant derived from the weight."""
         return self._constants.add(self.layer, f"{self.suffix}{suffix}", array)
 
-    def add(self, op: str, inputs: list[ir.Value | None], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=name)
-        node.outputs[0].name, node.outputs[0].dtype = f"{name}_out", dtype
-        self.nodes.append(node)
-        return node.outputs[0]
+    def add(
+        self,
+        op: str,
+        inputs: list[ir.Value | None],
+        name: str,
+        shape: ir.Shape | None = None,
+        dtype: ir.DataType = FLOAT,
+        **attributes: Any,
+    ) -> ir.Value:
+        output = ir.val(f"{name}_out", dtype, shape)
+        self.nodes.append(ir.node(op, inputs, attributes, outputs=[output], name=name))
+        return output
 
     def shared(self) -> list[ir.Value] | None:
         """Return the quantized form of the input that an earlier layer made; None if there is none."""
@@ -82,16 +90,12 @@ class _Nodes:
     def float_input(self) -> ir.Value:
         """Return the input in float32."""
         x = self.layer.x
-        if not self.half:
-            return x
-        value = self.add("Cast", [x], f"{self.x_name}_float32", to=ir.DataType.FLOAT)
-        value.shape = x.shape
-        return value
+        return self.add("Cast", [x], f"{self.x_name}_float32", x.shape, to=FLOAT) if self.half else x
 
     def finish(self, value: ir.Value, product: ir.Node, solution: LayerSolution, notes: Sequence[str] = ()) -> Emitted:
         """Replace the layer by the nodes; ``value`` is its float32 result, and ``product`` multiplies by the weight."""
         if self.half:
-            value = self.add("Cast", [value], f"{self.layer.name}_float16", ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
+            value = self.add("Cast", [value], f"{self.layer.name}_float16", dtype=ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
         for node in self.nodes[:-1]:
             for output in node.outputs:
                 if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
@@ -165,8 +169,8 @@ def _dequantized(n: _Nodes) -> ir.Value:
     """Dequantize the weight."""
     layer, codes = n.layer, n.constant("", n.codes)
     scales, zeros = n.constant("_scales", n.scales.astype(np.float32)), n.constant("_zero_points", n.zeros.astype(np.int8))
-    weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", axis=1)
-    weight.name, weight.shape = derived_name(layer, codes, "_dequantized"), ir.Shape([layer.k, layer.n])
+    weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", ir.Shape([layer.k, layer.n]), axis=1)
+    weight.name = derived_name(layer, codes, "_dequantized")
     return weight
 
 
@@ -192,8 +196,7 @@ def _round_trip(n: _Nodes, value: ir.Value, name: str, grid: ActivationGrid, sha
         n.layer.constant(f"{name}_scale", np.float32(grid.scale), base=""),
         n.layer.constant(f"{name}_zero_point", kind(grid.zero_point), base=""),
     ]
-    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", dtype)
-    codes.shape = shape
+    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", shape, dtype)
     return n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
 
 
@@ -213,9 +216,7 @@ def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None
         layer.constant("_bias_scales", scale),
         layer.constant("_bias_zero_points", np.zeros(layer.n, np.int32)),
     ]
-    value = n.add("DequantizeLinear", inputs, f"{layer.name}_bias_dequantize", axis=0)
-    value.shape = ir.Shape([layer.n])
-    return value
+    return n.add("DequantizeLinear", inputs, f"{layer.name}_bias_dequantize", ir.Shape([layer.n]), axis=0)
 
 
 def _widened(grid: ActivationGrid) -> tuple[int, int]:
@@ -241,11 +242,11 @@ class EmitDynamicInt8(_EmitInt8):
         inputs: list[ir.Value | None] = [codes, n.constant("", n.codes), zero]
         if n.zeros.any():
             inputs.append(n.constant("_zero_points", n.zeros.astype(np.int8)))
-        sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", ir.DataType.INT32)
+        sums = n.add("MatMulInteger", inputs, f"{layer.name}{n.suffix}", dtype=ir.DataType.INT32)
         product = n.nodes[-1]
-        float_sums = n.add("Cast", [sums], f"{layer.name}_sums", to=ir.DataType.FLOAT)
-        factors = n.add("Mul", [scale, n.constant("_scales", n.scales.astype(np.float32))], f"{layer.name}_scales")
-        factors.shape = ir.Shape([layer.n])
+        float_sums = n.add("Cast", [sums], f"{layer.name}_sums", to=FLOAT)
+        scales = n.constant("_scales", n.scales.astype(np.float32))
+        factors = n.add("Mul", [scale, scales], f"{layer.name}_scales", ir.Shape([layer.n]))
         value = n.add("Mul", [float_sums, factors], f"{layer.name}_scaled")
         if solution.bias is not None:
             value = n.add("Add", [value, layer.constant("_bias", solution.bias.astype(np.float32))], f"{layer.name}_bias")
@@ -259,16 +260,11 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
         x = n.float_input()
         if isinstance(activation, DynamicRange) and activation.clips:
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
-            x = n.add("Clip", [x, *limits], f"{name}_clip")
-            x.shape = n.layer.x.shape
-        node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{name}_quantize")
-        for output, part, kind in zip(
-            node.outputs, ("codes", "scale", "zero_point"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True
-        ):
-            output.name, output.dtype = f"{name}_{part}", kind
-            output.shape = n.layer.x.shape if part == "codes" else ir.Shape([])
-        n.nodes.append(node)
-        values = n.share(list(node.outputs))
+            x = n.add("Clip", [x, *limits], f"{name}_clip", n.layer.x.shape)
+        codes = ir.val(f"{name}_codes", ir.DataType.UINT8, n.layer.x.shape)
+        values = [codes, ir.val(f"{name}_scale", FLOAT, []), ir.val(f"{name}_zero_point", ir.DataType.UINT8, [])]
+        n.nodes.append(ir.node("DynamicQuantizeLinear", [x], outputs=values, name=f"{name}_quantize"))
+        n.share(values)
     codes, scale, zero_point = values
     return codes, scale, zero_point
 

@@ -53,15 +53,13 @@ def replace_layer(layer: LinearLayer, nodes: Sequence[ir.Node], factors: Factors
     if factors is None:
         layer.replace(nodes)
         return
-    kind, product = FLOATS[layer.dtype], nodes[-1].outputs[0]
-    a, b = (constants.add(layer, f"_{name}", getattr(factors, name).astype(kind)) for name in ("down", "up"))
-    down = ir.node("MatMul", [layer.x, a], name=f"{layer.name}_down")
-    up = ir.node("MatMul", [down.outputs[0], b], name=f"{layer.name}_up")
-    total = ir.node("Sum", [product, up.outputs[0]], name=f"{layer.name}_low_rank")
-    for value, suffix in ((product, "quantized"), (down.outputs[0], "down"), (up.outputs[0], "up")):
-        value.name, value.dtype = f"{layer.output.name}_{suffix}", layer.dtype
-    product.shape = up.outputs[0].shape = layer.output.shape
-    layer.replace([*nodes, down, up, total])
+    kind, product, name = FLOATS[layer.dtype], nodes[-1].outputs[0], layer.output.name
+    a, b = (constants.add(layer, f"_{side}", getattr(factors, side).astype(kind)) for side in ("down", "up"))
+    inner, outer = ir.val(f"{name}_down", layer.dtype), ir.val(f"{name}_up", layer.dtype, layer.output.shape)
+    product.name, product.dtype, product.shape = f"{name}_quantized", layer.dtype, layer.output.shape
+    down = ir.node("MatMul", [layer.x, a], outputs=[inner], name=f"{layer.name}_down")
+    up = ir.node("MatMul", [inner, b], outputs=[outer], name=f"{layer.name}_up")
+    layer.replace([*nodes, down, up, ir.node("Sum", [product, outer], name=f"{layer.name}_low_rank")])
 
 
 def derived_name(layer: LinearLayer, constant: ir.Value, suffix: str) -> str:

@@ -71,15 +71,13 @@ class EmitQDQ(BlockEmitter):
         if packed.zero_points is not None:
             inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(packed.stored_dtype), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
-        dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{layer.name}_dequantize")
-        weight = dequantize.outputs[0]
-        weight.name, weight.dtype, weight.shape = derived_name(layer, codes, "_dequantized"), layer.dtype, ir.Shape([layer.k, layer.n])
+        weight = ir.val(derived_name(layer, codes, "_dequantized"), layer.dtype, [layer.k, layer.n])
+        dequantize = ir.node("DequantizeLinear", inputs, attributes, outputs=[weight], name=f"{layer.name}_dequantize")
         nodes: list[ir.Node] = []
         x = layer.x
         if packed.bits == 8 and packed.block_size and _is_dequantized(x):
-            nodes.append(ir.node("Sum", [x], name=f"{layer.name}_input"))
-            x = nodes[0].outputs[0]
-            x.name, x.dtype, x.shape = f"{layer.name}_input_out", layer.dtype, layer.x.shape
+            x = ir.val(f"{layer.name}_input_out", layer.dtype, layer.x.shape)
+            nodes.append(ir.node("Sum", [layer.x], outputs=[x], name=f"{layer.name}_input"))
         product = ir.node("MatMul", [x, weight], name=f"{layer.name}_q{quantized.spec.bits}")
         nodes.append(product)
         if layer.nested and not inside:

@@ -82,13 +82,9 @@ class ConstantView:
         return str(self.stored.name or self.source.name)
 
     @property
-    def path(self) -> tuple[Hashable, ...]:
-        return tuple(step.key for step in self.steps)
-
-    @property
     def key(self) -> tuple[Hashable, ...]:
         """Return a key that is equal for constants of the same elements."""
-        return (id(self.stored), self.path)
+        return (id(self.stored), tuple(step.key for step in self.steps))
 
     def before_transposes(self) -> tuple[ConstantView, bool]:
         """Strip the trailing 2-D Transposes; return the view and whether they transpose it."""

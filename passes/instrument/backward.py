@@ -58,7 +58,8 @@ class Backward:
         for name, seed in seeds.items():
             self._gradients.setdefault(name, []).append(seed)
         for node in reversed(nodes):
-            inputs = [] if _flat(node) else self._differentiated(node)
+            integers_read = {str(v.name) for v in node.inputs if v is not None and v.dtype not in FLOATS}
+            inputs = set() if _flat(node) else {name for name in reads(node) if name in active} - integers_read
             reached = [self.gradient(str(v.name)) for v in node.outputs]
             lost = any(v.name in self._lost for v in node.outputs)
             if not inputs or not (lost or any(g is not None for g in reached)):
@@ -80,11 +81,6 @@ class Backward:
                 else:
                     self._gradients.setdefault(str(value.name), []).append(gradient)
         return {name: g for name in targets if name not in self._lost and (g := self.gradient(name)) is not None}
-
-    def _differentiated(self, node: ir.Node) -> set[str]:
-        """Return the names of the values a node reads, subgraphs included, that need a gradient."""
-        integers_read = {str(v.name) for v in node.inputs if v is not None and v.dtype not in FLOATS}
-        return {name for name in reads(node) if name in self._active} - integers_read
 
     def gradient(self, name: str) -> ir.Value | None:
         """Return the sum of a value's gradients so far; complete once all its readers are visited."""

@@ -132,12 +132,8 @@ def reads(node: ir.Node) -> Iterator[str]:
     for value in node.inputs:
         if value is not None and value.name is not None:
             yield value.name
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from _captured(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from _captured(graph)
+    for _, body in bodies_of(node):
+        yield from _captured(body)
 
 
 def _captured(graph: ir.Graph) -> Iterator[str]:

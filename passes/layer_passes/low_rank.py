@@ -21,8 +21,7 @@ class LowRank(LayerPass):
     Attributes:
         rank: Columns of A and rows of B; as many as the layer has at most.
         kind: ``exact`` (the whole Gram matrix) or ``diagonal``.
-        bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
+        bias: Policy of the bias compensation that follows, and so whether the centred Gram matrix is the objective; a plan fills it in.
     """
 
     name: ClassVar[str] = "low-rank"

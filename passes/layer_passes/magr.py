@@ -27,8 +27,7 @@ class MagR(LayerPass):
         damping: Multiple of the diagonal added to the Gram matrix, so that directions that few calibration rows excite are
             not free to change; none for one that follows from the number of rows.
         method: ``fista``, or ``authors`` for the published iteration.
-        bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
+        bias: Policy of the bias compensation that follows, and so whether the centred Gram matrix is the objective; a plan fills it in.
     """
 
     name: ClassVar[str] = "magr"

@@ -38,8 +38,7 @@ class Quantize(LayerPass):
         act_order: Round inputs in descending power; none for yes (auto: chosen).
         sweeps: Most coordinate-descent sweeps (comq).
         rescale: Refit scales between sweeps (comq).
-        bias: Policy of the bias compensation that will follow: where a bias will absorb the mean error, the centred Gram
-            matrix is the objective. A plan fills it in from its compensate-bias pass; none where there is none.
+        bias: Policy of the bias compensation that follows, and so whether the centred Gram matrix is the objective; a plan fills it in.
         target: Machine whose accumulators must not overflow (`magr_onnx.core.overflow.targets.TARGETS`).
         accumulator_bits: Width of the accumulator that must not overflow, instead of a target.
         accumulator_tile: Consecutive terms along K that share it; none for whole dot products.
