@@ -265,6 +265,7 @@ class Report:
 
         Lines have ``width`` columns, at least 60, except for paths and the tables of a validation or a budget, which need 80.
         """
+        labels = {row.output: row.label for row in self.layers}
         return "\n".join(
             [
                 *self._summary(width),
@@ -272,8 +273,8 @@ class Report:
                 *layer_table(self.layers, most, width),
                 *(wrapped(LEGEND, 0, width) if any(row.error is not None for row in self.layers) else ()),
                 *self._skips(width),
-                *self._assignment(),
-                *self._validation(width),
+                *([] if self.assignment is None else ["", *self.assignment.lines()]),
+                *([] if self.validation is None else ["", *validation_text(self.validation, labels, width)]),
                 *self._notes(width),
             ]
         )
@@ -298,13 +299,6 @@ class Report:
             return []
         lines = (line for reason, rows in by_reason(self.skipped).items() for line in skip_lines(reason, rows, width))
         return ["", "left as they are", *lines]
-
-    def _assignment(self) -> list[str]:
-        return [] if self.assignment is None else ["", *self.assignment.lines()]
-
-    def _validation(self, width: int) -> list[str]:
-        labels = {row.output: row.label for row in self.layers}
-        return [] if self.validation is None else ["", *validation_text(self.validation, labels, width)]
 
     def _notes(self, width: int) -> list[str]:
         notes = [*self.notes, *layer_notes(self.layers)]

@@ -17,18 +17,10 @@ ROWS = 20  # layers of the table; the JSON has all
 
 @dataclass(frozen=True, slots=True)
 class WitnessRow:
-    """An input that a register cannot hold; see `magr_onnx.core.overflow.proof.Witness`.
+    """An input that a register cannot hold: the fields of `magr_onnx.core.overflow.proof.Witness`, and what this machine made of it.
 
     Attributes:
-        claim: ``inner``, ``outer`` or ``result``.
-        column: Output channel.
-        rows: Rows of K the register had added, in the kernel's order.
-        x: Activation codes ``(K,)``.
-        x_zero: Zero point of the activation in the sum ``result``.
-        exact: The true sum in the register.
         held: The wrapped or clipped value in the register.
-        dot: The true dot product of the column.
-        simulated: The same, as computed by the registers.
         operator: The operator run on this machine; empty if none was.
         computed: Its result.
         exact_here: Whether that is the true dot product.

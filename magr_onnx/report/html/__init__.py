@@ -1,6 +1,7 @@
 """Self-contained HTML pages of reports.
 
-The libraries for plots (Vega-Lite) and templates (Jinja) are an extra, ``pip install 'onnx-magr[report]'``.
+The libraries for plots (Vega-Lite) and templates (Jinja) are an extra, ``pip install 'onnx-magr[report]'``; without it, whatever renders
+a page raises an `OptionError`.
 """
 
 from __future__ import annotations
@@ -22,39 +23,27 @@ PAGES = (".html", ".htm")
 
 
 def page(report: Report) -> str:
-    """Render one report as HTML.
-
-    Raises:
-        OptionError: The extra ``report`` is not installed.
-    """
+    """Render one report as HTML."""
     _check_extra("a page")
-    from magr_onnx.report.html.render import page
+    from magr_onnx.report.html import render
 
-    return page(report)
+    return render.page(report)
 
 
 def comparison(first: Report, second: Report) -> str:
-    """Render a comparison of two reports as HTML.
-
-    Raises:
-        OptionError: The extra ``report`` is not installed.
-    """
+    """Render a comparison of two reports as HTML."""
     _check_extra("a page")
-    from magr_onnx.report.html.render import comparison
+    from magr_onnx.report.html import render
 
-    return comparison(first, second)
+    return render.comparison(first, second)
 
 
 def index(source: str, pages: Mapping[str, tuple[str, Report]]) -> str:
-    """Render an index of pages as HTML; ``pages`` maps file names to the model's name and report.
-
-    Raises:
-        OptionError: The extra ``report`` is not installed.
-    """
+    """Render an index of pages as HTML; ``pages`` maps file names to the model's name and report."""
     _check_extra("a page")
-    from magr_onnx.report.html.render import index
+    from magr_onnx.report.html import render
 
-    return index(source, pages)
+    return render.index(source, pages)
 
 
 def check(paths: Iterable[Path], taken: Collection[Path] = ()) -> None:

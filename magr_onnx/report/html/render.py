@@ -23,7 +23,7 @@ def page(report: Report) -> str:
     """Render one report."""
     lines = summary.lines_of(report)
     values = {
-        "title": f"{summary.name_of(report)} · onnx-magr",
+        "title": f"{summary.file_name(report.source)} · onnx-magr",
         "report": report,
         "lines": lines,
         "cards": summary.cards(report),
@@ -45,7 +45,7 @@ def page(report: Report) -> str:
 
 def comparison(first: Report, second: Report) -> str:
     """Render two reports side by side."""
-    names = [summary.result_of(r) for r in (first, second)]
+    names = [summary.file_name(r.output or r.source) for r in (first, second)]
     values = {
         "title": f"{' and '.join(dict.fromkeys(names))} · onnx-magr",
         "names": names,

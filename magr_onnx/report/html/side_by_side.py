@@ -17,29 +17,18 @@ NOISE = 0.1  # relative difference of times that is within noise
 FEEDBACK = "not comparable: with error feedback, a layer's error includes those of the layers before"
 
 
-def points(a: float, b: float) -> str:
-    """Format a change of a share in percentage points."""
-    return f"{100 * (b - a):+.2f} points"
-
-
 def ratio(a: float, b: float) -> str:
     """Format a change in percent."""
     return f"{b / a - 1:+.1%}" if a else "from none"
 
 
-def as_is(a: float, b: float) -> str:
-    """Format an absolute change."""
-    return f"{b - a:+.5f}"
+def difference(form: str, factor: float = 1.0) -> Callable[[float, float], str]:
+    """Return a function that formats the change ``b - a`` of a number, times a factor."""
+    return lambda a, b: form.format(factor * (b - a))
 
 
-def in_bits(a: float, b: float) -> str:
-    """Format a change in bits."""
-    return f"{b - a:+.3f} bits"
-
-
-def in_decibels(a: float, b: float) -> str:
-    """Format a change in decibels."""
-    return f"{b - a:+.1f} dB"
+points = difference("{:+.2f} points", 100)
+as_is, in_bits, in_decibels = difference("{:+.5f}"), difference("{:+.3f} bits"), difference("{:+.1f} dB")
 
 
 @dataclass(frozen=True, slots=True)

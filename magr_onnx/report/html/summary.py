@@ -62,22 +62,13 @@ class Finding:
     tone: str = ""
 
 
-def name_of(report: Report) -> str:
-    """Return the model's short name."""
-    return _file_name(report.source)
-
-
-def result_of(report: Report) -> str:
-    """Return the result's short name, or the model's."""
-    return _file_name(report.output or report.source)
-
-
 def has_feedback(report: Report) -> bool:
     """Return whether error feedback was used, so that a layer's error includes those of the layers before."""
     return any(row.feedback for row in report.layers)
 
 
-def _file_name(path: str) -> str:
+def file_name(path: str) -> str:
+    """Return the last part of the path of a model, on any system."""
     return PurePath(path.replace("\\", "/")).name or path
 
 
