@@ -23,7 +23,8 @@ from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.passes.plan import Plan
-from magr_onnx.report.data import SkipRow, versions
+from magr_onnx.report.data import versions
+from magr_onnx.report.reasons import Skip
 from magr_onnx.report.validation import Validation
 from magr_onnx.report.verification import Verification
 from magr_onnx.runtime.calibration.mask import resolve_mask
@@ -59,7 +60,7 @@ class Inspection:
     opset: int
     ir_version: int
     layers: tuple[dict[str, Any], ...]
-    skipped: tuple[SkipRow, ...]
+    skipped: tuple[Skip, ...]
     notes: tuple[str, ...] = ()
 
 

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from hypothesis import settings
 
+from magr_onnx.core.grid import choose
+from magr_onnx.core.quantizers import gptq
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
 from magr_onnx.model_io.writing import Layout
 from magr_onnx.models import bundled
@@ -95,6 +97,13 @@ def next_token_nats(logits: Array, ids: Array, real: Array | None = None) -> lis
                 probability = np.exp(scores[ids[b, t + 1]] - top) / np.exp(scores - top).sum()
                 nats.append(-float(np.log(probability)))
     return nats
+
+
+def gptq_quantized(
+    weights: Array, gram: Array, spec: WeightSpec, *, beta: float | None = None, damping: float = 0.1, act_order: bool = True
+) -> QuantizedWeight:
+    """``weights (K, N)`` by GPTQ under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
+    return gptq.solve(weights, gptq.prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
 
 
 def random_quantized(k: int, n: int, spec: WeightSpec, seed: int = 0) -> QuantizedWeight:

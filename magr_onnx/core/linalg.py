@@ -45,16 +45,18 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
 
 
 def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
-    """Return ``gram + damping * diag(gram)``: correlations between inputs are shrunk, their scales kept in proportion.
+    """Return ``gram + damping * diag(gram)`` of one matrix or many: correlations between inputs are shrunk, scales kept in proportion.
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
     that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave the
     variance of constant inputs slightly negative.
     """
     result: Array = gram if overwrite else gram.copy()
-    diagonal = gram.diagonal().copy()
-    floor = 1e-6 * (float(np.abs(diagonal).mean()) or 1.0)
-    result[np.diag_indices(len(gram))] += damping * np.maximum(diagonal, floor)
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1).copy()
+    mean = np.abs(diagonal).mean(axis=-1, keepdims=True).astype(np.float64)
+    floor = (1e-6 * np.where(mean > 0, mean, 1.0)).astype(gram.dtype)
+    view = np.einsum("...kk->...k", result)  # of the diagonal
+    view += damping * np.maximum(diagonal, floor)
     return result
 
 

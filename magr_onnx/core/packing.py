@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.types import Array, Codes, QuantizedWeight, dequantize
+from magr_onnx.core.types import Array, Codes, QuantizedWeight, WeightSpec, dequantize
 
 MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -46,6 +46,14 @@ def kernel_block(group_size: int | None, k: int, bits: int, largest: int = 256) 
         return min(blocks, key=lambda block: (size(block), -block))
     fitting = [b for b in blocks if group_size % b == 0]
     return max(fitting) if fitting else None
+
+
+def _blocks(spec: WeightSpec, k: int, largest: int) -> tuple[int, npt.NDArray[np.intp]]:
+    """Return the `kernel_block` of a weight, and the index of the group that contains each block."""
+    block = kernel_block(spec.group_size, k, spec.bits, largest)
+    if block is None:
+        raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
+    return block, np.arange(-(-k // block)) * block // spec.rows(k)
 
 
 def pack_bits(codes: Codes, bits: int) -> Codes:
@@ -94,17 +102,14 @@ def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBits
     spec = weight.spec
     k, n = weight.codes.shape
     bits = container_bits(spec.bits)
-    block = kernel_block(spec.group_size, k, spec.bits, largest)
-    if block is None:
-        raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
+    block, group_of_block = _blocks(spec, k, largest)
     codes, zeros = weight.codes, weight.zero_points
     if spec.symmetric and bits != spec.bits:
         shift = np.uint8(stored_shift(spec.bits))
         codes, zeros = codes + shift, zeros + shift
-    count = -(-k // block)
+    count = len(group_of_block)
     padded = np.zeros((n, count * block), np.uint8)
     padded[:, :k] = codes.T
-    group_of_block = np.arange(count) * block // spec.rows(k)  # index of the group that contains each block
     block_zeros = np.ascontiguousarray(zeros[group_of_block].T)
     return MatMulNBitsTensors(
         weight=pack_bits(padded.reshape(n, count, block), bits),
@@ -182,10 +187,7 @@ def pack_qdq(weight: QuantizedWeight, largest: int = 256) -> QdqTensors:
     bits = container_bits(spec.bits)
     if spec.groups(k) == 1:
         return QdqTensors(codes, scales[0], None if zeros is None else zeros[0], bits, 1, 0)
-    block = kernel_block(spec.group_size, k, spec.bits, largest)
-    if block is None:
-        raise ValueError(f"group size {spec.group_size} is not a multiple of 16")
-    group_of_block = np.arange(-(-k // block)) * block // spec.rows(k)
+    block, group_of_block = _blocks(spec, k, largest)
     return QdqTensors(codes, scales[group_of_block], None if zeros is None else zeros[group_of_block], bits, 0, block)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from magr_onnx.errors import ReportError, listed
 from magr_onnx.report.mixed_precision import Assignment
+from magr_onnx.report.reasons import Skip
 from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
 from magr_onnx.report.validation import Validation, severity
 
@@ -138,26 +139,6 @@ class ProofSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class SkipRow:
-    """A node that was not converted, or neither proved nor refuted, with the reason and the bytes of its weights where known.
-
-    ``scope`` is the path of its torch module, where known.
-    """
-
-    name: str
-    op: str
-    reason: str
-    detail: str = ""
-    bytes: int = 0
-    scope: str = ""
-
-    @property
-    def label(self) -> str:
-        """Return its display name: nodes of one module differ by their names."""
-        return f"{self.scope} ({self.name})" if self.scope else self.name
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Report of `magr_onnx.optimize`.
 
@@ -188,7 +169,7 @@ class Report:
     pipeline: str
     calibration: str
     layers: tuple[LayerRow, ...]
-    skipped: tuple[SkipRow, ...]
+    skipped: tuple[Skip, ...]
     bytes_before: int
     bytes_after: int
     verified: int
@@ -305,15 +286,15 @@ class Report:
         return ["", "notes", *(line for n in notes for line in wrapped(f"  {n}", 4, width))] if notes else []
 
 
-def by_reason(rows: Iterable[SkipRow]) -> dict[str, list[SkipRow]]:
+def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:
     """Group rows by reason, in order of appearance."""
-    groups: dict[str, list[SkipRow]] = {}
+    groups: dict[str, list[Skip]] = {}
     for row in rows:
         groups.setdefault(row.reason, []).append(row)
     return groups
 
 
-def skip_lines(text: str, rows: Sequence[SkipRow], width: int = COLUMNS) -> list[str]:
+def skip_lines(text: str, rows: Sequence[Skip], width: int = COLUMNS) -> list[str]:
     """Summarize skips of one reason: count, size of their weights (shared ones once), and the first names."""
     size = sum({r.detail: r.bytes for r in rows}.values())
     text += f", {megabytes(size)}" * bool(size)

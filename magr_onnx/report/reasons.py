@@ -70,13 +70,22 @@ class IntegerReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A node that is not converted, with the reason and the bytes of its weights where known."""
+    """A node that was not converted, or neither proved nor refuted, with the reason and the bytes of its weights where known.
+
+    ``scope`` is the path of its torch module, where known.
+    """
 
     name: str
     op: str
-    reason: StrEnum
+    reason: str
     detail: str = ""
     bytes: int = 0
+    scope: str = ""
+
+    @property
+    def label(self) -> str:
+        """Return its display name: nodes of one module differ by their names."""
+        return f"{self.scope} ({self.name})" if self.scope else self.name
 
     def __str__(self) -> str:
         return f"{self.name} ({self.op}): {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from magr_onnx.core.overflow.proof import Claim
-from magr_onnx.report.data import SkipRow, by_reason, skip_lines, wrapped
+from magr_onnx.report.data import by_reason, skip_lines, wrapped
+from magr_onnx.report.reasons import Skip
 from magr_onnx.report.serialization import plain
 
 Verdict = Literal["proved", "overflows"]
@@ -103,7 +104,7 @@ class Verification:
     source: str
     against: str
     layers: tuple[LayerVerdict, ...]
-    skipped: tuple[SkipRow, ...]
+    skipped: tuple[Skip, ...]
     machine: str
     versions: dict[str, str]
 

@@ -17,7 +17,7 @@ from magr_onnx.model_io.writing import save
 from magr_onnx.passes import Skip
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.weighted import layer_name
-from magr_onnx.report.data import LayerRow, ProofSummary, Report, SkipRow, versions
+from magr_onnx.report.data import LayerRow, ProofSummary, Report, versions
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import Validation, amount
 from magr_onnx.runtime.data.sources import Batches, Source
@@ -160,10 +160,10 @@ def _large_table(skips: Sequence[Skip], written: int, has_options: bool) -> list
     ]
 
 
-def skip_rows(skips: Sequence[Skip], model: ir.Model) -> tuple[SkipRow, ...]:
+def skip_rows(skips: Sequence[Skip], model: ir.Model) -> tuple[Skip, ...]:
     """For the report: nodes of ``model`` that were left alone."""
     scopes = {layer_name(node): scope_of(node) for node in model.graph.all_nodes()}
-    return tuple(SkipRow(s.name, s.op, s.reason.value, s.detail, s.bytes, scopes.get(s.name, "")) for s in skips)
+    return tuple(replace(s, reason=str(s.reason), scope=scopes.get(s.name, "")) for s in skips)
 
 
 def _describe(data: Batches | None, rows: Sequence[LayerRow], mask: str | None) -> str:

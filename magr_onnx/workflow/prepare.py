@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 import onnx_ir as ir
@@ -68,7 +67,7 @@ class Prepared:
 
     def no_layer(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
-        by_reason: dict[StrEnum, list[Skip]] = {}
+        by_reason: dict[str, list[Skip]] = {}
         for skip in sorted(skips, key=lambda skip: skip.reason != Reason.QUANTIZED):
             by_reason.setdefault(skip.reason, []).append(skip)
         texts = [str(nodes[0]) if len(nodes) == 1 else f"{len(nodes)} nodes such as {nodes[0]}" for nodes in by_reason.values()]

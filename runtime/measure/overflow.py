@@ -21,7 +21,6 @@ from magr_onnx.core.overflow.targets import Target
 from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes.integer.dot_products import find
-from magr_onnx.report.data import SkipRow
 from magr_onnx.report.reasons import IntegerReason, Skip
 from magr_onnx.report.verification import LayerVerdict, WitnessRow
 from magr_onnx.runtime.ort.session import Session
@@ -31,7 +30,7 @@ EXACT_FLOAT = 1 << 24  # integers up to this are exact in float32
 
 def verify(
     model: ir.Model, against: Target | Accumulator, outer_bits: int | None = None, run: bool = True
-) -> tuple[tuple[LayerVerdict, ...], tuple[SkipRow, ...]]:
+) -> tuple[tuple[LayerVerdict, ...], tuple[Skip, ...]]:
     """Prove or refute that every integer dot product fits its accumulators.
 
     Args:
@@ -44,14 +43,14 @@ def verify(
         Verdicts of the dot products, and the nodes that are none or cannot be read.
     """
     layers: list[LayerVerdict] = []
-    skipped: list[SkipRow] = []
+    skipped: list[Skip] = []
     for dot in find(model):
         if isinstance(dot, Skip):
-            skipped.append(SkipRow(dot.name, dot.op, dot.reason.value, dot.detail))
+            skipped.append(dot)
             continue
         machine = on_accumulator(dot, against) if isinstance(against, Accumulator) else on_target(dot, against, outer_bits)
         if isinstance(machine, str):
-            skipped.append(SkipRow(dot.name, dot.op, IntegerReason.TARGET.value, machine))
+            skipped.append(Skip(dot.name, dot.op, IntegerReason.TARGET, machine))
         else:
             layers.append(_verdict(dot, machine, prove(dot, machine), run))
     return tuple(layers), tuple(skipped)

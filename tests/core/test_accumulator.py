@@ -157,7 +157,7 @@ def test_room_offers_exactly_the_codes_that_fit(data: st.DataObject) -> None:
     rebuilt = RunningSums(budget, k, 1, codes)
     np.testing.assert_array_equal(room.positive, rebuilt.positive)
     np.testing.assert_array_equal(room.negative, rebuilt.negative)
-    room.release(2, codes[2])
+    room.take(2, codes[2], sign=-1)
     codes[2] = 0
     np.testing.assert_array_equal(room.positive, RunningSums(budget, k, 1, codes).positive)
 

@@ -12,7 +12,7 @@ from magr_onnx.core.linalg import column_errors, damped
 from magr_onnx.core.quantizers import comq, gptq, rtn
 from magr_onnx.core.quantizers.grid_refinement import SHRINKS, regrid
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
-from tests.helpers import Array, layer
+from tests.helpers import Array, gptq_quantized, layer
 
 K, N = 96, 24
 SPECS = [
@@ -40,7 +40,7 @@ def test_no_column_gets_worse(spec: WeightSpec, seed: int) -> None:
     target, gram = layer(K, N, seed)
     gram = damped(gram, 0.05)
     plain = search(target, spec, gram.diagonal())
-    refined = comq.refine(target, gptq.quantize(target, gram, spec), gram, sweeps=4).weight
+    refined = comq.refine(target, gptq_quantized(target, gram, spec), gram, sweeps=4).weight
     for start in (plain.weight(plain.codes(target)), refined):
         found = refit(target, start, gram)
         before, after = errors(start, target, gram), errors(found, target, gram)
@@ -60,7 +60,7 @@ def test_it_goes_where_sweeps_and_scale_refits_do_not(spec: WeightSpec) -> None:
     for seed in range(4):
         target, gram = layer(K, N, seed)
         gram = damped(gram, 0.05)
-        start = comq.refine(target, gptq.quantize(target, gram, spec), gram, sweeps=4).weight
+        start = comq.refine(target, gptq_quantized(target, gram, spec), gram, sweeps=4).weight
         found = refit(target, start, gram)
         alone += errors(comq.refine(target, start, gram, sweeps=4).weight, target, gram).sum()
         between += errors(comq.refine(target, found, gram, sweeps=4).weight, target, gram).sum()

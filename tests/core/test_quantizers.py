@@ -11,7 +11,7 @@ from magr_onnx.core.grid import Grid, minmax, search
 from magr_onnx.core.linalg import column_errors, damped, layer_error
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
-from tests.helpers import Array, activations, gram_of, layer
+from tests.helpers import Array, activations, gptq_quantized, gram_of, layer
 
 K, N = 96, 24
 SPECS = [WeightSpec(2, None), WeightSpec(3, 32), WeightSpec(4, None, symmetric=True), WeightSpec(4, 20), WeightSpec(8, None)]
@@ -69,7 +69,7 @@ def rounded(weights: Array, gram: Array, spec: WeightSpec) -> QuantizedWeight:
 def test_gptq_is_the_published_algorithm(spec: WeightSpec, act_order: bool, seed: int) -> None:
     weights, gram = layer(K, N, seed)
     grid = search(weights, spec, gram.diagonal())
-    found = gptq.quantize(weights, gram, spec, damping=0.01, act_order=act_order)
+    found = gptq_quantized(weights, gram, spec, damping=0.01, act_order=act_order)
     expected = naive_gptq(weights, gram, grid, 0.01, act_order)
     assert (found.codes != expected).mean() < 1e-3  # float32 may break a tie differently
     assert (found.codes != grid.codes(weights)).mean() > 0.05  # feedback did something
@@ -82,7 +82,7 @@ def test_gptq_beats_rounding_on_the_same_grid(spec: WeightSpec, act_order: bool)
     weights, gram = layer(K, N)
     for beta in (None, 0.9):
         plain = rtn.quantize(weights, gram.diagonal(), spec, beta=beta)
-        found = gptq.quantize(weights, gram, spec, beta=beta, act_order=act_order)
+        found = gptq_quantized(weights, gram, spec, beta=beta, act_order=act_order)
         np.testing.assert_array_equal(found.scales, plain.scales)
         np.testing.assert_array_equal(found.zero_points, plain.zero_points)
         assert error(found, weights, gram) < 0.8 * error(plain, weights, gram)
@@ -121,7 +121,7 @@ def test_gptq_rounds_the_weights_of_dead_inputs() -> None:
     weights, gram = layer(K, N)
     gram[5] = gram[:, 5] = 0
     spec = WeightSpec(4, 32)
-    found = gptq.quantize(weights, gram, spec)
+    found = gptq_quantized(weights, gram, spec)
     np.testing.assert_array_equal(found.codes[5], rounded(weights, gram, spec).codes[5])
 
 
@@ -143,7 +143,7 @@ def test_a_sweep_is_plain_coordinate_descent(spec: WeightSpec, seed: int) -> Non
 @pytest.mark.parametrize("rescale", [False, True])
 def test_refining_lowers_the_error_of_any_start(spec: WeightSpec, rescale: bool) -> None:
     weights, gram = layer(K, N)
-    for start in (rounded(weights, gram, spec), gptq.quantize(weights, gram, spec)):
+    for start in (rounded(weights, gram, spec), gptq_quantized(weights, gram, spec)):
         found = comq.refine(weights, start, gram, sweeps=6, rescale=rescale, tolerance=0.0)
         errors = np.array(found.errors)
         assert (errors[1:] <= errors[:-1] * (1 + 1e-5)).all()

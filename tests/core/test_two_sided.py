@@ -11,7 +11,7 @@ from magr_onnx.core.grid import search
 from magr_onnx.core.linalg import damped
 from magr_onnx.core.quantizers import comq, gptq, two_sided
 from magr_onnx.core.types import QuantizedWeight, WeightSpec
-from tests.helpers import Array, layer
+from tests.helpers import Array, gptq_quantized, layer
 
 K, N = 96, 40
 SPECS = [WeightSpec(2, 32), WeightSpec(3, None), WeightSpec(4, 20, symmetric=True), WeightSpec(3, 32, scale_dtype="float16")]
@@ -82,7 +82,7 @@ def test_energy_never_rises_where_a_block_moves_as_one(spec: WeightSpec) -> None
 def test_less_energy_than_columns_by_themselves(spec: WeightSpec, seed: int) -> None:
     weights, gram = layer(K, N, seed)
     gram, outputs = damped(gram, 0.05), two_sided.damped_outputs(moments(seed=seed))
-    alone = comq.refine(weights, gptq.quantize(weights, gram, spec, damping=0.0), gram, sweeps=8).weight
+    alone = comq.refine(weights, gptq_quantized(weights, gram, spec, damping=0.0), gram, sweeps=8).weight
     _, found, _ = solved(weights, gram, outputs, spec)
     assert energy(found, weights, gram, outputs) < 0.92 * energy(alone, weights, gram, outputs)
 
@@ -93,7 +93,7 @@ def test_uncoupled_outputs_are_solved_as_columns_by_themselves(spec: WeightSpec)
     weights, gram = layer(K, N)
     gram, outputs = damped(gram, 0.05), np.eye(N)
     start, found, _ = solved(weights, gram, outputs, spec, sweeps=4)
-    expected = gptq.quantize(weights, gram, spec, damping=0.0)
+    expected = gptq_quantized(weights, gram, spec, damping=0.0)
     np.testing.assert_array_equal(start.codes, expected.codes)
     refined = comq.refine(weights, expected, gram, sweeps=4).weight
     assert energy(found, weights, gram, outputs) == pytest.approx(energy(refined, weights, gram, outputs), rel=0.03)
@@ -127,7 +127,7 @@ def test_outputs_without_gradients_stay_sane(spec: WeightSpec) -> None:
     dead = np.arange(0, N, 5)
     outputs[dead] = outputs[:, dead] = 0
     _, found, _ = solved(weights, gram, two_sided.damped_outputs(outputs), spec)
-    alone = gptq.quantize(weights, gram, spec, damping=0.0)
+    alone = gptq_quantized(weights, gram, spec, damping=0.0)
     column = np.zeros((N, N))
     column[dead, dead] = 1
     assert np.isfinite(found.dequantize()).all()

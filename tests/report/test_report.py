@@ -26,9 +26,9 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.instrument.segments import depths
-from magr_onnx.report.data import SCHEMA, LayerRow, SkipRow, layer_table
+from magr_onnx.report.data import SCHEMA, LayerRow, layer_table
 from magr_onnx.report.html import side_by_side, summary
-from magr_onnx.report.reasons import Reason, TableReason
+from magr_onnx.report.reasons import Reason, Skip, TableReason
 from magr_onnx.report.serialization import decode
 from magr_onnx.report.validation import OutputMetrics
 from magr_onnx.workflow.directory import OptimizedFolder
@@ -595,12 +595,12 @@ def test_names_cannot_break_out_of_a_page() -> None:
 
 def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     report = magr_onnx.optimize(graphs.chain(), samples(), effort="fast").report
-    small = SkipRow("small", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 20)
-    table = SkipRow("table", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 2)
-    codes = SkipRow("codes", "MatMulNBits", Reason.QUANTIZED, bytes=report.bytes_after)
-    lstm = SkipRow("lstm", "LSTM", Reason.RECURRENT, bytes=report.bytes_after)
+    small = Skip("small", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 20)
+    table = Skip("table", "Gather", TableReason.UNASKED, bytes=report.bytes_after // 2)
+    codes = Skip("codes", "MatMulNBits", Reason.QUANTIZED, bytes=report.bytes_after)
+    lstm = Skip("lstm", "LSTM", Reason.RECURRENT, bytes=report.bytes_after)
 
-    def first(*skipped: SkipRow) -> list[str]:
+    def first(*skipped: Skip) -> list[str]:
         found = replace(report, skipped=skipped)
         return [f.text for f in summary.findings(found, summary.lines_of(found)) if "stays float" in f.text]
 

@@ -105,14 +105,6 @@ class Budget:
         bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in pieces]  # in pieces: (tiles, N) can be larger than the weight
         return np.concatenate([low for low, _ in bounds]), np.concatenate([high for _, high in bounds])
 
-    def tiles(self, k: int) -> int:
-        """Number of tiles of a dot product of ``k`` terms."""
-        return 1 if self.accumulator.tile is None else -(-k // self.accumulator.tile)
-
-    def tile_of_row(self, k: int) -> npt.NDArray[np.intp]:
-        """Tile index of every term, ``(k,)``."""
-        return np.zeros(k, np.intp) if self.accumulator.tile is None else np.arange(k) // self.accumulator.tile
-
 
 def tile_starts(k: int, tile: int | None, block: int | None = None) -> npt.NDArray[np.intp]:
     """Return the first row of every tile of ``k`` rows; tiles restart after every ``block`` rows (whose sums are scaled as floats)."""
@@ -182,12 +174,10 @@ class RunningSums:
 
     def __init__(self, budget: Budget, k: int, n: int, codes: Integers | None = None) -> None:
         self._budget = budget
-        self._tile = budget.tile_of_row(k)
-        if codes is None:
-            self.positive = np.zeros((budget.tiles(k), n), np.int64)
-            self.negative = np.zeros_like(self.positive)
-        else:
-            self.positive, self.negative = signed_sums(codes, budget.accumulator.tile)
+        self._tile = np.arange(k) // (budget.accumulator.tile or k)
+        shape = (int(self._tile[-1]) + 1, n)
+        sums = (np.zeros(shape, np.int64), np.zeros(shape, np.int64)) if codes is None else signed_sums(codes, budget.accumulator.tile)
+        self.positive, self.negative = sums
 
     def limits(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the least and greatest code ``(N,)`` that may be added at ``row``."""
@@ -200,25 +190,18 @@ class RunningSums:
             upper, lower = np.minimum(upper, below // -b.x_min), np.minimum(lower, above // -b.x_min)
         return -np.maximum(lower, 0), np.maximum(upper, 0)
 
-    def take(self, row: int, codes: npt.NDArray[Any]) -> None:
-        """Add ``codes (N,)`` at ``row``."""
+    def take(self, row: int, codes: npt.NDArray[Any], sign: int = 1) -> None:
+        """Add ``codes (N,)`` at ``row``, or (``sign=-1``) take them out again."""
         t = self._tile[row]
         integers = codes.astype(np.int64)
-        self.positive[t] += np.maximum(integers, 0)
-        self.negative[t] += np.minimum(integers, 0)
+        self.positive[t] += sign * np.maximum(integers, 0)
+        self.negative[t] += sign * np.minimum(integers, 0)
 
     def clip(self, row: int, codes: npt.NDArray[np.floating[Any]], middle: Any) -> None:
         """Clip codes ``(N,)``, ``middle`` above the raw ones, in place to what still fits at ``row``, and add them."""
         lower, upper = self.limits(row)
         np.clip(codes, lower + middle, upper + middle, out=codes)
         self.take(row, codes - middle)
-
-    def release(self, row: int, codes: npt.NDArray[Any]) -> None:
-        """Subtract ``codes (N,)`` at ``row``."""
-        t = self._tile[row]
-        integers = codes.astype(np.int64)
-        self.positive[t] -= np.maximum(integers, 0)
-        self.negative[t] -= np.minimum(integers, 0)
 
 
 def largest_block(bits: int, accumulator_bits: int, blocks: tuple[int, ...], x_max: int = 127, shift: int = 0) -> int | None:

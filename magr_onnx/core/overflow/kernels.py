@@ -52,7 +52,8 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
         OptionError: The outer register is narrower than the inner one.
     """
     if dot.form == "blockwise":
-        registers = _blockwise(dot, target)
+        inner = target.blockwise if dot.bits <= 4 or target.blockwise.tile is None else replace(target.blockwise, tile=1)
+        registers = KernelRegisters(inner, (np.arange(dot.k),))
     else:
         if dot.x_type not in ("int8", "uint8") or (dot.w_type not in ("int8", "uint8")):
             return f"onnxruntime computes {dot.x_type} x {dot.w_type} in floats"
@@ -89,10 +90,3 @@ def _integer(dot: IntegerDot, target: Target, kernel: Kernel) -> KernelRegisters
     if kernel.stride > 1:
         orders.append(kernel.order(dot.k))
     return KernelRegisters(kernel.accumulator, tuple(orders), kernel.shift, 0, "depthwise: taps (k, k + 1) and (k, k + 2)")
-
-
-def _blockwise(dot: IntegerDot, target: Target) -> KernelRegisters:
-    accumulator = target.blockwise
-    if accumulator.tile is not None and dot.bits > 4:
-        accumulator = replace(accumulator, tile=1)
-    return KernelRegisters(accumulator, (np.arange(dot.k),))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from magr_onnx.core.grid import ladder
+from magr_onnx.core.linalg import damped
 from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 from magr_onnx.errors import NonFiniteError
 
@@ -31,15 +32,6 @@ class Grouped(NamedTuple):
 
     weights: list[QuantizedWeight]
     errors: Array
-
-
-def damped(grams: Array, damping: float) -> Array:
-    """Apply `magr_onnx.core.linalg.damped` to every matrix of ``(G, K, K)``."""
-    diagonal = np.diagonal(grams, axis1=1, axis2=2)
-    mean = diagonal.mean(axis=1, keepdims=True)
-    added = damping * np.maximum(diagonal, 1e-6 * np.where(mean > 0, mean, 1.0))
-    result: Array = grams + added[:, :, None] * np.eye(grams.shape[1])
-    return result
 
 
 def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps: int = 8) -> Grouped:

@@ -103,7 +103,7 @@ def sweep_once(
             np.maximum(q, 0, out=q)  # np.clip costs several times as much on a short row
             np.minimum(q, top, out=q)
             if sums is not None:
-                sums.release(k_i, codes[k_i] - middle)
+                sums.take(k_i, codes[k_i] - middle, sign=-1)
                 sums.clip(k_i, q, middle)
             np.subtract(q, codes[k_i], out=change[i])
             change[i] *= scales[i]

@@ -31,7 +31,7 @@ from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, WeightSpec, column_parts, side_by_side
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts, side_by_side
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -122,13 +122,6 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     result = np.empty_like(codes)
     result[order] = codes
     return QuantizedWeight(result, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
-
-
-def quantize(
-    weights: Array, gram: Array, spec: WeightSpec, *, beta: float | None = None, damping: float = 0.1, act_order: bool = True
-) -> QuantizedWeight:
-    """Quantize ``weights (K, N)`` by GPTQ under ``gram (K, K)``; ``beta`` as in `magr_onnx.core.grid.choose`."""
-    return solve(weights, prepare(gram, damping, act_order), choose(weights, spec, gram.diagonal(), beta))
 
 
 def under_budget(
