@@ -5,22 +5,42 @@
 centred Gram matrix ``H - mu mu^T``, so a quantizer whose layer will be corrected should minimise that one
 (`LayerStats.objective_gram`).
 
+A mean over few samples is uncertain: the correction is shrunk by `shrinkage`.
+
 Deviation from the paper: one vector per output channel, never one per token, which would fix the sequence length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from magr_onnx.core.types import Array
 
 
-def compensate(bias: Array | None, target_mean: Array, quantized: Array, mean: Array) -> Array:
-    """Return the corrected bias ``(N,)`` float64.
+def correction(target_mean: Array, quantized: Array, mean: Array) -> Array:
+    """Return what to add to the bias, ``(N,)`` float64.
 
     Args:
-        bias: ``b (N,)``; None for zero.
         target_mean: ``W0^T mu (N,)``, the mean target output, without its bias.
         quantized: ``W_hat (K, N)``, dequantized.
         mean: ``mu_q (K,)``, the mean input as the quantized layer reads it.
     """
-    correction: Array = target_mean - quantized.astype("float64").T @ mean
-    return correction if bias is None else bias + correction
+    result: Array = target_mean - quantized.astype(np.float64).T @ mean
+    return result
+
+
+def shrinkage(total: Array, parts: Sequence[tuple[int, Array]]) -> float:
+    """Return the factor in [0, 1] by which the correction ``total (N,)`` should be multiplied.
+
+    A mean from few samples is uncertain, and a correction by noise moves the output more than it corrects. The variance of the
+    mean is estimated from ``parts`` of the samples (their rows, and their own correction ``(N,)``), and the
+    correction shrunk as James and Stein (1961) shrink means of many variables: by ``1 - variance / |total|^2``.
+    """
+    rows = sum(count for count, _ in parts)
+    if len(parts) < 2 or not rows:
+        return 1.0
+    spread = sum(count * float(np.square(part - total).sum()) for count, part in parts) / (rows * (len(parts) - 1))
+    power = float(np.square(total).sum())
+    return max(0.0, 1 - spread / power) if power > 0 else 1.0

@@ -11,7 +11,7 @@ of Qronos, arXiv 2505.11695, here in closed form; the residual term is new here)
 
     W* = W0 + (H_q + a diag(H_q))^-1 (C - H_q W0),
 
-and ``a`` is chosen for the least error on held-out rows; W0 itself is a candidate.
+and ``a`` is chosen for the least error on the rows of folds that are held out in turn; W0 itself is a candidate.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class TargetWeights:
 
     Attributes:
         weights: ``W* (K, N)`` float32.
-        fit: The same, from the rows that are not held out.
+        fits: The same from the rows outside each fold.
         damping: The ``a`` in use; None for W0 itself.
         before: Relative error of W0 on the held-out rows.
-        after: Relative error of W* on the held-out rows, ``a`` applied to the other rows.
+        after: Relative error of W* on the held-out rows, from the rows outside their folds.
     """
 
     weights: Array
-    fit: Array
+    fits: tuple[Array, ...]
     damping: float | None
     before: float
     after: float
@@ -54,28 +54,34 @@ def target_moments(weights: Array, cross: Array, float_gram: Array, float_mean: 
 
 
 def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> TargetWeights:
-    """Return the damped ``W*`` of ``weights (K, N)``; ``stats`` and ``target`` must have a held-out part.
+    """Return the damped ``W*`` of ``weights (K, N)``; ``stats`` and ``target`` must have folds.
 
     ``centred``: whether a bias absorbs the mean error.
     """
-    held_out, held_out_target = stats.held_out, target.held_out
-    assert held_out is not None
-    assert held_out_target is not None
     w = weights.astype(np.float64)
-    fit, fit_target = stats.memo("kept", lambda: stats.combine(held_out, -1)), target.combine(held_out_target, -1)
     channels = sample(w.shape[1], SAMPLE)
-    sample_weights, sample_target, sample_held_out = w[:, channels], fit_target.columns(channels), held_out_target.columns(channels)
-    before = error(sample_weights, held_out, sample_held_out, centred)
-    best, chosen = before, None
-    for damping in DAMPINGS:
-        relative = error(sample_weights + _step(sample_weights, fit, sample_target, damping, centred), held_out, sample_held_out, centred)
-        if relative < best:
-            best, chosen = relative, damping
+    sample_weights = w[:, channels]
+    folds = range(len(stats.folds))
+    fits = [(stats.without(i), target.without(i)) for i in folds]
+    held_out = [(stats.folds[i], target.folds[i].columns(channels)) for i in folds]
+    power = sum(moments.rows * float(moments.power.sum()) for _, moments in held_out)
+
+    def relative(damping: float | None) -> float:
+        squared = 0.0
+        for (fit, fit_target), (inside, moments) in zip(fits, held_out, strict=True):
+            step = 0.0 if damping is None else _step(sample_weights, fit, fit_target.columns(channels), damping, centred)
+            squared += moments.rows * squared_error(sample_weights + step, inside, moments, centred)
+        return squared / power if power > 0 else 0.0
+
+    errors = {damping: relative(damping) for damping in (None, *DAMPINGS)}
+    before, chosen = errors[None], min(errors, key=lambda damping: errors[damping])
     if chosen is None:
-        return TargetWeights(weights, weights, None, before, before)
-    damping = chosen * fit.rows / max(stats.rows, 1)  # more rows need less damping
-    solution, fit_solution = (w + _step(w, s, g, d, centred) for s, g, d in ((stats, target, damping), (fit, fit_target, chosen)))
-    return TargetWeights(solution.astype(np.float32), fit_solution.astype(np.float32), damping, before, best)
+        return TargetWeights(weights, (weights,) * len(fits), None, before, before)
+    damping = chosen * fits[-1][0].rows / max(stats.rows, 1)  # more rows need less damping
+    solution, *fit_solutions = (
+        (w + _step(w, s, t, d, centred)).astype(np.float32) for s, t, d in ((stats, target, damping), *((s, t, chosen) for s, t in fits))
+    )
+    return TargetWeights(solution, tuple(fit_solutions), damping, before, errors[chosen])
 
 
 def sample(n: int, most: int) -> npt.NDArray[np.intp]:
@@ -88,17 +94,22 @@ def error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: b
 
     The denominator is never centred, so errors with and without feedback and in the running model are comparable.
     """
-    cross, power = target.cross, float(target.power.sum())
-    residual = power
+    power = float(target.power.sum())
+    return squared_error(quantized, stats, target, centred) / power if power > 0 else 0.0
+
+
+def squared_error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
+    """Return ``||X_q W_hat - Y||^2 / n`` over the rows of ``stats``, without the mean error if ``centred``."""
+    cross, residual = target.cross, float(target.power.sum())
     if centred:
         cross, residual = cross - np.outer(stats.mean, target.mean), residual - float(np.square(target.mean).sum())
     residual += float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross))
-    return max(residual, 0.0) / power if power > 0 else 0.0
+    return max(residual, 0.0)
 
 
 def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: float, centred: bool) -> Array:
     """Return ``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
     cross = target.cross - np.outer(stats.mean, target.mean) if centred else target.cross
-    result: Array = np.linalg.solve(damped(gram, damping), cross - gram @ weights)
+    result: Array = np.linalg.solve(damped(stats.regularized(centred), damping), cross - gram @ weights)
     return result

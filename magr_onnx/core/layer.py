@@ -97,7 +97,7 @@ class LayerSolution:
         weight: ``(K, N)`` float32 that the layer multiplies by now: reduced, or dequantized, with the product of ``factors``.
         bias: ``(N,)`` now, or None.
         target: ``(K, N)`` that the quantizer minimises the layer error against: the model's weight, or the result of error feedback.
-        fit_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
+        fit_targets: For every fold of the statistics, ``target`` from the rows outside it, where it depends on rows; else empty.
         quantized: The codes and their grid, once chosen.
         factors: A low-rank float branch beside the quantized product, or None.
         changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
@@ -107,7 +107,7 @@ class LayerSolution:
     weight: Array
     bias: Array | None
     target: Array
-    fit_target: Array | None = None
+    fit_targets: tuple[Array, ...] = ()
     quantized: QuantizedWeight | None = None
     factors: Factors | None = None
     changed: bool = False
@@ -159,4 +159,4 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
         errors=tuple(sum_traces(*[r.errors for r in records])),
         notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
     )
-    return LayerSolution(weight, np.concatenate(biases) if biases else None, target, None, quantized, None, True, record)
+    return LayerSolution(weight, np.concatenate(biases) if biases else None, target, (), quantized, None, True, record)

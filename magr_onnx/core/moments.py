@@ -6,7 +6,9 @@ Where the samples of a batch are repeated to fill it, its sums are multiplied by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -26,10 +28,17 @@ class _Means(Protocol):
 Means = TypeVar("Means", bound=_Means)
 
 
-def with_held_out(fitted: Means, held_out: Means) -> Means:
-    """Combine statistics to those of all rows, with the held-out rows as ``held_out``; both have rows."""
-    combined: Means = replace(fitted.combine(held_out), held_out=held_out)  # type: ignore[type-var]
-    return combined
+def with_folds(parts: Sequence[Means], folds: int) -> Means:
+    """Combine the statistics of parts of the rows; the first ``folds`` of them, as far as they have rows, become folds of the result.
+
+    Where all rows are in one part, there are no folds: nothing would be left to solve with.
+    """
+    counted = [(part, index < folds) for index, part in enumerate(parts) if part.rows]
+    if len(counted) < 2:
+        return counted[0][0] if counted else parts[0]
+    combined: Means = reduce(lambda a, b: a.combine(b), (part for part, _ in counted))
+    with_parts: Means = replace(combined, folds=tuple(part for part, held_out in counted if held_out))  # type: ignore[type-var]
+    return with_parts
 
 
 class MomentAccumulator:
@@ -108,11 +117,9 @@ class MomentAccumulator:
         return self.rows or 1.0
 
 
-def split_stats(fitted: MomentAccumulator, held_out: MomentAccumulator, activation: Activation | None) -> LayerStats | None:
-    """Return the statistics of a value with its held-out rows; None without rows. Consumes the sums."""
-    if fitted.rows and held_out.rows:
-        return with_held_out(fitted.stats(activation), held_out.stats(activation))
-    return (fitted if fitted.rows else held_out).stats(activation) if fitted.rows or held_out.rows else None
+def split_stats(parts: Sequence[MomentAccumulator], folds: int, activation: Activation | None) -> LayerStats | None:
+    """Return the statistics of a value with its first ``folds`` parts as folds; None without rows. Consumes the sums."""
+    return with_folds([part.stats(activation) for part in parts], folds) if any(part.rows for part in parts) else None
 
 
 class OutputAccumulator:

@@ -64,7 +64,7 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int) -> Layer
     bias = _array(arrays, "bias", (n,), np.float64) if "bias" in arrays else None
     record = metadata["record"]
     record = LayerRecord(**{**record, "errors": tuple(record["errors"]), "notes": tuple(record["notes"])})
-    return LayerSolution(weight, bias, weight, None, quantized, factors, bool(metadata["changed"]), record)
+    return LayerSolution(weight, bias, weight, (), quantized, factors, bool(metadata["changed"]), record)
 
 
 def most_bytes(k: int, n: int) -> int:

@@ -28,6 +28,7 @@ LARGE = 6144
 """Inputs of a layer from which its ``(K, K)`` matrices are stored in float32 and processed in place, a few at a time."""
 LARGE_ROWS = 512  # of such a matrix processed at a time
 NOISE = 3e-7  # of a second moment that was summed in single precision
+PRIOR_ROWS = 4  # see `LayerStats.regularized`
 COLUMN_BYTES = 1 << 25  # of float32 output channels a solver processes at a time: channels are independent
 
 
@@ -241,7 +242,7 @@ class LayerStats:
         rows: Number of calibration rows ``n``; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
         activation: How the input is quantized; None where it stays float.
-        held_out: Statistics of the held-out rows, for choices that would overfit on all rows; else None.
+        folds: Statistics of parts of the rows that are held out in turn, for choices that would overfit on all rows.
     """
 
     gram: Array
@@ -249,7 +250,7 @@ class LayerStats:
     rows: int
     float_mean: Array | None = None
     activation: Activation | None = None
-    held_out: LayerStats | None = None
+    folds: tuple[LayerStats, ...] = ()
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -279,6 +280,10 @@ class LayerStats:
         float_mean = None if self.float_mean is None or other.float_mean is None else a * self.float_mean + b * other.float_mean
         return LayerStats(a * self.gram + b * other.gram, a * self.mean + b * other.mean, n, float_mean, self.activation)
 
+    def without(self, fold: int) -> LayerStats:
+        """Return the statistics of the rows outside a fold; computed once."""
+        return self.memo(("without", fold), lambda: self.combine(self.folds[fold], -1))
+
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """Compute ``make()`` once: layers that share these statistics share factorizations."""
         if key not in self._memo:
@@ -287,19 +292,41 @@ class LayerStats:
         return value
 
     def objective_gram(self, centred: bool) -> Array:
-        """Return the matrix of the layer error: ``H``, or ``H - mu mu^T`` when a bias absorbs the mean error."""
+        """Return the matrix that errors are measured by: ``H``, or ``H - mu mu^T`` when a bias absorbs the mean error.
+
+        Centred block by block, without a second temporary; what constant inputs leave is noise, and is set to zero.
+        """
         if not centred or self.is_data_free:
             return self.gram
-        return self._centred() if len(self.mean) >= LARGE else self.memo("centred", self._centred)
-
-    def _centred(self) -> Array:
-        """Centre the matrix block by block, without a second temporary; what constant inputs leave is noise, and is set to zero."""
         result: Array = self.gram.copy()
         for at in range(0, len(result), LARGE_ROWS):
             result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
         constant = np.flatnonzero(result.diagonal() <= NOISE * self.gram.diagonal())
         result[constant] = 0
         result[:, constant] = 0
+        return result
+
+    def regularized(self, centred: bool) -> Array:
+        """Return the matrix that weights are solved with: `objective_gram` plus a prior worth `PRIOR_ROWS` rows of ``n``.
+
+        In the prior, inputs are uncorrelated and of the median power of those that were active. From few rows, an input that
+        was hardly active would else take up the errors of all others, by changes that are large where it is active after all.
+        Computed once for all layers that share these statistics, unless K is `LARGE`.
+        """
+        if self.is_data_free:
+            return self.gram
+        return (
+            self._regularized(centred)
+            if len(self.mean) >= LARGE
+            else self.memo(("regularized", centred), lambda: self._regularized(centred))
+        )
+
+    def _regularized(self, centred: bool) -> Array:
+        gram = self.objective_gram(centred)
+        power = gram.diagonal()
+        active = power[power > 0]
+        result = gram if centred else gram.copy()
+        result[np.diag_indices(len(power))] += PRIOR_ROWS / self.rows * (float(np.median(active)) if len(active) else 1.0)
         return result
 
 
@@ -312,18 +339,22 @@ class TargetMoments:
         mean: ``mean(Y)`` ``(N,)``.
         power: ``mean(Y^2)`` ``(N,)``.
         rows: Rows ``n``.
-        held_out: The same over the rows of `LayerStats.held_out`; else None.
+        folds: The same over the rows of `LayerStats.folds`.
     """
 
     cross: Array
     mean: Array
     power: Array
     rows: int
-    held_out: TargetMoments | None = None
+    folds: tuple[TargetMoments, ...] = ()
 
     def columns(self, chosen: npt.NDArray[np.intp]) -> TargetMoments:
-        """Return the moments of the ``chosen`` output channels."""
+        """Return the moments of the ``chosen`` output channels, without those of folds."""
         return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
+
+    def without(self, fold: int) -> TargetMoments:
+        """Return the moments of the rows outside a fold."""
+        return self.combine(self.folds[fold], -1)
 
     def combine(self, other: TargetMoments, sign: int = 1) -> TargetMoments:
         """Combine as `LayerStats.combine` does."""

@@ -205,5 +205,5 @@ def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats]], plan
 
 def _pooled(a: LayerStats, b: LayerStats) -> LayerStats:
     """The statistics of the rows of both, held-out rows included."""
-    held_out = None if a.held_out is None or b.held_out is None else a.held_out.combine(b.held_out)
-    return replace(a.combine(b), held_out=held_out)
+    folds = tuple(x.combine(y) for x, y in zip(a.folds, b.folds, strict=True)) if len(a.folds) == len(b.folds) else ()
+    return replace(a.combine(b), folds=folds)

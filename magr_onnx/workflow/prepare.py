@@ -24,7 +24,8 @@ from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
-from magr_onnx.runtime.data.sources import HELD_OUT, Batches, Source
+from magr_onnx.runtime.data.hold_out import HELD_OUT
+from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.ort import opset_check, session, worker
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import held_out_for

@@ -25,6 +25,7 @@ from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
@@ -239,8 +240,10 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         context.store.set_plan(plan, plans)
     done = _Round(model=work, layers=layers, skips=kept)
     readers_by_input = moments.readers_of(layers)
-    hold_out = any(p.holds_out for p in (plan, *plans.values()))
-    calibration = None if setup.calibration is None else replace(setup.calibration, hold_out=hold_out)
+    held_out = any(p.holds_out for p in (plan, *plans.values()))
+    calibration = setup.calibration
+    if calibration is not None:
+        calibration = replace(calibration, hold_out=HoldOut.of(calibration.data.samples) if held_out else NONE)
     for stage, (group, gathered) in enumerate(gather(models, layers, calibration, plan.error_feedback is not None, context)):
         done.stages |= {layer.name: stage for layer in group}
         for name in gathered.unmasked:

@@ -7,14 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from magr_onnx.core.bias_compensation import compensate
+from magr_onnx.core.bias_compensation import correction, shrinkage
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
+from magr_onnx.core.types import Array, LayerStats, TargetMoments
 from magr_onnx.passes.base import LayerPass
 
 
 @dataclass(frozen=True)
 class CompensateBias(LayerPass):
-    """Correct the bias for the mean output error (`magr_onnx.core.bias_compensation.compensate`).
+    """Correct the bias for the mean output error (`magr_onnx.core.bias_compensation`).
 
     Attributes:
         bias: ``existing`` corrects biases that are there; ``any`` also gives a bias to layers without one, which costs a
@@ -30,10 +31,27 @@ class CompensateBias(LayerPass):
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if not problem.centred(self.bias):
             return solution
-        moments, stats = problem.target_moments, problem.stats
-        target = problem.weight.astype(np.float64).T @ stats.target_mean if moments is None else moments.mean
-        bias = compensate(solution.bias, target, solution.weight, stats.mean)
+        stats, moments = problem.stats, problem.target_moments
+        total = _correction(problem, solution, stats, moments)
+        parts = [(part.rows, _correction(problem, solution, part, target)) for part, target in _parts(stats, moments)]
+        added = shrinkage(total, parts) * total
+        bias = added if solution.bias is None else solution.bias + added
         return replace(solution, bias=bias, changed=True, record=replace(solution.record, bias_compensated=True))
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         return replace(solution, bias=np.zeros(problem.weight.shape[1])) if problem.centred(self.bias) else solution
+
+
+def _correction(problem: LayerProblem, solution: LayerSolution, stats: LayerStats, moments: TargetMoments | None) -> Array:
+    target = problem.weight.astype(np.float64).T @ stats.target_mean if moments is None else moments.mean
+    return correction(target, solution.weight, stats.mean)
+
+
+def _parts(stats: LayerStats, moments: TargetMoments | None) -> list[tuple[LayerStats, TargetMoments | None]]:
+    """Return the statistics of the folds and of the rows in none of them, if any."""
+    folds = list(stats.folds)
+    targets: list[TargetMoments | None] = [None] * len(folds) if moments is None else list(moments.folds)
+    if len(folds) == 1:
+        folds.append(stats.without(0))
+        targets.append(None if moments is None else moments.without(0))
+    return list(zip(folds, targets, strict=True))

@@ -75,7 +75,7 @@ class Embeddings(ModelPass):
         weight, floats = quantized.dequantize(), table.astype(np.float32)
         difference, norm = float(np.linalg.norm(weight.T - floats)), float(np.linalg.norm(floats))
         record = LayerRecord(error=difference / norm if norm else 0.0, weights=sketch(problem.weight, None, quantized))
-        return LayerSolution(weight, None, problem.weight, None, quantized, None, True, record)
+        return LayerSolution(weight, None, problem.weight, (), quantized, None, True, record)
 
 
 def problem_of(table: EmbeddingTable) -> LayerProblem:

@@ -26,9 +26,9 @@ class ErrorFeedback(LayerStage):
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         moments = problem.target_moments
-        if moments is None or moments.held_out is None:
+        if moments is None or not moments.folds:
             return solution
         target = error_feedback.solve_target(problem.weight, problem.stats, moments, problem.centred(self.bias))
         figures = {"damping": target.damping, "held_out_before": target.before, "held_out_after": target.after}
         record = replace(solution.record, feedback=figures)
-        return replace(solution, weight=target.weights, target=target.weights, fit_target=target.fit, record=record)
+        return replace(solution, weight=target.weights, target=target.weights, fit_targets=target.fits, record=record)

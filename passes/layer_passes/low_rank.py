@@ -53,7 +53,7 @@ class LowRank(LayerPass):
             record = record.noting(f"low-rank: a {k} x {n} layer has rank {rank} at most, not {self.rank}")
         damping = automatic_damping(k, stats.rows)
         key = ("low-rank", centred, damping, self.kind)
-        root = stats.memo(key, lambda: low_rank.root(stats.objective_gram(centred), damping, self.kind))
+        root = stats.memo(key, lambda: low_rank.root(stats.regularized(centred), damping, self.kind))
         factors = low_rank.reconstruct(solution.target - solution.weight, root, rank).stored(problem.float_type)
         weight = solution.weight + factors.product()
         error = relative_error(weight, problem, centred)

@@ -15,7 +15,17 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSol
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, Quantizer, batched, method_options, quantizers_with, rtn
+from magr_onnx.core.quantizers import (
+    QUANTIZERS,
+    Options,
+    Problem,
+    Quantizer,
+    batched,
+    cross_validation,
+    method_options,
+    quantizers_with,
+    rtn,
+)
 from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits, side_by_side
 from magr_onnx.errors import OptionError, choose_one
 from magr_onnx.passes.base import LayerPass, negative_or_infinite
@@ -159,8 +169,8 @@ class Quantize(LayerPass):
 
     @property
     def holds_out(self) -> bool:
-        """Whether the method judges its choices on rows that are held out."""
-        return self.quantizer.chooses
+        """Whether solutions are judged on rows that are held out: not under an accumulator, where other constraints decide."""
+        return self.activation is None or (self.target is None and self.accumulator_bits is None)
 
     @property
     def weighs_outputs(self) -> bool:
@@ -192,12 +202,12 @@ class Quantize(LayerPass):
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         centred, record = problem.centred(self.bias), solution.record
-        spec, budget, fit = self.spec(problem.float_type), self.budget() if self.activation else None, solution.fit_target
+        spec, budget, fits = self.spec(problem.float_type), self.budget() if self.activation else None, solution.fit_targets
         moments, hessian = problem.target_moments, problem.output_hessian
-        task = Problem(solution.weight, solution.target, problem.stats, centred, spec, budget, problem.weight, fit, moments, hessian)
+        task = Problem(solution.weight, solution.target, problem.stats, centred, spec, budget, problem.weight, fits, moments, hessian)
         declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
         options = Options(self.beta, self.damping, self.act_order, self.sweeps, self.rescale, self.alpha, declared)
-        result = QUANTIZERS[self.method].run(task, options)
+        result = cross_validation.run(QUANTIZERS[self.method], task, options)
         weight = result.weight.dequantize()
         if result.reduction is not None:
             record = replace(record, magr=magr.figures(solution.weight, result.reduction))
@@ -225,7 +235,8 @@ class Quantize(LayerPass):
         grams, objective = (np.stack([p.stats.objective_gram(c) for p in problems]) for c in (False, centred))
         damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
         # nearest codes are the best where inputs are uncorrelated
-        used = objective * np.eye(k) if self.quantizer.batched == "diagonal" else objective
+        used = np.stack([p.stats.regularized(centred) for p in problems])
+        used = used * np.eye(k) if self.quantizer.batched == "diagonal" else used
         result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps)
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
         error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
@@ -235,7 +246,7 @@ class Quantize(LayerPass):
         quantized, target = side_by_side(result.weights), np.hstack(list(matrices))
         weights = sketch(target, None, quantized)
         record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, weights=weights)
-        return LayerSolution(quantized.dequantize(), bias, target, None, quantized, None, True, record)
+        return LayerSolution(quantized.dequantize(), bias, target, (), quantized, None, True, record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         """Codes of zero; there are zero points unless the grid is symmetric, as for nearly any real weight."""

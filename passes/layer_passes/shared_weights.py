@@ -81,7 +81,7 @@ class SharedWeight:
         assert solved is not None
         of_input = {name: getattr(solution.record, name) for name in ("rows", "bias_compensated", "activation", "feedback")}
         record = replace(solved.record, **of_input, notes=(*solution.record.notes, *self._notes))
-        return replace(solved, bias=solution.bias, target=solution.target, fit_target=solution.fit_target, record=record)
+        return replace(solved, bias=solution.bias, target=solution.target, fit_targets=solution.fit_targets, record=record)
 
 
 def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) -> LayerRecord:
@@ -99,8 +99,8 @@ def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
         return LayerStats(stats.objective_gram(centred), np.zeros_like(stats.mean), stats.rows)
 
     total = reduce(LayerStats.combine, (part(stats, centred) for stats, centred in readers))
-    held_out = [part(stats.held_out, centred) for stats, centred in readers if stats.held_out is not None]
-    return LayerStats(total.gram, total.mean, total.rows, held_out=reduce(LayerStats.combine, held_out) if held_out else None)
+    in_folds = zip(*([part(fold, centred) for fold in stats.folds] for stats, centred in readers if stats.folds), strict=False)
+    return LayerStats(total.gram, total.mean, total.rows, folds=tuple(reduce(LayerStats.combine, parts) for parts in in_folds))
 
 
 def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:

@@ -156,7 +156,7 @@ def search(weights: Sequence[Array], stats: LayerStats, centred: Sequence[bool],
     for i, s in enumerate(trials):
         step = 8 * float((power / s).max()) / 255 if activations else 0.0
         for weight, w, c in zip(weights, sampled, centred, strict=True):
-            gram, scaled = stats.objective_gram(c), w * s[:, None]
+            gram, scaled = stats.regularized(c), w * s[:, None]
             rounded = rtn.quantize(scaled, gram.diagonal() / np.square(s, dtype=np.float64), spec).dequantize() / s[:, None]
             noise = step**2 / 12 * float(np.square(scaled, dtype=np.float64).sum())
             errors[i] += (layer_error(rounded.astype(np.float64) - w, gram) + noise) * weight.shape[1] / w.shape[1]

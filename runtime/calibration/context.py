@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from magr_onnx.core.types import Activation
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
 
 
@@ -40,7 +41,7 @@ class CalibrationContext:
         data: Batches that fit the model.
         mask: Input whose zero elements mark rows to leave out (see `magr_onnx.runtime.calibration.mask`); None for none.
         provider: Where to run.
-        hold_out: Whether some batches are held out (see `magr_onnx.runtime.data.sources.is_held_out`).
+        hold_out: Which batches are held out.
         grids: Quantization of layer inputs; moments are of the quantized values.
         followers: Whether a value follows the mask, by name, as far as `magr_onnx.runtime.calibration.mask.masked_values` has found out.
     """
@@ -48,6 +49,6 @@ class CalibrationContext:
     data: Batches
     mask: str | None = None
     provider: str = "cpu"
-    hold_out: bool = False
+    hold_out: HoldOut = NONE
     grids: Grids = field(default_factory=dict)
     followers: dict[str, bool] = field(default_factory=dict)

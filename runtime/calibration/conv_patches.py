@@ -10,21 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.moments import MomentAccumulator, with_held_out
+from magr_onnx.core.moments import MomentAccumulator, with_folds
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patch_taps
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.subgraphs import NEVER
-from magr_onnx.runtime.data.sources import Batches, Steps, is_held_out, run_batches
+from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.sources import Batches, Steps, run_batches
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
 
 
 def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least one layer each)."""
-    element = 24  # bytes: two float64 sums, a float32 batch and its sum
+    element = 40  # bytes: up to four float64 sums, a float32 batch and its sum
     return split_by_budget(([layer] for layer in layers), lambda layer: (geometry(layer), element * layer.group * layer.k**2), budget)
 
 
@@ -80,7 +81,7 @@ def cannot_gather(error: MagrError) -> str:
 def collect(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Steps | None = None
 ) -> dict[str, list[LayerStats]]:
-    """Collect the moments of every group's patches ``(n, K)``, by layer name, with those of held-out batches separate.
+    """Collect the moments of every group's patches ``(n, K)``, by layer name, with those of held-out batches as folds.
 
     Args:
         model: The float model; it is not changed.
@@ -92,22 +93,22 @@ def collect(
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
     """
+    hold_out = HoldOut.of(data.samples)
     tapped = {geometry(layer): layer for layer in reversed(layers)}
-    sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(2)] for key, layer in tapped.items()}
+    sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(hold_out.parts)] for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
     for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress):
         for (key, layer), gram, total, count in zip(tapped.items(), results[::3], results[1::3], results[2::3], strict=True):
             if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
                 names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
                 bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-            sums[key][is_held_out(index)].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
+            sums[key][hold_out.part(index)].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
     raise_all(NonFiniteError, bad.values())
-    stats = {key: _by_group(*parts) for key, parts in sums.items()}
+    stats = {key: _by_group(parts, hold_out.folds) for key, parts in sums.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}
 
 
-def _by_group(fitted: MomentAccumulator, held_out: MomentAccumulator) -> list[LayerStats]:
-    """Return the statistics of every group, with its held-out rows. Consumes the sums."""
-    parts = [part.means() for part in (fitted, held_out) if part.rows] or [fitted.means()]
-    measured = [[LayerStats(gram, mean, rows) for gram, mean in zip(grams, means, strict=True)] for grams, means, rows in parts]
-    return measured[0] if len(measured) == 1 else list(map(with_held_out, *measured))
+def _by_group(parts: Sequence[MomentAccumulator], folds: int) -> list[LayerStats]:
+    """Return the statistics of every group, with those of its folds. Consumes the sums."""
+    measured = [[LayerStats(g, m, rows) for g, m in zip(grams, means, strict=True)] for grams, means, rows in (p.means() for p in parts)]
+    return [with_folds(group, folds) for group in zip(*measured, strict=True)]

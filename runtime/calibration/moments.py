@@ -21,7 +21,8 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
-from magr_onnx.runtime.data.sources import Batches, Steps, is_held_out, run_batches
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut
+from magr_onnx.runtime.data.sources import Batches, Steps, run_batches
 
 DEFAULT_BUDGET = 1 << 30
 T = TypeVar("T")
@@ -65,9 +66,9 @@ def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hash
     return groups
 
 
-def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: bool = False) -> list[list[LinearLayer]]:
+def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: HoldOut = NONE) -> list[list[LinearLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least the layers of one weight)."""
-    element = 24 if hold_out else 16  # bytes: float64 sum, float32 batch, solver copy; another sum
+    element = 8 + 8 * hold_out.parts  # bytes: a float32 batch and a solver's copy; float64 sums
     return split_by_budget(by_weight(layers), lambda layer: (layer.reads, element * layer.k**2), budget)
 
 
@@ -91,22 +92,22 @@ def collect(
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
     taps = [replace(t, quantize=g.grid, bounds=g.bounds) if (g := context.grids.get(t.value)) else t for t in taps]
-    fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
+    parts = [[MomentAccumulator(t.width, float_mean=t.quantize is not None) for _ in range(hold_out.parts)] for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
         results = iter(outputs)
-        for tap, sums in zip(taps, held_out if context.hold_out and is_held_out(index) else fitted, strict=True):
-            finite, masked = _add(sums, tap, results, weight)
+        for tap, sums in zip(taps, parts, strict=True):
+            finite, masked = _add(sums[hold_out.part(index)], tap, results, weight)
             if not finite:
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
-    check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
+    check_rows((sum(part.rows for part in sums) for tap, sums in zip(taps, parts, strict=True) if tap.masked), context.mask)
     stats = {}
-    for tap, a, b in zip(taps, fitted, held_out, strict=True):
-        if (measured := split_stats(a, b, tap.quantize)) is not None:
+    for tap, sums in zip(taps, parts, strict=True):
+        if (measured := split_stats(sums, hold_out.folds, tap.quantize)) is not None:
             stats[tap.value] = measured
     return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
 

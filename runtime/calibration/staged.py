@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
-from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_held_out
+from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_folds
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.graph.kv_cache import current_mask
@@ -30,7 +30,8 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.sources import Steps, is_held_out
+from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.ort.session import Session
 
 DEFAULT_CACHE = 2 << 30
@@ -85,7 +86,8 @@ def staged(
         CalibrationError: The mask leaves no rows.
     """
     schedule = schedule or Schedule()
-    context = replace(context, hold_out=context.hold_out or schedule.feedback)
+    if schedule.feedback and not context.hold_out:
+        context = replace(context, hold_out=HoldOut.of(context.data.samples))
     steps = segments_of(quantized, layers if schedule.cuts is None else schedule.cuts)
     calibrated = {id(layer.node): layer for layer in layers}
     float_names = {str(v.name) for v in original.graph.inputs} | {str(v.name) for node in original.graph for v in node.outputs}
@@ -228,9 +230,10 @@ def _measure(
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
-    outputs = {layer_name: [OutputAccumulator(weight) for _ in range(2)] for layer_name, weight in weights.items()}
+    hold_out = context.hold_out
+    outputs = {layer_name: [OutputAccumulator(weight) for _ in range(hold_out.parts)] for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
-    inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(2)]
+    inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(hold_out.parts)]
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
         x, y = values.pair(name, b)
@@ -239,21 +242,21 @@ def _measure(
         y = rounded(y, activation)
         kept = kept_rows(values.masks[b], x.shape) if follows else None
         masked &= kept is not None
-        held_out, weight = context.hold_out and is_held_out(b), context.data.weight(b)
+        part, weight = hold_out.part(b), context.data.weight(b)
         rows = _rows(y, kept), _rows(x, kept)
-        inputs[held_out].add_rows(*rows, weight)
+        inputs[part].add_rows(*rows, weight)
         for layer_name, sums in outputs.items():
             r, r_hat = values.pair(residuals[layer_name], b)
-            sums[held_out].add_rows(*rows, _rows(r - r_hat, kept), weight)
-    split = all(sums.rows for sums in inputs)
+            sums[part].add_rows(*rows, _rows(r - r_hat, kept), weight)
+    split = sum(sums.rows > 0 for sums in inputs) > 1
     targets = {}
     for layer in readers if split and with_targets else ():
         if layer.name in outputs:
-            targets[layer.name] = with_held_out(*(sums.target_moments() for sums in outputs[layer.name]))
+            targets[layer.name] = with_folds([sums.target_moments() for sums in outputs[layer.name]], hold_out.folds)
         else:
             target = layer.read()
-            targets[layer.name] = with_held_out(*(sums.target_moments(target) for sums in inputs))
-    return split_stats(inputs[0], inputs[1], activation), masked, targets
+            targets[layer.name] = with_folds([sums.target_moments(target) for sums in inputs], hold_out.folds)
+    return split_stats(inputs, hold_out.folds, activation), masked, targets
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:

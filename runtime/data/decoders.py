@@ -28,7 +28,8 @@ from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data import text
 from magr_onnx.runtime.data.fixed_batch import Group, groups
-from magr_onnx.runtime.data.sources import HELD_OUT, Batches, Source, check_batches, in_memory, open_source
+from magr_onnx.runtime.data.hold_out import HELD_OUT
+from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, open_source
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Model, Session, inputs_of
 
 STEPS = 4

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.ort.session import Batch, InputInfo
+
+FEWEST = 2 * HELD_OUT  # batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +47,18 @@ class Group:
 def groups(samples: int, size: int, fixed: bool) -> list[Group]:
     """Split samples into batches of ``size``; the last is smaller. Where the size is ``fixed``, it is filled with repeated samples.
 
+    Of few samples, batches have fewer, so that there are `FEWEST` at least: parts of them are held out.
     Filled batches come first, smallest first: batches are held out from the fourth on, and one should not stand for a sample or two.
     """
-    start = samples - samples % size
-    batches = [Group(at, size) for at in range(0, start, size)]
+    few = samples < FEWEST * size
     if not fixed:
-        return [*batches, *([Group(start, samples - start)] if start < samples else [])]
+        size = max(1, samples // FEWEST) if few else size
+        return [Group(start, min(size, samples - start)) for start in range(0, samples, size)]
+    start = 0 if few else samples - samples % size
+    batches = [Group(at, size) for at in range(0, start, size)]
     while start < samples:
-        count = max(d for d in range(1, samples - start + 1) if size % d == 0)
+        most = max(1, samples // FEWEST) if few else samples - start
+        count = max(d for d in range(1, min(most, samples - start) + 1) if size % d == 0)
         batches.append(Group(start, count, size // count))
         start += count
     return sorted(batches, key=lambda group: group.count)

@@ -36,7 +36,6 @@ class DataReader(Protocol):
     def get_next(self) -> dict[str, Any] | None: ...
 
 
-HELD_OUT = 4  # one batch in this many is held out: kept out of the moments layers are solved with, for choosing between solutions
 MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
 Steps = Callable[[int, int], None]
@@ -96,11 +95,6 @@ class Batches:
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
         shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
         return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, None, weights, shapes)
-
-
-def is_held_out(batch: int) -> bool:
-    """Whether the batch at a position is held out: the last of every `HELD_OUT`."""
-    return batch % HELD_OUT == HELD_OUT - 1
 
 
 def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, Batch]]:

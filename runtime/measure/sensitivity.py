@@ -35,7 +35,8 @@ from magr_onnx.runtime.calibration import moments
 from magr_onnx.runtime.calibration.activation_ranges import with_grids
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
-from magr_onnx.runtime.data.sources import HELD_OUT, Batches, Steps, is_held_out
+from magr_onnx.runtime.data.hold_out import HELD_OUT, HoldOut
+from magr_onnx.runtime.data.sources import Batches, Steps
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
 
@@ -67,7 +68,7 @@ class Split:
     def of(data: Batches) -> Split:
         """Split batches: 3 or more into disjoint parts, 2 with ``fit`` equal to ``effects``; a single batch is in all parts."""
         indices = list(range(len(data)))
-        held_out = [i for i in indices if is_held_out(i)] or indices[-1:]
+        held_out = [i for i in indices if i in HoldOut()] or indices[-1:]
         rest = [i for i in indices if i not in held_out] or indices
         effects = [i for i in rest if i % HELD_OUT == 1] or rest
         fit = [i for i in rest if i not in effects] or rest

@@ -20,7 +20,8 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.data import fixed_batch
-from magr_onnx.runtime.data.sources import Batches, is_held_out, open_data
+from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.ort.session import InputInfo, inputs_of
 from tests.graphs import Array, Builder, random
 
@@ -190,13 +191,13 @@ def test_a_selection_keeps_the_weights() -> None:
     _, data = fixed(20)
     assert data.select([0, 2]).weights == (0.5, 1)
     assert data.limit(2).weight(0) == 0.5
-    assert [index for index in range(9) if is_held_out(index)] == [3, 7]
+    assert [index for index in range(9) if index in HoldOut()] == [3, 7]
 
 
 def test_held_out_batches_are_as_full_as_there_are() -> None:
     for samples in (97, 113, 31):
         groups = fixed_batch.groups(samples, 32, True)
-        assert sum(group.count for i, group in enumerate(groups) if is_held_out(i)) >= samples // 4
+        assert sum(group.count for i, group in enumerate(groups) if i in HoldOut()) >= samples // 4
 
 
 def test_a_batch_of_no_samples_is_refused() -> None:

@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magr_onnx.core import error_feedback, magr
+from magr_onnx.core import magr
 from magr_onnx.core.grid import choose
-from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.magr import Reduction
-from magr_onnx.core.quantizers import comq, gptq, two_sided
+from magr_onnx.core.quantizers import comq, cross_validation, gptq, two_sided
 from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight
 
-SAMPLE = 64  # output channels used to compare options
 ALPHAS = (1.0, 3.0)  # of MagR, times the usual strength
 DAMPINGS = (0.5, 2.0)  # times the automatic one
 MARGIN = 0.005  # least improvement for MagR, another damping or another order to be chosen: less is noise
@@ -62,37 +60,24 @@ def run(problem: Problem, options: Options) -> Solution:
     if problem.budget is not None:
         reduced, reduction = _reduced(problem, usual)
         return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)
-    choice, trials = (usual, 0) if stats.held_out is None else _choose(problem, options, usual)
+    parts = cross_validation.folds(problem)
+    choice, trials, held_out = _choose(parts, problem, options, usual) if parts else (usual, 0, None)
     weight, errors, reduction = (_solve if problem.output_hessian is None else _coupled)(problem, choice, options)
     error = "error" if problem.output_hessian is None else "coupled"
     figures = {"alpha": choice.alpha, "damping": choice.damping, "act_order": choice.act_order, "tried": trials}
     figures |= {f"{error}_start": errors[0], error: errors[-1]}
-    return Solution(weight, gptq.prepared(problem, choice.damping, choice.act_order).notes(choice.damping), figures, errors, reduction)
+    notes = gptq.prepared(problem, choice.damping, choice.act_order).notes(choice.damping)
+    return Solution(weight, notes, figures, errors, reduction, held_out)
 
 
-def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int]:
-    """Return the best options by held-out error, and the number of trials."""
-    held_out = problem.stats.held_out
-    assert held_out is not None
-    fit = problem.stats.memo("kept", lambda: problem.stats.combine(held_out, -1))
-    columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
-    reference = problem.reference[:, columns]
-    target = problem.target if problem.fit_target is None else problem.fit_target
-    target = np.ascontiguousarray(target[:, columns])
-    moments = None if problem.target_moments is None else problem.target_moments.held_out
-    moments = None if moments is None else moments.columns(columns)
-    sampled = replace(problem, weights=target, target=target, stats=fit)
-    damping = sampled.damping(options)
-    held_out_gram = held_out.objective_gram(problem.centred)
+def _choose(parts: list[cross_validation.Fold], problem: Problem, options: Options, usual: Choice) -> tuple[Choice, int, float]:
+    """Return the best options by held-out error, the number of trials, and that error."""
+    damping = parts[-1].problem.damping(options)
     results: dict[Choice, float] = {}
 
     def trial(choice: Choice) -> float:
         if choice not in results:
-            weights = _solve(sampled, choice, options, quick=True)[0].dequantize()
-            if moments is None:
-                results[choice] = layer_error(weights - reference, held_out_gram)
-            else:
-                results[choice] = error_feedback.error(weights.astype(np.float64), held_out, moments, problem.centred)
+            results[choice] = cross_validation.error(parts, lambda p: _solve(p, choice, options, quick=True)[0].dequantize())
         return results[choice]
 
     def better(simple: Choice, others: list[Choice]) -> Choice:
@@ -107,7 +92,8 @@ def _choose(problem: Problem, options: Options, usual: Choice) -> tuple[Choice, 
     if options.act_order is None:
         best = better(best, [replace(best, act_order=False)])
     scale = best.damping / damping if damping else 1.0
-    return replace(best, damping=problem.damping(options) * scale), len(results)
+    tried = len(results)
+    return replace(best, damping=problem.damping(options) * scale), tried, trial(best)
 
 
 def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = False) -> Solved:

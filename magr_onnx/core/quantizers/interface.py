@@ -25,7 +25,7 @@ class Problem:
         spec: The integer grid.
         budget: Bound on sums of codes in an accumulator; None for no constraint.
         original: ``(K, N)`` the weight of the model, where ``target`` differs from it (error feedback); else None.
-        fit_target: ``target`` from the calibration rows that are not held out, where it depends on them; else None.
+        fit_targets: For every fold of ``stats``, ``target`` from the rows outside it, where it depends on rows; else empty.
         target_moments: Moments of the target output, where layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of gradients at the layer's outputs, for solvers that couple outputs; else None.
     """
@@ -37,7 +37,7 @@ class Problem:
     spec: WeightSpec
     budget: Budget | None = None
     original: Array | None = None
-    fit_target: Array | None = None
+    fit_targets: tuple[Array, ...] = ()
     target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
 
@@ -48,8 +48,8 @@ class Problem:
 
     @property
     def gram(self) -> Array:
-        """Return the matrix of the layer error, ``(K, K)`` float64."""
-        return self.stats.objective_gram(self.centred)
+        """Return the matrix that weights are solved with, ``(K, K)`` float64 (`LayerStats.regularized`)."""
+        return self.stats.regularized(self.centred)
 
     def damping(self, options: Options) -> float:
         """Return the damping of the options, or the automatic one."""
@@ -63,8 +63,8 @@ class Problem:
 def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Array:
     """Return the damped matrix of the layer error; computed once for all layers that share the statistics, unless K is `LARGE`."""
     if len(stats.mean) >= LARGE:
-        return damped(stats.objective_gram(centred), damping, overwrite=centred and not stats.is_data_free)
-    return stats.memo(("damped", centred, damping), lambda: damped(stats.objective_gram(centred), damping))
+        return damped(stats.regularized(centred), damping, overwrite=not stats.is_data_free)
+    return stats.memo(("damped", centred, damping), lambda: damped(stats.regularized(centred), damping))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class Solution:
         figures: Figures for the report.
         errors: The layer error at the start and after every sweep, for iterative solvers.
         reduction: Result of MagR, where the solver ran it.
+        held_out: Squared error on held-out rows (`magr_onnx.core.quantizers.cross_validation.error`), where the solver measured it.
     """
 
     weight: QuantizedWeight
@@ -107,6 +108,7 @@ class Solution:
     figures: dict[str, float] = field(default_factory=dict)
     errors: tuple[float, ...] = ()
     reduction: Reduction | None = None
+    held_out: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

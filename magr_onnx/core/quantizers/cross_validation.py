@@ -1,0 +1,119 @@
+"""Errors of a layer on rows that it was not solved from, and the solution without data where data cannot be trusted.
+
+Rows are held out by samples, since rows of one sample are alike: of many samples a quarter, of few all of them in turn
+(`magr_onnx.core.types.LayerStats.folds`). A layer is solved from the other rows, on a sample of its output channels (columns are
+independent, so a sample is representative), its bias corrected from the same rows, and the squared error of its output is summed over the
+rows held out.
+
+From few rows, a solution can be worse than the nearest codes on any other row. `run` therefore compares every quantizer with itself without
+data and with rounding to nearest; where one of these is better, the layer is solved so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from magr_onnx.core import error_feedback
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
+from magr_onnx.core.types import Array, LayerStats, TargetMoments
+
+SAMPLE = 64  # output channels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """The sampled layer to be solved from the rows outside a fold, and what its error in the fold is measured by.
+
+    Attributes:
+        problem: The layer on the other rows; its reference is the model's weight.
+        held_out: Statistics of the fold.
+        target: Moments of the target output outside the fold and in it, where the layers before are quantized; else None.
+    """
+
+    problem: Problem
+    held_out: LayerStats
+    target: tuple[TargetMoments, TargetMoments] | None
+
+    def error(self, weight: Array) -> float:
+        """Return the squared error of the layer's output with ``weight (K, n)``, summed over the rows of the fold."""
+        problem, held_out, fit = self.problem, self.held_out, self.problem.stats
+        w = weight.astype(np.float64)
+        if self.target is None:
+            difference = w - problem.reference
+            squared = layer_error(difference, held_out.objective_gram(problem.centred))
+            bias = difference.T @ (held_out.mean - fit.mean)
+        else:
+            outside, inside = self.target
+            squared = error_feedback.squared_error(w, held_out, inside, problem.centred)
+            bias = w.T @ (held_out.mean - fit.mean) - (inside.mean - outside.mean)
+        if problem.centred:  # the mean error of the fold, of which the bias takes up that of the other rows
+            squared += float(np.square(bias).sum())
+        return held_out.rows * max(squared, 0.0)
+
+
+def folds(problem: Problem) -> list[Fold]:
+    """Return the folds of a layer; none where no rows are held out, or where other constraints decide (`Problem.budget`)."""
+    stats, moments = problem.stats, problem.target_moments
+    if not stats.folds or (moments is not None and len(moments.folds) != len(stats.folds)):
+        return []
+    columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
+    reference = np.ascontiguousarray(problem.reference[:, columns])
+    result = []
+    for index, held_out in enumerate(stats.folds):
+        fit_target = problem.fit_targets[index] if problem.fit_targets else problem.target
+        target = np.ascontiguousarray(fit_target[:, columns])
+        sampled = replace(
+            problem,
+            weights=target,
+            target=target,
+            original=reference,
+            stats=stats.without(index),
+            fit_targets=(),
+            target_moments=None,
+            output_hessian=None,
+        )
+        pair = None if moments is None else (moments.without(index).columns(columns), moments.folds[index].columns(columns))
+        result.append(Fold(sampled, held_out, pair))
+    return result
+
+
+def error(parts: list[Fold], solve: Callable[[Problem], Array]) -> float:
+    """Return the squared error of a method of solving layers, summed over the rows of all folds."""
+    return sum(fold.error(solve(fold.problem)) for fold in parts)
+
+
+def without_data(problem: Problem) -> Problem:
+    """Return a problem as it is without calibration data."""
+    reference = problem.reference
+    stats = LayerStats.data_free(len(reference))
+    return replace(
+        problem, weights=reference, target=reference, original=None, stats=stats, centred=False, fit_targets=(), target_moments=None
+    )
+
+
+def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
+    """Run a quantizer; without data, or by rounding to nearest, where that is better on rows held out."""
+    solution = quantizer.run(problem, options)
+    if problem.budget is not None or problem.stats.is_data_free or not (parts := folds(problem)):
+        return solution
+    held_out = solution.held_out
+    if held_out is None:
+        held_out = error(parts, lambda sampled: quantizer.run(sampled, options).weight.dequantize())
+    sampled = without_data(parts[0].problem)
+    errors = {}
+    for method in (rtn.QUANTIZER, quantizer):
+        weight = method.run(sampled, options).weight.dequantize()
+        errors[method.name] = sum(fold.error(weight) for fold in parts)
+    best = min(errors, key=lambda name: errors[name])
+    if held_out <= errors[best]:
+        return replace(solution, held_out=held_out)
+    method = quantizer if best == quantizer.name else rtn.QUANTIZER
+    data_free = method.run(without_data(problem), options)
+    excess = f"{10 * np.log10(held_out / errors[best]):.1f} dB" if errors[best] > 0 else "much"
+    note = f"solved without data: on rows held out, that is {excess} better than quantizer {quantizer.name} from {problem.stats.rows} rows"
+    return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best])

@@ -1,0 +1,42 @@
+"""Hold-out of calibration batches: kept out of the moments that layers are solved with, for choosing between solutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HELD_OUT = 4  # one batch in this many
+FEW_SAMPLES = 64  # up to which every batch is held out in turn (cross-validation)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldOut:
+    """The parts that batches are cut into, by index: every fourth batch is in the same part.
+
+    Attributes:
+        folds: Parts that are held out in turn: 0 for none; 1 for the last of every `HELD_OUT` batches; `HELD_OUT` for all.
+    """
+
+    folds: int = 1
+
+    @staticmethod
+    def of(samples: int | None) -> HoldOut:
+        """Return the hold-out for a number of samples (None: many): of few, none can be spared for choosing alone."""
+        return HoldOut(HELD_OUT if samples is not None and samples <= FEW_SAMPLES else 1)
+
+    @property
+    def parts(self) -> int:
+        """Number of parts: the folds, and the batches that are never held out."""
+        return min(self.folds + 1, HELD_OUT)
+
+    def part(self, batch: int) -> int:
+        """Return the part of a batch: its fold, or the last part."""
+        return min(HELD_OUT - 1 - batch % HELD_OUT, self.parts - 1)
+
+    def __contains__(self, batch: int) -> bool:
+        return self.part(batch) < self.folds
+
+    def __bool__(self) -> bool:
+        return self.folds > 0
+
+
+NONE = HoldOut(0)
