@@ -87,7 +87,7 @@ def collect(
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
         CalibrationError: The mask leaves no rows.
     """
-    readers, data = readers_of(layers), context.data
+    readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)

@@ -317,7 +317,7 @@ def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list
     parts = []
     for sequences in by_length.values():
         stacked = np.stack(sequences)
-        parts += [(group.of(stacked), group) for group in groups(len(sequences), size, fixed=fixed is not None)]
+        parts += [(group.of(stacked), group) for group in groups(len(sequences), size, fixed=fixed is not None, fewest=1)]
     return parts
 
 

@@ -44,20 +44,20 @@ class Group:
         return {name: self.of(array) for name, array in batch.items()}
 
 
-def groups(samples: int, size: int, fixed: bool) -> list[Group]:
+def groups(samples: int, size: int, fixed: bool, fewest: int = FEWEST) -> list[Group]:
     """Split samples into batches of ``size``; the last is smaller. Where the size is ``fixed``, it is filled with repeated samples.
 
-    Of few samples, batches have fewer, so that there are `FEWEST` at least: parts of them are held out.
+    Of few samples, batches have fewer, so that there are ``fewest`` at least: parts of them are held out.
     Filled batches come first, smallest first: batches are held out from the fourth on, and one should not stand for a sample or two.
     """
-    few = samples < FEWEST * size
+    few = samples < fewest * size
     if not fixed:
-        size = max(1, samples // FEWEST) if few else size
+        size = max(1, samples // fewest) if few else size
         return [Group(start, min(size, samples - start)) for start in range(0, samples, size)]
     start = 0 if few else samples - samples % size
     batches = [Group(at, size) for at in range(0, start, size)]
     while start < samples:
-        most = max(1, samples // FEWEST) if few else samples - start
+        most = max(1, samples // fewest) if few else samples - start
         count = max(d for d in range(1, min(most, samples - start) + 1) if size % d == 0)
         batches.append(Group(start, count, size // count))
         start += count
