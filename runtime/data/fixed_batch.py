@@ -16,8 +16,6 @@ import numpy.typing as npt
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
-FEWEST = 2 * HELD_OUT  # batches
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -44,7 +42,7 @@ class Group:
         return {name: self.of(array) for name, array in batch.items()}
 
 
-def groups(samples: int, size: int, fixed: bool, fewest: int = FEWEST) -> list[Group]:
+def groups(samples: int, size: int, fixed: bool, fewest: int = HELD_OUT) -> list[Group]:
     """Split samples into batches of ``size``; the last is smaller. Where the size is ``fixed``, it is filled with repeated samples.
 
     Of few samples, batches have fewer, so that there are ``fewest`` at least: parts of them are held out.
@@ -71,7 +69,7 @@ def notes_of(batches: Sequence[Group]) -> tuple[str, ...]:
         return ()
     size = repeated[0].count * repeated[0].repeats
     count, total = (sum(group.count for group in parts) for parts in (repeated, batches))
-    return (f"the model takes {size} samples at a time, and {count} of {total} fill no batch: they were repeated, and count once",)
+    return (f"the model takes {size} samples at a time: {count} of {total} were repeated to fill batches, and count once",)
 
 
 def fixed_size(inputs: Sequence[InputInfo]) -> int | None:

@@ -26,6 +26,7 @@ from magr_onnx.core.types import Array, Lazy
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
+from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session
 
 
@@ -294,7 +295,7 @@ def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch
         sizes = ", ".join(f"{n} {c}" for n, c in counts.items())
         raise CalibrationError(f"{description}: inputs have different numbers of samples along the first axis: {sizes}")
     samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
-    groups = fixed_batch.groups(samples, size or batch_size, fixed=size is not None)
+    groups = fixed_batch.groups(samples, size or batch_size, size is not None, HELD_OUT if size else 2 * HELD_OUT)
     batches = in_memory([group.part(arrays) for group in groups], description, groups)
     return replace(batches, label=lambda i: f"{description}, samples from {groups[i].start}")
 
