@@ -142,7 +142,7 @@ def uncuttable(model: ir.Model) -> list[str]:
 
 def held_out_for(plan: Plan) -> str:
     """What needs a part of the rows held out."""
-    wants = ["choice of options per layer"] if plan.holds_out else []
+    wants = ["comparison with solutions without data"] if plan.holds_out else []
     return " and no ".join(["error feedback"] * (plan.error_feedback is not None) + wants)
 
 

@@ -110,7 +110,7 @@ def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
         weight = method.run(sampled, options).weight.dequantize()
         errors[method.name] = sum(fold.error(weight) for fold in parts)
     best = min(errors, key=lambda name: errors[name])
-    if held_out <= errors[best]:
+    if held_out <= errors[best] or held_out == errors[quantizer.name]:  # or data changes nothing: that is the method asked for
         return replace(solution, held_out=held_out)
     method = quantizer if best == quantizer.name else rtn.QUANTIZER
     data_free = method.run(without_data(problem), options)
