@@ -3,6 +3,7 @@
 - *min-max*: all values.
 - *percentile*: all but a fraction of 1e-3, 1e-4 or 1e-5 of the values at either end.
 - *min-error*: the range of least rounding and clipping error according to the histogram, and min-max times constant factors.
+- *headroom*: wider than the values seen, which of few samples do not include the largest ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (0.9, 0.8, 0.7, 0.55)
+HEADROOM = (1.15, 1.35, 1.7, 2.2, 3.0)
 SENTINEL_RATIO = 1e5  # a gap this wide between magnitudes separates signal from values such as -1e9 that stand for "nothing"
 _SHRINK_STEPS = 16
 
@@ -43,6 +45,11 @@ class Histogram:
     low: float
     high: float
     cut: bool = False
+
+    def plus(self, other: Histogram) -> Histogram:
+        """Return the histogram of the values of both."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return Histogram(self.negative + other.negative, self.positive + other.positive, self.edges, low, high)
 
     def without_sentinels(self) -> Histogram:
         """Return the histogram up to the first gap of `SENTINEL_RATIO` above 1 between occupied magnitudes.
@@ -84,8 +91,8 @@ class Histogram:
         return min(ranges, key=lambda ends: self.error(*ends))
 
 
-def candidates(histogram: Histogram, method: Method = "auto") -> dict[str, tuple[float, float]]:
-    """Return candidate ranges by name; every range contains zero."""
+def candidates(histogram: Histogram, method: Method = "auto", headroom: bool = False) -> dict[str, tuple[float, float]]:
+    """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     ranges: dict[str, tuple[float, float]] = {}
     if method in ("auto", "min-max"):
@@ -95,6 +102,8 @@ def candidates(histogram: Histogram, method: Method = "auto") -> dict[str, tuple
     if method in ("auto", "min-error"):
         ranges["least tensor error"] = histogram.least_error()
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
+    if method == "auto" and headroom:
+        ranges |= {f"min-max x {f}": (f * low, f * high) for f in HEADROOM}
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +20,10 @@ from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
-from magr_onnx.runtime.data.sources import Steps, part_of, run_batches
+from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
+from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches
 
+FEW_SAMPLES = 256  # up to which ranges are cross-validated
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
 
@@ -72,7 +75,8 @@ def choose(
     """Choose the grid of every value, by name.
 
     Of the candidates of `magr_onnx.core.activation_ranges.candidates`, the one with the least output error ``||(grid(X) - X) A||^2`` on the
-    data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it.
+    data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it. Of few samples, every part is
+    measured under ranges from the others, and ranges wider than the values seen are tried too: fresh samples go beyond them.
 
     Args:
         model: The float model; it is not changed.
@@ -87,12 +91,27 @@ def choose(
         CalibrationError: The mask leaves no rows.
     """
     taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
-    histograms = _histograms(model, taps, values, context, part_of(progress, 0, 2))
+    few = context.data.samples is not None and context.data.samples <= FEW_SAMPLES and len(context.data) > 1
+    hold_out = HoldOut(HELD_OUT) if few else NONE
+    parts = _histograms(model, taps, values, context, hold_out, part_of(progress, 0, 2))
+    histograms = [reduce(Histogram.plus, of_value) for of_value in zip(*parts, strict=True)]
     bounded = [h.without_sentinels() for h in histograms]
-    ranges = [candidates(h, method) for h in bounded]
-    grids = [_grids(h, named, kind) for h, named in zip(bounded, ranges, strict=True)]
+    headroom = hold_out.folds > 1 and kind != "dynamic"
+
+    def grids_of(measured: Sequence[Histogram]) -> list[dict[str, Activation]]:
+        return [_grids(h, candidates(h, method, headroom), kind) for h in measured]
+
+    grids = grids_of(bounded)
+    trials = [(grids, context.data)]
+    if hold_out.folds > 1:  # a range is judged on the part that it was not made from
+        trials = []
+        for held_out in range(len(parts)):
+            rest = [reduce(Histogram.plus, [*of_value[:held_out], *of_value[held_out + 1 :]]) for of_value in zip(*parts, strict=True)]
+            measured = [cut if h.low > h.high else h.without_sentinels() for h, cut in zip(rest, bounded, strict=True)]  # no rows elsewhere
+            positions = [i for i in range(len(context.data)) if hold_out.part(i) == held_out]
+            trials.append((grids_of(measured), context.data.select(positions)))
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
-    errors = _errors(model, clipped, values, grids, context, part_of(progress, 1, 2))
+    errors = _errors(model, clipped, values, trials, context, part_of(progress, 1, 2))
     result = {}
     for tap, full, cut, named, by_name in zip(clipped, histograms, bounded, grids, errors, strict=True):
         best = min(by_name, key=lambda name: by_name[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
@@ -110,48 +129,54 @@ def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Ac
 
 
 def _histograms(
-    model: ir.Model, taps: Sequence[Tap], values: Sequence[Value], context: CalibrationContext, progress: Steps | None
-) -> list[Histogram]:
-    low, high = np.full(len(taps), np.inf), np.full(len(taps), -np.inf)
-    counts = np.zeros((len(taps), 2 * BINS))
+    model: ir.Model, taps: Sequence[Tap], values: Sequence[Value], context: CalibrationContext, hold_out: HoldOut, progress: Steps | None
+) -> list[list[Histogram]]:
+    """Measure the histograms of all values, for each part of the data."""
+    data, shape = context.data, (hold_out.parts, len(taps))
+    low, high, counts = np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros((*shape, 2 * BINS))
     bad: dict[str, str] = {}
-    data = context.data
     for index, weight, results in run_batches(range_taps(model, taps, context.mask), data, context.provider, progress):
+        part = hold_out.part(index)
         for i, (tap, least, greatest, histogram) in enumerate(zip(taps, results[::3], results[1::3], results[2::3], strict=True)):
             if least > greatest:  # no rows: the minimum of an empty set is infinite
                 continue
             if not (np.isfinite(least) and np.isfinite(greatest)):
                 bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
-            low[i], high[i] = min(low[i], float(least)), max(high[i], float(greatest))
-            counts[i] += weighted(histogram, weight)
+            low[part, i], high[part, i] = min(low[part, i], float(least)), max(high[part, i], float(greatest))
+            counts[part, i] += weighted(histogram, weight)
     raise_all(NonFiniteError, bad.values())
-    return [Histogram(c[:BINS], c[BINS:], bin_edges(), float(a), float(b)) for c, a, b in zip(counts, low, high, strict=True)]
+    edges = bin_edges()
+    return [
+        [Histogram(c[:BINS], c[BINS:], edges, float(a), float(b)) for c, a, b in zip(*of_part, strict=True)]
+        for of_part in zip(counts, low, high, strict=True)
+    ]
 
 
 def _errors(
     model: ir.Model,
     taps: Sequence[Tap],
     values: Sequence[Value],
-    grids: Sequence[dict[str, Activation]],
+    trials: Sequence[tuple[Sequence[dict[str, Activation]], Batches]],
     context: CalibrationContext,
     progress: Steps | None,
 ) -> list[dict[str, float]]:
-    """Measure the mean squared output error of every grid of every tap."""
-    sketches = [v.sketch for v in values]
-    energy = [np.zeros(len(g)) for g in grids]
-    sums = [np.zeros((len(g), a.shape[1])) for g, a in zip(grids, sketches, strict=True)]
+    """Measure the mean squared output error of every candidate of every tap, each part of the data under grids of its own."""
+    sketches, names = [v.sketch for v in values], [list(named) for named in trials[0][0]]
+    energy = [np.zeros(len(n)) for n in names]
+    sums = [np.zeros((len(n), a.shape[1])) for n, a in zip(names, sketches, strict=True)]
     rows = [0.0] * len(taps)
-    tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
-    for _, weight, outputs in run_batches(tapped, context.data, context.provider, progress):
-        results = iter(outputs)
-        for i in range(len(taps)):
-            for j in range(len(grids[i])):
-                energy[i][j] += float(next(results)) * weight
-                sums[i][j] += weighted(next(results), weight)
-            rows[i] += float(next(results)[0]) * weight
+    for index, (grids, data) in enumerate(trials):
+        tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
+        for _, weight, outputs in run_batches(tapped, data, context.provider, part_of(progress, index, len(trials))):
+            results = iter(outputs)
+            for i in range(len(taps)):
+                for j in range(len(names[i])):
+                    energy[i][j] += float(next(results)) * weight
+                    sums[i][j] += weighted(next(results), weight)
+                rows[i] += float(next(results)[0]) * weight
     check_rows(rows, context.mask)
     errors = []
-    for value, named, e, s, r in zip(values, grids, energy, sums, rows, strict=True):
+    for value, named, e, s, r in zip(values, names, energy, sums, rows, strict=True):
         remaining = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
         errors.append(dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True)))
     return errors
