@@ -71,8 +71,6 @@ class MaskRule:
         shapes = {0: first}
         constant_axes = set(range(len(first)))
         for index, shape in enumerate(others, 1):
-            if not constant_axes:
-                break
             different = {axis for axis in constant_axes if len(shape) != len(first) or shape[axis] != first[axis]}
             if different:
                 constant_axes -= different

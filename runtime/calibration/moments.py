@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.moments import MomentAccumulator, split_stats
-from magr_onnx.core.types import Array, LayerStats, TargetMoments
+from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
@@ -90,36 +90,27 @@ def collect(
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    taps = [replace(t, quantize=g.grid, bounds=g.bounds) if (g := context.grids.get(t.value)) else t for t in taps]
     fitted, held_out = ([MomentAccumulator(t.width, float_mean=t.quantize is not None) for t in taps] for _ in range(2))
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
         results = iter(outputs)
         for tap, sums in zip(taps, held_out if context.hold_out and is_held_out(index) else fitted, strict=True):
-            finite, masked = _add(sums, tap, results, weight)
-            if not finite:
+            gram, total, count = next(results), next(results), next(results)
+            float_total = total if tap.quantize is None else next(results)
+            masked = tap.masked and bool(next(results))
+            if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
+                continue
+            sums.add(gram, total, float(count[0]), float_total, weight)
+            if not (np.isfinite(float_total).all() and np.isfinite(np.trace(gram))):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
     check_rows((a.rows + b.rows for tap, a, b in zip(taps, fitted, held_out, strict=True) if tap.masked), context.mask)
-    stats = {}
-    for tap, a, b in zip(taps, fitted, held_out, strict=True):
-        if (measured := split_stats(a, b, tap.quantize)) is not None:
-            stats[tap.value] = measured
+    measured = {tap.value: split_stats(a, b, tap.quantize) for tap, a, b in zip(taps, fitted, held_out, strict=True)}
+    stats = {name: s for name, s in measured.items() if s is not None}
     return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
-
-
-def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: float) -> tuple[bool, bool]:
-    """Add a tap's outputs for one batch; return whether they are finite, and whether the mask was applied."""
-    gram, total, count = next(results), next(results), next(results)
-    float_total = total if tap.quantize is None else next(results)
-    masked = tap.masked and bool(next(results))
-    if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
-        return True, True
-    sums.add(gram, total, float(count[0]), float_total, weight)
-    return bool(np.isfinite(float_total).all() and np.isfinite(np.trace(gram))), masked
 
 
 def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
@@ -131,9 +122,9 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
-    """Make a tap for every value, masked if the value follows the mask."""
-    masked = masked_values(model, widths, context)
-    return [Tap(n, k, n in masked) for n, k in widths.items()]
+    """Make a tap for every value, masked if the value follows the mask, and quantized if it has a grid."""
+    masked, choices = masked_values(model, widths, context), context.grids
+    return [Tap(n, k, n in masked, *((choices[n].grid, choices[n].bounds) if n in choices else ())) for n, k in widths.items()]
 
 
 def not_finite(value: str, readers: Sequence[LinearLayer], where: str) -> str:

@@ -92,12 +92,11 @@ def staged(
     lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
         values = _Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
-        if progress is not None:
-            progress(0, len(steps.stages))
+        report = progress or (lambda done, total: None)
+        report(0, len(steps.stages))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
-            if progress is not None:
-                progress(s + 1, len(steps.stages))
+            report(s + 1, len(steps.stages))
             members = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
             budget = schedule.gram_budget
             for part in [members] if budget is None else grouped(members, budget, context.hold_out):

@@ -257,11 +257,9 @@ def _feeds(decoder: Decoder, data: Batches, batch_size: int, steps: int, provide
         notes.append(f"no decode steps were fed: {reason}")
     elif steps and runnable is not None:
         with Session(runnable, provider) as session:
-            decode = _decoded(decoder, parts, steps, session, data.description)
-        notes.append(
-            f"decode: the last tokens of {decode.samples} samples again, one by one, with the model's own past ({len(decode)} batches)"
-        )
-        feeds = _joined(feeds, decode)
+            feeds, decoded = _with_decode_steps(feeds, decoder, parts, steps, session)
+        batches = len(feeds) - len(parts)
+        notes.append(f"decode: the last tokens of {decoded} samples again, one by one, with the model's own past ({batches} batches)")
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
@@ -320,10 +318,10 @@ def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list
     return parts
 
 
-def _decoded(decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session, description: str) -> Batches:
-    """Make the feeds of decode steps, kept in a temporary folder as long as they are in use."""
+def _with_decode_steps(prefill: Batches, decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session) -> tuple[Batches, int]:
+    """Append the feeds of decode steps, kept in a temporary folder as long as they are in use; return the number of their samples too."""
     cache, weights, samples = Cache(0, "decode steps", "set TMPDIR"), list[float](), 0
-    names = [i.name for i in decoder.inputs]
+    names, prefilled = [i.name for i in decoder.inputs], len(prefill)
     token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
     budget = MAX_PAST_BYTES
     for index, (ids, group) in enumerate(parts):
@@ -338,17 +336,11 @@ def _decoded(decoder: Decoder, parts: Sequence[_Part], steps: int, session: Sess
             for name in names:
                 cache.put(name, len(weights), feed[name])
             weights.append(group.weight)
-    feeds = Batches(len(weights), description, lambda: ({n: cache.get(n, i) for n in names} for i in range(len(weights))), str)
-    return replace(feeds, samples=samples, weights=tuple(weights))
-
-
-def _joined(prefill: Batches, decode: Batches) -> Batches:
-    """Chain the batches of prefill and of decode steps."""
-    prefilled = len(prefill)
-    return Batches(
-        prefilled + len(decode),
-        prefill.description,
-        lambda: itertools.chain(prefill, decode),
-        lambda i: prefill.label(i) if i < prefilled else f"{prefill.description}, decode step {i - prefilled}",
-        weights=(*prefill.weights, *decode.weights) if prefill.weights else (),
+    feeds = replace(
+        prefill,
+        count=prefilled + len(weights),
+        read=lambda: itertools.chain(prefill, ({name: cache.get(name, i) for name in names} for i in range(len(weights)))),
+        label=lambda i: prefill.label(i) if i < prefilled else f"{prefill.description}, decode step {i - prefilled}",
+        weights=(*prefill.weights, *weights) if prefill.weights else (),
     )
+    return feeds, samples

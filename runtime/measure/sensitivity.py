@@ -125,7 +125,7 @@ def measure(
         ModelError: The model has no float output.
     """
     sensitivities: dict[str, Sensitivity] = {}
-    steps = 1 + len(references)  # per layer
+    report, steps = progress or (lambda done, total: None), 1 + len(references)  # steps of each layer
     overridden = [] if context.grids else [layer.name for layer in layers]
     copy, slots = with_weight_inputs(model, overridden)
     masked_values(model, moments.readers_of(layers), context)  # by all of the data
@@ -143,8 +143,7 @@ def measure(
                 errors = _errors(problem, measured_on, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
-                    if progress is not None:
-                        progress(len(sensitivities) * steps + len(points), len(layers) * steps)
+                    report(len(sensitivities) * steps + len(points), len(layers) * steps)
                     plan, error = choices[choice], errors[choice]
                     if context.grids:
                         loss = _emitted_loss(model, layer.name, problem.stats, plan, context, reference)
@@ -153,8 +152,7 @@ def measure(
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
                 sensitivities[layer.name] = Sensitivity(errors, _increasing(points))
         assert reference is not None
-    if progress is not None:
-        progress(len(layers) * steps, len(layers) * steps)
+    report(len(layers) * steps, len(layers) * steps)
     return sensitivities, reference
 
 

@@ -41,17 +41,9 @@ LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mappe
 class Arithmetic(StrEnum):
     """Configurations in which onnxruntime computes the same file differently; see docs/decisions.md."""
 
-    DEFAULT = "default"
-    UNOPTIMIZED = "unoptimized"
-    FLOAT_QDQ = "float-qdq"
-
-    @property
-    def summary(self) -> str:
-        return {
-            "default": "default optimization level; fused QDQ runs with int8 activations",
-            "unoptimized": "all graph optimizations off; every node as written",
-            "float-qdq": "default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)",
-        }[self.value]
+    DEFAULT = "default"  # default optimization level; fused QDQ runs with int8 activations
+    UNOPTIMIZED = "unoptimized"  # all graph optimizations off; every node as written
+    FLOAT_QDQ = "float-qdq"  # default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)
 
 
 @contextlib.contextmanager
