@@ -4,9 +4,8 @@ Both are one root-finding problem. For a row ``v`` of a metric ``d > 0`` the *le
 
     sum_i d_i max(|v_i| - c, 0) = t,        c = 0 when sum_i d_i |v_i| <= t,
 
-a convex, decreasing, piecewise linear equation. Then ``clip(v, -c, c)`` is the prox of ``t ||.||_inf`` in the metric ``diag(d)``,
-and, with ``d = 1``, ``sign(v) max(|v| - c, 0)`` is the projection on the l1 ball of radius ``t`` (Moreau: the two add up to
-``v``).
+a convex, decreasing, piecewise linear equation. Then ``clip(v, -c, c)`` is the prox of ``t ||.||_inf`` in the metric ``diag(d)``, and, with
+``d = 1``, ``sign(v) max(|v| - c, 0)`` is the projection on the l1 ball of radius ``t`` (Moreau: the two add up to ``v``).
 
 Newton's method from the left never oversteps the root and only ever shrinks the active set (Michelot 1986; Condat 2016 for the l1
 ball), so it ends exactly after a few steps; a level from an earlier, similar problem makes it two. No sort is needed.

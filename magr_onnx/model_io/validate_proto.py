@@ -27,6 +27,8 @@ OLDEST_OPSET = 7
 LARGEST_CONSTANT = 1 << 32
 """Largest size in bytes that a constant may expand to (ConstantOfShape, Expand, sparse tensors ...)."""
 
+_TOO_LARGE = f"more than the {LARGEST_CONSTANT >> 30} GiB that are expanded at most"
+
 LARGEST_FILE = (1 << 31) - 1
 """Largest size of a protobuf message in bytes."""
 
@@ -170,7 +172,7 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
             constants[node.output[0]] = node.attribute[0].t
         size = None if findings.problems else expanded_bytes(node, constants)
         if size is not None and size > LARGEST_CONSTANT:
-            findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
+            findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_TOO_LARGE}")
 
 
 def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_function: bool, findings: _Findings) -> None:
@@ -179,10 +181,8 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         findings.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
     if attribute.type not in _ATTRIBUTE_TYPES:
         findings.add(f"{where} has the unknown type {attribute.type}")
-    if node.domain in _ONNX and not attribute.ref_attr_name:
-        problem = _value(node, attribute)
-        if problem:
-            findings.add(f"{where} {problem}")
+    if node.domain in _ONNX and not attribute.ref_attr_name and (problem := _value(node, attribute)):
+        findings.add(f"{where} {problem}")
     if attribute.HasField("t"):
         _tensor(attribute.t, findings, where)
     for tensor in attribute.tensors:
@@ -229,10 +229,6 @@ _TYPES = ("to", "dtype", "output_dtype", "stash_type")
 _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
 
 
-def _too_large() -> str:
-    return f"more than the {LARGEST_CONSTANT >> 30} GiB that are expanded_bytes at most"
-
-
 def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
     """Return elements and bytes of a dense tensor; a string counts as one byte.
 
@@ -259,8 +255,7 @@ def _tensor(tensor: onnx.TensorProto, findings: _Findings, where: str = "") -> N
         findings.add(f"{label} {error}")
         return
     if uses_external_data(tensor):
-        problem = _external(tensor, size, findings)
-        if problem:
+        if problem := _external(tensor, size, findings):
             findings.add(f"{label}: {problem}")
         return
     kind = ir.DataType(tensor.data_type)
@@ -323,7 +318,7 @@ def _sparse(sparse: onnx.SparseTensorProto, findings: _Findings, where: str = ""
         findings.add(f"{label} {error}")
         return
     if size > LARGEST_CONSTANT:
-        findings.add(f"{label} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
+        findings.add(f"{label} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_TOO_LARGE}")
         return
     number, rank = math.prod(sparse.values.dims), len(sparse.dims)
     form = list(sparse.indices.dims)

@@ -43,8 +43,7 @@ def untiled(tiles: Array, k: int, n: int) -> Array:
 def project(codes: Array, budget: Budget) -> Array:
     """Return the nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
 
-    For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is
-    sufficient.
+    For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is sufficient.
     """
     tiles = tiled(codes, budget.accumulator.tile)
     half = budget.l1 / 2

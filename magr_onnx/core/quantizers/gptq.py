@@ -1,13 +1,11 @@
 """GPTQ, also known as OPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback under the layer error.
 
-Minimises ``E = tr((W_hat - W)^T H (W_hat - W))`` one input row at a time. With ``H = R R^T``, R upper triangular, and
-``D = W_hat - W``,
+Minimises ``E = tr((W_hat - W)^T H (W_hat - W))`` one input row at a time. With ``H = R R^T``, R upper triangular, and ``D = W_hat - W``,
 
     E = sum_k R_kk^2 || D_k + sum_{j<k} (R_jk / R_kk) D_j ||^2,
 
-so row ``k`` rounds ``w_k - sum_{j<k} (R_jk / R_kk) D_j``: the error of all earlier rows is fed forward. This is the LDL form of
-GPTQ (Chee et al., "QuIP", arXiv 2307.13304, theorem 6, prove the codes to be the same); it needs one Cholesky factor and no
-inverse of H.
+so row ``k`` rounds ``w_k - sum_{j<k} (R_jk / R_kk) D_j``: the error of all earlier rows is fed forward. This is the LDL form of GPTQ (Chee
+et al., "QuIP", arXiv 2307.13304, theorem 6, prove the codes to be the same); it needs one Cholesky factor and no inverse of H.
 
 Deviations from the authors' code:
 
