@@ -12,7 +12,7 @@ import onnx_ir as ir
 from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
-from magr_onnx.passes.base import Emitter, InputGrids
+from magr_onnx.passes.base import Emitter
 from magr_onnx.passes.layers.conv import Form
 
 Operator = tuple[str, str]
@@ -72,11 +72,6 @@ class Format:
     emitter_options: Mapping[str, str] = field(default_factory=dict)
     exclusive_options: tuple[str, ...] = ()
     fit_accumulator: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-
-    @property
-    def input_grids(self) -> InputGrids | None:
-        """Kind of grids of layer inputs; None for float inputs."""
-        return self.emitter.input_grids
 
     def make_emitter(self, options: Mapping[str, Any]) -> Emitter:
         """Make the emitter for the options of a run."""

@@ -173,12 +173,8 @@ def _check_accumulator(options: Mapping[str, Any]) -> None:
         )
 
 
-KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {
-    2: (32, 64, 128),  # supported by the int8 kernel
-    3: MATMULNBITS_BLOCKS,
-    4: MATMULNBITS_BLOCKS,
-    8: MATMULNBITS_BLOCKS,
-}
+INT2_BLOCKS = (32, 64, 128)  # supported by the int8 kernel
+KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {2: INT2_BLOCKS, **dict.fromkeys((3, 4, 8), MATMULNBITS_BLOCKS)}
 FORMAT = Format(
     "matmulnbits",
     "one com.microsoft MatMulNBits node a layer, with its bias",

@@ -54,7 +54,8 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
     if not model.functions:
         return []
     calls = {id_: _called(model, f.all_nodes()) for id_, f in model.functions.items()}
-    holding = _closure({i for i, f in model.functions.items() if any(_is(n, operators) for n in f.all_nodes())}, _callers(calls))
+    callers = {callee: {caller for caller, callees in calls.items() if callee in callees} for callee in calls}
+    holding = _closure({i for i, f in model.functions.items() if any(_is(n, operators) for n in f.all_nodes())}, callers)
     excluded = _closure({i for i in model.functions if i in holding and not _fits(model, i)}, calls)
     chosen = holding - excluded
     for id_ in chosen:
@@ -78,10 +79,6 @@ def _is(node: ir.Node, operators: Collection[str]) -> bool:
 
 def _called(model: ir.Model, nodes: Iterable[ir.Node]) -> set[Id]:
     return {node.op_identifier() for node in nodes} & set(model.functions)
-
-
-def _callers(calls: dict[Id, set[Id]]) -> dict[Id, set[Id]]:
-    return {callee: {caller for caller, callees in calls.items() if callee in callees} for callee in calls}
 
 
 def _closure(start: set[Id], edges: dict[Id, set[Id]]) -> set[Id]:

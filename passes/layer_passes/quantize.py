@@ -158,11 +158,6 @@ class Quantize(LayerPass):
         return problems
 
     @property
-    def holds_out(self) -> bool:
-        """Whether the method judges its choices on rows that are held out."""
-        return self.quantizer.chooses
-
-    @property
     def weighs_outputs(self) -> bool:
         """Whether the method takes second moments of gradients, in a plan that is resolved."""
         return self.quantizer.chooses and (self.activation is None or self.budget() is None)

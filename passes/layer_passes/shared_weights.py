@@ -123,7 +123,7 @@ def remarks(
         same = [x.name for x in others if x.weight_key == layer.weight_key]
         if same:
             notes[layer.name].append(f"{listed(same)} reads the same weight in another stage, and has codes of its own")
-        transposed = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
+        transposed = [x.name for x in layers if x.weight_key != layer.weight_key and x.weight.key == layer.weight.key]
         if transposed:
             notes[layer.name].append(
                 f"{listed(transposed)} reads the same weight transposed or scaled, so that their codes cannot be shared"
@@ -137,8 +137,3 @@ def remarks(
             cost = f"converting it saved nothing and added {more} bytes: {stays}; {' or '.join(ways)}"
             notes[layer.name].append(stays if more is None else cost)
     return notes
-
-
-def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
-    """Whether two layers read the same elements of a tensor, and not two parts of it."""
-    return a.weight.key == b.weight.key
