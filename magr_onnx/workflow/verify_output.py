@@ -99,7 +99,7 @@ def verify_file(
         proof = prove(model, demand, emitted)
         if str(proof) != model.metadata_props["onnx_magr.accumulator"]:
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {proof}")
-    name = session.provider_name(provider)  # the worker has no providers but those of the package
+    name = session.available_provider(provider).onnxruntime  # the worker has no providers but those of the package
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
         with worker.as_file(path) as file:

@@ -23,6 +23,7 @@ from magr_onnx.runtime.data.sources import Steps, part_of, run_batches
 
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
+_Named = dict[str, Activation]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,15 +73,8 @@ def choose(
     """Choose the grid of every value, by name.
 
     Of the candidates of `magr_onnx.core.activation_ranges.candidates`, the one with the least output error ``||(grid(X) - X) A||^2`` on the
-    data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it.
-
-    Args:
-        model: The float model; it is not changed.
-        values: Values that need a grid.
-        context: Data, mask and provider.
-        method: Which candidates to try.
-        kind: The type of the codes, or ``dynamic``.
-        progress: Called with steps done and in total.
+    data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it. ``method`` says which
+    candidates to try, and ``kind`` the type of the codes. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -101,7 +95,7 @@ def choose(
     return result
 
 
-def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> dict[str, Activation]:
+def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> _Named:
     """Make the candidate grids of a value; a dynamic range needs no bounds where the histogram was not cut."""
     if kind != "dynamic":
         return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}
@@ -132,7 +126,7 @@ def _errors(
     model: ir.Model,
     taps: Sequence[Tap],
     values: Sequence[Value],
-    grids: Sequence[dict[str, Activation]],
+    grids: Sequence[_Named],
     context: CalibrationContext,
     progress: Steps | None,
 ) -> list[dict[str, float]]:
@@ -160,8 +154,7 @@ def _errors(
 def _sketch(layers: Sequence[LinearLayer]) -> Array:
     """Project the weights of layers ``(K, N)`` to ``(K, r)``, ``r <= SKETCH``; products with it have the same energy in expectation."""
     weights = np.concatenate([layer.read() for layer in layers], axis=1)
-    result: Array = weights if weights.shape[1] <= SKETCH else weights @ _projection(weights.shape[1])
-    return result
+    return weights if weights.shape[1] <= SKETCH else np.asarray(weights @ _projection(weights.shape[1]))
 
 
 def _projection(n: int) -> Array:

@@ -82,13 +82,6 @@ def collect(
 ) -> dict[str, list[LayerStats]]:
     """Collect the moments of every group's patches ``(n, K)``, by layer name, with those of held-out batches separate.
 
-    Args:
-        model: The float model; it is not changed.
-        layers: Its convolutions.
-        data: Batches that fit the model.
-        provider: Where to run.
-        progress: Called with batches done and in total.
-
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
     """

@@ -76,11 +76,7 @@ def collect(
 ) -> CalibrationResult:
     """Collect Gram matrices and means of the inputs of layers over all batches; inputs without rows get none.
 
-    Args:
-        model: The float model; it is not changed.
-        layers: Layers of ``model`` (or of a copy with the same value names).
-        context: Data, mask and provider.
-        progress: Called with batches done and in total.
+    The layers are those of ``model``, the float model, or of a copy with the same value names. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).

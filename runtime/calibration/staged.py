@@ -70,15 +70,8 @@ def staged(
 ) -> Iterator[tuple[Sequence[LinearLayer], CalibrationResult]]:
     """Yield stages of layers, each with the statistics of its inputs.
 
-    The caller quantizes the layers of a stage in ``quantized`` before requesting the next one, and releases the statistics.
-
-    Args:
-        original: The float model.
-        quantized: The model being quantized, a copy of ``original`` except for the changed values of the schedule.
-        layers: Its layers.
-        context: Data, mask and provider; with feedback, batches are always held out.
-        schedule: Options of the stages.
-        progress: Called with segments of batches done and in total.
+    The caller quantizes the layers of a stage in ``quantized`` before requesting the next one, and releases the statistics. ``quantized``
+    is a copy of ``original``, the float model, except for the changed values of the schedule. With feedback, batches are always held out.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.

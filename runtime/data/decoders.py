@@ -76,12 +76,7 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Interface of a decoder with a KV cache.
-
-    Attributes:
-        inputs: All inputs.
-        pasts: Inputs of the cache.
-    """
+    """Interface of a decoder with a KV cache: all its inputs, and those of the cache."""
 
     inputs: tuple[InputInfo, ...]
     pasts: tuple[Past, ...]

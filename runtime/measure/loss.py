@@ -78,17 +78,13 @@ class Reference:
     def _distances(self, expected: Array, actual: Array) -> Array:
         """Compute the loss of every row, ``(n,)``."""
         if self.metric == KL:
-            result: Array = (np.exp(expected) * (expected - actual)).sum(axis=1)
-        else:
-            result = np.square(expected - actual).sum(axis=1) / 2  # for unit vectors equal to 1 - cosine, without the cancellation
-        return result
+            return np.asarray((np.exp(expected) * (expected - actual)).sum(axis=1))
+        return np.asarray(np.square(expected - actual).sum(axis=1) / 2)  # for unit vectors equal to 1 - cosine, without the cancellation
 
 
 def _rows(y: Array, rows: npt.NDArray[np.intp]) -> Array:
-    result: Array = y.reshape(-1, y.shape[-1])[rows].astype(np.float64)
-    return result
+    return np.asarray(y.reshape(-1, y.shape[-1])[rows], np.float64)
 
 
 def _unit(x: Array) -> Array:
-    result: Array = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
-    return result
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300))

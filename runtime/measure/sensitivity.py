@@ -110,15 +110,8 @@ def measure(
 ) -> tuple[dict[str, Sensitivity], Reference]:
     """Measure the sensitivities of all layers, by name, and return them with the reference of the losses.
 
-    Args:
-        model: The float model; it is not changed.
-        layers: Layers of ``model``, or of a copy with the same names.
-        choices: The plan of every choice.
-        references: Choices whose effect on the outputs is measured, one or two.
-        split: Calibration batches.
-        context: Mask, provider and grids, and the data that ``split`` is of.
-        gram_budget: Most bytes of Gram matrices in memory.
-        progress: Called with steps done and in total.
+    The layers are those of ``model``, the float model, or of a copy with the same names. The effect on the outputs is measured of
+    ``references``, one or two of the choices. ``split`` is of the data of ``context``. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.

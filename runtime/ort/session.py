@@ -63,14 +63,14 @@ def custom_ops(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
         LIBRARIES.reset(token)
 
 
-def provider_name(provider: str) -> str:
-    """Return the onnxruntime name of a provider, given by its registered or its onnxruntime name.
+def available_provider(provider: str) -> Provider:
+    """Look a provider up by its registered or its onnxruntime name.
 
     Raises:
         ProviderError: It is not available; the message lists those that are.
     """
     raise_all(ProviderError, provider_problems(provider))
-    return find_provider(provider).onnxruntime
+    return find_provider(provider)
 
 
 def provider_problems(provider: str) -> list[str]:
@@ -158,12 +158,12 @@ class Session:
             ProviderError: The provider is not available.
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
-        name = provider_name(provider)
-        _preload(find_provider(provider))
+        known = available_provider(provider)
+        _preload(known)
         options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
         self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._load(model, name, options)
+        self._load(model, known.onnxruntime, options)
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._overridable = {i.name for i in self._session.get_overridable_initializers()}
         self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
