@@ -27,8 +27,7 @@ def check(**values: Any) -> None:
     Raises:
         OptionError: With all that are not.
     """
-    problems = [ARGUMENTS[name].problem(value) for name, value in values.items()]
-    raise_all(OptionError, [problem for problem in problems if problem is not None])
+    raise_all(OptionError, (ARGUMENTS[name].problem(value) for name, value in values.items()))
 
 
 def none_to_word(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,13 +74,13 @@ class _Split:
     """Layers by where their statistics come from.
 
     Attributes:
-        whole: From the float model as a whole.
+        unstaged: From the float model, run as a whole.
         staged: From stages, after those; None where the model is not run in stages.
         cuts: Layers to cut the model at; None for the staged ones.
         changed: Values that differ from the float model's where the stages begin, by name.
     """
 
-    whole: Sequence[LinearLayer]
+    unstaged: Sequence[LinearLayer]
     staged: Sequence[LinearLayer] | None = None
     cuts: Sequence[LinearLayer] | None = None
     changed: Collection[str] = ()
@@ -107,7 +107,7 @@ def _of_the_whole(
     tapped: subgraphs.TappedModel, split: _Split, calibration: CalibrationContext, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
-    groups = moments.grouped(split.whole, context.memory.gram_budget, calibration.hold_out)
+    groups = moments.grouped(split.unstaged, context.memory.gram_budget, calibration.hold_out)
     unsolved = [tapped.reached(group) if any(map(context.is_unsolved, group)) else [] for group in groups]
     masked_values(tapped.model, moments.readers_of(itertools.chain.from_iterable(unsolved)), calibration)  # for all groups at once
     for index, (group, reached) in enumerate(zip(groups, unsolved, strict=True)):

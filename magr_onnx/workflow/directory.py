@@ -282,7 +282,7 @@ def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> d
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         beside: dict[str, Source | None] = {name: file_of(path, _stem(name)) for name in names}
-        if any(found is not None for found in beside.values()):
+        if any(beside.values()):
             missing = [
                 f"{path} has no {_stem(name)}.npz, {_stem(name)}.txt or folder {_stem(name)}; add one, or leave {name} out (--models)"
                 for name in names

@@ -76,11 +76,11 @@ def goal_of(options: Options) -> Goal | None:
         problems.append(f"bits={options['bits']} with a budget: the budget chooses the bits of every layer; leave them out")
     goal = None
     if size is not None:
-        match, given = _SIZE.fullmatch(size), bytes_of(size)
-        if not (given or (match is not None and float(match["number"]) > 0)):
+        match, size_in_bytes = _SIZE.fullmatch(size), bytes_of(size)
+        if not (size_in_bytes or (match is not None and float(match["number"]) > 0)):
             problems.append(f"target_size={size!r}: give a share of the source ('25%'), the size of a uniform model ('4bit'), or '30 MB'")
         elif match is None:
-            goal = Goal(f"target size {size}", given, "B")
+            goal = Goal(f"target size {size}", size_in_bytes, "B")
         else:
             goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
     elif loss is not None:
