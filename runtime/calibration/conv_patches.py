@@ -63,9 +63,8 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
     for _, _, shapes in run_batches(extent_taps(model, layers), data, provider):
         mismatched = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
         if mismatched:  # onnxruntime trusts declared shapes
-            raise ModelError(
-                f"output of {', '.join(mismatched[:5])}: declared with a number of axes that it does not have; remove its shape"
-            )
+            names = ", ".join(mismatched[:5])
+            raise ModelError(f"output of {names}: declared with a number of axes that it does not have; remove its shape")
         largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
         if not nested and all(shape.all() for shape in largest):
             break

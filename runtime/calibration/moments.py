@@ -45,12 +45,9 @@ class CalibrationResult:
 
 
 def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hashable, int]], budget: int) -> list[list[T]]:
-    """Split units, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
+    """Split units, elements that must stay together, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
 
-    Args:
-        units: Elements that must stay together.
-        cost: Returns the key of the matrix an element needs, and its bytes; elements of a group share matrices of the same key.
-        budget: Bytes per group.
+    ``cost`` returns the key of the matrix that an element needs, and its bytes; elements of a group share matrices of the same key.
     """
     groups: list[list[T]] = []
     used: dict[Hashable, int] = {}

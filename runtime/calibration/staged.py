@@ -116,9 +116,7 @@ class _Values:
     ) -> None:
         self.floats, self.quants = floats, quants
         self.live: Sequence[str] = ()
-        self._models = original, quantized
-        self._provider = context.provider
-        self._changed = changed
+        self._models, self._provider, self._changed = (original, quantized), context.provider, changed
         self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
         self.masks: list[npt.NDArray[np.bool_] | None] = []
         names = fed_inputs(original)

@@ -37,8 +37,7 @@ FUSED = "GroupQueryAttention"
 _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
-_Part = tuple[Array, Group]
-"""Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
+_Part = tuple[Array, Group]  # tokens (B, T) of one batch, and the group of equally long samples they are
 
 # Inputs that follow from the current tokens (B, T) and the length of the past, by input name.
 MAKERS: dict[str, Callable[[Array, int], Array]] = {
@@ -105,8 +104,7 @@ class Decoder:
         names = [p.present for p in self.pasts]
         feed = self.start(ids[:, : ids.shape[1] - count])
         for position in range(ids.shape[1] - count, ids.shape[1]):
-            present = session.run(feed, names)
-            past = {p.info.name: array for p, array in zip(self.pasts, present, strict=True)}
+            past = dict(zip((p.info.name for p in self.pasts), session.run(feed, names), strict=True))
             feed = self.feed(ids[:, position : position + 1], past, position)
             yield feed
 
@@ -121,10 +119,8 @@ def recognise(model: ir.Model) -> Decoder | None:
     inputs = inputs_of(model)
     if not presents or TOKENS not in {i.name for i in inputs}:
         return None
-    problems = []
     unknown = [i for i in inputs if i.name not in MAKERS and i.name not in presents]
-    if unknown:
-        problems.append(f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}")
+    problems = [f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}"] * bool(unknown)
     values = {str(v.name): v for v in model.graph.inputs}
     pasts = tuple(_past(i, values[i.name], presents[i.name], model) for i in inputs if i.name in presents)
     unsized = [(p, i) for p in pasts for i, d in enumerate(p.shape) if d is None and i not in (p.batch, p.length)]
@@ -289,9 +285,8 @@ def _samples(data: Batches, notes: list[str]) -> list[Array]:
         for row, keep in zip(ids[:count], mask[:count], strict=True):
             positions = np.flatnonzero(keep)
             if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
-                problems.append(
-                    f"{label}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected consecutive ones, padded on one side"
-                )
+                marked = f"{DEFAULT_MASK} marks {len(positions)} tokens of a sample"
+                problems.append(f"{label}: {marked}; expected consecutive ones, padded on one side")
                 break
             samples.append(row[positions])
         if derived := [n for n in ("position_ids", "cache_position") if n in batch]:

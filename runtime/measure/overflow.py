@@ -22,7 +22,7 @@ from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes.integer.dot_products import find
 from magr_onnx.report.reasons import IntegerReason, Skip
-from magr_onnx.report.verification import LayerVerdict, WitnessRow
+from magr_onnx.report.verification import LayerVerdict, Verdict, WitnessRow
 from magr_onnx.runtime.ort.session import Session
 
 EXACT_FLOAT = 1 << 24  # integers up to this are exact in float32
@@ -57,24 +57,11 @@ def verify(
 
 
 def _verdict(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> LayerVerdict:
-    shift = machine.x_shift
-    return LayerVerdict(
-        dot.name,
-        dot.op,
-        dot.weight,
-        dot.k,
-        dot.n,
-        dot.x_type,
-        dot.w_type,
-        (dot.x_range[0] + shift, dot.x_range[1] + shift),
-        str(machine.accumulator),
-        machine.label,
-        proof.inner,
-        proof.outer,
-        proof.result,
-        "proved" if proof.holds else "overflows",
-        _witness(dot, machine, proof, run),
-    )
+    x_range = dot.x_range[0] + machine.x_shift, dot.x_range[1] + machine.x_shift
+    product = dot.name, dot.op, dot.weight, dot.k, dot.n, dot.x_type, dot.w_type, x_range
+    verdict: Verdict = "proved" if proof.holds else "overflows"
+    witness = _witness(dot, machine, proof, run)
+    return LayerVerdict(*product, str(machine.accumulator), machine.label, proof.inner, proof.outer, proof.result, verdict, witness)
 
 
 def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> WitnessRow | None:

@@ -25,13 +25,13 @@ _UNKNOWN_OUTPUTS = "whether raising the model's opset has changed its outputs is
 _LARGEST_MODEL = 2 << 30  # bytes; a larger model is not compared on random inputs
 _MEMORY = 8 << 30  # bytes a comparison on random inputs may allocate, where the system can limit them
 _BATCHES = 2
+# Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast.
 _DYNAMIC_SIZES = ((4, 4), (1, 8), (2, 16))
-"""Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast."""
 
 _LARGEST = 1 << 24  # elements of a random input; a declared shape may ask for any number
+# Tolerated difference relative to the largest value, by bytes per value, 1e-3 for others: sums in another order, with casts to half
+# precision inside, stay within that.
 _TOLERANCE = {2: 1e-2}
-"""Tolerated difference relative to the largest value, by bytes per value (1e-3 for others): sums in another order, with casts to half
-precision inside, stay within 1e-3."""
 
 
 def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:

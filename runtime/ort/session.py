@@ -30,11 +30,9 @@ from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
 from magr_onnx.passes.providers import CPU, PROVIDERS, Provider, find_provider
 
 Batch = Mapping[str, npt.NDArray[Any]]
-Model = ir.Model | str | os.PathLike[str]
-"""A model in memory, or its file."""
+Model = ir.Model | str | os.PathLike[str]  # in memory, or a file
 
-LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())
-"""Shared libraries of custom operators, registered in every session."""
+LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())  # shared libraries, registered in every session
 LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mapped files
 
 
@@ -166,11 +164,9 @@ class Session:
         self._load(model, known.onnxruntime, options)
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._overridable = {i.name for i in self._session.get_overridable_initializers()}
-        self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
-        self.inputs = tuple(
-            InputInfo(i.name, np.dtype(_TYPES.get(i.type, "object")), _static_sizes(self.dimensions[i.name]))
-            for i in self._session.get_inputs()
-        )
+        declared = self._session.get_inputs()
+        self.dimensions = {i.name: tuple(i.shape or ()) for i in declared}
+        self.inputs = tuple(InputInfo(i.name, np.dtype(_TYPES.get(i.type, "object")), _static_sizes(i.shape or ())) for i in declared)
 
     def _load(self, model: Model, name: str, options: ort.SessionOptions) -> None:
         """Create the onnxruntime session; an in-memory model is written to a temporary folder first."""
