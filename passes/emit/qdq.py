@@ -2,8 +2,7 @@
 
 1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
 2. One grid per channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as needed.
-3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
-   signed type and no zero point.
+3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the signed type and no zero point.
 4. The codes of a layer in the body of an If, Loop or Scan are in that body: onnxruntime's fusion looks for them only there, and fails to
    load a model that has them outside [measured, 1.31]. If layers elsewhere share them, they and the DequantizeLinear are in the main
    graph, and the product in the body is a float one.
