@@ -166,7 +166,7 @@ def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping
     """Return a preset's table without options given for all layers, and without what belongs to the values that those replace; none if
     that leaves no options."""
     replaced = {name: arguments[name] for name in table.options if name in arguments}
-    displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
+    displaced = displaced_options(table.options, replaced, options)
     kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
     return [replace(table, options=cast(Options, kept))] if kept else []
 
