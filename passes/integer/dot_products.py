@@ -56,7 +56,9 @@ def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
         model: The model; not changed.
     """
     names: set[str] = set()
-    for node, function_prefix in _nodes(model):
+    functions = ((function, f"{function.name}/") for function in model.functions.values())
+    graphs: list[tuple[ir.Graph | ir.Function, str]] = [(model.graph, ""), *functions]
+    for node, function_prefix in ((node, prefix) for graph, prefix in graphs for node in graph.all_nodes()):
         dot = view(node)
         if dot is None:
             continue
@@ -67,15 +69,6 @@ def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
             name = f"{name}:{node.outputs[0].name}"
         names.add(name)
         yield replace(dot, name=name)
-
-
-def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Yield every node of the main graph, its subgraphs and the functions; the latter with the function's name as prefix."""
-    for node in model.graph.all_nodes():
-        yield node, ""
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            yield node, f"{function.name}/"
 
 
 def view(node: ir.Node) -> IntegerDot | Skip | None:
