@@ -28,8 +28,7 @@ Means = TypeVar("Means", bound=_Means)
 
 def with_held_out(fitted: Means, held_out: Means) -> Means:
     """Combine statistics to those of all rows, with the held-out rows as ``held_out``; both have rows."""
-    combined: Means = replace(fitted.combine(held_out), held_out=held_out)  # type: ignore[type-var]
-    return combined
+    return replace(fitted.combine(held_out), held_out=held_out)  # type: ignore[type-var]
 
 
 class MomentAccumulator:
@@ -149,5 +148,4 @@ def whole_rows(rows: float) -> int:
 
 def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:
     """Multiply the sums of a batch by its weight; returns the same array for weight 1."""
-    result: npt.NDArray[Any] = sums if weight == 1 else sums * weight
-    return result
+    return sums if weight == 1 else sums * weight

@@ -73,8 +73,7 @@ def unpack_bits(packed: Codes, bits: int, count: int) -> Codes:
     """Invert `pack_bits`: return the first ``count`` codes of the last axis."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
-    result: Codes = codes.reshape(*packed.shape[:-1], -1)[..., :count]
-    return result
+    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,8 +57,7 @@ def _from_left(magnitude: Array, weights: Array, threshold: float) -> Array:
 
 
 def _dot(rows: Array, weights: Array) -> Array:
-    product: Array = rows @ weights if weights.ndim == 1 else np.einsum("...gn,gn->...g", rows, weights)
-    return product
+    return rows @ weights if weights.ndim == 1 else np.einsum("...gn,gn->...g", rows, weights)
 
 
 def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, check: bool = False) -> Array:
@@ -84,8 +83,7 @@ def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, ch
             break
         row, value, weight = row[keep], value[keep], weight[keep]
     current[overshot] = np.nan
-    result: Array = current.astype(magnitude.dtype).reshape(level.shape)
-    return result
+    return current.astype(magnitude.dtype).reshape(level.shape)
 
 
 def prox_linf(vector: Array, threshold: float) -> Array:
@@ -94,8 +92,7 @@ def prox_linf(vector: Array, threshold: float) -> Array:
     if threshold <= 0:
         return vector.copy()
     level = levels(columns, threshold)[:, None]
-    result: Array = np.clip(columns, -level, level).T.reshape(vector.shape)
-    return result
+    return np.clip(columns, -level, level).T.reshape(vector.shape)
 
 
 def project_l1_ball(vector: Array, radius: float) -> Array:
@@ -104,5 +101,4 @@ def project_l1_ball(vector: Array, radius: float) -> Array:
         raise ValueError(f"the radius of an l1 ball must not be negative; got {radius}")
     if radius == 0:
         return np.zeros_like(vector)
-    result: Array = vector - prox_linf(vector, radius)
-    return result
+    return vector - prox_linf(vector, radius)

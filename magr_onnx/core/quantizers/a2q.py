@@ -36,8 +36,7 @@ def tiled(columns: Array, tile: int | None) -> Array:
 def untiled(tiles: Array, k: int, n: int) -> Array:
     """Invert `tiled`."""
     size = len(tiles)
-    result: Array = tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
-    return result
+    return tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
 
 
 def project(codes: Array, budget: Budget) -> Array:

@@ -171,8 +171,7 @@ def under_budget(
 def _excess(weights: Array, grid: Grid, budget: Budget) -> Array:
     """Return the factor on every column's scale with which its unrounded codes fit, at least 1, ``(N,)``."""
     low, high = budget.column_extremes(weights / grid.scales + (grid.zeros - grid.spec.middle))
-    result: Array = np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
-    return result
+    return np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
 
 
 def _rungs(excess: float) -> int:
