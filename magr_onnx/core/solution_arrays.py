@@ -31,7 +31,8 @@ def to_arrays(solution: LayerSolution) -> Arrays:
         arrays |= {"down": solution.factors.down, "up": solution.factors.up}
     if solution.bias is not None:
         arrays["bias"] = solution.bias
-    arrays["facts"] = np.frombuffer(json.dumps(metadata, default=_to_python).encode(), np.uint8)
+    text = json.dumps(metadata, default=lambda value: value.item() if isinstance(value, np.generic) else str(value))
+    arrays["facts"] = np.frombuffer(text.encode(), np.uint8)
     return arrays
 
 
@@ -77,8 +78,3 @@ def _array(arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, 
     if array.shape != shape or array.dtype != kind:
         raise ValueError(f"{name} is {array.dtype} {array.shape}, and should be {np.dtype(kind)} {shape}")
     return array
-
-
-def _to_python(value: Any) -> Any:
-    """Convert NumPy scalars to Python."""
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -63,10 +63,8 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
             return f"int8 activations from outside the graph are not fused on {target.name}"
         if dot.weight_left:
             kernel = target.kernel(w_signed, x_signed)
-            orders = (kernel.order(dot.k),)
-            registers = KernelRegisters(
-                kernel.accumulator, orders, 0, kernel.shift, "(channels, taps), weights on the left" if dot.taps > 1 else ""
-            )
+            label = "(channels, taps), weights on the left" if dot.taps > 1 else ""
+            registers = KernelRegisters(kernel.accumulator, (kernel.order(dot.k),), 0, kernel.shift, label)
         else:
             registers = _integer(dot, target, target.kernel(x_signed, w_signed, qdq=dot.form == "qdq"))
     if outer_bits is None:

@@ -108,10 +108,9 @@ def refine(
             block_now, _ = comq.refit_scales(block_target, block_now, h, residual)
             change = block_now.dequantize() - before
             gradient_change = h @ change
-            rise = 2 * np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64) + np.einsum(
-                "kn,kn->", change @ m[np.ix_(c, c)], gradient_change, dtype=np.float64
-            )
-            if rise < 0:
+            linear = np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64)
+            quadratic = np.einsum("kn,kn->", change @ m[np.ix_(c, c)], gradient_change, dtype=np.float64)
+            if 2 * linear + quadratic < 0:
                 codes[:, c], scales[:, c], zeros[:, c] = block_now.codes, block_now.scales, block_now.zero_points
                 d[:, c] += change
         return d
