@@ -138,10 +138,9 @@ def open_spool(output: Path | None, large: bool, stack: contextlib.ExitStack) ->
     Raises:
         OutputError: The folder of the output cannot be written to.
     """
-    if output is None:
-        return None
-    remove_stale(output)
-    if not large:
+    if output is not None:
+        remove_stale(output)
+    if output is None or not large:
         return None
     with output_errors(f"cannot write to {output.parent}"):
         return Spool(stack.enter_context(staging_directory(output)))

@@ -49,8 +49,7 @@ def prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> P
     layers, skipped = overflow.verify(model, demand, run=False)
     against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
     failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
-    if failing:
-        raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
+    raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
     unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == IntegerReason.FLOAT}
     if unread:
         raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
