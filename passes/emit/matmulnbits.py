@@ -153,11 +153,7 @@ def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_accumulator(options: Mapping[str, Any]) -> None:
-    """Check that options leave block sizes to choose from.
-
-    Raises:
-        OptionError: They do not.
-    """
+    """Raise an `OptionError` where options leave no block sizes to choose from."""
     tile = options.get("accumulator_tile")
     level = options.get("accuracy_level") or INT8_LEVEL
     if level != INT8_LEVEL:

@@ -23,6 +23,11 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def layer_name(node: ir.Node) -> str:
+    """Name a node, which may have no name, stably between runs."""
+    return node.name or f"{node.op_type}:{node.outputs[0].name}"
+
+
 def operator_of(node: ir.Node) -> str:
     """Name the operator of a node, with its domain if not ONNX's: ``Mul``, ``com.microsoft.Gelu``."""
     return f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")

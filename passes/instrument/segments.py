@@ -15,10 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.graph.nodes import only_use
+from magr_onnx.passes.graph.nodes import layer_name, only_use
 from magr_onnx.passes.graph.subgraphs import bodies_of
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.layers.weighted import layer_name, sharing
+from magr_onnx.passes.layers.weighted import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}

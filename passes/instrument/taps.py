@@ -149,19 +149,12 @@ def error_taps(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mask:
-    """The mask of the current tokens.
-
-    Attributes:
-        shape: Its shape.
-        rows: Its elements as booleans of rows ``(n, 1)``.
-        total: The number of those that are true ``(1,)``.
-        fixed: Whether the model fixes its shape.
-    """
+    """The mask of the current tokens."""
 
     shape: ir.Value
-    rows: ir.Value
-    total: ir.Value
-    fixed: bool
+    rows: ir.Value  # its elements as booleans ``(n, 1)``
+    total: ir.Value  # the number of those that are true ``(1,)``
+    fixed: bool  # whether the model fixes its shape
 
 
 class Extension:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import packed_shape, unpack_codes
 from magr_onnx.passes.graph.constants import constant_array
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, layer_name, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
@@ -74,7 +74,7 @@ def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
 def view(node: ir.Node) -> IntegerDot | Skip | None:
     """Return the dot product of a node, or the reason why it is not proved; None for nodes without one."""
     reader = _READERS.get((node.domain, node.op_type))
-    name = node.name or f"{node.op_type}:{node.outputs[0].name}"
+    name = layer_name(node)
     if reader is None:
         if node.domain in ("", CONTRIB):
             return Skip(name, node.op_type, IntegerReason.OPERATOR) if node.op_type in UNREAD else None

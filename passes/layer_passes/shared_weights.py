@@ -24,10 +24,11 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSol
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
-from magr_onnx.passes.layers.weighted import by_weight, layer_name, readers
+from magr_onnx.passes.layers.weighted import by_weight, readers
 
 
 class SharedWeight:
