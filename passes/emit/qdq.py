@@ -70,8 +70,9 @@ class EmitQDQ(BlockEmitter):
         if packed.zero_points is not None:
             inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(packed.stored_dtype), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
-        weight = ir.val(derived_name(layer, codes, "_dequantized"), layer.dtype, [layer.k, layer.n])
+        weight = ir.val(None, layer.dtype, [layer.k, layer.n])
         dequantize = ir.node("DequantizeLinear", inputs, attributes, outputs=[weight], name=f"{layer.name}_dequantize")
+        weight.name = derived_name(layer, codes, "_dequantized")  # counts this node among the readers of the codes
         nodes: list[ir.Node] = []
         x = layer.x
         if packed.bits == 8 and packed.block_size and _is_dequantized(x):
