@@ -150,13 +150,7 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
     records = [s.record for s in solutions]
     alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
-    record = LayerRecord(
-        rows=records[0].rows,
-        error=ratio(error, power),
-        magr=alone.magr,
-        bias_compensated=bool(biases),
-        weights=alone.weights,
-        errors=tuple(sum_traces(*[r.errors for r in records])),
-        notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
-    )
+    objectives, notes = sum_traces(*[r.errors for r in records]), dict.fromkeys(note for r in records for note in r.notes)
+    record = LayerRecord(records[0].rows, ratio(error, power), alone.magr, bias_compensated=bool(biases), weights=alone.weights)
+    record = replace(record, errors=tuple(objectives), notes=tuple(notes))
     return LayerSolution(weight, np.concatenate(biases) if biases else None, target, None, quantized, None, True, record)

@@ -95,19 +95,8 @@ def custom_operators(model: ir.Model) -> list[str]:
     return sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in _DOMAINS and (n.domain, n.op_type) not in functions})
 
 
-_DOMAINS = {
-    "",
-    "ai.onnx.ml",
-    "ai.onnx.preview",
-    "ai.onnx.preview.training",
-    "ai.onnx.training",
-    "com.microsoft",
-    "com.microsoft.dml",
-    "com.microsoft.experimental",
-    "com.microsoft.nchwc",
-    "com.ms.internal.nhwc",
-    "org.pytorch.aten",
-}
+_DOMAINS = {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training", "org.pytorch.aten"}
+_DOMAINS |= {"com.microsoft", "com.microsoft.dml", "com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 
 
 def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
@@ -118,12 +107,8 @@ def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
             findings.add(f"imports opsets {versions[domain]} and {entry.version} of domain {domain!r}; there can be only one")
     opset, newest = versions.get(""), onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
-        remedy = (
-            "convert it with onnx.version_converter"
-            if opset < OLDEST_OPSET
-            else "update onnx and onnxruntime, or export it with an older one"
-        )
-        findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {remedy}")
+        old, new = "convert it with onnx.version_converter", "update onnx and onnxruntime, or export it with an older one"
+        findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {old if opset < OLDEST_OPSET else new}")
     if proto.ir_version > onnx.IR_VERSION:
         newer = f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx"
         findings.add(f"{newer}; update onnx and onnxruntime")
