@@ -49,12 +49,8 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int) -> Layer
     if "spec" in metadata:
         spec = WeightSpec(**metadata["spec"])
         grid = (spec.groups(k), n)
-        quantized = QuantizedWeight(
-            _array(arrays, "codes", (k, n), np.uint8),
-            _array(arrays, "scales", grid, np.float32),
-            _array(arrays, "zero_points", grid, np.uint8),
-            spec,
-        )
+        codes, scales = _array(arrays, "codes", (k, n), np.uint8), _array(arrays, "scales", grid, np.float32)
+        quantized = QuantizedWeight(codes, scales, _array(arrays, "zero_points", grid, np.uint8), spec)
         weight = quantized.dequantize()
     else:
         weight = _array(arrays, "weight", (k, n), np.float32)

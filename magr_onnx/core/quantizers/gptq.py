@@ -29,7 +29,7 @@ from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts, side_by_side
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -88,7 +88,7 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     fed forward like any rounding error.
     """
     if len(parts := column_parts(*weights.shape)) > 1:
-        return side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
+        return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
     middle = np.float32(grid.spec.middle)
