@@ -33,7 +33,7 @@ from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import session
-from magr_onnx.runtime.ort.session import Arithmetic, provider_name
+from magr_onnx.runtime.ort.session import Arithmetic, available_provider
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import reporter
@@ -145,7 +145,7 @@ def validate(
         MagrError: A model or the data is not usable.
     """
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
-    provider_name(provider)
+    available_provider(provider)
     reference, quantized = files.load(float_model), files.load(quantized_model)
     with session.custom_ops(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]

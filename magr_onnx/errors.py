@@ -74,9 +74,9 @@ def joined(kind: type[MagrError], problems: Sequence[str]) -> MagrError:
     return error
 
 
-def raise_all(kind: type[MagrError], problems: Iterable[str]) -> None:
-    """Raise one ``kind`` that lists every problem on its own line; do nothing when there is none."""
-    if texts := list(problems):
+def raise_all(kind: type[MagrError], problems: Iterable[str | None]) -> None:
+    """Raise one ``kind`` that lists every problem on its own line, None for no problem left out; do nothing when there is none."""
+    if texts := [problem for problem in problems if problem is not None]:
         raise joined(kind, texts)
 
 

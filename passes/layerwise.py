@@ -11,7 +11,7 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_passes.shared_weights import shared_weights
-from magr_onnx.passes.layer_state import problem_of, write_floats
+from magr_onnx.passes.layer_state import LayerState, problem_of, write_floats
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.plan import Plan
@@ -28,19 +28,13 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SolvedLayer:
-    """A layer that has been through a plan.
+class SolvedLayer(LayerState):
+    """A layer, as it was found, that has been through a plan.
 
     Attributes:
-        layer: The layer, as it was found.
-        problem: What was known of it.
-        solution: What the stages made of it.
         emitted: What the emitter wrote; None where the weight is a float one.
     """
 
-    layer: LinearLayer
-    problem: LayerProblem
-    solution: LayerSolution
     emitted: Emitted | None
 
 

@@ -211,7 +211,7 @@ class Plan:
     @property
     def holds_out(self) -> bool:
         """Whether the quantizer compares solutions on held-out rows."""
-        return self.quantize is not None and self.quantize.holds_out
+        return self.quantize is not None and self.quantize.quantizer.chooses
 
     @property
     def spec(self) -> WeightSpec | None:
@@ -305,7 +305,7 @@ class Plan:
 
 def _formats(*grids: InputGrids | None) -> str:
     """List the formats with these kinds of input grids, for a message."""
-    return " or ".join(name for name, form in FORMATS.items() if form.input_grids in grids)
+    return " or ".join(name for name, form in FORMATS.items() if form.emitter.input_grids in grids)
 
 
 def _with_defaults(stage: S | None, **values: Any) -> S | None:

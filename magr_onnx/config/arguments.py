@@ -166,7 +166,7 @@ def _without(table: LayerOptions, arguments: Mapping[str, Any], options: Mapping
     """Return a preset's table without options given for all layers, and without what belongs to the values that those replace; none if
     that leaves no options."""
     replaced = {name: arguments[name] for name in table.options if name in arguments}
-    displaced = displaced_options(cast(Mapping[str, Any], table.options), replaced, options)
+    displaced = displaced_options(table.options, replaced, options)
     kept = {name: value for name, value in table.options.items() if name not in replaced and name not in displaced}
     return [replace(table, options=cast(Options, kept))] if kept else []
 
@@ -203,12 +203,11 @@ def _tables(value: Any) -> list[LayerOptions]:
     return [table if isinstance(table, LayerOptions) else LayerOptions.of(table) for table in value or ()]
 
 
-def _mistyped(arguments: Mapping[str, Any]) -> list[str]:
+def _mistyped(arguments: Mapping[str, Any]) -> list[str | None]:
     """Say what is wrong with arguments that recipes have too, under the same name; data and models are more than paths in Python.
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """
     objects = ("model", "calibration", "validation", "pipeline")
     names = [name for name in arguments if name in ARGUMENTS and ARGUMENTS[name].types and name not in objects]
-    problems = [ARGUMENTS[name].mistyped(arguments[name]) for name in names]
-    return [text for text in problems if text is not None]
+    return [ARGUMENTS[name].mistyped(arguments[name]) for name in names]

@@ -227,7 +227,7 @@ def _merged(tables: Sequence[LayerOptions], layer: LinearLayer, options: Options
     merged: dict[str, Any] = {}
     for table in tables:
         if matches(names, table.match):
-            merged = merge_options(merged, cast(Mapping[str, Any], table.options), cast(Mapping[str, Any], options))
+            merged = merge_options(merged, table.options, options)
     return cast(Options, merged)
 
 
@@ -238,7 +238,7 @@ def _plan(layer_options: Options, options: Options, plan: Plan, provider: str) -
         raise OptionError("under a budget a layer's own options keep it out of the choice; give its bits too")
     if layer_options.get("quantizer") is not None:  # it takes the place of the effort here, and of no other layer's
         run_options |= {"effort": None, "feedback": plan.error_feedback is not None}
-    merged = merge_options(run_options, cast(Mapping[str, Any], layer_options), {})
+    merged = merge_options(run_options, layer_options, {})
     return plan_of(cast(Options, merged), provider=provider).suited(provider)
 
 

@@ -6,7 +6,7 @@ What an option displaces and which one it belongs to stands in the option table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from magr_onnx.config.options import OPTIONS, RUN
 from magr_onnx.config.presets import PRESETS
@@ -37,7 +37,7 @@ def _displaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, 
     """Find the names that ``lower`` may not keep, and the name in ``upper`` that displaces each."""
     names = [name for name, value in upper.items() if value is not None]
     preset = PRESETS.get(lower.get("preset") or "")
-    displaced = displaced_options(lower, upper, {} if preset is None else cast(Mapping[str, Any], preset.options))
+    displaced = displaced_options(lower, upper, {} if preset is None else preset.options)
     if pipeline := next((name for name in names if name in _PIPELINES), None):
         displaced |= dict.fromkeys((*_PLANNED, "layers"), pipeline)
     elif option := next((name for name in names if name in _PLANNED), None):

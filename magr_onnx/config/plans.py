@@ -139,9 +139,9 @@ def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
 
 def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:
     """Make the stage for layer inputs, where the format quantizes them."""
-    if form.input_grids == "static":
+    if form.emitter.input_grids == "static":
         return passes.QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
-    return None if form.input_grids is None else passes.QuantizeActivations("dynamic")
+    return None if form.emitter.input_grids is None else passes.QuantizeActivations("dynamic")
 
 
 def _embeddings(options: Options) -> passes.Embeddings | None:

@@ -27,8 +27,7 @@ def check(**values: Any) -> None:
     Raises:
         OptionError: With all that are not.
     """
-    problems = [ARGUMENTS[name].problem(value) for name, value in values.items()]
-    raise_all(OptionError, [problem for problem in problems if problem is not None])
+    raise_all(OptionError, (ARGUMENTS[name].problem(value) for name, value in values.items()))
 
 
 def none_to_word(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _none_word(name: str) -> str | None:
     return ARGUMENTS[name].none_word if name in ARGUMENTS else None
 
 
-def displaced_options(lower: Mapping[str, Any], upper: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+def displaced_options(lower: Mapping[str, object], upper: Mapping[str, object], base: Mapping[str, object]) -> dict[str, str]:
     """Find the options that ``lower`` may not keep beside ``upper``, and the option in ``upper`` that displaces each.
 
     Args:
@@ -88,17 +87,17 @@ def displaced_options(lower: Mapping[str, Any], upper: Mapping[str, Any], base: 
     return displaced
 
 
-def merge_options(lower: Mapping[str, Any], upper: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+def merge_options(lower: Mapping[str, object], upper: Mapping[str, object], base: Mapping[str, object]) -> dict[str, Any]:
     """Merge two sets of options: those of ``upper`` win, and remove those of ``lower`` they conflict with."""
     return replace_displaced(lower, upper, displaced_options(lower, upper, base))
 
 
-def replace_displaced(lower: Mapping[str, Any], upper: Mapping[str, Any], displaced: Collection[str]) -> dict[str, Any]:
+def replace_displaced(lower: Mapping[str, object], upper: Mapping[str, object], displaced: Collection[str]) -> dict[str, Any]:
     """Put ``upper`` over ``lower``, without the names of ``lower`` that are ``displaced``."""
     return {**{name: value for name, value in lower.items() if name not in displaced}, **upper}
 
 
-def _changes(name: str, upper: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+def _changes(name: str, upper: Mapping[str, object], before: Mapping[str, object]) -> bool:
     """Whether an option has another value in ``upper`` than it had before."""
     default = OPTIONS[name].default
     usual = upper[name] if default == "none" else default  # what was given beside none of them was meant for any of them

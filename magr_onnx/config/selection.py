@@ -110,11 +110,10 @@ def share(models: Mapping[str, LayerNames], patterns: Patterns) -> dict[str, Pat
         OptionError: With every pattern that matches in none of the models, and every model that has no layer to include.
     """
     include = patterns.selection.include
-    problems = _unmatched(list(models.values()), patterns.selection)
+    problems: list[str | None] = [*_unmatched(list(models.values()), patterns.selection)]
     names = [n for model in models.values() for n in model.selected]
     convolutions = [n for model in models.values() for n in model.convolutions]
-    texts = [unmatched(pattern, names, convolutions) for table in patterns.tables if not table.optional for pattern in table.match]
-    problems += [text for text in texts if text is not None]
+    problems += [unmatched(pattern, names, convolutions) for table in patterns.tables if not table.optional for pattern in table.match]
     without = [name for name, model in models.items() if include and not any(map(model.has, include))]
     if len(without) < len(models):
         problems += [f"{name} has no layer that include {', '.join(include)} matches; leave it out (models, --models)" for name in without]

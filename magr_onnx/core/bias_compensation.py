@@ -2,8 +2,7 @@
 
 ``b' = b + W0^T mu - W_hat^T mu_q`` minimises the mean squared output error over all biases, where ``mu`` is the mean of the float input and
 ``mu_q`` that of the input as the quantized layer reads it (the same for weight-only quantization). The remaining error is that under the
-centred Gram matrix ``H - mu mu^T``, so a quantizer whose layer will be corrected should minimise that one
-(`LayerStats.objective_gram`).
+centred Gram matrix ``H - mu mu^T``, so a quantizer whose layer will be corrected should minimise that one (`LayerStats.objective_gram`).
 
 A mean over few samples is uncertain: the correction is shrunk by `shrinkage`.
 

@@ -111,5 +111,4 @@ def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: flo
     """Return ``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
     cross = target.cross - np.outer(stats.mean, target.mean) if centred else target.cross
-    result: Array = np.linalg.solve(damped(stats.regularized(centred), damping), cross - gram @ weights)
-    return result
+    return np.linalg.solve(damped(stats.regularized(centred), damping), cross - gram @ weights)

@@ -29,8 +29,7 @@ class Grid:
     def codes(self, weights: Array) -> Array:
         """Round ``(K, N)`` weights to the nearest codes, as float32 integers."""
         rows = self.spec.group_of_row(self.k)
-        result: Array = round_codes(weights, self.scales[rows], self.zeros[rows], self.spec.top)
-        return result
+        return round_codes(weights, self.scales[rows], self.zeros[rows], self.spec.top)
 
     def columns(self, chosen: Columns) -> Grid:
         """Return the grid of the ``chosen`` columns."""
@@ -56,8 +55,7 @@ def stored(scales: Array, spec: WeightSpec) -> Array:
     """Round scales to the stored type ``spec.scale_dtype``, never zero or infinite, and return them as float32."""
     kind = np.dtype(spec.scale_dtype)
     smallest = float(np.finfo(kind).smallest_subnormal) if kind == np.float16 else float(np.finfo(kind).tiny)
-    result: Array = np.clip(scales, smallest, float(np.finfo(kind).max)).astype(kind).astype(np.float32)
-    return result
+    return np.clip(scales, smallest, float(np.finfo(kind).max)).astype(kind).astype(np.float32)
 
 
 def blocks(array: Array, spec: WeightSpec) -> Array:

@@ -15,17 +15,7 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import (
-    Activation,
-    ActivationGrid,
-    Array,
-    LayerStats,
-    QuantizedWeight,
-    ScaleType,
-    TargetMoments,
-    side_by_side,
-    sum_traces,
-)
+from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Layers that bias correction applies to: those with a bias, all, or none."""
@@ -143,20 +133,14 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
 
     Squared errors and objectives are summed over groups, and equal notes appear once.
     """
-    quantized = side_by_side([s.quantized for s in solutions if s.quantized is not None])
+    quantized = QuantizedWeight.side_by_side([s.quantized for s in solutions if s.quantized is not None])
     weight, target = (np.hstack([getattr(s, name) for s in solutions]) for name in ("weight", "target"))
     biases = [s.bias for s in solutions if s.bias is not None]
     error = sum(layer_error(s.weight - p.weight, p.stats.objective_gram(centred)) for p, s in zip(problems, solutions, strict=True))
     power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
     records = [s.record for s in solutions]
     alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
-    record = LayerRecord(
-        rows=records[0].rows,
-        error=ratio(error, power),
-        magr=alone.magr,
-        bias_compensated=bool(biases),
-        weights=alone.weights,
-        errors=tuple(sum_traces(*[r.errors for r in records])),
-        notes=tuple(dict.fromkeys(note for r in records for note in r.notes)),
-    )
+    objectives, notes = sum_traces(*[r.errors for r in records]), dict.fromkeys(note for r in records for note in r.notes)
+    record = LayerRecord(records[0].rows, ratio(error, power), alone.magr, bias_compensated=bool(biases), weights=alone.weights)
+    record = replace(record, errors=tuple(objectives), notes=tuple(notes))
     return LayerSolution(weight, np.concatenate(biases) if biases else None, target, (), quantized, None, True, record)

@@ -36,8 +36,7 @@ class Factors:
 
     def product(self) -> Array:
         """Return ``A B (K, N)`` float32."""
-        result: Array = self.down.astype(np.float32) @ self.up.astype(np.float32)
-        return result
+        return self.down.astype(np.float32) @ self.up.astype(np.float32)
 
     def stored(self, kind: npt.DTypeLike) -> Factors:
         """Round the factors to the stored type."""
@@ -52,13 +51,11 @@ class Root:
 
     def times(self, x: Array) -> Array:
         """Return ``R X`` for ``X (K, N)``."""
-        result: Array = self.matrix[:, None] * x if self.matrix.ndim == 1 else self.matrix @ x
-        return result
+        return self.matrix[:, None] * x if self.matrix.ndim == 1 else self.matrix @ x
 
     def solve(self, x: Array) -> Array:
         """Return ``R^-1 X`` for ``X (K, N)``."""
-        result: Array = x / self.matrix[:, None] if self.matrix.ndim == 1 else np.linalg.solve(self.matrix, x)
-        return result
+        return x / self.matrix[:, None] if self.matrix.ndim == 1 else np.linalg.solve(self.matrix, x)
 
 
 def root(gram: Array, damping: float, kind: Kind) -> Root:

@@ -139,16 +139,10 @@ def _solve(weights: Array, gram: Array, a: float, size: int, accelerate: bool, l
 def _joined(parts: list[Reduction], a: float) -> Reduction:
     """Join output channels solved in slices; the gap is the weighted mean, an upper bound for all of them."""
     objective = sum(p.objective for p in parts)
-    return Reduction(
-        np.hstack([p.weights for p in parts]),
-        objective,
-        sum(p.start for p in parts),
-        sum(p.gap * p.objective for p in parts) / max(objective, 1e-300),
-        max(p.iterations for p in parts),
-        all(p.converged for p in parts),
-        a,
-        tuple(sum_traces(*[p.trace for p in parts])),
-    )
+    start, gap = sum(p.start for p in parts), sum(p.gap * p.objective for p in parts) / max(objective, 1e-300)
+    weights, trace = np.hstack([p.weights for p in parts]), tuple(sum_traces(*[p.trace for p in parts]))
+    iterations, converged = max(p.iterations for p in parts), all(p.converged for p in parts)
+    return Reduction(weights, objective, start, gap, iterations, converged, a, trace)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

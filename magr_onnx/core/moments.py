@@ -156,5 +156,4 @@ def whole_rows(rows: float) -> int:
 
 def weighted(sums: npt.NDArray[Any], weight: float) -> npt.NDArray[Any]:
     """Multiply the sums of a batch by its weight; returns the same array for weight 1."""
-    result: npt.NDArray[Any] = sums if weight == 1 else sums * weight
-    return result
+    return sums if weight == 1 else sums * weight

@@ -73,8 +73,7 @@ def unpack_bits(packed: Codes, bits: int, count: int) -> Codes:
     """Invert `pack_bits`: return the first ``count`` codes of the last axis."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
-    result: Codes = codes.reshape(*packed.shape[:-1], -1)[..., :count]
-    return result
+    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,15 +110,9 @@ def pack_matmulnbits(weight: QuantizedWeight, largest: int = 256) -> MatMulNBits
     padded = np.zeros((n, count * block), np.uint8)
     padded[:, :k] = codes.T
     block_zeros = np.ascontiguousarray(zeros[group_of_block].T)
-    return MatMulNBitsTensors(
-        weight=pack_bits(padded.reshape(n, count, block), bits),
-        scales=np.ascontiguousarray(weight.scales[group_of_block].T).astype(spec.scale_dtype),
-        zero_points=None if (block_zeros == 2 ** (bits - 1)).all() else pack_bits(block_zeros, bits),
-        bits=bits,
-        block_size=block,
-        k=k,
-        n=n,
-    )
+    zero_points = None if (block_zeros == 2 ** (bits - 1)).all() else pack_bits(block_zeros, bits)
+    scales = np.ascontiguousarray(weight.scales[group_of_block].T).astype(spec.scale_dtype)
+    return MatMulNBitsTensors(pack_bits(padded.reshape(n, count, block), bits), scales, zero_points, bits, block, k, n)
 
 
 def packed_shape(k: int, n: int, bits: int, block_size: int) -> tuple[int, int, int]:

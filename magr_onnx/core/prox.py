@@ -4,9 +4,8 @@ Both are one root-finding problem. For a row ``v`` of a metric ``d > 0`` the *le
 
     sum_i d_i max(|v_i| - c, 0) = t,        c = 0 when sum_i d_i |v_i| <= t,
 
-a convex, decreasing, piecewise linear equation. Then ``clip(v, -c, c)`` is the prox of ``t ||.||_inf`` in the metric ``diag(d)``,
-and, with ``d = 1``, ``sign(v) max(|v| - c, 0)`` is the projection on the l1 ball of radius ``t`` (Moreau: the two add up to
-``v``).
+a convex, decreasing, piecewise linear equation. Then ``clip(v, -c, c)`` is the prox of ``t ||.||_inf`` in the metric ``diag(d)``, and, with
+``d = 1``, ``sign(v) max(|v| - c, 0)`` is the projection on the l1 ball of radius ``t`` (Moreau: the two add up to ``v``).
 
 Newton's method from the left never oversteps the root and only ever shrinks the active set (Michelot 1986; Condat 2016 for the l1
 ball), so it ends exactly after a few steps; a level from an earlier, similar problem makes it two. No sort is needed.
@@ -58,8 +57,7 @@ def _from_left(magnitude: Array, weights: Array, threshold: float) -> Array:
 
 
 def _dot(rows: Array, weights: Array) -> Array:
-    product: Array = rows @ weights if weights.ndim == 1 else np.einsum("...gn,gn->...g", rows, weights)
-    return product
+    return rows @ weights if weights.ndim == 1 else np.einsum("...gn,gn->...g", rows, weights)
 
 
 def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, check: bool = False) -> Array:
@@ -85,8 +83,7 @@ def _finish(magnitude: Array, weights: Array, threshold: float, level: Array, ch
             break
         row, value, weight = row[keep], value[keep], weight[keep]
     current[overshot] = np.nan
-    result: Array = current.astype(magnitude.dtype).reshape(level.shape)
-    return result
+    return current.astype(magnitude.dtype).reshape(level.shape)
 
 
 def prox_linf(vector: Array, threshold: float) -> Array:
@@ -95,8 +92,7 @@ def prox_linf(vector: Array, threshold: float) -> Array:
     if threshold <= 0:
         return vector.copy()
     level = levels(columns, threshold)[:, None]
-    result: Array = np.clip(columns, -level, level).T.reshape(vector.shape)
-    return result
+    return np.clip(columns, -level, level).T.reshape(vector.shape)
 
 
 def project_l1_ball(vector: Array, radius: float) -> Array:
@@ -105,5 +101,4 @@ def project_l1_ball(vector: Array, radius: float) -> Array:
         raise ValueError(f"the radius of an l1 ball must not be negative; got {radius}")
     if radius == 0:
         return np.zeros_like(vector)
-    result: Array = vector - prox_linf(vector, radius)
-    return result
+    return vector - prox_linf(vector, radius)

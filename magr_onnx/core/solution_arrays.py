@@ -31,7 +31,8 @@ def to_arrays(solution: LayerSolution) -> Arrays:
         arrays |= {"down": solution.factors.down, "up": solution.factors.up}
     if solution.bias is not None:
         arrays["bias"] = solution.bias
-    arrays["facts"] = np.frombuffer(json.dumps(metadata, default=_to_python).encode(), np.uint8)
+    text = json.dumps(metadata, default=lambda value: value.item() if isinstance(value, np.generic) else str(value))
+    arrays["facts"] = np.frombuffer(text.encode(), np.uint8)
     return arrays
 
 
@@ -48,12 +49,8 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], k: int, n: int) -> Layer
     if "spec" in metadata:
         spec = WeightSpec(**metadata["spec"])
         grid = (spec.groups(k), n)
-        quantized = QuantizedWeight(
-            _array(arrays, "codes", (k, n), np.uint8),
-            _array(arrays, "scales", grid, np.float32),
-            _array(arrays, "zero_points", grid, np.uint8),
-            spec,
-        )
+        codes, scales = _array(arrays, "codes", (k, n), np.uint8), _array(arrays, "scales", grid, np.float32)
+        quantized = QuantizedWeight(codes, scales, _array(arrays, "zero_points", grid, np.uint8), spec)
         weight = quantized.dequantize()
     else:
         weight = _array(arrays, "weight", (k, n), np.float32)
@@ -77,8 +74,3 @@ def _array(arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, 
     if array.shape != shape or array.dtype != kind:
         raise ValueError(f"{name} is {array.dtype} {array.shape}, and should be {np.dtype(kind)} {shape}")
     return array
-
-
-def _to_python(value: Any) -> Any:
-    """Convert NumPy scalars to Python."""
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -130,6 +130,12 @@ class QuantizedWeight:
         """Codes as an int8 kernel multiplies them, ``code - 2^(bits - 1)``, ``(K, N)``."""
         return self.codes.astype(np.int16) - np.int16(self.spec.middle)
 
+    @staticmethod
+    def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
+        codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
+        return QuantizedWeight(codes, scales, zeros, weights[0].spec)
+
     def columns(self, chosen: Columns) -> QuantizedWeight:
         """Return the ``chosen`` output channels."""
         return QuantizedWeight(self.codes[:, chosen], self.scales[:, chosen], self.zero_points[:, chosen], self.spec)
@@ -137,12 +143,6 @@ class QuantizedWeight:
     def dequantize(self) -> Array:
         """``scale * (code - zero point)`` as ``(K, N)`` float32, the arithmetic of onnxruntime's kernels."""
         return dequantize(self.codes, self.zero_points, self.scales, self.spec.group_of_row(len(self.codes)))
-
-
-def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Join weights ``(K, N)`` on grids of one kind to ``(K, G N)``."""
-    codes, scales, zeros = (np.hstack([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zero_points"))
-    return QuantizedWeight(codes, scales, zeros, weights[0].spec)
 
 
 def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDArray[Any], rows: npt.NDArray[np.intp]) -> Array:

@@ -7,6 +7,7 @@ that its owner is dead. Without flock (Windows), nothing is refused and no stale
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -73,7 +74,7 @@ def remove_stale(output: Path) -> None:
     """
     if fcntl is None:
         return
-    for folder in output.parent.glob(f"{_escaped(_prefix(output))}*"):
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         try:
             names = [] if folder.is_symlink() else [p.name for p in folder.iterdir()]
             if not names:
@@ -94,10 +95,6 @@ def _prefix(output: Path) -> str:
     """Return the prefix of staging directories of ``output``: its name, or its hash if it is too long."""
     name = os.fsencode(output.name)
     return f".{output.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()}{_MIDDLE}"
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def sync(path: Path) -> None:

@@ -146,9 +146,8 @@ def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
 
 def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Return notes on parts of the model that are dropped."""
-    return (f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes",) * bool(
-        proto.training_info
-    )
+    text = f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes"
+    return (text,) if proto.training_info else ()
 
 
 def _load_attributes(model: ir.Model, folder: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from magr_onnx.errors import OutputError
 from magr_onnx.model_io.external_data import external_tensor, model_values
-from magr_onnx.model_io.writing import os_error_hint, release_mmap
+from magr_onnx.model_io.writing import output_errors, release_mmap
 
 SMALL = 1 << 12  # bytes up to which a tensor stays in memory
 FILE_BYTES = 1 << 30  # a tensor maps its whole file, so several files are better than one
@@ -28,15 +27,13 @@ class Spool:
         Raises:
             OutputError: The disk is full.
         """
-        try:
+        with output_errors(f"cannot write temporary files to {self._folder.parent}"):
             for value in model_values(model):
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
                     release_mmap(tensor)
                 elif isinstance(tensor, ir.Tensor) and tensor.nbytes > SMALL:
                     value.const_value = self._move(tensor, str(value.name))
-        except OSError as error:
-            raise OutputError(f"cannot write temporary files to {self._folder.parent}: {os_error_hint(error)}") from error
 
     def _move(self, tensor: ir.Tensor, name: str) -> ir.ExternalTensor:  # type: ignore[type-arg]
         if self._used > FILE_BYTES:

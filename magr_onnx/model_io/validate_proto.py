@@ -27,6 +27,8 @@ OLDEST_OPSET = 7
 LARGEST_CONSTANT = 1 << 32
 """Largest size in bytes that a constant may expand to (ConstantOfShape, Expand, sparse tensors ...)."""
 
+_TOO_LARGE = f"more than the {LARGEST_CONSTANT >> 30} GiB that are expanded at most"
+
 LARGEST_FILE = (1 << 31) - 1
 """Largest size of a protobuf message in bytes."""
 
@@ -93,19 +95,8 @@ def custom_operators(model: ir.Model) -> list[str]:
     return sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in _DOMAINS and (n.domain, n.op_type) not in functions})
 
 
-_DOMAINS = {
-    "",
-    "ai.onnx.ml",
-    "ai.onnx.preview",
-    "ai.onnx.preview.training",
-    "ai.onnx.training",
-    "com.microsoft",
-    "com.microsoft.dml",
-    "com.microsoft.experimental",
-    "com.microsoft.nchwc",
-    "com.ms.internal.nhwc",
-    "org.pytorch.aten",
-}
+_DOMAINS = {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training", "org.pytorch.aten"}
+_DOMAINS |= {"com.microsoft", "com.microsoft.dml", "com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 
 
 def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
@@ -116,12 +107,8 @@ def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
             findings.add(f"imports opsets {versions[domain]} and {entry.version} of domain {domain!r}; there can be only one")
     opset, newest = versions.get(""), onnx.defs.onnx_opset_version()
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
-        remedy = (
-            "convert it with onnx.version_converter"
-            if opset < OLDEST_OPSET
-            else "update onnx and onnxruntime, or export it with an older one"
-        )
-        findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {remedy}")
+        old, new = "convert it with onnx.version_converter", "update onnx and onnxruntime, or export it with an older one"
+        findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {old if opset < OLDEST_OPSET else new}")
     if proto.ir_version > onnx.IR_VERSION:
         newer = f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx"
         findings.add(f"{newer}; update onnx and onnxruntime")
@@ -170,7 +157,7 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
             constants[node.output[0]] = node.attribute[0].t
         size = None if findings.problems else expanded_bytes(node, constants)
         if size is not None and size > LARGEST_CONSTANT:
-            findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_too_large()}")
+            findings.add(f"node {node.name or list(node.output)} ({node.op_type}) makes {size:.3g} bytes of constants, {_TOO_LARGE}")
 
 
 def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_function: bool, findings: _Findings) -> None:
@@ -179,10 +166,8 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         findings.add(f"{where} refers to attribute {attribute.ref_attr_name!r} of a function, and is in none")
     if attribute.type not in _ATTRIBUTE_TYPES:
         findings.add(f"{where} has the unknown type {attribute.type}")
-    if node.domain in _ONNX and not attribute.ref_attr_name:
-        problem = _value(node, attribute)
-        if problem:
-            findings.add(f"{where} {problem}")
+    if node.domain in _ONNX and not attribute.ref_attr_name and (problem := _value(node, attribute)):
+        findings.add(f"{where} {problem}")
     if attribute.HasField("t"):
         _tensor(attribute.t, findings, where)
     for tensor in attribute.tensors:
@@ -229,10 +214,6 @@ _TYPES = ("to", "dtype", "output_dtype", "stash_type")
 _ATTRIBUTE_TYPES = set(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
 
 
-def _too_large() -> str:
-    return f"more than the {LARGEST_CONSTANT >> 30} GiB that are expanded_bytes at most"
-
-
 def _size(dtype: int, dims: Sequence[int]) -> tuple[int, int]:
     """Return elements and bytes of a dense tensor; a string counts as one byte.
 
@@ -259,8 +240,7 @@ def _tensor(tensor: onnx.TensorProto, findings: _Findings, where: str = "") -> N
         findings.add(f"{label} {error}")
         return
     if uses_external_data(tensor):
-        problem = _external(tensor, size, findings)
-        if problem:
+        if problem := _external(tensor, size, findings):
             findings.add(f"{label}: {problem}")
         return
     kind = ir.DataType(tensor.data_type)
@@ -323,7 +303,7 @@ def _sparse(sparse: onnx.SparseTensorProto, findings: _Findings, where: str = ""
         findings.add(f"{label} {error}")
         return
     if size > LARGEST_CONSTANT:
-        findings.add(f"{label} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_too_large()}")
+        findings.add(f"{label} of shape {list(sparse.dims)} stands for {size:.3g} bytes, {_TOO_LARGE}")
         return
     number, rank = math.prod(sparse.values.dims), len(sparse.dims)
     form = list(sparse.indices.dims)

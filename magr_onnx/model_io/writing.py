@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,19 @@ def save(model: ir.Model, output: Path, verify: Callable[[Path], None] | None = 
         MagrError: The model without its tensors exceeds the size of a protobuf.
     """
     try:
-        with staging_directory(output) as folder:
+        with output_errors(f"cannot write {output}"), staging_directory(output) as folder:
             return _save(model, output, folder, verify, layout or Layout())
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {os_error_hint(error)}") from error
     except ValueError as error:
         raise MagrError(f"the result cannot be serialized to {output}: {error}") from error
+
+
+@contextlib.contextmanager
+def output_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise errors of the file system as `OutputError`: what failed, why, and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{what}: {os_error_hint(error)}{remedy}") from error
 
 
 def os_error_hint(error: OSError) -> str:

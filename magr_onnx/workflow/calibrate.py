@@ -74,13 +74,13 @@ class _Split:
     """Layers by where their statistics come from.
 
     Attributes:
-        whole: From the float model as a whole.
+        unstaged: From the float model, run as a whole.
         staged: From stages, after those; None where the model is not run in stages.
         cuts: Layers to cut the model at; None for the staged ones.
         changed: Values that differ from the float model's where the stages begin, by name.
     """
 
-    whole: Sequence[LinearLayer]
+    unstaged: Sequence[LinearLayer]
     staged: Sequence[LinearLayer] | None = None
     cuts: Sequence[LinearLayer] | None = None
     changed: Collection[str] = ()
@@ -107,7 +107,7 @@ def _of_the_whole(
     tapped: subgraphs.TappedModel, split: _Split, calibration: CalibrationContext, context: RunContext
 ) -> Iterator[tuple[Sequence[LinearLayer], moments.CalibrationResult]]:
     """Groups of layers whose Gram matrices fit into memory together, one pass over the data each."""
-    groups = moments.grouped(split.whole, context.memory.gram_budget, calibration.hold_out)
+    groups = moments.grouped(split.unstaged, context.memory.gram_budget, calibration.hold_out)
     unsolved = [tapped.reached(group) if any(map(context.is_unsolved, group)) else [] for group in groups]
     masked_values(tapped.model, moments.readers_of(itertools.chain.from_iterable(unsolved)), calibration)  # for all groups at once
     for index, (group, reached) in enumerate(zip(groups, unsolved, strict=True)):
@@ -158,36 +158,34 @@ def without_stages(model: ir.Model, layers: Sequence[LinearLayer], plan: Plan) -
     return replace(plan, error_feedback=None), [note]
 
 
-@contextlib.contextmanager
 def output_hessian(
     model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, context: RunContext, notes: list[str]
-) -> Iterator[fisher.Fisher | None]:
+) -> contextlib.AbstractContextManager[fisher.Fisher | None]:
     """Second moments of gradients at layer outputs, if the plan asks for them; what could not be had is noted."""
     if plan.output_hessian is None:
-        yield None
-        return
+        return contextlib.nullcontext()
     quantize = plan.resolved.quantize
     if data is None or quantize is None or not quantize.weighs_outputs:
         reason = "there is no calibration data" if data is None else "the quantizer takes none, or none under an accumulator"
         notes.append(f"no gradients, all outputs weigh the same: {reason}")
-        yield None
-        return
-    shared = sharing(layers)
-    if names := [layer.name for layer in layers if layer.nested or layer.name in shared]:
-        notes.append(f"no gradients for {listed(names)}: in the body of a node, or of one weight with others; their outputs weigh the same")
-    layers = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
+        return contextlib.nullcontext()
+    shared, outputs = sharing(layers), {value.name for value in model.graph.outputs}
+    inner = [layer for layer in layers if layer.output.name not in outputs]  # errors at the model's outputs weigh the same in any case
+    left_out = [layer for layer in inner if layer.nested or layer.name in shared or layer.n > fisher.MAX_OUTPUTS]
+    if left_out:
+        reasons = f"in the body of a node, of one weight with others, or wider than {fisher.MAX_OUTPUTS}"
+        notes.append(f"no gradients for {listed([layer.name for layer in left_out])}: {reasons}; their outputs weigh the same")
+    main = [layer for layer in layers if not layer.nested]  # gradients do not reach into bodies
     try:
-        hessians = fisher.collect(model, layers, data, provider=context.provider, progress=context.stage("differentiating"))
+        hessians = fisher.collect(model, main, data, provider=context.provider, progress=context.stage("differentiating"))
     except RuntimeFailure as error:  # the model itself runs: this is about the gradients
         notes.append(f"no gradients, all outputs weigh the same: {str(error).splitlines()[0]}")
-        yield None
-        return
-    if hessians.blocked:
-        without = sum(hessians.moments(str(layer.output.name)) is None for layer in layers)
+        return contextlib.nullcontext()
+    without = sum(hessians.moments(str(layer.output.name)) is None for layer in inner if layer not in left_out)
+    if hessians.blocked and without:
         blocked = ", ".join(sorted(hessians.blocked))
         notes.append(f"no gradients for {without} layers: {blocked} cannot be differentiated; their outputs weigh the same")
-    with hessians:
-        yield hessians
+    return hessians
 
 
 def completing(

@@ -29,7 +29,7 @@ from magr_onnx.core.solution_arrays import Arrays, from_arrays, most_bytes, to_a
 from magr_onnx.errors import OptionError, OutputError, listed
 from magr_onnx.model_io.atomic import lock, replace
 from magr_onnx.model_io.files import Loaded
-from magr_onnx.model_io.writing import file_digest, os_error_hint
+from magr_onnx.model_io.writing import file_digest, output_errors
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.report.data import versions
 from magr_onnx.runtime.data.sources import Batches
@@ -79,12 +79,10 @@ def job_directory(path: Path, manifest: Mapping[str, str]) -> Iterator[JobDirect
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"job directory {path} is a file; give the name of a directory")
-    try:
+    with output_errors(f"job directory {path}"):
         path.mkdir(parents=True, exist_ok=True)
         _check_ours(path)
         locked = lock(path / LOCK)
-    except OSError as error:
-        raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error
     if locked is None:
         raise OutputError(f"job directory {path}: another run is working in it; wait until it ends, or give another directory")
     with locked:
@@ -103,15 +101,14 @@ def _check_ours(path: Path) -> None:
 def _check(path: Path, manifest: Mapping[str, str]) -> None:
     """Compare the directory with this run, or begin it."""
     try:
-        for part in (path / f"{MANIFEST}{_PART}", *(path / LAYERS).glob(f"*.npz{_PART}")):  # the lock is ours: who wrote them is dead
-            part.unlink(missing_ok=True)
-        (path / LAYERS).mkdir(exist_ok=True)
-        if not (path / MANIFEST).exists():
-            _write(path / MANIFEST, json.dumps(dict(manifest), indent=1).encode())
-            return
-        before = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OutputError(f"job directory {path}: {os_error_hint(error)}") from error
+        with output_errors(f"job directory {path}"):
+            for part in (path / f"{MANIFEST}{_PART}", *(path / LAYERS).glob(f"*.npz{_PART}")):  # the lock is ours: who wrote them is dead
+                part.unlink(missing_ok=True)
+            (path / LAYERS).mkdir(exist_ok=True)
+            if not (path / MANIFEST).exists():
+                _write(path / MANIFEST, json.dumps(dict(manifest), indent=1).encode())
+                return
+            before = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"job directory {path}: {MANIFEST} is damaged ({error}); delete the directory, or give another one") from error
     if not isinstance(before, dict):
@@ -173,13 +170,9 @@ class JobDirectory:
 
     def keep(self, layer: LinearLayer, solution: LayerSolution) -> None:
         """See `magr_onnx.passes.layerwise.Store`."""
-        try:
+        remedy = ". The layers finished so far are kept; the same command goes on from there"
+        with output_errors(f"job directory {self._path}", remedy):
             _write(self._file(layer), to_arrays(solution))
-        except OSError as error:
-            raise OutputError(
-                f"job directory {self._path}: {os_error_hint(error)}. The layers finished so far are kept; "
-                "the same command goes on from there"
-            ) from error
 
     def _file(self, layer: LinearLayer) -> Path:
         key = json.dumps([layer.name, layer.weight_name, layer.k, layer.n, self._plan])

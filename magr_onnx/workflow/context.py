@@ -12,10 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from magr_onnx.config.arguments import OnLayer, Progress
-from magr_onnx.errors import OutputError
 from magr_onnx.model_io.atomic import remove_stale, staging_directory
 from magr_onnx.model_io.spill import Spool
-from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, os_error_hint, oversized
+from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, output_errors, oversized
 from magr_onnx.passes import LinearLayer
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.data import LayerRow
@@ -139,12 +138,9 @@ def open_spool(output: Path | None, large: bool, stack: contextlib.ExitStack) ->
     Raises:
         OutputError: The folder of the output cannot be written to.
     """
-    if output is None:
+    if output is not None:
+        remove_stale(output)
+    if output is None or not large:
         return None
-    remove_stale(output)
-    if not large:
-        return None
-    try:
+    with output_errors(f"cannot write to {output.parent}"):
         return Spool(stack.enter_context(staging_directory(output)))
-    except OSError as error:
-        raise OutputError(f"cannot write to {output.parent}: {os_error_hint(error)}") from error

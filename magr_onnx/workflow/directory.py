@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from magr_onnx.config.invocation import Invocation, plain, python_call, without_
 from magr_onnx.config.selection import LayerNames, Patterns
 from magr_onnx.errors import CalibrationError, MagrError, ModelError, OptionError, OutputError, do_all, raise_all, translate_resource_errors
 from magr_onnx.model_io import atomic, copy_directory, files
-from magr_onnx.model_io.writing import os_error_hint
+from magr_onnx.model_io.writing import output_errors
 from magr_onnx.passes.layers.selection import Selection, matches
 from magr_onnx.report import html
 from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
@@ -149,7 +149,7 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
         requests[name] = replace(request, notes=(*request.notes, *notes))
     reports: dict[str, Report] = {}
     with contextlib.ExitStack() as stack:
-        with _writing(out):
+        with output_errors(f"cannot write {out}"):
             before = {path: seen for path, seen in copy_directory.preserved(place, names).items() if path not in carried}
             staging = stack.enter_context(atomic.staging_directory(place))
             part = staging / place.name
@@ -163,7 +163,7 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
         for name, request in requests.items():
             report = run(replace(request, output=part / name)).report
             reports[name] = replace(report, output=str(out / name))
-        with _writing(out):
+        with output_errors(f"cannot write {out}"):
             now = copy_directory.preserved(place, names).items()  # others may have written there meanwhile
             kept = {path: seen for path, seen in now if path in before or not os.path.lexists(part / path)}
             copy_directory.update(place, part, before, kept)
@@ -171,15 +171,6 @@ def run_folder(arguments: Mapping[str, Any], invocation: Invocation) -> Optimize
             _put(part, place, staging)
     files = [path for path, seen in kept.items() if not copy_directory.is_folder(seen)]
     return OptimizedFolder(str(source), str(out), reports, *(tuple(p.as_posix() for p in paths) for paths in (carried, files)))
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Explain errors of the system in writing the folder; those of a run, of its data and of its callbacks are not about that."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {os_error_hint(error)}") from error
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
@@ -291,7 +282,7 @@ def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> d
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         beside: dict[str, Source | None] = {name: file_of(path, _stem(name)) for name in names}
-        if any(found is not None for found in beside.values()):
+        if any(beside.values()):
             missing = [
                 f"{path} has no {_stem(name)}.npz, {_stem(name)}.txt or folder {_stem(name)}; add one, or leave {name} out (--models)"
                 for name in names

@@ -76,11 +76,11 @@ def goal_of(options: Options) -> Goal | None:
         problems.append(f"bits={options['bits']} with a budget: the budget chooses the bits of every layer; leave them out")
     goal = None
     if size is not None:
-        match, given = _SIZE.fullmatch(size), bytes_of(size)
-        if not (given or (match is not None and float(match["number"]) > 0)):
+        match, size_in_bytes = _SIZE.fullmatch(size), bytes_of(size)
+        if not (size_in_bytes or (match is not None and float(match["number"]) > 0)):
             problems.append(f"target_size={size!r}: give a share of the source ('25%'), the size of a uniform model ('4bit'), or '30 MB'")
         elif match is None:
-            goal = Goal(f"target size {size}", given, "B")
+            goal = Goal(f"target size {size}", size_in_bytes, "B")
         else:
             goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
     elif loss is not None:
@@ -254,16 +254,13 @@ class Allocation:
 
     def report(self, metric: str, measured_on: str) -> Assignment:
         """What was decided."""
-        p = self._point
-        rows = []
-        for names, item, j in zip(self.items, self._items, p.choices, strict=True):
-            choice = self.choices[j]
-            rows.append(ChoiceRow(tuple(names), choice.bits, choice.block_size, int(item.costs[j]), float(item.losses[j])))
-        shift = self.attempts[-1].bytes - p.cost  # what is not tensors of layers
-        uniform = []
-        for j, choice in enumerate(self.choices[:-1]):
-            all_so = knapsack.point(self._items, [j] * len(self._items))
-            uniform.append(TradeOff(round(all_so.cost + shift), all_so.loss, choice_label(choice.bits, choice.block_size)))
+        rows = [
+            ChoiceRow(tuple(names), self.choices[j].bits, self.choices[j].block_size, int(item.costs[j]), float(item.losses[j]))
+            for names, item, j in zip(self.items, self._items, self._point.choices, strict=True)
+        ]
+        shift = self.attempts[-1].bytes - self._point.cost  # what is not tensors of layers
+        points = [(choice, knapsack.point(self._items, [j] * len(self._items))) for j, choice in enumerate(self.plans)]
+        uniform = [TradeOff(round(p.cost + shift), p.loss, choice_label(choice.bits, choice.block_size)) for choice, p in points]
         return Assignment(
             self.goal.text,
             metric,
@@ -272,7 +269,7 @@ class Allocation:
             tuple(self.attempts),
             self.goal.loss is None or self.attempts[-1].measured <= self.goal.loss,
             tuple(rows),
-            tuple(TradeOff(round(q.cost + shift), q.loss) for q in knapsack.curve(self._items)),
+            tuple(TradeOff(round(p.cost + shift), p.loss) for p in knapsack.curve(self._items)),
             tuple(uniform),
         )
 

@@ -15,8 +15,8 @@ from magr_onnx.errors import translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
 from magr_onnx.passes import Skip
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.data import LayerRow, ProofSummary, Report, versions
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import Validation, amount

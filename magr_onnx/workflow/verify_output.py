@@ -49,8 +49,7 @@ def prove(model: ir.Model, demand: Target | Accumulator, emitted: set[str]) -> P
     layers, skipped = overflow.verify(model, demand, run=False)
     against = f"target {demand.name}" if isinstance(demand, Target) else f"accumulator of {demand}"
     failing = [layer for layer in layers if layer.verdict != "proved" and layer.name in emitted]
-    if failing:
-        raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
+    raise_all(OptionError, (f"{_overflow(layer)} ({against})" for layer in failing))
     unread = emitted - {layer.name for layer in layers} - {row.name for row in skipped if row.reason == IntegerReason.FLOAT}
     if unread:
         raise MagrError(f"internal error: the proof has not found {', '.join(sorted(unread))}; please report this")
@@ -99,7 +98,7 @@ def verify_file(
         proof = prove(model, demand, emitted)
         if str(proof) != model.metadata_props["onnx_magr.accumulator"]:
             raise MagrError(f"internal error: the file says {model.metadata_props['onnx_magr.accumulator']}, but has {proof}")
-    name = session.provider_name(provider)  # the worker has no providers but those of the package
+    name = session.available_provider(provider).onnxruntime  # the worker has no providers but those of the package
     size = path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
     try:
         with worker.as_file(path) as file:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from magr_onnx.errors import listed
 from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
 from magr_onnx.passes.canonical.rewriter import NodeRewriter, Pattern, Refusal, RewriteContext, weight
+from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.layers.linear import REFUSED
 from magr_onnx.passes.layers.selection import ALL, Selection
 
@@ -43,7 +44,7 @@ def canonicalize(model: ir.Model, selection: Selection = ALL, *, requantized: bo
     for pattern in (requantize.PATTERN, *PATTERNS) if requantized else PATTERNS:
         rewritten = []
         for node in list(model.graph.all_nodes()):
-            if f"{node.domain}.{node.op_type}".removeprefix(".") not in pattern.operators:
+            if operator_of(node) not in pattern.operators:
                 continue
             rewriter = NodeRewriter(context, node)
             constant = next((view.name for v in node.inputs[:2] if (view := weight(v)) is not None), "")

@@ -14,8 +14,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.subgraphs import graph_of, remember
-from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.reasons import Reason
 
 Dims = list[int | ir.SymbolicDim]

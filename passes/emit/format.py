@@ -12,7 +12,8 @@ import onnx_ir as ir
 from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
-from magr_onnx.passes.base import Emitter, InputGrids
+from magr_onnx.passes.base import Emitter
+from magr_onnx.passes.graph.nodes import only_use
 from magr_onnx.passes.layers.conv import Form
 
 Operator = tuple[str, str]
@@ -73,11 +74,6 @@ class Format:
     exclusive_options: tuple[str, ...] = ()
     fit_accumulator: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
-    @property
-    def input_grids(self) -> InputGrids | None:
-        """Kind of grids of layer inputs; None for float inputs."""
-        return self.emitter.input_grids
-
     def make_emitter(self, options: Mapping[str, Any]) -> Emitter:
         """Make the emitter for the options of a run."""
         return self.emitter(**{field: options[name] for name, field in self.emitter_options.items() if name in options})
@@ -97,7 +93,5 @@ def stored_array(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 def only_reader(node: ir.Node | None, op: str) -> ir.Node | None:
     """Return the only reader of a node's output if it is an ``op``, else None."""
-    if node is None or node.outputs[0].is_graph_output():
-        return None
-    uses = list(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == op and uses[0].node.domain == "" else None
+    reader = None if node is None else only_use(node.outputs[0])[0]
+    return reader if reader is not None and (reader.domain, reader.op_type) == ("", op) else None

@@ -284,28 +284,21 @@ def _read_product(node: ir.Node) -> Array | None:
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, 1, 0))
 
 
+_INTEGER: dict[str, Any] = {"kernel_blocks": {8: (None,)}, "bits": 8, "block_size": None, "symmetric": True, "effort": "fast"}
 STATIC = Format(
     "qdq-int8",
     "QuantizeLinear and DequantizeLinear around MatMul and Gemm, 8-bit inputs of static ranges",
     EmitQDQInt8,
     {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
-    {8: (None,)},
-    bits=8,
-    block_size=None,
-    symmetric=True,
-    effort="fast",
     conv_form="dequantize",
     emitter_options={"quantize_outputs": "outputs"},
     exclusive_options=("activation_type", "activation_range", "quantize_outputs"),
+    **_INTEGER,
 )
 DYNAMIC = Format(
     "dynamic-int8",
     "DynamicQuantizeLinear and MatMulInteger, 8-bit inputs of ranges found at run time",
     EmitDynamicInt8,
     {("", "MatMulInteger"): Reader(_read_product, ("Cast", "Mul"))},
-    {8: (None,)},
-    bits=8,
-    block_size=None,
-    symmetric=True,
-    effort="fast",
+    **_INTEGER,
 )

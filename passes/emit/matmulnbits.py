@@ -153,11 +153,7 @@ def _fit_accumulator(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_accumulator(options: Mapping[str, Any]) -> None:
-    """Check that options leave block sizes to choose from.
-
-    Raises:
-        OptionError: They do not.
-    """
+    """Raise an `OptionError` where options leave no block sizes to choose from."""
     tile = options.get("accumulator_tile")
     level = options.get("accuracy_level") or INT8_LEVEL
     if level != INT8_LEVEL:
@@ -173,12 +169,8 @@ def _check_accumulator(options: Mapping[str, Any]) -> None:
         )
 
 
-KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {
-    2: (32, 64, 128),  # supported by the int8 kernel
-    3: MATMULNBITS_BLOCKS,
-    4: MATMULNBITS_BLOCKS,
-    8: MATMULNBITS_BLOCKS,
-}
+INT2_BLOCKS = (32, 64, 128)  # supported by the int8 kernel
+KERNEL_BLOCKS: dict[int, tuple[int, ...]] = {2: INT2_BLOCKS, **dict.fromkeys((3, 4, 8), MATMULNBITS_BLOCKS)}
 FORMAT = Format(
     "matmulnbits",
     "one com.microsoft MatMulNBits node a layer, with its bias",

@@ -2,8 +2,7 @@
 
 1. The weight is always ``(K, N)`` and the product always a MatMul: ``DQ -> Gemm(transB=1)`` and a shared DQ would not fuse.
 2. One grid per channel: DequantizeLinear on axis 1. Blocks: axis 0 with ``block_size``. The opset is raised only as far as needed.
-3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the
-   signed type and no zero point.
+3. 8 bits: int8 or uint8. 4 bits: int4 or uint4. 3 bits use the 4-bit types. Symmetric grids use the signed type and no zero point.
 4. The codes of a layer in the body of an If, Loop or Scan are in that body: onnxruntime's fusion looks for them only there, and fails to
    load a model that has them outside [measured, 1.31]. If layers elsewhere share them, they and the DequantizeLinear are in the main
    graph, and the product in the body is a float one.
@@ -71,8 +70,9 @@ class EmitQDQ(BlockEmitter):
         if packed.zero_points is not None:
             inputs.append(constants.add(layer, f"{suffix}_zero_points", packed.zero_points.astype(packed.stored_dtype), inside))
         attributes = {"axis": packed.axis, "block_size": packed.block_size} if packed.block_size else {"axis": packed.axis}
-        weight = ir.val(derived_name(layer, codes, "_dequantized"), layer.dtype, [layer.k, layer.n])
+        weight = ir.val(None, layer.dtype, [layer.k, layer.n])
         dequantize = ir.node("DequantizeLinear", inputs, attributes, outputs=[weight], name=f"{layer.name}_dequantize")
+        weight.name = derived_name(layer, codes, "_dequantized")  # counts this node among the readers of the codes
         nodes: list[ir.Node] = []
         x = layer.x
         if packed.bits == 8 and packed.block_size and _is_dequantized(x):

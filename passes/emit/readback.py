@@ -41,7 +41,8 @@ def iterate_weights(model: ir.Model, outputs: Collection[str] = ()) -> Iterator[
         for reader in readers_of(node):
             weight = reader.weight(node)
             if weight is not None:
-                yield _output_name(node, reader, outputs), weight
+                names = [str(n.outputs[0].name) for n in _behind(node, reader)]
+                yield next((name for name in names if name in outputs), names[-1]), weight
                 break
 
 
@@ -55,11 +56,6 @@ def readers_of(node: ir.Node) -> Iterator[Reader]:
 def digest(weight: Array) -> str:
     """Hash the bits of a dequantized weight."""
     return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).tobytes()).hexdigest()[:16]
-
-
-def _output_name(node: ir.Node, reader: Reader, outputs: Collection[str]) -> str:
-    names = [str(n.outputs[0].name) for n in _behind(node, reader)]
-    return next((name for name in names if name in outputs), names[-1])
 
 
 def _is_constant(value: ir.Value) -> bool:

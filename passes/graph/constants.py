@@ -1,9 +1,8 @@
 """Lazy constant folding: views of a constant through the Transpose, Reshape, Cast ... nodes between it and its reader.
 
 A view is computed when it is read, and the graph is not changed. Only operators whose result is no larger than a cast of their input are
-folded: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and QuantizeLinear and
-DequantizeLinear marked with `FOLLOW`. Not Expand, Tile or ConstantOfShape: with these a file of a few bytes could allocate any amount of
-memory.
+folded: Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Split, Cast between float types, Identity, and QuantizeLinear and DequantizeLinear
+marked with `FOLLOW`. Not Expand, Tile or ConstantOfShape: with these a file of a few bytes could allocate any amount of memory.
 """
 
 from __future__ import annotations

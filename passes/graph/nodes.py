@@ -23,6 +23,22 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def layer_name(node: ir.Node) -> str:
+    """Name a node, which may have no name, stably between runs."""
+    return node.name or f"{node.op_type}:{node.outputs[0].name}"
+
+
+def operator_of(node: ir.Node) -> str:
+    """Name the operator of a node, with its domain if not ONNX's: ``Mul``, ``com.microsoft.Gelu``."""
+    return f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")
+
+
+def only_use(value: ir.Value) -> tuple[ir.Node | None, int]:
+    """Return the only reader of a value that is no output of its graph, and which input reads it; None for any other value."""
+    uses = list(value.uses())
+    return uses[0] if len(uses) == 1 and not value.is_graph_output() else (None, 0)
+
+
 def producers(value: ir.Value | None) -> Iterator[ir.Node]:
     """Yield the node a value comes from, the node that the first input of that one comes from, and so on."""
     while value is not None and (node := value.producer()) is not None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import layer_name, operator_of
 
 BODIES = ("If", "Loop", "Scan")
 """Operators whose bodies onnxruntime runs as part of the graph around them."""
@@ -68,11 +69,11 @@ def values_of(graph: ir.Graph) -> list[ir.Value]:
 
 def unique_names(model: ir.Model, operators: Collection[str] = ()) -> None:
     """Make the names of values in subgraphs unique, and those of nodes of ``operators`` in subgraphs; the main graph keeps its names."""
-    inner = {node for node, path in walk(model.graph) if path and f"{node.domain}.{node.op_type}".removeprefix(".") in operators}
+    inner = {node for node, path in walk(model.graph) if path and operator_of(node) in operators}
     names = Names((v.name for v in values_of(model.graph)), (node.name for node in model.graph.all_nodes() if node not in inner))
     for node in model.graph.all_nodes():
         if node in inner:
-            name = node.name or f"{node.op_type}:{node.outputs[0].name}"
+            name = layer_name(node)
             node.name = names.node(name)
             if node.name != name:
                 remember(node, name)

@@ -66,12 +66,11 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         graph = graph_of(node)
         real = copy.add("Cast", [node.inputs[0]], f"{name}_x", graph, to=ir.DataType.FLOAT)
         g, k = layer.group, layer.k
-        starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(((g, k, k), (g, k), ()))]
-        body = _body(copy, layer, name)
-        scan = ir.node("Scan", [*starts, real], {"body": body, "num_scan_inputs": 1}, num_outputs=3, name=name)
-        for output, start, suffix in zip(scan.outputs, starts, ("gram", "sum", "count"), strict=True):
-            output.name, output.type, output.shape = f"{name}_{suffix}", start.type, start.shape
-        for output, start, shape in zip(copy.append(graph, scan), starts, ([g, k, k], [g, k], []), strict=True):
+        shapes: dict[str, list[int]] = {"gram": [g, k, k], "sum": [g, k], "count": []}
+        starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(shapes.values())]
+        outputs = [ir.val(f"{name}_{suffix}", ir.DataType.FLOAT, shape) for suffix, shape in shapes.items()]
+        scan = ir.node("Scan", [*starts, real], {"body": _body(copy, layer, name), "num_scan_inputs": 1}, outputs=outputs, name=name)
+        for output, start, shape in zip(copy.append(graph, scan), starts, shapes.values(), strict=True):
             result = carry_out(output, path, start, "Add", f"{output.name}_of_all") if path else output
             copy.output(result, shape=shape)
     return copy.finish()

@@ -30,16 +30,6 @@ def _axes(node: ir.Node, rank: int) -> list[int] | None:
 # --- Rules --------------------------------------------------------------------------------------------------------------
 
 
-@rule("Identity", "Dropout")
-def _same(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [grads[0]]
-
-
-@rule("Cast")
-def _cast(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [b.cast(grads[0], node.inputs[0])]
-
-
 @rule("Add", "Sub")
 def _add(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     (g,), (x, y) = grads, node.inputs
@@ -85,11 +75,6 @@ def _gemm(b: Backward, node: ir.Node, grads: Grads) -> Grads | None:
         return None
     grad_x = b.op("Gemm", g, weight, transB=1 - node.attributes.get_int("transB", 0), alpha=node.attributes.get_float("alpha", 1.0))
     return [grad_x]
-
-
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-def _reshape(b: Backward, node: ir.Node, grads: Grads) -> Grads:
-    return [b.op("Reshape", grads[0], b.op("Shape", node.inputs[0]))]
 
 
 @rule("Transpose")
@@ -214,8 +199,11 @@ def _gelu(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     return [b.op("Mul", grads[0], slope)]
 
 
-Derivative = Callable[[Backward, ir.Value, ir.Value, Maybe], ir.Value]
-_ELEMENTWISE: dict[str, Derivative] = {
+Derivative = Callable[[Backward, ir.Value, ir.Value, Maybe], Maybe]
+_UNARY: dict[str, Derivative] = {
+    **{op: lambda b, x, y, g: g for op in ("Identity", "Dropout")},
+    **{op: lambda b, x, y, g: b.op("Reshape", g, b.op("Shape", x)) for op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
+    "Cast": lambda b, x, y, g: b.cast(g, x),
     "Neg": lambda b, x, y, g: b.op("Neg", g),
     "Log": lambda b, x, y, g: b.op("Div", g, x),
     "Exp": lambda b, x, y, g: b.op("Mul", g, y),
@@ -227,14 +215,14 @@ _ELEMENTWISE: dict[str, Derivative] = {
     "Clip": lambda b, x, y, g: b.op("Where", b.op("Equal", x, y), g, b.number(0, x)),
     "Erf": lambda b, x, y, g: b.op("Mul", g, b.op("Mul", b.op("Exp", b.op("Neg", b.op("Mul", x, x))), b.number(2 / math.sqrt(math.pi), x))),
 }
-"""Gradients of ``x`` for functions ``y = f(x)`` of every element, from x, y and the gradient of y."""
+"""Gradients of ``x`` for operators ``y = f(x)``, from x, y and the gradient of y."""
 
 
-@rule(*_ELEMENTWISE)
-def _elementwise(b: Backward, node: ir.Node, grads: Grads) -> Grads:
+@rule(*_UNARY)
+def _unary(b: Backward, node: ir.Node, grads: Grads) -> Grads:
     x = node.inputs[0]
     assert x is not None
-    return [_ELEMENTWISE[node.op_type](b, x, node.outputs[0], grads[0])]
+    return [_UNARY[node.op_type](b, x, node.outputs[0], grads[0])]
 
 
 @rule("Pow")

@@ -15,7 +15,8 @@ What is summed inside a body (`carry_out`) has one shape at every turn, so that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -93,9 +94,12 @@ def carry_out(value: ir.Value, path: SubgraphPath, start: ir.Value, op: str, nam
 
 def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     """Add an Identity of an outer value to a subgraph."""
-    node = ir.node("Identity", [value])
-    graph.append(node)
-    return _like(node.outputs[0], value, name)
+    return _like(_append(graph, "Identity", [value], name), value, name)
+
+
+def _append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
+    graph.append(ir.node(op, inputs, attributes, outputs=[value := ir.val(name)]))
+    return value
 
 
 def _like(value: ir.Value, template: ir.Value, name: str) -> ir.Value:
@@ -105,13 +109,9 @@ def _like(value: ir.Value, template: ir.Value, name: str) -> ir.Value:
 
 def _rows(names: Names, graph: ir.Graph, value: ir.Value, width: int, name: str) -> ir.Value:
     """Append nodes that reshape ``value`` to float32 rows."""
-    shape = ir.node("Constant", [], {"value": ir.tensor(np.array([-1, width]))})
-    real = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-    rows = ir.node("Reshape", [real.outputs[0], shape.outputs[0]])
-    for node, suffix in ((shape, "shape"), (real, "real"), (rows, "rows")):
-        node.outputs[0].name = names.value(f"{name}__{suffix}")
-    graph.extend([shape, real, rows])
-    return _typed(rows.outputs[0], width)
+    shape = _append(graph, "Constant", [], names.value(f"{name}__shape"), value=ir.tensor(np.array([-1, width])))
+    real = _append(graph, "Cast", [value], names.value(f"{name}__real"), to=ir.DataType.FLOAT)
+    return _typed(_append(graph, "Reshape", [real, shape], names.value(f"{name}__rows")), width)
 
 
 def _typed(value: ir.Value, width: int) -> ir.Value:
@@ -134,10 +134,7 @@ def _out(names: Names, holder: ir.Node, attribute: str, rows: ir.Value, width: i
 
 
 def _none(graph: ir.Graph, width: int, name: str) -> ir.Value:
-    node = ir.node("Constant", [], {"value": ir.tensor(np.zeros((0, width), np.float32))})
-    node.outputs[0].name = name
-    graph.append(node)
-    return _typed(node.outputs[0], width)
+    return _typed(_append(graph, "Constant", [], name, value=ir.tensor(np.zeros((0, width), np.float32))), width)
 
 
 def _carried(names: Names, loop: ir.Node, attribute: str, rows: ir.Value, width: int, name: str) -> ir.Value:

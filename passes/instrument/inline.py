@@ -18,6 +18,7 @@ from onnx_ir.passes.common import InlinePass
 from magr_onnx.errors import ModelError
 from magr_onnx.passes.canonical import PATTERNS
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.graph.subgraphs import remember, unique_names
 from magr_onnx.passes.layers.linear import OPERATORS
 
@@ -54,13 +55,14 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
     if not model.functions:
         return []
     calls = {id_: _called(model, f.all_nodes()) for id_, f in model.functions.items()}
-    holding = _closure({i for i, f in model.functions.items() if any(_is(n, operators) for n in f.all_nodes())}, _callers(calls))
+    callers = {callee: {caller for caller, callees in calls.items() if callee in callees} for callee in calls}
+    holding = _closure({i for i, f in model.functions.items() if any(operator_of(n) in operators for n in f.all_nodes())}, callers)
     excluded = _closure({i for i in model.functions if i in holding and not _fits(model, i)}, calls)
     chosen = holding - excluded
     for id_ in chosen:
         _separate_outputs(model.functions[id_])
         for node in model.functions[id_].all_nodes():
-            if node.name and _is(node, operators):
+            if node.name and operator_of(node) in operators:
                 remember(node, node.name)  # every call after the first renames it
     count = len(chosen & _closure(_called(model, model.graph.all_nodes()), calls))
     if not count:
@@ -72,16 +74,8 @@ def inline(model: ir.Model, operators: Collection[str]) -> list[str]:
     return [f"{count} model-local function{'s' * (count > 1)} with layers inlined ({', '.join(sorted(i[1] for i in chosen)[:3])})"]
 
 
-def _is(node: ir.Node, operators: Collection[str]) -> bool:
-    return f"{node.domain}.{node.op_type}".removeprefix(".") in operators
-
-
 def _called(model: ir.Model, nodes: Iterable[ir.Node]) -> set[Id]:
     return {node.op_identifier() for node in nodes} & set(model.functions)
-
-
-def _callers(calls: dict[Id, set[Id]]) -> dict[Id, set[Id]]:
-    return {callee: {caller for caller, callees in calls.items() if callee in callees} for callee in calls}
 
 
 def _closure(start: set[Id], edges: dict[Id, set[Id]]) -> set[Id]:

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import layer_name, only_use
 from magr_onnx.passes.graph.subgraphs import bodies_of
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.layers.weighted import layer_name, sharing
+from magr_onnx.passes.layers.weighted import sharing
 
 _CONTAINERS = ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence", "Optional")
 _SUMS = {("", "Add"), ("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")}
@@ -119,12 +120,11 @@ def residual_operand(layer: LinearLayer) -> str | None:
 
     It is added by an Add, or by a normalization of onnxruntime that adds its first two inputs.
     """
-    output = layer.output
-    uses = list(output.uses())
-    if len(uses) != 1 or output.is_graph_output() or (uses[0].node.domain, uses[0].node.op_type) not in _SUMS or uses[0].idx > 1:
+    node, index = only_use(layer.output)
+    if node is None or (node.domain, node.op_type) not in _SUMS or index > 1:
         return None
-    operand = uses[0].node.inputs[1 - uses[0].idx]
-    return None if operand is None or operand.name is None or operand is output else str(operand.name)
+    operand = node.inputs[1 - index]
+    return None if operand is None or operand.name is None or operand is layer.output else str(operand.name)
 
 
 def reads(node: ir.Node) -> Iterator[str]:

@@ -149,19 +149,12 @@ def error_taps(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mask:
-    """The mask of the current tokens.
-
-    Attributes:
-        shape: Its shape.
-        rows: Its elements as booleans of rows ``(n, 1)``.
-        total: The number of those that are true ``(1,)``.
-        fixed: Whether the model fixes its shape.
-    """
+    """The mask of the current tokens."""
 
     shape: ir.Value
-    rows: ir.Value
-    total: ir.Value
-    fixed: bool
+    rows: ir.Value  # its elements as booleans ``(n, 1)``
+    total: ir.Value  # the number of those that are true ``(1,)``
+    fixed: bool  # whether the model fixes its shape
 
 
 class Extension:
@@ -273,10 +266,8 @@ class Extension:
         count = self.add("Cast", [size], f"{name}_rows", to=ir.DataType.FLOAT)
         branches = [self._branch(f"{name}_{i}", values) for i, values in enumerate(((mask.rows, mask.total), (one, count)))]
         bodies = dict(zip(("then_branch", "else_branch"), branches, strict=True))
-        choice = ir.node("If", [self.fits(tap)], bodies, num_outputs=2, name=name)
-        for output, suffix in zip(choice.outputs, ("kept", "count"), strict=True):
-            output.name = f"{name}_{suffix}"
-        kept, total = self.append(self.model.graph, choice)
+        outputs = [ir.val(f"{name}_{part}") for part in ("kept", "count")]
+        kept, total = self.append(self.model.graph, ir.node("If", [self.fits(tap)], bodies, outputs=outputs, name=name))
         return kept, total
 
     def _branch(self, name: str, values: Sequence[ir.Value]) -> ir.Graph:
@@ -298,9 +289,8 @@ class Extension:
             if grid.clips:
                 limits = [self.constant(f"{name}_{side}", np.float32(bound)) for side, bound in (("least", grid.low), ("most", grid.high))]
                 real = self.add("Clip", [real, *limits], f"{name}_within")
-            node = ir.node("DynamicQuantizeLinear", [real], num_outputs=3, name=f"{name}_codes")
-            for output, suffix in zip(node.outputs, ("codes", "scale", "zero"), strict=True):
-                output.name = f"{name}_{suffix}"
+            outputs = [ir.val(f"{name}_{part}") for part in ("codes", "scale", "zero")]
+            node = ir.node("DynamicQuantizeLinear", [real], outputs=outputs, name=f"{name}_codes")
             codes, scale, zero = self.append(self.model.graph, node)
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
 

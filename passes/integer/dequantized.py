@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.core.overflow.accumulator import Int64
+from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, broadcast_grid
 from magr_onnx.passes.graph.constants import constant_array
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand, producers
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, only_use, operand, producers
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -151,11 +152,10 @@ def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
 
 def _added_bias(node: ir.Node) -> ir.Value | None:
     """Return the dequantized int32 bias of an Add that is a MatMul's only reader: onnxruntime may fuse the two to a Gemm."""
-    out = node.outputs[0]
-    uses = list(out.uses())
-    if len(uses) != 1 or out.is_graph_output() or uses[0].node.op_type != "Add" or uses[0].node.domain != "":
+    add, index = only_use(node.outputs[0])
+    if add is None or (add.domain, add.op_type) != ("", "Add"):
         return None
-    operand_added = uses[0].node.inputs[1 - uses[0].idx]
+    operand_added = add.inputs[1 - index]
     dq = None if operand_added is None else _dequantize(operand_added)[0]
     return operand_added if dq is not None and type_of(required(dq, 0)) == "int32" else None
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import packed_shape, unpack_codes
 from magr_onnx.passes.graph.constants import constant_array
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, layer_name, operand
 from magr_onnx.passes.integer.dequantized import product
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
@@ -56,7 +56,9 @@ def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
         model: The model; not changed.
     """
     names: set[str] = set()
-    for node, function_prefix in _nodes(model):
+    functions = ((function, f"{function.name}/") for function in model.functions.values())
+    graphs: list[tuple[ir.Graph | ir.Function, str]] = [(model.graph, ""), *functions]
+    for node, function_prefix in ((node, prefix) for graph, prefix in graphs for node in graph.all_nodes()):
         dot = view(node)
         if dot is None:
             continue
@@ -69,19 +71,10 @@ def find(model: ir.Model) -> Iterator[IntegerDot | Skip]:
         yield replace(dot, name=name)
 
 
-def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Yield every node of the main graph, its subgraphs and the functions; the latter with the function's name as prefix."""
-    for node in model.graph.all_nodes():
-        yield node, ""
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            yield node, f"{function.name}/"
-
-
 def view(node: ir.Node) -> IntegerDot | Skip | None:
     """Return the dot product of a node, or the reason why it is not proved; None for nodes without one."""
     reader = _READERS.get((node.domain, node.op_type))
-    name = node.name or f"{node.op_type}:{node.outputs[0].name}"
+    name = layer_name(node)
     if reader is None:
         if node.domain in ("", CONTRIB):
             return Skip(name, node.op_type, IntegerReason.OPERATOR) if node.op_type in UNREAD else None

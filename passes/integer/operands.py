@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.overflow.proof import Int64, IntegerDot
+from magr_onnx.core.overflow.accumulator import Int64
+from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import broadcast_grid
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand, producers

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from magr_onnx.core.grid import search
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution
-from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, WeightSpec, side_by_side
+from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, WeightSpec
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_state import float_type
@@ -93,4 +93,4 @@ def quantize(table: Array, spec: WeightSpec) -> QuantizedWeight:
         part = np.ascontiguousarray(table[at : at + step].T.astype(np.float32))
         grid = search(part, spec, np.ones(width))
         parts.append(grid.weight(grid.codes(part)))
-    return side_by_side(parts)
+    return QuantizedWeight.side_by_side(parts)

@@ -26,7 +26,7 @@ from magr_onnx.core.quantizers import (
     quantizers_with,
     rtn,
 )
-from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits, side_by_side
+from magr_onnx.core.types import BITS, QuantizedWeight, ScaleType, WeightSpec, activation_limits
 from magr_onnx.errors import OptionError, choose_one
 from magr_onnx.passes.base import LayerPass, negative_or_infinite
 from magr_onnx.passes.layer_passes import magr
@@ -243,7 +243,7 @@ class Quantize(LayerPass):
         power = float(np.einsum("gkn,gkn->", grams @ matrices.astype(np.float64), matrices))
         means = np.stack([p.stats.mean for p in problems])
         bias = -np.einsum("gkn,gk->gn", difference, means).reshape(-1) if centred else None
-        quantized, target = side_by_side(result.weights), np.hstack(list(matrices))
+        quantized, target = QuantizedWeight.side_by_side(result.weights), np.hstack(list(matrices))
         weights = sketch(target, None, quantized)
         record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, weights=weights)
         return LayerSolution(quantized.dequantize(), bias, target, (), quantized, None, True, record)

@@ -24,10 +24,11 @@ from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSol
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
-from magr_onnx.passes.layers.weighted import by_weight, layer_name, readers
+from magr_onnx.passes.layers.weighted import by_weight, readers
 
 
 class SharedWeight:
@@ -123,7 +124,7 @@ def remarks(
         same = [x.name for x in others if x.weight_key == layer.weight_key]
         if same:
             notes[layer.name].append(f"{listed(same)} reads the same weight in another stage, and has codes of its own")
-        transposed = [x.name for x in layers if x.weight_key != layer.weight_key and _same_elements(x, layer)]
+        transposed = [x.name for x in layers if x.weight_key != layer.weight_key and x.weight.key == layer.weight.key]
         if transposed:
             notes[layer.name].append(
                 f"{listed(transposed)} reads the same weight transposed or scaled, so that their codes cannot be shared"
@@ -137,8 +138,3 @@ def remarks(
             cost = f"converting it saved nothing and added {more} bytes: {stays}; {' or '.join(ways)}"
             notes[layer.name].append(stays if more is None else cost)
     return notes
-
-
-def _same_elements(a: LinearLayer, b: LinearLayer) -> bool:
-    """Whether two layers read the same elements of a tensor, and not two parts of it."""
-    return a.weight.key == b.weight.key

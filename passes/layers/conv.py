@@ -19,10 +19,10 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized
-from magr_onnx.passes.graph.nodes import operand, producers
+from magr_onnx.passes.graph.nodes import layer_name, operand, producers
 from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import Product, find_views, in_closed_body, in_functions, layer_name, refusal, skip_of
+from magr_onnx.passes.layers.weighted import Product, find_views, in_closed_body, in_functions, refusal, skip_of
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")

@@ -19,11 +19,11 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.passes.graph.constants import CASTS, constant_view
-from magr_onnx.passes.graph.nodes import attribute_of, operand
+from magr_onnx.passes.graph.nodes import attribute_of, layer_name, operand
 from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.unconverted import LEAST
-from magr_onnx.passes.layers.weighted import WeightedNode, find_views, in_closed_body, layer_name, refusal, skip_of
+from magr_onnx.passes.layers.weighted import WeightedNode, find_views, in_closed_body, refusal, skip_of
 from magr_onnx.report.reasons import Skip, TableReason
 
 Form = Literal["gather-block-quantized", "dequantize"]

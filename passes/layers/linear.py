@@ -19,9 +19,10 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.model_io.writing import release_mmap
 from magr_onnx.passes.graph.constants import constant_view, dequantized, replace_input
+from magr_onnx.passes.graph.nodes import layer_name, only_use
 from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_closed_body, in_functions, layer_name, refusal, skip_of
+from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_closed_body, in_functions, refusal, skip_of
 from magr_onnx.report.reasons import Reason, Skip
 
 OPERATORS = ("MatMul", "Gemm")
@@ -169,15 +170,10 @@ def _bias(value: ir.Value | None, n: int) -> ir.TensorProtocol | None:
 
 def _bias_add(node: ir.Node, n: int) -> tuple[ir.Node | None, ir.TensorProtocol | None]:
     """Return the Add of a constant vector that is the only reader of a MatMul, and its constant."""
-    out = node.outputs[0]
-    uses = list(out.uses())
-    if len(uses) != 1 or out.is_graph_output():
+    add, index = only_use(node.outputs[0])
+    if add is None or (add.domain, add.op_type) != ("", "Add") or add.graph is not node.graph:
         return None, None
-    add = uses[0].node
-    if add.op_type != "Add" or add.domain != "" or add.graph is not node.graph:
-        return None, None
-    operand = add.inputs[1 - uses[0].idx]
-    tensor = _bias(operand, n)
+    tensor = _bias(add.inputs[1 - index], n)
     if tensor is None:
         return None, None
     x = node.inputs[0]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import CASTS, constant_view, dequantized, is_step
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.layers.linear import REFUSED
-from magr_onnx.passes.layers.weighted import layer_name
 from magr_onnx.report.reasons import Reason, Skip
 
 LEAST = 2048

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, unsupported_parent, walk
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.reasons import Reason, Skip
@@ -152,10 +153,6 @@ class Product(WeightedNode):
 
 
 V = TypeVar("V", bound=WeightedNode)
-
-
-def layer_name(node: ir.Node) -> str:
-    return node.name or f"{node.op_type}:{node.outputs[0].name}"
 
 
 def skip_of(node: ir.Node, reason: StrEnum, detail: str = "") -> Skip:

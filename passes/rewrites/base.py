@@ -16,6 +16,7 @@ from magr_onnx.core.layer import BiasPolicy
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.base import InputGrids, ModelPass
 from magr_onnx.passes.graph import subgraphs
+from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.layer_state import forget, known_stats
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import ALL, Selection
@@ -111,6 +112,6 @@ def add_product(layer: LinearLayer, x: ir.Value, weight: Array, suffix: str, int
 
 
 def operator(value: ir.Value) -> str:
-    """Name the operator that computes a value, with its domain if not ONNX's: ``Mul``, ``com.microsoft.Gelu``; empty for none."""
+    """Name the operator that computes a value, as `operator_of` does; empty for none."""
     node = value.producer()
-    return "" if node is None else f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")
+    return "" if node is None else operator_of(node)

@@ -43,6 +43,7 @@ from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.types import Array, LayerStats, WeightSpec
 from magr_onnx.passes.graph.constants import replace_input
 from magr_onnx.passes.graph.names import add_initializer
+from magr_onnx.passes.graph.nodes import only_use
 from magr_onnx.passes.graph.subgraphs import graph_of
 from magr_onnx.passes.layers.linear import LinearLayer, view
 from magr_onnx.passes.layers.weighted import FLOATS
@@ -115,9 +116,7 @@ def folds(value: ir.Value, k: int, layers: dict[int, LinearLayer]) -> list[Fold]
 
 def _exclusive_folds(value: ir.Value | None, k: int, layers: dict[int, LinearLayer]) -> list[Fold] | None:
     """`folds` of a value with a single reader; None for any other value."""
-    if value is None or len(list(value.uses())) != 1 or value.is_graph_output():
-        return None
-    return folds(value, k, layers)
+    return None if value is None or only_use(value)[0] is None else folds(value, k, layers)
 
 
 def _is_vector(value: ir.Value | None, k: int) -> bool:

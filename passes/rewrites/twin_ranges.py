@@ -121,17 +121,14 @@ class TwinRanges(Rewrite):
 def _parts(layer: LinearLayer, x: ir.Value, t: float) -> tuple[ir.Value, ir.Value]:
     """Insert ``min(x, t)`` and ``max(x - t, 0)`` behind ``x``."""
     limit = layer.constant("_limit", np.asarray(t, FLOATS[layer.dtype]), str(x.name))
-    small = ir.node("Min", [x, limit], name=f"{x.name}_small")
-    nodes = [small]
-    above = x
+    nodes = [ir.node("Min", [x, limit], name=f"{x.name}_small")]
     if t != 0:
         nodes.append(ir.node("Sub", [x, limit], name=f"{x.name}_above"))
-        above = nodes[-1].outputs[0]
-    nodes.append(ir.node("Relu", [above], name=f"{x.name}_large"))
+    nodes.append(ir.node("Relu", [x if t == 0 else nodes[-1].outputs[0]], name=f"{x.name}_large"))
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{node.name}_out", layer.dtype, x.shape
     producer = x.producer()
     assert producer is not None
     layer.names.adopt(nodes)
     layer.graph.insert_after(producer, nodes)
-    return small.outputs[0], nodes[-1].outputs[0]
+    return nodes[0].outputs[0], nodes[-1].outputs[0]

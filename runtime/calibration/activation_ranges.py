@@ -26,6 +26,7 @@ from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches
 FEW_SAMPLES = 256  # up to which ranges are cross-validated
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
+_Named = dict[str, Activation]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +78,7 @@ def choose(
     Of the candidates of `magr_onnx.core.activation_ranges.candidates`, the one with the least output error ``||(grid(X) - X) A||^2`` on the
     data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it. Of few samples, every part is
     measured under ranges from the others, and ranges wider than the values seen are tried too: fresh samples go beyond them.
-
-    Args:
-        model: The float model; it is not changed.
-        values: Values that need a grid.
-        context: Data, mask and provider.
-        method: Which candidates to try.
-        kind: The type of the codes, or ``dynamic``.
-        progress: Called with steps done and in total.
+    ``method`` says which candidates to try, and ``kind`` the type of the codes. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -120,7 +114,7 @@ def choose(
     return result
 
 
-def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> dict[str, Activation]:
+def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> _Named:
     """Make the candidate grids of a value; a dynamic range needs no bounds where the histogram was not cut."""
     if kind != "dynamic":
         return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}
@@ -185,8 +179,7 @@ def _errors(
 def _sketch(layers: Sequence[LinearLayer]) -> Array:
     """Project the weights of layers ``(K, N)`` to ``(K, r)``, ``r <= SKETCH``; products with it have the same energy in expectation."""
     weights = np.concatenate([layer.read() for layer in layers], axis=1)
-    result: Array = weights if weights.shape[1] <= SKETCH else weights @ _projection(weights.shape[1])
-    return result
+    return weights if weights.shape[1] <= SKETCH else np.asarray(weights @ _projection(weights.shape[1]))
 
 
 def _projection(n: int) -> Array:

@@ -29,8 +29,7 @@ class GridChoice:
     bounds: tuple[float, float] | None = None
 
 
-Grids = Mapping[str, GridChoice]
-"""Grids of layer inputs and, if those are quantized too, of layer products, by value name."""
+Grids = Mapping[str, GridChoice]  # of layer inputs and, if those are quantized too, of layer products, by value name
 
 
 @dataclass(frozen=True, slots=True, eq=False)

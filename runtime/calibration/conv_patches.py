@@ -64,9 +64,8 @@ def _extents(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provid
     for _, _, shapes in run_batches(extent_taps(model, layers), data, provider):
         mismatched = [layer.name for layer, a, b in zip(layers, largest, shapes, strict=True) if len(a) != len(b)]
         if mismatched:  # onnxruntime trusts declared shapes
-            raise ModelError(
-                f"output of {', '.join(mismatched[:5])}: declared with a number of axes that it does not have; remove its shape"
-            )
+            names = ", ".join(mismatched[:5])
+            raise ModelError(f"output of {names}: declared with a number of axes that it does not have; remove its shape")
         largest = [np.maximum(a, b) for a, b in zip(largest, shapes, strict=True)]
         if not nested and all(shape.all() for shape in largest):
             break
@@ -82,13 +81,6 @@ def collect(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches, *, provider: str = "cpu", progress: Steps | None = None
 ) -> dict[str, list[LayerStats]]:
     """Collect the moments of every group's patches ``(n, K)``, by layer name, with those of held-out batches as folds.
-
-    Args:
-        model: The float model; it is not changed.
-        layers: Its convolutions.
-        data: Batches that fit the model.
-        provider: Where to run.
-        progress: Called with batches done and in total.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).

@@ -27,8 +27,7 @@ from magr_onnx.runtime.data.sources import Batches, shapes_of
 from magr_onnx.runtime.ort.session import Batch, Session
 
 Shape = Sequence[int]
-Dimensions = Mapping[str, Sequence[int | str | None]]
-"""Dimensions of a model's inputs, by name: a size, the name of a dynamic dimension, or None for an unnamed one."""
+Dimensions = Mapping[str, Sequence[int | str | None]]  # of a model's inputs: a size, the name of a dynamic one, or None without a name
 
 
 def resolve_mask(model: ir.Model, mask: str | None) -> str | None:
@@ -71,8 +70,6 @@ class MaskRule:
         shapes = {0: first}
         constant_axes = set(range(len(first)))
         for index, shape in enumerate(others, 1):
-            if not constant_axes:
-                break
             different = {axis for axis in constant_axes if len(shape) != len(first) or shape[axis] != first[axis]}
             if different:
                 constant_axes -= different

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.moments import MomentAccumulator, split_stats
-from magr_onnx.core.types import Array, LayerStats, TargetMoments
+from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
@@ -46,12 +46,9 @@ class CalibrationResult:
 
 
 def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hashable, int]], budget: int) -> list[list[T]]:
-    """Split units, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
+    """Split units, elements that must stay together, in order, into groups that fit ``budget`` bytes, or are one unit that does not.
 
-    Args:
-        units: Elements that must stay together.
-        cost: Returns the key of the matrix an element needs, and its bytes; elements of a group share matrices of the same key.
-        budget: Bytes per group.
+    ``cost`` returns the key of the matrix that an element needs, and its bytes; elements of a group share matrices of the same key.
     """
     groups: list[list[T]] = []
     used: dict[Hashable, int] = {}
@@ -77,11 +74,7 @@ def collect(
 ) -> CalibrationResult:
     """Collect Gram matrices and means of the inputs of layers over all batches; inputs without rows get none.
 
-    Args:
-        model: The float model; it is not changed.
-        layers: Layers of ``model`` (or of a copy with the same value names).
-        context: Data, mask and provider.
-        progress: Called with batches done and in total.
+    The layers are those of ``model``, the float model, or of a copy with the same value names. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite (every layer that reads such a value is named).
@@ -91,36 +84,27 @@ def collect(
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    taps = [replace(t, quantize=g.grid, bounds=g.bounds) if (g := context.grids.get(t.value)) else t for t in taps]
     parts = [[MomentAccumulator(t.width, float_mean=t.quantize is not None) for _ in range(hold_out.parts)] for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
         results = iter(outputs)
-        for tap, sums in zip(taps, parts, strict=True):
-            finite, masked = _add(sums[hold_out.part(index)], tap, results, weight)
-            if not finite:
+        for tap, of_tap in zip(taps, parts, strict=True):
+            gram, total, count = next(results), next(results), next(results)
+            float_total = total if tap.quantize is None else next(results)
+            masked = tap.masked and bool(next(results))
+            if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
+                continue
+            of_tap[hold_out.part(index)].add(gram, total, float(count[0]), float_total, weight)
+            if not (np.isfinite(float_total).all() and np.isfinite(np.trace(gram))):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
-    check_rows((sum(part.rows for part in sums) for tap, sums in zip(taps, parts, strict=True) if tap.masked), context.mask)
-    stats = {}
-    for tap, sums in zip(taps, parts, strict=True):
-        if (measured := split_stats(sums, hold_out.folds, tap.quantize)) is not None:
-            stats[tap.value] = measured
+    check_rows((sum(part.rows for part in of_tap) for tap, of_tap in zip(taps, parts, strict=True) if tap.masked), context.mask)
+    measured = {tap.value: split_stats(of_tap, hold_out.folds, tap.quantize) for tap, of_tap in zip(taps, parts, strict=True)}
+    stats = {name: s for name, s in measured.items() if s is not None}
     return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
-
-
-def _add(sums: MomentAccumulator, tap: Tap, results: Iterator[Array], weight: float) -> tuple[bool, bool]:
-    """Add a tap's outputs for one batch; return whether they are finite, and whether the mask was applied."""
-    gram, total, count = next(results), next(results), next(results)
-    float_total = total if tap.quantize is None else next(results)
-    masked = tap.masked and bool(next(results))
-    if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
-        return True, True
-    sums.add(gram, total, float(count[0]), float_total, weight)
-    return bool(np.isfinite(float_total).all() and np.isfinite(np.trace(gram))), masked
 
 
 def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
@@ -132,9 +116,9 @@ def readers_of(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> list[Tap]:
-    """Make a tap for every value, masked if the value follows the mask."""
-    masked = masked_values(model, widths, context)
-    return [Tap(n, k, n in masked) for n, k in widths.items()]
+    """Make a tap for every value, masked if the value follows the mask, and quantized if it has a grid."""
+    masked, choices = masked_values(model, widths, context), context.grids
+    return [Tap(n, k, n in masked, *((choices[n].grid, choices[n].bounds) if n in choices else ())) for n, k in widths.items()]
 
 
 def not_finite(value: str, readers: Sequence[LinearLayer], where: str) -> str:

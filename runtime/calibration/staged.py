@@ -71,15 +71,8 @@ def staged(
 ) -> Iterator[tuple[Sequence[LinearLayer], CalibrationResult]]:
     """Yield stages of layers, each with the statistics of its inputs.
 
-    The caller quantizes the layers of a stage in ``quantized`` before requesting the next one, and releases the statistics.
-
-    Args:
-        original: The float model.
-        quantized: The model being quantized, a copy of ``original`` except for the changed values of the schedule.
-        layers: Its layers.
-        context: Data, mask and provider; with feedback, batches are always held out.
-        schedule: Options of the stages.
-        progress: Called with segments of batches done and in total.
+    The caller quantizes the layers of a stage in ``quantized`` before requesting the next one, and releases the statistics. ``quantized``
+    is a copy of ``original``, the float model, except for the changed values of the schedule. With feedback, batches are always held out.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -94,12 +87,11 @@ def staged(
     lives = [[n for n in live if n in float_names] for live in steps.live]  # weights dequantized in ``quantized`` are recomputed
     with Cache(schedule.cache // 2) as floats, Cache(schedule.cache // 2) as quants:
         values = _Values(original, quantized, context, floats, quants, downstream(quantized, schedule.changed))
-        if progress is not None:
-            progress(0, len(steps.stages))
+        report = progress or (lambda done, total: None)
+        report(0, len(steps.stages))
         for s, (stage, live) in enumerate(zip(steps.stages, lives, strict=True)):
             values.advance(live, schedule.feedback, first=s == 0)
-            if progress is not None:
-                progress(s + 1, len(steps.stages))
+            report(s + 1, len(steps.stages))
             members = tuple(calibrated[id(layer.node)] for layer in stage if id(layer.node) in calibrated)
             budget = schedule.gram_budget
             for part in [members] if budget is None else grouped(members, budget, context.hold_out):
@@ -126,9 +118,7 @@ class _Values:
     ) -> None:
         self.floats, self.quants = floats, quants
         self.live: Sequence[str] = ()
-        self._models = original, quantized
-        self._provider = context.provider
-        self._changed = changed
+        self._models, self._provider, self._changed = (original, quantized), context.provider, changed
         self._mask = MaskRule.of(dimensions_of(original), context.data, context.mask)
         self.masks: list[npt.NDArray[np.bool_] | None] = []
         names = fed_inputs(original)

@@ -61,15 +61,10 @@ class TappedModel:
 def tap_subgraphs(
     model: ir.Model, layers: Sequence[LinearLayer], data: Batches | None, plan: Plan, provider: str, large: bool = False
 ) -> TappedModel:
-    """Hoist the inputs of layers in bodies to the main graph, wherever ``data`` reaches them.
+    """Hoist the inputs of layers in bodies, and their products if the plan needs them, wherever ``data`` reaches them.
 
-    Args:
-        model: The float model; it is not changed. Names of values are unique (`magr_onnx.passes.instrument.inline.inline_and_rename`).
-        layers: Its layers, or those of a copy.
-        data: Batches that fit the model; None for none.
-        plan: The plan, which may need the products of layers too.
-        provider: Where to run.
-        large: Whether the model is too large to run as a whole; then nothing is hoisted.
+    The layers are those of ``model``, the float model, or of a copy. The model is not changed; its names of values are unique
+    (`magr_onnx.passes.instrument.inline.inline_and_rename`). Nothing is hoisted in a ``large`` one, which cannot run as a whole.
 
     Raises:
         RuntimeFailure: The model itself does not run on the data.

@@ -30,8 +30,7 @@ class Cache:
         """Start empty, with ``limit`` bytes of memory; ``contents`` and ``remedy`` are for the message about a full disk."""
         self._limit, self._contents, self._remedy = limit, contents, remedy
         self._used = 0
-        self._memory: dict[tuple[str, int], Tensor] = {}
-        self._files: dict[tuple[str, int], Path] = {}
+        self._values: dict[tuple[str, int], Tensor | Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0  # files ever written, which names the next one; their current number would repeat
         self.spilled = 0
@@ -43,14 +42,14 @@ class Cache:
             OutputError: The temporary folder cannot be written to.
         """
         if self._used + array.nbytes <= self._limit:
-            self._memory[name, batch] = array
+            self._values[name, batch] = array
             self._used += array.nbytes
             return
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="onnx-magr-")
                 weakref.finalize(self, self._folder.cleanup)
-            self._files[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
+            self._values[name, batch] = _write(array, Path(self._folder.name, str(self._written)))
         except OSError as error:
             folder = tempfile.gettempdir()
             raise OutputError(f"cannot write {self._contents} to {folder}: {os_error_hint(error)}; or {self._remedy}") from error
@@ -58,23 +57,26 @@ class Cache:
         self.spilled += array.nbytes
 
     def get(self, name: str, batch: int) -> Tensor:
-        return self._memory[name, batch] if (name, batch) in self._memory else _read(self._files[name, batch])
+        stored = self._values[name, batch]
+        return _read(stored) if isinstance(stored, Path) else stored
 
     def keep(self, names: Sequence[str]) -> None:
         """Drop everything but these values."""
-        for key in [key for key in self._memory if key[0] not in names]:
-            self._used -= self._memory.pop(key).nbytes
-        for key in [key for key in self._files if key[0] not in names]:
-            self._files.pop(key).unlink()
+        for key in [key for key in self._values if key[0] not in names]:
+            stored = self._values.pop(key)
+            if isinstance(stored, Path):
+                stored.unlink()
+            else:
+                self._used -= stored.nbytes
 
     def names(self, batch: int) -> list[str]:
-        return [n for n, b in (*self._memory, *self._files) if b == batch]
+        return [n for n, b in self._values if b == batch]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._memory.clear()
+        self._values.clear()
         if self._folder is not None:
             self._folder.cleanup()
 

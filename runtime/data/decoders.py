@@ -38,8 +38,7 @@ FUSED = "GroupQueryAttention"
 _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
-_Part = tuple[Array, Group]
-"""Tokens ``(B, T)`` of one batch, and the group of equally long samples they are."""
+_Part = tuple[Array, Group]  # tokens (B, T) of one batch, and the group of equally long samples they are
 
 # Inputs that follow from the current tokens (B, T) and the length of the past, by input name.
 MAKERS: dict[str, Callable[[Array, int], Array]] = {
@@ -77,12 +76,7 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Interface of a decoder with a KV cache.
-
-    Attributes:
-        inputs: All inputs.
-        pasts: Inputs of the cache.
-    """
+    """Interface of a decoder with a KV cache: all its inputs, and those of the cache."""
 
     inputs: tuple[InputInfo, ...]
     pasts: tuple[Past, ...]
@@ -111,8 +105,7 @@ class Decoder:
         names = [p.present for p in self.pasts]
         feed = self.start(ids[:, : ids.shape[1] - count])
         for position in range(ids.shape[1] - count, ids.shape[1]):
-            present = session.run(feed, names)
-            past = {p.info.name: array for p, array in zip(self.pasts, present, strict=True)}
+            past = dict(zip((p.info.name for p in self.pasts), session.run(feed, names), strict=True))
             feed = self.feed(ids[:, position : position + 1], past, position)
             yield feed
 
@@ -127,10 +120,8 @@ def recognise(model: ir.Model) -> Decoder | None:
     inputs = inputs_of(model)
     if not presents or TOKENS not in {i.name for i in inputs}:
         return None
-    problems = []
     unknown = [i for i in inputs if i.name not in MAKERS and i.name not in presents]
-    if unknown:
-        problems.append(f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}")
+    problems = [f"the model's inputs {'; '.join(map(str, unknown))} do not follow from {TOKENS}"] * bool(unknown)
     values = {str(v.name): v for v in model.graph.inputs}
     pasts = tuple(_past(i, values[i.name], presents[i.name], model) for i in inputs if i.name in presents)
     unsized = [(p, i) for p in pasts for i, d in enumerate(p.shape) if d is None and i not in (p.batch, p.length)]
@@ -258,11 +249,9 @@ def _feeds(decoder: Decoder, data: Batches, batch_size: int, steps: int, provide
         notes.append(f"no decode steps were fed: {reason}")
     elif steps and runnable is not None:
         with Session(runnable, provider) as session:
-            decode = _decoded(decoder, parts, steps, session, data.description)
-        notes.append(
-            f"decode: the last tokens of {decode.samples} samples again, one by one, with the model's own past ({len(decode)} batches)"
-        )
-        feeds = _joined(feeds, decode)
+            feeds, decoded = _with_decode_steps(feeds, decoder, parts, steps, session)
+        batches = len(feeds) - len(parts)
+        notes.append(f"decode: the last tokens of {decoded} samples again, one by one, with the model's own past ({batches} batches)")
     return replace(feeds, notes=tuple(notes), samples=samples)
 
 
@@ -297,9 +286,8 @@ def _samples(data: Batches, notes: list[str]) -> list[Array]:
         for row, keep in zip(ids[:count], mask[:count], strict=True):
             positions = np.flatnonzero(keep)
             if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
-                problems.append(
-                    f"{label}: {DEFAULT_MASK} marks {len(positions)} tokens of a sample; expected consecutive ones, padded on one side"
-                )
+                marked = f"{DEFAULT_MASK} marks {len(positions)} tokens of a sample"
+                problems.append(f"{label}: {marked}; expected consecutive ones, padded on one side")
                 break
             samples.append(row[positions])
         if derived := [n for n in ("position_ids", "cache_position") if n in batch]:
@@ -321,10 +309,10 @@ def _parts(samples: Sequence[Array], batch_size: int, fixed: int | None) -> list
     return parts
 
 
-def _decoded(decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session, description: str) -> Batches:
-    """Make the feeds of decode steps, kept in a temporary folder as long as they are in use."""
+def _with_decode_steps(prefill: Batches, decoder: Decoder, parts: Sequence[_Part], steps: int, session: Session) -> tuple[Batches, int]:
+    """Append the feeds of decode steps, kept in a temporary folder as long as they are in use; return the number of their samples too."""
     cache, weights, samples = Cache(0, "decode steps", "set TMPDIR"), list[float](), 0
-    names = [i.name for i in decoder.inputs]
+    names, prefilled = [i.name for i in decoder.inputs], len(prefill)
     token_bytes = sum(p.info.dtype.itemsize * math.prod(d or 1 for d in p.shape) for p in decoder.pasts)
     budget = MAX_PAST_BYTES
     for index, (ids, group) in enumerate(parts):
@@ -339,17 +327,11 @@ def _decoded(decoder: Decoder, parts: Sequence[_Part], steps: int, session: Sess
             for name in names:
                 cache.put(name, len(weights), feed[name])
             weights.append(group.weight)
-    feeds = Batches(len(weights), description, lambda: ({n: cache.get(n, i) for n in names} for i in range(len(weights))), str)
-    return replace(feeds, samples=samples, weights=tuple(weights))
-
-
-def _joined(prefill: Batches, decode: Batches) -> Batches:
-    """Chain the batches of prefill and of decode steps."""
-    prefilled = len(prefill)
-    return Batches(
-        prefilled + len(decode),
-        prefill.description,
-        lambda: itertools.chain(prefill, decode),
-        lambda i: prefill.label(i) if i < prefilled else f"{prefill.description}, decode step {i - prefilled}",
-        weights=(*prefill.weights, *decode.weights) if prefill.weights else (),
+    feeds = replace(
+        prefill,
+        count=prefilled + len(weights),
+        read=lambda: itertools.chain(prefill, ({name: cache.get(name, i) for name in names} for i in range(len(weights)))),
+        label=lambda i: prefill.label(i) if i < prefilled else f"{prefill.description}, decode step {i - prefilled}",
+        weights=(*prefill.weights, *weights) if prefill.weights else (),
     )
+    return feeds, samples

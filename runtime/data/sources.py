@@ -39,10 +39,8 @@ class DataReader(Protocol):
 
 MAX_PROBLEMS = 10  # different ones in a message
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
-Steps = Callable[[int, int], None]
-"""Progress: called with steps done and steps in total, first with none done."""
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of the arrays of a batch, by name."""
+Steps = Callable[[int, int], None]  # progress: called with steps done and steps in total, first with none done
+Shapes = Mapping[str, tuple[int, ...]]  # of the arrays of a batch, by name
 SAVE_CALL = "numpy.savez('inputs.npz', input_ids=ids, ...), an array for each input of the model"
 
 

@@ -25,8 +25,7 @@ COSINE = "1 - cosine"
 MAX_ELEMENTS = 1 << 22  # compared per output and batch; of more, evenly spaced rows are
 
 Run = Callable[[Batch], Sequence[npt.NDArray[Any]]]
-_Expected = tuple[int, npt.NDArray[np.intp], Array]
-"""An output, its rows in one batch, and their float values: log-probabilities or unit vectors ``(n, V)``."""
+_Expected = tuple[int, npt.NDArray[np.intp], Array]  # an output, rows of it, and their log-probabilities or unit vectors (n, V)
 
 
 class Reference:
@@ -42,9 +41,7 @@ class Reference:
         self._weights = [data.weight(index) for index in range(len(data))]
         results = [session.run(batch) for batch in self._batches]
         cache = set(pairs((i.name for i in session.inputs), session.outputs).values())
-        floats = [
-            i for i, y in enumerate(results[0]) if np.issubdtype(np.asarray(y).dtype, np.floating) and session.outputs[i] not in cache
-        ]
+        floats = [i for i, y in enumerate(results[0]) if np.asarray(y).dtype.kind == "f" and session.outputs[i] not in cache]
         if not floats:
             raise ModelError(f"no output is a float tensor ({', '.join(session.outputs)}), so there is no loss to measure")
         logits = [i for i in floats if is_logits(session.outputs[i], results[0][i].ndim)]
@@ -78,17 +75,13 @@ class Reference:
     def _distances(self, expected: Array, actual: Array) -> Array:
         """Compute the loss of every row, ``(n,)``."""
         if self.metric == KL:
-            result: Array = (np.exp(expected) * (expected - actual)).sum(axis=1)
-        else:
-            result = np.square(expected - actual).sum(axis=1) / 2  # for unit vectors equal to 1 - cosine, without the cancellation
-        return result
+            return np.asarray((np.exp(expected) * (expected - actual)).sum(axis=1))
+        return np.asarray(np.square(expected - actual).sum(axis=1) / 2)  # for unit vectors equal to 1 - cosine, without the cancellation
 
 
 def _rows(y: Array, rows: npt.NDArray[np.intp]) -> Array:
-    result: Array = y.reshape(-1, y.shape[-1])[rows].astype(np.float64)
-    return result
+    return np.asarray(y.reshape(-1, y.shape[-1])[rows], np.float64)
 
 
 def _unit(x: Array) -> Array:
-    result: Array = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
-    return result
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300))

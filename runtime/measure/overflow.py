@@ -22,7 +22,7 @@ from magr_onnx.core.packing import pack_bits
 from magr_onnx.errors import RuntimeFailure
 from magr_onnx.passes.integer.dot_products import find
 from magr_onnx.report.reasons import IntegerReason, Skip
-from magr_onnx.report.verification import LayerVerdict, WitnessRow
+from magr_onnx.report.verification import LayerVerdict, Verdict, WitnessRow
 from magr_onnx.runtime.ort.session import Session
 
 EXACT_FLOAT = 1 << 24  # integers up to this are exact in float32
@@ -57,44 +57,24 @@ def verify(
 
 
 def _verdict(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> LayerVerdict:
-    shift = machine.x_shift
-    return LayerVerdict(
-        dot.name,
-        dot.op,
-        dot.weight,
-        dot.k,
-        dot.n,
-        dot.x_type,
-        dot.w_type,
-        (dot.x_range[0] + shift, dot.x_range[1] + shift),
-        str(machine.accumulator),
-        machine.label,
-        proof.inner,
-        proof.outer,
-        proof.result,
-        "proved" if proof.holds else "overflows",
-        _witness(dot, machine, proof, run),
-    )
+    x_range = dot.x_range[0] + machine.x_shift, dot.x_range[1] + machine.x_shift
+    product = dot.name, dot.op, dot.weight, dot.k, dot.n, dot.x_type, dot.w_type, x_range
+    verdict: Verdict = "proved" if proof.holds else "overflows"
+    witness = _witness(dot, machine, proof, run)
+    return LayerVerdict(*product, str(machine.accumulator), machine.label, proof.inner, proof.outer, proof.result, verdict, witness)
 
 
 def _witness(dot: IntegerDot, machine: KernelRegisters, proof: Proof, run: bool) -> WitnessRow | None:
     w = proof.witness
     if w is None:
         return None
-    execution = run_witness(dot, machine, w) if run else Execution()
+    execution = run_witness(dot, machine, w) if run else _Execution()
     x = tuple(w.x.tolist())
     return WitnessRow(w.claim, w.column, w.rows, x, w.x_zero, w.exact, w.wrapped, w.dot, w.simulated, *execution)
 
 
-class Execution(NamedTuple):
-    """Result of a witness on this machine.
-
-    Attributes:
-        operator: Operator that was run; empty if none could be.
-        computed: Its result; None if it could not be run.
-        exact: Whether the result is the true dot product.
-        detail: Why it could not be run.
-    """
+class _Execution(NamedTuple):
+    """Result of a witness on this machine: its operator (empty if none was run), the sum, whether that is exact, and why none was run."""
 
     operator: str = ""
     computed: int | None = None
@@ -107,12 +87,12 @@ def machine_name() -> str:
     return f"{platform.system()} {platform.machine()}"
 
 
-def run_witness(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
+def run_witness(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> _Execution:
     """Compute the witness's column with the operator of the layer, or with MatMulInteger in the order and types of its kernel."""
     try:
         return _blockwise(dot, witness) if dot.form == "blockwise" else _integer(dot, machine, witness)
     except RuntimeFailure as error:
-        return Execution(detail=str(error))
+        return _Execution(detail=str(error))
 
 
 def _byte(codes: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8] | None:
@@ -127,14 +107,14 @@ def _type_range(kind: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if kind.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Execution:
+def _integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> _Execution:
     """Run ConvInteger, or MatMulInteger in the kernel's order; int8 activations that fusion shifts to uint8 are shifted here too."""
     shift = machine.x_shift if dot.form == "qdq" and dot.x_range[0] < 0 <= dot.x_range[0] + machine.x_shift else 0
     codes = dot.codes[:, witness.column].astype(np.int64)
     x = _byte(witness.x + shift, dot.x_range[0] + shift, dot.x_range[1] + shift)
     w = _byte(codes, *_type_range(dot.w_type))
     if x is None or w is None:
-        return Execution(detail=f"no operator multiplies {dot.x_type} by {dot.w_type}")
+        return _Execution(detail=f"no operator multiplies {dot.x_type} by {dot.w_type}")
     zero = (witness.x_zero if witness.claim == "result" else 0) + shift
     w_zeros = dot.w_zeros[:, witness.column] if witness.claim == "result" and dot.w_zeros is not None else None
     offset = 0
@@ -148,7 +128,7 @@ def _integer(dot: IntegerDot, machine: KernelRegisters, witness: Witness) -> Exe
     return _compare("MatMulInteger", "", {"x": x[rows][None, :], "w": w[rows][:, None], **constants}, {}, witness, offset)
 
 
-def _blockwise(dot: IntegerDot, witness: Witness) -> Execution:
+def _blockwise(dot: IntegerDot, witness: Witness) -> _Execution:
     """Run MatMulNBits with scales of one: activations whose largest magnitude is 127 are quantized to themselves."""
     block = dot.block or dot.k
     count = -(-dot.k // block)
@@ -159,13 +139,13 @@ def _blockwise(dot: IntegerDot, witness: Witness) -> Execution:
     x, scales = witness.x.astype(np.float32)[None, :], np.ones((1, count), np.float32)
     attributes = {"K": dot.k, "N": 1, "bits": dot.bits, "block_size": block, "accuracy_level": 4}
     if abs(witness.dot) > EXACT_FLOAT:
-        return Execution(detail="the sum is not exact in float32")
+        return _Execution(detail="the sum is not exact in float32")
     return _compare("MatMulNBits", "com.microsoft", {"x": x, "w": packed, "scales": scales, "zeros": zeros}, attributes, witness)
 
 
 def _compare(
     op: str, domain: str, inputs: Mapping[str, npt.NDArray[Any]], attributes: Mapping[str, Any], witness: Witness, offset: int = 0
-) -> Execution:
+) -> _Execution:
     """Run one node with its input ``x`` fed and the others constant, and add ``offset`` to its result in 32 bits."""
     x, *constants = (ir.val(name, ir.DataType.from_numpy(array.dtype), array.shape) for name, array in inputs.items())
     for value in constants:
@@ -178,4 +158,4 @@ def _compare(
         computed = int(session.run(inputs)[0].reshape(-1)[0])
     if offset:
         computed = (computed + offset + 2**31) % 2**32 - 2**31
-    return Execution(op, computed, computed == witness.dot)
+    return _Execution(op, computed, computed == witness.dot)

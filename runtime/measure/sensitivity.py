@@ -111,22 +111,15 @@ def measure(
 ) -> tuple[dict[str, Sensitivity], Reference]:
     """Measure the sensitivities of all layers, by name, and return them with the reference of the losses.
 
-    Args:
-        model: The float model; it is not changed.
-        layers: Layers of ``model``, or of a copy with the same names.
-        choices: The plan of every choice.
-        references: Choices whose effect on the outputs is measured, one or two.
-        split: Calibration batches.
-        context: Mask, provider and grids, and the data that ``split`` is of.
-        gram_budget: Most bytes of Gram matrices in memory.
-        progress: Called with steps done and in total.
+    The layers are those of ``model``, the float model, or of a copy with the same names. The effect on the outputs is measured of
+    ``references``, one or two of the choices. ``split`` is of the data of ``context``. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
         ModelError: The model has no float output.
     """
     sensitivities: dict[str, Sensitivity] = {}
-    steps = 1 + len(references)  # per layer
+    report, steps = progress or (lambda done, total: None), 1 + len(references)  # steps of each layer
     overridden = [] if context.grids else [layer.name for layer in layers]
     copy, slots = with_weight_inputs(model, overridden)
     masked_values(model, moments.readers_of(layers), context)  # by all of the data
@@ -144,8 +137,7 @@ def measure(
                 errors = _errors(problem, measured_on, choices)
                 points: list[tuple[float, float]] = []
                 for choice in references:
-                    if progress is not None:
-                        progress(len(sensitivities) * steps + len(points), len(layers) * steps)
+                    report(len(sensitivities) * steps + len(points), len(layers) * steps)
                     plan, error = choices[choice], errors[choice]
                     if context.grids:
                         loss = _emitted_loss(model, layer.name, problem.stats, plan, context, reference)
@@ -154,8 +146,7 @@ def measure(
                     points.append((max(error, FLOOR), max(loss, FLOOR)))
                 sensitivities[layer.name] = Sensitivity(errors, _increasing(points))
         assert reference is not None
-    if progress is not None:
-        progress(len(layers) * steps, len(layers) * steps)
+    report(len(layers) * steps, len(layers) * steps)
     return sensitivities, reference
 
 

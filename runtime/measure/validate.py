@@ -50,10 +50,8 @@ class _Sums:
     @np.errstate(all="ignore")  # non-finite values are counted and propagate to the metrics
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool, weight: float = 1.0) -> None:
         """Add one batch, weighted by ``weight``."""
-        a: Array
-        b: Array
-        a, b = (np.atleast_1d(v).astype(np.float64) for v in (y, y_hat))
-        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        rows: list[Array] = [np.reshape(v, (-1, np.atleast_1d(v).shape[-1])).astype(np.float64) for v in (y, y_hat)]
+        a, b = rows
         self.rank = y.ndim
         keep = None if mask is None else kept_rows(current_mask(batch, mask), y.shape)
         if keep is not None:
@@ -115,8 +113,7 @@ def is_logits(name: str, rank: int) -> bool:
 def log_softmax(x: Array) -> Array:
     """Compute the log-softmax along the last axis."""
     shifted = x - x.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.NDArray[np.bool_] | None = None) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from magr_onnx.model_io.writing import tensor_bytes
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort import worker
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session, provider_name
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, InputInfo, Session, available_provider
 
 Array = npt.NDArray[Any]
 
@@ -25,26 +25,19 @@ _UNKNOWN_OUTPUTS = "whether raising the model's opset has changed its outputs is
 _LARGEST_MODEL = 2 << 30  # bytes; a larger model is not compared on random inputs
 _MEMORY = 8 << 30  # bytes a comparison on random inputs may allocate, where the system can limit them
 _BATCHES = 2
+# Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast.
 _DYNAMIC_SIZES = ((4, 4), (1, 8), (2, 16))
-"""Sizes tried in turn for a dynamic first axis and for other dynamic axes; never 1 for the latter, which some operators broadcast."""
 
 _LARGEST = 1 << 24  # elements of a random input; a declared shape may ask for any number
+# Tolerated difference relative to the largest value, by bytes per value, 1e-3 for others: sums in another order, with casts to half
+# precision inside, stay within that.
 _TOLERANCE = {2: 1e-2}
-"""Tolerated difference relative to the largest value, by bytes per value (1e-3 for others): sums in another order, with casts to half
-precision inside, stay within 1e-3."""
 
 
 def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provider: str) -> list[str]:
-    """Compare the outputs of a model before and after its opset was raised, on the same inputs.
+    """Compare the outputs of a model before and after its opset was raised; return notes for the report on what could not be compared.
 
-    Args:
-        before: The original model.
-        after: The model with its opset raised.
-        data: Calibration data, of which the first batches are used; None for random inputs of the declared types.
-        provider: Where to run.
-
-    Returns:
-        Notes for the report on what could not be compared.
+    The inputs are some batches of ``data``, or random ones of the declared types.
 
     Raises:
         ModelError: Outputs differ in name or value.
@@ -57,10 +50,10 @@ def check(before: ir.Model | Path, after: ir.Model, data: Batches | None, provid
         return [f"{_UNKNOWN_OUTPUTS}: the model is large, and there is no calibration data"]
     try:
         with worker.as_file(before) as old, worker.as_file(after) as new:
-            notes: list[str] = worker.run_in_worker(compare, 2 * size, before=old, after=new, provider=provider_name(provider))
+            name = available_provider(provider).onnxruntime
+            return list(worker.run_in_worker(compare, 2 * size, before=old, after=new, provider=name))
     except worker.WorkerCrashed as error:
         return [f"{_UNKNOWN_OUTPUTS}: on made-up inputs, {error}"]
-    return notes
 
 
 def compare(before: str, after: str, provider: str) -> list[str]:

@@ -30,28 +30,18 @@ from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
 from magr_onnx.passes.providers import CPU, PROVIDERS, Provider, find_provider
 
 Batch = Mapping[str, npt.NDArray[Any]]
-Model = ir.Model | str | os.PathLike[str]
-"""A model in memory, or its file."""
+Model = ir.Model | str | os.PathLike[str]  # in memory, or a file
 
-LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())
-"""Shared libraries of custom operators, registered in every session."""
+LIBRARIES: ContextVar[tuple[str, ...]] = ContextVar("custom operators", default=())  # shared libraries, registered in every session
 LEAN_BYTES = 2_000_000_000  # of weights; above, they stay in their memory-mapped files
 
 
 class Arithmetic(StrEnum):
     """Configurations in which onnxruntime computes the same file differently; see docs/decisions.md."""
 
-    DEFAULT = "default"
-    UNOPTIMIZED = "unoptimized"
-    FLOAT_QDQ = "float-qdq"
-
-    @property
-    def summary(self) -> str:
-        return {
-            "default": "default optimization level; fused QDQ runs with int8 activations",
-            "unoptimized": "all graph optimizations off; every node as written",
-            "float-qdq": "default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)",
-        }[self.value]
+    DEFAULT = "default"  # default optimization level; fused QDQ runs with int8 activations
+    UNOPTIMIZED = "unoptimized"  # all graph optimizations off; every node as written
+    FLOAT_QDQ = "float-qdq"  # default level, fused QDQ with float activations (session.qdq_matmulnbits_accuracy_level=0)
 
 
 @contextlib.contextmanager
@@ -71,14 +61,14 @@ def custom_ops(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
         LIBRARIES.reset(token)
 
 
-def provider_name(provider: str) -> str:
-    """Return the onnxruntime name of a provider, given by its registered or its onnxruntime name.
+def available_provider(provider: str) -> Provider:
+    """Look a provider up by its registered or its onnxruntime name.
 
     Raises:
         ProviderError: It is not available; the message lists those that are.
     """
     raise_all(ProviderError, provider_problems(provider))
-    return find_provider(provider).onnxruntime
+    return find_provider(provider)
 
 
 def provider_problems(provider: str) -> list[str]:
@@ -166,19 +156,17 @@ class Session:
             ProviderError: The provider is not available.
             RuntimeFailure: onnxruntime rejects the model; the message says why.
         """
-        name = provider_name(provider)
-        _preload(find_provider(provider))
+        known = available_provider(provider)
+        _preload(known)
         options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
         self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._load(model, name, options)
+        self._load(model, known.onnxruntime, options)
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._overridable = {i.name for i in self._session.get_overridable_initializers()}
-        self.dimensions = {i.name: tuple(i.shape or ()) for i in self._session.get_inputs()}
-        self.inputs = tuple(
-            InputInfo(i.name, np.dtype(_TYPES.get(i.type, "object")), _static_sizes(self.dimensions[i.name]))
-            for i in self._session.get_inputs()
-        )
+        declared = self._session.get_inputs()
+        self.dimensions = {i.name: tuple(i.shape or ()) for i in declared}
+        self.inputs = tuple(InputInfo(i.name, np.dtype(_TYPES.get(i.type, "object")), _static_sizes(i.shape or ())) for i in declared)
 
     def _load(self, model: Model, name: str, options: ort.SessionOptions) -> None:
         """Create the onnxruntime session; an in-memory model is written to a temporary folder first."""

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -50,13 +51,7 @@ class _Worker:
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
-            timed_out = threading.Event()
-
-            def stop() -> None:
-                timed_out.set()
-                process.kill()
-
-            timer = threading.Timer(seconds, stop)
+            timer, end = threading.Timer(seconds, process.kill), time.monotonic() + seconds
             timer.start()
             try:
                 with contextlib.suppress(BrokenPipeError):
@@ -70,11 +65,10 @@ class _Worker:
             finally:
                 timer.cancel()
             if line:
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+                return dict(json.loads(line))
             code = process.wait()
             self.close()
-            if timed_out.is_set():
+            if time.monotonic() >= end:
                 raise WorkerCrashed(f"onnxruntime did not finish within {seconds:.0f} s")
             reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             raise WorkerCrashed(f"onnxruntime crashed ({reason})")

@@ -12,7 +12,7 @@ import pytest
 from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution, absorbs_mean, join_groups, ratio, relative_error
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.solution_arrays import from_arrays, most_bytes, to_arrays
-from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec, side_by_side
+from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from tests.helpers import Array, activations, gram_of
 
 K, N = 24, 5
@@ -94,7 +94,7 @@ def test_groups_are_the_channels_of_one_layer(bias: bool) -> None:
     if bias:
         assert joined.bias is not None
         np.testing.assert_array_equal(joined.bias, np.concatenate([s.bias for s in solutions if s.bias is not None]))
-    assert side_by_side([s.quantized for s in solutions if s.quantized is not None]).codes.shape == (K, 3 * N)
+    assert QuantizedWeight.side_by_side([s.quantized for s in solutions if s.quantized is not None]).codes.shape == (K, 3 * N)
 
 
 def solutions() -> dict[str, LayerSolution]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 import magr_onnx
 from magr_onnx.cli.app import app
-from magr_onnx.errors import CalibrationError, OptionError
+from magr_onnx.errors import CalibrationError, OptionError, OutputError
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.passes.instrument.segments import residual_operand
@@ -155,6 +157,30 @@ def test_samples_of_one_length_go_together() -> None:
     assert all((b["attention_mask"] == 1).all() for b in batches)
     assert [b["attention_mask"].shape[1] for b in batches[5:8]] == [5, 6, 7]
     assert "decode step 2" in data.label(7)
+
+
+def test_decode_steps_lie_in_files_as_long_as_they_are_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = decoders.optimum()
+    data = feeding.open_for(model, [{"input_ids": decoders.tokens(8)}], steps=2, runnable=model)
+    selected = data.select([len(data) - 1])
+    del data
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 1
+    first, second = (next(iter(selected)) for _ in range(2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+    del selected
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_decode_steps_that_cannot_be_written_are_an_error_of_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = decoders.optimum(), tmp_path / "model.onnx"
+    ir.save(model, path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(OutputError, match=r"cannot write decode steps to .*nowhere.*or set TMPDIR"):
+        feeding.open_for(model, [{"input_ids": decoders.tokens(8)}], runnable=path)
 
 
 def test_decode_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

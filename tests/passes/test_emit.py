@@ -12,6 +12,7 @@ import pytest
 
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import OptionError
+from magr_onnx.models.zoo import trap
 from magr_onnx.passes import CompensateBias, EmitMatMulNBits, EmitQDQ, LayerPass, Plan, Quantize, SolvedLayer, attach, find, run_layers
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.runtime.ort.session import Arithmetic, Session
@@ -86,6 +87,14 @@ def test_half_precision(emitter: str, bits: int) -> None:
     for arithmetic in (Arithmetic.UNOPTIMIZED, Arithmetic.FLOAT_QDQ):
         assert relative(run(model, arithmetic), expected) < 3e-3
     assert relative(run(model, Arithmetic.DEFAULT), expected) < 2e-2
+
+
+def test_values_of_shared_codes_are_named_after_their_readers() -> None:
+    """The first reader finds the codes unread, and names its value after them."""
+    text = "g (float[n, 64] x) => (float[n, 24] y, float[n, 24] z) { [a] y = MatMul(x, w)\n [b] h = Neg(x)\n [c] z = MatMul(h, w) }"
+    shared = trap.model(text, w=trap.constant("w", 64, 24))
+    model, _ = emit(ir.from_proto(shared), Quantize(method="rtn"), EmitQDQ())
+    assert [n.outputs[0].name for n in model.graph if n.op_type == "DequantizeLinear"] == ["w_q4_dequantized", "c_dequantized"]
 
 
 @pytest.mark.parametrize(

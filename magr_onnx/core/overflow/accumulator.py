@@ -25,6 +25,7 @@ import numpy.typing as npt
 from magr_onnx.errors import OptionError
 
 Integers = npt.NDArray[np.integer[Any]]
+Int64 = npt.NDArray[np.int64]
 CHUNK = 1 << 22  # elements of a weight widened to 64 bits at a time
 
 
@@ -119,7 +120,7 @@ def column_pieces(codes: npt.NDArray[Any]) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, max(n, 1), step))
 
 
-def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> tuple[Int64, Int64]:
     """Sum the positive and the negative codes of every tile.
 
     Args:
@@ -141,9 +142,7 @@ def signed_sums(codes: Integers, tile: int | None, block: int | None = None) -> 
     return positive, negative
 
 
-def extremes(
-    codes: Integers, tile: int | None, x_min: int, x_max: int, block: int | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def extremes(codes: Integers, tile: int | None, x_min: int, x_max: int, block: int | None = None) -> tuple[Int64, Int64]:
     """Compute the least and greatest sum of every tile over all inputs, ``(tiles, N)`` int64 each."""
     p, m = signed_sums(codes, tile, block)
     return x_max * m + x_min * p, x_max * p + x_min * m
@@ -179,7 +178,7 @@ class RunningSums:
         sums = (np.zeros(shape, np.int64), np.zeros(shape, np.int64)) if codes is None else signed_sums(codes, budget.accumulator.tile)
         self.positive, self.negative = sums
 
-    def limits(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def limits(self, row: int) -> tuple[Int64, Int64]:
         """Return the least and greatest code ``(N,)`` that may be added at ``row``."""
         b, t = self._budget, self._tile[row]
         p, m = self.positive[t], self.negative[t]

@@ -4,9 +4,8 @@ onnxruntime's kernels, measured as described in `magr_onnx.core.overflow.targets
 
 - Products of matrices (MatMulInteger, QLinearMatMul, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, and DequantizeLinear forms, which
   are fused into them) visit K in order.
-- QLinearConv and fused Conv visit K as (kernel taps, channels); depthwise ones have kernels of their own, exact on x86, with pairs of
-  taps in 16 bits on ARM without dot product (adjacent taps, or ``k`` and ``k + 2`` of four in a 3 x 3 kernel with channels in multiples
-  of 16).
+- QLinearConv and fused Conv visit K as (kernel taps, channels); depthwise ones have kernels of their own, exact on x86, with pairs of taps
+  in 16 bits on ARM without dot product (adjacent taps, or ``k`` and ``k + 2`` of four in a 3 x 3 kernel with channels in multiples of 16).
 - ConvInteger visits K as (channels, taps), and the weight is the LEFT operand: it is uint8 weights with int8 activations that saturate
   on AVX2, not the other way around.
 - MatMulNBits with int8 activations multiplies ``[-127, 127]`` by the unsigned codes as stored; on AVX2 two products of up to 4-bit codes
@@ -64,10 +63,8 @@ def on_target(dot: IntegerDot, target: Target, outer_bits: int | None = None) ->
             return f"int8 activations from outside the graph are not fused on {target.name}"
         if dot.weight_left:
             kernel = target.kernel(w_signed, x_signed)
-            orders = (kernel.order(dot.k),)
-            registers = KernelRegisters(
-                kernel.accumulator, orders, 0, kernel.shift, "(channels, taps), weights on the left" if dot.taps > 1 else ""
-            )
+            label = "(channels, taps), weights on the left" if dot.taps > 1 else ""
+            registers = KernelRegisters(kernel.accumulator, (kernel.order(dot.k),), 0, kernel.shift, label)
         else:
             registers = _integer(dot, target, target.kernel(x_signed, w_signed, qdq=dot.form == "qdq"))
     if outer_bits is None:

@@ -20,9 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.overflow.accumulator import Accumulator, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
+from magr_onnx.core.overflow.accumulator import Accumulator, Int64, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
 
-Int64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
 ClaimName = Literal["inner", "outer", "result"]
 

@@ -36,15 +36,13 @@ def tiled(columns: Array, tile: int | None) -> Array:
 def untiled(tiles: Array, k: int, n: int) -> Array:
     """Invert `tiled`."""
     size = len(tiles)
-    result: Array = tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
-    return result
+    return tiles.reshape(size, -1, n).transpose(1, 0, 2).reshape(-1, n)[:k]
 
 
 def project(codes: Array, budget: Budget) -> Array:
     """Return the nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
 
-    For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is
-    sufficient.
+    For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is sufficient.
     """
     tiles = tiled(codes, budget.accumulator.tile)
     half = budget.l1 / 2

@@ -52,11 +52,8 @@ def run(problem: Problem, options: Options) -> Solution:
     stats, spec = problem.stats, problem.spec
     if stats.is_data_free:
         return comq.run(problem, options)
-    usual = Choice(
-        usual_alpha(spec.bits, spec.group_size) if options.alpha is None else options.alpha,
-        problem.damping(options),
-        True if options.act_order is None else options.act_order,
-    )
+    alpha = usual_alpha(spec.bits, spec.group_size) if options.alpha is None else options.alpha
+    usual = Choice(alpha, problem.damping(options), options.act_order is not False)
     if problem.budget is not None:
         reduced, reduction = _reduced(problem, usual)
         return replace(comq.run(replace(problem, weights=reduced), options), reduction=reduction)

@@ -29,6 +29,9 @@ BLOCK = 64
 TINY = np.finfo(np.float32).tiny
 _NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
 
+State = tuple[QuantizedWeight, Array]
+"""A weight, and its residual ``H (W0 - W_hat)``."""
+
 
 def refine(
     target: Array,
@@ -61,11 +64,11 @@ def refine(
     h = np.ascontiguousarray(gram, dtype=np.float32)
     w0 = target.astype(np.float32, copy=False)
 
-    def sweep(state: tuple[QuantizedWeight, Array], last: bool) -> tuple[QuantizedWeight, Array]:
+    def sweep(state: State, last: bool) -> State:
         weight, residual = sweep_once(w0, state[0], h, state[1], budget)
         return refit_scales(w0, weight, h, residual) if rescale and not last else (weight, residual)
 
-    begin: tuple[QuantizedWeight, Array] = start, h @ (w0 - start.dequantize())
+    begin: State = start, h @ (w0 - start.dequantize())
     (weight, _), errors = descend(begin, sweep, lambda state: _energy(w0, *state), sweeps, tolerance)
     return Refined(weight, errors)
 
@@ -74,9 +77,7 @@ def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
     return float(np.einsum("kn,kn->", target - weight.dequantize(), residual, dtype=np.float64))
 
 
-def sweep_once(
-    target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None
-) -> tuple[QuantizedWeight, Array]:
+def sweep_once(target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None) -> State:
     """Run one pass of exact coordinate minimisation over all rows."""
     grid = Grid.of(weight)
     k = len(target)
@@ -114,7 +115,7 @@ def sweep_once(
     return grid.weight(codes), residual
 
 
-def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> tuple[QuantizedWeight, Array]:
+def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> State:
     """Refit scales by least squares for fixed codes: ``A s = b`` per column, ``A = C^T H C``, ``b = C^T H w0``.
 
     C holds the column's centred codes ``Q - z``, a group in each of its columns. Solved as a correction to the present

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from magr_onnx.core.types import Array, Columns, QuantizedWeight, side_by_side, sum_traces
+from magr_onnx.core.types import Array, Columns, QuantizedWeight, sum_traces
 
 State = TypeVar("State")
 
@@ -39,4 +39,4 @@ def by_columns(
 ) -> Refined:
     """Refine parts of the output channels, which are independent, one after the other: temporaries may be many times the layer."""
     refined = [refine(target[:, c], start.columns(c)) for c in parts]
-    return Refined(side_by_side([r.weight for r in refined]), tuple(sum_traces(*[r.errors for r in refined])))
+    return Refined(QuantizedWeight.side_by_side([r.weight for r in refined]), tuple(sum_traces(*[r.errors for r in refined])))

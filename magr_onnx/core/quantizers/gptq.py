@@ -1,13 +1,11 @@
 """GPTQ, also known as OPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback under the layer error.
 
-Minimises ``E = tr((W_hat - W)^T H (W_hat - W))`` one input row at a time. With ``H = R R^T``, R upper triangular, and
-``D = W_hat - W``,
+Minimises ``E = tr((W_hat - W)^T H (W_hat - W))`` one input row at a time. With ``H = R R^T``, R upper triangular, and ``D = W_hat - W``,
 
     E = sum_k R_kk^2 || D_k + sum_{j<k} (R_jk / R_kk) D_j ||^2,
 
-so row ``k`` rounds ``w_k - sum_{j<k} (R_jk / R_kk) D_j``: the error of all earlier rows is fed forward. This is the LDL form of
-GPTQ (Chee et al., "QuIP", arXiv 2307.13304, theorem 6, prove the codes to be the same); it needs one Cholesky factor and no
-inverse of H.
+so row ``k`` rounds ``w_k - sum_{j<k} (R_jk / R_kk) D_j``: the error of all earlier rows is fed forward. This is the LDL form of GPTQ (Chee
+et al., "QuIP", arXiv 2307.13304, theorem 6, prove the codes to be the same); it needs one Cholesky factor and no inverse of H.
 
 Deviations from the authors' code:
 
@@ -31,7 +29,7 @@ from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts, side_by_side
+from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts
 
 BLOCK = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
@@ -90,7 +88,7 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
     fed forward like any rounding error.
     """
     if len(parts := column_parts(*weights.shape)) > 1:
-        return side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
+        return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
     middle = np.float32(grid.spec.middle)
@@ -173,8 +171,7 @@ def under_budget(
 def _excess(weights: Array, grid: Grid, budget: Budget) -> Array:
     """Return the factor on every column's scale with which its unrounded codes fit, at least 1, ``(N,)``."""
     low, high = budget.column_extremes(weights / grid.scales + (grid.zeros - grid.spec.middle))
-    result: Array = np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
-    return result
+    return np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
 
 
 def _rungs(excess: float) -> int:

@@ -75,8 +75,7 @@ def _descend(weights: Array, grid: Grid, best: Array, scales: Array, zeros: Arra
 def _shrink(x: Array, beta: float) -> Array:
     """Apply the generalised soft threshold of ``|.|^p``; zero stays zero."""
     size = np.abs(x)
-    result: Array = np.sign(x) * np.maximum(size - np.maximum(size, 1e-12) ** (P - 1) / beta, 0)
-    return result
+    return np.sign(x) * np.maximum(size - np.maximum(size, 1e-12) ** (P - 1) / beta, 0)
 
 
 def _refit(w: Array, q: Array, s: Array, z: Array, valid: Array, spec: WeightSpec) -> tuple[Array, Array]:

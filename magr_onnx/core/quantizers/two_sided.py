@@ -32,7 +32,7 @@ from magr_onnx.core.types import Array, QuantizedWeight
 BLOCKS = 16
 DAMPING = 0.3
 
-Indices = npt.NDArray[np.intp]
+Blocks = Sequence[npt.NDArray[np.intp]]
 
 
 def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
@@ -49,13 +49,13 @@ def energy(difference: Array, gram: Array, outputs: Array) -> float:
     return float(np.einsum("kn,kn->", gram @ difference, difference @ outputs, dtype=np.float64))
 
 
-def blocks_of(outputs: Array) -> list[Indices]:
+def blocks_of(outputs: Array) -> Blocks:
     """Split the columns into `BLOCKS` blocks, in descending power."""
     order = np.argsort(-outputs.diagonal(), kind="stable")
     return [part for part in np.array_split(order, BLOCKS) if len(part)]
 
 
-def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Sequence[Indices]) -> QuantizedWeight:
+def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Blocks) -> QuantizedWeight:
     """Run GPTQ on ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
     order = np.concatenate(blocks)
     couplings = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
@@ -72,14 +72,7 @@ def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, b
 
 
 def refine(
-    target: Array,
-    start: QuantizedWeight,
-    gram: Array,
-    outputs: Array,
-    blocks: Sequence[Indices],
-    *,
-    sweeps: int = 8,
-    tolerance: float = 5e-3,
+    target: Array, start: QuantizedWeight, gram: Array, outputs: Array, blocks: Blocks, *, sweeps: int = 8, tolerance: float = 5e-3
 ) -> Refined:
     """Lower E of ``start`` by coordinate descent, a block of columns at a time; the result, and E before and after every sweep.
 
@@ -108,10 +101,9 @@ def refine(
             block_now, _ = comq.refit_scales(block_target, block_now, h, residual)
             change = block_now.dequantize() - before
             gradient_change = h @ change
-            rise = 2 * np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64) + np.einsum(
-                "kn,kn->", change @ m[np.ix_(c, c)], gradient_change, dtype=np.float64
-            )
-            if rise < 0:
+            linear = np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64)
+            quadratic = np.einsum("kn,kn->", change @ m[np.ix_(c, c)], gradient_change, dtype=np.float64)
+            if 2 * linear + quadratic < 0:
                 codes[:, c], scales[:, c], zeros[:, c] = block_now.codes, block_now.scales, block_now.zero_points
                 d[:, c] += change
         return d

@@ -81,20 +81,14 @@ def lines_of(report: Report) -> list[Line]:
     for r in report.layers:
         share = min(severity(r.error or 0) / worst, 1.0) if worst else 0.0
         headroom = headrooms.get(r.emitted or "")
-        lines.append(Line(r, running.get(r.output or r.name), peak_of(r), sweeps_of(r), headroom, share))
+        peak = 1 - float(r.magr["max_after"]) / float(r.magr["max_before"]) if r.magr and r.magr.get("max_before") else None
+        lines.append(Line(r, running.get(r.output or r.name), peak, sweeps_of(r), headroom, share))
     return sorted(lines, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
 
 
 def sweeps_of(row: LayerRow) -> int | None:
     """Return the number of sweeps of a layer's quantizer; None if it has none."""
     return (row.sweeps[-1] if row.sweeps else len(row.errors) - 1) if row.errors else None
-
-
-def peak_of(row: LayerRow) -> float | None:
-    """Return the fraction by which MagR lowered the largest weight of a layer."""
-    if not row.magr or not row.magr.get("max_before"):
-        return None
-    return 1 - float(row.magr["max_after"]) / float(row.magr["max_before"])
 
 
 def cards(report: Report) -> list[Card]:
@@ -161,9 +155,8 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     if report.proof is not None and report.proof.proved < report.proof.total:
         messages.append(Finding(f"{report.proof.total - report.proof.proved} integer dot products are not proved.", tone="bad"))
     if not any(r.rows for r in report.layers) and report.layers:
-        messages.append(
-            Finding("No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be.", tone="warn")
-        )
+        text = "No calibration data: inputs were taken as uncorrelated, and accuracy is lower than it could be."
+        messages.append(Finding(text, tone="warn"))
     messages += _left_float(report)
     messages += [_added_bytes(report, line.row, i) for i, line in enumerate(lines) if line.row.added]
     messages += _outliers(lines)
