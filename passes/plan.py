@@ -18,7 +18,7 @@ from magr_onnx.passes import pipeline_text, registry
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
 from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
-from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
+from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias, compensate_groups
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layer_passes.embeddings import Embeddings
 from magr_onnx.passes.layer_passes.error_feedback import ErrorFeedback
@@ -171,7 +171,8 @@ class Plan:
         """Solve the groups of a convolution, in a batch if they are many and small, else one by one."""
         plan = self.resolved
         if plan.quantize is not None and plan.quantize.takes_groups(len(problems), len(problems[0].weight)):
-            return plan.quantize.solve_groups(problems)
+            solution = plan.quantize.solve_groups(problems)
+            return compensate_groups(problems, solution) if problems[0].centred(plan.bias_policy) else solution
         return join_groups(problems, [plan.solve(problem) for problem in problems], problems[0].centred(plan.bias_policy))
 
     def placeholder(self, problem: LayerProblem) -> LayerSolution:

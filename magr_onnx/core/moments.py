@@ -41,6 +41,29 @@ def with_folds(parts: Sequence[Means], folds: int) -> Means:
     return with_parts
 
 
+LEAST_POWER = 1e-3  # of the strongest reader's output: what is weaker counts as if it had this
+
+
+def pooled(readers: Sequence[tuple[LayerStats, bool]], powers: Sequence[float]) -> LayerStats:
+    """Pool the moments of all readers of one weight, so that the relative errors of their outputs count the same.
+
+    Summed as they are, moments of a strong input would hide those of a weak one, whose output matters as much to the layers behind it.
+
+    Args:
+        readers: Moments of every reader's input, and whether a bias of its own absorbs its mean error.
+        powers: Mean square of every reader's output.
+    """
+    floor = LEAST_POWER * max(powers) or 1.0
+    factors = [sum(powers) / max(power, floor) / len(powers) ** 2 for power in powers]
+
+    def pool(parts: Sequence[LayerStats]) -> LayerStats:
+        gram = sum(f * part.objective_gram(centred) for f, part, (_, centred) in zip(factors, parts, readers, strict=True))
+        return LayerStats(np.asarray(gram), np.zeros(len(parts[0].mean)), sum(part.rows for part in parts))
+
+    folds = zip(*(stats.folds for stats, _ in readers), strict=False)
+    return replace(pool([stats for stats, _ in readers]), folds=tuple(pool(parts) for parts in folds))
+
+
 class MomentAccumulator:
     """Sums of ``x x^T`` and of ``x`` over the rows of one value.
 

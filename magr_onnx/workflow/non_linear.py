@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
 
 import onnx_ir as ir
 
 from magr_onnx.config import plans
 from magr_onnx.config.options import Options
 from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.moments import pooled
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit import conv as conv_emitter
 from magr_onnx.passes.emit import embedding as table_emitter
+from magr_onnx.passes.layer_passes.bias_compensation import compensate_groups
 from magr_onnx.passes.layer_passes.convolutions import Convolutions, problems_of
 from magr_onnx.passes.layer_passes.embeddings import problem_of
 from magr_onnx.passes.layers import conv, embedding
@@ -160,10 +162,11 @@ def convert_convolutions(
     if data is not None:
         unmeasured |= conv_patches.unmeasured(model, ordered, data, context.provider, patch_limit)
     for readers, stats in _measured(model, ordered, data, context, unmeasured):
-        solution = _solve(readers, stats, plan)
-        assert solution.quantized is not None
-        weight = conv.split_groups(solution.quantized.dequantize(), readers[0].group)
-        for layer, emitted in zip(readers, conv_emitter.emit(readers, solution, stage.form, integer), strict=True):
+        solutions = _solve(readers, stats, plan)
+        assert solutions[0].quantized is not None
+        weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
+        written = conv_emitter.emit(readers, solutions, stage.form, integer)
+        for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
             if len(readers) > 1:
                 notes.append(f"one weight for {len(readers)} convolutions: one solution for all")
@@ -175,8 +178,8 @@ def convert_convolutions(
 
 def _measured(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches | None, context: RunContext, unmeasured: dict[str, str]
-) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats]]]]:
-    """Convolutions of one weight with the statistics of those that have some; ``unmeasured`` gets the reason of those that have not."""
+) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats] | None]]]:
+    """Convolutions of one weight with their statistics, or None; ``unmeasured`` gets the reason of those that have none."""
     units = iter(by_weight(layers))
     readers = next(units, None)
     gathered: dict[str, list[LayerStats] | None] = {}
@@ -190,20 +193,21 @@ def _measured(
                 unmeasured |= dict.fromkeys((layer.name for layer in measured), conv_patches.cannot_gather(error))
         gathered |= {layer.name: stats.get(layer.name) for layer in group}
         while readers is not None and all(layer.name in gathered for layer in readers):
-            yield readers, [known for layer in readers if (known := gathered.pop(layer.name)) is not None]
+            yield readers, [gathered.pop(layer.name) for layer in readers]
             readers = next(units, None)
 
 
-def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats]], plan: Plan) -> LayerSolution:
-    """One solution for all convolutions of a weight, under the moments of all their patches."""
+def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan) -> list[LayerSolution]:
+    """One weight for all convolutions that read it, under the moments of all their patches; for each the bias that its own mean needs."""
     first, policy = readers[0], plan.bias_policy
-    groups = [reduce(_pooled, parts) for parts in zip(*stats, strict=True)]
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
     absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
-    return plan.for_convolutions(absorbs).solve_groups(problems_of(first, groups))
-
-
-def _pooled(a: LayerStats, b: LayerStats) -> LayerStats:
-    """The statistics of the rows of both, held-out rows included."""
-    folds = tuple(x.combine(y) for x, y in zip(a.folds, b.folds, strict=True)) if len(a.folds) == len(b.folds) else ()
-    return replace(a.combine(b), folds=folds)
+    conv_plan, measured = plan.for_convolutions(absorbs), [groups for groups in stats if groups]
+    if len(readers) == 1 or not measured:
+        return [conv_plan.solve_groups(problems_of(first, measured[0] if measured else []))] * len(readers)
+    matrices = first.read()
+    powers = [sum(layer_error(w, s.gram) for w, s in zip(matrices, groups, strict=True)) for groups in measured]
+    groups = [pooled([(s, absorbs) for s in of_group], powers) for of_group in zip(*measured, strict=True)]
+    solution = conv_plan.solve_groups(problems_of(first, groups))
+    solution = replace(solution, bias=None, record=replace(solution.record, bias_compensated=False))
+    return [solution if not own or not absorbs else compensate_groups(problems_of(first, own), solution) for own in stats]

@@ -35,17 +35,17 @@ from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made
 from magr_onnx.passes.layers.weighted import FLOATS
 
 
-def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays_float: bool) -> list[Emitted]:
-    """Write one solution into all convolutions that share its weight.
+def emit(layers: Sequence[ConvLayer], solutions: Sequence[LayerSolution], form: Form, stays_float: bool) -> list[Emitted]:
+    """Write the codes of one weight into all convolutions that share it.
 
     Args:
         layers: The convolutions.
-        solution: Codes ``(K, M)`` of the channels of all groups, with one grid per channel; its bias ``(M,)`` is added to that of every
-            convolution.
+        solutions: For each, the same codes ``(K, M)`` of the channels of all groups, with one grid per channel, and a bias ``(M,)``
+            that is added to its own.
         form: How codes are dequantized, see the module.
         stays_float: Whether to prevent onnxruntime from computing the convolutions in integers.
     """
-    quantized = solution.quantized
+    quantized = solutions[0].quantized
     assert quantized is not None
     bits = quantized.spec.bits
     first, root = layers[0], layers[0].root
@@ -57,7 +57,7 @@ def emit(layers: Sequence[ConvLayer], solution: LayerSolution, form: Form, stays
         root.insert_before(root[0], nodes)
     size = sum(v.const_value.nbytes for node in nodes for v in node.inputs if v is not None and v.const_value is not None)
     emitted = []
-    for layer in layers:
+    for layer, solution in zip(layers, solutions, strict=True):
         node = layer.node
         replace_input(node, 1, weight)
         if solution.bias is not None:

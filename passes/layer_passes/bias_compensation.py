@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -31,10 +32,7 @@ class CompensateBias(LayerPass):
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if not problem.centred(self.bias):
             return solution
-        stats, moments = problem.stats, problem.target_moments
-        total = _correction(problem, solution, stats, moments)
-        parts = [(part.rows, _correction(problem, solution, part, target)) for part, target in _parts(stats, moments)]
-        added = shrinkage(total, parts) * total
+        added = _shrunk(problem, solution.weight)
         bias = added if solution.bias is None else solution.bias + added
         return replace(solution, bias=bias, changed=True, record=replace(solution.record, bias_compensated=True))
 
@@ -42,9 +40,25 @@ class CompensateBias(LayerPass):
         return replace(solution, bias=np.zeros(problem.weight.shape[1])) if problem.centred(self.bias) else solution
 
 
-def _correction(problem: LayerProblem, solution: LayerSolution, stats: LayerStats, moments: TargetMoments | None) -> Array:
+def compensate_groups(problems: Sequence[LayerProblem], solution: LayerSolution) -> LayerSolution:
+    """Correct the bias of a convolution, none so far, for its own mean error: ``problems`` are its groups, side by side in ``solution``."""
+    weights = np.split(solution.weight, len(problems), axis=1)
+    bias = np.concatenate([_shrunk(problem, weight) for problem, weight in zip(problems, weights, strict=True)])
+    return replace(solution, bias=bias, record=replace(solution.record, bias_compensated=True))
+
+
+def _shrunk(problem: LayerProblem, weight: Array) -> Array:
+    """Return the shrunk correction ``(N,)`` for ``weight (K, N)``."""
+    stats, moments = problem.stats, problem.target_moments
+    total = _correction(problem, weight, stats, moments)
+    parts = [(part.rows, _correction(problem, weight, part, target)) for part, target in _parts(stats, moments)]
+    result: Array = shrinkage(total, parts) * total
+    return result
+
+
+def _correction(problem: LayerProblem, weight: Array, stats: LayerStats, moments: TargetMoments | None) -> Array:
     target = problem.weight.astype(np.float64).T @ stats.target_mean if moments is None else moments.mean
-    return correction(target, solution.weight, stats.mean)
+    return correction(target, weight, stats.mean)
 
 
 def _parts(stats: LayerStats, moments: TargetMoments | None) -> list[tuple[LayerStats, TargetMoments | None]]:

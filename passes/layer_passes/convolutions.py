@@ -84,7 +84,7 @@ class Convolutions(ModelPass):
         for readers in by_weight(layers):
             problems = problems_of(readers[0])
             solutions = [rounding.solve(problem, LayerSolution.unsolved(problem)) for problem in problems]
-            emit(readers, join_groups(problems, solutions, False), stage.form, integer)
+            emit(readers, [join_groups(problems, solutions, False)] * len(readers), stage.form, integer)
         return modified or bool(layers)
 
 

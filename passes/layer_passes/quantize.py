@@ -228,7 +228,7 @@ class Quantize(LayerPass):
         return small and self.quantizer.batched is not None and self.beta is None
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
-        """Solve the groups of a convolution together, bias correction included; the channels of all groups are side by side."""
+        """Solve the groups of a convolution together; the channels of all groups are side by side."""
         matrices = np.stack([p.weight for p in problems])
         k = matrices.shape[1]
         centred, stats = problems[0].centred(self.bias), problems[0].stats
@@ -241,12 +241,10 @@ class Quantize(LayerPass):
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
         error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
         power = float(np.einsum("gkn,gkn->", grams @ matrices.astype(np.float64), matrices))
-        means = np.stack([p.stats.mean for p in problems])
-        bias = -np.einsum("gkn,gk->gn", difference, means).reshape(-1) if centred else None
         quantized, target = QuantizedWeight.side_by_side(result.weights), np.hstack(list(matrices))
         weights = sketch(target, None, quantized)
-        record = LayerRecord(stats.rows, ratio(error, power), bias_compensated=centred, weights=weights)
-        return LayerSolution(quantized.dequantize(), bias, target, (), quantized, None, True, record)
+        record = LayerRecord(stats.rows, ratio(error, power), weights=weights)
+        return LayerSolution(quantized.dequantize(), None, target, (), quantized, None, True, record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         """Codes of zero; there are zero points unless the grid is symmetric, as for nearly any real weight."""

@@ -1,8 +1,9 @@
 """Layers that multiply by the very same matrix: one solve, codes stored once.
 
-Readers ``r`` of one ``W`` see inputs of their own. What all of them lose together is one layer error under the sum of their Gram matrices,
+Readers ``r`` of one ``W`` see inputs of their own. What all of them lose together, each relative to the power ``p_r`` of its output, is one
+layer error under the sum of their Gram matrices,
 
-    sum_r n_r tr(D^T H_r D) = n tr(D^T H D),     H = sum_r n_r H_r / n,
+    sum_r tr(D^T H_r D) / p_r ~ tr(D^T H D),     H ~ sum_r H_r / p_r,
 
 with ``H_r - mu_r mu_r^T`` in place of ``H_r`` where r's bias takes up the mean. So the stages that choose a weight (`LayerStage.solves`)
 run once, for the first reader, under ``H``; the others take its codes over. Bias compensation and emission stay each reader's own, from its
@@ -15,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 from types import MappingProxyType
 
-import numpy as np
-
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, absorbs_mean, relative_error
+from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.moments import pooled
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import listed
 from magr_onnx.passes.base import LayerStage
@@ -50,7 +50,9 @@ class SharedWeight:
         """The statistics of all readers together, under a policy of the bias compensation; see the module."""
         if policy not in self._stats:
             measured = [(s, absorbs_mean(policy, layer.has_bias)) for layer, s in self._readers if s is not None and not s.is_data_free]
-            self._stats[policy] = _summed(measured) if measured else LayerStats.data_free(self._readers[0][0].k)
+            first = self._readers[0][0]
+            powers = [layer_error(first.read(), s.gram) for s, _ in measured]
+            self._stats[policy] = pooled(measured, powers) if measured else LayerStats.data_free(first.k)
         return self._stats[policy]
 
     def solve(self, name: str, problem: LayerProblem, stages: Sequence[LayerStage]) -> LayerSolution:
@@ -91,17 +93,6 @@ def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) 
     if low_rank is not None and solution.quantized is not None:
         low_rank = low_rank | {"error_before": relative_error(solution.quantized.dequantize(), problem, centred), "error_after": error}
     return replace(solution.record, error=error, low_rank=low_rank)
-
-
-def _summed(readers: Sequence[tuple[LayerStats, bool]]) -> LayerStats:
-    """Of rows that are centred by each reader's own mean where its bias takes that up."""
-
-    def part(stats: LayerStats, centred: bool) -> LayerStats:
-        return LayerStats(stats.objective_gram(centred), np.zeros_like(stats.mean), stats.rows)
-
-    total = reduce(LayerStats.combine, (part(stats, centred) for stats, centred in readers))
-    in_folds = zip(*([part(fold, centred) for fold in stats.folds] for stats, centred in readers if stats.folds), strict=False)
-    return LayerStats(total.gram, total.mean, total.rows, folds=tuple(reduce(LayerStats.combine, parts) for parts in in_folds))
 
 
 def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:
