@@ -15,7 +15,7 @@ from magr_onnx.core import error_feedback
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
+from magr_onnx.core.types import NOISE, Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Layers that bias correction applies to: those with a bias, all, or none."""
@@ -39,6 +39,7 @@ class LayerProblem:
         output_grid: The static 8-bit grid of the layer's product, or None where it stays float.
         target_moments: Moments of the output the layer should have, where the layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of the gradients at the layer's outputs, or None.
+        input_noise: Squared error of the output that rounding the input alone causes, over the variance of the output.
         notes: Sentences for the report.
     """
 
@@ -50,6 +51,7 @@ class LayerProblem:
     output_grid: ActivationGrid | None = None
     target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
+    input_noise: float = 0.0
     notes: tuple[str, ...] = ()
 
     def centred(self, policy: BiasPolicy | None) -> bool:
@@ -72,6 +74,7 @@ class LayerRecord:
     weights: dict[str, Any] | None = None
     errors: tuple[float, ...] = ()
     tiles: dict[str, Any] | None = None
+    fitted_error: float | None = None
     notes: tuple[str, ...] = ()
 
     def noting(self, *notes: str) -> LayerRecord:
@@ -110,17 +113,37 @@ class LayerSolution:
 
 
 def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float:
-    """Return the norm of the output error of ``weight (K, N)`` over the norm of the output.
+    """Return the root mean square error of the output with ``weight (K, N)``, over the standard deviation of the output.
 
-    After quantized layers (``problem.target_moments``) this includes the errors of the layers before.
+    It is that of the rows of the statistics. After quantized layers (``problem.target_moments``) the errors of the layers
+    before are in it; else ``problem.input_noise``, of a quantized input.
     """
+    variance = output_variance(problem.weight, problem.stats, problem.target_moments)
     if problem.target_moments is not None:
-        return float(np.sqrt(error_feedback.error(weight.astype(np.float64), problem.stats, problem.target_moments, centred)))
+        moments = problem.target_moments
+        return ratio(error_feedback.squared_error(weight.astype(np.float64), problem.stats, moments, centred), variance)
     difference = weight - problem.weight
     if problem.stats.is_data_free:  # H = I
-        squares = [float(np.einsum("kn,kn->", a, a, dtype=np.float64)) for a in (difference, problem.weight)]
-        return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
-    return ratio(layer_error(difference, problem.stats.objective_gram(centred)), layer_error(problem.weight, problem.stats.gram))
+        squared = float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
+    else:
+        squared = layer_error(difference, problem.stats.objective_gram(centred))
+    return ratio(squared + problem.input_noise * variance, variance)
+
+
+def output_variance(weight: Array, stats: LayerStats, moments: TargetMoments | None = None) -> float:
+    """Return the variance of the target output, summed over channels; its mean square where the output is constant.
+
+    What is constant the layers behind it take for a bias, so that errors are to be compared with what varies.
+    """
+    if moments is not None:
+        power = float(moments.power.sum())
+        variance = power - float(np.square(moments.mean).sum())
+    elif stats.is_data_free:
+        power = variance = float(np.einsum("kn,kn->", weight, weight, dtype=np.float64))
+    else:
+        variance = layer_error(weight, stats.objective_gram(True))
+        power = variance + float(np.square(weight.astype(np.float64).T @ stats.mean).sum())
+    return variance if variance > NOISE * power else power
 
 
 def ratio(error: float, power: float) -> float:
@@ -137,10 +160,10 @@ def join_groups(problems: Sequence[LayerProblem], solutions: Sequence[LayerSolut
     weight, target = (np.hstack([getattr(s, name) for s in solutions]) for name in ("weight", "target"))
     biases = [s.bias for s in solutions if s.bias is not None]
     error = sum(layer_error(s.weight - p.weight, p.stats.objective_gram(centred)) for p, s in zip(problems, solutions, strict=True))
-    power = sum(layer_error(p.weight, p.stats.gram) for p in problems)
+    variance = sum(output_variance(p.weight, p.stats) for p in problems)
     records = [s.record for s in solutions]
     alone = records[0] if len(records) == 1 else LayerRecord(weights=sketch(np.hstack([p.weight for p in problems]), None, quantized))
     objectives, notes = sum_traces(*[r.errors for r in records]), dict.fromkeys(note for r in records for note in r.notes)
-    record = LayerRecord(records[0].rows, ratio(error, power), alone.magr, bias_compensated=bool(biases), weights=alone.weights)
+    record = LayerRecord(records[0].rows, ratio(error, variance), alone.magr, bias_compensated=bool(biases), weights=alone.weights)
     record = replace(record, errors=tuple(objectives), notes=tuple(notes))
     return LayerSolution(weight, np.concatenate(biases) if biases else None, target, (), quantized, None, True, record)

@@ -48,8 +48,10 @@ class LayerRow:
         bits: Code width; None where the weight stayed float (MagR alone).
         block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Relative layer error ``sqrt(tr(D^T H D) / tr(W^T H W))`` on the calibration data, after bias correction. After
-            quantized layers it is the error of the output against its target, including the errors of the layers before.
+        error: Root mean square error of the layer's output, after bias correction, over the standard deviation of the output: on
+            calibration rows that were held out, where there were some. After quantized layers the errors of the layers before are in it
+            where the quantizer corrected for them, else the rounding of the layer's own input.
+        fitted_error: The same on the rows that the layer was solved from.
         magr: Iterations and magnitudes of MagR, if it ran.
         solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
         bias_compensated: Whether the bias absorbed the mean error.
@@ -98,6 +100,7 @@ class LayerRow:
     scope: str = ""
     stored_block: int | None = None
     added: int | None = None
+    fitted_error: float | None = None
 
     @property
     def label(self) -> str:

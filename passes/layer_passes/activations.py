@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from magr_onnx.core.activation_ranges import METHODS, Method
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.types import ActivationGrid, WeightSpec
@@ -56,4 +58,5 @@ class QuantizeActivations(LayerStage):
             figures |= {"scale": grid.scale, "zero_point": grid.zero_point, "low": grid.range[0], "high": grid.range[1]}
         elif grid is not None and grid.clips:
             figures |= {"low": grid.low, "high": grid.high}
+        figures["error"] = float(np.sqrt(problem.input_noise))
         return replace(solution, record=replace(solution.record, activation=figures))

@@ -56,9 +56,10 @@ class LowRank(LayerPass):
         root = stats.memo(key, lambda: low_rank.root(stats.regularized(centred), damping, self.kind))
         factors = low_rank.reconstruct(solution.target - solution.weight, root, rank).stored(problem.float_type)
         weight = solution.weight + factors.product()
-        error = relative_error(weight, problem, centred)
-        figures = {"rank": rank, "error_before": record.error, "error_after": error}
-        return replace(solution, weight=weight, factors=factors, changed=True, record=replace(record, error=error, low_rank=figures))
+        before, after = (relative_error(w, problem, centred) for w in (solution.weight, weight))
+        error = None if record.error is None else record.error * (after / before if before else 1.0)  # on held-out rows, estimated
+        record = replace(record, error=error, fitted_error=after, low_rank={"rank": rank, "error_before": before, "error_after": after})
+        return replace(solution, weight=weight, factors=factors, changed=True, record=record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         k, n = problem.weight.shape

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from magr_onnx.core.histograms import sketch, tile_headroom
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, ratio, relative_error
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, output_variance, ratio, relative_error
 from magr_onnx.core.linalg import automatic_damping
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget, smallest_feasible
 from magr_onnx.core.overflow.targets import find_target
@@ -212,9 +212,12 @@ class Quantize(LayerPass):
         if result.reduction is not None:
             record = replace(record, magr=magr.figures(solution.weight, result.reduction))
         reduced = solution.weight if result.reduction is None else result.reduction.weights  # by MagR, here or in a stage before
+        fitted = relative_error(weight, problem, centred)
+        noise = problem.input_noise if problem.target_moments is None else 0.0
         record = replace(
             record.noting(*result.notes),
-            error=relative_error(weight, problem, centred),
+            error=fitted if result.held_out is None else float(np.sqrt(result.held_out + noise)),
+            fitted_error=fitted,
             solver=result.figures or record.solver,
             weights=sketch(solution.target, None if record.magr is None else reduced, result.weight),
             errors=result.errors or record.errors,
@@ -232,7 +235,7 @@ class Quantize(LayerPass):
         matrices = np.stack([p.weight for p in problems])
         k = matrices.shape[1]
         centred, stats = problems[0].centred(self.bias), problems[0].stats
-        grams, objective = (np.stack([p.stats.objective_gram(c) for p in problems]) for c in (False, centred))
+        objective = np.stack([p.stats.objective_gram(centred) for p in problems])
         damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
         # nearest codes are the best where inputs are uncorrelated
         used = np.stack([p.stats.regularized(centred) for p in problems])
@@ -240,10 +243,10 @@ class Quantize(LayerPass):
         result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps)
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
         error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
-        power = float(np.einsum("gkn,gkn->", grams @ matrices.astype(np.float64), matrices))
+        variance = sum(output_variance(p.weight, p.stats) for p in problems)
         quantized, target = QuantizedWeight.side_by_side(result.weights), np.hstack(list(matrices))
         weights = sketch(target, None, quantized)
-        record = LayerRecord(stats.rows, ratio(error, power), weights=weights)
+        record = LayerRecord(stats.rows, ratio(error, variance), weights=weights)
         return LayerSolution(quantized.dequantize(), None, target, (), quantized, None, True, record)
 
     def placeholder(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:

@@ -69,7 +69,7 @@ class SharedWeight:
                 solution = replace(solution, record=solution.record.noting(note))
             if first:
                 count = len(solution.record.notes)
-                solution = stage.solve(replace(problem, stats=self.stats(policy), output_hessian=None), solution)
+                solution = stage.solve(replace(problem, stats=self.stats(policy), target_moments=None, output_hessian=None), solution)
                 self._solved, self._notes = solution, (*self._notes, *solution.record.notes[count:])
             elif before:
                 solution = self._taken_over(solution)
@@ -92,7 +92,7 @@ def _with_errors(solution: LayerSolution, problem: LayerProblem, centred: bool) 
     error, low_rank = relative_error(solution.weight, problem, centred), solution.record.low_rank
     if low_rank is not None and solution.quantized is not None:
         low_rank = low_rank | {"error_before": relative_error(solution.quantized.dequantize(), problem, centred), "error_after": error}
-    return replace(solution.record, error=error, low_rank=low_rank)
+    return replace(solution.record, error=error, fitted_error=error, low_rank=low_rank)
 
 
 def shared_weights(layers: Iterable[LinearLayer], stats: Callable[[LinearLayer], LayerStats | None]) -> dict[Hashable, SharedWeight]:

@@ -27,6 +27,7 @@ FEW_SAMPLES = 256  # up to which ranges are cross-validated
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
 _Named = dict[str, Activation]
+_ZERO = ActivationGrid(1e38, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,12 +106,13 @@ def choose(
             positions = [i for i in range(len(context.data)) if hold_out.part(i) == held_out]
             trials.append((grids_of(measured), context.data.select(positions)))
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
-    errors = _errors(model, clipped, values, trials, context, part_of(progress, 1, 2))
+    errors, variances = _errors(model, clipped, values, trials, context, part_of(progress, 1, 2))
     result = {}
-    for tap, full, cut, named, by_name in zip(clipped, histograms, bounded, grids, errors, strict=True):
+    for tap, full, cut, named, by_name, variance in zip(clipped, histograms, bounded, grids, errors, variances, strict=True):
         best = min(by_name, key=lambda name: by_name[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
         sentinels, bounds = (None, None) if cut is full else ((full.low, full.high), tap.bounds)
-        result[tap.value] = GridChoice(named[best], best, by_name, sentinels, bounds)
+        noise = by_name[best] / variance if variance > 0 else 0.0
+        result[tap.value] = GridChoice(named[best], best, by_name, noise, sentinels, bounds)
     return result
 
 
@@ -153,14 +155,17 @@ def _errors(
     trials: Sequence[tuple[Sequence[dict[str, Activation]], Batches]],
     context: CalibrationContext,
     progress: Steps | None,
-) -> list[dict[str, float]]:
-    """Measure the mean squared output error of every candidate of every tap, each part of the data under grids of its own."""
-    sketches, names = [v.sketch for v in values], [list(named) for named in trials[0][0]]
+) -> tuple[list[dict[str, float]], list[float]]:
+    """Measure the mean squared output error of every candidate of every tap, each part of the data under grids of its own.
+
+    Also the variance of the output of every tap: the error, without its mean, of a grid that rounds everything to zero.
+    """
+    sketches, names = [v.sketch for v in values], [[*named, "zero"] for named in trials[0][0]]
     energy = [np.zeros(len(n)) for n in names]
     sums = [np.zeros((len(n), a.shape[1])) for n, a in zip(names, sketches, strict=True)]
     rows = [0.0] * len(taps)
     for index, (grids, data) in enumerate(trials):
-        tapped = error_taps(model, taps, sketches, [list(g.values()) for g in grids], context.mask)
+        tapped = error_taps(model, taps, sketches, [[*g.values(), _ZERO] for g in grids], context.mask)
         for _, weight, outputs in run_batches(tapped, data, context.provider, part_of(progress, index, len(trials))):
             results = iter(outputs)
             for i in range(len(taps)):
@@ -169,11 +174,13 @@ def _errors(
                     sums[i][j] += weighted(next(results), weight)
                 rows[i] += float(next(results)[0]) * weight
     check_rows(rows, context.mask)
-    errors = []
+    errors, variances = [], []
     for value, named, e, s, r in zip(values, names, energy, sums, rows, strict=True):
-        remaining = e / r - (np.square(s / r).sum(axis=1) if value.centred else 0)
-        errors.append(dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True)))
-    return errors
+        means = np.square(s / r).sum(axis=1)
+        remaining = e / r - (means if value.centred else 0)
+        errors.append(dict(zip(named[:-1], map(float, np.maximum(remaining[:-1], 0)), strict=True)))
+        variances.append(float(e[-1] / r - means[-1]))
+    return errors, variances
 
 
 def _sketch(layers: Sequence[LinearLayer]) -> Array:
@@ -208,5 +215,7 @@ def notes_of(grids: Grids) -> list[str]:
 
 def with_grids(problem: LayerProblem, layer: LinearLayer, grids: Grids) -> LayerProblem:
     """Add the grids of a layer's input and product to its problem, where there are any."""
-    activation, product = (None if name not in grids else grids[name].grid for name in (layer.reads, product_name(layer)))
-    return replace(problem, activation=activation, output_grid=product if isinstance(product, ActivationGrid) else None)
+    read, product = (grids.get(name) for name in (layer.reads, product_name(layer)))
+    output_grid = product.grid if product is not None and isinstance(product.grid, ActivationGrid) else None
+    activation, noise = (None, 0.0) if read is None else (read.grid, read.noise)
+    return replace(problem, activation=activation, input_noise=noise, output_grid=output_grid)

@@ -18,6 +18,7 @@ class GridChoice:
         grid: The grid.
         method: Name of the candidate range.
         errors: Mean squared output error of every candidate, by name.
+        noise: Squared error of the output that the grid causes, over the variance of the output.
         sentinels: The observed range, if it has sentinel values such as -1e9, which are excluded; else None.
         bounds: The range without them, which values are clipped to in statistics; else None.
     """
@@ -25,6 +26,7 @@ class GridChoice:
     grid: Activation
     method: str = ""
     errors: Mapping[str, float] = field(default_factory=dict)
+    noise: float = 0.0
     sentinels: tuple[float, float] | None = None
     bounds: tuple[float, float] | None = None
 

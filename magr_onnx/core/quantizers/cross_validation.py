@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.layer import output_variance
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
@@ -32,15 +33,17 @@ class Fold:
     Attributes:
         problem: The layer on the other rows; its reference is the model's weight.
         held_out: Statistics of the fold.
+        factor: Of the fold's mean squared error: its share of the rows of all folds, over the variance of the output.
         target: Moments of the target output outside the fold and in it, where the layers before are quantized; else None.
     """
 
     problem: Problem
     held_out: LayerStats
+    factor: float
     target: tuple[TargetMoments, TargetMoments] | None
 
     def error(self, weight: Array) -> float:
-        """Return the squared error of the layer's output with ``weight (K, n)``, summed over the rows of the fold."""
+        """Return the fold's part of the squared error of the output with ``weight (K, n)``, relative to the variance of the output."""
         problem, held_out, fit = self.problem, self.held_out, self.problem.stats
         w = weight.astype(np.float64)
         if self.target is None:
@@ -53,7 +56,7 @@ class Fold:
             bias = w.T @ (held_out.mean - fit.mean) - (inside.mean - outside.mean)
         if problem.centred:  # the mean error of the fold, of which the bias takes up that of the other rows
             squared += float(np.square(bias).sum())
-        return held_out.rows * max(squared, 0.0)
+        return self.factor * max(squared, 0.0)
 
 
 def folds(problem: Problem) -> list[Fold]:
@@ -63,6 +66,8 @@ def folds(problem: Problem) -> list[Fold]:
         return []
     columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = np.ascontiguousarray(problem.reference[:, columns])
+    variance = output_variance(reference, stats, None if moments is None else moments.columns(columns))
+    rows = sum(fold.rows for fold in stats.folds)
     result = []
     for index, held_out in enumerate(stats.folds):
         fit_target = problem.fit_targets[index] if problem.fit_targets else problem.target
@@ -78,12 +83,12 @@ def folds(problem: Problem) -> list[Fold]:
             output_hessian=None,
         )
         pair = None if moments is None else (moments.without(index).columns(columns), moments.folds[index].columns(columns))
-        result.append(Fold(sampled, held_out, pair))
+        result.append(Fold(sampled, held_out, held_out.rows / rows / (variance or 1.0), pair))
     return result
 
 
 def error(parts: list[Fold], solve: Callable[[Problem], Array]) -> float:
-    """Return the squared error of a method of solving layers, summed over the rows of all folds."""
+    """Return the squared error of a method of solving layers on the rows of all folds, relative to the variance of the output."""
     return sum(fold.error(solve(fold.problem)) for fold in parts)
 
 

@@ -100,7 +100,7 @@ class Solution:
         figures: Figures for the report.
         errors: The layer error at the start and after every sweep, for iterative solvers.
         reduction: Result of MagR, where the solver ran it.
-        held_out: Squared error on held-out rows (`magr_onnx.core.quantizers.cross_validation.error`), where the solver measured it.
+        held_out: Relative squared error on held-out rows (`magr_onnx.core.quantizers.cross_validation.error`), where it was measured.
     """
 
     weight: QuantizedWeight
