@@ -26,10 +26,13 @@ COLUMNS = 80
 """Width of text where the terminal's is unknown."""
 
 LEGEND = (
-    "K x N: inputs x outputs. error: of the layer's output, relative, on its rows of "
-    "calibration data (a row is a token, or else a sample). *: the largest error."
+    "K x N: inputs x outputs. error: of the layer's output, relative to its standard deviation, "
+    "on rows of calibration data that were held out, where there are some. *: the largest error."
 )
 """Legend of a table of layers in `Report.to_text`."""
+
+RUINED_LAYER, RUINED_DB = 0.5, 10.0
+"""Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
 
 SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all values that are not finite."""
@@ -159,6 +162,7 @@ class Report:
         versions: Versions of the packages involved.
         notes: Anything out of the ordinary, as sentences.
         validation: Comparison of the float and the quantized model, if requested.
+        check: The same on a batch of the calibration data, outputs alone, where no validation was requested and the model fits into memory.
         proof: Proof that no accumulator overflows, if requested.
         assignment: Mixed precision under a budget, if requested.
         command: The command or Python call that reproduces the run; paths are as typed.
@@ -185,6 +189,7 @@ class Report:
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict, metadata=AS_IS)
     recipe: str = ""
+    check: Validation | None = None
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,6 +265,7 @@ class Report:
                 *([] if self.assignment is None else ["", *self.assignment.lines()]),
                 *([] if self.validation is None else ["", *validation_text(self.validation, labels, width)]),
                 *self._notes(width),
+                *self._verdicts(width),
             ]
         )
 
@@ -274,6 +280,7 @@ class Report:
                 width=width,
             ),
             *([] if self.proof is None else wrapped(f"accumulator  {self.proof}", width=width)),
+            *([] if self.check is None else wrapped(f"check        {_check_text(self.check)}", width=width)),
             f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
             *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}", width=width),
         ]
@@ -287,6 +294,38 @@ class Report:
     def _notes(self, width: int) -> list[str]:
         notes = [*self.notes, *layer_notes(self.layers)]
         return ["", "notes", *(line for n in notes for line in wrapped(f"  {n}", 4, width))] if notes else []
+
+    def _verdicts(self, width: int) -> list[str]:
+        lines = verdicts(self.layers, [v for v in (self.validation or self.check,) if v is not None])
+        return ["", *(line for text in lines for line in wrapped(text, 2, width))] if lines else []
+
+
+def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> list[str]:
+    """Describe layers that lose half of their output or more, and outputs below `RUINED_DB`, with what to do about them."""
+    remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
+    if any(row.activation for row in layers):
+        remedy = "scale its inputs (--equalize), leave it float (--exclude NAME), or keep inputs float (--format matmulnbits)"
+    ruined = [row for row in layers if severity(row.error or 0) >= RUINED_LAYER]
+    lines = []
+    if ruined:
+        worst = max(ruined, key=lambda row: severity(row.error or 0))
+        inputs = [row.label for row in ruined if ((row.activation or {}).get("error") or 0) >= RUINED_LAYER]
+        cause = f"; at {listed(inputs)} by rounding the input to 8 bits, of which large values leave few for small ones" if inputs else ""
+        names = listed([row.label for row in ruined])
+        lines.append(f"RUINED: layers that lose most of their output: {names} (error {worst.error:.0%} at {worst.label}{cause}); {remedy}")
+    for comparison in comparisons:
+        for arithmetic, m in comparison.shown():
+            if m.sqnr_db < RUINED_DB:
+                error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
+                lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
+    return lines
+
+
+def _check_text(check: Validation) -> str:
+    worst = min((m for outputs in check.arithmetics.values() for m in outputs), key=lambda m: m.sqnr_db, default=None)
+    if worst is None:
+        return "no output is of floats"
+    return f"output {worst.output} on a batch of the calibration data: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
 
 
 def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:

@@ -10,7 +10,7 @@ MOST_NATS = 709.0  # largest exponent whose exponential is finite
 
 def amount(samples: int | None, batches: int) -> str:
     """Describe the amount of data: samples where known, else batches."""
-    return f"{batches} batches" if samples is None else f"{samples} samples"
+    return f"{batches} batch{'es' * (batches != 1)}" if samples is None else f"{samples} samples"
 
 
 @dataclass(frozen=True, slots=True)

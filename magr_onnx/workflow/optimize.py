@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
-from magr_onnx.errors import translate_resource_errors
+from magr_onnx.errors import MagrError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
 from magr_onnx.passes import Skip
@@ -22,6 +22,7 @@ from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import Validation, amount
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.measure import validate as validation
+from magr_onnx.runtime.ort.session import Arithmetic, Model
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.request import OptimizeRequest, resolve
@@ -81,11 +82,15 @@ class Written:
         bytes: Its size.
         proof: That no accumulator overflows, if that was asked for.
         validation: How it compares with the float model, if that was asked for.
+        check: How its outputs compare on a batch of the calibration data, if not.
+        notes: Sentences for the report.
     """
 
     bytes: int
     proof: ProofSummary | None
-    validation: Validation | None
+    validation: Validation | None = None
+    check: Validation | None = None
+    notes: tuple[str, ...] = ()
 
 
 def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Written:
@@ -108,9 +113,10 @@ def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context:
             context.memory.layout,
         )
     context.lap("write")
-    if prepared.validation is None:
-        return Written(size, proof, None)
     result, steps = request.output or model, context.stage("validating")
+    if prepared.validation is None:
+        check, notes = _check(prepared, solved, result, context)
+        return Written(size, proof, None, check, notes)
     comparison = validation.validate(
         prepared.reference, result, prepared.validation, provider=context.provider, mask=context.mask, progress=steps
     )
@@ -118,10 +124,31 @@ def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context:
     return Written(size, proof, comparison)
 
 
+def _check(prepared: Prepared, solved: Solved, result: Model, context: RunContext) -> tuple[Validation | None, tuple[str, ...]]:
+    """Run both models on the last calibration batch, for two sessions and two forward passes; a note says what prevented it."""
+    if solved.data is None or context.memory.large:
+        return None, ()
+    batch, exact = solved.data.select([len(solved.data) - 1]), (Arithmetic.DEFAULT,)
+    try:
+        check = validation.validate(
+            prepared.reference, result, batch, provider=context.provider, arithmetics=exact, mask=context.mask, details=()
+        )
+    except MagrError as error:
+        return None, (f"the result was not compared with the float model: {str(error).splitlines()[0]}",)
+    context.lap("check")
+    return check, ()
+
+
 def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written: Written, context: RunContext) -> Report:
     """Describe what was asked for, what was done, and what came of it."""
     invocation, comparison = request.invocation, written.validation
-    notes = [*prepared.notes, *_large_table(solved.skips, written.bytes, request.options is not None), *solved.notes, *request.notes]
+    notes = [
+        *prepared.notes,
+        *_large_table(solved.skips, written.bytes, request.options is not None),
+        *solved.notes,
+        *written.notes,
+        *request.notes,
+    ]
     if comparison is not None:  # what calibration said before is said once
         comparison = replace(comparison, notes=tuple(note for note in comparison.notes if note not in notes))
     return Report(
@@ -143,6 +170,7 @@ def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written
         command=invocation.command,
         options=dict(invocation.options or {}),
         recipe=invocation.recipe,
+        check=written.check,
     )
 
 
