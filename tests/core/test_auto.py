@@ -11,27 +11,27 @@ import pytest
 from magr_onnx.core import error_feedback, magr
 from magr_onnx.core.linalg import automatic_damping, damped, layer_error
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq, cross_validation
 from magr_onnx.core.quantizers.auto import Choice, usual_alpha
-from magr_onnx.core.types import LayerStats, WeightSpec
+from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
 from tests.helpers import Array, activations, gram_of
 
 SPECS = [WeightSpec(2, 32), WeightSpec(3, None), WeightSpec(4, 32), WeightSpec(4, 20, symmetric=True), WeightSpec(8, 32)]
 some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
-def stats_of(x: Array, held: LayerStats | None = None) -> LayerStats:
-    return LayerStats(gram_of(x), x.mean(axis=0), len(x), held_out=held)
+def stats_of(x: Array, *folds: Array) -> LayerStats:
+    return LayerStats(gram_of(x), x.mean(axis=0), len(x), folds=tuple(map(stats_of, folds)))
 
 
 def problem_of(
-    spec: WeightSpec, k: int = 64, n: int = 32, rows: int = 800, seed: int = 0, tail: float = 0.5, centred: bool = True
+    spec: WeightSpec, k: int = 64, n: int = 32, rows: int = 800, seed: int = 0, tail: float = 0.5, centred: bool = True, folds: int = 1
 ) -> tuple[Problem, Array]:
-    """A problem whose last quarter of rows is held out, and rows nobody has seen."""
+    """A problem whose last quarters of rows are held out in turn, ``folds`` of them, and rows nobody has seen."""
     rng = np.random.default_rng(seed + 1000)
     weights = (rng.standard_t(4, (k, n)) * 0.05).astype(np.float32)
     x = activations(2 * rows, k, seed, tail)
-    stats = stats_of(x[:rows], stats_of(x[3 * rows // 4 : rows]))
+    stats = stats_of(x[:rows], *np.split(x[:rows], 4)[4 - folds :])
     return Problem(weights, weights, stats, centred, spec), x[rows:]
 
 
@@ -45,24 +45,29 @@ def chosen(problem: Problem, options: Options) -> Choice:
 
 
 def held_out_error(problem: Problem, choice: Choice, options: Options) -> float:
-    """Of the layer solved by hand on the rows that are not held out: MagR, GPTQ, four sweeps."""
-    held = problem.stats.held_out
-    assert held is not None
-    kept = problem.stats.combine(held, -1)
-    weights = problem.weights
-    if choice.alpha:
-        gram = damped(kept.objective_gram(problem.centred), choice.damping)
-        weights = magr.reduce(weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size).weights
-    given = Options(options.beta, choice.damping, choice.act_order, auto.TRIAL_SWEEPS)
-    found = comq.run(replace(problem, weights=weights, stats=kept), given)
-    return error(found.weight.dequantize(), problem, held)
+    """Of the layer solved by hand on the rows outside every fold: MagR, GPTQ, sweeps; the mean of those rows is in the bias."""
+    total = 0.0
+    for fold in problem.stats.folds:
+        rest = problem.stats.combine(fold, -1)
+        weights = problem.weights
+        if choice.alpha:
+            gram = damped(rest.regularized(problem.centred), choice.damping)
+            weights = magr.reduce(weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size).weights
+        trial = Options(options.beta, choice.damping, choice.act_order, auto.TRIAL_SWEEPS)
+        solution = comq.run(replace(problem, weights=weights, stats=rest), trial)
+        moments = fold.gram
+        if problem.centred:  # second moments about the mean of the other rows
+            cross = np.outer(fold.mean, rest.mean)
+            moments = fold.gram - cross - cross.T + np.outer(rest.mean, rest.mean)
+        total += fold.rows * layer_error(solution.weight.dequantize().astype(np.float64) - problem.reference, moments)
+    return total
 
 
 @some_specs
-@pytest.mark.parametrize("seed", [0, 1])
-def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "folds", "centred"), [(0, 1, True), (1, 1, False), (0, 4, True), (1, 4, False)])
+def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int, folds: int, centred: bool) -> None:
     """By the solver called with each: alpha first, then damping, then act-order, each from the best so far."""
-    problem, _ = problem_of(spec, seed=seed)
+    problem, _ = problem_of(spec, seed=seed, folds=folds, centred=centred)
     options = Options()
     kept = automatic_damping(64, 600)
     best, alpha = Choice(usual_alpha(spec.bits, spec.group_size), kept, True), usual_alpha(spec.bits, spec.group_size)
@@ -82,6 +87,7 @@ def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int)
     best = least(best, [replace(best, act_order=False)])
     found = auto.run(problem, options)
     assert found.figures["tried"] == len(tried)
+    assert found.held_out == pytest.approx(left(best), rel=1e-6)
     assert chosen(problem, options) == replace(best, damping=pytest.approx(automatic_damping(64, 800) * best.damping / kept))
 
 
@@ -96,7 +102,7 @@ def test_columns_are_sampled_where_there_are_many(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(auto, "_solve", spy)
     problem, _ = problem_of(WeightSpec(3, 32), n=100)
     assert auto.run(problem, Options()).weight.codes.shape == (64, 100)
-    assert set(seen[:-1]) == {auto.SAMPLE}
+    assert set(seen[:-1]) == {cross_validation.SAMPLE}
     assert seen[-1] == 100
 
 
@@ -113,7 +119,8 @@ def test_given_options_are_not_chosen(alpha: float) -> None:
 
 def test_without_held_out_rows_options_are_the_usual_ones() -> None:
     problem, _ = problem_of(WeightSpec(3, 32))
-    problem = replace(problem, stats=replace(problem.stats, held_out=None))
+    problem = replace(problem, stats=replace(problem.stats, folds=()))
+    assert auto.run(problem, Options()).held_out is None
     assert chosen(problem, Options()) == Choice(1e-4, automatic_damping(64, 800), True)
 
 
@@ -175,36 +182,40 @@ def test_it_is_better_on_few_correlated_rows_with_outliers() -> None:
     assert np.mean(ratios) < 0.97
 
 
-def test_goals_are_what_choices_are_judged_by() -> None:
-    """Behind a spoilt prefix: towards the aim, by the error against the float output on held-out rows."""
+@pytest.mark.parametrize("folds", [1, 4])
+def test_targets_are_what_choices_are_judged_by(folds: int) -> None:
+    """Behind a spoilt prefix: towards the target weights, by the error against the float output on held-out rows."""
     rng = np.random.default_rng(0)
     weights = (rng.standard_t(4, (48, 24)) * 0.05).astype(np.float32)
     x = activations(1200, 48, 0, 0.5)
     y = x @ (np.eye(48) + 0.03 * rng.standard_normal((48, 48)))
 
-    def part(rows: slice) -> tuple[LayerStats, Any]:
+    def part(rows: slice) -> tuple[LayerStats, TargetMoments]:
         a, b = x[rows], y[rows]
         n = len(a)
         return stats_of(b), error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(axis=0), n)
 
-    stats, goal = part(slice(0, 800))
-    held, held_goal = part(slice(600, 800))
-    stats, goal = replace(stats, held_out=held), replace(goal, held_out=held_goal)
-    aimed = error_feedback.solve_target(weights, stats, goal, True)
-    assert aimed.damping is not None
-    problem = Problem(aimed.weights, aimed.weights, stats, True, WeightSpec(4, None), None, weights, aimed.fit, goal)
+    held_out = [slice(at, at + 200) for at in (600, 400, 200, 0)[:folds]]
+    stats, target = part(slice(0, 800))
+    parts = list(map(part, held_out))
+    stats, target = replace(stats, folds=tuple(a for a, _ in parts)), replace(target, folds=tuple(b for _, b in parts))
+    solved = error_feedback.solve_target(weights, stats, target, True)
+    assert solved.damping is not None
+    problem = Problem(solved.weights, solved.weights, stats, True, WeightSpec(4, None), None, weights, solved.fits, target)
     found = auto.run(problem, Options())
-    fresh, fresh_goal = part(slice(800, 1200))
-    plain = auto.run(replace(problem, weights=weights, target=weights, fit_target=None), Options())
-    ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_goal, True) for s in (found, plain))
+    fresh, fresh_target = part(slice(800, 1200))
+    plain = auto.run(replace(problem, weights=weights, target=weights, fit_targets=()), Options())
+    ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_target, True) for s in (found, plain))
     assert ours < 0.8 * theirs
-    kept = stats.combine(held, -1)
     errors = {}
     for a in auto.ALPHAS:
         alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
-        choice = Choice(alpha, automatic_damping(48, kept.rows), True)
-        tried, *_ = auto._solve(replace(problem, weights=aimed.fit, target=aimed.fit, stats=kept), choice, Options(), quick=True)
-        errors[alpha] = error_feedback.error(tried.dequantize().astype(np.float64), held, held_goal, True)
+        choice, errors[alpha] = Choice(alpha, automatic_damping(48, 600), True), 0.0
+        for rows, fit in zip(held_out, solved.fits, strict=True):
+            rest = np.r_[0 : rows.start, rows.stop : 800]
+            trial, *_ = auto._solve(replace(problem, weights=fit, target=fit, stats=stats_of(y[rest])), choice, Options(), quick=True)
+            output = y[:800] @ trial.dequantize().astype(np.float64) - x[:800] @ weights
+            errors[alpha] += np.square(output[rows] - output[rest].mean(axis=0)).sum()
     assert found.figures["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 
 

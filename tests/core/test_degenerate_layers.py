@@ -11,9 +11,9 @@ from magr_onnx.core import error_feedback, low_rank, magr
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.layer import LayerProblem, relative_error
 from magr_onnx.core.linalg import layer_error
-from magr_onnx.core.moments import with_held_out
+from magr_onnx.core.moments import with_folds
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, batched, rtn
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, batched, cross_validation, rtn
 from magr_onnx.core.types import LayerStats, WeightSpec
 from tests.helpers import Array, gram_of
 
@@ -38,8 +38,8 @@ KINDS = (
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def degenerate(kind: str, rows: int) -> tuple[Array, LayerStats]:
-    """A weight ``(K, N)``, and statistics of so many rows; data-free for none."""
+def degenerate(kind: str, rows: int, folds: int = 1) -> tuple[Array, LayerStats]:
+    """A weight ``(K, N)``, and statistics of so many rows, with quarters held out; data-free for none."""
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((K, N)).astype(np.float32)
     x = rng.standard_normal((max(rows, 1), K)).astype(np.float32)
@@ -72,8 +72,7 @@ def degenerate(kind: str, rows: int) -> tuple[Array, LayerStats]:
         x *= np.float32(1e6)
     if rows < 4:
         return weights, LayerStats(gram_of(x), x.mean(axis=0), rows) if rows else LayerStats.data_free(K)
-    fit, held_out = (LayerStats(gram_of(part), part.mean(axis=0), len(part)) for part in (x[10:], x[:10]))
-    return weights, with_held_out(fit, held_out)
+    return weights, with_folds([LayerStats(gram_of(part), part.mean(axis=0), len(part)) for part in np.split(x, 4)], folds)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +108,19 @@ def test_every_quantizer_solves_degenerate_layers(name: str, kind: str, rows: in
                 nearest = rtn.quantize(weights, problem.gram.diagonal(), spec).dequantize()
                 errors = [layer_error((w - weights).astype(np.float64), problem.gram) for w in (weight, nearest)]
                 assert errors[0] <= errors[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, quantizer in QUANTIZERS.items() if quantizer.accumulators != "only"])
+@kinds
+@pytest.mark.parametrize("folds", [1, 4])
+def test_degenerate_layers_are_cross_validated(name: str, kind: str, folds: int) -> None:
+    weights, stats = degenerate(kind, 40, folds)
+    for centred in (False, True):
+        spec = WeightSpec(4, GROUP)
+        solution = cross_validation.run(QUANTIZERS[name], Problem(weights, weights, stats, centred, spec), Options())
+        assert np.isfinite(solution.weight.dequantize()).all()
+        assert solution.held_out is not None
+        assert np.isfinite(solution.held_out)
 
 
 @kinds
@@ -149,13 +161,11 @@ def test_magr_of_degenerate_layers(kind: str, method: magr.Method, relative: boo
 
 
 @kinds
-def test_other_steps_of_degenerate_layers(kind: str) -> None:
-    weights, stats = degenerate(kind, 40)
-    assert stats.held_out is not None
-    moments = with_held_out(
-        error_feedback.target_moments(weights, stats.gram, stats.gram, stats.mean, 30),
-        error_feedback.target_moments(weights, stats.held_out.gram, stats.held_out.gram, stats.held_out.mean, 10),
-    )
+@pytest.mark.parametrize("folds", [1, 4])
+def test_other_steps_of_degenerate_layers(kind: str, folds: int) -> None:
+    weights, stats = degenerate(kind, 40, folds)
+    parts = (*stats.folds, *([stats.without(0)] if folds == 1 else []))
+    moments = with_folds([error_feedback.target_moments(weights, p.gram, p.gram, p.mean, p.rows) for p in parts], folds)
     nearest = rtn.quantize(weights, stats.gram.diagonal(), WeightSpec(4, GROUP))
     for centred in (False, True):
         assert np.isfinite(error_feedback.solve_target(weights, stats, moments, centred).weights).all()

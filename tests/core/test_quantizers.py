@@ -109,12 +109,15 @@ def test_damping_rises_until_the_matrix_factors(name: str) -> None:
     indefinite[0, 1] = indefinite[1, 0] = 1.5
     solution = QUANTIZERS[name].run(problem_of(weights, indefinite, spec), Options(damping=0.01))
     assert solution.notes[0] == "Cholesky failed at damping 0.01; used 1"
-    singular = gram_of(activations(300, K))
-    singular[5] = singular[:, 5] = 0
-    solution = QUANTIZERS[name].run(problem_of(weights, singular, spec), Options(damping=0.0))
+    slightly = np.eye(K)
+    slightly[0, 1] = slightly[1, 0] = 1.04 + 5e-7  # of 100 rows: the prior adds 0.04 to the diagonal
+    solution = QUANTIZERS[name].run(problem_of(weights, slightly, spec), Options(damping=0.0))
     assert solution.notes[0] == "Cholesky failed at damping 0; used 1e-06"
-    fine = QUANTIZERS[name].run(problem_of(weights, gram_of(activations(300, K)), spec), Options(damping=0.01))
-    assert not any("Cholesky" in note for note in fine.notes)
+    singular = gram_of(activations(20, K))
+    singular[5] = singular[:, 5] = 0
+    for gram, damping in ((gram_of(activations(300, K)), 0.01), (singular, 0.0)):  # with the prior, no matrix of rows is singular
+        fine = QUANTIZERS[name].run(problem_of(weights, gram, spec), Options(damping=damping))
+        assert not any("Cholesky" in note for note in fine.notes)
 
 
 def test_gptq_rounds_the_weights_of_dead_inputs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,42 @@ def test_objective_gram() -> None:
     assert stats.objective_gram(centred=False) is stats.gram
     centred = stats.objective_gram(centred=True)
     np.testing.assert_allclose(centred, np.cov(x.T, bias=True), rtol=1e-9, atol=1e-9)
-    assert stats.objective_gram(centred=True) is centred
     free = LayerStats.data_free(12)
     assert free.objective_gram(centred=True) is free.gram
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dead", [0, 3, 12])
+def test_regularized_adds_four_rows_of_uncorrelated_inputs_of_the_median_active_power(centred: bool, dead: int) -> None:
+    x = activations(20, 12, tail=2.0)
+    x[:, :dead] = 0
+    stats = stats_of(x)
+    rows = x - x.mean(axis=0) if centred else x
+    power = sorted(float(np.mean(rows[:, i] ** 2)) for i in range(dead, 12))
+    median = 1.0 if dead == 12 else (power[(len(power) - 1) // 2] + power[len(power) // 2]) / 2
+    expected = rows.T @ rows / 20 + np.diag(np.full(12, median * 4 / 20))
+    regularized = stats.regularized(centred)
+    np.testing.assert_allclose(regularized, expected, rtol=1e-9, atol=1e-12)
+    assert stats.regularized(centred) is regularized  # computed once: siblings share it
+    np.testing.assert_allclose(stats.gram, x.T @ x / 20, rtol=1e-12)  # and the statistics are as they were
+    assert np.linalg.eigvalsh(regularized)[0] > 0.9 * median * 4 / 20  # fewer rows than inputs, and yet it can be inverted
+
+
+def test_data_free_statistics_have_no_prior() -> None:
+    free = LayerStats.data_free(12)
+    assert free.regularized(centred=True) is free.gram
+
+
+def test_statistics_outside_a_fold_are_those_of_the_other_rows() -> None:
+    x = activations(100, 12)
+    folds = (x[70:], x[:30])
+    stats = replace(stats_of(x), folds=tuple(map(stats_of, folds)))
+    for index, rest in enumerate((x[:70], x[30:])):
+        outside = stats.without(index)
+        assert (outside.rows, outside.folds) == (len(rest), ())
+        np.testing.assert_allclose(outside.gram, gram_of(rest), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(outside.mean, rest.mean(axis=0), rtol=1e-9, atol=1e-12)
+        assert stats.without(index) is outside
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16, -4])
