@@ -79,11 +79,14 @@ def fixed_size(inputs: Sequence[InputInfo]) -> int | None:
 
 
 def groups_of(batch: Batch, inputs: Sequence[InputInfo]) -> list[Group]:
-    """Split or fill a batch that has other than the fixed number of samples and fits the model otherwise; all other batches are a group."""
+    """Split or fill a batch that has other than the fixed number of samples and fits the model otherwise; all other batches are a group.
+
+    It is one of the caller's batches, which are held out as they are: no more are made of it than it fills.
+    """
     size, samples = fixed_size(inputs), _samples(batch, inputs)
     if size is None or samples is None or samples in (0, size):
         return [Group(0, max((len(array) for array in batch.values() if array.ndim), default=1))]
-    return groups(samples, size, fixed=True)
+    return groups(samples, size, fixed=True, fewest=1)
 
 
 def _samples(batch: Batch, inputs: Sequence[InputInfo]) -> int | None:

@@ -367,7 +367,7 @@ def test_sentinels_do_not_wreck_a_layer(form: Any, sentinel: float, scale: float
     x = feeds(model, rows=40)
     x["x"] *= np.float32(scale)
     x["x"][3, 1, 5] = x["x"][7, 0, :] = sentinel
-    made, report = magr_onnx.optimize(model, [x], format=form)
+    made, report = magr_onnx.optimize(model, x, format=form)
     (note,) = report.notes
     assert note.startswith(f"x: values from {sentinel:g} to ")
     assert "taken as masks" in note
@@ -381,6 +381,6 @@ def test_sentinels_do_not_wreck_a_layer(form: Any, sentinel: float, scale: float
 
 def test_without_sentinels_nothing_is_said_and_nothing_clipped() -> None:
     model = graphs.matmul_bias()
-    made, report = magr_onnx.optimize(model, [{"x": random(20, 3, K)}], format="dynamic-int8")
+    made, report = magr_onnx.optimize(model, {"x": random(20, 3, K)}, format="dynamic-int8")
     assert report.notes == ()
     assert "Clip" not in [n.op_type for n in made.graph]

@@ -34,7 +34,12 @@ def test_groups_have_every_sample_once(samples: int, size: int, fixed: bool) -> 
     found = fixed_batch.groups(samples, size, fixed)
     assert sorted(i for g in found for i in range(g.start, g.start + g.count)) == list(range(samples))
     assert all(g.count * g.repeats == size if fixed else g.repeats == 1 and g.count <= size for g in found)
-    assert len(found) <= samples // size + size
+    if samples >= 4 * size:  # so few are filled that they cost little
+        assert len(found) <= samples // size + size
+    elif not fixed:
+        assert min(samples, 4) <= len(found) < 8  # parts of which are held out
+    else:
+        assert min(samples, 4) <= len(found)
     numbers = np.arange(samples)
     total = sum(float(g.of(numbers).sum()) * g.weight for g in found)
     assert total == pytest.approx(numbers.sum())
@@ -72,20 +77,24 @@ def test_statistics_are_those_of_all_samples_once(count: int) -> None:
         np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [20, 23])
-def test_goals_and_held_out_rows_count_once(count: int) -> None:
+@pytest.mark.parametrize("count", [20, 23, 70])
+def test_targets_and_held_out_rows_count_once(count: int) -> None:
     made, data = fixed(count)
     work = made.clone()
     x = samples_of(count)
-    held = np.concatenate([g.of(x)[: g.count] for i, g in enumerate(fixed_batch.groups(count, SIZE, True)) if i % 4 == 3] or [x[:0]])
+    groups = fixed_batch.groups(count, SIZE, True)
+    held_out = [3, 2, 1, 0] if count <= 64 else [3]  # of every four batches; of few samples all of them in turn
+    folds = [np.concatenate([x[g.start : g.start + g.count] for g in groups[at::4]]) for at in held_out]
     for (layer,), found in staged(made, work, find(work)[0], CalibrationContext(data)):
         weights = layer.read()
-        if layer.name == "second" and len(held):
+        if layer.name == "second":
             inputs, real = (np.tanh(x @ random(K, 24, seed=1) * f).reshape(-1, 24).astype(np.float64) for f in (0.5, 1))
             goal, stats = found.targets["second"], found.stats["tanh_out"]
             assert goal.rows == stats.rows == 6 * count
-            assert stats.held_out is not None
-            assert stats.held_out.rows == 6 * len(held)
+            assert [fold.rows for fold in stats.folds] == [fold.rows for fold in goal.folds] == [6 * len(fold) for fold in folds]
+            for rows, fold in zip(folds, stats.folds, strict=True):
+                before = np.tanh(rows @ random(K, 24, seed=1) * 0.5).reshape(-1, 24).astype(np.float64)
+                np.testing.assert_allclose(fold.gram, before.T @ before / len(before), rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(stats.gram, inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(goal.mean, (real @ weights).mean(axis=0), rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(goal.power, np.square(real @ weights).mean(axis=0), rtol=1e-3, atol=1e-4)
@@ -154,12 +163,12 @@ def test_validation_judges_every_sample_once(count: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"effort": "fast"}, {"format": "qdq-int8"}, {"target_size": "97%"}])
-@pytest.mark.parametrize("count", [20, 4])
+@pytest.mark.parametrize("count", [20, 4])  # both too few for four batches of 8
 def test_optimize_uses_all_samples_and_says_so(count: int, options: dict[str, Any]) -> None:
     _, report = magr_onnx.optimize(model(SIZE), {"x": samples_of(count)}, progress=None, **options)
     if "target_size" not in options:  # that holds batches out
         assert [row.rows for row in report.layers] == [6 * count] * 2
-    assert f"the model takes 8 samples at a time, and 4 of {count} fill no batch: they were repeated, and count once" in report.notes
+    assert f"the model takes 8 samples at a time: {count} of {count} were repeated to fill batches, and count once" in report.notes
     assert f"{count} samples" in report.calibration
 
 
@@ -188,16 +197,31 @@ def test_batches_that_do_not_fit_otherwise_are_refused_as_given() -> None:
 
 
 def test_a_selection_keeps_the_weights() -> None:
-    _, data = fixed(20)
+    _, data = fixed(36)
     assert data.select([0, 2]).weights == (0.5, 1)
     assert data.limit(2).weight(0) == 0.5
     assert [index for index in range(9) if index in HoldOut()] == [3, 7]
 
 
 def test_held_out_batches_are_as_full_as_there_are() -> None:
-    for samples in (97, 113, 31):
+    for samples in (97, 113, 31, 161):
         groups = fixed_batch.groups(samples, 32, True)
-        assert sum(group.count for i, group in enumerate(groups) if i in HoldOut()) >= samples // 4
+        held_out = [group.count for i, group in enumerate(groups) if i in HoldOut()]
+        assert len(held_out) == len(groups) // 4 >= 1
+        assert set(held_out) == {max(group.count for group in groups)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32])
+@pytest.mark.parametrize("samples", [4, 5, 6, 7, 16, 31, 63, 64])
+def test_every_fold_of_few_samples_has_some(samples: int, size: int) -> None:
+    hold_out = HoldOut.of(samples)
+    for fixed in (False, True):
+        in_parts = [0] * hold_out.parts
+        for i, group in enumerate(fixed_batch.groups(samples, size, fixed)):
+            in_parts[hold_out.part(i)] += group.count
+        assert sum(in_parts) == samples
+        assert min(in_parts) >= 1
+        assert max(in_parts) <= samples // 2 + 1  # there is something left to solve with
 
 
 def test_a_batch_of_no_samples_is_refused() -> None:

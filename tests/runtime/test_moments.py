@@ -165,9 +165,14 @@ def test_sources_give_the_same_statistics(tmp_path: Path) -> None:
 def test_stacked_inputs_follow_a_fixed_batch_dimension(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((7, 3, K), np.float32))
     data = open_data(tmp_path / "x.npz", (InputInfo("x", np.dtype("float32"), (2, 3, K)),), batch_size=16)
-    assert [b["x"].shape for b in data] == [(2, 3, K)] * 4
-    assert data.weights == (0.5, 1, 1, 1)
+    assert [b["x"].shape for b in data] == [(2, 3, K)] * 7  # three batches and a half would be too few to hold some out
+    assert data.weights == (0.5,) * 7
     assert data.samples == 7
+    np.savez(tmp_path / "more.npz", x=np.zeros((11, 3, K), np.float32))
+    data = open_data(tmp_path / "more.npz", (InputInfo("x", np.dtype("float32"), (2, 3, K)),), batch_size=16)
+    assert [b["x"].shape for b in data] == [(2, 3, K)] * 6
+    assert data.weights == (0.5, 1, 1, 1, 1, 1)
+    assert data.samples == 11
 
 
 def test_every_misfit_is_listed_with_both_sides() -> None:
@@ -223,7 +228,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
             r"garbage.npz is not an .npz file by its first bytes; numpy.savez\('inputs.npz', input_ids=ids, ...\)",
         ),
         (npz(tmp_path / "labels.npz", x=good, labels=good[:, 0, 0]), "; leave out labels: save, or give, the arrays of the inputs alone"),
-        ({"x": good, "labels": good}, "the given arrays, samples from 0: .*; leave out labels"),
+        ({"x": good, "labels": good}, "the given arrays, samples from 0 and 1 more: .*; leave out labels"),
         ({"x": [[1.0], [2.0, 3.0]]}, "the given dict has an entry that is not an array"),
         (npz(tmp_path / "uneven.npz", x=good, y=good[:1]), "different numbers of samples"),
         (npz(tmp_path / "nan.npz", x=np.full_like(good, np.nan)), "NaN or infinite"),

@@ -21,6 +21,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.calibration.value_cache import Cache
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
@@ -75,17 +76,19 @@ def test_values_captured_by_subgraphs_are_read() -> None:
     assert {"condition", "outside"} <= set(reads(node))
 
 
+@pytest.mark.parametrize("folds", [1, 4])
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["disk", "memory"])
-def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) -> None:
-    """Nothing quantized: both inputs are the same, the goal is what the layer computes, and moments are those taps gather in one pass."""
+def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int, folds: int) -> None:
+    """Nothing quantized: both inputs are the same, the target is what the layer computes, and moments are those taps gather in one pass."""
     model = residual()
     layers, _ = find(model)
     with Session(model) as session:
         data = open_data(batches(model), session.inputs)
-    expected = collect(model, layers, CalibrationContext(data, hold_out=True)).stats
+    expected = collect(model, layers, CalibrationContext(data, hold_out=HoldOut(folds))).stats
     seen, goals = {}, {}
     work = model.clone()
-    for _, found in staged(model, work, find(work)[0], CalibrationContext(data), Schedule(cache=limit)):
+    context = CalibrationContext(data, hold_out=HoldOut(folds))
+    for _, found in staged(model, work, find(work)[0], context, Schedule(cache=limit)):
         seen |= found.stats
         goals |= found.targets
     assert seen.keys() == expected.keys()
@@ -93,11 +96,10 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int) 
         np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(stats.target_mean, expected[name].mean, rtol=1e-4, atol=1e-4)
         assert stats.rows == expected[name].rows == 512
-        held, rest = stats.held_out, expected[name].held_out
-        assert held is not None
-        assert rest is not None
-        assert held.rows == rest.rows == 128
-        np.testing.assert_allclose(held.gram, rest.gram, rtol=1e-4, atol=1e-4)
+        assert [fold.rows for fold in stats.folds] == [128] * folds
+        for fold, same in zip(stats.folds, expected[name].folds, strict=True):
+            assert same.rows == 128
+            np.testing.assert_allclose(fold.gram, same.gram, rtol=1e-4, atol=1e-4)
     assert goals.keys() == {"down", "head"}  # the first layers read the same in both models
     for layer in layers[2:]:
         stats, weights = seen[str(layer.x.name)], layer.read()
@@ -149,7 +151,8 @@ def values(model: ir.Model, data: list[dict[str, Any]], names: list[str]) -> lis
 
 @pytest.mark.parametrize("mask", [None, "attention_mask"])
 @pytest.mark.parametrize("residuals", [True, False])
-def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: str | None) -> None:
+@pytest.mark.parametrize("folds", [1, 4])
+def test_targets_are_the_moments_of_the_two_models_values(residuals: bool, mask: str | None, folds: int) -> None:
     """``X_q^T Y``, ``mean Y`` and ``mean Y^2`` in NumPy, ``Y = X W0 + R - R_q`` of values onnxruntime computes in either model."""
     model = block(residuals)
     work = model.clone()
@@ -158,7 +161,7 @@ def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: s
     with Session(model) as session:
         source = open_data(data, session.inputs)
     seen = 0
-    for (layer,), found in staged(model, work, layers, CalibrationContext(source, mask)):
+    for (layer,), found in staged(model, work, layers, CalibrationContext(source, mask, hold_out=HoldOut(folds))):
         weights, i = layer.read(), layer.name[-1]
         if layer.name != "layer_0":
             before = f"sum_{int(i) - 1}_out"
@@ -172,12 +175,10 @@ def test_goals_are_the_moments_of_the_two_models_values(residuals: bool, mask: s
                 q.append(b)
                 missing = (floats[before].astype(np.float64) - quants[before])[keep] if residuals else 0.0
                 y.append(a @ weights + missing)
-            for part, stats, goal in (
-                (range(6), found.stats[layer.x.name], found.targets[layer.name]),
-                ([3], found.stats[layer.x.name].held_out, found.targets[layer.name].held_out),
-            ):
-                assert stats is not None
-                assert goal is not None
+            whole, targets = found.stats[layer.x.name], found.targets[layer.name]
+            held_out = [[3], [2], [1, 5], [0, 4]][:folds]
+            assert len(whole.folds) == len(targets.folds) == folds
+            for part, stats, goal in zip((range(6), *held_out), (whole, *whole.folds), (targets, *targets.folds), strict=True):
                 inputs, should = (np.concatenate([s[b] for b in part]) for s in (q, y))
                 n = len(inputs)
                 assert stats.rows == goal.rows == n
@@ -260,22 +261,28 @@ def test_cache_keeps_values_apart_after_some_were_dropped() -> None:
             np.testing.assert_array_equal(cache.get(name, 0), arrays[name])
 
 
-def drifted(rows: int) -> tuple[Any, Any, LayerStats, LayerStats, Any]:
-    """Inputs, what a quantized prefix makes of them (a rotation, and noise), their statistics with a quarter held out, fresh ones,
-    and what turns weights and a part of the rows into a goal."""
+def drifted(rows: int, folds: int = 1) -> tuple[Any, Any, LayerStats, LayerStats, Any]:
+    """Inputs, what a quantized prefix makes of them (a rotation, and noise), their statistics with quarters held out, fresh ones,
+    and what turns weights and a part of the rows into target moments."""
     rng = np.random.default_rng(0)
     x = graphs.correlated(2 * rows, 32).astype(np.float64)
     y = x @ (np.eye(32) + 0.05 * rng.standard_normal((32, 32))) + 0.05 * rng.standard_normal(x.shape)
 
-    def stats(begin: int, end: int, held: LayerStats | None = None) -> LayerStats:
+    def stats(begin: int, end: int) -> LayerStats:
         a, b, n = x[begin:end], y[begin:end], end - begin
-        return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held)
+        return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0))
 
-    def goal(weights: Any, begin: int, end: int, held: TargetMoments | None = None) -> TargetMoments:
+    def target(weights: Any, begin: int, end: int) -> TargetMoments:
         a, b, n = x[begin:end], y[begin:end], end - begin
-        return replace(error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n), held_out=held)
+        return error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
 
-    return x[:rows], y[:rows], stats(0, rows, stats(3 * rows // 4, rows)), stats(rows, 2 * rows), goal
+    in_folds = tuple(stats(*ends) for ends in quarters(rows, folds))
+    return x[:rows], y[:rows], replace(stats(0, rows), folds=in_folds), stats(rows, 2 * rows), target
+
+
+def quarters(rows: int, folds: int) -> list[tuple[int, int]]:
+    """The last ``folds`` quarters of the rows."""
+    return [(at * rows // 4, (at + 1) * rows // 4) for at in range(4 - folds, 4)]
 
 
 def test_target_moments_are_the_moments_of_the_float_output() -> None:
@@ -288,50 +295,90 @@ def test_target_moments_are_the_moments_of_the_float_output() -> None:
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_aim_undoes_what_the_prefix_did_on_fresh_rows(centred: bool) -> None:
-    *_, stats, fresh, goal = drifted(2000)
+@pytest.mark.parametrize("folds", [1, 4])
+def test_targets_undo_what_the_prefix_did_on_fresh_rows(centred: bool, folds: int) -> None:
+    *_, stats, fresh, target = drifted(2000, folds)
     weights = random(32, 24).astype(np.float32)
-    found = error_feedback.solve_target(weights, stats, goal(weights, 0, 2000, goal(weights, 1500, 2000)), centred)
+    moments = replace(target(weights, 0, 2000), folds=tuple(target(weights, *ends) for ends in quarters(2000, folds)))
+    found = error_feedback.solve_target(weights, stats, moments, centred)
     assert found.damping is not None
     assert found.after < 0.2 * found.before
-    after = goal(weights, 2000, 4000)
+    after = target(weights, 2000, 4000)
     before = error_feedback.error(weights, fresh, after, centred)
     assert error_feedback.error(found.weights, fresh, after, centred) < 0.2 * before
-    assert error_feedback.error(found.fit, fresh, after, centred) < 0.2 * before  # from three quarters of the rows
-    assert not np.array_equal(found.fit, found.weights)
+    assert len(found.fits) == folds
+    for fit in found.fits:  # each from three quarters of the rows
+        assert error_feedback.error(fit, fresh, after, centred) < 0.2 * before
+        assert not np.array_equal(fit, found.weights)
 
 
-def test_aim_is_the_weight_itself_where_nothing_changed() -> None:
+@pytest.mark.parametrize("folds", [1, 4])
+def test_the_errors_of_targets_are_those_of_the_rows_held_out(folds: int) -> None:
+    """Least squares on the rows outside a fold, damped, and the squared errors of the rows inside, summed over all folds."""
+    x, y, stats, _, target = drifted(80, folds)
+    weights = random(32, 6).astype(np.float32)
+    moments = replace(target(weights, 0, 80), folds=tuple(target(weights, *ends) for ends in quarters(80, folds)))
+    found = error_feedback.solve_target(weights, stats, moments, False)
+    assert found.damping is not None
+    wanted, power, errors = x @ weights.astype(np.float64), 0.0, dict.fromkeys((None, *error_feedback.DAMPINGS), 0.0)
+    solved: dict[float | None, list[Any]] = {damping: [] for damping in errors}
+    for begin, end in quarters(80, folds):
+        rest = np.r_[0:begin, end:80]
+        power += np.square(wanted[begin:end]).sum()
+        gram = y[rest].T @ y[rest] / len(rest) + 4 / len(rest) * np.median(np.square(y[rest]).mean(axis=0)) * np.eye(32)
+        for damping in errors:
+            step = np.zeros_like(weights, np.float64)
+            if damping is not None:
+                residual = y[rest].T @ (wanted[rest] - y[rest] @ weights) / len(rest)
+                step = np.linalg.inv(gram + damping * np.diag(gram.diagonal())) @ residual
+            solved[damping].append(weights + step)
+            errors[damping] += np.square((y @ (weights + step) - wanted)[begin:end]).sum()
+    best = min(errors, key=lambda damping: errors[damping])
+    assert found.damping == pytest.approx(best * 60 / 80)  # of all rows, a quarter less
+    assert (found.before, found.after) == pytest.approx((errors[None] / power, errors[best] / power), rel=1e-6)
+    for fit, expected in zip(found.fits, solved[best], strict=True):
+        np.testing.assert_allclose(fit, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_the_target_is_the_weight_itself_where_nothing_changed(folds: int) -> None:
     x = graphs.correlated(400, 16).astype(np.float64)
     gram, mean = x.T @ x / 400, x.mean(0)
     same = LayerStats(gram, mean, 400, mean)
     weights = random(16, 8).astype(np.float32)
-    goal = error_feedback.target_moments(weights, gram, gram, mean, 400)
-    whole = replace(error_feedback.target_moments(weights, gram, gram, mean, 800), held_out=goal)
-    found = error_feedback.solve_target(weights, LayerStats(gram, mean, 800, mean, None, same), whole, True)
-    np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
-    np.testing.assert_allclose(found.fit, weights, rtol=1e-6)
+    part = error_feedback.target_moments(weights, gram, gram, mean, 400)
+    whole = replace(error_feedback.target_moments(weights, gram, gram, mean, 800), folds=(part,) * folds)
+    found = error_feedback.solve_target(weights, LayerStats(gram, mean, 800, mean, folds=(same,) * folds), whole, True)
+    for solution in (found.weights, *found.fits):
+        np.testing.assert_allclose(solution, weights, rtol=1e-6)
 
 
-def test_aim_leaves_the_weight_where_nothing_helps_on_held_out_rows() -> None:
-    """Few rows, and noise that is new in the held-out ones."""
+@pytest.mark.parametrize("folds", [1, 3])
+def test_the_target_is_the_weight_where_nothing_helps_on_held_out_rows(folds: int) -> None:
+    """Few rows, and noise that is new in every third of them."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 32))
     q = np.concatenate([x[:40] + rng.standard_normal((40, 32)), x[40:]])
+    if folds == 3:  # what every part calls for is the opposite of what the others do
+        q = x + x @ np.kron(np.diag([1.0, -1.0]), np.eye(16)) * 0.3 * np.repeat([1.0, -1.0, 0.0], 20)[:, None]
     weights = random(32, 8)
 
-    def part(rows: slice, held: tuple[LayerStats, TargetMoments] | None = None) -> tuple[LayerStats, TargetMoments]:
+    def part(rows: slice) -> tuple[LayerStats, TargetMoments]:
         a, b = x[rows], q[rows]
         n = len(a)
-        goal = error_feedback.target_moments(weights, b.T @ a / n, a.T @ a / n, a.mean(0), n)
-        stats = LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0), None, held and held[0])
-        return stats, replace(goal, held_out=held and held[1])
+        return LayerStats(b.T @ b / n, b.mean(0), n, a.mean(0)), error_feedback.target_moments(
+            weights, b.T @ a / n, a.T @ a / n, a.mean(0), n
+        )
 
-    found = error_feedback.solve_target(weights, *part(slice(60), part(slice(40, 60))), False)
+    stats, target = part(slice(60))
+    parts = [part(slice(20 * at, 20 * at + 20)) for at in range(3)][3 - folds :]
+    stats, target = replace(stats, folds=tuple(s for s, _ in parts)), replace(target, folds=tuple(t for _, t in parts))
+    found = error_feedback.solve_target(weights, stats, target, False)
     assert found.damping is None
     assert found.after == found.before
-    np.testing.assert_array_equal(found.weights, weights)
-    np.testing.assert_array_equal(found.fit, weights)
+    assert len(found.fits) == folds
+    for solution in (found.weights, *found.fits):
+        np.testing.assert_array_equal(solution, weights)
 
 
 def test_error_is_that_of_the_rows() -> None:
@@ -453,10 +500,12 @@ def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
-        ({}, "no error feedback and no choice of options per layer"),
-        ({"quantizer": "comq", "feedback": True}, "no error feedback;"),
-        ({"quantizer": "auto"}, "no choice of options per layer;"),
-        ({"effort": "fast"}, None),
+        ({}, "no error feedback and no comparison with solutions without data"),
+        ({"quantizer": "comq", "feedback": True}, "no error feedback and no comparison with solutions without data;"),
+        ({"quantizer": "comq", "feedback": True, "format": "qdq-int8", "target": "x86-avx2"}, "no error feedback;"),
+        ({"quantizer": "auto"}, "no comparison with solutions without data;"),
+        ({"effort": "fast"}, "no comparison with solutions without data;"),
+        ({"effort": "fast", "format": "qdq-int8", "target": "x86-avx2"}, None),  # under an accumulator nothing is compared
     ],
 )
 def test_too_few_batches_are_said(options: Any, missing: str | None) -> None:

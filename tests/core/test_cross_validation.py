@@ -1,0 +1,192 @@
+"""Errors on held-out rows, from raw rows by hand; and that no quantizer does worse on fresh rows than without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from magr_onnx.core import error_feedback
+from magr_onnx.core.moments import with_folds
+from magr_onnx.core.overflow.accumulator import Accumulator, Budget
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, cross_validation, rtn
+from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
+from tests.helpers import Array, activations, gram_of
+
+N = 16  # output channels
+
+
+def stats_of(x: Array) -> LayerStats:
+    return LayerStats(gram_of(x), x.mean(axis=0), len(x))
+
+
+def weights_of(k: int, n: int = N, seed: int = 0) -> Array:
+    weights: Array = (np.random.default_rng(seed + 1000).standard_t(4, (k, n)) * 0.05).astype(np.float32)
+    return weights
+
+
+def parts_of(rows: int, folds: int) -> list[Array]:
+    """Numbers of the rows of every part, the folds first: all four quarters, or the last and the rest."""
+    quarters = np.array_split(np.arange(rows), 4)
+    return quarters[::-1] if folds == 4 else [quarters[3], np.concatenate(quarters[:3])]
+
+
+def problem_of(x: Array, spec: WeightSpec, folds: int = 4, centred: bool = False, n: int = N) -> Problem:
+    weights = weights_of(x.shape[1], n)
+    return Problem(weights, weights, with_folds([stats_of(x[part]) for part in parts_of(len(x), folds)], folds), centred, spec)
+
+
+def held_out_error(outputs: Array, parts: list[Array], folds: int, centred: bool) -> float:
+    """The squared output error ``outputs (n, N)`` on the rows of all folds, less the mean error of the rows outside the fold."""
+    total = 0.0
+    for part in parts[:folds]:
+        rest = np.setdiff1d(np.arange(len(outputs)), part)
+        total += float(np.square(outputs[part] - (outputs[rest].mean(axis=0) if centred else 0)).sum())
+    return total
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+@pytest.mark.parametrize("centred", [False, True])
+def test_error_is_that_of_the_rows_held_out(folds: int, centred: bool) -> None:
+    x = activations(90, 24, seed=1)
+    problem = problem_of(x, WeightSpec(4, None), folds, centred)
+    other = weights_of(24, seed=5)
+    parts = cross_validation.folds(problem)
+    assert len(parts) == folds
+    outputs = x @ (other.astype(np.float64) - problem.weights)
+    found = cross_validation.error(parts, lambda _: other)
+    assert found == pytest.approx(held_out_error(outputs, parts_of(90, folds), folds, centred), rel=1e-9)
+    assert sum(fold.error(other) for fold in parts) == pytest.approx(found)
+    assert cross_validation.error(parts, lambda _: problem.weights) == pytest.approx(0, abs=1e-9 * found)
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+@pytest.mark.parametrize("centred", [False, True])
+def test_error_behind_quantized_layers_is_against_the_float_output(folds: int, centred: bool) -> None:
+    """``X_q W_hat - X W0``, by hand."""
+    rng = np.random.default_rng(0)
+    x = activations(90, 24, seed=1)
+    y = x @ (np.eye(24) + 0.05 * rng.standard_normal((24, 24)))
+    weights, other = weights_of(24), weights_of(24, seed=5)
+
+    def part(rows: Array) -> tuple[LayerStats, TargetMoments]:
+        a, b = x[rows], y[rows]
+        n = len(a)
+        return stats_of(b), error_feedback.target_moments(weights, b.T @ a / n, gram_of(a), a.mean(axis=0), n)
+
+    measured = [part(rows) for rows in parts_of(90, folds)]
+    stats, moments = with_folds([s for s, _ in measured], folds), with_folds([t for _, t in measured], folds)
+    target = error_feedback.solve_target(weights, stats, moments, centred)
+    problem = Problem(target.weights, target.weights, stats, centred, WeightSpec(4, None), None, weights, target.fits, moments)
+    parts = cross_validation.folds(problem)
+    for fold, fit in zip(parts, target.fits, strict=True):  # solved towards what the other rows call for
+        np.testing.assert_array_equal(fold.problem.target, fit)
+        np.testing.assert_array_equal(fold.problem.reference, weights)
+    outputs = y @ other.astype(np.float64) - x @ weights.astype(np.float64)
+    expected = held_out_error(outputs, parts_of(90, folds), folds, centred)
+    assert cross_validation.error(parts, lambda _: other) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+def test_a_fold_is_solved_from_the_other_rows(folds: int) -> None:
+    """Its problem has no trace of the rows in the fold: those may be anything."""
+    x = activations(80, 24)
+    problem = problem_of(x, WeightSpec(4, 8), folds, centred=True)
+    for fold, rows in zip(cross_validation.folds(problem), parts_of(80, folds), strict=False):
+        rest = np.setdiff1d(np.arange(80), rows)
+        alone = replace(problem, stats=stats_of(x[rest]))
+        assert fold.problem.stats.rows == len(rest)
+        assert fold.held_out.rows == len(rows)
+        for name in ("rtn", "gptq", "comq", "auto"):
+            found, expected = (QUANTIZERS[name].run(p, Options()).weight for p in (fold.problem, alone))
+            assert (found.codes != expected.codes).mean() < 0.01  # rounding breaks a tie differently
+
+
+def test_many_channels_are_sampled() -> None:
+    problem = problem_of(activations(80, 24), WeightSpec(4, None), n=200)
+    columns = {fold.problem.weights.shape[1] for fold in cross_validation.folds(problem)}
+    assert columns == {cross_validation.SAMPLE}
+    sampled = cross_validation.folds(problem)[0].problem
+    assert all((column == problem.weights.T).all(axis=1).any() for column in sampled.weights.T)
+    assert cross_validation.run(QUANTIZERS["gptq"], problem, Options()).weight.codes.shape == (24, 200)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "comq", "hqq", "auto"])
+@pytest.mark.parametrize("why", ["no data", "no folds", "budget"])
+def test_without_rows_to_judge_by_the_quantizer_decides(name: str, why: str) -> None:
+    problem = problem_of(activations(80, 24), WeightSpec(4, None, symmetric=True))
+    if why == "no data":
+        problem = replace(problem, stats=LayerStats.data_free(24))
+    elif why == "no folds":
+        problem = replace(problem, stats=replace(problem.stats, folds=()))
+    elif QUANTIZERS[name].accumulators == "none":
+        return
+    else:
+        problem = replace(problem, budget=Budget(Accumulator(14, 32), 0, 255))
+    expected, found = QUANTIZERS[name].run(problem, Options()), cross_validation.run(QUANTIZERS[name], problem, Options())
+    np.testing.assert_array_equal(found.weight.codes, expected.weight.codes)
+    assert found.notes == expected.notes
+    assert found.held_out is None
+
+
+def misleading(rows: int = 80) -> Array:
+    """Rows of which each quarter has inputs of its own: what is learnt of three is wrong for the fourth."""
+    rng = np.random.default_rng(0)
+    x = np.zeros((rows, 64))
+    for i, part in enumerate(np.array_split(np.arange(rows), 4)):
+        shared = rng.standard_normal((2, 64))
+        x[part] = rng.standard_normal((len(part), 2)) @ shared + 0.01 * rng.standard_normal((len(part), 64))
+        x[part] *= 1 + 9 * (np.arange(64) % 4 == i)
+    return x
+
+
+@pytest.mark.parametrize("name", ["gptq", "comq", "auto"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_misleading_rows_are_not_used(name: str, centred: bool) -> None:
+    """The solution is that without data, or that of rounding to nearest, and a note says so."""
+    problem = problem_of(misleading(), WeightSpec(4, 32), centred=centred)
+    solution = cross_validation.run(QUANTIZERS[name], problem, Options())
+    free = replace(problem, stats=LayerStats.data_free(64), centred=False)
+    candidates = {method: QUANTIZERS[method].run(free, Options()).weight for method in ("rtn", name)}
+    parts = cross_validation.folds(problem)
+    errors = {method: cross_validation.error(parts, lambda _, w=weight: w.dequantize()) for method, weight in candidates.items()}
+    best = min(errors, key=lambda method: errors[method])
+    np.testing.assert_array_equal(solution.weight.codes, candidates[best].codes)
+    np.testing.assert_array_equal(solution.weight.scales, candidates[best].scales)
+    assert solution.held_out == pytest.approx(errors[best])
+    with_data = cross_validation.error(parts, lambda p: QUANTIZERS[name].run(p, Options()).weight.dequantize())
+    (note,) = [note for note in solution.notes if note.startswith("solved without data")]
+    assert note.endswith(f"better than quantizer {name} from 80 rows")
+    if name != "auto":  # which solves trials by its own options
+        assert f"that is {10 * np.log10(with_data / errors[best]):.1f} dB better" in note
+
+
+@pytest.mark.parametrize("name", ["gptq", "comq", "auto"])
+def test_telling_rows_are_used(name: str) -> None:
+    problem = problem_of(activations(800, 64), WeightSpec(4, 32), folds=1)
+    solution, expected = (run(problem) for run in (lambda p: cross_validation.run(QUANTIZERS[name], p, Options()), runner(name)))
+    np.testing.assert_array_equal(solution.weight.codes, expected.weight.codes)
+    assert solution.notes == expected.notes
+    parts = cross_validation.folds(problem)
+    assert solution.held_out is not None
+    nearest = rtn.run(cross_validation.without_data(problem), Options()).weight.dequantize()
+    columns = error_feedback.sample(N, cross_validation.SAMPLE)
+    assert solution.held_out < 0.8 * cross_validation.error(parts, lambda _: nearest[:, columns])
+
+
+def runner(name: str) -> Callable[[Problem], Any]:
+    return lambda problem: QUANTIZERS[name].run(problem, Options())
+
+
+@pytest.mark.parametrize("name", ["rtn", "hqq"])
+def test_a_quantizer_that_data_does_not_change_is_kept(name: str) -> None:
+    """Nothing is noted where there is nothing to choose from."""
+    problem = problem_of(misleading(), WeightSpec(4, 32))
+    options = Options(beta=1.0)
+    solution = cross_validation.run(QUANTIZERS[name], problem, options)
+    free = QUANTIZERS[name].run(cross_validation.without_data(problem), options)
+    np.testing.assert_array_equal(solution.weight.codes, free.weight.codes)
+    assert not any("without data" in note for note in solution.notes)
