@@ -212,7 +212,7 @@ class Plan:
     @property
     def holds_out(self) -> bool:
         """Whether the quantizer compares solutions on held-out rows."""
-        return self.quantize is not None and self.quantize.quantizer.chooses
+        return self.quantize is not None and self.quantize.holds_out
 
     @property
     def spec(self) -> WeightSpec | None:
