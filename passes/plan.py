@@ -212,7 +212,8 @@ class Plan:
     @property
     def holds_out(self) -> bool:
         """Whether the quantizer compares solutions on held-out rows."""
-        return self.quantize is not None and self.quantize.holds_out
+        quantize = self.resolved.quantize
+        return quantize is not None and quantize.holds_out
 
     @property
     def spec(self) -> WeightSpec | None:

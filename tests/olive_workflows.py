@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
     found["other_data"] = workflow(folder, "other_data", calibration=inputs)
     found["runs"]["other_data"] = len(list(runs.iterdir())) - count
     data = {"name": "samples", "load_dataset_config": {"type": "npz_samples", "params": {"path": inputs}}}
-    data |= {"dataloader_config": {"params": {"batch_size": 16}}}
+    data |= {"dataloader_config": {"params": {"batch_size": 12}}}
     found["data_config"] = workflow(folder, "data_config", data_configs=[data], data_config="samples")
     found["wrong"] = workflow(folder, "wrong", format="qdq", bits=2, accuracy_level=4, calibration="nowhere.npz")
     found["refusals"] = {

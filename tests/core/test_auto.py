@@ -45,10 +45,14 @@ def chosen(problem: Problem, options: Options) -> Choice:
 
 
 def held_out_error(problem: Problem, choice: Choice, options: Options) -> float:
-    """Of the layer solved by hand on the rows outside every fold: MagR, GPTQ, sweeps; the mean of those rows is in the bias."""
-    total = 0.0
-    for fold in problem.stats.folds:
-        rest = problem.stats.combine(fold, -1)
+    """Of the layer solved by hand on the rows outside every fold: MagR, GPTQ, sweeps; the mean of those rows is in the bias.
+
+    Over the variance of the layer's output.
+    """
+    stats, total, rows = problem.stats, 0.0, 0
+    variance = layer_error(problem.reference.astype(np.float64), stats.gram - np.outer(stats.mean, stats.mean))
+    for fold in stats.folds:
+        rest = stats.combine(fold, -1)
         weights = problem.weights
         if choice.alpha:
             gram = damped(rest.regularized(problem.centred), choice.damping)
@@ -60,7 +64,8 @@ def held_out_error(problem: Problem, choice: Choice, options: Options) -> float:
             cross = np.outer(fold.mean, rest.mean)
             moments = fold.gram - cross - cross.T + np.outer(rest.mean, rest.mean)
         total += fold.rows * layer_error(solution.weight.dequantize().astype(np.float64) - problem.reference, moments)
-    return total
+        rows += fold.rows
+    return total / rows / variance
 
 
 @some_specs
@@ -208,14 +213,14 @@ def test_targets_are_what_choices_are_judged_by(folds: int) -> None:
     ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_target, True) for s in (found, plain))
     assert ours < 0.8 * theirs
     errors = {}
-    for a in auto.ALPHAS:
-        alpha = a * usual_alpha(problem.spec.bits, problem.spec.group_size)
+    for alpha in (0.0, *(a * usual_alpha(problem.spec.bits, problem.spec.group_size) for a in auto.ALPHAS)):
         choice, errors[alpha] = Choice(alpha, automatic_damping(48, 600), True), 0.0
         for rows, fit in zip(held_out, solved.fits, strict=True):
             rest = np.r_[0 : rows.start, rows.stop : 800]
             trial, *_ = auto._solve(replace(problem, weights=fit, target=fit, stats=stats_of(y[rest])), choice, Options(), quick=True)
             output = y[:800] @ trial.dequantize().astype(np.float64) - x[:800] @ weights
             errors[alpha] += np.square(output[rows] - output[rest].mean(axis=0)).sum()
+    errors[0.0] *= 1 - auto.MARGIN
     assert found.figures["alpha"] == min(errors, key=lambda alpha: errors[alpha])
 
 

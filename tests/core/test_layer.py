@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magr_onnx.core.layer import LayerProblem, LayerRecord, LayerSolution, absorbs_mean, join_groups, ratio, relative_error
+from magr_onnx.core import error_feedback
+from magr_onnx.core.layer import (
+    LayerProblem,
+    LayerRecord,
+    LayerSolution,
+    absorbs_mean,
+    join_groups,
+    output_variance,
+    ratio,
+    relative_error,
+)
 from magr_onnx.core.low_rank import Factors
 from magr_onnx.core.solution_arrays import from_arrays, most_bytes, to_arrays
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
@@ -60,8 +70,40 @@ def test_relative_error_is_that_of_the_outputs(centred: bool) -> None:
     difference = x @ (solution.weight.astype(np.float64) - problem.weight)
     if centred:
         difference -= difference.mean(axis=0)
-    expected = np.linalg.norm(difference) / np.linalg.norm(x @ problem.weight)
+    expected = np.sqrt(np.square(difference).sum(axis=1).mean() / (x @ problem.weight).var(axis=0).sum())
     assert relative_error(solution.weight, problem, centred) == pytest.approx(expected, rel=1e-4)
+    noisy = replace(problem, input_noise=0.01)  # independent of the error of the weights: variances add up
+    assert relative_error(solution.weight, noisy, centred) == pytest.approx(np.sqrt(expected**2 + 0.01), rel=1e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_relative_error_behind_quantized_layers_is_against_the_float_output(centred: bool) -> None:
+    problem, solution, x = solved(0)
+    y = x + 0.1 * np.random.default_rng(5).standard_normal(x.shape)  # the input as the layers before leave it
+    moments = error_feedback.target_moments(problem.weight, y.T @ x / 200, gram_of(x), x.mean(axis=0), 200)
+    problem = replace(problem, stats=stats_of(y), target_moments=moments, input_noise=0.01)  # which is in the moments
+    wanted = x @ problem.weight.astype(np.float64)
+    difference = y @ solution.weight - wanted
+    if centred:
+        difference -= difference.mean(axis=0)
+    expected = np.sqrt(np.square(difference).sum(axis=1).mean() / wanted.var(axis=0).sum())
+    assert relative_error(solution.weight, problem, centred) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_variance_of_an_output_is_its_mean_square_where_it_is_constant() -> None:
+    problem, _, x = solved(0)
+    weight, constant = problem.weight, np.repeat(x[:1], 50, axis=0)
+    free = LayerStats.data_free(K)
+    for stats, expected in (
+        (stats_of(x), (x @ weight).var(axis=0).sum()),
+        (stats_of(constant), np.square(x[0] @ weight).sum()),
+        (free, np.square(weight).sum()),
+    ):
+        assert output_variance(weight, stats) == pytest.approx(expected, rel=1e-5)
+        if not stats.is_data_free:
+            moments = error_feedback.target_moments(weight, stats.gram, stats.gram, stats.mean, stats.rows)
+            assert output_variance(weight, stats, moments) == pytest.approx(expected, rel=1e-5)
+    assert output_variance(0 * weight, stats_of(x)) == 0
 
 
 def test_relative_error_without_data_is_that_of_the_weights() -> None:
@@ -81,13 +123,13 @@ def test_groups_are_the_channels_of_one_layer(bias: bool) -> None:
     assert joined.quantized is not None
     np.testing.assert_array_equal(joined.weight, np.hstack([s.weight for s in solutions]))
     np.testing.assert_array_equal(joined.quantized.dequantize(), joined.weight)
-    errors, powers = [], []
+    errors, variances = [], []
     for problem, solution, x in parts:
         y = x @ problem.weight.astype(np.float64)
         difference = x @ solution.weight + (0 if solution.bias is None else solution.bias) - y
         errors.append(np.square(difference).sum())
-        powers.append(np.square(y).sum())
-    assert joined.record.error == pytest.approx(np.sqrt(sum(errors) / sum(powers)), rel=1e-3)
+        variances.append(np.square(y - y.mean(axis=0)).sum())
+    assert joined.record.error == pytest.approx(np.sqrt(sum(errors) / sum(variances)), rel=1e-3)
     assert joined.record.bias_compensated == bias
     assert joined.record.errors == (9.0, 3.0 + 2.0 + 2.0, 3.0 + 2.0 + 1.0)  # the first stopped after the start, the second after a sweep
     assert joined.record.notes == ("rounded",)

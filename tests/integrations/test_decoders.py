@@ -279,7 +279,7 @@ def test_samples_that_fill_no_batch_count_once() -> None:
         data = feeding.open_for(fixed, source, steps=0)
         assert data.samples == 10
         assert {b["input_ids"].shape for b in data} == {(4, 12)}
-        assert any("2 of 10 fill no batch" in note for note in data.notes)
+        assert any("were repeated to fill batches, and count once" in note for note in data.notes)
         for name, stats in collect(fixed, layers, CalibrationContext(data)).stats.items():
             assert stats.rows == expected[name].rows
             np.testing.assert_allclose(stats.gram, expected[name].gram, rtol=1e-3, atol=1e-4)

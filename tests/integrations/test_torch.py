@@ -438,14 +438,21 @@ def test_batches_that_do_not_fit(batch: Any, message: str) -> None:
 def test_stacked_samples() -> None:
     for given in ((IDS.repeat(6, 1)), IDS.repeat(6, 1).numpy(), {"ids": IDS.repeat(6, 1)}):
         found = feeds(given, INPUTS[:1], samples=10, batch_size=4)
-        assert [b["ids"].shape for b in found] == [(4, 2), (4, 2), (2, 2)]
+        assert [b["ids"].shape for b in found] == [(1, 2)] * 10  # few samples: parts of them are held out
         assert found.notes == ("the first 10 of 18 samples were used (samples=10)",)
+    many = feeds(IDS.repeat(12, 1), INPUTS[:1], samples=None, batch_size=4)
+    assert [b["ids"].shape for b in many] == [(4, 2)] * 9
+    cut = feeds([IDS.repeat(6, 1)], INPUTS[:1], samples=None, batch_size=8)  # a batch of a loader
+    assert [b["ids"].shape for b in cut] == [(8, 2), (8, 2), (2, 2)]
     fixed = InputInfo("ids", np.dtype("int64"), (2, None))
-    assert [b["ids"].shape for b in feeds(IDS.repeat(2, 1), [fixed])] == [(2, 2)] * 3
+    assert [b["ids"].shape for b in feeds(IDS.repeat(4, 1), [fixed])] == [(2, 2)] * 6
+    filled = feeds(IDS.repeat(2, 1), [fixed])
+    assert [b["ids"].shape for b in filled] == [(2, 2)] * 6
+    assert filled.weights == (0.5,) * 6
     odd = feeds([IDS[:2], IDS[:1]], [fixed])  # the last batch of a loader
     assert [b["ids"].shape for b in odd] == [(2, 2)] * 2
     assert odd.weights == (1, 0.5)
-    assert odd.notes == ("the model takes 2 samples at a time, and 1 of 3 fill no batch: they were repeated, and count once",)
+    assert odd.notes == ("the model takes 2 samples at a time: 1 of 3 were repeated to fill batches, and count once",)
 
 
 def test_a_single_sample_is_refused_once() -> None:
@@ -491,11 +498,11 @@ def test_no_batch_is_read_that_is_not_needed() -> None:
 def test_the_batch_size_of_a_recipe_is_used() -> None:
     model = nn.Linear(64, 64)
     recipe = {"batch_size": 8, "bits": 8}
-    found = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe).report
+    found = magr_torch.optimize(model, torch.zeros(2, 64), calibration=[torch.randn(64, 64)], recipe=recipe).report
     assert "64 samples, 64 rows" in found.calibration
     few = "2 calibration batches are too few to hold some out"
     assert not any(few in note for note in found.notes)
-    given = magr_torch.optimize(model, torch.zeros(2, 64), calibration=torch.randn(64, 64), recipe=recipe, batch_size=32).report
+    given = magr_torch.optimize(model, torch.zeros(2, 64), calibration=[torch.randn(64, 64)], recipe=recipe, batch_size=32).report
     assert "64 samples, 64 rows" in given.calibration
     assert any(few in note for note in given.notes)
 

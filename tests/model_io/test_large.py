@@ -23,6 +23,7 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import moments, staged
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data import sources
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import graphs
 from tests.graphs import feeds, proto
@@ -60,9 +61,9 @@ def test_column_parts_cover_every_column_once(lean: Any) -> None:
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_factor_made_in_place_is_the_same(act_order: bool, lean: Any) -> None:
     stats = statistics()
-    usual = gptq.prepare(stats.objective_gram(True), 0.02, act_order)
+    usual = gptq.prepare(stats.regularized(True), 0.02, act_order)
     lean()
-    found = gptq.prepare(stats.objective_gram(True), 0.02, act_order)
+    found = gptq.prepare(stats.regularized(True), 0.02, act_order)
     np.testing.assert_array_equal(found.order, usual.order)
     np.testing.assert_allclose(found.matrix, usual.matrix, rtol=1e-5, atol=1e-6)
     lower = linalg.cholesky(stats.gram, 0.1).lower
@@ -173,12 +174,12 @@ def batches(count: int = 6) -> list[dict[str, Any]]:
     return [feeds(graphs.chain(), seed=i) for i in range(count)]
 
 
-@pytest.mark.parametrize("hold_out", [True, False])
-def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bool) -> None:
+@pytest.mark.parametrize("folds", [0, 1, 4])
+def test_statistics_gathered_in_stages_are_those_of_the_float_model(folds: int) -> None:
     model = graphs.chain()
     layers, _ = find(model)
     opened = sources.open_data(batches(), inputs_of(model))
-    context = CalibrationContext(opened, hold_out=hold_out)
+    context = CalibrationContext(opened, hold_out=HoldOut(folds))
     wanted = moments.collect(model, layers, context).stats
     found: dict[str, LayerStats] = {}
     seen: list[str] = []
@@ -188,12 +189,11 @@ def test_statistics_gathered_in_stages_are_those_of_the_float_model(hold_out: bo
         found |= result.stats
     assert seen == [layer.name for layer in layers]
     for name, stats in wanted.items():
-        for a, b in ((stats, found[name]), (stats.held_out, found[name].held_out)):
-            assert (a is None) == (b is None)
-            if a is not None and b is not None:
-                assert a.rows == b.rows
-                np.testing.assert_allclose(b.gram, a.gram, rtol=1e-4, atol=1e-4 * np.abs(a.gram).max())
-                np.testing.assert_allclose(b.mean, a.mean, rtol=1e-4, atol=1e-5)
+        assert len(stats.folds) == folds
+        for a, b in zip((stats, *stats.folds), (found[name], *found[name].folds), strict=True):
+            assert a.rows == b.rows
+            np.testing.assert_allclose(b.gram, a.gram, rtol=1e-4, atol=1e-4 * np.abs(a.gram).max())
+            np.testing.assert_allclose(b.mean, a.mean, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"effort": "fast"}, {}, {"effort": "fast", "include": ["down"]}, {"format": "qdq-int8"}])

@@ -104,8 +104,9 @@ def test_targets_and_held_out_rows_count_once(count: int) -> None:
 @pytest.mark.parametrize("count", SAMPLES)
 def test_ranges_are_chosen_on_all_samples_once(count: int) -> None:
     made, data = fixed(count)
-    free = model("batch")
-    whole = open_data({"x": samples_of(count)}, inputs_of(free), 1)
+    free, x = model("batch"), samples_of(count)
+    parts = [{"x": x[g.start : g.start + g.count]} for g in fixed_batch.groups(count, SIZE, True)]  # the same are judged together
+    whole = open_data(parts, inputs_of(free))
     expected, found = (
         activation_ranges.choose(m, activation_ranges.inputs_of(find(m)[0]), CalibrationContext(d))["x"]
         for m, d in ((free, whole), (made, data))

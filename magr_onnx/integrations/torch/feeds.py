@@ -13,6 +13,7 @@ import torch
 from magr_onnx.config import schema
 from magr_onnx.errors import CalibrationError
 from magr_onnx.runtime.data.fixed_batch import Group, fixed_size, groups
+from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.ort.session import Batch, InputInfo
 
@@ -58,7 +59,9 @@ def feeds(
     parts: list[tuple[Batch, Group]] = []
     notes: dict[str, None] = {}
     count, name = 0, f"the given {type(batches).__name__}"
+    fewest = 1  # parts of a batch: batches of a loader are held out as they are
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping):
+        fewest = HELD_OUT if fixed_size(inputs) else 2 * HELD_OUT
         batches, total = _stacked(batches, samples)
         if samples is not None and total > samples:
             notes[f"the first {samples} of {total} samples were used (samples={samples})"] = None
@@ -68,7 +71,7 @@ def feeds(
             notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
         _check_batch_axis(arrays, inputs, f"batch {index}")
         count += max((len(a) for a in arrays.values() if a.ndim), default=1)
-        parts += _split(arrays, inputs, batch_size)
+        parts += _split(arrays, inputs, batch_size, fewest)
         if samples is not None and count >= samples:
             if _may_have_more(batches, index + 1):
                 notes[f"calibration stopped after {count} samples (samples={samples})"] = None
@@ -175,13 +178,16 @@ def _array(value: Any, info: InputInfo, where: str) -> npt.NDArray[Any]:
     return array.astype(info.dtype) if kinds == {"f"} or kinds <= {"i", "u"} else array
 
 
-def _split(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int) -> Iterator[tuple[Batch, Group]]:
-    """Split a batch along the first axis, if all arrays share it, into the batch size that the model fixes, or ``size``."""
+def _split(arrays: Mapping[str, npt.NDArray[Any]], inputs: Sequence[InputInfo], size: int, fewest: int) -> Iterator[tuple[Batch, Group]]:
+    """Split a batch along the first axis, if all arrays share it, into the batch size that the model fixes, or ``size``.
+
+    There are ``fewest`` parts at least, as far as there are samples.
+    """
     counts = {len(a) if a.ndim else 0 for a in arrays.values()}
     fixed = fixed_size(inputs)
     conflicting = fixed is None and any(i.shape and i.shape[0] for i in inputs)
-    if len(counts) != 1 or conflicting or max(counts) == (fixed or 0) or (fixed is None and max(counts) <= size):
+    if conflicting or len(counts) != 1 or counts == {0}:
         yield dict(arrays), Group(0, max(counts, default=1))
         return
-    for group in groups(max(counts), fixed or size, fixed=fixed is not None):
+    for group in groups(max(counts), fixed or size, fixed is not None, fewest):
         yield group.part(arrays), group
