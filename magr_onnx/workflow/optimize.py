@@ -125,10 +125,10 @@ def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context:
 
 
 def _check(prepared: Prepared, solved: Solved, result: Model, context: RunContext) -> tuple[Validation | None, tuple[str, ...]]:
-    """Run both models on the last calibration batch, for two sessions and two forward passes; a note says what prevented it."""
+    """Run both models on the first calibration batch, for two sessions and two forward passes; a note says what prevented it."""
     if solved.data is None or context.memory.large:
         return None, ()
-    batch, exact = solved.data.select([len(solved.data) - 1]), (Arithmetic.DEFAULT,)
+    batch, exact = solved.data.limit(1), (Arithmetic.DEFAULT,)
     try:
         check = validation.validate(
             prepared.reference, result, batch, provider=context.provider, arithmetics=exact, mask=context.mask, details=()

@@ -164,7 +164,8 @@ def test_json_tells_numbers_that_are_not_finite_apart(reports: dict[str, Report]
 def test_the_worst_error_is_one_that_is_no_number(reports: dict[str, Report], value: float) -> None:
     first, *rest = reports["fast"].layers
     report = replace(reports["fast"], layers=(*rest, replace(first, name="broken", error=value)))
-    assert [line.split()[0] for line in report.to_text(1).splitlines() if f"{value:.2%}" in line] == ["broken"]
+    assert [line.split()[0] for line in report.to_text(1).splitlines() if f"{value:.2%}" in line and "RUINED" not in line] == ["broken"]
+    assert "RUINED: layers that lose most of their output: broken" in report.to_text(1)
     assert {line.row.name: line.share for line in summary.lines_of(report)} == {"broken": 1, **{row.name: 1 for row in rest}}
     assert [f.text for f in summary.findings(report, summary.lines_of(report)) if f.tone == "bad"] == [
         f"The error of a layer is {'not a number' if np.isnan(value) else 'inf%'}."
