@@ -1,4 +1,5 @@
-"""What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, and convolutions.
+"""What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, convolutions and
+recurrent operators.
 
 Everything here is written into one copy of the float model, which linear layers then start from. A group of a convolution's channels is a
 problem like that of any linear layer; convolutions that share a weight are solved together, under the moments of all their patches.
@@ -31,7 +32,7 @@ from magr_onnx.report.reasons import ConvReason, TableReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import mixed_precision
+from magr_onnx.workflow import mixed_precision, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
@@ -64,6 +65,10 @@ def convert(
     layers = result.rows[tables:]
     if layers:
         context.lap("convolutions")
+    convolutions = len(result.rows)
+    recurrent.convert(result, work, plan, context)
+    if len(result.rows) > convolutions:
+        context.lap("recurrent")
     if context.mask is not None and any(row.rows for row in layers):
         result.notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
     if context.memory.large and data is not None and layers:
@@ -200,7 +205,8 @@ def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats]], plan
     groups = [reduce(_pooled, parts) for parts in zip(*stats, strict=True)]
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
     absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
-    return plan.for_convolutions(absorbs).solve_groups(problems_of(first, groups))
+    assert plan.convolutions is not None
+    return plan.for_channels(plan.convolutions, absorbs).solve_groups(problems_of(first, groups))
 
 
 def _pooled(a: LayerStats, b: LayerStats) -> LayerStats:
