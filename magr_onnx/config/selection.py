@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions, near, unmatched
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.canonical import canonicalize, carried
 from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph import dead_code
 from magr_onnx.passes.instrument.inline import inline_and_rename
@@ -85,7 +85,7 @@ def canonical(model: ir.Model, selection: Selection, requantize: bool) -> list[s
 
     What nobody reads is no layer, and goes first. ``requantize`` is that of `magr_onnx.optimize`. Returns sentences for the report.
     """
-    return [*dead_code.remove(model), *canonicalize(model, selection, requantized=requantize)]
+    return [*dead_code.remove(model), *carried.release(model), *canonicalize(model, selection, requantized=requantize)]
 
 
 def check(model: ir.Model, selection: Selection) -> None:
