@@ -66,11 +66,12 @@ def convert(
     if layers:
         context.lap("convolutions")
     convolutions = len(result.rows)
-    recurrent.convert(result, work, plan, context)
+    recurrent.convert(result, model, work, plan, fit, context)
     if len(result.rows) > convolutions:
         context.lap("recurrent")
-    if context.mask is not None and any(row.rows for row in layers):
-        result.notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
+    for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:])):
+        if context.mask is not None and any(row.rows for row in rows):
+            result.notes.append(f"mask {context.mask!r} marks no positions of {what}: all of theirs count")
     if context.memory.large and data is not None and layers:
         result.notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return result

@@ -22,6 +22,8 @@ from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.recurrent import FORMS, RecurrentForm, RecurrentLayer, find
 from magr_onnx.passes.layers.weighted import by_weight
 
+ROUNDED = "inputs and states are rounded to 8 bits in every run, which is not in the error"
+
 
 @dataclass(frozen=True)
 class Recurrent(ModelPass):
@@ -60,7 +62,7 @@ class Recurrent(ModelPass):
         return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
 
     def form_of(self, readers: Sequence[RecurrentLayer], provider: str = "cpu") -> tuple[RecurrentForm, str]:
-        """The form that operators of one weight are written in, and why if it is not the chosen one."""
+        """The form that operators of one weight are written in, and what the report says of it."""
         if self.form != "dynamic-quantize-lstm":
             return self.form, ""
         faults = (
@@ -69,7 +71,7 @@ class Recurrent(ModelPass):
             (any(layer.dtype != ir.DataType.FLOAT for layer in readers), "DynamicQuantizeLSTM is for float32"),
         )
         why = next((why for fault, why in faults if fault), "")
-        return ("fold", f"{why}: computed in float") if why else (self.form, "")
+        return ("fold", f"{why}: computed in float") if why else (self.form, ROUNDED)
 
     def change(self, model: ir.Model) -> bool:
         modified = self.prepare(model, None)

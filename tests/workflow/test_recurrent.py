@@ -16,7 +16,10 @@ import magr_onnx
 from magr_onnx.errors import ModelError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Recurrent
+from magr_onnx.passes.layer_passes.recurrent import ROUNDED
 from magr_onnx.passes.layers.recurrent import FORMS, GATES, find
+from magr_onnx.runtime.calibration import recurrent_states
+from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests.helpers import emitted_weight
 
@@ -304,7 +307,7 @@ def test_an_unknown_form() -> None:
 def test_other_providers_get_no_operator_that_they_do_not_have() -> None:
     layers, _ = find(ir.from_proto(recurrent("LSTM")))
     stage = Recurrent()
-    assert stage.form_of(layers) == ("dynamic-quantize-lstm", "")
+    assert stage.form_of(layers) == ("dynamic-quantize-lstm", ROUNDED)
     assert stage.form_of(layers, "cuda") == ("fold", "DynamicQuantizeLSTM is for CPUs: computed in float")
 
 
@@ -322,3 +325,104 @@ def test_an_opset_that_has_no_dequantize_linear_by_axis(tmp_path: Path) -> None:
     assert ir.load(tmp_path / "fold.onnx").opset_imports[""] == 9
     magr_onnx.optimize(proto, output=tmp_path / "dequantize.onnx", recurrent="dequantize", progress=False)
     assert ir.load(tmp_path / "dequantize.onnx").opset_imports[""] >= 13
+
+
+# --- Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def feeds(batches: list[dict[str, Array]]) -> Batches:
+    return in_memory(batches, "in memory")
+
+
+def correlated(seed: int, t: int = T) -> Array:
+    """Inputs whose columns are correlated, and differ in power."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((WIDTH, WIDTH)) * np.exp(rng.standard_normal(WIDTH)) / 4
+    return (np.random.default_rng(seed).standard_normal((t, BATCH, WIDTH)) @ mix + 0.3).astype(np.float32)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("op", list(GATES))
+def test_moments_are_those_of_inputs_and_of_states_before_every_step(op: str, given: bool, direction: str) -> None:
+    proto = recurrent(op, direction, extra=", , h0" if given else "")
+    d, batches = 1 + (direction == "bidirectional"), [correlated(seed) for seed in range(3)]
+    start = constant("h0", d, BATCH, H)
+    if given:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(start, "h0"))
+    floats = ir.from_proto(proto)
+    layers = find(floats)[0]
+    ((x_stats, h_stats),) = [s for s in recurrent_states.collect(floats, [layers], feeds([{"x": x} for x in batches])) if s]
+    x = np.concatenate([x.reshape(-1, WIDTH) for x in batches]).astype(np.float64)
+    assert len(x_stats) == len(h_stats) == d
+    for stats in x_stats:
+        np.testing.assert_allclose(stats.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    for i, stats in enumerate(h_stats):
+        backwards, rows = direction == "reverse" or i == 1, []
+        for each in batches:
+            weights = [initial(proto, name)[i].astype(np.float64) for name in "wrb"]
+            first = start[i] if given else np.zeros((BATCH, H))
+            states = network(op, each[::-1] if backwards else each, *weights, start=first)
+            rows += [first if given else np.zeros((1, H)), states[:-1].reshape(-1, H)]
+        h = np.concatenate(rows)
+        assert stats.rows == len(h)
+        np.testing.assert_allclose(stats.gram, h.T @ h / len(h), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(stats.mean, h.mean(axis=0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", list(GATES))
+def test_data_gains_accuracy(op: str, tmp_path: Path) -> None:
+    proto, x = recurrent(op, "bidirectional"), correlated(99, 30)
+    expected, results = run(proto, x), []
+    for data in (None, [{"x": correlated(seed)} for seed in range(16)]):
+        report = magr_onnx.optimize(proto, data, output=tmp_path / "q.onnx", recurrent="fold", progress=False).report
+        results.append(sqnr(expected, run(tmp_path / "q.onnx", x)))
+        assert (report.layers[0].rows > 0) == (data is not None)
+    assert results[1] > results[0] + 3
+
+
+BRANCHES = f"""g (float[t, n, {WIDTH}] x, bool first) => (float[t, 1, n, {H}] y) {{
+    y = If(first)<
+        then_branch = a () => (float[t, 1, n, {H}] then) {{ [then_cell] then = LSTM<hidden_size = {H}>(x, w, r) }},
+        else_branch = b () => (float[t, 1, n, {H}] other) {{ [other_cell] other = GRU<hidden_size = {H}>(x, v, s) }}
+    >
+}}"""
+
+
+def test_operators_in_branches_are_calibrated_on_what_reaches_them(tmp_path: Path) -> None:
+    arrays = {"w": constant("w", 1, 4 * H, WIDTH), "r": constant("r", 1, 4 * H, H)}
+    proto = model(BRANCHES, **arrays, v=constant("v", 1, 3 * H, WIDTH), s=constant("s", 1, 3 * H, H))
+    data = [{"x": correlated(seed), "first": np.array(True)} for seed in range(4)]
+    report = magr_onnx.optimize(proto, data, output=tmp_path / "q.onnx", recurrent="fold", progress=False).report
+    reached, never = report.layers
+    assert (reached.name, reached.rows, reached.notes) == ("then_cell", 4 * T * BATCH, ())
+    assert (never.rows, never.notes) == (0, ("data-free: no calibration data reaches it: a branch is never taken, or a loop never turns",))
+    floats = ir.from_proto(proto)
+    (stats, nothing) = recurrent_states.collect(floats, [[layer] for layer in find(floats)[0]], feeds(data))
+    assert nothing is None
+    assert stats is not None
+    x = np.concatenate([batch["x"].reshape(-1, WIDTH) for batch in data]).astype(np.float64)
+    np.testing.assert_allclose(stats[0][0].gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_operators_of_one_pair_of_weights_are_solved_for_all_that_they_read() -> None:
+    text = f"""g (float[t, n, {WIDTH}] x) => (float[t, 1, n, {H}] y) {{
+        [near] a = GRU<hidden_size = {H}>(x, w, r)
+        far_x = Mul(x, three)
+        [far] b = GRU<hidden_size = {H}>(far_x, w, r)
+        y = Add(a, b)
+    }}"""
+    floats = ir.from_proto(model(text, w=constant("w", 1, 3 * H, WIDTH), r=constant("r", 1, 3 * H, H), three=np.float32(3).reshape(())))
+    ((x_stats, _),) = [s for s in recurrent_states.collect(floats, [find(floats)[0]], feeds([{"x": correlated(0)}])) if s]
+    x = correlated(0).reshape(-1, WIDTH).astype(np.float64)
+    np.testing.assert_allclose(x_stats[0].gram, 5 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)  # (1 + 9) / 2
+
+
+def test_activations_that_are_not_finite() -> None:
+    text = f"""g (float[t, n, {WIDTH}] x) => (float[t, 1, n, {H}] y) {{
+        large = Mul(x, most)
+        [cell] y = RNN<hidden_size = {H}>(large, w, r)
+    }}"""
+    proto = model(text, w=constant("w", 1, H, WIDTH), r=constant("r", 1, H, H), most=np.float32(3e38).reshape(()))
+    with pytest.raises(NonFiniteError, match=r"input or states of cell \(large\): NaN or infinite activations"):
+        magr_onnx.optimize(proto, [{"x": correlated(0)}], recurrent="fold", progress=False)
