@@ -34,7 +34,7 @@ from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import session
 from magr_onnx.runtime.ort.session import Arithmetic, available_provider
-from magr_onnx.workflow import non_linear
+from magr_onnx.workflow import non_linear, recurrent
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import reporter
 
@@ -83,6 +83,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
     skips += unconverted_weights(loaded.model.graph.all_nodes())
     convolutions, conv_skips = conv.find(loaded.model, patterns)
     _, table_skips = non_linear.select_tables(loaded.model, Plan(), patterns)
+    _, operator_skips = recurrent.select(loaded.model, Plan(), patterns)
     converted: list[LinearLayer | conv.ConvLayer] = [*layers, *convolutions]
     rows = []
     for layer in converted:
@@ -113,7 +114,7 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         loaded.model.opset_imports.get("", 0),
         loaded.model.ir_version,
         tuple(rows),
-        skip_rows([*table_skips, *skips, *conv_skips], loaded.model),
+        skip_rows([*table_skips, *skips, *conv_skips, *operator_skips], loaded.model),
         tuple(notes),
     )
 

@@ -14,6 +14,7 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_passes.recurrent import Recurrent
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layerwise import SolvedLayer, run_layers
@@ -46,6 +47,7 @@ __all__ = [
     "Quantize",
     "QuantizeActivations",
     "Reason",
+    "Recurrent",
     "Rewrite",
     "Skip",
     "SolvedLayer",

@@ -26,6 +26,7 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_passes.recurrent import Recurrent
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
 
@@ -49,7 +50,8 @@ class Plan:
         bias: Bias correction.
         emitter: The pass that writes quantized layers.
         convolutions: Convolutions, converted before linear layers.
-        embeddings: Embedding tables, converted before both.
+        recurrent: Recurrent operators, converted after convolutions.
+        embeddings: Embedding tables, converted before all of them.
     """
 
     rewrites: tuple[Rewrite, ...] = ()
@@ -62,6 +64,7 @@ class Plan:
     bias: CompensateBias | None = None
     emitter: Emitter | None = None
     convolutions: Convolutions | None = None
+    recurrent: Recurrent | None = None
     embeddings: Embeddings | None = None
 
     @staticmethod
@@ -148,27 +151,27 @@ class Plan:
             solution = stage.solve(problem, solution)
         return solution
 
-    def for_convolutions(self, absorbs: bool) -> Plan:
-        """Derive the plan for the groups of a convolution: MagR, the quantizer and the bias correction.
+    def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False) -> Plan:
+        """Derive the plan for weights with one scale per output channel: MagR, the quantizer and the bias correction.
 
         Args:
-            absorbs: Whether the biases of all convolutions with the weight can absorb its mean error.
+            stage: The stage of the operators, which has the grid.
+            absorbs: Whether the biases of all operators with the weight can absorb its mean error.
         """
-        conv, quantize = self.convolutions, self.quantize
-        assert conv is not None
+        quantize = self.quantize
         assert quantize is not None
-        if quantize.quantizer.accumulators == "only":  # not supported for convolutions
+        if quantize.quantizer.accumulators == "only":  # not supported for these
             quantize = quantize.by("comq")
         chooses = quantize.quantizer.chooses
-        alpha = usual_alpha(conv.bits, None) if conv.alpha is None else conv.alpha
+        alpha = usual_alpha(stage.bits, None) if stage.alpha is None else stage.alpha
         magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
         linear = ("block_size", "bias", "target", "accumulator_bits", "accumulator_tile", "activation")  # options of linear layers only
         unset: dict[str, Any] = dict.fromkeys(linear)
-        quantize = replace(quantize, bits=conv.bits, symmetric=conv.symmetric, alpha=conv.alpha if chooses else None, **unset)
+        quantize = replace(quantize, bits=stage.bits, symmetric=stage.symmetric, alpha=stage.alpha if chooses else None, **unset)
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
     def solve_groups(self, problems: Sequence[LayerProblem]) -> LayerSolution:
-        """Solve the groups of a convolution, in a batch if they are many and small, else one by one."""
+        """Solve groups of a convolution, or directions of a recurrent operator, in a batch if many and small, else one by one."""
         plan = self.resolved
         if plan.quantize is not None and plan.quantize.takes_groups(len(problems), len(problems[0].weight)):
             solution = plan.quantize.solve_groups(problems)
@@ -281,8 +284,11 @@ class Plan:
                 f"{self.low_rank.name} adds float products of the float input, which layers with 8-bit inputs do without; "
                 f"use format {_formats(None)}, or leave it out"
             )
-        if self.convolutions is not None and self.quantize is None:
-            problems.append("convolutions needs a quantize pass: it names the quantizer")
+        for stage in (self.convolutions, self.recurrent):
+            if stage is not None and self.quantize is None:
+                problems.append(f"{stage.name} needs a quantize pass: it names the quantizer")
+        if self.recurrent is not None and self.recurrent.form == "dynamic-quantize-lstm" and self.accumulator is not None:
+            problems.append("recurrent=dynamic-quantize-lstm adds integers that are not proved; take fold with a target or an accumulator")
         return problems
 
     def _input_problems(self) -> list[str]:

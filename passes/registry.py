@@ -20,6 +20,7 @@ from magr_onnx.passes.layer_passes.low_rank import LowRank
 from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layer_passes.recurrent import Recurrent
 from magr_onnx.passes.rewrites.equalize import Equalize
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
 from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
@@ -36,7 +37,7 @@ BEFORE_EMITTERS: tuple[type[Stage], ...] = (
     LowRank,
     CompensateBias,
 )
-AFTER_EMITTERS: tuple[type[Stage], ...] = (Convolutions, Embeddings)
+AFTER_EMITTERS: tuple[type[Stage], ...] = (Convolutions, Recurrent, Embeddings)
 
 
 def stages() -> dict[str, type[Stage]]:

@@ -17,7 +17,7 @@ from magr_onnx.core.quantizers import QUANTIZERS, method_options, quantizers_wit
 from magr_onnx.core.types import BITS
 from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.layer_passes.quantize import Quantize
-from magr_onnx.passes.layers import conv, embedding
+from magr_onnx.passes.layers import conv, embedding, recurrent
 from magr_onnx.passes.providers import PROVIDERS
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.data.decoders import STEPS
@@ -27,7 +27,7 @@ BIAS = ("auto", "any", "existing", "none")
 
 DATA, RECIPES, LAYERS = "Data and output", "Recipes and presets", "Which layers"
 WEIGHTS, FINE = "Bits, formats and accuracy", "Fine tuning of the solvers"
-OTHERS, INTEGERS = "Convolutions and embeddings", "Integer layers and accumulators"
+OTHERS, INTEGERS = "Convolutions, recurrent operators and embeddings", "Integer layers and accumulators"
 LARGE = "Large models and where it runs"
 PANELS = (DATA, RECIPES, LAYERS, WEIGHTS, FINE, INTEGERS, OTHERS, LARGE)
 """Headings that options stand under, in order."""
@@ -35,6 +35,7 @@ PANELS = (DATA, RECIPES, LAYERS, WEIGHTS, FINE, INTEGERS, OTHERS, LARGE)
 _INPUTS, _GRAPH = "layers share their inputs", "it changes the model before layers are looked for"
 _PROOF, _BUDGET = "a proof is of the whole file", "a budget is of the whole file"
 _CONVOLUTIONS, _TABLES = "it is for convolutions, all of them", "it is for tables of embeddings, all of them"
+_RECURRENT = "it is for recurrent operators, all of them"
 
 
 def _by_format(fact: Callable[[Format], object]) -> str:
@@ -141,6 +142,10 @@ class Options(TypedDict, total=False):
     embedding_bits: Annotated[int | None, OptionSpec(
         help="Bits of a table, 4 or 8.", default_text="8", choices=embedding.BITS, panel=OTHERS, metavar="N", whole_run=_TABLES,
         belongs_to="embeddings")]
+    recurrent: Annotated[str, OptionSpec(
+        help="Weights of LSTM, GRU and RNN, in 8 bits: dynamic-quantize-lstm (one contrib operator, integers, fast; other operators as "
+        "fold), fold (computed in float at its speed), dequantize (DequantizeLinear, in every run), none.",
+        default="none", choices=("none", *recurrent.FORMS), panel=OTHERS, metavar="NAME", whole_run=_RECURRENT)]
 
 
 _TEXT, _OPTIONAL, _FLAG = (str,), (str, NoneType), (bool,)

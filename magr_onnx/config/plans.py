@@ -54,6 +54,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
         bias=passes.CompensateBias(policy) if policy != "none" else None,  # type: ignore[arg-type]
         emitter=form.make_emitter(options) if name in FORMATS else None,
         convolutions=None if options.get("conv_bits") is None else convolutions(options),
+        recurrent=None if (recurrent := options.get("recurrent", "none")) == "none" else passes.Recurrent(recurrent),  # type: ignore[arg-type]
         embeddings=_embeddings(options),
     )
     raise_all(OptionError, [*problems, *plan.problems(provider)])

@@ -9,14 +9,15 @@ import onnx_ir as ir
 
 from magr_onnx.config.layer_options import LayerOptions, near, unmatched
 from magr_onnx.errors import OptionError, raise_all
-from magr_onnx.passes.canonical import canonicalize
+from magr_onnx.passes.canonical import canonicalize, carried
 from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph import dead_code
 from magr_onnx.passes.instrument.inline import inline_and_rename
-from magr_onnx.passes.layers import conv, embedding
-from magr_onnx.passes.layers.linear import REFUSED, LinearLayer, find
+from magr_onnx.passes.layers import conv, embedding, recurrent
+from magr_onnx.passes.layers.linear import REFUSED, find
 from magr_onnx.passes.layers.selection import ALL, Selection, matches, names_of
 from magr_onnx.passes.layers.unconverted import unconverted_weights
+from magr_onnx.passes.layers.weighted import WeightedNode
 
 Names = Sequence[tuple[str, ...]]
 
@@ -39,7 +40,7 @@ class LayerNames:
     """Names that patterns may match in a model.
 
     Attributes:
-        units: Of layers, convolutions and tables: all names of each.
+        units: Of layers, convolutions, recurrent operators and tables: all names of each.
         others: Of what can be no layer.
         selected: Of the linear layers to convert.
         convolutions: Of the convolutions to convert.
@@ -60,9 +61,10 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     layers, skips = find(model)
     convolutions, conv_skips = conv.find(model)
     tables, table_skips = embedding.find(model)
-    units: list[LinearLayer | conv.ConvLayer | embedding.EmbeddingTable] = [*layers, *convolutions, *tables]
+    operators, operator_skips = recurrent.find(model)
+    units: list[WeightedNode] = [*layers, *convolutions, *tables, *operators]
     others: list[tuple[str, ...]] = [
-        (skip.name,) for skip in (*skips, *conv_skips, *table_skips, *unconverted_weights(model.graph.all_nodes()))
+        (skip.name,) for skip in (*skips, *conv_skips, *table_skips, *operator_skips, *unconverted_weights(model.graph.all_nodes()))
     ]
     others += [  # what was excluded before it could be brought into a layer's form
         names_of(node, str(node.name), constant.name)
@@ -74,7 +76,7 @@ def layer_names(model: ir.Model, selection: Selection = ALL) -> LayerNames:
     return LayerNames(_names(units), others, _names(find(model, selection)[0]), _names(conv.find(model, selection)[0]))
 
 
-def _names(units: Sequence[LinearLayer | conv.ConvLayer | embedding.EmbeddingTable]) -> Names:
+def _names(units: Sequence[WeightedNode]) -> Names:
     return [names_of(unit.node, unit.name, unit.weight_name) for unit in units]
 
 
@@ -83,7 +85,7 @@ def canonical(model: ir.Model, selection: Selection, requantize: bool) -> list[s
 
     What nobody reads is no layer, and goes first. ``requantize`` is that of `magr_onnx.optimize`. Returns sentences for the report.
     """
-    return [*dead_code.remove(model), *canonicalize(model, selection, requantized=requantize)]
+    return [*dead_code.remove(model), *carried.release(model), *canonicalize(model, selection, requantized=requantize)]
 
 
 def check(model: ir.Model, selection: Selection) -> None:

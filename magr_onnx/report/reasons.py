@@ -26,7 +26,7 @@ class Reason(StrEnum):
     EMPTY = "weight has no elements"
     EINSUM = "an Einsum that is no product with a constant matrix"
     FUSED = "a fused operator that no format can replace"
-    RECURRENT = "a recurrent operator"
+    RECURRENT = "a recurrent operator (option recurrent quantizes its weights)"
     OTHER = "an operator without a quantized form"
     NO_STATISTICS = "there are no statistics of its input"
     BUDGET = "kept float by the budget of size or loss"
@@ -47,6 +47,14 @@ class TableReason(StrEnum):
     UNASKED = "tables of embeddings stay float (option embeddings quantizes them)"
     AXIS = "rows are not gathered along axis 0"
     WIDTH = "an odd number of columns has no 4-bit form"
+
+
+class RecurrentReason(StrEnum):
+    """Reasons why a recurrent operator is not converted, besides those shared with linear layers."""
+
+    DYNAMIC_WEIGHT = "recurrent weights are computed at run time"
+    OPSET = "the model's opset cannot be raised as far as a recurrent operator with this form needs"
+    SHAPE = "shapes of recurrent weights do not fit"
 
 
 class IntegerReason(StrEnum):

@@ -51,7 +51,7 @@ def _layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | 
     notes = [*record.notes, *(() if emitted is None else emitted.notes)]
     if solution.quantized is not None:
         spec = solution.quantized.spec
-        bits, block = spec.bits, spec.rows(len(solution.quantized.codes))
+        bits, block = spec.bits, spec.rows(len(solution.weight))
         stored = container_bits(bits) if emitted is None else emitted.stored_bits
         if stored != bits:
             notes.append(f"{bits}-bit codes are stored in {stored} bits")

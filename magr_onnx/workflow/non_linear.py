@@ -1,4 +1,5 @@
-"""What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, and convolutions.
+"""What is converted before a model's linear layers, so that these see it quantized: tables of embeddings, convolutions and
+recurrent operators.
 
 Everything here is written into one copy of the float model, which linear layers then start from. A group of a convolution's channels is a
 problem like that of any linear layer; convolutions that share a weight are solved together, under the moments of all their patches.
@@ -33,7 +34,7 @@ from magr_onnx.report.reasons import ConvReason, TableReason
 from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import mixed_precision
+from magr_onnx.workflow import mixed_precision, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
@@ -66,8 +67,13 @@ def convert(
     layers = result.rows[tables:]
     if layers:
         context.lap("convolutions")
-    if context.mask is not None and any(row.rows for row in layers):
-        result.notes.append(f"mask {context.mask!r} marks no positions of convolutions: all of theirs count")
+    convolutions = len(result.rows)
+    recurrent.convert(result, model, work, plan, fit, context)
+    if len(result.rows) > convolutions:
+        context.lap("recurrent")
+    for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:])):
+        if context.mask is not None and any(row.rows for row in rows):
+            result.notes.append(f"mask {context.mask!r} marks no positions of {what}: all of theirs count")
     if context.memory.large and data is not None and layers:
         result.notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return result
@@ -202,7 +208,8 @@ def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None
     first, policy = readers[0], plan.bias_policy
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
     absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
-    conv_plan, measured = plan.for_convolutions(absorbs), [groups for groups in stats if groups]
+    assert plan.convolutions is not None
+    conv_plan, measured = plan.for_channels(plan.convolutions, absorbs), [groups for groups in stats if groups]
     if len(readers) == 1 or not measured:
         return [conv_plan.solve_groups(problems_of(first, measured[0] if measured else []))] * len(readers)
     matrices = first.read()

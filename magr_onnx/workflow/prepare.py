@@ -20,6 +20,7 @@ from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.recurrent import RecurrentLayer
 from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration.mask import resolve_mask
@@ -27,7 +28,7 @@ from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.ort import opset_check, session, worker
-from magr_onnx.workflow import mixed_precision, non_linear
+from magr_onnx.workflow import mixed_precision, non_linear, recurrent
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
@@ -47,7 +48,7 @@ class Prepared:
         model: The same with its functions opened, in canonical form, at the opset the plan needs.
         plan: The plan, with what the model needs beside what was asked for.
         layers: Its linear layers.
-        others: Convolutions and tables that will be converted.
+        others: Convolutions, recurrent operators and tables that will be converted.
         unconverted: Nodes that hold weights and are no layers of any kind.
         notes: Sentences for the report.
         data: What to calibrate on; None for data-free.
@@ -60,7 +61,7 @@ class Prepared:
     model: ir.Model
     plan: Plan
     layers: list[LinearLayer]
-    others: Sequence[EmbeddingTable | ConvLayer]
+    others: Sequence[EmbeddingTable | ConvLayer | RecurrentLayer]
     unconverted: list[Skip]
     notes: list[str]
     data: Batches | None = None
@@ -163,11 +164,12 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     unconverted = list(unconverted_weights(model.graph.all_nodes()))
     tables, table_skips = non_linear.select_tables(model, plan, chosen)
     convolutions, conv_skips = non_linear.select_convolutions(model, plan, chosen)
+    operators, operator_skips = recurrent.select(model, plan, chosen)
     notes += layer_options.check_matches(request.patterns.tables, layers, convolutions)
-    others: list[EmbeddingTable | ConvLayer] = [*tables, *convolutions]
+    others: list[EmbeddingTable | ConvLayer | RecurrentLayer] = [*tables, *convolutions, *operators]
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
-        raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips])
+        raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
     mixed_precision.check_layers(request.budget, layers)
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared

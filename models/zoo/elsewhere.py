@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from magr_onnx.models.zoo.trap import CONVERTED, Tensor, Tensors, Trap, constant, model
+from magr_onnx.report.reasons import Reason
 
 K, N, H = 48, 24, 8
 W, V = constant("w", K, N), constant("v", K, N)
@@ -175,7 +176,7 @@ TRAPS = (
             [fc] y = MatMul(flat, w)
         }""",
         lambda x, w: [_recurrent(x, constant("rw", 1, H, K)[0], constant("rr", 1, H, H)[0]) @ w["fc"]],
-        {"fc": CONVERTED, "rnn": "a recurrent operator"},
+        {"fc": CONVERTED, "rnn": str(Reason.RECURRENT)},
         {"w": constant("w", H, N), "rw": constant("rw", 1, H, K), "rr": constant("rr", 1, H, H)},
         (4, 3, K),
     ),

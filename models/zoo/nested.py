@@ -50,6 +50,13 @@ def _scan(feeds: Tensors, weights: Tensors) -> list[Tensor]:
     return [state, np.stack(seen)]
 
 
+def _carrying(feeds: Tensors, weights: Tensors) -> list[Tensor]:
+    state = feeds["s"]
+    for _ in range(3):
+        state = np.tanh(state @ weights["in"] @ weights["back"])
+    return [state]
+
+
 def _growing(feeds: Tensors, weights: Tensors) -> list[Tensor]:
     total: Tensor = np.zeros((1, 24), np.float32)
     for i in range(3):
@@ -186,6 +193,52 @@ TRAPS = (
                         [in] a = MatMul(now, w)
                         [back] b = MatMul(state, u)
                         h = Add(a, b)
+                        out = Tanh(h)
+                        seen = Identity(out)
+                    }>
+            }""",
+            start=np.zeros((2, 24), np.float32),
+            w=W,
+            u=U,
+        ),
+        _inputs(x=(6, 2, 48)),
+        _scan,
+        {"in": CONVERTED, "back": CONVERTED},
+    ),
+    Trap(
+        "weights-that-a-loop-carries",
+        lambda: model(
+            """g (float[n, 32] s) => (float[n, 32] y) {
+                trips = Constant<value = int64 {3}>()
+                go = Constant<value = bool {1}>()
+                p, q, y = Loop(trips, go, w, u, s) <
+                    body = turn (int64 i, bool c, float[32, 24] a, float[24, 32] b, float[n, 32] state) =>
+                    (bool next, float[32, 24] a, float[24, 32] d, float[n, 32] out) {
+                        next = Identity(c)
+                        [in] h = MatMul(state, a)
+                        [back] k = MatMul(h, b)
+                        out = Tanh(k)
+                        d = Identity(b)
+                    }>
+            }""",
+            w=constant("w", 32, 24),
+            u=constant("u", 24, 32),
+        ),
+        _inputs(s=(5, 32)),
+        _carrying,
+        {"in": CONVERTED, "back": CONVERTED},
+    ),
+    Trap(
+        "weights-that-a-scan-carries",
+        lambda: model(
+            """g (float[t, 2, 48] x) => (float[2, 24] y, float[t, 2, 24] all) {
+                kept, y, all = Scan(w, start, x) <
+                    num_scan_inputs = 1, body = turn (float[48, 24] a, float[2, 24] state, float[2, 48] now) =>
+                    (float[48, 24] e, float[2, 24] out, float[2, 24] seen) {
+                        e = Identity(a)
+                        [in] g = MatMul(now, a)
+                        [back] b = MatMul(state, u)
+                        h = Add(g, b)
                         out = Tanh(h)
                         seen = Identity(out)
                     }>

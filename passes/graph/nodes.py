@@ -25,7 +25,12 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
 
 def layer_name(node: ir.Node) -> str:
     """Name a node, which may have no name, stably between runs."""
-    return node.name or f"{node.op_type}:{node.outputs[0].name}"
+    return node.name or f"{node.op_type}:{result_of(node).name}"
+
+
+def result_of(node: ir.Node) -> ir.Value:
+    """Return the first output of a node that has a name: recurrent operators may leave out the first."""
+    return next((value for value in node.outputs if value.name), node.outputs[0])
 
 
 def operator_of(node: ir.Node) -> str:

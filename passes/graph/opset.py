@@ -70,6 +70,16 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     return changed
 
 
+def raise_opset_if_possible(model: ir.Model, target: int) -> bool:
+    """Convert the model to at least opset ``target`` and its IR version, or leave it where that cannot be; True if anything changed."""
+    if model.opset_imports.get("", 0) < target:
+        try:
+            raise_opset(model.clone(), target)
+        except ModelError:
+            return False
+    return raise_opset(model, target)
+
+
 def _distinct_names(model: ir.Model) -> None:
     """Make names unique: converters add nodes named like the Softmax they surround, and values named as in another graph."""
     names = Names()

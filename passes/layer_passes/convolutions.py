@@ -10,10 +10,9 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
-from magr_onnx.errors import ModelError
 from magr_onnx.passes.base import ModelPass, negative_or_infinite
 from magr_onnx.passes.emit.conv import emit
-from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.passes.graph.opset import raise_opset_if_possible
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.conv import BITS, FORMS, ConvLayer, Form, find
@@ -56,14 +55,7 @@ class Convolutions(ModelPass):
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         """Raise the opset, if there are convolutions to convert and the converter can; where it cannot, they are skipped later."""
         del spec
-        needed = self.opset(find(model)[0])
-        if model.opset_imports.get("", 0) >= needed:
-            return raise_opset(model, needed)  # the IR version
-        try:
-            raise_opset(model.clone(), needed)
-        except ModelError:
-            return False
-        return raise_opset(model, needed)
+        return raise_opset_if_possible(model, self.opset(find(model)[0]))
 
     def opset(self, layers: Sequence[ConvLayer]) -> int:
         """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from magr_onnx.passes.graph.constants import CASTS, constant_view, dequantized, is_step
 from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.layers.linear import REFUSED
+from magr_onnx.passes.layers.recurrent import GATES, packing_nodes
 from magr_onnx.report.reasons import Reason, Skip
 
 LEAST = 2048
@@ -21,31 +22,28 @@ LEAST = 2048
 _MICROSOFT = {
     Reason.QUANTIZED: """DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulFpQ4 MatMulInteger16
         MatMulIntegerToFloat MatMulNBits QAttention QGemm QLinearMatMul QMoE QOrderedAttention QOrderedMatMul""",
-    Reason.FUSED: """Attention DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention EmbedLayerNormalization FusedConv
-        FusedGemm FusedMatMul FusedMatMulActivation GemmFastGelu GroupQueryAttention LongformerAttention MoE MultiHeadAttention
+    Reason.FUSED: """Attention AttnLSTM DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention EmbedLayerNormalization
+        FusedConv FusedGemm FusedMatMul FusedMatMulActivation GemmFastGelu GroupQueryAttention LongformerAttention MoE MultiHeadAttention
         PackedAttention PackedMultiHeadAttention TransposeMatMul""",
-    Reason.RECURRENT: "AttnLSTM",
 }
 _KINDS = {("com.microsoft", op): reason for reason, operators in _MICROSOFT.items() for op in operators.split()}
 _KINDS |= {("", op): Reason.QUANTIZED for op in ("QLinearMatMul", "MatMulInteger")}
-_KINDS |= {("", op): Reason.RECURRENT for op in ("LSTM", "GRU", "RNN")}
 _KINDS[("", "Einsum")] = Reason.EINSUM
-_PACKING = {("", op) for op in ("Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Transpose", "Reshape", "Cast", "Identity")}
 _LAYERS = {("", op) for op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "QuantizeLinear", "DequantizeLinear")}
 
 
 def unconverted_weights(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
     """Yield a skip for every node with weights that is not viewed as a layer, convolution or table."""
     nodes = list(nodes)
-    passed: set[ir.Node] = set()
-    packed = {node: [*node.inputs[:1], *_packed(node.inputs[1:], passed)] for node in nodes if _kind(node) == Reason.RECURRENT}
+    recurrent = [node for node in nodes if node.domain == "" and node.op_type in GATES]
+    viewed = {*recurrent, *(inner for node in recurrent for value in node.inputs[1:] for inner in packing_nodes(value))}
     for node in nodes:
-        if (node.domain, node.op_type) in _LAYERS or is_step(node) or node in passed:
+        if (node.domain, node.op_type) in _LAYERS or is_step(node) or node in viewed:
             continue
         kind = _kind(node)
         tensors: list[ir.TensorProtocol] = []
         floats = False
-        for value in packed.get(node, node.inputs):
+        for value in node.inputs:
             view = constant_view(value)
             shape, stored = ((), dequantized(value)) if view is None else (view.shape, view.stored)
             if stored is None:
@@ -67,14 +65,3 @@ def unconverted_weights(nodes: Iterable[ir.Node]) -> Iterator[Skip]:
 
 def _kind(node: ir.Node) -> Reason | None:
     return _KINDS.get((node.domain, node.op_type))
-
-
-def _packed(values: Iterable[ir.Value | None], passed: set[ir.Node]) -> Iterator[ir.Value | None]:
-    """Yield the sources of recurrent weights through slices and concatenations (torch reorders gates); ``passed`` collects the nodes."""
-    for value in values:
-        node = None if value is None or constant_view(value) is not None else value.producer()
-        if node is None or (node.domain, node.op_type) not in _PACKING:
-            yield value
-        elif node not in passed:
-            passed.add(node)
-            yield from _packed(node.inputs, passed)

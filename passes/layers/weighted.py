@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.nodes import layer_name
+from magr_onnx.passes.graph.nodes import layer_name, result_of
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, unsupported_parent, walk
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.reasons import Reason, Skip
@@ -65,7 +65,7 @@ class WeightedNode(abc.ABC):
     @property
     def output(self) -> ir.Value:
         """Return the result, with a bias if there is one."""
-        return self.last.outputs[0]
+        return result_of(self.last)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -201,7 +201,7 @@ def find_views(
             skips.append(Skip(layer.name, layer.op, why))
         else:
             while layer.name in views:  # ONNX requires only value names to be unique
-                layer = replace(layer, name=f"{layer.name}:{node.outputs[0].name}")
+                layer = replace(layer, name=f"{layer.name}:{layer.output.name}")
             views[layer.name] = layer
     return list(views.values()), skips
 

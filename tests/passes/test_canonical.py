@@ -469,7 +469,6 @@ def test_what_holds_weights_is_reported_with_its_bytes() -> None:
     assert found == {
         "nbits": ("weight is quantized already", "codes, scales: 0.00 MB"),
         "moe": ("a fused operator that no format can replace", "router, experts: 0.03 MB"),
-        "lstm": ("a recurrent operator", "lw, lr: 0.02 MB"),
         "sum": ("weight is quantized already", "int8: 0.00 MB"),
         "big": (other, "mask: 0.02 MB"),
         "table": (other, "mask: 0.02 MB"),

@@ -166,7 +166,8 @@ def test_a_stage_without_a_slot_is_refused() -> None:
 
 
 def test_a_plan_is_its_stages_in_any_writing() -> None:
-    text = "equalize,split-outliers,error-feedback,output-hessian,magr,quantize,low-rank,compensate-bias,emit-qdq,convolutions,embeddings"
+    text = "equalize,split-outliers,error-feedback,output-hessian,magr,quantize,low-rank,compensate-bias,emit-qdq,convolutions,recurrent"
+    text += ",embeddings"
     plan = Plan.parse(text)
     assert str(plan) == text
     assert Plan.of(plan.stages) == plan

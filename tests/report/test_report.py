@@ -612,7 +612,9 @@ def test_the_largest_weight_left_float_is_looked_at_first() -> None:
     (text,) = [f.text for f in summary.findings(replace(report, skipped=(table,), command="onnx-magr optimize"), []) if "stays" in f.text]
     assert "--embeddings gather-block-quantized" in text
     (text,) = first(table, lstm)
-    assert text.endswith(f"Why: {Reason.RECURRENT}.")
+    assert text.endswith('recurrent="dynamic-quantize-lstm" converts it.')
+    (text,) = first(table, replace(lstm, reason=Reason.FUSED))
+    assert text.endswith(f"Why: {Reason.FUSED}.")
 
 
 def test_magr_alone_shows_the_largest_weights(reports: dict[str, Report]) -> None:

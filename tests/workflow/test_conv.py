@@ -586,7 +586,7 @@ def test_small_groups_together_are_no_worse_than_one_by_one(symmetric: bool) -> 
     layer = ConvLayer("c", node, ConstantView(source, ir.tensor(from_matrices(weights, "Conv", (3, 3))), (), False), None, True, g)
     problems = problems_of(layer, [LayerStats(gram, mean, 500) for gram, mean in zip(grams, x.mean(axis=1), strict=True)])
     for method in ("rtn", "gptq", "comq"):
-        plan = Plan(quantize=Quantize(method), convolutions=Convolutions(4, symmetric, alpha=0.0)).for_convolutions(False)
+        plan = Plan(quantize=Quantize(method), convolutions=(stage := Convolutions(4, symmetric, alpha=0.0))).for_channels(stage)
         assert plan.quantize is not None
         assert plan.quantize.takes_groups(g, k)
         together = plan.solve_groups(problems)

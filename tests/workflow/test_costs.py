@@ -78,8 +78,8 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return reads
 
 
-# Passes over the data (one to check it, and one for every measurement), and sessions at most (one of them for the mask, and two that compare
-# outputs on one batch; ranges from few samples are judged part by part).
+# Passes over the data (one to check it, and one for every measurement), and sessions at most: one of them for the mask, and two that
+# compare outputs on a batch. Ranges from few samples are judged part by part.
 COSTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "one group": ({"effort": "fast"}, 2, 4),
     "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 4, 6),

@@ -194,6 +194,9 @@ def _left_float(report: Report) -> list[Finding]:
         option = _as_written(report, "--embeddings gather-block-quantized", 'embeddings="gather-block-quantized"')
         text += f" It is a table of embeddings: {option} converts it."
         return [Finding(text, tone="warn")]
+    if most.reason == Reason.RECURRENT:
+        option = _as_written(report, "--recurrent dynamic-quantize-lstm", 'recurrent="dynamic-quantize-lstm"')
+        return [Finding(f"{text} {option} converts it.", tone="warn")]
     return [Finding(f"{text} Why: {most.reason}.")]
 
 
