@@ -98,7 +98,7 @@ def test_olive_run_writes_what_this_package_would(workflow: Path, tmp_path: Path
 
 @pytest.mark.long
 def test_the_result_runs_and_is_close(workflow: Path) -> None:
-    x = graphs.correlated(32, K, seed=9)
+    x = graphs.correlated(400, K, seed=9)
     wanted, found = (outputs(workflow / name, x) for name in ("model.onnx", "out/model.onnx"))
     assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
 

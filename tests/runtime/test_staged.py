@@ -438,21 +438,20 @@ def test_rounding_is_onnxruntimes(activation: Any) -> None:
 
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq-int8"])
 def test_feedback_lowers_the_error_of_the_emitted_model(form: Any, tmp_path: Path) -> None:
-    """Output error of the file on fresh rows, with feedback against without, at few bits where it matters; together, of three data sets."""
-    model = residual()
-    errors = np.zeros(2)
-    for seed in (0, 100, 200):
-        data, fresh = [graphs.feeds(model, 64, seed=seed + s) for s in range(16)], graphs.feeds(model, 400, seed=seed + 99)
-        with Session(model) as session:
-            expected = session.run(fresh)[0]
-        for on in (False, True):
-            out = tmp_path / f"{seed}{on}.onnx"
-            report = magr_onnx.optimize(graphs.proto(model), data, output=out, format=form, bits=3, quantizer="comq", feedback=on).report
-            assert ("error-feedback" in report.pipeline) == on
-            assert report.verified == 4
-            with Session(out) as session:
-                errors[int(on)] += float(np.linalg.norm(session.run(fresh)[0] - expected))
-    assert errors[1] < errors[0]
+    """Output error of the file on fresh rows, with feedback against without, of layers that add to what carries an error already."""
+    model = block()
+    data, fresh = [graphs.feeds(model, 8, 8, seed=s) for s in range(16)], graphs.feeds(model, 50, 8, seed=99)
+    errors = []
+    with Session(model) as session:
+        expected = session.run(fresh)[0]
+    for on in (False, True):
+        out, options = tmp_path / f"{on}.onnx", {"format": form, "bits": 3, "quantizer": "comq", "feedback": on, "mask": None}
+        report = magr_onnx.optimize(graphs.proto(model), data, output=out, **options).report
+        assert ("error-feedback" in report.pipeline) == on
+        assert report.verified == 3
+        with Session(out) as session:
+            errors.append(float(np.linalg.norm(session.run(fresh)[0] - expected)))
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize(("bits", "effort", "mean"), [(3, "balanced", 0), (8, "balanced", 0), (3, "balanced", 2), (3, "fast", 2)])
