@@ -339,7 +339,7 @@ def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
     assert [b["input_ids"].shape for b in batches] == [(6, 4), (6, 5), (6, 8), (6, 8)]  # a fourth of 24 lines, sorted by length
     np.testing.assert_array_equal(batches[1]["input_ids"][0], [2, 7, 8, 3, 0])
     np.testing.assert_array_equal(batches[1]["attention_mask"][0], [1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(batches[2]["input_ids"][0], [2, 9, 10, 11, 12, 13, 4, 3])
+    np.testing.assert_array_equal(batches[3]["input_ids"][0], [2, 9, 10, 11, 12, 13, 4, 3])
     assert not any(b["token_type_ids"].any() for b in batches)
 
 
