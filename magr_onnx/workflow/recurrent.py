@@ -36,9 +36,8 @@ def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[lis
 
 
 def _skip(layer: RecurrentLayer, reason: Reason | RecurrentReason) -> Skip:
-    views = (layer.weight, layer.recurrence)
-    size = sum(view.tensor().nbytes for view in views)
-    return Skip(layer.name, layer.op, reason, f"{', '.join(view.name for view in views)}: {size / 1e6:.2f} MB", size)
+    detail = f"{layer.weight.name}, {layer.recurrence.name}: {layer.bytes / 1e6:.2f} MB"
+    return Skip(layer.name, layer.op, reason, detail, layer.bytes)
 
 
 def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> None:

@@ -87,6 +87,11 @@ class RecurrentLayer(WeightedNode):
     def weight_key(self) -> Hashable:
         return (*self.weight.key, *self.recurrence.key)
 
+    @property
+    def bytes(self) -> int:
+        """Return the size of both weights as the operator reads them."""
+        return sum(view.tensor().nbytes for view in (self.weight, self.recurrence))
+
     def matrices(self) -> tuple[Array, Array]:
         """Read the matrices of all directions, ``(D, I, G H)`` and ``(D, H, G H)`` float32."""
         w, r = (to_matrices(view.tensor().numpy().astype(np.float32)) for view in (self.weight, self.recurrence))

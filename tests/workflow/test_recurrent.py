@@ -16,6 +16,7 @@ import magr_onnx
 from magr_onnx.errors import ModelError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Recurrent
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.recurrent import ROUNDED
 from magr_onnx.passes.layers.recurrent import FORMS, GATES, find
 from magr_onnx.runtime.calibration import recurrent_states
@@ -426,3 +427,37 @@ def test_activations_that_are_not_finite() -> None:
     proto = model(text, w=constant("w", 1, H, WIDTH), r=constant("r", 1, H, H), most=np.float32(3e38).reshape(()))
     with pytest.raises(NonFiniteError, match=r"input or states of cell \(large\): NaN or infinite activations"):
         magr_onnx.optimize(proto, [{"x": correlated(0)}], recurrent="fold", progress=False)
+
+
+BETWEEN = f"""g (float[t, n, {WIDTH}] x) => (float[t, n, 24] y) <int64[1] one = {{1}}> {{
+    [first] p = MatMul(x, a)
+    [cell] s = LSTM<hidden_size = {H}>(p, w, r)
+    q = Squeeze(s, one)
+    [last] y = MatMul(q, o)
+}}"""
+
+
+def between() -> onnx.ModelProto:
+    weights = {"w": constant("w", 1, 4 * H, WIDTH) * 3, "r": constant("r", 1, 4 * H, H) * 3}
+    return model(BETWEEN, **weights, a=constant("a", WIDTH, WIDTH), o=constant("o", H, 24))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_every_format_has_every_form(format: str, form: str, tmp_path: Path) -> None:
+    data, path = [{"x": correlated(seed)} for seed in range(8)], tmp_path / "q.onnx"
+    report = magr_onnx.optimize(between(), data, output=path, format=format, recurrent=form, bits=8, progress=False).report
+    assert sorted(row.name for row in report.layers) == ["cell", "first", "last"]
+    assert report.verified == 3
+    for arithmetic in Arithmetic:
+        assert sqnr(run(between(), correlated(77)), run(path, correlated(77), arithmetic)) > 20
+
+
+def test_a_budget_of_size_counts_what_they_take(tmp_path: Path) -> None:
+    source, path = tmp_path / "f.onnx", tmp_path / "q.onnx"
+    onnx.save(between(), source)
+    data = [{"x": correlated(seed)} for seed in range(8)]
+    magr_onnx.optimize(source, data, output=path, recurrent="fold", target_size="33%", progress=False)
+    assert path.stat().st_size <= 0.33 * source.stat().st_size
+    with pytest.raises(OptionError, match=r"LSTM, GRU and RNN are [0-9,]+ bytes in float \(--recurrent fold\)"):
+        magr_onnx.optimize(source, data, output=path, target_size="33%", progress=False)
