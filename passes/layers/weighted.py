@@ -237,11 +237,16 @@ def float_readers(value: ir.Value) -> Iterator[ir.Node]:
             yield use.node
 
 
-def split_shared(layers: Sequence[V]) -> tuple[list[V], list[Skip]]:
-    """Leave out layers whose weight others read that are no layers: codes would come on top of the floats."""
+def split_shared(layers: Sequence[V], readers: Callable[[V], Iterable[ir.Node]] | None = None) -> tuple[list[V], list[Skip]]:
+    """Leave out layers whose weight others read that are no layers: codes would come on top of the floats.
+
+    Args:
+        layers: The layers.
+        readers: Returns what reads the weights of a layer; `float_readers` of its only weight by default.
+    """
     converted, left, skips = {layer.node for layer in layers}, list[V](), list[Skip]()
     for layer in layers:
-        others = [node for node in float_readers(layer.weight.source) if node not in converted]
+        others = [node for node in (readers(layer) if readers else float_readers(layer.weight.source)) if node not in converted]
         if not others:
             left.append(layer)
             continue

@@ -142,6 +142,7 @@ FORMS_OF_LSTM = {
     "states": ("", ", , h0, c0"),
     "peepholes": ("", ", , , , p"),
     "clip": (", clip = 0.5", ""),
+    "layout": (", layout = 0", ""),
     "coupled": (", input_forget = 1", ""),
     "activations": (', activations = ["HardSigmoid", "Tanh", "Softsign", "Sigmoid", "Tanh", "Tanh"]', ""),
 }
@@ -215,13 +216,21 @@ def test_weights_that_are_put_together_in_the_graph(tmp_path: Path) -> None:
     assert sqnr(run(proto, inputs()), run(path, inputs())) > 30
 
 
-def test_what_else_reads_a_part_keeps_it(tmp_path: Path) -> None:
+def test_weights_that_something_else_reads_stay_float_unless_included(tmp_path: Path) -> None:
     text = f"""g (float[t, n, {WIDTH}] x) => (float[t, 1, n, {H}] y, float[{2 * H}, {WIDTH}] z) {{
-        {PACKED} [cell] y = LSTM<hidden_size = {H}>(x, w, r)
+        {PACKED} [cell] a = LSTM<hidden_size = {H}>(x, w, r)
+        [own] y = LSTM<hidden_size = {H}>(a, w2, r)
         z = Neg(gates)
     }}"""
-    proto, path = model(text, flat=constant("w", 4 * H, WIDTH), r=constant("r", 1, 4 * H, H), **POINTS), tmp_path / "q.onnx"
-    magr_onnx.optimize(proto, output=path, recurrent="fold", progress=False)
+    arrays = {"flat": constant("w", 4 * H, WIDTH), "r": constant("r", 1, 4 * H, H), "w2": constant("w2", 1, 4 * H, H)}
+    text = text.replace("LSTM<hidden_size = 32>(a,", "LSTM<hidden_size = 32>(b,").replace("z = Neg", "b = Squeeze(a, one) z = Neg")
+    proto, path = model(text, **arrays, **POINTS, one=np.array([1])), tmp_path / "q.onnx"
+    report = magr_onnx.optimize(proto, output=path, recurrent="fold", progress=False).report
+    assert [row.name for row in report.layers] == ["own"]
+    (skip,) = report.skipped
+    assert (skip.name, skip.reason) == ("cell", "its float weight would stay in the file for others")
+    assert "(Neg)" in skip.detail
+    magr_onnx.optimize(proto, output=path, recurrent="fold", include=["cell"], progress=False)
     assert [n.op_type for n in ir.load(path).graph if n.op_type in ("Slice", "Concat", "Unsqueeze")] == ["Slice"]
 
 
