@@ -22,6 +22,7 @@ from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.unconverted import unconverted_weights
+from magr_onnx.passes.layers.weighted import split_shared
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.data import versions
 from magr_onnx.report.reasons import Skip
@@ -65,7 +66,9 @@ class Inspection:
 
 
 @translate_resource_errors()
-def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False) -> Inspection:
+def inspect(
+    model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] = (), requantize: bool = False, keep_overridable: bool = False
+) -> Inspection:
     """List the linear layers and convolutions of a model, and what would not be converted and why.
 
     See `optimize` for the arguments.
@@ -74,12 +77,15 @@ def inspect(model: Any, *, include: Sequence[str] = (), exclude: Sequence[str] =
         ModelError: The model is not usable.
         OptionError: A value is invalid, or a pattern matches nothing.
     """
-    schema.check(include=include, exclude=exclude, requantize=requantize)
+    schema.check(include=include, exclude=exclude, requantize=requantize, keep_overridable=keep_overridable)
     patterns = Selection(schema.as_list("include", include), schema.as_list("exclude", exclude))
-    loaded = files.load(model)
+    loaded = files.load(model, keep_overridable)
     notes = [*loaded.notes, *inline_and_rename(loaded.model), *selection.canonical(loaded.model, patterns, requantize)]
     selection.check(loaded.model, patterns)
     layers, skips = find(loaded.model, patterns)
+    if not include:
+        layers, shared = split_shared(layers)
+        skips += shared
     skips += unconverted_weights(loaded.model.graph.all_nodes())
     convolutions, conv_skips = conv.find(loaded.model, patterns)
     _, table_skips = non_linear.select_tables(loaded.model, Plan(), patterns)
@@ -200,6 +206,6 @@ def verify(
         description += f"; {outer_bits} outer bits"
     registers: Target | Accumulator | None = machine or accumulator
     assert registers is not None
-    loaded = files.load(model)
+    loaded = files.load(model, keep_overridable=True)  # a proof is for whatever a caller may feed
     layers, skipped = overflow.verify(loaded.model, registers, outer_bits, run)
     return Verification(loaded.name, description, layers, skipped, overflow.machine_name(), versions())

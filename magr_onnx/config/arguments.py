@@ -52,6 +52,7 @@ class RunArguments(TypedDict, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     requantize: bool
+    keep_overridable: bool
     custom_ops: Sequence[str | os.PathLike[str]]
     gram_budget: Size
     cache: Size

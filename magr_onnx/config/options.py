@@ -194,6 +194,10 @@ RUN = _by_name(
             help="Take weights behind DequantizeLinear (QDQ) for the floats they stand for, and quantize those; other forms are left "
             "alone.", types=_FLAG, default=False, panel=LAYERS),
         OptionSpec(
+            name="keep_overridable",
+            help="Leave weights that are inputs of the graph too to whoever runs the model; without this they become constants.",
+            types=_FLAG, default=False, panel=LAYERS),
+        OptionSpec(
             name="pipeline", argument="pipeline_text", help="Passes as text, instead of the options above; see 'onnx-magr passes'.",
             types=_TEXT, panel=FINE, metavar="TEXT"),
         OptionSpec(

@@ -9,7 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
+
+from magr_onnx.model_io.legacy import to_proto
+from magr_onnx.model_io.validate_proto import graphs
 
 THRESHOLD = 1024  # bytes from which a tensor in memory goes to the data file; the rest stays in the protobuf
 SIZES = 1 << 16
@@ -54,7 +58,7 @@ def serialized(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, str]]:
                 else:
                     continue
                 value.const_value = external_tensor(tensor, str(tensor.name), path.relative_to(root).as_posix(), offset, root)
-        return ir.to_proto(model).SerializeToString(), {FOLDER_KEY: str(root)}
+        return to_proto(model).SerializeToString(), {FOLDER_KEY: str(root)}
     finally:
         for value, original in zip(values, before, strict=True):
             value.const_value = original
@@ -68,3 +72,22 @@ def external_tensor(tensor: ir.TensorProtocol, name: str, location: str, offset:
 def model_values(model: ir.Model) -> list[ir.Value]:
     """Return the initializers of the model and its subgraphs."""
     return [v for graph in model.graphs() for v in graph.initializers.values()]
+
+
+def weightless(model: ir.Model, most: int = 0) -> onnx.ModelProto:
+    """Serialize a model without the data of initializers of more than ``most`` bytes, which are not read."""
+    values = [v for v in model_values(model) if v.const_value is not None and v.const_value.nbytes > most]
+    before = [v.const_value for v in values]
+    try:
+        for value, tensor in zip(values, before, strict=True):
+            assert tensor is not None
+            value.const_value = external_tensor(tensor, str(value.name), "", 0, Path())
+        proto = to_proto(model)
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
+    for graph in graphs(proto):
+        for stored in graph.initializer if isinstance(graph, onnx.GraphProto) else ():
+            stored.ClearField("external_data")
+            stored.ClearField("data_location")
+    return proto

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from magr_onnx.core.types import Lazy
-from magr_onnx.errors import ModelError, raise_all
+from magr_onnx.errors import ModelError, listed, raise_all
 from magr_onnx.model_io import atomic, contrib_schemas, validate_proto
-from magr_onnx.model_io.external_data import model_values
+from magr_onnx.model_io.external_data import model_values, weightless
 from magr_onnx.model_io.legacy import modernize
 from magr_onnx.model_io.writing import data_name, is_data_file_of
 
@@ -54,23 +54,40 @@ class Loaded:
         return "the given model" if self.path is None else str(self.path)
 
 
-def load(source: Any) -> Loaded:
+def load(source: Any, keep_overridable: bool = False) -> Loaded:
     """Load a model from a path, an ``onnx.ModelProto``, an ``onnx_ir.Model``, a ``torch.onnx.ONNXProgram``, or `Lazy` of one.
 
     A model in memory is copied (with shared tensors), so that the caller's object does not change.
 
+    Args:
+        source: The model.
+        keep_overridable: Leave initializers that are inputs of the graph as they are; else they are no inputs, and a note says so.
+
     Raises:
         ModelError: Not a model, or not a valid one.
     """
+    loaded = _load(source)
+    graph = loaded.model.graph
+    names = [str(value.name) for value in graph.inputs if value.is_initializer()]
+    if keep_overridable or not names:
+        return loaded
+    graph.inputs[:] = [value for value in graph.inputs if not value.is_initializer()]
+    note = f"{len(names)} initializers were inputs too ({listed(names)}), and are constants now; --keep-overridable leaves them as they are"
+    return replace(loaded, notes=(*loaded.notes, note))
+
+
+def _load(source: Any) -> Loaded:
     if isinstance(source, Lazy):
         source = source.make()
     if isinstance(source, str | os.PathLike):
         return _load_path(Path(source))
     if isinstance(source, onnx.ModelProto):
         name = "the given ModelProto"
+        _check_parts(source, name)
         validate_proto.check(source, name, None)
-        _check(source, name)
-        converted = _convert(source, name)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(source)
+        converted = _convert(copy, name)
         return Loaded(converted, None, frozenset(), model_bytes(converted), _dropped(source))
     inner = getattr(source, "model", None)
     model = source if isinstance(source, ir.Model) else inner if isinstance(inner, ir.Model) else None
@@ -119,10 +136,8 @@ def _load_path(path: Path) -> Loaded:
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except Exception as error:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model, or is truncated: {error}") from error
-    if not proto.HasField("graph") or not proto.ir_version:
-        raise ModelError(f"{path} ({size} bytes) is not an ONNX model: it has no graph or no IR version")
+    _check_parts(proto, f"{path} ({size} bytes)")
     external = validate_proto.check(proto, str(path), path.parent)
-    _check(str(path), str(path))
     model = _convert(proto, str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
     _load_attributes(model, path.parent)
@@ -137,9 +152,16 @@ def _not_a_file(path: Path) -> str:
     return f"a folder; give {' or '.join(models[:3])}" if models else "a folder; give an .onnx file"
 
 
+def _check_parts(proto: onnx.ModelProto, name: str) -> None:
+    if not proto.HasField("graph") or not proto.ir_version:
+        raise ModelError(f"{name} is not an ONNX model: it has no graph or no IR version")
+
+
 def _convert(proto: onnx.ModelProto, name: str) -> ir.Model:
+    """Check a message, which may be changed, and convert it."""
+    _check(modernize(proto), name)
     try:
-        return ir.from_proto(modernize(proto))
+        return ir.from_proto(proto)
     except Exception as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
 
@@ -161,35 +183,45 @@ def _load_attributes(model: ir.Model, folder: Path) -> None:
                     node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
-def _check(model: str | onnx.ModelProto, name: str) -> None:
+def _check(proto: onnx.ModelProto, name: str) -> None:
+    """Check a message with onnx's checker, which wants more than onnxruntime does: types and shapes of inputs and outputs, and names.
+
+    The bytes of tensors are left to `validate_proto.check`.
+    """
+    strict = onnx.ModelProto(**_fields(proto, "graph", "metadata_props"))
+    strict.graph.CopyFrom(onnx.GraphProto(**_fields(proto.graph, "initializer")))
+    for tensor in proto.graph.initializer:
+        is_bytes = _fields(tensor).keys() <= {"name", "data_type", "dims", "raw_data", "doc_string"}
+        strict.graph.initializer.append(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]) if is_bytes else tensor)
+    for graph in validate_proto.graphs(strict):
+        if not isinstance(graph, onnx.GraphProto):
+            continue
+        graph.name = graph.name or "graph"
+        for value in (*graph.input, *graph.output):
+            if value.type.WhichOneof("value") is None:
+                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.shape.SetInParent()
+    for tensor in onnx.external_data_helper._get_all_tensors(strict):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
     contrib_schemas.register()
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(strict)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{name} is not a valid ONNX model: {str(error).strip()}") from error
     except Exception as error:
         raise ModelError(f"{name} cannot be checked: {error}") from error
 
 
-def model_bytes(model: ir.Model) -> int:
-    """Return the size of a model in memory as a file, without copying or reading tensors.
+def _fields(message: Any, *without: str) -> dict[str, Any]:
+    """Return the fields of a message that are set, by name."""
+    return {field.name: value for field, value in message.ListFields() if field.name not in without}
 
-    Initializers are replaced by external data while the rest is serialized.
-    """
-    tensors = [(value, value.const_value) for value in model_values(model)]
-    try:
-        for value, tensor in tensors:
-            if tensor is not None:
-                shape = ir.Shape(tensor.shape.numpy())
-                value.const_value = ir.ExternalTensor("", 0, tensor.nbytes, tensor.dtype, shape=shape, name=str(value.name))
-        proto = ir.to_proto(model)
-    finally:
-        for value, tensor in tensors:
-            value.const_value = tensor
-    for stored in proto.graph.initializer:  # the tensor would be inline
-        stored.ClearField("external_data")
-        stored.ClearField("data_location")
-    return sum(tensor.nbytes for _, tensor in tensors if tensor is not None) + int(proto.ByteSize())
+
+def model_bytes(model: ir.Model) -> int:
+    """Return the size of a model in memory as a file, without copying or reading tensors."""
+    return sum(v.const_value.nbytes for v in model_values(model) if v.const_value is not None) + int(weightless(model).ByteSize())
 
 
 def check_output(output: Path, loaded_path: Path | None, external: frozenset[Path]) -> list[str]:

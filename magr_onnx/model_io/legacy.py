@@ -1,46 +1,127 @@
-"""Conversion of legacy constants to dense initializers that are not inputs.
+"""Between the forms that onnxruntime reads and the one that onnx-ir and onnx's checker do.
 
-Sparse constants: onnxruntime converts them to dense on loading, and onnx-ir does not support them. Initializers among the inputs: required
-before IR version 4, where onnxruntime does not allow overriding them; from version 4 on it means that callers may override them.
+1. Sparse constants become dense: onnxruntime converts them on loading, and onnx-ir does not support them.
+2. Initializers among the inputs are no inputs before IR version 4, where they had to be listed and onnxruntime does not allow overriding
+   them; from version 4 on it means that callers may override them.
+3. Types that onnx-ir does not know, such as sklearn-onnx's maps, are kept as text in the value's metadata, and written back as they were.
+4. Nodes are put in order, the standard domain has its short name, and onnxruntime's own is imported where it is used.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import graphlib
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from magr_onnx.model_io.validate_proto import graphs
 
 CONSTANTS = 4
 """The IR version from which initializers need not be inputs."""
 
+TYPE = "onnx_magr.type"
+"""Key of the metadata of a value with its type, where onnx-ir does not know it."""
+
+CONTRIB = "com.microsoft"
+
+
+def read(path: Path) -> ir.Model:
+    """Read a file that was checked before, or written here; external data stays in its files."""
+    model = ir.from_proto(modernize(onnx.load(str(path), format="protobuf", load_external_data=False)))
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """Convert a model to a message, with the types that `modernize` has set aside."""
+    proto = ir.to_proto(model)
+    for graph in graphs(proto):
+        for value in _declared(graph):
+            for entry in [entry for entry in value.metadata_props if entry.key == TYPE]:
+                value.type.ParseFromString(base64.b64decode(entry.value))
+                value.metadata_props.remove(entry)
+    return proto
+
 
 def modernize(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Convert every constant to a dense initializer or Constant; return the same object if nothing changes.
+    """Convert a model, in place, to the form that onnx-ir reads, and return it.
 
     Args:
         proto: A model that passed `validate_proto.check`, which bounds the size of its sparse tensors.
     """
-    sparse = any(_sparse(graph) for graph in graphs(proto))
-    if not sparse and proto.ir_version >= CONSTANTS:
-        return proto
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    if sparse:
-        _densify(copy)
+    _densify(proto)
     if proto.ir_version < CONSTANTS:
-        names = {t.name for t in copy.graph.initializer}
-        inputs = [v for v in copy.graph.input if v.name not in names]
-        copy.graph.ClearField("input")
-        copy.graph.input.extend(inputs)
-        copy.ir_version = CONSTANTS
-    return copy
+        names = {t.name for t in proto.graph.initializer}
+        inputs = [v for v in proto.graph.input if v.name not in names]
+        proto.graph.ClearField("input")
+        proto.graph.input.extend(inputs)
+        proto.ir_version = CONSTANTS
+    _name_domains(proto)
+    for graph in graphs(proto):
+        _sort(graph)
+        for value in _declared(graph):
+            if _has_map(value.type):
+                value.metadata_props.add(key=TYPE, value=base64.b64encode(value.type.SerializeToString()).decode())
+                value.ClearField("type")
+    return proto
+
+
+def _declared(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.ValueInfoProto]:
+    """Yield the declarations of values of a graph."""
+    if isinstance(graph, onnx.GraphProto):
+        yield from (*graph.input, *graph.output)
+    yield from graph.value_info
+
+
+def _has_map(kind: onnx.TypeProto) -> bool:
+    """Whether a type is one that onnx-ir does not know, or is made of one."""
+    name = kind.WhichOneof("value")
+    if name in ("sequence_type", "optional_type"):
+        return _has_map(getattr(kind, name).elem_type)
+    return name not in (None, "tensor_type", "sparse_tensor_type")
+
+
+def _name_domains(proto: onnx.ModelProto) -> None:
+    """Give the standard domain its short name, and import onnxruntime's own where only nodes name it."""
+    entries = [entry for owner in (proto, *proto.functions) for entry in owner.opset_import]
+    nodes = [node for graph in graphs(proto) for node in graph.node]
+    for named in (*entries, *nodes):
+        if named.domain == "ai.onnx":
+            named.domain = ""
+    if CONTRIB in {node.domain for node in nodes} - {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.add(domain=CONTRIB, version=1)
+
+
+def _sort(graph: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Put nodes behind those they read, if they are not; nodes of a cycle are left to the checker."""
+    makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    before = {i: {makers[name] for name in _reads(node) if name in makers} for i, node in enumerate(graph.node)}
+    if all(max(others, default=-1) < i for i, others in before.items()):
+        return
+    with contextlib.suppress(graphlib.CycleError):
+        nodes = [graph.node[i] for i in graphlib.TopologicalSorter(before).static_order()]
+        ordered = type(graph)(node=nodes)
+        graph.ClearField("node")
+        graph.node.extend(ordered.node)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names a node reads, in its bodies too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            yield from (name for inner in body.node for name in _reads(inner))
+            yield from (value.name for value in body.output)
 
 
 def _densify(proto: onnx.ModelProto) -> None:
-    for graph in graphs(proto):
+    for graph in filter(_sparse, graphs(proto)):
         if isinstance(graph, onnx.GraphProto):
             graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
             graph.ClearField("sparse_initializer")

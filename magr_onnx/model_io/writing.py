@@ -24,6 +24,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from magr_onnx.errors import MagrError, OutputError
 from magr_onnx.model_io.atomic import mode_of, replace, staging_directory, sync
 from magr_onnx.model_io.external_data import external_tensor, model_values, most_inline
+from magr_onnx.model_io.legacy import to_proto
 
 INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
 PROTOBUF_LIMIT = (1 << 31) - 1
@@ -223,7 +224,7 @@ def _aligned(offset: int, size: int) -> int:
 
 def _write_protobuf(model: ir.Model, path: Path) -> None:
     try:
-        proto = ir.to_proto(model)
+        proto = to_proto(model)
     except Exception as error:  # from onnx-ir, whose message has the whole model; the cause is specific
         cause: BaseException = error
         while cause.__cause__ is not None:

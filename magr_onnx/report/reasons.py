@@ -29,6 +29,7 @@ class Reason(StrEnum):
     RECURRENT = "a recurrent operator (option recurrent quantizes its weights)"
     OTHER = "an operator without a quantized form"
     NO_STATISTICS = "there are no statistics of its input"
+    SHARED = "its float weight would stay in the file for others"
     BUDGET = "kept float by the budget of size or loss"
 
 

@@ -229,7 +229,7 @@ def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> tupl
     layers: dict[str, LayerNames] = {}
     for name in names:
         try:
-            loaded = files.load(folder / name)
+            loaded = files.load(folder / name, values["keep_overridable"])
         except MagrError as error:
             model_problems.append(str(error))
             continue

@@ -28,7 +28,7 @@ from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
 from magr_onnx.passes.emit import FORMATS
-from magr_onnx.passes.layers import embedding
+from magr_onnx.passes.layers import embedding, recurrent
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
@@ -211,7 +211,7 @@ class Allocation:
             if least > self._target:
                 raise OptionError(
                     f"{goal.text}: that is {self._target:,} bytes, and the smallest possible is {least:,} ({least / source.bytes:.1%} of "
-                    f"the source); ask for that much, or convert more{_tables(source.model)}"
+                    f"the source); ask for that much, or convert more{_in_float(source.model)}"
                 )
 
     def solve(self, losses: Callable[[str, Choice], float]) -> None:
@@ -356,7 +356,13 @@ def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:
     return list(names.values())
 
 
-def _tables(model: ir.Model) -> str:
+def _in_float(model: ir.Model) -> str:
     """What a budget cannot make smaller, but an option can, as the end of a message."""
-    size = sum({table.weight_name: table.weight.stored.nbytes for table in embedding.find(model)[0]}.values())
-    return f": tables of embeddings are {size:,} bytes in float (--embeddings gather-block-quantized --embedding-bits 4)" * bool(size)
+    tables = {table.weight_name: table.weight.stored.nbytes for table in embedding.find(model)[0]}
+    weights = {layer.weight_key: layer.bytes for layer in recurrent.find(model)[0]}
+    kinds = (
+        (sum(tables.values()), "tables of embeddings", "--embeddings gather-block-quantized --embedding-bits 4"),
+        (sum(weights.values()), "LSTM, GRU and RNN", "--recurrent fold"),
+    )
+    texts = [f"{what} are {size:,} bytes in float ({option})" for size, what, option in kinds if size]
+    return f": {', '.join(texts)}" if texts else ""

@@ -137,9 +137,9 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
 def _load(request: OptimizeRequest) -> Loaded:
     """The model, once it is known that the output can be written."""
     if request.output is None:
-        return files.load(request.model)
+        return files.load(request.model, request.keep_overridable)
     raise_all(OutputError, files.check_output(request.output, None, frozenset()))  # before a model that is yet to be exported
-    loaded = files.load(request.model)
+    loaded = files.load(request.model, request.keep_overridable)
     raise_all(OutputError, files.check_output(request.output, loaded.path, loaded.external))
     worker.start()
     return loaded

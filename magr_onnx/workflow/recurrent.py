@@ -16,7 +16,7 @@ from magr_onnx.passes.layers import recurrent
 from magr_onnx.passes.layers.conv import split_groups
 from magr_onnx.passes.layers.recurrent import RecurrentLayer
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import by_weight
+from magr_onnx.passes.layers.weighted import by_weight, split_shared
 from magr_onnx.report.reasons import Reason, RecurrentReason
 from magr_onnx.runtime.calibration import recurrent_states
 from magr_onnx.runtime.calibration.subgraphs import NEVER, TOO_LARGE
@@ -28,6 +28,9 @@ from magr_onnx.workflow.converted import Converted
 def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[list[RecurrentLayer], list[Skip]]:
     """Recurrent operators that will be converted, and all others with the reason."""
     layers, skips = recurrent.find(model, selection)
+    if plan.recurrent is not None and not selection.include:
+        layers, shared = split_shared(layers, recurrent.float_readers)
+        skips += shared
     stage, opset = plan.recurrent, model.opset_imports.get("", 0)
     if stage is not None and stage.opset(layers) <= opset:
         return layers, skips
@@ -36,9 +39,8 @@ def select(model: ir.Model, plan: Plan, selection: Selection = ALL) -> tuple[lis
 
 
 def _skip(layer: RecurrentLayer, reason: Reason | RecurrentReason) -> Skip:
-    views = (layer.weight, layer.recurrence)
-    size = sum(view.tensor().nbytes for view in views)
-    return Skip(layer.name, layer.op, reason, f"{', '.join(view.name for view in views)}: {size / 1e6:.2f} MB", size)
+    detail = f"{layer.weight.name}, {layer.recurrence.name}: {layer.bytes / 1e6:.2f} MB"
+    return Skip(layer.name, layer.op, reason, detail, layer.bytes)
 
 
 def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> None:

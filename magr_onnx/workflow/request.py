@@ -52,6 +52,7 @@ class OptimizeRequest:
     layer_plans: Sequence[Plan]
     patterns: Patterns
     requantize: bool
+    keep_overridable: bool
     provider: str
     mask: str | None
     batch_size: int
@@ -154,6 +155,6 @@ def _check_data_free(plan: Plan, budget: Goal | None) -> None:
 
 def _result_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments beside the options that a result depends on, in words."""
-    names = ("include", "exclude", "requantize", "mask", "batch_size", "decode_steps", "provider")
+    names = ("include", "exclude", "requantize", "keep_overridable", "mask", "batch_size", "decode_steps", "provider")
     texts = {"custom_ops": list(map(str, values["custom_ops"])), "layers": "; ".join(map(str, values["layers"])) or "none"}
     return {**{name: values[name] for name in names}, **texts}

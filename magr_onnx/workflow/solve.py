@@ -18,7 +18,7 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.linear import find
-from magr_onnx.passes.layers.weighted import readers
+from magr_onnx.passes.layers.weighted import readers, split_shared
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
@@ -184,6 +184,9 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
     layers, skips = find(base, context.selection)
+    if request.options is not None and not context.selection.include:
+        layers, shared = split_shared(layers)
+        skips += shared
     tapped = subgraphs.tap_subgraphs(model, layers, data, plan, context.provider, context.memory.large)
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
@@ -233,6 +236,8 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     models = replace(setup.models, work=setup.models.work.clone())
     work, plan, plans = models.work, setup.plan, setup.plans
     layers, kept = models.tapped.split(find(work, context.selection)[0], setup.needs_statistics)[0], list[Skip]()
+    chosen = {layer.name for layer in setup.layers}
+    layers = [layer for layer in layers if layer.name in chosen]
     if search is not None:
         plans = search.assigned()
         layers, kept = search.select(layers)

@@ -12,6 +12,7 @@ from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target
 from magr_onnx.core.types import check_finite, check_weight
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, OptionError, RuntimeFailure, raise_all
+from magr_onnx.model_io import legacy
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.emit.readback import digest, iterate_weights
@@ -93,7 +94,7 @@ def verify_file(
         RuntimeFailure: onnxruntime does not load the ``source`` either.
         MagrError: The result is not what was chosen, or does not load although the source does.
     """
-    model = ir.load(path)
+    model = legacy.read(path)
     verify_codes(model, digests)
     if demand is not None:
         proof = prove(model, demand, emitted)

@@ -28,6 +28,7 @@ def _trap(
     initializers: Mapping[str, Tensor],
     shape: tuple[int, ...] = (5, K),
     requantize: bool = False,
+    keep_overridable: bool = False,
     domains: tuple[str, ...] = (),
     opset: int = 17,
 ) -> Trap:
@@ -43,7 +44,7 @@ def _trap(
         lambda rng: {"x": rng.standard_normal(shape, np.float32)},
         lambda feeds, weights: evaluate(feeds["x"], weights),
         layers,
-        {"requantize": True} if requantize else {},
+        {name: True for name, given in (("requantize", requantize), ("keep_overridable", keep_overridable)) if given},
     )
 
 
@@ -142,6 +143,7 @@ TRAPS = (
         lambda x, w: [x @ V + x @ w["fc"]],
         {"fc": CONVERTED, "free": "weight is a graph input that a caller may override"},
         {"w": W, "v": V},
+        keep_overridable=True,
     ),
     _trap(
         "weight-is-an-output",

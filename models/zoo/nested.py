@@ -416,6 +416,7 @@ TRAPS = (
         lambda rng: {"ids": rng.integers(0, 40, 9)},
         lambda feeds, w: [np.tanh(TABLE[feeds["ids"]]) @ w["head"]],
         {"head": CONVERTED},
+        {"include": ["*"]},
     ),
     Trap(
         "disguised-in-a-branch",

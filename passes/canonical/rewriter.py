@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
+from magr_onnx.model_io.external_data import weightless
+from magr_onnx.model_io.legacy import modernize
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import layer_name
@@ -19,6 +20,9 @@ from magr_onnx.passes.graph.subgraphs import graph_of, remember
 from magr_onnx.report.reasons import Reason
 
 Dims = list[int | ir.SymbolicDim]
+
+SMALL = 1024
+"""Bytes up to which a constant may be a shape."""
 
 MOST_MATRICES = 512
 """Largest stack of matrices that is split into layers; a larger one is closer to an elementwise product."""
@@ -75,15 +79,12 @@ class RewriteContext:
 
 def _inferred(model: ir.Model) -> dict[str, Dims]:
     """Return the shapes of ONNX's shape inference, by value name."""
-    copy, logger = model.clone(), logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # failed inference only means fewer shapes, which rewrites report
     try:
-        ShapeInferencePass(check_type=False, strict_mode=False)(copy)
-    finally:
-        logger.setLevel(level)
+        proto = onnx.shape_inference.infer_shapes(weightless(model, SMALL), data_prop=True)
+    except Exception:  # fewer shapes, which rewrites report
+        return {}
     shapes: dict[str, Dims | None] = {}
-    for value in (v for node in copy.graph.all_nodes() for v in node.outputs):
+    for value in (v for node in ir.from_proto(modernize(proto)).graph.all_nodes() for v in node.outputs):
         name, shape = str(value.name), None if value.shape is None else list(value.shape)
         shapes[name] = shape if shapes.get(name, shape) == shape else None  # subgraphs may reuse a name
     return {name: shape for name, shape in shapes.items() if shape is not None}

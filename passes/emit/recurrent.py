@@ -58,6 +58,7 @@ def emit(layers: Sequence[RecurrentLayer], solutions: Sequence[LayerSolution], f
             drop_packing(value)
         if form == "dynamic-quantize-lstm":
             node.op_type, node.domain, node.version = "DynamicQuantizeLSTM", DOMAIN, 1
+            node.attributes.pop("layout", None)  # 0: onnxruntime runs no other
             layer.root.opset_imports.setdefault(DOMAIN, 1)
         node.name = layer.names.node(f"{layer.name}_q8")
         emitted.append(Emitted(node.name, 8, size))

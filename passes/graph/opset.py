@@ -50,6 +50,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
         labels = metadata.collect(model)
+        typed = {value.name for value in _computed(model) if value.type is not None or value.shape is not None}
         contrib_schemas.register()
         try:
             with _quiet():
@@ -62,6 +63,9 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
                 "opset, or use format matmulnbits"
             )
         metadata.restore(model, labels)
+        for value in _computed(model):
+            if value.name not in typed and not value.is_graph_output():
+                value.type = value.shape = None  # inferred by the converter; with long names as large as the weights of a small model
         _distinct_names(model)
         changed = True
     if model.ir_version < IR_VERSIONS.get(target, 0):
@@ -78,6 +82,10 @@ def raise_opset_if_possible(model: ir.Model, target: int) -> bool:
         except ModelError:
             return False
     return raise_opset(model, target)
+
+
+def _computed(model: ir.Model) -> Iterator[ir.Value]:
+    return (value for node in model.graph.all_nodes() for value in node.outputs)
 
 
 def _distinct_names(model: ir.Model) -> None:

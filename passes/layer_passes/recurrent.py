@@ -11,8 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.histograms import sketch
-from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups, ratio
-from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups, output_variance, ratio
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.recurrent import emit
@@ -111,17 +110,12 @@ def join(problems: Sequence[Sequence[LayerProblem]], solutions: Sequence[LayerSo
 
     Its codes are those of the input only.
     """
-    errors, powers = [], []
-    for part, solution in zip(problems, solutions, strict=True):
-        columns = np.split(solution.weight, len(part), axis=1)
-        errors.append(sum(layer_error(w - p.weight, p.stats.objective_gram(False)) for w, p in zip(columns, part, strict=True)))
-        powers.append(sum(layer_error(p.weight, p.stats.gram) for p in part))
     weight, target = (np.vstack([getattr(solution, name) for solution in solutions]) for name in ("weight", "target"))
     before = np.vstack([np.hstack([p.weight for p in part]) for part in problems])
-    each = [ratio(error, power) for error, power in zip(errors, powers, strict=True)]
+    powers = [sum(output_variance(p.weight, p.stats) for p in part) for part in problems]
+    squares = sum(power * (solution.record.error or 0.0) ** 2 for power, solution in zip(powers, solutions, strict=True))
     notes = dict.fromkeys(note for solution in solutions for note in solution.record.notes)
-    record = replace(solutions[0].record, error=ratio(sum(errors), sum(powers)), weights=sketch(before, None, None), errors=())
-    if max(each) > 2 * min(each):
-        notes[f"error {each[0]:.2%} for inputs, {each[1]:.2%} for states"] = None
-    record = replace(record, notes=tuple(notes))
-    return LayerSolution(weight, None, target, (), solutions[0].quantized, None, True, record)
+    record = replace(
+        solutions[0].record, error=ratio(squares, sum(powers)), weights=sketch(before, None, None), errors=(), notes=tuple(notes)
+    )
+    return LayerSolution(weight, None, target, quantized=solutions[0].quantized, changed=True, record=record)

@@ -87,6 +87,11 @@ class RecurrentLayer(WeightedNode):
     def weight_key(self) -> Hashable:
         return (*self.weight.key, *self.recurrence.key)
 
+    @property
+    def bytes(self) -> int:
+        """Return the size of both weights as the operator reads them."""
+        return sum(view.tensor().nbytes for view in (self.weight, self.recurrence))
+
     def matrices(self) -> tuple[Array, Array]:
         """Read the matrices of all directions, ``(D, I, G H)`` and ``(D, H, G H)`` float32."""
         w, r = (to_matrices(view.tensor().numpy().astype(np.float32)) for view in (self.weight, self.recurrence))
@@ -209,6 +214,32 @@ def _index(node: ir.Node, shape: tuple[int, ...]) -> tuple[Any, ...] | None:
             return None
         index[i if axes is None else axes[i]] = slice(start, end)
     return tuple(index)
+
+
+def float_readers(layer: RecurrentLayer) -> Iterator[ir.Node]:
+    """Yield the nodes that read a constant that the weights of a layer are put together of."""
+    for view in (layer.weight, layer.recurrence):
+        for source in dict.fromkeys(_sources(view.source)):
+            yield from _readers(source)
+
+
+def _sources(value: ir.Value) -> Iterator[ir.Value]:
+    node = value.producer()
+    if node is None or node.op_type not in PACKING:
+        yield value
+        return
+    for source in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
+        if source is not None:
+            yield from _sources(source)
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    for use in value.uses():
+        if use.node.domain != "" or use.node.op_type not in PACKING:
+            yield use.node
+        else:
+            for output in use.node.outputs:
+                yield from _readers(output)
 
 
 def drop_packing(value: ir.Value) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused
+from magr_onnx.errors import listed
+from magr_onnx.passes.graph.constants import ConstantView, drop_if_unused, is_step
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import layer_name, result_of
 from magr_onnx.passes.graph.subgraphs import SubgraphPath, calibration_key, graph_of, unsupported_parent, walk
@@ -224,6 +225,36 @@ def by_weight(layers: Iterable[V]) -> list[list[V]]:
 def sharing(layers: Iterable[WeightedNode]) -> set[str]:
     """Return the names of layers that share their weight with another layer."""
     return {layer.name for group in by_weight(layers) if len(group) > 1 for layer in group}
+
+
+def float_readers(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield the nodes that read a constant, through the nodes that only view it."""
+    for use in value.uses():
+        if is_step(use.node):
+            for output in use.node.outputs:
+                yield from float_readers(output)
+        else:
+            yield use.node
+
+
+def split_shared(layers: Sequence[V], readers: Callable[[V], Iterable[ir.Node]] | None = None) -> tuple[list[V], list[Skip]]:
+    """Leave out layers whose weight others read that are no layers: codes would come on top of the floats.
+
+    Args:
+        layers: The layers.
+        readers: Returns what reads the weights of a layer; `float_readers` of its only weight by default.
+    """
+    converted, left, skips = {layer.node for layer in layers}, list[V](), list[Skip]()
+    for layer in layers:
+        others = [node for node in (readers(layer) if readers else float_readers(layer.weight.source)) if node not in converted]
+        if not others:
+            left.append(layer)
+            continue
+        names = listed([f"{layer_name(node)} ({node.op_type})" for node in others])
+        table = "--embeddings converts the table too, " if any(node.op_type == "Gather" for node in others) else ""
+        detail = f"{names}; {table}--include '*' converts this layer all the same"
+        skips.append(Skip(layer.name, layer.op, Reason.SHARED, detail))
+    return left, skips
 
 
 def readers(layer: WeightedNode) -> list[ir.Node]:

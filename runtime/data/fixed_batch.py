@@ -6,7 +6,7 @@ validation compute sums over samples; sums over such a batch are multiplied by `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,19 @@ class Group:
         """The factor of sums over the batch."""
         return 1 / self.repeats
 
-    def of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Take the batch from an array of all samples along the first axis; rank 0 arrays are shared by all."""
+    def of(self, array: npt.NDArray[Any], axis: int = 0) -> npt.NDArray[Any]:
+        """Take the batch from an array of all samples along an axis; rank 0 arrays are shared by all."""
         if not array.ndim:
             return array
-        samples = array[self.start : self.start + self.count]
-        return samples if self.repeats == 1 else np.concatenate([samples] * self.repeats)
+        samples = array[(*[slice(None)] * axis, slice(self.start, self.start + self.count))]
+        return samples if self.repeats == 1 else np.concatenate([samples] * self.repeats, axis)
 
-    def part(self, batch: Batch) -> Batch:
-        """Take the batch from arrays of all samples, by input name."""
-        return {name: self.of(array) for name, array in batch.items()}
+    def part(self, batch: Batch, axes: Mapping[str, int] | None = None) -> Batch:
+        """Take the batch from arrays of all samples, by input name; those that have no axis, if axes are given, are shared by all."""
+        return {
+            name: array if axes is not None and name not in axes else self.of(array, (axes or {}).get(name, 0))
+            for name, array in batch.items()
+        }
 
 
 def groups(samples: int, size: int, fixed: bool, fewest: int = HELD_OUT) -> list[Group]:
@@ -73,8 +76,8 @@ def notes_of(batches: Sequence[Group]) -> tuple[str, ...]:
 
 
 def fixed_size(inputs: Sequence[InputInfo]) -> int | None:
-    """Return the batch size that the model's inputs fix on their first axes; None where it is dynamic, or where they differ."""
-    sizes = {i.shape[0] for i in inputs if i.shape and i.shape[0]}
+    """Return the batch size that the model's inputs fix on their axes of samples; None where it is dynamic, or where they differ."""
+    sizes = {size for i in inputs if i.shape and (size := i.shape[i.axis])}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -85,7 +88,9 @@ def groups_of(batch: Batch, inputs: Sequence[InputInfo]) -> list[Group]:
     """
     size, samples = fixed_size(inputs), _samples(batch, inputs)
     if size is None or samples is None or samples in (0, size):
-        return [Group(0, max((len(array) for array in batch.values() if array.ndim), default=1))]
+        sized = [i for i in inputs if np.ndim(batch.get(i.name, 0)) > i.axis]
+        free = [i for i in sized if not i.ranked or i.shape[i.axis : i.axis + 1] == (None,)]
+        return [Group(0, max((np.shape(batch[i.name])[i.axis] for i in free or sized), default=1))]
     return groups(samples, size, fixed=True, fewest=1)
 
 

@@ -192,8 +192,9 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
 def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int, fixed_batch.Group, Batch]]:
     """Split or fill batches to the batch size that the model fixes: the position of the source batch, a group of its samples, and those."""
     for i, batch in enumerate(batches):
-        for group in fixed_batch.groups_of(batch, inputs):
-            yield i, group, group.part(batch)
+        groups = fixed_batch.groups_of(batch, inputs)
+        for group in groups:
+            yield i, group, batch if len(groups) == group.repeats == 1 else group.part(batch)
 
 
 def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
@@ -207,7 +208,7 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
         problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {described}{remedy}")
     for name in sorted(declared.keys() & batch.keys()):
         array, info = batch[name], declared[name]
-        if array.dtype != info.dtype or not info.fits(array.shape):
+        if (array.dtype != info.dtype and not (array.dtype.kind == "U" and info.dtype == object)) or not info.fits(array.shape):
             problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
         elif array.size == 0 and not name.startswith(PREFIX):  # the past is empty before the first token
             problems.append(f"{name} is empty, shape {array.shape}")
@@ -259,7 +260,8 @@ def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     except CalibrationError:
         raise
     except Exception as error:  # numpy's readers raise arbitrary exceptions on malformed bytes
-        reason = "it holds Python objects, which are never loaded" if "pickle" in str(error) else str(error)
+        objects = "it holds Python objects, which are never loaded; text is saved as array.astype(str)"
+        reason = objects if "pickle" in str(error) else str(error)
         raise CalibrationError(f"{path} is not a readable .npz file: {reason}; write it with {SAVE_CALL}") from error
     if invalid := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise CalibrationError(f"{path}: {', '.join(invalid)} are not arrays; save named inputs with numpy.savez")
@@ -285,16 +287,34 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
 
 
 def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
-    """Split stacked inputs into batches along the first axis, of the size the model fixes, if any; inputs of rank 0 are shared by all."""
-    counts = {name: len(a) for name, a in arrays.items() if a.ndim}
+    """Split stacked inputs into batches along their axes of samples, of the size the model fixes, if any.
+
+    Inputs of rank 0 are shared by all; so are those that have the one shape that the model takes, where the others have more samples.
+    Arrays that cannot be split and fit the model are one feed.
+    """
+    declared = {i.name: i for i in inputs}
+    axes = {name: declared[name].axis if name in declared else 0 for name in arrays}
+    counts = {name: a.shape[axes[name]] for name, a in arrays.items() if a.ndim > axes[name]}
+    if len(set(counts.values())) > 1:
+        shared = {name for name in counts if name in declared and declared[name].shape == arrays[name].shape}
+        counts = {name: count for name, count in counts.items() if name not in shared} or counts
     if not counts:
         return in_memory([arrays] if arrays else [], description)
     if len(set(counts.values())) > 1:
         sizes = ", ".join(f"{n} {c}" for n, c in counts.items())
-        raise CalibrationError(f"{description}: inputs have different numbers of samples along the first axis: {sizes}")
-    samples, size = next(iter(counts.values())), fixed_batch.fixed_size(inputs)
+        if check_batch(arrays, inputs):
+            raise CalibrationError(
+                f"{description}: inputs have different numbers of samples ({sizes}); give a folder of .npz files, each a feed of the model "
+                "as it stands, or a list of dicts of arrays"
+            )
+        note = (
+            f"{description} is one feed, since its arrays have different sizes along the axis of samples ({sizes}); a folder holds several"
+        )
+        return replace(in_memory([arrays], description), notes=(note,))
+    axes = {name: axes[name] for name in counts}
+    samples, size = next(iter(counts.values())), fixed_batch.fixed_size([i for i in inputs if i.name in axes])
     groups = fixed_batch.groups(samples, size or batch_size, size is not None, HELD_OUT if size else 2 * HELD_OUT)
-    batches = in_memory([group.part(arrays) for group in groups], description, groups)
+    batches = in_memory([group.part(arrays, axes) for group in groups], description, groups)
     return replace(batches, label=lambda i: f"{description}, samples from {groups[i].start}")
 
 

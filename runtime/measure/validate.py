@@ -16,6 +16,7 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import model_bytes
+from magr_onnx.model_io.legacy import read
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
@@ -99,6 +100,15 @@ class _Sums:
         )
 
 
+def _floats(output: Any) -> Array | None:
+    """Return an output as an array of floats, if it is one, or a sequence of maps or of arrays of one shape; else None."""
+    rows = output if isinstance(output, list) else [output]
+    rows = [list(row.values()) if isinstance(row, dict) else row for row in rows]
+    shapes = {np.shape(row) for row in rows}
+    array = np.asarray(rows if isinstance(output, list) else rows[0]) if len(shapes) == 1 else None
+    return array if array is not None and np.issubdtype(array.dtype, np.floating) else None
+
+
 def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:
     """Zero both arrays where they have the same NaN or infinity, as behind an attention mask: that is no difference."""
     same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
@@ -167,20 +177,23 @@ def validate(
         names, notes = _common_outputs(reference, tuple(sessions.values()))
         masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
         sums = {a: {n: _Sums() for n in names} for a in sessions}
-        skipped: set[str] = set()
+        skipped: dict[str, str] = {}
         for index, batch in with_progress(data, progress):
             expected = reference.run(batch, names)
             for a, session in sessions.items():
-                for name, y, y_hat in zip(names, expected, session.run(batch, names), strict=True):
-                    if np.issubdtype(np.asarray(y).dtype, np.floating):
+                for name, y, y_hat in zip(names, map(_floats, expected), map(_floats, session.run(batch, names)), strict=True):
+                    if y is None or y_hat is None:
+                        skipped[name] = "not floats"
+                    elif y.shape == y_hat.shape:
                         sums[a][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
                     else:
-                        skipped.add(name)
+                        skipped[name] = "of other shapes than the float model's"
     compared = next(iter(sums.values()), {})
     if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
         notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
-    if skipped:
-        notes.append(f"outputs that are not floats, and not compared: {', '.join(sorted(skipped))}")
+    for reason in dict.fromkeys(skipped.values()):
+        names = sorted(name for name in skipped if skipped[name] == reason)
+        notes.append(f"outputs that are {reason}, and not compared: {', '.join(names)}")
     return Validation(
         data.description,
         len(data),
@@ -216,7 +229,7 @@ def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[li
 @np.errstate(invalid="ignore")
 def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
     """Measure the relative error at every quantized layer whose output has the same name in both main graphs."""
-    a, b = (m if isinstance(m, ir.Model) else ir.load(m) for m in (float_model, quantized_model))
+    a, b = (m if isinstance(m, ir.Model) else read(Path(m)) for m in (float_model, quantized_model))
     scopes, quantized_scopes = ({str(v.name): scope_of(node) for node in model.graph for v in node.outputs} for model in (a, b))
     names = [n for n in read_weights(b) if n in scopes and n in quantized_scopes]
     if not names:

@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from magr_onnx.errors import OptionError, OutputError, ProviderError, RuntimeFailure, closest, raise_all
 from magr_onnx.model_io.external_data import serialized
+from magr_onnx.model_io.legacy import read
 from magr_onnx.model_io.validate_proto import custom_operators
 from magr_onnx.model_io.writing import data_files, os_error_hint, tensor_bytes
 from magr_onnx.passes.providers import CPU, PROVIDERS, Provider, find_provider
@@ -83,18 +84,22 @@ def provider_problems(provider: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class InputInfo:
-    """A model input: name, NumPy type, shape with None for dynamic dimensions."""
+    """A model input: name, NumPy type, shape with None for dynamic dimensions; unless ``ranked``, any fits; ``axis`` is that of samples."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
+    ranked: bool = True
+    axis: int = 0
 
     def __str__(self) -> str:
-        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
-        return f"{self.name}: {self.dtype} ({dims})"
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape) if self.ranked else "any shape"
+        return f"{self.name}: {'text' if self.dtype == object else self.dtype} ({dims})"
 
     def fits(self, shape: Sequence[int], start: int = 0) -> bool:
         """Whether an array's shape fits, from the axis ``start`` on."""
+        if not self.ranked:
+            return True
         same_rank = len(shape) == len(self.shape)
         return same_rank and all(d is None or d == size for d, size in zip(self.shape[start:], shape[start:], strict=True))
 
@@ -112,15 +117,25 @@ _TYPES = {
 def inputs_of(model: ir.Model) -> tuple[InputInfo, ...]:
     """Return the required inputs of a model, as `Session.inputs` does, without loading it."""
     inputs = []
-    for value in model.graph.inputs:
-        if str(value.name) in model.graph.initializers:  # optional
-            continue
+    values = [value for value in model.graph.inputs if str(value.name) not in model.graph.initializers]  # the others are optional
+    samples = _sample_dimension(values)
+    for value in values:
         try:
             dtype = np.dtype(object) if value.dtype in (None, ir.DataType.STRING) else value.dtype.numpy()
         except TypeError:
             dtype = np.dtype(object)
-        inputs.append(InputInfo(str(value.name), dtype, _static_sizes(() if value.shape is None else value.shape)))
+        names = [str(dimension) for dimension in value.shape or ()]
+        axis = names.index(samples) if samples in names else 0
+        inputs.append(InputInfo(str(value.name), dtype, _static_sizes(value.shape or ()), value.shape is not None, axis))
     return tuple(inputs)
+
+
+def _sample_dimension(values: Iterable[ir.Value]) -> str | None:
+    """Return the name of the dimension of samples: one that says batch, or the only one of first axes; None where neither is clear."""
+    shapes = [[str(d) for d in value.shape or () if not isinstance(d, int) and d.value is not None] for value in values]
+    named = {name for shape in shapes for name in shape if "batch" in name.lower()}
+    first = {str(value.shape[0]) for value in values if value.shape and not isinstance(value.shape[0], int) and value.shape[0].value}
+    return next((names.pop() for names in (named, first) if len(names) == 1), None)
 
 
 def _static_sizes(shape: Iterable[object]) -> tuple[int | None, ...]:
@@ -260,7 +275,7 @@ def _preload(provider: Provider) -> None:
 def _custom(model: Model) -> str:
     """Name the custom operators of a model that did not load, for the end of a message."""
     try:
-        names = custom_operators(model if isinstance(model, ir.Model) else ir.load(model))
+        names = custom_operators(model if isinstance(model, ir.Model) else read(Path(model)))
     except Exception:  # the caller reports the fault of the file
         return ""
     lacking = f"; it has custom operators, which this onnxruntime lacks: {', '.join(names)} (custom_ops names libraries that have some)"

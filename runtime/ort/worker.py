@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from magr_onnx import errors
 from magr_onnx.errors import MagrError
+from magr_onnx.model_io.legacy import to_proto
 from magr_onnx.runtime.ort.session import LIBRARIES, custom_ops
 
 SECONDS, SECONDS_A_GIGABYTE = 120.0, 60.0  # time limit of a request: a constant and, by the size of its models, more
@@ -137,7 +138,8 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
         path = Path(folder, "model.onnx")
         try:
-            ir.save(model, path, external_data="model.data", size_threshold_bytes=1024)
+            copy = ir.external_data.unload_from_model(model.clone(), folder, "model.data", size_threshold_bytes=1024)
+            path.write_bytes(to_proto(copy).SerializeToString())
         except Exception as error:
             raise errors.RuntimeFailure(f"the model in memory cannot be written for onnxruntime: {error}") from error
         yield str(path)

@@ -16,6 +16,7 @@ import magr_onnx
 from magr_onnx.errors import ModelError, NonFiniteError, OptionError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes import Recurrent
+from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.recurrent import ROUNDED
 from magr_onnx.passes.layers.recurrent import FORMS, GATES, find
 from magr_onnx.runtime.calibration import recurrent_states
@@ -141,6 +142,7 @@ FORMS_OF_LSTM = {
     "states": ("", ", , h0, c0"),
     "peepholes": ("", ", , , , p"),
     "clip": (", clip = 0.5", ""),
+    "layout": (", layout = 0", ""),
     "coupled": (", input_forget = 1", ""),
     "activations": (', activations = ["HardSigmoid", "Tanh", "Softsign", "Sigmoid", "Tanh", "Tanh"]', ""),
 }
@@ -214,13 +216,21 @@ def test_weights_that_are_put_together_in_the_graph(tmp_path: Path) -> None:
     assert sqnr(run(proto, inputs()), run(path, inputs())) > 30
 
 
-def test_what_else_reads_a_part_keeps_it(tmp_path: Path) -> None:
+def test_weights_that_something_else_reads_stay_float_unless_included(tmp_path: Path) -> None:
     text = f"""g (float[t, n, {WIDTH}] x) => (float[t, 1, n, {H}] y, float[{2 * H}, {WIDTH}] z) {{
-        {PACKED} [cell] y = LSTM<hidden_size = {H}>(x, w, r)
+        {PACKED} [cell] a = LSTM<hidden_size = {H}>(x, w, r)
+        [own] y = LSTM<hidden_size = {H}>(a, w2, r)
         z = Neg(gates)
     }}"""
-    proto, path = model(text, flat=constant("w", 4 * H, WIDTH), r=constant("r", 1, 4 * H, H), **POINTS), tmp_path / "q.onnx"
-    magr_onnx.optimize(proto, output=path, recurrent="fold", progress=False)
+    arrays = {"flat": constant("w", 4 * H, WIDTH), "r": constant("r", 1, 4 * H, H), "w2": constant("w2", 1, 4 * H, H)}
+    text = text.replace("LSTM<hidden_size = 32>(a,", "LSTM<hidden_size = 32>(b,").replace("z = Neg", "b = Squeeze(a, one) z = Neg")
+    proto, path = model(text, **arrays, **POINTS, one=np.array([1])), tmp_path / "q.onnx"
+    report = magr_onnx.optimize(proto, output=path, recurrent="fold", progress=False).report
+    assert [row.name for row in report.layers] == ["own"]
+    (skip,) = report.skipped
+    assert (skip.name, skip.reason) == ("cell", "its float weight would stay in the file for others")
+    assert "(Neg)" in skip.detail
+    magr_onnx.optimize(proto, output=path, recurrent="fold", include=["cell"], progress=False)
     assert [n.op_type for n in ir.load(path).graph if n.op_type in ("Slice", "Concat", "Unsqueeze")] == ["Slice"]
 
 
@@ -426,3 +436,37 @@ def test_activations_that_are_not_finite() -> None:
     proto = model(text, w=constant("w", 1, H, WIDTH), r=constant("r", 1, H, H), most=np.float32(3e38).reshape(()))
     with pytest.raises(NonFiniteError, match=r"input or states of cell \(large\): NaN or infinite activations"):
         magr_onnx.optimize(proto, [{"x": correlated(0)}], recurrent="fold", progress=False)
+
+
+BETWEEN = f"""g (float[t, n, {WIDTH}] x) => (float[t, n, 24] y) <int64[1] one = {{1}}> {{
+    [first] p = MatMul(x, a)
+    [cell] s = LSTM<hidden_size = {H}>(p, w, r)
+    q = Squeeze(s, one)
+    [last] y = MatMul(q, o)
+}}"""
+
+
+def between() -> onnx.ModelProto:
+    weights = {"w": constant("w", 1, 4 * H, WIDTH) * 3, "r": constant("r", 1, 4 * H, H) * 3}
+    return model(BETWEEN, **weights, a=constant("a", WIDTH, WIDTH), o=constant("o", H, 24))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_every_format_has_every_form(format: str, form: str, tmp_path: Path) -> None:
+    data, path = [{"x": correlated(seed)} for seed in range(8)], tmp_path / "q.onnx"
+    report = magr_onnx.optimize(between(), data, output=path, format=format, recurrent=form, bits=8, progress=False).report
+    assert sorted(row.name for row in report.layers) == ["cell", "first", "last"]
+    assert report.verified == 3
+    for arithmetic in Arithmetic:
+        assert sqnr(run(between(), correlated(77)), run(path, correlated(77), arithmetic)) > 20
+
+
+def test_a_budget_of_size_counts_what_they_take(tmp_path: Path) -> None:
+    source, path = tmp_path / "f.onnx", tmp_path / "q.onnx"
+    onnx.save(between(), source)
+    data = [{"x": correlated(seed)} for seed in range(8)]
+    magr_onnx.optimize(source, data, output=path, recurrent="fold", target_size="33%", progress=False)
+    assert path.stat().st_size <= 0.33 * source.stat().st_size
+    with pytest.raises(OptionError, match=r"LSTM, GRU and RNN are [0-9,]+ bytes in float \(--recurrent fold\)"):
+        magr_onnx.optimize(source, data, output=path, target_size="33%", progress=False)

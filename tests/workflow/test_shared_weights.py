@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -198,7 +199,7 @@ def test_notes_name_the_others() -> None:
     assert any("shares its weight with second, third" in note for note in shared["first"])
     turned = notes("weight-and-its-transpose")
     assert turned["down"] == ("up reads the same weight transposed or scaled, so that their codes cannot be shared",)
-    (tied,) = notes("tied-embedding")["head"]
+    (tied,) = notes("tied-embedding", include=["*"])["head"]
     assert f"its float weight ({TABLE.nbytes} bytes) stays in the file for " in tied
     assert "(Gather)" in tied
 
@@ -210,7 +211,7 @@ def test_a_layer_that_is_converted_for_nothing_says_so_and_what_to_do(tmp_path: 
     def written(name: str, **options: Any) -> tuple[ir.Model, Report]:
         return magr_onnx.optimize(model, output=tmp_path / f"{name}.onnx", block_size=16, **options)
 
-    made, report = written("tied")
+    made, report = written("tied", include=["*"])
     (row,) = report.layers
     codes = sum(v.const_value.nbytes for name, v in made.graph.initializers.items() if "_q4" in name)
     assert row.added == codes
@@ -226,6 +227,32 @@ def test_a_layer_that_is_converted_for_nothing_says_so_and_what_to_do(tmp_path: 
     left_out = written("out", embeddings="gather-block-quantized", exclude=["head"])[1]
     assert not any(row.added for row in left_out.layers)
     assert tables.bytes_after < report.bytes_after > report.bytes_before
+
+
+def test_a_layer_whose_floats_stay_for_others_is_left_alone(tmp_path: Path) -> None:
+    """By default: codes would make the file larger. It is converted where the table is, and where someone names it."""
+    model = ZOO["table-tied-to-the-last-layer"].build()
+    for run in (lambda: magr_onnx.inspect(model).skipped, lambda: magr_onnx.optimize(beside(model), effort="fast").report.skipped):
+        (skip,) = [skip for skip in run() if skip.name == "head"]
+        assert skip.reason == "its float weight would stay in the file for others"
+        assert skip.detail.startswith("emb (Gather); --embeddings converts the table too, --include '*'")
+    report = magr_onnx.optimize(beside(model), output=tmp_path / "m.onnx").report
+    assert [row.name for row in report.layers] == ["other"]
+    assert report.bytes_after < report.bytes_before
+    both = magr_onnx.optimize(beside(model), embeddings="gather-block-quantized").report
+    assert {row.name for row in both.layers} == {"emb", "head", "other"}
+    for options in ({"include": ["*"]}, {"pipeline_text": "quantize{bits=4},emit-matmulnbits"}):
+        assert {row.name for row in magr_onnx.optimize(beside(model), **options).report.layers} == {"head", "other"}  # type: ignore[arg-type]
+
+
+def beside(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, with a layer that shares nothing behind its first operator."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    width = copy.graph.initializer[0].dims[1]
+    copy.graph.initializer.append(onnx.numpy_helper.from_array(random(width, width), "own"))
+    copy.graph.node.append(onnx.helper.make_node("MatMul", ["r", "own"], ["z"], name="other"))
+    copy.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    return copy
 
 
 def test_transposes_are_matrices_of_their_own_and_the_floats_go() -> None:

@@ -25,11 +25,13 @@ def inspect(
     include: Annotated[list[str] | None, option("include")] = None,
     exclude: Annotated[list[str] | None, option("exclude")] = None,
     requantize: Annotated[bool, option("requantize")] = False,
+    keep_overridable: Annotated[bool, option("keep_overridable")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """List linear layers with shapes and ranges, and what would be left alone and why."""
-    inspection = api.inspect(model, include=include or (), exclude=exclude or (), requantize=requantize)
+    choice = {"requantize": requantize, "keep_overridable": keep_overridable}
+    inspection = api.inspect(model, include=include or (), exclude=exclude or (), **choice)
     lines = [f"{inspection.name}: {inspection.bytes / 1e6:.2f} MB, opset {inspection.opset}, IR version {inspection.ir_version}", ""]
     width = console.columns()
     name_width = width - 46  # for names
