@@ -162,7 +162,7 @@ class Report:
         versions: Versions of the packages involved.
         notes: Anything out of the ordinary, as sentences.
         validation: Comparison of the float and the quantized model, if requested.
-        check: The same on a batch of the calibration data, outputs alone, where no validation was requested and the model fits into memory.
+        check: The same on a calibration batch, without layers, where no validation was requested and the model fits into memory.
         proof: Proof that no accumulator overflows, if requested.
         assignment: Mixed precision under a budget, if requested.
         command: The command or Python call that reproduces the run; paths are as typed.
@@ -301,7 +301,7 @@ class Report:
 
 
 def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> list[str]:
-    """Describe layers that lose half of their output or more, and outputs below `RUINED_DB`, with what to do about them."""
+    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies."""
     remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
     if any(row.activation for row in layers):
         remedy = "scale its inputs (--equalize), leave it float (--exclude NAME), or keep inputs float (--format matmulnbits)"
@@ -318,6 +318,12 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> l
             if m.sqnr_db < RUINED_DB:
                 error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
                 lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
+        if (times := comparison.latency) is not None and times.slower:
+            ratio, milliseconds = times.quantized_ms / times.float_ms, f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
+            lines.append(
+                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}); "
+                "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
+            )
     return lines
 
 

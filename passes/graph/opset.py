@@ -16,6 +16,8 @@ from magr_onnx.passes.graph import metadata
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import unique_names
 
+TRADITIONAL, ASIDE = "ai.onnx.ml", "onnx_magr.aside"
+
 IR_VERSIONS = {13: 7, 16: 8, 19: 9, 21: 10}
 
 
@@ -35,6 +37,25 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _set_aside(model: ir.Model) -> Iterator[None]:
+    """Give traditional operators a domain that converters do not know, while they work: onnx-ir cannot read the maps inferred of them."""
+    _rename_domain(model, TRADITIONAL, ASIDE)
+    try:
+        yield
+    finally:
+        _rename_domain(model, ASIDE, TRADITIONAL)
+
+
+def _rename_domain(model: ir.Model, old: str, new: str) -> None:
+    for node in model.graph.all_nodes():
+        if node.domain == old:
+            node.domain = new
+            model.opset_imports[new] = model.opset_imports[old]
+    if old == ASIDE:
+        model.opset_imports.pop(old, None)
+
+
 def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs") -> bool:
     """Convert the model to at least opset ``target`` and its IR version; True if anything changed.
 
@@ -50,10 +71,11 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
         labels = metadata.collect(model)
+        declared = [(value.type, value.shape) for value in model.graph.outputs]
         typed = {value.name for value in _computed(model) if value.type is not None or value.shape is not None}
         contrib_schemas.register()
         try:
-            with _quiet():
+            with _quiet(), _set_aside(model):
                 version_converter.convert_version(model, target, fallback=True)
         except Exception as error:
             raise ModelError(f"the model (opset {before}) cannot be converted to opset {target}: {error}") from error
@@ -64,8 +86,10 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
             )
         metadata.restore(model, labels)
         for value in _computed(model):
-            if value.name not in typed and not value.is_graph_output():
+            if value.name not in typed:
                 value.type = value.shape = None  # inferred by the converter; with long names as large as the weights of a small model
+        for value, (kind, shape) in zip(model.graph.outputs, declared, strict=True):
+            value.type, value.shape = kind, shape
         _distinct_names(model)
         changed = True
     if model.ir_version < IR_VERSIONS.get(target, 0):

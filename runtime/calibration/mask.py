@@ -24,7 +24,7 @@ from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, shapes_of
-from magr_onnx.runtime.ort.session import Batch, Session
+from magr_onnx.runtime.ort.session import Batch, Session, as_floats
 
 Shape = Sequence[int]
 Dimensions = Mapping[str, Sequence[int | str | None]]  # of a model's inputs: a size, the name of a dynamic one, or None without a name
@@ -113,7 +113,9 @@ def masked_outputs(
     if mask is None or mask not in session.dimensions:
         return set()
     rule = MaskRule.of(session.dimensions, data, mask)
-    return _followers(rule, names, lambda batch: list(map(np.shape, session.run(batch, names))), data, known)
+    return _followers(
+        rule, names, lambda batch: [() if (y := as_floats(v)) is None else y.shape for v in session.run(batch, names)], data, known
+    )
 
 
 def _followers(

@@ -18,7 +18,7 @@ from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits, log_softmax
-from magr_onnx.runtime.ort.session import Batch, Session
+from magr_onnx.runtime.ort.session import Batch, Session, as_floats
 
 KL = "KL divergence"
 COSINE = "1 - cosine"
@@ -39,18 +39,19 @@ class Reference:
         """
         self._batches = list(data)
         self._weights = [data.weight(index) for index in range(len(data))]
-        results = [session.run(batch) for batch in self._batches]
+        results = [[as_floats(y) for y in session.run(batch)] for batch in self._batches]
         cache = set(pairs((i.name for i in session.inputs), session.outputs).values())
-        floats = [i for i, y in enumerate(results[0]) if np.asarray(y).dtype.kind == "f" and session.outputs[i] not in cache]
+        floats = {i: y.ndim for i, y in enumerate(results[0]) if y is not None and session.outputs[i] not in cache}
         if not floats:
-            raise ModelError(f"no output is a float tensor ({', '.join(session.outputs)}), so there is no loss to measure")
-        logits = [i for i in floats if is_logits(session.outputs[i], results[0][i].ndim)]
+            raise ModelError(f"no output has floats ({', '.join(session.outputs)}), so there is no loss to measure")
+        logits = [i for i, rank in floats.items() if is_logits(session.outputs[i], rank)]
         self.metric = KL if logits else COSINE
         self._normalize = log_softmax if logits else _unit
-        masked = masked_outputs(session, session.outputs, data, mask, [[np.shape(y) for y in outputs] for outputs in results])
+        masked = masked_outputs(session, session.outputs, data, mask, [[() if y is None else y.shape for y in ys] for ys in results])
         masks = {i: mask if session.outputs[i] in masked else None for i in floats}
         self._expected = [
-            [self._expect(i, y[i], batch, masks[i]) for i in logits or floats] for y, batch in zip(results, self._batches, strict=True)
+            [self._expect(i, y, batch, masks[i]) for i in logits or floats if (y := ys[i]) is not None]
+            for ys, batch in zip(results, self._batches, strict=True)
         ]
 
     def _expect(self, output: int, y: Array, batch: Batch, mask: str | None) -> _Expected:
@@ -66,10 +67,11 @@ class Reference:
         """Compute the mean loss of the outputs of ``run`` on the batches, over all rows of all outputs compared."""
         total, count = 0.0, 0.0
         for batch, expected, weight in zip(self._batches, self._expected, self._weights, strict=True):
-            y = run(batch)
+            outputs = run(batch)
             for output, rows, values in expected:
-                total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y[output]), rows))).sum())
-                count += weight * len(rows)
+                if (y := as_floats(outputs[output])) is not None:
+                    total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y), rows))).sum())
+                    count += weight * len(rows)
         return total / max(count, 1)
 
     def _distances(self, expected: Array, actual: Array) -> Array:

@@ -24,7 +24,7 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency")
@@ -100,15 +100,6 @@ class _Sums:
         )
 
 
-def _floats(output: Any) -> Array | None:
-    """Return an output as an array of floats, if it is one, or a sequence of maps or of arrays of one shape; else None."""
-    rows = output if isinstance(output, list) else [output]
-    rows = [list(row.values()) if isinstance(row, dict) else row for row in rows]
-    shapes = {np.shape(row) for row in rows}
-    array = np.asarray(rows if isinstance(output, list) else rows[0]) if len(shapes) == 1 else None
-    return array if array is not None and np.issubdtype(array.dtype, np.floating) else None
-
-
 def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:
     """Zero both arrays where they have the same NaN or infinity, as behind an attention mask: that is no difference."""
     same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
@@ -181,7 +172,7 @@ def validate(
         for index, batch in with_progress(data, progress):
             expected = reference.run(batch, names)
             for a, session in sessions.items():
-                for name, y, y_hat in zip(names, map(_floats, expected), map(_floats, session.run(batch, names)), strict=True):
+                for name, y, y_hat in zip(names, map(as_floats, expected), map(as_floats, session.run(batch, names)), strict=True):
                     if y is None or y_hat is None:
                         skipped[name] = "not floats"
                     elif y.shape == y_hat.shape:

@@ -143,6 +143,15 @@ def _static_sizes(shape: Iterable[object]) -> tuple[int | None, ...]:
     return tuple(d if isinstance(d, int) and d >= 0 else None for d in shape)
 
 
+def as_floats(output: Any) -> npt.NDArray[Any] | None:
+    """Return an output as an array of floats, if it is one, or a sequence of maps or of arrays of one shape; else None."""
+    rows = output if isinstance(output, list) else [output]
+    rows = [list(row.values()) if isinstance(row, dict) else row for row in rows]
+    shapes = {np.shape(row) for row in rows}
+    array = np.asarray(rows if isinstance(output, list) else rows[0]) if len(shapes) == 1 else None
+    return array if array is not None and np.issubdtype(array.dtype, np.floating) else None
+
+
 class Session:
     """An onnxruntime session on a file or an in-memory model; a context manager."""
 

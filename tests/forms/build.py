@@ -387,6 +387,21 @@ def output_of_a_sequence() -> onnx.ModelProto:
 
 
 @form
+def output_of_a_sequence_beside_a_mask() -> onnx.ModelProto:
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    nodes = [
+        *LAYERS,
+        node("m = Cast(attention_mask)", to=TensorProto.FLOAT),
+        "u = Unsqueeze(m, axis)",
+        "z = Mul(y, u)",
+        "all = SequenceConstruct(z, s)",
+    ]
+    inputs = [value("x", ["n", "t", K]), value("attention_mask", ["n", "t"], TensorProto.INT64)]
+    outputs = [value("z", ["n", "t", N]), helper.make_value_info("all", kind)]
+    return model(nodes, inputs, outputs, constants={"w": W, "b": B, "v": V, "axis": np.array([2])})
+
+
+@form
 def input_of_a_sequence() -> onnx.ModelProto:
     kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", K]))
     nodes = [node("x = ConcatFromSequence(parts)", axis=0), *LAYERS]

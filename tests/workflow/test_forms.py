@@ -86,3 +86,25 @@ def test_one_weight_that_is_kept_can_still_be_fed(tmp_path: Path) -> None:
     assert [i.name for i in session.get_overridable_initializers()] == ["v"]
     zeros: Any = {**feeds(session), "v": np.zeros((48, 32), np.float32)}
     assert not np.asarray(session.run(None, zeros)[0]).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["output-of-maps", "output-of-a-sequence", "output-of-a-sequence-beside-a-mask", "optional-output", "string-output"]
+)
+@pytest.mark.parametrize("options", [{"target_size": "70%"}, {"max_loss": "0.1"}, {"format": "qdq"}], ids=["size", "loss", "opset"])
+def test_budgets_and_newer_opsets_take_outputs_that_are_no_tensors(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A loss is measured on what floats there are; a converter of opsets may not see maps."""
+    path, out = write(name, tmp_path), tmp_path / "out.onnx"
+    data = [feeds(session_of(path), seed=seed) for seed in range(4)]
+    magr_onnx.optimize(path, data, output=out, validation_data=data[:1], progress=False, effort="fast", **options)  # type: ignore[arg-type]
+    before, after = onnx.load(path), onnx.load(out)
+    assert list(after.graph.output) == list(before.graph.output)
+    assert {entry.domain for entry in after.opset_import} - {entry.domain for entry in before.opset_import} <= {"com.microsoft"}
+
+
+def test_a_traditional_operator_that_reads_maps_is_carried_through_a_converter_of_opsets(tmp_path: Path) -> None:
+    path, out = write("input-of-maps", tmp_path), tmp_path / "out.onnx"
+    magr_onnx.optimize(path, output=out, format="qdq", progress=False)
+    batch = feeds(session_of(path))
+    expected, actual = run(path, batch)["y"], run(out, batch)["y"]
+    assert np.linalg.norm(actual - expected) < 0.2 * np.linalg.norm(expected)

@@ -160,12 +160,12 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     messages += _left_float(report)
     messages += [_added_bytes(report, line.row, i) for i, line in enumerate(lines) if line.row.added]
     messages += _outliers(lines)
-    if (v := report.validation) is not None:
+    if report.validation is not None:
         messages += _arithmetics(report)
-        if v.latency is not None and v.latency.slower:
-            times = v.latency.quantized_ms / v.latency.float_ms
-            text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
-            messages.append(Finding(text, tone="warn"))
+    if (v := report.validation or report.check) is not None and v.latency is not None and v.latency.slower:
+        times = v.latency.quantized_ms / v.latency.float_ms
+        text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
+        messages.append(Finding(text, tone="warn"))
     return messages
 
 
