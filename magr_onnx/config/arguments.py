@@ -15,7 +15,7 @@ from magr_onnx.config.recipe import Recipe
 from magr_onnx.config.schema import as_list, displaced_options, word_to_none
 from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.passes import Plan, Stage
-from magr_onnx.report.data import LayerRow
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data.sources import Source
 
 Size = int | str

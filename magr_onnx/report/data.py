@@ -7,17 +7,19 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 from magr_onnx.errors import ReportError, listed
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.mixed_precision import Assignment
 from magr_onnx.report.reasons import Skip
 from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
 from magr_onnx.report.validation import Validation, severity
+from magr_onnx.report.verdicts import verdicts
 
 MOST = 25
 """Layers in a short table."""
@@ -31,90 +33,8 @@ LEGEND = (
 )
 """Legend of a table of layers in `Report.to_text`."""
 
-RUINED_LAYER, RUINED_DB = 0.5, 10.0
-"""Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
-
 SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all values that are not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRow:
-    """One converted layer.
-
-    Attributes:
-        name: Node name.
-        op: MatMul, Gemm, Conv or ConvTranspose.
-        weight: Initializer name.
-        k: Input width.
-        n: Output width.
-        bits: Code width; None where the weight stayed float (MagR alone).
-        block_size: Rows that share a scale; of a table values of a row.
-        rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Root mean square error of the layer's output, after bias correction, over the standard deviation of the output: on
-            calibration rows that were held out, where there were some. After quantized layers the errors of the layers before are in it
-            where the quantizer corrected for them, else the rounding of the layer's own input.
-        fitted_error: The same on the rows that the layer was solved from.
-        magr: Iterations and magnitudes of MagR, if it ran.
-        solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
-        bias_compensated: Whether the bias absorbed the mean error.
-        emitted: Name of the node that multiplies by the quantized weight.
-        notes: Anything out of the ordinary.
-        activation: How the input is quantized, if it is.
-        feedback: Damping and held-out errors of error feedback, if it ran.
-        low_rank: Rank of the low-rank branch, and the relative layer error without and with it, if there is one.
-        groups: Matrices ``k x n`` of a convolution, one a group of channels.
-        weights: Histograms of the weight before and after MagR, of its values and on its grid; see `magr_onnx.core.histograms.sketch`.
-        errors: The quantizer's objective, at the start and after every sweep (at most 50).
-        sweeps: The number of sweeps before each of ``errors``; empty in older reports, which have all of them.
-        tiles: Headroom of a constrained accumulator along K; see `magr_onnx.core.histograms.tile_headroom`.
-        depth: Converted layers before it on the longest path from the inputs.
-        output: Name of its output, by which `Validation.layers` has it.
-        scope: Path of its torch module, where known (`magr_onnx.passes.graph.torch_names`); ``@1`` and so on are appended to the second
-            and later layers of one path.
-        stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
-        added: Bytes that it adds to the file, where its float weight stays in it for others.
-    """
-
-    name: str
-    op: str
-    weight: str
-    k: int
-    n: int
-    bits: int | None
-    block_size: int | None
-    rows: int
-    error: float | None
-    magr: dict[str, Any] | None
-    solver: dict[str, float] | None
-    bias_compensated: bool
-    emitted: str | None
-    notes: tuple[str, ...] = ()
-    activation: dict[str, Any] | None = None
-    feedback: dict[str, Any] | None = None
-    low_rank: dict[str, Any] | None = None
-    groups: int = 1
-    weights: dict[str, Any] | None = None
-    errors: tuple[float, ...] = ()
-    sweeps: tuple[int, ...] = ()
-    tiles: dict[str, Any] | None = None
-    depth: int | None = None
-    output: str | None = None
-    scope: str = ""
-    stored_block: int | None = None
-    added: int | None = None
-    fitted_error: float | None = None
-
-    @property
-    def label(self) -> str:
-        """Return its display name: its module, or the name of its node."""
-        return self.scope or self.name
-
-    @property
-    def block(self) -> str:
-        """Return the block that shares a scale: a number of rows, or ``channel``; of a table a number of values, or ``row``."""
-        rows, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
-        return "" if self.block_size is None else name if self.block_size >= rows else str(self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,33 +220,6 @@ class Report:
         return ["", *(line for text in lines for line in wrapped(text, 2, width))] if lines else []
 
 
-def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> list[str]:
-    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies."""
-    remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
-    if any(row.activation for row in layers):
-        remedy = "scale its inputs (--equalize), leave it float (--exclude NAME), or keep inputs float (--format matmulnbits)"
-    ruined = [row for row in layers if severity(row.error or 0) >= RUINED_LAYER]
-    lines = []
-    if ruined:
-        worst = max(ruined, key=lambda row: severity(row.error or 0))
-        inputs = [row.label for row in ruined if ((row.activation or {}).get("error") or 0) >= RUINED_LAYER]
-        cause = f"; at {listed(inputs)} by rounding the input to 8 bits, of which large values leave few for small ones" if inputs else ""
-        names = listed([row.label for row in ruined])
-        lines.append(f"RUINED: layers that lose most of their output: {names} (error {worst.error:.0%} at {worst.label}{cause}); {remedy}")
-    for comparison in comparisons:
-        for arithmetic, m in comparison.shown():
-            if m.sqnr_db < RUINED_DB:
-                error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
-                lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
-        if (times := comparison.latency) is not None and times.slower:
-            ratio, milliseconds = times.quantized_ms / times.float_ms, f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
-            lines.append(
-                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}); "
-                "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
-            )
-    return lines
-
-
 def _check_text(check: Validation) -> str:
     worst = min((m for outputs in check.arithmetics.values() for m in outputs), key=lambda m: m.sqnr_db, default=None)
     if worst is None:
@@ -363,16 +256,6 @@ def layer_notes(rows: tuple[LayerRow, ...], most: int = 6) -> list[str]:
             layers.setdefault(note, []).append(row.label)
     lines = [f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {note}" for note, names in layers.items()]
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more (see the JSON report)"]
-
-
-def with_unique_scopes(rows: Iterable[LayerRow]) -> list[LayerRow]:
-    """Make scopes unique by numbering repeated ones."""
-    counts: dict[str, int] = {}
-    unique = []
-    for row in rows:
-        count = counts[row.scope] = counts.get(row.scope, -1) + 1
-        unique.append(replace(row, scope=f"{row.scope}@{count}") if row.scope and count else row)
-    return unique
 
 
 def layer_table(rows: Sequence[LayerRow], most: int | None = None, width: int = COLUMNS) -> list[str]:

@@ -17,7 +17,7 @@ from magr_onnx.model_io.spill import Spool
 from magr_onnx.model_io.writing import INLINE_LIMIT, Layout, output_errors, oversized
 from magr_onnx.passes import LinearLayer
 from magr_onnx.passes.layers.selection import Selection
-from magr_onnx.report.data import LayerRow
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.workflow.checkpoint import JobDirectory
 from magr_onnx.workflow.request import OptimizeRequest

@@ -13,7 +13,7 @@ from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.readback import digest
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.layers.weighted import WeightedNode
-from magr_onnx.report.data import LayerRow
+from magr_onnx.report.layer_row import LayerRow
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,8 @@ from magr_onnx.model_io.writing import save
 from magr_onnx.passes import Skip
 from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.report.data import LayerRow, ProofSummary, Report, versions
+from magr_onnx.report.data import ProofSummary, Report, versions
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.reasons import TableReason
 from magr_onnx.report.validation import Validation, amount
 from magr_onnx.runtime.data.sources import Batches, Source

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.text import Text
 
 from magr_onnx.config.arguments import Progress
-from magr_onnx.report.data import LayerRow, name_end
+from magr_onnx.report.data import name_end
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.validation import severity
 
 NAME = 22

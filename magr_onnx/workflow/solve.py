@@ -21,7 +21,8 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.weighted import readers, split_shared
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
-from magr_onnx.report.data import LayerRow, megabytes, with_unique_scopes
+from magr_onnx.report.data import megabytes
+from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values

@@ -24,7 +24,8 @@ from magr_onnx.cli.app import app
 from magr_onnx.config.presets import PRESETS
 from magr_onnx.core.overflow.targets import TARGETS
 from magr_onnx.errors import OptionError
-from magr_onnx.report.data import MOST, LayerRow, layer_table
+from magr_onnx.report.data import MOST, layer_table
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.workflow import progress
 from tests import graphs
 from tests.cli.test_cli import run

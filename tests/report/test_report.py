@@ -26,8 +26,9 @@ from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, OutputError, ReportError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.instrument.segments import depths
-from magr_onnx.report.data import SCHEMA, LayerRow, layer_table
+from magr_onnx.report.data import SCHEMA, layer_table
 from magr_onnx.report.html import side_by_side, summary
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.reasons import Reason, Skip, TableReason
 from magr_onnx.report.serialization import decode
 from magr_onnx.report.validation import Latency, OutputMetrics, Validation

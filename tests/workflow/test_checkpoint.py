@@ -24,7 +24,7 @@ from magr_onnx.errors import OptionError, OutputError
 from magr_onnx.model_io.atomic import lock
 from magr_onnx.model_io.writing import data_files
 from magr_onnx.models import bundled
-from magr_onnx.report.data import LayerRow
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.workflow.checkpoint import LAYERS, MANIFEST
 from tests import graphs
 from tests.cli.test_cli import run

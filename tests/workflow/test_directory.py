@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
-from magr_onnx.report.data import LayerRow
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data import text
 from magr_onnx.runtime.ort.session import InputInfo
 from magr_onnx.workflow.directory import check_reports, taken_by

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from magr_onnx.report.data import LayerRow, Report, by_reason, megabytes
+from magr_onnx.report.data import Report, by_reason, megabytes
+from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.reasons import Reason, TableReason
 from magr_onnx.report.validation import OutputMetrics, severity
 

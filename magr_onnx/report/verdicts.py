@@ -1,0 +1,39 @@
+"""Sentences on what is ruined, with the remedy: the last lines of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from magr_onnx.errors import listed
+from magr_onnx.report.layer_row import LayerRow
+from magr_onnx.report.validation import Validation, severity
+
+RUINED_LAYER, RUINED_DB = 0.5, 10.0
+"""Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
+
+
+def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> list[str]:
+    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies."""
+    remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
+    if any(row.activation for row in layers):
+        remedy = "scale its inputs (--equalize), leave it float (--exclude NAME), or keep inputs float (--format matmulnbits)"
+    ruined = [row for row in layers if severity(row.error or 0) >= RUINED_LAYER]
+    lines = []
+    if ruined:
+        worst = max(ruined, key=lambda row: severity(row.error or 0))
+        inputs = [row.label for row in ruined if ((row.activation or {}).get("error") or 0) >= RUINED_LAYER]
+        cause = f"; at {listed(inputs)} by rounding the input to 8 bits, of which large values leave few for small ones" if inputs else ""
+        names = listed([row.label for row in ruined])
+        lines.append(f"RUINED: layers that lose most of their output: {names} (error {worst.error:.0%} at {worst.label}{cause}); {remedy}")
+    for comparison in comparisons:
+        for arithmetic, m in comparison.shown():
+            if m.sqnr_db < RUINED_DB:
+                error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
+                lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
+        if (times := comparison.latency) is not None and times.slower:
+            ratio, milliseconds = times.quantized_ms / times.float_ms, f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
+            lines.append(
+                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}); "
+                "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
+            )
+    return lines
