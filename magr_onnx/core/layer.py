@@ -61,7 +61,7 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """Figures of one solution for the report, as plain data: those fields of `magr_onnx.report.data.LayerRow` that solvers know."""
+    """Figures of one solution for the report, as plain data: those fields of `magr_onnx.report.layer_row.LayerRow` that solvers know."""
 
     rows: int = 0
     error: float | None = None
