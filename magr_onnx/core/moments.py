@@ -48,6 +48,7 @@ def pooled(readers: Sequence[tuple[LayerStats, bool]], powers: Sequence[float]) 
     """Pool the moments of all readers of one weight, so that the relative errors of their outputs count the same.
 
     Summed as they are, moments of a strong input would hide those of a weak one, whose output matters as much to the layers behind it.
+    In a fold, every reader counts by its share of its own rows, so that what is left outside are moments too.
 
     Args:
         readers: Moments of every reader's input, and whether a bias of its own absorbs its mean error.
@@ -57,8 +58,13 @@ def pooled(readers: Sequence[tuple[LayerStats, bool]], powers: Sequence[float]) 
     factors = [sum(powers) / max(power, floor) / len(powers) ** 2 for power in powers]
 
     def pool(parts: Sequence[LayerStats]) -> LayerStats:
-        gram = sum(f * part.objective_gram(centred) for f, part, (_, centred) in zip(factors, parts, readers, strict=True))
-        return LayerStats(np.asarray(gram), np.zeros(len(parts[0].mean)), sum(part.rows for part in parts))
+        rows = sum(part.rows for part in parts)
+        share = rows / sum(stats.rows for stats, _ in readers)
+        gram = sum(
+            f * part.rows / stats.rows / share * part.objective_gram(centred)
+            for f, part, (stats, centred) in zip(factors, parts, readers, strict=True)
+        )
+        return LayerStats(np.asarray(gram), np.zeros(len(parts[0].mean)), rows)
 
     folds = zip(*(stats.folds for stats, _ in readers), strict=False)
     return replace(pool([stats for stats, _ in readers]), folds=tuple(pool(parts) for parts in folds))

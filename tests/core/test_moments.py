@@ -111,6 +111,20 @@ def test_pooled_folds_and_readers_that_are_all_but_off() -> None:
     factors = [sum(powers) / powers[0] / 4, sum(powers) / (LEAST_POWER * powers[0]) / 4]
     assert [fold.rows for fold in found.folds] == [30, 70]
     for fold, parts in zip(found.folds, zip(*folds, strict=True), strict=True):
-        np.testing.assert_allclose(fold.gram, sum(f * gram_of(p) for f, p in zip(factors, parts, strict=True)), rtol=1e-9)
+        sums = sum(f * p.T @ p / len(a) for f, p, a in zip(factors, parts, (x, faint), strict=True))
+        np.testing.assert_allclose(fold.gram, sums * 100 / fold.rows, rtol=1e-9)
     silent = pooled([(s, False) for s in stats], [0.0, 0.0])
     assert np.isfinite(silent.gram).all()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_outside_pooled_folds_have_moments_too(centred: bool) -> None:
+    """Where the readers' folds are of other sizes, as of samples of other lengths: no input has less than no power."""
+    x, y = activations(200, K, 1), activations(1000, K, 2)
+    x[:20] *= 10
+    folds = [np.split(x, [20]), np.split(y, [700])]
+    stats = [replace(stats_of(a), folds=tuple(map(stats_of, parts))) for a, parts in zip((x, y), folds, strict=True)]
+    found = pooled([(s, centred) for s in stats], [1.0, 1.0])
+    assert len(found.folds) == 2
+    for index in range(2):
+        assert np.linalg.eigvalsh(found.without(index).gram)[0] > 0

@@ -146,10 +146,10 @@ def test_held_out_rows_are_those_of_all_readers() -> None:
     stats = [replace(stats_of(np.concatenate(p)), folds=tuple(map(stats_of, p))) for p in parts]
     shared = SharedWeight(list(zip(layers, stats, strict=True))).stats(None)
     assert [fold.rows for fold in shared.folds] == [32, sum(len(p[1]) for p in parts)]
-    factors = [1 / np.square(np.concatenate(p) @ WEIGHT).sum(axis=1).mean() for p in parts]
+    factors = [1 / np.square(np.concatenate(p) @ WEIGHT).sum() for p in parts]
     for index, fold in enumerate(shared.folds):  # with the factors of all rows: a fold is no reader of its own
-        expected = sum(f * stats_of(p[index]).gram for f, p in zip(factors, parts, strict=True))
-        total = sum(f * s.gram.trace() for f, s in zip(factors, stats, strict=True))
+        expected = sum(f * p[index].T @ p[index] for f, p in zip(factors, parts, strict=True)) * shared.rows / fold.rows
+        total = sum(f * s.gram.trace() * s.rows for f, s in zip(factors, stats, strict=True))
         np.testing.assert_allclose(fold.gram / shared.gram.trace(), expected / total, rtol=1e-5, atol=1e-9)
 
 
