@@ -151,22 +151,25 @@ class Plan:
             solution = stage.solve(problem, solution)
         return solution
 
-    def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False) -> Plan:
+    def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False, integers: bool = False) -> Plan:
         """Derive the plan for weights with one scale per output channel: MagR, the quantizer and the bias correction.
 
         Args:
             stage: The stage of the operators, which has the grid.
             absorbs: Whether the biases of all operators with the weight can absorb its mean error.
+            integers: Whether the operators multiply integers with ranges found at run time, and so have accumulators.
         """
         quantize = self.quantize
         assert quantize is not None
-        if quantize.quantizer.accumulators == "only":  # not supported for these
+        if quantize.quantizer.accumulators == "only" and not integers:  # these have none
             quantize = quantize.by("comq")
         chooses = quantize.quantizer.chooses
         alpha = usual_alpha(stage.bits, None) if stage.alpha is None else stage.alpha
         magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
-        linear = ("block_size", "bias", "target", "accumulator_bits", "accumulator_tile", "activation")  # options of linear layers only
-        unset: dict[str, Any] = dict.fromkeys(linear)
+        linear = ("block_size", "bias", "activation", "target", "accumulator_bits", "accumulator_tile")  # options of linear layers only
+        unset: dict[str, Any] = dict.fromkeys(linear[: 2 if integers else None])
+        if integers:
+            unset["activation"] = "dynamic"
         quantize = replace(quantize, bits=stage.bits, symmetric=stage.symmetric, alpha=stage.alpha if chooses else None, **unset)
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 
@@ -287,8 +290,11 @@ class Plan:
         for stage in (self.convolutions, self.recurrent):
             if stage is not None and self.quantize is None:
                 problems.append(f"{stage.name} needs a quantize pass: it names the quantizer")
-        if self.recurrent is not None and self.recurrent.form == "dynamic-quantize-lstm" and self.accumulator is not None:
-            problems.append("recurrent=dynamic-quantize-lstm adds integers that are not proved; take fold with a target or an accumulator")
+        sized = self.emitter is not None and self.emitter.accumulator() is not None
+        if self.recurrent is not None and self.recurrent.form == "dynamic-quantize-lstm" and sized:
+            problems.append(
+                "recurrent=dynamic-quantize-lstm has no blocks to be sized for accumulator_bits; take fold, or format dynamic-int8"
+            )
         return problems
 
     def _input_problems(self) -> list[str]:

@@ -57,8 +57,9 @@ def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data
     measured, unmeasured = _measured(model, groups, data, context)
     for readers, stats in zip(groups, measured, strict=True):
         problems = problems_of(readers[0], stats or ())
-        solutions = [plan.for_channels(stage).solve_groups(part) for part in problems]
         form, why = stage.form_of(readers, context.provider)
+        integers = form == "dynamic-quantize-lstm"
+        solutions = [plan.for_channels(stage, integers=integers).solve_groups(part) for part in problems]
         shared = f"one pair of weights for {len(readers)} operators: one solution for all" if len(readers) > 1 else ""
         joined = join(problems, solutions)
         notes = (why, shared, "" if stats else unmeasured)

@@ -18,6 +18,7 @@ from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.recurrent import GATES
 from magr_onnx.passes.layers.weighted import readers, split_shared
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
@@ -46,7 +47,7 @@ class Solved:
         data: What it was calibrated on.
         rows: A row for every converted layer, in the order of the report.
         digests: Hashes of the dequantized weights, by the output of their layers.
-        emitted: Names of the nodes of linear layers.
+        emitted: Names of the nodes of linear layers and recurrent operators.
         skips: What was left as it is.
         notes: Sentences for the report.
         search: Mixed precision, if it was asked for.
@@ -154,7 +155,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
                 break
             del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model)
-    emitted = {written.node for written in done.emitted.values()}
+    emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in begun.rows if row.op in GATES}
     skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)

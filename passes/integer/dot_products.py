@@ -38,10 +38,10 @@ from magr_onnx.report.reasons import IntegerReason, Skip
 
 _WITHOUT_READER = """
     Attention ConvTranspose ConvTransposeWithDynamicPads DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention
-    DeformConv DynamicQuantizeLSTM Einsum FusedConv FusedGemm FusedMatMul FusedMatMulActivation GRU GatedRelativePositionBias
-    GemmFastGelu GemmFloat8 GroupQueryAttention LongformerAttention LSTM MatMulBnb4 MatMulFpQ4 MatMulInteger16 MoE MultiHeadAttention
+    DeformConv Einsum FusedConv FusedGemm FusedMatMul FusedMatMulActivation GatedRelativePositionBias
+    GemmFastGelu GemmFloat8 GroupQueryAttention LongformerAttention MatMulBnb4 MatMulFpQ4 MatMulInteger16 MoE MultiHeadAttention
     NhwcConv NhwcFusedConv PackedAttention PackedMultiHeadAttention PagedAttention QAttention QMoE QOrderedAttention
-    QOrderedLongformerAttention QOrderedMatMul RNN SparseAttention SparseToDenseMatMul TransposeMatMul
+    QOrderedLongformerAttention QOrderedMatMul SparseAttention SparseToDenseMatMul TransposeMatMul
 """
 UNREAD = frozenset(_WITHOUT_READER.split())
 """Operators with dot products that have no reader here."""
@@ -142,6 +142,30 @@ def _matmul_nbits(node: ir.Node) -> IntegerDot:
     return blocks(node.op_type, weight_name(required(node, 1)), codes, bits, block)
 
 
+def _dynamic_lstm(node: ir.Node) -> IntegerDot:
+    """Read both products of a DynamicQuantizeLSTM as one: columns of ``R`` beside those of ``W``, with rows of zeros below."""
+    parts, kinds, zeros = [], [], []
+    for weight, zero in ((1, 9), (2, 11)):
+        codes, kind = integers(columns(constant_weight(required(node, weight))))
+        points = constant_array(operand(node, zero))
+        if points is None or points.any():
+            raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the weight is not zero")
+        parts.append(codes)
+        kinds.append(kind)
+        zeros.append(np.zeros((1, codes.shape[1]), np.int64))
+    if kinds[0] != kinds[1]:
+        raise UnsupportedNode(IntegerReason.WEIGHT_TYPE, f"{kinds[0]} and {kinds[1]}")
+    k = max(map(len, parts))
+    codes = np.hstack([np.pad(part, ((0, k - len(part)), (0, 0))) for part in parts])
+    return IntegerDot(
+        "", node.op_type, "integer", weight_name(required(node, 1)), codes, *("uint8", kinds[0]), (0, 255), (0, 255), np.hstack(zeros)
+    )
+
+
+def _float(node: ir.Node) -> IntegerDot:
+    raise UnsupportedNode(IntegerReason.FLOAT)
+
+
 _QLINEAR_CONV = partial(_conv, w=3, w_zero=5, bias=8)
 _READERS: dict[tuple[str, str], Callable[[ir.Node], IntegerDot]] = {
     ("", "MatMulInteger"): partial(_matrix, x=0, x_zero=2, w=1, w_zero=3),
@@ -153,6 +177,8 @@ _READERS: dict[tuple[str, str], Callable[[ir.Node], IntegerDot]] = {
     (CONTRIB, "DynamicQuantizeMatMul"): partial(_matrix, x=0, x_zero=None, w=1, w_zero=3),
     (CONTRIB, "MatMulIntegerToFloat"): partial(_matrix, x=0, x_zero=4, w=1, w_zero=5),
     (CONTRIB, "MatMulNBits"): _matmul_nbits,
+    (CONTRIB, "DynamicQuantizeLSTM"): _dynamic_lstm,
+    **{("", op): _float for op in ("LSTM", "GRU", "RNN")},
     ("", "MatMul"): product,
     ("", "Gemm"): product,
     ("", "Conv"): product,

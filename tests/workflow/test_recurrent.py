@@ -302,11 +302,42 @@ def test_weights_that_are_not_finite() -> None:
         magr_onnx.optimize(proto, recurrent="fold", progress=False)
 
 
-def test_integers_that_are_not_proved_are_refused_beside_a_target() -> None:
-    with pytest.raises(OptionError, match="take fold with a target"):
-        magr_onnx.build_pipeline(format="dynamic-int8", target="x86-avx2", recurrent="dynamic-quantize-lstm")
-    plan = magr_onnx.build_pipeline(format="dynamic-int8", target="x86-avx2", recurrent="fold")
-    assert str(plan).endswith(",recurrent{form=fold}")
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_sums_are_proved_for_a_target(direction: str, tmp_path: Path) -> None:
+    proto, plain, path = recurrent("LSTM", direction), tmp_path / "plain.onnx", tmp_path / "q.onnx"
+    options = {"format": "dynamic-int8", "recurrent": "dynamic-quantize-lstm", "progress": False}
+    magr_onnx.optimize(proto, output=plain, **options)
+    (overflowing,) = magr_onnx.verify(plain, target="x86-avx2").layers
+    assert overflowing.verdict == "overflows"
+    for data in (None, [{"x": correlated(seed)} for seed in range(8)]):
+        proof = magr_onnx.optimize(proto, data, output=path, target="x86-avx2", **options).report.proof
+        assert proof is not None
+        assert (proof.proved, proof.total) == (1, 1)
+        node = node_of(path)
+        for index in (1, 2):
+            codes = node.inputs[index].const_value.numpy().astype(int)  # type: ignore[union-attr]
+            pairs = codes.reshape(len(codes), -1, 2, codes.shape[2])
+            assert 64 < np.maximum(pairs, 0).sum(axis=2).max() <= 128
+            assert 64 < -np.minimum(pairs, 0).sum(axis=2).min() <= 128
+        (layer,) = magr_onnx.verify(path, target="x86-avx2").layers
+        assert (layer.verdict, layer.k, layer.n) == ("proved", WIDTH, (2 if direction == "bidirectional" else 1) * 8 * H)
+        assert sqnr(run(proto, correlated(9)), run(path, correlated(9))) > 15
+
+
+def test_operators_in_float_have_no_sums_to_prove(tmp_path: Path) -> None:
+    data = [{"x": correlated(seed)} for seed in range(8)]
+    report = magr_onnx.optimize(
+        between(), data, output=tmp_path / "q.onnx", format="dynamic-int8", target="x86-avx2", recurrent="fold", progress=False
+    ).report
+    assert report.proof is not None
+    assert (report.proof.proved, report.proof.total, report.proof.unproved) == (2, 2, 1)
+    (skip,) = magr_onnx.verify(tmp_path / "q.onnx", target="x86-avx2").skipped
+    assert (skip.op, skip.reason) == ("LSTM", "computed in float")
+
+
+def test_blocks_that_are_sized_for_an_accumulator_are_not_those_of_an_lstm() -> None:
+    with pytest.raises(OptionError, match="take fold, or format dynamic-int8"):
+        magr_onnx.build_pipeline(accumulator_bits=16, accuracy_level=4, recurrent="dynamic-quantize-lstm")
 
 
 def test_an_unknown_form() -> None:
