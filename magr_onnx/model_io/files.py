@@ -14,7 +14,7 @@ from magr_onnx.core.types import Lazy
 from magr_onnx.errors import ModelError, listed, raise_all
 from magr_onnx.model_io import atomic, contrib_schemas, validate_proto
 from magr_onnx.model_io.external_data import model_values, weightless
-from magr_onnx.model_io.legacy import modernize
+from magr_onnx.model_io.legacy import find_data, modernize
 from magr_onnx.model_io.writing import data_name, is_data_file_of
 
 _WEIGHTS = "weights without their graph; load them into their torch module, and give that to magr_onnx.torch.optimize"
@@ -139,8 +139,7 @@ def _load_path(path: Path) -> Loaded:
     _check_parts(proto, f"{path} ({size} bytes)")
     external = validate_proto.check(proto, str(path), path.parent)
     model = _convert(proto, str(path))
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    _load_attributes(model, path.parent)
+    find_data(model, path.parent)
     return Loaded(model, path, external, size + sum(p.stat().st_size for p in external), _dropped(proto))
 
 
@@ -170,17 +169,6 @@ def _dropped(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Return notes on parts of the model that are dropped."""
     text = f"the model's training info ({len(proto.training_info)}) is left out: it trains weights that become codes"
     return (text,) if proto.training_info else ()
-
-
-def _load_attributes(model: ir.Model, folder: Path) -> None:
-    """Read external data of attributes into memory: only that of initializers is written again."""
-    for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
-        for node in nodes:
-            for name, attribute in node.attributes.items():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    tensor = attribute.value
-                    tensor.base_dir = folder
-                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
 def _check(proto: onnx.ModelProto, name: str) -> None:

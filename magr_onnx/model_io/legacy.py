@@ -34,8 +34,20 @@ CONTRIB = "com.microsoft"
 def read(path: Path) -> ir.Model:
     """Read a file that was checked before, or written here; external data stays in its files."""
     model = ir.from_proto(modernize(onnx.load(str(path), format="protobuf", load_external_data=False)))
-    ir.external_data.set_base_dir(model.graph, path.parent)
+    find_data(model, path.parent)
     return model
+
+
+def find_data(model: ir.Model, folder: Path) -> None:
+    """Say where external data lies, and read that of attributes into memory: only that of initializers is written again."""
+    ir.external_data.set_base_dir(model.graph, folder)
+    for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
+        for node in nodes:
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    tensor = attribute.value
+                    tensor.base_dir = folder
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

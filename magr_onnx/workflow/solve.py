@@ -186,12 +186,12 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
     layers, skips = find(base, context.selection)
-    if request.options is not None and not context.selection.include:
-        layers, shared = split_shared(layers)
-        skips += shared
     tapped = subgraphs.tap_subgraphs(model, layers, data, plan, context.provider, context.memory.large)
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
+    if request.options is not None and not context.selection.include:
+        layers, shared = split_shared(layers)
+        skips += shared
     skips += [*prepared.unconverted, *begun.skips, *unreached]
     if not layers and not begun.rows:
         raise prepared.no_layer(skips)

@@ -799,3 +799,98 @@ def names_shadowed_in_branches() -> onnx.ModelProto:
     other = helper.make_graph([node("z = MatMul(x, w)")], "else", [], [value("z", ["n", M])])
     inputs = [value("x", ["n", K]), value("c", [], TensorProto.BOOL)]
     return model([node("h = If(c)", then_branch=then, else_branch=other), *LAYERS[1:]], inputs)
+
+
+# More types, and more places
+
+
+@form
+def data_of_a_constant_node() -> onnx.ModelProto:
+    """Its file is written with that of the initializers."""
+    constant = helper.make_node("Constant", [], ["w2"], value=numpy_helper.from_array(W, "w"))
+    onnx.external_data_helper.set_external_data(constant.attribute[0].t, "all.data", 0, W.nbytes)
+    constant.attribute[0].t.ClearField("raw_data")
+    constant.attribute[0].t.data_location = TensorProto.EXTERNAL
+    nodes = [constant, "h = MatMul(x, w2)", "k = MatMul(x, w)", "q = Add(h, k)", "s = Add(q, b)", *LAYERS[2:]]
+    return external(model(nodes), w=("all.data", 0))
+
+
+@form
+def text_initializer() -> onnx.ModelProto:
+    names = np.array([f"c{i}" for i in range(N)], dtype=object)
+    nodes = [*LAYERS, node("i = ArgMax(y)", axis=1, keepdims=0), "name = Gather(names, i)"]
+    outputs = [value("y", ["n", N]), value("name", ["n"], TensorProto.STRING)]
+    return model(nodes, outputs=outputs, constants={"w": W, "b": B, "v": V, "names": names})
+
+
+@form
+def weights_behind_identities() -> onnx.ModelProto:
+    return model(["w1 = Identity(w)", "w2 = Identity(w1)", "h = MatMul(x, w2)", *LAYERS[1:]])
+
+
+@form
+def weight_of_an_optional_bias() -> onnx.ModelProto:
+    return model(["h = Gemm(x, w, b)", "r = Relu(h)", "y = Gemm(r, v, -)"])
+
+
+@form
+def bodies_without_shapes() -> onnx.ModelProto:
+    """As PyTorch's scripts are exported: no value in a body has a shape, outputs have no type."""
+    bodies = [
+        helper.make_graph([node(f"{p} = MatMul(x, {w})")], p, [], [onnx.ValueInfoProto(name=p)]) for p, w in (("a", "w"), ("z", "w2"))
+    ]
+    inputs = [value("x", ["n", K]), value("c", [], TensorProto.BOOL)]
+    nodes = [node("h = If(c)", then_branch=bodies[0], else_branch=bodies[1]), *LAYERS[1:]]
+    return model(nodes, inputs, constants={"w": W, "w2": -W, "b": B, "v": V})
+
+
+@form
+def condition_that_is_constant() -> onnx.ModelProto:
+    bodies = [helper.make_graph([node(f"{p} = MatMul(x, w)")], p, [], [value(p, ["n", M])]) for p in ("a", "z")]
+    nodes = [node("h = If(c)", then_branch=bodies[0], else_branch=bodies[1]), *LAYERS[1:]]
+    return model(nodes, constants={"w": W, "b": B, "v": V, "c": np.array(False)})
+
+
+@form
+def tree_ensemble_beside_layers() -> onnx.ModelProto:
+    """A pipeline of scikit-learn: a scaler, a network, and a label with probabilities by class."""
+    nodes = [
+        node("q = ai.onnx.ml.Scaler(x)", offset=[0.0], scale=[0.5]),
+        "h = MatMul(q, w)",
+        *LAYERS[1:],
+        node(
+            "label, p = ai.onnx.ml.LinearClassifier(y)",
+            classlabels_ints=[0, 1],
+            coefficients=[0.1] * 2 * N,
+            intercepts=[0.0, 0.1],
+            post_transform="SOFTMAX",
+        ),
+        node("maps = ai.onnx.ml.ZipMap(p)", classlabels_int64s=[0, 1]),
+    ]
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    outputs = [value("label", ["n"], TensorProto.INT64), helper.make_value_info("maps", kind)]
+    return model(nodes, outputs=outputs, opset=15, domains=[("ai.onnx.ml", 1)])
+
+
+@form
+def dimension_of_zero() -> onnx.ModelProto:
+    """A declared size of 0, as some tools write for any."""
+    return model(inputs=[value("x", [0, K])], outputs=[value("y", [0, N])])
+
+
+@form
+def denotations() -> onnx.ModelProto:
+    proto = model()
+    proto.graph.input[0].type.denotation = "TENSOR"
+    proto.graph.input[0].type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
+    proto.graph.input[0].doc_string = "what it reads"
+    return proto
+
+
+@form
+def domain_without_a_version() -> onnx.ModelProto:
+    proto = model()
+    proto.opset_import.add(domain="com.example", version=0)
+    return proto

@@ -83,6 +83,7 @@ def judge(name: str, folder: Path) -> dict[str, str]:
         verdicts["onnxruntime"] = f"runs, {len(outputs)} outputs"
     except Exception as error:
         verdicts["onnxruntime"] = f"{'fails' if batches else 'refuses'}: {error}".replace("\n", " ")
+        batches = []
     verdicts["inspect"] = attempt(lambda: f"{len(magr_onnx.inspect(path).layers)} layers")
     verdicts["verify"] = attempt(lambda: f"{len(magr_onnx.verify(path, target='x86-avx2', run=False).layers)} layers")
     out = folder / "out.onnx"
