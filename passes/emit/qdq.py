@@ -8,7 +8,10 @@
    graph, and the product in the body is a float one.
 5. An input that is itself dequantized (in a model quantized before) passes through a Sum of one value before 8-bit blocks: onnxruntime
    would otherwise fuse an integer product, which does not support blocks and fails [measured, 1.31].
-6. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
+6. A product that goes into a Relu or Clip, or with two axes into an Add that onnxruntime merges into a Gemm, passes through a Sum of one
+   value: onnxruntime would not fuse it, and dequantize the weight in every run [measured, 1.32]. The Add of a bias is fused unless a
+   Relu or Clip follows; it comes before the Sum.
+7. 2 bits are refused: onnxruntime's fusion of blockwise int2 returns wrong results unless N is a multiple of 4.
 
 At the default optimization level onnxruntime runs the fused node with int8 activations; the session option
 ``session.qdq_matmulnbits_accuracy_level=0`` selects float.
@@ -29,7 +32,7 @@ from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import Format, Reader, stored_array
 from magr_onnx.passes.emit.linear import BlockEmitter, derived_name, emitted_blocks, replace_layer
 from magr_onnx.passes.graph.constants import source_of
-from magr_onnx.passes.graph.nodes import attribute_of
+from magr_onnx.passes.graph.nodes import attribute_of, operator_of
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -86,12 +89,26 @@ class EmitQDQ(BlockEmitter):
         else:
             nodes.insert(0, dequantize)
         if solution.bias is not None:
-            inner = product.outputs[0]
-            inner.name, inner.dtype, inner.shape = f"{layer.output.name}_product", layer.dtype, layer.output.shape
             bias = layer.constant("_bias", solution.bias.astype(float_kind))
-            nodes.append(ir.node("Add", [inner, bias], name=f"{layer.name}_bias"))
+            nodes.append(ir.node("Add", [_inner(layer, product, "product"), bias], name=f"{layer.name}_bias"))
+        if solution.factors is None and _is_hidden(layer.output, solution.bias is not None):
+            nodes.append(ir.node("Sum", [_inner(layer, nodes[-1], "summed")], name=f"{layer.name}_sum"))
         replace_layer(layer, nodes, solution.factors, constants)
         return emitted_blocks(product, quantized, packed.block_size or layer.k, constants)
+
+
+def _inner(layer: LinearLayer, node: ir.Node, suffix: str) -> ir.Value:
+    """Name the result of a node, of the type of the layer's output, for another node of the layer to read."""
+    value = node.outputs[0]
+    value.name, value.dtype, value.shape = f"{layer.output.name}_{suffix}", layer.dtype, layer.output.shape
+    return value
+
+
+def _is_hidden(output: ir.Value, biased: bool) -> bool:
+    """Whether what reads a layer keeps onnxruntime from fusing it: see 6."""
+    flat = output.shape is None or len(output.shape) <= 2
+    hiding = [*(("Relu", "Clip") if flat or not biased else ()), *(("Add",) if flat and not biased else ())]
+    return any(operator_of(reader) in hiding for reader, _ in output.uses())
 
 
 def _is_dequantized(value: ir.Value) -> bool:

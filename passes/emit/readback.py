@@ -85,7 +85,7 @@ def _behind(node: ir.Node, reader: Reader) -> Iterator[ir.Node]:
         if cast is not None and cast.attributes["to"].as_int() == ir.DataType.FLOAT16:
             yield (last := cast)
     total = only_reader(last, "Sum") if reader.branch else None
-    if total is not None and any(_is_branch(v, node.inputs[0]) for v in total.inputs):
+    if total is not None and (len(total.inputs) == 1 or any(_is_branch(v, node.inputs[0]) for v in total.inputs)):
         yield total
 
 

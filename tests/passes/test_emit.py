@@ -147,6 +147,26 @@ def test_onnxruntime_fuses_every_qdq_form(bits: int, block: int | None, tmp_path
         assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(operators)
 
 
+@pytest.mark.parametrize("clip", ["Relu", "Clip", "Tanh"])
+@pytest.mark.parametrize("shape", ["batch, 64", "batch, time, 64"])
+@pytest.mark.parametrize("product", ["MatMul(x, w)", "MatMul(x, w) a = Add(p, b)", "Gemm(x, w, b)", "MatMul(x, w) a = Add(p, x)"])
+def test_onnxruntime_fuses_products_before_any_operator(product: str, shape: str, clip: str, tmp_path: object) -> None:
+    if "Gemm" in product and "time" in shape:
+        pytest.skip("a Gemm has two axes")
+    limits = ", zero, six" if clip == "Clip" else ""
+    name = "a" if "a =" in product else "p"
+    text = f"g (float[{shape}] x) => (float[{shape}] y) {{ p = {product} c = {clip}({name}{limits}) y = MatMul(c, v) }}"
+    constants = {"w": trap.constant("w", 64, 64), "v": trap.constant("v", 64, 64), "b": trap.constant("b", 64)}
+    limit = {"zero": np.float32(0), "six": np.float32(6)} if limits else {}
+    source = ir.from_proto(trap.model(text, opset=21, ir_version=10, **constants, **{n: np.asarray(v) for n, v in limit.items()}))
+    expected = run(source)
+    model, done = emit(source, Quantize(method="rtn", bits=8), EmitQDQ())
+    assert {layer.layer.output.name for layer in done} <= set(read_weights(model))
+    operators = fused(model, tmp_path)
+    assert not {"MatMul", "Gemm", "FusedGemm", "DequantizeLinear"} & set(operators)
+    assert relative(run(model, Arithmetic.FLOAT_QDQ), expected) < 0.03
+
+
 def test_golden_matmulnbits() -> None:
     model, _ = emit(graphs.chain(), Quantize(method="rtn"), EmitMatMulNBits())
     nodes = [(n.domain, n.op_type, [None if v is None else v.name for v in n.inputs], n.outputs[0].name) for n in model.graph]
@@ -177,10 +197,11 @@ def test_golden_qdq_raises_opset_and_ir_version() -> None:
     model, _ = emit(graphs.chain(), Quantize(method="rtn"), EmitQDQ())
     assert (model.opset_imports, model.ir_version) == ({"": 21}, 10)
     nodes = [(n.op_type, [v and v.name for v in n.inputs], n.outputs[0].name) for n in model.graph]
-    assert nodes[:3] == [
+    assert nodes[:4] == [
         ("DequantizeLinear", ["w1_q4", "w1_q4_scales", "w1_q4_zero_points"], "w1_q4_dequantized"),
         ("MatMul", ["x", "w1_q4_dequantized"], "up_out_product"),
-        ("Add", ["up_out_product", "w1_bias"], "up_out"),
+        ("Add", ["up_out_product", "w1_bias"], "up_out_summed"),
+        ("Sum", ["up_out_summed"], "up_out"),
     ]
     weight = model.graph.initializers["w1_q4"]
     assert (weight.dtype, list(weight.shape.numpy())) == (ir.DataType.UINT4, [48, 64])  # type: ignore[union-attr]
