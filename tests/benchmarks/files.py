@@ -54,10 +54,12 @@ COLUMNS = ("file", "format", "made", "dB", "over RTN", "over ORT", "size", "time
 # --- Inputs -------------------------------------------------------------------------------------------------------------------
 
 
-def _length(name: str | None, axis: int, size: int) -> int:
-    """An unknown first dimension is a batch unless its name says what else it counts."""
-    counts = name is not None and any(word in name for word in ("num_", "seq", "time", "len"))
-    return 1 if axis == 0 and not counts else size
+def _length(name: str | None, axis: int, first: int | None, size: int) -> int:
+    """A dimension is a batch if called so; without such a name if it is the first, or the second of states of several layers."""
+    name = name or ""
+    batch = axis == 0 or (axis == 1 and first is not None and first > 1)
+    counts = any(word in name for word in ("num_", "seq", "time", "len"))
+    return 1 if "batch" in name or (batch and not counts) else size
 
 
 def feed(session: Session, names: dict[str, list[Any]], size: int, counting: bool, seed: int) -> Feeds:
@@ -66,7 +68,8 @@ def feed(session: Session, names: dict[str, list[Any]], size: int, counting: boo
     values: Feeds = {}
     for value in session.inputs:
         shape = [
-            d if d is not None else _length(n, axis, size) for axis, (d, n) in enumerate(zip(value.shape, names[value.name], strict=True))
+            d if d is not None else _length(n, axis, value.shape[0], size)
+            for axis, (d, n) in enumerate(zip(value.shape, names[value.name], strict=True))
         ]
         if value.dtype.kind == "b":
             array: npt.NDArray[Any] = np.ones(shape, bool)
