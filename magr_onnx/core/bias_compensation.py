@@ -30,16 +30,19 @@ def correction(target_mean: Array, quantized: Array, mean: Array) -> Array:
     return result
 
 
-def shrinkage(total: Array, parts: Sequence[tuple[int, Array]]) -> float:
+def shrinkage(total: Array, parts: Sequence[tuple[int, Array]], error: float = 0.0) -> float:
     """Return the factor in [0, 1] by which the correction ``total (N,)`` should be multiplied.
 
-    A mean from few samples is uncertain, and a correction by noise moves the output more than it corrects. The variance of the
-    mean is estimated from ``parts`` of the samples (their rows, and their own correction ``(N,)``), and the
-    correction shrunk as James and Stein (1961) shrink means of many variables: by ``1 - variance / |total|^2``.
+    A mean from few samples is uncertain, and a correction by noise moves the output more than it corrects. The correction is shrunk as
+    James and Stein (1961) shrink means of many variables: by ``1 - variance / |total|^2``. The variance of the mean is estimated from
+    ``parts`` of the samples (their rows, and their own correction ``(N,)``). These are the rows that the weight was solved from: where
+    they are fewer than the inputs, it makes the same error on all of them, and another on any other row. So the variance is at least
+    that of the mean of independent rows with the mean squared output error ``error``, which should be of rows held out.
     """
     rows = sum(count for count, _ in parts)
     if len(parts) < 2 or not rows:
         return 1.0
     spread = sum(count * float(np.square(part - total).sum()) for count, part in parts) / (rows * (len(parts) - 1))
+    spread = max(spread, error / rows)
     power = float(np.square(total).sum())
     return max(0.0, 1 - spread / power) if power > 0 else 1.0

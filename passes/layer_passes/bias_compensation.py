@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from magr_onnx.core.bias_compensation import correction, shrinkage
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, output_variance
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 from magr_onnx.passes.base import LayerPass
 
@@ -32,7 +32,7 @@ class CompensateBias(LayerPass):
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         if not problem.centred(self.bias):
             return solution
-        added = _shrunk(problem, solution.weight)
+        added = _shrunk(problem, solution.weight, solution.record.error)
         bias = added if solution.bias is None else solution.bias + added
         return replace(solution, bias=bias, changed=True, record=replace(solution.record, bias_compensated=True))
 
@@ -43,16 +43,17 @@ class CompensateBias(LayerPass):
 def compensate_groups(problems: Sequence[LayerProblem], solution: LayerSolution) -> LayerSolution:
     """Correct the bias of a convolution, none so far, for its own mean error: ``problems`` are its groups, side by side in ``solution``."""
     weights = np.split(solution.weight, len(problems), axis=1)
-    bias = np.concatenate([_shrunk(problem, weight) for problem, weight in zip(problems, weights, strict=True)])
+    bias = np.concatenate([_shrunk(problem, weight, solution.record.error) for problem, weight in zip(problems, weights, strict=True)])
     return replace(solution, bias=bias, record=replace(solution.record, bias_compensated=True))
 
 
-def _shrunk(problem: LayerProblem, weight: Array) -> Array:
-    """Return the shrunk correction ``(N,)`` for ``weight (K, N)``."""
+def _shrunk(problem: LayerProblem, weight: Array, error: float | None) -> Array:
+    """Return the shrunk correction ``(N,)`` for ``weight (K, N)``, with the relative error of its output (`LayerRecord.error`)."""
     stats, moments = problem.stats, problem.target_moments
     total = _correction(problem, weight, stats, moments)
     parts = [(part.rows, _correction(problem, weight, part, target)) for part, target in _parts(stats, moments)]
-    result: Array = shrinkage(total, parts) * total
+    squared = (error or 0.0) ** 2 * output_variance(problem.weight, stats, moments)
+    result: Array = shrinkage(total, parts, squared) * total
     return result
 
 

@@ -60,6 +60,16 @@ def test_shrinkage_of_two_parts() -> None:
     assert shrinkage(np.full(2, 0.1), [(10, np.array([1.1, 1.1])), (10, np.array([-0.9, -0.9]))]) == 0  # noise only: none of it is added
 
 
+def test_shrinkage_where_all_parts_agree() -> None:
+    """Weights solved from few rows make one error on all of them; what they make on other rows says how certain that is."""
+    parts = [(10, np.array([2.0, 2.0]))] * 2
+    assert shrinkage(np.array([2.0, 2.0]), parts) == 1
+    assert shrinkage(np.array([2.0, 2.0]), parts, error=40.0) == pytest.approx(1 - 40 / 20 / 8)
+    assert shrinkage(np.array([2.0, 2.0]), parts, error=1000.0) == 0
+    parts = [(10, np.array([1.0, 1.0])), (10, np.array([3.0, 3.0]))]
+    assert shrinkage(np.array([2.0, 2.0]), parts, error=20.0) == pytest.approx(1 - 2 / 8)  # the parts differ by more than that
+
+
 @pytest.mark.parametrize("counts", [(10, 10, 10, 10), (4, 6, 10, 20), (1, 39)])
 def test_the_variance_of_the_mean_is_estimated_without_bias(counts: tuple[int, ...]) -> None:
     """``total^2`` (1 - factor) is on average the variance of the mean of all rows: sigma^2 / n, in every channel."""
