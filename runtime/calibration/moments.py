@@ -65,8 +65,11 @@ def split_by_budget(units: Iterable[Sequence[T]], cost: Callable[[T], tuple[Hash
 
 def grouped(layers: Sequence[LinearLayer], budget: int = DEFAULT_BUDGET, hold_out: HoldOut = NONE) -> list[list[LinearLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least the layers of one weight)."""
-    element = 8 + 8 * hold_out.parts  # bytes: a float32 batch and a solver's copy; float64 sums
-    return split_by_budget(by_weight(layers), lambda layer: (layer.reads, element * layer.k**2), budget)
+
+    def cost(layer: LinearLayer) -> tuple[str, int]:  # bytes: a float32 batch and a solver's copy; float64 sums
+        return layer.reads, (8 + 8 * hold_out.at_width(layer.k).parts) * layer.k**2
+
+    return split_by_budget(by_weight(layers), cost, budget)
 
 
 def collect(
@@ -84,7 +87,7 @@ def collect(
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    parts = [[MomentAccumulator(t.width, float_mean=t.quantize is not None) for _ in range(hold_out.parts)] for t in taps]
+    parts = [[MomentAccumulator(t.width, float_mean=t.quantize is not None) for _ in range(hold_out.at_width(t.width).parts)] for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
@@ -95,14 +98,16 @@ def collect(
             masked = tap.masked and bool(next(results))
             if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
                 continue
-            of_tap[hold_out.part(index)].add(gram, total, float(count[0]), float_total, weight)
+            of_tap[hold_out.at_width(tap.width).part(index)].add(gram, total, float(count[0]), float_total, weight)
             if not (np.isfinite(float_total).all() and np.isfinite(np.trace(gram))):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
     check_rows((sum(part.rows for part in of_tap) for tap, of_tap in zip(taps, parts, strict=True) if tap.masked), context.mask)
-    measured = {tap.value: split_stats(of_tap, hold_out.folds, tap.quantize) for tap, of_tap in zip(taps, parts, strict=True)}
+    measured = {
+        tap.value: split_stats(of_tap, hold_out.at_width(tap.width).folds, tap.quantize) for tap, of_tap in zip(taps, parts, strict=True)
+    }
     stats = {name: s for name, s in measured.items() if s is not None}
     return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
 

@@ -220,7 +220,7 @@ def _measure(
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
-    hold_out = context.hold_out
+    hold_out = context.hold_out.at_width(readers[0].k)
     outputs = {layer_name: [OutputAccumulator(weight) for _ in range(hold_out.parts)] for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
     inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(hold_out.parts)]

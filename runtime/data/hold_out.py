@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 HELD_OUT = 4  # one batch in this many
 FEW_SAMPLES = 64  # up to which every batch is held out in turn (cross-validation)
+WIDE = 1024  # inputs of a layer above which that would take too much memory and time: it grows with their square, times four
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class HoldOut:
     def of(samples: int | None) -> HoldOut:
         """Return the hold-out for a number of samples (None: many): of few, none can be spared for choosing alone."""
         return HoldOut(HELD_OUT if samples is not None and samples <= FEW_SAMPLES else 1)
+
+    def at_width(self, k: int) -> HoldOut:
+        """Return the hold-out for a layer of ``k`` inputs."""
+        return HoldOut(min(self.folds, 1)) if k > WIDE else self
 
     @property
     def parts(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from magr_onnx.runtime.data.hold_out import FEW_SAMPLES, HELD_OUT, NONE, HoldOut
+from magr_onnx.runtime.data.hold_out import FEW_SAMPLES, HELD_OUT, NONE, WIDE, HoldOut
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,10 @@ def test_of_few_samples_all_are_held_out_in_turn() -> None:
     assert [HoldOut.of(samples).folds for samples in (1, FEW_SAMPLES, FEW_SAMPLES + 1, None)] == [HELD_OUT, HELD_OUT, 1, 1]
     assert not NONE
     assert NONE.parts == 1
+
+
+def test_wide_layers_hold_out_one_part() -> None:
+    few = HoldOut.of(16)
+    assert few.at_width(WIDE) is few
+    assert few.at_width(WIDE + 1) == HoldOut(1)
+    assert NONE.at_width(WIDE + 1) == NONE
