@@ -92,6 +92,11 @@ class Recipe:
         return _made(versioned, None)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options a plan is made of, without those of the preset."""
+        return {name: value for name, value in self.values.items() if name in OPTIONS}
+
+    @property
     def reads(self) -> list[Path]:
         """The files and folders that the run reads, apart from the model."""
         single = [self.values[name] for name in ("calibration", "validation") if name in self.values]

@@ -81,10 +81,10 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 # Passes over the data (one to check it, and one for every measurement), and sessions at most: one of them for the mask, and two that
 # compare outputs on a batch. Ranges from few samples are judged part by part.
 COSTS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "one group": ({"effort": "fast"}, 2, 4),
-    "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 4, 6),
-    "stages": ({}, 2, 10),
-    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 4, 9),
+    "one group": ({"effort": "fast"}, 2, 6),
+    "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 4, 8),
+    "stages": ({}, 2, 12),
+    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 4, 11),
 }
 
 
