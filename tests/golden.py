@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -700,20 +700,23 @@ def _given(case: Case, model: Any, folder: Path) -> Any:
     return folder / "data.npz"
 
 
+def _untimed(report: Any) -> Any:
+    """Take latencies out of a report."""
+    compared = {name: getattr(report, name, None) for name in ("validation", "check")}
+    return replace(report, **{name: replace(each, latency=None) for name, each in compared.items() if each is not None})
+
+
 def _text(report: Any) -> str:
     """Write a report without its times, with the pipeline and the call."""
-    timed = ("time  ", "  latency ", "    quartiles ")
-    lines = [line for line in report.to_text(width=WIDTH).splitlines() if not line.startswith(timed)]
+    lines = [line for line in _untimed(report).to_text(width=WIDTH).splitlines() if not line.startswith("time  ")]
     return "\n".join([*lines, report.pipeline, report.command])
 
 
 def _details(report: Any) -> str:
     """Write all data of a report as JSON, but for times and versions."""
-    values = report.to_dict()
+    values = _untimed(report).to_dict()
     for name in ("seconds", "versions"):
         del values[name]
-    if values["validation"] is not None:
-        values["validation"]["latency"] = None
     return json.dumps(values, sort_keys=True)
 
 
