@@ -294,10 +294,14 @@ class LayerStats:
     def objective_gram(self, centred: bool) -> Array:
         """Return the matrix that errors are measured by: ``H``, or ``H - mu mu^T`` when a bias absorbs the mean error.
 
-        Centred block by block, without a second temporary; what constant inputs leave is noise, and is set to zero.
+        Computed once for all who measure by it, unless K is `LARGE`. Read-only.
         """
         if not centred or self.is_data_free:
             return self.gram
+        return self._centred() if len(self.mean) >= LARGE else self.memo("centred", self._centred)
+
+    def _centred(self) -> Array:
+        """Centre the matrix block by block, without a second temporary; what constant inputs leave is noise, and is set to zero."""
         result: Array = self.gram.copy()
         for at in range(0, len(result), LARGE_ROWS):
             result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
@@ -315,17 +319,15 @@ class LayerStats:
         """
         if self.is_data_free:
             return self.gram
-        return (
-            self._regularized(centred)
-            if len(self.mean) >= LARGE
-            else self.memo(("regularized", centred), lambda: self._regularized(centred))
-        )
+        if len(self.mean) >= LARGE:
+            return self._regularized(centred)
+        return self.memo(("regularized", centred), lambda: self._regularized(centred))
 
     def _regularized(self, centred: bool) -> Array:
         gram = self.objective_gram(centred)
         power = gram.diagonal()
         active = power[power > 0]
-        result = gram if centred else gram.copy()
+        result = gram if centred and len(power) >= LARGE else gram.copy()  # nobody else has a large one
         result[np.diag_indices(len(power))] += PRIOR_ROWS / self.rows * (float(np.median(active)) if len(active) else 1.0)
         return result
 
@@ -349,8 +351,9 @@ class TargetMoments:
     folds: tuple[TargetMoments, ...] = ()
 
     def columns(self, chosen: npt.NDArray[np.intp]) -> TargetMoments:
-        """Return the moments of the ``chosen`` output channels, without those of folds."""
-        return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows)
+        """Return the moments of the ``chosen`` output channels."""
+        folds = tuple(fold.columns(chosen) for fold in self.folds)
+        return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows, folds)
 
     def without(self, fold: int) -> TargetMoments:
         """Return the moments of the rows outside a fold."""

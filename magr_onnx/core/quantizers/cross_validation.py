@@ -66,7 +66,8 @@ def folds(problem: Problem) -> list[Fold]:
         return []
     columns = error_feedback.sample(problem.weights.shape[1], SAMPLE)
     reference = np.ascontiguousarray(problem.reference[:, columns])
-    variance = output_variance(reference, stats, None if moments is None else moments.columns(columns))
+    moments = None if moments is None else moments.columns(columns)
+    variance = output_variance(reference, stats, moments)
     rows = sum(fold.rows for fold in stats.folds)
     result = []
     for index, held_out in enumerate(stats.folds):
@@ -82,7 +83,7 @@ def folds(problem: Problem) -> list[Fold]:
             target_moments=None,
             output_hessian=None,
         )
-        pair = None if moments is None else (moments.without(index).columns(columns), moments.folds[index].columns(columns))
+        pair = None if moments is None else (moments.without(index), moments.folds[index])
         result.append(Fold(sampled, held_out, held_out.rows / rows / (variance or 1.0), pair))
     return result
 
@@ -110,15 +111,14 @@ def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
     if held_out is None:
         held_out = error(parts, lambda sampled: quantizer.run(sampled, options).weight.dequantize())
     sampled = without_data(parts[0].problem)
-    errors = {}
-    for method in (rtn.QUANTIZER, quantizer):
+    methods, errors = {method.name: method for method in (rtn.QUANTIZER, quantizer)}, {}
+    for name, method in methods.items():
         weight = method.run(sampled, options).weight.dequantize()
-        errors[method.name] = sum(fold.error(weight) for fold in parts)
+        errors[name] = sum(fold.error(weight) for fold in parts)
     best = min(errors, key=lambda name: errors[name])
     if held_out <= errors[best] or held_out == errors[quantizer.name]:  # or data changes nothing: that is the method asked for
         return replace(solution, held_out=held_out)
-    method = quantizer if best == quantizer.name else rtn.QUANTIZER
-    data_free = method.run(without_data(problem), options)
+    data_free = methods[best].run(without_data(problem), options)
     excess = f"{10 * np.log10(held_out / errors[best]):.1f} dB" if errors[best] > 0 else "much"
     note = f"solved without data: on rows held out, that is {excess} better than quantizer {quantizer.name} from {problem.stats.rows} rows"
     return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best])
