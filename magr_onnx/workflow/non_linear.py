@@ -32,6 +32,7 @@ from magr_onnx.passes.layers.selection import ALL, Selection
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import ConvReason, TableReason
 from magr_onnx.runtime.calibration import conv_patches
+from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.workflow import mixed_precision, recurrent
@@ -189,7 +190,8 @@ def _measured(
     units = iter(by_weight(layers))
     readers = next(units, None)
     gathered: dict[str, list[LayerStats] | None] = {}
-    for group in conv_patches.grouped(layers, context.memory.gram_budget):
+    hold_out = HoldOut.of(None if data is None else data.samples)
+    for group in conv_patches.grouped(layers, context.memory.gram_budget, hold_out):
         measured = [layer for layer in group if layer.name not in unmeasured]
         stats: dict[str, list[LayerStats]] = {}
         if data is not None and measured:

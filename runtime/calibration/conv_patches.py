@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,19 @@ from magr_onnx.passes.instrument.conv_patches import extent_taps, geometry, patc
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET, split_by_budget
 from magr_onnx.runtime.calibration.subgraphs import NEVER
-from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Batches, Steps, run_batches
 
 PATCH_LIMIT = 1 << 30  # bytes of one sample's patches; at the peak there are two copies
 
 
-def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET) -> list[list[ConvLayer]]:
+def grouped(layers: Sequence[ConvLayer], budget: int = DEFAULT_BUDGET, hold_out: HoldOut = NONE) -> list[list[ConvLayer]]:
     """Split layers, in order, into groups whose Gram matrices fit ``budget`` bytes together (at least one layer each)."""
-    element = 40  # bytes: up to four float64 sums, a float32 batch and its sum
-    return split_by_budget(([layer] for layer in layers), lambda layer: (geometry(layer), element * layer.group * layer.k**2), budget)
+
+    def cost(layer: ConvLayer) -> tuple[Hashable, int]:  # bytes: a float32 batch and its sum; float64 sums
+        return geometry(layer), (8 + 8 * hold_out.at_width(layer.k).parts) * layer.group * layer.k**2
+
+    return split_by_budget(([layer] for layer in layers), cost, budget)
 
 
 def unmeasured(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str, limit: int) -> dict[str, str]:
@@ -87,20 +91,22 @@ def collect(
     """
     hold_out = HoldOut.of(data.samples)
     tapped = {geometry(layer): layer for layer in reversed(layers)}
-    sums = {key: [MomentAccumulator(layer.k, layer.group) for _ in range(hold_out.parts)] for key, layer in tapped.items()}
+    sums = {key: Parts(hold_out, layer.k, partial(MomentAccumulator, layer.k, layer.group)) for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
     for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress):
         for (key, layer), gram, total, count in zip(tapped.items(), results[::3], results[1::3], results[2::3], strict=True):
             if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
                 names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
                 bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-            sums[key][hold_out.part(index)].add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
+            sums[key].of(index).add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
     raise_all(NonFiniteError, bad.values())
-    stats = {key: _by_group(parts, hold_out.folds) for key, parts in sums.items()}
+    stats = {key: _by_group(parts) for key, parts in sums.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}
 
 
-def _by_group(parts: Sequence[MomentAccumulator], folds: int) -> list[LayerStats]:
+def _by_group(parts: Parts[MomentAccumulator]) -> list[LayerStats]:
     """Return the statistics of every group, with those of its folds. Consumes the sums."""
-    measured = [[LayerStats(g, m, rows) for g, m in zip(grams, means, strict=True)] for grams, means, rows in (p.means() for p in parts)]
-    return [with_folds(group, folds) for group in zip(*measured, strict=True)]
+    measured = [
+        [LayerStats(g, m, rows) for g, m in zip(grams, means, strict=True)] for grams, means, rows in (p.means() for p in parts.sums)
+    ]
+    return [with_folds(group, parts.folds) for group in zip(*measured, strict=True)]

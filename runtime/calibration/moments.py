@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.calibration.subgraphs import tap_subgraphs
-from magr_onnx.runtime.data.hold_out import NONE, HoldOut
+from magr_onnx.runtime.data.hold_out import NONE, HoldOut, Parts
 from magr_onnx.runtime.data.sources import Batches, Steps, run_batches
 
 DEFAULT_BUDGET = 1 << 30
@@ -87,7 +88,7 @@ def collect(
     if not readers:
         return CalibrationResult({}, ())
     taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    parts = [[MomentAccumulator(t.width, float_mean=t.quantize is not None) for _ in range(hold_out.at_width(t.width).parts)] for t in taps]
+    parts = [Parts(hold_out, t.width, partial(MomentAccumulator, t.width, float_mean=t.quantize is not None)) for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
@@ -98,16 +99,14 @@ def collect(
             masked = tap.masked and bool(next(results))
             if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
                 continue
-            of_tap[hold_out.at_width(tap.width).part(index)].add(gram, total, float(count[0]), float_total, weight)
+            of_tap.of(index).add(gram, total, float(count[0]), float_total, weight)
             if not (np.isfinite(float_total).all() and np.isfinite(np.trace(gram))):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
     raise_all(NonFiniteError, bad.values())
-    check_rows((sum(part.rows for part in of_tap) for tap, of_tap in zip(taps, parts, strict=True) if tap.masked), context.mask)
-    measured = {
-        tap.value: split_stats(of_tap, hold_out.at_width(tap.width).folds, tap.quantize) for tap, of_tap in zip(taps, parts, strict=True)
-    }
+    check_rows((sum(part.rows for part in of_tap.sums) for tap, of_tap in zip(taps, parts, strict=True) if tap.masked), context.mask)
+    measured = {tap.value: split_stats(of_tap.sums, of_tap.folds, tap.quantize) for tap, of_tap in zip(taps, parts, strict=True)}
     stats = {name: s for name, s in measured.items() if s is not None}
     return CalibrationResult(stats, tuple(unmasked) if context.mask is not None else ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import NonFiniteError, raise_all
 from magr_onnx.passes.instrument.recurrent_states import state_taps
 from magr_onnx.passes.layers.recurrent import RecurrentLayer
-from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.hold_out import HoldOut, Parts
 from magr_onnx.runtime.data.sources import Batches, run_batches
 
 
@@ -30,7 +31,7 @@ def collect(
     layers = [layer for readers in groups for layer in readers]
     widths = [[readers[0].width, *[readers[0].hidden] * readers[0].directions] for readers in groups]
     hold_out = HoldOut.of(data.samples)
-    sums = [[[MomentAccumulator(width) for _ in range(hold_out.parts)] for width in each] for each in widths]
+    sums = [[Parts(hold_out, width, partial(MomentAccumulator, width)) for width in each] for each in widths]
     owners = [number for number, readers in enumerate(groups) for _ in readers]
     bad: dict[str, str] = {}
     for index, weight, outputs in run_batches(state_taps(model, layers), data, provider):
@@ -43,10 +44,10 @@ def collect(
                 if not (np.isfinite(total).all() and np.isfinite(np.trace(gram))):
                     text = f"input or states of {layer.name} ({layer.x.name}): NaN or infinite activations in {data.label(index)}"
                     bad.setdefault(layer.name, text)
-                parts[hold_out.part(index)].add(gram, total, count / len(total), weight=weight)
+                parts.of(index).add(gram, total, count / len(total), weight=weight)
     raise_all(NonFiniteError, bad.values())
     measured: list[list[list[LayerStats]] | None] = []
     for readers, values in zip(groups, sums, strict=True):
-        stats = [known for parts in values if (known := split_stats(parts, hold_out.folds, None)) is not None]
+        stats = [known for parts in values if (known := split_stats(parts.sums, parts.folds, None)) is not None]
         measured.append([[stats[0]] * readers[0].directions, stats[1:]] if len(stats) == len(values) else None)
     return measured

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
 from magr_onnx.runtime.calibration.value_cache import Cache
-from magr_onnx.runtime.data.hold_out import HoldOut
+from magr_onnx.runtime.data.hold_out import HoldOut, Parts
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.ort.session import Session
 
@@ -220,10 +221,10 @@ def _measure(
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
-    hold_out = context.hold_out.at_width(readers[0].k)
-    outputs = {layer_name: [OutputAccumulator(weight) for _ in range(hold_out.parts)] for layer_name, weight in weights.items()}
+    hold_out, k = context.hold_out, readers[0].k
+    outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
-    inputs = [MomentAccumulator(readers[0].k, float_mean=True, paired=paired) for _ in range(hold_out.parts)]
+    inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired))
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
         x, y = values.pair(name, b)
@@ -232,21 +233,21 @@ def _measure(
         y = rounded(y, activation)
         kept = kept_rows(values.masks[b], x.shape) if follows else None
         masked &= kept is not None
-        part, weight = hold_out.part(b), context.data.weight(b)
+        weight = context.data.weight(b)
         rows = _rows(y, kept), _rows(x, kept)
-        inputs[part].add_rows(*rows, weight)
+        inputs.of(b).add_rows(*rows, weight)
         for layer_name, sums in outputs.items():
             r, r_hat = values.pair(residuals[layer_name], b)
-            sums[part].add_rows(*rows, _rows(r - r_hat, kept), weight)
-    split = sum(sums.rows > 0 for sums in inputs) > 1
+            sums.of(b).add_rows(*rows, _rows(r - r_hat, kept), weight)
+    split = sum(sums.rows > 0 for sums in inputs.sums) > 1
     targets = {}
     for layer in readers if split and with_targets else ():
         if layer.name in outputs:
-            targets[layer.name] = with_folds([sums.target_moments() for sums in outputs[layer.name]], hold_out.folds)
+            targets[layer.name] = with_folds([sums.target_moments() for sums in outputs[layer.name].sums], inputs.folds)
         else:
             target = layer.read()
-            targets[layer.name] = with_folds([sums.target_moments(target) for sums in inputs], hold_out.folds)
-    return split_stats(inputs, hold_out.folds, activation), masked, targets
+            targets[layer.name] = with_folds([sums.target_moments(target) for sums in inputs.sums], inputs.folds)
+    return split_stats(inputs.sums, inputs.folds, activation), masked, targets
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:

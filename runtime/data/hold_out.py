@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+S = TypeVar("S")
 
 HELD_OUT = 4  # one batch in this many
 FEW_SAMPLES = 64  # up to which every batch is held out in turn (cross-validation)
@@ -45,3 +49,22 @@ class HoldOut:
 
 
 NONE = HoldOut(0)
+
+
+class Parts(Generic[S]):
+    """The sums of one value, apart for the parts of a hold-out.
+
+    Attributes:
+        sums: One for each part.
+        folds: Number of those that are held out, the first ones.
+    """
+
+    def __init__(self, hold_out: HoldOut, width: int, start: Callable[[], S]) -> None:
+        """Start the sums of a value of ``width`` inputs."""
+        self._hold_out = hold_out.at_width(width)
+        self.folds = self._hold_out.folds
+        self.sums = [start() for _ in range(self._hold_out.parts)]
+
+    def of(self, batch: int) -> S:
+        """Return the sums that a batch is added to."""
+        return self.sums[self._hold_out.part(batch)]
