@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,16 @@ from magr_onnx.passes.graph.constants import constant_tensor, step_of
 from magr_onnx.passes.graph.nodes import attribute_of, operand
 from magr_onnx.passes.layers.conv import Form
 from magr_onnx.passes.layers.weighted import FLOATS, WeightedNode
+
+
+def opset_of(form: Form, bits: int, dtypes: Iterable[ir.DataType]) -> int:
+    """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""
+    kinds = set(dtypes)
+    if not kinds or (form == "fold" and bits > 4):
+        return 0
+    if bits <= 4:
+        return 21
+    return 19 if ir.DataType.FLOAT16 in kinds else 13
 
 
 def dequantizing_nodes(

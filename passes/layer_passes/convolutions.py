@@ -11,6 +11,7 @@ import onnx_ir as ir
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.passes.base import ModelPass, negative_or_infinite
+from magr_onnx.passes.emit.channel_codes import opset_of
 from magr_onnx.passes.emit.conv import emit
 from magr_onnx.passes.graph.opset import raise_opset_if_possible
 from magr_onnx.passes.layer_passes.quantize import Quantize
@@ -58,12 +59,8 @@ class Convolutions(ModelPass):
         return raise_opset_if_possible(model, self.opset(find(model)[0]))
 
     def opset(self, layers: Sequence[ConvLayer]) -> int:
-        """The opset that has the form: 21 for int4; any to fold int8; DequantizeLinear 13 for an axis, 19 for float16."""
-        if not layers or (self.form == "fold" and self.bits > 4):
-            return 0
-        if self.bits <= 4:
-            return 21
-        return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
+        """The opset that has the form."""
+        return opset_of(self.form, self.bits, (layer.dtype for layer in layers))
 
     def change(self, model: ir.Model) -> bool:
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())

@@ -14,6 +14,7 @@ from magr_onnx.core.histograms import sketch
 from magr_onnx.core.layer import LayerProblem, LayerSolution, join_groups, output_variance, ratio
 from magr_onnx.core.types import LayerStats, WeightSpec, check_weight
 from magr_onnx.passes.base import ModelPass
+from magr_onnx.passes.emit.channel_codes import opset_of
 from magr_onnx.passes.emit.recurrent import emit
 from magr_onnx.passes.graph.opset import raise_opset_if_possible
 from magr_onnx.passes.layer_passes.quantize import Quantize
@@ -55,10 +56,8 @@ class Recurrent(ModelPass):
         return raise_opset_if_possible(model, self.opset(find(model)[0]))
 
     def opset(self, layers: Sequence[RecurrentLayer]) -> int:
-        """The opset that has the form: DequantizeLinear 13 for an axis, 19 for float16; any for the others."""
-        if self.form != "dequantize" or not layers:
-            return 0
-        return 19 if any(layer.dtype == ir.DataType.FLOAT16 for layer in layers) else 13
+        """The opset that has the form; any for DynamicQuantizeLSTM, and for what it is replaced by."""
+        return 0 if self.form == "dynamic-quantize-lstm" else opset_of(self.form, self.bits, (layer.dtype for layer in layers))
 
     def form_of(self, readers: Sequence[RecurrentLayer], provider: str = "cpu") -> tuple[RecurrentForm, str]:
         """The form that operators of one weight are written in, and what the report says of it."""

@@ -52,13 +52,6 @@ class RecurrentLayer(WeightedNode):
         return self.operator
 
     @property
-    def x(self) -> ir.Value:
-        """Return the input."""
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
     def directions(self) -> int:
         """Return ``D``."""
         return self.weight.shape[0]

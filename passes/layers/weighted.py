@@ -94,6 +94,13 @@ class WeightedNode(abc.ABC):
         return self.weight.name
 
     @property
+    def x(self) -> ir.Value:
+        """Return the current first input: rewrites of earlier layers replace it."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
     def weight_key(self) -> Hashable:
         """Return a key that is equal for views that use the same weight in the same way."""
         return self.weight.key
@@ -139,13 +146,6 @@ class Product(WeightedNode):
     @property
     def has_bias(self) -> bool:
         return self.bias is not None
-
-    @property
-    def x(self) -> ir.Value:
-        """Return the current input value: rewrites of earlier layers replace it."""
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
 
     @property
     def reads(self) -> str:
