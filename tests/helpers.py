@@ -14,9 +14,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 from hypothesis import settings
 
+from magr_onnx.core import error_feedback
 from magr_onnx.core.grid import choose
 from magr_onnx.core.quantizers import gptq
-from magr_onnx.core.types import QuantizedWeight, WeightSpec
+from magr_onnx.core.types import LayerStats, QuantizedWeight, TargetMoments, WeightSpec
 from magr_onnx.model_io.writing import Layout
 from magr_onnx.models import bundled
 from magr_onnx.passes.emit.readback import readers_of
@@ -124,3 +125,8 @@ def project_by_sorting(columns: Array, radius: float) -> Array:
     cut = np.maximum(np.take_along_axis(theta, last[None], axis=0), 0)
     projected: Array = np.sign(columns) * np.maximum(magnitude - cut, 0)
     return projected
+
+
+def target_error(weight: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
+    """``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, without the mean error if ``centred``."""
+    return error_feedback.squared_error(weight, stats, target, centred) / float(target.power.sum())

@@ -89,15 +89,6 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
-def error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
-    """Return ``||X_q W_hat - Y||^2 / ||Y||^2`` over the rows of ``stats``, without the mean error if ``centred``.
-
-    The denominator is never centred, so errors with and without feedback and in the running model are comparable.
-    """
-    power = float(target.power.sum())
-    return squared_error(quantized, stats, target, centred) / power if power > 0 else 0.0
-
-
 def squared_error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
     """Return ``||X_q W_hat - Y||^2 / n`` over the rows of ``stats``, without the mean error if ``centred``."""
     cross, residual = target.cross, float(target.power.sum())

@@ -73,10 +73,11 @@ def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays
     nodes = dequantizing_nodes(layer, packed, array, axis, form)
     transposed &= n > 1 or k > math.prod(layer.kernel)
     if transposed:
-        name = str(nodes[0].name).removesuffix("_dequantize").removesuffix("_float")  # that of the codes
+        codes = nodes[0].inputs[0]
+        assert codes is not None
         split_shape = layer.constant(f"{suffix}_parted", np.array([group, n, layer.channels // group, -1]))
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], split_shape], name=f"{name}_part"))
-        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}_turn"))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], split_shape], name=f"{codes.name}_part"))
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{codes.name}_turn"))
     if transposed or (stays_float and form == "dequantize"):
         nodes.append(reshaped(layer, nodes, layer.shape, suffix))
     return finish(layer, nodes, layer.shape), nodes

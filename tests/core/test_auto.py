@@ -14,7 +14,7 @@ from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq, cross_validation
 from magr_onnx.core.quantizers.auto import Choice, usual_alpha
 from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
-from tests.helpers import Array, activations, gram_of
+from tests.helpers import Array, activations, gram_of, target_error
 
 SPECS = [WeightSpec(2, 32), WeightSpec(3, None), WeightSpec(4, 32), WeightSpec(4, 20, symmetric=True), WeightSpec(8, 32)]
 some_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -210,7 +210,7 @@ def test_targets_are_what_choices_are_judged_by(folds: int) -> None:
     found = auto.run(problem, Options())
     fresh, fresh_target = part(slice(800, 1200))
     plain = auto.run(replace(problem, weights=weights, target=weights, fit_targets=()), Options())
-    ours, theirs = (error_feedback.error(s.weight.dequantize().astype(np.float64), fresh, fresh_target, True) for s in (found, plain))
+    ours, theirs = (target_error(s.weight.dequantize().astype(np.float64), fresh, fresh_target, True) for s in (found, plain))
     assert ours < 0.8 * theirs
     errors = {}
     for alpha in (0.0, *(a * usual_alpha(problem.spec.bits, problem.spec.group_size) for a in auto.ALPHAS)):

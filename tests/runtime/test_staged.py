@@ -26,6 +26,7 @@ from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Builder, random
+from tests.helpers import target_error
 
 
 def residual() -> ir.Model:
@@ -104,7 +105,7 @@ def test_unquantized_prefix_gives_the_statistics_of_the_float_model(limit: int, 
     for layer in layers[2:]:
         stats, weights = seen[str(layer.x.name)], layer.read()
         np.testing.assert_allclose(goals[layer.name].cross, stats.gram @ weights, rtol=1e-3, atol=1e-3)
-        assert error_feedback.error(weights, stats, goals[layer.name], False) < 1e-5
+        assert target_error(weights, stats, goals[layer.name], False) < 1e-5
 
 
 def test_later_stages_see_the_quantized_model() -> None:
@@ -304,11 +305,11 @@ def test_targets_undo_what_the_prefix_did_on_fresh_rows(centred: bool, folds: in
     assert found.damping is not None
     assert found.after < 0.2 * found.before
     after = target(weights, 2000, 4000)
-    before = error_feedback.error(weights, fresh, after, centred)
-    assert error_feedback.error(found.weights, fresh, after, centred) < 0.2 * before
+    before = target_error(weights, fresh, after, centred)
+    assert target_error(found.weights, fresh, after, centred) < 0.2 * before
     assert len(found.fits) == folds
     for fit in found.fits:  # each from three quarters of the rows
-        assert error_feedback.error(fit, fresh, after, centred) < 0.2 * before
+        assert target_error(fit, fresh, after, centred) < 0.2 * before
         assert not np.array_equal(fit, found.weights)
 
 
@@ -386,10 +387,10 @@ def test_error_is_that_of_the_rows() -> None:
     weights, quantized = random(32, 5), random(32, 5, seed=1)
     left = y @ quantized - x @ weights
     expected = np.square(left).sum() / np.square(x @ weights).sum()
-    assert error_feedback.error(quantized, stats, goal(weights, 0, 200), False) == pytest.approx(expected, rel=1e-6)
+    assert target_error(quantized, stats, goal(weights, 0, 200), False) == pytest.approx(expected, rel=1e-6)
     left -= left.mean(axis=0)
     expected = np.square(left).sum() / np.square(x @ weights).sum()
-    assert error_feedback.error(quantized, stats, goal(weights, 0, 200), True) == pytest.approx(expected, rel=1e-6)
+    assert target_error(quantized, stats, goal(weights, 0, 200), True) == pytest.approx(expected, rel=1e-6)
 
 
 def test_statistics_and_goals_combine_and_part() -> None:
