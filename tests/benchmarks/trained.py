@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,58 +169,83 @@ def make_lstm() -> Any:
     return Recurrent()
 
 
-KINDS: dict[str, tuple[Callable[[], Any], Callable[[int, int], tuple[Any, Array]], tuple[str, ...], int]] = {
-    "vit": (make_vit, digits, ("images",), 8),
-    "cnn": (make_cnn, digits, ("images",), 5),
-    "tabular": (make_mlp, tabular, ("columns",), 25),
-    "recommender": (make_recommender, ratings, ("users", "items"), 20),
-    "lstm": (make_lstm, waves, ("frames",), 8),
+def cross_entropy(scores: Any, targets: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.cross_entropy(scores, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A model, its data, the names of its inputs and the epochs it is trained, its loss, and which outputs are right."""
+
+    make: Callable[[], Any]
+    data: Callable[[int, int], tuple[Any, Array]]
+    inputs: tuple[str, ...]
+    epochs: int
+    loss: Callable[[Any, Any], Any] = cross_entropy
+    right: Callable[[Any, Any], Any] = lambda outputs, targets: outputs.argmax(-1) == targets
+
+
+KINDS = {
+    "vit": Kind(make_vit, digits, ("images",), 8),
+    "cnn": Kind(make_cnn, digits, ("images",), 5),
+    "tabular": Kind(make_mlp, tabular, ("columns",), 25),
+    "recommender": Kind(make_recommender, ratings, ("users", "items"), 20),
+    "lstm": Kind(make_lstm, waves, ("frames",), 8),
 }
-"""Model, data, inputs and epochs of every kind."""
 
 
-def trained(kind: str, work: Path) -> Path:
-    """The folder of a model, made on first use (up to two minutes on two cores)."""
-    folder = work / kind
+def trained(name: str, work: Path, kinds: Mapping[str, Kind] = KINDS) -> Path:
+    """The folder of a model, made on first use (minutes on two cores)."""
+    folder = work / name
     if (folder / "heldout.npz").is_file():
         return folder
-    progress(f"training {kind}")
+    progress(f"training {name}")
     import torch
 
     torch.manual_seed(0)
-    make, data, names, epochs = KINDS[kind]
-    model, (inputs, targets) = make(), data(TRAINING, 0)
+    kind = kinds[name]
+    model, (inputs, targets) = kind.make(), kind.data(TRAINING, 0)
     arrays = inputs if isinstance(inputs, tuple) else (inputs,)
     tensors, classes = [torch.from_numpy(a) for a in arrays], torch.from_numpy(np.asarray(targets, np.int64))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    steps = epochs * TRAINING // 64
+    steps = kind.epochs * TRAINING // 64
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for _ in range(steps):
         pick = torch.randint(0, TRAINING, (64,))
-        loss = torch.nn.functional.cross_entropy(model(*(t[pick] for t in tensors)), classes[pick])
+        loss = kind.loss(model(*(t[pick] for t in tensors)), classes[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     model.eval()
-    folder.mkdir(parents=True, exist_ok=True)
+    export(model, [t[:2] for t in tensors], kind.inputs, folder / "model.onnx")
+    for split, count, seed in (("calibration", CALIBRATION, 1), ("heldout", HELD_OUT, 2)):
+        inputs, targets = kind.data(count, seed)
+        feeds: Feeds = dict(zip(kind.inputs, inputs if isinstance(inputs, tuple) else (inputs,), strict=True))
+        with torch.no_grad():
+            outputs = model(*(torch.from_numpy(a) for a in feeds.values()))
+        accuracy = kind.right(outputs, torch.from_numpy(np.asarray(targets, np.int64))).double().mean()
+        progress(f"{name}: {split} accuracy {accuracy:.4f}")
+        np.savez(folder / f"{split}.npz", **feeds)  # type: ignore[arg-type]
+    return folder
+
+
+def export(model: Any, example: Sequence[Any], names: Sequence[str], path: Path) -> None:
+    """Write a model in evaluation mode as ONNX, with any batch size."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            tuple(t[:2] for t in tensors),
-            folder / "model.onnx",
+            tuple(example),
+            path,
             input_names=list(names),
             output_names=["scores"],
             dynamic_shapes=tuple({0: batch} for _ in names),
             external_data=False,
         )
-    for name, count, seed in (("calibration", CALIBRATION, 1), ("heldout", HELD_OUT, 2)):
-        inputs, targets = data(count, seed)
-        feeds: Feeds = dict(zip(names, inputs if isinstance(inputs, tuple) else (inputs,), strict=True))
-        with torch.no_grad():
-            accuracy = (model(*(torch.from_numpy(a) for a in feeds.values())).argmax(-1).numpy() == targets).mean()
-        progress(f"{kind}: {name} accuracy {accuracy:.4f}")
-        np.savez(folder / f"{name}.npz", **feeds)  # type: ignore[arg-type]
-    return folder
