@@ -82,7 +82,8 @@ class Report:
         versions: Versions of the packages involved.
         notes: Anything out of the ordinary, as sentences.
         validation: Comparison of the float and the quantized model, if requested.
-        check: The same on a calibration batch, without layers, where no validation was requested and the model fits into memory.
+        check: The same on a calibration batch, or on made-up inputs, without layers, where no validation was requested and the model fits
+            into memory.
         proof: Proof that no accumulator overflows, if requested.
         assignment: Mixed precision under a budget, if requested.
         command: The command or Python call that reproduces the run; paths are as typed.
@@ -224,7 +225,7 @@ def _check_text(check: Validation) -> str:
     worst = min((m for outputs in check.arithmetics.values() for m in outputs), key=lambda m: m.sqnr_db, default=None)
     if worst is None:
         return "no output is of floats"
-    return f"output {worst.output} on a batch of the calibration data: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
+    return f"output {worst.output} on a batch of {check.data}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
 
 
 def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:

@@ -33,7 +33,7 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> l
         if (times := comparison.latency) is not None and times.slower:
             ratio, milliseconds = times.quantized_ms / times.float_ms, f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
             lines.append(
-                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}); "
+                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}; {comparison.data}); "
                 "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
             )
     return lines

@@ -191,9 +191,9 @@ def validate(
         provider,
         {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()},
         _layers(float_model, quantized_model, data.limit(2), provider) if "layers" in details else (),
-        _latency(float_model, quantized_model, data, provider) if "latency" in details else None,
-        _size(float_model),
-        _size(quantized_model),
+        latency(float_model, quantized_model, data, provider) if "latency" in details else None,
+        bytes_of(float_model),
+        bytes_of(quantized_model),
         tuple(dict.fromkeys([*data.notes, *notes])),
         data.samples,
     )
@@ -246,14 +246,15 @@ def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
-def _latency(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
+def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0) -> Latency:
+    """Time both models on the first batch, in turns, for so many seconds or 5 runs each."""
     batch = next(iter(data))
     times: tuple[list[float], list[float]] = ([], [])
     with Session(float_model, provider, spinning=True) as a, Session(quantized_model, provider, spinning=True) as b:
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()
-        while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < 2 and len(times[0]) < 50):
+        while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < seconds and len(times[0]) < 50):
             order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
             for milliseconds, session in [(times[0], a), (times[1], b)][::order]:
                 start = time.perf_counter()
@@ -263,7 +264,8 @@ def _latency(float_model: Model, quantized_model: Model, data: Batches, provider
     return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high))
 
 
-def _size(model: Model) -> int:
+def bytes_of(model: Model) -> int:
+    """Return the size of a model in memory as a file, or of a file and its data."""
     if isinstance(model, ir.Model):
         return model_bytes(model)
     return sum(path.stat().st_size for path in (Path(model), *data_files(Path(model))))

@@ -30,6 +30,7 @@ from magr_onnx.model_io.legacy import to_proto
 from magr_onnx.runtime.ort.session import LIBRARIES, custom_ops
 
 SECONDS, SECONDS_A_GIGABYTE = 120.0, 60.0  # time limit of a request: a constant and, by the size of its models, more
+MEMORY = 8 << 30  # bytes that models may allocate on made-up inputs, where the system can limit them
 
 
 class WorkerCrashed(MagrError):
@@ -102,12 +103,13 @@ def _worker() -> _Worker:
     return worker
 
 
-def run_in_worker(function: Callable[..., Any], size: int = 0, **arguments: Any) -> Any:
+def run_in_worker(function: Callable[..., Any], size: int = 0, seconds: float = SECONDS, **arguments: Any) -> Any:
     """Call a function of this package in the worker process and return its result.
 
     Args:
         function: The function.
         size: Bytes of the models it loads.
+        seconds: Time limit, to which `SECONDS_A_GIGABYTE` adds.
         **arguments: Keyword arguments, JSON values like the result; paths as strings.
 
     Raises:
@@ -115,7 +117,7 @@ def run_in_worker(function: Callable[..., Any], size: int = 0, **arguments: Any)
         MagrError: Raised by the function.
     """
     request = {"module": function.__module__, "function": function.__name__, "arguments": arguments, "libraries": LIBRARIES.get()}
-    answer = _worker().ask(request, SECONDS + SECONDS_A_GIGABYTE * size / 1e9)
+    answer = _worker().ask(request, seconds + SECONDS_A_GIGABYTE * size / 1e9)
     if "error" in answer:
         raise getattr(errors, answer["error"], MagrError)(answer["message"])
     return answer["result"]
@@ -143,6 +145,22 @@ def as_file(model: ir.Model | Path) -> Iterator[str]:
         except Exception as error:
             raise errors.RuntimeFailure(f"the model in memory cannot be written for onnxruntime: {error}") from error
         yield str(path)
+
+
+@contextlib.contextmanager
+def limited_memory(size: int = MEMORY) -> Iterator[None]:
+    """Limit the memory of this process to ``size`` bytes, where the system supports it."""
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _serve() -> None:

@@ -17,6 +17,7 @@ import magr_onnx
 from magr_onnx.errors import ModelError
 from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.graph.opset import raise_opset
+from magr_onnx.runtime.data.made_up import random_inputs
 from magr_onnx.runtime.ort import opset_check
 from magr_onnx.runtime.ort.session import Session
 
@@ -256,7 +257,7 @@ def test_a_model_that_made_up_inputs_do_not_fit_is_not_judged() -> None:
 def test_made_up_inputs_have_the_model_s_types() -> None:
     proto = model("g (float16[n, 3] a, int32[2, m] b, bool c, string[k] d) => (float16[n, 3] y) { y = Relu(a) }")
     with Session(ir.from_proto(proto)) as session:
-        batch = opset_check.random_inputs(session.inputs)[1]
+        batch = random_inputs(session.inputs)[1]
         assert len(session.run(batch)) == 1
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
         "a": ((1, 3), "float16"),

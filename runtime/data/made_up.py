@@ -1,0 +1,65 @@
+"""Inputs of the declared types, made up where there are no data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.errors import CalibrationError
+from magr_onnx.runtime.data import decoders
+from magr_onnx.runtime.ort.session import Batch, InputInfo, inputs_of
+
+# Sizes tried in turn for a dynamic axis of samples and for other dynamic axes.
+BROADCAST_SAFE = ((4, 4), (1, 8), (2, 16))  # never 1 for the latter, which some operators broadcast
+AS_SERVED = ((1, 8), (1, 64), (1, 256), (4, 4), (2, 16), (1, 512), (1, 16000))  # one sample first, as most models are run
+
+_LARGEST = 1 << 24  # elements of an input; a declared shape may ask for any number
+_IMAGE = 64  # least size of the dynamic axes of an image, of which networks halve both several times
+
+
+def random_inputs(inputs: Sequence[InputInfo], sizes: Sequence[tuple[int, int]] = BROADCAST_SAFE) -> list[Batch]:
+    """Draw inputs of the declared types, normal floats and integers 0 or 1; one batch per guess at the dynamic sizes."""
+    guesses = [{i.name: _shape(i, samples, others) for i in inputs} for samples, others in sizes]
+    feasible = [shapes for shapes in guesses if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
+    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in feasible]
+
+
+def _shape(info: InputInfo, samples: int, others: int) -> list[int]:
+    state = len(info.shape) == 3 and (info.shape[0] or 1) > 1  # of recurrent layers: layers, samples, units
+    of_samples = 1 if state else info.axis
+    dynamic = [axis for axis, d in enumerate(info.shape) if d is None and axis != of_samples]
+    if len(info.shape) == 4 and len(dynamic) == 2 and info.dtype.kind != "b":
+        others = max(others, _IMAGE)
+    return [d if d is not None else samples if axis == of_samples else others for axis, d in enumerate(info.shape)]
+
+
+def _random(info: InputInfo, shape: Sequence[int]) -> npt.NDArray[Any]:
+    rng = np.random.default_rng(0)
+    if info.dtype.kind == "f":
+        return rng.standard_normal(shape).astype(info.dtype)
+    if info.dtype.kind in "iub":
+        return rng.integers(0, 2, shape).astype(info.dtype)
+    return np.full(shape, "a", dtype=object)
+
+
+def feeds_for(model: ir.Model, mask: str | None) -> Iterator[Batch]:
+    """Yield feeds that the model may run with, for each guess at its dynamic sizes; a decoder's past is empty.
+
+    Args:
+        model: The model.
+        mask: The input that marks rows to count, which is set to 1 throughout.
+    """
+    decoder = None
+    with contextlib.suppress(CalibrationError):
+        decoder = decoders.recognise(model)
+    for batch in random_inputs(inputs_of(model) if decoder is None else [decoder.tokens], AS_SERVED):
+        if decoder is not None:
+            yield decoder.start(batch[decoder.tokens.name])
+        else:
+            yield {name: np.ones_like(array) if name == mask else array for name, array in batch.items()}
