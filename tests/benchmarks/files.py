@@ -1,6 +1,7 @@
 """Model files of other people through every format: do they load, how accurate, how large, how fast, and at what cost to make.
 
     python tests/benchmarks/files.py FOLDER... [--json results.json] [--only PATTERN] [--formats matmulnbits-4 ...] [--makers rtn ...]
+                                               [--origins FILE.tsv]
 
 Every ``.onnx`` file below the folders, the smallest first, is optimized in every format without data and with 16 synthetic samples,
 by rounding to nearest, and by onnxruntime's own quantizers. Each case runs in a process of its own with a time limit, so that a crash of
@@ -8,7 +9,8 @@ onnxruntime or an endless run is a row like any other. Unknown dimensions become
 the float model runs with. Accuracy is the signal to quantization noise ratio over 16 inputs that no case was calibrated with: the noise of
 an output relative to its energy, and the mean over outputs. Results stay in the JSON file, and a second run goes on where the first ended.
 
-The table has the worst cases first: those that crashed, then by decibels over rounding to nearest.
+The table has the worst cases first: those that crashed, then by decibels over rounding to nearest. ``--origins`` prints two short tables
+instead, by format and by source: each line of that file has a folder, a version, a licence and a job, with tabs between them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from common import Cell, Feeds, Unsupported, header, interleaved, ort_dynamic, o
 
 from magr_onnx import optimize
 from magr_onnx.errors import MagrError
+from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.ort.session import Session
 
 SIZES = (64, 48, 1, 16, 512, 576, 16000, 21)
@@ -149,7 +152,9 @@ def make(maker: str, form: str, path: Path, data: list[Feeds], output: Path) -> 
     report = optimize(path, calibration or None, output=output, **options).report
     reasons = collections.Counter(f"{skip.op}: {skip.reason}" for skip in report.skipped)
     errors = {row.name: row.error for row in report.layers}
-    return {"layers": len(report.layers), "notes": list(report.notes), "skipped": dict(reasons), "errors": errors}
+    comparison = report.check
+    warned = comparison is not None and comparison.latency is not None and comparison.latency.slower
+    return {"layers": len(report.layers), "notes": list(report.notes), "skipped": dict(reasons), "errors": errors, "warned": warned}
 
 
 def total_bytes(path: Path) -> int:
@@ -172,8 +177,9 @@ def run_case(maker: str, form: str, path: Path, inputs: list[Feeds], folder: Pat
             row["dB"] = decibels([mine.run(x) for x in judged], [exact.run(x) for x in judged])
             runs: list[Callable[[], object]] = [partial(exact.run, judged[0]), partial(mine.run, judged[0])]
             times = interleaved(runs, rounds=9 if total_bytes(path) < 5e6 else 5)
-            row["time"] = statistics.median(times[1]) / statistics.median(times[0])
-            row["float ms"] = 1e3 * statistics.median(times[0])
+            (low, middle, high), (early, median, late) = (map(float, np.quantile(1e3 * np.array(t), (0.25, 0.5, 0.75))) for t in times)
+            row |= {"time": median / middle, "float ms": middle}
+            row["slower"] = Latency(middle, median, len(times[0]), (low, high), (early, late)).slower
     return row
 
 
@@ -268,6 +274,51 @@ def render(rows: dict[str, Any]) -> str:
     return "\n".join([title, "", table(COLUMNS, shown_rows), "", "Refused, or left as they are:", "", *dict.fromkeys(remarks)])
 
 
+SHORT = ("made", "refused", "crashed", "larger", "slower", "not warned", "below RTN", "worst", "median", "over ORT", "size", "time")
+
+
+def figures(names: list[str], rows: dict[str, Any]) -> list[Cell]:
+    """The columns `SHORT` of some cases: counts, decibels over rounding and over onnxruntime, and the median size and time by float's."""
+    own = [rows[name] for name in names]
+    status = collections.Counter(row["status"] for row in own)
+    over: dict[str, list[float]] = {}
+    for rival in ("rtn", "onnxruntime"):
+        values = (_over(rows[name], rows.get(f"{name.rpartition('|')[0]}|{rival}", {})) for name in names)
+        over[rival] = [value for value in values if value is not None]
+    slower = [row for row in own if row.get("slower")]
+    medians = [_median([row[figure] for row in own if figure in row], 2) for figure in ("size", "time")]
+    decibels = [min(over["rtn"], default=None), *(statistics.median(v) if v else None for v in over.values())]
+    return [
+        status["made"],
+        status["refused"],
+        len(own) - status["made"] - status["refused"],
+        sum(row.get("size", 0) > 1 for row in own),
+        len(slower),
+        sum(not row.get("warned") for row in slower),
+        sum(value < -0.3 for value in over["rtn"]),
+        *(None if value is None else f"{value:+.1f}" for value in decibels),
+        *medians,
+    ]
+
+
+def _median(values: list[float], digits: int) -> str | None:
+    return f"{statistics.median(values):.{digits}f}" if values else None
+
+
+def render_short(rows: dict[str, Any], origins: list[list[str]]) -> str:
+    """Two tables of our own cases: by format, and by the folder that the files come from."""
+    own = [key for key in rows if key.endswith(("|data-free", "|calibrated"))]
+    groups = dict.fromkeys(key.split("|", 1)[1] for key in own)
+    by_format = [[*g.split("|"), *figures([key for key in own if key.split("|", 1)[1] == g], rows)] for g in sorted(groups)]
+    by_source = []
+    for folder, version, licence, job in origins:
+        names = [key for key in own if key.startswith(f"{folder}/")]
+        files = len({key.split("|")[0] for key in names})
+        by_source.append([f"{folder} {version}", licence, job, files, *figures(names, rows)])
+    tables = [(("format", "data", *SHORT), by_format), (("package", "licence", "job", "files", *SHORT), by_source)]
+    return "\n\n".join(table(columns, lines) for columns, lines in tables)
+
+
 def _over(row: dict[str, Any], rival: dict[str, Any]) -> float | None:
     """Decibels over a rival, where both have some."""
     difference = row.get("dB", np.nan) - rival.get("dB", np.nan)
@@ -284,6 +335,7 @@ def main() -> None:
         "--makers", nargs="+", choices=MAKERS, default=list(MAKERS), help="who makes the files; the table compares all that ran"
     )
     parser.add_argument("--limit", type=int, default=300, help="seconds for a case")
+    parser.add_argument("--origins", type=Path, help="where the files come from, for short tables")
     args = parser.parse_args()
     rows: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for path in sorted((p for folder in args.folders for p in folder.rglob("*.onnx")), key=total_bytes):
@@ -293,7 +345,10 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1))
     print(header("Files of other people"))
-    print(render(rows))
+    if args.origins is None:
+        print(render(rows))
+    else:
+        print(render_short(rows, [line.split("\t") for line in args.origins.read_text().splitlines()]))
 
 
 if __name__ == "__main__":
