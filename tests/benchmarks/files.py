@@ -176,7 +176,7 @@ def run_case(maker: str, form: str, path: Path, inputs: list[Feeds], folder: Pat
             judged = inputs[SAMPLES:]
             row["dB"] = decibels([mine.run(x) for x in judged], [exact.run(x) for x in judged])
             runs: list[Callable[[], object]] = [partial(exact.run, judged[0]), partial(mine.run, judged[0])]
-            times = interleaved(runs, rounds=9 if total_bytes(path) < 5e6 else 5)
+            times = interleaved(runs, rounds=31 if total_bytes(path) < 5e6 else 7)
             (low, middle, high), (early, median, late) = (map(float, np.quantile(1e3 * np.array(t), (0.25, 0.5, 0.75))) for t in times)
             row |= {"time": median / middle, "float ms": middle}
             row["slower"] = Latency(middle, median, len(times[0]), (low, high), (early, late)).slower

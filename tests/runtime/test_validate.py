@@ -292,6 +292,8 @@ def test_a_model_timed_against_itself_is_not_slower() -> None:
     [
         ((10, 13, (9, 11), (12, 14)), True),
         ((10, 13, (9, 14), (12, 15)), False),  # no more than the runs scatter
+        ((2, 50, (1.8, 95), (40, 110)), True),  # some runs waited for other programs
+        ((2, 50, (1.8, 95), (1.9, 110)), False),  # most of them did
         ((10, 10.5, (9.9, 10.1), (10.4, 10.6)), False),  # certain, and of no matter
         ((10, 13, None, None), True),  # an older report
     ],
