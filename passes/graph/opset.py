@@ -12,6 +12,7 @@ from onnxscript import version_converter
 
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io import contrib_schemas
+from magr_onnx.model_io.external_data import model_values
 from magr_onnx.passes.graph import metadata
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.subgraphs import unique_names
@@ -70,7 +71,7 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     changed = False
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
-        labels = metadata.collect(model)
+        labels, folders = metadata.collect(model), {_place(tensor): tensor.base_dir for tensor in _external(model)}
         declared = [(value.type, value.shape) for value in model.graph.outputs]
         typed = {value.name for value in _computed(model) if value.type is not None or value.shape is not None}
         contrib_schemas.register()
@@ -85,6 +86,8 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
                 "opset, or use format matmulnbits"
             )
         metadata.restore(model, labels)
+        for tensor in _external(model):
+            tensor.base_dir = tensor.base_dir or folders[_place(tensor)]
         for value in _computed(model):
             if value.name not in typed:
                 value.type = value.shape = None  # inferred by the converter; with long names as large as the weights of a small model
@@ -106,6 +109,15 @@ def raise_opset_if_possible(model: ir.Model, target: int) -> bool:
         except ModelError:
             return False
     return raise_opset(model, target)
+
+
+def _external(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Return the initializers in files; onnx's own converter forgets the folders of those in bodies."""
+    return [value.const_value for value in model_values(model) if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def _place(tensor: ir.ExternalTensor) -> tuple[str, str, int | None]:
+    return str(tensor.name), str(tensor.location), tensor.offset
 
 
 def _computed(model: ir.Model) -> Iterator[ir.Value]:

@@ -312,3 +312,43 @@ def test_shapes_that_the_converter_infers_do_not_go_into_the_file() -> None:
     raised = ir.from_proto(source)
     assert raise_opset(raised, 21)
     assert {value.name for value in ir.to_proto(raised).graph.value_info} == {"a", "w"}  # onnx-ir writes those of initializers too
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("opset", [10, 13, 17])
+def test_data_in_files_of_weights_in_bodies_is_found(opset: int, format_: str, tmp_path: Path) -> None:
+    source = model(
+        """g (float[n, 16] x, bool c) => (float[n, 16] y) {
+            h = If(c) <
+                then_branch = t () => (float[n, 16] z) {
+                    z = If(c) <
+                        then_branch = tt () => (float[n, 16] a) { a = MatMul(x, aw) },
+                        else_branch = te () => (float[n, 16] b) { b = MatMul(x, bw) }
+                    >
+                },
+                else_branch = e () => (float[n, 16] d) { d = MatMul(x, dw) }
+            >
+            y = MatMul(h, w)
+        }""",
+        opset=opset,
+        w=constant("w", 16, 16),
+    )
+    arrays = {name: constant(name, 16, 16) for name in ("aw", "bw", "dw")}
+    outer = {a.name: a.g for a in source.graph.node[0].attribute}
+    inner = {a.name: a.g for a in outer["then_branch"].node[0].attribute}
+    places = {"aw": inner["then_branch"], "bw": inner["else_branch"], "dw": outer["else_branch"]}
+    (tmp_path / "data.bin").write_bytes(b"".join(array.tobytes() for array in arrays.values()))
+    for i, (name, graph) in enumerate(places.items()):
+        tensor = numpy_helper.from_array(arrays[name], name)
+        onnx.external_data_helper.set_external_data(tensor, "data.bin", 1024 * i, 1024)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        graph.initializer.append(tensor)
+    (tmp_path / "m.onnx").write_bytes(source.SerializeToString())
+    x = constant("x", 5, 16)
+    data = [{"x": x, "c": np.array(flag)} for flag in (True, False) for _ in range(2)]
+    magr_onnx.optimize(tmp_path / "m.onnx", data, output=tmp_path / "out.onnx", **(FORMATS[format_] | {"bits": 8}))
+    with Session(tmp_path / "out.onnx") as after:
+        for flag, first in ((True, "aw"), (False, "dw")):
+            expected = x @ arrays[first] @ constant("w", 16, 16)
+            np.testing.assert_allclose(after.run({"x": x, "c": np.array(flag)})[0], expected, atol=0.05 * np.abs(expected).max())
