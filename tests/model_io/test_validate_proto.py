@@ -357,6 +357,51 @@ def recursive() -> onnx.ModelProto:
     return proto
 
 
+def with_body(op: str, inputs: str, outputs: str, body: str, opset: int = 21, **attributes: int) -> onnx.ModelProto:
+    """A model with a Loop, Scan or If, whose body is written as ONNX's text."""
+    proto = graph(f"{BODY}", ", float[2, 16] s, bool c, int64 t", opset=opset)
+    graphs = {"then_branch": body, "else_branch": body} if op == "If" else {"body": body}
+    bodies = {name: onnx.parser.parse_graph(text) for name, text in graphs.items()}
+    proto.graph.node.append(helper.make_node(op, inputs.split(), outputs.split(), **bodies, **attributes))
+    return proto
+
+
+STEP = "b (float[2, 16] p, float[16] r) => (float[2, 16] p2, float[16] r2) { p2 = Identity(p) r2 = Identity(r) }"
+TURN = "b (int64 i, bool g, float[2, 16] p) => (bool g2, float[2, 16] p2) { g2 = Identity(g) p2 = Identity(p) }"
+BRANCH = "b () => (float[2, 16] p) { p = Identity(s) }"
+
+
+@pytest.mark.parametrize(
+    ("proto", "message"),
+    [
+        (with_body("Scan", "s x", "e f", STEP, num_scan_inputs=0), "num_scan_inputs = 0, 2 inputs and 2 outputs"),
+        (with_body("Scan", "s x", "e f", STEP, num_scan_inputs=3), "num_scan_inputs = 3, 2 inputs and 2 outputs"),
+        (with_body("Scan", "s s x", "e f", STEP, num_scan_inputs=1), "body 'b' of 2 inputs and 2 outputs, and runs it as one of 3 inputs"),
+        (with_body("Scan", "s x", "e", STEP, num_scan_inputs=1), "runs it as one of 2 inputs and 1 outputs"),
+        (with_body("Loop", "t c s s", "e", TURN), "body 'b' of 3 inputs and 2 outputs, and runs it as one of 4 inputs and 2 outputs"),
+        (with_body("Loop", "t c s", "e f", TURN), "runs it as one of 3 inputs and 3 outputs"),
+        (with_body("If", "c", "e f", BRANCH), "body 'b' of 0 inputs and 1 outputs, and runs it as one of 0 inputs and 2 outputs"),
+        (with_body("Scan", "s x", "e f", STEP, opset=8, num_scan_inputs=1), "Scan of opset 8"),
+    ],
+)
+def test_bodies_have_the_inputs_and_outputs_of_their_nodes(proto: onnx.ModelProto, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        magr_onnx.optimize(proto, output=tmp_path / "out.onnx", bits=8)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        with_body("Scan", "s x", "e f", STEP, num_scan_inputs=1),
+        with_body("Loop", "t c s", "e", TURN),
+        with_body("Loop", "t c", "e", "b (int64 i, bool g) => (bool g2, float[16] r) { g2 = Identity(g) r = ReduceMax<keepdims = 0>(s) }"),
+        with_body("If", "c", "e", BRANCH),
+    ],
+)
+def test_bodies_that_are_right(proto: onnx.ModelProto) -> None:
+    assert files.load(proto).model.graph
+
+
 @pytest.mark.parametrize(
     ("proto", "message"),
     [
