@@ -23,7 +23,7 @@ import onnx_ir as ir
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_folds
 from magr_onnx.core.types import LayerStats, TargetMoments
-from magr_onnx.errors import NonFiniteError, RuntimeFailure, raise_all
+from magr_onnx.errors import ModelError, NonFiniteError, RuntimeFailure, raise_all
 from magr_onnx.passes.graph.kv_cache import current_mask
 from magr_onnx.passes.instrument.segments import cut, downstream, fed_inputs, residual_operand, segments_of
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -234,6 +234,9 @@ def _measure(
         kept = kept_rows(values.masks[b], x.shape) if follows else None
         masked &= kept is not None
         weight = context.data.weight(b)
+        if x.shape[-1] != k:
+            what = f"layer {readers[0].name}: its input {name} has {x.shape[-1]} columns, and its weight {k} rows"
+            raise ModelError(f"{what}; correct the shapes that the model declares, or the weight")
         rows = _rows(y, kept), _rows(x, kept)
         inputs.of(b).add_rows(*rows, weight)
         for layer_name, sums in outputs.items():

@@ -14,6 +14,7 @@ import magr_onnx
 from magr_onnx.core import error_feedback
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, DynamicRange, LayerStats, TargetMoments
+from magr_onnx.models.zoo.trap import constant, model
 from magr_onnx.passes.instrument.segments import cut, reads, segments_of
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.runtime.calibration import staged as stages
@@ -673,3 +674,11 @@ def test_strings_as_inputs(cache: int) -> None:
     data = [{"words": np.random.default_rng(s).choice(np.array(list("abcd"), object), (20, 16))} for s in range(5)]
     _, report = magr_onnx.optimize(of_words(), data, cache=cache, progress=None)
     assert [row.rows for row in report.layers] == [100, 100]
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_a_model_whose_input_does_not_fit_its_weight(effort: Any, tmp_path: Path) -> None:
+    text = 'g (float[40, n] x) => (float[8, n] y) { y = Einsum<equation = "kj,kn->jn">(w, x) }'
+    proto = model(text, w=constant("w", 16, 8))
+    with pytest.raises(magr_onnx.MagrError, match=r"has 40 columns, and its weight 16 rows|onnxruntime"):
+        magr_onnx.optimize(proto, [{"x": constant("x", 40, 5)}] * 4, effort=effort, output=tmp_path / "out.onnx", bits=8)
