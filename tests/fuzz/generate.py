@@ -6,7 +6,7 @@ A graph is made from a ``random.Random``, which hypothesis shrinks and a program
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 Array = npt.NDArray[Any]
 OPSETS = range(7, 26)
 DTYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.float64: TensorProto.DOUBLE}
-
-
 _STYLES = ("{b}_{n}", "/model/layers.{n}/{b}", "{b}.{n}:0", "{n}", "größe {b} {n}", "{{{b}}}[{n}]*?", "{b}_{n}" + "x" * 300)
 
 
@@ -33,7 +31,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A model, inputs to compare on, more of them to calibrate with, and how many MatMul and Gemm nodes it has."""
+    """A model, inputs to compare on, more of them to calibrate with, how many MatMul and Gemm nodes it has, and what it is made of."""
 
     model: onnx.ModelProto
     feeds: dict[str, Array]
@@ -43,7 +41,21 @@ class Made:
 
 
 @dataclass(slots=True)
-class _Maker:
+class Maker:
+    """A graph in the making.
+
+    Attributes:
+        inputs: Arrays for the inputs beside the first one, by name.
+        draw: What makes another array for such an input; the others never change.
+        overridable: Constants that are inputs as well.
+        outputs: Values that are outputs.
+        results: Outputs that are no tensors.
+        domains: Versions of domains beside ONNX's own.
+        weights: Constants that another layer may use again, with their shapes.
+        forms: What the graph is made of.
+        count: Names so far.
+    """
+
     rng: random.Random
     opset: int
     dtype: Any
@@ -51,9 +63,12 @@ class _Maker:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
     inputs: dict[str, Array] = field(default_factory=dict)
+    draw: dict[str, Callable[[], Array]] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     overridable: list[str] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    results: list[onnx.ValueInfoProto] = field(default_factory=list)
+    domains: dict[str, int] = field(default_factory=dict)
     weights: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     forms: list[str] = field(default_factory=list)
     count: int = 0
@@ -61,10 +76,7 @@ class _Maker:
     def name(self, base: str) -> str:
         """A fresh name in one of the styles of exporters, or a strange one."""
         self.count += 1
-        style = self.rng.choice(
-            ("{b}_{n}", "/model/layers.{n}/{b}", "{b}.{n}:0", "{n}", "größe {b} {n}", "{{{b}}}[{n}]*?", "{b}_{n}" + "x" * 300)
-        )
-        return style.format(b=base, n=self.count)
+        return self.rng.choice(_STYLES).format(b=base, n=self.count)
 
     def constant(self, array: Array, base: str = "const") -> str:
         name = self.name(base)
@@ -120,7 +132,7 @@ class _Maker:
         return self.rng.choice((1, 2, 3, 8, 16, 17, 24, 32, 40, 64))
 
 
-def _matmul(m: _Maker, x: Value) -> Value:
+def _matmul(m: Maker, x: Value) -> Value:
     k, n = x.shape[-1], m.width()
     y = m.node("MatMul", [x.name, m.weight(k, n)], (*x.shape[:-1], n))
     if m.rng.random() < 0.5:
@@ -129,7 +141,7 @@ def _matmul(m: _Maker, x: Value) -> Value:
     return y
 
 
-def _gemm(m: _Maker, x: Value) -> Value:
+def _gemm(m: Maker, x: Value) -> Value:
     k, n = x.shape[-1], m.width()
     rows = int(np.prod(x.shape[:-1]))
     flat = x if len(x.shape) == 2 else m.node("Reshape", [x.name, m.integers(-1, k)], (rows, k))
@@ -149,7 +161,7 @@ def _gemm(m: _Maker, x: Value) -> Value:
     return m.node("Gemm", inputs, (rows, n), **attributes, **({"transB": 1} if turned else {}))
 
 
-def _einsum(m: _Maker, x: Value) -> Value:
+def _einsum(m: Maker, x: Value) -> Value:
     if m.opset < 12:
         return _matmul(m, x)
     k, n = x.shape[-1], m.width()
@@ -159,7 +171,7 @@ def _einsum(m: _Maker, x: Value) -> Value:
     return m.node("Einsum", [x.name, m.weight(n, k)], (*x.shape[:-1], n), equation=f"{left}k, nk -> {left}n")
 
 
-def _conv(m: _Maker, x: Value) -> Value:
+def _conv(m: Maker, x: Value) -> Value:
     """Conv over rank 3, channels second; pointwise or with a window."""
     if len(x.shape) != 3 or m.dtype == np.float64:
         return _matmul(m, x)
@@ -170,7 +182,7 @@ def _conv(m: _Maker, x: Value) -> Value:
     return m.node("Conv", inputs, (x.shape[0], n, x.shape[2]), kernel_shape=[window], pads=pads)
 
 
-def _elementwise(m: _Maker, x: Value) -> Value:
+def _elementwise(m: Maker, x: Value) -> Value:
     op = m.rng.choice(("Relu", "Sigmoid", "Tanh", "Mul", "Add", "Softmax", "Residual", "Identity", "Clip"))
     if op in ("Relu", "Sigmoid", "Tanh", "Identity"):
         return m.node(op, [x.name], x.shape)
@@ -185,31 +197,31 @@ def _elementwise(m: _Maker, x: Value) -> Value:
     return m.node(op, [x.name, m.constant(m.floats(x.shape[-1]), "vector")], x.shape)
 
 
-def _turn(m: _Maker, x: Value) -> Value:
+def _turn(m: Maker, x: Value) -> Value:
     perm = [*range(len(x.shape) - 2), len(x.shape) - 1, len(x.shape) - 2]
     return m.node("Transpose", [x.name], tuple(x.shape[i] for i in perm), perm=perm)
 
 
-def _casts(m: _Maker, x: Value) -> Value:
+def _casts(m: Maker, x: Value) -> Value:
     other = TensorProto.FLOAT16 if m.dtype != np.float16 else TensorProto.FLOAT
     there = m.node("Cast", [x.name], x.shape, to=other)
     return m.node("Cast", [there.name], x.shape, to=DTYPES[m.dtype])
 
 
-def _left(m: _Maker, x: Value) -> Value:
+def _left(m: Maker, x: Value) -> Value:
     """The constant on the left: ``W X``."""
     k, n = x.shape[-2], m.width()
     return m.node("MatMul", [m.constant(m.floats(n, k, scale=k**-0.5), "left"), x.name], (*x.shape[:-2], n, x.shape[-1]))
 
 
-def _vector(m: _Maker, x: Value) -> Value:
+def _vector(m: Maker, x: Value) -> Value:
     """A weight of rank one, whose axis goes away and comes back."""
     k = x.shape[-1]
     y = m.node("MatMul", [x.name, m.constant(m.floats(k, scale=k**-0.5), "vector")], x.shape[:-1])
     return m.node("Reshape", [y.name, m.integers(*x.shape[:-1], 1)], (*x.shape[:-1], 1))
 
 
-def _experts(m: _Maker, x: Value) -> Value:
+def _experts(m: Maker, x: Value) -> Value:
     """A stack of weights, one for each first index."""
     if len(x.shape) != 3:
         return _matmul(m, x)
@@ -218,7 +230,7 @@ def _experts(m: _Maker, x: Value) -> Value:
     return m.node("MatMul", [x.name, stack], (*x.shape[:-1], n))
 
 
-def _branch(m: _Maker, x: Value) -> Value:
+def _branch(m: Maker, x: Value) -> Value:
     """If with a layer in one branch, its weight inside or outside."""
     k, n = x.shape[-1], m.width()
     flag = m.name("flag")
@@ -240,7 +252,7 @@ def _branch(m: _Maker, x: Value) -> Value:
     return m.node("If", [flag], (*x.shape[:-1], n), then_branch=branches[0], else_branch=branches[1])
 
 
-def _loop(m: _Maker, x: Value) -> Value:
+def _loop(m: Maker, x: Value) -> Value:
     """A layer run twice by a Loop."""
     k = x.shape[-1]
     weight = m.weight(k, k)
@@ -265,15 +277,16 @@ def _loop(m: _Maker, x: Value) -> Value:
     return m.node("Loop", [trips, true, x.name], x.shape, body=body)
 
 
-def _function(m: _Maker, x: Value) -> Value:
+def _function(m: Maker, x: Value) -> Value:
     """A function of the model with a layer inside, its weight given."""
     nodes = [helper.make_node("MatMul", ["a", "w"], ["p"], name="inside"), helper.make_node("Relu", ["p"], ["r"])]
+    m.domains["own.domain"] = 1
     m.functions["Layer"] = helper.make_function("own.domain", "Layer", ["a", "w"], ["r"], nodes, [helper.make_opsetid("", m.opset)])
     k, n = x.shape[-1], m.width()
     return m.node("Layer", [x.name, m.weight(k, n)], (*x.shape[:-1], n), domain="own.domain")
 
 
-def _shared(m: _Maker, x: Value) -> Value:
+def _shared(m: Maker, x: Value) -> Value:
     """Two layers with one weight, added."""
     k, n = x.shape[-1], m.width()
     weight, shape = m.weight(k, n), (*x.shape[:-1], n)
@@ -282,7 +295,8 @@ def _shared(m: _Maker, x: Value) -> Value:
     return m.node("Add", products, shape)
 
 
-FORMS: tuple[Callable[[_Maker, Value], Value], ...] = (
+Form = Callable[[Maker, Value], Value]
+FORMS: tuple[Form, ...] = (
     _matmul,
     _matmul,
     _gemm,
@@ -302,15 +316,21 @@ FORMS: tuple[Callable[[_Maker, Value], Value], ...] = (
 )
 
 
-def make(rng: random.Random) -> Made:
-    """A model of one to six forms on an input of rank 2 to 4."""
+def make(rng: random.Random, forms: Sequence[Form] = FORMS, finish: Callable[[Maker, onnx.ModelProto], None] | None = None) -> Made:
+    """A model of one to six forms on an input of rank 2 to 4.
+
+    Args:
+        rng: Where all chances come from.
+        forms: What is drawn from.
+        finish: Changes the finished model.
+    """
     opset = rng.choice(OPSETS)
     dtype = rng.choice((np.float32, np.float32, np.float32, np.float16, np.float64))
-    m = _Maker(rng, opset, dtype, np.random.default_rng(rng.randrange(1 << 32)))
+    m = Maker(rng, opset, dtype, np.random.default_rng(rng.randrange(1 << 32)))
     x = Value(m.name("input"), (*(rng.choice((1, 2, 5)) for _ in range(rng.choice((1, 2, 2, 3)))), m.width()))
     first, value = x, x
     for _ in range(rng.randint(1, 6)):
-        form = rng.choice(FORMS)
+        form = rng.choice(forms)
         m.forms.append(form.__name__.strip("_"))
         value = form(m, value)
         if rng.random() < 0.15:
@@ -319,24 +339,31 @@ def make(rng: random.Random) -> Made:
         value = m.node("Identity", [value.name], value.shape)
     m.outputs = [o for o in dict.fromkeys([*m.outputs, value]) if o.name != first.name]
     proto = _model(m, first)
-    calibration = [{first.name: m.floats(*first.shape)} | m.inputs for _ in range(5)]
+    if finish is not None:
+        finish(m, proto)
+    calibration = [{first.name: m.floats(*first.shape)} | m.inputs | {k: draw() for k, draw in m.draw.items()} for _ in range(5)]
     return Made(proto, calibration[0], calibration, count(proto), f"opset {opset}, {np.dtype(dtype)}, {'+'.join(m.forms)}")
 
 
-def _model(m: _Maker, first: Value) -> onnx.ModelProto:
+def _model(m: Maker, first: Value) -> onnx.ModelProto:
     kind = DTYPES[m.dtype]
     inputs = [helper.make_tensor_value_info(first.name, kind, _dims(m, first.shape))]
-    inputs += [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in m.inputs]
+    inputs += [_info(name, array) for name, array in m.inputs.items()]
     inputs += [helper.make_tensor_value_info(name, kind, m.constants[name].shape) for name in m.overridable]
-    outputs = [helper.make_tensor_value_info(o.name, kind, [None] * len(o.shape)) for o in m.outputs]
+    outputs = [helper.make_tensor_value_info(o.name, kind, [None] * len(o.shape)) for o in m.outputs] + m.results
     constants = [numpy_helper.from_array(array, name) for name, array in m.constants.items()]
-    imports = [helper.make_opsetid("", m.opset)] + ([helper.make_opsetid("own.domain", 1)] if m.functions else [])
+    imports = [helper.make_opsetid(domain, version) for domain, version in {"": m.opset, **m.domains}.items()]
     graph = helper.make_graph(m.nodes, "graph", inputs, outputs, constants)
     version = max(helper.find_min_ir_version_for(imports, ignore_unknown=True), 8 if m.functions else 4)
     return helper.make_model(graph, opset_imports=imports, functions=list(m.functions.values()), ir_version=version)
 
 
-def _dims(m: _Maker, shape: tuple[int, ...]) -> list[int | str | None]:
+def _info(name: str, array: Array) -> onnx.ValueInfoProto:
+    kind = TensorProto.STRING if array.dtype.kind == "U" else helper.np_dtype_to_tensor_dtype(array.dtype)
+    return helper.make_tensor_value_info(name, kind, [None] * array.ndim)
+
+
+def _dims(m: Maker, shape: tuple[int, ...]) -> list[int | str | None]:
     """Some dimensions with a name, some unknown, the last one fixed."""
     return [*(m.rng.choice((d, None, f"dim {i}")) for i, d in enumerate(shape[:-1])), shape[-1]]
 

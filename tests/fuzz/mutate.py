@@ -24,8 +24,9 @@ from magr_onnx.models.zoo import ZOO
 from tests.fuzz import isolated
 from tests.fuzz.generate import make
 from tests.fuzz.judge import OPTIONS, Outcome, judge
+from tests.fuzz.odd import make_odd
 
-GENERATED = 60
+GENERATED = 40
 INTEGERS = (
     0,
     1,
@@ -62,10 +63,11 @@ class Base:
 
 @functools.cache
 def bases() -> tuple[Base, ...]:
-    """The zoo, random graphs, and some of either with external data."""
+    """The zoo, random graphs, some of them of odd forms, and some of either with external data."""
     rng = np.random.default_rng(0)
     found = [Base(t.build(), t.feeds(rng), [t.feeds(rng) for _ in range(4)]) for t in ZOO.values()]
-    found += [Base(m.model, m.feeds, m.calibration) for m in (make(random.Random(seed)) for seed in range(GENERATED))]
+    made = (maker(random.Random(seed)) for maker in (make, make_odd) for seed in range(GENERATED))
+    found += [Base(m.model, m.feeds, m.calibration) for m in made]
     return (*found, *(external(base) for base in found[::4]))
 
 
