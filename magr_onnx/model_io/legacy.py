@@ -4,7 +4,8 @@
 2. Initializers among the inputs are no inputs before IR version 4, where they had to be listed and onnxruntime does not allow overriding
    them; from version 4 on it means that callers may override them.
 3. Types that onnx-ir does not know, such as sklearn-onnx's maps, are kept as text in the value's metadata, and written back as they were.
-4. Nodes are put in order, the standard domain has its short name, and onnxruntime's own is imported where it is used.
+4. An output that is an input has the input's type, whatever the file declares.
+5. Nodes are put in order, the standard domain has its short name, and onnxruntime's own is imported where it is used.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def modernize(proto: onnx.ModelProto) -> onnx.ModelProto:
     _name_domains(proto)
     for graph in graphs(proto):
         _sort(graph)
+        _declare_once(graph)
         for value in _declared(graph):
             if _has_map(value.type):
                 value.metadata_props.add(key=TYPE, value=base64.b64encode(value.type.SerializeToString()).decode())
@@ -89,6 +91,14 @@ def _declared(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Valu
     if isinstance(graph, onnx.GraphProto):
         yield from (*graph.input, *graph.output)
     yield from graph.value_info
+
+
+def _declare_once(graph: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Let an output that is an input have the input's type, which onnx-ir would replace by the output's, or by none."""
+    types = {value.name: value.type for value in graph.input} if isinstance(graph, onnx.GraphProto) else {}
+    for value in _declared(graph):
+        if value.name in types and types[value.name].WhichOneof("value") is not None:
+            value.type.CopyFrom(types[value.name])
 
 
 def _has_map(kind: onnx.TypeProto) -> bool:

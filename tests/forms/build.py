@@ -585,6 +585,16 @@ def output_is_an_input() -> onnx.ModelProto:
 
 
 @form
+def output_is_an_input_and_has_no_type() -> onnx.ModelProto:
+    return model(outputs=[value("y", ["n", N]), onnx.ValueInfoProto(name="x")])
+
+
+@form
+def output_is_an_input_and_has_no_shape() -> onnx.ModelProto:
+    return model(outputs=[value("y", ["n", N]), value("x", None)])
+
+
+@form
 def output_is_a_weight() -> onnx.ModelProto:
     return model(outputs=[value("y", ["n", N]), value("v", [M, N]), value("b", [M])])
 

@@ -54,13 +54,13 @@ def bugs(found: Sequence[tuple[int, Outcome]]) -> str:
     return "\n".join(f"seed {seed}: {outcome.kind}: {outcome.detail[:300]}" for seed, outcome in found if outcome.bug)
 
 
+ODD_FOUND = (300680,)
+"""Seeds whose graphs of odd forms once failed: an output without a type that is an input."""
+
+
 @pytest.mark.long
 def test_graphs_of_odd_forms() -> None:
-    assert not bugs([(seed, judge_odd(seed)) for seed in range(60)])
-
-
-ODD_FOUND = ()
-"""Seeds whose graphs of odd forms once failed."""
+    assert not bugs([(seed, judge_odd(seed)) for seed in (*ODD_FOUND, *range(40))])
 
 
 @pytest.mark.slow
