@@ -92,10 +92,13 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
 # --- Time ---------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(functions: Sequence[Callable[[], object]], rounds: int, warmup: int = 1) -> list[list[float]]:
+def interleaved(
+    functions: Sequence[Callable[[], object]], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """Seconds of every call; all functions run once a round, in an order that turns round every round.
 
-    Slow drifts of the machine (other work, clock rates) fall on all functions alike, and none always runs in the other's wake.
+    Slow drifts of the machine (other work, clock rates) fall on all functions alike, and none always runs in the other's wake. Where other
+    work interrupts every round at the same place, ``clock`` is to be ``time.thread_time``, for functions that work on this thread alone.
     """
     for _ in range(warmup):
         for function in functions:
@@ -104,9 +107,9 @@ def interleaved(functions: Sequence[Callable[[], object]], rounds: int, warmup: 
     for r in range(rounds):
         order = range(len(functions)) if r % 2 == 0 else reversed(range(len(functions)))
         for i in order:
-            begin = time.perf_counter()
+            begin = clock()
             functions[i]()
-            seconds[i].append(time.perf_counter() - begin)
+            seconds[i].append(clock() - begin)
     return seconds
 
 

@@ -108,6 +108,8 @@ class Yolo(nn.Module):
         self.fine = nn.Sequential(conv(3, 16, 3, silu, 2), conv(16, 32, 3, silu, 2), block, conv(32, 64, 3, silu, 2))
         self.coarse, self.up, self.join = conv(64, 96, 3, silu, 2), conv(96, 64, 1, silu), conv(128, 64, 3, silu)
         self.heads = nn.ModuleList([nn.Conv2d(width, 4 + DIGITS, 1) for width in (64, 96)])
+        for head in self.heads:  # few cells have a digit
+            nn.init.constant_(head.bias[4:], -4)
         centers, strides = [], []
         for stride in (8, 16):
             at = (torch.arange(SIDE // stride) + 0.5) * stride
@@ -134,7 +136,7 @@ def detection_loss(outputs: Any, targets: Any) -> Any:
     wanted = torch.zeros_like(scores)
     wanted[torch.arange(len(targets))[:, None], picks, targets[:, :1]] = 1
     predicted = outputs[:, :4].transpose(1, 2).gather(1, picks[..., None].expand(-1, -1, 4))
-    return 20 * F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), wanted) + (predicted - boxes).abs().mean() / 16
+    return 200 * F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), wanted) + (predicted - boxes).abs().mean() / 16
 
 
 def detected(outputs: Any, targets: Any) -> Any:
@@ -146,5 +148,5 @@ CONVNETS = {
     "resnet": Kind(make_resnet, textures, ("images",), 2),
     "darknet": Kind(make_darknet, textures, ("images",), 4),
     "mobile": Kind(make_mobile, textures, ("images",), 2),
-    "yolo": Kind(Yolo, scenes, ("images",), 4, detection_loss, detected),
+    "yolo": Kind(Yolo, scenes, ("images",), 8, detection_loss, detected),
 }

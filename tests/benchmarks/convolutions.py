@@ -10,7 +10,7 @@ torch, scikit-learn, scikit-image and pillow.
 All are calibrated with 64 samples. quantize_static gets the graph that onnxruntime's quant_pre_process makes, int8 weights per channel and
 uint8 activations, for MatMul, Gemm and Conv alone and for all operators, each with the calibration method whose held-out SQNR is best; its
 files stay in ``WORK/NAME/quantize_static`` and are not made again. SQNR is that of all outputs, and with an equal weight for every channel
-of the first (boxes do not hide scores). Times are medians of paired runs of one sample on one thread.
+of the first (boxes do not hide scores). Times are the processor's, medians of paired runs of one sample on one thread.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def time_all(rows: dict[str, Row], paths: dict[str, Path], network: Network, sec
     sessions = {name: Session(path, threads=1) for name, path in {"float": network.model, **paths}.items()}
     runs = [partial(session.run, first) for session in sessions.values()]
     trial = sum(map(sum, interleaved(runs, 2)))
-    taken = dict(zip(sessions, interleaved(runs, max(11, min(400, int(2 * seconds / trial)))), strict=True))
+    taken = dict(zip(sessions, interleaved(runs, max(11, min(400, int(2 * seconds / trial))), clock=time.thread_time), strict=True))
     for name in paths:
         for attribute, base in (("over_float", "float"), ("over_full", FULL)):
             if base in taken:
