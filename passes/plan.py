@@ -218,8 +218,7 @@ class Plan:
     @property
     def holds_out(self) -> bool:
         """Whether the quantizer compares solutions on held-out rows."""
-        quantize = self.resolved.quantize
-        return quantize is not None and quantize.holds_out
+        return self.quantize is not None
 
     @property
     def spec(self) -> WeightSpec | None:

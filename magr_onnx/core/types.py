@@ -29,6 +29,8 @@ LARGE = 6144
 LARGE_ROWS = 512  # of such a matrix processed at a time
 NOISE = 3e-7  # of a second moment that was summed in single precision
 PRIOR_ROWS = 4  # see `LayerStats.regularized`
+COMMON_MEAN = 0.25
+"""Squared mean over variance that inputs share, as assumed without data: 0.47 behind the Relu of normal values, 0 behind a LayerNorm."""
 COLUMN_BYTES = 1 << 25  # of float32 output channels a solver processes at a time: channels are independent
 
 
@@ -243,6 +245,7 @@ class LayerStats:
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
         activation: How the input is quantized; None where it stays float.
         folds: Statistics of parts of the rows that are held out in turn, for choices that would overfit on all rows.
+        common_mean: Squared mean over variance that inputs are assumed to share; of data-free statistics only.
     """
 
     gram: Array
@@ -251,14 +254,13 @@ class LayerStats:
     float_mean: Array | None = None
     activation: Activation | None = None
     folds: tuple[LayerStats, ...] = ()
+    common_mean: float = 0.0
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def data_free(k: int) -> LayerStats:
-        """Return the statistics assumed without calibration data: uncorrelated inputs of unit power and zero mean."""
-        line = np.zeros(2 * k - 1)
-        line[k - 1] = 1
-        return LayerStats(np.lib.stride_tricks.sliding_window_view(line, k)[::-1], np.zeros(k), 0)  # the identity, as a view of 2 K numbers
+    def data_free(k: int, common_mean: float = COMMON_MEAN) -> LayerStats:
+        """Return the statistics assumed without calibration data: uncorrelated inputs of unit power."""
+        return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, common_mean=common_mean)
 
     @property
     def target_mean(self) -> Array:
@@ -316,9 +318,11 @@ class LayerStats:
         In the prior, inputs are uncorrelated and of the median power of those that were active. From few rows, an input that
         was hardly active would else take up the errors of all others, by changes that are large where it is active after all.
         Computed once for all layers that share these statistics, unless K is `LARGE`.
+
+        Without data, inputs are assumed to share a mean: errors that add up where all inputs are positive are to cancel.
         """
         if self.is_data_free:
-            return self.gram
+            return _identity_plus(len(self.mean), self.common_mean)
         if len(self.mean) >= LARGE:
             return self._regularized(centred)
         return self.memo(("regularized", centred), lambda: self._regularized(centred))
@@ -330,6 +334,13 @@ class LayerStats:
         result = gram if centred and len(power) >= LARGE else gram.copy()  # nobody else has a large one
         result[np.diag_indices(len(power))] += PRIOR_ROWS / self.rows * (float(np.median(active)) if len(active) else 1.0)
         return result
+
+
+def _identity_plus(k: int, value: float) -> Array:
+    """Return the identity ``(K, K)`` with ``value`` added to every entry, as a view of 2 K numbers. Read-only."""
+    line = np.full(2 * k - 1, value)
+    line[k - 1] += 1
+    return np.lib.stride_tricks.sliding_window_view(line, k)[::-1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -168,11 +168,6 @@ class Quantize(LayerPass):
         return problems
 
     @property
-    def holds_out(self) -> bool:
-        """Whether solutions are judged on rows that are held out: not under an accumulator, where other constraints decide."""
-        return self.activation is None or (self.target is None and self.accumulator_bits is None)
-
-    @property
     def weighs_outputs(self) -> bool:
         """Whether the method takes second moments of gradients, in a plan that is resolved."""
         return self.quantizer.chooses and (self.activation is None or self.budget() is None)

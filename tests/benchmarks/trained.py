@@ -79,6 +79,19 @@ def waves(count: int, seed: int) -> tuple[Array, Array]:
     return (signal @ mixing + 0.5 * rng.standard_normal((count, 40, 16))).astype(np.float32), kinds
 
 
+def sentences(count: int, seed: int) -> tuple[Array, Array]:
+    """Sentences of 8 to 32 of 300 words, the rest zeros, and which of six languages they are in: each has its own likely successors."""
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(96)
+    successors, languages = fixed.integers(1, 300, (6, 300, 4)), rng.integers(0, 6, count)
+    ids = np.zeros((count, 32), np.int64)
+    ids[:, 0] = rng.integers(1, 300, count)
+    for at in range(1, 32):
+        likely = successors[languages, ids[:, at - 1], rng.integers(0, 4, count)]
+        ids[:, at] = np.where(rng.random(count) < 0.5, likely, rng.zipf(1.3, count) % 299 + 1)
+    ids[np.arange(32) >= rng.integers(8, 33, count)[:, None]] = 0
+    return ids, languages
+
+
 def make_vit() -> Any:
     """A vision transformer: patches of 7 x 7, six blocks of width 64, a head of two layers behind the first token."""
     import torch
@@ -112,6 +125,41 @@ def make_vit() -> Any:
             return self.head2(self.head1(self.norm(x)[:, 0]).relu())
 
     return Transformer()
+
+
+def make_bert() -> Any:
+    """A text encoder: four blocks of width 96, normalized behind them, with a mask of the padding, a pooler and a classifier."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(96), nn.LayerNorm(96)
+            self.q, self.k, self.v, self.out = (nn.Linear(96, 96) for _ in range(4))
+            self.up, self.down = nn.Linear(96, 384), nn.Linear(384, 96)
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            q, k, v = (layer(x).unflatten(-1, (4, 24)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            attended = ((q @ k.transpose(-1, -2)) / 24**0.5 + mask).softmax(-1) @ v
+            x = self.norm1(x + self.out(attended.transpose(1, 2).flatten(2)))
+            return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places, self.norm = nn.Embedding(300, 96), nn.Parameter(0.02 * torch.randn(1, 32, 96)), nn.LayerNorm(96)
+            self.blocks = nn.ModuleList([Block() for _ in range(4)])
+            self.pooler, self.head = nn.Linear(96, 96), nn.Linear(96, 6)
+
+        def forward(self, ids: Any) -> Any:
+            mask = -1e4 * (ids == 0).float()[:, None, None]
+            x = self.norm(self.words(ids) + self.places)
+            for block in self.blocks:
+                x = block(x, mask)
+            return self.head(self.pooler(x[:, 0]).tanh())
+
+    return Encoder()
 
 
 def make_cnn() -> Any:
@@ -190,6 +238,7 @@ class Kind:
 KINDS = {
     "vit": Kind(make_vit, digits, ("images",), 8),
     "cnn": Kind(make_cnn, digits, ("images",), 5),
+    "bert": Kind(make_bert, sentences, ("ids",), 12),
     "tabular": Kind(make_mlp, tabular, ("columns",), 25),
     "recommender": Kind(make_recommender, ratings, ("users", "items"), 20),
     "lstm": Kind(make_lstm, waves, ("frames",), 8),

@@ -120,17 +120,13 @@ def test_many_channels_are_sampled() -> None:
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "comq", "hqq", "auto"])
-@pytest.mark.parametrize("why", ["no data", "no folds", "budget"])
+@pytest.mark.parametrize("why", ["no data", "no folds"])
 def test_without_rows_to_judge_by_the_quantizer_decides(name: str, why: str) -> None:
     problem = problem_of(activations(80, 24), WeightSpec(4, None, symmetric=True))
     if why == "no data":
         problem = replace(problem, stats=LayerStats.data_free(24))
-    elif why == "no folds":
-        problem = replace(problem, stats=replace(problem.stats, folds=()))
-    elif QUANTIZERS[name].accumulators == "none":
-        return
     else:
-        problem = replace(problem, budget=Budget(Accumulator(14, 32), 0, 255))
+        problem = replace(problem, stats=replace(problem.stats, folds=()))
     expected, found = QUANTIZERS[name].run(problem, Options()), cross_validation.run(QUANTIZERS[name], problem, Options())
     np.testing.assert_array_equal(found.weight.codes, expected.weight.codes)
     assert found.notes == expected.notes
@@ -152,9 +148,11 @@ def misleading(rows: int = 80) -> Array:
 @pytest.mark.parametrize("centred", [False, True])
 def test_misleading_rows_are_not_used(name: str, centred: bool) -> None:
     """The solution is that without data, or that of rounding to nearest, and a note says so."""
-    problem = problem_of(misleading(), WeightSpec(4, 32), centred=centred)
+    x = misleading()
+    problem = problem_of(x, WeightSpec(4, 32), centred=centred)
     solution = cross_validation.run(QUANTIZERS[name], problem, Options())
-    free = replace(problem, stats=LayerStats.data_free(64), centred=False)
+    common = 0.0 if centred else x.mean() ** 2 / (np.square(x).mean() - x.mean() ** 2)
+    free = replace(problem, stats=LayerStats.data_free(64, common), centred=False)
     candidates = {method: QUANTIZERS[method].run(free, Options()).weight for method in ("rtn", name)}
     parts = cross_validation.folds(problem)
     errors = {method: cross_validation.error(parts, lambda _, w=weight: w.dequantize()) for method, weight in candidates.items()}
@@ -167,6 +165,29 @@ def test_misleading_rows_are_not_used(name: str, centred: bool) -> None:
     assert note.endswith(f"better than quantizer {name} from 80 rows")
     if name != "auto":  # which solves trials by its own options
         assert f"that is {10 * np.log10(with_data / errors[best]):.1f} dB better" in note
+
+
+@pytest.mark.parametrize("name", ["gptq", "comq", "auto"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [13, 16])
+def test_under_an_accumulator_no_solution_is_worse_than_those_without_data(name: str, symmetric: bool, bits: int) -> None:
+    """On the rows held out; and it still fits."""
+    budget = Budget(Accumulator(bits), 0, 255)
+    for seed, x in enumerate((misleading(), activations(24, 64), activations(400, 64))):
+        problem = replace(problem_of(x, WeightSpec(8, None, symmetric=symmetric), centred=seed == 1), budget=budget)
+        solution = cross_validation.run(QUANTIZERS[name], problem, Options())
+        low, high = budget.column_extremes(solution.weight.raw())
+        assert (low >= budget.low).all()
+        assert (high <= budget.high).all()
+        free = cross_validation.without_data(problem)
+        parts, found = cross_validation.folds(problem), solution.weight.dequantize()
+        for other in (name, "a2q+"):
+            weight = QUANTIZERS[other].run(free, Options()).weight.dequantize()
+            limit = cross_validation.error(parts, lambda _, w=weight: w)
+            assert solution.held_out is not None
+            assert solution.held_out <= limit * (1 + 1e-9)
+        if any(note.startswith("solved without data") for note in solution.notes):
+            assert cross_validation.error(parts, lambda _, w=found: w) == pytest.approx(solution.held_out)
 
 
 @pytest.mark.parametrize("name", ["gptq", "comq", "auto"])

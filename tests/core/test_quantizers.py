@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from magr_onnx.core.grid import Grid, minmax, search
 from magr_onnx.core.linalg import column_errors, damped, layer_error
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, comq, gptq, rtn
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, comq, diagonal, gptq, rtn
 from magr_onnx.core.types import LayerStats, QuantizedWeight, WeightSpec
 from tests.helpers import Array, activations, gptq_quantized, gram_of, layer
 
@@ -243,6 +244,44 @@ def test_gptq_without_data_is_rounding(spec: WeightSpec, act_order: bool) -> Non
     problem = Problem(weights, weights, LayerStats.data_free(K), True, spec)
     found, plain = (QUANTIZERS[name].run(problem, Options(act_order=act_order)).weight for name in ("gptq", "rtn"))
     np.testing.assert_array_equal(found.codes, plain.codes)
+
+
+@some_specs
+@pytest.mark.parametrize("name", ["comq", "auto"])
+def test_without_data_errors_cancel_where_inputs_are_positive(spec: WeightSpec, name: str) -> None:
+    """Behind a Relu the output is better than rounded; where the mean is zero it is as good, but for one part in K."""
+    rng = np.random.default_rng(0)
+    weights, _ = layer(K, 4 * N)
+    problem = Problem(weights, weights, LayerStats.data_free(K), False, spec)
+    ours, nearest = (QUANTIZERS[method].run(problem, Options()).weight.dequantize() - weights for method in (name, "rtn"))
+    x = rng.standard_normal((4000, K))
+    assert np.square(np.maximum(x, 0) @ ours).mean() < 0.85 * np.square(np.maximum(x, 0) @ nearest).mean()
+    assert np.square(x @ ours).mean() < (1 + 3 / K) * np.square(x @ nearest).mean()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_the_cheapest_codes_are_moved_as_long_as_the_error_falls(clipped: bool) -> None:
+    """The least error among all sets of weights that are rounded the other way, by trying them all."""
+    rng = np.random.default_rng(1)
+    k, step, r = 7, np.float32(0.25), 0.25
+    spec = WeightSpec(4, None, symmetric=True)
+    weights = (rng.uniform(-7, 7, (k, 40)) * step).astype(np.float32)
+    if clipped:
+        weights[0] *= 3
+    grid = Grid(np.full((1, 40), step), np.full((1, 40), 8, np.float32), spec, k)
+    start = grid.weight(grid.codes(weights))
+    moved = diagonal.cancel(weights, start, r)
+    np.testing.assert_array_equal(moved.scales, start.scales)
+    for w, before, after in zip(weights.T.astype(float), start.codes.T.astype(int), moved.codes.T.astype(int), strict=True):
+        total = ((before - 8) * step - w).sum()
+        candidates = []
+        for flips in itertools.product((0, 1), repeat=k):
+            codes = before - int(np.sign(total)) * np.array(flips)
+            if codes.min() >= 0 and codes.max() <= 15:
+                d = (codes - 8) * step - w
+                candidates.append(np.square(d).sum() + r * d.sum() ** 2)
+        d = (after - 8) * step - w
+        assert np.square(d).sum() + r * d.sum() ** 2 == pytest.approx(min(candidates), rel=1e-5)
 
 
 def test_factorization_is_shared_by_layers_of_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,9 +74,11 @@ def test_regularized_adds_four_rows_of_uncorrelated_inputs_of_the_median_active_
     assert np.linalg.eigvalsh(regularized)[0] > 0.9 * median * 4 / 20  # fewer rows than inputs, and yet it can be inverted
 
 
-def test_data_free_statistics_have_no_prior() -> None:
+def test_without_data_inputs_are_uncorrelated_around_a_mean_that_all_share() -> None:
+    """A quarter of their variance is the square of their mean, and errors are measured without it."""
     free = LayerStats.data_free(12)
-    assert free.regularized(centred=True) is free.gram
+    np.testing.assert_array_equal(free.gram, np.eye(12))
+    np.testing.assert_array_equal(free.regularized(centred=True), np.eye(12) + 0.25)
 
 
 def test_statistics_outside_a_fold_are_those_of_the_other_rows() -> None:

@@ -6,7 +6,7 @@ independent, so a sample is representative), its bias corrected from the same ro
 rows held out.
 
 From few rows, a solution can be worse than the nearest codes on any other row. `run` therefore compares every quantizer with itself without
-data and with rounding to nearest; where one of these is better, the layer is solved so.
+data and with rounding to nearest (under an accumulator: A2Q+'s projection); where one of these is better, the layer is solved so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from magr_onnx.core import error_feedback
 from magr_onnx.core.layer import output_variance
 from magr_onnx.core.linalg import layer_error
-from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.quantizers import a2q, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, LayerStats, TargetMoments
+from magr_onnx.core.types import NOISE, Array, LayerStats, TargetMoments
 
 SAMPLE = 64  # output channels
 
@@ -60,7 +60,7 @@ class Fold:
 
 
 def folds(problem: Problem) -> list[Fold]:
-    """Return the folds of a layer; none where no rows are held out, or where other constraints decide (`Problem.budget`)."""
+    """Return the folds of a layer; none where no rows are held out."""
     stats, moments = problem.stats, problem.target_moments
     if not stats.folds or (moments is not None and len(moments.folds) != len(stats.folds)):
         return []
@@ -94,9 +94,11 @@ def error(parts: list[Fold], solve: Callable[[Problem], Array]) -> float:
 
 
 def without_data(problem: Problem) -> Problem:
-    """Return a problem as it is without calibration data."""
+    """Return a problem as it is without calibration data; of the inputs the mean that all share is known, unless a bias absorbs it."""
     reference = problem.reference
-    stats = LayerStats.data_free(len(reference))
+    squared, power = float(problem.stats.mean.mean()) ** 2, float(problem.stats.gram.diagonal().mean())
+    common = 0.0 if problem.centred or problem.stats.is_data_free else squared / (max(power - squared, NOISE * power) or 1.0)
+    stats = LayerStats.data_free(len(reference), common)
     return replace(
         problem, weights=reference, target=reference, original=None, stats=stats, centred=False, fit_targets=(), target_moments=None
     )
@@ -105,20 +107,22 @@ def without_data(problem: Problem) -> Problem:
 def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
     """Run a quantizer; without data, or by rounding to nearest, where that is better on rows held out."""
     solution = quantizer.run(problem, options)
-    if problem.budget is not None or problem.stats.is_data_free or not (parts := folds(problem)):
+    if problem.stats.is_data_free or not (parts := folds(problem)):
         return solution
     held_out = solution.held_out
     if held_out is None:
         held_out = error(parts, lambda sampled: quantizer.run(sampled, options).weight.dequantize())
-    sampled = without_data(parts[0].problem)
-    methods, errors = {method.name: method for method in (rtn.QUANTIZER, quantizer)}, {}
+    free = without_data(problem)
+    sampled = replace(without_data(parts[0].problem), stats=free.stats)
+    nearest = rtn.QUANTIZER if problem.budget is None else a2q.A2Q_PLUS
+    methods, errors = {method.name: method for method in (nearest, quantizer)}, {}
     for name, method in methods.items():
         weight = method.run(sampled, options).weight.dequantize()
         errors[name] = sum(fold.error(weight) for fold in parts)
     best = min(errors, key=lambda name: errors[name])
     if held_out <= errors[best] or held_out == errors[quantizer.name]:  # or data changes nothing: that is the method asked for
         return replace(solution, held_out=held_out)
-    data_free = methods[best].run(without_data(problem), options)
+    data_free = methods[best].run(free, options)
     excess = f"{10 * np.log10(held_out / errors[best]):.1f} dB" if errors[best] > 0 else "much"
     note = f"solved without data: on rows held out, that is {excess} better than quantizer {quantizer.name} from {problem.stats.rows} rows"
     return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best])
