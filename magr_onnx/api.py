@@ -167,7 +167,7 @@ def validate(
             provider=provider,
             arithmetics=arithmetics,
             mask=resolve_mask(reference.model, mask),
-            details=[name for name, enabled in zip(validation.DETAILS, (layers, latency), strict=True) if enabled],
+            details=[name for name, enabled in zip(validation.DETAILS, (layers, latency, True), strict=True) if enabled],
             progress=partial(step, "validating"),
         )
 

@@ -99,6 +99,9 @@ class Options(TypedDict, total=False):
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
         whole_run="layers share values")]
+    row_ranges: Annotated[bool, OptionSpec(
+        help="dynamic-int8: a range for every row of a layer's input, so that samples of a batch do not depend on each other.",
+        default=False, panel=INTEGERS, whole_run="layers share values")]
     feedback: Annotated[bool | None, OptionSpec(
         help="Quantize in stages, each layer towards the float output from its quantized inputs.",
         default_text="as the effort says; no where a quantizer is named", panel=FINE, flags=("--feedback/--no-feedback",),

@@ -28,10 +28,11 @@ COLUMNS = 80
 """Width of text where the terminal's is unknown."""
 
 LEGEND = (
-    "K x N: inputs x outputs. error: of the layer's output, relative to its standard deviation, "
-    "on rows of calibration data that were held out, where there are some. *: the largest error."
+    "K x N: inputs x outputs. error: root mean square of what differs at the layer's output in the quantized model, "
+    "over the standard deviation of that output in the float model{}. *: the largest error."
 )
-"""Legend of a table of layers in `Report.to_text`."""
+ESTIMATED = "; estimated layer by layer, since there are no samples to measure it on"
+"""Legend of a table of layers in `Report.to_text`, and its addition where no error was measured."""
 
 SCHEMA = 3
 """Version of the JSON: 1 had no `Report.schema`, no histograms and no curves, 2 had None for all values that are not finite."""
@@ -82,8 +83,8 @@ class Report:
         versions: Versions of the packages involved.
         notes: Anything out of the ordinary, as sentences.
         validation: Comparison of the float and the quantized model, if requested.
-        check: The same on a calibration batch, or on made-up inputs, without layers, where no validation was requested and the model fits
-            into memory.
+        check: The same on a few calibration batches, or on made-up inputs and without layers, where no validation was requested and the
+            model fits into memory.
         proof: Proof that no accumulator overflows, if requested.
         assignment: Mixed precision under a budget, if requested.
         command: The command or Python call that reproduces the run; paths are as typed.
@@ -181,7 +182,7 @@ class Report:
                 *self._summary(width),
                 "",
                 *layer_table(self.layers, most, width),
-                *(wrapped(LEGEND, 0, width) if any(row.error is not None for row in self.layers) else ()),
+                *(wrapped(self._legend, 0, width) if any(row.error is not None for row in self.layers) else ()),
                 *self._skips(width),
                 *([] if self.assignment is None else ["", *self.assignment.lines()]),
                 *([] if self.validation is None else ["", *validation_text(self.validation, labels, width)]),
@@ -189,6 +190,10 @@ class Report:
                 *self._verdicts(width),
             ]
         )
+
+    @property
+    def _legend(self) -> str:
+        return LEGEND.format("" if any(row.measured for row in self.layers) else ESTIMATED)
 
     def _summary(self, width: int) -> list[str]:
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
@@ -225,7 +230,8 @@ def _check_text(check: Validation) -> str:
     worst = min((m for outputs in check.arithmetics.values() for m in outputs), key=lambda m: m.sqnr_db, default=None)
     if worst is None:
         return "no output is of floats"
-    return f"output {worst.output} on a batch of {check.data}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
+    data = f"{check.amount} of {check.data}{' that layers were solved from (others lose more)' * check.in_sample}"
+    return f"output {worst.output}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}, on {data}"
 
 
 def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,8 @@ class LayerRow:
         bits: Code width; None where the weight stayed float (MagR alone).
         block_size: Rows that share a scale; of a table values of a row.
         rows: Calibration rows behind the statistics; 0 for data-free.
-        error: Root mean square error of the layer's output, after bias correction, over the standard deviation of the output: on
-            calibration rows that were held out, where there were some. After quantized layers the errors of the layers before are in it
-            where the quantizer corrected for them, else the rounding of the layer's own input.
-        fitted_error: The same on the rows that the layer was solved from.
+        error: Root mean square of the difference between the layer's output in the quantized and in the float model, over the standard
+            deviation of that in the float model (`measured`); ``estimate`` where the models were not run, and until they are.
         magr: Iterations and magnitudes of MagR, if it ran.
         solver: Figures of the quantizer, if it has any: sweeps, layer error before and after them.
         bias_compensated: Whether the bias absorbed the mean error.
@@ -43,6 +42,11 @@ class LayerRow:
             and later layers of one path.
         stored_block: Rows of the blocks it is stored in, where those are smaller than ``block_size``, so that scales are repeated.
         added: Bytes that it adds to the file, where its float weight stays in it for others.
+        estimate: What ``error`` was expected to be when the layer was solved, after bias correction: on calibration rows that were held
+            out, where there were some. After quantized layers their errors are in it where the quantizer corrected for them, else
+            the rounding of the layer's own input. Where it mends a residual stream, the error of the sum. None in older reports.
+        fitted_error: The estimate on the rows that the layer was solved from.
+        measured: Whether ``error`` was measured in the running models.
     """
 
     name: str
@@ -73,6 +77,8 @@ class LayerRow:
     stored_block: int | None = None
     added: int | None = None
     fitted_error: float | None = None
+    estimate: float | None = None
+    measured: bool = False
 
     @property
     def label(self) -> str:
@@ -84,6 +90,30 @@ class LayerRow:
         """Return the block that shares a scale: a number of rows, or ``channel``; of a table a number of values, or ``row``."""
         rows, name = (self.n, "row") if self.op == "Gather" else (self.k, "channel")
         return "" if self.block_size is None else name if self.block_size >= rows else str(self.block_size)
+
+
+def with_measured(rows: Sequence[LayerRow], errors: Mapping[str, float], in_sample: bool) -> list[LayerRow]:
+    """Fill in the errors that were measured in the running models.
+
+    Errors on the samples that layers were solved from are too small for other samples. They are multiplied by the ratio of the estimates
+    on held-out rows and on the rows solved from: the layer's own, or that of all layers up to it, whose errors are in what it reads.
+
+    Args:
+        rows: The layers.
+        errors: Errors by the name of the layer's output (`magr_onnx.report.validation.LayerMetrics`).
+        in_sample: Whether they are of samples that layers were solved from.
+    """
+    result = {}
+    estimated = fitted = 0.0
+    for index, row in sorted(enumerate(rows), key=lambda one: math.inf if one[1].depth is None else one[1].depth):
+        factor = 1.0
+        if row.estimate and row.fitted_error:
+            estimated, fitted = estimated + row.estimate**2, fitted + row.fitted_error**2
+            factor = row.estimate / row.fitted_error
+        factor = max(1.0, factor, math.sqrt(estimated / fitted) if fitted else 1.0) if in_sample else 1.0
+        error = errors.get(row.output or row.name)
+        result[index] = row if error is None else replace(row, error=factor * error, measured=True)
+    return [result[index] for index in range(len(rows))]
 
 
 def with_unique_scopes(rows: Iterable[LayerRow]) -> list[LayerRow]:

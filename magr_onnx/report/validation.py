@@ -49,9 +49,12 @@ class OutputMetrics:
 
 @dataclass(frozen=True, slots=True)
 class LayerMetrics:
-    """Relative error ``||y - y_hat|| / ||y||`` at a layer's output inside the running models, upstream errors included.
+    """Error at a layer's output in the running models: whatever differs there, so that the errors of all layers before are in it.
 
-    ``scope`` is the path of its torch module, where known.
+    Attributes:
+        layer: Name of its output.
+        relative_error: Root mean square of the difference, over the standard deviation of the float model's output over rows.
+        scope: Path of its torch module, where known.
     """
 
     layer: str
@@ -100,7 +103,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Result of `validate`."""
+    """Result of `validate`; ``in_sample`` says that the data is what the quantized model was made from."""
 
     data: str
     batches: int
@@ -112,6 +115,7 @@ class Validation:
     quantized_bytes: int = 0
     notes: tuple[str, ...] = ()
     samples: int | None = None
+    in_sample: bool = False
 
     @property
     def amount(self) -> str:

@@ -58,6 +58,7 @@ def _layer_row(layer: WeightedNode, solution: LayerSolution, emitted: Emitted | 
     figures = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("errors", "notes")}
     return LayerRow(
         **figures,
+        estimate=record.error,
         name=layer.name,
         op=layer.op,
         weight=layer.weight_name,

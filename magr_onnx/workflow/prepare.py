@@ -26,7 +26,7 @@ from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
-from magr_onnx.runtime.data.sources import Batches, Source
+from magr_onnx.runtime.data.sources import Batches, Source, keep_back
 from magr_onnx.runtime.ort import opset_check, session, worker
 from magr_onnx.workflow import mixed_precision, non_linear, recurrent
 from magr_onnx.workflow.calibrate import held_out_for
@@ -52,6 +52,7 @@ class Prepared:
         unconverted: Nodes that hold weights and are no layers of any kind.
         notes: Sentences for the report.
         data: What to calibrate on; None for data-free.
+        kept_back: Calibration data that is left out of ``data``, to compare the models on; None where it is too little.
         validation: What to compare the models on, if they are to be compared.
     """
 
@@ -65,6 +66,7 @@ class Prepared:
     unconverted: list[Skip]
     notes: list[str]
     data: Batches | None = None
+    kept_back: Batches | None = None
     validation: Batches | None = None
 
     def no_layer(self, skips: Sequence[Skip]) -> ModelError:
@@ -131,7 +133,8 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         store=store,
         stopwatch=stopwatch,
     )
-    return replace(prepared, data=data, validation=validation, notes=notes), context
+    data, kept_back = (data, None) if data is None or memory.large else keep_back(data)
+    return replace(prepared, data=data, kept_back=kept_back, validation=validation, notes=notes), context
 
 
 def _load(request: OptimizeRequest) -> Loaded:

@@ -9,7 +9,9 @@
 3. With ``outputs``, the product is quantized too, to its calibrated range. Fused to QLinearMatMul or an all-integer QGemm.
 
 `EmitDynamicInt8`: ``(Clip ->) DynamicQuantizeLinear(x) -> MatMulInteger(W) -> Cast -> Mul(s_x s_w) (-> Add)``. Fused to
-DynamicQuantizeMatMul, or to MatMulIntegerToFloat where layers share the input.
+DynamicQuantizeMatMul, or to MatMulIntegerToFloat where layers share the input. With ``rows``, every row has a range of its own, even
+about zero: ``Abs -> ReduceMax -> Div -> Mul -> Round -> Add 128 -> Cast(uint8)``, a constant zero point of 128, and ``s_w / (1 / s_x)``
+in the place of ``s_x s_w``, which onnxruntime 1.32 would fuse to MatMulIntegerToFloat and read as a scale a column.
 
 Weights are int8 with one scale per column, whatever their bits. Layers with the same input share its quantized form. float16 layers are
 cast to float32 and back, since the integer kernels support no other float type.
@@ -227,18 +229,27 @@ def _widened(grid: ActivationGrid) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class EmitDynamicInt8(_EmitInt8):
-    """Replace quantized layers by dynamically quantized integer products."""
+    """Replace quantized layers by dynamically quantized integer products.
+
+    Attributes:
+        rows: Whether every row of the input has a range of its own, so that no sample depends on others in its batch.
+    """
 
     name: ClassVar[str] = "emit-dynamic-int8"
     summary: ClassVar[str] = "write layers with 8-bit inputs quantized at run time as DynamicQuantizeLinear and MatMulInteger"
     input_grids: ClassVar[InputGrids | None] = "dynamic"
     needs: ClassVar[str] = "DynamicQuantizeLinear"
 
+    rows: bool = False
+
+    def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
+        return raise_opset(model, 18, "ReduceMax of given axes") if self.rows else super().prepare(model, spec)
+
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
         if solution.quantized is None:
             return None
-        n = _Nodes(layer, solution.quantized, constants, "dynamic")
-        codes, scale, zero = _dynamic_input(n, problem.activation)
+        n = _Nodes(layer, solution.quantized, constants, "rows" if self.rows else "dynamic")
+        codes, scale, zero = _dynamic_input(n, problem.activation, self.rows)
         inputs: list[ir.Value | None] = [codes, n.constant("", n.codes), zero]
         if n.zeros.any():
             inputs.append(n.constant("_zero_points", n.zeros.astype(np.int8)))
@@ -246,14 +257,18 @@ class EmitDynamicInt8(_EmitInt8):
         product = n.nodes[-1]
         float_sums = n.add("Cast", [sums], f"{layer.name}_sums", to=FLOAT)
         scales = n.constant("_scales", n.scales.astype(np.float32))
-        factors = n.add("Mul", [scale, scales], f"{layer.name}_scales", ir.Shape([layer.n]))
+        if self.rows:
+            factors = n.add("Div", [scales, scale], f"{layer.name}_scales", layer.output.shape)
+        else:
+            factors = n.add("Mul", [scale, scales], f"{layer.name}_scales", ir.Shape([layer.n]))
         value = n.add("Mul", [float_sums, factors], f"{layer.name}_scaled")
         if solution.bias is not None:
             value = n.add("Add", [value, layer.constant("_bias", solution.bias.astype(np.float32))], f"{layer.name}_bias")
         return n.finish(value, product, solution)
 
 
-def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _dynamic_input(n: _Nodes, activation: Activation | None, rows: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Return codes, scale and zero point of the input; with ``rows`` the inverse scale of every row."""
     values = n.shared()
     if values is None:
         name = n.x_name
@@ -261,22 +276,42 @@ def _dynamic_input(n: _Nodes, activation: Activation | None) -> tuple[ir.Value, 
         if isinstance(activation, DynamicRange) and activation.clips:
             limits = [n.layer.constant(f"{name}_{side}", np.float32(getattr(activation, side)), base="") for side in ("low", "high")]
             x = n.add("Clip", [x, *limits], f"{name}_clip", n.layer.x.shape)
-        codes = ir.val(f"{name}_codes", ir.DataType.UINT8, n.layer.x.shape)
-        values = [codes, ir.val(f"{name}_scale", FLOAT, []), ir.val(f"{name}_zero_point", ir.DataType.UINT8, [])]
-        n.nodes.append(ir.node("DynamicQuantizeLinear", [x], outputs=values, name=f"{name}_quantize"))
+        if rows:
+            values = _row_codes(n, x, name)
+        else:
+            codes = ir.val(f"{name}_codes", ir.DataType.UINT8, n.layer.x.shape)
+            values = [codes, ir.val(f"{name}_scale", FLOAT, []), ir.val(f"{name}_zero_point", ir.DataType.UINT8, [])]
+            n.nodes.append(ir.node("DynamicQuantizeLinear", [x], outputs=values, name=f"{name}_quantize"))
         n.share(values)
     codes, scale, zero_point = values
     return codes, scale, zero_point
 
 
+def _row_codes(n: _Nodes, x: ir.Value, name: str) -> list[ir.Value]:
+    """Round every row to codes 1 to 255 about 128; return them, the inverse scale of every row ``(..., 1)``, and the zero point."""
+    layer, shape = n.layer, n.layer.x.shape
+
+    def constant(suffix: str, value: np.generic | npt.NDArray[Any]) -> ir.Value:
+        return layer.constant(f"{name}_{suffix}", value, base="")
+
+    sizes = n.add("Abs", [x], f"{name}_size", shape)
+    largest = n.add("ReduceMax", [sizes, constant("last_axis", np.array([-1]))], f"{name}_largest", keepdims=1)
+    largest = n.add("Max", [largest, constant("least", np.float32(1e-30))], f"{name}_above_zero")  # of a row of zeros
+    inverse = n.add("Div", [constant("most", np.float32(127)), largest], f"{name}_inverse_scale")
+    steps = n.add("Round", [n.add("Mul", [x, inverse], f"{name}_steps", shape)], f"{name}_whole", shape)
+    shifted = n.add("Add", [steps, constant("middle", np.float32(128))], f"{name}_shifted", shape)
+    codes = n.add("Cast", [shifted], f"{name}_codes", shape, ir.DataType.UINT8, to=ir.DataType.UINT8)
+    return [codes, inverse, constant("zero_point", np.uint8(128))]
+
+
 def _read_product(node: ir.Node) -> Array | None:
-    """Read the weight ``(K, N)`` of ``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``; None for any other node."""
+    """Read the weight ``(K, N)`` of ``MatMulInteger -> Cast -> Mul(scale of x * scales of W)``, or with Div; None for any other node."""
     codes = stored_array(node.inputs[1])
     zeros = stored_array(node.inputs[3]) if len(node.inputs) > 3 else None
     scaled = only_reader(only_reader(node, "Cast"), "Mul")
     if codes is None or codes.ndim != 2 or scaled is None:
         return None
-    factors = next((p for v in scaled.inputs if v is not None and (p := v.producer()) is not None and p.op_type == "Mul"), None)
+    factors = next((p for v in scaled.inputs if v is not None and (p := v.producer()) is not None and p.op_type in ("Mul", "Div")), None)
     scales = None if factors is None else next((a for v in factors.inputs if (a := stored_array(v)) is not None), None)
     if scales is None:
         return None
@@ -300,5 +335,7 @@ DYNAMIC = Format(
     "DynamicQuantizeLinear and MatMulInteger, 8-bit inputs of ranges found at run time",
     EmitDynamicInt8,
     {("", "MatMulInteger"): Reader(_read_product, ("Cast", "Mul"))},
+    emitter_options={"row_ranges": "rows"},
+    exclusive_options=("row_ranges",),
     **_INTEGER,
 )

@@ -206,6 +206,13 @@ class Quantize(LayerPass):
         weight = result.weight.dequantize()
         if result.reduction is not None:
             record = replace(record, magr=magr.figures(solution.weight, result.reduction))
+        if result.without_data:  # from the model's weight
+            unused = (
+                None
+                if record.feedback is None
+                else {**record.feedback, "damping": None, "held_out_after": record.feedback["held_out_before"]}
+            )
+            record = replace(record, magr=None, feedback=unused)
         reduced = solution.weight if result.reduction is None else result.reduction.weights  # by MagR, here or in a stage before
         fitted = relative_error(weight, problem, centred)
         noise = problem.input_noise if problem.target_moments is None else 0.0
@@ -214,7 +221,9 @@ class Quantize(LayerPass):
             error=fitted if result.held_out is None else float(np.sqrt(result.held_out + noise)),
             fitted_error=fitted,
             solver=result.figures or record.solver,
-            weights=sketch(solution.target, None if record.magr is None else reduced, result.weight),
+            weights=sketch(
+                problem.weight if result.without_data else solution.target, None if record.magr is None else reduced, result.weight
+            ),
             errors=result.errors or record.errors,
             tiles=None if budget is None else tile_headroom(result.weight, budget),
         )

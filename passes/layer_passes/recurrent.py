@@ -22,7 +22,7 @@ from magr_onnx.passes.layer_state import float_type
 from magr_onnx.passes.layers.recurrent import FORMS, RecurrentForm, RecurrentLayer, find
 from magr_onnx.passes.layers.weighted import by_weight
 
-ROUNDED = "inputs and states are rounded to 8 bits in every run, which is not in the error"
+ROUNDED = "inputs and states are rounded to 8 bits in every run, which is in the error only where it was measured"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class DataReader(Protocol):
 
 
 MAX_PROBLEMS = 10  # different ones in a message
+ENOUGH, KEPT_BACK = 256, 16  # samples from which one batch in so many is kept back from calibration
 Source = str | os.PathLike[str] | DataReader | Batch | Iterable[Batch] | Lazy
 Steps = Callable[[int, int], None]  # progress: called with steps done and steps in total, first with none done
 Shapes = Mapping[str, tuple[int, ...]]  # of the arrays of a batch, by name
@@ -57,6 +58,7 @@ class Batches:
         samples: Number of samples they were made of; None if unknown.
         weights: Factors of the sums over each batch, where samples are repeated to fill it; empty if all are 1.
         shapes: Shapes of every batch, once `check_batches` has read them; else empty.
+        sizes: Numbers of samples of every batch, where each has samples of its own; else empty.
     """
 
     count: int
@@ -67,6 +69,7 @@ class Batches:
     samples: int | None = None
     weights: tuple[float, ...] = ()
     shapes: tuple[Shapes, ...] = ()
+    sizes: tuple[float, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
@@ -94,6 +97,17 @@ class Batches:
         weights = tuple(self.weights[i] for i in positions) if self.weights else ()
         shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
         return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, None, weights, shapes)
+
+
+def keep_back(data: Batches) -> tuple[Batches, Batches | None]:
+    """Split off one batch in `KEPT_BACK` to compare models on; None, and all of the data, of fewer than `ENOUGH` samples."""
+    if sum(data.sizes) < ENOUGH or len(data) < KEPT_BACK:
+        return data, None
+    parts: tuple[list[int], list[int]] = ([], [])
+    for position in range(len(data)):
+        parts[position % KEPT_BACK == KEPT_BACK // 2].append(position)
+    rest, kept = (replace(data.select(part), samples=round(sum(data.sizes[i] for i in part))) for part in parts)
+    return rest, kept
 
 
 def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, Batch]]:
@@ -163,19 +177,21 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
         raise CalibrationError(f"{batches.description}: no data; give at least one batch with {'; '.join(map(str, inputs))}")
     parts: list[tuple[int, fixed_batch.Group]] = []
     shapes: list[Shapes] = []
-    samples = 0.0
+    sizes: list[float] = []
     offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
     for i, group, batch in _filled(batches, inputs):
         parts.append((i, group))
         shapes.append(shapes_of(batch))
-        samples += batches.weight(i) * group.count
+        sizes.append(batches.weight(i) * group.count)
         for problem in check_batch(batch, inputs):
             offenders.setdefault(problem, []).append(i)
         if len(offenders) >= MAX_PROBLEMS:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
-    checked = replace(batches, samples=round(samples) if batches.samples is None else batches.samples, shapes=tuple(shapes))
+    checked = replace(batches, shapes=tuple(shapes))
+    if batches.samples is None:
+        checked = replace(checked, samples=round(sum(sizes)), sizes=tuple(sizes))
     groups = [group for _, group in parts]
     if len(groups) == len(batches) and all(group.repeats == 1 for group in groups):
         return checked

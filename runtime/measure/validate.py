@@ -16,18 +16,17 @@ import onnx_ir as ir
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io.files import model_bytes
-from magr_onnx.model_io.legacy import read
 from magr_onnx.model_io.writing import data_files
-from magr_onnx.passes.emit.readback import read_weights
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
-from magr_onnx.passes.graph.torch_names import scope_of
-from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
+from magr_onnx.report.validation import Latency, OutputMetrics, Validation
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
+from magr_onnx.runtime.measure.batch_effect import batch_effect
+from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
-DETAILS = ("layers", "latency")
+DETAILS = ("layers", "latency", "batch")
 
 
 @dataclass(slots=True)
@@ -100,12 +99,6 @@ class _Sums:
         )
 
 
-def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:
-    """Zero both arrays where they have the same NaN or infinity, as behind an attention mask: that is no difference."""
-    same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
-    return (np.where(same, 0, a), np.where(same, 0, b)) if same.any() else (a, b)
-
-
 def is_logits(name: str, rank: int) -> bool:
     """Whether an output holds softmax logits, judged by its name."""
     return "logit" in name.lower() and rank >= 2
@@ -154,8 +147,8 @@ def validate(
         provider: Where to run both.
         arithmetics: Session configurations for the quantized model.
         mask: Input whose zero elements mark rows to leave out of the metrics.
-        details: What else to measure, of `DETAILS`: the error at every quantized layer's output, on the first two batches, and the time of
-            both models, on the first batch.
+        details: What else to measure, of `DETAILS`: the error at every quantized layer's output (`layer_errors`), the time of both
+            models, on the first batch, and what samples lose by being run together (`batch_effect`).
         progress: Called with steps done and in total.
 
     Raises:
@@ -182,6 +175,8 @@ def validate(
     compared = next(iter(sums.values()), {})
     if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
         notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
+    if "batch" in details:
+        notes += batch_effect(float_model, quantized_model, data.limit(BATCHES), provider)
     for reason in dict.fromkeys(skipped.values()):
         names = sorted(name for name in skipped if skipped[name] == reason)
         notes.append(f"outputs that are {reason}, and not compared: {', '.join(names)}")
@@ -190,7 +185,7 @@ def validate(
         len(data),
         provider,
         {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()},
-        _layers(float_model, quantized_model, data.limit(2), provider) if "layers" in details else (),
+        layer_errors(float_model, quantized_model, data, provider, mask) if "layers" in details else (),
         latency(float_model, quantized_model, data, provider) if "latency" in details else None,
         bytes_of(float_model),
         bytes_of(quantized_model),
@@ -215,35 +210,6 @@ def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[li
         names = [n for n in names if n not in presents]
         notes.append(f"{len(presents)} outputs are the past of the next step, and not compared")
     return names, notes
-
-
-@np.errstate(invalid="ignore")
-def _layers(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> tuple[LayerMetrics, ...]:
-    """Measure the relative error at every quantized layer whose output has the same name in both main graphs."""
-    a, b = (m if isinstance(m, ir.Model) else read(Path(m)) for m in (float_model, quantized_model))
-    scopes, quantized_scopes = ({str(v.name): scope_of(node) for node in model.graph for v in node.outputs} for model in (a, b))
-    names = [n for n in read_weights(b) if n in scopes and n in quantized_scopes]
-    if not names:
-        return ()
-    noise, signal = np.zeros(len(names)), np.zeros(len(names))
-    with Session(_expose(a, names), provider) as reference, Session(_expose(b, names), provider) as session:
-        for index, batch in enumerate(data):
-            weight = data.weight(index)
-            for i, pair in enumerate(zip(reference.run(batch, names), session.run(batch, names), strict=True)):
-                y, y_hat = without_equal_nonfinite(*(np.asarray(v, np.float64) for v in pair))
-                signal[i] += weight * float(np.square(y).sum())
-                noise[i] += weight * float(np.square(y - y_hat).sum())
-    errors = np.sqrt(noise / np.maximum(signal, 1e-300))
-    return tuple(LayerMetrics(n, float(e), scopes[n] or quantized_scopes[n]) for n, e in zip(names, errors, strict=True))
-
-
-def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """Copy the model, with inner values as its outputs."""
-    copy = model.clone()
-    values = {v.name: v for node in copy.graph for v in node.outputs}
-    copy.graph.outputs.clear()
-    copy.graph.outputs.extend(values[n] for n in names)
-    return copy
 
 
 def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0) -> Latency:

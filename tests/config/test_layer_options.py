@@ -92,7 +92,7 @@ def test_a_layer_alone_is_solved_as_in_a_run_of_its_options() -> None:
     special = optimized([{"match": "down", "bits": 3, "quantizer": "gptq", "symmetric": True}], bits=6).report
     gptq = optimized([], bits=3, quantizer="gptq", symmetric=True, effort=None).report
     six = optimized([], bits=6).report
-    errors = [{row.name: row.error for row in report.layers} for report in (special, gptq, six)]
+    errors = [{row.name: row.estimate for row in report.layers} for report in (special, gptq, six)]
     assert errors[0] == {"up": errors[2]["up"], "down": errors[1]["down"]}
 
 
@@ -238,7 +238,7 @@ def test_text_form() -> None:
 def test_finished_layers_are_told_as_the_report_has_them() -> None:
     seen = []
     report = magr_onnx.optimize(graphs.chain(), [DATA], effort="fast", on_layer=seen.append).report
-    assert [(row.name, row.error) for row in seen] == [(row.name, row.error) for row in report.layers]
+    assert [(row.name, row.error) for row in seen] == [(row.name, row.estimate) for row in report.layers]
 
 
 def test_models_too_large_for_memory_and_job_directories_know_options_of_layers(tmp_path: Path) -> None:

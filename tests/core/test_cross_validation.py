@@ -167,6 +167,43 @@ def test_misleading_rows_are_not_used(name: str, centred: bool) -> None:
         assert f"that is {10 * np.log10(with_data / errors[best]):.1f} dB better" in note
 
 
+@pytest.mark.parametrize("misled", [True, False])
+def test_what_a_solution_without_data_does_not_use_is_not_reported(misled: bool) -> None:
+    """MagR and error feedback ran, and are in the weights only where these were taken."""
+    x, weights, rng = misleading() if misled else activations(800, 64), weights_of(64), np.random.default_rng(0)
+    y = x @ (np.eye(64) + 0.05 * rng.standard_normal((64, 64)))
+    measured = [
+        (
+            stats_of(y[rows]),
+            error_feedback.target_moments(weights, y[rows].T @ x[rows] / len(rows), gram_of(x[rows]), x[rows].mean(axis=0), len(rows)),
+        )
+        for rows in parts_of(len(x), 4)
+    ]
+    stats, moments = with_folds([s for s, _ in measured], 4), with_folds([t for _, t in measured], 4)
+    problem = LayerProblem(weights, None, stats, target_moments=moments)
+    solution = Plan.parse("error-feedback,magr,quantize{method=gptq,bits=3}").solve(problem)
+    taken = [note for note in solution.record.notes if note.startswith("solved without data")]
+    assert bool(taken) == misled
+    assert (solution.record.magr is None) == misled
+    figures = solution.record.feedback
+    assert figures is not None
+    if misled:
+        assert figures["damping"] is None
+        assert figures["held_out_after"] == figures["held_out_before"]
+        best = min(
+            (
+                QUANTIZERS[m]
+                .run(Problem(weights, weights, LayerStats.data_free(64), False, WeightSpec(3, 32)), Options())
+                .weight.dequantize()
+                for m in ("rtn", "gptq")
+            ),
+            key=lambda w: np.abs(w - solution.weight).max(),
+        )
+        np.testing.assert_array_equal(solution.weight, best)
+    else:
+        assert figures["held_out_after"] < figures["held_out_before"]
+
+
 @pytest.mark.parametrize("name", ["gptq", "comq", "auto"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [13, 16])

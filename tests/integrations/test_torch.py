@@ -228,7 +228,7 @@ def test_a_program_of_the_callers(optimized: tuple[Net, Any, Path]) -> None:
     result = magr_torch.optimize(program, calibration=batches, bits=8, effort="fast")
     assert [str(d) for d in result.model.graph.inputs[0].shape] == ["samples", "time"]
     assert "not used of each batch, since the model has no such input: labels" in result.report.notes
-    assert [r.error for r in result.report.layers] == pytest.approx([r.error for r in report.layers], rel=1e-3)
+    assert [r.estimate for r in result.report.layers] == pytest.approx([r.estimate for r in report.layers], rel=1e-3)
 
 
 def test_shapes_that_cannot_vary_stay_fixed() -> None:

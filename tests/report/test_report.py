@@ -179,7 +179,7 @@ def test_the_worst_error_is_one_that_is_no_number(reports: dict[str, Report], va
     assert "RUINED: layers that lose most of their output: broken" in report.to_text(1)
     assert {line.row.name: line.share for line in summary.lines_of(report)} == {"broken": 1, **{row.name: 1 for row in rest}}
     assert [f.text for f in summary.findings(report, summary.lines_of(report)) if f.tone == "bad"] == [
-        f"The error of a layer is {'not a number' if np.isnan(value) else 'inf%'}."
+        f"The error in the running model is {'not a number' if np.isnan(value) else 'inf%'}."
     ]
 
 
@@ -314,7 +314,7 @@ def test_durations_are_rounded_once() -> None:
 
 
 def test_long_curves_know_their_steps() -> None:
-    long = [{"x": random(64, 24, seed=i)} for i in range(4)]
+    long = [{"x": random(64, 24, seed=i)} for i in range(3)]  # too few to hold any out and solve without MagR
     b = Builder()
     model = b.model(b.node("MatMul", [b.input("x", ["batch", 24]), b.constant("w", random(24, 8))], "only"), ["batch", 8])
     row = magr_onnx.optimize(model, long, pipeline_text="magr{method=authors,relative=false},quantize,emit-qdq").report.layers[0]

@@ -481,7 +481,7 @@ def test_the_reported_error_is_that_of_the_emitted_layers(bits: int, effort: Any
     row = report.layers[-1]
     assert (row.feedback is not None) == (effort == "balanced")
     assert row.fitted_error == pytest.approx(relative[0], rel=0.05)
-    assert row.error == pytest.approx(relative[1], rel=0.15)  # of the layer solved from three quarters of the rows
+    assert row.estimate == pytest.approx(relative[1], rel=0.15)  # of the layer solved from three quarters of the rows
 
 
 def test_mending_the_residual_makes_the_sum_better(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,4 +125,4 @@ def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
     data_free = methods[best].run(free, options)
     excess = f"{10 * np.log10(held_out / errors[best]):.1f} dB" if errors[best] > 0 else "much"
     note = f"solved without data: on rows held out, that is {excess} better than quantizer {quantizer.name} from {problem.stats.rows} rows"
-    return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best])
+    return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best], without_data=True)

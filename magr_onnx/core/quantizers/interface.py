@@ -101,6 +101,7 @@ class Solution:
         errors: The layer error at the start and after every sweep, for iterative solvers.
         reduction: Result of MagR, where the solver ran it.
         held_out: Relative squared error on held-out rows (`magr_onnx.core.quantizers.cross_validation.error`), where it was measured.
+        without_data: Whether it was solved from the model's weight and no data, though there was some.
     """
 
     weight: QuantizedWeight
@@ -109,6 +110,7 @@ class Solution:
     errors: tuple[float, ...] = ()
     reduction: Reduction | None = None
     held_out: float | None = None
+    without_data: bool = False
 
 
 @dataclass(frozen=True, slots=True)

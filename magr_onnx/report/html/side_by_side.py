@@ -14,7 +14,7 @@ from magr_onnx.report.validation import severity
 
 SAME = "about the same"
 NOISE = 0.1  # relative difference of times that is within noise
-FEEDBACK = "not comparable: with error feedback, a layer's error includes those of the layers before"
+FEEDBACK = "not comparable: with error feedback, the estimate of a layer includes the errors of the layers before"
 
 
 def ratio(a: float, b: float) -> str:
@@ -70,9 +70,9 @@ class Basis:
     """Basis on which layers of two reports are compared.
 
     Attributes:
-        running: Errors in the running model, if both reports have them; else those on the calibration data.
+        running: Errors in the running model, if both reports have them; else estimates on the calibration data.
         verdict: Whether these are comparable; not where only one run had error feedback.
-        note: Reason why errors on the calibration data are not comparable.
+        note: Reason why estimates are not comparable.
     """
 
     running: bool
@@ -82,7 +82,7 @@ class Basis:
 
 def basis_of(first: Report, second: Report) -> Basis:
     """Choose the `Basis` of a comparison."""
-    running = all(r.validation is not None and r.validation.layers for r in (first, second))
+    running = all(any(row.measured for row in r.layers) for r in (first, second))
     differ = has_feedback(first) != has_feedback(second)
     return Basis(running, running or not differ, FEEDBACK if differ else "")
 
@@ -118,8 +118,8 @@ def measures(report: Report) -> dict[str, Measure]:
     rows["left as they are"] = Measure(str(len(report.skipped)))
     if running := [line.running for line in lines_of(report) if line.running is not None]:
         rows |= _errors("error in the running model", running, False)
-    if errors := [r.error for r in report.layers if r.error is not None]:
-        rows |= _errors("layer error", errors, True)
+    if errors := [line.estimate for line in lines_of(report) if line.estimate is not None]:
+        rows |= _errors("estimated error", errors, True)
     seconds = sum(report.seconds.values())
     rows["time of the run"] = Measure(duration(seconds), seconds, within=NOISE)
     return rows
@@ -162,7 +162,7 @@ def differences(first: Report, second: Report) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys([*a, *b]):
         sides = a.get(name), b.get(name)
-        values = [None if s is None else s.running if running else s.row.error for s in sides]
+        values = [None if s is None else s.running if running else s.estimate for s in sides]
         change = None if values[0] is None or values[1] is None else values[1] - values[0]
         label = next(s.row.label for s in sides if s is not None)
         rows.append({"name": name, "label": label, "first": sides[0], "second": sides[1], "change": change})

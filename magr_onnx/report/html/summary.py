@@ -34,7 +34,8 @@ class Line:
 
     Attributes:
         row: The layer.
-        running: Its relative error in the running model, if that was measured.
+        running: Its error, if that was measured in the running model.
+        estimate: What its error was expected to be when it was solved.
         peak: By what fraction MagR lowered its largest weight.
         sweeps: Sweeps of the quantizer.
         headroom: Headroom of its tightest register in bits, if proved.
@@ -43,6 +44,7 @@ class Line:
 
     row: LayerRow
     running: float | None
+    estimate: float | None
     peak: float | None
     sweeps: int | None
     headroom: float | None
@@ -75,7 +77,6 @@ def file_name(path: str) -> str:
 
 def lines_of(report: Report) -> list[Line]:
     """Return the layers from inputs to outputs."""
-    running = {} if report.validation is None else {m.layer: m.relative_error for m in report.validation.layers}
     headrooms = {} if report.proof is None else report.proof.by_node
     worst = max((r.error for r in report.layers if r.error is not None and math.isfinite(r.error)), default=0)
     lines = []
@@ -83,7 +84,8 @@ def lines_of(report: Report) -> list[Line]:
         share = min(severity(r.error or 0) / worst, 1.0) if worst else 0.0
         headroom = headrooms.get(r.emitted or "")
         peak = 1 - float(r.magr["max_after"]) / float(r.magr["max_before"]) if r.magr and r.magr.get("max_before") else None
-        lines.append(Line(r, running.get(r.output or r.name), peak, sweeps_of(r), headroom, share))
+        estimate = r.error if r.estimate is None else r.estimate
+        lines.append(Line(r, r.error if r.measured else None, estimate, peak, sweeps_of(r), headroom, share))
     return sorted(lines, key=lambda line: math.inf if line.row.depth is None else line.row.depth)
 
 
@@ -113,9 +115,9 @@ def cards(report: Report) -> list[Card]:
         shown.append(Card("No overflow", f"{p.proved} of {p.total}", f"proved: {p.against}{headroom}", tone))
     errors = [r.error for r in report.layers if r.error is not None]
     if errors:
-        data = "on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
-        upstream = "; what layers before did wrong is in it" if has_feedback(report) else ""
-        detail = f"median; largest {max(errors, key=severity):.2%}, {data}{upstream}"
+        data = "estimated on the calibration data" if any(r.rows for r in report.layers) else "for uncorrelated inputs, without data"
+        data = "in the running model" if any(r.measured for r in report.layers) else data
+        detail = f"median; largest {max(errors, key=severity):.2%}, {data}"
         shown.append(Card("Layer error", f"{statistics.median(errors):.2%}", detail))
     if report.seconds:
         longest = max(report.seconds, key=lambda k: report.seconds[k])
@@ -202,9 +204,12 @@ def _left_float(report: Report) -> list[Finding]:
 
 
 def _outliers(lines: Sequence[Line]) -> list[Finding]:
-    """Report the layers of largest error, alone and in the running model."""
+    """Report the layers of largest error, as estimated and in the running model."""
     messages = []
-    for scope, values in (("of a layer", [line.row.error for line in lines]), ("in the running model", [line.running for line in lines])):
+    for scope, values in (
+        ("estimated of a layer", [line.estimate for line in lines]),
+        ("in the running model", [line.running for line in lines]),
+    ):
         errors = [(v, i) for i, v in enumerate(values) if v is not None]
         if len(errors) < 2:
             continue

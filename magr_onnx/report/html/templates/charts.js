@@ -47,20 +47,20 @@ const CHARTS = {
     layer: [
       {
         mark: { type: "bar", color: colour("fill"), cursor: "pointer" },
-        encoding: { y: { field: "error", ...percentAxis("relative error") }, tooltip: tips("name", "shape", "bits", "error", "running") },
+        encoding: { y: { field: "error", ...percentAxis("relative error") }, tooltip: tips("name", "shape", "bits", "error", "estimate") },
       },
       ...(layers.some((l) => l.running != null) ? [{
-        transform: [{ filter: "isValid(datum.running)" }],
+        transform: [{ filter: "isValid(datum.running) && isValid(datum.estimate)" }],
         mark: { type: "line", point: { filled: true, size: 22, color: colour("second") }, color: colour("second"), strokeWidth: 1, opacity: 0.9 },
-        encoding: { y: { field: "running", ...percentAxis("relative error") }, tooltip: tips("name", "error", "running") },
+        encoding: { y: { field: "estimate", ...percentAxis("relative error") }, tooltip: tips("name", "error", "estimate") },
       }] : []),
     ],
   }),
 
   depth: ([layers]) => {
-    const field = layers.some((l) => l.running != null) ? "running" : "error";
+    const field = "error";
     const y = (aggregate) => ({ aggregate, field, ...percentAxis("relative error") });
-    const values = layers.filter((l) => l.depth != null && l[field] != null);
+    const values = layers.filter((l) => l.depth != null && l.error != null);
     const deepest = Math.max(1, ...values.map((l) => l.depth)); // in a plot of layers tickMinStep does not reach the axis
     return {
       data: { values },
@@ -141,7 +141,7 @@ const CHARTS = {
     };
   },
 
-  both: (sides) => sideBySide(sides, "error"),
+  both: (sides) => sideBySide(sides, "estimate"),
   running: (sides) => sideBySide(sides, "running"),
 
   // The spread of the values of one weight. Tails are what MagR changes, and they are a few weights in thousands: hence the scale.
@@ -254,6 +254,7 @@ const TIPS = {
   bits: {},
   error: { format: ".2%" },
   running: { title: "in the model", format: ".2%" },
+  estimate: { title: "estimated when solved", format: ".2%" },
   peak: { title: "largest weight lower by", format: ".3p" },
   headroom: { title: "bits left", format: ".3f" },
   low: { format: ".4g" },

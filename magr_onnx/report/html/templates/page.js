@@ -14,9 +14,8 @@ function withoutWords(key, value) {
   return !NAMES.has(key) && ["nan", "inf", "-inf"].includes(value) ? null : value;
 }
 
-// Layers as the table has them: by depth, with what the validation and the proof say of each.
+// Layers as the table has them: by depth, with what the proof says of each.
 function withPlaces(report) {
-  const running = new Map((report.validation?.layers ?? []).map((m) => [m.layer, m.relative_error]));
   const rooms = report.proof?.by_node ?? {};
   const sorted = report.layers.map((l, i) => [l.depth ?? Infinity, i, l]).sort((a, b) => (a[0] === b[0] ? a[1] - b[1] : a[0] - b[0]));
   return sorted.map(([, , l], at) => ({
@@ -27,7 +26,8 @@ function withPlaces(report) {
     shape: `${l.groups > 1 ? `${l.groups} × ` : ""}${l.k} × ${l.n}`,
     name: l.scope || l.name,
     node: l.name,
-    running: running.get(l.output ?? l.name) ?? null,
+    estimate: l.estimate ?? l.error,
+    running: l.measured ? l.error : null,
     headroom: rooms[l.emitted] ?? null,
     peak: l.magr?.max_before ? 1 - l.magr.max_after / l.magr.max_before : null,
     low: l.activation?.low,
