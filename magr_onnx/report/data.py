@@ -231,7 +231,7 @@ def _check_text(check: Validation) -> str:
     if worst is None:
         return "no output is of floats"
     data = f"{check.amount} of {check.data}{' that layers were solved from (others lose more)' * check.in_sample}"
-    return f"output {worst.output}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}, on {data}"
+    return f"output {worst.output} on {data}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
 
 
 def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:

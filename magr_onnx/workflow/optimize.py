@@ -86,7 +86,7 @@ class Written:
         bytes: Its size.
         proof: That no accumulator overflows, if that was asked for.
         validation: How it compares with the float model, if that was asked for.
-        check: How its outputs and its time compare on a batch of the calibration data, or on made-up inputs, if not.
+        check: How its outputs and its time compare on a few batches of the calibration data, or on made-up inputs, if not.
         notes: Sentences for the report.
     """
 

@@ -32,7 +32,7 @@ def test_a_run_without_data_compares_the_models_on_one_made_up_sample(tmp_path: 
     (metrics,) = check.arithmetics["default"]
     assert check.data == "made-up inputs x (1, 16)"
     assert metrics.sqnr_db == pytest.approx(10 * np.log10(np.square(exact).sum() / np.square(exact - quantized).sum()), abs=1e-3)
-    assert "output y on a batch of made-up inputs x (1, 16): SQNR" in " ".join(report.to_text().split())
+    assert "output y on 1 batch of made-up inputs x (1, 16): SQNR" in " ".join(report.to_text().split())
 
 
 def test_what_is_ruined_on_made_up_inputs_is_said_to_be_so_on_them() -> None:
