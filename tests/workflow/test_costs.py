@@ -31,7 +31,7 @@ def four_layers() -> ir.Model:
 
 
 @pytest.mark.parametrize("options", [{}, {"format": "qdq"}, {"bits": 3, "block_size": None}])
-def test_a_run_copies_the_model_and_reads_its_weights_at_most_three_times(
+def test_a_run_copies_the_model_and_reads_its_weights_a_few_times(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies, reads = Counter[str](), Counter[str]()
@@ -52,7 +52,7 @@ def test_a_run_copies_the_model_and_reads_its_weights_at_most_three_times(
     monkeypatch.setattr(LinearLayer, "read", counted_read)
     report = magr_onnx.optimize(tmp_path / "model.onnx", batches, output=tmp_path / "out.onnx", progress=False, **options).report
     assert report.verified == len(reads) == 4
-    assert copies["model"] <= 3
+    assert copies["model"] <= 6  # three of them to measure errors of layers
     assert max(reads.values()) <= 3
 
 
@@ -78,13 +78,13 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return reads
 
 
-# Passes over the data (one to check it, and one for every measurement), and sessions at most: one of them for the mask, and two that
-# compare outputs on a batch. Ranges from few samples are judged part by part.
+# Passes over the data (one to check it, and one for every measurement), and sessions at most: one of them for the mask, two that compare
+# outputs, and four that compare layers, by their shapes and by values. Ranges from few samples are judged part by part.
 COSTS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "one group": ({"effort": "fast"}, 2, 6),
-    "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 4, 8),
-    "stages": ({}, 2, 12),
-    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 4, 11),
+    "one group": ({"effort": "fast"}, 4, 10),
+    "a group for every layer": ({"effort": "fast", "gram_budget": 1}, 6, 12),
+    "stages": ({}, 4, 16),
+    "ranges": ({"effort": "fast", "format": "qdq-int8"}, 6, 15),
 }
 
 
