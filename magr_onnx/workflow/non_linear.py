@@ -35,7 +35,7 @@ from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import mixed_precision, recurrent
+from magr_onnx.workflow import integer_convolutions, mixed_precision, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 
@@ -123,11 +123,11 @@ def select_convolutions(model: ir.Model, plan: Plan, selection: Selection = ALL)
 def _stage_for(model: ir.Model, plan: Plan) -> Convolutions | None:
     """The plan's stage for convolutions, if it has one, in the form that this model needs.
 
-    Beside static integer activations it is DequantizeLinear: onnxruntime would fold the other, round the weight anew in its own way and
-    compute the convolution in integers.
+    Beside static integer activations it is not ``fold``: onnxruntime would fold the weight, round it anew in its own way and compute the
+    convolution in integers.
     """
     stage = plan.convolutions
-    return replace(stage, form="dequantize") if stage is not None and _computes_integers(model, plan) else stage
+    return replace(stage, form="dequantize") if stage is not None and stage.form == "fold" and _computes_integers(model, plan) else stage
 
 
 def _computes_integers(model: ir.Model, plan: Plan) -> bool:
@@ -165,14 +165,17 @@ def convert_convolutions(
         return
     integer, first = _computes_integers(model, plan), len(result.rows)
     ordered = [layer for readers in by_weight(layers) for layer in readers]
+    grids = integer_convolutions.round_activations(model, work, ordered, plan, stage, data, context)
+    source = work.clone() if grids else model  # what convolutions read is rounded there
     unmeasured: dict[str, str] = {}
     if data is not None:
-        unmeasured |= conv_patches.unmeasured(model, ordered, data, context.provider, patch_limit)
-    for readers, stats in _measured(model, ordered, data, context, unmeasured):
-        solutions = _solve(readers, stats, plan)
+        unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)
+    for readers, stats in _measured(source, ordered, data, context, unmeasured):
+        solutions = integer_convolutions.with_room_for_biases(readers, _solve(readers, stats, plan), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        written = conv_emitter.emit(readers, solutions, stage.form, integer)
+        form = stage.form if stage.form != "integer" or any(layer.name in grids for layer in readers) else "dequantize"
+        written = conv_emitter.emit(readers, solutions, form, integer and form != "integer", grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
             if len(readers) > 1:

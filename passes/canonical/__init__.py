@@ -13,7 +13,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from magr_onnx.errors import listed
-from magr_onnx.passes.canonical import batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
+from magr_onnx.passes.canonical import batch_norm, batched, casts, constant_lhs, einsum, fused, gemm_bias, matvec, requantize, trans_a
 from magr_onnx.passes.canonical.rewriter import NodeRewriter, Pattern, Refusal, RewriteContext, weight
 from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.layers.linear import REFUSED
@@ -62,6 +62,8 @@ def canonicalize(model: ir.Model, selection: Selection = ALL, *, requantized: bo
             notes.append(f"{pattern.summary}: {listed(rewritten)}")
     if notes:
         model.graph.sort()
+    if folded := batch_norm.fold(model, selection):
+        notes.append(f"BatchNormalization folded into the convolution before it: {listed(folded)}")
     return notes
 
 

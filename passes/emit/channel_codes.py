@@ -5,7 +5,8 @@
 2. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools recognise. onnxruntime keeps it, so that the weight is
    small in memory too, but dequantizes in every run and loses its layout for constant weights. (Its session option
    ``session.disable_quant_qdq`` folds these as well.)
-3. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
+3. ``integer``: for convolutions only; see `magr_onnx.passes.emit.conv`.
+4. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def dequantizing_nodes(
     codes = layer.constant(suffix, array.astype(packed.stored_dtype), base)
     name = str(codes.name)
     scales, zeros = packed.scales.astype(kind), packed.zero_points
-    if form == "dequantize":
-        inputs = [codes, layer.constant(f"{suffix}_scales", scales, base)]
+    if form != "fold":
+        cast = [ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{name}_int8")] if form == "integer" and packed.bits == 4 else []
+        inputs = [cast[0].outputs[0] if cast else codes, layer.constant(f"{suffix}_scales", scales, base)]
         if zeros is not None:
             inputs.append(layer.constant(f"{suffix}_zero_points", zeros.astype(packed.stored_dtype), base))
-        return [ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
+        return [*cast, ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]
     channel_shape = (-1, *[1] * (array.ndim - 1 - axis))
     nodes = [ir.node("Cast", [codes], {"to": layer.dtype}, name=f"{name}_float")]
     if zeros is not None:
@@ -77,7 +79,7 @@ def reshaped(layer: WeightedNode, nodes: Sequence[ir.Node], shape: Sequence[int]
 def finish(layer: WeightedNode, nodes: Sequence[ir.Node], shape: Sequence[int]) -> ir.Value:
     """Name and type what the nodes of a weight of ``shape`` put out; return the weight."""
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", layer.dtype
+        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_out", ir.DataType(attribute_of(node, "to", layer.dtype))
     layer.names.adopt(nodes)
     nodes[-1].outputs[0].shape = ir.Shape(shape)
     return nodes[-1].outputs[0]

@@ -8,22 +8,26 @@
 3. Conv: codes ``(M, C / G, ...)`` and scales on axis 0. ConvTranspose in one group: ``(C, M, ...)``, axis 1.
 4. A ConvTranspose in several groups has no weight axis of output channels: codes ``(M, C / G, ...)`` on axis 0, then Reshape, Transpose,
    Reshape, which are not needed if every group has one input and one output channel.
-5. In models with static integer activations, a Reshape without effect follows DequantizeLinear. Between a DequantizeLinear and a
-   QuantizeLinear, onnxruntime would otherwise replace a convolution whose weight is constant or dequantized by an integer QLinearConv,
-   rounding float weights and biases itself.
+5. ``integer``: as ``dequantize``, with an int32 bias in units of the scales of input and weight. Between rounded activations
+   (`magr_onnx.passes.emit.tensors`) onnxruntime makes a QLinearConv of it. Codes of 3 and 4 bits are stored in int4, and cast to int8, which
+   onnxruntime does once, when it loads the file.
+6. In models with static integer activations, a Reshape without effect follows DequantizeLinear. Between a DequantizeLinear and a
+   QuantizeLinear, onnxruntime would otherwise replace a convolution that is to stay float by an integer QLinearConv, rounding
+   float weights and biases itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.int32_bias import bias_codes, bias_scales
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import container_bits, pack_qdq
-from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.core.types import ActivationGrid, Array, QuantizedWeight
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.channel_codes import dequantized_weight, dequantizing_nodes, finish, place, reshaped
 from magr_onnx.passes.graph.constants import replace_input
@@ -32,7 +36,13 @@ from magr_onnx.passes.layers.conv import ConvLayer, Form, from_matrices, is_made
 from magr_onnx.passes.layers.weighted import FLOATS
 
 
-def emit(layers: Sequence[ConvLayer], solutions: Sequence[LayerSolution], form: Form, stays_float: bool) -> list[Emitted]:
+def emit(
+    layers: Sequence[ConvLayer],
+    solutions: Sequence[LayerSolution],
+    form: Form,
+    stays_float: bool,
+    grids: Mapping[str, ActivationGrid] | None = None,
+) -> list[Emitted]:
     """Write the codes of one weight into all convolutions that share it.
 
     Args:
@@ -41,7 +51,9 @@ def emit(layers: Sequence[ConvLayer], solutions: Sequence[LayerSolution], form: 
             that is added to its own.
         form: How codes are dequantized, see the module.
         stays_float: Whether to prevent onnxruntime from computing the convolutions in integers.
+        grids: The grids of the inputs of convolutions that are computed in integers, by name of the convolution.
     """
+    grids = grids or {}
     quantized = solutions[0].quantized
     assert quantized is not None
     bits = quantized.spec.bits
@@ -51,14 +63,28 @@ def emit(layers: Sequence[ConvLayer], solutions: Sequence[LayerSolution], form: 
     for layer, solution in zip(layers, solutions, strict=True):
         node = layer.node
         replace_input(node, 1, weight)
+        old_bias, floats = operand(node, 2), layer.read_bias()
         if solution.bias is not None:
-            old_bias, floats = operand(node, 2), layer.read_bias()
-            bias = solution.bias if floats is None else floats + solution.bias
+            floats = solution.bias if floats is None else floats + solution.bias
+        if layer.name in grids and floats is not None:
+            replace_input(node, 2, _int32_bias(layer, floats, quantized, grids[layer.name]))
+        elif solution.bias is not None and floats is not None:
             base = None if old_bias is None else str(old_bias.name)
-            replace_input(node, 2, layer.constant("_bias", bias.astype(FLOATS[layer.dtype]), base))
+            replace_input(node, 2, layer.constant("_bias", floats.astype(FLOATS[layer.dtype]), base))
         node.name = layer.names.node(f"{layer.name}_q{bits}")
         emitted.append(Emitted(node.name, container_bits(bits), size))
     return emitted
+
+
+def _int32_bias(layer: ConvLayer, bias: Array, quantized: QuantizedWeight, grid: ActivationGrid) -> ir.Value:
+    """Add the nodes that dequantize the int32 codes of a bias ``(M,)``."""
+    scales = bias_scales(quantized.scales[0], grid)
+    codes = layer.constant("_bias_int32", bias_codes(bias, scales).astype(np.int32), layer.name)
+    inputs = [codes, layer.constant("_bias_scales", scales, layer.name)]
+    node = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{layer.name}_bias_dequantize")
+    value = finish(layer, [node], bias.shape)
+    layer.graph.insert_before(layer.node, node)
+    return value
 
 
 def _dequantized(layer: ConvLayer, quantized: QuantizedWeight, form: Form, stays_float: bool) -> tuple[ir.Value, list[ir.Node]]:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.int32_bias import bias_codes, bias_scales
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import extremes
 from magr_onnx.core.packing import QdqTensors, dequantize_qdq
@@ -204,8 +205,8 @@ def _round_trip(n: _Nodes, value: ir.Value, name: str, grid: ActivationGrid, sha
 
 def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None:
     """Quantize the bias in units of ``s_x s_w``; None if it could overflow int32 together with the products."""
-    scale = (np.float64(grid.scale) * n.scales).astype(np.float32)
-    codes = np.rint(bias / np.maximum(scale, np.finfo(np.float32).tiny))
+    scale = bias_scales(n.scales, grid)
+    codes = bias_codes(bias, scale)
     if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
         return None
     for levels in (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,):  # kernels may sum codes with or without zero points
@@ -325,7 +326,7 @@ STATIC = Format(
     "QuantizeLinear and DequantizeLinear around MatMul and Gemm, 8-bit inputs of static ranges",
     EmitQDQInt8,
     {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
-    conv_form="dequantize",
+    conv_form="integer",
     emitter_options={"quantize_outputs": "outputs"},
     exclusive_options=("activation_type", "activation_range", "quantize_outputs"),
     **_INTEGER,

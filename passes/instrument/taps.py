@@ -77,8 +77,10 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
     return copy.finish()
 
 
-def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
+def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None, sample: int | None = None) -> ir.Model:
     """Copy the model with outputs min, max and histogram ``(2 BINS,)`` for every tap, in order.
+
+    Histograms are of every element, or of at least ``sample`` elements at equal distances, if a value has twice as many.
 
     The minimum is NaN where any value is not finite.
     The histogram counts negative values in its first half and positive ones in its second, each in bins of a constant ratio
@@ -100,6 +102,7 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) ->
         least = copy.add("ReduceMin", [rows], f"{name}_least", keepdims=0)  # onnxruntime's passes over NaN
         copy.output(copy.add("Add", [least, finite], f"__min_{i}"), shape=[])
         copy.output(copy.add("ReduceMax", [rows], f"__max_{i}", keepdims=0), shape=[])
+        rows = rows if sample is None else copy.sampled(rows, sample, name)
         exponent = copy.add("Mul", [copy.add("Log", [copy.add("Abs", [rows], f"{name}_abs")], f"{name}_log"), ratio], f"{name}_exponent")
         integer = copy.add("Cast", [copy.add("Floor", [exponent], f"{name}_floor")], f"{name}_int", to=ir.DataType.INT64)
         index = copy.add("Add", [copy.add("Clip", [integer, low, high], f"{name}_bounded"), offsets[0]], f"{name}_bin")
@@ -293,6 +296,13 @@ class Extension:
             node = ir.node("DynamicQuantizeLinear", [real], outputs=outputs, name=f"{name}_codes")
             codes, scale, zero = self.append(self.model.graph, node)
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
+
+    def sampled(self, flat: ir.Value, count: int, name: str) -> ir.Value:
+        """Return at least ``count`` elements of a flat value at equal, odd distances, or all of them if there are fewer."""
+        half = self.add("Div", [self.add("Shape", [flat], f"{name}_of"), self.constant(f"{name}_half", np.array([2 * count]))], f"{name}_skip")
+        step = self.add("Max", [self.add("Sub", [self.add("Add", [half, half], f"{name}_even"), self._one("one", 1)], f"{name}_odd"), self._one("one", 1)], f"{name}_step")
+        starts, ends, axes = (self.constant(f"{name}_{end}", np.array([at])) for end, at in (("at", 0), ("to", np.iinfo(np.int64).max), ("on", 0)))
+        return self.add("Slice", [flat, starts, ends, axes, step], f"{name}_sample")
 
     def gram(self, rows: ir.Value, name: str) -> ir.Value:
         """Return ``rows^T rows``."""

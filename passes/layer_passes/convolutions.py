@@ -24,15 +24,14 @@ from magr_onnx.passes.layers.weighted import by_weight
 class Convolutions(ModelPass):
     """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the plan.
 
-    Convolutions are solved before the linear layers, each group of channels as a layer of its own, and computed in float in every
-    format. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
+    Convolutions are solved before the linear layers, each group of channels as a layer of its own. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
     channel to a grid searched for the least squared error.
 
     Attributes:
         bits: 3 to 8.
         symmetric: Fix the zero point in the middle.
         alpha: Strength of MagR, relative to the layer; none for what is usual for the bits (with method auto: chosen).
-        form: ``fold`` or ``dequantize``: how codes become floats; see `magr_onnx.passes.emit.conv`.
+        form: ``fold`` or ``dequantize``: how codes become floats; ``integer``: not at all. See `magr_onnx.passes.emit.conv`.
     """
 
     name: ClassVar[str] = "convolutions"
@@ -64,7 +63,7 @@ class Convolutions(ModelPass):
 
     def change(self, model: ir.Model) -> bool:
         integer = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
-        stage = replace(self, form="dequantize") if integer else self
+        stage = replace(self, form="dequantize") if integer or self.form == "integer" else self  # integers need ranges of activations
         modified = stage.prepare(model, None)
         layers, _ = find(model)
         if stage.opset(layers) > model.opset_imports.get("", 0):

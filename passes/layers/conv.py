@@ -26,8 +26,8 @@ from magr_onnx.passes.layers.weighted import Product, find_views, in_closed_body
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
-Form = Literal["fold", "dequantize"]
-FORMS: tuple[Form, ...] = ("fold", "dequantize")
+Form = Literal["fold", "dequantize", "integer"]
+FORMS: tuple[Form, ...] = ("fold", "dequantize", "integer")
 BITS = tuple(range(3, 9))
 
 

@@ -18,6 +18,7 @@ from magr_onnx.passes import Plan
 from magr_onnx.passes.instrument.taps import BINS, Tap, bin_edges, error_taps, range_taps
 from magr_onnx.passes.layer_passes.activations import ActivationType
 from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
@@ -88,7 +89,7 @@ def choose(
     taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
     few = context.data.samples is not None and context.data.samples <= FEW_SAMPLES and len(context.data) > 1
     hold_out = HoldOut(HELD_OUT) if few else NONE
-    parts = _histograms(model, taps, values, context, hold_out, part_of(progress, 0, 2))
+    parts = histograms_of(model, taps, [v.layers for v in values], context, hold_out, progress=part_of(progress, 0, 2))
     histograms = [reduce(Histogram.plus, of_value) for of_value in zip(*parts, strict=True)]
     bounded = [h.without_sentinels() for h in histograms]
     headroom = hold_out.folds > 1 and kind != "dynamic"
@@ -124,20 +125,31 @@ def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: Ac
     return {name: DynamicRange() if name == "min-max" and unbounded else DynamicRange(*ends) for name, ends in named.items()}
 
 
-def _histograms(
-    model: ir.Model, taps: Sequence[Tap], values: Sequence[Value], context: CalibrationContext, hold_out: HoldOut, progress: Steps | None
+def histograms_of(
+    model: ir.Model,
+    taps: Sequence[Tap],
+    readers: Sequence[Sequence[WeightedNode]],
+    context: CalibrationContext,
+    hold_out: HoldOut,
+    *,
+    sample: int | None = None,
+    progress: Steps | None = None,
 ) -> list[list[Histogram]]:
-    """Measure the histograms of all values, for each part of the data."""
+    """Measure the histograms of all taps, for each part of the data; of at most about ``sample`` elements of a value in a batch.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite; ``readers`` of every tap are named.
+    """
     data, shape = context.data, (hold_out.parts, len(taps))
     low, high, counts = np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros((*shape, 2 * BINS))
     bad: dict[str, str] = {}
-    for index, weight, results in run_batches(range_taps(model, taps, context.mask), data, context.provider, progress):
+    for index, weight, results in run_batches(range_taps(model, taps, context.mask, sample), data, context.provider, progress):
         part = hold_out.part(index)
         for i, (tap, least, greatest, histogram) in enumerate(zip(taps, results[::3], results[1::3], results[2::3], strict=True)):
             if least > greatest:  # no rows: the minimum of an empty set is infinite
                 continue
             if not (np.isfinite(least) and np.isfinite(greatest)):
-                bad.setdefault(tap.value, not_finite(tap.value, values[i].layers, data.label(index)))
+                bad.setdefault(tap.value, not_finite(tap.value, readers[i], data.label(index)))
             low[part, i], high[part, i] = min(low[part, i], float(least)), max(high[part, i], float(greatest))
             counts[part, i] += weighted(histogram, weight)
     raise_all(NonFiniteError, bad.values())

@@ -125,8 +125,9 @@ def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationCo
     return [Tap(n, k, n in masked, *((choices[n].grid, choices[n].bounds) if n in choices else ())) for n, k in widths.items()]
 
 
-def not_finite(value: str, readers: Sequence[LinearLayer], where: str) -> str:
-    return f"input of {', '.join(layer.name for layer in readers)} ({value}): NaN or infinite activations in {where}"
+def not_finite(value: str, readers: Sequence[WeightedNode], where: str) -> str:
+    read = f"input of {', '.join(layer.name for layer in readers)} ({value})" if readers else value
+    return f"{read}: NaN or infinite activations in {where}"
 
 
 def check_rows(rows: Iterable[float], mask: str | None) -> None:

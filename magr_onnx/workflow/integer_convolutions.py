@@ -1,0 +1,82 @@
+"""What convolutions need to be computed in integers: grids of the values between them, and biases that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from magr_onnx.core.int32_bias import with_room
+from magr_onnx.core.layer import LayerSolution
+from magr_onnx.core.types import ActivationGrid
+from magr_onnx.passes import Plan
+from magr_onnx.passes.emit import tensors as tensor_emitter
+from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.layer_passes.convolutions import Convolutions
+from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.tensors.ort_cpu import RULES
+from magr_onnx.passes.tensors.region import region_of
+from magr_onnx.runtime.calibration import tensor_ranges
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.workflow.context import RunContext
+
+
+def round_activations(
+    model: ir.Model,
+    work: ir.Model,
+    layers: Sequence[ConvLayer],
+    plan: Plan,
+    stage: Convolutions,
+    data: Batches | None,
+    context: RunContext,
+) -> dict[str, ActivationGrid]:
+    """Round the values between the convolutions of ``work`` that will be computed in integers, in place.
+
+    Args:
+        model: The float model, whose values ranges are taken of.
+        work: A copy of it.
+        layers: Convolutions of ``work``.
+        plan: The whole plan.
+        stage: Its stage of convolutions.
+        data: Batches that fit the model; without them there are no ranges.
+        context: Of the run.
+
+    Returns:
+        The grids of the inputs of these convolutions, by name of the convolution.
+    """
+    activations = plan.activations
+    if stage.form != "integer" or not stage.symmetric or data is None or activations is None or plan.accumulator is not None:
+        return {}
+    integer = [layer for layer in layers if _may_be_integer(layer)]
+    if not integer:
+        return {}
+    region = region_of(work.graph, [layer.node for layer in integer], RULES)
+    calibration = CalibrationContext(data, provider=context.provider)
+    signed, inputs = activations.type == "int8", {layer.name: str(layer.x.name) for layer in integer}
+    grids = tensor_ranges.choose(
+        model, region.grids, integer, calibration, method=activations.ranges, signed=signed, progress=context.stage("ranges")
+    )
+    Names.rescan(work.graph)
+    tensor_emitter.emit(work.graph, region, grids)
+    context.lap("ranges")
+    return {name: grids[value] for name, value in inputs.items()}
+
+
+def _may_be_integer(layer: ConvLayer) -> bool:
+    """Whether onnxruntime has an integer kernel for a convolution, and its bias can be written."""
+    return layer.op == "Conv" and not layer.nested and layer.dtype == ir.DataType.FLOAT and layer.takes_bias
+
+
+def with_room_for_biases(
+    readers: Sequence[ConvLayer], solutions: Sequence[LayerSolution], grids: Mapping[str, ActivationGrid]
+) -> list[LayerSolution]:
+    """Raise the scales of the channels of one weight whose biases would not fit into int32, for all convolutions that read it."""
+    quantized = solutions[0].quantized
+    assert quantized is not None
+    for layer, solution in zip(readers, solutions, strict=True):
+        parts = [bias for bias in (layer.read_bias(), solution.bias) if bias is not None]
+        if layer.name in grids and parts:
+            quantized = with_room(quantized, sum(parts[1:], start=parts[0]), grids[layer.name])
+    return list(solutions) if quantized is solutions[0].quantized else [replace(s, quantized=quantized) for s in solutions]

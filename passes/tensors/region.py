@@ -1,0 +1,135 @@
+"""The part of a graph that is computed in integers: convolutions, and what a runtime computes in integers between them.
+
+A convolution becomes an integer one if its input and its result are rounded to grids. Operators between convolutions follow where all they
+read is on a grid and what they put out is read as integers again. Everything else stays float: a value that leaves the region is dequantized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import only_use, operand
+from magr_onnx.passes.tensors.rules import Rules
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedGrid:
+    """Values on one grid.
+
+    Attributes:
+        values: The values, in graph order.
+        low: Least value that the grid should have, where an activation cuts off there; else -inf.
+        high: Greatest value, likewise; else inf.
+    """
+
+    values: tuple[ir.Value, ...]
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """What is computed in integers.
+
+    Attributes:
+        grids: The values that are rounded, in groups that share a grid.
+        nodes: Nodes that read integers.
+        results: What these nodes put out, behind an activation that a grid replaces.
+    """
+
+    grids: tuple[SharedGrid, ...]
+    nodes: frozenset[ir.Node]
+    results: frozenset[ir.Value]
+
+
+def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) -> Region:
+    """Find the region around convolutions of a graph.
+
+    Args:
+        graph: The main graph.
+        convolutions: Its convolutions that will have integer weights.
+        rules: What the runtime computes in integers.
+    """
+    convs = set(convolutions)
+    candidates = {node for node in graph if node not in convs and (rules.computes(node) or rules.moves(node))}
+
+    def result(node: ir.Node) -> ir.Value:
+        return node.outputs[0] if node not in convs and rules.moves(node) else _behind_activation(node, rules)[0]
+
+    between = _between(convs, candidates, rules, result)
+    ordered = [node for node in graph if node in convs or node in between]
+    parent: dict[ir.Value, ir.Value] = {}
+
+    def root(value: ir.Value) -> ir.Value:
+        while parent.setdefault(value, value) is not value:
+            value = parent[value]
+        return value
+
+    limits: dict[ir.Value, tuple[float, float]] = {}
+    for node in ordered:
+        for value in _read(node, convs, rules):
+            root(value)
+        root(result(node))
+        if node in between and rules.moves(node):
+            parent[root(result(node))] = root(_first(node))
+        else:
+            limits[result(node)] = _behind_activation(node, rules)[1:]
+    groups: dict[ir.Value, list[ir.Value]] = {}
+    for value in parent:
+        groups.setdefault(root(value), []).append(value)
+    grids = [SharedGrid(tuple(values), *_common([limits.get(v) for v in values])) for values in groups.values()]
+    return Region(tuple(grids), frozenset(ordered), frozenset(map(result, ordered)))
+
+
+def _between(
+    convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value]
+) -> set[ir.Node]:
+    """Reduce candidates to those that read only integers and are read as such."""
+    while True:
+        inputs = {value for node in (*convs, *candidates) for value in _read(node, convs, rules)}
+        rounded = {_first(node) for node in convs} | {result(node) for node in (*convs, *candidates)}
+        left = {node for node in candidates if result(node) in inputs and all(v in rounded for v in _read(node, convs, rules))}
+        if left == candidates:
+            return left
+        candidates = left
+
+
+def _read(node: ir.Node, convs: Collection[ir.Node], rules: Rules) -> Iterator[ir.Value]:
+    """Yield the values that a node reads as integers."""
+    if node in convs or rules.moves(node) or len(node.inputs) == 1:
+        yield _first(node)
+    else:
+        yield from (value for value in node.inputs if value is not None)
+
+
+def _first(node: ir.Node) -> ir.Value:
+    value = operand(node, 0)
+    assert value is not None
+    return value
+
+
+def _behind_activation(node: ir.Node, rules: Rules) -> tuple[ir.Value, float, float]:
+    """Return what a node puts out, behind an activation that its grid replaces, and the range that this one allows."""
+    value = node.outputs[0]
+    reader, index = only_use(value)
+    if reader is None or index != 0 or reader.domain != "" or reader.op_type not in rules.absorbed:
+        return value, -math.inf, math.inf
+    low, high = 0.0, math.inf
+    if reader.op_type == "Clip":
+        bounds = [constant_array(operand(reader, i)) for i in (1, 2)]
+        if any(bound is None and operand(reader, i) is not None for i, bound in enumerate(bounds, 1)):
+            return value, -math.inf, math.inf
+        low, high = (default if b is None else float(np.asarray(b).reshape(())) for b, default in zip(bounds, (-math.inf, math.inf), strict=True))
+    return (reader.outputs[0], low, high) if low == 0 < high else (value, -math.inf, math.inf)
+
+
+def _common(limits: Collection[tuple[float, float] | None]) -> tuple[float, float]:
+    """Return the limits of a grid, where all values that have any agree; those that a move makes have none."""
+    different = {limit for limit in limits if limit is not None}
+    return next(iter(different)) if len(different) == 1 else (-math.inf, math.inf)

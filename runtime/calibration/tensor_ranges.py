@@ -1,0 +1,94 @@
+"""Choice of the grids of rounded activations, from histograms of one pass over the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.types import ActivationGrid
+from magr_onnx.passes.instrument.taps import Tap
+from magr_onnx.passes.layers.weighted import WeightedNode
+from magr_onnx.passes.tensors.region import SharedGrid
+from magr_onnx.runtime.calibration.activation_ranges import FEW_SAMPLES, histograms_of
+from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
+from magr_onnx.runtime.data.sources import Steps
+
+SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
+
+
+def choose(
+    model: ir.Model,
+    shared: Sequence[SharedGrid],
+    layers: Sequence[WeightedNode],
+    context: CalibrationContext,
+    *,
+    method: Method = "auto",
+    signed: bool = False,
+    progress: Steps | None = None,
+) -> dict[str, ActivationGrid]:
+    """Choose the grids of values of the main graph, by value name.
+
+    Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least rounding and clipping error according to the histogram
+    of its values is chosen. Of few samples, every part is measured under ranges made of the others.
+
+    Args:
+        model: The float model; not changed.
+        shared: Values that share a grid, and what it is limited to.
+        layers: Layers that read some of them, for messages.
+        context: Data and where to run.
+        method: Which candidates to try.
+        signed: Codes in int8 instead of uint8.
+        progress: Called after every batch.
+
+    Raises:
+        NonFiniteError: Activations are NaN or infinite.
+    """
+    names = [str(value.name) for group in shared for value in group.values]
+    few = context.data.samples is not None and context.data.samples <= FEW_SAMPLES and len(context.data) > 1
+    hold_out = HoldOut(HELD_OUT) if few else NONE
+    readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
+    parts = histograms_of(model, [Tap(name, 1) for name in names], readers, context, hold_out, sample=SAMPLE, progress=progress)
+    grids: dict[str, ActivationGrid] = {}
+    at = 0
+    for group in shared:
+        until = at + len(group.values)
+        measured = [reduce(Histogram.plus, of_part[at:until]) for of_part in parts]
+        low, high = _range([part for part in measured if part.low <= part.high], group, method)
+        grids |= dict.fromkeys(names[at:until], _grid(low, high, group.high, signed))
+        at = until
+    return grids
+
+
+def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method) -> tuple[float, float]:
+    """Choose a range by its errors on every part; of several parts, under ranges from the others."""
+    if not parts:
+        return 0.0, 1.0
+    full = reduce(Histogram.plus, parts).without_sentinels()
+    trials = [(full, full)]
+    if len(parts) > 1:
+        trials = [(reduce(Histogram.plus, [*parts[:i], *parts[i + 1 :]]).without_sentinels(), part) for i, part in enumerate(parts)]
+
+    def ranges(histogram: Histogram) -> dict[str, tuple[float, float]]:
+        named = candidates(histogram, method, headroom=len(parts) > 1)
+        return {name: (max(low, group.low), min(high, group.high)) for name, (low, high) in named.items()}
+
+    errors: dict[str, float] = {}
+    for rest, part in trials:
+        for name, ends in ranges(rest).items():
+            errors[name] = errors.get(name, 0.0) + part.error(*ends)
+    return ranges(full)[min(errors, key=lambda name: errors[name])]
+
+
+def _grid(low: float, high: float, limit: float, signed: bool) -> ActivationGrid:
+    """Make the grid of a range, one that ends at or below the limit: runtimes drop an activation only then."""
+    grid = ActivationGrid.of_range(low, high, signed)
+    while math.isfinite(limit) and np.float32(grid.scale) * np.float32(255) > np.float32(limit):
+        scale = float(np.nextafter(np.float32(grid.scale), np.float32(0)))
+        grid = ActivationGrid(scale, grid.zero_point, signed)
+    return grid
