@@ -107,6 +107,34 @@ def candidates(histogram: Histogram, method: Method = "auto", headroom: bool = F
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}
 
 
+LEAST_LEVELS = 32  # distinct values that show that a tensor is on a grid
+
+
+def grid_of_levels(values: npt.NDArray[Any]) -> tuple[float, int] | None:
+    """Return step and zero point (of uint8) of the grid that all values are on, as those of scaled 8-bit images are; None without one.
+
+    The codes that no value uses are left on both sides of them alike.
+
+    Args:
+        values: Distinct values, in rising order.
+    """
+    if len(values) < LEAST_LEVELS:
+        return None
+    levels = values.astype(np.float64)
+    span = float(levels[-1] - levels[0])
+    gaps = np.diff(levels)
+    step = float(np.median(gaps[gaps < 1.5 * gaps[gaps > span / 1000].min(initial=span)]))
+    positions = np.rint((levels - levels[0]) / step)
+    if positions[-1] > 255:
+        return None
+    step = span / positions[-1]
+    first = levels[0] / step
+    if np.abs(levels - levels[0] - positions * step).max() > 1e-3 * step or abs(first - np.rint(first)) > 1e-3:
+        return None
+    zero = -int(np.rint(first)) + int(255 - positions[-1]) // 2
+    return (step, zero) if 0 <= zero <= 255 else None
+
+
 @np.errstate(over="ignore")  # values far outside the grid are clipped to its ends
 def rounded(x: npt.NDArray[Any], activation: Activation | None) -> npt.NDArray[Any]:
     """Round ``x`` to the 8-bit grid of a layer's input, in float32, as QuantizeLinear or DynamicQuantizeLinear does."""

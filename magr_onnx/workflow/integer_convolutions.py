@@ -23,6 +23,15 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow.context import RunContext
 
 
+def why_float(plan: Plan, stage: Convolutions, data: Batches | None) -> str | None:
+    """Say why convolutions stay float though the form is ``integer``; None if they need not."""
+    if data is None:
+        return "there is no calibration data to find ranges of activations with"
+    if not stage.symmetric:
+        return "onnxruntime's integer convolutions have symmetric weights"
+    return None if plan.accumulator is None else "their accumulators are not constrained; no sum of theirs is part of the proof"
+
+
 def round_activations(
     model: ir.Model,
     work: ir.Model,
@@ -47,7 +56,7 @@ def round_activations(
         The grids of the inputs of these convolutions, by name of the convolution.
     """
     activations = plan.activations
-    if stage.form != "integer" or not stage.symmetric or data is None or activations is None or plan.accumulator is not None:
+    if stage.form != "integer" or data is None or activations is None or why_float(plan, stage, data) is not None:
         return {}
     integer = [layer for layer in layers if _may_be_integer(layer)]
     if not integer:

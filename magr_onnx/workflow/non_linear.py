@@ -182,6 +182,10 @@ def convert_convolutions(
                 notes.append(f"one weight for {len(readers)} convolutions: one solution for all")
             result.add(layer, replace(solution, record=solution.record.noting(*notes)), emitted, weight, layer.group)
         context.stage("convolutions")(len(result.rows) - first, len(ordered))
+    if stage.form == "integer" and (reason := integer_convolutions.why_float(plan, stage, data)) is not None:
+        result.notes.append(f"convolutions are computed in float: {reason}")
+    elif grids and any(grid.signed for grid in grids.values()):
+        result.notes.append("int8 activations that several nodes read are not fused on x86, and run as floats there; uint8 are")
     order = {layer.name: i for i, layer in enumerate(layers)}
     result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
 

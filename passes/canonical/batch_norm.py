@@ -34,7 +34,7 @@ def fold(model: ir.Model, selection: Selection = ALL) -> list[str]:
 
 def _parameters(norm: ir.Node) -> tuple[Array, Array] | None:
     """Read the factor and the addend of every channel; None for anything but a BatchNormalization of constants."""
-    if (norm.domain, norm.op_type) != ("", "BatchNormalization") or norm.attributes.get_int("training_mode", 0):
+    if (norm.domain, norm.op_type) != ("", "BatchNormalization") or norm.attributes.get_int("training_mode", False):
         return None
     arrays = [constant_array(operand(norm, i)) for i in range(1, 5)]
     if any(a is None for a in arrays) or any(value.uses() or value.is_graph_output() for value in norm.outputs[1:]):
@@ -60,7 +60,6 @@ def _fold(layer: ConvLayer, norm: ir.Node, factor: Array, addend: Array) -> None
     layer.graph.remove(norm, safe=True)
     for constant in constants:
         drop_if_unused(constant)
-
 
 
 def _set(layer: ConvLayer, index: int, array: npt.NDArray[Any], name: str) -> None:

@@ -9,8 +9,8 @@
 4. A ConvTranspose in several groups has no weight axis of output channels: codes ``(M, C / G, ...)`` on axis 0, then Reshape, Transpose,
    Reshape, which are not needed if every group has one input and one output channel.
 5. ``integer``: as ``dequantize``, with an int32 bias in units of the scales of input and weight. Between rounded activations
-   (`magr_onnx.passes.emit.tensors`) onnxruntime makes a QLinearConv of it. Codes of 3 and 4 bits are stored in int4, and cast to int8, which
-   onnxruntime does once, when it loads the file.
+   (`magr_onnx.passes.emit.tensors`) onnxruntime makes a QLinearConv of it. Codes of 3 and 4 bits are stored in int4, and cast to int8:
+   onnxruntime does that once, when it loads the file.
 6. In models with static integer activations, a Reshape without effect follows DequantizeLinear. Between a DequantizeLinear and a
    QuantizeLinear, onnxruntime would otherwise replace a convolution that is to stay float by an integer QLinearConv, rounding
    float weights and biases itself.

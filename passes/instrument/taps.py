@@ -299,10 +299,11 @@ class Extension:
 
     def sampled(self, flat: ir.Value, count: int, name: str) -> ir.Value:
         """Return at least ``count`` elements of a flat value at equal, odd distances, or all of them if there are fewer."""
-        half = self.add("Div", [self.add("Shape", [flat], f"{name}_of"), self.constant(f"{name}_half", np.array([2 * count]))], f"{name}_skip")
-        step = self.add("Max", [self.add("Sub", [self.add("Add", [half, half], f"{name}_even"), self._one("one", 1)], f"{name}_odd"), self._one("one", 1)], f"{name}_step")
-        starts, ends, axes = (self.constant(f"{name}_{end}", np.array([at])) for end, at in (("at", 0), ("to", np.iinfo(np.int64).max), ("on", 0)))
-        return self.add("Slice", [flat, starts, ends, axes, step], f"{name}_sample")
+        one, zero, end = self._one("one", 1), self._one("zero", 0), self._one("end", np.iinfo(np.int64).max)
+        size = self.add("Shape", [flat], f"{name}_of")
+        half = self.add("Div", [size, self.constant(f"{name}_most", np.array([2 * count]))], f"{name}_half")
+        odd = self.add("Sub", [self.add("Add", [half, half], f"{name}_even"), one], f"{name}_odd")
+        return self.add("Slice", [flat, zero, end, zero, self.add("Max", [odd, one], f"{name}_step")], f"{name}_sample")
 
     def gram(self, rows: ir.Value, name: str) -> ir.Value:
         """Return ``rows^T rows``."""

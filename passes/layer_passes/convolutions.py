@@ -24,8 +24,8 @@ from magr_onnx.passes.layers.weighted import by_weight
 class Convolutions(ModelPass):
     """Weights of convolutions on an integer grid, one scale an output channel, by the quantizer of the plan.
 
-    Convolutions are solved before the linear layers, each group of channels as a layer of its own. Alone, or in a sequence of passes, it has no statistics of patches and rounds every
-    channel to a grid searched for the least squared error.
+    Convolutions are solved before the linear layers, each group of channels as a layer of its own. Alone, or in a sequence of passes, it
+    has no statistics of patches and rounds every channel to a grid searched for the least squared error.
 
     Attributes:
         bits: 3 to 8.

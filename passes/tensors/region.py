@@ -1,7 +1,8 @@
 """The part of a graph that is computed in integers: convolutions, and what a runtime computes in integers between them.
 
-A convolution becomes an integer one if its input and its result are rounded to grids. Operators between convolutions follow where all they
-read is on a grid and what they put out is read as integers again. Everything else stays float: a value that leaves the region is dequantized.
+A convolution becomes an integer one if its input and its result are rounded to grids. Operators between convolutions follow where all
+they read is on a grid and what they put out is read as integers again. Everything else stays float: what it reads of the region is
+dequantized.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import constant_array
@@ -87,9 +87,7 @@ def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) 
     return Region(tuple(grids), frozenset(ordered), frozenset(map(result, ordered)))
 
 
-def _between(
-    convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value]
-) -> set[ir.Node]:
+def _between(convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value]) -> set[ir.Node]:
     """Reduce candidates to those that read only integers and are read as such."""
     while True:
         inputs = {value for node in (*convs, *candidates) for value in _read(node, convs, rules)}
@@ -120,13 +118,17 @@ def _behind_activation(node: ir.Node, rules: Rules) -> tuple[ir.Value, float, fl
     reader, index = only_use(value)
     if reader is None or index != 0 or reader.domain != "" or reader.op_type not in rules.absorbed:
         return value, -math.inf, math.inf
-    low, high = 0.0, math.inf
-    if reader.op_type == "Clip":
-        bounds = [constant_array(operand(reader, i)) for i in (1, 2)]
-        if any(bound is None and operand(reader, i) is not None for i, bound in enumerate(bounds, 1)):
-            return value, -math.inf, math.inf
-        low, high = (default if b is None else float(np.asarray(b).reshape(())) for b, default in zip(bounds, (-math.inf, math.inf), strict=True))
+    low, high = (0.0, math.inf) if reader.op_type == "Relu" else _bounds(reader)
     return (reader.outputs[0], low, high) if low == 0 < high else (value, -math.inf, math.inf)
+
+
+def _bounds(clip: ir.Node) -> tuple[float, float]:
+    """Return the bounds of a Clip; NaN for what is computed at run time."""
+    low, high = (
+        default if (value := operand(clip, i)) is None else math.nan if (bound := constant_array(value)) is None else bound.item()
+        for i, default in ((1, -math.inf), (2, math.inf))
+    )
+    return float(low), float(high)
 
 
 def _common(limits: Collection[tuple[float, float] | None]) -> tuple[float, float]:

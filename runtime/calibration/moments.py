@@ -17,7 +17,7 @@ from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.instrument.taps import Tap, gram_taps
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
-from magr_onnx.passes.layers.weighted import by_weight
+from magr_onnx.passes.layers.weighted import WeightedNode, by_weight
 from magr_onnx.passes.plan import Plan
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values

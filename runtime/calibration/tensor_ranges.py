@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.activation_ranges import Histogram, Method, candidates, grid_of_levels
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument.taps import Tap
 from magr_onnx.passes.layers.weighted import WeightedNode
@@ -19,6 +21,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
 from magr_onnx.runtime.data.sources import Steps
 
+INPUTS = 8  # batches that tell whether an input is on a grid
 SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
 
 
@@ -55,14 +58,28 @@ def choose(
     readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
     parts = histograms_of(model, [Tap(name, 1) for name in names], readers, context, hold_out, sample=SAMPLE, progress=progress)
     grids: dict[str, ActivationGrid] = {}
+    exact = {name: grid for name in names if (grid := _of_levels(name, context, signed)) is not None}
     at = 0
     for group in shared:
         until = at + len(group.values)
         measured = [reduce(Histogram.plus, of_part[at:until]) for of_part in parts]
         low, high = _range([part for part in measured if part.low <= part.high], group, method)
-        grids |= dict.fromkeys(names[at:until], _grid(low, high, group.high, signed))
+        grids |= dict.fromkeys(names[at:until], exact.get(names[at]) or _grid(low, high, group.high, signed))
         at = until
     return grids
+
+
+def _of_levels(name: str, context: CalibrationContext, signed: bool) -> ActivationGrid | None:
+    """Return the grid that an input of the model is on already: images of 8 bits lose nothing on it."""
+    levels: npt.NDArray[Any] = np.zeros(0)
+    for batch in context.data.limit(INPUTS):
+        if name not in batch:
+            return None
+        levels = np.union1d(levels, np.asarray(batch[name]))
+        if len(levels) > 256:
+            return None
+    found = grid_of_levels(levels)
+    return None if found is None else ActivationGrid(float(np.float32(found[0])), found[1] - 128 * signed, signed)
 
 
 def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method) -> tuple[float, float]:

@@ -1,0 +1,163 @@
+"""Convolutions in integers: what onnxruntime runs, how near it is to the float model, and when they stay float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import magr_onnx
+from magr_onnx.errors import OptionError
+from magr_onnx.report.data import Report
+
+Array = np.ndarray[Any, Any]
+RNG = np.random.default_rng(0)
+
+
+def images(count: int, seed: int) -> Array:
+    """Smooth 8-bit images, scaled as (p - 127) / 128."""
+    rng = np.random.default_rng(seed)
+    waves = sum(np.cos(np.arange(12) * f + rng.uniform(0, 6, (count, 3, 12, 1))) / f for f in (0.5, 1, 2))
+    pixels = np.clip(127 + 40 * (waves + np.swapaxes(waves, 2, 3)) + 5 * rng.standard_normal((count, 3, 12, 12)), 0, 255)
+    return ((np.rint(pixels) - 127) / 128).astype(np.float32)
+
+
+def network(bias: float = 0.1, last: str = "Conv") -> onnx.ModelProto:
+    """A small residual network with depthwise convolutions, squeeze-and-excite, and a head that concatenates."""
+    sizes = {"stem": (8, 3, 3, 3), "deep": (8, 1, 3, 3), "point": (8, 8, 1, 1), "gate": (8, 8, 1, 1), "boxes": (4, 8, 1, 1)}
+    arrays = {name: RNG.standard_normal(s) / np.sqrt(np.prod(s[1:])) for name, s in (sizes | {"scores": (4, 8, 1, 1), "head": (5, 8, 3, 3)}).items()}
+    arrays |= {f"{name}_b": bias * RNG.standard_normal(len(array)) for name, array in arrays.items()}
+
+    def conv(name: str, x: str, op: str = "Conv", **attributes: Any) -> onnx.NodeProto:
+        return onnx.helper.make_node(op, [x, name, f"{name}_b"], [f"{name}_y"], name=name, **attributes)
+
+    def act(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+        return onnx.helper.make_node(op, inputs, [output], name=output, **attributes)
+
+    nodes = [
+        conv("stem", "x", pads=[1] * 4),
+        act("Relu", ["stem_y"], "a"),
+        conv("deep", "a", group=8, pads=[1] * 4),
+        act("Clip", ["deep_y", "zero", "six"], "b"),
+        conv("point", "b"),
+        act("GlobalAveragePool", ["point_y"], "squeeze"),
+        conv("gate", "squeeze"),
+        act("Sigmoid", ["gate_y"], "excite"),
+        act("Mul", ["point_y", "excite"], "scaled"),
+        act("Add", ["scaled", "a"], "sum"),
+        act("MaxPool", ["sum"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        conv("boxes", "pool"),
+        conv("scores", "pool"),
+        act("Concat", ["boxes_y", "scores_y"], "both", axis=1),
+        conv("head", "both", last),
+    ]
+    if last == "ConvTranspose":
+        arrays["head"] = RNG.standard_normal((8, 5, 3, 3))
+        arrays["head_b"] = RNG.standard_normal(5)
+    initializers = [onnx.numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
+    initializers += [onnx.numpy_helper.from_array(np.float32(v), name) for name, v in (("zero", 0), ("six", 6))]
+    x = onnx.helper.make_tensor_value_info("x", 1, ["n", 3, 12, 12])
+    y = onnx.helper.make_tensor_value_info("head_y", 1, ["n", 5, None, None])
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], initializers)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def converted(proto: onnx.ModelProto, folder: Path, data: Any = "images", **options: Any) -> tuple[Report, list[str], Array, Array]:
+    """Quantize a network; return the report, the operators that onnxruntime runs, and outputs of both on other images."""
+    path, x = folder / "q.onnx", images(32, 2)
+    calibration = {"x": images(32, 1)} if isinstance(data, str) else data
+    options = {"format": "qdq-int8", **options}
+    report = magr_onnx.optimize(proto, calibration, output=path, batch_size=4, **options).report
+    settings = ort.SessionOptions()
+    settings.optimized_model_filepath, settings.log_severity_level = str(folder / "o.onnx"), 3
+    quantized = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    original = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    ops = [node.op_type for node in onnx.load(folder / "o.onnx").graph.node]
+    return report, ops, quantized.run(None, {"x": x})[0], original.run(None, {"x": x})[0]
+
+
+def sqnr(actual: Array, expected: Array) -> float:
+    return float(10 * np.log10(np.square(expected).sum() / np.square(expected.astype(float) - actual).sum()))
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 30), (4, 16)])
+def test_a_network_is_integers_from_end_to_end(bits: int, least: float, tmp_path: Path) -> None:
+    report, ops, actual, expected = converted(network(), tmp_path, conv_bits=bits)
+    assert ops.count("QLinearConv") == 7
+    assert not {"Conv", "Relu", "Clip", "Sigmoid", "Add", "Mul", "Concat"} & set(ops)
+    assert ops.count("QuantizeLinear") == ops.count("DequantizeLinear") == 1
+    assert report.verified == 7
+    assert sqnr(actual, expected) > least
+    stored = {t.data_type for t in onnx.load(tmp_path / "q.onnx").graph.initializer if len(t.dims) == 4}
+    assert stored == {onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4}
+
+
+def test_images_of_8_bits_are_read_without_loss(tmp_path: Path) -> None:
+    converted(network(), tmp_path)
+    model = onnx.load(tmp_path / "q.onnx")
+    quantize = next(node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "x")
+    grid = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert grid[quantize.input[1]] == np.float32(1 / 128)
+    levels = (np.arange(256) - 127) / 128
+    seen = np.unique(images(32, 1) * 128 + 127)
+    codes = np.rint(levels * 128) + grid[quantize.input[2]]
+    assert 0 <= codes[int(seen.min())] <= codes[int(seen.max())] <= 255
+
+
+def test_a_channel_of_tiny_weights_keeps_its_bias(tmp_path: Path) -> None:
+    """Its scale would be so small that the bias overflows int32 in units of it."""
+    proto = network(bias=1.0)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("stem", "boxes"):
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array[1] *= 1e-13
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    _, ops, actual, expected = converted(proto, tmp_path)
+    assert ops.count("QLinearConv") == 7
+    assert sqnr(actual, expected) > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"symmetric": False}, "symmetric weights"),
+        ({"target": "x86-avx2"}, "accumulators"),
+        ({"conv_form": "dequantize"}, ""),
+    ],
+)
+def test_convolutions_stay_float_and_the_report_says_why(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    report, ops, actual, expected = converted(network(), tmp_path, **options)
+    assert "QLinearConv" not in ops
+    assert any(f"computed in float: {reason}" in note or reason in note for note in report.notes) or not reason
+    assert sqnr(actual, expected) > 35
+
+
+def test_a_transposed_convolution_stays_float_behind_integers(tmp_path: Path) -> None:
+    report, ops, actual, expected = converted(network(last="ConvTranspose"), tmp_path)
+    assert ops.count("QLinearConv") == 6
+    assert "ConvTranspose" in ops
+    assert report.verified == 7
+    assert sqnr(actual, expected) > 28
+
+
+def test_int8_activations(tmp_path: Path) -> None:
+    report, _, actual, expected = converted(network(), tmp_path, activation_type="int8")
+    assert any("int8 activations that several nodes read" in note for note in report.notes)
+    assert sqnr(actual, expected) > 30
+
+
+def test_other_formats_have_no_integer_convolutions() -> None:
+    with pytest.raises(OptionError, match="conv_form=integer needs static 8-bit activations; use format qdq-int8"):
+        magr_onnx.optimize(network(), format="matmulnbits", conv_form="integer")
+
+
+def test_the_source_stays_as_it_is(tmp_path: Path) -> None:
+    model = ir.from_proto(network())
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    magr_onnx.optimize(model, {"x": images(8, 1)}, format="qdq-int8", output=tmp_path / "q.onnx")
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
