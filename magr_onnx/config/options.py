@@ -137,8 +137,8 @@ class Options(TypedDict, total=False):
         none_word="none", panel=OTHERS, metavar="N", whole_run=_CONVOLUTIONS)]
     conv_form: Annotated[conv.Form, OptionSpec(
         help="Quantized convolutions: fold (floats again when the file is loaded, full speed), dequantize (DequantizeLinear, in every "
-        "run), integer (qdq-int8: computed in integers, with all that is between them).", default_text=_by_format(lambda form: form.conv_form), panel=OTHERS, metavar="NAME",
-        whole_run=_CONVOLUTIONS)]
+        "run), integer (qdq-int8: computed in integers, with all that is between them).",
+        default_text=_by_format(lambda form: form.conv_form), panel=OTHERS, metavar="NAME", whole_run=_CONVOLUTIONS)]
     embeddings: Annotated[str, OptionSpec(
         help="Embedding tables: gather-block-quantized (one contrib operator), dequantize (standard operators, 8 bits), none.",
         default="none", choices=("none", *embedding.FORMS), panel=OTHERS, metavar="NAME", whole_run=_TABLES)]

@@ -133,6 +133,9 @@ def test_a_clip_that_no_grid_replaces_stays(bounds: tuple[float, float]) -> None
 def test_outputs_of_the_graph_keep_their_names_and_are_rounded(tmp_path: Path) -> None:
     model = rounded(network([node("Conv", ["x", "w"], "a"), node("Relu", ["a"], "y")], ["y"]))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    (y,) = session.run(["y"], {"z": np.zeros((1, *IMAGE[1:]), np.float32), "x": np.random.default_rng(1).standard_normal((2, *IMAGE[1:])).astype(np.float32)})
+    (y,) = session.run(
+        ["y"],
+        {"z": np.zeros((1, *IMAGE[1:]), np.float32), "x": np.random.default_rng(1).standard_normal((2, *IMAGE[1:])).astype(np.float32)},
+    )
     np.testing.assert_allclose(y / 0.02, np.rint(y / 0.02), atol=1e-3)
     assert y.min() == 0

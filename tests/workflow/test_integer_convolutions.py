@@ -30,7 +30,10 @@ def images(count: int, seed: int) -> Array:
 def network(bias: float = 0.1, last: str = "Conv") -> onnx.ModelProto:
     """A small residual network with depthwise convolutions, squeeze-and-excite, and a head that concatenates."""
     sizes = {"stem": (8, 3, 3, 3), "deep": (8, 1, 3, 3), "point": (8, 8, 1, 1), "gate": (8, 8, 1, 1), "boxes": (4, 8, 1, 1)}
-    arrays = {name: RNG.standard_normal(s) / np.sqrt(np.prod(s[1:])) for name, s in (sizes | {"scores": (4, 8, 1, 1), "head": (5, 8, 3, 3)}).items()}
+    arrays = {
+        name: RNG.standard_normal(s) / np.sqrt(np.prod(s[1:]))
+        for name, s in (sizes | {"scores": (4, 8, 1, 1), "head": (5, 8, 3, 3)}).items()
+    }
     arrays |= {f"{name}_b": bias * RNG.standard_normal(len(array)) for name, array in arrays.items()}
 
     def conv(name: str, x: str, op: str = "Conv", **attributes: Any) -> onnx.NodeProto:

@@ -200,7 +200,9 @@ def test_every_format_is_valid_and_close(trap: Trap, kind: str, tmp_path: Path) 
         for _ in range(3):
             feeds = trap.feeds(rng)
             for ours, original in zip(session.run(feeds), floats.run(feeds), strict=True):
-                assert np.linalg.norm(ours - original) <= (0.2 if "4" in kind else 0.05 if kind == "static" else 0.03) * np.linalg.norm(original)
+                assert np.linalg.norm(ours - original) <= (0.2 if "4" in kind else 0.05 if kind == "static" else 0.03) * np.linalg.norm(
+                    original
+                )
 
 
 def test_calibration_in_bodies_beats_rounding() -> None:
