@@ -80,8 +80,9 @@ class Histogram:
         centre = np.sqrt(self.edges[:-1] * self.edges[1:])
         rounding = np.minimum(step**2 / 12, centre**2)
         total = 0.0
-        for counts, bound in ((self.positive, high), (self.negative, -low)):
-            total += float(counts @ np.where(centre > bound, (centre - bound) ** 2, rounding))
+        for counts, bound, largest in ((self.positive, high, self.high), (self.negative, -low, -self.low)):
+            values = np.minimum(centre, max(largest, 0.0))  # nothing in the last bin is larger
+            total += float(counts @ np.where(values > bound, (values - bound) ** 2, rounding))
         return total
 
     def least_error(self) -> tuple[float, float]:

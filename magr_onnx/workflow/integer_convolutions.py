@@ -5,22 +5,65 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.int32_bias import with_room
 from magr_onnx.core.layer import LayerSolution
-from magr_onnx.core.types import ActivationGrid
+from magr_onnx.core.types import ActivationGrid, Array
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit import tensors as tensor_emitter
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.instrument.taps import channel_taps
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
-from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.conv import ConvLayer, find
+from magr_onnx.passes.tensors import channel_scales
 from magr_onnx.passes.tensors.ort_cpu import RULES
 from magr_onnx.passes.tensors.region import region_of
 from magr_onnx.runtime.calibration import tensor_ranges
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.sources import Batches, run_batches
 from magr_onnx.workflow.context import RunContext
+
+POSITIONS, ROWS, PARTS = 8, 1024, 4
+"""Positions of an activation that are looked at in every sample, rows of them that scales are chosen by, parts of the samples."""
+
+
+def equalize(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> list[str]:
+    """Scale the channels between convolutions of a float model, in place, where they will be rounded; return what was done."""
+    stage = plan.convolutions
+    if data is None or stage is None or stage.form != "integer" or context.memory.large or why_float(plan, stage, data) is not None:
+        return []
+    groups = channel_scales.classes_of(model.graph, [layer for layer in find(model, context.selection)[0] if _may_be_integer(layer)])
+    if not groups:
+        return []
+    names = [str(value.name) for group in groups for value in group.values]
+    samples = iter(_channel_samples(model, names, data, context))
+    scaled = 0
+    for group in groups:
+        factors = channel_scales.scales(group, [next(samples) for _ in group.values], stage.bits)
+        if factors is not None:
+            channel_scales.scale(group, factors)
+            scaled += 1
+    context.lap("equalize")
+    return [f"channels of {scaled} of {len(groups)} activations between convolutions were scaled to share a grid"] if scaled else []
+
+
+def _channel_samples(model: ir.Model, names: Sequence[str], data: Batches, context: RunContext) -> list[channel_scales.Samples]:
+    """Sample values of a model, ``(batch, C, ...)``."""
+    rows: list[list[Array]] = [[] for _ in names]
+    peaks: list[list[list[Array]]] = [[[] for _ in range(PARTS)] for _ in names]
+    taps = channel_taps(model, names, POSITIONS)
+    for index, _, outputs in run_batches(taps, data, context.provider, context.stage("equalizing")):
+        for i, (peak, sample) in enumerate(zip(outputs[::2], outputs[1::2], strict=True)):
+            peaks[i][index % PARTS].append(peak)
+            rows[i].append(sample)
+    samples = []
+    for of_value, parts in zip(rows, peaks, strict=True):
+        of_all = np.concatenate(of_value)
+        largest = np.stack([np.max(part, axis=0) for part in parts if part])
+        samples.append(channel_scales.Samples(of_all[:: max(1, len(of_all) // ROWS)], largest))
+    return samples
 
 
 def why_float(plan: Plan, stage: Convolutions, data: Batches | None) -> str | None:

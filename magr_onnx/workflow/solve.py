@@ -29,7 +29,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow import mixed_precision, non_linear
+from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -135,7 +135,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
         MagrError: Whatever goes wrong on the way.
     """
     model = prepared.model
-    notes = _rewrite(prepared, context)
+    notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     base = model.clone()
     begun = non_linear.convert(model, base, prepared.plan, prepared.data, request.budget, context)
     context.spill(base)

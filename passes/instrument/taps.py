@@ -113,6 +113,23 @@ def range_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None, sa
     return copy.finish()
 
 
+def channel_taps(model: ir.Model, values: Sequence[str], positions: int) -> ir.Model:
+    """Copy the model with outputs for every value ``(batch, C, ...)``, in order: the largest magnitude of every channel ``(C,)``, and
+    samples of channels at about so many ``positions`` of every sample, ``(n, C)``."""
+    copy = Extension(model, opset=18)  # ReduceMax of axes that are an input
+    axes = copy.constant("__channels_axes", np.array([0, 2]))
+    for i, value in enumerate(values):
+        name = f"__channels_{i}"
+        real = copy.add("Cast", [copy.values[value]], f"{name}_real", to=ir.DataType.FLOAT)
+        flat = copy.add("Reshape", [real, copy.constant(f"{name}_shape", np.array([0, 0, -1]))], f"{name}_flat")
+        copy.output(copy.add("ReduceMax", [copy.add("Abs", [flat], f"{name}_abs"), axes], f"{name}_largest", keepdims=0))
+        turned = copy.add("Transpose", [copy.sampled(flat, positions, name, 2)], f"{name}_turned", perm=[0, 2, 1])
+        channels = copy.add("Shape", [flat], f"{name}_channels", start=1, end=2)
+        shape = copy.add("Concat", [copy.constant(f"{name}_rows", np.array([-1])), channels], f"{name}_wide", axis=0)
+        copy.output(copy.add("Reshape", [turned, shape], f"{name}_samples"), shape=[None, None])
+    return copy.finish()
+
+
 def bin_edges() -> Array:
     """Return the edges of the bins of one sign, ``(BINS + 1,)`` float64."""
     result: Array = 2.0 ** (LOWEST_EXPONENT + np.arange(BINS + 1) / BINS_PER_OCTAVE)
@@ -297,13 +314,13 @@ class Extension:
             codes, scale, zero = self.append(self.model.graph, node)
         return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
 
-    def sampled(self, flat: ir.Value, count: int, name: str) -> ir.Value:
-        """Return at least ``count`` elements of a flat value at equal, odd distances, or all of them if there are fewer."""
+    def sampled(self, value: ir.Value, count: int, name: str, axis: int = 0) -> ir.Value:
+        """Return at least ``count`` places along an axis at equal, odd distances, or all of them if there are fewer."""
         one, zero, end = self._one("one", 1), self._one("zero", 0), self._one("end", np.iinfo(np.int64).max)
-        size = self.add("Shape", [flat], f"{name}_of")
+        size = self.add("Shape", [value], f"{name}_of", start=axis, end=axis + 1)
         half = self.add("Div", [size, self.constant(f"{name}_most", np.array([2 * count]))], f"{name}_half")
         odd = self.add("Sub", [self.add("Add", [half, half], f"{name}_even"), one], f"{name}_odd")
-        return self.add("Slice", [flat, zero, end, zero, self.add("Max", [odd, one], f"{name}_step")], f"{name}_sample")
+        return self.add("Slice", [value, zero, end, self._one("axis", axis), self.add("Max", [odd, one], f"{name}_step")], f"{name}_sample")
 
     def gram(self, rows: ir.Value, name: str) -> ir.Value:
         """Return ``rows^T rows``."""
