@@ -216,6 +216,11 @@ class Plan:
         return self.emitter is not None and self.emitter.quantizes_outputs
 
     @property
+    def equalizes(self) -> bool:
+        """Whether scales move between channels."""
+        return any(rewrite.equalizes for rewrite in self.rewrites)
+
+    @property
     def holds_out(self) -> bool:
         """Whether the quantizer compares solutions on held-out rows."""
         return self.quantize is not None

@@ -109,7 +109,7 @@ class Options(TypedDict, total=False):
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
     equalize: Annotated[bool, OptionSpec(
-        help="Move scales between channels into norms and layers before, at no cost.", default=False, panel=FINE,
+        help="Move scales between channels into norms, layers and integer convolutions before, at no cost.", default=False, panel=FINE,
         whole_run="it moves scales between layers")]
     split_outliers: Annotated[bool, OptionSpec(
         help="Split layers with outliers in two, at twice their cost.", default=False, panel=FINE, whole_run=_GRAPH)]

@@ -74,26 +74,28 @@ class Histogram:
 
         return max(self.low, -bound(self.negative)), min(self.high, bound(self.positive))
 
-    def error(self, low: float, high: float) -> float:
-        """Estimate the squared error of a grid over ``[low, high]``: clipping outside it, rounding inside."""
+    def error(self, low: float, high: float, clipping: float = 1.0) -> float:
+        """Estimate the squared error of a grid over ``[low, high]``: ``clipping`` times that outside it, and rounding inside."""
         step = max((high - low) / 255, 1e-30)
         centre = np.sqrt(self.edges[:-1] * self.edges[1:])
         rounding = np.minimum(step**2 / 12, centre**2)
         total = 0.0
         for counts, bound, largest in ((self.positive, high, self.high), (self.negative, -low, -self.low)):
             values = np.minimum(centre, max(largest, 0.0))  # nothing in the last bin is larger
-            total += float(counts @ np.where(values > bound, (values - bound) ** 2, rounding))
+            total += float(counts @ np.where(values > bound, clipping * (values - bound) ** 2, rounding))
         return total
 
-    def least_error(self) -> tuple[float, float]:
+    def least_error(self, clipping: float = 1.0) -> tuple[float, float]:
         """Return the range of least `error`, each end shrunk independently."""
         shrinks = np.geomspace(0.05, 1, _SHRINK_STEPS)
         ranges = [(a * self.low, b * self.high) for a in shrinks for b in shrinks]
-        return min(ranges, key=lambda ends: self.error(*ends))
+        return min(ranges, key=lambda ends: self.error(ends[0], ends[1], clipping))
 
 
-def candidates(histogram: Histogram, method: Method = "auto", headroom: bool = False) -> dict[str, tuple[float, float]]:
-    """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero."""
+def candidates(
+    histogram: Histogram, method: Method = "auto", headroom: bool = False, clipping: float = 1.0
+) -> dict[str, tuple[float, float]]:
+    """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero. ``clipping``: of `Histogram.error`."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     ranges: dict[str, tuple[float, float]] = {}
     if method in ("auto", "min-max"):
@@ -101,7 +103,7 @@ def candidates(histogram: Histogram, method: Method = "auto", headroom: bool = F
     if method in ("auto", "percentile"):
         ranges |= {f"percentile {p}": histogram.quantile(1 - p / 100) for p in PERCENTILES}
     if method in ("auto", "min-error"):
-        ranges["least tensor error"] = histogram.least_error()
+        ranges["least tensor error"] = histogram.least_error(clipping)
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
     if method == "auto" and headroom:
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in HEADROOM}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,11 @@ from magr_onnx.passes.tensors.region import region_of
 from magr_onnx.runtime.calibration import tensor_ranges
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, run_batches
+from magr_onnx.runtime.ort.session import as_floats
 from magr_onnx.workflow.context import RunContext
+
+CLIPPING, TRIALS = (1.0, 4.0, 16.0, 64.0), 16
+"""Weights of clipping errors to choose ranges by, and batches that the outputs are compared on to choose the weight."""
 
 POSITIONS, ROWS, PARTS = 8, 1024, 4
 """Positions of an activation that are looked at in every sample, rows of them that scales are chosen by, parts of the samples."""
@@ -32,7 +37,7 @@ POSITIONS, ROWS, PARTS = 8, 1024, 4
 def equalize(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> list[str]:
     """Scale the channels between convolutions of a float model, in place, where they will be rounded; return what was done."""
     stage = plan.convolutions
-    if data is None or stage is None or stage.form != "integer" or context.memory.large or why_float(plan, stage, data) is not None:
+    if not plan.equalizes or data is None or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
         return []
     groups = channel_scales.classes_of(model.graph, [layer for layer in find(model, context.selection)[0] if _may_be_integer(layer)])
     if not groups:
@@ -107,13 +112,35 @@ def round_activations(
     region = region_of(work.graph, [layer.node for layer in integer], RULES)
     calibration = CalibrationContext(data, provider=context.provider)
     signed, inputs = activations.type == "int8", {layer.name: str(layer.x.name) for layer in integer}
-    grids = tensor_ranges.choose(
-        model, region.grids, integer, calibration, method=activations.ranges, signed=signed, progress=context.stage("ranges")
-    )
+    measured = tensor_ranges.measure(model, region.grids, integer, calibration, signed=signed, progress=context.stage("ranges"))
+    candidates = [tensor_ranges.grids(measured, activations.ranges, clipping, signed) for clipping in CLIPPING]
     Names.rescan(work.graph)
+    grids = candidates[0]
+    if activations.ranges == "auto":
+        grids = min(candidates, key=partial(_output_error, model, work, inputs, data, context))
     tensor_emitter.emit(work.graph, region, grids)
     context.lap("ranges")
     return {name: grids[value] for name, value in inputs.items()}
+
+
+def _output_error(
+    model: ir.Model, work: ir.Model, names: Collection[str], data: Batches, context: RunContext, grids: Mapping[str, ActivationGrid]
+) -> float:
+    """Measure the error of the outputs that grids cause, relative to each output, summed; on some batches."""
+    trial, few = work.clone(), data.limit(TRIALS)
+    layers = [layer for layer in find(trial)[0] if layer.name in names]
+    Names.rescan(trial.graph)
+    tensor_emitter.emit(trial.graph, region_of(trial.graph, [layer.node for layer in layers], RULES), grids)
+    errors: dict[int, float] = {}
+    powers: dict[int, float] = {}
+    runs = (run_batches(each, few, context.provider, fuses=False) for each in (model, trial))
+    for (_, _, expected), (_, _, actual) in zip(*runs, strict=True):
+        for i, (a, b) in enumerate(zip(map(as_floats, expected), map(as_floats, actual), strict=True)):
+            if a is not None and b is not None and a.shape == b.shape:
+                real = a.astype(np.float64)
+                errors[i] = errors.get(i, 0.0) + float(np.square(real - b).sum())
+                powers[i] = powers.get(i, 1e-30) + float(np.square(real).sum())
+    return sum(errors[i] / powers[i] for i in errors)
 
 
 def _may_be_integer(layer: ConvLayer) -> bool:

@@ -69,6 +69,8 @@ class Rewrite(ModelPass):
     """A pass that changes the float graph once, before layers are quantized."""
 
     slot: ClassVar[str] = "rewrites"
+    equalizes: ClassVar[bool] = False
+    """Whether scales move between channels: those between convolutions may, too."""
     input_grids: ClassVar[InputGrids | None] = None
     """Kind of grids of layer inputs that the rewrite needs; None for any, including float inputs."""
 

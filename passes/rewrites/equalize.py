@@ -178,6 +178,7 @@ class Equalize(Rewrite):
 
     name: ClassVar[str] = "equalize"
     summary: ClassVar[str] = "move scales between channels from layers into what makes their inputs (AWQ, SmoothQuant), where that is free"
+    equalizes: ClassVar[bool] = True
 
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
         values = list(candidates(model, context))

@@ -93,7 +93,7 @@ def collect(
     tapped = {geometry(layer): layer for layer in reversed(layers)}
     sums = {key: Parts(hold_out, layer.k, partial(MomentAccumulator, layer.k, layer.group)) for key, layer in tapped.items()}
     bad: dict[tuple[object, ...], str] = {}
-    for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress):
+    for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress, fuses=False):
         for (key, layer), gram, total, count in zip(tapped.items(), results[::3], results[1::3], results[2::3], strict=True):
             if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
                 names = ", ".join(reader.name for reader in layers if geometry(reader) == key)

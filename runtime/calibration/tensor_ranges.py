@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -25,27 +26,37 @@ INPUTS = 8  # batches that tell whether an input is on a grid
 SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
 
 
-def choose(
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What is known of values that share a grid.
+
+    Attributes:
+        group: The values.
+        parts: Histograms of their values in parts of the data.
+        exact: The grid that they are on already; else None.
+    """
+
+    group: SharedGrid
+    parts: tuple[Histogram, ...]
+    exact: ActivationGrid | None
+
+
+def measure(
     model: ir.Model,
     shared: Sequence[SharedGrid],
     layers: Sequence[WeightedNode],
     context: CalibrationContext,
     *,
-    method: Method = "auto",
     signed: bool = False,
     progress: Steps | None = None,
-) -> dict[str, ActivationGrid]:
-    """Choose the grids of values of the main graph, by value name.
-
-    Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least rounding and clipping error according to the histogram
-    of its values is chosen. Of few samples, every part is measured under ranges made of the others.
+) -> list[Measured]:
+    """Measure values of the main graph that will be rounded. Few samples are measured in parts, so that ranges can be cross-validated.
 
     Args:
         model: The float model; not changed.
         shared: Values that share a grid, and what it is limited to.
         layers: Layers that read some of them, for messages.
         context: Data and where to run.
-        method: Which candidates to try.
         signed: Codes in int8 instead of uint8.
         progress: Called after every batch.
 
@@ -57,16 +68,33 @@ def choose(
     hold_out = HoldOut(HELD_OUT) if few else NONE
     readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
     parts = histograms_of(model, [Tap(name, 1) for name in names], readers, context, hold_out, sample=SAMPLE, progress=progress)
-    grids: dict[str, ActivationGrid] = {}
-    exact = {name: grid for name in names if (grid := _of_levels(name, context, signed)) is not None}
-    at = 0
+    of_values = iter(zip(*parts, strict=True))
+    measured = []
     for group in shared:
-        until = at + len(group.values)
-        measured = [reduce(Histogram.plus, of_part[at:until]) for of_part in parts]
-        low, high = _range([part for part in measured if part.low <= part.high], group, method)
-        grids |= dict.fromkeys(names[at:until], exact.get(names[at]) or _grid(low, high, group.high, signed))
-        at = until
-    return grids
+        of_group = [reduce(Histogram.plus, of_part) for of_part in zip(*(next(of_values) for _ in group.values), strict=True)]
+        reached = tuple(part for part in of_group if part.low <= part.high)
+        measured.append(Measured(group, reached, _of_levels(str(group.values[0].name), context, signed)))
+    return measured
+
+
+def grids(measured: Sequence[Measured], method: Method = "auto", clipping: float = 1.0, signed: bool = False) -> dict[str, ActivationGrid]:
+    """Choose the grids of values by name.
+
+    Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least error according to the histograms is chosen. Of several
+    parts, each is measured under ranges made of the others.
+
+    Args:
+        measured: What is known of the values.
+        method: Which candidates to try.
+        clipping: Weight of the error outside a range. It is the same for whole neighbourhoods, so that layers behind do not average it out
+            as they do with rounding errors.
+        signed: Codes in int8 instead of uint8.
+    """
+    result: dict[str, ActivationGrid] = {}
+    for each in measured:
+        grid = each.exact or _grid(*_range(each.parts, each.group, method, clipping), each.group.high, signed)
+        result |= dict.fromkeys((str(value.name) for value in each.group.values), grid)
+    return result
 
 
 def _of_levels(name: str, context: CalibrationContext, signed: bool) -> ActivationGrid | None:
@@ -82,7 +110,7 @@ def _of_levels(name: str, context: CalibrationContext, signed: bool) -> Activati
     return None if found is None else ActivationGrid(float(np.float32(found[0])), found[1] - 128 * signed, signed)
 
 
-def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method) -> tuple[float, float]:
+def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float) -> tuple[float, float]:
     """Choose a range by its errors on every part; of several parts, under ranges from the others."""
     if not parts:
         return 0.0, 1.0
@@ -92,13 +120,13 @@ def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method) -> tup
         trials = [(reduce(Histogram.plus, [*parts[:i], *parts[i + 1 :]]).without_sentinels(), part) for i, part in enumerate(parts)]
 
     def ranges(histogram: Histogram) -> dict[str, tuple[float, float]]:
-        named = candidates(histogram, method, headroom=len(parts) > 1)
+        named = candidates(histogram, method, len(parts) > 1, clipping)
         return {name: (max(low, group.low), min(high, group.high)) for name, (low, high) in named.items()}
 
     errors: dict[str, float] = {}
     for rest, part in trials:
         for name, ends in ranges(rest).items():
-            errors[name] = errors.get(name, 0.0) + part.error(*ends)
+            errors[name] = errors.get(name, 0.0) + part.error(*ends, clipping)
     return ranges(full)[min(errors, key=lambda name: errors[name])]
 
 

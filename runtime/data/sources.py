@@ -119,9 +119,11 @@ def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, 
         report(index + 1, len(data))
 
 
-def run_batches(model: ir.Model, data: Batches, provider: str, progress: Steps | None = None) -> Iterator[tuple[int, float, list[Array]]]:
-    """Run a model on all batches; yield the number of each, the factor of sums over it, and the outputs."""
-    with Session(model, provider) as session:
+def run_batches(
+    model: ir.Model, data: Batches, provider: str, progress: Steps | None = None, fuses: bool = True
+) -> Iterator[tuple[int, float, list[Array]]]:
+    """Run a model on all batches; yield the number of each, the factor of sums over it, and the outputs. ``fuses``: see `Session`."""
+    with Session(model, provider, fuses=fuses) as session:
         for index, batch in with_progress(data, progress):
             yield index, data.weight(index), session.run(batch)
 

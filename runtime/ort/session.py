@@ -163,6 +163,7 @@ class Session:
         threads: int = 0,
         lean: bool | None = None,
         spinning: bool = False,
+        fuses: bool = True,
     ) -> None:
         """Load the model.
 
@@ -175,6 +176,7 @@ class Session:
                 above `LEAN_BYTES` of weights (for a file, only if it is not optimized).
             spinning: Let idle threads spin, as onnxruntime does by default: for measuring the latency users will see. Alongside Python
                 code and other programs, it takes two thirds more processor time and is no faster.
+            fuses: Let onnxruntime make integer operators of QuantizeLinear and DequantizeLinear: it rounds float weights between them.
 
         Raises:
             ProviderError: The provider is not available.
@@ -183,6 +185,8 @@ class Session:
         known = available_provider(provider)
         _preload(known)
         options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
+        if not fuses:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._load(model, known.onnxruntime, options)
