@@ -6,7 +6,7 @@
 Every ``.onnx`` file below the folders, the smallest first, is optimized in every format without data and with 16 synthetic samples,
 by rounding to nearest, and by onnxruntime's own quantizers. Each case runs in a process of its own with a time limit, so that a crash of
 onnxruntime or an endless run is a row like any other. Unknown dimensions become 1 where they are a batch, and else the first of SIZES that
-the float model runs with. Accuracy is the signal to quantization noise ratio over 16 inputs that no case was calibrated with: the noise of
+the float model runs with. Accuracy is the signal to quantization noise ratio over 64 inputs that no case was calibrated with: the noise of
 an output relative to its energy, and the mean over outputs. Results stay in the JSON file, and a second run goes on where the first ended.
 
 The table has the worst cases first: those that crashed, then by decibels over rounding to nearest. ``--origins`` prints two short tables
@@ -40,7 +40,7 @@ from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.ort.session import Session
 
 SIZES = (64, 48, 1, 16, 512, 576, 16000, 21)
-SAMPLES = 16
+SAMPLES, JUDGED = 16, 64  # inputs to calibrate with and to judge by: of fewer, a scalar output tells little
 CEILING = 150.0  # dB: float32 knows no more
 FORMATS: dict[str, dict[str, Any]] = {
     "matmulnbits-8": {"format": "matmulnbits", "bits": 8},
@@ -85,7 +85,7 @@ def feed(session: Session, names: dict[str, list[Any]], size: int, counting: boo
 
 
 def make_inputs(path: Path) -> list[Feeds]:
-    """Calibration inputs and as many to judge by; none if the float model runs with nothing that was tried."""
+    """Calibration inputs, then those to judge by; none if the float model runs with nothing that was tried."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -94,7 +94,7 @@ def make_inputs(path: Path) -> list[Feeds]:
         for size in SIZES:
             with Session(path) as session:
                 try:
-                    inputs = [feed(session, names, size, counting, seed) for seed in range(2 * SAMPLES)]
+                    inputs = [feed(session, names, size, counting, seed) for seed in range(SAMPLES + JUDGED)]
                     session.run(inputs[0])
                     session.run(inputs[-1])
                     return inputs

@@ -238,7 +238,7 @@ class Kind:
 KINDS = {
     "vit": Kind(make_vit, digits, ("images",), 8),
     "cnn": Kind(make_cnn, digits, ("images",), 5),
-    "bert": Kind(make_bert, sentences, ("ids",), 12),
+    "bert": Kind(make_bert, sentences, ("ids",), 4),
     "tabular": Kind(make_mlp, tabular, ("columns",), 25),
     "recommender": Kind(make_recommender, ratings, ("users", "items"), 20),
     "lstm": Kind(make_lstm, waves, ("frames",), 8),
