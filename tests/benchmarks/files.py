@@ -36,11 +36,12 @@ from common import Cell, Feeds, Unsupported, header, interleaved, ort_dynamic, o
 
 from magr_onnx import optimize
 from magr_onnx.errors import MagrError
-from magr_onnx.report.validation import Latency
+from magr_onnx.runtime.measure.validate import without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Session
 
 SIZES = (64, 48, 1, 16, 512, 576, 16000, 21)
 SAMPLES, JUDGED = 16, 64  # inputs to calibrate with and to judge by: of fewer, a scalar output tells little
+SLOWER = 1.25  # times as long as float
 CEILING = 150.0  # dB: float32 knows no more
 FORMATS: dict[str, dict[str, Any]] = {
     "matmulnbits-8": {"format": "matmulnbits", "bits": 8},
@@ -66,7 +67,7 @@ def _length(name: str | None, axis: int, first: int | None, size: int) -> int:
 
 
 def feed(session: Session, names: dict[str, list[Any]], size: int, counting: bool, seed: int) -> Feeds:
-    """Normal floats (``counting``: small counts), small nonnegative integers, true flags; a scalar integer is a sampling rate."""
+    """Normal floats (``counting``: small counts), small nonnegative integers, true flags and masks; a scalar integer is a sampling rate."""
     rng = np.random.default_rng(seed)
     values: Feeds = {}
     for value in session.inputs:
@@ -74,8 +75,8 @@ def feed(session: Session, names: dict[str, list[Any]], size: int, counting: boo
             d if d is not None else _length(n, axis, value.shape[0], size)
             for axis, (d, n) in enumerate(zip(value.shape, names[value.name], strict=True))
         ]
-        if value.dtype.kind == "b":
-            array: npt.NDArray[Any] = np.ones(shape, bool)
+        if value.dtype.kind == "b" or (value.dtype.kind in "iu" and "mask" in value.name):
+            array: npt.NDArray[Any] = np.ones(shape)
         elif value.dtype.kind == "f" and not counting:
             array = rng.standard_normal(shape)
         else:
@@ -116,6 +117,8 @@ def decibels(results: list[list[Any]], reference: list[list[Any]]) -> float:
             if b.dtype.kind not in "fiub":
                 continue
             numeric = b.dtype.kind == "f"
+            if numeric and a.shape == b.shape:
+                a, b = without_equal_nonfinite(a, b)
             energy = float(np.square(b.astype(np.float64)).sum()) if numeric else float(b.size)
             signal_energy += energy
             if a.shape != b.shape:
@@ -126,7 +129,7 @@ def decibels(results: list[list[Any]], reference: list[list[Any]]) -> float:
                 noise += float((a != b).sum())
         if signal_energy:
             ratios.append(noise / signal_energy)
-    mean = float(np.mean(ratios)) if ratios else 0.0
+    mean = float(np.mean(ratios)) if ratios else float("nan")
     if not np.isfinite(mean):
         return float("-inf")
     return min(CEILING, -10 * float(np.log10(mean))) if mean else CEILING
@@ -171,15 +174,14 @@ def run_case(maker: str, form: str, path: Path, inputs: list[Feeds], folder: Pat
     except (MagrError, Unsupported) as error:
         return {"status": "refused", "remark": str(error)[:400]}
     row |= {"status": "made", "seconds": time.perf_counter() - begin, "size": total_bytes(output) / total_bytes(path)}
-    with Session(path) as exact, Session(output) as mine:
+    with Session(path, threads=1) as exact, Session(output, threads=1) as mine:
         if inputs:
             judged = inputs[SAMPLES:]
             row["dB"] = decibels([mine.run(x) for x in judged], [exact.run(x) for x in judged])
             runs: list[Callable[[], object]] = [partial(exact.run, judged[0]), partial(mine.run, judged[0])]
-            times = interleaved(runs, rounds=31 if total_bytes(path) < 5e6 else 7)
-            (low, middle, high), (early, median, late) = (map(float, np.quantile(1e3 * np.array(t), (0.25, 0.5, 0.75))) for t in times)
-            row |= {"time": median / middle, "float ms": middle}
-            row["slower"] = Latency(middle, median, len(times[0]), (low, high), (early, late)).slower
+            times = interleaved(runs, 31 if total_bytes(path) < 5e6 else 7, clock=time.thread_time)
+            row["float ms"] = 1e3 * statistics.median(times[0])
+            row["time"] = statistics.median(times[1]) / statistics.median(times[0])
     return row
 
 
@@ -285,8 +287,8 @@ def figures(names: list[str], rows: dict[str, Any]) -> list[Cell]:
     for rival in ("rtn", "onnxruntime"):
         values = (_over(rows[name], rows.get(f"{name.rpartition('|')[0]}|{rival}", {})) for name in names)
         over[rival] = [value for value in values if value is not None]
-    slower = [row for row in own if row.get("slower")]
-    medians = [_median([row[figure] for row in own if figure in row], 2) for figure in ("size", "time")]
+    slower = [row for row in own if row.get("time", 0) > SLOWER]
+    medians = [statistics.median(v) if (v := [row[figure] for row in own if figure in row]) else None for figure in ("size", "time")]
     decibels = [min(over["rtn"], default=None), *(statistics.median(v) if v else None for v in over.values())]
     return [
         status["made"],
@@ -297,12 +299,8 @@ def figures(names: list[str], rows: dict[str, Any]) -> list[Cell]:
         sum(not row.get("warned") for row in slower),
         sum(value < -0.3 for value in over["rtn"]),
         *(None if value is None else f"{value:+.1f}" for value in decibels),
-        *medians,
+        *(None if value is None else f"{value:.2f}" for value in medians),
     ]
-
-
-def _median(values: list[float], digits: int) -> str | None:
-    return f"{statistics.median(values):.{digits}f}" if values else None
 
 
 def render_short(rows: dict[str, Any], origins: list[list[str]]) -> str:
@@ -314,7 +312,8 @@ def render_short(rows: dict[str, Any], origins: list[list[str]]) -> str:
     for folder, version, licence, job in origins:
         names = [key for key in own if key.startswith(f"{folder}/")]
         files = len({key.split("|")[0] for key in names})
-        by_source.append([f"{folder} {version}", licence, job, files, *figures(names, rows)])
+        if files:
+            by_source.append([f"{folder} {version}", licence, job, files, *figures(names, rows)])
     tables = [(("format", "data", *SHORT), by_format), (("package", "licence", "job", "files", *SHORT), by_source)]
     return "\n\n".join(table(columns, lines) for columns, lines in tables)
 
