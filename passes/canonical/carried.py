@@ -27,8 +27,10 @@ def _release(holder: ir.Node) -> list[str]:
     constants = {}
     for i in range(count):
         start, state = holder.inputs[2 * extra + i], body.inputs[2 * extra + i]
-        unread = not holder.outputs[i].is_graph_output() and all(v is not state for v in body.outputs[extra + count :])
-        if start is not None and weight(start) is not None and unread and _unchanged(body.outputs[extra + i], state):
+        end = body.outputs[extra + i]
+        others = [v for at, v in enumerate(body.outputs) if at != extra + i]  # states, too, may be given the same value
+        unread = not holder.outputs[i].is_graph_output() and all(v is not state and v is not end for v in others)
+        if start is not None and weight(start) is not None and unread and _unchanged(end, state):
             constants[i] = start
     if not constants:
         return []

@@ -420,3 +420,32 @@ def test_patterns_mean_layers_of_one_name_in_both_branches() -> None:
     with pytest.raises(ModelError, match="excluded by name"):
         magr_onnx.optimize(proto, exclude=["fc"], bits=8)
     assert len(magr_onnx.optimize(proto, include=["fc"], bits=8).report.layers) == 2
+
+
+CARRIED = {
+    "taken by another state": "n, p",
+    "returned twice": "q, q",
+    "taken by another state, from an Identity": "p, n",
+}
+"""What a Loop's body returns for its two states: ``n`` is the first of them, ``p`` an Identity of it, and ``q`` an Identity of that."""
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_a_constant_state_that_another_state_takes(case: str, tmp_path: Path) -> None:
+    text = f"""g (float[b, 48] x, int64 trips) => (float[b, 24] z) {{
+        yes = Constant<value = bool {{1}}>()
+        first, last, y = Loop(trips, yes, w, v, x) <
+            body = turn (int64 i, bool go, float[48, 48] n, float[48, 48] m, float[b, 48] before)
+                => (bool still, float[48, 48] {CARRIED[case].replace(", ", ", float[48, 48] ")}, float[b, 48] after) {{
+                still = Identity(go) p = Identity(n) q = Identity(p) a = MatMul(before, m) after = MatMul(a, n)
+            }}
+        >
+        z = MatMul(y, u)
+    }}"""
+    w, v, u = (np.random.default_rng(seed).standard_normal((48, n)).astype(np.float32) / 7 for seed, n in enumerate((48, 48, 24)))
+    x = np.random.default_rng(3).standard_normal((6, 48)).astype(np.float32)
+    expected = x @ v @ w @ w @ w @ w @ w @ u  # three turns, of which the first has v in the second state
+    magr_onnx.optimize(model(text, w=w, v=v, u=u), output=tmp_path / "out.onnx", bits=8)
+    with Session(tmp_path / "out.onnx") as session:
+        (result,) = session.run({"x": x, "trips": np.array(3)})
+    assert np.abs(result - expected).max() < 0.05 * np.abs(expected).max()
