@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import re
 import shutil
 import statistics
@@ -225,7 +226,7 @@ def prepare(network: Network, output: Path) -> Path:
     onnx.save(model, str(output))
     for symbolic in (True, False):
         try:
-            with quiet():
+            with quiet(), contextlib.chdir(output.parent):  # what fails leaves files behind
                 shape_inference.quant_pre_process(str(output), str(output), skip_symbolic_shape=not symbolic)
             break
         except Exception as error:
