@@ -25,7 +25,7 @@ from magr_onnx.model_io.expansion import expanded_bytes
 OLDEST_OPSET = 7
 """Older opsets broadcast Add and similar operators by an attribute, and onnxruntime does not support them."""
 
-_SCAN_WITH_BATCHES = 8
+_SCAN_WITH_LENGTHS = 8  # its first input has the lengths of sequences, and its body does not
 
 LARGEST_CONSTANT = 1 << 32
 """Largest size in bytes that a constant may expand to (ConstantOfShape, Expand, sparse tensors ...)."""
@@ -56,6 +56,7 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
     files: dict[Path, int] = field(default_factory=dict)
     external_bytes: int = 0
+    scan_has_lengths: bool = False
 
     def add(self, text: str) -> None:
         self.problems.append(text)
@@ -112,10 +113,7 @@ def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
         old, new = "convert it with onnx.version_converter", "update onnx and onnxruntime, or export it with an older one"
         findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {old if opset < OLDEST_OPSET else new}")
-    if opset == _SCAN_WITH_BATCHES and any(node.op_type == "Scan" and node.domain in _ONNX for g in graphs(proto) for node in g.node):
-        findings.add(
-            f"has a Scan of opset {opset}, which runs over a batch of sequences; export it with opset 9 or later, whose Scan does not"
-        )
+    findings.scan_has_lengths = opset == _SCAN_WITH_LENGTHS
     if proto.ir_version > onnx.IR_VERSION:
         newer = f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx"
         findings.add(f"{newer}; update onnx and onnxruntime")
@@ -160,7 +158,7 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
             _attribute(node, attribute, inside_function, findings)
         if node.op_type == "Constant" and node.domain in _ONNX and len(node.attribute) != 1:
             findings.add(f"Constant {node.name or list(node.output)} must have one attribute, and has {len(node.attribute)}")
-        if node.domain in _ONNX and node.op_type in ("If", "Loop", "Scan") and (problem := _bodies(node)):
+        if node.domain in _ONNX and node.op_type in ("If", "Loop", "Scan") and (problem := _bodies(node, findings.scan_has_lengths)):
             findings.add(f"node {node.name or list(node.output)} ({node.op_type}) {problem}")
         if node.op_type == "Constant" and node.output and len(node.attribute) == 1 and node.attribute[0].HasField("t"):
             constants[node.output[0]] = node.attribute[0].t
@@ -187,13 +185,14 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto, inside_func
         _sparse(sparse, findings, where)
 
 
-def _bodies(node: onnx.NodeProto) -> str | None:
+def _bodies(node: onnx.NodeProto, scan_has_lengths: bool) -> str | None:
     """Describe what is wrong where a node and a body of it do not have inputs and outputs that belong together, else None."""
     inputs, outputs = 0 if node.op_type == "If" else len(node.input), len(node.output) + (node.op_type == "Loop")
     if node.op_type == "Scan":
+        inputs -= scan_has_lengths
         scanned = next((a.i for a in node.attribute if a.name == "num_scan_inputs" and not a.ref_attr_name), 1)
-        if not 1 <= scanned <= len(node.input) <= scanned + len(node.output):
-            return f"has num_scan_inputs = {scanned}, {len(node.input)} inputs and {len(node.output)} outputs; give every state an output"
+        if not 1 <= scanned <= inputs <= scanned + len(node.output):
+            return f"has num_scan_inputs = {scanned}, {inputs} inputs and {len(node.output)} outputs; give every state an output"
     for body in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
         actual = len({v.name for v in body.input} - {t.name for t in body.initializer})
         if (actual, len(body.output)) != (inputs, outputs):

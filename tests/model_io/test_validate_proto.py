@@ -381,7 +381,7 @@ BRANCH = "b () => (float[2, 16] p) { p = Identity(s) }"
         (with_body("Loop", "t c s s", "e", TURN), "body 'b' of 3 inputs and 2 outputs, and runs it as one of 4 inputs and 2 outputs"),
         (with_body("Loop", "t c s", "e f", TURN), "runs it as one of 3 inputs and 3 outputs"),
         (with_body("If", "c", "e f", BRANCH), "body 'b' of 0 inputs and 1 outputs, and runs it as one of 0 inputs and 2 outputs"),
-        (with_body("Scan", "s x", "e f", STEP, opset=8, num_scan_inputs=1), "Scan of opset 8"),
+        (with_body("Scan", "s x", "e f", STEP, opset=8, num_scan_inputs=1), "runs it as one of 1 inputs"),
     ],
 )
 def test_bodies_have_the_inputs_and_outputs_of_their_nodes(proto: onnx.ModelProto, message: str, tmp_path: Path) -> None:

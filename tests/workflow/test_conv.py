@@ -37,6 +37,7 @@ from magr_onnx.workflow.converted import Converted
 from tests.helpers import emitted_weight, run_context
 
 Array = np.ndarray[Any, Any]
+FLOAT_FORMS: list[Form] = [form for form in FORMS if form != "integer"]
 
 
 def convolution(op: str, x: Array, shape: tuple[int, ...], attributes: dict[str, Any], bias: bool = False) -> onnx.ModelProto:
@@ -252,7 +253,7 @@ def with_dequantized(proto: onnx.ModelProto, found: ir.Model, report: Report) ->
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FLOAT_FORMS)
 def test_every_arithmetic_computes_what_the_codes_say(bits: int, symmetric: bool, form: Form, tmp_path: Path) -> None:
     proto, path = net(), tmp_path / "q.onnx"
     options = {"conv_bits": bits, "symmetric": symmetric, "conv_form": form, "bits": 8, "accuracy_level": 1}
@@ -510,7 +511,7 @@ def test_folded_weights_are_small_in_the_file_and_nothing_at_run_time(tmp_path: 
 
 
 def test_the_result_is_known_as_quantized(tmp_path: Path) -> None:
-    for form in FORMS:
+    for form in FLOAT_FORMS:
         found = magr_onnx.optimize(net(), conv_form=form).model
         assert {str(s.reason) for s in find(found)[1]} == {"weight is quantized already"}
         assert len(find(found)[1]) == 4
