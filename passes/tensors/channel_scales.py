@@ -19,18 +19,18 @@ does not cut them off. How far beyond the values seen others go is estimated by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, Array
-from magr_onnx.passes.graph.constants import constant_array
-from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.weighted import FLOATS, by_weight
+from magr_onnx.passes.tensors.connected import connected
+from magr_onnx.passes.tensors.region import clip_bounds
 
 LARGEST = 100.0  # of the scales of a class, relative to the least
 LEAST_HEADROOM, MOST_HEADROOM = 1.1, 1.4
@@ -41,70 +41,59 @@ _ALIKE = ("AveragePool", "Clip", "GlobalAveragePool", "GlobalMaxPool", "Identity
 """Operators that may commute with factors of channels."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ChannelClass:
     """Values whose channels have one scale.
 
     Attributes:
-        values: The values.
+        values: The values, in graph order.
         makers: Convolutions that make some of them.
         readers: Convolutions that read some of them.
         limit: Least upper bound of a Clip between them.
-        fixed: Whether something else makes or reads a value, so that it cannot be scaled.
     """
 
-    values: list[ir.Value] = field(default_factory=list)
-    makers: list[ConvLayer] = field(default_factory=list)
-    readers: list[ConvLayer] = field(default_factory=list)
-    limit: float = math.inf
-    fixed: bool = False
+    values: tuple[ir.Value, ...]
+    makers: tuple[ConvLayer, ...]
+    readers: tuple[ConvLayer, ...]
+    limit: float
 
 
 def classes_of(graph: ir.Graph, layers: Sequence[ConvLayer]) -> list[ChannelClass]:
-    """Find the classes of the main graph that can be scaled.
+    """Find the classes of the main graph that can be scaled, in graph order.
 
     Args:
         graph: The main graph.
-        layers: Convolutions whose weights may be changed: those of constant weight and bias.
+        layers: Nodes of operator Conv that take a bias. Those whose constants have other readers are not changed.
     """
-    convs = {group[0].node: group[0] for group in by_weight(layers) if len(group) == 1 and _may_change(group[0])}
-    alike = {node for node in graph if node.domain == "" and node.op_type in _ALIKE and _is_homogeneous(node)}
-    parent: dict[ir.Value, ir.Value] = {}
-
-    def root(value: ir.Value) -> ir.Value:
-        while parent.setdefault(value, value) is not value:
-            value = parent[value]
-        return value
-
-    for node in alike:
-        for value in _scaled_inputs(node):
-            parent[root(value)] = root(node.outputs[0])
-    for node in convs:
-        root(node.outputs[0])
-        root(convs[node].x)
-    classes: dict[ir.Value, ChannelClass] = {}
-    for value in list(parent):
-        group = classes.setdefault(root(value), ChannelClass())
-        group.values.append(value)
-        maker = value.producer()
-        if maker in convs:
-            group.makers.append(convs[maker])
-        group.fixed |= maker not in convs and maker not in alike
-        group.fixed |= value.is_graph_output() or value.is_graph_input()
-        for use in value.uses():
-            if use.node in convs and use.idx == 0:
-                group.readers.append(convs[use.node])
-            elif use.node not in alike or use.idx > 1:
-                group.fixed = True
-        if maker is not None and maker.op_type == "Clip":
-            group.limit = min(group.limit, _upper(maker))
-    return [group for group in classes.values() if not group.fixed and group.makers and group.readers]
+    convs = {group[0].node: group[0] for group in by_weight(layers) if len(group) == 1 and _has_own_constants(group[0])}
+    alike = dict.fromkeys(node for node in graph if node.domain == "" and node.op_type in _ALIKE and _is_homogeneous(node))
+    groups = connected(
+        (value for node in graph if node in convs or node in alike for value in (*_scaled_inputs(node), node.outputs[0])),
+        ((value, node.outputs[0]) for node in alike for value in _scaled_inputs(node)),
+    )
+    free = [values for values in groups if not any(_is_fixed(value, convs, alike) for value in values)]
+    classes = [_class_of(values, convs) for values in free]
+    return [group for group in classes if group.makers and group.readers]
 
 
-def _may_change(layer: ConvLayer) -> bool:
+def _has_own_constants(layer: ConvLayer) -> bool:
+    """Whether nothing else reads the weight and the bias of a convolution."""
     values = [value for value in layer.node.inputs[1:] if value is not None]
-    own = all(value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output() for value in values)
-    return layer.op == "Conv" and not layer.nested and layer.takes_bias and own
+    return all(value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output() for value in values)
+
+
+def _is_fixed(value: ir.Value, convs: Collection[ir.Node], alike: Collection[ir.Node]) -> bool:
+    """Whether something else makes or reads a value, so that it cannot be scaled."""
+    if value.is_graph_output() or not (value.producer() in convs or value.producer() in alike):
+        return True
+    return any(use.idx > (1 if use.node in alike else 0) or not (use.node in convs or use.node in alike) for use in value.uses())
+
+
+def _class_of(values: Sequence[ir.Value], convs: Mapping[ir.Node, ConvLayer]) -> ChannelClass:
+    makers = [maker for value in values if (maker := value.producer()) is not None]
+    readers = [convs[use.node] for value in values for use in value.uses() if use.node in convs]
+    limit = min((clip_bounds(node)[1] for node in makers if node.op_type == "Clip"), default=math.inf)
+    return ChannelClass(tuple(values), tuple(convs[node] for node in makers if node in convs), tuple(readers), limit)
 
 
 def _scaled_inputs(node: ir.Node) -> Iterator[ir.Value]:
@@ -119,15 +108,9 @@ def _is_homogeneous(node: ir.Node) -> bool:
     if node.op_type == "Resize":
         return node.attributes.get_string("mode", "nearest") in ("nearest", "linear", "cubic")
     if node.op_type == "Clip":
-        low = constant_array(operand(node, 1))
-        return low is not None and low.item() == 0 and _upper(node) > 0
+        low, high = clip_bounds(node)
+        return low == 0 < high
     return True
-
-
-def _upper(node: ir.Node) -> float:
-    """Return the upper bound of a Clip; 0 for one that is computed at run time."""
-    high = constant_array(operand(node, 2))
-    return (math.inf if operand(node, 2) is None else 0.0) if high is None else float(high.item())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

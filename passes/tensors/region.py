@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import only_use, operand
+from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.rules import Rules
 
 
@@ -64,26 +65,13 @@ def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) 
 
     between = _between(convs, candidates, rules, result)
     ordered = [node for node in graph if node in convs or node in between]
-    parent: dict[ir.Value, ir.Value] = {}
-
-    def root(value: ir.Value) -> ir.Value:
-        while parent.setdefault(value, value) is not value:
-            value = parent[value]
-        return value
-
-    limits: dict[ir.Value, tuple[float, float]] = {}
-    for node in ordered:
-        for value in _read(node, convs, rules):
-            root(value)
-        root(result(node))
-        if node in between and rules.moves(node):
-            parent[root(result(node))] = root(_first(node))
-        else:
-            limits[result(node)] = _behind_activation(node, rules)[1:]
-    groups: dict[ir.Value, list[ir.Value]] = {}
-    for value in parent:
-        groups.setdefault(root(value), []).append(value)
-    grids = [SharedGrid(tuple(values), *_common([limits.get(v) for v in values])) for values in groups.values()]
+    moves = dict.fromkeys(node for node in ordered if node in between and rules.moves(node))
+    limits = {result(node): _behind_activation(node, rules)[1:] for node in ordered if node not in moves}
+    groups = connected(
+        (value for node in ordered for value in (*_read(node, convs, rules), result(node))),
+        ((_first(node), result(node)) for node in moves),
+    )
+    grids = [SharedGrid(tuple(values), *_common([limits.get(v) for v in values])) for values in groups]
     return Region(tuple(grids), frozenset(ordered), frozenset(map(result, ordered)))
 
 
@@ -118,11 +106,11 @@ def _behind_activation(node: ir.Node, rules: Rules) -> tuple[ir.Value, float, fl
     reader, index = only_use(value)
     if reader is None or index != 0 or reader.domain != "" or reader.op_type not in rules.absorbed:
         return value, -math.inf, math.inf
-    low, high = (0.0, math.inf) if reader.op_type == "Relu" else _bounds(reader)
+    low, high = (0.0, math.inf) if reader.op_type == "Relu" else clip_bounds(reader)
     return (reader.outputs[0], low, high) if low == 0 < high else (value, -math.inf, math.inf)
 
 
-def _bounds(clip: ir.Node) -> tuple[float, float]:
+def clip_bounds(clip: ir.Node) -> tuple[float, float]:
     """Return the bounds of a Clip; NaN for what is computed at run time."""
     low, high = (
         default if (value := operand(clip, i)) is None else math.nan if (bound := constant_array(value)) is None else bound.item()

@@ -41,7 +41,7 @@ def classes(model: ir.Model) -> list[ChannelClass]:
 
 
 def names(groups: list[ChannelClass]) -> list[list[str]]:
-    return sorted(sorted(str(value.name) for value in group.values) for group in groups)
+    return [[str(value.name) for value in group.values] for group in groups]
 
 
 def outputs(model: ir.Model, x: Array) -> Array:

@@ -13,6 +13,7 @@ import pytest
 
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.emit import tensors
+from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.ort_cpu import RULES
 from magr_onnx.passes.tensors.region import Region, region_of
 
@@ -139,3 +140,16 @@ def test_outputs_of_the_graph_keep_their_names_and_are_rounded(tmp_path: Path) -
     )
     np.testing.assert_allclose(y / 0.02, np.rint(y / 0.02), atol=1e-3)
     assert y.min() == 0
+
+
+def test_connected_members_are_those_that_a_graph_search_reaches() -> None:
+    rng = np.random.default_rng(0)
+    for pairs in (rng.integers(0, 40, (count, 2)).tolist() for count in range(0, 60, 3)):
+        members = rng.permutation(40).tolist()
+        groups = connected(members, map(tuple, pairs))
+        assert [group[0] for group in groups] == sorted((group[0] for group in groups), key=members.index)
+        for group in groups:
+            reached, before = {group[0]}, set[int]()
+            while reached != before:
+                before, reached = reached, reached | {m for pair in pairs if reached & set(pair) for m in pair}
+            assert group == [member for member in members if member in reached]
