@@ -6,18 +6,15 @@ onnxruntime cannot do it afterwards. Unlike in other patterns the weight is comp
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import constant_array, drop_if_unused, replace_input
+from magr_onnx.passes.graph.constants import constant_array, drop_if_unused
 from magr_onnx.passes.graph.nodes import only_use, operand
 from magr_onnx.passes.layers.conv import ConvLayer, find, from_matrices
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import FLOATS, by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 
 
 def fold(model: ir.Model, selection: Selection = ALL) -> list[str]:
@@ -45,12 +42,10 @@ def _parameters(norm: ir.Node) -> tuple[Array, Array] | None:
 
 
 def _fold(layer: ConvLayer, norm: ir.Node, factor: Array, addend: Array) -> None:
-    bias, kind = layer.read_bias(), FLOATS[layer.dtype]
+    bias = layer.read_bias()
     matrices = layer.read() * factor.reshape(layer.group, 1, layer.n)
-    weight = from_matrices(matrices, layer.op, layer.kernel).astype(kind)
-    shift = addend if bias is None else addend + factor * bias
-    _set(layer, 1, weight, f"{layer.weight_name}_folded")
-    _set(layer, 2, shift.astype(kind), f"{layer.weight_name}_bias")
+    layer.write(1, from_matrices(matrices, layer.op, layer.kernel))
+    layer.write(2, addend if bias is None else addend + factor * bias)
     constants, output = [v for v in norm.inputs[1:] if v is not None], norm.outputs[0]
     value = layer.node.outputs[0]
     value.name, output.name = output.name, None
@@ -60,12 +55,3 @@ def _fold(layer: ConvLayer, norm: ir.Node, factor: Array, addend: Array) -> None
     layer.graph.remove(norm, safe=True)
     for constant in constants:
         drop_if_unused(constant)
-
-
-def _set(layer: ConvLayer, index: int, array: npt.NDArray[Any], name: str) -> None:
-    """Change a constant input of a convolution; it keeps its name, unless others read it or it has none."""
-    former = operand(layer.node, index)
-    if former is not None and former.is_initializer() and len(former.uses()) == 1 and not former.is_graph_output():
-        former.const_value = ir.tensor(array, name=former.name)
-    else:
-        replace_input(layer.node, index, layer.constant("", array, name))

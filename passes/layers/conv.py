@@ -18,11 +18,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized
+from magr_onnx.passes.graph.constants import constant_tensor, constant_view, dequantized, replace_input
 from magr_onnx.passes.graph.nodes import layer_name, operand, producers
 from magr_onnx.passes.graph.subgraphs import SubgraphPath
 from magr_onnx.passes.layers.selection import ALL, Selection
-from magr_onnx.passes.layers.weighted import Product, find_views, in_closed_body, in_functions, refusal, skip_of
+from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_closed_body, in_functions, refusal, skip_of
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
@@ -80,6 +80,17 @@ class ConvLayer(Product):
     def read_bias(self) -> Array | None:
         """Read the bias ``(M,)`` float64, or None."""
         return None if self.bias is None else self.bias.numpy().astype(np.float64)
+
+    def write(self, index: int, array: npt.NDArray[Any]) -> None:
+        """Write the weight (input 1) or the bias (input 2) in the type of the weight; views made before keep the former one.
+
+        An initializer that nothing else reads keeps its name.
+        """
+        former, array = operand(self.node, index), array.astype(FLOATS[self.dtype])
+        if former is not None and former.is_initializer() and len(former.uses()) == 1 and not former.is_graph_output():
+            former.const_value = ir.tensor(array, name=former.name)
+        else:
+            replace_input(self.node, index, self.constant("_folded" if index == 1 else "_bias", array))
 
 
 def to_matrices(weight: npt.NDArray[Any], op: str, group: int) -> npt.NDArray[Any]:

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from magr_onnx.core.activation_ranges import rounded
 from magr_onnx.core.types import ActivationGrid, Array
 from magr_onnx.passes.layers.conv import ConvLayer
-from magr_onnx.passes.layers.weighted import FLOATS, by_weight
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.region import clip_bounds
 
@@ -187,22 +187,16 @@ def scale(group: ChannelClass, factors: Array) -> None:
     """Multiply the channels of a class by ``factors (C,)``: weights and biases of its makers, weights of its readers."""
     for layer in group.makers:
         shape = (-1, *[1] * (len(layer.shape) - 1))
-        _set(layer, 1, _constant(layer, 1) * factors.reshape(shape))
+        layer.write(1, _constant(layer, 1) * factors.reshape(shape))
         if layer.has_bias:
-            _set(layer, 2, _constant(layer, 2) * factors)
+            layer.write(2, _constant(layer, 2) * factors)
     for layer in group.readers:
         inner = factors.reshape(layer.group, 1, layer.shape[1], *[1] * len(layer.kernel))
         parts = _constant(layer, 1).reshape(layer.group, layer.n, *layer.shape[1:])
-        _set(layer, 1, (parts / inner).reshape(layer.shape))
+        layer.write(1, (parts / inner).reshape(layer.shape))
 
 
 def _constant(layer: ConvLayer, index: int) -> Array:
     """Read an initializer of a convolution, as float64."""
     array: Array = layer.node.inputs[index].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
     return array
-
-
-def _set(layer: ConvLayer, index: int, array: Array) -> None:
-    value = layer.node.inputs[index]
-    assert value is not None
-    value.const_value = ir.tensor(array.astype(FLOATS[layer.dtype]), name=value.name)
