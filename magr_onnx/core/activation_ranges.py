@@ -76,20 +76,25 @@ class Histogram:
 
     def error(self, low: float, high: float, clipping: float = 1.0) -> float:
         """Estimate the squared error of a grid over ``[low, high]``: ``clipping`` times that outside it, and rounding inside."""
-        step = max((high - low) / 255, 1e-30)
-        centre = np.sqrt(self.edges[:-1] * self.edges[1:])
-        rounding = np.minimum(step**2 / 12, centre**2)
-        total = 0.0
-        for counts, bound, largest in ((self.positive, high, self.high), (self.negative, -low, -self.low)):
-            values = np.minimum(centre, max(largest, 0.0))  # nothing in the last bin is larger
-            total += float(counts @ np.where(values > bound, clipping * (values - bound) ** 2, rounding))
-        return total
+        return float(self._errors(np.array([low]), np.array([high]), clipping)[0])
 
     def least_error(self, clipping: float = 1.0) -> tuple[float, float]:
         """Return the range of least `error`, each end shrunk independently."""
         shrinks = np.geomspace(0.05, 1, _SHRINK_STEPS)
-        ranges = [(a * self.low, b * self.high) for a in shrinks for b in shrinks]
-        return min(ranges, key=lambda ends: self.error(ends[0], ends[1], clipping))
+        low, high = np.repeat(shrinks, len(shrinks)) * self.low, np.tile(shrinks, len(shrinks)) * self.high
+        best = np.argmin(self._errors(low, high, clipping))
+        return float(low[best]), float(high[best])
+
+    def _errors(self, low: Array, high: Array, clipping: float) -> Array:
+        """Estimate the squared errors ``(R,)`` of grids over ranges with the ends ``(R,)``, by the occupied bins."""
+        occupied = np.flatnonzero(self.negative + self.positive)
+        centre = np.sqrt(self.edges[occupied] * self.edges[occupied + 1])
+        rounding = np.minimum(np.square(np.maximum((high - low) / 255, 1e-30))[:, None] / 12, centre**2)
+        total = np.zeros(len(low))
+        for counts, bound, largest in ((self.positive, high, self.high), (self.negative, -low, -self.low)):
+            beyond = np.minimum(centre, max(largest, 0.0)) - bound[:, None]  # nothing in the last bin is larger
+            total += np.where(beyond > 0, clipping * beyond**2, rounding) @ counts[occupied]
+        return total
 
 
 def candidates(

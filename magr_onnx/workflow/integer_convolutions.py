@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -117,30 +116,45 @@ def round_activations(
     Names.rescan(work.graph)
     grids = candidates[0]
     if activations.ranges == "auto":
-        grids = min(candidates, key=partial(_output_error, model, work, inputs, data, context))
+        errors = _output_errors(model, work, inputs, data, context, candidates)
+        grids = candidates[errors.index(min(errors))]
     tensor_emitter.emit(work.graph, region, grids)
     context.lap("ranges")
     return {name: grids[value] for name, value in inputs.items()}
 
 
-def _output_error(
-    model: ir.Model, work: ir.Model, names: Collection[str], data: Batches, context: RunContext, grids: Mapping[str, ActivationGrid]
-) -> float:
-    """Measure the error of the outputs that grids cause, relative to each output, summed; on some batches."""
-    trial, few = work.clone(), data.limit(TRIALS)
+def _output_errors(
+    model: ir.Model,
+    work: ir.Model,
+    names: Collection[str],
+    data: Batches,
+    context: RunContext,
+    candidates: Sequence[Mapping[str, ActivationGrid]],
+) -> list[float]:
+    """Measure the error of the outputs that each of some grids causes, relative to each output, summed; on some batches."""
+    trials = [_rounded(work, names, grids) for grids in candidates]
+    errors: list[dict[int, float]] = [{} for _ in trials]
+    powers: dict[int, float] = {}
+    runs = [run_batches(each, data.limit(TRIALS), context.provider, fuses=False) for each in (model, *trials)]
+    for results in zip(*runs, strict=True):
+        for i, each in enumerate(zip(*(outputs for _, _, outputs in results), strict=True)):
+            floats = [array for array in map(as_floats, each) if array is not None]
+            if len(floats) < len(runs) or len({array.shape for array in floats}) > 1:
+                continue
+            real = floats[0].astype(np.float64)
+            powers[i] = powers.get(i, 1e-30) + float(np.square(real).sum())
+            for of_trial, output in zip(errors, floats[1:], strict=True):
+                of_trial[i] = of_trial.get(i, 0.0) + float(np.square(real - output).sum())
+    return [sum(of_trial[i] / powers[i] for i in of_trial) for of_trial in errors]
+
+
+def _rounded(work: ir.Model, names: Collection[str], grids: Mapping[str, ActivationGrid]) -> ir.Model:
+    """Round the values between convolutions of these names in a copy of a model."""
+    trial = work.clone()
     layers = [layer for layer in find(trial)[0] if layer.name in names]
     Names.rescan(trial.graph)
     tensor_emitter.emit(trial.graph, region_of(trial.graph, [layer.node for layer in layers], RULES), grids)
-    errors: dict[int, float] = {}
-    powers: dict[int, float] = {}
-    runs = (run_batches(each, few, context.provider, fuses=False) for each in (model, trial))
-    for (_, _, expected), (_, _, actual) in zip(*runs, strict=True):
-        for i, (a, b) in enumerate(zip(map(as_floats, expected), map(as_floats, actual), strict=True)):
-            if a is not None and b is not None and a.shape == b.shape:
-                real = a.astype(np.float64)
-                errors[i] = errors.get(i, 0.0) + float(np.square(real - b).sum())
-                powers[i] = powers.get(i, 1e-30) + float(np.square(real).sum())
-    return sum(errors[i] / powers[i] for i in errors)
+    return trial
 
 
 def _may_be_integer(layer: ConvLayer) -> bool:

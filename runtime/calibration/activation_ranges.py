@@ -87,8 +87,7 @@ def choose(
         CalibrationError: The mask leaves no rows.
     """
     taps = make_taps(model, {v.name: len(v.sketch) for v in values}, context)
-    few = context.data.samples is not None and context.data.samples <= FEW_SAMPLES and len(context.data) > 1
-    hold_out = HoldOut(HELD_OUT) if few else NONE
+    hold_out = hold_out_of(context.data)
     parts = histograms_of(model, taps, [v.layers for v in values], context, hold_out, progress=part_of(progress, 0, 2))
     histograms = [reduce(Histogram.plus, of_value) for of_value in zip(*parts, strict=True)]
     bounded = [h.without_sentinels() for h in histograms]
@@ -115,6 +114,11 @@ def choose(
         noise = by_name[best] / variance if variance > 0 else 0.0
         result[tap.value] = GridChoice(named[best], best, by_name, noise, sentinels, bounds)
     return result
+
+
+def hold_out_of(data: Batches) -> HoldOut:
+    """Return the parts of the data that ranges are cross-validated on; none of many samples."""
+    return HoldOut(HELD_OUT) if data.samples is not None and data.samples <= FEW_SAMPLES and len(data) > 1 else NONE
 
 
 def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> _Named:

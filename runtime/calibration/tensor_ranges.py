@@ -17,9 +17,8 @@ from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument.taps import Tap
 from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.passes.tensors.region import SharedGrid
-from magr_onnx.runtime.calibration.activation_ranges import FEW_SAMPLES, histograms_of
+from magr_onnx.runtime.calibration.activation_ranges import histograms_of, hold_out_of
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
 from magr_onnx.runtime.data.sources import Steps
 
 INPUTS = 8  # batches that tell whether an input is on a grid
@@ -64,16 +63,15 @@ def measure(
         NonFiniteError: Activations are NaN or infinite.
     """
     names = [str(value.name) for group in shared for value in group.values]
-    few = context.data.samples is not None and context.data.samples <= FEW_SAMPLES and len(context.data) > 1
-    hold_out = HoldOut(HELD_OUT) if few else NONE
-    readers = [[layer for layer in layers if str(layer.x.name) == name] for name in names]
-    parts = histograms_of(model, [Tap(name, 1) for name in names], readers, context, hold_out, sample=SAMPLE, progress=progress)
+    taps, readers = [Tap(name, 1) for name in names], [[layer for layer in layers if str(layer.x.name) == name] for name in names]
+    parts = histograms_of(model, taps, readers, context, hold_out_of(context.data), sample=SAMPLE, progress=progress)
     of_values = iter(zip(*parts, strict=True))
     measured = []
     for group in shared:
         of_group = [reduce(Histogram.plus, of_part) for of_part in zip(*(next(of_values) for _ in group.values), strict=True)]
         reached = tuple(part for part in of_group if part.low <= part.high)
-        measured.append(Measured(group, reached, _of_levels(str(group.values[0].name), context, signed)))
+        first = group.values[0]
+        measured.append(Measured(group, reached, _of_levels(str(first.name), context, signed) if first.is_graph_input() else None))
     return measured
 
 
@@ -101,8 +99,6 @@ def _of_levels(name: str, context: CalibrationContext, signed: bool) -> Activati
     """Return the grid that an input of the model is on already: images of 8 bits lose nothing on it."""
     levels: npt.NDArray[Any] = np.zeros(0)
     for batch in context.data.limit(INPUTS):
-        if name not in batch:
-            return None
         levels = np.union1d(levels, np.asarray(batch[name]))
         if len(levels) > 256:
             return None

@@ -166,6 +166,28 @@ def test_least_error_clips_what_is_rare() -> None:
     assert histogram_of(x).error(low, high) == pytest.approx(chosen, rel=0.1)
 
 
+@pytest.mark.parametrize("clipping", [1.0, 16.0])
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.5])
+def test_least_error_is_that_of_all_ranges_bin_by_bin(shift: float, clipping: float) -> None:
+    """For ends from 5 to 100 % of the extremes, in even ratios; the magnitude of a bin is the geometric mean of its edges."""
+    x = np.random.default_rng(3).standard_t(3, 3000) + shift
+    histogram = histogram_of(x)
+
+    def error(low: float, high: float) -> float:
+        total = 0.0
+        for sign, counts, bound, extreme in ((1, histogram.positive, high, x.max()), (-1, histogram.negative, -low, x.min())):
+            for i in np.flatnonzero(counts):
+                centre = (EDGES[i] * EDGES[i + 1]) ** 0.5
+                value = min(centre, max(sign * extreme, 0))
+                total += counts[i] * (clipping * (value - bound) ** 2 if value > bound else min(((high - low) / 255) ** 2 / 12, centre**2))
+        return total
+
+    ends = 20.0 ** (np.arange(-15, 1) / 15)
+    low, high = histogram.least_error(clipping)
+    assert error(low, high) == pytest.approx(min(error(a * x.min(), b * x.max()) for a in ends for b in ends), rel=1e-12)
+    assert histogram.error(low, high, clipping) == pytest.approx(error(low, high), rel=1e-12)
+
+
 @pytest.mark.parametrize("sentinel", [-1e9, -1e30, -3.4e38, 1e9])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
 def test_sentinels_are_told_from_signal(sentinel: float, scale: float) -> None:
