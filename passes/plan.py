@@ -285,15 +285,17 @@ class Plan:
             if self.quantize is None:
                 problems.append(f"{rewrite.name} needs a quantize pass after it: it is made for a grid")
             if rewrite.input_grids == "static" and (self.emitter is None or self.emitter.input_grids != "static"):
-                problems.append(f"{rewrite.name} is for static 8-bit inputs: use format {_formats('static')}, or leave it out")
+                problems.append(f"{rewrite.name} is for static 8-bit inputs: use format {formats_with('static')}, or leave it out")
         if self.low_rank is not None and self.activations is not None:
             problems.append(
                 f"{self.low_rank.name} adds float products of the float input, which layers with 8-bit inputs do without; "
-                f"use format {_formats(None)}, or leave it out"
+                f"use format {formats_with(None)}, or leave it out"
             )
         for stage in (self.convolutions, self.recurrent):
             if stage is not None and self.quantize is None:
                 problems.append(f"{stage.name} needs a quantize pass: it names the quantizer")
+        if self.convolutions is not None:
+            problems += form_problems(self.convolutions.form, self.input_grids)
         sized = self.emitter is not None and self.emitter.accumulator() is not None
         if self.recurrent is not None and self.recurrent.form == "dynamic-quantize-lstm" and sized:
             problems.append(
@@ -309,7 +311,7 @@ class Plan:
             actual = "no pass quantizes them" if activations is None else f"quantize-activations has type {activations.type}"
             problems.append(f"quantize expects {quantize.activation} activations, and {actual}; leave activation out")
         if quantize is not None and quantize.accumulator_bits is not None and quantize.activation is None:
-            integer = _formats("static", "dynamic")
+            integer = formats_with("static", "dynamic")
             problems.append(f"accumulator_bits needs integer activations (format {integer}): floats have no accumulator to overflow")
         if emitter is not None and emitter.input_grids != self.input_grids:
             needed = emitter.input_grids
@@ -321,9 +323,16 @@ class Plan:
         return problems
 
 
-def _formats(*grids: InputGrids | None) -> str:
+def formats_with(*grids: InputGrids | None) -> str:
     """List the formats with these kinds of input grids, for a message."""
     return " or ".join(name for name, form in FORMATS.items() if form.emitter.input_grids in grids)
+
+
+def form_problems(form: str | None, grids: InputGrids | None) -> list[str]:
+    """Check a form of convolutions against the kind of grids of layer inputs."""
+    if form != "integer" or grids == "static":
+        return []
+    return [f"conv_form=integer needs static 8-bit activations; use format {formats_with('static')}, or another form of convolutions"]
 
 
 def _with_defaults(stage: S | None, **values: Any) -> S | None:

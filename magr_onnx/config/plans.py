@@ -12,6 +12,7 @@ from magr_onnx.core.quantizers import method_options
 from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.errors import OptionError, choose_one, closest, raise_all
 from magr_onnx.passes.emit import FORMATS, Format
+from magr_onnx.passes.plan import form_problems
 
 CONV_BITS = 8
 
@@ -103,13 +104,10 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them"
     if options.get("embeddings", "none") == "none" and (bits := options.get("embedding_bits")) is not None:
         yield f"embedding_bits={bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits"
-    if options.get("conv_form") == "integer" and form.emitter.input_grids != "static":
-        names = " or ".join(name for name, other in FORMATS.items() if other.emitter.input_grids == "static")
-        yield f"conv_form=integer needs static 8-bit activations; use format {names}, or another form of convolutions"
     if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:
         yield f"conv_form={options['conv_form']!r} needs conv_bits"
     elif "conv_form" in options and "conv_bits" not in options:  # whether there are any to convert is not known here
-        yield from convolutions(options).problems(None)
+        yield from (*convolutions(options).problems(None), *form_problems(options["conv_form"], form.emitter.input_grids))
 
 
 def _quantize(form: Format, options: Options, quantizer: str) -> passes.Quantize:

@@ -154,9 +154,22 @@ def test_int8_activations(tmp_path: Path) -> None:
     assert sqnr(actual, expected) > 30
 
 
-def test_other_formats_have_no_integer_convolutions() -> None:
-    with pytest.raises(OptionError, match="conv_form=integer needs static 8-bit activations; use format qdq-int8"):
-        magr_onnx.optimize(network(), format="matmulnbits", conv_form="integer")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "matmulnbits", "conv_form": "integer"},
+        {"format": "matmulnbits", "conv_form": "integer", "conv_bits": 8},
+        {"pipeline_text": "quantize{method=rtn},emit-matmulnbits,convolutions{form=integer}"},
+        {
+            "pipeline_text": "quantize-activations{type=dynamic},quantize{bits=8,block_size=channel},emit-dynamic-int8,"
+            "convolutions{form=integer}"
+        },
+    ],
+)
+def test_other_formats_have_no_integer_convolutions(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="conv_form=integer needs static 8-bit activations; use format qdq-int8") as raised:
+        magr_onnx.optimize(network(), **options)
+    assert len(raised.value.problems) == 1
 
 
 def test_the_source_stays_as_it_is(tmp_path: Path) -> None:
