@@ -58,15 +58,14 @@ const CHARTS = {
   }),
 
   depth: ([layers]) => {
-    const field = "error";
-    const y = (aggregate) => ({ aggregate, field, ...percentAxis("relative error") });
+    const y = (aggregate) => ({ aggregate, field: "error", ...percentAxis("relative error") });
     const values = layers.filter((l) => l.depth != null && l.error != null);
     const deepest = Math.max(1, ...values.map((l) => l.depth)); // in a plot of layers tickMinStep does not reach the axis
     return {
       data: { values },
       encoding: { x: { field: "depth", type: "quantitative", title: "layers before", axis: { tickCount: Math.min(deepest, 15) } } },
       layer: [
-        { mark: { type: "area", color: colour("fill"), opacity: 0.45 }, encoding: { y: y("max"), y2: { aggregate: "min", field } } },
+        { mark: { type: "area", color: colour("fill"), opacity: 0.45 }, encoding: { y: y("max"), y2: { aggregate: "min", field: "error" } } },
         {
           mark: { type: "line", color: colour("accent"), point: { size: 26, color: colour("accent") } },
           encoding: {
@@ -74,8 +73,8 @@ const CHARTS = {
             tooltip: [
               { field: "depth", title: "layers before" },
               { aggregate: "count", title: "layers" },
-              { aggregate: "median", field, title: "median", ...PERCENT },
-              { aggregate: "max", field, title: "largest", ...PERCENT },
+              { aggregate: "median", field: "error", title: "median", ...PERCENT },
+              { aggregate: "max", field: "error", title: "largest", ...PERCENT },
             ],
           },
         },
