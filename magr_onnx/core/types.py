@@ -179,30 +179,37 @@ def gram_type(k: int) -> type[np.float32] | type[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class ActivationGrid:
-    """The 8-bit grid a static activation is rounded to, one for the whole tensor.
+    """The grid of 8 or 16 bits a static activation is rounded to, one for the whole tensor.
 
     Attributes:
         scale: Step, exactly representable in float32.
         zero_point: The raw code of 0.
-        signed: int8 codes (-128 to 127) instead of uint8 (0 to 255).
+        signed: Signed codes (int8: -128 to 127) instead of unsigned ones (uint8: 0 to 255).
+        bits: Of a code.
     """
 
     scale: float
     zero_point: int
     signed: bool = False
+    bits: int = 8
 
     @staticmethod
-    def of_range(low: float, high: float, signed: bool = False) -> ActivationGrid:
+    def of_range(low: float, high: float, signed: bool = False, bits: int = 8) -> ActivationGrid:
         """Return the grid over ``[min(low, 0), max(high, 0)]``, with zero exactly on it."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32(max((high - low) / 255, float(np.finfo(np.float32).tiny) * 256)))
-        zero = int(np.clip(np.rint(-low / scale), 0, 255))
-        return ActivationGrid(scale, zero - 128 if signed else zero, signed)
+        low, high, top = min(low, 0.0), max(high, 0.0), 2**bits - 1
+        scale = float(np.float32(max((high - low) / top, float(np.finfo(np.float32).tiny) * 256)))
+        zero = int(np.clip(np.rint(-low / scale), 0, top))
+        return ActivationGrid(scale, zero - 2 ** (bits - 1) if signed else zero, signed, bits)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Integer type of the codes."""
+        return np.dtype(f"{'int' if self.signed else 'uint'}{self.bits}")
 
     @property
     def limits(self) -> tuple[int, int]:
         """Least and greatest raw code of the type."""
-        return activation_limits(self.signed)
+        return activation_limits(self.signed, self.bits)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -227,9 +234,10 @@ Activation = ActivationGrid | DynamicRange
 """How a layer's input becomes 8-bit integers."""
 
 
-def activation_limits(signed: bool) -> tuple[int, int]:
-    """Raw codes of int8 or uint8."""
-    return (-128, 127) if signed else (0, 255)
+def activation_limits(signed: bool, bits: int = 8) -> tuple[int, int]:
+    """Raw codes of a signed or unsigned type of so many bits."""
+    low = -(2 ** (bits - 1)) if signed else 0
+    return low, low + 2**bits - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +38,7 @@ def equalize(model: ir.Model, plan: Plan, data: Batches | None, context: RunCont
     stage = plan.convolutions
     if not plan.equalizes or data is None or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
         return []
-    groups = channel_scales.classes_of(model.graph, [layer for layer in find(model, context.selection)[0] if _may_be_integer(layer)])
+    groups = channel_scales.classes_of(model.graph, [layer for layer in find(model, context.selection)[0] if may_be_integer(layer)])
     if not groups:
         return []
     names = [str(value.name) for group in groups for value in group.values]
@@ -80,59 +80,46 @@ def why_float(plan: Plan, stage: Convolutions, data: Batches | None) -> str | No
 
 
 def round_activations(
-    model: ir.Model,
-    work: ir.Model,
-    layers: Sequence[ConvLayer],
-    plan: Plan,
-    stage: Convolutions,
-    data: Batches | None,
-    context: RunContext,
+    model: ir.Model, layers: Sequence[ConvLayer], plan: Plan, data: Batches | None, context: RunContext
 ) -> dict[str, ActivationGrid]:
-    """Round the values between the convolutions of ``work`` that will be computed in integers, in place.
+    """Mark the values between the convolutions of a float model that will be computed in integers, in place, and choose their grids.
 
     Args:
-        model: The float model, whose values ranges are taken of.
-        work: A copy of it.
-        layers: Convolutions of ``work``.
+        model: The float model.
+        layers: Its convolutions that will be converted.
         plan: The whole plan.
-        stage: Its stage of convolutions.
         data: Batches that fit the model; without them there are no ranges.
         context: Of the run.
 
     Returns:
-        The grids of the inputs of these convolutions, by name of the convolution.
+        Grids by the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
     """
-    activations = plan.activations
-    if stage.form != "integer" or data is None or activations is None or why_float(plan, stage, data) is not None:
+    activations, stage = plan.activations, plan.convolutions
+    if data is None or activations is None or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
         return {}
-    integer = [layer for layer in layers if _may_be_integer(layer)]
+    integer = [layer for layer in layers if may_be_integer(layer)]
     if not integer:
         return {}
-    region = region_of(work.graph, [layer.node for layer in integer], RULES)
-    calibration = CalibrationContext(data, provider=context.provider)
-    signed, inputs = activations.type == "int8", {layer.name: str(layer.x.name) for layer in integer}
+    region = region_of(model.graph, [layer.node for layer in integer], RULES)
+    Names.rescan(model.graph)
+    marked = tensor_emitter.mark(model.graph, region)
+    calibration, signed = CalibrationContext(data, provider=context.provider), activations.type == "int8"
     measured = tensor_ranges.measure(model, region.grids, integer, calibration, signed=signed, progress=context.stage("ranges"))
-    candidates = [tensor_ranges.grids(measured, activations.ranges, clipping, signed) for clipping in CLIPPING]
-    Names.rescan(work.graph)
-    grids = candidates[0]
+    candidates = []
+    for clipping in CLIPPING:
+        grids = tensor_ranges.grids(measured, activations.ranges, clipping, signed)
+        candidates.append({name: grids[str(value.name)] for name, value in marked.items()})
+    chosen = candidates[0]
     if activations.ranges == "auto":
-        errors = _output_errors(model, work, inputs, data, context, candidates)
-        grids = candidates[errors.index(min(errors))]
-    tensor_emitter.emit(work.graph, region, grids)
+        errors = _output_errors(model, data, context, candidates)
+        chosen = candidates[errors.index(min(errors))]
     context.lap("ranges")
-    return {name: grids[value] for name, value in inputs.items()}
+    return chosen
 
 
-def _output_errors(
-    model: ir.Model,
-    work: ir.Model,
-    names: Collection[str],
-    data: Batches,
-    context: RunContext,
-    candidates: Sequence[Mapping[str, ActivationGrid]],
-) -> list[float]:
+def _output_errors(model: ir.Model, data: Batches, context: RunContext, candidates: Sequence[Mapping[str, ActivationGrid]]) -> list[float]:
     """Measure the error of the outputs that each of some grids causes, relative to each output, summed; on some batches."""
-    trials = [_rounded(work, names, grids) for grids in candidates]
+    trials = [_rounded(model, grids) for grids in candidates]
     errors: list[dict[int, float]] = [{} for _ in trials]
     powers: dict[int, float] = {}
     runs = [run_batches(each, data.limit(TRIALS), context.provider, fuses=False) for each in (model, *trials)]
@@ -148,16 +135,15 @@ def _output_errors(
     return [sum(of_trial[i] / powers[i] for i in of_trial) for of_trial in errors]
 
 
-def _rounded(work: ir.Model, names: Collection[str], grids: Mapping[str, ActivationGrid]) -> ir.Model:
-    """Round the values between convolutions of these names in a copy of a model."""
-    trial = work.clone()
-    layers = [layer for layer in find(trial)[0] if layer.name in names]
+def _rounded(model: ir.Model, grids: Mapping[str, ActivationGrid]) -> ir.Model:
+    """Round the marked values of a copy of a model."""
+    trial = model.clone()
     Names.rescan(trial.graph)
-    tensor_emitter.emit(trial.graph, region_of(trial.graph, [layer.node for layer in layers], RULES), grids)
+    tensor_emitter.emit(trial.graph, grids)
     return trial
 
 
-def _may_be_integer(layer: ConvLayer) -> bool:
+def may_be_integer(layer: ConvLayer) -> bool:
     """Whether onnxruntime has an integer kernel for a convolution, and its bias can be written."""
     return layer.op == "Conv" and not layer.nested and layer.dtype == ir.DataType.FLOAT and layer.takes_bias
 

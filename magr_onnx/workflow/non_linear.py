@@ -7,7 +7,7 @@ problem like that of any linear layer; convolutions that share a weight are solv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
-from magr_onnx.core.types import LayerStats
+from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit import conv as conv_emitter
@@ -50,21 +50,24 @@ def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> P
     return replace(plan, convolutions=plans.convolutions(options))
 
 
-def convert(
-    model: ir.Model, work: ir.Model, plan: Plan, data: Batches | None, goal: mixed_precision.Goal | None, context: RunContext
-) -> Converted:
-    """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy.
+def data_to_fit(data: Batches | None, goal: mixed_precision.Goal | None) -> Batches | None:
+    """Select the batches that a budget of loss will not be measured on."""
+    return data if data is None or goal is None or goal.loss is None else Split.of(data).rest
 
-    Batches that a budget of loss will be measured on have no part in it. A large model cannot be run as a whole, so that its
-    convolutions are solved without data.
+
+def convert(
+    model: ir.Model, work: ir.Model, plan: Plan, fit: Batches | None, grids: Mapping[str, ActivationGrid], context: RunContext
+) -> Converted:
+    """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy with values rounded to ``grids``.
+
+    A large model cannot be run as a whole, so that its convolutions are solved without data.
     """
-    fit = data if data is None or goal is None or goal.loss is None else Split.of(data).rest
     result = Converted()
     convert_tables(result, work, plan, context.selection)
     tables = len(result.rows)
     if tables:
         context.lap("embeddings")
-    convert_convolutions(result, model, work, plan, None if context.memory.large else fit, context)
+    convert_convolutions(result, model, work, plan, None if context.memory.large else fit, grids, context)
     layers = result.rows[tables:]
     if layers:
         context.lap("convolutions")
@@ -75,7 +78,7 @@ def convert(
     for what, rows in (("convolutions", layers), ("recurrent operators", result.rows[convolutions:])):
         if context.mask is not None and any(row.rows for row in rows):
             result.notes.append(f"mask {context.mask!r} marks no positions of {what}: all of theirs count")
-    if context.memory.large and data is not None and layers:
+    if context.memory.large and fit is not None and layers:
         result.notes.append("convolutions are data-free: the model is too large to be run as a whole in the memory there is (max_memory)")
     return result
 
@@ -141,6 +144,7 @@ def convert_convolutions(
     work: ir.Model,
     plan: Plan,
     data: Batches | None,
+    rounded: Mapping[str, ActivationGrid],
     context: RunContext,
     patch_limit: int = conv_patches.PATCH_LIMIT,
 ) -> None:
@@ -149,9 +153,10 @@ def convert_convolutions(
     Args:
         result: Takes note of them.
         model: The float model.
-        work: Its copy.
+        work: Its copy, in which values are rounded.
         plan: The whole plan.
         data: Batches that fit the model; None works data-free.
+        rounded: The grids of these values, by name.
         context: What is converted, where to run, in how much memory, and who hears of progress.
         patch_limit: Bytes of one sample's patches; convolutions that need more are solved data-free, and the report says so.
 
@@ -165,8 +170,8 @@ def convert_convolutions(
         return
     integer, first = _computes_integers(model, plan), len(result.rows)
     ordered = [layer for readers in by_weight(layers) for layer in readers]
-    grids = integer_convolutions.round_activations(model, work, ordered, plan, stage, data, context)
-    source = work.clone() if grids else model  # what convolutions read is rounded there
+    grids = {x.name: rounded[str(x.x.name)] for x in ordered if str(x.x.name) in rounded and integer_convolutions.may_be_integer(x)}
+    source = work.clone() if rounded else model  # what convolutions read is rounded there
     unmeasured: dict[str, str] = {}
     if data is not None:
         unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)

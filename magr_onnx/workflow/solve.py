@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
-from magr_onnx.core.types import LayerStats, WeightSpec
+from magr_onnx.core.types import ActivationGrid, LayerStats, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
+from magr_onnx.passes.emit import tensors as tensor_emitter
+from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
@@ -136,11 +138,15 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     """
     model = prepared.model
     notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
+    fit = non_linear.data_to_fit(prepared.data, request.budget)
+    grids = _round_activations(prepared, None if context.memory.large else fit, context)
     base = model.clone()
-    begun = non_linear.convert(model, base, prepared.plan, prepared.data, request.budget, context)
+    Names.rescan(base.graph)
+    tensor_emitter.emit(base.graph, grids)
+    begun = non_linear.convert(model, base, prepared.plan, fit, grids, context)
     context.spill(base)
     context.report_layers(begun.rows)
-    setup = _set_up(prepared, base, begun, request, context)
+    setup = _set_up(prepared, base, begun, grids, request, context)
     notes += [*begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:
@@ -159,6 +165,11 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
+
+
+def _round_activations(prepared: Prepared, data: Batches | None, context: RunContext) -> dict[str, ActivationGrid]:
+    convolutions, _ = non_linear.select_convolutions(prepared.model, prepared.plan, context.selection)
+    return integer_convolutions.round_activations(prepared.model, convolutions, prepared.plan, data, context)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -182,7 +193,14 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
     return notes
 
 
-def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: OptimizeRequest, context: RunContext) -> _Setup:
+def _set_up(
+    prepared: Prepared,
+    base: ir.Model,
+    begun: Converted,
+    rounded: Mapping[str, ActivationGrid],
+    request: OptimizeRequest,
+    context: RunContext,
+) -> _Setup:
     """Decide which linear layers are converted how, and choose the grids of their inputs."""
     model, data, plan = prepared.model, prepared.data, prepared.plan
     layers, skips = find(base, context.selection)
@@ -202,12 +220,14 @@ def _set_up(prepared: Prepared, base: ir.Model, begun: Converted, request: Optim
         )
     calibration = calibration_of(data, context)
     if plan.activations is not None and calibration is not None and layers:
-        grids = activation_ranges.choose_grids(tapped.model, tapped.reached(layers), calibration, plan, context.stage("ranges"))
+        reached, steps = tapped.reached(layers), context.stage("ranges")
+        grids = activation_ranges.choose_grids(tapped.model, reached, calibration, plan, rounded, steps)
         calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
-    return _Setup(Models(model, base, tapped, begun.digests), layers, plan, calibration, needs_statistics, assigned, skips, notes)
+    changed = {*begun.digests, *rounded}
+    return _Setup(Models(model, base, tapped, changed), layers, plan, calibration, needs_statistics, assigned, skips, notes)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:

@@ -36,6 +36,8 @@ from magr_onnx.passes.base import Emitted, Emitter, InputGrids
 from magr_onnx.passes.emit.format import Format, Reader, only_reader, stored_array
 from magr_onnx.passes.emit.linear import derived_name, replace_layer
 from magr_onnx.passes.emit.qdq import DEQUANTIZED
+from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -187,19 +189,33 @@ def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
     shared = n.shared()
     if shared is not None:
         return shared[0]
+    if _is_on(n.layer.x, grid):
+        return n.layer.x
     value = _round_trip(n, n.float_input(), n.x_name, grid, n.layer.x.shape)
     value.shape = n.layer.x.shape
     return n.share([value])[0]
 
 
+def _is_on(value: ir.Value, grid: ActivationGrid) -> bool:
+    """Whether a value is rounded to a grid already."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return False
+    scale, zero = (constant_array(operand(node, i)) for i in (1, 2))
+    return (
+        scale is not None
+        and zero is not None
+        and (zero.dtype, zero.size, zero.item(0), scale.item(0)) == (grid.dtype, 1, grid.zero_point, np.float32(grid.scale))
+    )
+
+
 def _round_trip(n: _Nodes, value: ir.Value, name: str, grid: ActivationGrid, shape: ir.Shape | None) -> ir.Value:
     """Quantize a value of a shape to a grid, and dequantize it."""
-    kind, dtype = (np.int8, ir.DataType.INT8) if grid.signed else (np.uint8, ir.DataType.UINT8)
     constants: list[ir.Value | None] = [
         n.layer.constant(f"{name}_scale", np.float32(grid.scale), base=""),
-        n.layer.constant(f"{name}_zero_point", kind(grid.zero_point), base=""),
+        n.layer.constant(f"{name}_zero_point", np.array(grid.zero_point, grid.dtype), base=""),
     ]
-    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", shape, dtype)
+    codes = n.add("QuantizeLinear", [value, *constants], f"{name}_quantize", shape, ir.DataType.from_numpy(grid.dtype))
     return n.add("DequantizeLinear", [codes, *constants], f"{name}_dequantize")
 
 

@@ -302,8 +302,8 @@ class Extension:
     def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
         """Quantize and dequantize the value, as float32."""
         if isinstance(grid, ActivationGrid):
-            kind = np.int8 if grid.signed else np.uint8
-            scale, zero = self.constant(f"{name}_scale", np.float32(grid.scale)), self.constant(f"{name}_zero", kind(grid.zero_point))
+            scale = self.constant(f"{name}_scale", np.float32(grid.scale))
+            zero = self.constant(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
             codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes")
         else:
             if grid.clips:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -73,6 +73,7 @@ def choose(
     *,
     method: Method = "auto",
     kind: ActivationType = "uint8",
+    fixed: Mapping[str, ActivationGrid] | None = None,
     progress: Steps | None = None,
 ) -> dict[str, GridChoice]:
     """Choose the grid of every value, by name.
@@ -80,7 +81,8 @@ def choose(
     Of the candidates of `magr_onnx.core.activation_ranges.candidates`, the one with the least output error ``||(grid(X) - X) A||^2`` on the
     data is chosen, where ``A`` is the value's sketch; the mean error is excluded where biases will absorb it. Of few samples, every part is
     measured under ranges from the others, and ranges wider than the values seen are tried too: fresh samples go beyond them.
-    ``method`` says which candidates to try, and ``kind`` the type of the codes. The model is not changed.
+    ``method`` says which candidates to try, ``kind`` the type of the codes, and ``fixed`` has values that have a grid already, whose error
+    is measured. The model is not changed.
 
     Raises:
         NonFiniteError: Activations are NaN or infinite.
@@ -94,7 +96,8 @@ def choose(
     headroom = hold_out.folds > 1 and kind != "dynamic"
 
     def grids_of(measured: Sequence[Histogram]) -> list[dict[str, Activation]]:
-        return [_grids(h, candidates(h, method, headroom), kind) for h in measured]
+        free = (_grids(h, candidates(h, method, headroom), kind) for h in measured)
+        return [{"shared": (fixed or {})[v.name]} if v.name in (fixed or {}) else g for v, g in zip(values, free, strict=True)]
 
     grids = grids_of(bounded)
     trials = [(grids, context.data)]
@@ -212,7 +215,14 @@ def _projection(n: int) -> Array:
     return np.random.default_rng(0).choice(np.array([-1, 1], np.float32) / np.float32(np.sqrt(SKETCH)), (n, SKETCH))
 
 
-def choose_grids(model: ir.Model, layers: Sequence[LinearLayer], context: CalibrationContext, plan: Plan, progress: Steps | None) -> Grids:
+def choose_grids(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    context: CalibrationContext,
+    plan: Plan,
+    fixed: Mapping[str, ActivationGrid],
+    progress: Steps | None,
+) -> Grids:
     """Choose the grids that a plan needs: of layer inputs, and of products if those are quantized too; see `choose`."""
     activations = plan.activations
     if not layers or activations is None:
@@ -220,7 +230,7 @@ def choose_grids(model: ir.Model, layers: Sequence[LinearLayer], context: Calibr
     values = inputs_of(layers, plan.bias_policy)
     input_names = {v.name for v in values}
     values += [v for v in products_of(layers) if v.name not in input_names] if plan.quantizes_outputs else []
-    return choose(model, values, context, method=activations.ranges, kind=activations.type, progress=progress)
+    return choose(model, values, context, method=activations.ranges, kind=activations.type, fixed=fixed, progress=progress)
 
 
 def notes_of(grids: Grids) -> list[str]:

@@ -196,3 +196,30 @@ def test_equalized_channels_between_convolutions_lose_less(tmp_path: Path) -> No
     report, _, equalized, _ = converted(proto, tmp_path, equalize=True)
     assert any("activations between convolutions were scaled" in note for note in report.notes)
     assert sqnr(equalized, expected) > sqnr(plain, expected) + 3
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_linear_layers_read_what_convolutions_put_out_from_the_same_grid(effort: str, tmp_path: Path) -> None:
+    weights = {"w": RNG.standard_normal((4, 3, 1, 1)), "v": RNG.standard_normal((12, 6)) / 3, "u": RNG.standard_normal((6, 5)) / 2}
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+            onnx.helper.make_node("MatMul", ["c", "v"], ["p"], name="first"),
+            onnx.helper.make_node("Relu", ["p"], ["r"]),
+            onnx.helper.make_node("MatMul", ["r", "u"], ["y"], name="second"),
+        ],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", 3, 12, 12])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", 4, 12, 5])],
+        [onnx.numpy_helper.from_array(a.astype(np.float32), name) for name, a in weights.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    data = {"x": images(64, 1)}
+    report = magr_onnx.optimize(path, data, format="qdq-int8", effort=effort, batch_size=4, output=tmp_path / "out.onnx").report
+    nodes = onnx.load(tmp_path / "out.onnx").graph.node
+    assert sum(node.op_type == "QuantizeLinear" and node.input[0] == "c" for node in nodes) == 1
+    assert [row.name for row in report.layers if row.emitted] == ["conv", "first", "second"]
+    y, expected = (ort.InferenceSession(p).run(None, {"x": images(16, 2)})[0] for p in (tmp_path / "out.onnx", path))
+    assert np.square(y - expected).mean() < 1e-3 * np.square(expected).mean()
