@@ -13,9 +13,11 @@ import onnx_ir as ir
 
 from magr_onnx.model_io.external_data import weightless
 from magr_onnx.model_io.legacy import modernize
+from magr_onnx.model_io.validate_proto import graphs
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import layer_name
+from magr_onnx.passes.graph.opset import ASIDE
 from magr_onnx.passes.graph.subgraphs import graph_of, remember
 from magr_onnx.report.reasons import Reason
 
@@ -23,6 +25,9 @@ Dims = list[int | ir.SymbolicDim]
 
 SMALL = 1024
 """Bytes up to which a constant may be a shape."""
+
+CRASHING = ("DictVectorizer", "LabelEncoder", "RegexFullMatch", "TreeEnsemble")
+"""Operators whose inference in onnx 1.23 reads the type of an input that may have none, as after custom operators, and ends the process."""
 
 MOST_MATRICES = 512
 """Largest stack of matrices that is split into layers; a larger one is closer to an elementwise product."""
@@ -80,7 +85,11 @@ class RewriteContext:
 def _inferred(model: ir.Model) -> dict[str, Dims]:
     """Return the shapes of ONNX's shape inference, by value name."""
     try:
-        proto = onnx.shape_inference.infer_shapes(weightless(model, SMALL), data_prop=True)
+        proto = weightless(model, SMALL)
+        proto.opset_import.add(domain=ASIDE, version=1)
+        for node in (node for graph in graphs(proto) for node in graph.node if node.op_type in CRASHING):
+            node.domain = ASIDE
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # fewer shapes, which rewrites report
         return {}
     shapes: dict[str, Dims | None] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -507,3 +509,8 @@ def test_a_vector_quantized_in_blocks_is_quantized_again() -> None:
     x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
     with Session(made) as session:
         np.testing.assert_allclose(session.run({"x": x})[0], x @ (codes * scales.repeat(16)), atol=0.05)
+
+
+def test_inputs_without_a_type_end_no_process() -> None:
+    result = subprocess.run([sys.executable, "-m", "tests.passes.untyped"], capture_output=True, text=True, check=False)
+    assert result.stdout.endswith("all\n"), f"{result.stdout.splitlines()[-1]}: {result.stderr}"
