@@ -25,7 +25,8 @@ from magr_onnx.model_io.expansion import expanded_bytes
 OLDEST_OPSET = 7
 """Older opsets broadcast Add and similar operators by an attribute, and onnxruntime does not support them."""
 
-_SCAN_WITH_LENGTHS = 8  # its first input has the lengths of sequences, and its body does not
+SCAN_OF_BATCHES = 8
+"""Opset whose Scan runs over a batch of sequences: its first input has their lengths, its body has neither them nor the axis."""
 
 LARGEST_CONSTANT = 1 << 32
 """Largest size in bytes that a constant may expand to (ConstantOfShape, Expand, sparse tensors ...)."""
@@ -113,7 +114,7 @@ def _opsets(proto: onnx.ModelProto, findings: _Findings) -> None:
     if opset is not None and not OLDEST_OPSET <= opset <= newest:
         old, new = "convert it with onnx.version_converter", "update onnx and onnxruntime, or export it with an older one"
         findings.add(f"has opset {opset}, and {OLDEST_OPSET} to {newest} are supported; {old if opset < OLDEST_OPSET else new}")
-    findings.scan_has_lengths = opset == _SCAN_WITH_LENGTHS
+    findings.scan_has_lengths = opset == SCAN_OF_BATCHES
     if proto.ir_version > onnx.IR_VERSION:
         newer = f"has IR version {proto.ir_version}, newer than the {onnx.IR_VERSION} of the installed onnx"
         findings.add(f"{newer}; update onnx and onnxruntime")

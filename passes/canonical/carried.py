@@ -8,6 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from magr_onnx.errors import listed
+from magr_onnx.model_io.validate_proto import SCAN_OF_BATCHES
 from magr_onnx.passes.canonical.rewriter import weight
 from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.graph.subgraphs import graph_of
@@ -15,7 +16,9 @@ from magr_onnx.passes.graph.subgraphs import graph_of
 
 def release(model: ir.Model) -> list[str]:
     """Let bodies read constant states from outside; return a note for the report if there were any."""
-    names = [name for node in list(model.graph.all_nodes()) if operator_of(node) in ("Loop", "Scan") for name in _release(node)]
+    batches = model.opset_imports.get("") == SCAN_OF_BATCHES  # where a body's state is a part of the one that a Scan starts from
+    operators = ("Loop",) if batches else ("Loop", "Scan")
+    names = [name for node in list(model.graph.all_nodes()) if operator_of(node) in operators for name in _release(node)]
     return [f"carried unchanged through a loop, now read from outside it: {listed(names)}"] if names else []
 
 

@@ -13,8 +13,10 @@ from onnxscript import version_converter
 from magr_onnx.errors import ModelError
 from magr_onnx.model_io import contrib_schemas
 from magr_onnx.model_io.external_data import model_values
+from magr_onnx.model_io.validate_proto import SCAN_OF_BATCHES
 from magr_onnx.passes.graph import metadata
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import operator_of
 from magr_onnx.passes.graph.subgraphs import unique_names
 
 TRADITIONAL, ASIDE = "ai.onnx.ml", "onnx_magr.aside"
@@ -71,6 +73,11 @@ def raise_opset(model: ir.Model, target: int, why: str = "an operator it needs")
     changed = False
     if model.opset_imports.get("", 0) < target:
         before = model.opset_imports.get("", 0)
+        if before == SCAN_OF_BATCHES and any(operator_of(node) == "Scan" for node in model.graph.all_nodes()):
+            raise ModelError(
+                f"the model has opset {before}, whose Scan runs over a batch of sequences, and cannot be converted to opset {target}, "
+                f"which {why} needs; export it with a newer opset, or use format matmulnbits"
+            )
         labels, folders = metadata.collect(model), {_place(tensor): tensor.base_dir for tensor in _external(model)}
         declared = [(value.type, value.shape) for value in model.graph.outputs]
         typed = {value.name for value in _computed(model) if value.type is not None or value.shape is not None}

@@ -352,3 +352,47 @@ def test_data_in_files_of_weights_in_bodies_is_found(opset: int, format_: str, t
         for flag, first in ((True, "aw"), (False, "dw")):
             expected = x @ arrays[first] @ constant("w", 16, 16)
             np.testing.assert_allclose(after.run({"x": x, "c": np.array(flag)})[0], expected, atol=0.05 * np.abs(expected).max())
+
+
+def scan_of_batches(outputs: int) -> onnx.ModelProto:
+    """A Scan of opset 8 over two sequences, with a state that is a weight, and another that all steps are added to."""
+    declared = {"end": [2, 1, 16], "y": [2, "t", 1, 16]}
+    inputs = [helper.make_tensor_value_info(name, 1, shape) for name, shape in (("weight", [16, 16]), ("sum", [1, 16]), ("row", [1, 16]))]
+    results = [helper.make_tensor_value_info(name, 1, None) for name in ("same", "next", "each")]
+    nodes = [
+        helper.make_node("MatMul", ["row", "weight"], ["product"], name="inner"),
+        helper.make_node("Add", ["product", "sum"], ["next"]),
+        helper.make_node("Identity", ["weight"], ["same"]),
+        helper.make_node("Tanh", ["next"], ["each"]),
+    ]
+    body = helper.make_graph(nodes[: 3 + outputs], "body", inputs, results[: 2 + outputs])
+    scan = helper.make_node("Scan", ["", "weights", "zeros", "x"], ["weights_end", "end", "y"][: 2 + outputs], body=body, num_scan_inputs=1)
+    graph = helper.make_graph(
+        [scan, helper.make_node("MatMul", ["end", "w"], ["last"], name="outer")],
+        "g",
+        [helper.make_tensor_value_info("x", 1, [2, "t", 1, 16])],
+        [helper.make_tensor_value_info("last", 1, None), *(helper.make_tensor_value_info(n, 1, declared[n]) for n in ("y",)[:outputs])],
+        [
+            numpy_helper.from_array(np.random.default_rng(1).standard_normal((2, 16, 16)).astype(np.float32), "weights"),
+            numpy_helper.from_array(np.zeros((2, 1, 16), np.float32), "zeros"),
+            numpy_helper.from_array(np.random.default_rng(2).standard_normal((16, 8)).astype(np.float32), "w"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 8)], ir_version=4)
+
+
+@pytest.mark.parametrize("outputs", [0, 1])
+def test_a_scan_over_a_batch_of_sequences_stays_as_it_is(outputs: int) -> None:
+    proto = scan_of_batches(outputs)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 4, 1, 16)).astype(np.float32)}
+    made = magr_onnx.optimize(proto, [feeds] * 4, bits=8, block_size=16, effort="fast").model
+    with Session(ir.from_proto(proto)) as floats, Session(made) as session:
+        for ours, original in zip(session.run(feeds), floats.run(feeds), strict=True):
+            np.testing.assert_allclose(ours, original, atol=0.1)
+
+
+@pytest.mark.parametrize("format", ["qdq", "dynamic-int8", "qdq-int8"])
+def test_a_scan_over_a_batch_of_sequences_cannot_be_converted(format: Any) -> None:
+    """Onnx's converter makes one of it that takes a single sequence."""
+    with pytest.raises(ModelError, match="opset 8, whose Scan runs over a batch of sequences, and cannot be converted to opset"):
+        magr_onnx.optimize(scan_of_batches(1), [{"x": np.zeros((2, 4, 1, 16), np.float32)}] * 2, format=format)
