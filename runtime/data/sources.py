@@ -88,15 +88,23 @@ class Batches:
         return self.select(sorted({round(i * (self.count - 1) / max(count - 1, 1)) for i in range(count)}))
 
     def select(self, positions: Sequence[int]) -> Batches:
-        """Select the batches at some positions, in rising order."""
+        """Select the batches at some positions, in rising order. How many samples they are made of is known where their sizes are."""
         selected, stop = set(positions), max(positions, default=-1) + 1
 
         def read() -> Iterator[Batch]:
             return (batch for i, batch in enumerate(itertools.islice(self.read(), stop)) if i in selected)
 
-        weights = tuple(self.weights[i] for i in positions) if self.weights else ()
-        shapes = tuple(self.shapes[i] for i in positions) if self.shapes else ()
-        return Batches(len(positions), self.description, read, lambda i: self.label(positions[i]), self.notes, None, weights, shapes)
+        sizes = tuple(self.sizes[i] for i in positions) if self.sizes else ()
+        return replace(
+            self,
+            count=len(positions),
+            read=read,
+            label=lambda i: self.label(positions[i]),
+            samples=round(sum(sizes)) if sizes else None,
+            weights=tuple(self.weights[i] for i in positions) if self.weights else (),
+            shapes=tuple(self.shapes[i] for i in positions) if self.shapes else (),
+            sizes=sizes,
+        )
 
 
 def keep_back(data: Batches) -> tuple[Batches, Batches | None]:
@@ -106,8 +114,7 @@ def keep_back(data: Batches) -> tuple[Batches, Batches | None]:
     parts: tuple[list[int], list[int]] = ([], [])
     for position in range(len(data)):
         parts[position % KEPT_BACK == KEPT_BACK // 2].append(position)
-    rest, kept = (replace(data.select(part), samples=round(sum(data.sizes[i] for i in part))) for part in parts)
-    return rest, kept
+    return data.select(parts[0]), data.select(parts[1])
 
 
 def with_progress(data: Batches, progress: Steps | None) -> Iterator[tuple[int, Batch]]:
@@ -192,7 +199,7 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
     checked = replace(batches, shapes=tuple(shapes))
-    if batches.samples is None:
+    if batches.samples is None or batches.sizes:
         checked = replace(checked, samples=round(sum(sizes)), sizes=tuple(sizes))
     groups = [group for _, group in parts]
     if len(groups) == len(batches) and all(group.repeats == 1 for group in groups):

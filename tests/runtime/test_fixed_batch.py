@@ -22,6 +22,7 @@ from magr_onnx.runtime.calibration.staged import Schedule, staged
 from magr_onnx.runtime.data import fixed_batch
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches, open_data
+from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.runtime.ort.session import InputInfo, inputs_of
 from tests.graphs import Array, Builder, random
 
@@ -202,6 +203,23 @@ def test_a_selection_keeps_the_weights() -> None:
     assert data.select([0, 2]).weights == (0.5, 1)
     assert data.limit(2).weight(0) == 0.5
     assert [index for index in range(9) if index in HoldOut()] == [3, 7]
+
+
+def test_a_selection_knows_its_samples() -> None:
+    """Those of batches of four, three of them, and of batches of a fixed size of which the last is filled."""
+    free = open_data([{"x": np.zeros((rows, 6, K), np.float32)} for rows in (4, 4, 3)], inputs_of(model("n")))
+    assert [free.select(at).samples for at in ([0, 1, 2], [2], [0, 2], [])] == [11, 3, 7, None]
+    made = model(SIZE)
+    filled = open_data([{"x": np.zeros((SIZE, 6, K), np.float32)}, {"x": np.zeros((1, 6, K), np.float32)}], inputs_of(made))
+    assert [filled.select(at).samples for at in ([0], [1], [0, 1])] == [SIZE, 1, SIZE + 1]
+
+
+def test_few_samples_stay_few_without_those_that_a_budget_is_measured_on() -> None:
+    _, data = fixed(36)
+    rest = Split.of(data).rest
+    assert rest.samples is not None
+    assert rest.samples < 36
+    assert HoldOut.of(rest.samples) == HoldOut.of(36)
 
 
 def test_held_out_batches_are_as_full_as_there_are() -> None:
