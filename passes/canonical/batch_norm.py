@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.types import Array
-from magr_onnx.passes.graph.constants import constant_array, drop_if_unused
+from magr_onnx.passes.graph.constants import drop_if_unused, fixed_array
 from magr_onnx.passes.graph.nodes import only_use, operand
 from magr_onnx.passes.layers.conv import ConvLayer, find, from_matrices
 from magr_onnx.passes.layers.selection import ALL, Selection
@@ -33,7 +33,7 @@ def _parameters(norm: ir.Node) -> tuple[Array, Array] | None:
     """Read the factor and the addend of every channel; None for anything but a BatchNormalization of constants."""
     if (norm.domain, norm.op_type) != ("", "BatchNormalization") or norm.attributes.get_int("training_mode", False):
         return None
-    arrays = [constant_array(operand(norm, i)) for i in range(1, 5)]
+    arrays = [fixed_array(operand(norm, i)) for i in range(1, 5)]
     if any(a is None for a in arrays) or any(value.uses() or value.is_graph_output() for value in norm.outputs[1:]):
         return None
     gamma, beta, mean, variance = (np.asarray(a, np.float64) for a in arrays)

@@ -174,6 +174,12 @@ def constant_array(value: ir.Value | None) -> Tensor | None:
     return inner.reshape([inner.shape[i] if d == 0 else int(d) for i, d in enumerate(shape)])
 
 
+def fixed_array(value: ir.Value | None) -> Tensor | None:
+    """Return the array of a constant that no caller may override, folded as by `constant_view`; None for anything else."""
+    view = constant_view(value)
+    return None if view is None or view.overridable else view.tensor().numpy()
+
+
 def source_of(value: ir.Value) -> ir.Value:
     """Return the first value of the chain of nodes that `constant_view` folds."""
     while (node := value.producer()) is not None and is_step(node) and node.inputs[0] is not None:

@@ -106,7 +106,8 @@ def _is_homogeneous(node: ir.Node) -> bool:
         shapes = [value.shape for value in node.inputs if value is not None]
         return len(shapes) == 2 and all(s is not None and s.rank() >= 3 for s in shapes) and shapes[0] == shapes[1]
     if node.op_type == "Resize":
-        return node.attributes.get_string("mode", "nearest") in ("nearest", "linear", "cubic")
+        beyond = node.attributes.get_float("extrapolation_value", 0.0)
+        return beyond == 0 and node.attributes.get_string("mode", "nearest") in ("nearest", "linear", "cubic")
     if node.op_type == "Clip":
         low, high = clip_bounds(node)
         return low == 0 < high

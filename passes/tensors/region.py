@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from magr_onnx.passes.graph.constants import constant_array
+from magr_onnx.passes.graph.constants import fixed_array
 from magr_onnx.passes.graph.nodes import only_use, operand
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.rules import Rules
@@ -111,9 +111,9 @@ def _behind_activation(node: ir.Node, rules: Rules) -> tuple[ir.Value, float, fl
 
 
 def clip_bounds(clip: ir.Node) -> tuple[float, float]:
-    """Return the bounds of a Clip; NaN for what is computed at run time."""
+    """Return the bounds of a Clip; NaN for what is known at run time only."""
     low, high = (
-        default if (value := operand(clip, i)) is None else math.nan if (bound := constant_array(value)) is None else bound.item()
+        default if (value := operand(clip, i)) is None else math.nan if (bound := fixed_array(value)) is None else bound.item()
         for i, default in ((1, -math.inf), (2, math.inf))
     )
     return float(low), float(high)

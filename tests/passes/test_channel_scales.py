@@ -76,6 +76,17 @@ def test_what_does_not_commute_with_factors_fixes_a_class(between: list[tuple[st
     assert names(classes(model)) == left
 
 
+@pytest.mark.parametrize(("beyond", "found"), [(0.0, [["a", "b"], ["c"]]), (1.0, [["c"]])])
+def test_a_resize_that_puts_a_value_beyond_the_image_fixes_a_class(beyond: float, found: list[list[str]]) -> None:
+    attributes = {"coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": beyond}
+    resize = onnx.helper.make_node("Resize", ["a", "roi", "", "sizes"], ["b"], name="resize", **attributes)
+    model = network(between=[resize])
+    for name, array in (("roi", np.array([0, 0, 0, 0, 1, 1, 2, 2], np.float32)), ("sizes", np.array([2, 8, 8, 8]))):
+        model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+        model.graph[1].replace_input_with(["a", "roi", "", "sizes"].index(name), model.graph.initializers[name])
+    assert names(classes(model)) == found
+
+
 def test_outputs_of_the_graph_are_not_scaled() -> None:
     assert names(classes(network(outputs=("y", "a")))) == [["c"]]
 

@@ -172,6 +172,26 @@ def test_other_formats_have_no_integer_convolutions(options: dict[str, Any]) -> 
     assert len(raised.value.problems) == 1
 
 
+@pytest.mark.parametrize("name", ["zero", "six", "gamma", "mean"])
+@pytest.mark.parametrize("format", ["qdq-int8", "matmulnbits"])
+def test_constants_that_a_caller_may_override_stay(name: str, format: str, tmp_path: Path) -> None:
+    """Bounds of a Clip, and parameters of a BatchNormalization behind the first convolution: other values of them still count."""
+    proto = network()
+    proto.graph.node[1].input[0] = "normalized"
+    parameters = ["gamma", "beta", "mean", "variance"]
+    proto.graph.node.insert(1, onnx.helper.make_node("BatchNormalization", ["stem_y", *parameters], ["normalized"], name="norm"))
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.ones(8, np.float32), p) for p in parameters)
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(name, 1, [] if name in ("zero", "six") else [8]))
+    path = tmp_path / "q.onnx"
+    magr_onnx.optimize(proto, {"x": images(32, 1)}, format=format, output=path, keep_overridable=True, equalize=format == "qdq-int8")
+    plain = {"x": images(8, 2)}
+    other = plain | {name: np.full([] if name in ("zero", "six") else 8, 0.5, np.float32)}
+    quantized, original = (ort.InferenceSession(m, providers=["CPUExecutionProvider"]) for m in (str(path), proto.SerializeToString()))
+    expected, unchanged = (original.run(None, feeds)[0] for feeds in (other, plain))
+    actual = quantized.run(None, other)[0]
+    assert sqnr(actual, expected) > sqnr(actual, unchanged)
+
+
 def test_the_source_stays_as_it_is(tmp_path: Path) -> None:
     model = ir.from_proto(network())
     before = ir.to_proto(model).SerializeToString(deterministic=True)
