@@ -7,6 +7,7 @@ outputs of their nodes it does not check.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 from onnx.external_data_helper import uses_external_data
 
 from magr_onnx.errors import ModelError, raise_all
@@ -82,6 +84,10 @@ def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[P
         ModelError: Lists up to 20 problems.
     """
     findings = _Findings(folder)
+    for message, name_of_field in itertools.islice(_not_utf8(proto), _MOST_PROBLEMS):
+        label = getattr(message, "name", "") or getattr(message, "key", "")
+        findings.add(f"{message.DESCRIPTOR.name} {label!r} has a {name_of_field} that is not UTF-8; change or remove this text")
+    raise_all(ModelError, [f"{name}: {p}" for p in findings.problems])
     _opsets(proto, findings)
     for graph in _walk(_main(proto)):
         _graph(graph, False, findings)
@@ -91,6 +97,18 @@ def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[P
         findings.add(f"tensors take {findings.external_bytes} bytes from external files that have {sum(findings.files.values())}")
     raise_all(ModelError, [f"{name}: {p}" for p in findings.problems[:_MOST_PROBLEMS]])
     return frozenset(findings.files)
+
+
+def _not_utf8(proto: onnx.ModelProto) -> Iterator[tuple[Message, str]]:
+    """Yield every message in a model with a text that is not UTF-8, and the name of its field; protobuf returns such texts as bytes."""
+    stack: list[Message] = [proto]
+    while stack:
+        message = stack.pop()
+        for kind, value in message.ListFields():
+            if kind.message_type is not None:
+                stack += [value] if isinstance(value, Message) else value
+            elif kind.type == kind.TYPE_STRING and bytes in map(type, [value] if isinstance(value, str | bytes) else value):
+                yield message, kind.name
 
 
 def custom_operators(model: ir.Model) -> list[str]:
@@ -153,8 +171,6 @@ def _graph(graph: onnx.GraphProto | onnx.FunctionProto, inside_function: bool, f
     for node in graph.node:
         if findings.full:
             return
-        if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
-            findings.add(f"node {node.name!r} ({node.op_type!r}) has a name that is not UTF-8")
         for attribute in node.attribute:
             _attribute(node, attribute, inside_function, findings)
         if node.op_type == "Constant" and node.domain in _ONNX and len(node.attribute) != 1:

@@ -676,3 +676,47 @@ def test_a_convolution_with_fewer_axes_declared_than_it_has() -> None:
     data = [{"x": np.ones(128, np.float32), "shape": np.array([1, 8, 16])}]
     with pytest.raises(ModelError, match="output of c: declared"):
         magr_onnx.optimize(proto, data)
+
+
+def documented() -> onnx.ModelProto:
+    """A model with text in many fields: names, documentation, metadata, dimensions, domains, and a function."""
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, ["batch", 32], doc_string="about it") for name in "xy")
+    weight = onnx.numpy_helper.from_array(np.ones((32, 32), np.float32), "w")
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["h"], name="layer", doc_string="about it")
+    call = onnx.helper.make_node("Twice", ["h"], ["y"], domain="own")
+    function = onnx.helper.make_function(
+        "own", "Twice", ["a"], ["b"], [onnx.helper.make_node("Add", ["a", "a"], ["b"])], [onnx.helper.make_opsetid("", 21)]
+    )
+    graph = onnx.helper.make_graph([node, call], "graph", [x], [y], [weight], "about it")
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("own", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10, doc_string="about it", domain="org")
+    for message in (model, graph, node, x, weight, function):
+        message.metadata_props.add(key="key", value="value")
+    model.graph.CopyFrom(graph)
+    return model
+
+
+def texts(message: Any) -> list[tuple[Any, str, int | None]]:
+    found: list[tuple[Any, str, int | None]] = []
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                found += texts(inner)
+        elif kind.type == kind.TYPE_STRING:
+            found += [(message, kind.name, None)] if isinstance(value, str) else [(message, kind.name, i) for i in range(len(value))]
+    return found
+
+
+@pytest.mark.parametrize("place", range(len(texts(documented()))))
+def test_text_that_is_not_utf8(place: int, tmp_path: Path) -> None:
+    mark, model = "a text that is nowhere else", documented()
+    message, name, index = texts(model)[place]
+    if index is None:
+        setattr(message, name, mark)
+    else:
+        getattr(message, name)[index] = mark
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace(mark.encode(), mark.encode()[:-1] + b"\xab"))
+    for source in (onnx.ModelProto.FromString(path.read_bytes()), path):
+        with pytest.raises(ModelError, match=rf"{message.DESCRIPTOR.name} .* has a {name} that is not UTF-8"):
+            files.load(source)
