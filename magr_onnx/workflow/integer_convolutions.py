@@ -100,10 +100,12 @@ def round_activations(
     integer = [layer for layer in layers if may_be_integer(layer)]
     if not integer:
         return {}
-    region = region_of(model.graph, [layer.node for layer in integer], RULES)
+    signed = activations.type == "int8"
+    # onnxruntime 1.32 rounds again behind moves itself, and refuses what it has made of int8 from opset 21 on
+    region = region_of(model.graph, [layer.node for layer in integer], RULES, all_moves=signed)
     Names.rescan(model.graph)
     marked = tensor_emitter.mark(model.graph, region)
-    calibration, signed = CalibrationContext(data, provider=context.provider), activations.type == "int8"
+    calibration = CalibrationContext(data, provider=context.provider)
     measured = tensor_ranges.measure(model, region.grids, integer, calibration, signed=signed, progress=context.stage("ranges"))
     candidates = []
     for clipping in CLIPPING:

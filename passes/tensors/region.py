@@ -49,13 +49,14 @@ class Region:
     results: frozenset[ir.Value]
 
 
-def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) -> Region:
+def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules, *, all_moves: bool = False) -> Region:
     """Find the region around convolutions of a graph.
 
     Args:
         graph: The main graph.
         convolutions: Its convolutions that will have integer weights.
         rules: What the runtime computes in integers.
+        all_moves: Whether nodes that only move rounded values belong to it even where nothing reads them as integers.
     """
     convs = set(convolutions)
     candidates = {node for node in graph if node not in convs and (rules.computes(node) or rules.moves(node))}
@@ -63,7 +64,7 @@ def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) 
     def result(node: ir.Node) -> ir.Value:
         return node.outputs[0] if node not in convs and rules.moves(node) else _behind_activation(node, rules)[0]
 
-    between = _between(convs, candidates, rules, result)
+    between = _between(convs, candidates, rules, result, all_moves)
     ordered = [node for node in graph if node in convs or node in between]
     moves = dict.fromkeys(node for node in ordered if node in between and rules.moves(node))
     limits = {result(node): _behind_activation(node, rules)[1:] for node in ordered if node not in moves}
@@ -75,12 +76,15 @@ def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules) 
     return Region(tuple(grids), frozenset(ordered), frozenset(map(result, ordered)))
 
 
-def _between(convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value]) -> set[ir.Node]:
-    """Reduce candidates to those that read only integers and are read as such."""
+def _between(
+    convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value], all_moves: bool
+) -> set[ir.Node]:
+    """Reduce candidates to those that read only integers and are read as such, or are moves."""
     while True:
         inputs = {value for node in (*convs, *candidates) for value in _read(node, convs, rules)}
         rounded = {_first(node) for node in convs} | {result(node) for node in (*convs, *candidates)}
-        left = {node for node in candidates if result(node) in inputs and all(v in rounded for v in _read(node, convs, rules))}
+        read = {node for node in candidates if result(node) in inputs or (all_moves and rules.moves(node))}
+        left = {node for node in read if all(value in rounded for value in _read(node, convs, rules))}
         if left == candidates:
             return left
         candidates = left

@@ -92,6 +92,28 @@ def test_onnxruntime_runs_every_operator_of_its_table_on_integers(op: str, tmp_p
     assert op not in ops or op in RULES.moved
 
 
+@pytest.mark.parametrize("op", RULES.moved)
+def test_onnxruntime_loads_int8_behind_every_move(op: str) -> None:
+    """In opset 21, also where what is moved is read as floats; and what is moved is what was rounded."""
+    more, attributes = OPERANDS.get(op, ([], {}))
+    constants = {f"k{i}": value for i, value in enumerate(more)}
+    nodes = [node("Conv", ["x", "w"], "a"), node(op, ["a", *constants], "moved", **attributes), node("Tanh", ["moved"], "out")]
+    model = network(nodes, ["out"], constants, 1 if op == "Squeeze" else 2)
+    model.graph.opset_imports[""] = 21
+    found = region_of(model.graph, [model.graph[0]], RULES, all_moves=True)
+    assert {"a", "moved"} in [{str(value.name) for value in group.values} for group in found.grids]
+    tensors.emit(model.graph, dict.fromkeys(tensors.mark(model.graph, found), ActivationGrid(0.02, 0, signed=True)))
+    x = np.random.default_rng(1).standard_normal((1 if op == "Squeeze" else 2, *IMAGE[1:])).astype(np.float32)
+    plain = ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = ir.to_proto(model).SerializeToString()
+    ours, expected = (
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(["out"], {"x": x, "z": x})[0]
+        for options in (None, plain)
+    )
+    np.testing.assert_allclose(ours, expected, atol=0.03)
+
+
 def test_what_reads_a_float_value_or_is_read_as_one_stays_float() -> None:
     nodes = [
         node("Conv", ["x", "w"], "a"),
