@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.errors import CalibrationError
+from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.ort.session import Batch, InputInfo, inputs_of
 
@@ -19,15 +21,23 @@ from magr_onnx.runtime.ort.session import Batch, InputInfo, inputs_of
 BROADCAST_SAFE = ((4, 4), (1, 8), (2, 16))  # never 1 for the latter, which some operators broadcast
 AS_SERVED = ((1, 8), (1, 64), (1, 256), (4, 4), (2, 16), (1, 512), (1, 16000))  # one sample first, as most models are run
 
+_RESHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # of indices
 _LARGEST = 1 << 24  # elements of an input; a declared shape may ask for any number
 _IMAGE = 64  # least size of the dynamic axes of an image, of which networks halve both several times
 
 
-def random_inputs(inputs: Sequence[InputInfo], sizes: Sequence[tuple[int, int]] = BROADCAST_SAFE) -> list[Batch]:
-    """Draw inputs of the declared types, normal floats and integers 0 or 1; one batch per guess at the dynamic sizes."""
+def random_inputs(
+    inputs: Sequence[InputInfo],
+    sizes: Sequence[tuple[int, int]] = BROADCAST_SAFE,
+    ends: Mapping[str, int] | None = None,
+) -> list[Batch]:
+    """Draw inputs of the declared types; one batch per guess at the dynamic sizes.
+
+    Floats are normal; integers are 0 or 1, or below the end that ``ends`` has for the input.
+    """
     guesses = [{i.name: _shape(i, samples, others) for i in inputs} for samples, others in sizes]
     feasible = [shapes for shapes in guesses if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
-    return [{i.name: _random(i, shapes[i.name]) for i in inputs} for shapes in feasible]
+    return [{i.name: _random(i, shapes[i.name], (ends or {}).get(i.name, 2)) for i in inputs} for shapes in feasible]
 
 
 def _shape(info: InputInfo, samples: int, others: int) -> list[int]:
@@ -39,17 +49,20 @@ def _shape(info: InputInfo, samples: int, others: int) -> list[int]:
     return [d if d is not None else samples if axis == of_samples else others for axis, d in enumerate(info.shape)]
 
 
-def _random(info: InputInfo, shape: Sequence[int]) -> npt.NDArray[Any]:
+def _random(info: InputInfo, shape: Sequence[int], end: int) -> npt.NDArray[Any]:
     rng = np.random.default_rng(0)
     if info.dtype.kind == "f":
         return rng.standard_normal(shape).astype(info.dtype)
     if info.dtype.kind in "iub":
-        return rng.integers(0, 2, shape).astype(info.dtype)
+        largest = 1 if info.dtype.kind == "b" else np.iinfo(info.dtype).max
+        return rng.integers(0, min(max(end - 1, 0), largest), shape, endpoint=True).astype(info.dtype)
     return np.full(shape, "a", dtype=object)
 
 
 def feeds_for(model: ir.Model, mask: str | None) -> Iterator[Batch]:
     """Yield feeds that the model may run with, for each guess at its dynamic sizes; a decoder's past is empty.
+
+    Integers that index a table of the model have any of its rows, and are 0 or 1 in the last guesses.
 
     Args:
         model: The model.
@@ -58,8 +71,26 @@ def feeds_for(model: ir.Model, mask: str | None) -> Iterator[Batch]:
     decoder = None
     with contextlib.suppress(CalibrationError):
         decoder = decoders.recognise(model)
-    for batch in random_inputs(inputs_of(model) if decoder is None else [decoder.tokens], AS_SERVED):
+    inputs, rows = inputs_of(model) if decoder is None else [decoder.tokens], _table_rows(model)
+    guesses = [random_inputs(inputs, AS_SERVED, ends) for ends in ([rows, {}] if rows else [{}])]
+    for batch in itertools.chain(*guesses):
         if decoder is not None:
             yield decoder.start(batch[decoder.tokens.name])
         else:
             yield {name: np.ones_like(array) if name == mask else array for name, array in batch.items()}
+
+
+def _table_rows(model: ir.Model) -> dict[str, int]:
+    """Return the number of rows of the constant tables that inputs of a model index, by input; the least of several."""
+    rows: dict[str, int] = {}
+    for node in model.graph:
+        table, axis = operand(node, 0), node.attributes.get_int("axis", 0)
+        if node.op_type != "Gather" or axis != 0 or table is None or not table.is_initializer():
+            continue
+        index = node.inputs[1]
+        while index is not None and (maker := index.producer()) is not None and maker.op_type in _RESHAPING:
+            index = maker.inputs[0]
+        if index is not None and index.is_graph_input() and table.shape is not None and table.shape.rank() == 2:
+            name, size = str(index.name), int(table.shape.numpy()[0])
+            rows[name] = min(rows.get(name, size), size)
+    return rows

@@ -85,3 +85,18 @@ def test_sizes_that_are_not_declared() -> None:
     shapes = {"image": (1, 3, 64, 64), "mask": (1, 8), "state": (2, 1, 64), "other": (1, 3, 8, 8)}
     assert {name: array.shape for name, array in first.items()} == shapes
     assert first["mask"].all()
+
+
+def test_indices_are_any_rows_of_their_table() -> None:
+    text = """g (int32[n, t] ids, int64[n, t] type, int64[n, t] other) => (float[n, t, 16] y) {
+        wide = Cast<to = 7>(ids) a = Gather(table, wide) b = Gather(small, type) c = Cast<to = 1>(other) e = Unsqueeze(c, last)
+        z = Add(a, b) y = Add(z, e)
+    }"""
+    proto = model(text, table=constant("table", 50, 16), small=constant("small", 3, 16), last=np.array([2]))
+    feeds = list(feeds_for(ir.from_proto(proto), None))
+    for feed in feeds[: len(feeds) // 2]:
+        assert feed["ids"].max() < 50
+    assert feeds[1]["ids"].max() > 30
+    assert feeds[1]["ids"].dtype == np.int32
+    assert {name: set(feeds[1][name].ravel()) for name in ("type", "other")} == {"type": {0, 1, 2}, "other": {0, 1}}
+    assert all(feed["ids"].max() < 2 for feed in feeds[len(feeds) // 2 :])
