@@ -5,6 +5,7 @@ from magr_onnx.passes.canonical import canonicalize
 from magr_onnx.passes.emit.int8 import EmitDynamicInt8, EmitQDQInt8
 from magr_onnx.passes.emit.matmulnbits import EmitMatMulNBits
 from magr_onnx.passes.emit.qdq import EmitQDQ
+from magr_onnx.passes.emit.qdq_full import EmitQDQFull
 from magr_onnx.passes.layer_passes.activations import QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
@@ -32,6 +33,7 @@ __all__ = [
     "EmitDynamicInt8",
     "EmitMatMulNBits",
     "EmitQDQ",
+    "EmitQDQFull",
     "EmitQDQInt8",
     "Emitted",
     "Emitter",

@@ -19,6 +19,7 @@ from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_state import LayerState, states, write_floats
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
+from magr_onnx.passes.tensors.rules import Rules
 
 InputGrids = Literal["static", "dynamic"]
 """How layer inputs become 8-bit integers: on a grid found by calibration, or on one found at run time."""
@@ -167,6 +168,11 @@ class Emitter(Stage, ir.passes.InPlacePass):
     def quantizes_outputs(self) -> bool:
         """Whether products of layers are put on a static grid, too."""
         return False
+
+    @property
+    def rules(self) -> Rules | None:
+        """What the whole graph is rounded by; None where layers alone are converted."""
+        return None
 
     def accumulator(self) -> Accumulator | None:
         """The accumulator that no sum of the emitted kernel may overflow, where the emitter sizes its blocks for one."""

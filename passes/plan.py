@@ -29,6 +29,8 @@ from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_passes.recurrent import Recurrent
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
+from magr_onnx.passes.tensors import ort_cpu
+from magr_onnx.passes.tensors.rules import Rules
 
 S = TypeVar("S", bound=Stage)
 
@@ -216,6 +218,17 @@ class Plan:
         return self.emitter is not None and self.emitter.quantizes_outputs
 
     @property
+    def rules(self) -> Rules | None:
+        """What the whole graph is rounded by; None where layers alone are converted."""
+        return None if self.emitter is None else self.emitter.rules
+
+    @property
+    def needs_gemm(self) -> bool:
+        """Whether products with a bias must be one operator: onnxruntime 1.32 makes invalid files of others in int8 and opset 21."""
+        signed = self.activations is not None and self.activations.type in ("int8", "int16")
+        return signed or (self.rules is not None and self.rules.gemm_only)
+
+    @property
     def equalizes(self) -> bool:
         """Whether scales move between channels."""
         return any(rewrite.equalizes for rewrite in self.rewrites)
@@ -313,6 +326,12 @@ class Plan:
         if quantize is not None and quantize.accumulator_bits is not None and quantize.activation is None:
             integer = formats_with("static", "dynamic")
             problems.append(f"accumulator_bits needs integer activations (format {integer}): floats have no accumulator to overflow")
+        if self.rules is not None and self.accumulator is not None:
+            problems.append(f"{self.rules.name} has no accumulators to be proved; use target and accumulator_bits with format qdq-int8")
+        if emitter is not None and activations is not None and emitter.input_grids == self.input_grids == "static":
+            rules = emitter.rules or ort_cpu.RULES
+            if activations.type not in rules.types:
+                problems.append(f"activation type {activations.type} is not for {rules.name}, which takes {' or '.join(rules.types)}")
         if emitter is not None and emitter.input_grids != self.input_grids:
             needed = emitter.input_grids
             problems.append(

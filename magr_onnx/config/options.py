@@ -19,6 +19,7 @@ from magr_onnx.passes.emit import FORMATS, Format
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layers import conv, embedding, recurrent
 from magr_onnx.passes.providers import PROVIDERS
+from magr_onnx.passes.tensors.backends import BACKENDS
 from magr_onnx.runtime.calibration.moments import DEFAULT_BUDGET
 from magr_onnx.runtime.data.decoders import STEPS
 
@@ -91,11 +92,15 @@ class Options(TypedDict, total=False):
         metavar="NAME")]
     accuracy_level: Annotated[int, OptionSpec(
         help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", default=0, panel=WEIGHTS, metavar="N")]
-    activation_type: Annotated[Literal["uint8", "int8"], OptionSpec(
-        help="Layer inputs of qdq-int8: uint8, int8.", default_text="uint8", panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS)]
+    activation_type: Annotated[Literal["uint8", "int8", "uint16", "int16"], OptionSpec(
+        help="Activations: uint8, int8; in qdq-full also uint16, int16.", default_text="uint8, or what the backend has",
+        panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS)]
     activation_range: Annotated[str, OptionSpec(
         help="Ranges of layer inputs of qdq-int8: min-max, percentile, min-error; auto: the least measured error.", default_text="auto",
         choices=METHODS, panel=INTEGERS, metavar="NAME", whole_run=_INPUTS)]
+    backend: Annotated[str, OptionSpec(
+        help=f"Runtime whose rules qdq-full follows: {', '.join(BACKENDS)}.", default=next(iter(BACKENDS)), choices=BACKENDS,
+        panel=INTEGERS, metavar="NAME", whole_run=_GRAPH, belongs_to="format")]
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
         whole_run="layers share values")]

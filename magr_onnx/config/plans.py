@@ -75,9 +75,11 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
 
 def _for_other_formats(options: Options, name: str) -> Iterator[str]:
     """Name options that are for another format only."""
-    for form in FORMATS.values():
-        if form.name != name:
-            yield from (f"{option} is for format {form.name} only" for option in form.exclusive_options if options.get(option))
+    allowed = FORMATS[name].exclusive_options if name in FORMATS else ()
+    exclusive = dict.fromkeys(option for form in FORMATS.values() for option in form.exclusive_options if option not in allowed)
+    for option in exclusive:
+        if options.get(option):
+            yield f"{option} is for format {' or '.join(f.name for f in FORMATS.values() if option in f.exclusive_options)} only"
 
 
 def _fit_accumulator(form: Format, options: Options) -> tuple[Options, list[str]]:
@@ -142,7 +144,9 @@ def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
 def _activations(form: Format, options: Options) -> passes.QuantizeActivations | None:
     """Make the stage for layer inputs, where the format quantizes them."""
     if form.emitter.input_grids == "static":
-        return passes.QuantizeActivations(options.get("activation_type", "uint8"), options.get("activation_range", "auto"))  # type: ignore[arg-type]
+        rules = form.make_emitter(options).rules
+        usual = "uint8" if rules is None else rules.types[0]
+        return passes.QuantizeActivations(options.get("activation_type", usual), options.get("activation_range", "auto"))  # type: ignore[arg-type]
     return None if form.emitter.input_grids is None else passes.QuantizeActivations("dynamic")
 
 

@@ -51,13 +51,13 @@ class Histogram:
         low, high = min(self.low, other.low), max(self.high, other.high)
         return Histogram(self.negative + other.negative, self.positive + other.positive, self.edges, low, high)
 
-    def without_sentinels(self) -> Histogram:
-        """Return the histogram up to the first gap of `SENTINEL_RATIO` above 1 between occupied magnitudes.
+    def without_sentinels(self, ratio: float = SENTINEL_RATIO) -> Histogram:
+        """Return the histogram up to the first gap of a ratio above 1 between occupied magnitudes.
 
         Attention masks hold -1e9 or -1e30; a range that spans them has no resolution left for the signal.
         """
         occupied = np.flatnonzero((self.negative + self.positive)[1:]) + 1  # the first bin holds zeros, which are no signal beside 1e6
-        gaps = np.flatnonzero(self.edges[occupied[1:]] >= SENTINEL_RATIO * np.maximum(self.edges[occupied[:-1] + 1], 1))
+        gaps = np.flatnonzero(self.edges[occupied[1:]] >= ratio * np.maximum(self.edges[occupied[:-1] + 1], 1))
         if not len(gaps):
             return self
         below_gap = np.arange(len(self.negative)) <= occupied[gaps[0]]
@@ -74,22 +74,22 @@ class Histogram:
 
         return max(self.low, -bound(self.negative)), min(self.high, bound(self.positive))
 
-    def error(self, low: float, high: float, clipping: float = 1.0) -> float:
-        """Estimate the squared error of a grid over ``[low, high]``: ``clipping`` times that outside it, and rounding inside."""
-        return float(self._errors(np.array([low]), np.array([high]), clipping)[0])
+    def error(self, low: float, high: float, clipping: float = 1.0, steps: int = 255) -> float:
+        """Estimate the squared error of a grid of so many steps over ``[low, high]``: ``clipping`` times that outside it, and rounding."""
+        return float(self._errors(np.array([low]), np.array([high]), clipping, steps)[0])
 
-    def least_error(self, clipping: float = 1.0) -> tuple[float, float]:
+    def least_error(self, clipping: float = 1.0, steps: int = 255) -> tuple[float, float]:
         """Return the range of least `error`, each end shrunk independently."""
         shrinks = np.geomspace(0.05, 1, _SHRINK_STEPS)
         low, high = np.repeat(shrinks, len(shrinks)) * self.low, np.tile(shrinks, len(shrinks)) * self.high
-        best = np.argmin(self._errors(low, high, clipping))
+        best = np.argmin(self._errors(low, high, clipping, steps))
         return float(low[best]), float(high[best])
 
-    def _errors(self, low: Array, high: Array, clipping: float) -> Array:
+    def _errors(self, low: Array, high: Array, clipping: float, steps: int) -> Array:
         """Estimate the squared errors ``(R,)`` of grids over ranges with the ends ``(R,)``, by the occupied bins."""
         occupied = np.flatnonzero(self.negative + self.positive)
         centre = np.sqrt(self.edges[occupied] * self.edges[occupied + 1])
-        rounding = np.minimum(np.square(np.maximum((high - low) / 255, 1e-30))[:, None] / 12, centre**2)
+        rounding = np.minimum(np.square(np.maximum((high - low) / steps, 1e-30))[:, None] / 12, centre**2)
         total = np.zeros(len(low))
         for counts, bound, largest in ((self.positive, high, self.high), (self.negative, -low, -self.low)):
             beyond = np.minimum(centre, max(largest, 0.0)) - bound[:, None]  # nothing in the last bin is larger
@@ -98,9 +98,12 @@ class Histogram:
 
 
 def candidates(
-    histogram: Histogram, method: Method = "auto", headroom: bool = False, clipping: float = 1.0
+    histogram: Histogram, method: Method = "auto", headroom: bool = False, clipping: float = 1.0, steps: int = 255
 ) -> dict[str, tuple[float, float]]:
-    """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero. ``clipping``: of `Histogram.error`."""
+    """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero.
+
+    ``clipping`` and ``steps`` are those of `Histogram.error`.
+    """
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     ranges: dict[str, tuple[float, float]] = {}
     if method in ("auto", "min-max"):
@@ -108,7 +111,7 @@ def candidates(
     if method in ("auto", "percentile"):
         ranges |= {f"percentile {p}": histogram.quantile(1 - p / 100) for p in PERCENTILES}
     if method in ("auto", "min-error"):
-        ranges["least tensor error"] = histogram.least_error(clipping)
+        ranges["least tensor error"] = histogram.least_error(clipping, steps)
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in SHRINKS}
     if method == "auto" and headroom:
         ranges |= {f"min-max x {f}": (f * low, f * high) for f in HEADROOM}
@@ -145,7 +148,7 @@ def grid_of_levels(values: npt.NDArray[Any]) -> tuple[float, int] | None:
 
 @np.errstate(over="ignore")  # values far outside the grid are clipped to its ends
 def rounded(x: npt.NDArray[Any], activation: Activation | None) -> npt.NDArray[Any]:
-    """Round ``x`` to the 8-bit grid of a layer's input, in float32, as QuantizeLinear or DynamicQuantizeLinear does."""
+    """Round ``x`` to the grid of a layer's input, in float32, as QuantizeLinear or DynamicQuantizeLinear does."""
     if activation is None:
         return x
     real = x.astype(np.float32, copy=False)

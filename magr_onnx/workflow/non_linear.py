@@ -170,7 +170,8 @@ def convert_convolutions(
         return
     integer, first = _computes_integers(model, plan), len(result.rows)
     ordered = [layer for readers in by_weight(layers) for layer in readers]
-    grids = {x.name: rounded[str(x.x.name)] for x in ordered if str(x.x.name) in rounded and integer_convolutions.may_be_integer(x)}
+    integers = [layer for layer in ordered if str(layer.x.name) in rounded and integer_convolutions.may_be_integer(layer, plan.rules)]
+    grids = {layer.name: rounded[str(layer.x.name)] for layer in integers}
     source = work.clone() if rounded else model  # what convolutions read is rounded there
     unmeasured: dict[str, str] = {}
     if data is not None:

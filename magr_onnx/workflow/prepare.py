@@ -15,7 +15,8 @@ from magr_onnx.errors import ModelError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
-from magr_onnx.passes.canonical import requantize
+from magr_onnx.passes.canonical import as_gemm, requantize
+from magr_onnx.passes.graph.fixed_shapes import fix_batch
 from magr_onnx.passes.instrument.inline import inline_and_rename
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
@@ -112,6 +113,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     check_weights([*prepared.layers, *prepared.others])
     stopwatch.lap("load")
     data, validation = (_open_data(source, prepared, request, memory.large) for source in (request.calibration, request.validation))
+    _check_ranges(prepared, memory.large)
     store = None
     if request.resume is not None:
         decided = {"mask": mask, "large": memory.large, "gram_budget": memory.gram_budget}
@@ -161,7 +163,11 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     plan = non_linear.with_convolutions(request.plan, model, request.options)
     for each in (plan, *request.layer_plans):
         each.prepare(model)
+    if plan.rules is not None and plan.rules.fixed_shapes:
+        notes += fix_batch(model, plan.rules.name)
     notes += selection.canonical(model, chosen, request.requantize)
+    if plan.needs_gemm:
+        as_gemm.rewrite(model, find(model, chosen)[0])
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
     unconverted = list(unconverted_weights(model.graph.all_nodes()))
@@ -187,6 +193,12 @@ def _open_data(source: Source | None, prepared: Prepared, request: OptimizeReque
     return decoders.open_for(
         prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runnable=runs, folders=folders
     )
+
+
+def _check_ranges(prepared: Prepared, large: bool) -> None:
+    """Refuse to round a whole graph without the ranges of its values."""
+    if large and prepared.plan.rules is not None:
+        raise ModelError(f"{prepared.name}: format qdq-full runs the float model as a whole, which is too large for max_memory; raise it")
 
 
 def _data_notes(data: Batches | None, plan: Plan) -> list[str]:

@@ -21,17 +21,18 @@ from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import GATES
-from magr_onnx.passes.layers.weighted import readers, split_shared
+from magr_onnx.passes.layers.weighted import readers, skip_of, split_shared
 from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import megabytes
 from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
+from magr_onnx.report.reasons import Reason
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear
+from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -168,8 +169,10 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
 
 
 def _round_activations(prepared: Prepared, data: Batches | None, context: RunContext) -> dict[str, ActivationGrid]:
-    convolutions, _ = non_linear.select_convolutions(prepared.model, prepared.plan, context.selection)
-    return integer_convolutions.round_activations(prepared.model, convolutions, prepared.plan, data, context)
+    model, plan = prepared.model, prepared.plan
+    convolutions, _ = non_linear.select_convolutions(model, plan, context.selection)
+    linear, _ = find(model, context.selection)
+    return rounded_activations.round_activations(model, convolutions, linear, plan, data, context)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -210,6 +213,9 @@ def _set_up(
     if request.options is not None and not context.selection.include:
         layers, shared = split_shared(layers)
         skips += shared
+    if plan.rules is not None:
+        skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
+        layers = [layer for layer in layers if not layer.nested]
     skips += [*prepared.unconverted, *begun.skips, *unreached]
     if not layers and not begun.rows:
         raise prepared.no_layer(skips)
@@ -286,6 +292,8 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         gathered.stats.clear()  # the next ones are made while this loop still holds these
         gathered.targets.clear()
         context.lap("quantize")
+    if plan.rules is not None:
+        tensor_emitter.emit_constants(work.graph, plan.rules, rounded_activations.grid_type(plan))
     return done
 
 

@@ -6,10 +6,10 @@ available in pipelines, and the format as an option.
 
 from __future__ import annotations
 
-from magr_onnx.passes.emit import int8, matmulnbits, qdq
+from magr_onnx.passes.emit import int8, matmulnbits, qdq, qdq_full
 from magr_onnx.passes.emit.format import Format
 
-FORMATS: dict[str, Format] = {form.name: form for form in (matmulnbits.FORMAT, qdq.FORMAT, int8.STATIC, int8.DYNAMIC)}
+FORMATS: dict[str, Format] = {form.name: form for form in (matmulnbits.FORMAT, qdq.FORMAT, int8.STATIC, int8.DYNAMIC, qdq_full.FORMAT)}
 """Formats by name; the first is the default."""
 
 __all__ = ["FORMATS", "Format"]

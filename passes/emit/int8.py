@@ -124,8 +124,38 @@ class _EmitInt8(Emitter):
         return raise_opset(model, 13, self.needs)
 
 
+class EmitStaticProducts(_EmitInt8):
+    """An emitter of layers as products of integers with static grids."""
+
+    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
+        grid, addend = problem.activation, solution.bias
+        if solution.quantized is None or not isinstance(grid, ActivationGrid):
+            return None
+        n, notes = _Nodes(layer, solution.quantized, constants, "static"), []
+        if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
+            notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
+        x = _static_input(n, grid)
+        weight = _dequantized(n)
+        gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.quantizes_outputs else None
+        may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
+        bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
+        overflows = may_fuse and addend is not None and bias is None
+        if overflows:
+            notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
+        integer = gemm and not overflows
+        name = f"{layer.name}{n.suffix}"
+        value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
+        product = n.nodes[-1]
+        if output_grid is not None and not overflows:  # the grid is that of the sum of product and bias
+            value = _round_trip(n, value, f"{layer.name}_product", output_grid, layer.output.shape)
+        if addend is not None and not integer:
+            vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
+            value = n.add("Add", [value, vector], f"{layer.name}_bias")
+        return n.finish(value, product, solution, notes)
+
+
 @dataclass(frozen=True)
-class EmitQDQInt8(_EmitInt8):
+class EmitQDQInt8(EmitStaticProducts):
     """Replace quantized layers by static integer QDQ.
 
     Attributes:
@@ -142,32 +172,6 @@ class EmitQDQInt8(_EmitInt8):
     @property
     def quantizes_outputs(self) -> bool:
         return self.outputs
-
-    def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
-        grid, addend = problem.activation, solution.bias
-        if solution.quantized is None or not isinstance(grid, ActivationGrid):
-            return None
-        n, notes = _Nodes(layer, solution.quantized, constants, "static"), []
-        if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
-            notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
-        x = _static_input(n, grid)
-        weight = _dequantized(n)
-        gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.outputs else None
-        may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
-        bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
-        overflows = may_fuse and addend is not None and bias is None
-        if overflows:
-            notes.append("the bias does not fit int32 beside the products; written as MatMul and a float Add, which may run as floats")
-        integer = gemm and not overflows
-        name = f"{layer.name}{n.suffix}"
-        value = n.add("Gemm", [x, weight, *([bias] if bias is not None else [])], name) if integer else n.add("MatMul", [x, weight], name)
-        product = n.nodes[-1]
-        if output_grid is not None and not overflows:  # the grid is that of the sum of product and bias
-            value = _round_trip(n, value, f"{layer.name}_product", output_grid, layer.output.shape)
-        if addend is not None and not integer:
-            vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
-            value = n.add("Add", [value, vector], f"{layer.name}_bias")
-        return n.finish(value, product, solution, notes)
 
 
 def _dequantized(n: _Nodes) -> ir.Value:
@@ -225,7 +229,8 @@ def _int32_bias(bias: Array, n: _Nodes, grid: ActivationGrid) -> ir.Value | None
     codes = bias_codes(bias, scale)
     if not (np.abs(codes) < 2**31).all() or (scale == 0).any():
         return None
-    for levels in (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,):  # kernels may sum codes with or without zero points
+    sums = (n.codes, n.codes - n.zeros) if n.zeros.any() else (n.codes,)  # kernels may sum codes with or without zero points
+    for levels in sums if grid.bits == 8 else ():  # accelerators of 16-bit values have wider accumulators
         low, high = extremes(levels, None, *_widened(grid))
         if (high[0] + codes).max() >= 2**31 or (low[0] + codes).min() < -(2**31):
             return None
@@ -336,7 +341,7 @@ def _read_product(node: ir.Node) -> Array | None:
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, 1, 0))
 
 
-_INTEGER: dict[str, Any] = {"kernel_blocks": {8: (None,)}, "bits": 8, "block_size": None, "symmetric": True, "effort": "fast"}
+INTEGER: dict[str, Any] = {"kernel_blocks": {8: (None,)}, "bits": 8, "block_size": None, "symmetric": True, "effort": "fast"}
 STATIC = Format(
     "qdq-int8",
     "QuantizeLinear and DequantizeLinear around MatMul and Gemm, 8-bit inputs of static ranges",
@@ -345,7 +350,7 @@ STATIC = Format(
     conv_form="integer",
     emitter_options={"quantize_outputs": "outputs"},
     exclusive_options=("activation_type", "activation_range", "quantize_outputs"),
-    **_INTEGER,
+    **INTEGER,
 )
 DYNAMIC = Format(
     "dynamic-int8",
@@ -354,5 +359,5 @@ DYNAMIC = Format(
     {("", "MatMulInteger"): Reader(_read_product, ("Cast", "Mul"))},
     emitter_options={"row_ranges": "rows"},
     exclusive_options=("row_ranges",),
-    **_INTEGER,
+    **INTEGER,
 )

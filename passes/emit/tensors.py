@@ -5,38 +5,58 @@ An Identity marks the place first, in the float model too, so that what is behin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.graph.constants import replace_input
+from magr_onnx.passes.graph.constants import constant_array, replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.tensors.region import Region
+from magr_onnx.passes.graph.nodes import only_use, operand
+from magr_onnx.passes.tensors.region import Region, SharedGrid, clip_bounds
+from magr_onnx.passes.tensors.rules import Rules
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
+"""Operators whose constants are weights, which other emitters write."""
+NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization")
+TINY = np.finfo(np.float32).tiny
 
 
-def mark(graph: ir.Graph, region: Region) -> dict[str, ir.Value]:
-    """Put an Identity behind every value of a region of the main graph; return the values by the name of its output.
+def mark(graph: ir.Graph, region: Region) -> dict[str, SharedGrid]:
+    """Put an Identity behind every value of a region of the main graph; return the grids by the name of its output.
 
     Values keep their names, except for outputs of the graph: there what is behind takes the name. What comes from outside the region is
     marked for the nodes of the region only.
     """
-    return {_mark(graph, value, region): value for shared in region.grids for value in shared.values}
+    marks = {}
+    for shared in sorted(region.grids, key=lambda grid: bool(grid.narrow)):
+        for value in shared.values:
+            inside = value in region.results and not shared.narrow
+            uses = shared.narrow or [(use.node, use.idx) for use in value.uses() if inside or use.node in region.nodes]
+            marks[_mark(graph, value, uses, "narrow" if shared.narrow else "rounded", inside)] = shared
+    return marks
 
 
-def _mark(graph: ir.Graph, value: ir.Value, region: Region) -> str:
-    names, base, inside = Names.of(graph), str(value.name), value in region.results
-    uses = [use for use in value.uses() if inside or use.node in region.nodes]
-    rounded = ir.val(names.value(f"{base}_rounded"), ir.DataType.FLOAT, value.shape)
-    node = ir.node("Identity", [value], outputs=[rounded], name=names.node(f"{base}_round"))
-    maker = value.producer()
+def _mark(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], suffix: str, inside: bool) -> str:
+    """Put an Identity behind a value, or behind its mark, for some of its readers; ``inside``, for an output of the graph too."""
+    names, base = Names.of(graph), str(value.name)
+    source = operand(*uses[0]) if uses else value
+    assert source is not None
+    rounded = ir.val(names.value(f"{base}_{suffix}"), ir.DataType.FLOAT, value.shape)
+    node = ir.node("Identity", [source], outputs=[rounded], name=names.node(f"{base}_{suffix}_mark"))
+    maker = source.producer()
     if maker is None:
         graph.insert_before(graph[0], [node])
     else:
         graph.insert_after(maker, [node])
-    for use in uses:
-        replace_input(use.node, use.idx, rounded)
+    for reader, index in uses:
+        replace_input(reader, index, rounded)
     if inside and value.is_graph_output():
         index = list(graph.outputs).index(value)
         value.name, rounded.name = names.value(f"{base}_float"), base
@@ -45,7 +65,10 @@ def _mark(graph: ir.Graph, value: ir.Value, region: Region) -> str:
 
 
 def emit(graph: ir.Graph, grids: Mapping[str, ActivationGrid]) -> None:
-    """Round values of the main graph that were marked to grids, which are given by the name of what is behind the mark."""
+    """Round values of the main graph that were marked to grids, which are given by the name of what is behind the mark.
+
+    A Relu or Clip before a grid that ends where it cuts off is removed: rounding does the same.
+    """
     for node in [node for node in graph if node.op_type == "Identity" and node.outputs[0].name in grids]:
         _round(graph, node, grids[str(node.outputs[0].name)])
 
@@ -63,3 +86,64 @@ def _round(graph: ir.Graph, mark: ir.Node, grid: ActivationGrid) -> None:
     ]
     Names.of(graph).adopt(nodes, [mark], rounded)
     ir.convenience.replace_nodes_and_values(graph, mark, [mark], nodes, [rounded], [result])
+    activation = value.producer()
+    if activation is not None and only_use(value)[0] is nodes[0] and _cuts_off_as(activation, grid):
+        source = operand(activation, 0)
+        assert source is not None
+        nodes[0].replace_input_with(0, source)
+        graph.remove(activation, safe=True)
+
+
+def _cuts_off_as(node: ir.Node, grid: ActivationGrid) -> bool:
+    """Whether a node is a Relu or Clip that cuts off nothing but what is beyond a grid."""
+    if node.domain != "" or node.op_type not in ("Relu", "Clip"):
+        return False
+    low, high = (0.0, math.inf) if node.op_type == "Relu" else clip_bounds(node)
+    least, most = grid.range
+    return low == least and bool(np.float32(most) <= np.float32(high))
+
+
+def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
+    """Write constant operands of operators whose other operands are rounded as codes too, each on a grid of its own."""
+    for node in list(graph):
+        if not rules.computes(node) or node.op_type in WEIGHTED:
+            continue
+        operands = [value for value in node.inputs if value is not None]
+        if any(is_rounded(value) for value in operands):
+            for index, value in enumerate(node.inputs):
+                array = constant_array(value)
+                if array is not None and array.dtype == np.float32 and array.size:
+                    _constant(graph, node, index, array, kind)
+
+
+def is_rounded(value: ir.Value) -> bool:
+    """Whether a value comes from a DequantizeLinear."""
+    node = value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any], kind: GridType) -> None:
+    base = str(node.inputs[index].name)  # type: ignore[union-attr]
+    if node.op_type in NORMALIZATIONS and index == 2:  # a bias, in units of the scales of input and factor
+        scale = np.float32(_scale(node, 0) * _scale(node, 1))
+        codes, zero = np.clip(np.rint(array / np.maximum(scale, TINY)), -(2**31), 2**31 - 1).astype(np.int32), None
+    else:
+        small = replace(kind, bits=8) if node.op_type in NORMALIZATIONS else kind  # factors are weights
+        grid = small.of_range(float(array.min()), float(array.max()))
+        scale, zero = np.float32(grid.scale), np.array(grid.zero_point, grid.dtype)
+        codes = np.clip(np.rint(array / scale) + grid.zero_point, *grid.limits).astype(grid.dtype)
+    inputs = [add_initializer(graph, f"{base}_codes", codes), add_initializer(graph, f"{base}_scale", scale)]
+    if zero is not None:
+        inputs.append(add_initializer(graph, f"{base}_zero_point", zero))
+    real = ir.val(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(array.shape))
+    step = ir.node("DequantizeLinear", inputs, outputs=[real], name=f"{base}_dequantize")
+    Names.of(graph).adopt([step])
+    graph.insert_before(node, step)
+    replace_input(node, index, real)
+
+
+def _scale(node: ir.Node, index: int) -> float:
+    """Read the scale of a rounded operand."""
+    maker = node.inputs[index].producer()  # type: ignore[union-attr]
+    array = None if maker is None else constant_array(operand(maker, 1))
+    return 1.0 if array is None else float(array.item(0))

@@ -7,7 +7,7 @@ multiplies, the emitter to write the nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -16,16 +16,16 @@ from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.types import ActivationGrid, WeightSpec
 from magr_onnx.passes.base import InputGrids, LayerStage
 
-ActivationType = Literal["uint8", "int8", "dynamic"]
+ActivationType = Literal["uint8", "int8", "uint16", "int16", "dynamic"]
 
 
 @dataclass(frozen=True)
 class QuantizeActivations(LayerStage):
-    """Layer inputs in 8 bits, one grid a tensor.
+    """Layer inputs in 8 or 16 bits, one grid a tensor.
 
     Attributes:
-        type: ``uint8`` or ``int8`` for a static grid found by calibration, ``dynamic`` for uint8 with the range of each tensor at run time,
-            clipped first where calibration finds that this lowers the error.
+        type: ``uint8``, ``int8``, ``uint16`` or ``int16`` for a static grid found by calibration, ``dynamic`` for uint8 with the range of
+            each tensor at run time, clipped first where calibration finds that this lowers the error.
         ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
             all by measured output error.
     """
@@ -40,8 +40,8 @@ class QuantizeActivations(LayerStage):
     def problems(self, spec: WeightSpec | None) -> list[str]:
         del spec
         problems = []
-        if self.type not in ("uint8", "int8", "dynamic"):
-            problems.append(f"activation type {self.type!r} is not known; choose one of uint8, int8, dynamic")
+        if self.type not in get_args(ActivationType):
+            problems.append(f"activation type {self.type!r} is not known; choose one of {', '.join(get_args(ActivationType))}")
         if self.ranges not in METHODS:
             problems.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
         return problems

@@ -5,33 +5,31 @@ Linear layers are not here: their float result needs no grid, and their own emit
 
 from __future__ import annotations
 
-from magr_onnx.passes.tensors.rules import Required, Rules
-
-_ANY: Required = {}
+from magr_onnx.passes.tensors.rules import ANY, Rules
 
 RULES = Rules(
     name="ort-cpu",
-    source="graphs optimized by onnxruntime 1.32.0 (tests/passes/tensors/test_ort_cpu.py looks at those of the installed version)",
+    source="graphs optimized by onnxruntime 1.32.0 (tests/passes/test_tensors.py looks at those of the installed version)",
     computed={
-        "Add": _ANY,
-        "AveragePool": _ANY,
-        "Concat": _ANY,
-        "GlobalAveragePool": _ANY,
-        "LeakyRelu": _ANY,
-        "Mul": _ANY,
-        "Sigmoid": _ANY,
+        "Add": ANY,
+        "AveragePool": ANY,
+        "Concat": ANY,
+        "GlobalAveragePool": ANY,
+        "LeakyRelu": ANY,
+        "Mul": ANY,
+        "Sigmoid": ANY,
     },
     moved={
-        "DepthToSpace": _ANY,
-        "Flatten": _ANY,
-        "Identity": _ANY,
-        "MaxPool": _ANY,
-        "Reshape": _ANY,
+        "DepthToSpace": ANY,
+        "Flatten": ANY,
+        "Identity": ANY,
+        "MaxPool": ANY,
+        "Reshape": ANY,
         "Resize": {"mode": (None, "nearest")},
-        "Slice": _ANY,
-        "Squeeze": _ANY,
-        "Tile": _ANY,
-        "Transpose": _ANY,
-        "Unsqueeze": _ANY,
+        "Slice": ANY,
+        "Squeeze": ANY,
+        "Tile": ANY,
+        "Transpose": ANY,
+        "Unsqueeze": ANY,
     },
 )

@@ -8,7 +8,7 @@ dequantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -27,11 +27,17 @@ class SharedGrid:
         values: The values, in graph order.
         low: Least value that the grid should have, where an activation cuts off there; else -inf.
         high: Greatest value, likewise; else inf.
+        exact: The range ``[low, high)`` of the grid, where the runtime knows no other; else None.
+        scores: Whether a Softmax reads them.
+        narrow: Readers that get the value on a grid of 8 bits of its own, behind the one that it is on; nodes and numbers of inputs.
     """
 
     values: tuple[ir.Value, ...]
     low: float = -math.inf
     high: float = math.inf
+    exact: tuple[float, float] | None = None
+    scores: bool = False
+    narrow: tuple[tuple[ir.Node, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +54,56 @@ class Region:
     nodes: frozenset[ir.Node]
     results: frozenset[ir.Value]
 
+    @staticmethod
+    def of(units: Sequence[Unit]) -> Region:
+        """Make the region of operators in graph order."""
+        groups = connected(
+            (value for unit in units for value in (*unit.reads, *unit.makes)),
+            ((unit.reads[0], value) for unit in units if unit.moves for value in unit.makes),
+        )
+        made = {value: unit for unit in units if not unit.moves for value in unit.makes}
+        grids = []
+        for values in groups:
+            makers = [made[value] for value in values if value in made]
+            limits, exact = {(unit.low, unit.high) for unit in makers}, {unit.exact for unit in makers}
+            low, high = limits.pop() if len(limits) == 1 else (-math.inf, math.inf)
+            scores = any(use.node.op_type in ("Softmax", "LogSoftmax") for value in values for use in value.uses())
+            grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, scores))
+        results = frozenset(value for unit in units for value in unit.makes)
+        return Region(tuple(grids), frozenset(unit.node for unit in units), results)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """An operator between roundings.
+
+    Attributes:
+        node: The operator.
+        reads: The values that it reads as integers.
+        makes: What it puts out, behind an activation that a grid replaces.
+        moves: Whether its output is on the grid of the first of ``reads``.
+        low: Least value that the activation allows; else -inf.
+        high: Greatest value, likewise; else inf.
+        exact: See `SharedGrid`.
+    """
+
+    node: ir.Node
+    reads: tuple[ir.Value, ...]
+    makes: tuple[ir.Value, ...]
+    moves: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    exact: tuple[float, float] | None = None
+
+    @staticmethod
+    def computing(node: ir.Node, reads: Iterable[ir.Value], makes: Sequence[ir.Value], rules: Rules) -> Unit:
+        """Make the unit of an operator whose output has a grid of its own."""
+        exact = rules.ranges.get(node.op_type)
+        if len(makes) != 1:
+            return Unit(node, tuple(reads), tuple(makes), exact=exact)
+        value, low, high = _behind_activation(makes[0], rules)
+        return Unit(node, tuple(reads), (value,), False, low, high, exact)
+
 
 def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules, *, all_moves: bool = False) -> Region:
     """Find the region around convolutions of a graph.
@@ -59,54 +115,31 @@ def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules, 
         all_moves: Whether nodes that only move rounded values belong to it even where nothing reads them as integers.
     """
     convs = set(convolutions)
-    candidates = {node for node in graph if node not in convs and (rules.computes(node) or rules.moves(node))}
-
-    def result(node: ir.Node) -> ir.Value:
-        return node.outputs[0] if node not in convs and rules.moves(node) else _behind_activation(node, rules)[0]
-
-    between = _between(convs, candidates, rules, result, all_moves)
-    ordered = [node for node in graph if node in convs or node in between]
-    moves = dict.fromkeys(node for node in ordered if node in between and rules.moves(node))
-    limits = {result(node): _behind_activation(node, rules)[1:] for node in ordered if node not in moves}
-    groups = connected(
-        (value for node in ordered for value in (*_read(node, convs, rules), result(node))),
-        ((_first(node), result(node)) for node in moves),
-    )
-    grids = [SharedGrid(tuple(values), *_common([limits.get(v) for v in values])) for values in groups]
-    return Region(tuple(grids), frozenset(ordered), frozenset(map(result, ordered)))
+    units = [unit for node in graph if (unit := _unit(node, convs, rules)) is not None]
+    while True:  # those that read only integers and are read as such, or are moves, are left
+        inputs = {value for unit in units for value in unit.reads}
+        rounded = {value for unit in units for value in (unit.makes if unit.node not in convs else (*unit.reads, *unit.makes))}
+        read = [u for u in units if u.node in convs or inputs.issuperset(u.makes) or (all_moves and u.moves)]
+        left = [u for u in read if u.node in convs or rounded.issuperset(u.reads)]
+        if len(left) == len(units):
+            return Region.of(units)
+        units = left
 
 
-def _between(
-    convs: Collection[ir.Node], candidates: set[ir.Node], rules: Rules, result: Callable[[ir.Node], ir.Value], all_moves: bool
-) -> set[ir.Node]:
-    """Reduce candidates to those that read only integers and are read as such, or are moves."""
-    while True:
-        inputs = {value for node in (*convs, *candidates) for value in _read(node, convs, rules)}
-        rounded = {_first(node) for node in convs} | {result(node) for node in (*convs, *candidates)}
-        read = {node for node in candidates if result(node) in inputs or (all_moves and rules.moves(node))}
-        left = {node for node in read if all(value in rounded for value in _read(node, convs, rules))}
-        if left == candidates:
-            return left
-        candidates = left
+def _unit(node: ir.Node, convs: Collection[ir.Node], rules: Rules) -> Unit | None:
+    if node not in convs and rules.moves(node):
+        return Unit(node, tuple(_inputs(node)[:1]), tuple(node.outputs[:1]), True)
+    if node not in convs and not rules.computes(node):
+        return None
+    return Unit.computing(node, _inputs(node)[: 1 if node in convs else None], node.outputs[:1], rules)
 
 
-def _read(node: ir.Node, convs: Collection[ir.Node], rules: Rules) -> Iterator[ir.Value]:
-    """Yield the values that a node reads as integers."""
-    if node in convs or rules.moves(node) or len(node.inputs) == 1:
-        yield _first(node)
-    else:
-        yield from (value for value in node.inputs if value is not None)
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
 
 
-def _first(node: ir.Node) -> ir.Value:
-    value = operand(node, 0)
-    assert value is not None
-    return value
-
-
-def _behind_activation(node: ir.Node, rules: Rules) -> tuple[ir.Value, float, float]:
-    """Return what a node puts out, behind an activation that its grid replaces, and the range that this one allows."""
-    value = node.outputs[0]
+def _behind_activation(value: ir.Value, rules: Rules) -> tuple[ir.Value, float, float]:
+    """Return a value, or what is behind an activation that its grid replaces, and the range that this one allows."""
     reader, index = only_use(value)
     if reader is None or index != 0 or reader.domain != "" or reader.op_type not in rules.absorbed:
         return value, -math.inf, math.inf
@@ -121,9 +154,3 @@ def clip_bounds(clip: ir.Node) -> tuple[float, float]:
         for i, default in ((1, -math.inf), (2, math.inf))
     )
     return float(low), float(high)
-
-
-def _common(limits: Collection[tuple[float, float] | None]) -> tuple[float, float]:
-    """Return the limits of a grid, where all values that have any agree; those that a move makes have none."""
-    different = {limit for limit in limits if limit is not None}
-    return next(iter(different)) if len(different) == 1 else (-math.inf, math.inf)

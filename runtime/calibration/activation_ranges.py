@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates
+from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, absorbs_mean
 from magr_onnx.core.moments import weighted
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
@@ -127,7 +128,7 @@ def hold_out_of(data: Batches) -> HoldOut:
 def _grids(histogram: Histogram, named: dict[str, tuple[float, float]], kind: ActivationType) -> _Named:
     """Make the candidate grids of a value; a dynamic range needs no bounds where the histogram was not cut."""
     if kind != "dynamic":
-        return {name: ActivationGrid.of_range(*ends, kind == "int8") for name, ends in named.items()}
+        return {name: GridType.named(kind).of_range(*ends) for name, ends in named.items()}
     unbounded = not histogram.cut
     return {name: DynamicRange() if name == "min-max" and unbounded else DynamicRange(*ends) for name, ends in named.items()}
 

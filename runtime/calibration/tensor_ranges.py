@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method, candidates, grid_of_levels
+from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument.taps import Tap
 from magr_onnx.passes.layers.weighted import WeightedNode
@@ -22,6 +22,10 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Steps
 
 INPUTS = 8  # batches that tell whether an input is on a grid
+EIGHT_BITS = 255  # steps of a grid; of more, half can be spent on values that calibration has not seen
+MASK_RATIO, MASKED = 8.0, 20.0
+"""Gap between the scores that a Softmax reads and masks such as -10000, and how far below the scores masks may be: exp(-20) is nothing."""
+WIDER = 2.0  # than the values seen is such a grid
 SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
 
 
@@ -46,7 +50,7 @@ def measure(
     layers: Sequence[WeightedNode],
     context: CalibrationContext,
     *,
-    signed: bool = False,
+    kind: GridType = GridType(),  # noqa: B008 - it is frozen
     progress: Steps | None = None,
 ) -> list[Measured]:
     """Measure values of the main graph that will be rounded. Few samples are measured in parts, so that ranges can be cross-validated.
@@ -56,7 +60,7 @@ def measure(
         shared: Values that share a grid, and what it is limited to.
         layers: Layers that read some of them, for messages.
         context: Data and where to run.
-        signed: Codes in int8 instead of uint8.
+        kind: What grids have in common.
         progress: Called after every batch.
 
     Raises:
@@ -71,12 +75,18 @@ def measure(
         of_group = [reduce(Histogram.plus, of_part) for of_part in zip(*(next(of_values) for _ in group.values), strict=True)]
         reached = tuple(part for part in of_group if part.low <= part.high)
         first = group.values[0]
-        measured.append(Measured(group, reached, _of_levels(str(first.name), context, signed) if first.is_graph_input() else None))
+        exact = _of_levels(str(first.name), context, kind) if first.is_graph_input() else None
+        measured.append(Measured(group, reached, exact if group.exact is None else kind.exactly(*group.exact)))
     return measured
 
 
-def grids(measured: Sequence[Measured], method: Method = "auto", clipping: float = 1.0, signed: bool = False) -> dict[str, ActivationGrid]:
-    """Choose the grids of values by name.
+def grids(
+    measured: Sequence[Measured],
+    method: Method = "auto",
+    clipping: float = 1.0,
+    kind: GridType = GridType(),  # noqa: B008 - it is frozen
+) -> dict[SharedGrid, ActivationGrid]:
+    """Choose grids.
 
     Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least error according to the histograms is chosen. Of several
     parts, each is measured under ranges made of the others.
@@ -86,50 +96,51 @@ def grids(measured: Sequence[Measured], method: Method = "auto", clipping: float
         method: Which candidates to try.
         clipping: Weight of the error outside a range. It is the same for whole neighbourhoods, so that layers behind do not average it out
             as they do with rounding errors.
-        signed: Codes in int8 instead of uint8.
+        kind: What grids have in common.
     """
-    result: dict[str, ActivationGrid] = {}
+    result: dict[SharedGrid, ActivationGrid] = {}
     for each in measured:
-        grid = each.exact or _grid(*_range(each.parts, each.group, method, clipping), each.group.high, signed)
-        result |= dict.fromkeys((str(value.name) for value in each.group.values), grid)
+        of_group = replace(kind, bits=8) if each.group.narrow else kind
+        grid = each.exact or of_group.of_range(*_range(each.parts, each.group, method, clipping, of_group.steps), each.group.high)
+        result[each.group] = grid
     return result
 
 
-def _of_levels(name: str, context: CalibrationContext, signed: bool) -> ActivationGrid | None:
+def _of_levels(name: str, context: CalibrationContext, kind: GridType) -> ActivationGrid | None:
     """Return the grid that an input of the model is on already: images of 8 bits lose nothing on it."""
+    if kind.bits > 8 or kind.symmetric or kind.power_of_two:
+        return None
     levels: npt.NDArray[Any] = np.zeros(0)
     for batch in context.data.limit(INPUTS):
         levels = np.union1d(levels, np.asarray(batch[name]))
         if len(levels) > 256:
             return None
     found = grid_of_levels(levels)
-    return None if found is None else ActivationGrid(float(np.float32(found[0])), found[1] - 128 * signed, signed)
+    return None if found is None else ActivationGrid(float(np.float32(found[0])), found[1] - 128 * kind.signed, kind.signed)
 
 
-def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float) -> tuple[float, float]:
+def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float, steps: int) -> tuple[float, float]:
     """Choose a range by its errors on every part; of several parts, under ranges from the others."""
     if not parts:
         return 0.0, 1.0
+    if group.scores:
+        unmasked = [part.without_sentinels(MASK_RATIO) for part in parts]
+        if any(cut.cut for cut in unmasked) and all(part.high == cut.high for part, cut in zip(parts, unmasked, strict=True)):
+            low, high = _range(unmasked, replace(group, scores=False), method, clipping, steps)
+            return low - MASKED, high
     full = reduce(Histogram.plus, parts).without_sentinels()
+    if method == "auto" and steps > EIGHT_BITS:
+        return max(WIDER * min(full.low, 0.0), group.low), min(WIDER * max(full.high, 0.0), group.high)
     trials = [(full, full)]
     if len(parts) > 1:
         trials = [(reduce(Histogram.plus, [*parts[:i], *parts[i + 1 :]]).without_sentinels(), part) for i, part in enumerate(parts)]
 
     def ranges(histogram: Histogram) -> dict[str, tuple[float, float]]:
-        named = candidates(histogram, method, len(parts) > 1, clipping)
+        named = candidates(histogram, method, len(parts) > 1, clipping, steps)
         return {name: (max(low, group.low), min(high, group.high)) for name, (low, high) in named.items()}
 
     errors: dict[str, float] = {}
     for rest, part in trials:
         for name, ends in ranges(rest).items():
-            errors[name] = errors.get(name, 0.0) + part.error(*ends, clipping)
+            errors[name] = errors.get(name, 0.0) + part.error(*ends, clipping, steps)
     return ranges(full)[min(errors, key=lambda name: errors[name])]
-
-
-def _grid(low: float, high: float, limit: float, signed: bool) -> ActivationGrid:
-    """Make the grid of a range, one that ends at or below the limit: runtimes drop an activation only then."""
-    grid = ActivationGrid.of_range(low, high, signed)
-    while math.isfinite(limit) and np.float32(grid.scale) * np.float32(255) > np.float32(limit):
-        scale = float(np.nextafter(np.float32(grid.scale), np.float32(0)))
-        grid = ActivationGrid(scale, grid.zero_point, signed)
-    return grid

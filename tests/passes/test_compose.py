@@ -32,6 +32,7 @@ PIPELINES = {name: name for name in passes()} | {
     "emit-qdq": "quantize,emit-qdq",
     "emit-dynamic-int8": f"quantize-activations{{type=dynamic}},{INT8},emit-dynamic-int8",
     "emit-qdq-int8": "equalize",  # needs grids of activations, which a whole run measures; see below
+    "emit-qdq-full": "equalize",  # likewise
 }
 STOCK: dict[str, Callable[[], ir.passes.PassBase]] = {
     name: getattr(common, name) for name in common.__all__ if name != "AddInitializersToInputsPass"

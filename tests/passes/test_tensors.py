@@ -72,8 +72,8 @@ def optimized(model: ir.Model, folder: Path) -> list[str]:
 def rounded(model: ir.Model) -> ir.Model:
     """Round the region of a model; onnxruntime rounds its float weights."""
     found = region(model)
-    grids = {value: ActivationGrid(0.02, 0 if group.low == 0 else 128) for group in found.grids for value in group.values}
-    tensors.emit(model.graph, {name: grids[value] for name, value in tensors.mark(model.graph, found).items()})
+    marks = tensors.mark(model.graph, found)
+    tensors.emit(model.graph, {name: ActivationGrid(0.02, 0 if group.low == 0 else 128) for name, group in marks.items()})
     return model
 
 

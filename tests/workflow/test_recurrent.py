@@ -490,7 +490,8 @@ def test_every_format_has_every_form(format: str, form: str, tmp_path: Path) -> 
     assert sorted(row.name for row in report.layers) == ["cell", "first", "last"]
     assert report.verified == 3
     for arithmetic in Arithmetic:
-        assert sqnr(run(between(), correlated(77)), run(path, correlated(77), arithmetic)) > 20
+        least = 19 if format == "qdq-full" else 20  # outputs are rounded too
+        assert sqnr(run(between(), correlated(77)), run(path, correlated(77), arithmetic)) > least
 
 
 def test_a_budget_of_size_counts_what_they_take(tmp_path: Path) -> None:

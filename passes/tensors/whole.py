@@ -1,0 +1,73 @@
+"""The whole main graph between roundings: every operator of a runtime's table reads and puts out values on grids.
+
+Unlike in `magr_onnx.passes.tensors.region`, an operator needs no neighbours in integers: accelerators take each with the DequantizeLinear
+before it and the QuantizeLinear behind it. What they do not take stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from magr_onnx.passes.graph.constants import constant_view
+from magr_onnx.passes.graph.nodes import operand
+from magr_onnx.passes.layers.conv import ConvLayer
+from magr_onnx.passes.layers.linear import LinearLayer
+from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
+from magr_onnx.passes.tensors.rules import Rules
+
+EIGHT = 8
+
+
+def whole_graph(
+    graph: ir.Graph,
+    layers: Sequence[ConvLayer | LinearLayer],
+    rules: Rules,
+    dtypes: Mapping[str, ir.DataType],
+    left_out: Collection[ir.Node] = (),
+    bits: int = EIGHT,
+) -> Region:
+    """Find everything in a main graph that a runtime computes between roundings.
+
+    Args:
+        graph: The main graph.
+        layers: Its convolutions and linear layers that will have integer weights.
+        rules: What the runtime takes.
+        dtypes: Types of values, by name.
+        left_out: Nodes that stay float.
+        bits: Of activations.
+    """
+    last = {layer.node: layer.last for layer in layers}
+    covered = {*left_out, *(node for node in last.values() if node not in last)}  # a bias belongs to its layer
+    units: list[Unit] = []
+
+    def real(values: Sequence[ir.Value | None]) -> tuple[ir.Value, ...]:
+        floats = (value for value in values if value is not None and dtypes.get(str(value.name), value.dtype) == ir.DataType.FLOAT)
+        return tuple(value for value in floats if constant_view(value) is None)
+
+    for node in graph:
+        is_layer, moves = node in last, rules.moves(node)
+        if node in covered or not (is_layer or moves or rules.computes(node)):
+            continue
+        reads, makes = real(node.inputs[:1] if is_layer or moves else node.inputs), real(last.get(node, node).outputs)
+        if not reads or not makes:
+            continue
+        moves &= not is_layer
+        unit = Unit(node, reads, makes, True) if moves else Unit.computing(node, reads, makes, rules)
+        covered |= {maker for value in unit.makes if (maker := value.producer()) is not None}  # an activation that a grid replaces
+        units.append(unit)
+    region = Region.of(units)
+    return region if bits == EIGHT else replace(region, grids=(*region.grids, *_narrow(units, rules)))
+
+
+def _narrow(units: Sequence[Unit], rules: Rules) -> Iterator[SharedGrid]:
+    """Find operands that the runtime takes in 8 bits only."""
+    readers: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for unit in units:
+        index = rules.narrow.get(unit.node.op_type)
+        value = None if index is None else operand(unit.node, index)
+        if index is not None and value is not None and value in unit.reads:
+            readers.setdefault(value, []).append((unit.node, index))
+    yield from (SharedGrid((value,), narrow=tuple(nodes)) for value, nodes in readers.items())

@@ -1,0 +1,185 @@
+"""Whole graphs between QuantizeLinear and DequantizeLinear, by the rules of every runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import magr_onnx
+from magr_onnx.errors import ModelError, OptionError
+from magr_onnx.passes.tensors.backends import BACKENDS
+from magr_onnx.passes.tensors.rules import Rules
+from tests.passes.test_whole_graph import attention
+from tests.workflow.test_integer_convolutions import images, network, sqnr
+
+Array = np.ndarray[Any, Any]
+CASES = [(rules, kind) for rules in BACKENDS.values() for kind in rules.types]
+NAMES = [f"{rules.name} {kind}" for rules, kind in CASES]
+
+
+def transformer() -> onnx.ModelProto:
+    model = ir.to_proto(attention())
+    assert isinstance(model, onnx.ModelProto)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    return model
+
+
+def sequences(count: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, 6, 8)).astype(np.float32)
+
+
+def run(path: Path | bytes, name: str, data: Array) -> Array:
+    """Run as written: onnxruntime's CPU provider would make 8-bit products of 16-bit activations."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level, options.log_severity_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {name: data[i : i + 1]})[0] for i in range(len(data))])
+
+
+def check_rules(model: onnx.ModelProto, rules: Rules, kind: str) -> None:
+    """Look at every rounding, and at what is between them."""
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    kinds = {kind, kind.replace("16", "8")} if rules.narrow else {kind}
+    quantize = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert quantize
+    for node in quantize:
+        scale, zero = constants[node.input[1]], constants[node.input[2]]
+        assert zero.dtype.name in kinds
+        assert not rules.symmetric or zero == 0
+        assert not rules.power_of_two or float(np.log2(scale)).is_integer()
+        before = maker.get(node.input[0])
+        if before is not None and before.op_type in rules.ranges:
+            low, high = rules.ranges[before.op_type]
+            assert scale == np.float32((high - low) / 2 ** (8 * zero.dtype.itemsize))
+    readers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    bias = {node.input[0] for node in model.graph.node if node.op_type == "Add" and maker[node.input[0]].op_type == "MatMul"}
+    for node in model.graph.node:
+        if node.op_type in rules.computed and node.domain == "":
+            made = {maker[name].op_type for name in node.input if name in maker and name not in bias}
+            kept = node.op_type in rules.absorbed and made <= {"Conv", "Gemm", "Add"}  # a symmetric grid does not end at 0
+            assert kept or made <= {"DequantizeLinear"}, node
+            after = readers.get(node.output[0], [])
+            assert set(after) <= {"QuantizeLinear", "Relu", "Clip"} or node.output[0] in bias, node
+
+
+@pytest.mark.parametrize(("rules", "kind"), CASES, ids=NAMES)
+def test_a_convolutional_network(rules: Rules, kind: str, tmp_path: Path) -> None:
+    proto, path = network(), tmp_path / "q.onnx"
+    report = magr_onnx.optimize(
+        proto, {"x": images(32, 1)}, output=path, batch_size=4, format="qdq-full", backend=rules.name, activation_type=kind
+    ).report
+    assert {row.name for row in report.layers if row.emitted} == {"stem", "deep", "point", "gate", "boxes", "scores", "head"}
+    check_rules(onnx.load(path), rules, kind)
+    x = images(16, 2)
+    quality = sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x))
+    assert quality > (12 if rules.power_of_two else 34 if "16" in kind else 20), quality
+
+
+@pytest.mark.parametrize(("rules", "kind"), CASES, ids=NAMES)
+def test_a_transformer(rules: Rules, kind: str, tmp_path: Path) -> None:
+    proto, path = transformer(), tmp_path / "q.onnx"
+    magr_onnx.optimize(
+        proto, {"x": sequences(64, 1)}, output=path, batch_size=4, format="qdq-full", backend=rules.name, activation_type=kind
+    )
+    model = onnx.load(path)
+    check_rules(model, rules, kind)
+    assert [value.name for value in model.graph.output] == ["y"]
+    x = sequences(16, 2)
+    quality = sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x))
+    assert quality > (12 if rules.power_of_two else 30 if "16" in kind else 18), quality
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int4_weights_and_a_transposed_convolution(bits: int, tmp_path: Path) -> None:
+    proto, path = network(last="ConvTranspose"), tmp_path / "q.onnx"
+    options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": "uint16", "conv_bits": bits}
+    report = magr_onnx.optimize(proto, {"x": images(32, 1)}, output=path, batch_size=4, **options).report
+    assert "head" in {row.name for row in report.layers if row.emitted}
+    check_rules(onnx.load(path), BACKENDS["qnn-htp"], "uint16")
+    x = images(16, 2)
+    assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (30 if bits == 8 else 12)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+@pytest.mark.parametrize("masked", [-1e2, -1e4, -1e9, float(np.finfo(np.float32).min)])
+def test_masks_take_no_resolution_from_the_scores(masked: float, kind: str, tmp_path: Path) -> None:
+    proto, path = transformer(), tmp_path / "q.onnx"
+    softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
+    proto.graph.node.insert(list(proto.graph.node).index(softmax), onnx.helper.make_node("Add", ["scaled", "mask"], ["masked"]))
+    softmax.input[0] = "masked"
+    mask = np.where(np.tri(6, dtype=bool), 0, masked).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(mask, "mask"))
+    options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
+    magr_onnx.optimize(proto, {"x": sequences(64, 1)}, output=path, batch_size=4, **options)
+    x = sequences(16, 2)
+    assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (18 if kind == "uint8" else 30)
+
+
+def test_options_that_do_not_fit_are_named() -> None:
+    with pytest.raises(OptionError, match=r"backend 'qnn' is not known; .*qnn-htp"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="qnn")
+    with pytest.raises(OptionError, match="activation type uint16 is not for tensorrt, which takes int8"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="tensorrt", activation_type="uint16")
+    with pytest.raises(OptionError, match="activation type uint16 is not for ort-cpu, which takes uint8 or int8"):
+        magr_onnx.build_pipeline(format="qdq-int8", activation_type="uint16")
+    with pytest.raises(OptionError, match="qnn-htp has no accumulators to be proved; use target and accumulator_bits with format qdq-int8"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="qnn-htp", target="x86-avx2")
+    with pytest.raises(OptionError, match="backend is for format qdq-full only"):
+        magr_onnx.build_pipeline(format="qdq-int8", backend="qnn-htp")
+
+
+def test_there_are_no_ranges_without_data() -> None:
+    with pytest.raises(OptionError, match="activations need calibration data"):
+        magr_onnx.optimize(network(), format="qdq-full")
+    with pytest.raises(ModelError, match="too large for max_memory; raise it"):
+        magr_onnx.optimize(network(), {"x": images(8, 1)}, format="qdq-full", max_memory="1kB")
+
+
+def test_layers_in_bodies_stay_float(tmp_path: Path) -> None:
+    body = onnx.parser.parse_graph("branch () => (float[n, 6, 5] z) { z = MatMul(m, u) }")
+    other = onnx.parser.parse_graph("other () => (float[n, 6, 5] o) { o = MatMul(m, v) }")
+    rng = np.random.default_rng(3)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
+            onnx.helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+            onnx.helper.make_node("Greater", ["top", "zero"], ["yes"]),
+            onnx.helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=other),
+        ],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", 6, 8])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", 6, 5])],
+        [
+            *(
+                onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+                for name, shape in (("w", (8, 8)), ("u", (8, 5)), ("v", (8, 5)))
+            ),
+            onnx.numpy_helper.from_array(np.float32(0), "zero"),
+        ],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    path = tmp_path / "q.onnx"
+    options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": "uint16"}
+    report = magr_onnx.optimize(proto, {"x": sequences(32, 1)}, output=path, **options).report
+    assert [row.name for row in report.layers if row.emitted] == ["first"]
+    assert len(report.skipped) == 2  # one of them also since no calibration data reaches it
+    assert "format qdq-full rounds the main graph only" in [skip.detail for skip in report.skipped]
+    x = sequences(8, 2)
+    assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > 30
+
+
+def test_axes_without_a_size_are_named_before_the_work() -> None:
+    proto = network()
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    with pytest.raises(ModelError, match=r"qnn-htp needs fixed shapes, and input x has axis 2 \(height\)"):
+        magr_onnx.optimize(proto, {"x": images(8, 1)}, format="qdq-full", backend="qnn-htp")
