@@ -8,26 +8,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
-from magr_onnx.model_io.external_data import weightless
-from magr_onnx.model_io.legacy import modernize
-from magr_onnx.model_io.validate_proto import graphs
 from magr_onnx.passes.graph.constants import CASTS, ConstantView, constant_view, drop_if_unused, ints
+from magr_onnx.passes.graph.inference import inferred_values
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import layer_name
-from magr_onnx.passes.graph.opset import ASIDE
 from magr_onnx.passes.graph.subgraphs import graph_of, remember
 from magr_onnx.report.reasons import Reason
 
 Dims = list[int | ir.SymbolicDim]
-
-SMALL = 1024
-"""Bytes up to which a constant may be a shape."""
-
-CRASHING = ("DictVectorizer", "LabelEncoder", "RegexFullMatch", "TreeEnsemble")
-"""Operators whose inference in onnx 1.23 reads the type of an input that may have none, as after custom operators, and ends the process."""
 
 MOST_MATRICES = 512
 """Largest stack of matrices that is split into layers; a larger one is closer to an elementwise product."""
@@ -84,16 +74,8 @@ class RewriteContext:
 
 def _inferred(model: ir.Model) -> dict[str, Dims]:
     """Return the shapes of ONNX's shape inference, by value name."""
-    try:
-        proto = weightless(model, SMALL)
-        proto.opset_import.add(domain=ASIDE, version=1)
-        for node in (node for graph in graphs(proto) for node in graph.node if node.op_type in CRASHING):
-            node.domain = ASIDE
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # fewer shapes, which rewrites report
-        return {}
     shapes: dict[str, Dims | None] = {}
-    for value in (v for node in ir.from_proto(modernize(proto)).graph.all_nodes() for v in node.outputs):
+    for value in inferred_values(model):
         name, shape = str(value.name), None if value.shape is None else list(value.shape)
         shapes[name] = shape if shapes.get(name, shape) == shape else None  # subgraphs may reuse a name
     return {name: shape for name, shape in shapes.items() if shape is not None}

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx import defs, helper
 
 from magr_onnx.passes.canonical.rewriter import RewriteContext
+from magr_onnx.passes.graph.inference import inferred_types
 
 VALUES = {"INT": 1, "FLOAT": 1.0, "STRING": "a", "INTS": [1], "FLOATS": [1.0], "STRINGS": ["a"]}
 """Of required attributes, by type."""
@@ -41,6 +42,7 @@ def main() -> None:
             print(schema.domain, schema.name, flush=True)
             read = ir.from_proto(model(schema, known))
             RewriteContext(read).shape(read.graph.outputs[0])
+            inferred_types(read)
     print("all")
 
 
