@@ -20,9 +20,6 @@ from magr_onnx.passes.tensors.rules import Rules
 from magr_onnx.runtime.data.sources import Batches, run_batches
 from magr_onnx.workflow.context import RunContext
 
-CLIPPING, TRIALS = (1.0, 4.0, 16.0, 64.0), 16
-"""Weights of clipping errors to choose ranges by, and batches that the outputs are compared on to choose the weight."""
-
 POSITIONS, ROWS, PARTS = 8, 1024, 4
 """Positions of an activation that are looked at in every sample, rows of them that scales are chosen by, parts of the samples."""
 

@@ -26,25 +26,17 @@ from magr_onnx.runtime.data.sources import Batches, run_batches
 from magr_onnx.runtime.ort.session import as_floats
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.integer_convolutions import may_be_integer, why_float
+from magr_onnx.workflow.non_linear import select_convolutions
 
 CLIPPING, TRIALS = (1.0, 4.0, 16.0, 64.0), 16
 """Weights of clipping errors to choose ranges by, and batches that the outputs are compared on to choose the weight."""
 
 
-def round_activations(
-    model: ir.Model,
-    convolutions: Sequence[ConvLayer],
-    linear: Sequence[LinearLayer],
-    plan: Plan,
-    data: Batches | None,
-    context: RunContext,
-) -> dict[str, ActivationGrid]:
+def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> dict[str, ActivationGrid]:
     """Mark the values of a float model that will be computed in integers, in place, and choose their grids.
 
     Args:
         model: The float model.
-        convolutions: Its convolutions that will be converted.
-        linear: Its linear layers that will be.
         plan: The whole plan.
         data: Batches that fit the model; without them there are no ranges.
         context: Of the run.
@@ -53,8 +45,11 @@ def round_activations(
         Grids by the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
     """
     activations = plan.activations
-    region = None if data is None else _region(model, convolutions, linear, plan, data)
-    if region is None or activations is None or data is None:
+    if data is None or activations is None or plan.input_grids != "static":
+        return {}
+    convolutions, linear = select_convolutions(model, plan, context.selection)[0], find_linear(model, context.selection)[0]
+    region = _region(model, convolutions, linear, plan, data)
+    if region is None:
         return {}
     Names.rescan(model.graph)
     marked = tensor_emitter.mark(model.graph, region)
@@ -82,9 +77,7 @@ def _region(model: ir.Model, convolutions: Sequence[ConvLayer], linear: Sequence
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
         return whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out, grid_type(plan).bits)
     stage = plan.convolutions
-    if stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
-        return None
-    if not integer:
+    if not integer or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
         return None
     # onnxruntime 1.32 rounds again behind moves itself, and refuses what it has made of int8 from opset 21 on
     return region_of(model.graph, [layer.node for layer in integer], RULES, all_moves=grid_type(plan).signed)
@@ -98,7 +91,7 @@ def grid_type(plan: Plan) -> GridType:
 
 def _output_errors(model: ir.Model, data: Batches, context: RunContext, candidates: Sequence[Mapping[str, ActivationGrid]]) -> list[float]:
     """Measure the error of the outputs that each of some grids causes, relative to each output, summed; on some batches."""
-    trials = [_rounded(model, grids) for grids in candidates]
+    trials = [rounded_copy(model, grids) for grids in candidates]
     errors: list[dict[int, float]] = [{} for _ in trials]
     powers: dict[int, float] = {}
     runs = [run_batches(each, data.limit(TRIALS), context.provider, fuses=False) for each in (model, *trials)]
@@ -114,9 +107,9 @@ def _output_errors(model: ir.Model, data: Batches, context: RunContext, candidat
     return [sum(of_trial[i] / powers[i] for i in of_trial) for of_trial in errors]
 
 
-def _rounded(model: ir.Model, grids: Mapping[str, ActivationGrid]) -> ir.Model:
-    """Round the marked values of a copy of a model."""
-    trial = model.clone()
-    Names.rescan(trial.graph)
-    tensor_emitter.emit(trial.graph, grids)
-    return trial
+def rounded_copy(model: ir.Model, grids: Mapping[str, ActivationGrid]) -> ir.Model:
+    """Copy a model with its marked values rounded."""
+    copy = model.clone()
+    Names.rescan(copy.graph)
+    tensor_emitter.emit(copy.graph, grids)
+    return copy

@@ -15,7 +15,6 @@ from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.emit import tensors as tensor_emitter
-from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
@@ -140,10 +139,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     model = prepared.model
     notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     fit = non_linear.data_to_fit(prepared.data, request.budget)
-    grids = _round_activations(prepared, None if context.memory.large else fit, context)
-    base = model.clone()
-    Names.rescan(base.graph)
-    tensor_emitter.emit(base.graph, grids)
+    grids = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context)
+    base = rounded_activations.rounded_copy(model, grids)
     begun = non_linear.convert(model, base, prepared.plan, fit, grids, context)
     context.spill(base)
     context.report_layers(begun.rows)
@@ -166,13 +163,6 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
-
-
-def _round_activations(prepared: Prepared, data: Batches | None, context: RunContext) -> dict[str, ActivationGrid]:
-    model, plan = prepared.model, prepared.plan
-    convolutions, _ = non_linear.select_convolutions(model, plan, context.selection)
-    linear, _ = find(model, context.selection)
-    return rounded_activations.round_activations(model, convolutions, linear, plan, data, context)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:

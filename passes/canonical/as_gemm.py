@@ -1,6 +1,7 @@
 """A MatMul with a bias in an Add: it becomes a Gemm of two axes between Reshapes, one operator whose result is rounded once.
 
-Not a pattern of `magr_onnx.passes.canonical`: only runtimes that round every operator's output gain by it.
+Not a pattern of `magr_onnx.passes.canonical`: only runtimes that round every operator's output gain by it, and int8 files need it
+(`magr_onnx.passes.plan.Plan.needs_gemm`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.passes.canonical.rewriter import RewriteContext, known
+from magr_onnx.passes.graph.nodes import insert_behind
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weighted import FLOATS
 
@@ -50,9 +52,5 @@ def _rows(layer: LinearLayer) -> ir.Value:
     value = ir.val(layer.names.value(f"{layer.x.name}_rows"), layer.dtype)
     target = layer.constant("_rows_shape", np.array([-1, layer.k]), str(layer.x.name))
     node = ir.node("Reshape", [layer.x, target], outputs=[value], name=layer.names.node(f"{layer.x.name}_to_rows"))
-    maker = layer.x.producer()
-    if maker is None:
-        layer.graph.insert_before(layer.graph[0], node)
-    else:
-        layer.graph.insert_after(maker, node)
+    insert_behind(layer.graph, layer.x, node)
     return value

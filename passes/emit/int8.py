@@ -35,7 +35,7 @@ from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.passes.base import Emitted, Emitter, InputGrids
 from magr_onnx.passes.emit.format import Format, Reader, only_reader, stored_array
 from magr_onnx.passes.emit.linear import derived_name, replace_layer
-from magr_onnx.passes.emit.qdq import DEQUANTIZED
+from magr_onnx.passes.emit.qdq import READERS
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.graph.opset import raise_opset
@@ -127,6 +127,8 @@ class _EmitInt8(Emitter):
 class EmitStaticProducts(_EmitInt8):
     """An emitter of layers as products of integers with static grids."""
 
+    input_grids: ClassVar[InputGrids | None] = "static"
+
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:
         grid, addend = problem.activation, solution.bias
         if solution.quantized is None or not isinstance(grid, ActivationGrid):
@@ -164,7 +166,6 @@ class EmitQDQInt8(EmitStaticProducts):
 
     name: ClassVar[str] = "emit-qdq-int8"
     summary: ClassVar[str] = "write layers with static 8-bit inputs as QuantizeLinear/DequantizeLinear around MatMul and Gemm"
-    input_grids: ClassVar[InputGrids | None] = "static"
     needs: ClassVar[str] = "DequantizeLinear with a scale a column"
 
     outputs: bool = False
@@ -346,7 +347,7 @@ STATIC = Format(
     "qdq-int8",
     "QuantizeLinear and DequantizeLinear around MatMul and Gemm, 8-bit inputs of static ranges",
     EmitQDQInt8,
-    {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
+    READERS,
     conv_form="integer",
     emitter_options={"quantize_outputs": "outputs"},
     exclusive_options=("activation_type", "activation_range", "quantize_outputs"),

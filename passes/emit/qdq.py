@@ -149,12 +149,12 @@ def read_dequantized(node: ir.Node) -> Array | None:
     return dequantize_qdq(QdqTensors(codes.astype(np.int16), scales, zero_points, 0, axis, block))
 
 
-DEQUANTIZED = Reader(read_dequantized, ("QuantizeLinear", "DequantizeLinear"))
+READERS = dict.fromkeys((("", "MatMul"), ("", "Gemm")), Reader(read_dequantized, ("QuantizeLinear", "DequantizeLinear")))
 FORMAT = Format(
     "qdq",
     "DequantizeLinear of the codes and MatMul",
     EmitQDQ,
-    {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
+    READERS,
     dict.fromkeys((4, 8), MATMULNBITS_BLOCKS),  # the kernels onnxruntime fuses it into
     conv_form="dequantize",
 )

@@ -12,10 +12,9 @@ import onnx_ir as ir
 
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import choose_one
-from magr_onnx.passes.base import InputGrids
 from magr_onnx.passes.emit.format import Format
 from magr_onnx.passes.emit.int8 import INTEGER, EmitStaticProducts
-from magr_onnx.passes.emit.qdq import DEQUANTIZED
+from magr_onnx.passes.emit.qdq import READERS
 from magr_onnx.passes.graph.opset import raise_opset
 from magr_onnx.passes.tensors.backends import BACKENDS
 from magr_onnx.passes.tensors.rules import Rules
@@ -31,7 +30,6 @@ class EmitQDQFull(EmitStaticProducts):
 
     name: ClassVar[str] = "emit-qdq-full"
     summary: ClassVar[str] = "write the whole graph between QuantizeLinear and DequantizeLinear, as a runtime's rules say"
-    input_grids: ClassVar[InputGrids | None] = "static"
     needs: ClassVar[str] = "QuantizeLinear of 16 bits"
 
     backend: str = next(iter(BACKENDS))
@@ -52,7 +50,7 @@ FORMAT = Format(
     "qdq-full",
     "QuantizeLinear and DequantizeLinear around every operator that a runtime takes so, for NPUs and other accelerators",
     EmitQDQFull,
-    {("", "MatMul"): DEQUANTIZED, ("", "Gemm"): DEQUANTIZED},
+    READERS,
     conv_form="integer",
     emitter_options={"backend": "backend"},
     exclusive_options=("backend", "activation_type", "activation_range"),

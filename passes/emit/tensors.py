@@ -15,17 +15,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.grid_type import GridType
+from magr_onnx.core.int32_bias import bias_codes
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.graph.constants import constant_array, replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
-from magr_onnx.passes.graph.nodes import only_use, operand
+from magr_onnx.passes.graph.nodes import insert_behind, only_use, operand
 from magr_onnx.passes.tensors.region import Region, SharedGrid, clip_bounds
 from magr_onnx.passes.tensors.rules import Rules
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose constants are weights, which other emitters write."""
 NORMALIZATIONS = ("InstanceNormalization", "LayerNormalization")
-TINY = np.finfo(np.float32).tiny
 
 
 def mark(graph: ir.Graph, region: Region) -> dict[str, SharedGrid]:
@@ -50,11 +50,7 @@ def _mark(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]],
     assert source is not None
     rounded = ir.val(names.value(f"{base}_{suffix}"), ir.DataType.FLOAT, value.shape)
     node = ir.node("Identity", [source], outputs=[rounded], name=names.node(f"{base}_{suffix}_mark"))
-    maker = source.producer()
-    if maker is None:
-        graph.insert_before(graph[0], [node])
-    else:
-        graph.insert_after(maker, [node])
+    insert_behind(graph, source, node)
     for reader, index in uses:
         replace_input(reader, index, rounded)
     if inside and value.is_graph_output():
@@ -125,12 +121,12 @@ def is_rounded(value: ir.Value) -> bool:
 def _constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any], kind: GridType) -> None:
     base = str(node.inputs[index].name)  # type: ignore[union-attr]
     if node.op_type in NORMALIZATIONS and index == 2:  # a bias, in units of the scales of input and factor
-        scale = np.float32(_scale(node, 0) * _scale(node, 1))
-        codes, zero = np.clip(np.rint(array / np.maximum(scale, TINY)), -(2**31), 2**31 - 1).astype(np.int32), None
+        scale = np.asarray(_scale(node, 0) * _scale(node, 1), np.float32)
+        codes, zero = np.clip(bias_codes(array, scale), -(2**31), 2**31 - 1).astype(np.int32), None
     else:
         small = replace(kind, bits=8) if node.op_type in NORMALIZATIONS else kind  # factors are weights
         grid = small.of_range(float(array.min()), float(array.max()))
-        scale, zero = np.float32(grid.scale), np.array(grid.zero_point, grid.dtype)
+        scale, zero = np.asarray(grid.scale, np.float32), np.array(grid.zero_point, grid.dtype)
         codes = np.clip(np.rint(array / scale) + grid.zero_point, *grid.limits).astype(grid.dtype)
     inputs = [add_initializer(graph, f"{base}_codes", codes), add_initializer(graph, f"{base}_scale", scale)]
     if zero is not None:

@@ -44,6 +44,15 @@ def only_use(value: ir.Value) -> tuple[ir.Node | None, int]:
     return uses[0] if len(uses) == 1 and not value.is_graph_output() else (None, 0)
 
 
+def insert_behind(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
+    """Insert a node into the graph of a value, right behind the node that makes it, or first for an input or an initializer."""
+    maker = value.producer()
+    if maker is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(maker, node)
+
+
 def producers(value: ir.Value | None) -> Iterator[ir.Node]:
     """Yield the node a value comes from, the node that the first input of that one comes from, and so on."""
     while value is not None and (node := value.producer()) is not None:

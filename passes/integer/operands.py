@@ -11,6 +11,7 @@ import onnx_ir as ir
 from magr_onnx.core.overflow.accumulator import Int64
 from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import broadcast_grid
+from magr_onnx.core.types import activation_limits
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand, producers
 from magr_onnx.report.reasons import IntegerReason
@@ -73,11 +74,7 @@ def constant_codes(value: ir.Value) -> Array:
     return codes
 
 
-def _range(bits: int, signed: bool) -> tuple[int, int]:
-    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
-
-
-RANGES = {f"{'' if signed else 'u'}int{bits}": _range(bits, signed) for bits in (2, 4, 8, 16) for signed in (True, False)}
+RANGES = {f"{'' if signed else 'u'}int{bits}": activation_limits(signed, bits) for bits in (2, 4, 8, 16) for signed in (True, False)}
 
 
 def constant_weight(value: ir.Value, other_operand: ir.Value | None = None) -> Array:

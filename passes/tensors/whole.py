@@ -18,8 +18,6 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
 from magr_onnx.passes.tensors.rules import Rules
 
-EIGHT = 8
-
 
 def whole_graph(
     graph: ir.Graph,
@@ -27,7 +25,7 @@ def whole_graph(
     rules: Rules,
     dtypes: Mapping[str, ir.DataType],
     left_out: Collection[ir.Node] = (),
-    bits: int = EIGHT,
+    bits: int = 8,
 ) -> Region:
     """Find everything in a main graph that a runtime computes between roundings.
 
@@ -59,7 +57,7 @@ def whole_graph(
         covered |= {maker for value in unit.makes if (maker := value.producer()) is not None}  # an activation that a grid replaces
         units.append(unit)
     region = Region.of(units)
-    return region if bits == EIGHT else replace(region, grids=(*region.grids, *_narrow(units, rules)))
+    return replace(region, grids=(*region.grids, *_narrow(units, rules))) if bits > 8 else region
 
 
 def _narrow(units: Sequence[Unit], rules: Rules) -> Iterator[SharedGrid]:

@@ -94,11 +94,13 @@ def choose(
     parts = histograms_of(model, taps, [v.layers for v in values], context, hold_out, progress=part_of(progress, 0, 2))
     histograms = [reduce(Histogram.plus, of_value) for of_value in zip(*parts, strict=True)]
     bounded = [h.without_sentinels() for h in histograms]
-    headroom = hold_out.folds > 1 and kind != "dynamic"
+    headroom, known = hold_out.folds > 1 and kind != "dynamic", [(fixed or {}).get(v.name) for v in values]
 
     def grids_of(measured: Sequence[Histogram]) -> list[dict[str, Activation]]:
-        free = (_grids(h, candidates(h, method, headroom), kind) for h in measured)
-        return [{"shared": (fixed or {})[v.name]} if v.name in (fixed or {}) else g for v, g in zip(values, free, strict=True)]
+        return [
+            _grids(h, candidates(h, method, headroom), kind) if grid is None else {"shared": grid}
+            for h, grid in zip(measured, known, strict=True)
+        ]
 
     grids = grids_of(bounded)
     trials = [(grids, context.data)]

@@ -50,7 +50,7 @@ def measure(
     layers: Sequence[WeightedNode],
     context: CalibrationContext,
     *,
-    kind: GridType = GridType(),  # noqa: B008 - it is frozen
+    kind: GridType,
     progress: Steps | None = None,
 ) -> list[Measured]:
     """Measure values of the main graph that will be rounded. Few samples are measured in parts, so that ranges can be cross-validated.
@@ -80,12 +80,7 @@ def measure(
     return measured
 
 
-def grids(
-    measured: Sequence[Measured],
-    method: Method = "auto",
-    clipping: float = 1.0,
-    kind: GridType = GridType(),  # noqa: B008 - it is frozen
-) -> dict[SharedGrid, ActivationGrid]:
+def grids(measured: Sequence[Measured], method: Method, clipping: float, kind: GridType) -> dict[SharedGrid, ActivationGrid]:
     """Choose grids.
 
     Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least error according to the histograms is chosen. Of several
