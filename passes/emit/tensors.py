@@ -17,7 +17,7 @@ import onnx_ir as ir
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.int32_bias import bias_codes
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.graph.constants import constant_array, replace_input
+from magr_onnx.passes.graph.constants import constant_array, fixed_array, replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import insert_behind, only_use, operand
 from magr_onnx.passes.tensors.region import Region, SharedGrid, clip_bounds
@@ -107,7 +107,7 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
         operands = [value for value in node.inputs if value is not None]
         if any(is_rounded(value) for value in operands):
             for index, value in enumerate(node.inputs):
-                array = constant_array(value)
+                array = fixed_array(value)
                 if array is not None and array.dtype == np.float32 and array.size:
                     _constant(graph, node, index, array, kind)
 

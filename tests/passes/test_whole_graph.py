@@ -162,6 +162,15 @@ def test_all_that_operators_read_and_put_out_is_rounded(bits: int) -> None:
     assert codes["scale_codes"] == (ir.DataType.UINT8 if bits == 8 else ir.DataType.UINT16)
 
 
+def test_constants_that_a_caller_may_override_stay_as_they_are() -> None:
+    found = attention()
+    found.graph.inputs.append(found.graph.initializers["scale"])
+    names_of = {str(value.name) for value in rounded(found).graph.initializers.values()}
+    assert "scale" in names_of
+    assert "scale_codes" not in names_of
+    assert "gain_codes" in names_of
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_rounded_graphs_compute_what_the_float_graph_does(bits: int) -> None:
     x = {"x": INPUT}
