@@ -31,6 +31,8 @@ NOISE = 3e-7  # of a second moment that was summed in single precision
 PRIOR_ROWS = 4  # see `LayerStats.regularized`
 COMMON_MEAN = 0.25
 """Squared mean over variance that inputs share, as assumed without data: 0.47 behind the Relu of normal values, 0 behind a LayerNorm."""
+NEIGHBOURS = 1.0
+"""Variance that taps of one channel share, over what each has alone, as assumed without data; 0.5 and 2 are hardly worse."""
 COLUMN_BYTES = 1 << 25  # of float32 output channels a solver processes at a time: channels are independent
 
 
@@ -254,6 +256,7 @@ class LayerStats:
         activation: How the input is quantized; None where it stays float.
         folds: Statistics of parts of the rows that are held out in turn, for choices that would overfit on all rows.
         common_mean: Squared mean over variance that inputs are assumed to share; of data-free statistics only.
+        taps: Consecutive inputs that are one channel at neighbouring positions, and so alike; of data-free statistics only.
     """
 
     gram: Array
@@ -263,12 +266,15 @@ class LayerStats:
     activation: Activation | None = None
     folds: tuple[LayerStats, ...] = ()
     common_mean: float = 0.0
+    taps: int = 1
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def data_free(k: int, common_mean: float = COMMON_MEAN) -> LayerStats:
+    def data_free(k: int, common_mean: float = COMMON_MEAN, taps: int = 1) -> LayerStats:
         """Return the statistics assumed without calibration data: uncorrelated inputs of unit power."""
-        return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, common_mean=common_mean)
+        if 1 < taps == k:  # one channel
+            common_mean += NEIGHBOURS
+        return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, common_mean=common_mean, taps=taps)
 
     @property
     def target_mean(self) -> Array:

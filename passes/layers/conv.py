@@ -69,6 +69,11 @@ class ConvLayer(Product):
         return self.channels // self.group * math.prod(self.kernel)
 
     @property
+    def taps(self) -> int:
+        """Return the number of consecutive rows that read one channel at neighbouring positions; 1 where others lie between these."""
+        return math.prod(self.kernel) if self.op == "Conv" else 1
+
+    @property
     def n(self) -> int:
         """Return the output channels of a group."""
         return self.shape[1] if self.op == "ConvTranspose" else self.shape[0] // self.group

@@ -259,6 +259,26 @@ def test_without_data_errors_cancel_where_inputs_are_positive(spec: WeightSpec, 
     assert np.square(x @ ours).mean() < (1 + 3 / K) * np.square(x @ nearest).mean()
 
 
+@pytest.mark.parametrize("channels", [1, 12])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_without_data_errors_cancel_where_neighbours_are_alike(bits: int, channels: int) -> None:
+    """Channels have means of any sign, and taps of one vary together; white inputs lose little."""
+    rng, taps = np.random.default_rng(0), 9
+    k, spec = channels * taps, WeightSpec(bits, None, symmetric=True)
+    weights, _ = layer(k, 64)
+    noise = []
+    smooth = np.repeat(rng.standard_normal((4000, channels)) + rng.standard_normal(channels), taps, axis=1)
+    white = rng.standard_normal((4000, k))
+    for name, among in (("rtn", 1), ("comq", 1), ("comq", taps)):
+        problem = Problem(weights, weights, LayerStats.data_free(k, taps=among), False, spec)
+        difference = QUANTIZERS[name].run(problem, Options()).weight.dequantize() - weights
+        noise.append([np.square(x @ difference).mean() for x in (smooth + 0.5 * white, white)])
+    nearest, before, found = noise
+    assert found[0] < 0.5 * nearest[0]
+    assert found[0] < 0.8 * before[0]
+    assert found[1] < 1.2 * nearest[1]
+
+
 @pytest.mark.parametrize("clipped", [False, True])
 def test_the_cheapest_codes_are_moved_as_long_as_the_error_falls(clipped: bool) -> None:
     """The least error among all sets of weights that are rounded the other way, by trying them all."""

@@ -156,7 +156,8 @@ def run(problem: Problem, options: Options) -> Solution:
     """Quantize a layer: GPTQ, then sweeps under the same damped matrix."""
     start = gptq.run(problem, options)
     if problem.stats.is_data_free and problem.budget is None:
-        refined = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale, problem.stats.common_mean)
+        stats = problem.stats
+        refined = diagonal.refine(problem.target, start.weight, options.sweeps, options.rescale, stats.common_mean, stats.taps)
     else:
         gram = problem.damped_gram(problem.damping(options))
         refined = refine(problem.target, start.weight, gram, sweeps=options.sweeps, rescale=options.rescale, budget=problem.budget)

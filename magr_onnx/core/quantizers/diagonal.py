@@ -16,6 +16,10 @@ with r their squared mean over their variance. At last, weights near the middle 
 cheapest first, as long as E_r falls. That takes the sum of K errors from about sqrt(K / 12) steps to half of one, and raises the sum of
 their squares by one part in K: where the mean is zero it costs next to nothing. The idea is SQuant's (Guo et al., arXiv 2202.07471), which
 rounds again until a sum is below half a step; here E_r decides, and steps may differ between groups.
+
+In a convolution, neighbouring taps of one channel read nearly the same wherever an image is smooth, whatever the channel's mean. Their
+errors are made to cancel first, channel by channel, with `NEIGHBOURS` for r: that takes the most of what channels of different means
+leave of the sum over all of them.
 """
 
 from __future__ import annotations
@@ -24,12 +28,20 @@ import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
 from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
-from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.core.types import NEIGHBOURS, Array, QuantizedWeight
 
 _VALUES = 1 << 22  # weights processed at a time
 
 
-def refine(target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, common_mean: float = 0.0, tolerance: float = 2e-3) -> Refined:
+def refine(
+    target: Array,
+    start: QuantizedWeight,
+    sweeps: int,
+    rescale: bool,
+    common_mean: float = 0.0,
+    taps: int = 1,
+    tolerance: float = 2e-3,
+) -> Refined:
     """Lower E of ``start`` against ``target (K, N)``, then let errors cancel. The trace of E is that before the last step.
 
     Args:
@@ -38,6 +50,7 @@ def refine(target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, co
         sweeps: Most rounds.
         rescale: Refit the scales after every round but the last.
         common_mean: The r of E_r.
+        taps: Consecutive rows that are taps of one channel.
         tolerance: Stop when a round lowers E by less than this fraction.
     """
 
@@ -48,7 +61,7 @@ def refine(target: Array, start: QuantizedWeight, sweeps: int, rescale: bool, co
             return _refit(target, weight) if rescale and not last else weight
 
         weight, errors = descend(start, sweep, lambda weight: _error(target, weight), sweeps, tolerance)
-        return Refined(cancel(target, weight, common_mean), errors)
+        return Refined(cancel(target, weight, common_mean, taps), errors)
 
     k, n = target.shape
     step = max(1, _VALUES // k)
@@ -78,21 +91,39 @@ def _error(target: Array, weight: QuantizedWeight) -> float:
     return float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
 
 
-def cancel(target: Array, weight: QuantizedWeight, common_mean: float) -> QuantizedWeight:
+def cancel(target: Array, weight: QuantizedWeight, common_mean: float, taps: int = 1) -> QuantizedWeight:
     """Round weights the other way until the errors of ``weight`` against ``target (K, N)`` cancel in every column.
 
-    E_r of no column rises, with ``common_mean`` for r.
+    Of consecutive ``taps`` they cancel before. After that, E_r of no column rises, with ``common_mean`` for r.
     """
-    if not common_mean:
-        return weight
     k, n = target.shape
     steps = weight.scales[weight.spec.group_of_row(k)]
-    error = weight.dequantize() - target
+
+    def by_channel(values: Array) -> Array:
+        return values.reshape(-1, taps, n).swapaxes(0, 1).reshape(taps, -1)
+
+    if 1 < taps < k:
+        error, codes = weight.dequantize() - target, weight.codes.astype(np.float32)
+        moves = _moves(by_channel(error), by_channel(codes), by_channel(steps), weight.spec.top, NEIGHBOURS)
+        weight = _moved(weight, moves.reshape(taps, -1, n).swapaxes(0, 1).reshape(k, n))
+    if common_mean:
+        error, codes = weight.dequantize() - target, weight.codes.astype(np.float32)
+        weight = _moved(weight, _moves(error, codes, steps, weight.spec.top, common_mean))
+    return weight
+
+
+def _moved(weight: QuantizedWeight, moves: Array) -> QuantizedWeight:
+    return QuantizedWeight((weight.codes + moves).astype(np.uint8), weight.scales, weight.zero_points, weight.spec)
+
+
+def _moves(error: Array, codes: Array, steps: Array, top: int, common_mean: float) -> Array:
+    """Return what to add to ``codes (K, N)``, -1, 0 or 1, for the least E_r: in every column the cheapest weights move against its sum."""
+    k, n = error.shape
     total = error.sum(axis=0, dtype=np.float64)
-    sign = np.where(total > 0, 1, -1).astype(np.int16)
-    moved = weight.codes - sign
+    sign = np.where(total > 0, np.float32(1), np.float32(-1))
+    moved = codes - sign
     # squared error for a unit of the sum
-    price = np.where((moved >= 0) & (moved <= weight.spec.top), steps - 2 * error * sign, np.inf)
+    price = np.where((moved >= 0) & (moved <= top), steps - 2 * error * sign, np.inf)
     most = min(k, 8 + int(2 * np.sqrt(k)))  # to be moved
     cheapest = np.argpartition(price, most - 1, axis=0)[:most]
     rows = np.take_along_axis(cheapest, np.argsort(np.take_along_axis(price, cheapest, axis=0), axis=0), axis=0)
@@ -101,7 +132,6 @@ def cancel(target: Array, weight: QuantizedWeight, common_mean: float) -> Quanti
     change += common_mean * (np.square(np.abs(total) - np.cumsum(step, axis=0)) - np.square(total))
     best = change.argmin(axis=0)
     count = np.where(change[best, np.arange(n)] < 0, best + 1, 0)
-    codes = weight.codes.copy()
-    chosen = np.where(np.arange(most)[:, None] < count, np.take_along_axis(moved, rows, axis=0), np.take_along_axis(codes, rows, axis=0))
-    np.put_along_axis(codes, rows, chosen.astype(np.uint8), axis=0)
-    return QuantizedWeight(codes, weight.scales, weight.zero_points, weight.spec)
+    moves: Array = np.zeros((k, n), np.float32)
+    np.put_along_axis(moves, rows, np.where(np.arange(most)[:, None] < count, -sign, 0), axis=0)
+    return moves
