@@ -332,6 +332,12 @@ class Plan:
             rules = emitter.rules or ort_cpu.RULES
             if activations.type not in rules.types:
                 problems.append(f"activation type {activations.type} is not for {rules.name}, which takes {' or '.join(rules.types)}")
+        if activations is not None and activations.wide:
+            wider = activations.type.replace("8", "16")
+            if emitter is None or emitter.rules is None or wider not in emitter.rules.types or wider == activations.type:
+                problems.append(
+                    f"wide activations of 16 bits are for format qdq-full with activations of 8 bits and a backend that has {wider}"
+                )
         if emitter is not None and emitter.input_grids != self.input_grids:
             needed = emitter.input_grids
             problems.append(

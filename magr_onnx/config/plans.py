@@ -146,7 +146,11 @@ def _activations(form: Format, options: Options) -> passes.QuantizeActivations |
     if form.emitter.input_grids == "static":
         rules = form.make_emitter(options).rules
         usual = "uint8" if rules is None else rules.types[0]
-        return passes.QuantizeActivations(options.get("activation_type", usual), options.get("activation_range", "auto"))  # type: ignore[arg-type]
+        return passes.QuantizeActivations(
+            options.get("activation_type", usual),  # type: ignore[arg-type]
+            options.get("activation_range", "auto"),  # type: ignore[arg-type]
+            options.get("wide_activations", 0.0),
+        )
     return None if form.emitter.input_grids is None else passes.QuantizeActivations("dynamic")
 
 

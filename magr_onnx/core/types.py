@@ -203,6 +203,10 @@ class ActivationGrid:
         zero = int(np.clip(np.rint(-low / scale), 0, top))
         return ActivationGrid(scale, zero - 2 ** (bits - 1) if signed else zero, signed, bits)
 
+    def refined(self) -> ActivationGrid:
+        """Return the grid of 16 bits that has all values of this one of 8."""
+        return ActivationGrid(self.scale / 256, self.zero_point * 256, self.signed, 16)
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Integer type of the codes."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.activation_ranges import Method
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
+from magr_onnx.errors import listed
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit import tensors as tensor_emitter
 from magr_onnx.passes.graph.inference import inferred_types
@@ -17,22 +19,38 @@ from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.conv import find as find_convolutions
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.linear import find as find_linear
+from magr_onnx.passes.tensors import widths
 from magr_onnx.passes.tensors.ort_cpu import RULES
-from magr_onnx.passes.tensors.region import Region, region_of
+from magr_onnx.passes.tensors.region import Region, SharedGrid, region_of
 from magr_onnx.passes.tensors.whole import whole_graph
 from magr_onnx.runtime.calibration import tensor_ranges
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.data.sources import Batches, run_batches
-from magr_onnx.runtime.ort.session import as_floats
+from magr_onnx.runtime.data.sources import Batches, Steps
+from magr_onnx.runtime.measure.rounding import output_errors
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.integer_convolutions import may_be_integer, why_float
 from magr_onnx.workflow.non_linear import select_convolutions
 
 CLIPPING, TRIALS = (1.0, 4.0, 16.0, 64.0), 16
 """Weights of clipping errors to choose ranges by, and batches that the outputs are compared on to choose the weight."""
+RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
+"""Runs of the model to measure the loss of every value by, and batches of each."""
 
 
-def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> dict[str, ActivationGrid]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounding:
+    """What is rounded how.
+
+    Attributes:
+        grids: By the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
+        notes: Sentences for the report.
+    """
+
+    grids: Mapping[str, ActivationGrid] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> Rounding:
     """Mark the values of a float model that will be computed in integers, in place, and choose their grids.
 
     Args:
@@ -40,33 +58,107 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
         plan: The whole plan.
         data: Batches that fit the model; without them there are no ranges.
         context: Of the run.
-
-    Returns:
-        Grids by the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
     """
     activations = plan.activations
     if data is None or activations is None or plan.input_grids != "static":
-        return {}
+        return Rounding()
     convolutions, linear = select_convolutions(model, plan, context.selection)[0], find_linear(model, context.selection)[0]
     region = _region(model, convolutions, linear, plan, data)
     if region is None:
-        return {}
+        return Rounding()
     Names.rescan(model.graph)
-    marked = tensor_emitter.mark(model.graph, region)
+    names = {group: str(group.values[0].name) for group in region.grids}
+    marks = tensor_emitter.mark(model.graph, region)
     calibration, kind = CalibrationContext(data, provider=context.provider), grid_type(plan)
     measured = tensor_ranges.measure(
         model, region.grids, [*convolutions, *linear], calibration, kind=kind, progress=context.stage("ranges")
     )
-    candidates = []
-    for clipping in CLIPPING if kind.bits == 8 else CLIPPING[:1]:
-        grids = tensor_ranges.grids(measured, activations.ranges, clipping, kind)
-        candidates.append({name: grids[shared] for name, shared in marked.items()})
-    chosen = candidates[0]
-    if len(candidates) > 1 and activations.ranges == "auto":
-        errors = _output_errors(model, data, context, candidates)
-        chosen = candidates[errors.index(min(errors))]
+    of_group = {each.group: each for each in measured}
+    choice = _Choice(model, of_group, marks, activations.ranges, kind, data, context.provider)
+    clipping = choice.clipping() if kind.bits == 8 else CLIPPING[0]
+    grids = choice.grids(clipping)
     context.lap("ranges")
-    return chosen
+    if plan.rules is None:
+        return Rounding(grids)
+    edges = widths.edges_of(region.units, marks, plan.rules)
+    if kind.bits > 8:
+        return Rounding({**grids, **choice.converted(edges, region.grids, grids, clipping)})
+    if not activations.wide:
+        return Rounding(grids)
+    losses = choice.losses(grids, edges, context.stage("sensitivities"))
+    wide = widths.choose_wide(edges, losses, activations.wide)
+    stored = widths.stored_wide(edges, wide)
+    grids |= {name: choice.grid(group, CLIPPING[0], 16) for name, group in marks.items() if group in stored}
+    context.lap("sensitivities")
+    return Rounding({**grids, **choice.converted(edges, wide, grids, clipping)}, (_described(names, edges, wide, losses),))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """Choices of grids, by errors at the outputs of a model.
+
+    Attributes:
+        model: The float model, with marks.
+        measured: What is known of values that share a grid.
+        marks: These values by the names behind their marks.
+        method: Which ranges to try.
+        kind: What grids have in common.
+        data: Batches that fit the model.
+        provider: Where to run.
+    """
+
+    model: ir.Model
+    measured: Mapping[SharedGrid, tensor_ranges.Measured]
+    marks: Mapping[str, SharedGrid]
+    method: Method
+    kind: GridType
+    data: Batches
+    provider: str
+
+    def grid(self, group: SharedGrid, clipping: float, bits: int) -> ActivationGrid:
+        return tensor_ranges.grid_of(self.measured[group], self.method, clipping, replace(self.kind, bits=bits))
+
+    def grids(self, clipping: float) -> dict[str, ActivationGrid]:
+        """Choose the grids of all values, by name."""
+        chosen = {group: self.grid(group, clipping, self.kind.bits) for group in self.measured}
+        return {name: chosen[group] for name, group in self.marks.items()}
+
+    def clipping(self) -> float:
+        """Choose the weight of clipping errors by which the grids cause the least error."""
+        if self.method != "auto":
+            return CLIPPING[0]
+        trials = [self.grids(clipping) for clipping in CLIPPING]
+        errors = output_errors(self.model, self.marks, trials, self.data.limit(TRIALS), self.provider)
+        return CLIPPING[errors.index(min(errors))]
+
+    def losses(self, grids: Mapping[str, ActivationGrid], edges: Sequence[widths.Edges], progress: Steps) -> dict[SharedGrid, float]:
+        """Measure the error that each of the grids of 8 bits causes alone, of values that an operator could read or put out in 16."""
+        groups = widths.may_be_wide(edges)
+        trials = [{name: grids[name] for name, of_mark in self.marks.items() if of_mark is group} for group in groups]
+        data = self.data.limit(max(LEAST_BATCHES, min(MOST_BATCHES, RUNS // max(len(trials), 1))))
+        return dict(zip(groups, output_errors(self.model, self.marks, trials, data, self.provider, progress), strict=True))
+
+    def converted(
+        self, edges: Sequence[widths.Edges], wide: Collection[SharedGrid], grids: Mapping[str, ActivationGrid], clipping: float
+    ) -> dict[str, ActivationGrid]:
+        """Mark what is converted where some values have 16 bits; return the grids by name."""
+        own = {group: grids[name] for name, group in self.marks.items()}
+        marked = tensor_emitter.mark_conversions(self.model.graph, list(widths.conversions(edges, wide)))
+        return {
+            name: own[each.group].refined() if each.exact else self.grid(each.group, clipping, each.bits) for name, each in marked.items()
+        }
+
+
+def _described(
+    names: Mapping[SharedGrid, str], edges: Sequence[widths.Edges], wide: Collection[SharedGrid], losses: Mapping[SharedGrid, float]
+) -> str:
+    """Say which values have 16 bits."""
+    worst_first = [names[group] for group in sorted(wide, key=lambda group: -losses[group])]
+    avoided = sum(losses[group] for group in wide) / max(sum(losses.values()), 1e-300)
+    return (
+        f"{len(wide)} of {len(losses)} activations have 16 bits, in {widths.share_of(edges, wide):.1%} of the work; they had caused "
+        f"{avoided:.0%} of the error of rounding to 8{': ' if wide else ''}{listed(worst_first)}"
+    )
 
 
 def _region(model: ir.Model, convolutions: Sequence[ConvLayer], linear: Sequence[LinearLayer], plan: Plan, data: Batches) -> Region | None:
@@ -75,7 +167,7 @@ def _region(model: ir.Model, convolutions: Sequence[ConvLayer], linear: Sequence
     if plan.rules is not None:
         layers: list[ConvLayer | LinearLayer] = [*integer, *linear]
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
-        return whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out, grid_type(plan).bits)
+        return whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
     stage = plan.convolutions
     if not integer or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
         return None
@@ -87,24 +179,6 @@ def grid_type(plan: Plan) -> GridType:
     """Return what the grids of a plan's activations have in common."""
     assert plan.activations is not None
     return (plan.rules or RULES).grid_type(plan.activations.type)
-
-
-def _output_errors(model: ir.Model, data: Batches, context: RunContext, candidates: Sequence[Mapping[str, ActivationGrid]]) -> list[float]:
-    """Measure the error of the outputs that each of some grids causes, relative to each output, summed; on some batches."""
-    trials = [rounded_copy(model, grids) for grids in candidates]
-    errors: list[dict[int, float]] = [{} for _ in trials]
-    powers: dict[int, float] = {}
-    runs = [run_batches(each, data.limit(TRIALS), context.provider, fuses=False) for each in (model, *trials)]
-    for results in zip(*runs, strict=True):
-        for i, each in enumerate(zip(*(outputs for _, _, outputs in results), strict=True)):
-            floats = [array for array in map(as_floats, each) if array is not None]
-            if len(floats) < len(runs) or len({array.shape for array in floats}) > 1:
-                continue
-            real = floats[0].astype(np.float64)
-            powers[i] = powers.get(i, 1e-30) + float(np.square(real).sum())
-            for of_trial, output in zip(errors, floats[1:], strict=True):
-                of_trial[i] = of_trial.get(i, 0.0) + float(np.square(real - output).sum())
-    return [sum(of_trial[i] / powers[i] for i in of_trial) for of_trial in errors]
 
 
 def rounded_copy(model: ir.Model, grids: Mapping[str, ActivationGrid]) -> ir.Model:

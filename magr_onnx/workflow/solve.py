@@ -139,13 +139,14 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     model = prepared.model
     notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     fit = non_linear.data_to_fit(prepared.data, request.budget)
-    grids = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context)
+    rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context)
+    grids = rounding.grids
     base = rounded_activations.rounded_copy(model, grids)
     begun = non_linear.convert(model, base, prepared.plan, fit, grids, context)
     context.spill(base)
     context.report_layers(begun.rows)
     setup = _set_up(prepared, base, begun, grids, request, context)
-    notes += [*begun.notes, *setup.notes]
+    notes += [*rounding.notes, *begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:
         setup = replace(setup, calibration=search.calibration)

@@ -53,6 +53,6 @@ FORMAT = Format(
     READERS,
     conv_form="integer",
     emitter_options={"backend": "backend"},
-    exclusive_options=("backend", "activation_type", "activation_range"),
+    exclusive_options=("backend", "activation_type", "activation_range", "wide_activations"),
     **INTEGER,
 )

@@ -22,6 +22,7 @@ from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.nodes import insert_behind, only_use, operand
 from magr_onnx.passes.tensors.region import Region, SharedGrid, clip_bounds
 from magr_onnx.passes.tensors.rules import Rules
+from magr_onnx.passes.tensors.widths import Conversion
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose constants are weights, which other emitters write."""
@@ -34,30 +35,39 @@ def mark(graph: ir.Graph, region: Region) -> dict[str, SharedGrid]:
     Values keep their names, except for outputs of the graph: there what is behind takes the name. What comes from outside the region is
     marked for the nodes of the region only.
     """
+    nodes, results = {unit.node for unit in region.units}, {value for unit in region.units for value in unit.makes}
     marks = {}
-    for shared in sorted(region.grids, key=lambda grid: bool(grid.narrow)):
+    for shared in region.grids:
         for value in shared.values:
-            inside = value in region.results and not shared.narrow
-            uses = shared.narrow or [(use.node, use.idx) for use in value.uses() if inside or use.node in region.nodes]
-            marks[_mark(graph, value, uses, "narrow" if shared.narrow else "rounded", inside)] = shared
+            inside = value in results
+            uses = [(use.node, use.idx) for use in value.uses() if inside or use.node in nodes]
+            rounded = _mark(graph, value, uses, "rounded")
+            if inside and value.is_graph_output():
+                index, base = list(graph.outputs).index(value), str(value.name)
+                value.name, rounded.name = Names.of(graph).value(f"{base}_float"), base
+                graph.outputs[index] = rounded
+            marks[str(rounded.name)] = shared
     return marks
 
 
-def _mark(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], suffix: str, inside: bool) -> str:
-    """Put an Identity behind a value, or behind its mark, for some of its readers; ``inside``, for an output of the graph too."""
+def mark_conversions(graph: ir.Graph, conversions: Sequence[Conversion]) -> dict[str, Conversion]:
+    """Put an Identity before operands that get a value on a grid of their own; return the conversions by the name of its output."""
+    marks = {}
+    for conversion in conversions:
+        value = operand(*conversion.readers[0])
+        assert value is not None
+        marks[str(_mark(graph, value, conversion.readers, f"in_{conversion.bits}_bits").name)] = conversion
+    return marks
+
+
+def _mark(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], suffix: str) -> ir.Value:
+    """Put an Identity behind a value, for some of its readers; return what it puts out."""
     names, base = Names.of(graph), str(value.name)
-    source = operand(*uses[0]) if uses else value
-    assert source is not None
     rounded = ir.val(names.value(f"{base}_{suffix}"), ir.DataType.FLOAT, value.shape)
-    node = ir.node("Identity", [source], outputs=[rounded], name=names.node(f"{base}_{suffix}_mark"))
-    insert_behind(graph, source, node)
+    insert_behind(graph, value, ir.node("Identity", [value], outputs=[rounded], name=names.node(f"{base}_{suffix}_mark")))
     for reader, index in uses:
         replace_input(reader, index, rounded)
-    if inside and value.is_graph_output():
-        index = list(graph.outputs).index(value)
-        value.name, rounded.name = names.value(f"{base}_float"), base
-        graph.outputs[index] = rounded
-    return str(rounded.name)
+    return rounded
 
 
 def emit(graph: ir.Graph, grids: Mapping[str, ActivationGrid]) -> None:
@@ -100,16 +110,23 @@ def _cuts_off_as(node: ir.Node, grid: ActivationGrid) -> bool:
 
 
 def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
-    """Write constant operands of operators whose other operands are rounded as codes too, each on a grid of its own."""
+    """Write constant operands of operators whose other operands are rounded as codes of as many bits, each on a grid of its own."""
     for node in list(graph):
         if not rules.computes(node) or node.op_type in WEIGHTED:
             continue
-        operands = [value for value in node.inputs if value is not None]
-        if any(is_rounded(value) for value in operands):
+        rounded = [value.producer() for value in node.inputs if value is not None and is_rounded(value)]
+        if rounded:
+            of_node = replace(kind, bits=_bits(rounded[0]))
             for index, value in enumerate(node.inputs):
                 array = fixed_array(value)
                 if array is not None and array.dtype == np.float32 and array.size:
-                    _constant(graph, node, index, array, kind)
+                    _constant(graph, node, index, array, of_node)
+
+
+def _bits(dequantize: ir.Node | None) -> int:
+    """Return the bits of the codes that a DequantizeLinear with a zero point reads."""
+    zero = None if dequantize is None else constant_array(operand(dequantize, 2))
+    return 8 if zero is None else 8 * zero.dtype.itemsize
 
 
 def is_rounded(value: ir.Value) -> bool:

@@ -28,6 +28,7 @@ class QuantizeActivations(LayerStage):
             each tensor at run time, clipped first where calibration finds that this lowers the error.
         ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
             all by measured output error.
+        wide: In whole graphs of 8 bits, the share of the work that may be done in 16 (`magr_onnx.passes.tensors.widths`).
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -36,6 +37,7 @@ class QuantizeActivations(LayerStage):
 
     type: ActivationType = "uint8"
     ranges: Method = "auto"
+    wide: float = 0.0
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         del spec
@@ -44,6 +46,8 @@ class QuantizeActivations(LayerStage):
             problems.append(f"activation type {self.type!r} is not known; choose one of {', '.join(get_args(ActivationType))}")
         if self.ranges not in METHODS:
             problems.append(f"activation range {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
+        if not 0 <= self.wide <= 1:
+            problems.append(f"wide activations {self.wide}: give a share of the work, 0 to 1, such as 0.1")
         return problems
 
     @property
@@ -55,7 +59,13 @@ class QuantizeActivations(LayerStage):
         grid = problem.activation
         figures: dict[str, Any] = {"type": self.type}
         if isinstance(grid, ActivationGrid):
-            figures |= {"scale": grid.scale, "zero_point": grid.zero_point, "low": grid.range[0], "high": grid.range[1]}
+            figures = {
+                "type": grid.dtype.name,
+                "scale": grid.scale,
+                "zero_point": grid.zero_point,
+                "low": grid.range[0],
+                "high": grid.range[1],
+            }
         elif grid is not None and grid.clips:
             figures |= {"low": grid.low, "high": grid.high}
         figures["error"] = float(np.sqrt(problem.input_noise))

@@ -29,7 +29,6 @@ class SharedGrid:
         high: Greatest value, likewise; else inf.
         exact: The range ``[low, high)`` of the grid, where the runtime knows no other; else None.
         scores: Whether a Softmax reads them.
-        narrow: Readers that get the value on a grid of 8 bits of its own, behind the one that it is on; nodes and numbers of inputs.
     """
 
     values: tuple[ir.Value, ...]
@@ -37,7 +36,6 @@ class SharedGrid:
     high: float = math.inf
     exact: tuple[float, float] | None = None
     scores: bool = False
-    narrow: tuple[tuple[ir.Node, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +44,11 @@ class Region:
 
     Attributes:
         grids: The values that are rounded, in groups that share a grid.
-        nodes: Nodes that read integers.
-        results: What these nodes put out, behind an activation that a grid replaces.
+        units: The operators that read integers, in graph order.
     """
 
     grids: tuple[SharedGrid, ...]
-    nodes: frozenset[ir.Node]
-    results: frozenset[ir.Value]
+    units: tuple[Unit, ...]
 
     @staticmethod
     def of(units: Sequence[Unit]) -> Region:
@@ -69,8 +65,7 @@ class Region:
             low, high = limits.pop() if len(limits) == 1 else (-math.inf, math.inf)
             scores = any(use.node.op_type in ("Softmax", "LogSoftmax") for value in values for use in value.uses())
             grids.append(SharedGrid(tuple(values), low, high, exact.pop() if len(exact) == 1 else None, scores))
-        results = frozenset(value for unit in units for value in unit.makes)
-        return Region(tuple(grids), frozenset(unit.node for unit in units), results)
+        return Region(tuple(grids), tuple(units))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,16 +6,14 @@ before it and the QuantizeLinear behind it. What they do not take stays float.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
 from magr_onnx.passes.graph.constants import constant_view
-from magr_onnx.passes.graph.nodes import operand
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import LinearLayer
-from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
+from magr_onnx.passes.tensors.region import Region, Unit
 from magr_onnx.passes.tensors.rules import Rules
 
 
@@ -25,7 +23,6 @@ def whole_graph(
     rules: Rules,
     dtypes: Mapping[str, ir.DataType],
     left_out: Collection[ir.Node] = (),
-    bits: int = 8,
 ) -> Region:
     """Find everything in a main graph that a runtime computes between roundings.
 
@@ -35,7 +32,6 @@ def whole_graph(
         rules: What the runtime takes.
         dtypes: Types of values, by name.
         left_out: Nodes that stay float.
-        bits: Of activations.
     """
     last = {layer.node: layer.last for layer in layers}
     covered = {*left_out, *(node for node in last.values() if node not in last)}  # a bias belongs to its layer
@@ -56,16 +52,4 @@ def whole_graph(
         unit = Unit(node, reads, makes, True) if moves else Unit.computing(node, reads, makes, rules)
         covered |= {maker for value in unit.makes if (maker := value.producer()) is not None}  # an activation that a grid replaces
         units.append(unit)
-    region = Region.of(units)
-    return replace(region, grids=(*region.grids, *_narrow(units, rules))) if bits > 8 else region
-
-
-def _narrow(units: Sequence[Unit], rules: Rules) -> Iterator[SharedGrid]:
-    """Find operands that the runtime takes in 8 bits only."""
-    readers: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-    for unit in units:
-        index = rules.narrow.get(unit.node.op_type)
-        value = None if index is None else operand(unit.node, index)
-        if index is not None and value is not None and value in unit.reads:
-            readers.setdefault(value, []).append((unit.node, index))
-    yield from (SharedGrid((value,), narrow=tuple(nodes)) for value, nodes in readers.items())
+    return Region.of(units)

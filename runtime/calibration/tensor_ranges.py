@@ -36,12 +36,12 @@ class Measured:
     Attributes:
         group: The values.
         parts: Histograms of their values in parts of the data.
-        exact: The grid that they are on already; else None.
+        levels: The grid of 8 bits that they are on already; else None.
     """
 
     group: SharedGrid
     parts: tuple[Histogram, ...]
-    exact: ActivationGrid | None
+    levels: ActivationGrid | None
 
 
 def measure(
@@ -75,13 +75,13 @@ def measure(
         of_group = [reduce(Histogram.plus, of_part) for of_part in zip(*(next(of_values) for _ in group.values), strict=True)]
         reached = tuple(part for part in of_group if part.low <= part.high)
         first = group.values[0]
-        exact = _of_levels(str(first.name), context, kind) if first.is_graph_input() else None
-        measured.append(Measured(group, reached, exact if group.exact is None else kind.exactly(*group.exact)))
+        levels = _of_levels(str(first.name), context, kind) if first.is_graph_input() else None
+        measured.append(Measured(group, reached, levels))
     return measured
 
 
-def grids(measured: Sequence[Measured], method: Method, clipping: float, kind: GridType) -> dict[SharedGrid, ActivationGrid]:
-    """Choose grids.
+def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType) -> ActivationGrid:
+    """Choose a grid.
 
     Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least error according to the histograms is chosen. Of several
     parts, each is measured under ranges made of the others.
@@ -93,12 +93,11 @@ def grids(measured: Sequence[Measured], method: Method, clipping: float, kind: G
             as they do with rounding errors.
         kind: What grids have in common.
     """
-    result: dict[SharedGrid, ActivationGrid] = {}
-    for each in measured:
-        of_group = replace(kind, bits=8) if each.group.narrow else kind
-        grid = each.exact or of_group.of_range(*_range(each.parts, each.group, method, clipping, of_group.steps), each.group.high)
-        result[each.group] = grid
-    return result
+    if measured.levels is not None and kind.bits == 8:
+        return measured.levels
+    if measured.group.exact is not None:
+        return kind.exactly(*measured.group.exact)
+    return kind.of_range(*_range(measured.parts, measured.group, method, clipping, kind.steps), measured.group.high)
 
 
 def _of_levels(name: str, context: CalibrationContext, kind: GridType) -> ActivationGrid | None:

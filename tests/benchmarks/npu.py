@@ -29,6 +29,7 @@ Array = npt.NDArray[Any]
 
 CALIBRATION, ON_NPU = 64, 16
 KINDS = {"A8W8": "uint8", "A16W8": "uint16"}
+MIXED = 0.1  # share of the work in 16 bits
 SCRIPT = Path(__file__).resolve().parents[1] / "edge/npu.py"
 
 
@@ -113,9 +114,14 @@ def main() -> None:
                     theirs(work / "float.onnx", calibration, kind, work / "theirs.onnx")
                 options = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
                 magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "ours.onnx", **options)  # type: ignore[arg-type]
-                for tool in ("ours", "theirs"):
+                tools = {"ours": types, "theirs": types}
+                if kind == "uint8":
+                    tools["mixed"] = f"{types}, {MIXED:.0%} in A16"
+                    options["wide_activations"] = MIXED  # type: ignore[assignment]
+                    magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "mixed.onnx", **options)  # type: ignore[arg-type]
+                for tool, what in tools.items():
                     path = work / f"{tool}.onnx"
-                    row = [folder.name, types, tool, f"{decibels(outputs(path, held_out), expected):.1f}"]
+                    row = [folder.name, what, tool, f"{decibels(outputs(path, held_out), expected):.1f}"]
                     if arguments.npu is not None:
                         real, where = on_npu(arguments.npu, path, few, work)
                         row += [f"{decibels(real, expected[:ON_NPU]):.1f}" if real.size else "-", where]

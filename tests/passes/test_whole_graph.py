@@ -17,11 +17,13 @@ from magr_onnx.passes.canonical import as_gemm
 from magr_onnx.passes.emit import tensors
 from magr_onnx.passes.graph.fixed_shapes import fix_batch
 from magr_onnx.passes.graph.inference import inferred_types
+from magr_onnx.passes.instrument.grid_inputs import feeds, with_grid_inputs
 from magr_onnx.passes.layers import conv, linear
 from magr_onnx.passes.tensors.backends import BACKENDS
-from magr_onnx.passes.tensors.region import Region
+from magr_onnx.passes.tensors.region import Region, SharedGrid
 from magr_onnx.passes.tensors.rules import Rules
 from magr_onnx.passes.tensors.whole import whole_graph
+from magr_onnx.passes.tensors.widths import choose_wide, conversions, edges_of, may_be_wide, work
 
 QNN = BACKENDS["qnn-htp"]
 RNG = np.random.default_rng(0)
@@ -77,9 +79,9 @@ def attention() -> ir.Model:
     )
 
 
-def region(found: ir.Model, rules: Rules, bits: int = 8) -> Region:
+def region(found: ir.Model, rules: Rules) -> Region:
     layers = [*conv.find(found)[0], *linear.find(found)[0]]
-    return whole_graph(found.graph, layers, rules, inferred_types(found), (), bits)
+    return whole_graph(found.graph, layers, rules, inferred_types(found))
 
 
 def names(found: Region) -> list[set[str]]:
@@ -92,13 +94,65 @@ def test_every_operator_of_the_table_is_rounded_once_and_moves_share_a_grid() ->
     by_name = {str(group.values[0].name): group for group in found.grids}
     assert by_name["weights"].exact == (0, 1)
     assert (by_name["r"].low, by_name["r"].high) == (0, np.inf)
-    assert all(not group.narrow for group in found.grids)
+
+
+def converted(*wide: str) -> list[tuple[str, int, bool, set[str]]]:
+    """What is converted where these values have 16 bits: the name of the first value on the grid, bits, exactness, operators."""
+    found = attention()
+    whole = region(found, QNN)
+    edges = edges_of(whole.units, tensors.mark(found.graph, whole), QNN)
+    chosen = [group for group in whole.grids if not wide or {str(value.name) for value in group.values} & set(wide)]
+    result = []
+    for each in conversions(edges, chosen):
+        readers = {str(reader.name).removesuffix("_rounded_mark") for reader, _ in each.readers}
+        result.append((str(each.group.values[0].name), each.bits, each.exact, readers))
+    return sorted(result)
 
 
 def test_operands_that_are_at_most_of_8_bits_get_a_grid_of_their_own_behind_16_bits() -> None:
-    found = region(attention(), QNN, 16)
-    narrow = {str(group.values[0].name): [str(reader.name) for reader, _ in group.narrow] for group in found.grids if group.narrow}
-    assert narrow == {"turned": ["scores"], "x": ["mixed"]}
+    assert converted() == [("k", 8, False, {"scores"}), ("x", 8, False, {"mixed"})]
+
+
+def test_values_are_converted_where_operators_of_8_and_16_bits_meet() -> None:
+    assert converted("scaled") == [("scores", 16, True, {"scaled"}), ("weights", 16, False, {"weights"})]
+    assert converted("k") == [("k", 8, False, {"scores"}), ("x", 8, False, {"mixed", "q"})]  # scores takes it in 8 bits only
+    assert converted("r") == [("mixed", 16, True, {"product"}), ("y_float", 16, False, {"y"})]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.5, 1.0])
+def test_16_bits_go_to_values_whose_rounding_costs_most_within_a_share_of_the_work(share: float) -> None:
+    found = attention()
+    whole = region(found, QNN)
+    edges = edges_of(whole.units, tensors.mark(found.graph, whole), QNN)
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        losses = {group: float(rng.pareto(1.0)) for group in whole.grids}
+        wide = choose_wide(edges, losses, share)
+        works = [(work(each.unit), each.is_wide(wide)) for each in edges]
+        assert sum(w for w, is_wide in works if is_wide) <= share * sum(w for w, _ in works)
+        used = {each for each in edges if each.is_wide(wide)}
+        affordable = {group for group in losses if all(each in used for each in edges if group in each.groups)}
+        assert affordable <= wide  # what costs nothing more
+        for group in losses:  # no single value would have been better
+            alone = sum(w for (w, _), each in zip(works, edges, strict=True) if each.is_wide({group}))
+            assert alone > share * sum(w for w, _ in works) or losses[group] <= sum(losses[other] for other in wide)
+    assert share < 1 or wide == set(losses)
+    assert {name for group in may_be_wide(edges) for name in (str(v.name) for v in group.values)}.isdisjoint({"k", "turned"})
+
+
+def test_fed_grids_round_as_the_written_ones() -> None:
+    found = attention()
+    whole = region(found, QNN)
+    marks = tensors.mark(found.graph, whole)
+    grids = {name: GridType(bits=8 if i % 2 else 16).of_range(-1.5 - i, 2.0) for i, name in enumerate(marks)}
+    copy, inputs = with_grid_inputs(found, marks)
+    fed = ort.InferenceSession(ir.to_proto(copy).SerializeToString())
+    exact = ort.InferenceSession(ir.to_proto(attention()).SerializeToString()).run(None, {"x": INPUT})[0]
+    np.testing.assert_allclose(fed.run(["y"], {"x": INPUT})[0], exact, rtol=1e-5, atol=1e-6)
+    actual = fed.run(["y"], {"x": INPUT, **feeds(grids, inputs)})[0]
+    tensors.emit(found.graph, grids)
+    written = ort.InferenceSession(ir.to_proto(found).SerializeToString()).run(["y"], {"x": INPUT})[0]
+    np.testing.assert_allclose(actual, written, rtol=0, atol=1e-5)
 
 
 def test_nothing_is_rounded_that_the_runtime_does_not_take_or_that_is_no_float() -> None:
@@ -127,7 +181,7 @@ def test_layers_that_are_left_out_keep_their_values() -> None:
 
 def rounded(found: ir.Model, bits: int = 8) -> ir.Model:
     """Round a graph to grids over the largest magnitude of each value in the float graph."""
-    whole = region(found, QNN, bits)
+    whole = region(found, QNN)
     groups = whole.grids
     proto = ir.to_proto(found)
     del proto.graph.output[:]
@@ -135,13 +189,18 @@ def rounded(found: ir.Model, bits: int = 8) -> ir.Model:
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in dict.fromkeys(wanted) if name != "x")
     session = ort.InferenceSession(proto.SerializeToString())
     values = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": INPUT}), strict=True)) | {"x": INPUT}
-    kinds = {group: GridType(bits=8 if group.narrow else bits) for group in groups}
-    grids = {}
-    for group, name in zip(groups, wanted, strict=True):
-        high = float(np.abs(values[name]).max())
-        grids[group] = kinds[group].exactly(*group.exact) if group.exact else kinds[group].of_range(0 if group.low == 0 else -high, high)
+    highs = {group: float(np.abs(values[name]).max()) for group, name in zip(groups, wanted, strict=True)}
+
+    def grid(group: SharedGrid, bits: int) -> ActivationGrid:
+        kind, high = GridType(bits=bits), highs[group]
+        return kind.exactly(*group.exact) if group.exact else kind.of_range(0 if group.low == 0 else -high, high)
+
     marks = tensors.mark(found.graph, whole)
-    tensors.emit(found.graph, {name: grids[group] for name, group in marks.items()})
+    grids = {name: grid(group, bits) for name, group in marks.items()}
+    if bits == 16:
+        needed = list(conversions(edges_of(whole.units, marks, QNN), groups))
+        grids |= {name: grid(each.group, each.bits) for name, each in tensors.mark_conversions(found.graph, needed).items()}
+    tensors.emit(found.graph, grids)
     tensors.emit_constants(found.graph, QNN, GridType(bits=bits))
     return found
 

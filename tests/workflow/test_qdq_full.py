@@ -99,6 +99,36 @@ def test_a_transformer(rules: Rules, kind: str, tmp_path: Path) -> None:
     assert quality > (12 if rules.power_of_two else 30 if "16" in kind else 18), quality
 
 
+def widths_of(model: onnx.ModelProto) -> list[set[int]]:
+    """Bits of the activations around every operator of the table, but for operands that are in 8 bits only."""
+    zeros = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    quantized = {node.input[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    result = []
+    for node in model.graph.node:
+        if node.op_type in BACKENDS["qnn-htp"].computed:
+            weighted = node.op_type in ("Conv", "Gemm", "MatMul", "LayerNormalization")
+            steps = [maker[name] for name in node.input[: 1 if weighted else None] if name in maker]
+            steps = [step for step in steps if step.op_type == "DequantizeLinear"]
+            steps += [quantized[name] for name in node.output if name in quantized]
+            result.append({8 * zeros[step.input[2]].dtype.itemsize for step in steps})
+    return result
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(network, images), (transformer, sequences)], ids=["network", "transformer"])
+def test_the_activations_that_cost_most_have_16_bits(make: Any, inputs: Any, tmp_path: Path) -> None:
+    proto, path, x, quality = make(), tmp_path / "q.onnx", inputs(32, 2), []
+    for share in (0.0, 0.3, 1.0):
+        options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "wide_activations": share}
+        report = magr_onnx.optimize(proto, {"x": inputs(64, 1)}, output=path, batch_size=4, **options).report
+        quality.append(sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)))
+        found = widths_of(onnx.load(path))
+        assert all(len(widths) == 1 for widths in found)
+        assert {0.0: {8}, 0.3: {8, 16}, 1.0: {16}}[share] == set.union(*found)
+        assert share == 0 or any("activations have 16 bits, in" in note for note in report.notes)
+    assert quality[0] + 1 < quality[1] < quality[2], quality
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_int4_weights_and_a_transposed_convolution(bits: int, tmp_path: Path) -> None:
     proto, path = network(last="ConvTranspose"), tmp_path / "q.onnx"
@@ -136,6 +166,10 @@ def test_options_that_do_not_fit_are_named() -> None:
         magr_onnx.build_pipeline(format="qdq-full", backend="qnn-htp", target="x86-avx2")
     with pytest.raises(OptionError, match="backend is for format qdq-full only"):
         magr_onnx.build_pipeline(format="qdq-int8", backend="qnn-htp")
+    with pytest.raises(OptionError, match=r"wide activations of 16 bits are for .* a backend that has uint16"):
+        magr_onnx.build_pipeline(format="qdq-full", wide_activations=0.1)
+    with pytest.raises(OptionError, match=r"wide activations 2: give a share of the work, 0 to 1, such as 0\.1"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="qnn-htp", wide_activations=2)
 
 
 def test_there_are_no_ranges_without_data() -> None:
