@@ -7,7 +7,7 @@ the one whose rounding error weighted by ``diag(H)`` is smallest (the layer erro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,11 +78,10 @@ def _from_range(low: Array, high: Array, spec: WeightSpec) -> tuple[Array, Array
     return scales, np.clip(np.rint(-low / scales), 0, spec.top).astype(np.float32)
 
 
-def ladder(group: Array, spec: WeightSpec, shrinks: Sequence[float]) -> Iterator[tuple[Array, Array]]:
-    """Yield scales and zero points ``(N,)`` of one group ``(g, N)`` for every shrink factor of its range."""
-    low, high = np.minimum(group.min(axis=0), 0), np.maximum(group.max(axis=0), 0)
-    for shrink in shrinks:
-        yield _from_range(low * np.float32(shrink), high * np.float32(shrink), spec)
+def ladder(group: Array, spec: WeightSpec, shrinks: Sequence[float]) -> tuple[Array, Array]:
+    """Return scales and zero points ``(S, N)`` of one group ``(g, N)``, a row for each of S shrink factors of its range."""
+    factors = np.array(shrinks, np.float32)[:, None]
+    return _from_range(factors * np.minimum(group.min(axis=0), 0), factors * np.maximum(group.max(axis=0), 0), spec)
 
 
 def minmax(weights: Array, spec: WeightSpec, beta: float = 1.0) -> Grid:

@@ -126,6 +126,12 @@ def _factor(matrix: Array) -> Array:
     return matrix
 
 
+def inner(a: Array, b: Array) -> float:
+    """Return ``sum a b`` of float32 arrays, in double precision where single precision overflows."""
+    total = float(np.vdot(a, b))
+    return total if np.isfinite(total) else float(np.einsum("kn,kn->", a, b, dtype=np.float64))
+
+
 def layer_error(difference: Array, gram: Array) -> float:
     """Return ``tr(D^T H D)``, the mean squared output error caused by a weight difference ``D (K, N)``, summed over outputs."""
     return float(column_errors(difference, gram).sum())

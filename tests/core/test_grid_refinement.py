@@ -70,16 +70,21 @@ def test_it_goes_where_sweeps_and_scale_refits_do_not(spec: WeightSpec) -> None:
 
 
 def test_a_single_group_is_gptq_on_the_best_grid_of_the_ladder() -> None:
-    """One group, so the weights that make up for others are the target: every grid of its ladder, rounded by GPTQ, is a candidate."""
+    """One group, so the weights that make up for others are the target: every grid of its ladder, rounded by GPTQ, is a candidate.
+
+    Rows come in the order of their importance.
+    """
     spec = WeightSpec(3, None)
     target, gram = layer(24, N)
     gram = damped(gram, 0.05)
+    order = np.argsort(-np.sqrt(gram.diagonal()) * np.linalg.norm(target, axis=1))
+    target, gram = target[order], gram[np.ix_(order, order)]
     poor = QuantizedWeight(np.zeros((24, N), np.uint8), np.ones((1, N), np.float32), np.zeros((1, N), np.uint8), spec)
-    poor = comq.sweep_once(target, poor, gram.astype(np.float32), gram.astype(np.float32) @ target, None)[0]
+    poor = comq.refine(target, poor, gram, sweeps=1, rescale=False).weight
     found = errors(refit(target, poor, gram), target, gram)
     feedback = gptq.prepare(gram, 0.0, act_order=False)
     best = np.full(N, np.inf)
-    for scale, zero in ladder(target, spec, SHRINKS):
+    for scale, zero in zip(*ladder(target, spec, SHRINKS), strict=True):
         grid = search(target, spec, gram.diagonal())
         grid = type(grid)(scale[None], zero[None], spec, 24)
         best = np.minimum(best, errors(gptq.solve(target, feedback, grid), target, gram))
@@ -96,7 +101,7 @@ def test_close_to_the_best_codes_there_are() -> None:
     found = errors(comq.refine(target, refit(target, start.weight(start.codes(target)), gram), gram, rescale=False).weight, target, gram)
     codes = np.array(list(itertools.product(range(4), repeat=rows)), np.float64).T  # (rows, 4^rows)
     best = np.full(n, np.inf)
-    for scale, zero in ladder(target, spec, SHRINKS):
+    for scale, zero in zip(*ladder(target, spec, SHRINKS), strict=True):
         for j in range(n):
             difference = (codes - zero[j]) * scale[j] - target[:, j, None]
             best[j] = min(best[j], float(column_errors(difference, gram).min()))

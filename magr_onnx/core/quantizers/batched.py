@@ -45,7 +45,7 @@ def solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweeps
     flat = weights.transpose(1, 0, 2).reshape(k, g * n)
     best: Array = np.full((g, n), np.inf)
     codes, scales, zeros = np.zeros(weights.shape), np.ones((g, n), np.float32), np.zeros((g, n), np.float32)
-    for s, z in ladder(flat, spec, _SHRINKS):
+    for s, z in zip(*ladder(flat, spec, _SHRINKS), strict=True):
         scale, zero = s.reshape(g, n), z.reshape(g, n)
         candidate = _descend(weights, gram, _feedback(weights, factors, scale, zero, spec.top), scale, zero, spec.top, sweeps)
         error = _errors((candidate - zero[:, None]) * scale[:, None] - weights, gram)

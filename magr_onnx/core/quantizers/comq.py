@@ -1,36 +1,35 @@
 """COMQ (Zhang et al., arXiv 2403.07134): coordinate descent on the layer error, in Gram form.
 
 Minimises ``E = tr((W_hat - W0)^T H (W_hat - W0))`` over codes AND scales, from any start. With ``R = H (W0 - W_hat)``, row ``k`` of
-every column moves to the grid point nearest to ``w_hat_k + R_k / H_kk``, which is the exact minimiser over that row. Scales are
-refitted in closed form: per column for one grid a column, by the small normal equations over a column's groups otherwise.
-Codes and scales never raise E, so this refines any quantizer; no inverse of H is needed.
+every column moves to the grid point nearest to ``w_hat_k + R_k / H_kk``, which is the exact minimiser over that row. When all rows of a
+group have moved, its scale does: to the exact minimiser over that scale, for these codes. Codes and scales never raise E, so this refines
+any quantizer; no inverse of H is needed.
 
 Deviations from the paper:
 
-- All columns visit rows in one order, descending ``sqrt(H_kk) ||w_k||``, not one greedy order per column. The update of R then is a
-  matrix product per block of rows instead of K rank-one updates of the whole of R.
+- All columns visit rows in one order, group by group in descending ``sqrt(H_kk) ||w_k||`` (`magr_onnx.core.quantizers.blocked`), not in one
+  greedy order per column. The residuals then are matrix products instead of K rank-one updates.
 - A refitted scale is rounded to the type it is stored in, and kept only in columns where the stored scale lowers E.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 
-from magr_onnx.core.grid import Grid, blocks, stored
+from magr_onnx.core.grid import stored
+from magr_onnx.core.linalg import inner
 from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import diagonal, gptq
+from magr_onnx.core.quantizers.blocked import PANEL, Panel, Piece, Rows, panels, visit
 from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec, column_parts
 
-BLOCK = 64
+BLOCK = 32  # rows that move one by one before the others of their group hear of it
 TINY = np.finfo(np.float32).tiny
-_NORMAL_BYTES = 64 << 20  # bound on one batch of normal equations
-
-State = tuple[QuantizedWeight, Array]
-"""A weight, and its residual ``H (W0 - W_hat)``."""
 
 
 def refine(
@@ -45,111 +44,167 @@ def refine(
 ) -> Refined:
     """Lower the layer error of ``start`` against ``target (K, N)`` under ``gram (K, K)``.
 
-    One sweep costs ``2 K^2 N`` FLOPs in matrix products; a scale refit costs as much again.
+    One sweep costs ``2 K^2 N`` FLOPs in matrix products; refitting scales of groups up to `blocked.PANEL` rows hardly more, of larger
+    ones two to three times as much.
 
     Args:
         target: ``W0 (K, N)``, what the layer should compute.
         start: A quantized weight to begin from.
         gram: ``H (K, K)``.
         sweeps: Most sweeps over all rows.
-        rescale: Refit the scales after every sweep but the last.
+        rescale: Refit the scales in every sweep.
         tolerance: Stop when a sweep lowers E by less than this fraction.
         budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code that still fits its tile, so E
             still never rises. A refitted scale changes no code.
     """
-    if len(parts := column_parts(*target.shape)) > 1:
-        gram = np.ascontiguousarray(gram, dtype=np.float32)
-        options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
-        return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, gram, **options))
     h = np.ascontiguousarray(gram, dtype=np.float32)
-    w0 = target.astype(np.float32, copy=False)
+    if len(parts := column_parts(*target.shape)) > 1:
+        options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
+        return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, h, **options))
+    begin = Descent.of(target, start, h, None if budget is None else RunningSums(budget, len(target), target.shape[1], start.raw()))
+    begin.error = inner(begin.difference, h @ begin.difference)
 
-    def sweep(state: State, last: bool) -> State:
-        weight, residual = sweep_once(w0, state[0], h, state[1], budget)
-        return refit_scales(w0, weight, h, residual) if rescale and not last else (weight, residual)
+    def sweep(state: Descent, last: bool) -> Descent:
+        del last
+        state.sweep(h, rescale)
+        return state
 
-    begin: State = start, h @ (w0 - start.dequantize())
-    (weight, _), errors = descend(begin, sweep, lambda state: _energy(w0, *state), sweeps, tolerance)
-    return Refined(weight, errors)
-
-
-def _energy(target: Array, weight: QuantizedWeight, residual: Array) -> float:
-    return float(np.einsum("kn,kn->", target - weight.dequantize(), residual, dtype=np.float64))
-
-
-def sweep_once(target: Array, weight: QuantizedWeight, gram: Array, residual: Array, budget: Budget | None) -> State:
-    """Run one pass of exact coordinate minimisation over all rows."""
-    grid = Grid.of(weight)
-    k = len(target)
-    diagonal = gram.diagonal()
-    order = np.argsort(-np.sqrt(np.maximum(diagonal, 0)) * np.linalg.norm(target, axis=1), kind="stable")
-    order = order[diagonal[order] > 0]
-    groups = grid.spec.group_of_row(k)
-    top = np.float32(grid.spec.top)
-    codes = weight.codes.astype(np.float32)
-    middle = np.float32(grid.spec.middle)
-    sums = None if budget is None else RunningSums(budget, k, codes.shape[1], weight.raw())
-    residual = residual.copy()
-    for start in range(0, len(order), BLOCK):
-        rows = order[start : start + BLOCK]
-        local = gram[np.ix_(rows, rows)]
-        pending = residual[rows]
-        change = np.empty_like(pending)
-        scales = grid.scales[groups[rows]]
-        curvature = np.maximum(diagonal[rows, None] * scales, TINY)  # the product of a faint input and a small scale may be 0
-        for i, k_i in enumerate(rows):
-            q = pending[i] / curvature[i]
-            q += codes[k_i]
-            np.rint(q, out=q)
-            np.maximum(q, 0, out=q)  # np.clip costs several times as much on a short row
-            np.minimum(q, top, out=q)
-            if sums is not None:
-                sums.take(k_i, codes[k_i] - middle, sign=-1)
-                sums.clip(k_i, q, middle)
-            np.subtract(q, codes[k_i], out=change[i])
-            change[i] *= scales[i]
-            codes[k_i] = q
-            if i + 1 < len(rows):
-                pending[i + 1 :] -= local[i + 1 :, i, None] * change[i]
-        residual -= gram[:, rows] @ change
-    return grid.weight(codes), residual
+    state, errors = descend(begin, sweep, lambda state: state.error, sweeps, tolerance)
+    return Refined(state.weight() if len(errors) > 1 else start, errors)
 
 
-def refit_scales(target: Array, weight: QuantizedWeight, gram: Array, residual: Array) -> State:
-    """Refit scales by least squares for fixed codes: ``A s = b`` per column, ``A = C^T H C``, ``b = C^T H w0``.
+@dataclass(slots=True, eq=False)
+class Descent:
+    """A weight on its way down, changed in place.
 
-    C holds the column's centred codes ``Q - z``, a group in each of its columns. Solved as a correction to the present
-    scales, ``A ds = C^T R``, with a trace of damping for groups whose codes are all at the zero point.
+    Attributes:
+        spec: The grid's specification.
+        codes: Codes above the zero point ``(K, N)`` float32.
+        scales: ``(G, N)``.
+        zeros: ``(G, N)`` float32.
+        difference: ``W0 - W_hat (K, N)`` float32.
+        arranged: All rows, in the order of visits.
+        sums: What still fits an accumulator; None for no constraint.
+        error: E, less what it was at the start unless the caller has set it.
     """
-    spec = weight.spec
-    k, n = weight.codes.shape
-    groups, rows = spec.groups(k), spec.rows(k)
-    grid = Grid.of(weight)
-    centred = weight.codes.astype(np.float32) - grid.zeros[spec.group_of_row(k)]
-    scales = weight.scales.copy()
-    step = max(1, min(n, _NORMAL_BYTES // (8 * groups * groups)))
-    for at in range(0, n, step):
-        c = slice(at, min(at + step, n))
-        codes = centred[:, c]
-        width = codes.shape[1]
-        normal = np.empty((width, groups, groups))
-        for g in range(groups):
-            s = slice(g * rows, min((g + 1) * rows, k))
-            product = gram[:, s] @ codes[s]
-            normal[:, :, g] = blocks(product * codes, spec).sum(axis=1, dtype=np.float64).T
-        right = blocks(residual[:, c] * codes, spec).sum(axis=1, dtype=np.float64).T
-        trace = np.trace(normal, axis1=1, axis2=2)[:, None, None]
-        normal += (1e-6 * trace / groups + 1e-30) * np.eye(groups)
-        change = np.linalg.solve(normal, right[..., None])[..., 0]
-        proposal = scales[:, c] + change.T
-        scales[:, c] = stored(np.where(proposal > 0, proposal, scales[:, c]), spec)
-    proposed = QuantizedWeight(weight.codes, scales, weight.zero_points, spec)
-    new_residual = gram @ (target - proposed.dequantize())
-    before = np.einsum("kn,kn->n", target - weight.dequantize(), residual, dtype=np.float64)
-    after = np.einsum("kn,kn->n", target - proposed.dequantize(), new_residual, dtype=np.float64)
-    keep = after < before
-    result = QuantizedWeight(weight.codes, np.where(keep, scales, weight.scales), weight.zero_points, spec)
-    return result, np.where(keep, new_residual, residual)
+
+    spec: WeightSpec
+    codes: Array
+    scales: Array
+    zeros: Array
+    difference: Array
+    arranged: list[Panel]
+    sums: RunningSums | None = None
+    error: float = field(default=0.0)
+
+    @classmethod
+    def of(cls, target: Array, weight: QuantizedWeight, gram: Array, sums: RunningSums | None = None, most: int = PANEL) -> Self:
+        """Begin with ``weight``, towards ``target (K, N)`` under ``gram (K, K)``; at ``most`` so many rows are visited together."""
+        zeros, rows = weight.zero_points.astype(np.float32), weight.spec.group_of_row(len(target))
+        codes = weight.codes.astype(np.float32)
+        codes -= zeros[rows]
+        difference = np.subtract(target, weight.scales[rows] * codes, dtype=np.float32)
+        importance = np.sqrt(np.maximum(gram.diagonal(), 0)) * np.linalg.norm(target, axis=1)
+        return cls(weight.spec, codes, weight.scales.copy(), zeros, difference, panels(importance, weight.spec, most), sums)
+
+    def weight(self) -> QuantizedWeight:
+        """Return the weight as it is now."""
+        codes = self.codes + self.zeros[self.spec.group_of_row(len(self.codes))]
+        return QuantizedWeight(codes.astype(np.uint8), self.scales.copy(), self.zeros.astype(np.uint8), self.spec)
+
+    def sweep(self, gram: Array, rescale: bool) -> None:
+        """Move every row once, to the least E; with ``rescale``, every scale too. ``gram (K, K)`` is float32."""
+        k = len(self.codes)
+        size = self.spec.rows(k)
+        together = rescale and size <= PANEL
+
+        def step(piece: Piece, local: Array, residual: Array) -> Array:
+            before = residual.copy()
+            change = self._move(piece, local, residual)
+            np.subtract(before, local @ change, out=residual)
+            before += residual
+            self.error -= inner(change, before)
+            if together:
+                change += self._refit(piece.group, self.codes[piece.rows], local, residual)
+            return change
+
+        visit(self.arranged, gram, self.difference, step)
+        if rescale and not together:
+            residual = gram @ self.difference
+            for g in range(self.spec.groups(k)):
+                s = slice(g * size, min((g + 1) * size, k))
+                change = self._refit(g, self.codes[s], gram[s, s], residual[s])
+                self.difference[s] -= change
+                if s.stop < k:
+                    residual[s.stop :] -= gram[s.stop :, s] @ change
+
+    def _move(self, piece: Piece, local: Array, residual: Array) -> Array:
+        """Move the rows of a piece; return the change of their weights. What is left of ``residual`` has no meaning."""
+        old = self.codes[piece.rows]
+        change = np.empty_like(old)
+        scale, zero = self.scales[piece.group], self.zeros[piece.group]
+        low, high = -zero, np.float32(self.spec.top) - zero
+        for start in range(0, len(old), BLOCK):
+            s = slice(start, min(start + BLOCK, len(old)))
+            h = local[s, s]
+            diagonal = h.diagonal()[:, None]
+            wanted = residual[s] / np.maximum(diagonal * scale, TINY)  # the product of a faint input and a small scale may be 0
+            feedback = h / np.maximum(diagonal, TINY)
+            dead = np.flatnonzero(diagonal <= 0)
+            wanted[dead], feedback[dead] = 0, 0
+            wanted += old[s]
+            if self.sums is None:
+                _settle(wanted, old[s], feedback, low, high, change[s])
+            else:
+                self._settle_within(self.sums, piece.rows[s], wanted, old[s], feedback, change[s])
+            self.codes[piece.rows[s]] = wanted
+            change[s] *= scale
+            if s.stop < len(old):
+                residual[s.stop :] -= local[s.stop :, s] @ change[s]
+        return change
+
+    def _settle_within(self, sums: RunningSums, rows: Rows, wanted: Array, old: Array, feedback: Array, change: Array) -> None:
+        """Do what `_settle` does, with codes that fit the accumulator."""
+        zero = self.zeros[rows[0] // self.spec.rows(len(self.codes))]
+        offset = np.float32(self.spec.middle) - zero
+        for i, row in enumerate(rows):
+            sums.take(row, old[i] - offset, sign=-1)
+            new = wanted[i]
+            new -= feedback[i, :i] @ change[:i]
+            np.rint(new, out=new)
+            np.clip(new, -zero, self.spec.top - zero, out=new)
+            sums.clip(row, new, offset)
+            np.subtract(new, old[i], out=change[i])
+
+    def _refit(self, group: int, codes: Array, local: Array, residual: Array) -> Array:
+        """Refit the scale of a group to the least E for its ``codes (g, N)`` and ``residual (g, N)``; return the change of its weights."""
+        slope = np.einsum("kn,kn->n", codes, residual)
+        curvature = np.einsum("kn,kn->n", codes, local @ codes)
+        scale, some = self.scales[group].copy(), curvature > 0
+        proposal = scale + slope / np.where(some, curvature, 1)
+        proposal = stored(np.where(some & (proposal > 0), proposal, scale), self.spec)
+        step = proposal - scale
+        gain = step * (2 * slope - step * curvature)
+        self.scales[group] = np.where(gain > 0, proposal, scale)
+        self.error -= float(np.maximum(gain, 0).sum(dtype=np.float64))
+        change: Array = codes * (self.scales[group] - scale)
+        return change
+
+
+def _settle(wanted: Array, old: Array, feedback: Array, low: Array, high: Array, change: Array) -> None:
+    """Round the rows of ``wanted (b, N)``, in units of the scale, one after the other, in place.
+
+    Each hears of the ``change`` of those before it: row ``i`` of ``feedback (b, b)`` weighs them.
+    """
+    heard = np.empty_like(low)
+    for i, (new, before, moved) in enumerate(zip(wanted, old, change, strict=True)):
+        if i:
+            np.matmul(feedback[i, :i], change[:i], out=heard)
+            np.subtract(new, heard, out=new)
+        np.rint(new, out=new)
+        np.maximum(new, low, out=new)  # np.clip costs several times as much on a short row
+        np.minimum(new, high, out=new)
+        np.subtract(new, before, out=moved)
 
 
 def run(problem: Problem, options: Options) -> Solution:

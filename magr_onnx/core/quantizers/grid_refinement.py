@@ -2,8 +2,8 @@
 
 For fixed codes the best zero point is nearly always the present one (it is an integer, and the codes were rounded with it), so a closed
 form over codes would never move it. Here every group is solved again: the weights that compensate for the errors of all other
-groups, ``t = w_hat + H_gg^-1 R_g``, are quantized on each of a ladder of grids by GPTQ inside the group, and a column takes the grid of
-smallest exact error. Groups are visited in sequence, and the error never rises.
+groups, ``t = w_hat + H_gg^-1 R_g``, are quantized on each of a ladder of grids by GPTQ inside the group, and a column takes the grid that
+lowers its error most. Groups are visited in sequence, and the error never rises.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import numpy as np
 
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
-from magr_onnx.core.types import Array, QuantizedWeight
+from magr_onnx.core.quantizers.blocked import PANEL, Piece, visit
+from magr_onnx.core.quantizers.comq import Descent
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 SHRINKS = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72)
 MOST_ROWS = 256  # of a group; above it scales alone are refitted
+_BLOCK = 8  # rows of a group that are rounded before the others hear of it
+_VALUES = 1 << 17  # of all candidates of a group processed at a time, which stay in cache
 
 
 def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeight:
@@ -23,46 +27,66 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeig
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
-    spec = weight.spec
-    k = len(target)
-    rows, top = spec.rows(k), np.float32(spec.top)
-    codes, scales, zeros = weight.codes.copy(), weight.scales.copy(), weight.zero_points.astype(np.float32)
-    dequantized = weight.dequantize()
-    residual = gram @ (target - dequantized)
-    for g in range(spec.groups(k)):
-        s = slice(g * rows, min((g + 1) * rows, k))
-        upper = cholesky(gram[s, s][::-1, ::-1], 0.0).lower[::-1, ::-1]  # rounded to float32, the group may no longer be definite
-        group_target = (dequantized[s] + np.linalg.solve(upper.T, np.linalg.solve(upper, residual[s]))).astype(np.float32)
-        factor = (upper / np.diag(upper)).T.astype(np.float32)  # row i weighs the errors of the rows before it
-        power = np.square(np.diag(upper)).astype(np.float32)
-        best = _error(dequantized[s] - group_target, factor, power)
-        for scale, zero in ladder(group_target, spec, SHRINKS):
-            candidate = np.empty(group_target.shape, np.float32)
-            difference = np.empty(group_target.shape, np.float32)
-            for i in range(len(group_target)):
-                corrected = group_target[i] - factor[i, :i] @ difference[:i]
-                q = candidate[i]
-                np.divide(corrected, scale, out=q)
-                np.rint(q, out=q)
-                q += zero
-                np.maximum(q, 0, out=q)
-                np.minimum(q, top, out=q)
-                np.subtract(q, zero, out=difference[i])
-                difference[i] *= scale
-                difference[i] -= group_target[i]
-            error = _error(difference, factor, power)
-            better = error < best
-            best = np.where(better, error, best)
-            codes[s, better] = candidate[:, better].astype(np.uint8)
-            scales[g, better], zeros[g, better] = scale[better], zero[better]
-        group = (codes[s] - zeros[g]) * scales[g]
-        residual -= gram[:, s] @ (group - dequantized[s])
-        dequantized[s] = group
-    return QuantizedWeight(codes, scales, zeros.astype(np.uint8), spec)
+    if len(parts := column_parts(*target.shape)) > 1:
+        regridded = [regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram) for c in parts]
+        return QuantizedWeight.side_by_side(regridded)
+    rows, n = weight.spec.rows(len(target)), target.shape[1]
+    state = Descent.of(target, weight, gram, most=max(PANEL, rows))
+    width = max(1, _VALUES // (rows * len(SHRINKS)))
+
+    def step(piece: Piece, local: Array, residual: Array) -> Array:
+        upper = cholesky(local[::-1, ::-1], 0.0).lower[::-1, ::-1]  # rounded to float32, the group may no longer be definite
+        inverse = np.linalg.inv(upper)
+        change = np.empty_like(residual)
+        compensating = (inverse.T @ inverse).astype(np.float32) @ residual
+        feedback = (upper / np.diag(upper)).T.astype(np.float32)  # row i weighs the errors of the rows before it
+        for at in range(0, n, width):
+            c = slice(at, min(at + width, n))
+            change[:, c] = _regrid(state, piece, c, compensating[:, c], residual[:, c], local, feedback)
+        return change
+
+    visit(state.arranged, gram, state.difference, step)
+    return state.weight()
 
 
-def _error(difference: Array, factor: Array, power: Array) -> Array:
-    """Return ``d^T H d`` for every column, from the unit factor of H."""
-    along = factor @ difference
-    result: Array = np.einsum("k,kn,kn->n", power, along, along)
+def _regrid(state: Descent, piece: Piece, c: slice, compensating: Array, residual: Array, local: Array, feedback: Array) -> Array:
+    """Give the columns ``c`` of a piece their best grid and codes; return the change of their weights ``(g, n)``."""
+    g, spec = piece.group, state.spec
+    before = state.scales[g, c] * state.codes[piece.rows, c]
+    rows, n = before.shape
+    wanted = before + compensating
+    scales, zeros = ladder(wanted, spec, SHRINKS)
+    codes = wanted[:, None] / scales
+    _round(codes.reshape(rows, -1), feedback, -zeros.reshape(-1), np.float32(spec.top) - zeros.reshape(-1))
+    change = codes * scales
+    change -= before[:, None]
+    pull = (local @ change.reshape(rows, -1)).reshape(change.shape)
+    np.subtract(2 * residual[:, None], pull, out=pull)
+    gain = np.einsum("ksn,ksn->sn", change, pull)
+    best = gain.argmax(axis=0)
+    better = np.flatnonzero(gain[best, np.arange(n)] > 0)
+    best, columns = best[better], c.start + better
+    state.scales[g, columns], state.zeros[g, columns] = scales[best, better], zeros[best, better]
+    state.codes[piece.rows[:, None], columns] = codes[:, best, better]
+    result: Array = np.zeros_like(before)
+    result[:, better] = change[:, best, better]
     return result
+
+
+def _round(values: Array, feedback: Array, low: Array, high: Array) -> None:
+    """Round ``values (g, n)``, in units of the scale, in place, every row fed back the errors of those before it."""
+    errors = -values
+    heard = np.empty_like(low)
+    for start in range(0, len(values), _BLOCK):
+        end = min(start + _BLOCK, len(values))
+        for i in range(start, end):
+            value = values[i]
+            if i > start:
+                np.matmul(feedback[i, start:i], errors[start:i], out=heard)
+                value -= heard
+            np.rint(value, out=value)
+            np.maximum(value, low, out=value)
+            np.minimum(value, high, out=value)
+            errors[i] += value
+        if end < len(values):
+            values[end:] -= feedback[end:, start:end] @ errors[start:end]

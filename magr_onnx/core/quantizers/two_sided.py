@@ -82,7 +82,7 @@ def refine(
         gram: ``H (K, K)``, damped.
         outputs: ``M (N, N)``, damped.
         blocks: The columns, in blocks.
-        sweeps: Most sweeps over all blocks, of ``6 K^2 N + 4 K N^2`` FLOPs.
+        sweeps: Most sweeps over all blocks, of ``4 K^2 N + 4 K N^2`` FLOPs.
         tolerance: Stop when a sweep lowers E by less than this fraction.
     """
     h, m = np.ascontiguousarray(gram, np.float32), outputs.astype(np.float32)
@@ -96,9 +96,9 @@ def refine(
             power = m[c, c]
             block_target = target[:, c] - (pull - d[:, c] * power) / power
             before = target[:, c] + d[:, c]
-            residual: Array = h @ (block_target - before)
-            block_now, residual = comq.sweep_once(block_target, block, h, residual, None)
-            block_now, _ = comq.refit_scales(block_target, block_now, h, residual)
+            descent = comq.Descent.of(block_target, block, h)
+            descent.sweep(h, rescale=True)
+            block_now = descent.weight()
             change = block_now.dequantize() - before
             gradient_change = h @ change
             linear = np.einsum("kn,kn->", pull, gradient_change, dtype=np.float64)
