@@ -1,8 +1,9 @@
 """Choice of a weight's integer grid: one scale and zero point per group and column.
 
 ``minmax`` spans the group's range, both ends shrunk by ``beta`` (MagR's authors shrink the scale and keep the lower end, so that only the
-upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards and keeps, per group,
-the one whose rounding error weighted by ``diag(H)`` is smallest (the layer error with input correlations left out).
+upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards, then two near the best, then the least-squares scale for the
+codes of the best so far, and keeps, per group, the grid whose rounding error weighted by ``diag(H)`` is smallest (the layer error with
+input correlations left out).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import numpy as np
 
 from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec
 
-SHRINKS = np.linspace(1.0, 0.35, 27)
+SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 9))
+NEAR = (-0.025, 0.025)  # of the best of these
+_VALUES = 1 << 16  # weights processed at a time, so that temporaries stay in cache
+_LEAST_COLUMNS = 64  # of them side by side
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +98,7 @@ def minmax(weights: Array, spec: WeightSpec, beta: float = 1.0) -> Grid:
 
 
 def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
-    """Return the grid whose shrink factor minimises ``sum_k diagonal_k (w_k - w_hat_k)^2`` in every group.
+    """Return the grid with little ``sum_k diagonal_k (w_k - w_hat_k)^2`` in every group: the best that is tried, never worse than `minmax`.
 
     Args:
         weights: ``(K, N)`` float32.
@@ -103,27 +107,61 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
     """
     k, n = weights.shape
     grouped = blocks(weights, spec)
-    importance = blocks(np.repeat(np.maximum(diagonal, 0).astype(np.float32)[:, None], 1, axis=1), spec)[:, :, 0]
-    low, high = np.minimum(grouped.min(axis=1), 0), np.maximum(grouped.max(axis=1), 0)
-    best: Array = np.full(low.shape, np.inf)
-    scales, zeros = np.ones_like(low), np.zeros_like(low)
-    step = max(1, (1 << 20) // k)  # columns at a time: temporaries stay in cache
-    for at in range(0, n, step):
-        c = slice(at, at + step)
-        part = np.ascontiguousarray(grouped[:, :, c])
-        for shrink in SHRINKS.astype(np.float32):
-            s, z = _from_range(low[:, c] * shrink, high[:, c] * shrink, spec)
-            error = part * (1 / s)[:, None]
-            np.rint(error, out=error)
-            np.clip(error, -z[:, None], spec.top - z[:, None], out=error)
-            error *= s[:, None]
-            error -= part
-            loss = np.einsum("gr,grn,grn->gn", importance, error, error)
-            better = loss < best[:, c]
-            best[:, c] = np.where(better, loss, best[:, c])
-            scales[:, c] = np.where(better, s, scales[:, c])
-            zeros[:, c] = np.where(better, z, zeros[:, c])
+    importance = blocks(np.maximum(diagonal, 0).astype(np.float32)[:, None], spec).transpose(0, 2, 1)
+    groups, rows, _ = grouped.shape
+    scales, zeros = np.empty((2, groups, n), np.float32)
+    width = min(n, max(_LEAST_COLUMNS, _VALUES // rows))
+    height = max(1, _VALUES // (rows * width))
+    for at in range(0, n, width):
+        c = slice(at, at + width)
+        for first in range(0, groups, height):
+            g = slice(first, first + height)
+            scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec)
     return Grid(scales, zeros, spec, k)
+
+
+def _search(part: Array, importance: Array, spec: WeightSpec) -> tuple[Array, Array]:
+    """Return scales and zero points ``(G, n)`` of groups ``part (G, g, n)``; ``importance`` is ``(G, 1, g)``."""
+    low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
+    exact, rounded = np.empty((2, *part.shape), np.float32)
+
+    def around(scale: Array, zero: Array) -> None:
+        """Divide by the scale, and round."""
+        np.multiply(part, (1 / scale)[:, None], out=exact)
+        np.rint(exact, out=rounded)
+        np.maximum(rounded, -zero[:, None], out=rounded)
+        np.minimum(rounded, (spec.top - zero)[:, None], out=rounded)
+
+    def loss_of(scale: Array, zero: Array) -> Array:
+        around(scale, zero)
+        np.subtract(rounded, exact, out=rounded)
+        np.multiply(rounded, rounded, out=rounded)
+        loss: Array = (importance @ rounded)[:, 0] * np.square(scale)
+        return loss
+
+    factors = np.array(SHRINKS, np.float32)[:, None, None]
+    scales, zeros = _from_range(factors * low, factors * high, spec)
+    losses = np.array([loss_of(*grid) for grid in zip(scales, zeros, strict=True)])
+    best = losses.argmin(axis=0)[None]
+    loss, scale, zero = (np.take_along_axis(values, best, axis=0)[0] for values in (losses, scales, zeros))
+    near = (factors[:, 0, 0][best[0]] + np.array(NEAR, np.float32)[:, None, None]).astype(np.float32)
+    candidates = list(zip(*_from_range(near * low, near * high, spec), strict=True))
+
+    def take(new_scale: Array, new_zero: Array) -> None:
+        new = loss_of(new_scale, new_zero)
+        better = new < loss
+        for kept, value in ((loss, new), (scale, new_scale), (zero, new_zero)):
+            np.copyto(kept, value, where=better)
+
+    for candidate in candidates:
+        take(*candidate)
+    around(scale, zero)
+    np.multiply(exact, rounded, out=exact)
+    np.multiply(rounded, rounded, out=rounded)
+    inner, power = (importance @ exact)[:, 0], (importance @ rounded)[:, 0]
+    fitted = (power > 0) & (inner > 0)
+    take(stored(scale * np.where(fitted, inner / np.where(power > 0, power, 1), 1), spec), zero.copy())
+    return scale, zero
 
 
 def choose(weights: Array, spec: WeightSpec, diagonal: Array, beta: float | None) -> Grid:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array
+from magr_onnx.core.types import LARGE_ROWS, Array
 from magr_onnx.errors import NonFiniteError
 
 
@@ -69,6 +70,11 @@ def automatic_damping(k: int, rows: int) -> float:
     return float(np.clip(2 * k / max(rows, 1), 0.01, 1.0)) if rows else 0.01
 
 
+_BLOCK = 64  # columns of a factor made at a time
+_WIDE = 2048  # from so many columns on, eight of its parts
+_PIVOT = 1e-6  # of a diagonal element, for each input: what a pivot must exceed for a factor in single precision
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Cholesky:
     """A lower Cholesky factor and the damping that was needed to obtain it."""
@@ -77,16 +83,21 @@ class Cholesky:
     damping: float
 
 
-def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None) -> Cholesky:
+def cholesky(
+    gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None, single: bool = False
+) -> Cholesky:
     """Compute the lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping after every failure.
 
-    ``order (K,)`` permutes rows and columns first. Where K is `LARGE`, no temporary is as large as the factor.
+    With ``single``, in float32 where every pivot is far enough from zero for that: above ``K`` rounding errors of its diagonal element.
+    ``order (K,)`` permutes rows and columns first. No temporary is as large as the factor.
 
     Raises:
         NonFiniteError: NaN or infinity, or no damping up to ``damping * 10**retries`` makes the matrix positive definite.
     """
     if not np.isfinite(gram).all():
         raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) holds NaN or infinite values")
+    if single and (factor := _single(damped(_ordered(gram, order, np.float32), damping, overwrite=True))) is not None:
+        return Cholesky(factor, damping)
     for attempt in range(retries + 1):
         if attempt:
             damping = max(10 * damping, 1e-6)
@@ -97,32 +108,44 @@ def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[n
     raise NonFiniteError(f"the Gram matrix ({len(gram)} x {len(gram)}) is not positive definite even with damping {damping:g}")
 
 
-def _ordered(gram: Array, order: npt.NDArray[np.intp] | None) -> Array:
-    """Copy a matrix to float64, rows and columns in ``order``."""
+def _ordered(gram: Array, order: npt.NDArray[np.intp] | None, kind: type[np.floating[Any]] = np.float64) -> Array:
+    """Copy a matrix in another type, rows and columns in ``order``."""
     if order is None:
-        return gram.astype(np.float64)
-    result: Array = np.empty(gram.shape)
+        return gram.astype(kind)
+    result: Array = np.empty(gram.shape, kind)
     for at in range(0, len(gram), LARGE_ROWS):
-        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]][:, order]
+        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]].astype(kind, copy=False).take(order, axis=1)
     return result
 
 
-def _factor(matrix: Array) -> Array:
-    """Compute the lower Cholesky factor of ``matrix (K, K)`` float64; in place, by block columns, where K is `LARGE`.
+def _single(matrix: Array) -> Array | None:
+    """Compute the lower Cholesky factor of ``matrix (K, K)`` float32 in place; None where rounding may have changed it much."""
+    least = _PIVOT * len(matrix) * matrix.diagonal()
+    try:
+        lower = _factor(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return lower if (np.square(lower.diagonal()) > least).all() else None
 
-    NumPy's routine allocates three such matrices.
+
+def _factor(matrix: Array) -> Array:
+    """Compute the lower Cholesky factor of ``matrix (K, K)`` in place, by block columns: nearly all of it is matrix products.
+
+    LAPACK's routine as NumPy calls it takes several times as long, and three such matrices.
     """
     k = len(matrix)
-    if k < LARGE:
+    size = _BLOCK if k <= _WIDE else _WIDE // 8
+    if k <= size:
         return np.linalg.cholesky(matrix)
-    for a in range(0, k, LARGE_ROWS):
-        b = min(a + LARGE_ROWS, k)
-        matrix[a:, a:b] -= matrix[a:, :a] @ matrix[a:b, :a].T
-        matrix[a:b, a:b] = np.linalg.cholesky(matrix[a:b, a:b])
-        for c in range(b, k, LARGE_ROWS):
-            s = slice(c, min(c + LARGE_ROWS, k))
-            matrix[s, a:b] = np.linalg.solve(matrix[a:b, a:b], matrix[s, a:b].T).T
+    for a in range(0, k, size):
+        b = min(a + size, k)
+        if a:
+            matrix[a:, a:b] -= matrix[a:, :a] @ matrix[a:b, :a].T
+        block = _factor(matrix[a:b, a:b].copy())
+        matrix[a:b, a:b] = block
         matrix[a:b, b:] = 0
+        if b < k:
+            matrix[b:, a:b] = matrix[b:, a:b] @ np.linalg.inv(block).T
     return matrix
 
 

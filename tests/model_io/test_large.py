@@ -37,9 +37,9 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every layer a large one, solved in parts of a few columns; called where the usual result is known."""
 
     def switch() -> None:
-        for module in (types, linalg, interface, accumulators, gptq):
+        for module in (types, interface, accumulators, gptq):
             monkeypatch.setattr(module, "LARGE", 8)
-        for module in (types, linalg, gptq, accumulators):
+        for module in (types, linalg, accumulators):
             monkeypatch.setattr(module, "LARGE_ROWS", 7)
         monkeypatch.setattr(types, "COLUMN_BYTES", 4 * K * 9)
 

@@ -29,9 +29,9 @@ from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Array, QuantizedWeight, column_parts
+from magr_onnx.core.types import LARGE, Array, QuantizedWeight, column_parts
 
-BLOCK = 64
+PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
 _LADDER_BYTES = 128 << 20
 
@@ -56,7 +56,7 @@ class Feedback:
 
 
 def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedback:
-    """Factor ``gram (K, K)``; ``K^3 / 3`` FLOPs in float64.
+    """Factor ``gram (K, K)``; ``K^3 / 3`` FLOPs, in single precision where that is enough.
 
     Raises:
         NonFiniteError: The Gram matrix cannot be factored at any damping.
@@ -64,14 +64,12 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     k = len(gram)
     order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(k)
     reverse = order[::-1]
-    factor = cholesky(gram, damping, order=reverse)
+    factor = cholesky(gram, damping, order=reverse, single=True)
     del gram  # the only reference to a large one, freed before the matrix below is allocated
-    upper = factor.lower[::-1, ::-1]
-    matrix, pivots = np.zeros((k, k), np.float32), upper.diagonal()
-    for at in range(0, k, LARGE_ROWS):
-        s = slice(at, at + LARGE_ROWS)
-        matrix[s] = np.tril((upper[:, s] / pivots[s]).T, at - 1)
-    return Feedback(matrix, order, factor.damping)
+    lower = factor.lower
+    lower /= lower.diagonal().copy()
+    lower[np.diag_indices(k)] = 0
+    return Feedback(np.ascontiguousarray(lower.astype(np.float32, copy=False)[::-1, ::-1].T), order, factor.damping)
 
 
 def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback:
@@ -91,35 +89,37 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
         return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
-    middle = np.float32(grid.spec.middle)
     order, f = feedback.order, feedback.matrix
     groups = grid.spec.group_of_row(k)[order]
-    w = weights[order].astype(np.float32, copy=False)
     inverse = 1 / grid.scales
-    top = np.float32(grid.spec.top)
-    difference = np.empty_like(w)
-    codes = np.empty(w.shape, np.uint8)
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        corrected = w[start:end] - f[start:end, :start] @ difference[:start]
-        for i in range(start, end):
-            g = groups[i]
-            q = corrected[i - start] * inverse[g]
-            np.rint(q, out=q)
-            q += grid.zeros[g]
-            np.maximum(q, 0, out=q)
-            np.minimum(q, top, out=q)
-            if sums is not None:
-                sums.clip(order[i], q, middle)
-            codes[i] = q
-            q -= grid.zeros[g]
-            q *= grid.scales[g]
-            np.subtract(q, w[i], out=difference[i])
-            if i + 1 < end:
-                corrected[i + 1 - start :] -= f[i + 1 : end, i, None] * difference[i]
-    result = np.empty_like(codes)
-    result[order] = codes
-    return QuantizedWeight(result, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
+    low, high = -grid.zeros, np.float32(grid.spec.top) - grid.zeros
+    difference = np.empty((k, n), np.float32)
+    codes = np.empty((k, n), np.uint8)
+    heard = np.empty(n, np.float32)
+    for start in range(0, k, PANEL):
+        end = min(start + PANEL, k)
+        w = weights[order[start:end]].astype(np.float32, copy=False)
+        corrected = w - f[start:end, :start] @ difference[:start]
+        for a in range(start, end, BLOCK):
+            b = min(a + BLOCK, end)
+            for i in range(a, b):
+                g, q, d = groups[i], corrected[i - start], difference[i]
+                if i > a:
+                    np.matmul(f[i, a:i], difference[a:i], out=heard)
+                    q -= heard
+                q *= inverse[g]
+                np.rint(q, out=q)
+                np.maximum(q, low[g], out=q)  # np.clip costs several times as much on a short row
+                np.minimum(q, high[g], out=q)
+                if sums is not None:
+                    sums.clip(order[i], q, np.float32(grid.spec.middle) - grid.zeros[g])
+                np.multiply(q, grid.scales[g], out=d)
+                d -= w[i - start]
+            if b < end:
+                corrected[b - start :] -= f[b:end, a:b] @ difference[a:b]
+        corrected += grid.zeros[groups[start:end]]
+        codes[order[start:end]] = corrected
+    return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
 
 
 def under_budget(
