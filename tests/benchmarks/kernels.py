@@ -135,7 +135,7 @@ def measure(k: int, n: int, spec_options: dict[str, Any], rounds: int, whole: bo
         refined = m.step(name, run, lambda r: len(r.errors) - 1, error)
     m.step("regrid", lambda: regrid(weights, refined.weight, single), lambda _: 1, error)
     if whole:
-        m.step("whole layer", lambda: solve(x, weights, spec), lambda _: 1, error)
+        m.step("whole layer", lambda: solve(x, weights, spec), lambda _: 1, lambda s: s.errors[-1] / unit)
     return m
 
 

@@ -88,7 +88,7 @@ def test_damped_statistics_are_the_same_and_stay_as_they_are(centred: bool, lean
     usual, before = interface.damped_gram(stats, centred, 0.1), stats.gram.copy()
     lean()
     fresh = LayerStats(stats.gram, stats.mean, stats.rows)
-    np.testing.assert_allclose(interface.damped_gram(fresh, centred, 0.1), usual, rtol=1e-12)
+    np.testing.assert_allclose(interface.damped_gram(fresh, centred, 0.1), usual, rtol=1e-6)
     np.testing.assert_array_equal(fresh.gram, before)
     assert not [m for m in fresh._memo.values() if getattr(m, "shape", None) == (K, K)]
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from magr_onnx.core.linalg import automatic_damping, damped
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.option_spec import OptionSpec
@@ -61,10 +63,11 @@ class Problem:
 
 
 def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Array:
-    """Return the damped matrix of the layer error; computed once for all layers that share the statistics, unless K is `LARGE`."""
+    """Return the damped matrix of the layer error ``(K, K)`` float32; computed once for all layers that share the statistics, unless K
+    is `LARGE`."""
     if len(stats.mean) >= LARGE:
-        return damped(stats.regularized(centred), damping, overwrite=not stats.is_data_free)
-    return stats.memo(("damped", centred, damping), lambda: damped(stats.regularized(centred), damping))
+        return damped(stats.regularized(centred), damping, overwrite=not stats.is_data_free).astype(np.float32, copy=False)
+    return stats.memo(("damped", centred, damping), lambda: damped(stats.regularized(centred).astype(np.float32), damping, overwrite=True))
 
 
 @dataclass(frozen=True, slots=True)
