@@ -114,7 +114,7 @@ def _ordered(gram: Array, order: npt.NDArray[np.intp] | None, kind: type[np.floa
         return gram.astype(kind)
     result: Array = np.empty(gram.shape, kind)
     for at in range(0, len(gram), LARGE_ROWS):
-        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]].astype(kind, copy=False).take(order, axis=1)
+        result[at : at + LARGE_ROWS] = gram[order[at : at + LARGE_ROWS]].astype(kind).take(order, axis=1)
     return result
 
 

@@ -55,7 +55,7 @@ def held_out_error(problem: Problem, choice: Choice, options: Options) -> float:
         rest = stats.combine(fold, -1)
         weights = problem.weights
         if choice.alpha:
-            gram = damped(rest.regularized(problem.centred), choice.damping)
+            gram = damped(rest.regularized(problem.centred).astype(np.float32), choice.damping)
             weights = magr.reduce(weights, gram, alpha=choice.alpha, group_size=problem.spec.group_size).weights
         trial = Options(options.beta, choice.damping, choice.act_order, auto.TRIAL_SWEEPS)
         solution = comq.run(replace(problem, weights=weights, stats=rest), trial)

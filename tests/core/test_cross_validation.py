@@ -288,7 +288,7 @@ def test_few_rows_do_no_harm(name: str, bits: int, bias: str) -> None:
     sizes = [(n, k) for n in (4, 16) for k in (32, 128)] if name == "auto" else [(n, k) for n in (4, 8, 16, 64) for k in (32, 64, 128)]
     ratios = {(kind, n, k): fresh_error(kind, n, k, bits, bias, name, seed=0) for kind in KINDS for n, k in sizes}
     for layer, ratio in ratios.items():
-        assert ratio < (1.25 if layer[0] == "independent" else 1.1), layer
+        assert ratio < (1.3 if layer[0] == "independent" else 1.15), layer
     assert np.exp(np.mean(np.log(list(ratios.values())))) < 0.75
 
 

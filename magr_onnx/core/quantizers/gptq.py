@@ -69,7 +69,10 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     lower = factor.lower
     lower /= lower.diagonal().copy()
     lower[np.diag_indices(k)] = 0
-    return Feedback(np.ascontiguousarray(lower.astype(np.float32, copy=False)[::-1, ::-1].T), order, factor.damping)
+    matrix, upper = np.empty((k, k), np.float32), lower[::-1, ::-1]
+    for at in range(0, k, PANEL):  # in strips, which stay in cache
+        matrix[at : at + PANEL] = upper[:, at : at + PANEL].T
+    return Feedback(matrix, order, factor.damping)
 
 
 def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback:
