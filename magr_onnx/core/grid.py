@@ -1,9 +1,9 @@
 """Choice of a weight's integer grid: one scale and zero point per group and column.
 
 ``minmax`` spans the group's range, both ends shrunk by ``beta`` (MagR's authors shrink the scale and keep the lower end, so that only the
-upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards, then two near the best, then the least-squares scale for the
-codes of the best so far, and keeps, per group, the grid whose rounding error weighted by ``diag(H)`` is smallest (the layer error with
-input correlations left out).
+upper end is clipped; the scales are the same). ``search`` tries shrink factors from 1 downwards, then two near the best, then the
+least-squares scale for the codes of the best so far, and keeps, per group, the grid whose rounding error weighted by ``diag(H)`` is least
+(the layer error with input correlations left out).
 """
 
 from __future__ import annotations

@@ -83,9 +83,7 @@ class Cholesky:
     damping: float
 
 
-def cholesky(
-    gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None, single: bool = False
-) -> Cholesky:
+def cholesky(gram: Array, damping: float, retries: int = 8, order: npt.NDArray[np.intp] | None = None, single: bool = False) -> Cholesky:
     """Compute the lower Cholesky factor of the damped matrix (`damped`) in float64, with ten times the damping after every failure.
 
     With ``single``, in float32 where every pivot is far enough from zero for that: above ``K`` rounding errors of its diagonal element.

@@ -135,21 +135,26 @@ def measure(k: int, n: int, spec_options: dict[str, Any], rounds: int, whole: bo
         refined = m.step(name, run, lambda r: len(r.errors) - 1, error)
     m.step("regrid", lambda: regrid(weights, refined.weight, single), lambda _: 1, error)
     if whole:
-        m.step("whole layer", lambda: solve(x, weights, spec), lambda _: 1, lambda s: s.errors[-1] / unit)
+        m.step("whole layer", solver(x, weights, spec), lambda _: 1, lambda s: s.errors[-1] / unit)
     return m
 
 
-def solve(x: Floats, weights: Floats, spec: Any) -> Any:
-    """A layer by the default method of effort ``balanced``, a quarter of the rows held out, with nothing remembered."""
-    types, interface = module("types"), module("quantizers.interface", "quantizers.problem")
+def solver(x: Floats, weights: Floats, spec: Any) -> Callable[[], Any]:
+    """Solve a layer by the default method of effort ``balanced``, a quarter of the rows held out, with nothing remembered."""
+    types, interface, auto = module("types"), module("quantizers.interface", "quantizers.problem"), module("quantizers.auto")
 
-    def stats(rows: Floats, **options: Any) -> Any:
-        return types.LayerStats((rows.T @ rows / len(rows)).astype(np.float64), rows.mean(axis=0).astype(np.float64), len(rows), **options)
+    def moments(rows: Floats) -> tuple[Floats, Floats, int]:
+        return (rows.T @ rows / len(rows)).astype(np.float64), rows.mean(axis=0).astype(np.float64), len(rows)
 
-    part = stats(x[: len(x) // 4])
-    folds = {"folds": (part,)} if "folds" in types.LayerStats.__dataclass_fields__ else {"held_out": part}
-    problem = interface.Problem(weights, weights, stats(x, **folds), False, spec)
-    return module("quantizers.auto").run(problem, interface.Options())
+    whole, part = moments(x), moments(x[: len(x) // 4])
+
+    def run() -> Any:
+        held_out = types.LayerStats(*part)
+        folds = {"folds": (held_out,)} if "folds" in types.LayerStats.__dataclass_fields__ else {"held_out": held_out}
+        problem = interface.Problem(weights, weights, types.LayerStats(*whole, **folds), False, spec)
+        return auto.run(problem, interface.Options())
+
+    return run
 
 
 def child(args: argparse.Namespace) -> None:
