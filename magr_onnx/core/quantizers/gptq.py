@@ -32,6 +32,7 @@ from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Sol
 from magr_onnx.core.types import LARGE, Array, QuantizedWeight, column_parts
 
 PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
+_TILE = 64
 _RATIO, _MOST_RUNGS = 1.25, 24  # of neighbouring scales tried for a column that does not fit its accumulator, and how many
 _LADDER_BYTES = 128 << 20
 
@@ -69,9 +70,10 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     lower = factor.lower
     lower /= lower.diagonal().copy()
     lower[np.diag_indices(k)] = 0
-    matrix, upper = np.empty((k, k), np.float32), lower[::-1, ::-1]
-    for at in range(0, k, PANEL):  # in strips, which stay in cache
-        matrix[at : at + PANEL] = upper[:, at : at + PANEL].T
+    matrix, upper = np.zeros((k, k), np.float32), lower[::-1, ::-1]
+    for at in range(0, k, _TILE):  # transposed tile by tile, which stay in cache
+        for before in range(0, at + 1, _TILE):
+            matrix[at : at + _TILE, before : before + _TILE] = upper[before : before + _TILE, at : at + _TILE].T
     return Feedback(matrix, order, factor.damping)
 
 
