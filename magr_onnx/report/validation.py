@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+SLOWER = 1.05  # times the float model's time from which a result is called slower
 MOST_NATS = 709.0  # largest exponent whose exponential is finite
 
 
@@ -77,6 +78,8 @@ class Latency:
         runs: Runs of each model.
         float_quartiles: First and third quartile of the float model; None in older reports.
         quantized_quartiles: The same for the quantized model.
+        ratios: Median of the quantized model's time over the float model's in the same turn, between the ends of its 95% confidence
+            interval; None in older reports.
     """
 
     float_ms: float
@@ -84,6 +87,7 @@ class Latency:
     runs: int
     float_quartiles: tuple[float, float] | None = None
     quantized_quartiles: tuple[float, float] | None = None
+    ratios: tuple[float, float, float] | None = None
 
     @property
     def spread(self) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -91,14 +95,14 @@ class Latency:
         return self.float_quartiles or (self.float_ms,) * 2, self.quantized_quartiles or (self.quantized_ms,) * 2
 
     @property
-    def slower(self) -> bool:
-        """Return whether the quantized model is slower by more than 10 % and by more than the spread of runs.
+    def ratio(self) -> float:
+        """Return how many times the float model's time the quantized model takes."""
+        return self.quantized_ms / self.float_ms if self.ratios is None else self.ratios[1]
 
-        Other work on the machine stretches upper quartiles: twice the time at the median and the first quartile is slower, too.
-        """
-        (float_early, float_late), (early, _) = self.spread
-        twice = early > 2 * float_early and self.quantized_ms > 2 * self.float_ms
-        return twice or (early > float_late and self.quantized_ms > 1.1 * self.float_ms)
+    @property
+    def slower(self) -> bool:
+        """Return whether the quantized model is slower by more than `SLOWER`, and not by chance."""
+        return (self.ratio if self.ratios is None else self.ratios[0]) > SLOWER
 
 
 @dataclass(frozen=True, slots=True)

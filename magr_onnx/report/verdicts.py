@@ -31,9 +31,9 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> l
                 error, data = f"{10 ** (-m.sqnr_db / 20):.0%}", f"{comparison.amount} of {comparison.data}, {arithmetic}"
                 lines.append(f"RUINED: output {m.output} is off by {error} (SQNR {m.sqnr_db:.1f} dB; {data}); see the largest errors above")
         if (times := comparison.latency) is not None and times.slower:
-            ratio, milliseconds = times.quantized_ms / times.float_ms, f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
+            milliseconds = f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
             lines.append(
-                f"SLOWER: a batch takes {ratio:.1f} times as long as with the float model here ({milliseconds}; {comparison.data}); "
+                f"SLOWER: a batch takes {times.ratio:.2f} times as long as with the float model here ({milliseconds}; {comparison.data}); "
                 "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
             )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,21 @@ def latency(float_model: Model, quantized_model: Model, data: Batches, provider:
                 session.run(batch)
                 milliseconds.append(1000 * (time.perf_counter() - start))
     (low, median, high), (quantized_low, quantized_median, quantized_high) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
-    return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high))
+    ratios = median_interval(np.divide(times[1], times[0]))
+    return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high), ratios)
+
+
+def median_interval(values: Array) -> tuple[float, float, float]:
+    """Return the median of independent values between the ends of its 95% confidence interval, which are two of the values.
+
+    Each value lies below the true median with a probability of one half, whatever the distribution (sign test). Fewer than six values
+    cannot give 95%: their extremes, which give 94% for five.
+    """
+    ordered, n = np.sort(values), len(values)
+    tails = np.cumsum([math.comb(n, k) for k in range(n)]) / 2.0**n  # of at most k values below the median
+    left_out = int(np.count_nonzero(tails <= 0.025))
+    first = max(left_out - 1, 0)
+    return float(ordered[first]), float(np.median(ordered)), float(ordered[n - 1 - first])
 
 
 def bytes_of(model: Model) -> int:

@@ -95,14 +95,14 @@ def test_reports_of_older_versions_load(reports: dict[str, Report]) -> None:
     assert "<html" in found.to_html()
 
 
-@pytest.mark.parametrize(("milliseconds", "ending"), [(6.0, "SLOWER: a batch takes 3.0 times as long"), (1.9, None)])
+@pytest.mark.parametrize(("milliseconds", "ending"), [(6.0, "SLOWER: a batch takes 3.00 times as long"), (1.9, None)])
 def test_a_result_slower_than_float_is_said_at_the_end(reports: dict[str, Report], milliseconds: float, ending: str | None) -> None:
     timed = Validation("a batch", 1, "cpu", {}, latency=Latency(2.0, milliseconds, 9))
     for name in ("check", "validation"):
         report = replace(next(iter(reports.values())), **{"check": None, "validation": None, name: timed})
         verdict = report.to_text().rpartition("\n\n")[2]
         assert verdict.startswith(ending) if ending else "SLOWER" not in verdict
-        assert any("3.0 times its time" in f.text for f in summary.findings(report, summary.lines_of(report))) is (ending is not None)
+        assert any("3.00 times its time" in f.text for f in summary.findings(report, summary.lines_of(report))) is (ending is not None)
 
 
 def test_the_text_says_what_its_columns_and_marks_are(reports: dict[str, Report]) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+import scipy.stats
 
 import magr_onnx
 from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
 from magr_onnx.report.validation import Latency, OutputMetrics
 from magr_onnx.runtime.data.sources import open_data
-from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, next_token_loss, validate
+from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, median_interval, next_token_loss, validate
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
@@ -288,19 +287,33 @@ def test_a_model_timed_against_itself_is_not_slower() -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "slower"),
+    ("ratios", "slower"),
     [
-        ((10, 13, (9, 11), (12, 14)), True),
-        ((10, 13, (9, 14), (12, 15)), False),  # no more than the runs scatter
-        ((2, 50, (1.8, 95), (40, 110)), True),  # some runs waited for other programs
-        ((2, 50, (1.8, 95), (1.9, 110)), False),  # most of them did
-        ((10, 10.5, (9.9, 10.1), (10.4, 10.6)), False),  # certain, and of no matter
-        ((10, 13, None, None), True),  # an older report
+        ((1.2, 1.3, 1.4), True),
+        ((0.9, 1.3, 1.6), False),  # chance
+        ((1.01, 1.02, 1.03), False),  # certain, and of no matter
+        ((0.5, 0.6, 0.7), False),
+        (None, True),  # an older report, of 13 ms against 10
     ],
 )
-def test_slower_is_what_exceeds_the_scatter(times: tuple[Any, ...], slower: bool) -> None:
-    float_ms, quantized_ms, *quartiles = times
-    assert Latency(float_ms, quantized_ms, 9, *quartiles).slower is slower
+def test_slower_is_what_chance_does_not_explain(ratios: tuple[float, float, float] | None, slower: bool) -> None:
+    times = Latency(10, 13, 9, ratios=ratios)
+    assert times.slower is slower
+    assert times.ratio == (ratios[1] if ratios else 1.3)
+
+
+@pytest.mark.parametrize("n", [5, 6, 9, 50])
+def test_the_interval_of_a_median_is_that_of_the_binomial_distribution(n: int) -> None:
+    values = np.random.default_rng(n).permutation(n).astype(float)
+    low, median, high = median_interval(values)
+    below = int(low)  # values of the sample below the lower end
+    assert (median, high) == (np.median(values), n - 1 - below)
+
+    def outside(k: int) -> float:
+        return 2 * float(scipy.stats.binom.cdf(k, n, 0.5))
+
+    assert outside(below + 1) > 0.05  # the next would leave out too much
+    assert outside(below) <= 0.05 or below == 0
 
 
 def test_arithmetics_that_agree_are_one_row() -> None:

@@ -166,8 +166,7 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     if report.validation is not None:
         messages += _arithmetics(report)
     if (v := report.validation or report.check) is not None and v.latency is not None and v.latency.slower:
-        times = v.latency.quantized_ms / v.latency.float_ms
-        text = f"The result is slower than the float model here: {times:.1f} times its time a batch."
+        text = f"The result is slower than the float model here: {v.latency.ratio:.2f} times its time a batch."
         messages.append(Finding(text, tone="warn"))
     return messages
 
