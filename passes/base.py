@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -177,6 +177,16 @@ class Emitter(Stage, ir.passes.InPlacePass):
     def accumulator(self) -> Accumulator | None:
         """The accumulator that no sum of the emitted kernel may overflow, where the emitter sizes its blocks for one."""
         return None
+
+    def undecided(self, model: ir.Model, names: Collection[str]) -> list[ir.Node]:
+        """The nodes of these names that may compute with int8 inputs or with float ones, which `decide` chooses."""
+        del model, names
+        return []
+
+    def decide(self, nodes: Iterable[ir.Node], int8: bool) -> Self:
+        """Have undecided nodes compute with int8 inputs, or with float ones; the emitter that writes such nodes."""
+        del nodes, int8
+        return self
 
     def suited(self, largest_block: int) -> Self:
         """This emitter for kernels that take blocks of at most so many rows, if it writes blocks."""

@@ -90,8 +90,9 @@ class Options(TypedDict, total=False):
     bias: Annotated[str, OptionSpec(
         help="Bias correction: existing, any, none; auto: wherever it adds no node.", default="auto", choices=BIAS, panel=FINE,
         metavar="NAME")]
-    accuracy_level: Annotated[int, OptionSpec(
-        help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8.", default=0, panel=WEIGHTS, metavar="N")]
+    accuracy_level: Annotated[int | None, OptionSpec(
+        help="MatMulNBits compute type: 0 unset, 1 float32, 4 int8 inputs; auto: 4 in layers that are faster so on this machine, as far as "
+        "it costs little accuracy.", default_text="auto", none_word="auto", panel=WEIGHTS, metavar="N")]
     activation_type: Annotated[Literal["uint8", "int8", "uint16", "int16"], OptionSpec(
         help="Activations: uint8, int8; in qdq-full also uint16, int16.", default_text="uint8, or what the backend has",
         panel=INTEGERS, metavar="TYPE", whole_run=_INPUTS)]

@@ -27,6 +27,7 @@ from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.measure.layer_errors import some
 from magr_onnx.runtime.ort.session import Arithmetic
+from magr_onnx.workflow import arithmetic
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.request import OptimizeRequest, resolve
@@ -73,7 +74,7 @@ def run(request: OptimizeRequest) -> Optimized:
     """Carry out a resolved request; see `optimize`."""
     with contextlib.ExitStack() as stack:
         prepared, context = prepare(request, stack)
-        solved = solve(prepared, request, context)
+        solved = arithmetic.choose(solve(prepared, request, context), prepared, context)
         written = write(solved, prepared, request, context)
         return Optimized(solved.model, report(request, prepared, solved, written, context))
 

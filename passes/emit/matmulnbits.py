@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +37,7 @@ from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.layers.weighted import FLOATS
 
 DOMAIN = "com.microsoft"
+LEVEL = "accuracy_level"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 INT8_LEVEL = 4
 INT8_ACTIVATION = 127  # the kernels quantize activations to -127..127
@@ -56,7 +57,8 @@ class EmitMatMulNBits(BlockEmitter):
     """Replace quantized layers by MatMulNBits nodes.
 
     Attributes:
-        accuracy_level: 0 for the kernel's default, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations.
+        accuracy_level: 0 for the kernel's default, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations; None leaves it undecided, which
+            is the kernel's default until `decide` chooses.
         accumulator_bits: Width of the accumulator that must hold the sum of any block at level 4; None for no constraint.
         largest_block: Most rows in a block.
     """
@@ -64,12 +66,12 @@ class EmitMatMulNBits(BlockEmitter):
     name: ClassVar[str] = "emit-matmulnbits"
     summary: ClassVar[str] = "write quantized layers as com.microsoft MatMulNBits nodes"
 
-    accuracy_level: int = 0
+    accuracy_level: int | None = None
     accumulator_bits: int | None = None
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         problems = super().problems(spec)
-        if self.accuracy_level not in ACCURACY_LEVELS:
+        if self.accuracy_level not in (None, *ACCURACY_LEVELS):
             problems.append(f"accuracy level {self.accuracy_level} is not known; choose one of {', '.join(map(str, ACCURACY_LEVELS))}")
         if self.accumulator_bits is not None and not problems:
             problems += self._accumulator_problems(spec, self.accumulator_bits)
@@ -106,12 +108,23 @@ class EmitMatMulNBits(BlockEmitter):
             inputs += [None] * (5 - len(inputs))
             inputs.append(layer.constant("_bias", solution.bias.astype(kind)))
         attributes = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block_size}
-        if self.accuracy_level:
-            attributes["accuracy_level"] = self.accuracy_level
+        if self.accuracy_level is not None:
+            attributes[LEVEL] = self.accuracy_level
         node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, version=1, name=f"{layer.name}_q{quantized.spec.bits}")
         layer.root.opset_imports.setdefault(DOMAIN, 1)
         replace_layer(layer, [node], solution.factors, constants)
         return emitted_blocks(node, quantized, packed.block_size or layer.k, constants)
+
+    def undecided(self, model: ir.Model, names: Collection[str]) -> list[ir.Node]:
+        return [n for n in model.graph.all_nodes() if n.name in names and n.op_type == "MatMulNBits" and LEVEL not in n.attributes]
+
+    def decide(self, nodes: Iterable[ir.Node], int8: bool) -> Self:
+        for node in nodes:
+            if int8:
+                node.attributes.add(ir.AttrInt64(LEVEL, INT8_LEVEL))
+            else:
+                node.attributes.pop(LEVEL, None)
+        return replace(self, accuracy_level=INT8_LEVEL) if int8 else self
 
 
 def _read(node: ir.Node) -> Array | None:
