@@ -143,6 +143,8 @@ class Emitter(Stage, ir.passes.InPlacePass):
     slot: ClassVar[str] = "emitter"
     input_grids: ClassVar[InputGrids | None] = None
     """The grids of layer inputs that the format needs; None for float inputs."""
+    shares_codes: ClassVar[bool] = False
+    """Whether GatherBlockQuantized can read the codes of a layer with 4 or 8 bits."""
 
     @abc.abstractmethod
     def emit(self, layer: LinearLayer, problem: LayerProblem, solution: LayerSolution, constants: WeightConstants) -> Emitted | None:

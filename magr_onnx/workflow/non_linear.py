@@ -7,7 +7,7 @@ problem like that of any linear layer; convolutions that share a weight are solv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -56,14 +56,21 @@ def data_to_fit(data: Batches | None, goal: mixed_precision.Goal | None) -> Batc
 
 
 def convert(
-    model: ir.Model, work: ir.Model, plan: Plan, fit: Batches | None, grids: Mapping[str, ActivationGrid], context: RunContext
+    model: ir.Model,
+    work: ir.Model,
+    plan: Plan,
+    fit: Batches | None,
+    grids: Mapping[str, ActivationGrid],
+    tied: Collection[str],
+    context: RunContext,
 ) -> Converted:
     """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy with values rounded to ``grids``.
 
-    A large model cannot be run as a whole, so that its convolutions are solved without data.
+    Tables whose weights are ``tied`` to linear layers are converted with these. A large model cannot be run as a whole, so that its
+    convolutions are solved without data.
     """
     result = Converted()
-    convert_tables(result, work, plan, context.selection)
+    convert_tables(result, work, plan, tied, context.selection)
     tables = len(result.rows)
     if tables:
         context.lap("embeddings")
@@ -98,11 +105,11 @@ def _unasked(table: EmbeddingTable) -> Skip:
     return Skip(table.name, table.op, TableReason.UNASKED, f"{table.weight_name}: {size / 1e6:.2f} MB", size)
 
 
-def convert_tables(result: Converted, work: ir.Model, plan: Plan, selection: Selection = ALL) -> None:
-    """Quantize the tables of ``work``, in place."""
+def convert_tables(result: Converted, work: ir.Model, plan: Plan, tied: Collection[str], selection: Selection = ALL) -> None:
+    """Quantize the tables of ``work`` that are not ``tied`` to linear layers, in place."""
     tables, skips = select_tables(work, plan, selection)
     result.skips += skips
-    for readers in by_weight(tables):
+    for readers in by_weight([table for table in tables if table.weight_name not in tied]):
         assert plan.embeddings is not None
         solution = plan.embeddings.solve(problem_of(readers[0]))
         for table, emitted in zip(readers, table_emitter.emit(readers, solution, plan.embeddings.form), strict=True):

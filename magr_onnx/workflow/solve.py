@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options
 from magr_onnx.config.options import Options
-from magr_onnx.core.types import ActivationGrid, LayerStats, WeightSpec
+from magr_onnx.core.types import ActivationGrid, LayerStats, QuantizedWeight, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes import LinearLayer, Plan, Skip, SolvedLayer
 from magr_onnx.passes.emit import FORMATS
@@ -31,7 +31,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations
+from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations, tied_tables
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -77,6 +77,7 @@ class _Setup:
         calibration: What layers are calibrated with, grids of activations included; None for data-free.
         needs_statistics: Whether layers without statistics stay as they are.
         assigned: Options and plan of layers that have their own, by name.
+        tied: Names of weights that are tables of embeddings, too, and one tensor with them in the result.
         skips: What stays as it is.
         notes: Sentences for the report.
     """
@@ -87,6 +88,7 @@ class _Setup:
     calibration: CalibrationContext | None
     needs_statistics: bool
     assigned: Mapping[str, tuple[Options, Plan]]
+    tied: frozenset[str]
     skips: list[Skip]
     notes: list[str]
 
@@ -106,6 +108,9 @@ class _Round(Converted):
         unmasked: Layers whose rows the mask does not fit.
         spilled: Bytes of values between stages that went to a temporary folder.
         stages: The number of the stage that a layer is solved in, by layer name: layers of one stage share the codes of their weight.
+        tied: Names of weights that are tables of embeddings, too.
+        codes: Of layers with such weights, and the names of their nodes, by the name of the weight.
+        tables: These tables.
     """
 
     model: ir.Model
@@ -113,12 +118,22 @@ class _Round(Converted):
     unmasked: list[str] = field(default_factory=list)
     spilled: int = 0
     stages: dict[str, int] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
+    codes: dict[str, tuple[str, QuantizedWeight]] = field(default_factory=dict)
+    tables: Converted = field(default_factory=Converted)
 
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
         quantized = solved.solution.quantized
         written = None if quantized is None or solved.emitted is None else quantized.dequantize()
         self.add(solved.layer, solved.solution, solved.emitted, written)
+        if (
+            quantized is not None
+            and solved.emitted is not None
+            and solved.solution.factors is None
+            and solved.layer.weight_name in self.tied
+        ):
+            self.codes[solved.layer.weight_name] = solved.emitted.node, quantized
         context.spill(self.model)
         context.report_layers(self.rows[-1:])
         context.stage("quantizing")(len(self.rows), len(self.layers))
@@ -142,10 +157,11 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context)
     grids = rounding.grids
     base = rounded_activations.rounded_copy(model, grids)
-    begun = non_linear.convert(model, base, prepared.plan, fit, grids, context)
+    tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
+    begun = non_linear.convert(model, base, prepared.plan, fit, grids, tied, context)
     context.spill(base)
     context.report_layers(begun.rows)
-    setup = _set_up(prepared, base, begun, grids, request, context)
+    setup = _set_up(prepared, base, begun, grids, tied, request, context)
     notes += [*rounding.notes, *begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:
@@ -163,7 +179,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in begun.rows if row.op in GATES}
     skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
-    return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests, emitted, skips, notes, search)
+    return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests | done.tables.digests, emitted, skips, notes, search)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -192,6 +208,7 @@ def _set_up(
     base: ir.Model,
     begun: Converted,
     rounded: Mapping[str, ActivationGrid],
+    tied: frozenset[str],
     request: OptimizeRequest,
     context: RunContext,
 ) -> _Setup:
@@ -202,7 +219,8 @@ def _set_up(
     needs_statistics = request.budget is not None or plan.input_grids == "static"
     layers, unreached = tapped.split(layers, needs_statistics)
     if request.options is not None and not context.selection.include:
-        layers, shared = split_shared(layers)
+        tables = tied_tables.tables_of(base, plan, context.selection, tied)
+        layers, shared = split_shared(layers, others=[table.node for table in tables])
         skips += shared
     if plan.rules is not None:
         skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
@@ -222,9 +240,10 @@ def _set_up(
         calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
-    assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, plan, context.provider)
+    heads = () if request.options is None else tied_tables.head_options(plan, tied)
+    assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
     changed = {*begun.digests, *rounded}
-    return _Setup(Models(model, base, tapped, changed), layers, plan, calibration, needs_statistics, assigned, skips, notes)
+    return _Setup(Models(model, base, tapped, changed), layers, plan, calibration, needs_statistics, assigned, tied, skips, notes)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
@@ -262,7 +281,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         layers, kept = search.select(layers)
     if context.store is not None:
         context.store.set_plan(plan, plans)
-    done = _Round(model=work, layers=layers, skips=kept)
+    done = _Round(model=work, layers=layers, skips=kept, tied=setup.tied)
     readers_by_input = moments.readers_of(layers)
     held_out = any(p.holds_out for p in (plan, *plans.values()))
     calibration = setup.calibration
@@ -283,6 +302,10 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         gathered.stats.clear()  # the next ones are made while this loop still holds these
         gathered.targets.clear()
         context.lap("quantize")
+    if setup.tied:
+        nodes = {str(node.name): node for node in work.graph}
+        codes = {weight: (nodes[name], quantized) for weight, (name, quantized) in done.codes.items() if name in nodes}
+        done.tables = tied_tables.convert(tied_tables.tables_of(work, plan, context.selection, setup.tied), plan, codes)
     if plan.rules is not None:
         tensor_emitter.emit_constants(work.graph, plan.rules, rounded_activations.grid_type(plan))
     return done
@@ -294,7 +317,7 @@ def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Mode
     remarks = shared_weights.remarks(done.layers, added, done.stages)
     for name, (options, _) in setup.assigned.items():
         remarks[name].append(f"options of its own: {layer_options.described(options)}")
-    rows, solved = list(begun), {row.name: row for row in done.rows}
+    rows, solved = [*begun, *done.tables.rows], {row.name: row for row in done.rows}
     for layer in done.layers:
         row, name = solved[layer.name], layer.name
         rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=added.get(name) if readers(layer) else None))

@@ -15,7 +15,7 @@ from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
-from magr_onnx.passes.layers.embedding import BLOCK, EmbeddingTable, Form
+from magr_onnx.passes.layers.embedding import BITS, BLOCK, EmbeddingTable, Form
 from magr_onnx.passes.layers.weighted import FLOATS
 
 
@@ -44,7 +44,26 @@ def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) 
     return [Emitted(_replace(table, constants, bits, form), bits, size) for table in tables]
 
 
-def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, form: Form) -> str:
+def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted]:
+    """Have the Gathers of a table read the codes of a MatMulNBits of the main graph; nothing where they cannot.
+
+    The layout is that of onnxruntime-genai's models: the codes ``(rows, blocks, bytes)`` of the product pass a Reshape to
+    ``(rows, blocks * bytes)``, which onnxruntime does as it loads the file; scales and zero points are the same for both.
+    """
+    first = tables[0]
+    rows, width = first.weight.shape
+    bits, block, k, n = (attribute_of(node, name, 0) for name in ("bits", "block_size", "K", "N"))
+    codes, scales, zeros = (*node.inputs[1:], None)[:3]
+    if (k, n) != (width, rows) or bits not in BITS or width % block or codes is None or scales is None or scales.dtype != first.dtype:
+        return []
+    flat = ir.node("Reshape", [codes, first.constant("_flat", np.array([rows, -1]))], name=f"{first.name}_codes")
+    flat.outputs[0].name = f"{codes.name}_flat"
+    first.root.insert_before(first.root[0], flat)
+    constants = [flat.outputs[0], scales, *([] if zeros is None else [zeros])]
+    return [Emitted(_replace(table, constants, bits, "gather-block-quantized", block), bits, 0) for table in tables]
+
+
+def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, form: Form, block: int = BLOCK) -> str:
     index, name = table.node.inputs[1], f"{table.name}_q{bits}"
     if form == "dequantize":
         codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
@@ -54,7 +73,7 @@ def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, fo
         for inner in nodes[:-1]:
             inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
     else:
-        attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
     table.replace(nodes)
     return str(nodes[0].name)

@@ -65,6 +65,7 @@ class EmitMatMulNBits(BlockEmitter):
 
     name: ClassVar[str] = "emit-matmulnbits"
     summary: ClassVar[str] = "write quantized layers as com.microsoft MatMulNBits nodes"
+    shares_codes: ClassVar[bool] = True
 
     accuracy_level: int | None = None
     accumulator_bits: int | None = None

@@ -68,10 +68,15 @@ class Embeddings(ModelPass):
             emit(readers, self.solve(problem_of(readers[0])), self.form)
         return bool(tables)
 
-    def solve(self, problem: LayerProblem) -> LayerSolution:
-        """Round a table on searched grids."""
+    @property
+    def shares_codes(self) -> bool:
+        """Whether tables have the codes of block-wise linear layers."""
+        return self.form == "gather-block-quantized"
+
+    def solve(self, problem: LayerProblem, codes: QuantizedWeight | None = None) -> LayerSolution:
+        """Round a table on searched grids, or take the ``codes (width, rows)`` that a linear layer has for it."""
         table = problem.weight.T
-        quantized = quantize(table, self.spec(problem.float_type))
+        quantized = quantize(table, self.spec(problem.float_type)) if codes is None else codes
         weight, floats = quantized.dequantize(), table.astype(np.float32)
         difference, norm = float(np.linalg.norm(weight.T - floats)), float(np.linalg.norm(floats))
         record = LayerRecord(error=difference / norm if norm else 0.0, weights=sketch(problem.weight, None, quantized))

@@ -237,21 +237,24 @@ def float_readers(value: ir.Value) -> Iterator[ir.Node]:
             yield use.node
 
 
-def split_shared(layers: Sequence[V], readers: Callable[[V], Iterable[ir.Node]] | None = None) -> tuple[list[V], list[Skip]]:
+def split_shared(
+    layers: Sequence[V], readers: Callable[[V], Iterable[ir.Node]] | None = None, others: Iterable[ir.Node] = ()
+) -> tuple[list[V], list[Skip]]:
     """Leave out layers whose weight others read that are no layers: codes would come on top of the floats.
 
     Args:
         layers: The layers.
         readers: Returns what reads the weights of a layer; `float_readers` of its only weight by default.
+        others: Other nodes that will not read the floats.
     """
-    converted, left, skips = {layer.node for layer in layers}, list[V](), list[Skip]()
+    converted, left, skips = {*others, *(layer.node for layer in layers)}, list[V](), list[Skip]()
     for layer in layers:
-        others = [node for node in (readers(layer) if readers else float_readers(layer.weight.source)) if node not in converted]
-        if not others:
+        staying = [node for node in (readers(layer) if readers else float_readers(layer.weight.source)) if node not in converted]
+        if not staying:
             left.append(layer)
             continue
-        names = listed([f"{layer_name(node)} ({node.op_type})" for node in others])
-        table = "--embeddings converts the table too, " if any(node.op_type == "Gather" for node in others) else ""
+        names = listed([f"{layer_name(node)} ({node.op_type})" for node in staying])
+        table = "--embeddings converts the table too, " if any(node.op_type == "Gather" for node in staying) else ""
         detail = f"{names}; {table}--include '*' converts this layer all the same"
         skips.append(Skip(layer.name, layer.op, Reason.SHARED, detail))
     return left, skips

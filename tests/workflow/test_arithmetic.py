@@ -67,7 +67,9 @@ def test_a_decoder_without_data_is_timed_on_one_row(monkeypatch: pytest.MonkeyPa
 def test_one_layer_of_many_bits_does_not_keep_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(arithmetic, "FASTER", np.inf)
-    done = magr_onnx.optimize(decoders.optimum(), bits=4, quantizer="rtn", layers=[magr_onnx.LayerOptions("*lm_head*", {"bits": 8})], progress=False)
+    done = magr_onnx.optimize(
+        decoders.optimum(), bits=4, quantizer="rtn", layers=[magr_onnx.LayerOptions("*lm_head*", {"bits": 8})], progress=False
+    )
     chosen = levels(done.model)
     assert chosen.count(None) == 1
     assert set(chosen) == {None, 4}

@@ -1,0 +1,72 @@
+"""Tables of embeddings whose rows a linear layer, mostly the last, multiplies by: one tensor in the file, which both read.
+
+1. The layer is solved under its own statistics, in the bits of the tables unless it has options of its own.
+2. Its codes, scales and zero points become those of the table, where kernels for both can read them. Otherwise the table gets its own.
+3. Under a budget the two are converted apart, since the budget is spent layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from magr_onnx.config.layer_options import LayerOptions
+from magr_onnx.core.types import QuantizedWeight
+from magr_onnx.passes import Emitted, Plan
+from magr_onnx.passes.emit import embedding as table_emitter
+from magr_onnx.passes.layer_passes.embeddings import problem_of
+from magr_onnx.passes.layers.embedding import EmbeddingTable
+from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.selection import Selection
+from magr_onnx.passes.layers.weighted import by_weight
+from magr_onnx.workflow import non_linear
+from magr_onnx.workflow.converted import Converted
+
+
+def tied_weights(model: ir.Model, plan: Plan, selection: Selection) -> frozenset[str]:
+    """Return the names of weights that are both a table and a linear layer's, where the plan can write one tensor for both."""
+    if plan.embeddings is None or not plan.embeddings.shares_codes or plan.emitter is None or not plan.emitter.shares_codes:
+        return frozenset()
+    layers, tables = find(model, selection)[0], non_linear.select_tables(model, plan, selection)[0]
+    return frozenset(layer.weight_name for layer in layers) & {table.weight_name for table in tables}
+
+
+def tables_of(model: ir.Model, plan: Plan, selection: Selection, tied: frozenset[str]) -> list[EmbeddingTable]:
+    """Find the Gathers of tied weights."""
+    return [t for t in non_linear.select_tables(model, plan, selection)[0] if t.weight_name in tied] if tied else []
+
+
+def head_options(plan: Plan, tied: frozenset[str]) -> tuple[LayerOptions, ...]:
+    """Return the options of layers with tied weights: the bits of the tables."""
+    if not tied or plan.embeddings is None:
+        return ()
+    return (LayerOptions(tuple(sorted(tied)), {"bits": plan.embeddings.bits}),)
+
+
+def convert(tables: Sequence[EmbeddingTable], plan: Plan, nodes: Mapping[str, tuple[ir.Node, QuantizedWeight]]) -> Converted:
+    """Write tables whose linear layers have been written.
+
+    Args:
+        tables: Gathers of tied weights, in the model with the layers.
+        plan: What they are converted by.
+        nodes: What multiplies by a tied weight, and its codes ``(width, rows)``, by the name of the weight.
+
+    Returns:
+        The tables, with notes on those that share.
+    """
+    result = Converted()
+    for readers in by_weight(tables):
+        first, stage = readers[0], plan.embeddings
+        assert stage is not None
+        codes, written = None, list[Emitted]()
+        if first.weight_name in nodes:
+            node, codes = nodes[first.weight_name]
+            written = table_emitter.emit_shared(readers, node)
+        solution = stage.solve(problem_of(first), codes if written else None)
+        if written:
+            solution = replace(solution, record=solution.record.noting(f"one tensor with {node.name}"))
+        for table, emitted in zip(readers, written or table_emitter.emit(readers, solution, stage.form), strict=True):
+            result.add(table, solution, emitted, solution.weight.T)
+    return result

@@ -1,0 +1,115 @@
+"""Tables of embeddings that a last layer multiplies by: one tensor for both in the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import magr_onnx
+from magr_onnx.passes.emit.readback import read_weights
+from tests.graphs import Builder, random
+
+ROWS, WIDTH = 320, 64
+INT64 = ir.DataType.INT64
+
+
+def language_model(width: int = WIDTH, transposed: bool = True, inner: bool = False) -> ir.Model:
+    """Tokens, a layer, and logits by the table of the tokens: through a Transpose, or of a Gemm that transposes."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "seq"], INT64)
+    table = b.constant("table", random(ROWS, width, scale=1.0))
+    x = b.node("Gather", [table, ids], "tokens")
+    x = b.node("Tanh", [b.node("MatMul", [x, b.constant("w", random(width, width))], "middle")])
+    if transposed:
+        logits = b.node("MatMul", [x, b.node("Transpose", [table], "turn", perm=[1, 0])], "head")
+        return b.model(logits, ["batch", "seq", ROWS], "logits")
+    rows = b.node("Reshape", [x, b.constant("flat", np.array([-1, width]))])
+    return b.model(b.node("Gemm", [rows, table], "head", transB=1), ["rows", ROWS], "logits")
+
+
+def feeds(count: int = 4) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [{"input_ids": rng.integers(0, ROWS, (2, 24))} for _ in range(count)]
+
+
+def made(tmp_path: Path, model: ir.Model, data: bool = True, **options: Any) -> tuple[Any, onnx.ModelProto]:
+    path = tmp_path / "made.onnx"
+    arguments: dict[str, Any] = {"embeddings": "gather-block-quantized", "quantizer": "rtn", "bias": "none", **options}
+    report = magr_onnx.optimize(model, feeds() if data else None, output=path, progress=False, **arguments).report
+    return report, onnx.load(path)
+
+
+def node(proto: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(n for n in proto.graph.node if n.op_type == op and (op != "MatMulNBits" or n.output[0] == "logits" or "head" in n.name))
+
+
+def producers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: n for n in proto.graph.node for name in n.output}
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "embedding_bits"), [(4, 8), (2, 4), (4, 4)])
+def test_one_tensor_for_both(tmp_path: Path, transposed: bool, symmetric: bool, bits: int, embedding_bits: int) -> None:
+    model = language_model(transposed=transposed)
+    report, proto = made(tmp_path, model, bits=bits, embedding_bits=embedding_bits, symmetric=symmetric)
+    gather, head = node(proto, "GatherBlockQuantized"), node(proto, "MatMulNBits")
+    flat = producers(proto)[gather.input[0]]
+    assert (flat.op_type, flat.input[0]) == ("Reshape", head.input[1])
+    assert list(gather.input[2:]) == [name for name in head.input[2:4] if name]
+    assert {a.name: a.i for a in head.attribute}["bits"] == embedding_bits
+    assert "table" not in {i.name for i in proto.graph.initializer}
+    # what both read is one matrix, near the table, and the file computes with it
+    by_output = read_weights(ir.load(tmp_path / "made.onnx"))
+    table, weight = by_output[gather.output[0]], by_output[head.output[0]]
+    np.testing.assert_array_equal(table, weight.T)
+    exact = random(ROWS, WIDTH, scale=1.0)
+    assert np.linalg.norm(table - exact) < (0.02 if embedding_bits == 8 else 0.2) * np.linalg.norm(exact)
+    found = ort.InferenceSession(tmp_path / "made.onnx").run(["logits"], feeds(1)[0])[0]
+    middle = next(y for y in by_output if y not in (gather.output[0], head.output[0]))
+    expected = np.tanh(table[feeds(1)[0]["input_ids"]] @ by_output[middle]) @ table.T
+    np.testing.assert_allclose(found.reshape(-1), expected.reshape(-1), atol=1e-4)
+    row = next(row for row in report.layers if row.op == "Gather")
+    assert (row.bits, row.notes) == (embedding_bits, (f"one tensor with {head.name}",))
+    assert report.bytes_after < report.bytes_before
+
+
+def test_without_data_too(tmp_path: Path) -> None:
+    _, proto = made(tmp_path, language_model(), data=False)
+    assert producers(proto)[node(proto, "GatherBlockQuantized").input[0]].op_type == "Reshape"
+
+
+def test_a_layer_with_options_of_its_own_keeps_them(tmp_path: Path) -> None:
+    head = magr_onnx.LayerOptions(("head",), {"bits": 4})
+    _, proto = made(tmp_path, language_model(), layers=[head])
+    assert {a.name: a.i for a in node(proto, "GatherBlockQuantized").attribute}["bits"] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_rank": 4},  # a table has no branch
+        {"layers": [magr_onnx.LayerOptions(("head",), {"bits": 2})]},  # of no table
+        {"format": "qdq"},
+        {"embeddings": "dequantize"},
+        {"quantizer": None, "target_size": "60%"},
+    ],
+)
+def test_where_one_tensor_will_not_do_each_has_its_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    report, proto = made(tmp_path, language_model(), **options)
+    assert all(producers(proto).get(n.input[0]) is None for n in proto.graph.node if n.op_type in ("GatherBlockQuantized", "Gather"))
+    assert "table" not in {i.name for i in proto.graph.initializer}
+    assert {"Gather", "MatMul"} <= {row.op for row in report.layers}
+    session = ort.InferenceSession(tmp_path / "made.onnx")
+    assert np.isfinite(session.run(["logits"], feeds(1)[0])[0]).all()
+
+
+def test_a_row_that_ends_within_a_block_keeps_its_own_codes(tmp_path: Path) -> None:
+    _, proto = made(tmp_path, language_model(width=80))
+    assert producers(proto).get(node(proto, "GatherBlockQuantized").input[0]) is None
