@@ -317,9 +317,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         t = v.latency
-        lines.append(
-            f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch (median of {t.runs} each, in turns; ratio {t.ratio:.2f})"
-        )
+        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch, {t.ratio:.2f} times (median of {t.runs})")
         if t.float_quartiles and t.quantized_quartiles:
             lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in t.spread))
     if v.layers:
