@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -118,7 +119,8 @@ def candidates(
     return {name: (min(a, 0.0), max(b, 0.0)) for name, (a, b) in ranges.items()}
 
 
-LEAST_LEVELS = 32  # distinct values that show that a tensor is on a grid
+LEAST_LEVELS, MOST_LEVELS = 32, 1024  # distinct values that show that a tensor is on a grid, or on one for every channel
+STRETCHES = np.linspace(1, 1.06, 61)  # of a range, to find the grid that is nearest to some values
 
 
 def grid_of_levels(values: npt.NDArray[Any]) -> tuple[float, int] | None:
@@ -144,6 +146,29 @@ def grid_of_levels(values: npt.NDArray[Any]) -> tuple[float, int] | None:
         return None
     zero = -int(np.rint(first)) + int(255 - positions[-1]) // 2
     return (step, zero) if 0 <= zero <= 255 else None
+
+
+def grid_near_levels(levels: npt.NDArray[Any], counts: npt.NDArray[Any], low: float, high: float) -> tuple[float, int]:
+    """Return step and zero point (of uint8) of the grid over a range that values of few levels are nearest to.
+
+    Zero is on every grid. The levels of an image that was scaled to ``[-1, 1]`` are not: on a grid of their own step all of them are half a
+    step away, and on a slightly wider one half as far.
+
+    Args:
+        levels: Distinct values.
+        counts: How often they occur.
+        low: Least value.
+        high: Greatest value.
+    """
+    low, high, x = min(low, 0.0), max(high, 0.0), levels.astype(np.float64)
+    grids = [(step, zero) for step in STRETCHES * (high - low) / 255 for zero in {math.floor(-low / step), math.ceil(-low / step)}]
+
+    def error(grid: tuple[float, int]) -> float:
+        step, zero = grid
+        codes = np.clip(np.rint(x / step) + zero, 0, 255)
+        return float((np.square((codes - zero) * step - x) * counts).sum())
+
+    return min((grid for grid in grids if grid[1] <= 255), key=error)
 
 
 @np.errstate(over="ignore")  # values far outside the grid are clipped to its ends

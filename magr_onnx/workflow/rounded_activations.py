@@ -24,6 +24,7 @@ from magr_onnx.passes.tensors.ort_cpu import RULES
 from magr_onnx.passes.tensors.region import Region, SharedGrid, region_of
 from magr_onnx.passes.tensors.whole import whole_graph
 from magr_onnx.runtime.calibration import tensor_ranges
+from magr_onnx.runtime.calibration.activation_ranges import hold_out_of
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, Steps
 from magr_onnx.runtime.measure.rounding import output_errors
@@ -31,8 +32,18 @@ from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.integer_convolutions import may_be_integer, why_float
 from magr_onnx.workflow.non_linear import select_convolutions
 
-CLIPPING, TRIALS = (1.0, 4.0, 16.0, 64.0), 16
-"""Weights of clipping errors to choose ranges by, and batches that the outputs are compared on to choose the weight."""
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """How ranges are chosen: by `magr_onnx.runtime.calibration.tensor_ranges.grid_of` with these arguments."""
+
+    clipping: float = 1.0
+    stretch: float = 0.0
+
+
+CLIPPED, STRETCHED = [Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)], [Ranges(stretch=factor) for factor in (1.1, 1.2, 1.4)]
+INSURANCE, TRIALS = 1.12, 32
+"""Rise of the error for which ranges are stretched, since unseen values go beyond those seen, and batches that errors are measured on."""
 RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
 """Runs of the model to measure the loss of every value by, and batches of each."""
 
@@ -73,24 +84,25 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
     measured = tensor_ranges.measure(
         model, region.grids, [*convolutions, *linear], calibration, kind=kind, progress=context.stage("ranges")
     )
-    of_group = {each.group: each for each in measured}
-    choice = _Choice(model, of_group, marks, activations.ranges, kind, data, context.provider)
-    clipping = choice.clipping() if kind.bits == 8 else CLIPPING[0]
-    grids = choice.grids(clipping)
+    each_of = {each.group: each for each in measured}
+    choice = _Choice(model, each_of, marks, activations.ranges, kind, data, context.provider)
+    ranges = choice.ranges() if kind.bits == 8 else Ranges()
+    grids = choice.grids(ranges)
     context.lap("ranges")
     if plan.rules is None:
         return Rounding(grids)
     edges = widths.edges_of(region.units, marks, plan.rules)
     if kind.bits > 8:
-        return Rounding({**grids, **choice.converted(edges, region.grids, grids, clipping)})
+        return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)})
     if not activations.wide:
         return Rounding(grids)
     losses = choice.losses(grids, edges, context.stage("sensitivities"))
     wide = widths.choose_wide(edges, losses, activations.wide)
     stored = widths.stored_wide(edges, wide)
-    grids |= {name: choice.grid(group, CLIPPING[0], 16) for name, group in marks.items() if group in stored}
+    of_16_bits = {name: choice.grid(each_of[group], Ranges(), 16) for name, group in marks.items() if group in stored}
+    grids |= of_16_bits
     context.lap("sensitivities")
-    return Rounding({**grids, **choice.converted(edges, wide, grids, clipping)}, (_described(names, edges, wide, losses),))
+    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, (_described(names, edges, wide, losses),))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,21 +127,32 @@ class _Choice:
     data: Batches
     provider: str
 
-    def grid(self, group: SharedGrid, clipping: float, bits: int) -> ActivationGrid:
-        return tensor_ranges.grid_of(self.measured[group], self.method, clipping, replace(self.kind, bits=bits))
+    def grid(self, measured: tensor_ranges.Measured, ranges: Ranges, bits: int) -> ActivationGrid:
+        kind = replace(self.kind, bits=bits)
+        return tensor_ranges.grid_of(measured, self.method, ranges.clipping, kind, ranges.stretch)
 
-    def grids(self, clipping: float) -> dict[str, ActivationGrid]:
-        """Choose the grids of all values, by name."""
-        chosen = {group: self.grid(group, clipping, self.kind.bits) for group in self.measured}
+    def grids(self, ranges: Ranges, without: int | None = None) -> dict[str, ActivationGrid]:
+        """Choose the grids of all values, by name; ``without`` a part of the data."""
+        measured = self.measured if without is None else {group: each.without(without) for group, each in self.measured.items()}
+        chosen = {group: self.grid(each, ranges, self.kind.bits) for group, each in measured.items()}
         return {name: chosen[group] for name, group in self.marks.items()}
 
-    def clipping(self) -> float:
-        """Choose the weight of clipping errors by which the grids cause the least error."""
+    def ranges(self) -> Ranges:
+        """Choose how ranges are chosen, by the error at the outputs.
+
+        Few samples are run in parts, each on grids that the others give. Of stretched ranges the widest is taken that costs little.
+        """
         if self.method != "auto":
-            return CLIPPING[0]
-        trials = [self.grids(clipping) for clipping in CLIPPING]
-        errors = output_errors(self.model, self.marks, trials, self.data.limit(TRIALS), self.provider)
-        return CLIPPING[errors.index(min(errors))]
+            return Ranges()
+        hold_out, candidates = hold_out_of(self.data), [*CLIPPED, *STRETCHED]
+        errors = [0.0] * len(candidates)
+        for part in range(hold_out.parts):
+            data = self.data.select([i for i in range(len(self.data)) if hold_out.part(i) == part]).limit(TRIALS // hold_out.parts)
+            trials = [self.grids(each, part) for each in candidates]
+            of_part = output_errors(self.model, self.marks, trials, data, self.provider) if len(data) else [0.0] * len(trials)
+            errors = [a + b for a, b in zip(errors, of_part, strict=True)]
+        affordable = [each for each, error in zip(candidates, errors, strict=True) if error <= INSURANCE * min(errors)]
+        return affordable[-1] if affordable[-1:] and affordable[-1].stretch else candidates[errors.index(min(errors))]
 
     def losses(self, grids: Mapping[str, ActivationGrid], edges: Sequence[widths.Edges], progress: Steps) -> dict[SharedGrid, float]:
         """Measure the error that each of the grids of 8 bits causes alone, of values that an operator could read or put out in 16."""
@@ -139,13 +162,14 @@ class _Choice:
         return dict(zip(groups, output_errors(self.model, self.marks, trials, data, self.provider, progress), strict=True))
 
     def converted(
-        self, edges: Sequence[widths.Edges], wide: Collection[SharedGrid], grids: Mapping[str, ActivationGrid], clipping: float
+        self, edges: Sequence[widths.Edges], wide: Collection[SharedGrid], grids: Mapping[str, ActivationGrid], ranges: Ranges
     ) -> dict[str, ActivationGrid]:
         """Mark what is converted where some values have 16 bits; return the grids by name."""
         own = {group: grids[name] for name, group in self.marks.items()}
         marked = tensor_emitter.mark_conversions(self.model.graph, list(widths.conversions(edges, wide)))
         return {
-            name: own[each.group].refined() if each.exact else self.grid(each.group, clipping, each.bits) for name, each in marked.items()
+            name: own[each.group].refined() if each.exact else self.grid(self.measured[each.group], ranges, each.bits)
+            for name, each in marked.items()
         }
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.activation_ranges import Histogram, Method, candidates, grid_of_levels
+from magr_onnx.core.activation_ranges import LEAST_LEVELS, MOST_LEVELS, Histogram, Method, candidates, grid_near_levels, grid_of_levels
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.passes.instrument.taps import Tap
@@ -21,11 +19,10 @@ from magr_onnx.runtime.calibration.activation_ranges import histograms_of, hold_
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Steps
 
-INPUTS = 8  # batches that tell whether an input is on a grid
-EIGHT_BITS = 255  # steps of a grid; of more, half can be spent on values that calibration has not seen
+INPUTS, SAME_END = 8, 0.02  # batches that tell whether an input is on a grid, and what parts of a range may lack of it
 MASK_RATIO, MASKED = 8.0, 20.0
 """Gap between the scores that a Softmax reads and masks such as -10000, and how far below the scores masks may be: exp(-20) is nothing."""
-WIDER = 2.0  # than the values seen is such a grid
+WIDER = 2.0  # than the values seen is a grid of 16 bits: it has steps to spare for those that calibration has not seen
 SAMPLE = 1 << 16  # elements of a value in a batch that its histogram is made of
 
 
@@ -35,13 +32,18 @@ class Measured:
 
     Attributes:
         group: The values.
-        parts: Histograms of their values in parts of the data.
-        levels: The grid of 8 bits that they are on already; else None.
+        parts: Histograms of their values in the parts of the data; those that do not reach them are empty.
+        levels: The grid of 8 bits that they are on already, or the nearest if they have few levels; else None.
     """
 
     group: SharedGrid
     parts: tuple[Histogram, ...]
     levels: ActivationGrid | None
+
+    def without(self, part: int) -> Measured:
+        """Return what is known without a part of the data; all of it if there is one part only."""
+        rest = self.parts[:part] + self.parts[part + 1 :]
+        return replace(self, parts=rest) if rest else self
 
 
 def measure(
@@ -73,14 +75,13 @@ def measure(
     measured = []
     for group in shared:
         of_group = [reduce(Histogram.plus, of_part) for of_part in zip(*(next(of_values) for _ in group.values), strict=True)]
-        reached = tuple(part for part in of_group if part.low <= part.high)
         first = group.values[0]
-        levels = _of_levels(str(first.name), context, kind) if first.is_graph_input() else None
-        measured.append(Measured(group, reached, levels))
+        levels = _of_levels(str(first.name), of_group, context, kind) if first.is_graph_input() else None
+        measured.append(Measured(group, tuple(of_group), levels))
     return measured
 
 
-def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType) -> ActivationGrid:
+def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType, stretch: float = 0.0) -> ActivationGrid:
     """Choose a grid.
 
     Of the candidate ranges of `magr_onnx.core.activation_ranges`, the one of least error according to the histograms is chosen. Of several
@@ -92,39 +93,55 @@ def grid_of(measured: Measured, method: Method, clipping: float, kind: GridType)
         clipping: Weight of the error outside a range. It is the same for whole neighbourhoods, so that layers behind do not average it out
             as they do with rounding errors.
         kind: What grids have in common.
+        stretch: Factor of the range of all values, which is taken instead; 0 for none.
     """
     if measured.levels is not None and kind.bits == 8:
         return measured.levels
     if measured.group.exact is not None:
         return kind.exactly(*measured.group.exact)
-    return kind.of_range(*_range(measured.parts, measured.group, method, clipping, kind.steps), measured.group.high)
+    reached = [part for part in measured.parts if part.low <= part.high]
+    if not stretch and method == "auto" and kind.bits > 8:
+        stretch = WIDER
+    return kind.of_range(*_range(reached, measured.group, method, clipping, kind.steps, stretch), measured.group.high)
 
 
-def _of_levels(name: str, context: CalibrationContext, kind: GridType) -> ActivationGrid | None:
-    """Return the grid that an input of the model is on already: images of 8 bits lose nothing on it."""
+def _of_levels(name: str, parts: Sequence[Histogram], context: CalibrationContext, kind: GridType) -> ActivationGrid | None:
+    """Return the grid that an input of the model is on already, as images of 8 bits are; or the nearest to its levels, where all parts of
+    the data reach the ends of one range."""
     if kind.bits > 8 or kind.symmetric or kind.power_of_two:
         return None
-    levels: npt.NDArray[Any] = np.zeros(0)
+    counts: dict[float, int] = {}
     for batch in context.data.limit(INPUTS):
-        levels = np.union1d(levels, np.asarray(batch[name]))
-        if len(levels) > 256:
+        for level, count in zip(*np.unique(np.asarray(batch[name]), return_counts=True), strict=True):
+            counts[float(level)] = counts.get(float(level), 0) + int(count)
+        if len(counts) > MOST_LEVELS:
             return None
-    found = grid_of_levels(levels)
-    return None if found is None else ActivationGrid(float(np.float32(found[0])), found[1] - 128 * kind.signed, kind.signed)
+    levels, numbers = np.array(sorted(counts.items())).T
+    if len(levels) < LEAST_LEVELS:
+        return None
+    best = grid_of_levels(levels)
+    if best is None:
+        low, high = min(part.low for part in parts), max(part.high for part in parts)
+        if max(max(part.low - low, high - part.high) for part in parts) > SAME_END * (high - low):
+            return None
+        best = grid_near_levels(levels, numbers, low, high)
+    return ActivationGrid(float(np.float32(best[0])), best[1] - 128 * kind.signed, kind.signed)
 
 
-def _range(parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float, steps: int) -> tuple[float, float]:
+def _range(
+    parts: Sequence[Histogram], group: SharedGrid, method: Method, clipping: float, steps: int, stretch: float
+) -> tuple[float, float]:
     """Choose a range by its errors on every part; of several parts, under ranges from the others."""
     if not parts:
         return 0.0, 1.0
     if group.scores:
         unmasked = [part.without_sentinels(MASK_RATIO) for part in parts]
         if any(cut.cut for cut in unmasked) and all(part.high == cut.high for part, cut in zip(parts, unmasked, strict=True)):
-            low, high = _range(unmasked, replace(group, scores=False), method, clipping, steps)
+            low, high = _range(unmasked, replace(group, scores=False), method, clipping, steps, stretch)
             return low - MASKED, high
     full = reduce(Histogram.plus, parts).without_sentinels()
-    if method == "auto" and steps > EIGHT_BITS:
-        return max(WIDER * min(full.low, 0.0), group.low), min(WIDER * max(full.high, 0.0), group.high)
+    if stretch:
+        return max(stretch * min(full.low, 0.0), group.low), min(stretch * max(full.high, 0.0), group.high)
     trials = [(full, full)]
     if len(parts) > 1:
         trials = [(reduce(Histogram.plus, [*parts[:i], *parts[i + 1 :]]).without_sentinels(), part) for i, part in enumerate(parts)]

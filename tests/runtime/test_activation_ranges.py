@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magr_onnx
-from magr_onnx.core.activation_ranges import METHODS, Histogram, candidates
+from magr_onnx.core.activation_ranges import METHODS, Histogram, candidates, grid_near_levels
 from magr_onnx.core.types import Activation, ActivationGrid, DynamicRange
 from magr_onnx.errors import CalibrationError, NonFiniteError
 from magr_onnx.passes import find
@@ -406,3 +406,25 @@ def test_without_sentinels_nothing_is_said_and_nothing_clipped() -> None:
     made, report = magr_onnx.optimize(model, {"x": random(20, 3, K)}, format="dynamic-int8")
     assert report.notes == ()
     assert "Clip" not in [n.op_type for n in made.graph]
+
+
+@pytest.mark.parametrize("name", ["half steps", "channels", "one side"])
+def test_the_grid_near_few_levels_beats_all_grids_around_their_range(name: str) -> None:
+    images = np.arange(256) / 255
+    levels = {
+        "half steps": 2 * images - 1,
+        "channels": np.unique([(images - mean) / deviation for mean, deviation in ((0.49, 0.25), (0.48, 0.24), (0.45, 0.26))]),
+        "one side": images * 3.7 + 0.1,
+    }[name]
+    low, high = min(levels.min(), 0), max(levels.max(), 0)
+
+    def error(step: float, zero: int) -> float:
+        return float(np.square((np.clip(np.rint(levels / step) + zero, 0, 255) - zero) * step - levels).mean())
+
+    step, zero = grid_near_levels(levels, np.ones(len(levels)), low, high)
+    least_step = (high - low) / 255
+    assert least_step <= step <= 1.07 * least_step
+    assert zero in range(256)
+    assert all(error(step, zero) <= 1.01 * error(f * least_step, round(-low / (f * least_step))) for f in np.linspace(1, 1.06, 25))
+    if name == "half steps":
+        assert error(step, zero) < error(least_step, round(-low / least_step)) / 3

@@ -151,7 +151,7 @@ def test_masks_take_no_resolution_from_the_scores(masked: float, kind: str, tmp_
     proto.graph.initializer.append(onnx.numpy_helper.from_array(mask, "mask"))
     options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
     magr_onnx.optimize(proto, {"x": sequences(64, 1)}, output=path, batch_size=4, **options)
-    x = sequences(16, 2)
+    x = sequences(64, 2)
     assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (18 if kind == "uint8" else 30)
 
 
