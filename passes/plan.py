@@ -17,7 +17,7 @@ from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import pipeline_text, registry
 from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
 from magr_onnx.passes.emit import FORMATS
-from magr_onnx.passes.layer_passes.activations import QuantizeActivations
+from magr_onnx.passes.layer_passes.activations import ActivationType, QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias, compensate_groups
 from magr_onnx.passes.layer_passes.convolutions import Convolutions
 from magr_onnx.passes.layer_passes.embeddings import Embeddings
@@ -153,25 +153,24 @@ class Plan:
             solution = stage.solve(problem, solution)
         return solution
 
-    def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False, integers: bool = False) -> Plan:
+    def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False, activation: ActivationType | None = None) -> Plan:
         """Derive the plan for weights with one scale per output channel: MagR, the quantizer and the bias correction.
 
         Args:
             stage: The stage of the operators, which has the grid.
             absorbs: Whether the biases of all operators with the weight can absorb its mean error.
-            integers: Whether the operators multiply integers with ranges found at run time, and so have accumulators.
+            activation: Type of the integers that the operators multiply, and so have accumulators for; None if they compute in float.
         """
         quantize = self.quantize
         assert quantize is not None
-        if quantize.quantizer.accumulators == "only" and not integers:  # these have none
+        if quantize.quantizer.accumulators == "only" and activation is None:  # these have none
             quantize = quantize.by("comq")
         chooses = quantize.quantizer.chooses
         alpha = usual_alpha(stage.bits, None) if stage.alpha is None else stage.alpha
         magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
-        linear = ("block_size", "bias", "activation", "target", "accumulator_bits", "accumulator_tile")  # options of linear layers only
-        unset: dict[str, Any] = dict.fromkeys(linear[: 2 if integers else None])
-        if integers:
-            unset["activation"] = "dynamic"
+        demand = ("target", "accumulator_bits", "accumulator_tile")
+        unset: dict[str, Any] = {} if activation else dict.fromkeys(demand)
+        unset |= {"block_size": None, "bias": None, "activation": activation}
         quantize = replace(quantize, bits=stage.bits, symmetric=stage.symmetric, alpha=stage.alpha if chooses else None, **unset)
         return Plan(magr=magr, quantize=quantize, bias=CompensateBias("any") if absorbs else None)
 

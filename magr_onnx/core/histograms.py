@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.overflow.accumulator import Budget, column_pieces, extremes, log2_gap
+from magr_onnx.core.overflow.accumulator import Budget, log2_gap
 from magr_onnx.core.types import Array, QuantizedWeight
 
 BINS = 64  # at most, of every histogram
@@ -99,14 +99,13 @@ def _short(value: float) -> float:
 
 
 def tile_headroom(weight: QuantizedWeight, budget: Budget) -> dict[str, Any]:
-    """Headroom of the inner register in every tile along K, in bits, over all columns and all inputs.
+    """Headroom of the inner register in every tile along K, of every order, in bits, over all columns and all inputs.
 
     Returns:
         ``bits`` and ``tile`` of the accumulator, ``tiles``, how many there are, and ``headroom``: the least of every tile, or of as many
         next to each other as leave `BINS`. None stands for tiles of zeros, which cannot overflow.
     """
-    accumulator, raw = budget.accumulator, weight.raw()
-    bounds = [extremes(raw[:, c], accumulator.tile, budget.x_min, budget.x_max) for c in column_pieces(raw)]
+    accumulator, bounds = budget.accumulator, list(budget.tile_extremes(weight.raw()))
     lows = np.min([low.min(axis=1) for low, _ in bounds], axis=0)
     highs = np.max([high.max(axis=1) for _, high in bounds], axis=0)
     headrooms = [log2_gap(int(low), int(high), accumulator.bits) for low, high in zip(lows, highs, strict=True)]

@@ -40,6 +40,8 @@ class LayerProblem:
         target_moments: Moments of the output the layer should have, where the layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of the gradients at the layer's outputs, or None.
         input_noise: Squared error of the output that rounding the input alone causes, over the variance of the output.
+        taps: Kernel taps of a convolution, whose rows are (channels, taps); 1 for others.
+        depthwise: Whether the layer is a group of a convolution with one input and one output channel.
         notes: Sentences for the report.
     """
 
@@ -52,6 +54,8 @@ class LayerProblem:
     target_moments: TargetMoments | None = None
     output_hessian: Array | None = None
     input_noise: float = 0.0
+    taps: int = 1
+    depthwise: bool = False
     notes: tuple[str, ...] = ()
 
     def centred(self, policy: BiasPolicy | None) -> bool:

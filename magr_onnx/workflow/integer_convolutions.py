@@ -27,7 +27,7 @@ POSITIONS, ROWS, PARTS = 8, 1024, 4
 def equalize(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> list[str]:
     """Scale the channels between convolutions of a float model, in place, where they will be rounded; return what was done."""
     stage = plan.convolutions
-    if not plan.equalizes or data is None or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
+    if not plan.equalizes or data is None or stage is None or stage.form != "integer" or why_float(stage, data) is not None:
         return []
     groups = channel_scales.classes_of(model.graph, [layer for layer in find(model, context.selection)[0] if may_be_integer(layer)])
     if not groups:
@@ -61,13 +61,11 @@ def _channel_samples(model: ir.Model, names: Sequence[str], data: Batches, conte
     return samples
 
 
-def why_float(plan: Plan, stage: Convolutions, data: Batches | None) -> str | None:
+def why_float(stage: Convolutions, data: Batches | None) -> str | None:
     """Say why convolutions stay float though the form is ``integer``; None if they need not."""
     if data is None:
         return "there is no calibration data to find ranges of activations with"
-    if not stage.symmetric:
-        return "onnxruntime's integer convolutions have symmetric weights"
-    return None if plan.accumulator is None else "their accumulators are not constrained; no sum of theirs is part of the proof"
+    return None if stage.symmetric else "onnxruntime's integer convolutions have symmetric weights"
 
 
 def may_be_integer(layer: ConvLayer, rules: Rules | None = None) -> bool:

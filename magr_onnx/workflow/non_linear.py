@@ -184,10 +184,11 @@ def convert_convolutions(
     if data is not None:
         unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)
     for readers, stats in _measured(source, ordered, data, context, unmeasured):
-        solutions = integer_convolutions.with_room_for_biases(readers, _solve(readers, stats, plan), grids)
+        computes_integers = any(layer.name in grids for layer in readers)
+        solutions = integer_convolutions.with_room_for_biases(readers, _solve(readers, stats, plan, computes_integers), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        form = stage.form if stage.form != "integer" or any(layer.name in grids for layer in readers) else "dequantize"
+        form = stage.form if stage.form != "integer" or computes_integers else "dequantize"
         written = conv_emitter.emit(readers, solutions, form, integer and form != "integer", grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
@@ -195,7 +196,7 @@ def convert_convolutions(
                 notes.append(f"one weight for {len(readers)} convolutions: one solution for all")
             result.add(layer, replace(solution, record=solution.record.noting(*notes)), emitted, weight, layer.group)
         context.stage("convolutions")(len(result.rows) - first, len(ordered))
-    if stage.form == "integer" and (reason := integer_convolutions.why_float(plan, stage, data)) is not None:
+    if stage.form == "integer" and (reason := integer_convolutions.why_float(stage, data)) is not None:
         result.notes.append(f"convolutions are computed in float: {reason}")
     elif grids and any(grid.signed for grid in grids.values()):
         result.notes.append("int8 activations that several nodes read are not fused on x86, and run as floats there; uint8 are")
@@ -225,13 +226,17 @@ def _measured(
             readers = next(units, None)
 
 
-def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan) -> list[LayerSolution]:
-    """One weight for all convolutions that read it, under the moments of all their patches; for each the bias that its own mean needs."""
+def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan, integers: bool) -> list[LayerSolution]:
+    """One weight for all convolutions that read it, under the moments of all their patches; for each the bias that its own mean needs.
+
+    Where some of them multiply ``integers``, its codes fit the accumulator of the plan.
+    """
     first, policy = readers[0], plan.bias_policy
     takes_bias, has_bias = (all(getattr(layer, name) for layer in readers) for name in ("takes_bias", "has_bias"))
     absorbs = (policy == "any" and takes_bias) or (policy == "existing" and has_bias)
     assert plan.convolutions is not None
-    conv_plan, measured = plan.for_channels(plan.convolutions, absorbs), [groups for groups in stats if groups]
+    activation = plan.activations.type if plan.activations is not None and integers else None
+    conv_plan, measured = plan.for_channels(plan.convolutions, absorbs, activation), [groups for groups in stats if groups]
     if len(readers) == 1 or not measured:
         return [conv_plan.solve_groups(problems_of(first, measured[0] if measured else []))] * len(readers)
     matrices = first.read()

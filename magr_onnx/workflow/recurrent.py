@@ -58,8 +58,8 @@ def convert(result: Converted, model: ir.Model, work: ir.Model, plan: Plan, data
     for readers, stats in zip(groups, measured, strict=True):
         problems = problems_of(readers[0], stats or ())
         form, why = stage.form_of(readers, context.provider)
-        integers = form == "dynamic-quantize-lstm"
-        solutions = [plan.for_channels(stage, integers=integers).solve_groups(part) for part in problems]
+        channels = plan.for_channels(stage, activation="dynamic" if form == "dynamic-quantize-lstm" else None)
+        solutions = [channels.solve_groups(part) for part in problems]
         shared = f"one pair of weights for {len(readers)} operators: one solution for all" if len(readers) > 1 else ""
         joined = join(problems, solutions)
         notes = (why, shared, "" if stats else unmeasured)

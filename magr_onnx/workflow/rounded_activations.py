@@ -193,7 +193,7 @@ def _region(model: ir.Model, convolutions: Sequence[ConvLayer], linear: Sequence
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
         return whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
     stage = plan.convolutions
-    if not integer or stage is None or stage.form != "integer" or why_float(plan, stage, data) is not None:
+    if not integer or stage is None or stage.form != "integer" or why_float(stage, data) is not None:
         return None
     # onnxruntime 1.32 rounds again behind moves itself, and refuses what it has made of int8 from opset 21 on
     return region_of(model.graph, [layer.node for layer in integer], RULES, all_moves=grid_type(plan).signed)

@@ -49,7 +49,7 @@ class Solved:
         data: What it was calibrated on.
         rows: A row for every converted layer, in the order of the report.
         digests: Hashes of the dequantized weights, by the output of their layers.
-        emitted: Names of the nodes of linear layers and recurrent operators.
+        emitted: Names of the nodes of linear layers, convolutions and recurrent operators.
         skips: What was left as it is.
         notes: Sentences for the report.
         search: Mixed precision, if it was asked for.
@@ -176,7 +176,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
                 break
             del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model)
-    emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in begun.rows if row.op in GATES}
+    emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in begun.rows if row.op in (*GATES, "Conv")}
     skips = [*setup.skips, *done.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests | done.tables.digests, emitted, skips, notes, search)

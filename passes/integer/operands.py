@@ -80,12 +80,27 @@ RANGES = {f"{'' if signed else 'u'}int{bits}": activation_limits(signed, bits) f
 def constant_weight(value: ir.Value, other_operand: ir.Value | None = None) -> Array:
     """Return the constant of a weight operand; ``other_operand`` serves to tell which side is constant."""
     weight = constant_array(value)
+    if weight is None and (codes := _cast_codes(value)) is not None:
+        return codes
     if weight is None:
         constant_left = other_operand is not None and constant_array(other_operand) is not None
         raise UnsupportedNode(IntegerReason.CONSTANT_LEFT if constant_left else IntegerReason.DYNAMIC_WEIGHT)
     if weight.size == 0:
         raise UnsupportedNode(IntegerReason.SHAPE, f"weight has shape {list(weight.shape)}")
     return weight
+
+
+def _cast_codes(value: ir.Value) -> Array | None:
+    """Return constant codes behind a Cast to 8 bits that keeps them, which onnxruntime folds; None for anything else."""
+    node = value.producer()
+    kind = None if node is None else ir.DataType(attribute_of(node, "to", 0))
+    if node is None or (node.domain, node.op_type) != ("", "Cast") or kind not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return None
+    codes = constant_array(operand(node, 0))
+    if codes is None or codes.dtype.name not in RANGES or codes.size == 0:
+        return None
+    (low, high), (least, most) = RANGES[codes.dtype.name], RANGES[kind.name.lower()]
+    return codes.astype(kind.numpy()) if least <= low and high <= most else None
 
 
 def weight_name(value: ir.Value) -> str:
@@ -103,6 +118,8 @@ def type_of(value: ir.Value) -> str | None:
             return None
         if node.op_type == "DynamicQuantizeLinear":
             return "uint8"
+        if node.op_type == "Cast":
+            return ir.DataType(attribute_of(node, "to", 0)).name.lower()
         if node.op_type == "QuantizeLinear":
             zero = operand(node, 2)
             declared = ir.DataType(attribute_of(node, "output_dtype", 0))

@@ -91,4 +91,5 @@ def problems_of(layer: ConvLayer, stats: Sequence[LayerStats] = ()) -> list[Laye
     matrices, kind = layer.read(), float_type(layer.dtype)
     check_weight(f"weight of {layer.name}", matrices)
     moments = stats or [LayerStats.data_free(layer.k, taps=layer.taps)] * len(matrices)
-    return [LayerProblem(matrix, None, s, kind) for matrix, s in zip(matrices, moments, strict=True)]
+    depthwise = layer.k == layer.taps and layer.n == 1
+    return [LayerProblem(matrix, None, s, kind, taps=layer.taps, depthwise=depthwise) for matrix, s in zip(matrices, moments, strict=True)]

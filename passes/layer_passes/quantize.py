@@ -172,18 +172,28 @@ class Quantize(LayerPass):
         """Whether the method takes second moments of gradients, in a plan that is resolved."""
         return self.quantizer.chooses and (self.activation is None or self.budget() is None)
 
-    def budget(self) -> Budget | None:
+    def budget(self, taps: int = 1, depthwise: bool = False) -> Budget | None:
         """The accumulator the codes must fit, or None for no constraint.
+
+        Args:
+            taps: Kernel taps of a convolution. Which of its rows share a tile of an accumulator that is no target's is not known: the
+                constraint is that of both orders, (channels, taps) and (taps, channels).
+            depthwise: Whether its groups have one input and one output channel.
 
         Raises:
             OptionError: An unknown target, or an accumulator that is none.
         """
         signed, dynamic = self.activation == "int8", self.activation == "dynamic"
         if self.target is not None:
-            return find_target(self.target).weight_budget(signed, True, qdq=not dynamic)
+            return find_target(self.target).weight_budget(signed, True, qdq=not dynamic, taps=taps, depthwise=depthwise)
         if self.accumulator_bits is None:
             return None
-        return Budget(self.accumulator(), *activation_limits(signed))
+        orders = (1,) if taps == 1 or depthwise or self.accumulator_tile is None else (1, taps)
+        return Budget(self.accumulator(), *activation_limits(signed), orders)
+
+    def budget_of(self, problem: LayerProblem) -> Budget | None:
+        """The accumulator that the codes of a layer must fit; None for no constraint, or if its inputs are floats."""
+        return None if self.activation is None else self.budget(problem.taps, problem.depthwise)
 
     def accumulator(self) -> Accumulator:
         """The registers of ``accumulator_bits``."""
@@ -197,7 +207,7 @@ class Quantize(LayerPass):
 
     def solve(self, problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         centred, record = problem.centred(self.bias), solution.record
-        spec, budget, fits = self.spec(problem.float_type), self.budget() if self.activation else None, solution.fit_targets
+        spec, budget, fits = self.spec(problem.float_type), self.budget_of(problem), solution.fit_targets
         moments, hessian = problem.target_moments, problem.output_hessian
         task = Problem(solution.weight, solution.target, problem.stats, centred, spec, budget, problem.weight, fits, moments, hessian)
         declared = {option.name: option.default for option in self.quantizer.options} | dict(self.method_options)
@@ -244,7 +254,7 @@ class Quantize(LayerPass):
         # nearest codes are the best where inputs are uncorrelated
         used = np.stack([p.stats.regularized(centred) for p in problems])
         used = used * np.eye(k) if self.quantizer.batched == "diagonal" else used
-        result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps)
+        result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps, self.budget_of(problems[0]))
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices
         error = float(np.einsum("gkn,gkn->", objective @ difference, difference))
         variance = sum(output_variance(p.weight, p.stats) for p in problems)

@@ -136,6 +136,29 @@ def test_activation_types_are_found_behind_nodes_that_move_data() -> None:
     assert dot_of(model(nodes, {"w": dots.W, **dots.scalars(np.int8)}, (F32, ["k", "m"]), TensorProto.INT32)).x_type == "int8"
 
 
+def test_a_zero_point_that_is_cast_at_run_time_has_a_type() -> None:
+    """As quantize_dynamic writes it in opset 10, which has no DynamicQuantizeLinear."""
+    nodes = [node("Cast", ["zf"], "z", to=U8), node("QuantizeLinear", ["x", "xs", "z"], "q"), node("MatMulInteger", ["q", "w", "z"])]
+    constants = {"w": dots.W, "xs": np.float32(1), "zf": np.float32(3)}
+    dot = dot_of(model(nodes, constants, (F32, ["k", "m"]), TensorProto.INT32))
+    assert (dot.x_type, dot.x_range, dot.x_zeros) == ("uint8", (0, 255), (0, 255))
+
+
+@pytest.mark.parametrize(("stored", "kind", "read"), [("int4", "int8", True), ("uint8", "int8", False), ("int8", "uint8", False)])
+def test_codes_behind_a_cast_that_keeps_them_are_constants(stored: str, kind: str, read: bool) -> None:
+    """As convolutions with weights of 4 bits have them; a Cast that would wrap some codes of a type is not read."""
+    codes = np.random.default_rng(0).integers(0, 8, (4, 3, 3, 3)).astype(ir.DataType[stored.upper()].numpy())
+    tensor = ir.to_proto(ir.tensor(codes, name="stored"))
+    nodes = [node("Cast", ["stored"], "w", to=ir.DataType[kind.upper()]), node("ConvInteger", ["x", "w"])]
+    proto = model(nodes, {}, (U8, ["n", 3, "h", "v"]), TensorProto.INT32)
+    proto.graph.initializer.append(tensor)
+    proto.opset_import[0].version = 21
+    if read:
+        assert (dot_of(proto).codes == codes.astype(int).reshape(4, -1).T).all()
+    else:
+        assert skip_of(proto).reason is IntegerReason.DYNAMIC_WEIGHT
+
+
 def float_model() -> onnx.ModelProto:
     return ir.to_proto(graphs.matmul())
 

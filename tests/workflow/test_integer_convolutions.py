@@ -16,7 +16,6 @@ from magr_onnx.errors import OptionError
 from magr_onnx.report.data import Report
 
 Array = np.ndarray[Any, Any]
-RNG = np.random.default_rng(0)
 
 
 def images(count: int, seed: int) -> Array:
@@ -27,14 +26,15 @@ def images(count: int, seed: int) -> Array:
     return ((np.rint(pixels) - 127) / 128).astype(np.float32)
 
 
-def network(bias: float = 0.1, last: str = "Conv") -> onnx.ModelProto:
+def network(bias: float = 0.1, last: str = "Conv", seed: int = 0) -> onnx.ModelProto:
     """A small residual network with depthwise convolutions, squeeze-and-excite, and a head that concatenates."""
+    rng = np.random.default_rng(seed)
     sizes = {"stem": (8, 3, 3, 3), "deep": (8, 1, 3, 3), "point": (8, 8, 1, 1), "gate": (8, 8, 1, 1), "boxes": (4, 8, 1, 1)}
     arrays = {
-        name: RNG.standard_normal(s) / np.sqrt(np.prod(s[1:]))
+        name: rng.standard_normal(s) / np.sqrt(np.prod(s[1:]))
         for name, s in (sizes | {"scores": (4, 8, 1, 1), "head": (5, 8, 3, 3)}).items()
     }
-    arrays |= {f"{name}_b": bias * RNG.standard_normal(len(array)) for name, array in arrays.items()}
+    arrays |= {f"{name}_b": bias * rng.standard_normal(len(array)) for name, array in arrays.items()}
 
     def conv(name: str, x: str, op: str = "Conv", **attributes: Any) -> onnx.NodeProto:
         return onnx.helper.make_node(op, [x, name, f"{name}_b"], [f"{name}_y"], name=name, **attributes)
@@ -60,8 +60,8 @@ def network(bias: float = 0.1, last: str = "Conv") -> onnx.ModelProto:
         conv("head", "both", last),
     ]
     if last == "ConvTranspose":
-        arrays["head"] = RNG.standard_normal((8, 5, 3, 3))
-        arrays["head_b"] = RNG.standard_normal(5)
+        arrays["head"] = rng.standard_normal((8, 5, 3, 3))
+        arrays["head_b"] = rng.standard_normal(5)
     initializers = [onnx.numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
     initializers += [onnx.numpy_helper.from_array(np.float32(v), name) for name, v in (("zero", 0), ("six", 6))]
     x = onnx.helper.make_tensor_value_info("x", 1, ["n", 3, 12, 12])
@@ -129,7 +129,6 @@ def test_a_channel_of_tiny_weights_keeps_its_bias(tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({"symmetric": False}, "symmetric weights"),
-        ({"target": "x86-avx2"}, "accumulators"),
         ({"conv_form": "dequantize"}, ""),
     ],
 )
@@ -138,6 +137,41 @@ def test_convolutions_stay_float_and_the_report_says_why(options: dict[str, Any]
     assert "QLinearConv" not in ops
     assert any(f"computed in float: {reason}" in note or reason in note for note in report.notes) or not reason
     assert sqnr(actual, expected) > 35
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({"target": "x86-avx2"}, 28),
+        ({"target": "x86-avx2", "conv_bits": 4}, 16),
+        ({"target": "arm64-neon", "activation_type": "int8"}, 28),
+        ({"accumulator_bits": 17}, 26),
+        ({"accumulator_bits": 13, "accumulator_tile": 16, "conv_bits": 4, "bits": 4}, 12),
+        ({"accumulator_bits": 15, "quantizer": "gptq"}, 18),
+    ],
+)
+def test_sums_of_convolutions_fit(options: dict[str, Any], least: float, tmp_path: Path) -> None:
+    """They stay integers, and are proved; by worst inputs of the codes that onnxruntime runs, in both orders of the rows."""
+    report, ops, actual, expected = converted(network(), tmp_path, **options)
+    assert ops.count("QLinearConv") == 7 or "activation_type" in options
+    assert report.proof is not None
+    assert (report.proof.proved, report.proof.total) == (7, 7)
+    assert sqnr(actual, expected) > least
+    if "accumulator_bits" not in options:
+        return
+    bits, tile = options["accumulator_bits"], options.get("accumulator_tile")
+    optimized = onnx.load(tmp_path / "o.onnx").graph
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in optimized.initializer}
+    largest = 0
+    for node in (node for node in optimized.node if node.op_type == "QLinearConv"):
+        codes = arrays[node.input[3]].astype(int).reshape(*arrays[node.input[3]].shape[:2], -1)
+        for ordered in (codes, codes.swapaxes(1, 2)):
+            flat = ordered.reshape(len(codes), -1)
+            for at in range(0, flat.shape[1], tile or flat.shape[1]):
+                part = flat[:, at : at + (tile or flat.shape[1])]
+                high, low = 255 * np.maximum(part, 0).sum(axis=1).max(), 255 * np.minimum(part, 0).sum(axis=1).min()
+                largest = max(largest, int(high), -1 - int(low))
+    assert 2 ** (bits - 2) <= largest < 2 ** (bits - 1)
 
 
 def test_a_transposed_convolution_stays_float_behind_integers(tmp_path: Path) -> None:
@@ -220,7 +254,8 @@ def test_equalized_channels_between_convolutions_lose_less(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])
 def test_linear_layers_read_what_convolutions_put_out_from_the_same_grid(effort: str, tmp_path: Path) -> None:
-    weights = {"w": RNG.standard_normal((4, 3, 1, 1)), "v": RNG.standard_normal((12, 6)) / 3, "u": RNG.standard_normal((6, 5)) / 2}
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((4, 3, 1, 1)), "v": rng.standard_normal((12, 6)) / 3, "u": rng.standard_normal((6, 5)) / 2}
     graph = onnx.helper.make_graph(
         [
             onnx.helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),

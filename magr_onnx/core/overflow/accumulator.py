@@ -26,6 +26,7 @@ from magr_onnx.errors import OptionError
 
 Integers = npt.NDArray[np.integer[Any]]
 Int64 = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.intp]
 CHUNK = 1 << 22  # elements of a weight widened to 64 bits at a time
 
 
@@ -64,11 +65,14 @@ class Budget:
         accumulator: The registers.
         x_min: Least raw activation code, 0 or negative.
         x_max: Greatest raw activation code, positive.
+        taps: Orders of K whose consecutive rows share a tile; all must hold. 1 is that of the rows; of a convolution, whose rows are
+            (channels, taps), its number of taps is that of `taps_first`.
     """
 
     accumulator: Accumulator
     x_min: int = 0
     x_max: int = 255
+    taps: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if not self.x_min <= 0 < self.x_max:
@@ -102,9 +106,23 @@ class Budget:
 
     def column_extremes(self, codes: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Return the least and greatest sum of any tile in every column of ``codes (K, N)``, ``(N,)`` each; exact for integer codes."""
-        pieces = (extremes(codes[:, c], self.accumulator.tile, self.x_min, self.x_max) for c in column_pieces(codes))
-        bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in pieces]  # in pieces: (tiles, N) can be larger than the weight
+        bounds = [(low.min(axis=0), high.max(axis=0)) for low, high in self.tile_extremes(codes)]
         return np.concatenate([low for low, _ in bounds]), np.concatenate([high for _, high in bounds])
+
+    def tile_extremes(self, codes: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Yield the least and greatest sum of every tile in every order, ``(tiles, n)`` each, for some columns of ``codes`` at a time."""
+        for c in column_pieces(codes):  # (tiles, N) can be larger than the weight
+            parts = [extremes(codes[order, c], self.accumulator.tile, self.x_min, self.x_max) for order in self.orders(len(codes))]
+            yield np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
+
+    def orders(self, k: int) -> list[Rows]:
+        """Return the orders of K rows whose consecutive rows share a tile."""
+        return [taps_first(k, taps) for taps in self.taps]
+
+
+def taps_first(k: int, taps: int) -> Rows:
+    """Return K rows (channels, taps) of a convolution in the order (taps, channels)."""
+    return np.arange(k).reshape(-1, taps).T.reshape(-1)
 
 
 def tile_starts(k: int, tile: int | None, block: int | None = None) -> npt.NDArray[np.intp]:
@@ -173,15 +191,24 @@ class RunningSums:
 
     def __init__(self, budget: Budget, k: int, n: int, codes: Integers | None = None) -> None:
         self._budget = budget
-        self._tile = np.arange(k) // (budget.accumulator.tile or k)
-        shape = (int(self._tile[-1]) + 1, n)
-        sums = (np.zeros(shape, np.int64), np.zeros(shape, np.int64)) if codes is None else signed_sums(codes, budget.accumulator.tile)
-        self.positive, self.negative = sums
+        self._sums = []
+        for order in budget.orders(k):
+            tiles = np.empty(k, np.intp)
+            tiles[order] = np.arange(k) // (budget.accumulator.tile or k)
+            empty = np.zeros((int(tiles.max()) + 1, n), np.int64)
+            self._sums.append((tiles, *((empty, empty.copy()) if codes is None else signed_sums(codes[order], budget.accumulator.tile))))
 
     def limits(self, row: int) -> tuple[Int64, Int64]:
         """Return the least and greatest code ``(N,)`` that may be added at ``row``."""
-        b, t = self._budget, self._tile[row]
-        p, m = self.positive[t], self.negative[t]
+        lower, upper = self._limits(row, *self._sums[0])
+        for sums in self._sums[1:]:
+            other = self._limits(row, *sums)
+            lower, upper = np.maximum(lower, other[0]), np.minimum(upper, other[1])
+        return lower, upper
+
+    def _limits(self, row: int, tiles: Rows, positive: Int64, negative: Int64) -> tuple[Int64, Int64]:
+        b = self._budget
+        p, m = positive[tiles[row]], negative[tiles[row]]
         above = b.high - (b.x_max * p + b.x_min * m)  # room below the register's largest value
         below = (b.x_max * m + b.x_min * p) - max(b.low, 1 - 2**63)  # room above its least; int64 has no 2**63
         upper, lower = above // b.x_max, below // b.x_max
@@ -191,10 +218,10 @@ class RunningSums:
 
     def take(self, row: int, codes: npt.NDArray[Any], sign: int = 1) -> None:
         """Add ``codes (N,)`` at ``row``, or (``sign=-1``) take them out again."""
-        t = self._tile[row]
         integers = codes.astype(np.int64)
-        self.positive[t] += sign * np.maximum(integers, 0)
-        self.negative[t] += sign * np.minimum(integers, 0)
+        for tiles, positive, negative in self._sums:
+            positive[tiles[row]] += sign * np.maximum(integers, 0)
+            negative[tiles[row]] += sign * np.minimum(integers, 0)
 
     def clip(self, row: int, codes: npt.NDArray[np.floating[Any]], middle: Any) -> None:
         """Clip codes ``(N,)``, ``middle`` above the raw ones, in place to what still fits at ``row``, and add them."""

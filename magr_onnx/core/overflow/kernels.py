@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from magr_onnx.core.overflow.accumulator import Accumulator
-from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters, Rows
+from magr_onnx.core.overflow.accumulator import Accumulator, Rows
+from magr_onnx.core.overflow.proof import IntegerDot, KernelRegisters
 from magr_onnx.core.overflow.targets import Kernel, Target
 
 

@@ -18,11 +18,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from magr_onnx.core.overflow.accumulator import Accumulator, Int64, Integers, bits_for, column_pieces, extremes, log2_gap, tile_starts
+from magr_onnx.core.overflow.accumulator import (
+    Accumulator,
+    Int64,
+    Integers,
+    Rows,
+    bits_for,
+    column_pieces,
+    extremes,
+    log2_gap,
+    taps_first,
+    tile_starts,
+)
 
-Rows = npt.NDArray[np.intp]
 ClaimName = Literal["inner", "outer", "result"]
 
 
@@ -82,7 +91,7 @@ class IntegerDot:
 
     def channels_last(self) -> Rows:
         """Rows in the order (taps, channels), as onnxruntime's quantized convolution visits them."""
-        return np.arange(self.k).reshape(-1, self.taps).T.reshape(-1)
+        return taps_first(self.k, self.taps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

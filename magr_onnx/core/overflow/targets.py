@@ -82,11 +82,15 @@ class Target:
         low, high = (-128, 127) if activation_signed else (0, 255)
         return Budget(kernel.accumulator, low + kernel.shift, high + kernel.shift)
 
-    def weight_budget(self, activation_signed: bool, weight_signed: bool, *, qdq: bool = False) -> Budget:
-        """Return a budget on consecutive rows that is sufficient whatever rows the kernel pairs, for solvers."""
+    def weight_budget(
+        self, activation_signed: bool, weight_signed: bool, *, qdq: bool = False, taps: int = 1, depthwise: bool = False
+    ) -> Budget:
+        """Return a budget that is sufficient whatever rows the kernel pairs, for solvers; ``taps`` are those of a convolution."""
         budget = self.budget(activation_signed, weight_signed, qdq=qdq)
+        if depthwise and not self.depthwise_pairs:
+            return replace(budget, accumulator=Accumulator(32, None, budget.accumulator.outer_bits))
         if self.kernel(activation_signed, weight_signed, qdq=qdq).stride == 1:
-            return budget
+            return replace(budget, taps=(taps,))
         return replace(budget, accumulator=replace(budget.accumulator, bits=budget.accumulator.bits - 1, tile=1))
 
 

@@ -12,6 +12,7 @@ Deviations from the papers: no training, the projection is their initialisation;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -43,11 +44,19 @@ def project(codes: Array, budget: Budget) -> Array:
     """Return the nearest real-valued codes ``(K, N)`` whose positive and negative parts each keep half of A2Q+'s l1 budget in every tile.
 
     For unsigned activations this is the exact constraint: the two signs never share the register's range. For signed ones it is sufficient.
+    Where tiles of several orders of K must hold, they are projected one after the other: no projection enlarges a code.
     """
-    tiles = tiled(codes, budget.accumulator.tile)
     half = budget.l1 / 2
-    projected = (project_l1_ball(np.maximum(tiles, 0), half), project_l1_ball(np.minimum(tiles, 0), half))
-    return untiled(projected[0] + projected[1], *codes.shape)
+    return _by_tile(codes, budget, lambda tiles: project_l1_ball(np.maximum(tiles, 0), half) + project_l1_ball(np.minimum(tiles, 0), half))
+
+
+def _by_tile(codes: Array, budget: Budget, projection: Callable[[Array], Array]) -> Array:
+    """Project every tile of ``codes (K, N)``, in all orders of K one after the other."""
+    for order in budget.orders(len(codes)):
+        projected = np.empty_like(codes)
+        projected[order] = untiled(projection(tiled(codes[order], budget.accumulator.tile)), *codes.shape)
+        codes = projected
+    return codes
 
 
 def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> QuantizedWeight:
@@ -58,8 +67,7 @@ def quantize(weights: Array, spec: WeightSpec, budget: Budget, plus: bool) -> Qu
     scales = stored(np.where(span > 0, span, 1), spec)
     shift = np.clip(np.rint(mean / scales), 1 - spec.middle, spec.middle - 1)
     codes = weights / scales - shift
-    ball = budget.l1_any
-    projected = project(codes, budget) if plus else untiled(project_l1_ball(tiled(codes, budget.accumulator.tile), ball), k, n)
+    projected = project(codes, budget) if plus else _by_tile(codes, budget, lambda tiles: project_l1_ball(tiles, budget.l1_any))
     rounded = np.clip(np.trunc(projected), -spec.middle, spec.top - spec.middle) + spec.middle
     return Grid(scales, (spec.middle - shift).astype(np.float32), spec, k).weight(rounded)
 

@@ -153,10 +153,10 @@ def under_budget(
     overflowing = np.flatnonzero((low < budget.low) | (high > budget.high))
     codes, scales, zeros = unconstrained.codes.copy(), unconstrained.scales.copy(), unconstrained.zero_points.copy()
     grid = Grid.of(unconstrained)
-    overflowing = overflowing[np.argsort(-_excess(weights[:, overflowing], grid.columns(overflowing), budget), kind="stable")]
+    overflowing = overflowing[np.argsort(-excess(weights[:, overflowing], grid.columns(overflowing), budget), kind="stable")]
     at = 0
     while at < len(overflowing):
-        rungs = _rungs(_excess(weights[:, overflowing[at : at + 1]], grid.columns(overflowing[at : at + 1]), budget)[0])
+        rungs = rungs_of(excess(weights[:, overflowing[at : at + 1]], grid.columns(overflowing[at : at + 1]), budget)[0])
         c = overflowing[at : at + max(1, _LADDER_BYTES // (16 * k * rungs))]  # columns of like excess, so that few rungs serve them
         at += len(c)
         best = np.full(len(c), np.inf)
@@ -173,14 +173,15 @@ def under_budget(
     return QuantizedWeight(codes, scales, zeros, spec), len(overflowing)
 
 
-def _excess(weights: Array, grid: Grid, budget: Budget) -> Array:
+def excess(weights: Array, grid: Grid, budget: Budget) -> Array:
     """Return the factor on every column's scale with which its unrounded codes fit, at least 1, ``(N,)``."""
     low, high = budget.column_extremes(weights / grid.scales + (grid.zeros - grid.spec.middle))
     return np.maximum(np.maximum(high / budget.high, low / budget.low), 1)
 
 
-def _rungs(excess: float) -> int:
-    return int(np.clip(np.ceil(np.log(excess) / np.log(_RATIO)) + 1, 2, _MOST_RUNGS))
+def rungs_of(factor: float) -> int:
+    """Return how many scales are tried for a column that fits its accumulator with a scale ``factor`` times as large."""
+    return int(np.clip(np.ceil(np.log(factor) / np.log(_RATIO)) + 1, 2, _MOST_RUNGS))
 
 
 def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[tuple[Grid, Array]]:
@@ -190,7 +191,7 @@ def _ladder(weights: Array, grid: Grid, budget: Budget, rungs: int) -> Iterator[
     if not spec.symmetric:
         zeros.append(np.clip(np.rint(spec.middle - weights.mean(axis=0) / grid.scales), 0, spec.top).astype(np.float32))
     for zero in zeros:
-        factors = _excess(weights, replace(grid, zeros=zero), budget) ** np.linspace(0, 1, rungs)[:, None]
+        factors = excess(weights, replace(grid, zeros=zero), budget) ** np.linspace(0, 1, rungs)[:, None]
         scales = stored((grid.scales * factors).reshape(1, -1), spec)
         shift = np.rint(((zero - spec.middle) / factors).reshape(1, -1)).astype(np.float32)
         ladder = Grid(scales, shift + spec.middle, spec, k)
