@@ -10,7 +10,7 @@ which every column keeps the one that is best by E.
 
 There is no MagR here: the scale of every column is chosen by its exact error, with error feedback. Under an accumulator larger scales
 are tried too, and starts that are projected on its bound (`magr_onnx.core.quantizers.a2q.project`), every code is clipped to what still
-fits, and scales are refitted.
+fits. Scales are refitted by least squares.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from magr_onnx.errors import NonFiniteError
 
 MOST_ROWS, FEWEST_GROUPS = 64, 8  # limits within which batching pays
 _SHRINKS = [float(x) for x in np.linspace(1.02, 0.5, 53)]
+_REFITS = 2  # at last, of the best grids
 _RETRIES = 8
 
 
@@ -66,18 +67,23 @@ def _solve(weights: Array, grams: Array, spec: WeightSpec, damping: float, sweep
     flat = weights.transpose(1, 0, 2).reshape(k, g * n)
     best: Array = np.full((g, n), np.inf)
     codes, scales, zeros = np.zeros(weights.shape), np.ones((g, n), np.float32), np.zeros((g, n), np.float32)
+
+    def offer(start: Array, grid: _Grid) -> None:
+        """Descend from codes on a grid, refit the scales, and keep the columns that are better so."""
+        candidate = _descend(weights, gram, start, grid, sweeps)
+        fitted = _refitted(candidate - grid.zeros[:, None], weights, gram, grid)
+        error = _errors((candidate - grid.zeros[:, None]) * fitted[:, None] - weights, gram)
+        better = error < best
+        for kept, value in ((best, error), (scales, fitted), (zeros, grid.zeros), (codes, candidate)):
+            np.copyto(kept, value, where=better[:, None] if kept.ndim == 3 else better)
+
     shrinks = _SHRINKS if budget is None else [*_SHRINKS, *_stretches(flat, spec, budget)]
     for s, z in zip(*ladder(flat, spec, shrinks), strict=True):
-        scale, zero = s.reshape(g, n), z.reshape(g, n)
-        grid = _Grid(scale, zero, spec, budget)
+        grid = _Grid(s.reshape(g, n), z.reshape(g, n), spec, budget)
         for start in (weights,) if budget is None else (weights, grid.projected(weights)):
-            candidate = _descend(weights, gram, _feedback(start, factors, grid), grid, sweeps)
-            fitted = scale if budget is None else _refitted(candidate - zero[:, None], weights, gram, grid)
-            error = _errors((candidate - zero[:, None]) * fitted[:, None] - weights, gram)
-            better = error < best
-            best = np.where(better, error, best)
-            codes = np.where(better[:, None], candidate, codes)
-            scales, zeros = np.where(better, fitted, scales), np.where(better, zero, zeros)
+            offer(_feedback(start, factors, grid), grid)
+    for _ in range(_REFITS):
+        offer(codes.copy(), _Grid(scales.copy(), zeros.copy(), spec, budget))
     grids = codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
     return Grouped([QuantizedWeight(c, s[None], z[None], spec) for c, s, z in zip(*grids, strict=True)], best.sum(axis=1))
 
