@@ -103,7 +103,9 @@ class Quantize(LayerPass):
 
     def by(self, method: str) -> Self:
         """The same grid and options for another method."""
-        return self if method == self.method else replace(self, method=method, method_options={})
+        if method == self.method:
+            return self
+        return replace(self, method=method, method_options={}, alpha=self.alpha if QUANTIZERS[method].chooses else None)
 
     def problems(self, spec: WeightSpec | None) -> list[str]:
         problems = []

@@ -1,26 +1,32 @@
-"""Comparison of the float and the quantized model on made-up inputs, where there are no data."""
+"""Comparisons of the float and quantized models on made-up inputs, where there are no data."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from magr_onnx.errors import RuntimeFailure, listed
+from magr_onnx.core.types import Array
+from magr_onnx.errors import listed
 from magr_onnx.model_io.legacy import read
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
-from magr_onnx.runtime.data.made_up import feeds_for
+from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
 from magr_onnx.runtime.measure.validate import bytes_of, latency, validate
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
 
 SECONDS = 30.0  # most for a comparison, without what large models take
+DRAWS = 4  # inputs of each kind that candidates are compared on; 16 decide the same way nearly always
+EXACT = 1e-15  # noise that none is taken for
 _TIMING = 1.0  # seconds
 
 
@@ -45,27 +51,53 @@ def check(float_model: ir.Model | Path, quantized_model: ir.Model | Path, provid
     return decode(Validation, answer, "made-up inputs")
 
 
+def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provider: str, mask: str | None) -> Array:
+    """Measure candidates on two kinds of made-up inputs, whose floats are normal or uniform between 0 and 1, `DRAWS` of each.
+
+    It takes the loading of the models and as many passes, in the worker process, and as long as `check` at most.
+
+    Returns:
+        The noise of the outputs relative to their energy, the mean over outputs, by kind and candidate ``(2, candidates)``.
+
+    Raises:
+        RuntimeFailure: The float model runs with nothing that was tried, or a candidate does not run.
+        WorkerCrashed: onnxruntime crashed or exceeded the time limit.
+    """
+    name, size = available_provider(provider).onnxruntime, sum(map(bytes_of, (float_model, *candidates)))
+    with contextlib.ExitStack() as stack:
+        a, *others = (stack.enter_context(worker.as_file(model)) for model in (float_model, *candidates))
+        answer = worker.run_in_worker(measure, size, SECONDS, float_model=a, candidates=others, provider=name, mask=mask)
+    return np.array(answer, np.float64)
+
+
+def measure(float_model: str, candidates: Sequence[str], provider: str, mask: str | None) -> list[list[float]]:
+    """Measure `noises` of files; for a worker process, which made-up inputs may crash."""
+    path = Path(float_model)
+    with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext():
+        normal = _batches(path, provider, mask, DRAWS)
+        kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
+        return [[_noise(path, Path(candidate), batches, provider, mask) for candidate in candidates] for batches in kinds]
+
+
+def _noise(float_model: Path, candidate: Path, batches: Sequence[Batch], provider: str, mask: str | None) -> float:
+    data = in_memory(batches, "made-up inputs")
+    found = validate(float_model, candidate, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=())
+    return float(np.mean([10 ** (-m.sqnr_db / 10) for m in found.arithmetics[Arithmetic.DEFAULT]] or [0.0]))
+
+
 def compare(float_model: str, quantized_model: str, provider: str, mask: str | None) -> dict[str, Any]:
     """Compare two files; for a worker process, which made-up inputs may crash."""
     a, b = Path(float_model), Path(quantized_model)
     with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext():
-        batch = _runnable(a, provider, mask)
-        shapes = listed([f"{name} {array.shape}" for name, array in batch.items()])
-        data = in_memory([batch], f"made-up inputs {shapes}")
+        batches = _batches(a, provider, mask, 1)
+        shapes = listed([f"{name} {array.shape}" for name, array in batches[0].items()])
+        data = in_memory(batches, f"made-up inputs {shapes}")
         comparison = validate(a, b, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=())
         times = latency(a, b, data, provider, _TIMING)
     return dict(plain(dataclasses.asdict(dataclasses.replace(comparison, latency=times))))
 
 
-def _runnable(path: Path, provider: str, mask: str | None) -> Batch:
-    """The first of the made-up feeds that the model runs with."""
-    failures = []
+def _batches(path: Path, provider: str, mask: str | None, count: int) -> list[Batch]:
+    """So many of the made-up feeds that the model runs with."""
     with Session(path, provider) as session:
-        for batch in feeds_for(read(path), mask):
-            try:
-                session.run(batch)
-            except RuntimeFailure as error:
-                failures.append(str(error))
-            else:
-                return batch
-    raise RuntimeFailure(f"it does not run on made-up inputs: {failures[0] if failures else 'they would be too large'}")
+        return list(itertools.islice(first_that_runs(read(path), mask, session), count))

@@ -1,0 +1,62 @@
+"""Runs without data: nearest codes are taken where they lose less at the outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+import magr_onnx
+from magr_onnx.models.zoo.trap import model
+from magr_onnx.passes.emit.readback import read_weights
+from magr_onnx.runtime.ort.session import Session
+
+K = 96
+TEXT = """g (float[n, 16] x) => (float[n, 1] y) {
+    small = MatMul(x, a)
+    sum = Add(small, b)
+    z = Tanh(sum)
+    y = MatMul(z, w)
+}"""
+
+
+def nearly_constant(seed: int) -> ir.Model:
+    """One output, which the bias of the hidden layer decides: all its error is one sum of rounding errors, with weights of both signs."""
+    rng = np.random.default_rng(seed)
+    a, b, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, K), K, (K, 1)))
+    return ir.from_proto(model(TEXT, a=1e-3 * a, b=b, w=w))
+
+
+def noise(exact: ir.Model, made: ir.Model) -> float:
+    """Squared error of the output on inputs that no run makes up."""
+    x = {"x": np.random.default_rng(1000).standard_normal((256, 16)).astype(np.float32)}
+    with Session(exact) as reference, Session(made) as quantized:
+        return float(np.square(reference.run(x)[0] - quantized.run(x)[0]).mean())
+
+
+def test_no_solution_is_worse_than_nearest_codes() -> None:
+    better = 0
+    for seed in range(8):
+        source = nearly_constant(seed)
+        (nearest, _), (made, report) = (magr_onnx.optimize(source, bits=4, **options) for options in ({"quantizer": "rtn"}, {}))
+        ratio = noise(source, made) / noise(source, nearest)
+        assert ratio < 1.07, seed
+        rounded = any("rounded to nearest: on made-up inputs" in note for note in report.notes)
+        assert ("method=rtn" in report.pipeline) == rounded
+        if rounded:
+            expected = read_weights(nearest)
+            assert {name: weight.tolist() for name, weight in read_weights(made).items()} == {n: w.tolist() for n, w in expected.items()}
+        better += ratio < 0.9
+    assert better > 0
+
+
+def test_a_quantizer_that_is_named_is_the_one_that_solves() -> None:
+    reports = [magr_onnx.optimize(nearly_constant(seed), bits=4, quantizer="comq").report for seed in range(4)]
+    assert all("method=comq" in report.pipeline for report in reports)
+
+
+def test_layers_are_reported_once() -> None:
+    names = list[str]()
+    for seed in range(4):
+        report = magr_onnx.optimize(nearly_constant(seed), bits=4, on_layer=lambda row: names.append(row.name)).report
+        assert names == [row.name for row in report.layers]
+        names.clear()
