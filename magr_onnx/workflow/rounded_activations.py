@@ -41,7 +41,7 @@ class Ranges:
     stretch: float = 0.0
 
 
-CLIPPED, STRETCHED = [Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)], [Ranges(stretch=factor) for factor in (1.1, 1.2, 1.4)]
+CLIPPED, STRETCHED = [Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)], Ranges(stretch=1.1)
 INSURANCE, TRIALS = 1.12, 32
 """Rise of the error for which ranges are stretched, since unseen values go beyond those seen, and batches that errors are measured on."""
 RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
@@ -140,19 +140,18 @@ class _Choice:
     def ranges(self) -> Ranges:
         """Choose how ranges are chosen, by the error at the outputs.
 
-        Few samples are run in parts, each on grids that the others give. Of stretched ranges the widest is taken that costs little.
+        Few samples are run in parts, each on grids that the others give. The stretched ranges are taken if they cost little.
         """
         if self.method != "auto":
             return Ranges()
-        hold_out, candidates = hold_out_of(self.data), [*CLIPPED, *STRETCHED]
+        hold_out, candidates = hold_out_of(self.data), [*CLIPPED, STRETCHED]
         errors = [0.0] * len(candidates)
         for part in range(hold_out.parts):
             data = self.data.select([i for i in range(len(self.data)) if hold_out.part(i) == part]).limit(TRIALS // hold_out.parts)
             trials = [self.grids(each, part) for each in candidates]
             of_part = output_errors(self.model, self.marks, trials, data, self.provider) if len(data) else [0.0] * len(trials)
             errors = [a + b for a, b in zip(errors, of_part, strict=True)]
-        affordable = [each for each, error in zip(candidates, errors, strict=True) if error <= INSURANCE * min(errors)]
-        return affordable[-1] if affordable[-1:] and affordable[-1].stretch else candidates[errors.index(min(errors))]
+        return STRETCHED if errors[-1] <= INSURANCE * min(errors) else candidates[errors.index(min(errors))]
 
     def losses(self, grids: Mapping[str, ActivationGrid], edges: Sequence[widths.Edges], progress: Steps) -> dict[SharedGrid, float]:
         """Measure the error that each of the grids of 8 bits causes alone, of values that an operator could read or put out in 16."""
