@@ -14,7 +14,7 @@ from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import constant_array
-from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, operand
+from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, insert_behind, operand
 from magr_onnx.passes.layers.embedding import BITS, BLOCK, EmbeddingTable, Form
 from magr_onnx.passes.layers.weighted import FLOATS
 
@@ -58,7 +58,8 @@ def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted
         return []
     flat = ir.node("Reshape", [codes, first.constant("_flat", np.array([rows, -1]))], name=f"{first.name}_codes")
     flat.outputs[0].name = f"{codes.name}_flat"
-    first.root.insert_before(first.root[0], flat)
+    first.names.adopt([flat])
+    insert_behind(first.root, codes, flat)
     constants = [flat.outputs[0], scales, *([] if zeros is None else [zeros])]
     return [Emitted(_replace(table, constants, bits, "gather-block-quantized", block), bits, 0) for table in tables]
 

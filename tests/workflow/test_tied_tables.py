@@ -110,6 +110,16 @@ def test_where_one_tensor_will_not_do_each_has_its_own(tmp_path: Path, options: 
     assert np.isfinite(session.run(["logits"], feeds(1)[0])[0]).all()
 
 
+def test_names_that_are_taken(tmp_path: Path) -> None:
+    model = language_model()
+    for node_ in model.graph:
+        if node_.name == "middle":
+            node_.name, node_.outputs[0].name = "tokens_codes", "table_q8_flat"
+    _, proto = made(tmp_path, model)
+    assert producers(proto)[node(proto, "GatherBlockQuantized").input[0]].op_type == "Reshape"
+    assert len({n.name for n in proto.graph.node}) == len(proto.graph.node)
+
+
 def test_a_row_that_ends_within_a_block_keeps_its_own_codes(tmp_path: Path) -> None:
     _, proto = made(tmp_path, language_model(width=80))
     assert producers(proto).get(node(proto, "GatherBlockQuantized").input[0]) is None
