@@ -95,14 +95,19 @@ class Latency:
         return self.float_quartiles or (self.float_ms,) * 2, self.quantized_quartiles or (self.quantized_ms,) * 2
 
     @property
+    def interval(self) -> tuple[float, float, float]:
+        """Return how many times the float model's time the quantized model takes, at least, about and at most."""
+        return self.ratios or (self.quantized_ms / self.float_ms,) * 3
+
+    @property
     def ratio(self) -> float:
         """Return how many times the float model's time the quantized model takes."""
-        return self.quantized_ms / self.float_ms if self.ratios is None else self.ratios[1]
+        return self.interval[1]
 
     @property
     def slower(self) -> bool:
         """Return whether the quantized model is slower by more than `SLOWER`, and not by chance."""
-        return (self.ratio if self.ratios is None else self.ratios[0]) > SLOWER
+        return self.interval[0] > SLOWER
 
 
 @dataclass(frozen=True, slots=True)

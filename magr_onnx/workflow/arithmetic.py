@@ -43,7 +43,7 @@ def choose(solved: Solved, prepared: Prepared, context: RunContext) -> Solved:
     data = None if context.memory.large else prepared.kept_back or solved.data
     rows = _rows(solved, prepared, data, context.provider)
     times = _times(emitter, [node for node in nodes if node.name in rows], rows, context)
-    faster = [node for node in nodes if node.name in times and _upper(times[str(node.name)]) < FASTER]
+    faster = [node for node in nodes if node.name in times and times[str(node.name)].interval[2] < FASTER]
     chosen, loss = _accurate(emitter, faster, solved, prepared, data, context)
     context.lap("arithmetic")
     if not chosen:
@@ -79,11 +79,6 @@ def _times(emitter: Emitter, nodes: Sequence[ir.Node], rows: Mapping[str, int], 
         measured = time_int8(alike[0], count, context.provider, lambda node, int8: emitter.decide([node], int8))
         times |= dict.fromkeys((str(node.name) for node in alike), measured)
     return times
-
-
-def _upper(times: Latency) -> float:
-    """The upper end of the 95% confidence interval of the ratio of times."""
-    return times.ratio if times.ratios is None else times.ratios[2]
 
 
 def _accurate(

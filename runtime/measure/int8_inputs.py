@@ -35,12 +35,13 @@ def time_int8(node: ir.Node, rows: int, provider: str, decide: Callable[[ir.Node
     assert scales.dtype is not None
     for int8 in (False, True):
         x = ir.val("x", scales.dtype, ir.Shape([rows, k]))
-        constants = {id(v): ir.Value(name=v.name, type=v.type, shape=v.shape, const_value=v.const_value) for v in node.inputs[1:] if v}
-        inputs = [x, *(None if v is None else constants[id(v)] for v in node.inputs[1:])]
-        copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), version=node.version, name=node.name)
+        constants = [v and ir.Value(name=v.name, type=v.type, shape=v.shape, const_value=v.const_value) for v in node.inputs[1:]]
+        copy = ir.Node(node.domain, node.op_type, [x, *constants], node.attributes.values(), version=node.version, name=node.name)
         copy.outputs[0].name, copy.outputs[0].dtype = "y", scales.dtype
         decide(copy, int8)
-        graph = ir.Graph([x], copy.outputs, nodes=[copy], initializers=list(constants.values()), opset_imports={"": 21, node.domain: 1})
+        graph = ir.Graph(
+            [x], copy.outputs, nodes=[copy], initializers=list(filter(None, constants)), opset_imports={"": 21, node.domain: 1}
+        )
         models.append(ir.Model(graph, ir_version=10))
     data = np.random.default_rng(0).standard_normal((rows, k)).astype(scales.dtype.numpy())
     return latency(models[0], models[1], in_memory([{"x": data}], "random rows"), provider, SECONDS)
