@@ -20,7 +20,7 @@ from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
-from magr_onnx.runtime.measure.validate import bytes_of, latency, validate
+from magr_onnx.runtime.measure.validate import bytes_of, compare_outputs, latency, validate
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
 
@@ -76,13 +76,14 @@ def measure(float_model: str, candidates: Sequence[str], provider: str, mask: st
     with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext():
         normal = _batches(path, provider, mask, DRAWS)
         kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
-        return [[_noise(path, Path(candidate), batches, provider, mask) for candidate in candidates] for batches in kinds]
+        with contextlib.ExitStack() as stack:
+            reference, *sessions = (stack.enter_context(Session(file, provider)) for file in (path, *map(Path, candidates)))
+            return [_noises(reference, sessions, batches, mask) for batches in kinds]
 
 
-def _noise(float_model: Path, candidate: Path, batches: Sequence[Batch], provider: str, mask: str | None) -> float:
-    data = in_memory(batches, "made-up inputs")
-    found = validate(float_model, candidate, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=())
-    return float(np.mean([10 ** (-m.sqnr_db / 10) for m in found.arithmetics[Arithmetic.DEFAULT]] or [0.0]))
+def _noises(reference: Session, sessions: Sequence[Session], batches: Sequence[Batch], mask: str | None) -> list[float]:
+    outputs, _ = compare_outputs(reference, {str(i): s for i, s in enumerate(sessions)}, in_memory(batches, "made-up inputs"), mask)
+    return [float(np.mean([10 ** (-m.sqnr_db / 10) for m in metrics] or [0.0])) for metrics in outputs.values()]
 
 
 def compare(float_model: str, quantized_model: str, provider: str, mask: str | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,33 +159,14 @@ def validate(
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(Session(float_model, provider))
         sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
-        names, notes = _common_outputs(reference, tuple(sessions.values()))
-        masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
-        sums = {a: {n: _Sums() for n in names} for a in sessions}
-        skipped: dict[str, str] = {}
-        for index, batch in with_progress(data, progress):
-            expected = reference.run(batch, names)
-            for a, session in sessions.items():
-                for name, y, y_hat in zip(names, map(as_floats, expected), map(as_floats, session.run(batch, names)), strict=True):
-                    if y is None or y_hat is None:
-                        skipped[name] = "not floats"
-                    elif y.shape == y_hat.shape:
-                        sums[a][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
-                    else:
-                        skipped[name] = "of other shapes than the float model's"
-    compared = next(iter(sums.values()), {})
-    if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
-        notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
+        outputs, notes = compare_outputs(reference, sessions, data, mask, progress)
     if "batch" in details:
         notes += batch_effect(float_model, quantized_model, data.limit(BATCHES), provider)
-    for reason in dict.fromkeys(skipped.values()):
-        names = sorted(name for name in skipped if skipped[name] == reason)
-        notes.append(f"outputs that are {reason}, and not compared: {', '.join(names)}")
     return Validation(
         data.description,
         len(data),
         provider,
-        {a: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for a, by_name in sums.items()},
+        outputs,
         _layers(float_model, quantized_model, data, provider, mask, notes) if "layers" in details else (),
         latency(float_model, quantized_model, data, provider) if "latency" in details else None,
         bytes_of(float_model),
@@ -193,6 +174,48 @@ def validate(
         tuple(dict.fromkeys([*data.notes, *notes])),
         data.samples,
     )
+
+
+def compare_outputs(
+    reference: Session, sessions: Mapping[str, Session], data: Batches, mask: str | None, progress: Steps | None = None
+) -> tuple[dict[str, tuple[OutputMetrics, ...]], list[str]]:
+    """Compare the outputs of several sessions with those of one, which runs once.
+
+    Args:
+        reference: The float model.
+        sessions: What to compare with it, by name.
+        data: Batches that fit them all.
+        mask: Input whose zero elements mark rows to leave out of the metrics.
+        progress: Called with steps done and in total.
+
+    Returns:
+        The metrics of the outputs that all have, by name of the session, and notes on those that were not compared.
+
+    Raises:
+        ModelError: They have no output in common.
+        RuntimeFailure: A model does not run.
+    """
+    names, notes = _common_outputs(reference, tuple(sessions.values()))
+    masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
+    sums = {key: {n: _Sums() for n in names} for key in sessions}
+    skipped: dict[str, str] = {}
+    for index, batch in with_progress(data, progress):
+        expected = reference.run(batch, names)
+        for key, session in sessions.items():
+            for name, y, y_hat in zip(names, map(as_floats, expected), map(as_floats, session.run(batch, names)), strict=True):
+                if y is None or y_hat is None:
+                    skipped[name] = "not floats"
+                elif y.shape == y_hat.shape:
+                    sums[key][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
+                else:
+                    skipped[name] = "of other shapes than the float model's"
+    compared = next(iter(sums.values()), {})
+    if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
+        notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
+    for reason in dict.fromkeys(skipped.values()):
+        names = sorted(name for name in skipped if skipped[name] == reason)
+        notes.append(f"outputs that are {reason}, and not compared: {', '.join(names)}")
+    return {key: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for key, by_name in sums.items()}, notes
 
 
 def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[list[str], list[str]]:
