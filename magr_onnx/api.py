@@ -38,6 +38,7 @@ from magr_onnx.runtime.ort.session import Arithmetic, available_provider
 from magr_onnx.workflow import non_linear, recurrent
 from magr_onnx.workflow.optimize import Optimized, optimize, skip_rows
 from magr_onnx.workflow.progress import reporter
+from magr_onnx.workflow.request import reading_of
 
 __all__ = ["Inspection", "Optimized", "Progress", "inspect", "optimize", "validate", "verify"]
 
@@ -135,6 +136,10 @@ def validate(
     mask: str | None = "auto",
     batch_size: int = 16,
     decode_steps: int = decoders.STEPS,
+    tokenizer: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
     arithmetics: Sequence[Arithmetic] = tuple(Arithmetic),
     layers: bool = True,
     latency: bool = True,
@@ -143,22 +148,30 @@ def validate(
 ) -> Validation:
     """Compare a float and a quantized model on data; see `magr_onnx.runtime.measure.validate`.
 
-    The quantized model need not be from this package. Decoders with a KV cache are fed as in `optimize`. ``data`` may be a ``.txt`` file,
-    one sample per line, if ``tokenizer.json`` is in the folder of one of the models. ``custom_ops`` are shared libraries with custom
-    operators of the models. ``progress`` is that of `optimize`.
+    The quantized model need not be from this package. Decoders with a KV cache are fed as in `optimize`, and text is read as there, with
+    ``tokenizer`` or the ``tokenizer.json`` in the folder of one of the models. ``custom_ops`` are shared libraries with custom operators
+    of the models. ``progress`` is that of `optimize`.
 
     Raises:
         OptionError: A value is invalid, such as a batch size of 0.
         MagrError: A model or the data is not usable.
     """
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
+    texts = {"tokenizer": tokenizer, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    schema.check(**texts)
     available_provider(provider)
     reference, quantized = files.load(float_model), files.load(quantized_model)
     with session.custom_ops(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]
         float_source, quantized_source = (loaded.path or loaded.model for loaded in (reference, quantized))
         batches = decoders.open_for(
-            reference.model, data, batch_size, steps=decode_steps, provider=provider, runnable=float_source, folders=folders
+            reference.model,
+            data,
+            batch_size,
+            steps=decode_steps,
+            provider=provider,
+            runnable=float_source,
+            reading=reading_of(texts, folders),
         )
         return validation.validate(
             float_source,

@@ -49,6 +49,10 @@ class RunArguments(TypedDict, total=False):
     mask: str | None
     batch_size: int
     decode_steps: int
+    tokenizer: str | os.PathLike[str] | None
+    samples: int | None
+    sequence_length: int | None
+    seed: int
     include: Sequence[str]
     exclude: Sequence[str]
     requantize: bool

@@ -172,14 +172,25 @@ RUN = _by_name(
         OptionSpec(name="model", kind="path", help="ONNX model to read, or a folder of models.", types=_TEXT, panel=DATA),
         OptionSpec(
             name="calibration", kind="path",
-            help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; with tokenizer.json beside the "
-            "model also .txt, a sample a line. Without it: data-free.", types=_TEXT, panel=DATA, flags=("--calibration", "-c")),
+            help=".npz of stacked inputs, folder of .npz batches, or folder of test_data_set folders; or text: a .txt file, or a .jsonl "
+            "file of text, chats (messages) or tokens (input_ids), read with a tokenizer. Without it: data-free.", types=_TEXT,
+            panel=DATA, flags=("--calibration", "-c")),
         OptionSpec(
             name="output", kind="path", help="File to write, or folder for a folder.", default_text="MODEL with .magr before its suffix",
             types=_OPTIONAL, panel=DATA, flags=("--output", "-o")),
         OptionSpec(
             name="validation", argument="validation_data", kind="path",
             help="Held-out inputs to compare both models on, in the same forms.", types=_TEXT, panel=DATA),
+        OptionSpec(
+            name="tokenizer", kind="path", help="Text: tokenizer.json, or its folder.", default_text="the one beside the model",
+            types=_OPTIONAL, panel=DATA, metavar="FILE"),
+        OptionSpec(
+            name="samples", help="Text: sequences that are drawn from it.", types=(int, NoneType), least=1, panel=DATA, metavar="N",
+            default_text="128; all lines for a model that is no language model"),
+        OptionSpec(
+            name="sequence_length", help="Text: tokens of a sequence.", types=(int, NoneType), least=2, panel=DATA, metavar="N",
+            default_text="512, or less for a short text"),
+        OptionSpec(name="seed", help="Text: seed of the draw.", types=(int,), default=0, least=0, panel=DATA, metavar="N"),
         OptionSpec(
             name="models", kind="patterns", help="Folders: only these models, the others are copied; repeatable.", types=_TEXT,
             panel=DATA, metavar="PATTERN"),
@@ -255,7 +266,6 @@ CALLS = _by_name(
         OptionSpec(
             name="on_layer",
             help="Called with the report's row of every layer as it is finished; again where a budget has it solved again."),
-        OptionSpec(name="samples", help="Inputs drawn at random, where a module comes without data.", types=(int, NoneType), least=1),
     )
 )
 """Arguments that only calls in Python have."""

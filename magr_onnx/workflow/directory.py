@@ -30,8 +30,9 @@ from magr_onnx.report.data import COLUMNS, Report, megabytes, wrapped
 from magr_onnx.report.serialization import json_text
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.data.text import Reading, is_text
 from magr_onnx.workflow.optimize import run
-from magr_onnx.workflow.request import OptimizeRequest, resolve
+from magr_onnx.workflow.request import OptimizeRequest, reading_of, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +108,9 @@ def optimize_folder(
 
     Args:
         folder: Has ``.onnx`` files, perhaps in folders of their own. None, or left out, the ``model`` of the recipe.
-        calibration: For a single model, any source of `magr_onnx.optimize`, or a ``.txt`` file of one sample a line where the folder has a
-            ``tokenizer.json``. For several, a dict by model (``"encoder_model"``; None for data-free), or a folder with
-            ``encoder_model.npz``, ``encoder_model.txt`` or a folder ``encoder_model/`` for each. None works data-free. Left out, the
-            recipe's.
+        calibration: For a single model, any source of `magr_onnx.optimize`. For several, text for all, a dict by model
+            (``"encoder_model"``; None for data-free), or a folder with ``encoder_model.npz``, ``encoder_model.txt``,
+            ``encoder_model.jsonl`` or a folder ``encoder_model/`` for each. None works data-free. Left out, the recipe's.
         **arguments: See `magr_onnx.FolderArguments`. ``output`` is the folder to write; it must not exist, be empty, or
             see ``overwrite``. ``resume`` gets a job directory for each model in it: its path in the folder, with dots. A pattern of layers
             (``include``, ``exclude``, ``layers``) must match something in one of the models; a recipe is one for the folder.
@@ -235,7 +235,8 @@ def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> tupl
             continue
         try:
             beside = (folder / name).parent
-            data = {key: _opened(each[name], loaded.model, beside, folder, values["batch_size"]) for key, each in sources.items()}
+            reading = reading_of(values, (beside, folder))
+            data = {key: _opened(each[name], loaded.model, values["batch_size"], reading) for key, each in sources.items()}
             job = None if resume is None else Path(resume) / labels[name]
             arguments[name], external = {**data, "resume": job}, external | loaded.external
             if patterns != Patterns():
@@ -251,15 +252,15 @@ def _read(folder: Path, names: Sequence[str], values: Mapping[str, Any]) -> tupl
     return arguments, external
 
 
-def _opened(source: Source | None, model: ir.Model, beside: Path, folder: Path, batch_size: int) -> Source | None:
+def _opened(source: Source | None, model: ir.Model, batch_size: int, reading: Reading) -> Source | None:
     """The source, once it is known to fit; text as batches."""
     if not isinstance(source, str | os.PathLike):
         return source
     path = Path(source)
-    if path.suffix != ".txt":
+    if not is_text(path):
         decoders.open_for(model, path, batch_size, runnable=None)
         return path
-    return decoders.encode_text(model, path, (beside, folder), batch_size)
+    return decoders.encode_text(model, path, batch_size, reading)
 
 
 def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> dict[str, Source | None]:
@@ -284,13 +285,14 @@ def _by_model(source: FolderSource | None, names: Sequence[str], what: str) -> d
         beside: dict[str, Source | None] = {name: file_of(path, _stem(name)) for name in names}
         if any(beside.values()):
             missing = [
-                f"{path} has no {_stem(name)}.npz, {_stem(name)}.txt or folder {_stem(name)}; add one, or leave {name} out (--models)"
+                f"{path} has no {_stem(name)}.npz, {_stem(name)}.txt, {_stem(name)}.jsonl or folder {_stem(name)}; add one, or leave "
+                f"{name} out (--models)"
                 for name in names
                 if beside[name] is None
             ]
             raise_all(CalibrationError, missing)
             return beside
-    if len(names) == 1 or (isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt"):
+    if len(names) == 1 or is_text(source):
         return dict.fromkeys(names, source)
     raise CalibrationError(
         f"{what} data of one model for {len(names)}: {', '.join(names)}; give a folder with {_stem(names[0])}.npz and so on, or choose one "
@@ -339,7 +341,7 @@ def _labels(names: Iterable[str]) -> dict[str, str]:
 
 def file_of(folder: Path, stem: str) -> Path | None:
     """What a folder has for a model of that name."""
-    candidates = [folder / f"{stem}.npz", folder / f"{stem}.txt", folder / stem]
+    candidates = [folder / f"{stem}{suffix}" for suffix in (".npz", ".txt", ".jsonl", "")]
     return next((p for p in candidates if p.exists()), None)
 
 

@@ -54,9 +54,9 @@ def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **argum
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a ``torch.onnx.ONNXProgram``; it is not changed. None, or
             left out, the recipe's.
-        calibration: Sample inputs, in any form of `magr_onnx.runtime.data.sources`, or a ``.txt`` file, a sample a line, where
-            ``tokenizer.json`` lies beside the model; None works data-free (H = I: no MagR, rounding
-            without error feedback, no bias correction), and the report says so. Left out, the recipe's.
+        calibration: Sample inputs, in any form of `magr_onnx.runtime.data.sources`, or a file of text, read with ``tokenizer`` or the
+            ``tokenizer.json`` beside the model; None works data-free (H = I: no MagR, rounding without error feedback, no bias
+            correction), and the report says so. Left out, the recipe's.
         **arguments: See `magr_onnx.RunArguments` (files, data, which layers, memory) and `magr_onnx.Options` (what is done to them), and
             ``validation_data``: held-out inputs to compare the float and the quantized model on.
 

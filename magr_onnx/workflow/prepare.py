@@ -189,9 +189,9 @@ def _open_data(source: Source | None, prepared: Prepared, request: OptimizeReque
     if source is None:
         return None
     runs = None if large else prepared.reference
-    folders = [prepared.reference.parent] if isinstance(prepared.reference, Path) else []
+    reading = replace(request.reading, folders=[prepared.reference.parent] if isinstance(prepared.reference, Path) else [])
     return decoders.open_for(
-        prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runnable=runs, folders=folders
+        prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runnable=runs, reading=reading
     )
 
 

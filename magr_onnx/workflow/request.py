@@ -18,6 +18,7 @@ from magr_onnx.errors import OptionError, ProviderError, RecipeError, joined, ra
 from magr_onnx.passes import Plan
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.data.text import Reading
 from magr_onnx.runtime.ort.session import provider_problems
 from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.mixed_precision import Goal
@@ -32,6 +33,7 @@ class OptimizeRequest:
     Attributes:
         invocation: How it was asked for, for the report.
         validation: The ``validation_data``.
+        reading: How text is read, but for the model's folders.
         plan: What is done to the model.
         options: What the plan was made of; None where a pipeline was given.
         budget: The size or the loss that mixed precision is to reach; None for one width of codes.
@@ -57,6 +59,7 @@ class OptimizeRequest:
     mask: str | None
     batch_size: int
     decode_steps: int
+    reading: Reading
     custom_ops: Sequence[str | os.PathLike[str]]
     gram_budget: int
     cache: int
@@ -104,6 +107,7 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
         **{**unchanged, **sizes, **paths},
         invocation=invocation,
         validation=values["validation_data"],
+        reading=reading_of(values),
         plan=plan,
         options=made_of,
         budget=budget,
@@ -111,6 +115,18 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
         patterns=patterns,
         notes=(*notes, *preset_notes),
         result_options={**options, **_result_options(values)},
+    )
+
+
+def reading_of(values: Mapping[str, Any], folders: Sequence[Path] = ()) -> Reading:
+    """Return how text is read, by the arguments of a call."""
+    tokenizer = values["tokenizer"]
+    return Reading(
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        folders=folders,
+        samples=values["samples"],
+        length=values["sequence_length"],
+        seed=values["seed"],
     )
 
 
@@ -155,6 +171,7 @@ def _check_data_free(plan: Plan, budget: Goal | None) -> None:
 
 def _result_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments beside the options that a result depends on, in words."""
-    names = ("include", "exclude", "requantize", "keep_overridable", "mask", "batch_size", "decode_steps", "provider")
+    names = ["include", "exclude", "requantize", "keep_overridable", "mask", "batch_size", "decode_steps", "provider"]
+    names += ["samples", "sequence_length", "seed"]
     texts = {"custom_ops": list(map(str, values["custom_ops"])), "layers": "; ".join(map(str, values["layers"])) or "none"}
     return {**{name: values[name] for name in names}, **texts}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +22,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.errors import CalibrationError, OptionError, raise_all
+from magr_onnx.errors import CalibrationError, OptionError, RuntimeFailure, raise_all
 from magr_onnx.passes.graph.kv_cache import DEFAULT_MASK, PREFIX, TOKENS, pairs_of
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data import text
 from magr_onnx.runtime.data.fixed_batch import Group, groups
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, check_batches, in_memory, open_source
+from magr_onnx.runtime.data.text import Reading
+from magr_onnx.runtime.data.tokenizer import Tokenizer
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Model, Session, inputs_of
 
 STEPS = 4
 MAX_PAST_BYTES = 1 << 30  # of past values, in a temporary folder
 FUSED = "GroupQueryAttention"
+VOCABULARY = 0.9  # of a tokenizer's, which may have tokens that no model was trained with, from which logits are those of tokens
 _MASK = InputInfo(DEFAULT_MASK, np.dtype(np.int64), (None, None))  # marks padding of tokenized text; decoders are fed none
 
 Array = npt.NDArray[Any]
@@ -193,7 +195,7 @@ def open_for(
     steps: int = STEPS,
     provider: str = "cpu",
     runnable: Model | None = None,
-    folders: Sequence[Path] = (),
+    reading: Reading | None = None,
 ) -> Batches:
     """Open data for a model, as `magr_onnx.runtime.data.sources.open_data` does; decoders with a KV cache need only tokens.
 
@@ -206,7 +208,7 @@ def open_for(
         steps: Tokens at the end of each sample that are fed again, one by one; 0 for prefill only.
         provider: Where to run the model for the past of decode steps.
         runnable: The model to run for it; None if it is too large to run as a whole, which leaves out decode steps.
-        folders: Folders to search for the tokenizer of a ``.txt`` file; none where text is not supported.
+        reading: How a file of text is read; None where text is not supported.
 
     Raises:
         CalibrationError: The data does not fit, or does not suffice to make feeds.
@@ -215,26 +217,57 @@ def open_for(
     if steps < 0:
         raise OptionError(f"decode_steps={steps} must be 0 or more")
     inputs = inputs_of(model)
-    if folders and isinstance(source, str | os.PathLike) and Path(source).suffix == ".txt":
-        source = encode_text(model, Path(source), folders, batch_size)
+    if reading is not None and text.is_text(source):
+        source = encode_text(model, Path(source), batch_size, reading)  # type: ignore[arg-type]
+        if runnable is not None:
+            _try(runnable, provider, inputs, source)
     tokens = [i for i in inputs if i.name == TOKENS] if pairs_of(model) else []
     opened = open_source(source, tokens or inputs, batch_size)
     first = next(iter(opened), {}) if tokens else {}
     if TOKENS in first and not any(name.startswith(PREFIX) for name in first) and (decoder := recognise(model)) is not None:
+        if isinstance(source, Batches):  # of text, in batches that memory has room for
+            batch_size = max(len(batch[TOKENS]) for batch in source)
         opened = _feeds(decoder, opened, batch_size, steps, provider, runnable)
     return check_batches(opened, inputs)
 
 
-def encode_text(model: ir.Model, path: Path, folders: Sequence[Path], batch_size: int) -> Batches:
-    """Encode a text file with the first tokenizer in ``folders``, as feeds of a model or, for a decoder, as tokens.
+def encode_text(model: ir.Model, path: Path, batch_size: int, reading: Reading) -> Batches:
+    """Encode a file of text, as feeds of a model or, for a decoder with a cache, as tokens.
+
+    Sequences are packed for a language model: one whose logits cover the tokenizer's vocabulary at every position.
 
     Raises:
-        CalibrationError: See `magr_onnx.runtime.data.text.encode`.
+        CalibrationError: See `magr_onnx.runtime.data.text`.
+        DependencyError: A package that reads text is not installed.
     """
-    folder = next((f for f in folders if (f / text.TOKENIZER).is_file()), folders[0])
     decoder = recognise(model)
     inputs = inputs_of(model) if decoder is None else (decoder.tokens, _MASK)
-    return text.encode(path, folder, inputs, batch_size)
+    raise_all(CalibrationError, [*reading.problems(path), *text.problems_of(path, inputs)])
+    assert reading.place is not None
+    tokenizer = Tokenizer.open(reading.place)
+    logits = next((v for v in model.graph.outputs if "logits" in str(v.name) and v.shape is not None and len(v.shape) == 3), None)
+    width = None if logits is None or logits.shape is None or not isinstance(logits.shape[2], int) else logits.shape[2]
+    if decoder is None and (logits is None or (width is not None and width < VOCABULARY * tokenizer.tool.get_vocab_size())):
+        return text.encode(path, tokenizer, inputs, batch_size, reading)
+    return text.packed(path, tokenizer, inputs, batch_size, reading, width)
+
+
+def _try(model: Model, provider: str, inputs: Sequence[InputInfo], data: Batches) -> None:
+    """Run a model on one sequence, before long work on many.
+
+    Raises:
+        CalibrationError: It fails, perhaps since the sequence is longer than its context.
+    """
+    batch = next(iter(data))
+    if {i.name for i in inputs} != batch.keys():  # a decoder, which runs for its past in any case
+        return
+    shape = batch[TOKENS].shape
+    with Session(model, provider) as session:
+        try:
+            session.run(batch)
+        except RuntimeFailure as error:
+            remedy = f"give sequences that it has room for (--sequence-length, now {shape[1]}), and the model's own tokenizer"
+            raise CalibrationError(f"{data.description}: the model fails on tokens of shape {shape}; {remedy}: {error}") from error
 
 
 def _feeds(decoder: Decoder, data: Batches, batch_size: int, steps: int, provider: str, runnable: Model | None) -> Batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from magr_onnx.runtime.measure.batch_effect import batch_effect
 from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
+ELEMENTS = 1 << 22  # of an output that are compared at a time, in float64
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency", "batch")
 
@@ -50,15 +51,22 @@ class _Sums:
 
     @np.errstate(all="ignore")  # non-finite values are counted and propagate to the metrics
     def add(self, y: Array, y_hat: Array, batch: Batch, mask: str | None, logits: bool, weight: float = 1.0) -> None:
-        """Add one batch, weighted by ``weight``."""
-        rows: list[Array] = [np.reshape(v, (-1, np.atleast_1d(v).shape[-1])).astype(np.float64) for v in (y, y_hat)]
-        a, b = rows
+        """Add one batch, weighted by ``weight``, a bounded number of rows at a time."""
         self.rank = y.ndim
         keep = None if mask is None else kept_rows(current_mask(batch, mask), y.shape)
-        if keep is not None:
-            a, b = a[keep], b[keep]
         if logits:
-            self._add_logits(y, y_hat, a, b, batch, keep, weight)
+            self._add_losses(y, y_hat, batch, keep, weight)
+        rows = [np.reshape(v, (-1, np.atleast_1d(v).shape[-1])) for v in (y, y_hat)]
+        for part in _parts(rows[0].shape):
+            a, b = (v[part].astype(np.float64) if keep is None else v[part][keep[part]].astype(np.float64) for v in rows)
+            self._add_rows(a, b, logits, weight)
+
+    def _add_rows(self, a: Array, b: Array, logits: bool, weight: float) -> None:
+        if logits:
+            self.agree += weight * int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+            la, lb = log_softmax(a), log_softmax(b)
+            p = np.exp(la)
+            self.kl += weight * float(np.where(p == 0, 0, p * (la - lb)).sum())
         a, b = without_equal_nonfinite(a, b)
         bad = (weight * int((~np.isfinite(v)).sum()) for v in (a, b))
         self.nonfinite = (self.nonfinite[0] + next(bad), self.nonfinite[1] + next(bad))
@@ -70,14 +78,8 @@ class _Sums:
         self.rows += weight * len(a)
         self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
 
-    def _add_logits(
-        self, y: Array, y_hat: Array, a: Array, b: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None, weight: float
-    ) -> None:
+    def _add_losses(self, y: Array, y_hat: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None, weight: float) -> None:
         self.logits = True
-        self.agree += weight * int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
-        la, lb = log_softmax(a), log_softmax(b)
-        p = np.exp(la)
-        self.kl += weight * float(np.where(p == 0, 0, p * (la - lb)).sum())
         ids = batch.get("decoder_input_ids", batch.get("input_ids"))
         if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
             counted = None if keep is None else keep.reshape(ids.shape)
@@ -123,9 +125,15 @@ def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.
         The sum (nats) and the number of predictions.
     """
     counted = np.ones(ids[:, 1:].shape, np.bool_) if keep is None else keep[:, :-1] & keep[:, 1:]
-    log_p = log_softmax(logits[:, :-1][counted].astype(np.float64))
-    picked = np.take_along_axis(log_p, ids[:, 1:][counted][:, None].astype(np.int64), axis=-1)
-    return -float(picked.sum()), picked.size
+    rows, targets = logits[:, :-1][counted], ids[:, 1:][counted][:, None].astype(np.int64)
+    losses = (np.take_along_axis(log_softmax(rows[part].astype(np.float64)), targets[part], axis=-1).sum() for part in _parts(rows.shape))
+    return -float(sum(losses)), targets.size
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut the rows of a matrix into parts of at most `ELEMENTS` elements, or of one row."""
+    rows = max(1, ELEMENTS // max(1, shape[1]))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def validate(

@@ -363,7 +363,7 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert any("prefill of 192 tokens" in note for note in judged.notes)
     alone = magr_onnx.optimize(models[0], text, effort="fast").report
     assert "prefill of 192 tokens" in " ".join(alone.notes)
-    with pytest.raises(CalibrationError, match=r"text.txt: text is read with the tokenizer beside a model, and this one is in no file"):
+    with pytest.raises(CalibrationError, match=r"text.txt: there is no tokenizer.json beside the model, which is in no file"):
         magr_onnx.optimize(ir.load(models[0]), text)
     np.savez(tmp_path / "tokens.npz", input_ids=decoders.tokens())
     by_tokens = CliRunner().invoke(

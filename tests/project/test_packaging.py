@@ -48,7 +48,7 @@ def test_wheel_needs_no_torch(wheel: zipfile.ZipFile) -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = ("torch", "matplotlib", "scipy", "transformers", "jinja2", "vl_convert")
+    heavy = ("torch", "matplotlib", "scipy", "transformers", "jinja2", "tokenizers", "vl_convert")
     code = f"import sys, magr_onnx.cli.main; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert result.stdout.strip() == "[]"

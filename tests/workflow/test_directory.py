@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Tool
+from tokenizers import models, pre_tokenizers, processors
 
 import magr_onnx
 from magr_onnx import CalibrationError, ModelError, OptionError, OutputError, optimize_folder
 from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data import text
+from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.data.tokenizer import Tokenizer
 from magr_onnx.runtime.ort.session import InputInfo
 from magr_onnx.workflow.directory import check_reports, taken_by
 from tests import graphs
@@ -34,7 +37,7 @@ INT64 = ir.DataType.INT64
 
 
 def write_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tool(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -146,7 +149,7 @@ def test_a_decoder_with_a_cache_reads_text(tmp_path: Path) -> None:
     folder = tmp_path / "decoder"
     save(decoder(), folder / "model.onnx")
     write_tokenizer(folder)
-    (tmp_path / "texts.txt").write_text("one two three four\nfive six seven eight\n" * 8)
+    (tmp_path / "texts.txt").write_text("one two three four\nfive six seven eight\n" * 16)
     made = optimize_folder(folder, tmp_path / "texts.txt", output=tmp_path / "out")
     assert any("decode" in note for note in made.reports["model.onnx"].notes)
 
@@ -318,7 +321,7 @@ def test_errors_say_what_each_model_lacks(several: Path, exported: Path, tmp_pat
         optimize_folder(several, tmp_path / "inputs.npz", output=tmp_path / "out")
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "encoder_model.npz", **graphs.feeds(graphs.matmul()))  # type: ignore[arg-type]
-    with pytest.raises(CalibrationError, match=r"no decoder_model.npz, decoder_model.txt or folder decoder_model"):
+    with pytest.raises(CalibrationError, match=r"no decoder_model.npz, decoder_model.txt, decoder_model.jsonl or folder decoder_model"):
         optimize_folder(several, tmp_path / "data", output=tmp_path / "out")
     with pytest.raises(CalibrationError, match=r"'model', and no such model") as told:
         optimize_folder(several, {"model": None}, output=tmp_path / "out")
@@ -333,9 +336,13 @@ def test_errors_say_what_each_model_lacks(several: Path, exported: Path, tmp_pat
 IDS, MASK, TYPES = (InputInfo(name, np.dtype(np.int64), (None, None)) for name in ("input_ids", "attention_mask", "token_type_ids"))
 
 
+def encode(texts: Path, folder: Path, inputs: Sequence[InputInfo], **reading: int) -> Batches:
+    return text.encode(texts, Tokenizer.open(folder), inputs, 16, text.Reading(**reading))
+
+
 def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
     """Against transformers' rules, by hand: special tokens around, cut at the model's 8, padded on the right to the longest."""
-    batches = list(text.encode(tmp_path / "texts.txt", exported, (IDS, MASK, TYPES), 16))
+    batches = list(encode(tmp_path / "texts.txt", exported, (IDS, MASK, TYPES)))
     assert [b["input_ids"].shape for b in batches] == [(6, 4), (6, 5), (6, 8), (6, 8)]  # a fourth of 24 lines, sorted by length
     np.testing.assert_array_equal(batches[1]["input_ids"][0], [2, 7, 8, 3, 0])
     np.testing.assert_array_equal(batches[1]["attention_mask"][0], [1, 1, 1, 1, 0])
@@ -345,7 +352,7 @@ def test_texts_become_batches(exported: Path, tmp_path: Path) -> None:
 
 def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
     fixed = [InputInfo(name, np.dtype(np.int32), (5, 6)) for name in ("input_ids", "attention_mask")]
-    encoded = text.encode(tmp_path / "texts.txt", exported, fixed, 16)
+    encoded = encode(tmp_path / "texts.txt", exported, fixed)
     batches = list(encoded)
     assert [b["input_ids"].shape for b in batches] == [(5, 6)] * 8
     assert encoded.weights == (0.2,) * 4 + (1,) * 4  # 24 lines: four of them alone, five times each
@@ -353,14 +360,14 @@ def test_texts_fit_what_the_model_fixes(exported: Path, tmp_path: Path) -> None:
         assert (batch["input_ids"] == batch["input_ids"][0]).all()
     assert "4 of 24 were repeated to fill batches" in encoded.notes[0]
     assert batches[0]["input_ids"].dtype == np.int32
-    alone = list(text.encode(tmp_path / "texts.txt", exported, [IDS], 16))
+    alone = list(encode(tmp_path / "texts.txt", exported, [IDS]))
     assert {b["input_ids"].shape[0] for b in alone} == {1}
     assert all((b["input_ids"] != 0).all() for b in alone)
 
 
 def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes("one\u2028two\x0bthree\rfour\r\nfive six\n".encode())
-    batches = list(text.encode(tmp_path / "lines.txt", exported, [IDS, MASK]))
+    batches = list(encode(tmp_path / "lines.txt", exported, [IDS, MASK]))
     assert [b["input_ids"].tolist() for b in batches] == [[[2, 8, 9, 3]], [[2, 4, 5, 6, 7, 3]]]
 
 
@@ -377,7 +384,7 @@ def test_lines_end_in_line_feeds_only(exported: Path, tmp_path: Path) -> None:
 def test_odd_tokenizer_configurations_change_nothing(exported: Path, tmp_path: Path, config: str) -> None:
     (exported / "tokenizer_config.json").write_text(config)
     (exported / "tokenizer.json").write_text(json.dumps({**json.loads((exported / "tokenizer.json").read_text()), "post_processor": None}))
-    batches = list(text.encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
+    batches = list(encode(tmp_path / "texts.txt", exported, [IDS, MASK]))
     assert [b["input_ids"].shape for b in batches] == [(6, 2), (6, 3), (6, 9), (6, 9)]
 
 
@@ -385,15 +392,15 @@ def test_texts_that_cannot_be_read_are_explained(exported: Path, tmp_path: Path)
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     with pytest.raises(CalibrationError, match=r"empty.txt: no text in it"):
-        text.encode(tmp_path / "empty.txt", exported, [IDS, MASK])
+        encode(tmp_path / "empty.txt", exported, [IDS, MASK])
     (tmp_path / "few.txt").write_text("one\ntwo\n")
-    few = text.encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
+    few = encode(tmp_path / "few.txt", exported, [InputInfo("input_ids", np.dtype(np.int64), (5, None)), MASK])
     assert [b["input_ids"].shape[0] for b in few] == [5, 5]
     with pytest.raises(CalibrationError, match="UTF-8"):
-        text.encode(tmp_path / "latin.txt", exported, [IDS, MASK])
+        encode(tmp_path / "latin.txt", exported, [IDS, MASK])
     (exported / "tokenizer.json").write_text("{}")
     with pytest.raises(CalibrationError, match="not a tokenizer that"):
-        text.encode(tmp_path / "texts.txt", exported, [IDS, MASK])
+        encode(tmp_path / "texts.txt", exported, [IDS, MASK])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum-onnx is not installed")

@@ -42,7 +42,9 @@ onnx-magr optimize model.onnx --target-size 25% --calibration inputs.npz
 
 onnx-magr optimize model.onnx --pipeline 'magr{alpha=1e-3}' -o smaller-weights.onnx --calibration inputs.npz
 
-onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt"""
+onnx-magr optimize exported-folder/ -o int4-folder/ --calibration texts.txt
+
+onnx-magr optimize model.onnx --calibration chats.jsonl --tokenizer tokenizer.json --samples 128 --sequence-length 512"""
 
 
 ModelArgument = Annotated[
