@@ -33,16 +33,18 @@ if TYPE_CHECKING:
     from magr_onnx.report.data import Report
     from magr_onnx.report.verification import Verification
     from magr_onnx.workflow.directory import OptimizedFolder, optimize_folder
+    from magr_onnx.workflow.generate import Generated, Generation, generate
 
 __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "PRESETS", "TARGETS", "Accumulator", "CalibrationError", "DependencyError", "ExportError", "FolderArguments", "Inspection",
+    "PRESETS", "TARGETS", "Accumulator", "CalibrationError", "DependencyError", "ExportError", "FolderArguments", "Generated",
+    "Generation", "Inspection",
     "LayerOptions", "LayerStats", "MagrError", "ModelError", "NonFiniteError", "Optimized", "OptimizedFolder", "OptionError",
     "Options", "OutputError", "PipelineError", "Preset", "ProviderError", "QuantizedWeight", "Recipe", "RecipeError", "Report",
-    "ReportError", "RunArguments", "RuntimeFailure", "Target", "Verification", "WeightSpec", "build_pipeline", "inspect", "optimize",
-    "optimize_folder", "validate", "verify",
+    "ReportError", "RunArguments", "RuntimeFailure", "Target", "Verification", "WeightSpec", "build_pipeline", "generate", "inspect",
+    "optimize", "optimize_folder", "validate", "verify",
 ]
 # fmt: on
 
@@ -60,6 +62,7 @@ _MODULES = {
     "magr_onnx.report.data": ("Report",),
     "magr_onnx.report.verification": ("Verification",),
     "magr_onnx.workflow.directory": ("OptimizedFolder", "optimize_folder"),
+    "magr_onnx.workflow.generate": ("Generated", "Generation", "generate"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _PACKAGES = ("api", "cli", "config", "core", "errors", "model_io", "passes", "report", "runtime", "workflow")

@@ -227,7 +227,9 @@ def open_for(
     if TOKENS in first and not any(name.startswith(PREFIX) for name in first) and (decoder := recognise(model)) is not None:
         if isinstance(source, Batches):  # of text, in batches that memory has room for
             batch_size = max(len(batch[TOKENS]) for batch in source)
+        read = opened.notes
         opened = _feeds(decoder, opened, batch_size, steps, provider, runnable)
+        opened = replace(opened, notes=tuple(dict.fromkeys([*read, *opened.notes])))
     return check_batches(opened, inputs)
 
 

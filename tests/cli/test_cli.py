@@ -26,7 +26,7 @@ from tests import graphs
 from tests.graphs import feeds, proto
 from tests.helpers import PATIENCE
 
-COMMANDS = ("optimize", "inspect", "validate", "verify", "report", "passes", "presets", "olive-config", "demo")
+COMMANDS = ("optimize", "inspect", "validate", "generate", "verify", "report", "passes", "presets", "olive-config", "demo")
 
 
 @dataclass(frozen=True)

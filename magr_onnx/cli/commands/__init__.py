@@ -7,6 +7,7 @@ COMMANDS = {
     "optimize": "Quantize the linear layers and convolutions of a model, and report what happened to every one.",
     "inspect": "List linear layers with shapes and ranges, and what would be left alone and why.",
     "validate": "Compare a float and a quantized model on real inputs, at each arithmetic onnxruntime may use.",
+    "generate": "Generate text greedily with a model, and with its quantized form: tokens as they come, and where they differ.",
     "verify": "Prove that no input of a model overflows an integer accumulator, or show one that does.",
     "report": "Make a page of a report, or of two side by side; prints where it is.",
     "passes": "List the passes a pipeline may name, with their options and defaults.",
