@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.linalg import damped
+from magr_onnx.core.linalg import damped, solve
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
@@ -102,4 +102,4 @@ def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: flo
     """Return ``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
     cross = target.cross - np.outer(stats.mean, target.mean) if centred else target.cross
-    return np.linalg.solve(damped(stats.regularized(centred), damping), cross - gram @ weights)
+    return solve(damped(stats.regularized(centred), damping), cross - gram @ weights)

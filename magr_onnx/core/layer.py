@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.gram import NOISE
 from magr_onnx.core.histograms import sketch
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import NOISE, Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
+from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Layers that bias correction applies to: those with a bias, all, or none."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.types import LARGE_ROWS, Array
+from magr_onnx.core.gram import LARGE_ROWS, Array, Gram, RowGram
 from magr_onnx.errors import NonFiniteError
 
 
-def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array | None = None) -> float:
+def lambda_max(matrix: Gram, iterations: int = 24, seed: int = 0, scale: Array | None = None) -> float:
     """Compute the largest eigenvalue of a symmetric positive semidefinite ``(K, K)`` matrix, by Lanczos iteration; of ``S matrix S`` with
     ``S = diag(scale)`` if a scale is given.
 
@@ -20,7 +20,7 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
     1e-3 in 24 iterations even where the top of the spectrum is clustered; callers that need an upper bound add a margin.
     """
     k = len(matrix)
-    if k <= iterations:
+    if k <= iterations and isinstance(matrix, np.ndarray):
         dense = matrix.astype(np.float64)
         return float(np.linalg.eigvalsh(dense if scale is None else dense * scale * scale[:, None])[-1])
     basis = np.zeros((iterations + 1, k))
@@ -45,17 +45,25 @@ def lambda_max(matrix: Array, iterations: int = 24, seed: int = 0, scale: Array 
     return float(np.linalg.eigvalsh(t)[-1])
 
 
-def damped(gram: Array, damping: float, overwrite: bool = False) -> Array:
+@overload
+def damped(gram: Array, damping: float, overwrite: bool = ...) -> Array: ...
+@overload
+def damped(gram: RowGram, damping: float, overwrite: bool = ...) -> RowGram: ...
+@overload
+def damped(gram: Gram, damping: float, overwrite: bool = ...) -> Gram: ...
+def damped(gram: Gram, damping: float, overwrite: bool = False) -> Gram:
     """Return ``gram + damping * diag(gram)`` of one matrix or many: correlations between inputs are shrunk, scales kept in proportion.
 
     GPTQ's authors add a multiple of the MEAN of the diagonal; with a few strong inputs that drowns all the others. Inputs
     that were never active get a millionth of the mean, so that the result has no zero on its diagonal. Rounding may leave the
     variance of constant inputs slightly negative.
     """
-    result: Array = gram if overwrite else gram.copy()
-    diagonal = np.diagonal(gram, axis1=-2, axis2=-1).copy()
+    diagonal = gram.diagonal() if isinstance(gram, RowGram) else np.diagonal(gram, axis1=-2, axis2=-1).copy()
     mean = np.abs(diagonal).mean(axis=-1, keepdims=True).astype(np.float64)
-    floor = (1e-6 * np.where(mean > 0, mean, 1.0)).astype(gram.dtype)
+    floor = (1e-6 * np.where(mean > 0, mean, 1.0)).astype(diagonal.dtype)
+    if isinstance(gram, RowGram):
+        return gram.plus_diagonal(damping * np.maximum(diagonal, floor))
+    result: Array = gram if overwrite else gram.copy()
     view = np.einsum("...kk->...k", result)  # of the diagonal
     view += damping * np.maximum(diagonal, floor)
     return result
@@ -147,18 +155,31 @@ def _factor(matrix: Array) -> Array:
     return matrix
 
 
+def solve(gram: Gram, x: Array) -> Array:
+    """Return ``gram^-1 X`` for ``X (K, N)`` float64."""
+    return gram.solve(x) if isinstance(gram, RowGram) else np.linalg.solve(gram, x)
+
+
+def left_product(x: Array, gram: Gram, out: Array) -> None:
+    """Compute ``X gram`` for ``X (N, K)`` into ``out``."""
+    if isinstance(gram, RowGram):
+        gram.left_product(x, out)
+    else:
+        np.matmul(x, gram, out=out)
+
+
 def inner(a: Array, b: Array) -> float:
     """Return ``sum a b`` of float32 arrays, in double precision where single precision overflows."""
     total = float(np.vdot(a, b))
     return total if np.isfinite(total) else float(np.einsum("kn,kn->", a, b, dtype=np.float64))
 
 
-def layer_error(difference: Array, gram: Array) -> float:
+def layer_error(difference: Array, gram: Gram) -> float:
     """Return ``tr(D^T H D)``, the mean squared output error caused by a weight difference ``D (K, N)``, summed over outputs."""
     return float(column_errors(difference, gram).sum())
 
 
-def column_errors(difference: Array, gram: Array) -> Array:
+def column_errors(difference: Array, gram: Gram) -> Array:
     """Return ``d^T H d`` for every column ``d`` of ``difference (K, N)``, as ``(N,)`` float64."""
     product = gram.astype(difference.dtype, copy=False) @ difference
     result: Array = np.einsum("kn,kn->n", difference, product, dtype=np.float64)

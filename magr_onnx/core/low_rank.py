@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.linalg import cholesky
+from magr_onnx.core.gram import Gram, RowGram
+from magr_onnx.core.linalg import cholesky, damped
 from magr_onnx.core.types import Array
 
 Kind = Literal["exact", "diagonal"]
@@ -45,27 +46,36 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Root:
-    """``R`` with ``R^T R = H``, damped: an upper triangular matrix, or a diagonal as a vector ``(K,)``."""
+    """``R`` with ``R^T R = H``, damped: an upper triangular matrix, or a diagonal as a vector ``(K,)``.
 
-    matrix: Array
+    Of ``H = diag(d) + F F^T`` of few rows it is ``diag(sqrt(d))`` above ``F^T``, given as H itself; ``R^-1`` is its pseudo-inverse.
+    """
+
+    matrix: Gram
 
     def times(self, x: Array) -> Array:
         """Return ``R X`` for ``X (K, N)``."""
-        return self.matrix[:, None] * x if self.matrix.ndim == 1 else self.matrix @ x
+        h = self.matrix
+        if isinstance(h, RowGram):
+            return np.vstack([np.sqrt(h.added)[:, None] * x, h.factor.T @ x])
+        return h[:, None] * x if h.ndim == 1 else h @ x
 
     def solve(self, x: Array) -> Array:
-        """Return ``R^-1 X`` for ``X (K, N)``."""
-        return x / self.matrix[:, None] if self.matrix.ndim == 1 else np.linalg.solve(self.matrix, x)
+        """Return ``R^-1 X`` for ``X`` with as many rows as R."""
+        h = self.matrix
+        if isinstance(h, RowGram):
+            return h.solve(np.sqrt(h.added)[:, None] * x[: len(h)] + h.factor @ x[len(h) :])
+        return x / h[:, None] if h.ndim == 1 else np.linalg.solve(h, x)
 
 
-def root(gram: Array, damping: float, kind: Kind) -> Root:
+def root(gram: Gram, damping: float, kind: Kind) -> Root:
     """Compute the root of ``gram (K, K)``.
 
     Raises:
         NonFiniteError: The matrix is not finite.
     """
     if kind == "exact":
-        return Root(cholesky(gram, damping).lower.T)
+        return Root(damped(gram, damping) if isinstance(gram, RowGram) else cholesky(gram, damping).lower.T)
     diagonal = gram.diagonal().astype(np.float64)
     return Root(np.sqrt(np.maximum(diagonal, 1e-6 * (float(diagonal.mean()) or 1.0))))  # a floor for inputs that were never active
 

@@ -29,7 +29,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from magr_onnx.core.linalg import lambda_max
+from magr_onnx.core.gram import Gram, RowGram
+from magr_onnx.core.linalg import lambda_max, left_product
 from magr_onnx.core.prox import levels
 from magr_onnx.core.types import Array, column_parts, sum_traces
 from magr_onnx.errors import OptionError
@@ -67,7 +68,7 @@ class Reduction:
     trace: tuple[float, ...] = ()
 
 
-def penalty(weights: Array, gram: Array, alpha: float, relative: bool = True, group_size: int | None = None) -> float:
+def penalty(weights: Array, gram: Gram, alpha: float, relative: bool = True, group_size: int | None = None) -> float:
     """Return the ``a`` of the objective for a given ``alpha``.
 
     Relative: ``alpha * g * mean|W0| * mean(diag H)``, so that ``alpha`` is about the fraction of a group's l1 mass that
@@ -77,12 +78,12 @@ def penalty(weights: Array, gram: Array, alpha: float, relative: bool = True, gr
     if not relative:
         return float(alpha) * lambda_max(gram)
     rows = len(weights) if group_size is None else min(group_size, len(weights))
-    return float(alpha) * rows * float(np.abs(weights).mean()) * float(np.trace(gram)) / len(gram)
+    return float(alpha) * rows * float(np.abs(weights).mean()) * float(gram.diagonal().sum()) / len(gram)
 
 
 def reduce(
     weights: Array,
-    gram: Array,
+    gram: Gram,
     *,
     alpha: float = 1e-3,
     relative: bool = True,
@@ -123,12 +124,12 @@ def reduce(
     limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
     if len(parts := column_parts(*weights.shape)) > 1:
-        h = np.ascontiguousarray(gram, np.float32)
+        h = gram.astype(np.float32, order="C", copy=False)
         return _joined([_solve(weights[:, c], h, a, size, accelerate, limit, tolerance) for c in parts], a)
     return _solve(weights, gram, a, size, accelerate, limit, tolerance)
 
 
-def _solve(weights: Array, gram: Array, a: float, size: int, accelerate: bool, limit: int, tolerance: float) -> Reduction:
+def _solve(weights: Array, gram: Gram, a: float, size: int, accelerate: bool, limit: int, tolerance: float) -> Reduction:
     """Solve for the given output channels."""
     problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
     x, trace, gap, converged = _iterate(problem, limit, tolerance if accelerate else 0.0, accelerate)
@@ -150,19 +151,20 @@ class _Problem:
     """The problem with output channels in rows, K padded with zeros to whole groups, in float32."""
 
     target: Array  # (N, K')
-    gram: Array  # (K', K')
+    gram: Gram  # (K', K')
     metric: Array  # (K',), D with 2 D - H positive definite
     penalty: float
     group: int
 
     @staticmethod
-    def make(weights: Array, gram: Array, a: float, size: int, precondition: bool) -> _Problem:
+    def make(weights: Array, gram: Gram, a: float, size: int, precondition: bool) -> _Problem:
         k = len(gram)
         padded = -(-k // size) * size
-        h = np.ascontiguousarray(gram, np.float32)
+        h = gram.astype(np.float32, order="C", copy=False)
         if padded != k:
-            h = np.pad(h, (0, padded - k))
-        diagonal = np.maximum(np.diag(h), 1e-6 * max(float(np.diag(h)[:k].mean()), 1e-30)).astype(np.float32)
+            h = h.padded(padded) if isinstance(h, RowGram) else np.pad(h, (0, padded - k))
+        power = h.diagonal()
+        diagonal = np.maximum(power, 1e-6 * max(float(power[:k].mean()), 1e-30)).astype(np.float32)
         if precondition:
             root = 1 / np.sqrt(diagonal)
             metric = lambda_max(h, scale=root) / _STEP * diagonal
@@ -208,7 +210,8 @@ def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) 
     inverse = 1 / problem.metric
     rows = max(1, _CHUNK // width)
     difference = x - target
-    product = difference @ problem.gram
+    product = np.empty_like(difference)
+    left_product(difference, problem.gram, product)
     values = 0.5 * np.einsum("nk,nk->n", difference, product, dtype=np.float64) + a * problem.norms(x)
     trace = [float(values.sum())]
     objective_before = trace[0]
@@ -232,7 +235,7 @@ def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) 
             np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))
             np.subtract(x[s], target[s], out=difference[s])
         before, product = product, before
-        np.matmul(difference, problem.gram, out=product)
+        left_product(difference, problem.gram, product)
         previous = values
         values = 0.5 * np.einsum("nk,nk->n", difference, product).astype(np.float64) + a * level.sum(axis=1, dtype=np.float64)
         if accelerate:

@@ -6,6 +6,7 @@ Where the samples of a batch are repeated to fill it, its sums are multiplied by
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core.error_feedback import target_moments
-from magr_onnx.core.types import LARGE, LARGE_ROWS, Activation, Array, LayerStats, TargetMoments, gram_type
+from magr_onnx.core.gram import LARGE, LARGE_ROWS, Gram, RowGram, gram_type
+from magr_onnx.core.types import Activation, Array, LayerStats, TargetMoments
 
 
 class _Means(Protocol):
@@ -60,11 +62,11 @@ def pooled(readers: Sequence[tuple[LayerStats, bool]], powers: Sequence[float]) 
     def pool(parts: Sequence[LayerStats]) -> LayerStats:
         rows = sum(part.rows for part in parts)
         share = rows / sum(stats.rows for stats, _ in readers)
-        gram = sum(
+        grams = [
             f * part.rows / stats.rows / share * part.objective_gram(centred)
             for f, part, (stats, centred) in zip(factors, parts, readers, strict=True)
-        )
-        return LayerStats(np.asarray(gram), np.zeros(len(parts[0].mean)), rows)
+        ]
+        return LayerStats(reduce(operator.add, grams), np.zeros(len(parts[0].mean)), rows)
 
     folds = zip(*(stats.folds for stats, _ in readers), strict=False)
     return replace(pool([stats for stats, _ in readers]), folds=tuple(pool(parts) for parts in folds))
@@ -74,7 +76,8 @@ class MomentAccumulator:
     """Sums of ``x x^T`` and of ``x`` over the rows of one value.
 
     Attributes:
-        gram: Sum of ``X^T X``, ``(K, K)``; ``(G, K, K)`` of the G groups of a convolution.
+        gram: Sum of ``X^T X``, ``(K, K)``; ``(G, K, K)`` of the G groups of a convolution. Where only few rows are expected it is kept by
+            its rows, as long as they are few.
         total: Sum of the rows, ``(K,)`` or ``(G, K)``.
         rows: Number of rows, weighted.
         float_total: Sum of the same rows of the float model, before quantization; None where ``total`` has them.
@@ -82,7 +85,7 @@ class MomentAccumulator:
         float_gram: Sum of ``X^T X`` in the float model; None unless asked for.
     """
 
-    def __init__(self, width: int, groups: int | None = None, *, float_mean: bool = False, paired: bool = False) -> None:
+    def __init__(self, width: int, groups: int | None = None, *, float_mean: bool = False, paired: bool = False, few: bool = False) -> None:
         """Start with no rows.
 
         Args:
@@ -90,18 +93,22 @@ class MomentAccumulator:
             groups: G; None for a value without groups.
             float_mean: Whether to sum the rows of the float model too.
             paired: Whether to sum ``cross`` and ``float_gram`` too, which `target_moments` is made of.
+            few: Whether few rows are expected (`magr_onnx.core.gram.few`).
         """
         shape = (width,) if groups is None else (groups, width)
-        self.gram: Array = np.zeros((*shape, width))
+        self.gram: Gram = RowGram.diagonal_of(np.zeros(width)) if few else np.zeros((*shape, width))
         self.total: Array = np.zeros(shape)
         self.rows = 0.0
         self.float_total: Array | None = np.zeros(shape) if float_mean else None
         self.cross: Array | None = np.zeros((width, width)) if paired else None
         self.float_gram: Array | None = np.zeros((width, width)) if paired else None
 
-    def add(self, gram: Array, total: Array, rows: float, float_total: Array | None = None, weight: float = 1.0) -> None:
+    def add(self, gram: Gram, total: Array, rows: float, float_total: Array | None = None, weight: float = 1.0) -> None:
         """Add the sums of a batch."""
-        self.gram += weighted(gram, weight)
+        if isinstance(gram, RowGram):
+            self.gram = self.gram + gram * weight
+        else:
+            self.gram += weighted(gram, weight)
         self.total += weighted(total, weight)
         self.rows += rows * weight
         if self.float_total is not None and float_total is not None:
@@ -109,10 +116,13 @@ class MomentAccumulator:
 
     def add_rows(self, quantized: Array, real: Array, weight: float = 1.0) -> None:
         """Add rows ``(n, K)`` float32 of the model being quantized, and the same rows ``real`` of the float model."""
-        width = self.gram.shape[-1]
-        step = LARGE_ROWS if width >= LARGE else width
-        for at in range(0, width, step):  # in strips, so that a large matrix has no second copy
-            self.gram[at : at + step] += weighted(quantized[:, at : at + step].T @ quantized, weight)
+        if isinstance(self.gram, RowGram):
+            self.gram = self.gram + RowGram.of(quantized) * weight
+        else:
+            width = self.gram.shape[-1]
+            step = LARGE_ROWS if width >= LARGE else width
+            for at in range(0, width, step):  # in strips, so that a large matrix has no second copy
+                self.gram[at : at + step] += weighted(quantized[:, at : at + step].T @ quantized, weight)
         self.total += weighted(quantized.sum(axis=0, dtype=np.float64), weight)
         self.rows += len(quantized) * weight
         if self.float_total is not None:
@@ -121,11 +131,11 @@ class MomentAccumulator:
             self.cross += weighted(quantized.T @ real, weight)
             self.float_gram += weighted(real.T @ real, weight)
 
-    def means(self) -> tuple[Array, Array, int]:
+    def means(self) -> tuple[Gram, Array, int]:
         """Return second moments, mean and rows. Consumes the sums: the matrix may be the largest array in memory."""
         gram, self.gram = self.gram, np.zeros((0, 0))
         gram /= self._count
-        return gram, self.total / self._count, whole_rows(self.rows)
+        return gram.joined() if isinstance(gram, RowGram) else gram, self.total / self._count, whole_rows(self.rows)
 
     def stats(self, activation: Activation | None = None) -> LayerStats:
         """Return `means` as `LayerStats` of a value quantized by ``activation``."""
@@ -163,8 +173,8 @@ class OutputAccumulator:
         self._cross, self._total, self._power = np.zeros(weights.shape), *np.zeros((2, weights.shape[1]))
         self._rows = 0.0
 
-    def add_rows(self, quantized: Array, real: Array, residual_error: Array, weight: float = 1.0) -> None:
-        """Add rows ``(n, K)`` float32 of both models, and of ``R - R_q (n, N)``."""
+    def add_rows(self, quantized: Array, real: Array, residual_error: Array | float, weight: float = 1.0) -> None:
+        """Add rows ``(n, K)`` float32 of both models, and of ``R - R_q (n, N)``; 0 where no residual is added."""
         y = real @ self._weights
         y += residual_error
         self._cross += weighted(quantized.T @ y, weight)

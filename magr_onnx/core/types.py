@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.gram import LARGE, LARGE_ROWS, LEAST_WIDTH, NOISE, Gram, RowGram
 from magr_onnx.errors import NonFiniteError, OptionError
 
 Array = npt.NDArray[np.floating[Any]]
@@ -24,10 +25,6 @@ ScaleType = Literal["float32", "float16"]
 T = TypeVar("T")
 
 BITS = tuple(range(2, 9))
-LARGE = 6144
-"""Inputs of a layer from which its ``(K, K)`` matrices are stored in float32 and processed in place, a few at a time."""
-LARGE_ROWS = 512  # of such a matrix processed at a time
-NOISE = 3e-7  # of a second moment that was summed in single precision
 PRIOR_ROWS = 4  # see `LayerStats.regularized`
 COMMON_MEAN = 0.25
 """Squared mean over variance that inputs share, as assumed without data: 0.47 behind the Relu of normal values, 0 behind a LayerNorm."""
@@ -173,12 +170,6 @@ def sum_traces(*traces: Sequence[float]) -> list[float]:
     return [sum(values) for values in zip(*padded, strict=True)]
 
 
-def gram_type(k: int) -> type[np.float32] | type[np.float64]:
-    """Return the type ``(K, K)`` statistics are stored in. They are summed in float64; the rounding afterwards is far below the damping,
-    and halves the memory of the largest layers."""
-    return np.float32 if k >= LARGE else np.float64
-
-
 @dataclass(frozen=True, slots=True)
 class ActivationGrid:
     """The grid of 8 or 16 bits a static activation is rounded to, one for the whole tensor.
@@ -253,7 +244,8 @@ class LayerStats:
     Where the input will be quantized, the moments are of the quantized input: codes multiply that one.
 
     Attributes:
-        gram: ``X^T X / n`` ``(K, K)``, float64; float32 from `LARGE` inputs on (see `gram_type`). Read-only.
+        gram: ``X^T X / n`` ``(K, K)``, float64; float32 from `LARGE` inputs on (see `magr_onnx.core.gram.gram_type`); of few rows, these.
+            Read-only.
         mean: ``mean(X)`` ``(K,)`` float64.
         rows: Number of calibration rows ``n``; 0 marks data-free statistics (identity).
         float_mean: Mean of the input before it was quantized ``(K,)``; None where it is not quantized.
@@ -263,7 +255,7 @@ class LayerStats:
         taps: Consecutive inputs that are one channel at neighbouring positions, and so alike; of data-free statistics only.
     """
 
-    gram: Array
+    gram: Gram
     mean: Array
     rows: int
     float_mean: Array | None = None
@@ -289,6 +281,11 @@ class LayerStats:
     def is_data_free(self) -> bool:
         return self.rows == 0
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the matrix has `LARGE` inputs and all its entries: nobody keeps others that are computed from it."""
+        return len(self.mean) >= LARGE and isinstance(self.gram, np.ndarray)
+
     def combine(self, other: LayerStats, sign: int = 1) -> LayerStats:
         """Return the statistics of the rows of both, or (``sign=-1``) of the rows that are not in ``other``."""
         n = self.rows + sign * other.rows
@@ -311,17 +308,19 @@ class LayerStats:
         value: T = self._memo[key]
         return value
 
-    def objective_gram(self, centred: bool) -> Array:
+    def objective_gram(self, centred: bool) -> Gram:
         """Return the matrix that errors are measured by: ``H``, or ``H - mu mu^T`` when a bias absorbs the mean error.
 
-        Computed once for all who measure by it, unless K is `LARGE`. Read-only.
+        Computed once for all who measure by it, unless `is_large`. Read-only.
         """
         if not centred or self.is_data_free:
             return self.gram
-        return self._centred() if len(self.mean) >= LARGE else self.memo("centred", self._centred)
+        return self._centred() if self.is_large else self.memo("centred", self._centred)
 
-    def _centred(self) -> Array:
+    def _centred(self) -> Gram:
         """Centre the matrix block by block, without a second temporary; what constant inputs leave is noise, and is set to zero."""
+        if isinstance(self.gram, RowGram):
+            return self.gram.centred(self.mean)
         result: Array = self.gram.copy()
         for at in range(0, len(result), LARGE_ROWS):
             result[at : at + LARGE_ROWS] -= np.outer(self.mean[at : at + LARGE_ROWS], self.mean)
@@ -330,32 +329,37 @@ class LayerStats:
         result[:, constant] = 0
         return result
 
-    def regularized(self, centred: bool) -> Array:
+    def regularized(self, centred: bool) -> Gram:
         """Return the matrix that weights are solved with: `objective_gram` plus a prior worth `PRIOR_ROWS` rows of ``n``.
 
         In the prior, inputs are uncorrelated and of the median power of those that were active. From few rows, an input that
         was hardly active would else take up the errors of all others, by changes that are large where it is active after all.
-        Computed once for all layers that share these statistics, unless K is `LARGE`.
+        Computed once for all layers that share these statistics, unless `is_large`.
 
         Without data, inputs are assumed to share a mean: errors that add up where all inputs are positive are to cancel.
         """
         if self.is_data_free:
             return _identity_plus(len(self.mean), self.common_mean)
-        if len(self.mean) >= LARGE:
+        if self.is_large:
             return self._regularized(centred)
         return self.memo(("regularized", centred), lambda: self._regularized(centred))
 
-    def _regularized(self, centred: bool) -> Array:
+    def _regularized(self, centred: bool) -> Gram:
         gram = self.objective_gram(centred)
         power = gram.diagonal()
         active = power[power > 0]
-        result = gram if centred and len(power) >= LARGE else gram.copy()  # nobody else has a large one
-        result[np.diag_indices(len(power))] += PRIOR_ROWS / self.rows * (float(np.median(active)) if len(active) else 1.0)
+        prior = PRIOR_ROWS / self.rows * (float(np.median(active)) if len(active) else 1.0)
+        if isinstance(gram, RowGram):
+            return gram.plus_diagonal(prior)
+        result = gram if centred and self.is_large else gram.copy()  # nobody else has a large one
+        result[np.diag_indices(len(power))] += prior
         return result
 
 
-def _identity_plus(k: int, value: float) -> Array:
-    """Return the identity ``(K, K)`` with ``value`` added to every entry, as a view of 2 K numbers. Read-only."""
+def _identity_plus(k: int, value: float) -> Gram:
+    """Return the identity ``(K, K)`` with ``value`` added to every entry: one row, or a view of 2 K numbers. Read-only."""
+    if k >= LEAST_WIDTH:
+        return RowGram.of(np.ones((1, k), np.float32), np.array([value])).plus_diagonal(1.0)
     line = np.full(2 * k - 1, value)
     line[k - 1] += 1
     return np.lib.stride_tricks.sliding_window_view(line, k)[::-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,10 +44,9 @@ class Memory:
     layout: Layout
 
     @staticmethod
-    def of(request: OptimizeRequest, model_bytes: int, layers: Sequence[LinearLayer]) -> Memory:
-        """Decide by the size of the model and of its widest layer."""
+    def of(request: OptimizeRequest, model_bytes: int, widest: int) -> Memory:
+        """Decide by the size of the model and of its ``widest`` Gram matrix."""
         limit = DEFAULT_MEMORY if request.max_memory is None else request.max_memory
-        widest = max((layer.k for layer in layers), default=0)
         if WHOLE * model_bytes + GRAM * widest**2 <= limit:
             return Memory(False, request.gram_budget, request.cache, Layout(request.external_data, request.shard_size, INLINE_LIMIT))
         layout = Layout(request.external_data, request.shard_size, limit // 8)

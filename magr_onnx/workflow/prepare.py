@@ -24,6 +24,8 @@ from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import RecurrentLayer
 from magr_onnx.passes.layers.unconverted import unconverted_weights
 from magr_onnx.report.reasons import Reason
+from magr_onnx.runtime.calibration import moments
+from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
@@ -106,13 +108,14 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     loaded = _load(request)
     mask, opset = resolve_mask(loaded.model, request.mask), loaded.model.opset_imports.get("")
     prepared = _canonical(loaded, request)
-    memory = Memory.of(request, loaded.bytes, prepared.layers)
+    alone = Memory.of(request, loaded.bytes, 0)
+    data, validation = (_open_data(source, prepared, request, alone.large) for source in (request.calibration, request.validation))
+    memory = alone if alone.large or data is None else Memory.of(request, loaded.bytes, _widest(prepared, data, request))
     spool = open_spool(request.output, memory.large, stack)
     if spool is not None:
         spool.spill(prepared.model)
     check_weights([*prepared.layers, *prepared.others])
     stopwatch.lap("load")
-    data, validation = (_open_data(source, prepared, request, memory.large) for source in (request.calibration, request.validation))
     _check_ranges(prepared, memory.large)
     store = None
     if request.resume is not None:
@@ -193,6 +196,20 @@ def _open_data(source: Source | None, prepared: Prepared, request: OptimizeReque
     return decoders.open_for(
         prepared.model, source, request.batch_size, steps=request.decode_steps, provider=request.provider, runnable=runs, reading=reading
     )
+
+
+def _widest(prepared: Prepared, data: Batches, request: OptimizeRequest) -> int:
+    """Find the inputs of the widest layer whose Gram matrix is needed: those of few rows are kept by these.
+
+    The model runs on the first batch where a wide layer could make it too large for the memory there is.
+    """
+    widths = {layer.reads: layer.k for layer in prepared.layers}
+    widest = max(widths.values(), default=0)
+    if not Memory.of(request, prepared.bytes, widest).large:
+        return widest
+    of_main = {layer.reads: layer.k for layer in prepared.layers if not layer.nested}
+    few = moments.few_rows(prepared.model, of_main, CalibrationContext(data, provider=request.provider))
+    return max((k for name, k in widths.items() if name not in few), default=0)
 
 
 def _check_ranges(prepared: Prepared, large: bool) -> None:

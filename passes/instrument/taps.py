@@ -34,6 +34,7 @@ class Tap:
         masked: Whether the mask leaves out rows: the value has a row for each of its elements, in most batches at least.
         quantize: Quantization of the value before its moments are taken; None for none.
         bounds: Range the value is clipped to first (sentinels such as -1e9 are no signal); None for no clipping.
+        few: Whether it has so few rows that these are put out, not their Gram matrix.
     """
 
     value: str
@@ -41,6 +42,7 @@ class Tap:
     masked: bool = False
     quantize: Activation | None = None
     bounds: tuple[float, float] | None = None
+    few: bool = False
 
 
 def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
@@ -52,7 +54,7 @@ def shape_taps(model: ir.Model, values: Sequence[str]) -> ir.Model:
 
 
 def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> ir.Model:
-    """Copy the model with outputs ``X^T X (K, K)``, ``sum(X) (K,)`` and the number of rows for every tap, in order.
+    """Copy the model with outputs ``X^T X (K, K)``, or X where it has few rows, ``sum(X) (K,)`` and their number for every tap, in order.
 
     Taps that quantize have another output, the sum of the value before it was quantized ``(K,)``; masked taps have a last one, 0 where
     the rows of this batch do not fit the mask, so that all of them count.
@@ -67,7 +69,10 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
         name = f"__tap_{i}"
         real = copy.real(tap, name)
         rows = copy.rows(real if tap.quantize is None else copy.quantized(real, tap.quantize, f"{name}_q"), tap, name)
-        copy.output(copy.gram(rows, f"__gram_{i}"), shape=[tap.width] * 2)
+        if tap.few:
+            copy.output(copy.add("Identity", [rows], f"__few_{i}"), shape=[None, tap.width])
+        else:
+            copy.output(copy.gram(rows, f"__gram_{i}"), shape=[tap.width] * 2)
         copy.output(copy.total(rows, f"__sum_{i}"), shape=[tap.width])
         copy.output(copy.count(rows, tap, f"__rows_{i}"))
         if tap.quantize is not None:

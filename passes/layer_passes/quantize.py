@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from magr_onnx.core.gram import dense
 from magr_onnx.core.histograms import sketch, tile_headroom
 from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerRecord, LayerSolution, output_variance, ratio, relative_error
 from magr_onnx.core.linalg import automatic_damping
@@ -251,10 +252,10 @@ class Quantize(LayerPass):
         matrices = np.stack([p.weight for p in problems])
         k = matrices.shape[1]
         centred, stats = problems[0].centred(self.bias), problems[0].stats
-        objective = np.stack([p.stats.objective_gram(centred) for p in problems])
+        objective = np.stack([dense(p.stats.objective_gram(centred)) for p in problems])
         damping = automatic_damping(k, stats.rows) if self.damping is None else self.damping
         # nearest codes are the best where inputs are uncorrelated
-        used = np.stack([p.stats.regularized(centred) for p in problems])
+        used = np.stack([dense(p.stats.regularized(centred)) for p in problems])
         used = used * np.eye(k) if self.quantizer.batched == "diagonal" else used
         result = batched.solve(matrices, used, self.spec(problems[0].float_type), damping, self.sweeps, self.budget_of(problems[0]))
         difference = np.stack([w.dequantize() for w in result.weights]).astype(np.float64) - matrices

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.gram import dense
 from magr_onnx.core.moments import MomentAccumulator, with_folds
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
@@ -107,6 +108,6 @@ def collect(
 def _by_group(parts: Parts[MomentAccumulator]) -> list[LayerStats]:
     """Return the statistics of every group, with those of its folds. Consumes the sums."""
     measured = [
-        [LayerStats(g, m, rows) for g, m in zip(grams, means, strict=True)] for grams, means, rows in (p.means() for p in parts.sums)
+        [LayerStats(g, m, rows) for g, m in zip(dense(grams), means, strict=True)] for grams, means, rows in (p.means() for p in parts.sums)
     ]
     return [with_folds(group, parts.folds) for group in zip(*measured, strict=True)]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
+from magr_onnx.core.gram import RowGram, few
 from magr_onnx.core.moments import MomentAccumulator, split_stats
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import CalibrationError, NonFiniteError, raise_all
 from magr_onnx.passes.instrument.inline import inline_and_rename
-from magr_onnx.passes.instrument.taps import Tap, gram_taps
+from magr_onnx.passes.instrument.taps import Tap, gram_taps, shape_taps
 from magr_onnx.passes.layer_state import attach
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weighted import WeightedNode, by_weight
@@ -87,8 +89,10 @@ def collect(
     readers, data, hold_out = readers_of(layers), context.data, context.hold_out
     if not readers:
         return CalibrationResult({}, ())
-    taps = make_taps(model, {name: group[0].k for name, group in readers.items()}, context)
-    parts = [Parts(hold_out, t.width, partial(MomentAccumulator, t.width, float_mean=t.quantize is not None)) for t in taps]
+    widths = {name: group[0].k for name, group in readers.items()}
+    of_few = few_rows(model, widths, context)
+    taps = [replace(tap, few=tap.value in of_few) for tap in make_taps(model, widths, context)]
+    parts = [Parts(hold_out, t.width, partial(MomentAccumulator, t.width, float_mean=t.quantize is not None, few=t.few)) for t in taps]
     bad: dict[str, str] = {}
     unmasked = {t.value: None for t in taps if not t.masked}
     for index, weight, outputs in run_batches(gram_taps(model, taps, context.mask), data, context.provider, progress):
@@ -99,8 +103,8 @@ def collect(
             masked = tap.masked and bool(next(results))
             if count[0] == 0:  # onnxruntime leaves the product of no rows uninitialized
                 continue
-            of_tap.of(index).add(gram, total, float(count[0]), float_total, weight)
-            if not (np.isfinite(float_total).all() and np.isfinite(np.trace(gram))):
+            of_tap.of(index).add(RowGram.of(gram) if tap.few else gram, total, float(count[0]), float_total, weight)
+            if not (np.isfinite(float_total).all() and np.isfinite(np.vdot(gram, gram) if tap.few else np.trace(gram))):
                 bad.setdefault(tap.value, not_finite(tap.value, readers[tap.value], data.label(index)))
             if not masked:
                 unmasked[tap.value] = None
@@ -123,6 +127,17 @@ def make_taps(model: ir.Model, widths: Mapping[str, int], context: CalibrationCo
     """Make a tap for every value, masked if the value follows the mask, and quantized if it has a grid."""
     masked, choices = masked_values(model, widths, context), context.grids
     return [Tap(n, k, n in masked, *((choices[n].grid, choices[n].bounds) if n in choices else ())) for n, k in widths.items()]
+
+
+def few_rows(model: ir.Model, widths: Mapping[str, int], context: CalibrationContext) -> set[str]:
+    """Select the values of so few rows that their Gram matrices are kept by these, by the rows that they have in the first batch."""
+    wide = {name: k for name, k in widths.items() if few(1, k)}
+    if not wide:
+        return set()
+    count = len(context.data)
+    _, _, shapes = next(run_batches(shape_taps(model, list(wide)), context.data, context.provider))
+    rows = (count * math.prod(map(int, shape[:-1])) for shape in shapes)
+    return {name for (name, k), n in zip(wide.items(), rows, strict=True) if few(n, k)}
 
 
 def not_finite(value: str, readers: Sequence[WeightedNode], where: str) -> str:

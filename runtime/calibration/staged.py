@@ -11,6 +11,7 @@ memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import rounded
+from magr_onnx.core.gram import few
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, split_stats, with_folds
 from magr_onnx.core.types import LayerStats, TargetMoments
 from magr_onnx.errors import ModelError, NonFiniteError, RuntimeFailure, raise_all
@@ -177,6 +179,10 @@ class _Values:
         x = self.floats.get(name, batch)
         return x, x if name in self.shared else self.quants.get(name, batch)
 
+    def most_rows(self, name: str) -> int:
+        """Count the rows of a value, with those that a mask leaves out."""
+        return sum(math.prod(self.floats.get(name, b).shape[:-1]) for b in range(len(self)))
+
     def follows_mask(self, name: str) -> bool:
         """See `MaskRule.follows`."""
         arrays = [self.floats.get(name, b) for b in self._mask.positions]
@@ -204,7 +210,7 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
             unmasked += [] if masked else [name]
         if measured is None:
             continue
-        if not (np.isfinite(measured.target_mean).all() and np.isfinite(measured.gram).all()):
+        if not (np.isfinite(measured.target_mean).all() and np.isfinite(measured.gram.diagonal()).all()):
             bad.append(not_finite(name, readers, context.data.description))
         stats[name] = measured
         targets |= targets_of_readers
@@ -220,11 +226,12 @@ def _measure(
     activation, bounds = (None, None) if choice is None else (choice.grid, choice.bounds)
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
-    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals}
     hold_out, k = context.hold_out, readers[0].k
+    of_few = few(values.most_rows(name), k)  # then no matrix of K x K
+    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals or (with_targets and of_few)}
     outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
-    inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired))
+    inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few))
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
         x, y = values.pair(name, b)
@@ -240,8 +247,7 @@ def _measure(
         rows = _rows(y, kept), _rows(x, kept)
         inputs.of(b).add_rows(*rows, weight)
         for layer_name, sums in outputs.items():
-            r, r_hat = values.pair(residuals[layer_name], b)
-            sums.of(b).add_rows(*rows, _rows(r - r_hat, kept), weight)
+            sums.of(b).add_rows(*rows, _residual_error(values, residuals.get(layer_name), b, kept), weight)
     split = sum(sums.rows > 0 for sums in inputs.sums) > 1
     targets = {}
     for layer in readers if split and with_targets else ():
@@ -251,6 +257,14 @@ def _measure(
             target = layer.read()
             targets[layer.name] = with_folds([sums.target_moments(target) for sums in inputs.sums], inputs.folds)
     return split_stats(inputs.sums, inputs.folds, activation), masked, targets
+
+
+def _residual_error(values: _Values, residual: str | None, batch: int, kept: npt.NDArray[np.bool_] | None) -> Tensor | float:
+    """Return what ``residual`` differs by between the models ``(n, N)``; 0 where nothing is added to the output."""
+    if residual is None:
+        return 0.0
+    r, r_hat = values.pair(residual, batch)
+    return _rows(r - r_hat, kept)
 
 
 def _rows(x: Tensor, kept: npt.NDArray[np.bool_] | None) -> Tensor:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from magr_onnx.core.gram import NOISE
 from magr_onnx.core.layer import ratio
-from magr_onnx.core.types import NOISE, Array
+from magr_onnx.core.types import Array
 from magr_onnx.model_io.legacy import read
 from magr_onnx.passes.emit.readback import iterate_weights
 from magr_onnx.passes.graph.kv_cache import current_mask

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from magr_onnx.core.gram import Block, Gram
 from magr_onnx.core.grid import stored
 from magr_onnx.core.linalg import inner
 from magr_onnx.core.overflow.accumulator import Budget, RunningSums
@@ -35,7 +36,7 @@ TINY = np.finfo(np.float32).tiny
 def refine(
     target: Array,
     start: QuantizedWeight,
-    gram: Array,
+    gram: Gram,
     *,
     sweeps: int = 8,
     rescale: bool = True,
@@ -57,7 +58,7 @@ def refine(
         budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code that still fits its tile, so E
             still never rises. A refitted scale changes no code.
     """
-    h = np.ascontiguousarray(gram, dtype=np.float32)
+    h = gram.astype(np.float32, order="C", copy=False)
     if len(parts := column_parts(*target.shape)) > 1:
         options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
         return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, h, **options))
@@ -98,7 +99,7 @@ class Descent:
     error: float = field(default=0.0)
 
     @classmethod
-    def of(cls, target: Array, weight: QuantizedWeight, gram: Array, sums: RunningSums | None = None, most: int = PANEL) -> Self:
+    def of(cls, target: Array, weight: QuantizedWeight, gram: Gram, sums: RunningSums | None = None, most: int = PANEL) -> Self:
         """Begin with ``weight``, towards ``target (K, N)`` under ``gram (K, K)``; at ``most`` so many rows are visited together."""
         zeros, rows = weight.zero_points.astype(np.float32), weight.spec.group_of_row(len(target))
         codes = weight.codes.astype(np.float32)
@@ -112,7 +113,7 @@ class Descent:
         codes = self.codes + self.zeros[self.spec.group_of_row(len(self.codes))]
         return QuantizedWeight(codes.astype(np.uint8), self.scales.copy(), self.zeros.astype(np.uint8), self.spec)
 
-    def sweep(self, gram: Array, rescale: bool) -> None:
+    def sweep(self, gram: Gram, rescale: bool) -> None:
         """Move every row once, to the least E; with ``rescale``, every scale too. ``gram (K, K)`` is float32."""
         k = len(self.codes)
         size = self.spec.rows(k)
@@ -176,7 +177,7 @@ class Descent:
             sums.clip(row, new, offset)
             np.subtract(new, old[i], out=change[i])
 
-    def _refit(self, group: int, codes: Array, local: Array, residual: Array) -> Array:
+    def _refit(self, group: int, codes: Array, local: Array | Block, residual: Array) -> Array:
         """Refit the scale of a group to the least E for its ``codes (g, N)`` and ``residual (g, N)``; return the change of its weights."""
         slope = np.einsum("kn,kn->n", codes, residual)
         curvature = np.einsum("kn,kn->n", codes, local @ codes)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from magr_onnx.core import error_feedback
+from magr_onnx.core.gram import NOISE
 from magr_onnx.core.layer import output_variance
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.quantizers import a2q, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import NOISE, Array, LayerStats, TargetMoments
+from magr_onnx.core.types import Array, LayerStats, TargetMoments
 
 SAMPLE = 64  # output channels
 

@@ -17,19 +17,22 @@ Deviations from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.grid import Grid, choose, stored
-from magr_onnx.core.linalg import cholesky, column_errors
+from magr_onnx.core.linalg import cholesky, column_errors, damped
 from magr_onnx.core.overflow.accumulator import Budget, RunningSums
-from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.quantizers import row_feedback, rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import LARGE, Array, QuantizedWeight, column_parts
+from magr_onnx.core.quantizers.row_feedback import RowFeedback
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
 _TILE = 64
@@ -51,19 +54,35 @@ class Feedback:
     order: npt.NDArray[np.intp]
     damping: float
 
+    def local(self, start: int, end: int) -> Array:
+        """Return the part of the matrix within a panel, ``(p, p)``."""
+        return self.matrix[start:end, start:end]
+
+    def past(self, difference: Array) -> Callable[[int, int], Array]:
+        """Return a function from each panel, in turn, to the weighted errors ``(p, N)`` of all rows of ``difference (K, N)`` before it."""
+        return lambda start, end: self.matrix[start:end, :start] @ difference[:start]
+
     def notes(self, requested: float) -> tuple[str, ...]:
         """Return a note where another damping than the ``requested`` one is in use."""
         return () if self.damping == requested else (f"Cholesky failed at damping {requested:g}; used {self.damping:g}",)
 
 
-def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedback:
-    """Factor ``gram (K, K)``; ``K^3 / 3`` FLOPs, in single precision where that is enough.
+@overload
+def prepare(gram: Array, damping: float = ..., act_order: bool = ...) -> Feedback: ...
+@overload
+def prepare(gram: RowGram, damping: float = ..., act_order: bool = ...) -> RowFeedback: ...
+@overload
+def prepare(gram: Gram, damping: float = ..., act_order: bool = ...) -> Feedback | RowFeedback: ...
+def prepare(gram: Gram, damping: float = 0.1, act_order: bool = True) -> Feedback | RowFeedback:
+    """Factor ``gram (K, K)``; ``K^3 / 3`` FLOPs, in single precision where that is enough, and fewer where it has few rows.
 
     Raises:
         NonFiniteError: The Gram matrix cannot be factored at any damping.
     """
     k = len(gram)
-    order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(k)
+    order = np.argsort(-gram.diagonal(), kind="stable") if act_order else np.arange(k)
+    if isinstance(gram, RowGram):
+        return row_feedback.prepare(damped(gram, damping), order)
     reverse = order[::-1]
     factor = cholesky(gram, damping, order=reverse, single=True)
     del gram  # the only reference to a large one, freed before the matrix below is allocated
@@ -77,14 +96,14 @@ def prepare(gram: Array, damping: float = 0.1, act_order: bool = True) -> Feedba
     return Feedback(matrix, order, factor.damping)
 
 
-def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback:
-    """Run `prepare` on the matrix of the layer error; once for all layers that share the statistics, unless K is `LARGE`."""
-    if len(problem.weights) >= LARGE:
+def prepared(problem: Problem, damping: float, act_order: bool) -> Feedback | RowFeedback:
+    """Run `prepare` on the matrix of the layer error; once for all layers that share the statistics, unless they are large."""
+    if problem.stats.is_large:
         return prepare(problem.gram, damping, act_order)
     return problem.stats.memo(("gptq", problem.centred, damping, act_order), lambda: prepare(problem.gram, damping, act_order))
 
 
-def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
+def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: Budget | None = None) -> QuantizedWeight:
     """Choose codes of ``weights (K, N)`` on ``grid``; ``K^2 N`` FLOPs, nearly all of them in matrix products.
 
     With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
@@ -94,23 +113,25 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
         return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
-    order, f = feedback.order, feedback.matrix
+    order = feedback.order
     groups = grid.spec.group_of_row(k)[order]
     inverse = 1 / grid.scales
     low, high = -grid.zeros, np.float32(grid.spec.top) - grid.zeros
     difference = np.empty((k, n), np.float32)
     codes = np.empty((k, n), np.uint8)
     heard = np.empty(n, np.float32)
+    past = feedback.past(difference)
     for start in range(0, k, PANEL):
         end = min(start + PANEL, k)
         w = weights[order[start:end]].astype(np.float32, copy=False)
-        corrected = w - f[start:end, :start] @ difference[:start]
+        corrected = w - past(start, end)
+        f = feedback.local(start, end)
         for a in range(start, end, BLOCK):
             b = min(a + BLOCK, end)
             for i in range(a, b):
                 g, q, d = groups[i], corrected[i - start], difference[i]
                 if i > a:
-                    np.matmul(f[i, a:i], difference[a:i], out=heard)
+                    np.matmul(f[i - start, a - start : i - start], difference[a:i], out=heard)
                     q -= heard
                 q *= inverse[g]
                 np.rint(q, out=q)
@@ -121,14 +142,14 @@ def solve(weights: Array, feedback: Feedback, grid: Grid, budget: Budget | None 
                 np.multiply(q, grid.scales[g], out=d)
                 d -= w[i - start]
             if b < end:
-                corrected[b - start :] -= f[b:end, a:b] @ difference[a:b]
+                corrected[b - start :] -= f[b - start :, a - start : b - start] @ difference[a:b]
         corrected += grid.zeros[groups[start:end]]
         codes[order[start:end]] = corrected
     return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
 
 
 def under_budget(
-    weights: Array, target: Array, unconstrained: QuantizedWeight, gram: Array, feedback: Feedback, budget: Budget
+    weights: Array, target: Array, unconstrained: QuantizedWeight, gram: Gram, feedback: Feedback | RowFeedback, budget: Budget
 ) -> tuple[QuantizedWeight, int]:
     """Solve the columns whose codes could overflow again, under the budget.
 

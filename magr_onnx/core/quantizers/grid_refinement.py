@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
 from magr_onnx.core.quantizers.blocked import PANEL, Piece, visit
@@ -22,7 +23,7 @@ _BLOCK = 8  # rows of a group that are rounded before the others hear of it
 _VALUES = 1 << 17  # of all candidates of a group processed at a time, which stay in cache
 
 
-def regrid(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeight:
+def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> QuantizedWeight:
     """Run one pass over all groups of ``weight`` towards ``target (K, N)`` under ``gram (K, K)`` float32, positive definite.
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from magr_onnx.core.gram import Gram
 from magr_onnx.core.linalg import automatic_damping, damped
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.option_spec import OptionSpec
 from magr_onnx.core.overflow.accumulator import Budget
-from magr_onnx.core.types import LARGE, Array, LayerStats, QuantizedWeight, TargetMoments, WeightSpec
+from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, TargetMoments, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,23 +50,23 @@ class Problem:
         return self.target if self.original is None else self.original
 
     @property
-    def gram(self) -> Array:
-        """Return the matrix that weights are solved with, ``(K, K)`` float64 (`LayerStats.regularized`)."""
+    def gram(self) -> Gram:
+        """Return the matrix that weights are solved with, ``(K, K)`` (`LayerStats.regularized`)."""
         return self.stats.regularized(self.centred)
 
     def damping(self, options: Options) -> float:
         """Return the damping of the options, or the automatic one."""
         return automatic_damping(len(self.weights), self.stats.rows) if options.damping is None else options.damping
 
-    def damped_gram(self, damping: float) -> Array:
+    def damped_gram(self, damping: float) -> Gram:
         """Return `damped_gram` of this layer."""
         return damped_gram(self.stats, self.centred, damping)
 
 
-def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Array:
-    """Return the damped matrix of the layer error ``(K, K)`` float32; computed once for all layers that share the statistics, unless K
-    is `LARGE`."""
-    if len(stats.mean) >= LARGE:
+def damped_gram(stats: LayerStats, centred: bool, damping: float) -> Gram:
+    """Return the damped matrix of the layer error ``(K, K)`` float32; computed once for all layers that share the statistics, unless
+    they are large."""
+    if stats.is_large:
         return damped(stats.regularized(centred), damping, overwrite=not stats.is_data_free).astype(np.float32, copy=False)
     return stats.memo(("damped", centred, damping), lambda: damped(stats.regularized(centred).astype(np.float32), damping, overwrite=True))
 

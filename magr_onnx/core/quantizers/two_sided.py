@@ -24,9 +24,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import Grid
 from magr_onnx.core.quantizers import comq, gptq
 from magr_onnx.core.quantizers.descent import Refined, descend
+from magr_onnx.core.quantizers.row_feedback import RowFeedback
 from magr_onnx.core.types import Array, QuantizedWeight
 
 BLOCKS = 16
@@ -44,7 +46,7 @@ def damped_outputs(outputs: Array, damping: float = DAMPING) -> Array:
     return result
 
 
-def energy(difference: Array, gram: Array, outputs: Array) -> float:
+def energy(difference: Array, gram: Gram, outputs: Array) -> float:
     """Return ``tr(M D^T H D)`` of ``D (K, N)``."""
     return float(np.einsum("kn,kn->", gram @ difference, difference @ outputs, dtype=np.float64))
 
@@ -55,7 +57,7 @@ def blocks_of(outputs: Array) -> Blocks:
     return [part for part in np.array_split(order, BLOCKS) if len(part)]
 
 
-def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, blocks: Blocks) -> QuantizedWeight:
+def solve(weights: Array, feedback: gptq.Feedback | RowFeedback, grid: Grid, outputs: Array, blocks: Blocks) -> QuantizedWeight:
     """Run GPTQ on ``weights (K, N)`` by blocks of columns; ``feedback`` is that of the Gram matrix. ``K^2 N + K N^2`` FLOPs."""
     order = np.concatenate(blocks)
     couplings = gptq.prepare(outputs[np.ix_(order, order)], 0.0, act_order=False).matrix
@@ -72,7 +74,7 @@ def solve(weights: Array, feedback: gptq.Feedback, grid: Grid, outputs: Array, b
 
 
 def refine(
-    target: Array, start: QuantizedWeight, gram: Array, outputs: Array, blocks: Blocks, *, sweeps: int = 8, tolerance: float = 5e-3
+    target: Array, start: QuantizedWeight, gram: Gram, outputs: Array, blocks: Blocks, *, sweeps: int = 8, tolerance: float = 5e-3
 ) -> Refined:
     """Lower E of ``start`` by coordinate descent, a block of columns at a time; the result, and E before and after every sweep.
 
@@ -85,7 +87,7 @@ def refine(
         sweeps: Most sweeps over all blocks, of ``4 K^2 N + 4 K N^2`` FLOPs.
         tolerance: Stop when a sweep lowers E by less than this fraction.
     """
-    h, m = np.ascontiguousarray(gram, np.float32), outputs.astype(np.float32)
+    h, m = gram.astype(np.float32, order="C", copy=False), outputs.astype(np.float32)
     codes, scales, zeros = start.codes.copy(), start.scales.copy(), start.zero_points.copy()
     d: Array = start.dequantize() - target
 
