@@ -18,7 +18,7 @@ from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.mixed_precision import Assignment
 from magr_onnx.report.reasons import Skip
 from magr_onnx.report.serialization import AS_IS, decode, json_text, plain
-from magr_onnx.report.validation import Validation, severity
+from magr_onnx.report.validation import Latency, Validation, severity
 from magr_onnx.report.verdicts import verdicts
 
 MOST = 25
@@ -231,7 +231,12 @@ def _check_text(check: Validation) -> str:
     if worst is None:
         return "no output is of floats"
     data = f"{check.amount} of {check.data}{' that layers were solved from (others lose more)' * check.in_sample}"
-    return f"output {worst.output} on {data}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}"
+    times = "" if check.latency is None else f"; {_latency_text(check.latency)}"
+    return f"output {worst.output} on {data}: SQNR {worst.sqnr_db:.1f} dB, cosine {worst.cosine:.5f}{times}"
+
+
+def _latency_text(times: Latency) -> str:
+    return f"{times.float_ms:.2f} ms -> {times.quantized_ms:.2f} ms a batch, {times.ratio:.2f} times (median of {times.runs})"
 
 
 def by_reason(rows: Iterable[Skip]) -> dict[str, list[Skip]]:
@@ -316,10 +321,9 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
             lines.append(f"  perplexity {before:.3f} -> {after:.3f}; cross-entropy {a:.4f} -> {b:.4f} nats a token ({b - a:+.4f})")
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
-        t = v.latency
-        lines.append(f"  latency {t.float_ms:.2f} ms -> {t.quantized_ms:.2f} ms a batch, {t.ratio:.2f} times (median of {t.runs})")
-        if t.float_quartiles and t.quantized_quartiles:
-            lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in t.spread))
+        lines.append(f"  latency {_latency_text(v.latency)}")
+        if v.latency.float_quartiles and v.latency.quantized_quartiles:
+            lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in v.latency.spread))
     if v.layers:
         worst = max(v.layers, key=lambda layer: severity(layer.relative_error))
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")

@@ -99,7 +99,7 @@ def cards(report: Report) -> list[Card]:
     before, after = report.bytes_before, report.bytes_after
     shown = [Card("Size", megabytes(after), f"from {megabytes(before)}, {share_of(after, before)} of it")]
     shown += _accuracy(report)
-    v = report.validation
+    v = report.validation or report.check
     if v is not None and v.latency is not None:
         t = v.latency
         (low, high), (low_too, high_too) = t.spread
