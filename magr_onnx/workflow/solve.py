@@ -240,7 +240,7 @@ def _set_up(
         calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")
-    heads = () if request.options is None else tied_tables.head_options(plan, tied)
+    heads = () if request.options is None else tied_tables.head_options(plan, tied, layers)
     assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
     changed = {*begun.digests, *rounded}
     return _Setup(Models(model, base, tapped, changed), layers, plan, calibration, needs_statistics, assigned, tied, skips, notes)

@@ -1,6 +1,6 @@
 """Tables of embeddings whose rows a linear layer, mostly the last, multiplies by: one tensor in the file, which both read.
 
-1. The layer is solved under its own statistics, in the bits of the tables unless it has options of its own.
+1. The layer is solved under its own statistics, in the bits and blocks of the tables unless it has options of its own.
 2. Its codes, scales and zero points become those of the table, where kernels for both can read them. Otherwise the table gets its own.
 3. Under a budget the two are converted apart, since the budget is spent layer by layer.
 """
@@ -17,8 +17,8 @@ from magr_onnx.core.types import QuantizedWeight
 from magr_onnx.passes import Emitted, Plan
 from magr_onnx.passes.emit import embedding as table_emitter
 from magr_onnx.passes.layer_passes.embeddings import problem_of
-from magr_onnx.passes.layers.embedding import EmbeddingTable
-from magr_onnx.passes.layers.linear import find
+from magr_onnx.passes.layers.embedding import EmbeddingTable, block_of
+from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.workflow import non_linear
@@ -38,11 +38,12 @@ def tables_of(model: ir.Model, plan: Plan, selection: Selection, tied: frozenset
     return [t for t in non_linear.select_tables(model, plan, selection)[0] if t.weight_name in tied] if tied else []
 
 
-def head_options(plan: Plan, tied: frozenset[str]) -> tuple[LayerOptions, ...]:
-    """Return the options of layers with tied weights: the bits of the tables."""
-    if not tied or plan.embeddings is None:
+def head_options(plan: Plan, tied: frozenset[str], layers: Sequence[LinearLayer]) -> tuple[LayerOptions, ...]:
+    """Return the options of layers with tied weights: the bits and the block of the tables."""
+    if plan.embeddings is None:
         return ()
-    return (LayerOptions(tuple(sorted(tied)), {"bits": plan.embeddings.bits}),)
+    bits, widths = plan.embeddings.bits, {layer.weight_name: layer.k for layer in layers if layer.weight_name in tied}
+    return tuple(LayerOptions((name,), {"bits": bits, "block_size": block_of(bits, width)}) for name, width in sorted(widths.items()))
 
 
 def convert(tables: Sequence[EmbeddingTable], plan: Plan, nodes: Mapping[str, tuple[ir.Node, QuantizedWeight]]) -> Converted:

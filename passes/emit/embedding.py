@@ -9,13 +9,13 @@ import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.packing import pack_bits, pack_qdq, unpack_bits
-from magr_onnx.core.types import Array
+from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.emit.format import only_reader
 from magr_onnx.passes.emit.matmulnbits import DOMAIN
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, insert_behind, operand
-from magr_onnx.passes.layers.embedding import BITS, BLOCK, EmbeddingTable, Form
+from magr_onnx.passes.layers.embedding import BITS, EmbeddingTable, Form
 from magr_onnx.passes.layers.weighted import FLOATS
 
 
@@ -41,7 +41,7 @@ def emit(tables: Sequence[EmbeddingTable], solution: LayerSolution, form: Form) 
         ]
         first.root.opset_imports.setdefault(DOMAIN, 1)
     size = sum(c.const_value.nbytes for c in constants if c.const_value is not None)
-    return [Emitted(_replace(table, constants, bits, form), bits, size) for table in tables]
+    return [Emitted(_replace(table, constants, weight.spec, form), bits, size) for table in tables]
 
 
 def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted]:
@@ -61,11 +61,11 @@ def emit_shared(tables: Sequence[EmbeddingTable], node: ir.Node) -> list[Emitted
     first.names.adopt([flat])
     insert_behind(first.root, codes, flat)
     constants = [flat.outputs[0], scales, *([] if zeros is None else [zeros])]
-    return [Emitted(_replace(table, constants, bits, "gather-block-quantized", block), bits, 0) for table in tables]
+    return [Emitted(_replace(table, constants, WeightSpec(bits, block), "gather-block-quantized"), bits, 0) for table in tables]
 
 
-def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, form: Form, block: int = BLOCK) -> str:
-    index, name = table.node.inputs[1], f"{table.name}_q{bits}"
+def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], spec: WeightSpec, form: Form) -> str:
+    index, name = table.node.inputs[1], f"{table.name}_q{spec.bits}"
     if form == "dequantize":
         codes = ir.node("Gather", [constants[0], index], {"axis": 0}, name=name)
         scales = ir.node("Gather", [constants[1], index], {"axis": 0}, name=f"{name}_scales")
@@ -74,7 +74,7 @@ def _replace(table: EmbeddingTable, constants: Sequence[ir.Value], bits: int, fo
         for inner in nodes[:-1]:
             inner.outputs[0].name = f"{table.output.name}_{str(inner.name).removeprefix(table.name)}"
     else:
-        attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": spec.bits, "block_size": spec.group_size, "gather_axis": 0, "quantize_axis": 1}
         nodes = [ir.node("GatherBlockQuantized", [constants[0], index, *constants[1:]], attributes, domain=DOMAIN, version=1, name=name)]
     table.replace(nodes)
     return str(nodes[0].name)

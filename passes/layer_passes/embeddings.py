@@ -18,7 +18,7 @@ from magr_onnx.core.types import Array, LayerStats, QuantizedWeight, ScaleType, 
 from magr_onnx.passes.base import ModelPass
 from magr_onnx.passes.emit.embedding import emit
 from magr_onnx.passes.layer_state import float_type
-from magr_onnx.passes.layers.embedding import BITS, BLOCK, FORMS, EmbeddingTable, Form, find
+from magr_onnx.passes.layers.embedding import BITS, FORMS, EmbeddingTable, Form, block_of, find
 from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.report.reasons import Skip, TableReason
 
@@ -52,9 +52,9 @@ class Embeddings(ModelPass):
             problems.append("embeddings: dequantize has 8 bits; take gather-block-quantized for 4")
         return problems
 
-    def spec(self, scale_type: ScaleType) -> WeightSpec:
-        """The grid of a table with scales of a type; a row of it is a column to the solvers."""
-        block = BLOCK if self.form == "gather-block-quantized" else None
+    def spec(self, width: int, scale_type: ScaleType) -> WeightSpec:
+        """The grid of a table of so many columns with scales of a type; a row of it is a column to the solvers."""
+        block = block_of(self.bits, width) if self.form == "gather-block-quantized" else None
         return WeightSpec(self.bits, block, self.form == "dequantize", scale_type)
 
     def fits_table(self, table: EmbeddingTable) -> Skip | None:
@@ -76,7 +76,7 @@ class Embeddings(ModelPass):
     def solve(self, problem: LayerProblem, codes: QuantizedWeight | None = None) -> LayerSolution:
         """Round a table on searched grids, or take the ``codes (width, rows)`` that a linear layer has for it."""
         table = problem.weight.T
-        quantized = quantize(table, self.spec(problem.float_type)) if codes is None else codes
+        quantized = quantize(table, self.spec(table.shape[1], problem.float_type)) if codes is None else codes
         weight, floats = quantized.dequantize(), table.astype(np.float32)
         difference, norm = float(np.linalg.norm(weight.T - floats)), float(np.linalg.norm(floats))
         record = LayerRecord(error=difference / norm if norm else 0.0, weights=sketch(problem.weight, None, quantized))

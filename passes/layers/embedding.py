@@ -1,6 +1,6 @@
 """Embedding tables: Gathers of constant rows, and their quantized forms.
 
-1. ``gather-block-quantized``: com.microsoft GatherBlockQuantized, 4 or 8 bits, a scale and a zero point every 32 values of a row; one node.
+1. ``gather-block-quantized``: com.microsoft GatherBlockQuantized, 4 or 8 bits, a scale and a zero point for each block of a row; one node.
 2. ``dequantize``: ``Mul(Cast(Gather(codes, i)), Gather(scales, i))``, int8, one scale a row: standard operators of any opset. Only the rows
    that are read become floats. (``Gather(DequantizeLinear(table))`` would dequantize the whole table in every run, and a blocked
    DequantizeLinear of gathered rows was four times slower and needs opset 21.)
@@ -29,7 +29,13 @@ from magr_onnx.report.reasons import Skip, TableReason
 Form = Literal["gather-block-quantized", "dequantize"]
 FORMS: tuple[Form, ...] = ("gather-block-quantized", "dequantize")
 BITS = (4, 8)
-BLOCK = 32
+BLOCKS = {4: (32,), 8: (128, 64, 32)}
+"""Values that share a scale, by bits. At 8 bits, blocks of 32 would add an eighth of the size."""
+
+
+def block_of(bits: int, width: int) -> int:
+    """Return the block of a table of ``width`` columns: the largest that divides it, or 32."""
+    return next((block for block in BLOCKS[bits] if width % block == 0), BLOCKS[bits][-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
