@@ -156,5 +156,4 @@ FORMAT = Format(
     EmitQDQ,
     READERS,
     dict.fromkeys((4, 8), MATMULNBITS_BLOCKS),  # the kernels onnxruntime fuses it into
-    conv_form="dequantize",
 )
