@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+from magr_onnx.models import bundled
 from tests.graphs import Array, random
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, SIZE, INNER, LAYERS, LONGEST = 96, 64, 4, 2, 16, 96, 2, 64
+WINDOW = 6
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 
@@ -96,22 +99,18 @@ def angles() -> tuple[Array, Array]:
     return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
 
 
-def genai(past: int | str = "past_sequence_length", packed: bool = False) -> ir.Model:
+def genai(past: int | str = "past_sequence_length", packed: bool = False, window: bool = False) -> ir.Model:
     """As onnxruntime-genai's builder writes it for the CPU: GroupQueryAttention that rotates, its lengths computed from the mask.
 
     ``past`` is the third dimension of the cache: a name, or the size of a buffer. ``packed`` is what newer versions write: queries, keys
-    and values in one product, and a name for the size of a head.
+    and values in one product, and a name for the size of a head. ``window`` is a cache of `WINDOW` tokens, of which no more are looked at.
     """
-    g = _Graph(past, size="kv_cache_dim" if packed else SIZE)
+    windowed = {"local_window_size": WINDOW, "sliding_window_cache": 1} if window else {}
+    g = _Graph("past_sliding_length" if window else past, size="kv_cache_dim" if packed else SIZE)
     ids = g.input("input_ids", ["batch_size", "sequence_length"])
     mask = g.input("attention_mask", ["batch_size", "total_sequence_length"])
     x = g.op("Gather", [g.table(), ids], "/model/embed_tokens/Gather")
-    name = "/model/attn_mask_reformat/attn_mask_subgraph"
-    counted = g.op("Sub", [g.op("ReduceSum", [mask, g.integers(1)], f"{name}/ReduceSum", keepdims=0), g.integers(1)], f"{name}/Sub")
-    lengths = g.op("Cast", [counted], f"{name}/Sub/Cast", to=ir.DataType.INT32)
-    index = g.constant("/model/constants/INT64/1", np.int64(1))
-    total = g.op("Gather", [g.op("Shape", [mask], f"{name}/Shape"), index], f"{name}/Gather", axis=0)
-    total = g.op("Cast", [total], f"{name}/Gather/Cast", to=ir.DataType.INT32)
+    lengths, total = _lengths(g, mask)
     cos, sin = (g.constant(n, a) for n, a in zip(("cos_cache", "sin_cache"), angles(), strict=True))
     normed = g.op("SimplifiedLayerNormalization", [x, g.norm("model.layers.0.input_layernorm.weight")], "/model/layers.0/input_layernorm")
     residual = x
@@ -133,6 +132,7 @@ def genai(past: int | str = "past_sequence_length", packed: bool = False) -> ir.
             kv_num_heads=KV_HEADS,
             do_rotary=1,
             rotary_interleaved=0,
+            **windowed,
         )
         g.present(i, list(attention[1:]))
         o = g.linear(attention[0], HIDDEN, HIDDEN, f"{at}/attn/o_proj/MatMul", 10 * i + 3)
@@ -143,6 +143,17 @@ def genai(past: int | str = "past_sequence_length", packed: bool = False) -> ir.
     logits = g.linear(normed, HIDDEN, VOCAB, "/lm_head/MatMul", 80)
     g.output(logits, "logits", ["batch_size", "sequence_length", VOCAB])
     return g.model()
+
+
+def _lengths(g: _Graph, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Tokens before the last one of every sample, and the length of the mask, as GroupQueryAttention takes them."""
+    name = "/model/attn_mask_reformat/attn_mask_subgraph"
+    counted = g.op("Sub", [g.op("ReduceSum", [mask, g.integers(1)], f"{name}/ReduceSum", keepdims=0), g.integers(1)], f"{name}/Sub")
+    lengths = g.op("Cast", [counted], f"{name}/Sub/Cast", to=ir.DataType.INT32)
+    index = g.constant("/model/constants/INT64/1", np.int64(1))
+    total = g.op("Gather", [g.op("Shape", [mask], f"{name}/Shape"), index], f"{name}/Gather", axis=0)
+    total = g.op("Cast", [total], f"{name}/Gather/Cast", to=ir.DataType.INT32)
+    return lengths, total
 
 
 def _skip_norm(g: _Graph, x: ir.Value, skip: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
@@ -249,3 +260,74 @@ def tokenizer(path: Path) -> None:
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
     parts = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None}
     path.write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}))
+
+
+def bundled_folder(folder: Path) -> None:
+    """The bundled language model as onnxruntime-genai's builder writes one, with its tokenizer, a chat template and a configuration."""
+    folder.mkdir()
+    onnx.save(ir.to_proto(_bundled()), str(folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
+    (folder / "tokenizer.json").write_bytes((bundled.FOLDER / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128}')
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    caches = {f"{when}_{kind}_names": f"{name}.%d.{kind}" for when, name in PASTS for kind in ("key", "value")}
+    ends = {f"{kind}_token_id": 1023 for kind in ("bos", "eos", "pad")}  # a merge that greedy text has no use for
+    sizes = {"head_size": 32, "hidden_size": 160, "num_attention_heads": 5, "num_hidden_layers": 5, "num_key_value_heads": 5}
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": "model.onnx",
+        "inputs": inputs | {name: text for name, text in caches.items() if name.startswith("past")},
+        "outputs": {"logits": "logits"} | {name: text for name, text in caches.items() if name.startswith("present")},
+        **sizes,
+    }
+    config = {
+        "model": {"type": "phi", "context_length": 128, "vocab_size": 1024, **ends, "decoder": decoder},
+        "search": {"do_sample": False, "max_length": 128, "num_beams": 1, "past_present_share_buffer": True},
+    }
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=4))
+
+
+PASTS = (("past", "past_key_values"), ("present", "present"))
+
+
+def _bundled() -> ir.Model:
+    """The weights of the bundled model in GroupQueryAttention and SkipLayerNormalization, with a KV cache."""
+    source = ir.load(bundled.MODEL)
+    weights = {name: value.const_value.numpy() for name, value in source.graph.initializers.items() if value.const_value is not None}
+    products = [node.inputs[1].name for node in source.graph if node.op_type == "MatMul"]  # type: ignore[union-attr]
+    matrices = iter([weights[name] for name in products if name in weights])
+    g = _Graph()
+    ids = g.input("input_ids", ["batch_size", "sequence_length"])
+    mask = g.input("attention_mask", ["batch_size", "total_sequence_length"])
+    positions = g.input("position_ids", ["batch_size", "sequence_length"])
+    tables = [
+        g.op("Gather", [g.constant(f"model.{name}.weight", weights[f"{name}.weight"]), value], f"/model/{name}/Gather")
+        for name, value in (("tokens", ids), ("positions", positions))
+    ]
+    lengths, total = _lengths(g, mask)
+
+    def linear(x: ir.Value, name: str, bias: str | None = None) -> ir.Value:
+        y = g.op("MatMul", [x, g.constant(f"{name.strip('/')}.weight", next(matrices))], f"{name}/MatMul")
+        return y if bias is None else g.op("Add", [y, g.constant(bias, weights[bias])], f"{name}/Add")
+
+    def norm(x: ir.Value, skip: ir.Value, at: str) -> tuple[ir.Value, ir.Value]:
+        scale, shift = (g.constant(f"{at}.{kind}", weights[f"{at}.{kind}"]) for kind in ("weight", "bias"))
+        name = f"/model/{at}/SkipLayerNorm"
+        out = g.op("com.microsoft::SkipLayerNormalization", [x, skip, scale, shift], name, 4, epsilon=1e-5)
+        out[1].name = out[2].name = ""
+        return out[0], out[3]
+
+    normed, residual = norm(tables[0], tables[1], "blocks.0.norm1")
+    for i in range(5):
+        at, qkv = f"/model/layers.{i}", linear(normed, f"/model/layers.{i}/attn/qkv_proj", f"blocks.{i}.qkv.bias")
+        caches = [g.input(f"past_key_values.{i}.{kind}", ["batch_size", 5, g.past, 32], FLOAT) for kind in ("key", "value")]
+        inputs = [qkv, None, None, *caches, lengths, total]
+        attention = g.op("com.microsoft::GroupQueryAttention", inputs, f"{at}/attn/GroupQueryAttention", 3, num_heads=5, kv_num_heads=5)
+        for kind, value in zip(("key", "value"), attention[1:], strict=True):
+            g.output(value, f"present.{i}.{kind}", ["batch_size", 5, g.total, 32])
+        normed, residual = norm(residual, linear(attention[0], f"{at}/attn/o_proj", f"blocks.{i}.proj.bias"), f"blocks.{i}.norm2")
+        inner = g.op("com.microsoft::FastGelu", [linear(normed, f"{at}/mlp/fc1", f"blocks.{i}.up.bias")], f"{at}/mlp/act_fn/FastGelu")
+        down = linear(inner, f"{at}/mlp/fc2", f"blocks.{i}.down.bias")
+        normed, residual = norm(residual, down, "norm" if i == 4 else f"blocks.{i + 1}.norm1")
+    g.output(linear(normed, "/lm_head"), "logits", ["batch_size", "sequence_length", 1024])
+    return g.model()

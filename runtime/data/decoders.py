@@ -141,11 +141,22 @@ def recognise(model: ir.Model) -> Decoder | None:
 def _past(info: InputInfo, value: ir.Value, present: str, model: ir.Model) -> Past:
     """Describe an input of the cache."""
     batch, length = _axes(value, model)
-    head_sizes = (_head_size(use.node) for use in value.uses() if use.node.op_type == FUSED)
-    size = next((s for s in head_sizes if s is not None), None)
     last = len(info.shape) - 1
+    head_sizes = [_head_size(use.node) for use in value.uses() if use.node.op_type == FUSED]
+    for use in value.uses():
+        if use.node.op_type == "Concat" and use.node.attributes.get_int("axis", 0) not in (-1, last):  # its new part is of that size
+            head_sizes += [_width(other) for other in use.node.inputs if other is not value]
+    size = next((s for s in head_sizes if s is not None), None)
     shape = tuple(size if i == last and d is None and i not in (batch, length) else d for i, d in enumerate(info.shape))
+    if window := next((w for use in value.uses() if (w := _window(use.node))), 0):
+        return Past(info, present, batch, None, tuple(window if i == length else d for i, d in enumerate(shape)))
     return Past(info, present, batch, length, shape)
+
+
+def _window(node: ir.Node) -> int:
+    """Return the tokens that the cache of a sliding window has room for, which it is made for; 0 for any other cache."""
+    windowed = node.op_type == FUSED and node.attributes.get_int("sliding_window_cache", 0) == 1
+    return node.attributes.get_int("local_window_size", 0) if windowed else 0
 
 
 def _head_size(node: ir.Node) -> int | None:
@@ -170,7 +181,25 @@ def _width(value: ir.Value | None) -> int | None:
         return node.attributes.get_int("N", 0) or None
     if node.op_type in ("MatMul", "Add"):
         return _width(node.inputs[1]) or (_width(node.inputs[0]) if node.op_type == "Add" else None)
-    return _width(node.inputs[0]) if node.op_type in ("Cast", "Identity") else None
+    if node.op_type == "Reshape":
+        return _reshaped(node)
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", [])
+        return _width(node.inputs[0]) if order and order[-1] == len(order) - 1 else None
+    return _width(node.inputs[0]) if node.op_type in ("Cast", "Identity", "RotaryEmbedding") else None
+
+
+def _reshaped(node: ir.Node) -> int | None:
+    """Infer the last dimension of a Reshape to a constant shape, which may split the last one (``[0, 0, heads, -1]``)."""
+    shape = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    if shape is None:
+        return None
+    *before, last = (int(d) for d in shape.numpy().ravel())
+    if last > 0:
+        return last
+    width = _width(node.inputs[0])
+    split = before[:2] == [0, 0] and all(d > 0 for d in before[2:])
+    return width // math.prod(before[2:]) if last == -1 and split and width is not None else None
 
 
 def _axes(value: ir.Value, model: ir.Model) -> tuple[int | None, int | None]:

@@ -27,12 +27,13 @@ from magr_onnx.runtime.data import decoders as feeding
 from magr_onnx.runtime.data.sources import in_memory, open_data
 from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import decoders, docs_given
-from tests.graphs import Array
+from tests.graphs import Array, Builder, random
 
 KINDS: dict[str, Callable[[], ir.Model]] = {
     "genai": decoders.genai,
     "genai, packed": lambda: decoders.genai(packed=True),
     "genai with a fixed buffer": lambda: decoders.genai(32),
+    "genai with a sliding window": lambda: decoders.genai(window=True),
     "optimum": decoders.optimum,
 }
 EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
@@ -372,6 +373,34 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert by_tokens.exit_code == 0, by_tokens.output
     for name, weight in read_weights(ir.load(output / "model.onnx")).items():
         np.testing.assert_array_equal(weight, read_weights(ir.load(tmp_path / "again" / "model.onnx"))[name])
+
+
+@pytest.mark.parametrize("last", [decoders.SIZE, -1])
+def test_the_size_of_a_head_is_that_of_what_is_appended(last: int) -> None:
+    """The cache of a model without GroupQueryAttention, whose last dimension has a name: values are reshaped, perhaps with -1."""
+    model = decoders.optimum()
+    for value in model.graph.inputs:
+        if str(value.name).endswith(".value"):
+            value.shape = ir.Shape(["batch_size", decoders.KV_HEADS, "past_sequence_length", "kv_cache_dim"])
+    shape = model.graph.initializers[f"/model/constants/INT64/[0, 0, {decoders.KV_HEADS}, {decoders.SIZE}]"]
+    shape.const_value = ir.tensor(np.array([0, 0, decoders.KV_HEADS, last]), name=shape.name)
+    ids = decoders.tokens()
+    with Session(model) as session:
+        whole = session.run(recognised(decoders.optimum()).start(ids), ["logits"])[0]
+        np.testing.assert_allclose(decode(session, recognised(model), ids, 5), whole[:, -5:], atol=2e-5)
+
+
+def test_the_size_of_a_head_that_rotates() -> None:
+    """As the builder writes attention in float16 for CPUs: RotaryEmbedding, Reshape with -1, Transpose, Concat."""
+    b = Builder()
+    ids, past = b.input("input_ids", ["batch", "time"], ir.DataType.INT64), b.input("past_key_values.0.key", ["batch", 4, "past", "size"])
+    x = b.node("Gather", [b.constant("table", random(8, 64)), ids])
+    key = b.node("MatMul", [x, b.constant("weight", random(64, 96))])
+    angles = [b.constant(name, random(8, 12)) for name in ("cos_cache", "sin_cache")]
+    rotated = b.node("RotaryEmbedding", [key, ids, *angles])
+    heads = b.node("Transpose", [b.node("Reshape", [rotated, b.constant("shape", np.array([0, 0, 4, -1]))])], perm=[0, 2, 1, 3])
+    model = b.model(b.node("Concat", [past, heads], axis=2), ["batch", 4, "total", "size"], "present.0.key")
+    assert recognised(model).pasts[0].shape == (None, 4, None, 24)
 
 
 def test_a_residual_that_a_norm_adds_is_seen() -> None:

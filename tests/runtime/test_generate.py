@@ -25,6 +25,7 @@ KINDS: dict[str, Callable[[], ir.Model]] = {
     "genai": decoders.genai,
     "genai, packed": lambda: decoders.genai(packed=True),
     "genai with a fixed buffer": lambda: decoders.genai(32),
+    "genai with a sliding window": lambda: decoders.genai(window=True),
     "optimum": decoders.optimum,
 }
 
@@ -37,7 +38,7 @@ def whole(path: Path, prompt: list[int], count: int) -> list[int]:
         feed = {}
         for i in session.get_inputs():
             if i.name.startswith("past"):
-                longest = i.shape[2] if isinstance(i.shape[2], int) else 0
+                longest = i.shape[2] if isinstance(i.shape[2], int) else decoders.WINDOW if "sliding" in i.shape[2] else 0
                 feed[i.name] = np.zeros((1, decoders.KV_HEADS, longest, decoders.SIZE), np.float32)
         length = len(ids)
         made = {"input_ids": [ids], "attention_mask": [[1] * length], "position_ids": [list(range(length))]}
