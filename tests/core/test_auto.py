@@ -88,7 +88,10 @@ def test_chosen_options_are_the_best_of_those_tried(spec: WeightSpec, seed: int,
 
     if alpha:
         best = least(replace(best, alpha=0.0), [replace(best, alpha=alpha * a) for a in auto.ALPHAS])
-    best = least(best, [replace(best, damping=kept * d) for d in auto.DAMPINGS])
+    for factor in auto.DAMPINGS:
+        if left(other := replace(best, damping=kept * factor)) < left(best):
+            best = least(best, [other])
+            break
     best = least(best, [replace(best, act_order=False)])
     found = auto.run(problem, options)
     assert found.figures["tried"] == len(tried)
@@ -107,7 +110,7 @@ def test_columns_are_sampled_where_there_are_many(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(auto, "_solve", spy)
     problem, _ = problem_of(WeightSpec(3, 32), n=100)
     assert auto.run(problem, Options()).weight.codes.shape == (64, 100)
-    assert set(seen[:-1]) == {cross_validation.SAMPLE}
+    assert set(seen[:-1]) == {cross_validation.SAMPLE, (1 + len(auto.ALPHAS)) * cross_validation.SAMPLE}
     assert seen[-1] == 100
 
 
@@ -117,7 +120,8 @@ def test_given_options_are_not_chosen(alpha: float) -> None:
     given = auto.run(problem, Options(alpha=alpha, damping=0.07, act_order=False)).figures
     assert (given["alpha"], given["damping"], given["act_order"], given["tried"]) == (alpha, 0.07, False, 0)
     some = auto.run(problem, Options(alpha=alpha)).figures
-    assert (some["alpha"], some["tried"]) == (alpha, len(auto.DAMPINGS) + 2)
+    assert some["alpha"] == alpha
+    assert 3 <= some["tried"] <= len(auto.DAMPINGS) + 2
     undamped = auto.run(problem, Options(damping=0.0, act_order=True)).figures
     assert (undamped["damping"], undamped["act_order"], undamped["tried"]) == (0, True, len(auto.ALPHAS) + 1)
 

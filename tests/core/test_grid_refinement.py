@@ -31,7 +31,10 @@ def errors(weight: QuantizedWeight, target: Array, gram: Array) -> Array:
 
 
 def refit(target: Array, weight: QuantizedWeight, gram: Array) -> QuantizedWeight:
-    return regrid(target, weight, gram.astype(np.float32))
+    found, gain = regrid(target, weight, gram.astype(np.float32))
+    before, after = (errors(w, target, gram).sum() for w in (weight, found))
+    assert before - gain == pytest.approx(after, rel=1e-2, abs=1e-5 * before)
+    return found
 
 
 @some_specs

@@ -2,15 +2,17 @@
 
 A layer is first solved several times on a sample of its output channels (columns are independent, so a sample is representative) from
 the rows that are not held out, and evaluated on the held-out ones: MagR's strength (including 0), damping and act-order, one after the
-other, each from the best so far. All channels are then solved from all rows with the chosen options: MagR, GPTQ, coordinate descent with
-scale refits, and grid refits (scale and zero point) in between; a step that raises its error is rejected. With second moments of
-gradients, `magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options.
+other, each from the best so far. Strengths are tried as columns of one solve, and a larger damping only where a smaller one is no better.
+All channels are then solved from all rows with the chosen options: MagR, GPTQ, coordinate descent with scale refits, and grid refits
+(scale and zero point) in between; a step that raises its error is rejected. With second moments of gradients,
+`magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options.
 
 Options set by the user are not searched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,25 +74,39 @@ def _choose(parts: list[cross_validation.Fold], problem: Problem, options: Optio
     damping = parts[-1].problem.damping(options)
     results: dict[Choice, float] = {}
 
-    def trial(choice: Choice) -> float:
-        if choice not in results:
-            results[choice] = cross_validation.error(parts, lambda p: _solve(p, choice, options, quick=True)[0].dequantize())
-        return results[choice]
+    def error(*choices: Choice) -> float:
+        """Return the least error of some choices, which may differ in MagR's strength alone where they are not yet tried."""
+        if new := [choice for choice in choices if choice not in results]:
+            results.update(zip(new, cross_validation.errors(parts, lambda p: _trials(p, new, options)), strict=True))
+        return min(results[choice] for choice in choices)
 
-    def better(simple: Choice, others: list[Choice]) -> Choice:
-        best = min(others, key=trial)
-        return best if trial(best) < (1 - MARGIN) * trial(simple) else simple
+    def better(simple: Choice, *others: Choice) -> Choice:
+        best = min(others, key=error)
+        return best if error(best) < (1 - MARGIN) * error(simple) else simple
 
     best = replace(usual, damping=damping)
     if options.alpha is None and usual.alpha > 0:
-        best = better(replace(best, alpha=0.0), [replace(best, alpha=usual.alpha * a) for a in ALPHAS])
+        choices = [replace(best, alpha=usual.alpha * a) for a in (0.0, *ALPHAS)]
+        error(*choices)  # in one solve
+        best = better(*choices)
     if options.damping is None:
-        best = better(best, [replace(best, damping=damping * d) for d in DAMPINGS])
+        for factor in DAMPINGS:
+            if error(other := replace(best, damping=damping * factor)) < error(best):  # then the other side is worse
+                best = better(best, other)
+                break
     if options.act_order is None:
-        best = better(best, [replace(best, act_order=False)])
+        best = better(best, replace(best, act_order=False))
     scale = best.damping / damping if damping else 1.0
     tried = len(results)
-    return replace(best, damping=problem.damping(options) * scale), tried, trial(best)
+    return replace(best, damping=problem.damping(options) * scale), tried, error(best)
+
+
+def _trials(problem: Problem, choices: Sequence[Choice], options: Options) -> list[Array]:
+    """Return the weights of choices that differ in MagR's strength alone, quickly: they are solved as columns of one layer."""
+    reduced = np.hstack([_reduced(problem, choice)[0] for choice in choices])
+    together = replace(problem, weights=reduced, target=np.tile(problem.target, len(choices)))
+    weight, *_ = _solve(together, replace(choices[0], alpha=0.0), options, quick=True)
+    return np.split(weight.dequantize(), len(choices), axis=1)
 
 
 def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = False) -> Solved:
@@ -102,8 +118,11 @@ def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = Fal
     refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
     errors = refined.errors
     if not quick and options.rescale and options.sweeps > SWEEPS:
-        weight = regrid(target, refined.weight, gram.astype(np.float32)) if problem.spec.rows(len(target)) <= MOST_ROWS else refined.weight
-        refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale)
+        weight, error = refined.weight, refined.errors[-1]
+        if problem.spec.rows(len(target)) <= MOST_ROWS:
+            weight, gain = regrid(target, weight, gram.astype(np.float32))
+            error -= gain
+        refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale, error=error)
         errors += refined.errors[1:]
     return refined.weight, errors, reduction
 

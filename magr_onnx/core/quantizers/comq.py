@@ -42,6 +42,7 @@ def refine(
     rescale: bool = True,
     tolerance: float = 2e-3,
     budget: Budget | None = None,
+    error: float | None = None,
 ) -> Refined:
     """Lower the layer error of ``start`` against ``target (K, N)`` under ``gram (K, K)``.
 
@@ -57,13 +58,14 @@ def refine(
         tolerance: Stop when a sweep lowers E by less than this fraction.
         budget: Codes of ``start`` fit it, and every new code must: each row moves to the best code that still fits its tile, so E
             still never rises. A refitted scale changes no code.
+        error: E of ``start``, where it is known; only the trace and when to stop depend on it.
     """
     h = gram.astype(np.float32, order="C", copy=False)
     if len(parts := column_parts(*target.shape)) > 1:
         options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
         return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, h, **options))
     begin = Descent.of(target, start, h, None if budget is None else RunningSums(budget, len(target), target.shape[1], start.raw()))
-    begin.error = inner(begin.difference, h @ begin.difference)
+    begin.error = inner(begin.difference, h @ begin.difference) if error is None else error
 
     def sweep(state: Descent, last: bool) -> Descent:
         del last

@@ -11,7 +11,7 @@ data and with rounding to nearest (under an accumulator: A2Q+'s projection); whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,7 +91,12 @@ def folds(problem: Problem) -> list[Fold]:
 
 def error(parts: list[Fold], solve: Callable[[Problem], Array]) -> float:
     """Return the squared error of a method of solving layers on the rows of all folds, relative to the variance of the output."""
-    return sum(fold.error(solve(fold.problem)) for fold in parts)
+    return errors(parts, lambda problem: [solve(problem)])[0]
+
+
+def errors(parts: list[Fold], solve: Callable[[Problem], Sequence[Array]]) -> list[float]:
+    """Return the error of each of several methods that are run together, as `error` does."""
+    return [sum(of_method) for of_method in zip(*([fold.error(w) for w in solve(fold.problem)] for fold in parts), strict=True)]
 
 
 def without_data(problem: Problem) -> Problem:
@@ -116,14 +121,14 @@ def run(quantizer: Quantizer, problem: Problem, options: Options) -> Solution:
     free = without_data(problem)
     sampled = replace(without_data(parts[0].problem), stats=free.stats)
     nearest = rtn.QUANTIZER if problem.budget is None else a2q.A2Q_PLUS
-    methods, errors = {method.name: method for method in (nearest, quantizer)}, {}
+    methods, of_methods = {method.name: method for method in (nearest, quantizer)}, {}
     for name, method in methods.items():
         weight = method.run(sampled, options).weight.dequantize()
-        errors[name] = sum(fold.error(weight) for fold in parts)
-    best = min(errors, key=lambda name: errors[name])
-    if held_out <= errors[best] or held_out == errors[quantizer.name]:  # or data changes nothing: that is the method asked for
+        of_methods[name] = sum(fold.error(weight) for fold in parts)
+    best = min(of_methods, key=lambda name: of_methods[name])
+    if held_out <= of_methods[best] or held_out == of_methods[quantizer.name]:  # or data changes nothing: that is the method asked for
         return replace(solution, held_out=held_out)
     data_free = methods[best].run(free, options)
-    excess = f"{10 * np.log10(held_out / errors[best]):.1f} dB" if errors[best] > 0 else "much"
+    excess = f"{10 * np.log10(held_out / of_methods[best]):.1f} dB" if of_methods[best] > 0 else "much"
     note = f"solved without data: on rows held out, that is {excess} better than quantizer {quantizer.name} from {problem.stats.rows} rows"
-    return replace(data_free, notes=(*data_free.notes, note), held_out=errors[best], without_data=True)
+    return replace(data_free, notes=(*data_free.notes, note), held_out=of_methods[best], without_data=True)

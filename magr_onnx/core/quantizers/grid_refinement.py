@@ -8,6 +8,8 @@ lowers its error most. Groups are visited in sequence, and the error never rises
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from magr_onnx.core.gram import Gram
@@ -23,14 +25,21 @@ _BLOCK = 8  # rows of a group that are rounded before the others hear of it
 _VALUES = 1 << 17  # of all candidates of a group processed at a time, which stay in cache
 
 
-def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> QuantizedWeight:
+class Regridded(NamedTuple):
+    """A weight on other grids, and by how much its layer error is lower."""
+
+    weight: QuantizedWeight
+    gain: float
+
+
+def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
     """Run one pass over all groups of ``weight`` towards ``target (K, N)`` under ``gram (K, K)`` float32, positive definite.
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
     if len(parts := column_parts(*target.shape)) > 1:
         regridded = [regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram) for c in parts]
-        return QuantizedWeight.side_by_side(regridded)
+        return Regridded(QuantizedWeight.side_by_side([r.weight for r in regridded]), sum(r.gain for r in regridded))
     rows, n = weight.spec.rows(len(target)), target.shape[1]
     state = Descent.of(target, weight, gram, most=max(PANEL, rows))
     width = max(1, _VALUES // (rows * len(SHRINKS)))
@@ -47,7 +56,7 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> QuantizedWeigh
         return change
 
     visit(state.arranged, gram, state.difference, step)
-    return state.weight()
+    return Regridded(state.weight(), -state.error)
 
 
 def _regrid(state: Descent, piece: Piece, c: slice, compensating: Array, residual: Array, local: Array, feedback: Array) -> Array:
@@ -69,6 +78,7 @@ def _regrid(state: Descent, piece: Piece, c: slice, compensating: Array, residua
     best, columns = best[better], c.start + better
     state.scales[g, columns], state.zeros[g, columns] = scales[best, better], zeros[best, better]
     state.codes[piece.rows[:, None], columns] = codes[:, best, better]
+    state.error -= float(gain[best, better].sum(dtype=np.float64))
     result: Array = np.zeros_like(before)
     result[:, better] = change[:, best, better]
     return result
