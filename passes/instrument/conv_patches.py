@@ -14,7 +14,7 @@ In a subgraph of an If, Loop or Scan the sums are computed in the subgraph and r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -56,8 +56,11 @@ def extent_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
     return copy.finish()
 
 
-def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
-    """Copy the model with three outputs per layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows."""
+def patch_taps(model: ir.Model, layers: Sequence[ConvLayer], few: Collection[str] = ()) -> ir.Model:
+    """Copy the model with three outputs per layer, in order: ``P^T P (G, K, K)``, sums ``(G, K)`` and ``G K n`` for ``n`` rows.
+
+    Of layers in ``few``, by name, which are in the main graph, the first one is the rows ``P (G, n, K)``.
+    """
     copy = Extension(model, opset=OPSET)
     placed = _placed(copy)
     for i, layer in enumerate(layers):
@@ -66,6 +69,9 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
         graph = graph_of(node)
         real = copy.add("Cast", [node.inputs[0]], f"{name}_x", graph, to=ir.DataType.FLOAT)
         g, k = layer.group, layer.k
+        if layer.name in few:
+            _few_patches(copy, layer, real, name)
+            continue
         shapes: dict[str, list[int]] = {"gram": [g, k, k], "sum": [g, k], "count": []}
         starts = [copy.constant(f"{name}_zero_{j}", np.zeros(shape, np.float32)) for j, shape in enumerate(shapes.values())]
         outputs = [ir.val(f"{name}_{suffix}", ir.DataType.FLOAT, shape) for suffix, shape in shapes.items()]
@@ -78,17 +84,13 @@ def patch_taps(model: ir.Model, layers: Sequence[ConvLayer]) -> ir.Model:
 
 def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
     """Build the body for one sample ``(C, ...)``, which adds its patches to the running sums."""
-    g, k, taps = layer.group, layer.k, math.prod(layer.kernel)
-    hot = np.tile(np.eye(taps, dtype=np.float32), (layer.channels, 1, 1))
-    shape = (layer.channels, taps) if layer.op == "ConvTranspose" else (layer.channels * taps, 1)
-    kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
+    g, k = layer.group, layer.k
     rows = copy.constant(f"{name}_rows", np.array([g, k, -1]))
     shapes: list[list[int | None]] = [[g, k, k], [g, k], [], [None] * (1 + len(layer.kernel))]
     inputs = [ir.val(copy.names.value(f"{name}_in_{j}"), ir.DataType.FLOAT, s) for j, s in enumerate(shapes)]
     body = ir.Graph(inputs, [], nodes=[], name=f"{name}_body", opset_imports={"": copy.opset})
     sample = copy.along("Unsqueeze", inputs[3], [0], f"{name}_sample", body)
-    same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
-    gathered = copy.add(layer.op, [sample, kernel], f"{name}_gather", body, **same, group=layer.channels)
+    gathered = _gathered(copy, layer, sample, name, body)
     patches = copy.add("Reshape", [gathered, rows], f"{name}_patches", body)
     turned = copy.add("Transpose", [patches], f"{name}_turned", body, perm=[0, 2, 1])
     gram = copy.add("MatMul", [patches, turned], f"{name}_gram_of_one", body)
@@ -99,3 +101,25 @@ def _body(copy: Extension, layer: ConvLayer, name: str) -> ir.Graph:
         output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(shapes[j])
         body.outputs.append(output)
     return body
+
+
+def _gathered(copy: Extension, layer: ConvLayer, x: ir.Value, name: str, graph: ir.Graph | None = None) -> ir.Value:
+    """Gather the patches of samples ``(n, C, ...)``: ``(n, C taps, ...)``."""
+    taps = math.prod(layer.kernel)
+    hot = np.tile(np.eye(taps, dtype=np.float32), (layer.channels, 1, 1))
+    shape = (layer.channels, taps) if layer.op == "ConvTranspose" else (layer.channels * taps, 1)
+    kernel = copy.constant(f"{name}_one_hot", hot.reshape(*shape, *layer.kernel))
+    same = {key: value for key, value in layer.node.attributes.items() if key not in ("group", "kernel_shape")}
+    return copy.add(layer.op, [x, kernel], f"{name}_gather", graph, **same, group=layer.channels)
+
+
+def _few_patches(copy: Extension, layer: ConvLayer, x: ir.Value, name: str) -> None:
+    """Put out the patches of all samples, their sums, and how many numbers they are."""
+    g, k = layer.group, layer.k
+    by_sample = copy.constant(f"{name}_by_sample", np.array([0, g, k, -1]))
+    patches = copy.add("Reshape", [_gathered(copy, layer, x, name), by_sample], f"{name}_patches")
+    turned = copy.add("Transpose", [patches], f"{name}_turned", perm=[1, 0, 3, 2])
+    rows = copy.add("Reshape", [turned, copy.constant(f"{name}_rows", np.array([g, -1, k]))], f"{name}_few")
+    copy.output(rows, shape=[g, None, k])
+    copy.output(copy.along("ReduceSum", rows, [1], f"{name}_sum", keepdims=0), shape=[g, k])
+    copy.output(copy.add("Cast", [copy.add("Size", [rows], f"{name}_size")], f"{name}_count", to=ir.DataType.FLOAT), shape=[])

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.gram import dense
+from magr_onnx.core.gram import RowGram, dense, few
 from magr_onnx.core.moments import MomentAccumulator, with_folds
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import MagrError, ModelError, NonFiniteError, RuntimeFailure, raise_all
@@ -92,17 +92,40 @@ def collect(
     """
     hold_out = HoldOut.of(data.samples)
     tapped = {geometry(layer): layer for layer in reversed(layers)}
-    sums = {key: Parts(hold_out, layer.k, partial(MomentAccumulator, layer.k, layer.group)) for key, layer in tapped.items()}
+    of_few = _few_patches(model, list(tapped.values()), data, provider)
+    whole: dict[tuple[object, ...], Parts[MomentAccumulator]] = {}
+    by_rows: dict[tuple[object, ...], list[Parts[MomentAccumulator]]] = {}  # of every group
+    for key, layer in tapped.items():
+        if layer.name in of_few:
+            by_rows[key] = [Parts(hold_out, layer.k, partial(MomentAccumulator, layer.k, few=True)) for _ in range(layer.group)]
+        else:
+            whole[key] = Parts(hold_out, layer.k, partial(MomentAccumulator, layer.k, layer.group))
     bad: dict[tuple[object, ...], str] = {}
-    for index, weight, results in run_batches(patch_taps(model, list(tapped.values())), data, provider, progress, fuses=False):
+    copy = patch_taps(model, list(tapped.values()), of_few)
+    for index, weight, results in run_batches(copy, data, provider, progress, fuses=False):
         for (key, layer), gram, total, count in zip(tapped.items(), results[::3], results[1::3], results[2::3], strict=True):
-            if not np.isfinite(total).all() or not np.isfinite(np.trace(gram, axis1=1, axis2=2)).all():
+            power = np.square(gram).sum() if key in by_rows else np.trace(gram, axis1=1, axis2=2)
+            if not np.isfinite(total).all() or not np.isfinite(power).all():
                 names = ", ".join(reader.name for reader in layers if geometry(reader) == key)
                 bad.setdefault(key, f"input of {names} ({layer.x.name}): NaN or infinite activations in {data.label(index)}")
-            sums[key].of(index).add(gram, total, float(count) / (layer.group * layer.k), weight=weight)
+            rows = float(count) / (layer.group * layer.k)
+            if key in by_rows:
+                for of_group, patches, group_total in zip(by_rows[key], gram, total, strict=True):
+                    of_group.of(index).add(RowGram.of(patches), group_total, rows, weight=weight)
+            else:
+                whole[key].of(index).add(gram, total, rows, weight=weight)
     raise_all(NonFiniteError, bad.values())
-    stats = {key: _by_group(parts) for key, parts in sums.items()}
+    stats = {key: _by_group(parts) for key, parts in whole.items()}
+    stats |= {key: [with_folds([p.stats() for p in parts.sums], parts.folds) for parts in groups] for key, groups in by_rows.items()}
     return {layer.name: stats[geometry(layer)] for layer in layers}
+
+
+def _few_patches(model: ir.Model, layers: Sequence[ConvLayer], data: Batches, provider: str) -> set[str]:
+    """Select the layers of so few patches that their Gram matrices are kept by these, by the patches that they have in the first batch."""
+    wide = [layer for layer in layers if few(1, layer.k) and not layer.path]
+    shapes = _extents(model, wide, data, provider) if wide else []
+    patches = (len(data) * int(shape[0]) * math.prod(map(int, shape[2:])) for shape in shapes)
+    return {layer.name for layer, n in zip(wide, patches, strict=True) if few(n, layer.k)}
 
 
 def _by_group(parts: Parts[MomentAccumulator]) -> list[LayerStats]:

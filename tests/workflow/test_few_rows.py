@@ -13,7 +13,9 @@ import magr_onnx
 from magr_onnx.core import gram
 from magr_onnx.core.gram import RowGram, dense
 from magr_onnx.core.types import LayerStats
+from magr_onnx.passes.layers.conv import find as find_convolutions
 from magr_onnx.passes.layers.linear import find
+from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.moments import collect
 from magr_onnx.runtime.calibration.staged import Schedule, staged
@@ -106,6 +108,65 @@ def test_stages_keep_rows_and_targets_of_both_models() -> None:
     np.testing.assert_allclose(target.mean, y.mean(axis=0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(target.power, np.square(y).mean(axis=0), rtol=1e-3)
     assert len(target.folds) == len(found.folds) > 0
+
+
+def covering(op: str, group: int) -> ir.Model:
+    """A convolution of 1280 inputs a group whose kernel covers the whole image, or a transposed one from a single pixel."""
+    b = Builder()
+    shape, kernel = ((64 * group, 4, 5), (8 * group, 64, 4, 5)) if op == "Conv" else ((320 * group, 1, 1), (320 * group, 8, 2, 2))
+    x = b.input("x", ["batch", *shape])
+    y = b.node(op, [x, b.constant("w", random(*kernel, scale=0.05)), b.constant("b", random(8 * group, seed=1))], "cover", group=group)
+    return b.model(b.node("Flatten", [y], "flat"), ["batch", 8 * group * (1 if op == "Conv" else 4)])
+
+
+def images(model: ir.Model, count: int) -> np.ndarray:
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    return random(count, *(int(d) for d in list(shape)[1:]), scale=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_few_patches_of_convolutions_are_kept(group: int) -> None:
+    model = covering("Conv", group)
+    x = images(model, 40)
+    data = data_of(model, [{"x": part} for part in np.split(x, 8)])
+    found = conv_patches.collect(model, find_convolutions(model)[0], data)["cover"]
+    assert len(found) == group
+    for stats, rows in zip(found, x.reshape(40, group, -1).swapaxes(0, 1), strict=True):
+        assert isinstance(stats.gram, RowGram)
+        close(stats, rows)
+        assert sum(fold.rows for fold in stats.folds) == 10  # two batches: of so many inputs one part is held out
+        assert all(isinstance(fold.gram, RowGram) for fold in stats.folds)
+
+
+@pytest.mark.parametrize(("op", "group"), [("Conv", 1), ("Conv", 2), ("ConvTranspose", 1), ("ConvTranspose", 2)])
+def test_patches_of_convolutions_are_those_of_the_matrix(op: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = covering(op, group)
+    x = images(model, 40)
+    data = data_of(model, [{"x": part} for part in np.split(x, 8)])
+    found = conv_patches.collect(model, find_convolutions(model)[0], data)["cover"]
+    monkeypatch.setattr(gram, "LEAST_WIDTH", 10**6)
+    expected = conv_patches.collect(model, find_convolutions(model)[0], data)["cover"]
+    for a, b in zip(found, expected, strict=True):
+        assert isinstance(a.gram, RowGram)
+        assert isinstance(b.gram, np.ndarray)
+        np.testing.assert_allclose(dense(a.gram), b.gram, rtol=1e-4, atol=1e-5 * np.abs(b.gram).max())
+        np.testing.assert_allclose(a.mean, b.mean, rtol=1e-4, atol=1e-5)
+        assert (a.rows, [fold.rows for fold in a.folds]) == (b.rows, [fold.rows for fold in b.folds])
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "qdq-int8"}], ids=str)
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_convolutions_of_few_patches_are_solved_as_under_the_matrix(
+    op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, errors = covering(op, 1), []
+    for least in (WIDE, 10**6):
+        monkeypatch.setattr(gram, "LEAST_WIDTH", least)
+        report = magr_onnx.optimize(model.clone(), {"x": images(model, 60)}, progress=False, **options).report
+        errors += [row.error for row in report.layers]
+    assert len(errors) == 2
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
