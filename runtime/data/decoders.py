@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,8 +253,10 @@ def open_for(
             _try(runnable, provider, inputs, source)
     tokens = [i for i in inputs if i.name == TOKENS] if pairs_of(model) else []
     opened = open_source(source, tokens or inputs, batch_size)
-    first = next(iter(opened), {}) if tokens else {}
-    if TOKENS in first and not any(name.startswith(PREFIX) for name in first) and (decoder := recognise(model)) is not None:
+    first = next(iter(opened), {})
+    if (fitting := _fitting(model, first, batch_size)) < batch_size and isinstance(source, str | os.PathLike | Mapping):
+        batch_size, opened = fitting, open_source(source, tokens or inputs, fitting)
+    if tokens and TOKENS in first and not any(name.startswith(PREFIX) for name in first) and (decoder := recognise(model)) is not None:
         if isinstance(source, Batches):  # of text, in batches that memory has room for
             batch_size = max(len(batch[TOKENS]) for batch in source)
         read = opened.notes
@@ -276,11 +279,23 @@ def encode_text(model: ir.Model, path: Path, batch_size: int, reading: Reading) 
     raise_all(CalibrationError, [*reading.problems(path), *text.problems_of(path, inputs)])
     assert reading.place is not None
     tokenizer = Tokenizer.open(reading.place)
-    logits = next((v for v in model.graph.outputs if "logits" in str(v.name) and v.shape is not None and len(v.shape) == 3), None)
-    width = None if logits is None or logits.shape is None or not isinstance(logits.shape[2], int) else logits.shape[2]
-    if decoder is None and (logits is None or (width is not None and width < VOCABULARY * tokenizer.tool.get_vocab_size())):
+    shape = _logits(model)
+    if decoder is None and (shape is None or (shape[2] is not None and shape[2] < VOCABULARY * tokenizer.tool.get_vocab_size())):
         return text.encode(path, tokenizer, inputs, batch_size, reading)
-    return text.packed(path, tokenizer, inputs, batch_size, reading, width)
+    return text.packed(path, tokenizer, inputs, batch_size, reading, None if shape is None else shape[2])
+
+
+def _logits(model: ir.Model) -> tuple[int | None, ...] | None:
+    """Return the shape of the logits of every token, with None for its dynamic dimensions; None where the model has none."""
+    shapes = (v.shape for v in model.graph.outputs if "logits" in str(v.name) and v.shape is not None and len(v.shape) == 3)
+    return next((tuple(d if isinstance(d, int) else None for d in shape) for shape in shapes), None)
+
+
+def _fitting(model: ir.Model, batch: Batch, batch_size: int) -> int:
+    """Return the most samples of a batch, up to ``batch_size``, whose logits memory has room for."""
+    shape, ids = _logits(model), batch.get(TOKENS)
+    width = None if shape is None else shape[2]
+    return batch_size if width is None or ids is None or ids.ndim != 2 else text.fitting(ids.shape[1], width, batch_size)
 
 
 def _try(model: Model, provider: str, inputs: Sequence[InputInfo], data: Batches) -> None:

@@ -307,7 +307,7 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
     if path.suffix == ".txt":
         raise CalibrationError(f"{path}: text is not read here; give an .npz")
     if path.suffix != ".npz":
-        raise CalibrationError(f"{path}: expected a .npz file, a folder of .npz files, or a folder of ONNX test_data_set folders")
+        raise CalibrationError(f"{path}: expected a .npz file, text, a folder of .npz files, or a folder of ONNX test_data_set folders")
     return _stacked(str(path), load_npz(path), inputs, batch_size)
 
 

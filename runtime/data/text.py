@@ -155,13 +155,18 @@ def packed(
     drawn = _draw(count, reading.samples or SAMPLES, reading.seed)
     rows = stream[: count * (length - around)].reshape(count, -1)[drawn].tolist()
     samples = [[*tokenizer.prefix, *row, *tokenizer.suffix] for row in rows]
-    size = shape[0] or max(1, min(batch_size, LOGITS_BYTES // (4 * length * (vocabulary or tokenizer.tool.get_vocab_size()))))
+    size = shape[0] or fitting(length, vocabulary or tokenizer.tool.get_vocab_size(), batch_size)
     groups = fixed_batch.groups(len(samples), size, fixed=shape[0] is not None)
     chunks = [samples[group.start : group.start + group.count] * group.repeats for group in groups]
     batches = in_memory([_batch(chunk, length, tokenizer.padding, declared) for chunk in chunks], str(texts), groups)
     part = f"{len(drawn)} of {count} sequences of {length} tokens, drawn with seed {reading.seed}"
     taken = part if len(drawn) < count else f"{count} sequences of {length} tokens"
     return replace(batches, notes=(f"{texts}: {len(stream)} tokens; {taken}", *batches.notes))
+
+
+def fitting(length: int, vocabulary: int, batch_size: int) -> int:
+    """Return the most sequences of a batch, up to ``batch_size``, whose logits take at most `LOGITS_BYTES`; at least one."""
+    return max(1, min(batch_size, LOGITS_BYTES // (4 * length * vocabulary)))
 
 
 def documents(texts: Path, tokenizer: Tokenizer) -> list[Document]:
@@ -246,6 +251,8 @@ def _draw(count: int, samples: int | None, seed: int) -> npt.NDArray[np.intp]:
 def _read(texts: Path) -> str:
     if not texts.exists():
         raise CalibrationError(f"{texts} does not exist")
+    if texts.suffix == ".json":
+        raise CalibrationError(f"{texts}: give a {LINES} file, with a document a line: {_FORMS}")
     try:
         return texts.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

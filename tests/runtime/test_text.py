@@ -132,6 +132,21 @@ def test_batches_of_large_vocabularies_are_small(tmp_path: Path) -> None:
     assert sizes == [9, 1, 1]  # of 39 sequences, a fourth at a time; of 200 and 2,000 MB of logits a sequence
 
 
+def test_batches_of_tokens_are_small_for_large_vocabularies(tmp_path: Path) -> None:
+    """Of arrays, too, and in a model with a cache."""
+    np.savez(tmp_path / "tokens.npz", input_ids=np.ones((32, 40), np.int64))
+    model = classifier(9)
+    model.graph.outputs[0].shape = ir.Shape(["batch", "time", 10**6])
+    sizes = [
+        {len(batch["input_ids"]) for batch in decoders.open_for(model, source)}
+        for source in (tmp_path / "tokens.npz", [{"input_ids": np.ones((9, 40), np.int64)}])
+    ]
+    assert sizes == [{1}, {9}]  # 160 MB of logits a sequence; batches that a caller made stay
+    cached = made.genai()
+    cached.graph.outputs[-1].shape = ir.Shape(["batch_size", "sequence_length", 10**6])
+    assert {len(batch["input_ids"]) for batch in decoders.open_for(cached, tmp_path / "tokens.npz", steps=0)} == {1}
+
+
 def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
     """Chats and tokens have ends of their own; tokens that begin a sequence stand at its beginning only."""
     tokenizer(tmp_path)
@@ -170,6 +185,9 @@ def test_lines_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for number, words in enumerate(("found an object with text", "not JSON", "messages", "found a int", "no system", "input_ids"), 1):
         (line,) = [line for line in told.splitlines() if f"bad.jsonl:{number}:" in line]
         assert words in line
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(CalibrationError, match=r"list.json: give a .jsonl file"):
+        text.documents(tmp_path / "list.json", made)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     path.write_text('[{"role": "user", "content": "w1"}]')
     with pytest.raises(CalibrationError, match=r"bad.jsonl:1: there is no chat template in .*chat_template.jinja"):
