@@ -227,7 +227,7 @@ def _measure(
     with_targets = feedback and not (name in values.shared and activation is None)
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     hold_out, k = context.hold_out, readers[0].k
-    of_few = few(values.most_rows(name), k)  # then no matrix of K x K
+    of_few = few(1, k) and few(values.most_rows(name), k)  # then no matrix of K x K
     weights = {layer.name: layer.read() for layer in readers if layer.name in residuals or (with_targets and of_few)}
     outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)

@@ -176,6 +176,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradients": {"effort": "best"},
     "low rank": {"effort": "fast", "low_rank": 4},
     "size": {"target_size": "40%"},
+    "equalize": {"pipeline_text": "equalize,magr{method=authors,relative=false},quantize{method=gptq},compensate-bias,emit-qdq"},
+    "outputs": {"pipeline_text": "split-outliers,output-hessian,quantize{method=auto,bits=3},emit-matmulnbits"},
     "qdq-int8": {"format": "qdq-int8"},
     "dynamic-int8": {"format": "dynamic-int8"},
     "accumulator": {"format": "dynamic-int8", "target": "x86-avx2"},
