@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,9 @@ def validate(
 ) -> Validation:
     """Compare a float and a quantized model on data; see `magr_onnx.runtime.measure.validate`.
 
-    The quantized model need not be from this package. Decoders with a KV cache are fed as in `optimize`, and text is read as there, with
-    ``tokenizer`` or the ``tokenizer.json`` in the folder of one of the models. ``custom_ops`` are shared libraries with custom operators
-    of the models. ``progress`` is that of `optimize`.
+    The quantized model need not be from this package; a folder stands for the model in it. Decoders with a KV cache are fed as in
+    `optimize`, and text is read as there, with ``tokenizer`` or the ``tokenizer.json`` in the folder of one of the models. ``custom_ops``
+    are shared libraries with custom operators of the models. ``progress`` is that of `optimize`.
 
     Raises:
         OptionError: A value is invalid, such as a batch size of 0.
@@ -160,7 +161,8 @@ def validate(
     texts = {"tokenizer": tokenizer, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     schema.check(**texts)
     available_provider(provider)
-    reference, quantized = files.load(float_model), files.load(quantized_model)
+    models = (float_model, quantized_model)
+    reference, quantized = (files.load(files.model_of(Path(m)) if isinstance(m, str | os.PathLike) else m) for m in models)
     with session.custom_ops(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
         folders = [loaded.path.parent for loaded in (reference, quantized) if loaded.path is not None]
         float_source, quantized_source = (loaded.path or loaded.model for loaded in (reference, quantized))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,23 @@ def _load_path(path: Path) -> Loaded:
     model = _convert(proto, str(path))
     find_data(model, path.parent)
     return Loaded(model, path, external, size + sum(p.stat().st_size for p in external), _dropped(proto))
+
+
+def model_of(path: Path) -> Path:
+    """Return the model of a folder: the one that ``genai_config.json`` names, or the only one; a path that is no folder as it is.
+
+    Raises:
+        ModelError: There is none, or there are several.
+    """
+    if not path.is_dir():
+        return path
+    try:
+        models: list[Path] = [path / json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["filename"]]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it names none
+        models = sorted(path.glob("*.onnx"))
+    if len(models) != 1:
+        raise ModelError(f"{path} has {len(models)} models ({', '.join(m.name for m in models) or 'no .onnx'}); give the file of one")
+    return models[0]
 
 
 def _not_a_file(path: Path) -> str:

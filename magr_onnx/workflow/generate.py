@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from magr_onnx.config import schema
-from magr_onnx.errors import CalibrationError, ModelError, OptionError, RuntimeFailure, raise_all, translate_resource_errors
+from magr_onnx.errors import CalibrationError, OptionError, RuntimeFailure, raise_all, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.runtime.data.text import Reading
 from magr_onnx.runtime.data.tokenizer import Tokenizer
@@ -98,7 +97,7 @@ def generate(
     if max_tokens < 1:
         raise OptionError(f"max_tokens = {max_tokens}: expected 1 or more")
     available_provider(provider)
-    paths = [_file(Path(path)) for path in (model, quantized) if path is not None]
+    paths = [files.model_of(Path(path)) for path in (model, quantized) if path is not None]
     reading = Reading(tokenizer=None if tokenizer is None else Path(tokenizer), folders=[path.parent for path in paths])
     tool = None if reading.place is None or not (isinstance(prompt, str) or tokenizer) else Tokenizer.open(reading.place)
     ids = _prompt(prompt, tool, chat, paths[0].parent)
@@ -116,19 +115,6 @@ def generate(
     first = next((i for i, pair in enumerate(pairs) if len(set(pair)) > 1), None)
     lengths = [len(result.tokens) for result in results]
     return Generation(tuple(ids), tuple(results), min(lengths) if first is None and len(set(lengths)) > 1 else first)
-
-
-def _file(path: Path) -> Path:
-    """The model of a folder: the one that ``genai_config.json`` names, or the only one."""
-    if not path.is_dir():
-        return path
-    try:
-        models: list[Path] = [path / json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["filename"]]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it names none
-        models = sorted(path.glob("*.onnx"))
-    if len(models) != 1:
-        raise ModelError(f"{path} has {len(models)} models ({', '.join(m.name for m in models) or 'no .onnx'}); give the file of one")
-    return models[0]
 
 
 def _prompt(prompt: str | Sequence[int], tool: Tokenizer | None, chat: bool, folder: Path) -> list[int]:

@@ -360,6 +360,7 @@ def test_a_folder_with_text(tmp_path: Path) -> None:
     assert (output / "genai_config.json").read_bytes() == (folder / "genai_config.json").read_bytes()
     models = folder / "model.onnx", output / "model.onnx"
     judged = magr_onnx.validate(*models, text, layers=False, latency=False)
+    assert magr_onnx.validate(folder, output, text, layers=False, latency=False) == judged
     assert judged.batches > 1
     assert any("prefill of 192 tokens" in note for note in judged.notes)
     alone = magr_onnx.optimize(models[0], text, effort="fast").report

@@ -27,8 +27,8 @@ onnx-magr validate model.onnx model.int4.onnx --text wikitext.txt --tokenizer to
 
 
 def validate(
-    float_model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The reference model.", show_default=False)],
-    quantized_model: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The model to judge.", show_default=False)],
+    float_model: Annotated[Path, typer.Argument(metavar="FLOAT", help="The reference model, or its folder.", show_default=False)],
+    quantized_model: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The model to judge, or its folder.", show_default=False)],
     data: Annotated[Path | None, typer.Option("--data", "-d", help="Held-out inputs, in the forms 'optimize --calibration' takes.")] = None,
     text: Annotated[
         Path | None, typer.Option("--text", "-t", help="Held-out text of a language model: its perplexity, and no errors of layers.")
