@@ -333,9 +333,14 @@ class Plan:
                 problems.append(f"activation type {activations.type} is not for {rules.name}, which takes {' or '.join(rules.types)}")
         if activations is not None and activations.wide:
             wider = activations.type.replace("8", "16")
-            if emitter is None or emitter.rules is None or wider not in emitter.rules.types or wider == activations.type:
+            if self.rules is None and self.accumulator is not None:
+                problems.append("wide activations make two products a layer, whose sum no accumulator constrains; leave them out")
+            if self.quantizes_outputs:
+                problems.append("wide activations make two products a layer, whose sum has no grid; leave out quantize_outputs")
+            if emitter is None or wider == activations.type or (emitter.rules is not None and wider not in emitter.rules.types):
                 problems.append(
-                    f"wide activations of 16 bits are for format qdq-full with activations of 8 bits and a backend that has {wider}"
+                    "wide activations of 16 bits are for activations of 8 bits in format qdq-int8, or in qdq-full with a backend that has "
+                    f"{wider}"
                 )
         if emitter is not None and emitter.input_grids != self.input_grids:
             needed = emitter.input_grids

@@ -103,8 +103,9 @@ class Options(TypedDict, total=False):
         help=f"Runtime whose rules qdq-full follows: {', '.join(BACKENDS)}.", default=next(iter(BACKENDS)), choices=BACKENDS,
         panel=INTEGERS, metavar="NAME", whole_run=_GRAPH, belongs_to="format")]
     wide_activations: Annotated[float, OptionSpec(
-        help="qdq-full with 8-bit activations: share of the work, 0 to 1, that may be done in 16 bits, for the activations that cost "
-        "the most accuracy in 8.", default=0.0, least=0, panel=INTEGERS, metavar="X", whole_run="layers share values", belongs_to="format")]
+        help="qdq-int8 and qdq-full with 8-bit activations: share of the work, 0 to 1, that may be done in 16 bits, for the "
+        "activations that cost the most accuracy in 8.", default=0.0, least=0, panel=INTEGERS, metavar="X",
+        whole_run="layers share values", belongs_to="format")]
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
         whole_run="layers share values")]

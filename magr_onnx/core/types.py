@@ -198,6 +198,11 @@ class ActivationGrid:
         """Return the grid of 16 bits that has all values of this one of 8."""
         return ActivationGrid(self.scale / 256, self.zero_point * 256, self.signed, 16)
 
+    def halves(self) -> tuple[ActivationGrid, ActivationGrid]:
+        """Return grids of 8 bits whose sums are the values of this one of 16: of every 256th value, and of what lies about each."""
+        middle = 0 if self.signed else 128
+        return ActivationGrid(self.scale * 256, self.zero_point // 256, self.signed), ActivationGrid(self.scale, middle, self.signed)
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Integer type of the codes."""

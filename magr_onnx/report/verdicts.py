@@ -16,7 +16,10 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> l
     """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies."""
     remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
     if any(row.activation for row in layers):
-        remedy = "scale its inputs (--equalize), leave it float (--exclude NAME), or keep inputs float (--format matmulnbits)"
+        remedy = (
+            "scale its inputs (--equalize), give some 16 bits (--wide-activations 0.2, with static ranges), leave it float "
+            "(--exclude NAME), or keep inputs float (--format matmulnbits)"
+        )
     ruined = [row for row in layers if severity(row.error or 0) >= RUINED_LAYER]
     lines = []
     if ruined:

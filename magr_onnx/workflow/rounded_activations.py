@@ -27,7 +27,7 @@ from magr_onnx.runtime.calibration import tensor_ranges
 from magr_onnx.runtime.calibration.activation_ranges import hold_out_of
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, Steps
-from magr_onnx.runtime.measure.rounding import output_errors
+from magr_onnx.runtime.measure.rounding import output_errors, trial_data
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.integer_convolutions import may_be_integer, why_float
 from magr_onnx.workflow.non_linear import select_convolutions
@@ -44,8 +44,6 @@ class Ranges:
 CLIPPED, STRETCHED = [Ranges(weight) for weight in (1.0, 4.0, 16.0, 64.0)], Ranges(stretch=1.1)
 INSURANCE, TRIALS = 1.12, 32
 """Rise of the error for which ranges are stretched, since unseen values go beyond those seen, and batches that errors are measured on."""
-RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
-"""Runs of the model to measure the loss of every value by, and batches of each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +155,7 @@ class _Choice:
         """Measure the error that each of the grids of 8 bits causes alone, of values that an operator could read or put out in 16."""
         groups = widths.may_be_wide(edges)
         trials = [{name: grids[name] for name, of_mark in self.marks.items() if of_mark is group} for group in groups]
-        data = self.data.limit(max(LEAST_BATCHES, min(MOST_BATCHES, RUNS // max(len(trials), 1))))
+        data = trial_data(self.data, len(trials))
         return dict(zip(groups, output_errors(self.model, self.marks, trials, data, self.provider, progress), strict=True))
 
     def converted(

@@ -31,7 +31,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations, tied_tables
+from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations, tied_tables, wide_inputs
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -237,6 +237,11 @@ def _set_up(
     if plan.activations is not None and calibration is not None and layers:
         reached, steps = tapped.reached(layers), context.stage("ranges")
         grids = activation_ranges.choose_grids(tapped.model, reached, calibration, plan, rounded, steps)
+        if plan.activations.wide and plan.rules is None:
+            steps = context.stage("sensitivities")
+            grids, remarks = wide_inputs.widen(tapped.model, reached, grids, plan, rounded, calibration, steps)
+            notes += remarks
+            context.lap("sensitivities")
         calibration = replace(calibration, grids=grids)
         notes += activation_ranges.notes_of(grids)
         context.lap("ranges")

@@ -7,6 +7,7 @@
 2. ``Gemm``: alpha, beta and transB are folded, the bias becomes int32 with scale ``s_x s_w``. Fused to QGemm. If bias and products
    together may exceed int32, the layer is written as MatMul and Add, with a note in the report.
 3. With ``outputs``, the product is quantized too, to its calibrated range. Fused to QLinearMatMul or an all-integer QGemm.
+4. An input of 16 bits is the sum of two of 8, coarse and fine, and the layer two products with one weight: kernels have 8 bits.
 
 `EmitDynamicInt8`: ``(Clip ->) DynamicQuantizeLinear(x) -> MatMulInteger(W) -> Cast -> Mul(s_x s_w) (-> Add)``. Fused to
 DynamicQuantizeMatMul, or to MatMulIntegerToFloat where layers share the input. With ``rows``, every row has a range of its own, even
@@ -66,7 +67,7 @@ class _Nodes:
     def add(
         self,
         op: str,
-        inputs: list[ir.Value | None],
+        inputs: Sequence[ir.Value | None],
         name: str,
         shape: ir.Shape | None = None,
         dtype: ir.DataType = FLOAT,
@@ -136,7 +137,7 @@ class EmitStaticProducts(_EmitInt8):
         n, notes = _Nodes(layer, solution.quantized, constants, "static"), []
         if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
             notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
-        x = _static_input(n, grid)
+        x, rest, grid = _static_halves(n, grid) if grid.bits == 16 and self.rules is None else (_static_input(n, grid), None, grid)
         weight = _dequantized(n)
         gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.quantizes_outputs else None
         may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
@@ -153,6 +154,8 @@ class EmitStaticProducts(_EmitInt8):
         if addend is not None and not integer:
             vector = layer.constant("_bias", addend.astype(np.float32)) if bias is None else bias
             value = n.add("Add", [value, vector], f"{layer.name}_bias")
+        if rest is not None:  # by a Sum: an Add would make a float Gemm of it
+            value = n.add("Sum", [value, n.add("MatMul", [rest, weight], f"{name}_fine")], f"{name}_sum")
         return n.finish(value, product, solution, notes)
 
 
@@ -199,6 +202,19 @@ def _static_input(n: _Nodes, grid: ActivationGrid) -> ir.Value:
     value = _round_trip(n, n.float_input(), n.x_name, grid, n.layer.x.shape)
     value.shape = n.layer.x.shape
     return n.share([value])[0]
+
+
+def _static_halves(n: _Nodes, grid: ActivationGrid) -> tuple[ir.Value, ir.Value, ActivationGrid]:
+    """Round the input to the coarse half of a grid of 16 bits, which is returned too, and what that leaves to the fine one."""
+    n.kind, shape = "halves", n.layer.x.shape
+    values = n.shared()
+    if values is None:
+        x, names = n.float_input(), (f"{n.x_name}_coarse", f"{n.x_name}_fine")
+        coarse = _round_trip(n, x, names[0], grid.halves()[0], shape)
+        rest = n.add("Sub", [x, coarse], f"{n.x_name}_rest", shape)
+        values = n.share([coarse, _round_trip(n, rest, names[1], grid.halves()[1], shape)])
+    coarse, fine = values
+    return coarse, fine, grid.halves()[0]
 
 
 def _is_on(value: ir.Value, grid: ActivationGrid) -> bool:
@@ -350,7 +366,7 @@ STATIC = Format(
     READERS,
     conv_form="integer",
     emitter_options={"quantize_outputs": "outputs"},
-    exclusive_options=("activation_type", "activation_range", "quantize_outputs"),
+    exclusive_options=("activation_type", "activation_range", "quantize_outputs", "wide_activations"),
     **INTEGER,
 )
 DYNAMIC = Format(

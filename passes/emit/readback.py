@@ -81,12 +81,21 @@ def _behind(node: ir.Node, reader: Reader) -> Iterator[ir.Node]:
         add = only_reader(last, "Add")
         if add is not None and any(v is not None and _is_constant(v) for v in add.inputs):
             yield (last := add)
+        both = only_reader(last, "Sum")
+        if both is not None and any(_is_other_half(value, node) for value in both.inputs):
+            yield (last := both)
         cast = only_reader(last, "Cast")
         if cast is not None and cast.attributes["to"].as_int() == ir.DataType.FLOAT16:
             yield (last := cast)
     total = only_reader(last, "Sum") if reader.branch else None
     if total is not None and (len(total.inputs) == 1 or any(_is_branch(v, node.inputs[0]) for v in total.inputs)):
         yield total
+
+
+def _is_other_half(value: ir.Value | None, product: ir.Node) -> bool:
+    """Whether ``value`` is another product with the same weight, as of an input of 16 bits in two of 8."""
+    node = None if value is None else value.producer()
+    return node is not None and node is not product and node.op_type == "MatMul" and node.inputs[1] is product.inputs[1]
 
 
 def _is_branch(value: ir.Value | None, x: ir.Value | None) -> bool:

@@ -41,7 +41,7 @@ def mark(graph: ir.Graph, region: Region) -> dict[str, SharedGrid]:
         for value in shared.values:
             inside = value in results
             uses = [(use.node, use.idx) for use in value.uses() if inside or use.node in nodes]
-            rounded = _mark(graph, value, uses, "rounded")
+            rounded = mark_value(graph, value, uses, "rounded")
             if inside and value.is_graph_output():
                 index, base = list(graph.outputs).index(value), str(value.name)
                 value.name, rounded.name = Names.of(graph).value(f"{base}_float"), base
@@ -56,14 +56,14 @@ def mark_conversions(graph: ir.Graph, conversions: Sequence[Conversion]) -> dict
     for conversion in conversions:
         value = operand(*conversion.readers[0])
         assert value is not None
-        marks[str(_mark(graph, value, conversion.readers, f"in_{conversion.bits}_bits").name)] = conversion
+        marks[str(mark_value(graph, value, conversion.readers, f"in_{conversion.bits}_bits").name)] = conversion
     return marks
 
 
-def _mark(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], suffix: str) -> ir.Value:
-    """Put an Identity behind a value, for some of its readers; return what it puts out."""
+def mark_value(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], suffix: str) -> ir.Value:
+    """Put an Identity behind a value of a graph, for some of its ``uses``, nodes and numbers of inputs; return what it puts out."""
     names, base = Names.of(graph), str(value.name)
-    rounded = ir.val(names.value(f"{base}_{suffix}"), ir.DataType.FLOAT, value.shape)
+    rounded = ir.val(names.value(f"{base}_{suffix}"), value.dtype or ir.DataType.FLOAT, value.shape)
     insert_behind(graph, value, ir.node("Identity", [value], outputs=[rounded], name=names.node(f"{base}_{suffix}_mark")))
     for reader, index in uses:
         replace_input(reader, index, rounded)

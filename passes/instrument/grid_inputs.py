@@ -37,10 +37,14 @@ def with_grid_inputs(model: ir.Model, marks: Collection[str]) -> tuple[ir.Model,
 
 
 def _rounding(x: ir.Value | None, step: ir.Value, low: ir.Value, high: ir.Value) -> Iterator[ir.Node]:
-    shape = None if x is None else x.shape
-    for op, others in (("Div", [step]), ("Round", []), ("Clip", [low, high]), ("Mul", [step])):
-        result = ir.val(None, ir.DataType.FLOAT, shape)
-        yield ir.node(op, [x, *others], outputs=[result])
+    shape, kind = (None, None) if x is None else (x.shape, x.dtype)
+    operations: list[tuple[str, list[ir.Value]]] = [("Div", [step]), ("Round", []), ("Clip", [low, high]), ("Mul", [step])]
+    if kind == ir.DataType.FLOAT16:
+        operations = [("Cast", []), *operations, ("Cast", [])]
+    for index, (op, others) in enumerate(operations):
+        to = ir.DataType.FLOAT16 if op == "Cast" and index else ir.DataType.FLOAT
+        result = ir.val(None, to, shape)
+        yield ir.node(op, [x, *others], {"to": to} if op == "Cast" else {}, outputs=[result])
         x = result
 
 

@@ -308,6 +308,10 @@ class Extension:
         """Quantize and dequantize the value, as float32."""
         if isinstance(grid, ActivationGrid):
             scale = self.constant(f"{name}_scale", np.float32(grid.scale))
+            if grid.bits > 8:  # of which QuantizeLinear has codes from opset 21 on only
+                steps = self.add("Round", [self.add("Div", [real, scale], f"{name}_steps")], f"{name}_whole")
+                limits = [self.constant(f"{name}_limit_{i}", np.float32(code - grid.zero_point)) for i, code in enumerate(grid.limits)]
+                return self.add("Mul", [self.add("Clip", [steps, *limits], f"{name}_within"), scale], f"{name}_values")
             zero = self.constant(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
             codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes")
         else:

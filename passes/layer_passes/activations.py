@@ -28,7 +28,8 @@ class QuantizeActivations(LayerStage):
             each tensor at run time, clipped first where calibration finds that this lowers the error.
         ranges: ``min-max``, ``percentile`` or ``min-error`` (see `magr_onnx.core.activation_ranges`), or ``auto`` for the best of them
             all by measured output error.
-        wide: In whole graphs of 8 bits, the share of the work that may be done in 16 (`magr_onnx.passes.tensors.widths`).
+        wide: With 8 bits, the share of the work that may be done in 16 (`magr_onnx.passes.tensors.widths`, and
+            `magr_onnx.workflow.wide_inputs`).
     """
 
     name: ClassVar[str] = "quantize-activations"

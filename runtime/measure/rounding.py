@@ -12,6 +12,14 @@ from magr_onnx.passes.instrument import grid_inputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
 from magr_onnx.runtime.ort.session import Session, as_floats
 
+RUNS, LEAST_BATCHES, MOST_BATCHES = 2048, 4, 64
+"""Runs of a model to measure the error of every value by, and batches of each."""
+
+
+def trial_data(data: Batches, trials: int) -> Batches:
+    """Return the batches that so many trials are measured on."""
+    return data.limit(max(LEAST_BATCHES, min(MOST_BATCHES, RUNS // max(trials, 1))))
+
 
 def output_errors(
     model: ir.Model,
