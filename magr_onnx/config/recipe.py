@@ -99,7 +99,7 @@ class Recipe:
     @property
     def reads(self) -> list[Path]:
         """The files and folders that the run reads, apart from the model."""
-        single = [self.values[name] for name in ("calibration", "validation") if name in self.values]
+        single = [self.values[name] for name in ("calibration", "validation", "tokenizer") if name in self.values]
         return [Path(path) for path in (*single, *self.values.get("custom_ops", ()))]
 
     def arguments(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -294,3 +295,16 @@ def test_perplexity_needs_logits_of_tokens(tmp_path: Path) -> None:
     assert "no perplexity" in str(result.exception)
     both = CliRunner().invoke(app, [*arguments, "--text", "a", "--data", "b"])
     assert "give --data or --text" in str(both.exception)
+
+
+def test_reports_replace_no_tokenizer(tmp_path: Path) -> None:
+    tokenizer(tmp_path)
+    long_text(tmp_path / "text.txt", 400)
+    ir.save(classifier(len(WORDS)), tmp_path / "model.onnx")
+    arguments = ["optimize", "model.onnx", "--calibration", "text.txt", "--tokenizer", "tokenizer.json", "--report", "tokenizer.json"]
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(app, arguments)
+    assert "tokenizer.json" in str(result.exception)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert not (tmp_path / "model.magr.onnx").exists()
