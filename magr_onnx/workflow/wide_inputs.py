@@ -60,6 +60,7 @@ def widen(
         products, grid = set(map(product_name, of)), None if name not in grids else grids[name].grid
         uses = [(use.node, use.idx) for use in values[name].uses() if use.node.outputs[0].name in products] if name in values else []
         if uses and isinstance(grid, ActivationGrid) and name not in known:
+            values[name].dtype = of[0].dtype  # which models need not say
             readers[name] = of
             trials.append({str(mark_value(copy.graph, values[name], uses, "rounded").name): grid})
     marks = [mark for trial in trials for mark in trial]

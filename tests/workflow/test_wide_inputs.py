@@ -115,6 +115,14 @@ def test_the_inputs_that_cost_most_come_first(tmp_path: Path) -> None:
     assert any(note.startswith("0 of 2 inputs") for note in report.notes)
 
 
+def test_types_that_are_not_said(tmp_path: Path) -> None:
+    model = network(half=True)
+    for node in model.graph:
+        if not node.outputs[0].is_graph_output():
+            node.outputs[0].type = node.outputs[0].shape = None
+    made(tmp_path, model, inputs(64, half=True), 1.0)
+
+
 def test_solvers_see_the_grid_of_16_bits(tmp_path: Path) -> None:
     model, data = network(), inputs(64)
     for quantizer in ("gptq", "auto"):
