@@ -318,7 +318,8 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None and m.perplexity is not None:
             (a, b), (before, after) = m.cross_entropy, m.perplexity
-            lines.append(f"  perplexity {before:.3f} -> {after:.3f}; cross-entropy {a:.4f} -> {b:.4f} nats a token ({b - a:+.4f})")
+            lines.append(f"  perplexity {before:.3f} -> {after:.3f}")
+            lines.append(f"  cross-entropy {a:.4f} -> {b:.4f} nats a token ({b - a:+.4f})")
     lines.append(f"  size {megabytes(v.float_bytes)} -> {megabytes(v.quantized_bytes)}")
     if v.latency is not None:
         lines.append(f"  latency {_latency_text(v.latency)}")
