@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,12 @@ def _bundled() -> ir.Model:
         normed, residual = norm(residual, down, "norm" if i == 4 else f"blocks.{i + 1}.norm1")
     g.output(linear(normed, "/lm_head"), "logits", ["batch_size", "sequence_length", 1024])
     return g.model()
+
+
+KINDS: dict[str, Callable[[], ir.Model]] = {
+    "genai": genai,
+    "genai, packed": lambda: genai(packed=True),
+    "genai with a fixed buffer": lambda: genai(32),
+    "genai with a sliding window": lambda: genai(window=True),
+    "optimum": optimum,
+}

@@ -100,7 +100,9 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
     of_16_bits = {name: choice.grid(each_of[group], Ranges(), 16) for name, group in marks.items() if group in stored}
     grids |= of_16_bits
     context.lap("sensitivities")
-    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, (_described(names, edges, wide, losses),))
+    by_name, chosen = {names[group]: loss for group, loss in losses.items()}, [names[group] for group in losses if group in wide]
+    note = described("activations", by_name, chosen, widths.share_of(edges, wide))
+    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, (note,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,15 +172,19 @@ class _Choice:
         }
 
 
-def _described(
-    names: Mapping[SharedGrid, str], edges: Sequence[widths.Edges], wide: Collection[SharedGrid], losses: Mapping[SharedGrid, float]
-) -> str:
-    """Say which values have 16 bits."""
-    worst_first = [names[group] for group in sorted(wide, key=lambda group: -losses[group])]
-    avoided = sum(losses[group] for group in wide) / max(sum(losses.values()), 1e-300)
+def described(what: str, losses: Mapping[str, float], wide: Collection[str], work: float) -> str:
+    """Say which values have 16 bits.
+
+    Args:
+        what: What the values are.
+        losses: What rounding each to 8 bits costs, by name.
+        wide: Names of those of 16 bits.
+        work: The share of the work that is done in 16 bits.
+    """
+    avoided = sum(losses[name] for name in wide) / max(sum(losses.values()), 1e-300)
     return (
-        f"{len(wide)} of {len(losses)} activations have 16 bits, in {widths.share_of(edges, wide):.1%} of the work; they had caused "
-        f"{avoided:.0%} of the error of rounding to 8{': ' if wide else ''}{listed(worst_first)}"
+        f"{len(wide)} of {len(losses)} {what} have 16 bits, in {work:.1%} of the work; they had caused {avoided:.0%} of the error of "
+        f"rounding to 8{': ' if wide else ''}{listed(sorted(wide, key=lambda name: -losses[name]))}"
     )
 
 

@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from magr_onnx.core import knapsack
 from magr_onnx.core.types import Activation, ActivationGrid
-from magr_onnx.errors import listed
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit.tensors import mark_value
 from magr_onnx.passes.graph.names import Names
@@ -23,6 +22,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.calibration.moments import readers_of
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.rounding import output_errors, trial_data
+from magr_onnx.workflow.rounded_activations import described
 
 
 def widen(
@@ -69,18 +69,14 @@ def widen(
     items = [knapsack.Item(np.array([0.0, cost]), np.array([loss, 0.0])) for cost, loss in zip(work, losses, strict=True)]
     total = sum(layer.k * layer.n for layer in layers)
     point = knapsack.least_loss(items, plan.activations.wide * total)
-    wide = [i for i, choice in enumerate(point.choices if point else ()) if choice]
-    names = [list(readers)[i] for i in sorted(wide, key=lambda i: -losses[i])]
+    choices = dict(zip(readers, point.choices if point else [0] * len(readers), strict=True))
+    names = [name for name, choice in choices.items() if choice]
     readers_of_wide = [layer for layer in layers if layer.reads in names]
     kind = replace(plan.activations, type="int16" if plan.activations.type == "int8" else "uint16")
     chosen = choose_grids(model, readers_of_wide, calibration, replace(plan, activations=kind), {}, None)
     result = {**grids, **{name: replace(choice, grid=_whole_steps(choice.grid)) for name, choice in chosen.items()}}
-    done, avoided = (sum(of[i] for i in wide) / max(whole, 1e-300) for of, whole in ((work, total), (losses, sum(losses))))
-    note = (
-        f"{len(names)} of {len(readers)} inputs of layers have 16 bits, in {done:.1%} of the work; they had caused {avoided:.0%} of the "
-        f"error of rounding to 8{': ' if names else ''}{listed(names)}"
-    )
-    return result, [note]
+    done = sum(cost for cost, name in zip(work, readers, strict=True) if name in names) / total
+    return result, [described("inputs of layers", dict(zip(readers, losses, strict=True)), names, done)]
 
 
 def _whole_steps(grid: Activation) -> Activation:

@@ -135,9 +135,10 @@ class EmitStaticProducts(_EmitInt8):
         if solution.quantized is None or not isinstance(grid, ActivationGrid):
             return None
         n, notes = _Nodes(layer, solution.quantized, constants, "static"), []
-        if grid.signed and (n.shared() is not None or len(list(layer.x.uses())) > 1):
+        in_halves = grid.bits == 16 and self.rules is None
+        if grid.signed and (in_halves or n.shared() is not None or len(list(layer.x.uses())) > 1):
             notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
-        x, rest, grid = _static_halves(n, grid) if grid.bits == 16 and self.rules is None else (_static_input(n, grid), None, grid)
+        x, rest, grid = _static_halves(n, grid) if in_halves else (_static_input(n, grid), None, grid)
         weight = _dequantized(n)
         gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.quantizes_outputs else None
         may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)

@@ -29,14 +29,7 @@ from magr_onnx.runtime.ort.session import Session, inputs_of
 from tests import decoders, docs_given
 from tests.graphs import Array, Builder, random
 
-KINDS: dict[str, Callable[[], ir.Model]] = {
-    "genai": decoders.genai,
-    "genai, packed": lambda: decoders.genai(packed=True),
-    "genai with a fixed buffer": lambda: decoders.genai(32),
-    "genai with a sliding window": lambda: decoders.genai(window=True),
-    "optimum": decoders.optimum,
-}
-EVERY = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+EVERY = pytest.mark.parametrize("make", decoders.KINDS.values(), ids=decoders.KINDS.keys())
 PLAIN = pytest.mark.parametrize("make", [decoders.genai, decoders.optimum])
 
 

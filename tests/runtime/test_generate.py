@@ -21,13 +21,6 @@ from tests import decoders, docs_given
 from tests.graphs import Builder, random
 
 PROMPT = [3, 14, 15, 92, 65]
-KINDS: dict[str, Callable[[], ir.Model]] = {
-    "genai": decoders.genai,
-    "genai, packed": lambda: decoders.genai(packed=True),
-    "genai with a fixed buffer": lambda: decoders.genai(32),
-    "genai with a sliding window": lambda: decoders.genai(window=True),
-    "optimum": decoders.optimum,
-}
 
 
 def whole(path: Path, prompt: list[int], count: int) -> list[int]:
@@ -47,7 +40,7 @@ def whole(path: Path, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("make", decoders.KINDS.values(), ids=decoders.KINDS.keys())
 def test_steps_with_a_cache_are_runs_of_the_whole(make: Callable[[], ir.Model], tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     ir.save(make(), path)

@@ -97,6 +97,7 @@ def test_inputs_of_16_bits_are_two_products_in_integers(tmp_path: Path, rank: in
     error = ort.InferenceSession(wide).run(None, fresh)[0] - expected
     assert np.median(np.square(error)) < (1e-5 if half else 1e-6) * np.square(expected).mean()  # the mean has values beyond the ranges
     assert loss(model, wide, fresh) < 0.1 * loss(model, narrow, fresh)
+    assert all(("not fused on x86" in " ".join(row.notes)) == (kind == "int8") for row in wide_report.layers)
     if kind == "uint8" and not half:
         found = operators(wide, tmp_path)
         assert found["MatMul"] + found["Gemm"] == 0

@@ -45,11 +45,10 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    given = sys.stdin.read().strip() if prompt is None else prompt
     result = generation.generate(
         model,
         quantized,
-        prompt=given,
+        prompt=sys.stdin.read().strip() if prompt is None else prompt,
         max_tokens=max_tokens,
         chat=chat,
         tokenizer=tokenizer,
