@@ -105,7 +105,8 @@ def add_initializer(
         data: An array, a scalar, or a tensor, which is renamed.
         body: A body of ``graph`` that gets the constant instead.
     """
-    tensor = ir.tensor(np.asarray(data) if isinstance(data, np.generic) else data)
+    is_array = isinstance(data, np.ndarray | np.generic)  # `ir.tensor` asks for protocols, which takes far longer than the rest
+    tensor = ir.Tensor(np.asarray(data)) if is_array else ir.tensor(data)
     tensor.name = Names.of(graph).value(base)
     value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
     (graph if body is None else body).register_initializer(value)

@@ -5,9 +5,9 @@ A value ``x (..., K)`` is treated as rows ``X (n, K)``. Activations never leave 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -141,35 +141,72 @@ def bin_edges() -> Array:
     return result
 
 
+class ErrorTaps(NamedTuple):
+    """A model that measures the errors of grids, which are inputs of it.
+
+    Attributes:
+        model: The model.
+        inputs: Names of the inputs for every tap, in the order of `grid_arrays`.
+    """
+
+    model: ir.Model
+    inputs: list[list[str]]
+
+    def feeds(self, grids: Sequence[Sequence[Activation]]) -> dict[str, npt.NDArray[Any]]:
+        """Return what to feed for ``grids`` of every tap, of the type that they had and as many."""
+        of_taps = zip(self.inputs, map(grid_arrays, grids), strict=True)
+        return {name: array for names, arrays in of_taps for name, array in zip(names, arrays.values(), strict=True)}
+
+
+def grid_arrays(grids: Sequence[Activation]) -> dict[str, npt.NDArray[Any]]:
+    """Return what tells grids of one type apart, each as an array of one element a grid."""
+    first = grids[0]
+    if not isinstance(first, ActivationGrid):
+        largest = np.finfo(np.float32).max
+        bounds = {"least": [g.low for g in grids], "most": [g.high for g in grids]}  # type: ignore[union-attr]
+        return {side: np.clip(ends, -largest, largest).astype(np.float32) for side, ends in bounds.items()}
+    scales = np.array([g.scale for g in grids], np.float32)  # type: ignore[union-attr]
+    if first.bits == 8:
+        return {"scale": scales, "zero": np.array([g.zero_point for g in grids], first.dtype)}  # type: ignore[union-attr]
+    codes = {side: [g.limits[i] - g.zero_point for g in grids] for i, side in enumerate(("least", "most"))}  # type: ignore[union-attr]
+    return {"scale": scales} | {side: np.array(ends, np.float32) for side, ends in codes.items()}
+
+
 def error_taps(
     model: ir.Model, taps: Sequence[Tap], sketches: Sequence[Array], grids: Sequence[Sequence[Activation]], mask: str | None = None
-) -> ir.Model:
-    """Copy the model to measure the output error of rounding a value.
+) -> ErrorTaps:
+    """Copy the model to measure the output error of rounding a value to grids, which are inputs: one session serves any grids.
 
-    For every tap ``i`` and grid ``j`` of ``grids[i]``, in order: the sum of squares of ``E A`` and its column sums ``(r,)``, where
-    ``E = grid(X) - X`` and ``A (K, r)`` is ``sketches[i]``; after the grids of a tap, the rows counted.
+    For every tap ``i``, in order: for each of its grids the sum of squares of ``E A``, ``(J,)``, and its column sums ``(J, r)``, where
+    ``E = grid(X) - X`` and ``A (K, r)`` is ``sketches[i]``; those of ``X A``, ``()`` and ``(r,)``; and the rows counted.
 
     Args:
         model: The model.
         taps: The values to measure.
         sketches: A matrix ``(K, r)`` for every tap: the weights that read it, or a projection of them.
-        grids: Candidate grids of every tap.
+        grids: Grids of every tap, which say of which type and how many the others are.
         mask: See `gram_taps`.
     """
-    copy = Extension(model, mask if any(t.masked for t in taps) else None, opset=13)
+    copy, inputs = Extension(model, mask if any(t.masked for t in taps) else None, opset=13), []
     for i, (tap, sketch, candidates) in enumerate(zip(taps, sketches, grids, strict=True)):
-        name = f"__tap_{i}"
+        name, arrays = f"__tap_{i}", grid_arrays(candidates)
+        values = [copy.input(f"{name}_{part}", array) for part, array in arrays.items()]
+        inputs.append([str(value.name) for value in values])
         real = copy.real(tap, name)
         weights = copy.constant(f"{name}_sketch", sketch.astype(np.float32))
         rows = copy.rows(real, tap, name)
-        for j, grid in enumerate(candidates):
-            each = f"{name}_{j}"
-            difference = copy.add("Sub", [copy.quantized(real, grid, each), real], f"{each}_difference")
-            error = copy.add("MatMul", [copy.rows(difference, tap, each), weights], f"{each}_error")
-            copy.output(copy.add("ReduceSumSquare", [error], f"{each}_energy", keepdims=0), shape=[])
-            copy.output(copy.total(error, f"{each}_total"), shape=[sketch.shape[1]])
+        parts = [ir.val(copy.names.value(f"{name}_{part}_of_one"), v.dtype, []) for part, v in zip(arrays, values, strict=True)]
+        body = ir.Graph(parts, [], nodes=[], name=f"{name}_body", opset_imports={"": copy.opset})
+        rounded = copy.quantized(real, candidates[0], f"{name}_rounded", body, dict(zip(arrays, parts, strict=True)))
+        difference = copy.rows(copy.add("Sub", [rounded, real], f"{name}_difference", body), tap, f"{name}_of_one", body)
+        body.outputs.extend(copy.energy(difference, weights, f"{name}_error", body))
+        outputs = [ir.val(f"{name}_{what}") for what in ("energies", "totals")]
+        scan = ir.node("Scan", values, {"body": body, "num_scan_inputs": len(values)}, outputs=outputs, name=f"{name}_scan")
+        results = (*copy.append(copy.model.graph, scan), *copy.energy(rows, weights, f"{name}_power"))
+        for value, rank in zip(results, (1, 2, 0, 1), strict=True):
+            copy.output(value, shape=[None] * rank)
         copy.output(copy.count(rows, tap, f"{name}_rows_counted"))
-    return copy.finish()
+    return ErrorTaps(copy.finish(), inputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,6 +263,12 @@ class Extension:
         graph.append(node)
         return node.outputs
 
+    def input(self, name: str, example: npt.NDArray[Any]) -> ir.Value:
+        """Add an input like an array."""
+        value = ir.val(self.names.value(name), ir.DataType.from_numpy(example.dtype), example.shape)
+        self.model.graph.inputs.append(value)
+        return value
+
     def constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
         return add_initializer(self.model.graph, name, array)
 
@@ -249,15 +292,15 @@ class Extension:
         limits = [self.constant(f"{name}_{side}", np.float32(b)) for side, b in zip(("low", "high"), tap.bounds, strict=True)]
         return self.add("Clip", [real, *limits], f"{name}_clipped")
 
-    def rows(self, real: ir.Value, tap: Tap, name: str) -> ir.Value:
-        """Reshape to rows ``(n, K)``, with masked rows set to zero, whatever they hold."""
-        rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows")
+    def rows(self, real: ir.Value, tap: Tap, name: str, graph: ir.Graph | None = None) -> ir.Value:
+        """Reshape to rows ``(n, K)``, with masked rows set to zero, whatever they hold; in a body only where the main graph has done so."""
+        rows = self.add("Reshape", [real, self.constant(f"{name}_shape", np.array([-1, tap.width]))], f"{name}_rows", graph)
         if not tap.masked or self._mask is None:
             return rows
         kept, _ = self._kept(self._mask, tap, rows, name)
         if self.opset < 9:  # there is no Where, and NaN times 0 is NaN
             return self.add("Mul", [rows, self.add("Cast", [kept], f"{name}_weights", to=ir.DataType.FLOAT)], f"{name}_counted")
-        return self.add("Where", [kept, rows, self.constant(f"{name}_nothing", np.float32(0))], f"{name}_counted")
+        return self.add("Where", [kept, rows, self.constant(f"{name}_nothing", np.float32(0))], f"{name}_counted", graph)
 
     def fits(self, tap: Tap) -> ir.Value:
         """Return a boolean: whether the value of a masked tap has a row per mask element in this batch."""
@@ -304,24 +347,36 @@ class Extension:
             body.outputs.append(output)
         return body
 
-    def quantized(self, real: ir.Value, grid: Activation, name: str) -> ir.Value:
-        """Quantize and dequantize the value, as float32."""
+    def quantized(
+        self, real: ir.Value, grid: Activation, name: str, graph: ir.Graph | None = None, given: Mapping[str, ir.Value] | None = None
+    ) -> ir.Value:
+        """Quantize and dequantize the value, as float32, on a grid, or on one of its type of `grid_arrays` that are ``given`` as scalars."""
+        clips = given is not None or isinstance(grid, ActivationGrid) or grid.clips
+        arrays = grid_arrays([grid]) if given is None and clips else {}
+        parts = given or {part: self.constant(f"{name}_{part}", array[0]) for part, array in arrays.items()}
         if isinstance(grid, ActivationGrid):
-            scale = self.constant(f"{name}_scale", np.float32(grid.scale))
+            scale = parts["scale"]
             if grid.bits > 8:  # of which QuantizeLinear has codes from opset 21 on only
-                steps = self.add("Round", [self.add("Div", [real, scale], f"{name}_steps")], f"{name}_whole")
-                limits = [self.constant(f"{name}_limit_{i}", np.float32(code - grid.zero_point)) for i, code in enumerate(grid.limits)]
-                return self.add("Mul", [self.add("Clip", [steps, *limits], f"{name}_within"), scale], f"{name}_values")
-            zero = self.constant(f"{name}_zero", np.array(grid.zero_point, grid.dtype))
-            codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes")
+                steps = self.add("Round", [self.add("Div", [real, scale], f"{name}_steps", graph)], f"{name}_whole", graph)
+                within = self.add("Clip", [steps, parts["least"], parts["most"]], f"{name}_within", graph)
+                return self.add("Mul", [within, scale], f"{name}_values", graph)
+            zero = parts["zero"]
+            codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes", graph)
         else:
-            if grid.clips:
-                limits = [self.constant(f"{name}_{side}", np.float32(bound)) for side, bound in (("least", grid.low), ("most", grid.high))]
-                real = self.add("Clip", [real, *limits], f"{name}_within")
+            if clips:
+                real = self.add("Clip", [real, parts["least"], parts["most"]], f"{name}_within", graph)
             outputs = [ir.val(f"{name}_{part}") for part in ("codes", "scale", "zero")]
             node = ir.node("DynamicQuantizeLinear", [real], outputs=outputs, name=f"{name}_codes")
-            codes, scale, zero = self.append(self.model.graph, node)
-        return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values")
+            codes, scale, zero = self.append(self.model.graph if graph is None else graph, node)
+        return self.add("DequantizeLinear", [codes, scale, zero], f"{name}_values", graph)
+
+    def energy(self, rows: ir.Value, weights: ir.Value, name: str, graph: ir.Graph | None = None) -> list[ir.Value]:
+        """Return the sum of squares of ``rows weights`` and its column sums."""
+        product = self.add("MatMul", [rows, weights], name, graph)
+        results = [self.add("ReduceSumSquare", [product], f"{name}_energy", graph, keepdims=0), self.total(product, f"{name}_total", graph)]
+        for result, rank in zip(results, (0, 1), strict=True):
+            result.dtype, result.shape = ir.DataType.FLOAT, ir.Shape([None] * rank)
+        return results
 
     def sampled(self, value: ir.Value, count: int, name: str, axis: int = 0) -> ir.Value:
         """Return at least ``count`` places along an axis at equal, odd distances, or all of them if there are fewer."""
@@ -336,9 +391,9 @@ class Extension:
         addend = [] if self.opset >= 11 else [self.constant(f"{name}_zero", np.zeros(1, np.float32))]
         return self.add("Gemm", [rows, rows, *addend], name, transA=1)
 
-    def total(self, value: ir.Value, name: str) -> ir.Value:
+    def total(self, value: ir.Value, name: str, graph: ir.Graph | None = None) -> ir.Value:
         """Sum over rows."""
-        return self.along("ReduceSum", value, [0], name, keepdims=0)
+        return self.along("ReduceSum", value, [0], name, graph, keepdims=0)
 
     def count(self, rows: ir.Value, tap: Tap, name: str) -> ir.Value:
         """Return the number of unmasked rows."""

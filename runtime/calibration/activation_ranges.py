@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
@@ -23,13 +24,13 @@ from magr_onnx.passes.layers.weighted import WeightedNode
 from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import check_rows, make_taps, not_finite, readers_of
 from magr_onnx.runtime.data.hold_out import HELD_OUT, NONE, HoldOut
-from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches
+from magr_onnx.runtime.data.sources import Batches, Steps, part_of, run_batches, with_progress
+from magr_onnx.runtime.ort.session import Session
 
 FEW_SAMPLES = 256  # up to which ranges are cross-validated
 CLIP_GAIN = 1.05  # a dynamic range is clipped, which costs a node, if that lowers the error by more than this factor
 SKETCH = 64  # columns of the random projection of the weights
 _Named = dict[str, Activation]
-_ZERO = ActivationGrid(1e38, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,28 +181,27 @@ def _errors(
 ) -> tuple[list[dict[str, float]], list[float]]:
     """Measure the mean squared output error of every candidate of every tap, each part of the data under grids of its own.
 
-    Also the variance of the output of every tap: the error, without its mean, of a grid that rounds everything to zero.
+    Also the variance of the output of every tap.
     """
-    sketches, names = [v.sketch for v in values], [[*named, "zero"] for named in trials[0][0]]
-    energy = [np.zeros(len(n)) for n in names]
-    sums = [np.zeros((len(n), a.shape[1])) for n, a in zip(names, sketches, strict=True)]
-    rows = [0.0] * len(taps)
-    for index, (grids, data) in enumerate(trials):
-        tapped = error_taps(model, taps, sketches, [[*g.values(), _ZERO] for g in grids], context.mask)
-        for _, weight, outputs in run_batches(tapped, data, context.provider, part_of(progress, index, len(trials))):
-            results = iter(outputs)
-            for i in range(len(taps)):
-                for j in range(len(names[i])):
-                    energy[i][j] += float(next(results)) * weight
-                    sums[i][j] += weighted(next(results), weight)
-                rows[i] += float(next(results)[0]) * weight
-    check_rows(rows, context.mask)
+    sketches, names = [v.sketch for v in values], [list(named) for named in trials[0][0]]
+    candidates = [[list(named.values()) for named in grids] for grids, _ in trials]
+    tapped = error_taps(model, taps, sketches, candidates[0], context.mask)
+    sums = [[np.zeros(shape) for shape in (len(n), (len(n), a.shape[1]), (), a.shape[1], ())] for n, a in zip(names, sketches, strict=True)]
+    with Session(tapped.model, context.provider) as session:
+        for trial, (grids, (_, data)) in enumerate(zip(candidates, trials, strict=True)):
+            feeds = tapped.feeds(grids)
+            for index, batch in with_progress(data, part_of(progress, trial, len(trials))):
+                results = iter(session.run({**batch, **feeds}))
+                for of_tap in sums:
+                    *errors_and_power, counts = islice(results, 5)
+                    for i, result in enumerate((*errors_and_power, counts[0])):
+                        of_tap[i] = of_tap[i] + weighted(result, data.weight(index))
+    check_rows([float(of_tap[-1]) for of_tap in sums], context.mask)
     errors, variances = [], []
-    for value, named, e, s, r in zip(values, names, energy, sums, rows, strict=True):
-        means = np.square(s / r).sum(axis=1)
-        remaining = e / r - (means if value.centred else 0)
-        errors.append(dict(zip(named[:-1], map(float, np.maximum(remaining[:-1], 0)), strict=True)))
-        variances.append(float(e[-1] / r - means[-1]))
+    for value, named, (energies, totals, power, total, rows) in zip(values, names, sums, strict=True):
+        remaining = energies / rows - (np.square(totals / rows).sum(axis=1) if value.centred else 0)
+        errors.append(dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True)))
+        variances.append(float(power / rows - np.square(total / rows).sum()))
     return errors, variances
 
 

@@ -224,41 +224,52 @@ def rounded(x: Array, grid: Activation) -> Array:
     return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero).astype(np.float32) * scale
 
 
-GRIDS: list[Activation] = [
-    ActivationGrid.of_range(-30, 50),
-    ActivationGrid.of_range(-3, 2, signed=True),
-    DynamicRange(),
-    DynamicRange(-4, 9),
+GRIDS: list[list[Activation]] = [  # of one type
+    [ActivationGrid.of_range(-30, 50), ActivationGrid.of_range(-3, 2)],
+    [
+        ActivationGrid.of_range(-30, 50, signed=True),
+        ActivationGrid.of_range(-3, 2, signed=True),
+        ActivationGrid.of_range(0, 1, signed=True),
+    ],
+    [ActivationGrid.of_range(-30, 50, bits=16), ActivationGrid.of_range(-3, 2, bits=16)],
+    [DynamicRange(), DynamicRange(-4, 9)],
+    [DynamicRange()],
 ]
 
 
 @pytest.mark.parametrize("opset", [13, 20])
 @pytest.mark.parametrize("bounds", [None, (-20.0, 6.0)])
-def test_errors_in_the_graph_are_numpy_s(opset: int, bounds: tuple[float, float] | None) -> None:
+@pytest.mark.parametrize("grids", GRIDS)
+def test_errors_in_the_graph_are_numpy_s(opset: int, bounds: tuple[float, float] | None, grids: list[Activation]) -> None:
     model = graphs.matmul(opset=opset)
     x = feeds(model)
     sketch = random(K, 7, seed=5)
-    with Session(error_taps(model, [Tap("x", K, bounds=bounds)], [sketch], [GRIDS])) as session:
-        *found, rows = session.run(x)
-    assert rows[0] == x["x"].size / K
+    tapped = error_taps(model, [Tap("x", K, bounds=bounds)], [sketch], [grids])
     clipped = x["x"] if bounds is None else np.clip(x["x"], *np.float32(bounds))
-    for j, grid in enumerate(GRIDS):
-        error = (rounded(clipped, grid) - clipped).reshape(-1, K).astype(np.float64) @ sketch
-        assert found[2 * j] == pytest.approx(np.square(error).sum(), rel=1e-4)
-        np.testing.assert_allclose(found[2 * j + 1], error.sum(axis=0), rtol=1e-3, atol=1e-3 * np.abs(error).sum(axis=0).max())
+    with Session(tapped.model) as session:
+        for order in (grids, grids[::-1]):  # grids are inputs
+            energies, totals, power, total, rows = session.run(x | tapped.feeds([order]))
+            assert rows[0] == x["x"].size / K
+            products = [(rounded(clipped, grid) - clipped).reshape(-1, K).astype(np.float64) @ sketch for grid in order]
+            products.append(clipped.reshape(-1, K).astype(np.float64) @ sketch)
+            for product, energy, sums in zip(products, [*energies, power], [*totals, total], strict=True):
+                assert energy == pytest.approx(np.square(product).sum(), rel=1e-4)
+                np.testing.assert_allclose(sums, product.sum(axis=0), rtol=1e-3, atol=1e-3 * np.abs(product).sum(axis=0).max())
 
 
-def test_errors_count_the_rows_of_the_mask() -> None:
+@pytest.mark.parametrize("grids", GRIDS)
+def test_errors_count_the_rows_of_the_mask(grids: list[Activation]) -> None:
     model = graphs.masked()
     x = feeds(model, rows=7, time=4)
     sketch = random(K, 7, seed=5)
-    with Session(error_taps(model, [Tap("x", K, masked=True)], [sketch], [GRIDS[:2]], "attention_mask")) as session:
-        *found, rows = session.run(x)
-    kept = x["x"][x["attention_mask"] != 0]
-    assert rows[0] == len(kept)
-    for j, grid in enumerate(GRIDS[:2]):
-        error = (rounded(kept, grid) - kept).astype(np.float64) @ sketch
-        assert found[2 * j] == pytest.approx(np.square(error).sum(), rel=1e-4)
+    tapped = error_taps(model, [Tap("x", K, masked=True)], [sketch], [grids], "attention_mask")
+    with Session(tapped.model) as session:
+        energies, _, _, _, rows = session.run(x | tapped.feeds([grids]))
+    kept = x["attention_mask"] != 0
+    assert rows[0] == kept.sum()
+    for energy, grid in zip(energies, grids, strict=True):  # a dynamic range is that of all rows
+        error = (rounded(x["x"], grid) - x["x"])[kept].astype(np.float64) @ sketch
+        assert energy == pytest.approx(np.square(error).sum(), rel=1e-4)
 
 
 def skewed(seed: int, kind: str) -> Array:
@@ -352,7 +363,7 @@ def test_wide_products_are_judged_behind_a_narrow_projection() -> None:
 # Statistics of quantized inputs
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [grid for of_type in GRIDS for grid in of_type], ids=str)
 def test_moments_are_of_the_quantized_input_and_the_float_mean_is_kept(grid: Activation) -> None:
     model = graphs.matmul(opset=11)
     x = feeds(model)
