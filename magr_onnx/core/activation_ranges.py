@@ -75,19 +75,16 @@ class Histogram:
 
         return max(self.low, -bound(self.negative)), min(self.high, bound(self.positive))
 
-    def error(self, low: float, high: float, clipping: float = 1.0, steps: int = 255) -> float:
-        """Estimate the squared error of a grid of so many steps over ``[low, high]``: ``clipping`` times that outside it, and rounding."""
-        return float(self._errors(np.array([low]), np.array([high]), clipping, steps)[0])
-
     def least_error(self, clipping: float = 1.0, steps: int = 255) -> tuple[float, float]:
-        """Return the range of least `error`, each end shrunk independently."""
+        """Return the range of the least of `errors`, each end shrunk independently."""
         shrinks = np.geomspace(0.05, 1, _SHRINK_STEPS)
         low, high = np.repeat(shrinks, len(shrinks)) * self.low, np.tile(shrinks, len(shrinks)) * self.high
-        best = np.argmin(self._errors(low, high, clipping, steps))
+        best = np.argmin(self.errors(low, high, clipping, steps))
         return float(low[best]), float(high[best])
 
-    def _errors(self, low: Array, high: Array, clipping: float, steps: int) -> Array:
-        """Estimate the squared errors ``(R,)`` of grids over ranges with the ends ``(R,)``, by the occupied bins."""
+    def errors(self, low: Array, high: Array, clipping: float = 1.0, steps: int = 255) -> Array:
+        """Estimate the squared errors ``(R,)`` of grids of so many steps over ranges with the ends ``(R,)``: ``clipping`` times those
+        outside, and rounding."""
         occupied = np.flatnonzero(self.negative + self.positive)
         centre = np.sqrt(self.edges[occupied] * self.edges[occupied + 1])
         rounding = np.minimum(np.square(np.maximum((high - low) / steps, 1e-30))[:, None] / 12, centre**2)
@@ -103,7 +100,7 @@ def candidates(
 ) -> dict[str, tuple[float, float]]:
     """Return candidate ranges by name, with ``headroom`` also wider ones; every range contains zero.
 
-    ``clipping`` and ``steps`` are those of `Histogram.error`.
+    ``clipping`` and ``steps`` are those of `Histogram.errors`.
     """
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     ranges: dict[str, tuple[float, float]] = {}

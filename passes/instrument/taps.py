@@ -350,7 +350,7 @@ class Extension:
     def quantized(
         self, real: ir.Value, grid: Activation, name: str, graph: ir.Graph | None = None, given: Mapping[str, ir.Value] | None = None
     ) -> ir.Value:
-        """Quantize and dequantize the value, as float32, on a grid, or on one of its type of `grid_arrays` that are ``given`` as scalars."""
+        """Quantize and dequantize the value, as float32, on the grid; or on one of its type, its scalars of `grid_arrays` ``given``."""
         clips = given is not None or isinstance(grid, ActivationGrid) or grid.clips
         arrays = grid_arrays([grid]) if given is None and clips else {}
         parts = given or {part: self.constant(f"{name}_{part}", array[0]) for part, array in arrays.items()}

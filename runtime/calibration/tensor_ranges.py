@@ -152,6 +152,8 @@ def _range(
 
     errors: dict[str, float] = {}
     for rest, part in trials:
-        for name, ends in ranges(rest).items():
-            errors[name] = errors.get(name, 0.0) + part.error(*ends, clipping, steps)
+        tried = ranges(rest)
+        low, high = np.array(list(tried.values())).T
+        for name, error in zip(tried, part.errors(low, high, clipping, steps), strict=True):
+            errors[name] = errors.get(name, 0.0) + error
     return ranges(full)[min(errors, key=lambda name: errors[name])]

@@ -163,7 +163,7 @@ def test_least_error_clips_what_is_rare() -> None:
     grids = [ActivationGrid.of_range(*ends) for ends in ((low, high), (-40.0, 60.0))]
     chosen, plain = (float(np.square(rounded(x.astype(np.float32), g) - x).sum()) for g in grids)
     assert chosen < 0.85 * plain
-    assert histogram_of(x).error(low, high) == pytest.approx(chosen, rel=0.1)
+    assert histogram_of(x).errors(np.array([low]), np.array([high]))[0] == pytest.approx(chosen, rel=0.1)
 
 
 @pytest.mark.parametrize("clipping", [1.0, 16.0])
@@ -185,7 +185,7 @@ def test_least_error_is_that_of_all_ranges_bin_by_bin(shift: float, clipping: fl
     ends = 20.0 ** (np.arange(-15, 1) / 15)
     low, high = histogram.least_error(clipping)
     assert error(low, high) == pytest.approx(min(error(a * x.min(), b * x.max()) for a in ends for b in ends), rel=1e-12)
-    assert histogram.error(low, high, clipping) == pytest.approx(error(low, high), rel=1e-12)
+    assert histogram.errors(np.array([low]), np.array([high]), clipping)[0] == pytest.approx(error(low, high), rel=1e-12)
 
 
 @pytest.mark.parametrize("sentinel", [-1e9, -1e30, -3.4e38, 1e9])
