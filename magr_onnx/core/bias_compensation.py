@@ -15,18 +15,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from magr_onnx.core.linalg import transposed_product
 from magr_onnx.core.types import Array
 
 
 def correction(target_mean: Array, quantized: Array, mean: Array) -> Array:
-    """Return what to add to the bias, ``(N,)`` float64.
+    """Return what to add to the bias, ``(N,)`` float64, or ``(N, m)`` of m parts of the samples.
 
     Args:
-        target_mean: ``W0^T mu (N,)``, the mean target output, without its bias.
+        target_mean: ``W0^T mu (N,)`` or ``(N, m)``, the mean target output, without its bias.
         quantized: ``W_hat (K, N)``, dequantized.
-        mean: ``mu_q (K,)``, the mean input as the quantized layer reads it.
+        mean: ``mu_q (K,)`` or ``(K, m)``, the mean input as the quantized layer reads it.
     """
-    result: Array = target_mean - quantized.astype(np.float64).T @ mean
+    result: Array = target_mean - transposed_product(quantized, mean)
     return result
 
 

@@ -16,16 +16,19 @@ and ``a`` is chosen for the least error on the rows of folds that are held out i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.linalg import damped, solve
-from magr_onnx.core.types import Array, LayerStats, TargetMoments
+from magr_onnx.core.linalg import damped, solve, transposed_product
+from magr_onnx.core.product import Product
+from magr_onnx.core.types import Array, Columns, LayerStats, TargetMoments, column_parts
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
 SAMPLE = 128  # output channels the damping is chosen on
+FITTED = 64  # output channels that are solved from the rows outside each fold
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +37,7 @@ class TargetWeights:
 
     Attributes:
         weights: ``W* (K, N)`` float32.
-        fits: The same from the rows outside each fold.
+        fits: The same from the rows outside each fold, of the output channels `sample` (N, `FITTED`) alone.
         damping: The ``a`` in use; None for W0 itself.
         before: Relative error of W0 on the held-out rows.
         after: Relative error of W* on the held-out rows, from the rows outside their folds.
@@ -49,8 +52,13 @@ class TargetWeights:
 
 def target_moments(weights: Array, cross: Array, float_gram: Array, float_mean: Array, rows: int) -> TargetMoments:
     """Return moments of ``Y = X W0`` for ``W0 (K, N)`` from ``X_q^T X / n (K, K)``, ``X^T X / n (K, K)`` and ``mean(X) (K,)``."""
+    mean = transposed_product(weights, float_mean)
+    if len(parts := column_parts(*weights.shape)) > 1:
+        columns = (weights[:, c].astype(np.float64) for c in parts)
+        power = np.concatenate([np.einsum("kn,kn->n", w, float_gram @ w) for w in columns])
+        return TargetMoments(Product(cross, weights), mean, power, rows)
     w = weights.astype(np.float64)
-    return TargetMoments(cross @ w, w.T @ float_mean, np.einsum("kn,kn->n", w, float_gram @ w), rows)
+    return TargetMoments(cross @ w, mean, np.einsum("kn,kn->n", w, float_gram @ w), rows)
 
 
 def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> TargetWeights:
@@ -58,9 +66,9 @@ def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centr
 
     ``centred``: whether a bias absorbs the mean error.
     """
-    w = weights.astype(np.float64)
-    channels = sample(w.shape[1], SAMPLE)
-    sample_weights = w[:, channels]
+    n = weights.shape[1]
+    channels, fitted = sample(n, SAMPLE), sample(n, FITTED)
+    sample_weights = weights[:, channels].astype(np.float64)
     folds = range(len(stats.folds))
     fits = [(stats.without(i), target.without(i)) for i in folds]
     held_out = [(stats.folds[i], target.folds[i].columns(channels)) for i in folds]
@@ -73,15 +81,27 @@ def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centr
             squared += moments.rows * squared_error(sample_weights + step, inside, moments, centred)
         return squared / power if power > 0 else 0.0
 
-    errors = {damping: relative(damping) for damping in (None, *DAMPINGS)}
+    errors: dict[float | None, float] = {None: relative(None)}
+    least = math.inf
+    for strength in DAMPINGS:
+        errors[strength] = relative(strength)
+        if errors[strength] > least:  # weaker ones overfit more still
+            break
+        least = errors[strength]
     before, chosen = errors[None], min(errors, key=lambda damping: errors[damping])
     if chosen is None:
-        return TargetWeights(weights, (weights,) * len(fits), None, before, before)
+        return TargetWeights(weights, (weights[:, fitted],) * len(fits), None, before, before)
     damping = chosen * fits[-1][0].rows / max(stats.rows, 1)  # more rows need less damping
-    solution, *fit_solutions = (
-        (w + _step(w, s, t, d, centred)).astype(np.float32) for s, t, d in ((stats, target, damping), *((s, t, chosen) for s, t in fits))
-    )
-    return TargetWeights(solution, tuple(fit_solutions), damping, before, errors[chosen])
+
+    def solved(columns: Columns, s: LayerStats, t: TargetMoments, d: float) -> Array:
+        w = weights[:, columns].astype(np.float64)
+        result: Array = (w + _step(w, s, t.columns(columns), d, centred)).astype(np.float32)
+        return result
+
+    solution = np.empty(weights.shape, np.float32)
+    for part in column_parts(*weights.shape):
+        solution[:, part] = solved(part, stats, target, damping)
+    return TargetWeights(solution, tuple(solved(fitted, s, t, chosen) for s, t in fits), damping, before, errors[chosen])
 
 
 def sample(n: int, most: int) -> npt.NDArray[np.intp]:
@@ -91,15 +111,21 @@ def sample(n: int, most: int) -> npt.NDArray[np.intp]:
 
 def squared_error(quantized: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> float:
     """Return ``||X_q W_hat - Y||^2 / n`` over the rows of ``stats``, without the mean error if ``centred``."""
-    cross, residual = target.cross, float(target.power.sum())
+    gram, residual = stats.objective_gram(centred), float(target.power.sum())
     if centred:
-        cross, residual = cross - np.outer(stats.mean, target.mean), residual - float(np.square(target.mean).sum())
-    residual += float(np.einsum("kn,kn->", quantized, stats.objective_gram(centred) @ quantized - 2 * cross))
+        residual -= float(np.square(target.mean).sum())
+    for c in column_parts(*quantized.shape):
+        w, cross = quantized[:, c].astype(np.float64), target.cross[:, c]
+        if centred:
+            cross = cross - np.outer(stats.mean, target.mean[c])
+        residual += float(np.einsum("kn,kn->", w, gram @ w - 2 * cross))
     return max(residual, 0.0)
 
 
 def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: float, centred: bool) -> Array:
     """Return ``(H_q + a diag(H_q))^-1 (C - H_q W0)``."""
     gram = stats.objective_gram(centred)
-    cross = target.cross - np.outer(stats.mean, target.mean) if centred else target.cross
+    cross = target.cross[:, :]
+    if centred:
+        cross = cross - np.outer(stats.mean, target.mean)
     return solve(damped(stats.regularized(centred), damping), cross - gram @ weights)

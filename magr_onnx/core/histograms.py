@@ -17,7 +17,7 @@ from magr_onnx.core.types import Array, QuantizedWeight
 
 BINS = 64  # at most, of every histogram
 POINTS = 50  # at most, of every curve
-SAMPLE = 1 << 21  # values looked at: more of a weight are subsampled to every so many columns
+SAMPLE = 1 << 17  # values looked at: more of a weight are subsampled to every so many columns
 TINY = float(np.finfo(np.float32).tiny)  # a range below it is none: steps of it would be subnormal
 
 

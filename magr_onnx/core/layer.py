@@ -14,9 +14,19 @@ import numpy as np
 from magr_onnx.core import error_feedback
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.histograms import sketch
-from magr_onnx.core.linalg import layer_error
+from magr_onnx.core.linalg import layer_error, transposed_product
 from magr_onnx.core.low_rank import Factors
-from magr_onnx.core.types import Activation, ActivationGrid, Array, LayerStats, QuantizedWeight, ScaleType, TargetMoments, sum_traces
+from magr_onnx.core.types import (
+    Activation,
+    ActivationGrid,
+    Array,
+    LayerStats,
+    QuantizedWeight,
+    ScaleType,
+    TargetMoments,
+    column_parts,
+    sum_traces,
+)
 
 BiasPolicy = Literal["existing", "any", "none"]
 """Layers that bias correction applies to: those with a bias, all, or none."""
@@ -58,6 +68,14 @@ class LayerProblem:
     taps: int = 1
     depthwise: bool = False
     notes: tuple[str, ...] = ()
+    _memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def output_variance(self) -> float:
+        """Return `output_variance` of the weight, computed once."""
+        if "variance" not in self._memo:
+            self._memo["variance"] = output_variance(self.weight, self.stats, self.target_moments)
+        return self._memo["variance"]
 
     def centred(self, policy: BiasPolicy | None) -> bool:
         """Return whether a bias absorbs the mean error, so that the centred Gram matrix is the objective."""
@@ -95,7 +113,8 @@ class LayerSolution:
         weight: ``(K, N)`` float32 that the layer multiplies by now: reduced, or dequantized, with the product of ``factors``.
         bias: ``(N,)`` now, or None.
         target: ``(K, N)`` that the quantizer minimises the layer error against: the model's weight, or the result of error feedback.
-        fit_targets: For every fold of the statistics, ``target`` from the rows outside it, where it depends on rows; else empty.
+        fit_targets: For every fold of the statistics, ``target`` from the rows outside it, where it depends on rows, of the output
+            channels `magr_onnx.core.error_feedback.TargetWeights.fits`; else empty.
         quantized: The codes and their grid, once chosen.
         factors: A low-rank float branch beside the quantized product, or None.
         changed: Whether ``weight`` or ``bias`` differ from what the graph holds.
@@ -123,15 +142,16 @@ def relative_error(weight: Array, problem: LayerProblem, centred: bool) -> float
     It is that of the rows of the statistics. After quantized layers (``problem.target_moments``) the errors of the layers
     before are in it; else ``problem.input_noise``, of a quantized input.
     """
-    variance = output_variance(problem.weight, problem.stats, problem.target_moments)
+    variance = problem.output_variance
     if problem.target_moments is not None:
-        moments = problem.target_moments
-        return ratio(error_feedback.squared_error(weight.astype(np.float64), problem.stats, moments, centred), variance)
-    difference = weight - problem.weight
-    if problem.stats.is_data_free:  # H = I
-        squared = float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
-    else:
-        squared = layer_error(difference, problem.stats.objective_gram(centred))
+        return ratio(error_feedback.squared_error(weight, problem.stats, problem.target_moments, centred), variance)
+    squared = 0.0
+    for c in column_parts(*weight.shape):
+        difference = weight[:, c] - problem.weight[:, c]
+        if problem.stats.is_data_free:  # H = I
+            squared += float(np.einsum("kn,kn->", difference, difference, dtype=np.float64))
+        else:
+            squared += layer_error(difference, problem.stats.objective_gram(centred))
     return ratio(squared + problem.input_noise * variance, variance)
 
 
@@ -147,7 +167,7 @@ def output_variance(weight: Array, stats: LayerStats, moments: TargetMoments | N
         power = variance = float(np.einsum("kn,kn->", weight, weight, dtype=np.float64))
     else:
         variance = layer_error(weight, stats.objective_gram(True))
-        power = variance + float(np.square(weight.astype(np.float64).T @ stats.mean).sum())
+        power = variance + float(np.square(transposed_product(weight, stats.mean)).sum())
     return variance if variance > NOISE * power else power
 
 

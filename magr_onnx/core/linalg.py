@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core.gram import LARGE_ROWS, Array, Gram, RowGram
+from magr_onnx.core.types import column_parts
 from magr_onnx.errors import NonFiniteError
 
 
@@ -181,6 +182,11 @@ def layer_error(difference: Array, gram: Gram) -> float:
 
 def column_errors(difference: Array, gram: Gram) -> Array:
     """Return ``d^T H d`` for every column ``d`` of ``difference (K, N)``, as ``(N,)`` float64."""
-    product = gram.astype(difference.dtype, copy=False) @ difference
-    result: Array = np.einsum("kn,kn->n", difference, product, dtype=np.float64)
-    return result
+    h = gram.astype(difference.dtype, copy=False)
+    parts = (difference[:, c] for c in column_parts(*difference.shape))
+    return np.concatenate([np.einsum("kn,kn->n", part, h @ part, dtype=np.float64) for part in parts])
+
+
+def transposed_product(weight: Array, x: Array) -> Array:
+    """Return ``W^T X`` of ``weight (K, N)`` and ``x (K, m)`` or ``(K,)`` in float64."""
+    return np.concatenate([weight[:, c].astype(np.float64).T @ x for c in column_parts(*weight.shape)])

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core.gram import LARGE, LARGE_ROWS, LEAST_WIDTH, NOISE, Gram, RowGram
+from magr_onnx.core.product import Product
 from magr_onnx.errors import NonFiniteError, OptionError
 
 Array = npt.NDArray[np.floating[Any]]
@@ -375,20 +376,20 @@ class TargetMoments:
     """Moments of a layer's target output ``Y (n, N)`` (without bias) and its input ``X_q (n, K)`` after quantized layers.
 
     Attributes:
-        cross: ``X_q^T Y / n`` ``(K, N)`` float64.
+        cross: ``X_q^T Y / n`` ``(K, N)`` float64; of wide layers by columns.
         mean: ``mean(Y)`` ``(N,)``.
         power: ``mean(Y^2)`` ``(N,)``.
         rows: Rows ``n``.
         folds: The same over the rows of `LayerStats.folds`.
     """
 
-    cross: Array
+    cross: Array | Product
     mean: Array
     power: Array
     rows: int
     folds: tuple[TargetMoments, ...] = ()
 
-    def columns(self, chosen: npt.NDArray[np.intp]) -> TargetMoments:
+    def columns(self, chosen: Columns) -> TargetMoments:
         """Return the moments of the ``chosen`` output channels."""
         folds = tuple(fold.columns(chosen) for fold in self.folds)
         return TargetMoments(self.cross[:, chosen], self.mean[chosen], self.power[chosen], self.rows, folds)
@@ -401,7 +402,8 @@ class TargetMoments:
         """Combine as `LayerStats.combine` does."""
         n = self.rows + sign * other.rows
         a, b = self.rows / n, sign * other.rows / n
-        return TargetMoments(a * self.cross + b * other.cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
+        cross: Any = a * self.cross + b * other.cross  # type: ignore[operator]  # both are of one kind
+        return TargetMoments(cross, a * self.mean + b * other.mean, a * self.power + b * other.power, n)
 
 
 LARGEST = 1e15

@@ -25,7 +25,7 @@ from magr_onnx.report.validation import Validation, amount
 from magr_onnx.runtime.data.sources import Batches, Source
 from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.measure import validate as validation
-from magr_onnx.runtime.measure.layer_errors import some
+from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.ort.session import Arithmetic
 from magr_onnx.workflow import arithmetic
 from magr_onnx.workflow.context import RunContext
@@ -142,7 +142,8 @@ def _check(prepared: Prepared, solved: Solved, result: Path | ir.Model, context:
         if solved.data is None:
             check = made_up.check(prepared.reference, result, provider, mask)
         else:
-            data, exact = some(prepared.kept_back or solved.data), (Arithmetic.DEFAULT,)
+            data, exact = prepared.kept_back or solved.data, (Arithmetic.DEFAULT,)
+            data = some(data, output_elements(prepared.model, data))
             check = validation.validate(
                 prepared.reference, result, data, provider=provider, arithmetics=exact, mask=mask, details=("layers", "latency")
             )

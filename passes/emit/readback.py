@@ -60,7 +60,7 @@ def readers_of(node: ir.Node) -> Iterator[Reader]:
 
 def digest(weight: Array) -> str:
     """Hash the bits of a dequantized weight."""
-    return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(weight, dtype=np.float32).data).hexdigest()[:16]
 
 
 def _is_constant(value: ir.Value) -> bool:

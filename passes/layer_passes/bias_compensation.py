@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from magr_onnx.core.bias_compensation import correction, shrinkage
-from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution, output_variance
+from magr_onnx.core.layer import BiasPolicy, LayerProblem, LayerSolution
+from magr_onnx.core.linalg import transposed_product
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 from magr_onnx.passes.base import LayerPass
 
@@ -50,16 +51,15 @@ def compensate_groups(problems: Sequence[LayerProblem], solution: LayerSolution)
 def _shrunk(problem: LayerProblem, weight: Array, error: float | None) -> Array:
     """Return the shrunk correction ``(N,)`` for ``weight (K, N)``, with the relative error of its output (`LayerRecord.error`)."""
     stats, moments = problem.stats, problem.target_moments
-    total = _correction(problem, weight, stats, moments)
-    parts = [(part.rows, _correction(problem, weight, part, target)) for part, target in _parts(stats, moments)]
-    squared = (error or 0.0) ** 2 * output_variance(problem.weight, stats, moments)
-    result: Array = shrinkage(total, parts, squared) * total
+    every = [(stats, moments), *_parts(stats, moments)]
+    if moments is None:
+        targets = transposed_product(problem.weight, np.stack([s.target_mean for s, _ in every], axis=1))
+    else:
+        targets = np.stack([target.mean for _, target in every if target is not None], axis=1)
+    total, *corrections = correction(targets, weight, np.stack([s.mean for s, _ in every], axis=1)).T
+    parts = [(s.rows, part) for (s, _), part in zip(every[1:], corrections, strict=True)]
+    result: Array = shrinkage(total, parts, (error or 0.0) ** 2 * problem.output_variance) * total
     return result
-
-
-def _correction(problem: LayerProblem, weight: Array, stats: LayerStats, moments: TargetMoments | None) -> Array:
-    target = problem.weight.astype(np.float64).T @ stats.target_mean if moments is None else moments.mean
-    return correction(target, weight, stats.mean)
 
 
 def _parts(stats: LayerStats, moments: TargetMoments | None) -> list[tuple[LayerStats, TargetMoments | None]]:

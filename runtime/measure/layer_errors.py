@@ -23,11 +23,12 @@ from magr_onnx.passes.instrument.taps import Extension, shape_taps
 from magr_onnx.passes.layers.conv import OPS
 from magr_onnx.report.validation import LayerMetrics
 from magr_onnx.runtime.calibration.context import CalibrationContext
-from magr_onnx.runtime.calibration.mask import kept_rows, masked_values
+from magr_onnx.runtime.calibration.mask import dimensions_of, kept_rows, masked_values
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Model, Session
 
 BATCHES, SAMPLES = 4, 64  # that layers are measured on, spread over the data: so many batches, or so many samples in more batches
+ELEMENTS = 1 << 28  # of all outputs, that more batches may have
 BUDGET = 256_000_000  # bytes
 SLICE_STEPS = 10  # opset from which Slice has steps
 
@@ -100,9 +101,9 @@ def layer_errors(
     names = [name for name in dict.fromkeys(name for name, _ in iterate_weights(models[1])) if name in a and name in b]
     if not names:
         return ()
-    data = some(data)
     with Session(shape_taps(models[0], names), provider) as session:
         shapes = [tuple(map(int, shape)) for shape in session.run(next(iter(data)))]
+    data = some(data, sum(map(math.prod, shapes)))
     outputs = [_Output(name, len(shape), a[name].op_type in OPS) for name, shape in zip(names, shapes, strict=True)]
     step = max(1, math.ceil(4 * sum(map(math.prod, shapes)) / budget))
     if min(model.opset_imports.get("", 1) for model in models) < SLICE_STEPS:
@@ -123,10 +124,20 @@ def layer_errors(
     return tuple(LayerMetrics(name, s.error, scope) for name, s, scope in zip(names, sums, scopes, strict=True) if s.rows)
 
 
-def some(data: Batches) -> Batches:
-    """Select batches to compare models on: a few, or more where they are small."""
-    count = max(BATCHES, math.ceil(SAMPLES * len(data) / data.samples) if data.samples else 0)
-    return data.limit(count)
+def some(data: Batches, elements: int) -> Batches:
+    """Select batches to compare models on: a few, or more where they are small; ``elements`` of outputs are compared in a batch."""
+    count = math.ceil(SAMPLES * len(data) / data.samples) if data.samples else 0
+    return data.limit(max(BATCHES, min(count, ELEMENTS // max(elements, 1))))
+
+
+def output_elements(model: ir.Model, data: Batches) -> int:
+    """Count the elements of a model's outputs in the first batch; dimensions that are declared neither by size nor as an input's are 1."""
+    batch, sizes = next(iter(data)), dict[str | None, int]()
+    for name, dimensions in dimensions_of(model).items():
+        if name in batch:
+            sizes |= {d: size for d, size in zip(dimensions, np.shape(batch[name]), strict=False) if isinstance(d, str)}
+    shapes = [v.shape for v in model.graph.outputs if v.shape is not None]
+    return sum(math.prod(d if isinstance(d, int) else sizes.get(d.value, 1) for d in shape) for shape in shapes)
 
 
 def _expose(model: ir.Model, outputs: Sequence[_Output], step: int) -> ir.Model:

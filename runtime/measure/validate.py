@@ -26,7 +26,7 @@ from magr_onnx.runtime.measure.batch_effect import batch_effect
 from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
-ELEMENTS = 1 << 22  # of an output that are compared at a time, in float64
+ELEMENTS = 1 << 18  # of an output that are compared at a time, in float64: they stay in cache
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency", "batch")
 

@@ -13,7 +13,7 @@ import pytest
 import magr_onnx
 from magr_onnx.report.layer_row import LayerRow, with_measured
 from magr_onnx.runtime.data.sources import open_data
-from magr_onnx.runtime.measure.layer_errors import layer_errors
+from magr_onnx.runtime.measure.layer_errors import ELEMENTS, layer_errors, output_elements, some
 from magr_onnx.runtime.ort.session import Session
 from tests import graphs
 from tests.graphs import Builder, random
@@ -132,3 +132,18 @@ def test_reported_errors_are_those_on_other_samples(options: dict[str, Any], sam
     ratios = np.array([r.error for r in report.layers]) / expected
     assert ratios.min() > 1 / 1.5
     assert ratios.max() < 1.5
+
+
+def test_models_of_large_outputs_are_compared_on_fewer_batches() -> None:
+    b = Builder()
+    y = b.node("MatMul", [b.input("x", ["batch", "time", K]), b.constant("w", random(K, N))])
+    model = b.model(y, ["batch", "time", N])
+    feeds = [{"x": random(2, 16, K, seed=seed)} for seed in range(40)]
+    with Session(model) as session:
+        data = open_data(feeds, session.inputs)
+    assert output_elements(model, data) == 2 * 16 * N
+    assert [len(some(data, elements)) for elements in (0, ELEMENTS // 32, ELEMENTS // 16, ELEMENTS)] == [32, 32, 16, 4]
+    y.shape = ir.Shape(["rows", None, 1 << 21])  # of which one dimension is known
+    assert output_elements(model, data) == 1 << 21
+    y.shape = None
+    assert output_elements(model, data) == 0

@@ -24,7 +24,7 @@ from magr_onnx.core.quantizers import a2q, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 
-SAMPLE = 64  # output channels
+SAMPLE = error_feedback.FITTED  # output channels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +72,7 @@ def folds(problem: Problem) -> list[Fold]:
     rows = sum(fold.rows for fold in stats.folds)
     result = []
     for index, held_out in enumerate(stats.folds):
-        fit_target = problem.fit_targets[index] if problem.fit_targets else problem.target
-        target = np.ascontiguousarray(fit_target[:, columns])
+        target = problem.fit_targets[index] if problem.fit_targets else np.ascontiguousarray(problem.target[:, columns])
         sampled = replace(
             problem,
             weights=target,

@@ -28,7 +28,8 @@ class Problem:
         spec: The integer grid.
         budget: Bound on sums of codes in an accumulator; None for no constraint.
         original: ``(K, N)`` the weight of the model, where ``target`` differs from it (error feedback); else None.
-        fit_targets: For every fold of ``stats``, ``target`` from the rows outside it, where it depends on rows; else empty.
+        fit_targets: For every fold of ``stats``, ``target`` from the rows outside it, where it depends on rows, of the output channels
+            `magr_onnx.core.error_feedback.TargetWeights.fits`; else empty.
         target_moments: Moments of the target output, where layers before it are quantized; else None.
         output_hessian: ``(N, N)`` second moments of gradients at the layer's outputs, for solvers that couple outputs; else None.
     """
