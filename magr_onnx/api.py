@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from magr_onnx.config import schema, selection
-from magr_onnx.config.arguments import Progress
+from magr_onnx.config.arguments import Metric, Progress
 from magr_onnx.core.overflow.accumulator import Accumulator
 from magr_onnx.core.overflow.targets import Target, find_target
 from magr_onnx.errors import OptionError, translate_resource_errors
@@ -32,6 +32,7 @@ from magr_onnx.report.verification import Verification
 from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.measure import metric as metrics
 from magr_onnx.runtime.measure import overflow
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.ort import session
@@ -145,22 +146,24 @@ def validate(
     layers: bool = True,
     latency: bool = True,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
+    metric: Metric | str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = True,
 ) -> Validation:
     """Compare a float and a quantized model on data; see `magr_onnx.runtime.measure.validate`.
 
     The quantized model need not be from this package; a folder stands for the model in it. Decoders with a KV cache are fed as in
     `optimize`, and text is read as there, with ``tokenizer`` or the ``tokenizer.json`` in the folder of one of the models. ``custom_ops``
-    are shared libraries with custom operators of the models. ``progress`` is that of `optimize`.
+    are shared libraries with custom operators of the models. ``metric`` and ``progress`` are those of `optimize`.
 
     Raises:
-        OptionError: A value is invalid, such as a batch size of 0.
+        OptionError: A value is invalid, such as a batch size of 0, or the metric fails.
         MagrError: A model or the data is not usable.
     """
     schema.check(provider=provider, mask=mask, batch_size=batch_size, decode_steps=decode_steps, custom_ops=custom_ops)
     texts = {"tokenizer": tokenizer, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     schema.check(**texts)
     available_provider(provider)
+    measure = None if metric is None else metrics.Metric.of(metric)
     models = (float_model, quantized_model)
     reference, quantized = (files.load(files.model_of(Path(m)) if isinstance(m, str | os.PathLike) else m) for m in models)
     with session.custom_ops(schema.as_list("custom_ops", custom_ops)), reporter(progress) as step:
@@ -175,7 +178,8 @@ def validate(
             runnable=float_source,
             reading=reading_of(texts, folders),
         )
-        return validation.validate(
+        judge = None if measure is None else metrics.Judge.of(measure, float_source, batches, provider)
+        comparison = validation.validate(
             float_source,
             quantized_source,
             batches,
@@ -185,6 +189,7 @@ def validate(
             details=[name for name, enabled in zip(validation.DETAILS, (layers, latency, True), strict=True) if enabled],
             progress=partial(step, "validating"),
         )
+        return comparison if judge is None else replace(comparison, metric=judge.compare(quantized_source))
 
 
 @translate_resource_errors()

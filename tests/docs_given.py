@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 import magr_onnx
 from tests import decoders, graphs
@@ -48,6 +49,12 @@ def inputs(path: Path) -> None:
 def heldout(path: Path) -> None:
     """Data that nothing is fitted to."""
     np.savez(path, **_samples(16, 1))  # type: ignore[arg-type]
+
+
+def labels(path: Path) -> None:
+    """The class that the float model gives to every row of ``heldout.npz``."""
+    session = ort.InferenceSession(put(["model.onnx"], path.parent) / "model.onnx")
+    np.save(path, session.run(None, _samples(16, 1))[0].argmax(-1))
 
 
 def batches(path: Path) -> None:
@@ -114,6 +121,7 @@ GIVEN: dict[str, Callable[[Path], object]] = {
     "model.onnx": model,
     "inputs.npz": inputs,
     "heldout.npz": heldout,
+    "labels.npy": labels,
     "batches": batches,
     "model.int4.onnx": model_int4,
     "model.int8.onnx": model_int8,

@@ -17,6 +17,7 @@ from magr_onnx.errors import OptionError, RecipeError, raise_all
 from magr_onnx.passes import Plan, Stage
 from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data.sources import Source
+from magr_onnx.runtime.measure.metric import Predictions
 
 Size = int | str
 """Bytes, or text such as ``"2 GB"``."""
@@ -26,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in total."""
 OnLayer = Callable[[LayerRow], None]
 """Called with the report's row of a finished layer."""
+Metric = Callable[[Predictions], Any]
+"""Called with a model's predictions on the validation data; returns a number, the higher the better."""
 
 
 class _Omitted:
@@ -49,6 +52,7 @@ class RunArguments(TypedDict, total=False):
     mask: str | None
     batch_size: int
     decode_steps: int
+    metric: Metric | str | os.PathLike[str] | None
     tokenizer: str | os.PathLike[str] | None
     samples: int | None
     sequence_length: int | None
@@ -213,6 +217,6 @@ def _mistyped(arguments: Mapping[str, Any]) -> list[str | None]:
 
     Which choices there are is said by what knows them, together with options that there are none of.
     """
-    objects = ("model", "calibration", "validation", "pipeline")
+    objects = ("model", "calibration", "validation", "metric", "pipeline")
     names = [name for name in arguments if name in ARGUMENTS and ARGUMENTS[name].types and name not in objects]
     return [ARGUMENTS[name].mistyped(arguments[name]) for name in names]

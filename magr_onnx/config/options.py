@@ -140,7 +140,8 @@ class Options(TypedDict, total=False):
         "given with it is the only one tried.", panel=WEIGHTS, metavar="SIZE", whole_run=_BUDGET, displaces=("bits", "max_loss"))]
     max_loss: Annotated[str | None, OptionSpec(
         help="Mixed precision, smallest file of this loss on held-out calibration data. 1% is 0.01 of the mean KL divergence in nats "
-        "(logits) or of 1 - mean cosine (other outputs), not of the size or the perplexity; at most 100%.", panel=WEIGHTS, metavar="LOSS",
+        "(logits) or of 1 - mean cosine (other outputs), not of the size or the perplexity; at most 100%. With a metric, of that: an "
+        "amount, or a percentage of the float model's.", panel=WEIGHTS, metavar="LOSS",
         whole_run=_BUDGET, displaces=("bits", "target_size"))]
     conv_bits: Annotated[int | None, OptionSpec(
         help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float.", default_text="8", choices=conv.BITS,
@@ -182,6 +183,10 @@ RUN = _by_name(
         OptionSpec(
             name="validation", argument="validation_data", kind="path",
             help="Held-out inputs to compare both models on, in the same forms.", types=_TEXT, panel=DATA),
+        OptionSpec(
+            name="metric", kind="path",
+            help="Your own measure, SCRIPT.py or SCRIPT.py:FUNCTION: predictions on the validation inputs in, a number out, the higher "
+            "the better. It is reported for both models, and --max-loss is of it.", types=_OPTIONAL, panel=DATA, metavar="SCRIPT"),
         OptionSpec(
             name="tokenizer", kind="path", help="Text: tokenizer.json, or its folder.", default_text="the one beside the model",
             types=_OPTIONAL, panel=DATA, metavar="FILE"),

@@ -30,6 +30,7 @@ from magr_onnx.config.schema import as_list, none_to_word, unknown, word_to_none
 from magr_onnx.errors import RecipeError, raise_all
 from magr_onnx.model_io.atomic import write_text
 from magr_onnx.report.data import Report, megabytes
+from magr_onnx.runtime.measure.metric import script_of
 
 VERSION = 1
 _ARGUMENTS = {name: option.argument for name, option in RUN.items() if option.argument}
@@ -100,6 +101,8 @@ class Recipe:
     def reads(self) -> list[Path]:
         """The files and folders that the run reads, apart from the model."""
         single = [self.values[name] for name in ("calibration", "validation", "tokenizer") if name in self.values]
+        if self.values.get("metric") is not None:
+            single.append(script_of(self.values["metric"])[0])
         return [Path(path) for path in (*single, *self.values.get("custom_ops", ()))]
 
     def arguments(self) -> dict[str, Any]:

@@ -223,6 +223,8 @@ class Report:
 
     def _verdicts(self, width: int) -> list[str]:
         lines = verdicts(self.layers, [v for v in (self.validation or self.check,) if v is not None])
+        if self.validation is not None and self.validation.metric is not None:
+            lines.append(f"{self.validation.metric} on {self.validation.amount} of {self.validation.data}")
         return ["", *(line for text in lines for line in wrapped(text, 2, width))] if lines else []
 
 
@@ -314,6 +316,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         kl = "" if m.kl is None else f"{m.kl:8.5f}"
         row = f"  {m.output:18.18} {arithmetic:11} {m.sqnr_db:7.2f} {m.cosine:8.5f} {m.max_error:8.3g} {top1:>7} {kl:>8}"
         lines.append(row.rstrip())
+    lines += [] if v.metric is None else [f"  metric {v.metric}"]
     lines += [line for sentence in v.broken() for line in wrapped(f"  {sentence}", 4, width)]
     for m in next(iter(v.arithmetics.values()), ()):
         if m.cross_entropy is not None and m.perplexity is not None:

@@ -43,7 +43,7 @@ class TradeOff:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Predicted and measured loss of one quantization of the model."""
+    """Predicted and measured loss of one quantization of the model, or the user's own measure of it."""
 
     bytes: int
     predicted: float
@@ -64,6 +64,7 @@ class Assignment:
         rows: Choices, in graph order.
         curve: The best predicted trade-offs from the smallest to the least loss.
         uniform: The same choice for all layers.
+        measure: Name of the user's own measure, where that is what was measured of attempts; higher is better.
     """
 
     goal: str
@@ -75,12 +76,14 @@ class Assignment:
     rows: tuple[ChoiceRow, ...]
     curve: tuple[TradeOff, ...]
     uniform: tuple[TradeOff, ...]
+    measure: str = ""
 
     def lines(self) -> list[str]:
         """Render as text within 80 columns."""
         text = [f"mixed precision: {self.goal}"]
         for a in self.attempts:
-            text.append(f"  {a.bytes / self.source_bytes:6.2%}  {self.metric} {a.predicted:.4g} predicted, {a.measured:.4g} measured")
+            measured = f"{self.measure} {a.measured:.6g}" if self.measure else f"{a.measured:.4g} measured"
+            text.append(f"  {a.bytes / self.source_bytes:6.2%}  {self.metric} {a.predicted:.4g} predicted, {measured}")
         text.append(f"  measured on {self.measured_on}")
         if not self.met:
             text.append("  THE GOAL IS MISSED: the best of these attempts still loses more than was asked for")

@@ -111,8 +111,30 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricResult:
+    """The user's own measure of both models, the higher the better.
+
+    Attributes:
+        name: Name of the function.
+        float_value: Of the float model.
+        quantized_value: Of the quantized model.
+    """
+
+    name: str
+    float_value: float
+    quantized_value: float
+
+    def __str__(self) -> str:
+        change = self.quantized_value - self.float_value
+        return f"{self.name} {self.float_value:.6g} -> {self.quantized_value:.6g} ({change:+.4g})"
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
-    """Result of `validate`; ``in_sample`` says that the data is what the quantized model was made from."""
+    """Result of `validate`.
+
+    ``in_sample`` says that the data is what the quantized model was made from; ``metric`` is the user's own measure, if there is one.
+    """
 
     data: str
     batches: int
@@ -125,6 +147,7 @@ class Validation:
     notes: tuple[str, ...] = ()
     samples: int | None = None
     in_sample: bool = False
+    metric: MetricResult | None = None
 
     @property
     def amount(self) -> str:

@@ -23,6 +23,7 @@ import onnx_ir as ir
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.core import knapsack
+from magr_onnx.core.bisection import Bisection
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
@@ -33,10 +34,12 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
+from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
+from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import size_model
 
@@ -45,6 +48,7 @@ BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
 REFERENCES = (2, 4)
 ATTEMPTS = 3
 STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
+MIXES = 32  # that are considered, at most, where each is made and measured
 MEASURED = 8  # batches the result is measured on, at most
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|bits?)\s*")
 _LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s*")
@@ -52,16 +56,32 @@ _LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was asked for: a size in some unit (``%`` of the source, ``bit`` for that of a uniform model, bytes), or a loss."""
+    """What was asked for.
+
+    Attributes:
+        text: In words.
+        size: A size, if that was asked for.
+        unit: Of the size: ``%`` of the source, ``bit`` for that of a uniform model, or bytes.
+        loss: A loss, if that was asked for.
+        of_metric: Whether the loss is of the user's own measure.
+        relative: Whether it is a fraction of the float model's.
+    """
 
     text: str
     size: float | None = None
     unit: str = ""
     loss: float | None = None
+    of_metric: bool = False
+    relative: bool = False
+
+    def least(self, float_value: float) -> float:
+        """Return the least value of the user's own measure that keeps to the loss."""
+        assert self.loss is not None
+        return float_value - self.loss * (abs(float_value) if self.relative else 1)
 
 
-def goal_of(options: Options) -> Goal | None:
-    """The budget among the options, if there is one.
+def goal_of(options: Options, has_metric: bool = False) -> Goal | None:
+    """The budget among the options, if there is one; ``has_metric``: a loss is of the user's own measure.
 
     Raises:
         OptionError: Both budgets, one that cannot be read, or bits that the budget is to choose.
@@ -84,17 +104,28 @@ def goal_of(options: Options) -> Goal | None:
         else:
             goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
     elif loss is not None:
-        match = _LOSS.fullmatch(loss)
-        most = float(match["number"]) / (100 if match["percent"] else 1) if match else 0.0
-        if not 0 < most <= 1:
+        goal = _loss_goal(loss, has_metric)
+        if goal is None and has_metric:
+            problems.append(f"max_loss={loss!r}: give a loss of the metric, as '1%' of the float model's or '0.01'; 0 for none")
+        elif goal is None:
             problems.append(
                 f"max_loss={loss!r}: give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats (logits), or "
                 "of 1 - mean cosine (other outputs)"
             )
-        else:
-            goal = Goal(f"loss at most {loss}", loss=most)
     raise_all(OptionError, problems)
     return goal
+
+
+def _loss_goal(text: str, of_metric: bool) -> Goal | None:
+    """The goal of ``max_loss``; None where it cannot be read, or is out of range."""
+    match = _LOSS.fullmatch(text)
+    if match is None:
+        return None
+    percent = bool(match["percent"])
+    most = float(match["number"]) / (100 if percent else 1)
+    if of_metric:
+        return Goal(f"loss of the metric at most {text}", loss=most, of_metric=True, relative=percent)
+    return Goal(f"loss at most {text}", loss=most) if 0 < most <= 1 else None
 
 
 def check_layers(goal: Goal | None, layers: Sequence[LinearLayer]) -> None:
@@ -220,7 +251,11 @@ class Allocation:
             knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.plans), 0.0]))
             for names, costs in zip(self.items, self._costs, strict=True)
         ]
-        self._point = self._within_size() if self.goal.loss is None else self._within_loss(self.goal.loss)
+        self._point = self._first()
+
+    def _first(self) -> knapsack.Point:
+        """Return the choices to begin with."""
+        return self._within_size() if self.goal.loss is None else self._within_loss(self.goal.loss)
 
     def assigned(self) -> dict[str, Plan]:
         """The plan of every layer that is converted, by its name."""
@@ -247,13 +282,18 @@ class Allocation:
     def accepts(self, measured: float) -> bool:
         """Take note of a result's loss. Where it is more than it may be, plan again, for less by the ratio it was missed by."""
         self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
-        if self.goal.loss is None or measured <= self.goal.loss or len(self.attempts) == ATTEMPTS:
+        if self._meets(measured) or len(self.attempts) == ATTEMPTS:
             return True
+        assert self.goal.loss is not None
         self._point = self._within_loss(self._point.loss * self.goal.loss / measured)
         return False
 
-    def report(self, metric: str, measured_on: str) -> Assignment:
-        """What was decided."""
+    def _meets(self, measured: float) -> bool:
+        """Return whether a result keeps to the budget."""
+        return self.goal.loss is None or measured <= self.goal.loss
+
+    def report(self, metric: str, measured_on: str, measure: str = "") -> Assignment:
+        """What was decided; ``measure`` is the name of what was measured, where that is not ``metric``."""
         rows = [
             ChoiceRow(tuple(names), self.choices[j].bits, self.choices[j].block_size, int(item.costs[j]), float(item.losses[j]))
             for names, item, j in zip(self.items, self._items, self._point.choices, strict=True)
@@ -267,10 +307,11 @@ class Allocation:
             measured_on,
             self.source.bytes,
             tuple(self.attempts),
-            self.goal.loss is None or self.attempts[-1].measured <= self.goal.loss,
+            self._meets(self.attempts[-1].measured),
             tuple(rows),
             tuple(TradeOff(round(p.cost + shift), p.loss) for p in knapsack.curve(self._items)),
             tuple(uniform),
+            measure,
         )
 
     def _assigned(self, choices: Sequence[int]) -> dict[str, Plan]:
@@ -326,7 +367,8 @@ class Search(Allocation):
             CalibrationError: A loss is asked for, and there is no batch to measure it on that had no part in the quantization.
         """
         data, provider = calibration.data, calibration.provider
-        if goal.loss is not None and len(data) < 2:
+        holds_out = goal.loss is not None and not goal.of_metric
+        if holds_out and len(data) < 2:
             raise CalibrationError(
                 f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
                 "give more samples, or a smaller batch size"
@@ -336,16 +378,73 @@ class Search(Allocation):
         model, references = source.tapped or source.model, references_of(choices)
         losses, effects = sensitivity.measure(model, source.layers, choices, references, split, calibration, gram_budget, progress)
         self.solve(lambda name, choice: losses[name].loss(choice))
-        self.calibration = calibration if goal.loss is None else replace(calibration, data=split.rest)
-        part = "held out of all else" if goal.loss is not None else "held out of the sensitivities"
+        self.calibration = replace(calibration, data=split.rest) if holds_out else calibration
+        part = "held out of all else" if holds_out else "held out of the sensitivities"
         self.metric, self.measured_on = effects.metric, f"{min(len(split.held_out), MEASURED)} calibration batches {part}"
         with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, split.held_out.limit(MEASURED), calibration.mask)
 
-    def loss_of(self, work: ir.Model) -> float:
-        """Measure a quantized model."""
+    def measure(self, work: ir.Model) -> float:
+        """Return the loss of a quantized model."""
         with Session(work, self.calibration.provider) as session:
             return self._reference.loss(session.run)
+
+    def outcome(self) -> Assignment:
+        """Return what was decided, for the report."""
+        return self.report(self.metric, self.measured_on)
+
+
+class MetricSearch(Search):
+    """A search for the smallest model that keeps to a loss of the user's own measure.
+
+    The mixes of least predicted loss at their sizes are tried, from both ends to the middle: a smaller one is assumed to be worse.
+    """
+
+    def __init__(
+        self,
+        goal: Goal,
+        options: Options,
+        source: Source,
+        calibration: CalibrationContext,
+        gram_budget: int,
+        progress: Steps,
+        judge: Judge,
+    ) -> None:
+        """Measure the sensitivities, and plan; see `Search`.
+
+        Raises:
+            OptionError: No choice is possible.
+        """
+        self._judge = judge
+        super().__init__(goal, options, source, calibration, gram_budget, progress)
+        data = f"{amount(judge.data.samples, len(judge.data))} of {judge.data.description}"
+        least = goal.least(judge.float_value)
+        self.measured_on = f"{data}; {judge.metric.name} of the float model is {judge.float_value:.6g}, and {least:.6g} will do"
+
+    def _first(self) -> knapsack.Point:
+        curve = knapsack.curve(self._items)
+        self._mixes: list[knapsack.Point] = [curve[i] for i in sorted({round(i) for i in np.linspace(0, len(curve) - 1, MIXES)})]
+        self._bisection = Bisection(len(self._mixes))
+        return self._mixes[self._bisection.next]
+
+    def measure(self, work: ir.Model) -> float:
+        """Return the user's measure of a quantized model."""
+        return self._judge.value(work)
+
+    def accepts(self, measured: float) -> bool:
+        """Take note of a result's measure; unless it is known to be the smallest that keeps to the loss, choose the next to try."""
+        self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
+        tried = self._bisection.next
+        self._bisection.take(self._meets(measured))
+        self._point = self._mixes[self._bisection.next]
+        return self._bisection.finished and self._bisection.next == tried
+
+    def _meets(self, measured: float) -> bool:
+        return measured >= self.goal.least(self._judge.float_value)  # not for NaN
+
+    def outcome(self) -> Assignment:
+        """Return what was decided, for the report."""
+        return self.report(self.metric, self.measured_on, self._judge.metric.name)
 
 
 def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:

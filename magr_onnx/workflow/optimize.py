@@ -126,6 +126,8 @@ def write(solved: Solved, prepared: Prepared, request: OptimizeRequest, context:
     comparison = validation.validate(
         prepared.reference, result, prepared.validation, provider=context.provider, mask=context.mask, progress=steps
     )
+    if prepared.judge is not None:
+        comparison = replace(comparison, metric=prepared.judge.compare(result))
     context.lap("validate")
     return Written(size, proof, comparison)
 
@@ -186,7 +188,7 @@ def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written
         notes=tuple(notes),
         validation=comparison,
         proof=written.proof,
-        assignment=None if (search := solved.search) is None else search.report(search.metric, search.measured_on),
+        assignment=None if solved.search is None else solved.search.outcome(),
         command=invocation.command,
         options=dict(invocation.options or {}),
         recipe=invocation.recipe,

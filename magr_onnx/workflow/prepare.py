@@ -30,6 +30,7 @@ from magr_onnx.runtime.calibration.mask import resolve_mask
 from magr_onnx.runtime.data import decoders
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, keep_back
+from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort import opset_check, session, worker
 from magr_onnx.workflow import mixed_precision, non_linear, recurrent
 from magr_onnx.workflow.calibrate import held_out_for
@@ -57,6 +58,7 @@ class Prepared:
         data: What to calibrate on; None for data-free.
         kept_back: Calibration data that is left out of ``data``, to compare the models on; None where it is too little.
         validation: What to compare the models on, if they are to be compared.
+        judge: The user's own measure of models, if there is one.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Prepared:
     data: Batches | None = None
     kept_back: Batches | None = None
     validation: Batches | None = None
+    judge: Judge | None = None
 
     def no_layer(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
@@ -116,6 +119,10 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         spool.spill(prepared.model)
     check_weights([*prepared.layers, *prepared.others])
     stopwatch.lap("load")
+    judge = None
+    if request.metric is not None and validation is not None:
+        judge = Judge.of(request.metric, prepared.reference, validation, request.provider)
+        stopwatch.lap("metric")
     _check_ranges(prepared, memory.large)
     store = None
     if request.resume is not None:
@@ -139,7 +146,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         stopwatch=stopwatch,
     )
     data, kept_back = (data, None) if data is None or memory.large else keep_back(data)
-    return replace(prepared, data=data, kept_back=kept_back, validation=validation, notes=notes), context
+    return replace(prepared, data=data, kept_back=kept_back, validation=validation, judge=judge, notes=notes), context
 
 
 def _load(request: OptimizeRequest) -> Loaded:

@@ -19,6 +19,7 @@ from magr_onnx.passes import Plan
 from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.data.text import Reading
+from magr_onnx.runtime.measure.metric import Metric
 from magr_onnx.runtime.ort.session import provider_problems
 from magr_onnx.workflow import mixed_precision
 from magr_onnx.workflow.mixed_precision import Goal
@@ -33,6 +34,7 @@ class OptimizeRequest:
     Attributes:
         invocation: How it was asked for, for the report.
         validation: The ``validation_data``.
+        metric: The user's own measure, on it.
         reading: How text is read, but for the model's folders.
         plan: What is done to the model.
         options: What the plan was made of; None where a pipeline was given.
@@ -47,6 +49,7 @@ class OptimizeRequest:
     model: Any
     calibration: Source | None
     validation: Source | None
+    metric: Metric | None
     output: Path | None
     plan: Plan
     options: Options | None
@@ -104,7 +107,7 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "resume")}
     unchanged = {field.name: values[field.name] for field in fields(OptimizeRequest) if field.name in values}
     return OptimizeRequest(
-        **{**unchanged, **sizes, **paths},
+        **{**unchanged, **sizes, **paths, "metric": _metric(values)},
         invocation=invocation,
         validation=values["validation_data"],
         reading=reading_of(values),
@@ -116,6 +119,20 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
         notes=(*notes, *preset_notes),
         result_options={**options, **_result_options(values)},
     )
+
+
+def _metric(values: Mapping[str, Any]) -> Metric | None:
+    """The user's own measure; None where there is none.
+
+    Raises:
+        OptionError: It cannot be called, or there is nothing to call it on.
+    """
+    if values["metric"] is None:
+        return None
+    metric = Metric.of(values["metric"])
+    if values["validation_data"] is None:
+        raise OptionError(f"metric {metric.where} is of predictions on held-out inputs; give these (--validation, validation_data)")
+    return metric
 
 
 def reading_of(values: Mapping[str, Any], folders: Sequence[Path] = ()) -> Reading:
@@ -153,7 +170,7 @@ def _made(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
         plan = Plan.read(values["pipeline_text"])
         plan.check(values["provider"])
         return plan, None, None
-    budget = mixed_precision.goal_of(options)
+    budget = mixed_precision.goal_of(options, values["metric"] is not None)
     if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
         options = {**options, "effort": "fast"}
     return plan_of(options, tuple(DEFAULTS), values["provider"]), options, budget

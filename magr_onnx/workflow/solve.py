@@ -172,7 +172,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             context.lap("differentiate")
         while True:
             done = _solve_layers(setup, search, hessian, context)
-            if search is None or search.accepts(search.loss_of(done.model)):
+            if search is None or search.accepts(search.measure(done.model)):
                 break
             del done  # one quantized model at a time
     rows = _rows(done, setup, begun.rows, model)
@@ -269,7 +269,11 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         setup.calibration.grids,
     )
     steps = context.stage("sensitivities")
-    search = mixed_precision.Search(request.budget, request.options or {}, source, setup.calibration, request.gram_budget, steps)
+    settings = (request.budget, request.options or {}, source, setup.calibration, request.gram_budget, steps)
+    if request.budget.of_metric and prepared.judge is not None:
+        search: mixed_precision.Search = mixed_precision.MetricSearch(*settings, prepared.judge)
+    else:
+        search = mixed_precision.Search(*settings)
     context.lap("sensitivities")
     return search
 

@@ -59,6 +59,7 @@ class Batches:
         weights: Factors of the sums over each batch, where samples are repeated to fill it; empty if all are 1.
         shapes: Shapes of every batch, once `check_batches` has read them; else empty.
         sizes: Numbers of samples of every batch, where each has samples of its own; else empty.
+        starts: Position in the source of the first sample of every batch; empty where batches are in the order of the source.
     """
 
     count: int
@@ -70,6 +71,7 @@ class Batches:
     weights: tuple[float, ...] = ()
     shapes: tuple[Shapes, ...] = ()
     sizes: tuple[float, ...] = ()
+    starts: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read()
@@ -104,6 +106,7 @@ class Batches:
             weights=tuple(self.weights[i] for i in positions) if self.weights else (),
             shapes=tuple(self.shapes[i] for i in positions) if self.shapes else (),
             sizes=sizes,
+            starts=tuple(self.starts[i] for i in positions) if self.starts else (),
         )
 
 
@@ -188,8 +191,13 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     shapes: list[Shapes] = []
     sizes: list[float] = []
     offenders: dict[str, list[int]] = {}  # positions of the batches with a problem
+    starts: list[int] = []
+    begun = 0  # samples before the batch of the source
     for i, group, batch in _filled(batches, inputs):
+        if parts and i != parts[-1][0]:
+            begun = round(sum(sizes))
         parts.append((i, group))
+        starts.append((batches.starts[i] if batches.starts else begun) + group.start)
         shapes.append(shapes_of(batch))
         sizes.append(batches.weight(i) * group.count)
         for problem in check_batch(batch, inputs):
@@ -198,7 +206,7 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
-    checked = replace(batches, shapes=tuple(shapes))
+    checked = replace(batches, shapes=tuple(shapes), starts=tuple(starts))
     if batches.samples is None or batches.sizes:
         checked = replace(checked, samples=round(sum(sizes)), sizes=tuple(sizes))
     groups = [group for _, group in parts]
@@ -340,7 +348,8 @@ def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch
     samples, size = next(iter(counts.values())), fixed_batch.fixed_size([i for i in inputs if i.name in axes])
     groups = fixed_batch.groups(samples, size or batch_size, size is not None, HELD_OUT if size else 2 * HELD_OUT)
     batches = in_memory([group.part(arrays, axes) for group in groups], description, groups)
-    return replace(batches, label=lambda i: f"{description}, samples from {groups[i].start}")
+    label, starts = (lambda i: f"{description}, samples from {groups[i].start}"), tuple(group.start for group in groups)
+    return replace(batches, label=label, starts=starts)
 
 
 def _is_test_data(path: Path) -> bool:

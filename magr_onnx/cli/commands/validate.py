@@ -23,6 +23,8 @@ onnx-magr validate model.onnx model.int4.onnx --data heldout.npz
 
 onnx-magr validate model.onnx model.int4.onnx --data heldout/ --min-cosine 0.98
 
+onnx-magr validate model.onnx model.int4.onnx --data heldout.npz --metric accuracy.py
+
 onnx-magr validate model.onnx model.int4.onnx --text wikitext.txt --tokenizer tokenizer.json --samples 64 --sequence-length 512"""
 
 
@@ -43,6 +45,9 @@ def validate(
     seed: Annotated[int, option("seed")] = 0,
     provider: Annotated[str, option("provider")] = "cpu",
     custom_ops: Annotated[list[Path] | None, option("custom_ops")] = None,
+    metric: Annotated[
+        Path | None, typer.Option("--metric", metavar="SCRIPT", help="Your own measure, SCRIPT.py or SCRIPT.py:FUNCTION.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -52,7 +57,7 @@ def validate(
     if source is None or (data and text):
         raise OptionError("give --data or --text, and not both")
     settings: dict[str, Any] = {"provider": provider, "mask": mask, "batch_size": batch_size, "decode_steps": decode_steps}
-    settings |= {"tokenizer": tokenizer, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    settings |= {"tokenizer": tokenizer, "samples": samples, "sequence_length": sequence_length, "seed": seed, "metric": metric}
     if text is not None:
         settings |= {"arithmetics": [Arithmetic.DEFAULT], "layers": False, "decode_steps": 0}
     with console.watch(quiet) as (progress, _):

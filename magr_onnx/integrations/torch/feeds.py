@@ -57,6 +57,7 @@ def feeds(
     """
     schema.check(samples=samples, batch_size=batch_size)
     parts: list[tuple[Batch, Group]] = []
+    starts: list[int] = []
     notes: dict[str, None] = {}
     count, name = 0, f"the given {type(batches).__name__}"
     fewest = 1  # parts of a batch: batches of a loader are held out as they are
@@ -70,14 +71,16 @@ def feeds(
         if dropped:
             notes[f"not used of each batch, since the model has no such input: {dropped}"] = None
         _check_batch_axis(arrays, inputs, f"batch {index}")
+        split = list(_split(arrays, inputs, batch_size, fewest))
+        starts += [count + group.start for _, group in split]
+        parts += split
         count += max((len(a) for a in arrays.values() if a.ndim), default=1)
-        parts += _split(arrays, inputs, batch_size, fewest)
         if samples is not None and count >= samples:
             if _may_have_more(batches, index + 1):
                 notes[f"calibration stopped after {count} samples (samples={samples})"] = None
             break
     result = in_memory([batch for batch, _ in parts], name, [group for _, group in parts])
-    return replace(result, notes=(*notes, *result.notes))
+    return replace(result, notes=(*notes, *result.notes), starts=tuple(starts))
 
 
 def _may_have_more(batches: Any, count: int) -> bool:

@@ -127,6 +127,8 @@ def cards(report: Report) -> list[Card]:
 
 def _accuracy(report: Report) -> list[Card]:
     metrics = main_metrics(report)
+    if report.validation is not None and (own := report.validation.metric) is not None:
+        return [Card(own.name, number(own.quantized_value, ".6g"), f"float {own.float_value:.6g}, on {report.validation.data}")]
     if metrics is None:
         option = _as_written(report, "--validation heldout.npz", "validation_data=...")
         reason = "no output is of floats" if report.validation is not None else f"give held-out inputs: {option}"
