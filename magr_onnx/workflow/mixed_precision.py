@@ -23,7 +23,6 @@ import onnx_ir as ir
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.core import knapsack
-from magr_onnx.core.bisection import Bisection
 from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
@@ -34,12 +33,10 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
-from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
-from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import size_model
 
@@ -48,7 +45,6 @@ BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
 REFERENCES = (2, 4)
 ATTEMPTS = 3
 STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
-MIXES = 32  # that are considered, at most, where each is made and measured
 MEASURED = 8  # batches the result is measured on, at most
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|bits?)\s*")
 _LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s*")
@@ -392,59 +388,6 @@ class Search(Allocation):
     def outcome(self) -> Assignment:
         """Return what was decided, for the report."""
         return self.report(self.metric, self.measured_on)
-
-
-class MetricSearch(Search):
-    """A search for the smallest model that keeps to a loss of the user's own measure.
-
-    The mixes of least predicted loss at their sizes are tried, from both ends to the middle: a smaller one is assumed to be worse.
-    """
-
-    def __init__(
-        self,
-        goal: Goal,
-        options: Options,
-        source: Source,
-        calibration: CalibrationContext,
-        gram_budget: int,
-        progress: Steps,
-        judge: Judge,
-    ) -> None:
-        """Measure the sensitivities, and plan; see `Search`.
-
-        Raises:
-            OptionError: No choice is possible.
-        """
-        self._judge = judge
-        super().__init__(goal, options, source, calibration, gram_budget, progress)
-        data = f"{amount(judge.data.samples, len(judge.data))} of {judge.data.description}"
-        least = goal.least(judge.float_value)
-        self.measured_on = f"{data}; {judge.metric.name} of the float model is {judge.float_value:.6g}, and {least:.6g} will do"
-
-    def _first(self) -> knapsack.Point:
-        curve = knapsack.curve(self._items)
-        self._mixes: list[knapsack.Point] = [curve[i] for i in sorted({round(i) for i in np.linspace(0, len(curve) - 1, MIXES)})]
-        self._bisection = Bisection(len(self._mixes))
-        return self._mixes[self._bisection.next]
-
-    def measure(self, work: ir.Model) -> float:
-        """Return the user's measure of a quantized model."""
-        return self._judge.value(work)
-
-    def accepts(self, measured: float) -> bool:
-        """Take note of a result's measure; unless it is known to be the smallest that keeps to the loss, choose the next to try."""
-        self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
-        tried = self._bisection.next
-        self._bisection.take(self._meets(measured))
-        self._point = self._mixes[self._bisection.next]
-        return self._bisection.finished and self._bisection.next == tried
-
-    def _meets(self, measured: float) -> bool:
-        return measured >= self.goal.least(self._judge.float_value)  # not for NaN
-
-    def outcome(self) -> Assignment:
-        """Return what was decided, for the report."""
-        return self.report(self.metric, self.measured_on, self._judge.metric.name)
 
 
 def _shared(layers: Sequence[LinearLayer]) -> list[list[str]]:

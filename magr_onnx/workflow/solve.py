@@ -35,6 +35,7 @@ from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.metric_search import MetricSearch
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 
@@ -271,7 +272,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
     steps = context.stage("sensitivities")
     settings = (request.budget, request.options or {}, source, setup.calibration, request.gram_budget, steps)
     if request.budget.of_metric and prepared.judge is not None:
-        search: mixed_precision.Search = mixed_precision.MetricSearch(*settings, prepared.judge)
+        search: mixed_precision.Search = MetricSearch(*settings, prepared.judge)
     else:
         search = mixed_precision.Search(*settings)
     context.lap("sensitivities")
