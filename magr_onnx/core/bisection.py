@@ -11,19 +11,19 @@ class Bisection:
         finished: Whether `next` has been judged, or all before it.
     """
 
-    def __init__(self, count: int) -> None:
-        """Begin with the one in the middle.
+    def __init__(self, count: int, first: int | None = None) -> None:
+        """Begin with ``first``, or the one in the middle.
 
         Raises:
             ValueError: There is no candidate.
         """
         if count < 1:
             raise ValueError("a bisection needs a candidate")
-        self._low, self._high = 0, count - 1
+        self._low, self._high, self._first = 0, count - 1, first
 
     @property
     def next(self) -> int:
-        return (self._low + self._high) // 2
+        return (self._low + self._high) // 2 if self._first is None or self.finished else self._first
 
     @property
     def finished(self) -> bool:
@@ -33,3 +33,4 @@ class Bisection:
         """Take note of whether `next` is good."""
         if not self.finished:
             self._low, self._high = (self._low, self.next) if is_good else (self.next + 1, self._high)
+            self._first = None

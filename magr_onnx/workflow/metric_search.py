@@ -1,4 +1,4 @@
-"""Mixed precision whose loss is that of the user's own measure, which has to be measured on models made: they are few, found by bisection."""
+"""Mixed precision within a loss of the user's own measure: the mixes of least predicted loss are made and measured, by bisection."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from magr_onnx.passes.plan import Plan
 from magr_onnx.report.mixed_precision import Assignment, Attempt, ChoiceRow, TradeOff, choice_label
 from magr_onnx.report.reasons import Reason, Skip
 from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
-from magr_onnx.runtime.data.sources import Steps
+from magr_onnx.runtime.data.sources import Batches, Steps
 from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
@@ -110,6 +110,20 @@ def goal_of(options: Options, has_metric: bool = False) -> Goal | None:
             )
     raise_all(OptionError, problems)
     return goal
+
+
+def split_of(goal: Goal, data: Batches) -> sensitivity.Split:
+    """Split the data, of which some is held out where the loss of a budget is measured on it.
+
+    Raises:
+        CalibrationError: There is no batch that could have no part in the quantization.
+    """
+    if goal.loss is not None and not goal.of_metric and len(data) < 2:
+        raise CalibrationError(
+            f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
+            "give more samples, or a smaller batch size"
+        )
+    return sensitivity.Split.of(data)
 
 
 def _loss_goal(text: str, of_metric: bool) -> Goal | None:
@@ -364,12 +378,7 @@ class Search(Allocation):
         """
         data, provider = calibration.data, calibration.provider
         holds_out = goal.loss is not None and not goal.of_metric
-        if holds_out and len(data) < 2:
-            raise CalibrationError(
-                f"{goal.text} needs at least two batches of calibration data, one of them held out; got {len(data)} ({data.description}): "
-                "give more samples, or a smaller batch size"
-            )
-        choices, split = choices_of(options, provider), sensitivity.Split.of(data)
+        split, choices = split_of(goal, data), choices_of(options, provider)
         super().__init__(goal, source, choices)
         model, references = source.tapped or source.model, references_of(choices)
         losses, effects = sensitivity.measure(model, source.layers, choices, references, split, calibration, gram_budget, progress)

@@ -52,7 +52,7 @@ def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> P
 
 def data_to_fit(data: Batches | None, goal: mixed_precision.Goal | None) -> Batches | None:
     """Select the batches that a budget of loss will not be measured on."""
-    return data if data is None or goal is None or goal.loss is None else Split.of(data).rest
+    return data if data is None or goal is None or goal.loss is None or goal.of_metric else Split.of(data).rest
 
 
 def convert(

@@ -27,13 +27,12 @@ from magr_onnx.runtime.measure import made_up
 from magr_onnx.runtime.measure import validate as validation
 from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.ort.session import Arithmetic
-from magr_onnx.workflow import arithmetic
+from magr_onnx.workflow import arithmetic, wide_search
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared, prepare
 from magr_onnx.workflow.request import OptimizeRequest, resolve
 from magr_onnx.workflow.solve import Solved
 from magr_onnx.workflow.verify_output import prove, stamp, verify_codes, verify_file
-from magr_onnx.workflow.without_data import solve_or_round
 
 
 class Optimized(NamedTuple):
@@ -75,7 +74,7 @@ def run(request: OptimizeRequest) -> Optimized:
     """Carry out a resolved request; see `optimize`."""
     with contextlib.ExitStack() as stack:
         prepared, context = prepare(request, stack)
-        solved = arithmetic.choose(solve_or_round(prepared, request, context), prepared, context)
+        solved = arithmetic.choose(wide_search.solve_within_loss(prepared, request, context), prepared, context)
         written = write(solved, prepared, request, context)
         return Optimized(solved.model, report(request, prepared, solved, written, context))
 

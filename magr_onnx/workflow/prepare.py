@@ -32,7 +32,7 @@ from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, keep_back
 from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort import opset_check, session, worker
-from magr_onnx.workflow import mixed_precision, non_linear, recurrent
+from magr_onnx.workflow import mixed_precision, non_linear, recurrent, wide_inputs
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
@@ -189,7 +189,8 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
         raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
-    mixed_precision.check_layers(request.budget, layers)
+    if plan.rules is None or not wide_inputs.is_spent_on_activations(request.budget, plan, request.provider):
+        mixed_precision.check_layers(request.budget, layers)
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared
 

@@ -181,10 +181,12 @@ def described(what: str, losses: Mapping[str, float], wide: Collection[str], wor
         wide: Names of those of 16 bits.
         work: The share of the work that is done in 16 bits.
     """
+    if losses and not wide:
+        return f"none of {len(losses)} {what} have 16 bits: the readers of any have more than that share of the work; give a larger one"
     avoided = sum(losses[name] for name in wide) / max(sum(losses.values()), 1e-300)
     return (
         f"{len(wide)} of {len(losses)} {what} have 16 bits, in {work:.1%} of the work; they had caused {avoided:.0%} of the error of "
-        f"rounding to 8{': ' if wide else ''}{listed(sorted(wide, key=lambda name: -losses[name]))}"
+        f"rounding to 8: {listed(sorted(wide, key=lambda name: -losses[name]))}"
     )
 
 

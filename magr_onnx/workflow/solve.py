@@ -235,10 +235,13 @@ def _set_up(
             f"the float model was run as a whole, in more memory than max_memory: {listed(names)} between layers is no tensor to be kept"
         )
     calibration = calibration_of(data, context)
+    widens = plan.activations is not None and plan.activations.wide > 0 and plan.rules is None
+    if widens and not layers:
+        notes.append(wide_inputs.NOTHING)
     if plan.activations is not None and calibration is not None and layers:
         reached, steps = tapped.reached(layers), context.stage("ranges")
         grids = activation_ranges.choose_grids(tapped.model, reached, calibration, plan, rounded, steps)
-        if plan.activations.wide and plan.rules is None:
+        if widens:
             steps = context.stage("sensitivities")
             grids, remarks = wide_inputs.widen(tapped.model, reached, grids, plan, rounded, calibration, steps)
             notes += remarks

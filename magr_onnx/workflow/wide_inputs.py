@@ -22,7 +22,26 @@ from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.calibration.moments import readers_of
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.rounding import output_errors, trial_data
+from magr_onnx.workflow.mixed_precision import Goal
 from magr_onnx.workflow.rounded_activations import described
+
+NOTHING = (
+    "no activations have 16 bits: in format qdq-int8 these are for inputs of linear layers, and there are none but those that convolutions "
+    "read or make, too; format qdq-full can have them anywhere"
+)
+
+
+def with_share(plan: Plan, share: float) -> Plan:
+    """Return a plan with a share of the work that may be done in 16 bits."""
+    assert plan.activations is not None
+    return replace(plan, activations=replace(plan.activations, wide=share))
+
+
+def is_spent_on_activations(goal: Goal | None, plan: Plan, provider: str) -> bool:
+    """Whether a budget is of loss, and the plan has activations of 8 bits that could have 16, where no share of these was asked for."""
+    if goal is None or goal.loss is None or plan.activations is None or plan.activations.wide or plan.input_grids != "static":
+        return False
+    return not with_share(plan, 1.0).problems(provider)
 
 
 def widen(
@@ -63,6 +82,8 @@ def widen(
             values[name].dtype = of[0].dtype  # which models need not say
             readers[name] = of
             trials.append({str(mark_value(copy.graph, values[name], uses, "rounded").name): grid})
+    if not readers:
+        return grids, [NOTHING]
     marks = [mark for trial in trials for mark in trial]
     losses = output_errors(copy, marks, trials, trial_data(calibration.data, len(trials)), calibration.provider, progress)
     work = [float(sum(layer.k * layer.n for layer in of)) for of in readers.values()]

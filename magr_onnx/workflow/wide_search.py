@@ -1,0 +1,112 @@
+"""The least work in 16 bits that keeps a model with static activations of 8 bits within a loss.
+
+In these formats all layers have 8 bits, and what costs accuracy is rounding activations. So a budget of loss is not spent on layers first:
+models whose shares of the work in 16 bits rise (`magr_onnx.workflow.wide_inputs`, `magr_onnx.passes.tensors.widths`) are made and measured,
+and the first that keeps to the loss is the result. Only where none does, layers become float, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from magr_onnx.core.bisection import Bisection
+from magr_onnx.report.validation import amount
+from magr_onnx.runtime.measure.loss import Reference
+from magr_onnx.runtime.measure.sensitivity import Split
+from magr_onnx.runtime.ort.session import Session
+from magr_onnx.workflow.context import RunContext
+from magr_onnx.workflow.mixed_precision import MEASURED, Goal, split_of
+from magr_onnx.workflow.prepare import Prepared
+from magr_onnx.workflow.request import OptimizeRequest
+from magr_onnx.workflow.solve import Solved
+from magr_onnx.workflow.wide_inputs import is_spent_on_activations, with_share
+from magr_onnx.workflow.without_data import solve_or_round
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+"""Of the work, what may be done in 16 bits: tried by bisection, nothing first."""
+
+
+def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> Solved:
+    """Solve, with the least share of the work in 16 bits that keeps to the budget, where that is what a budget is spent on.
+
+    Raises:
+        MagrError: As `solve_or_round`.
+    """
+    goal = request.budget
+    if goal is None or prepared.data is None or context.memory.large or not is_spent_on_activations(goal, prepared.plan, context.provider):
+        return solve_or_round(prepared, request, context)
+    split = None if goal.of_metric else split_of(goal, prepared.data)
+    measure = _measure(goal, prepared, split, context)
+    tried: dict[float, float] = {}
+
+    def solved_at(share: float, budget: Goal | None = None) -> Solved:
+        data = prepared.data if split is None or budget is not None else split.rest
+        copy = replace(prepared, model=prepared.model.clone(), plan=with_share(prepared.plan, share), data=data)  # solving changes it
+        return solve_or_round(copy, replace(request, budget=budget), context)
+
+    def keeps(share: float, solved: Solved) -> bool:
+        tried[share] = measure.of_model(solved.model)
+        return measure.keeps(tried[share])
+
+    best: Solved | None = None
+    bisection = Bisection(len(SHARES), first=0)
+    while not bisection.finished:
+        share = SHARES[bisection.next]
+        solved = solved_at(share)
+        if kept := keeps(share, solved):
+            best = solved
+        bisection.take(kept)
+        del solved  # one quantized model at a time, beside the best
+    share = SHARES[bisection.next]
+    if best is None:  # the last one is left
+        best = solved_at(share)
+        if not keeps(share, best) and prepared.layers:
+            best = solved_at(share, goal)
+    values = ", ".join(f"{share:.0%}: {tried[share]:.4g}" for share in sorted(tried))
+    least = min((share for share in tried if measure.keeps(tried[share])), default=None)
+    if least is not None:
+        outcome = f"{least:.0%} is the least of these that keeps to it"
+    else:
+        outcome = "none of these keeps to it, so layers stay float, too" if prepared.layers else "THE GOAL IS MISSED by all of these"
+    note = f"{goal.text}: by the share of the work that may be in 16 bits, {measure.name} is {values} ({measure.where}); {outcome}"
+    return replace(best, notes=[*best.notes, note])
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """What models are judged by.
+
+    Attributes:
+        name: Of the loss, or of the user's own measure.
+        where: What it is measured on, in words.
+        of_model: Measures a model.
+        keeps: Whether a value keeps to the budget.
+    """
+
+    name: str
+    where: str
+    of_model: Callable[[ir.Model], float]
+    keeps: Callable[[float], bool]
+
+
+def _measure(goal: Goal, prepared: Prepared, split: Split | None, context: RunContext) -> _Measure:
+    """Return the user's own measure, or the loss on the batches that are held out."""
+    judge = prepared.judge
+    if split is None and judge is not None:
+        where = f"{amount(judge.data.samples, len(judge.data))} of {judge.data.description}"
+        return _Measure(judge.metric.name, where, judge.value, lambda value: value >= goal.least(judge.float_value))
+    assert split is not None
+    assert goal.loss is not None
+    most, held_out = goal.loss, split.held_out.limit(MEASURED)
+    with Session(prepared.model, context.provider) as session:
+        reference = Reference(session, held_out, context.mask)
+
+    def loss_of(model: ir.Model) -> float:
+        with Session(model, context.provider) as session:
+            return reference.loss(session.run)
+
+    where = f"{len(held_out)} calibration batches held out of all else"
+    return _Measure(reference.metric, where, loss_of, lambda loss: loss <= most)

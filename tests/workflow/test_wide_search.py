@@ -1,0 +1,133 @@
+"""A budget of loss where all layers have 8 bits: the least work in 16 bits, then layers in float."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import magr_onnx
+from magr_onnx.errors import OptionError
+from magr_onnx.runtime.measure.metric import Predictions
+from tests import graphs
+from tests.graphs import Builder, random
+from tests.workflow.test_wide_inputs import inputs, network
+
+Array = np.ndarray[Any, Any]
+QUICK: dict[str, Any] = {"quantizer": "rtn", "bias": "none", "progress": None}
+
+
+def convolutions() -> ir.Model:
+    """Two convolutions; a few channels between them are much larger than others."""
+    b = Builder()
+    x = b.input("x", ["n", 3, 8, 8])
+    large = np.where(np.arange(8) == 0, 60.0, 1.0).astype(np.float32)
+    first = b.node("Conv", [x, b.constant("w", random(8, 3, 3, 3) * large[:, None, None, None])], "first", pads=[1, 1, 1, 1])
+    second = random(4, 8, 3, 3, seed=1) / large[:, None, None] ** 2
+    return b.model(b.node("Conv", [first, b.constant("v", second.astype(np.float32))], "second", pads=[1, 1, 1, 1]), ["n", 4, 8, 8])
+
+
+def images(count: int, seed: int = 0) -> dict[str, Array]:
+    return {"x": random(count, 3, 8, 8, seed=seed, scale=1.0)}
+
+
+def cosine_loss(model: ir.Model, result: ir.Model, data: dict[str, Array]) -> float:
+    """1 minus the mean cosine along the last axis, by onnxruntime alone, a sample at a time: a result may have a fixed batch size."""
+    sessions = [ort.InferenceSession(ir.to_proto(m).SerializeToString()) for m in (model, result)]
+    a, b = (np.concatenate([s.run(None, {"x": x[None]})[0].astype(np.float64) for x in data["x"]]) for s in sessions)
+    return float(1 - ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean())
+
+
+def shares(report: magr_onnx.Report) -> dict[float, float]:
+    """What was tried, by the note of the report."""
+    note = next(note for note in report.notes if "by the share of the work" in note)
+    return {int(share) / 100: float(value) for share, value in re.findall(r"(\d+)%: ([\d.e+-]+)", note)}
+
+
+CASES = [
+    pytest.param(network, inputs, {"format": "qdq-int8"}, id="qdq-int8"),
+    pytest.param(network, inputs, {"format": "qdq-full", "backend": "qnn-htp"}, id="qdq-full"),
+    pytest.param(convolutions, images, {"format": "qdq-full", "backend": "qnn-htp"}, id="convolutions"),
+]
+
+
+@pytest.mark.parametrize(("make", "data", "options"), CASES)
+def test_the_least_share_that_keeps_to_the_loss(make: Any, data: Any, options: dict[str, Any]) -> None:
+    """With a loss between those of 8 and of 16 bits; the result is that of the share that was found."""
+    model, samples = make(), data(64)
+    eight, sixteen = (magr_onnx.optimize(model, samples, wide_activations=share, **options, **QUICK).model for share in (0.0, 1.0))
+    unseen = data(64, seed=9)
+    low, high = (cosine_loss(model, result, unseen) for result in (sixteen, eight))
+    assert low < high / 3
+    report = magr_onnx.optimize(model, samples, max_loss=f"{np.sqrt(low * high):.2e}", **options, **QUICK).report
+    tried = shares(report)
+    allowed = float(f"{np.sqrt(low * high):.2e}")
+    least = min(share for share, loss in tried.items() if loss <= allowed)
+    assert least > 0
+    assert all(loss > allowed for share, loss in tried.items() if share < least)
+    assert any(f"{least:.0%} is the least" in note for note in report.notes)
+    assert any("have 16 bits" in note for note in report.notes)
+
+
+def test_nothing_in_16_bits_where_8_will_do(tmp_path: Path) -> None:
+    model, samples = network(), inputs(64)
+    options: dict[str, Any] = {"format": "qdq-int8", **QUICK}
+    report = magr_onnx.optimize(model, samples, max_loss="50%", output=tmp_path / "a.onnx", **options).report
+    assert list(shares(report)) == [0]
+    assert not any("have 16 bits" in note for note in report.notes)
+    assert {row.bits for row in report.layers} == {8}
+
+
+def test_layers_stay_float_where_16_bits_are_not_enough() -> None:
+    """The weights themselves lose more than that."""
+    report = magr_onnx.optimize(network(), inputs(64), max_loss="1e-9", format="qdq-int8", **QUICK).report
+    assert 1.0 in shares(report)
+    assert any("so layers stay float, too" in note for note in report.notes)
+    assert report.assignment is not None
+    assert any(row.bits is None for row in report.assignment.rows)
+
+
+def test_the_users_own_measure() -> None:
+    """The agreement with the float model on the held-out inputs."""
+    model, unseen = network(), inputs(64, seed=9)
+    expected = ort.InferenceSession(graphs.proto(model).SerializeToString()).run(None, unseen)[0]
+
+    def close(predictions: Predictions) -> float:
+        """Minus the relative error."""
+        actual = np.concatenate([batch["y"] for batch in predictions])
+        return 1 - float(np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean()))
+
+    arguments: dict[str, Any] = {"validation_data": unseen, "metric": close, "format": "qdq-int8", **QUICK}
+    _, report = magr_onnx.optimize(model, inputs(64), **arguments)
+    assert report.validation is not None
+    assert report.validation.metric is not None
+    loss = 1 - report.validation.metric.quantized_value
+    _, report = magr_onnx.optimize(model, inputs(64), max_loss=f"{loss / 3:.3g}", **arguments)
+    assert report.validation is not None
+    assert report.validation.metric is not None
+    assert report.validation.metric.quantized_value >= 1 - loss / 3 - 1e-3
+    assert min(shares(report)) == 0 < max(shares(report))
+
+
+def test_a_share_that_does_nothing_is_told() -> None:
+    """Too small for the readers of any value, or without any layer whose input could have 16 bits."""
+    report = magr_onnx.optimize(network(), inputs(32), wide_activations=0.01, format="qdq-int8", **QUICK).report
+    assert any(note.startswith("none of 2 inputs of layers have 16 bits") for note in report.notes)
+    report = magr_onnx.optimize(convolutions(), images(32), wide_activations=0.5, format="qdq-int8", **QUICK).report
+    assert any(note.startswith("no activations have 16 bits") for note in report.notes)
+
+
+def test_a_budget_without_linear_layers_is_refused_where_no_activations_can_be_wide() -> None:
+    for options in ({"format": "qdq-int8"}, {"format": "qdq-full", "activation_type": "uint16", "backend": "qnn-htp"}):
+        with pytest.raises(OptionError, match="a budget chooses the bits of linear layers"):
+            magr_onnx.optimize(convolutions(), images(32), max_loss="1%", **options, **QUICK)  # type: ignore[arg-type]
+
+
+def test_models_are_valid() -> None:
+    onnx.checker.check_model(graphs.proto(convolutions()))
