@@ -104,7 +104,8 @@ class Options(TypedDict, total=False):
         panel=INTEGERS, metavar="NAME", whole_run=_GRAPH, belongs_to="format")]
     wide_activations: Annotated[float, OptionSpec(
         help="qdq-int8 and qdq-full with 8-bit activations: share of the work, 0 to 1, that may be done in 16 bits, for the "
-        "activations that cost the most accuracy in 8. With --max-loss, the least share that keeps to it is found.", default=0.0, least=0, panel=INTEGERS, metavar="X",
+        "activations that cost the most accuracy in 8. With --max-loss, the least share that keeps to it is found.", default=0.0, least=0,
+        panel=INTEGERS, metavar="X",
         whole_run="layers share values", belongs_to="format")]
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
