@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from magr_onnx.core import threads
 from magr_onnx.core.layer import LayerProblem, LayerSolution
-from magr_onnx.core.types import LayerStats
+from magr_onnx.core.types import PARTED, LayerStats
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.graph.names import Names
-from magr_onnx.passes.layer_passes.shared_weights import shared_weights
+from magr_onnx.passes.layer_passes.shared_weights import SharedWeight, shared_weights
 from magr_onnx.passes.layer_state import LayerState, problem_of, write_floats
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
@@ -47,7 +48,7 @@ def run_layers(
     assigned: Mapping[str, Plan] | None = None,
     store: Store | None = None,
 ) -> None:
-    """Take layers one by one through a plan, so that only one layer's arrays are alive at a time.
+    """Take layers through a plan, small ones side by side on all cores, so that few layers' arrays are alive at a time.
 
     Layers that share a weight and are here at once are solved together.
 
@@ -64,19 +65,60 @@ def run_layers(
     for graph in {layer.root for layer in layers}:
         Names.rescan(graph)
     shared = shared_weights(layers, stats)
-    for layer in layers:
+
+    def task_of(layer: LinearLayer) -> _Task:
         problem = problem_of(layer, stats(layer))
-        if complete is not None:
-            problem = complete(layer, problem)
-        weight = shared.get(layer.weight_key)
-        constants = WeightConstants() if weight is None else weight.constants
-        own_plan = (assigned or {}).get(layer.name, plan)
-        solution = None if store is None else store.restore(layer)
-        if solution is None:
-            solution = own_plan.solve(problem) if weight is None else weight.solve(layer.name, problem, own_plan.solving)
+        complete_problem = problem if complete is None else complete(layer, problem)
+        return _Task(layer, complete_problem, (assigned or {}).get(layer.name, plan), shared.get(layer.weight_key))
+
+    for batch in _side_by_side(layers, shared):
+        tasks = list(map(task_of, batch))
+        solutions = {} if store is None else {task.layer.name: store.restore(task.layer) for task in tasks}
+        unsolved = [task for task in tasks if solutions.get(task.layer.name) is None]
+        for task, solution in zip(unsolved, threads.each(_Task.solve, unsolved), strict=True):
+            solutions[task.layer.name] = solution
             if store is not None:
-                store.keep(layer, solution)
-        emitted = None if own_plan.emitter is None else own_plan.emitter.emit(layer, problem, solution, constants)
+                store.keep(task.layer, solution)
+        for task in tasks:
+            result = solutions[task.layer.name]
+            assert result is not None
+            finished(SolvedLayer(task.layer, task.problem, result, task.emit(result)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """A layer to be solved: by its plan, or with the other readers of its weight."""
+
+    layer: LinearLayer
+    problem: LayerProblem
+    plan: Plan
+    shared: SharedWeight | None
+
+    def solve(self) -> LayerSolution:
+        if self.shared is None:
+            return self.plan.solve(self.problem)
+        return self.shared.solve(self.layer.name, self.problem, self.plan.solving)
+
+    def emit(self, solution: LayerSolution) -> Emitted | None:
+        """Write the solution to the graph."""
+        constants = WeightConstants() if self.shared is None else self.shared.constants
+        emitted = None if self.plan.emitter is None else self.plan.emitter.emit(self.layer, self.problem, solution, constants)
         if emitted is None:
-            write_floats(layer, solution, constants)
-        finished(SolvedLayer(layer, problem, solution, emitted))
+            write_floats(self.layer, solution, constants)
+        return emitted
+
+
+def _side_by_side(layers: Sequence[LinearLayer], shared: Container[Hashable]) -> Iterator[list[LinearLayer]]:
+    """Yield layers in batches that are solved at the same time: one a thread; large ones, and those that share a weight, alone."""
+    batch: list[LinearLayer] = []
+    for layer in layers:
+        alone = layer.k * layer.n >= PARTED or layer.weight_key in shared
+        if batch and (alone or len(batch) == threads.count()):
+            yield batch
+            batch = []
+        batch.append(layer)
+        if alone:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

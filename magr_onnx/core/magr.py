@@ -29,6 +29,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.linalg import lambda_max, left_product
 from magr_onnx.core.prox import levels
@@ -125,7 +126,7 @@ def reduce(
     size = k if group_size is None else min(group_size, k)
     if len(parts := column_parts(*weights.shape)) > 1:
         h = gram.astype(np.float32, order="C", copy=False)
-        return _joined([_solve(weights[:, c], h, a, size, accelerate, limit, tolerance) for c in parts], a)
+        return _joined(threads.each(lambda c: _solve(weights[:, c], h, a, size, accelerate, limit, tolerance), parts), a)
     return _solve(weights, gram, a, size, accelerate, limit, tolerance)
 
 

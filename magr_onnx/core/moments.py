@@ -15,8 +15,9 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core import threads
 from magr_onnx.core.error_feedback import target_moments
-from magr_onnx.core.gram import LARGE, LARGE_ROWS, Gram, RowGram, gram_type
+from magr_onnx.core.gram import LARGE_ROWS, Gram, RowGram, gram_type
 from magr_onnx.core.types import Activation, Array, LayerStats, TargetMoments
 
 
@@ -119,17 +120,14 @@ class MomentAccumulator:
         if isinstance(self.gram, RowGram):
             self.gram = self.gram + RowGram.of(quantized) * weight
         else:
-            width = self.gram.shape[-1]
-            step = LARGE_ROWS if width >= LARGE else width
-            for at in range(0, width, step):  # in strips, so that a large matrix has no second copy
-                self.gram[at : at + step] += weighted(quantized[:, at : at + step].T @ quantized, weight)
+            _add_product(self.gram, quantized, quantized, weight)
         self.total += weighted(quantized.sum(axis=0, dtype=np.float64), weight)
         self.rows += len(quantized) * weight
         if self.float_total is not None:
             self.float_total += weighted(real.sum(axis=0, dtype=np.float64), weight)
         if self.cross is not None and self.float_gram is not None:
-            self.cross += weighted(quantized.T @ real, weight)
-            self.float_gram += weighted(real.T @ real, weight)
+            _add_product(self.cross, quantized, real, weight)
+            _add_product(self.float_gram, real, real, weight)
 
     def means(self) -> tuple[Gram, Array, int]:
         """Return second moments, mean and rows. Consumes the sums: the matrix may be the largest array in memory."""
@@ -186,6 +184,22 @@ class OutputAccumulator:
         """Return the means over rows."""
         n = self._rows or 1.0
         return TargetMoments(self._cross / n, self._total / n, self._power / n, whole_rows(self._rows))
+
+
+def _add_product(total: Array, a: Array, b: Array, weight: float) -> None:
+    """Add ``weight a^T b`` for ``a (n, K)``, ``b (n, N)`` to ``total (K, N)``: strip by strip, so that no second one is as large.
+
+    Of a symmetric product, each strip is made from its diagonal on, and mirrored.
+    """
+
+    def add(at: int) -> None:
+        end, first = min(at + LARGE_ROWS, len(total)), at if a is b else 0
+        product = weighted(a[:, at:end].T @ b[:, first:], weight)
+        total[at:end, first:] += product
+        if a is b:
+            total[end:, at:end] += product[:, end - at :].T
+
+    threads.each(add, range(0, len(total), LARGE_ROWS))
 
 
 def whole_rows(rows: float) -> int:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
+from magr_onnx.core import threads
 from magr_onnx.errors import MagrError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
@@ -73,6 +74,7 @@ def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **argum
 def run(request: OptimizeRequest) -> Optimized:
     """Carry out a resolved request; see `optimize`."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(threads.single_threaded_blas())
         prepared, context = prepare(request, stack)
         solved = arithmetic.choose(wide_search.solve_within_loss(prepared, request, context), prepared, context)
         written = write(solved, prepared, request, context)

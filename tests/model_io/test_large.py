@@ -38,7 +38,7 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every layer a large one, solved in parts of a few columns; called where the usual result is known."""
 
     def switch() -> None:
-        for module in (types, grams, accumulators):
+        for module in (types, grams):
             monkeypatch.setattr(module, "LARGE", 8)
         for module in (types, linalg, accumulators):
             monkeypatch.setattr(module, "LARGE_ROWS", 7)

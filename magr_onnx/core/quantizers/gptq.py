@@ -24,6 +24,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.grid import Grid, choose, stored
 from magr_onnx.core.linalg import cholesky, column_errors, damped
@@ -110,7 +111,7 @@ def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: 
     fed forward like any rounding error.
     """
     if len(parts := column_parts(*weights.shape)) > 1:
-        return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
+        return QuantizedWeight.side_by_side(threads.each(lambda c: solve(weights[:, c], feedback, grid.columns(c), budget), parts))
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
     order = feedback.order

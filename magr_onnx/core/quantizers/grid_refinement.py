@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
@@ -38,7 +39,7 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
     if len(parts := column_parts(*target.shape)) > 1:
-        regridded = [regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram) for c in parts]
+        regridded = threads.each(lambda c: regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram), parts)
         return Regridded(QuantizedWeight.side_by_side([r.weight for r in regridded]), sum(r.gain for r in regridded))
     rows, n = weight.spec.rows(len(target)), target.shape[1]
     state = Descent.of(target, weight, gram, most=max(PANEL, rows))

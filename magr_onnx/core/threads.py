@@ -1,0 +1,79 @@
+"""Independent work on all cores: threads that share one job, in products of one thread each.
+
+NumPy releases the interpreter in its loops and products, so that threads that solve different output channels run at the same time. A
+BLAS with threads of its own would speed up the products alone, and its threads spin while they wait for each other: beside another busy
+process that slows the solvers several times. What a job is cut into depends on its shape, never on the number of threads, so that results
+are the same bytes on any machine with the same BLAS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@functools.cache
+def count() -> int:
+    """Return the number of threads: the cores that this process may use, by affinity, quota of its container, and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = _QUOTA.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))  # "max": no quota
+    with contextlib.suppress(KeyError, ValueError):
+        cores = min(cores, int(os.environ["OMP_NUM_THREADS"]))
+    return max(cores, 1)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(count() - 1, 1), "onnx-magr")
+
+
+@contextlib.contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Let every product run in the thread that asks for it."""
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        yield
+
+
+def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return ``function`` of every item, in order.
+
+    The calling thread works, too, and waits for no job that has not begun, so that a function may call this again.
+
+    Raises:
+        BaseException: What the function raises, once no other thread is at work on this.
+    """
+    jobs, results = list(items), dict[int, R]()
+    waiting = iter(range(len(jobs)))  # `next` of it is atomic
+
+    def work() -> None:
+        for index in waiting:
+            try:
+                results[index] = function(jobs[index])
+            except BaseException:
+                for _ in waiting:  # nobody begins another
+                    pass
+                raise
+
+    helpers = [_pool().submit(work) for _ in range(min(count(), len(jobs)) - 1)]
+    try:
+        work()
+    finally:
+        failures = [error for helper in helpers if not helper.cancel() and (error := helper.exception()) is not None]
+    if failures:
+        raise failures[0]
+    return [results[index] for index in range(len(jobs))]
