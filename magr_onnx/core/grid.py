@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from magr_onnx.core import threads
-from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec, column_parts
+from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec, shared_parts
 
 SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 9))
 NEAR = (-0.025, 0.025)  # of the best of these
@@ -121,7 +121,7 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
                 g = slice(first, first + height)
                 scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec)
 
-    threads.each(search_part, column_parts(k, n))
+    threads.each(search_part, shared_parts(k, n))
     return Grid(scales, zeros, spec, k)
 
 

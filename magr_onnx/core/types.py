@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import RLock
@@ -163,10 +162,21 @@ def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDA
 
 
 def column_parts(k: int, n: int) -> list[slice]:
-    """Split the output channels of a layer ``(k, n)`` into slices of at most `COLUMN_BYTES` that are solved apart; small layers are one."""
+    """Split the output channels of a layer ``(k, n)`` into slices of `COLUMN_BYTES`; most layers need one."""
+    return _parts(n, -(-4 * k * n // COLUMN_BYTES))
+
+
+def shared_parts(k: int, n: int) -> list[slice]:
+    """Split the output channels of a layer ``(k, n)`` as `column_parts` does, or into more slices that cores share; small layers need one.
+
+    It depends on the shape alone, and so do results, whatever the number of cores.
+    """
     enough = n // max(COLUMNS, n // MOST_PARTS) if k * n >= PARTED else 1
-    count = max(1, enough, -(-4 * k * n // COLUMN_BYTES))
-    edges = [n * i // count for i in range(count + 1)]
+    return _parts(n, max(enough, -(-4 * k * n // COLUMN_BYTES)))
+
+
+def _parts(n: int, count: int) -> list[slice]:
+    edges = [n * i // max(count, 1) for i in range(max(count, 1) + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
@@ -249,6 +259,13 @@ def activation_limits(signed: bool, bits: int = 8) -> tuple[int, int]:
     return low, low + 2**bits - 1
 
 
+class _Memo(dict[Any, Any]):
+    """What was computed from statistics, and who may add to it."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerStats:
     """Second moments of a layer's input, shared by every layer that reads the same value.
@@ -275,8 +292,7 @@ class LayerStats:
     folds: tuple[LayerStats, ...] = ()
     common_mean: float = 0.0
     taps: int = 1
-    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False)
+    _memo: _Memo = field(default_factory=_Memo, repr=False)
 
     @staticmethod
     def data_free(k: int, common_mean: float = COMMON_MEAN, taps: int = 1) -> LayerStats:
@@ -316,7 +332,7 @@ class LayerStats:
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """Compute ``make()`` once, in one thread: layers that share these statistics share factorizations."""
-        with self._lock:
+        with self._memo.lock:
             if key not in self._memo:
                 self._memo[key] = make()
             value: T = self._memo[key]

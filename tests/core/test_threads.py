@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_info
 
 from magr_onnx.core import threads
 from magr_onnx.core.moments import MomentAccumulator
+from magr_onnx.core.types import shared_parts
 
 ROOT = Path(__file__).parents[2]
 SOLVE = """
@@ -91,6 +93,15 @@ def test_products_run_in_one_thread_and_then_as_before() -> None:
     with threads.single_threaded_blas():
         assert set(counts()) == {1}
     assert counts() == before
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (512, 1023), (512, 1024), (1024, 2000), (640, 262_144), (8, 1)])
+def test_cores_share_a_layer_in_slices_of_its_columns(shape: tuple[int, int]) -> None:
+    parts = shared_parts(*shape)
+    assert parts[0].start == 0
+    assert parts[-1].stop == shape[1]
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    assert len(parts) == {512: 1, 1023: 1, 1024: 2, 2000: 3, 262_144: 32, 1: 1}[shape[1]]
 
 
 @pytest.mark.parametrize("width", [40, 1300])

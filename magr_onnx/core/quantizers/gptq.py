@@ -33,7 +33,7 @@ from magr_onnx.core.quantizers import row_feedback, rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.quantizers.row_feedback import RowFeedback
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts
+from magr_onnx.core.types import Array, QuantizedWeight, shared_parts
 
 PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
 _TILE = 64
@@ -110,7 +110,7 @@ def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: 
     With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
-    if len(parts := column_parts(*weights.shape)) > 1:
+    if len(parts := shared_parts(*weights.shape)) > 1:
         return QuantizedWeight.side_by_side(threads.each(lambda c: solve(weights[:, c], feedback, grid.columns(c), budget), parts))
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
