@@ -17,18 +17,18 @@ and ``a`` is chosen for the least error on the rows of folds that are held out i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.core.linalg import damped, solve, transposed_product
 from magr_onnx.core.product import Product
-from magr_onnx.core.types import Array, Columns, LayerStats, TargetMoments, column_parts
+from magr_onnx.core.types import Array, LayerStats, TargetMoments, column_parts
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
-SAMPLE = 128  # output channels the damping is chosen on
-FITTED = 64  # output channels that are solved from the rows outside each fold
+SAMPLE = 64  # output channels the damping is chosen on
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class TargetWeights:
 
     Attributes:
         weights: ``W* (K, N)`` float32.
-        fits: The same from the rows outside each fold, of the output channels `sample` (N, `FITTED`) alone.
+        fits: The same from the rows outside each fold, of the output channels `sample` (N, `SAMPLE`) alone.
         damping: The ``a`` in use; None for W0 itself.
         before: Relative error of W0 on the held-out rows.
         after: Relative error of W* on the held-out rows, from the rows outside their folds.
@@ -66,42 +66,35 @@ def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centr
 
     ``centred``: whether a bias absorbs the mean error.
     """
-    n = weights.shape[1]
-    channels, fitted = sample(n, SAMPLE), sample(n, FITTED)
-    sample_weights = weights[:, channels].astype(np.float64)
-    folds = range(len(stats.folds))
-    fits = [(stats.without(i), target.without(i)) for i in folds]
-    held_out = [(stats.folds[i], target.folds[i].columns(channels)) for i in folds]
-    power = sum(moments.rows * float(moments.power.sum()) for _, moments in held_out)
+    channels, folds = sample(weights.shape[1], SAMPLE), range(len(stats.folds))
+    w, sampled = weights[:, channels].astype(np.float64), target.columns(channels)
+    outside = [(stats.without(i), sampled.without(i)) for i in folds]
+    inside = list(zip(stats.folds, sampled.folds, strict=True))
+    power = sum(moments.rows * float(moments.power.sum()) for _, moments in inside)
 
-    def relative(damping: float | None) -> float:
-        squared = 0.0
-        for (fit, fit_target), (inside, moments) in zip(fits, held_out, strict=True):
-            step = 0.0 if damping is None else _step(sample_weights, fit, fit_target.columns(channels), damping, centred)
-            squared += moments.rows * squared_error(sample_weights + step, inside, moments, centred)
+    def relative(fits: Sequence[Array]) -> float:
+        squared = sum(t.rows * squared_error(fit, s, t, centred) for fit, (s, t) in zip(fits, inside, strict=True))
         return squared / power if power > 0 else 0.0
 
-    errors: dict[float | None, float] = {None: relative(None)}
+    fits: dict[float | None, list[Array]] = {None: [w for _ in folds]}
+    errors: dict[float | None, float] = {None: relative(fits[None])}
     least = math.inf
     for strength in DAMPINGS:
-        errors[strength] = relative(strength)
+        fits[strength] = [w + _step(w, s, t, strength, centred) for s, t in outside]
+        errors[strength] = relative(fits[strength])
         if errors[strength] > least:  # weaker ones overfit more still
             break
         least = errors[strength]
     before, chosen = errors[None], min(errors, key=lambda damping: errors[damping])
+    solved = tuple(fit.astype(np.float32) for fit in fits[chosen])
     if chosen is None:
-        return TargetWeights(weights, (weights[:, fitted],) * len(fits), None, before, before)
-    damping = chosen * fits[-1][0].rows / max(stats.rows, 1)  # more rows need less damping
-
-    def solved(columns: Columns, s: LayerStats, t: TargetMoments, d: float) -> Array:
-        w = weights[:, columns].astype(np.float64)
-        result: Array = (w + _step(w, s, t.columns(columns), d, centred)).astype(np.float32)
-        return result
-
-    solution = np.empty(weights.shape, np.float32)
-    for part in column_parts(*weights.shape):
-        solution[:, part] = solved(part, stats, target, damping)
-    return TargetWeights(solution, tuple(solved(fitted, s, t, chosen) for s, t in fits), damping, before, errors[chosen])
+        return TargetWeights(weights, solved, None, before, before)
+    damping = chosen * outside[-1][0].rows / max(stats.rows, 1)  # more rows need less damping
+    whole, solution = replace(target, folds=()), np.empty(weights.shape, np.float32)
+    for c in column_parts(*weights.shape):
+        part = weights[:, c].astype(np.float64)
+        solution[:, c] = part + _step(part, stats, whole.columns(c), damping, centred)
+    return TargetWeights(solution, solved, damping, before, errors[chosen])
 
 
 def sample(n: int, most: int) -> npt.NDArray[np.intp]:

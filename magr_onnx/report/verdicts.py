@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 from magr_onnx.errors import listed
 from magr_onnx.report.layer_row import LayerRow
@@ -12,8 +13,12 @@ RUINED_LAYER, RUINED_DB = 0.5, 10.0
 """Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
 
 
-def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> list[str]:
-    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies."""
+def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation]) -> list[str]:
+    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies.
+
+    Errors of layers are those of all layers before them, too, and of outputs that may be small. Where outputs were compared and none is
+    ruined, layers with such errors are named without an alarm.
+    """
     remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
     if any(row.activation for row in layers):
         remedy = (
@@ -21,8 +26,16 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Iterable[Validation]) -> l
             "(--exclude NAME), or keep inputs float (--format matmulnbits)"
         )
     ruined = [row for row in layers if severity(row.error or 0) >= RUINED_LAYER]
-    lines = []
-    if ruined:
+    lines: list[str] = []
+    compared = [m.sqnr_db for comparison in comparisons for _, m in comparison.shown()]
+    harmless = bool(compared) and all(db >= RUINED_DB for db in compared) and all(math.isfinite(row.error or 0) for row in ruined)
+    if ruined and harmless:
+        names, most = listed([row.label for row in ruined]), max(row.error or 0 for row in ruined)
+        lines.append(
+            f"layers that differ from the float model by half of what varies in their output or more: {names} (up to {most:.0%}, with what "
+            f"the layers before them did); the outputs of the model are not ruined by it (SQNR {min(compared):.1f} dB or more)"
+        )
+    elif ruined:
         worst = max(ruined, key=lambda row: severity(row.error or 0))
         inputs = [row.label for row in ruined if ((row.activation or {}).get("error") or 0) >= RUINED_LAYER]
         cause = f"; at {listed(inputs)} by rounding the input to 8 bits, of which large values leave few for small ones" if inputs else ""

@@ -126,7 +126,9 @@ class _Round(Converted):
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
         quantized = solved.solution.quantized
-        written = None if quantized is None or solved.emitted is None else quantized.dequantize()
+        written = None
+        if quantized is not None and solved.emitted is not None:
+            written = solved.solution.weight if solved.solution.factors is None else quantized.dequantize()
         self.add(solved.layer, solved.solution, solved.emitted, written)
         if (
             quantized is not None

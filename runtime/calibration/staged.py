@@ -228,7 +228,8 @@ def _measure(
     residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
     hold_out, k = context.hold_out, readers[0].k
     of_few = few(1, k) and few(values.most_rows(name), k)  # then no matrix of K x K
-    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals or (with_targets and of_few)}
+    by_output = with_targets and (of_few or 4 * sum(layer.n for layer in readers) < 3 * k)  # fewer FLOPs than two matrices of K x K
+    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals or by_output}
     outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
     paired = with_targets and len(outputs) < len(readers)
     inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few))

@@ -60,8 +60,8 @@ def test_targets_of_a_wide_layer_are_those_of_its_channels(weight: Array) -> Non
         few = moments.columns(channels)
         np.testing.assert_allclose(few.cross, target.cross, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose((few.mean, few.power), (target.mean, target.power), rtol=1e-9, atol=1e-12)
-    fitted = error_feedback.sample(N, error_feedback.FITTED)
-    assert [fit.shape for fit in found.fits] == [(K, len(fitted))] * 4
+    channels = error_feedback.sample(N, error_feedback.SAMPLE)
+    assert [fit.shape for fit in found.fits] == [(K, len(channels))] * 4
 
 
 @pytest.mark.parametrize("feedback", [False, True])

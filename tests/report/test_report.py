@@ -32,6 +32,7 @@ from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.report.reasons import Reason, Skip, TableReason
 from magr_onnx.report.serialization import decode
 from magr_onnx.report.validation import Latency, OutputMetrics, Validation
+from magr_onnx.report.verdicts import verdicts
 from magr_onnx.workflow.directory import OptimizedFolder
 from tests import graphs
 from tests.cli.test_cli import run
@@ -169,6 +170,22 @@ def test_json_tells_numbers_that_are_not_finite_apart(reports: dict[str, Report]
     np.testing.assert_equal(asdict(found.layers[0]), asdict(row))
     assert found.options == {"include": "inf"}
     assert "<html" in found.to_html()
+
+
+@pytest.mark.parametrize(("decibels", "alarm"), [((25.0, 40.0), False), ((25.0, 5.0), True), ((np.nan,), True), ((), True)])
+def test_layers_are_no_alarm_where_the_outputs_are_sound(reports: dict[str, Report], decibels: tuple[float, ...], alarm: bool) -> None:
+    """The output of a layer may be small, and its errors those of the layers before it."""
+    report = reports["fast"]
+    assert report.validation is not None
+    first, *rest = report.layers
+    rows = (replace(first, name="off", scope="", error=1.25), *rest)
+    outputs = tuple(OutputMetrics(f"y{i}", db, 1, 0) for i, db in enumerate(decibels))
+    compared = replace(report.validation, arithmetics={"default": outputs}, latency=None)
+    lines = verdicts(rows, [compared])
+    (line,) = [line for line in lines if "off" in line and "125%" in line]
+    assert line.startswith("RUINED") == alarm
+    broken = (replace(rows[0], error=np.nan), *rest)
+    assert any(line.startswith("RUINED: layers") for line in verdicts(broken, [compared]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -24,7 +24,7 @@ from magr_onnx.core.quantizers import a2q, rtn
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, LayerStats, TargetMoments
 
-SAMPLE = error_feedback.FITTED  # output channels
+SAMPLE = error_feedback.SAMPLE  # output channels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
