@@ -38,17 +38,6 @@ COLUMNS = 512  # each takes at a time: half as many cost 8% more time in all, at
 MOST_PARTS = 32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lazy:
-    """A model or data that is expensive to make: made only after everything that can be checked without it.
-
-    Attributes:
-        make: Makes it; called once by each consumer.
-    """
-
-    make: Callable[[], Any]
-
-
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """The integer grid of a weight.

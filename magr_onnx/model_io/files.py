@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magr_onnx.core.types import Lazy
+from magr_onnx.core.lazy import Lazy
 from magr_onnx.errors import ModelError, listed, raise_all
 from magr_onnx.model_io import atomic, contrib_schemas, validate_proto
 from magr_onnx.model_io.external_data import model_values, weightless

@@ -22,7 +22,8 @@ import onnx_ir as ir
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from magr_onnx.core.types import Array, Lazy
+from magr_onnx.core.lazy import Lazy
+from magr_onnx.core.types import Array
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch

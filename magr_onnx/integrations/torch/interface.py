@@ -12,7 +12,7 @@ import torch
 from magr_onnx.config import schema
 from magr_onnx.config.arguments import argument
 from magr_onnx.config.invocation import Invocation, defaults_of, plain, python_call, with_keywords, without_defaults
-from magr_onnx.core.types import Lazy
+from magr_onnx.core.lazy import Lazy
 from magr_onnx.errors import OptionError
 from magr_onnx.integrations.torch.export import DynamicShapes, Examples, Exported, export
 from magr_onnx.integrations.torch.feeds import SAMPLES, ToInputs, feeds
