@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from magr_onnx.core.layer import LayerProblem
+from magr_onnx.core.product import Product
 from magr_onnx.errors import RuntimeFailure, listed
 from magr_onnx.passes import LinearLayer, Plan
 from magr_onnx.passes.instrument import segments
@@ -198,9 +199,11 @@ def completing(
 
     def complete(layer: LinearLayer, problem: LayerProblem) -> LayerProblem:
         data_free = calibration is not None and problem.stats.is_data_free
+        moments = result.targets.get(layer.name)
         return replace(
             activation_ranges.with_grids(problem, layer, {} if calibration is None else calibration.grids),
-            target_moments=result.targets.get(layer.name),
+            weight=moments.cross.right if moments is not None and isinstance(moments.cross, Product) else problem.weight,  # one copy
+            target_moments=moments,
             output_hessian=None if hessian is None else hessian.moments(str(layer.output.name)),
             notes=(f"data-free: {source.missing_reason(layer) or subgraphs.NEVER}",) if data_free else (),
         )

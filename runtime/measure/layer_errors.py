@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from magr_onnx.runtime.ort.session import Model, Session
 
 BATCHES, SAMPLES = 4, 64  # that layers are measured on, spread over the data: so many batches, or so many samples in more batches
 ELEMENTS = 1 << 28  # of all outputs, that more batches may have
+IN_CACHE = 1 << 18  # elements of an output that are compared at a time, in float64
 BUDGET = 256_000_000  # bytes
 SLICE_STEPS = 10  # opset from which Slice has steps
 
@@ -49,7 +50,7 @@ class _Output:
     def rows(self, y: npt.NDArray[Any], keep: npt.NDArray[np.bool_] | None) -> Array:
         """Return the kept rows ``(n, N)`` of the output in one batch; all for None."""
         y = np.moveaxis(y, 1, -1) if self.image else y
-        return y.reshape(-1, y.shape[-1])[slice(None) if keep is None else keep].astype(np.float64)
+        return y.reshape(-1, y.shape[-1])[slice(None) if keep is None else keep]
 
 
 @dataclass(slots=True)
@@ -61,9 +62,13 @@ class _Sums:
     power: float = 0.0
     noise: float = 0.0
 
-    @np.errstate(all="ignore")  # what is not finite propagates to the error
     def add(self, y: Array, y_hat: Array, weight: float) -> None:
-        """Add rows ``(n, N)`` of both models, each counted ``weight`` times."""
+        """Add rows ``(n, N)`` of both models, each counted ``weight`` times, a few at a time."""
+        for part in row_parts(y.shape):
+            self._add(*without_equal_nonfinite(y[part].astype(np.float64), y_hat[part].astype(np.float64)), weight)
+
+    @np.errstate(all="ignore")  # what is not finite propagates to the error
+    def _add(self, y: Array, y_hat: Array, weight: float) -> None:
         self.rows += weight * len(y)
         self.total = self.total + weight * y.sum(axis=0)
         self.power += weight * float(np.square(y).sum())
@@ -118,8 +123,7 @@ def layer_errors(
             for output, sums_of, y, y_hat in zip(outputs, sums, reference.run(batch), session.run(batch), strict=True):
                 if y.shape == y_hat.shape:
                     keep = kept_rows(counted if output.name in followers else None, y.shape)
-                    rows = without_equal_nonfinite(output.rows(y, keep), output.rows(y_hat, keep))
-                    sums_of.add(*rows, data.weight(index))
+                    sums_of.add(output.rows(y, keep), output.rows(y_hat, keep), data.weight(index))
     scopes = [scope_of(a[name]) or scope_of(b[name]) for name in names]
     return tuple(LayerMetrics(name, s.error, scope) for name, s, scope in zip(names, sums, scopes, strict=True) if s.rows)
 
@@ -151,6 +155,12 @@ def _expose(model: ir.Model, outputs: Sequence[_Output], step: int) -> ir.Model:
             value = copy.add("Slice", [value, start, end, axes, steps], f"__every_{i}")
         copy.output(copy.add("Cast", [value], f"__output_{i}", to=ir.DataType.FLOAT), shape=[None] * output.rank)
     return copy.finish()
+
+
+def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut the rows of a matrix into parts of at most `IN_CACHE` elements, or of one row."""
+    rows = max(1, IN_CACHE // max(1, shape[1]))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def without_equal_nonfinite(a: Array, b: Array) -> tuple[Array, Array]:

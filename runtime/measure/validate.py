@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Va
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
 from magr_onnx.runtime.measure.batch_effect import batch_effect
-from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, without_equal_nonfinite
+from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, row_parts, without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
-ELEMENTS = 1 << 18  # of an output that are compared at a time, in float64: they stay in cache
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency", "batch")
 
@@ -57,7 +56,7 @@ class _Sums:
         if logits:
             self._add_losses(y, y_hat, batch, keep, weight)
         rows = [np.reshape(v, (-1, np.atleast_1d(v).shape[-1])) for v in (y, y_hat)]
-        for part in _parts(rows[0].shape):
+        for part in row_parts(rows[0].shape):
             a, b = (v[part].astype(np.float64) if keep is None else v[part][keep[part]].astype(np.float64) for v in rows)
             self._add_rows(a, b, logits, weight)
 
@@ -125,15 +124,12 @@ def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.
         The sum (nats) and the number of predictions.
     """
     counted = np.ones(ids[:, 1:].shape, np.bool_) if keep is None else keep[:, :-1] & keep[:, 1:]
-    rows, targets = logits[:, :-1][counted], ids[:, 1:][counted][:, None].astype(np.int64)
-    losses = (np.take_along_axis(log_softmax(rows[part].astype(np.float64)), targets[part], axis=-1).sum() for part in _parts(rows.shape))
-    return -float(sum(losses)), targets.size
-
-
-def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Cut the rows of a matrix into parts of at most `ELEMENTS` elements, or of one row."""
-    rows = max(1, ELEMENTS // max(1, shape[1]))
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))
+    kept, rows, targets = counted.reshape(-1), logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1, 1).astype(np.int64)
+    total = 0.0
+    for part in row_parts(rows.shape):
+        log_probabilities = log_softmax(rows[part][kept[part]].astype(np.float64))
+        total -= float(np.take_along_axis(log_probabilities, targets[part][kept[part]], axis=-1).sum())
+    return total, int(kept.sum())
 
 
 def validate(

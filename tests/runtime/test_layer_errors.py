@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,3 +148,21 @@ def test_models_of_large_outputs_are_compared_on_fewer_batches() -> None:
     assert output_elements(model, data) == 1 << 21
     y.shape = None
     assert output_elements(model, data) == 0
+
+
+def test_wide_outputs_are_compared_a_few_rows_at_a_time() -> None:
+    """In float64, of which a copy of each would take four times the memory of both outputs."""
+    b, width = Builder(), 20_000
+    y = b.node("MatMul", [b.input("x", ["batch", "time", K]), b.constant("w", random(K, width))])
+    model = b.model(y, ["batch", "time", width])
+    quantized, _ = magr_onnx.optimize(model, quantizer="rtn")
+    feeds = [{"x": random(4, 64, K, seed=seed)} for seed in range(2)]
+    tracemalloc.start()
+    try:
+        errors = measured(model, quantized, feeds)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * (4 * 4 * 64 * width)  # outputs of both models, of this batch and the one before, and a few rows
+    exact, rounded = (np.concatenate(values(m, feeds, "y")).reshape(-1, width) for m in (model, quantized))
+    assert list(errors.values()) == [pytest.approx(relative(exact, rounded), rel=1e-4)]
