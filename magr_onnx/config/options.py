@@ -145,7 +145,8 @@ class Options(TypedDict, total=False):
         "amount, or a percentage of the float model's.", panel=WEIGHTS, metavar="LOSS",
         whole_run=_BUDGET, displaces=("bits", "target_size"))]
     conv_bits: Annotated[int | None, OptionSpec(
-        help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float.", default_text="8", choices=conv.BITS,
+        help="Bits of the weights of convolutions in every format, 3 to 8; none leaves them float.",
+        default_text="8; chosen for each by a budget, where they compute in float", choices=conv.BITS,
         none_word="none", panel=OTHERS, metavar="N", whole_run=_CONVOLUTIONS)]
     conv_form: Annotated[conv.Form, OptionSpec(
         help="Quantized convolutions: fold (floats again when the file is loaded, full speed), dequantize (DequantizeLinear, in every "

@@ -8,12 +8,13 @@ import onnx_ir as ir
 from magr_onnx.config.options import Options
 from magr_onnx.core import knapsack
 from magr_onnx.core.bisection import Bisection
-from magr_onnx.report.mixed_precision import Assignment, Attempt
+from magr_onnx.report.mixed_precision import Assignment
 from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.metric import Judge
-from magr_onnx.workflow.mixed_precision import Goal, Search, Source
+from magr_onnx.workflow.goal import Goal
+from magr_onnx.workflow.mixed_precision import Search, Source
 
 MIXES = 32  # that are considered, at most
 
@@ -57,7 +58,7 @@ class MetricSearch(Search):
 
     def accepts(self, measured: float) -> bool:
         """Take note of a result's measure; unless it is known to be the smallest that keeps to the loss, choose the next to try."""
-        self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
+        self._attempt(measured)
         tried = self._bisection.next
         self._bisection.take(self._meets(measured))
         self._point = self._mixes[self._bisection.next]

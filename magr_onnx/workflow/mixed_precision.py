@@ -10,7 +10,7 @@ over one choice for every layer: bits and block size as the format and the accum
 
 from __future__ import annotations
 
-import re
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,6 @@ import onnx_ir as ir
 from magr_onnx.config.options import Options
 from magr_onnx.config.plans import plan_of
 from magr_onnx.core import knapsack
-from magr_onnx.core.option_spec import bytes_of
 from magr_onnx.core.types import Choice
 from magr_onnx.errors import CalibrationError, OptionError, raise_all
 from magr_onnx.model_io import files, writing
@@ -39,6 +38,8 @@ from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import size_model
+from magr_onnx.workflow.conv_choices import ConvChoices
+from magr_onnx.workflow.goal import Goal
 
 FLOAT = Choice()
 BITS = (2, 4, 8)  # 3-bit codes are stored in 4 bits: as many bytes, more loss
@@ -46,70 +47,6 @@ REFERENCES = (2, 4)
 ATTEMPTS = 3
 STAMP = 1024  # bytes of metadata at most, beside the pipeline's text
 MEASURED = 8  # batches the result is measured on, at most
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|bits?)\s*")
-_LOSS = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<percent>%?)\s*")
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What was asked for.
-
-    Attributes:
-        text: In words.
-        size: A size, if that was asked for.
-        unit: Of the size: ``%`` of the source, ``bit`` for that of a uniform model, or bytes.
-        loss: A loss, if that was asked for.
-        of_metric: Whether the loss is of the user's own measure.
-        relative: Whether it is a fraction of the float model's.
-    """
-
-    text: str
-    size: float | None = None
-    unit: str = ""
-    loss: float | None = None
-    of_metric: bool = False
-    relative: bool = False
-
-    def least(self, float_value: float) -> float:
-        """Return the least value of the user's own measure that keeps to the loss."""
-        assert self.loss is not None
-        return float_value - self.loss * (abs(float_value) if self.relative else 1)
-
-
-def goal_of(options: Options, has_metric: bool = False) -> Goal | None:
-    """The budget among the options, if there is one; ``has_metric``: a loss is of the user's own measure.
-
-    Raises:
-        OptionError: Both budgets, one that cannot be read, or bits that the budget is to choose.
-    """
-    size, loss = options.get("target_size"), options.get("max_loss")
-    if size is None and loss is None:
-        return None
-    problems = []
-    if size is not None and loss is not None:
-        problems.append("give target_size or max_loss, not both")
-    if options.get("bits") is not None:
-        problems.append(f"bits={options['bits']} with a budget: the budget chooses the bits of every layer; leave them out")
-    goal = None
-    if size is not None:
-        match, size_in_bytes = _SIZE.fullmatch(size), bytes_of(size)
-        if not (size_in_bytes or (match is not None and float(match["number"]) > 0)):
-            problems.append(f"target_size={size!r}: give a share of the source ('25%'), the size of a uniform model ('4bit'), or '30 MB'")
-        elif match is None:
-            goal = Goal(f"target size {size}", size_in_bytes, "B")
-        else:
-            goal = Goal(f"target size {size}", float(match["number"]), match["unit"].removesuffix("s"))
-    elif loss is not None:
-        goal = _loss_goal(loss, has_metric)
-        if goal is None and has_metric:
-            problems.append(f"max_loss={loss!r}: give a loss of the metric, as '1%' of the float model's or '0.01'; 0 for none")
-        elif goal is None:
-            problems.append(
-                f"max_loss={loss!r}: give a loss above 0 and at most 1, as '1%' or '0.01': of the mean KL divergence in nats (logits), or "
-                "of 1 - mean cosine (other outputs)"
-            )
-    raise_all(OptionError, problems)
-    return goal
 
 
 def split_of(goal: Goal, data: Batches) -> sensitivity.Split:
@@ -126,28 +63,16 @@ def split_of(goal: Goal, data: Batches) -> sensitivity.Split:
     return sensitivity.Split.of(data)
 
 
-def _loss_goal(text: str, of_metric: bool) -> Goal | None:
-    """The goal of ``max_loss``; None where it cannot be read, or is out of range."""
-    match = _LOSS.fullmatch(text)
-    if match is None:
-        return None
-    percent = bool(match["percent"])
-    most = float(match["number"]) / (100 if percent else 1)
-    if of_metric:
-        return Goal(f"loss of the metric at most {text}", loss=most, of_metric=True, relative=percent)
-    return Goal(f"loss at most {text}", loss=most) if 0 < most <= 1 else None
-
-
 def check_layers(goal: Goal | None, layers: Sequence[LinearLayer]) -> None:
-    """Refuse a budget where there is no linear layer to choose bits for.
+    """Refuse a budget where there is no linear layer to choose bits for, and no convolution.
 
     Raises:
         OptionError: There is none.
     """
     if goal is not None and not layers:
         raise OptionError(
-            f"{goal.text}: a budget chooses the bits of linear layers, and there is none to convert; leave it out (convolutions have "
-            "conv_bits, tables of embeddings embedding_bits)"
+            f"{goal.text}: a budget chooses the bits of linear layers, and there is none to convert; leave it out (it also chooses those of "
+            "convolutions that compute in float, where conv_bits is not given; tables of embeddings have embedding_bits)"
         )
 
 
@@ -202,6 +127,7 @@ class Source:
         tapped: ``model`` with what layers in bodies read as values of the main graph; None for ``model``.
         fixed: Plans of layers that have no choice, by name; they are not among ``layers``.
         grids: The 8-bit grids of inputs and products; None where they stay float.
+        convolutions: What its convolutions may become; None where there are none, or nothing to choose for them.
     """
 
     model: ir.Model
@@ -213,10 +139,13 @@ class Source:
     tapped: ir.Model | None = None
     fixed: Mapping[str, Plan] = field(default_factory=dict)
     grids: Grids | None = None
+    convolutions: ConvChoices | None = None
 
-    def size(self, plans: Mapping[str, Plan]) -> int:
-        """Bytes of the result with the layers named in ``plans`` converted, beside those that have no choice."""
+    def size(self, plans: Mapping[str, Plan], conv_bits: Mapping[str, int] | None = None) -> int:
+        """Bytes of the result with the layers named in ``plans`` and ``conv_bits`` converted, beside those that have no choice."""
         model = size_model.converted(self.model, {**self.fixed, **plans}, self.grids)
+        if self.convolutions is not None:
+            self.convolutions.write(model, conv_bits or {})
         if not self.file:
             return files.model_bytes(model) + self.stamp
         with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
@@ -237,18 +166,24 @@ class Allocation:
         Raises:
             OptionError: No choices are small enough; the message gives the smallest size.
         """
-        if not source.layers:
+        convolutions = source.convolutions
+        if not source.layers and convolutions is None:
             raise OptionError(f"{goal.text}: every layer has bits of its own, so that there is nothing to choose; leave the budget out")
         self.goal, self.source, self.plans = goal, source, choices
-        self.items = _shared(source.layers)
-        self.choices = [*choices, FLOAT]
-        columns = [size_model.changes(source.model, self.items, plan, source.grids) for plan in choices.values()]
-        self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(self.items))]
+        linear = _shared(source.layers)
+        columns = [size_model.changes(source.model, linear, plan, source.grids) for plan in choices.values()]
+        self.items, self._linear = linear, len(linear)
+        self._choices = [[*choices, FLOAT]] * len(linear)
+        self._costs = [np.array([*(float(column[i]) for column in columns), 0.0]) for i in range(len(linear))]
+        if convolutions is not None:
+            self.items = [*linear, *convolutions.items]
+            self._choices = [*self._choices, *([[*(Choice(b) for b in convolutions.bits), FLOAT]] * len(convolutions.items))]
+            self._costs += [np.array([*convolutions.changes(source.model, names), 0.0]) for names in convolutions.items]
         self._base = source.size({})
         self.attempts: list[Attempt] = []
         if goal.loss is None:
             self._target = self._bytes(goal)
-            least = source.size(self._assigned([int(np.argmin(costs)) for costs in self._costs]))
+            least = self._size([int(np.argmin(costs)) for costs in self._costs])
             if least > self._target:
                 raise OptionError(
                     f"{goal.text}: that is {self._target:,} bytes, and the smallest possible is {least:,} ({least / source.bytes:.1%} of "
@@ -257,9 +192,18 @@ class Allocation:
 
     def solve(self, losses: Callable[[str, Choice], float]) -> None:
         """Choose, given the loss of a layer, by name, at a choice."""
+
+        def loss(item: int, choice: Choice) -> float:
+            names = self.items[item]
+            if item < self._linear:
+                return sum(losses(name, choice) for name in names)
+            assert self.source.convolutions is not None
+            assert choice.bits is not None
+            return self.source.convolutions.losses[names[0], choice.bits]
+
         self._items = [
-            knapsack.Item(costs, np.array([*(sum(losses(name, choice) for name in names) for choice in self.plans), 0.0]))
-            for names, costs in zip(self.items, self._costs, strict=True)
+            knapsack.Item(self._costs[i], np.array([*(loss(i, choice) for choice in choices if choice != FLOAT), 0.0]))
+            for i, choices in enumerate(self._choices)
         ]
         self._point = self._first()
 
@@ -273,11 +217,15 @@ class Allocation:
 
     def counts(self) -> list[str]:
         """How many layers have which choice, in words."""
-        layers = Counter(dict.fromkeys(range(len(self.choices)), 0))
-        for names, j in zip(self.items, self._point.choices, strict=True):
-            layers[j] += len(names)
-        labels = [choice_label(c.bits, c.block_size) for c in self.choices]
-        return [f"{count} x {label}" for label, count in zip(labels, layers.values(), strict=True) if count]
+        layers = Counter(dict.fromkeys((*self.plans, *itertools.chain(*self._choices)), 0))
+        for names, choice in zip(self.items, self._chosen(self._point.choices), strict=True):
+            layers[choice] += len(names)
+        kept = layers.pop(FLOAT)  # the last in the text
+        return [f"{count} x {choice_label(c.bits, c.block_size)}" for c, count in [*layers.items(), (FLOAT, kept)] if count]
+
+    def conv_bits(self) -> dict[str, int]:
+        """The bits of every convolution that is converted, by the first name of those with its weight."""
+        return self._conv_bits(self._point.choices)
 
     def stamp(self, work: ir.Model) -> None:
         """Say in the model's metadata what its layers are, where its pipeline says what they would be without a budget."""
@@ -291,12 +239,15 @@ class Allocation:
 
     def accepts(self, measured: float) -> bool:
         """Take note of a result's loss. Where it is more than it may be, plan again, for less by the ratio it was missed by."""
-        self.attempts.append(Attempt(self.source.size(self.assigned()), self._point.loss, measured))
+        self._attempt(measured)
         if self._meets(measured) or len(self.attempts) == ATTEMPTS:
             return True
         assert self.goal.loss is not None
         self._point = self._within_loss(self._point.loss * self.goal.loss / measured)
         return False
+
+    def _attempt(self, measured: float) -> None:
+        self.attempts.append(Attempt(self._size(self._point.choices), self._point.loss, measured))
 
     def _meets(self, measured: float) -> bool:
         """Return whether a result keeps to the budget."""
@@ -305,11 +256,12 @@ class Allocation:
     def report(self, metric: str, measured_on: str, measure: str = "") -> Assignment:
         """What was decided; ``measure`` is the name of what was measured, where that is not ``metric``."""
         rows = [
-            ChoiceRow(tuple(names), self.choices[j].bits, self.choices[j].block_size, int(item.costs[j]), float(item.losses[j]))
-            for names, item, j in zip(self.items, self._items, self._point.choices, strict=True)
+            ChoiceRow(tuple(names), choice.bits, choice.block_size, int(item.costs[j]), float(item.losses[j]))
+            for names, item, j, choice in zip(self.items, self._items, self._point.choices, self._chosen(self._point.choices), strict=True)
         ]
         shift = self.attempts[-1].bytes - self._point.cost  # what is not tensors of layers
-        points = [(choice, knapsack.point(self._items, [j] * len(self._items))) for j, choice in enumerate(self.plans)]
+        same = self.plans if self._linear else self._choices[0][:-1]
+        points = [(choice, knapsack.point(self._items, self._uniform(choice))) for choice in same]
         uniform = [TradeOff(round(p.cost + shift), p.loss, choice_label(choice.bits, choice.block_size)) for choice, p in points]
         return Assignment(
             self.goal.text,
@@ -324,9 +276,29 @@ class Allocation:
             measure,
         )
 
+    def _chosen(self, choices: Sequence[int]) -> list[Choice]:
+        """Return what the numbers of a point stand for."""
+        return [of_item[j] for of_item, j in zip(self._choices, choices, strict=True)]
+
     def _assigned(self, choices: Sequence[int]) -> dict[str, Plan]:
-        pairs = zip(self.items, (self.choices[j] for j in choices), strict=True)
+        pairs = list(zip(self.items, self._chosen(choices), strict=True))[: self._linear]
         return {name: self.plans[choice] for names, choice in pairs if choice != FLOAT for name in names}
+
+    def _conv_bits(self, choices: Sequence[int]) -> dict[str, int]:
+        pairs = list(zip(self.items, self._chosen(choices), strict=True))[self._linear :]
+        return {names[0]: choice.bits for names, choice in pairs if choice.bits is not None}
+
+    def _size(self, choices: Sequence[int]) -> int:
+        """Return the bytes of the result with these choices."""
+        return self.source.size(self._assigned(choices), self._conv_bits(choices))
+
+    def _uniform(self, choice: Choice) -> list[int]:
+        """Return the numbers of one choice for all; of convolutions, those of the bits that are nearest."""
+        numbers = [of_item.index(choice) for of_item in self._choices[: self._linear]]
+        for of_item in self._choices[self._linear :]:
+            differences = [abs(each.bits - (choice.bits or 0)) for each in of_item if each.bits is not None]
+            numbers.append(differences.index(min(differences)))
+        return numbers
 
     def _bytes(self, goal: Goal) -> int:
         """The size asked for."""
@@ -340,13 +312,13 @@ class Allocation:
             possible = ", ".join(f"{b}bit" for b in sorted({c.bits or 0 for c in self.plans}))
             raise OptionError(f"{goal.text}: no layer can have these bits here; there are {possible}")
         choice = Choice(int(goal.size), 32 if 32 in blocks else blocks[0])
-        return self.source.size({layer.name: self.plans[choice] for layer in self.source.layers})
+        return self._size(self._uniform(choice))
 
     def _within_size(self) -> knapsack.Point:
         """The least loss whose file, nodes and names included, is no larger than the target."""
         room = float(self._target - self._base)
         while (point := knapsack.least_loss(self._items, room)) is not None:
-            excess = self.source.size(self._assigned(point.choices)) - self._target
+            excess = self._size(point.choices) - self._target
             if excess <= 0:
                 return point
             room = point.cost - excess
@@ -381,11 +353,16 @@ class Search(Allocation):
         split, choices = split_of(goal, data), choices_of(options, provider)
         super().__init__(goal, source, choices)
         model, references = source.tapped or source.model, references_of(choices)
-        losses, effects = sensitivity.measure(model, source.layers, choices, references, split, calibration, gram_budget, progress)
+        losses: Mapping[str, sensitivity.Sensitivity] = {}
+        if source.layers:
+            losses, effects = sensitivity.measure(model, source.layers, choices, references, split, calibration, gram_budget, progress)
+            self.metric = effects.metric
+        elif source.convolutions is not None:
+            self.metric = source.convolutions.metric
         self.solve(lambda name, choice: losses[name].loss(choice))
         self.calibration = replace(calibration, data=split.rest) if holds_out else calibration
         part = "held out of all else" if holds_out else "held out of the sensitivities"
-        self.metric, self.measured_on = effects.metric, f"{min(len(split.held_out), MEASURED)} calibration batches {part}"
+        self.measured_on = f"{min(len(split.held_out), MEASURED)} calibration batches {part}"
         with Session(source.reference or source.model, provider) as session:
             self._reference = Reference(session, split.held_out.limit(MEASURED), calibration.mask)
 

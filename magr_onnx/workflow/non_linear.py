@@ -35,9 +35,10 @@ from magr_onnx.runtime.calibration import conv_patches
 from magr_onnx.runtime.data.hold_out import HoldOut
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.sensitivity import Split
-from magr_onnx.workflow import integer_convolutions, mixed_precision, recurrent
+from magr_onnx.workflow import integer_convolutions, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.goal import Goal
 
 
 def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> Plan:
@@ -50,7 +51,7 @@ def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> P
     return replace(plan, convolutions=plans.convolutions(options))
 
 
-def data_to_fit(data: Batches | None, goal: mixed_precision.Goal | None) -> Batches | None:
+def data_to_fit(data: Batches | None, goal: Goal | None) -> Batches | None:
     """Select the batches that a budget of loss will not be measured on."""
     return data if data is None or goal is None or goal.loss is None or goal.of_metric else Split.of(data).rest
 
@@ -137,10 +138,10 @@ def _stage_for(model: ir.Model, plan: Plan) -> Convolutions | None:
     convolution in integers.
     """
     stage = plan.convolutions
-    return replace(stage, form="dequantize") if stage is not None and stage.form == "fold" and _computes_integers(model, plan) else stage
+    return replace(stage, form="dequantize") if stage is not None and stage.form == "fold" and computes_integers(model, plan) else stage
 
 
-def _computes_integers(model: ir.Model, plan: Plan) -> bool:
+def computes_integers(model: ir.Model, plan: Plan) -> bool:
     """Whether onnxruntime could make integer operators of the result's convolutions."""
     return plan.input_grids == "static" or any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
 
@@ -175,7 +176,7 @@ def convert_convolutions(
     stage = _stage_for(model, plan)
     if stage is None or not layers:
         return
-    integer, first = _computes_integers(model, plan), len(result.rows)
+    integer, first = computes_integers(model, plan), len(result.rows)
     ordered = [layer for readers in by_weight(layers) for layer in readers]
     integers = [layer for layer in ordered if str(layer.x.name) in rounded and integer_convolutions.may_be_integer(layer, plan.rules)]
     grids = {layer.name: rounded[str(layer.x.name)] for layer in integers}
@@ -183,12 +184,12 @@ def convert_convolutions(
     unmeasured: dict[str, str] = {}
     if data is not None:
         unmeasured |= conv_patches.unmeasured(source, ordered, data, context.provider, patch_limit)
-    for readers, stats in _measured(source, ordered, data, context, unmeasured):
-        computes_integers = any(layer.name in grids for layer in readers)
-        solutions = integer_convolutions.with_room_for_biases(readers, _solve(readers, stats, plan, computes_integers), grids)
+    for readers, stats in patch_moments(source, ordered, data, context, unmeasured):
+        multiplied = any(layer.name in grids for layer in readers)
+        solutions = integer_convolutions.with_room_for_biases(readers, solve_weight(readers, stats, plan, multiplied), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        form = stage.form if stage.form != "integer" or computes_integers else "dequantize"
+        form = stage.form if stage.form != "integer" or multiplied else "dequantize"
         written = conv_emitter.emit(readers, solutions, form, integer and form != "integer", grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
@@ -204,7 +205,7 @@ def convert_convolutions(
     result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
 
 
-def _measured(
+def patch_moments(
     model: ir.Model, layers: Sequence[ConvLayer], data: Batches | None, context: RunContext, unmeasured: dict[str, str]
 ) -> Iterator[tuple[list[ConvLayer], list[list[LayerStats] | None]]]:
     """Convolutions of one weight with their statistics, or None; ``unmeasured`` gets the reason of those that have none."""
@@ -226,7 +227,7 @@ def _measured(
             readers = next(units, None)
 
 
-def _solve(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan, integers: bool) -> list[LayerSolution]:
+def solve_weight(readers: Sequence[ConvLayer], stats: Sequence[list[LayerStats] | None], plan: Plan, integers: bool) -> list[LayerSolution]:
     """One weight for all convolutions that read it, under the moments of all their patches; for each the bias that its own mean needs.
 
     Where some of them multiply ``integers``, its codes fit the accumulator of the plan.

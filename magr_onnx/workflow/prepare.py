@@ -32,7 +32,7 @@ from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.data.sources import Batches, Source, keep_back
 from magr_onnx.runtime.measure.metric import Judge
 from magr_onnx.runtime.ort import opset_check, session, worker
-from magr_onnx.workflow import mixed_precision, non_linear, recurrent, wide_inputs
+from magr_onnx.workflow import conv_sensitivity, mixed_precision, non_linear, recurrent, wide_inputs
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
@@ -173,6 +173,9 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     plan = non_linear.with_convolutions(request.plan, model, request.options)
     for each in (plan, *request.layer_plans):
         each.prepare(model)
+    choosable = conv_sensitivity.choosable(model, plan, request, chosen)
+    if choosable:
+        conv_sensitivity.raise_opset(model, plan)
     if plan.rules is not None and plan.rules.fixed_shapes:
         notes += fix_batch(model, plan.rules.name)
     notes += selection.canonical(model, chosen, request.requantize)
@@ -189,7 +192,7 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
         raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
-    if plan.rules is None or not wide_inputs.is_spent_on_activations(request.budget, plan, request.provider):
+    if not choosable and (plan.rules is None or not wide_inputs.is_spent_on_activations(request.budget, plan, request.provider)):
         mixed_precision.check_layers(request.budget, layers)
     layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
     return prepared

@@ -21,8 +21,7 @@ from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.data.text import Reading
 from magr_onnx.runtime.measure.metric import Metric
 from magr_onnx.runtime.ort.session import provider_problems
-from magr_onnx.workflow import mixed_precision
-from magr_onnx.workflow.mixed_precision import Goal
+from magr_onnx.workflow.goal import Goal, goal_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -170,7 +169,7 @@ def _made(values: Mapping[str, Any], options: Options) -> tuple[Plan, Options | 
         plan = Plan.read(values["pipeline_text"])
         plan.check(values["provider"])
         return plan, None, None
-    budget = mixed_precision.goal_of(options, values["metric"] is not None)
+    budget = goal_of(options, values["metric"] is not None)
     if values["calibration"] is None and options.get("effort") is None and options.get("quantizer") is None:  # nothing to choose by
         options = {**options, "effort": "fast"}
     return plan_of(options, tuple(DEFAULTS), values["provider"]), options, budget

@@ -18,6 +18,7 @@ from magr_onnx.passes.emit import tensors as tensor_emitter
 from magr_onnx.passes.graph.torch_names import scope_of
 from magr_onnx.passes.instrument.segments import depths
 from magr_onnx.passes.layer_passes import shared_weights
+from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.linear import find
 from magr_onnx.passes.layers.recurrent import GATES
 from magr_onnx.passes.layers.weighted import readers, skip_of, split_shared
@@ -25,13 +26,21 @@ from magr_onnx.passes.layerwise import run_layers
 from magr_onnx.passes.rewrites.base import Context, Groups
 from magr_onnx.report.data import megabytes
 from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
-from magr_onnx.report.reasons import Reason
+from magr_onnx.report.reasons import ConvReason, Reason
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.workflow import integer_convolutions, mixed_precision, non_linear, rounded_activations, tied_tables, wide_inputs
+from magr_onnx.workflow import (
+    conv_sensitivity,
+    integer_convolutions,
+    mixed_precision,
+    non_linear,
+    rounded_activations,
+    tied_tables,
+    wide_inputs,
+)
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
@@ -79,6 +88,7 @@ class _Setup:
         needs_statistics: Whether layers without statistics stay as they are.
         assigned: Options and plan of layers that have their own, by name.
         tied: Names of weights that are tables of embeddings, too, and one tensor with them in the result.
+        convolutions: Convolutions of the float model whose bits a budget chooses; they are floats in ``work``.
         skips: What stays as it is.
         notes: Sentences for the report.
     """
@@ -92,6 +102,7 @@ class _Setup:
     tied: frozenset[str]
     skips: list[Skip]
     notes: list[str]
+    convolutions: Sequence[ConvLayer] = ()
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -112,6 +123,7 @@ class _Round(Converted):
         tied: Names of weights that are tables of embeddings, too.
         codes: Of layers with such weights, and the names of their nodes, by the name of the weight.
         tables: These tables.
+        convolutions: Convolutions whose bits a budget chose.
     """
 
     model: ir.Model
@@ -122,6 +134,7 @@ class _Round(Converted):
     tied: frozenset[str] = frozenset()
     codes: dict[str, tuple[str, QuantizedWeight]] = field(default_factory=dict)
     tables: Converted = field(default_factory=Converted)
+    convolutions: Converted = field(default_factory=Converted)
 
     def finish(self, context: RunContext, solved: SolvedLayer) -> None:
         """Take note of a layer that has been through the plan, and tell the caller."""
@@ -161,10 +174,15 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     grids = rounding.grids
     base = rounded_activations.rounded_copy(model, grids)
     tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
-    begun = non_linear.convert(model, base, prepared.plan, fit, grids, tied, context)
+    chosen = [] if context.memory.large else conv_sensitivity.choosable(model, prepared.plan, request, context.selection)
+    if chosen:  # by the budget, later
+        begun = non_linear.convert(model, base, replace(prepared.plan, convolutions=None), fit, grids, tied, context)
+        begun.skips = [skip for skip in begun.skips if skip.reason != ConvReason.UNASKED]
+    else:
+        begun = non_linear.convert(model, base, prepared.plan, fit, grids, tied, context)
     context.spill(base)
     context.report_layers(begun.rows)
-    setup = _set_up(prepared, base, begun, grids, tied, request, context)
+    setup = replace(_set_up(prepared, base, begun, grids, tied, request, context), convolutions=chosen)
     notes += [*rounding.notes, *begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:
@@ -178,11 +196,13 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
             if search is None or search.accepts(search.measure(done.model)):
                 break
             del done  # one quantized model at a time
-    rows = _rows(done, setup, begun.rows, model)
-    emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in begun.rows if row.op in (*GATES, "Conv")}
-    skips = [*setup.skips, *done.skips]
+    others = [*begun.rows, *done.convolutions.rows]
+    rows = _rows(done, setup, others, model)
+    emitted = {written.node for written in done.emitted.values()} | {str(row.emitted) for row in others if row.op in (*GATES, "Conv")}
+    skips = [*setup.skips, *done.skips, *done.convolutions.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
-    return Solved(done.model, setup.plan, data, rows, done.digests | begun.digests | done.tables.digests, emitted, skips, notes, search)
+    digests = done.digests | begun.digests | done.tables.digests | done.convolutions.digests
+    return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -229,7 +249,7 @@ def _set_up(
         skips += [skip_of(layer.node, Reason.SUBGRAPH, "format qdq-full rounds the main graph only") for layer in layers if layer.nested]
         layers = [layer for layer in layers if not layer.nested]
     skips += [*prepared.unconverted, *begun.skips, *unreached]
-    if not layers and not begun.rows:
+    if not layers and not prepared.others:
         raise prepared.no_layer(skips)
     plan, notes = without_stages(base, layers, plan)
     if context.memory.large and data is not None and (names := uncuttable(base)):
@@ -260,9 +280,14 @@ def _set_up(
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
     """Measure what a budget is spent by, if there is one."""
     plans = setup.plans
-    mixed_precision.check_layers(request.budget, setup.layers)
+    if not setup.convolutions:
+        mixed_precision.check_layers(request.budget, setup.layers)
     if request.budget is None or setup.calibration is None:
         return None
+    convolutions = None
+    if setup.convolutions:
+        split = mixed_precision.split_of(request.budget, setup.calibration.data)
+        convolutions = conv_sensitivity.measure(prepared.model, setup.convolutions, setup.plan, split, context)
     source = mixed_precision.Source(
         setup.models.work,
         [layer for layer in setup.layers if layer.name not in plans],
@@ -273,6 +298,7 @@ def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context
         setup.models.tapped.on(setup.models.work),
         plans,
         setup.calibration.grids,
+        convolutions,
     )
     steps = context.stage("sensitivities")
     settings = (request.budget, request.options or {}, source, setup.calibration, request.gram_budget, steps)
@@ -297,6 +323,10 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
     if context.store is not None:
         context.store.set_plan(plan, plans)
     done = _Round(model=work, layers=layers, skips=kept, tied=setup.tied)
+    if search is not None and search.source.convolutions is not None:
+        done.convolutions = search.source.convolutions.write(work, search.conv_bits())
+        models = replace(models, changed={*models.changed, *done.convolutions.digests})
+        context.report_layers(done.convolutions.rows)
     readers_by_input = moments.readers_of(layers)
     held_out = any(p.holds_out for p in (plan, *plans.values()))
     calibration = setup.calibration

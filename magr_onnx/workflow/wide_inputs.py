@@ -22,7 +22,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
 from magr_onnx.runtime.calibration.moments import readers_of
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.rounding import output_errors, trial_data
-from magr_onnx.workflow.mixed_precision import Goal
+from magr_onnx.workflow.goal import Goal
 from magr_onnx.workflow.rounded_activations import described
 
 NOTHING = (

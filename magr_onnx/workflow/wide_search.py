@@ -18,7 +18,8 @@ from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow.context import RunContext
-from magr_onnx.workflow.mixed_precision import MEASURED, Goal, split_of
+from magr_onnx.workflow.goal import Goal
+from magr_onnx.workflow.mixed_precision import MEASURED, split_of
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 from magr_onnx.workflow.solve import Solved

@@ -32,6 +32,7 @@ from magr_onnx.runtime.measure import sensitivity
 from magr_onnx.runtime.measure.loss import COSINE, KL, Reference
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import mixed_precision, size_model
+from magr_onnx.workflow.goal import goal_of
 from magr_onnx.workflow.optimize import Optimized
 from tests import graphs
 from tests.graphs import Array, Builder, correlated, feeds, random
@@ -280,7 +281,7 @@ def test_a_byte_less_than_a_plan_needs_is_another_plan() -> None:
     source = mixed_precision.Source(model, find(model)[0], tensor_bytes(model), file=True, stamp=0)
 
     def planned(size: int) -> int:
-        goal = mixed_precision.goal_of({"target_size": f"{size} B"})
+        goal = goal_of({"target_size": f"{size} B"})
         assert goal is not None
         allocation = mixed_precision.Allocation(goal, source, choices)
         allocation.solve(lambda name, choice: 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
@@ -351,7 +352,7 @@ def test_a_missed_loss_is_tried_again_and_told() -> None:
     model = unequal()
     choices = mixed_precision.choices_of({"block_size": 32})
     source = mixed_precision.Source(model, find(model)[0], tensor_bytes(model), False, 0)
-    goal = mixed_precision.goal_of({"max_loss": "0.01"})
+    goal = goal_of({"max_loss": "0.01"})
     assert goal is not None
     allocation = mixed_precision.Allocation(goal, source, choices)
     allocation.solve(lambda name, choice: 0.1 * 4.0 ** -(choice.bits or 0) * (10 if name == "strong" else 1))
