@@ -71,8 +71,8 @@ def check_layers(goal: Goal | None, layers: Sequence[LinearLayer]) -> None:
     """
     if goal is not None and not layers:
         raise OptionError(
-            f"{goal.text}: a budget chooses the bits of linear layers, and there is none to convert; leave it out (it also chooses those of "
-            "convolutions that compute in float, where conv_bits is not given; tables of embeddings have embedding_bits)"
+            f"{goal.text}: a budget chooses the bits of linear layers, and there is none to convert; leave it out (it chooses those of "
+            "convolutions that compute in float too, where conv_bits is not given; tables of embeddings have embedding_bits)"
         )
 
 
