@@ -342,6 +342,9 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         context.lap("calibrate")
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
+        for layer in group:
+            if layer.weight_name in setup.tied:  # what would make up for the layers before is an error of the table
+                gathered.targets.pop(layer.name, None)
         complete = completing(gathered, models.tapped, hessian, calibration)
         run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
         gathered.stats.clear()  # the next ones are made while this loop still holds these

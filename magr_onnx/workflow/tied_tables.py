@@ -1,6 +1,7 @@
 """Tables of embeddings whose rows a linear layer, mostly the last, multiplies by: one tensor in the file, which both read.
 
-1. The layer is solved under its own statistics, in the bits and blocks of the tables unless it has options of its own.
+1. The layer is solved under its own statistics, in the bits and blocks of the tables unless it has options of its own, and towards the
+   weight of the model: error feedback would move it away from that, and the embeddings with it.
 2. Its codes, scales and zero points become those of the table, where kernels for both can read them. Otherwise the table gets its own.
 3. Under a budget the two are converted apart, since the budget is spent layer by layer.
 """

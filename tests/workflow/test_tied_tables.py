@@ -85,6 +85,15 @@ def test_without_data_too(tmp_path: Path) -> None:
     assert producers(proto)[node(proto, "GatherBlockQuantized").input[0]].op_type == "Reshape"
 
 
+@pytest.mark.parametrize("options", [{}, {"quantizer": None}])
+def test_error_feedback_does_not_move_the_table(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Weights of the head that make up for 2-bit layers before it would be wrong embeddings."""
+    _, proto = made(tmp_path, language_model(), bits=2, feedback=True, **options)
+    table = read_weights(ir.load(tmp_path / "made.onnx"))[node(proto, "GatherBlockQuantized").output[0]]
+    exact = random(ROWS, WIDTH, scale=1.0)
+    assert np.linalg.norm(table - exact) < 0.02 * np.linalg.norm(exact)
+
+
 def test_a_layer_with_options_of_its_own_keeps_them(tmp_path: Path) -> None:
     head = magr_onnx.LayerOptions(("head",), {"bits": 4})
     _, proto = made(tmp_path, language_model(), layers=[head])
