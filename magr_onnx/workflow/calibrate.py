@@ -38,12 +38,14 @@ class Models:
         work: The model being quantized: a copy of ``original`` but for what makes the ``changed`` values.
         tapped: The float model, with what layers in bodies read as values of the main graph.
         changed: Names of the values of ``work`` that are not the float model's from the beginning.
+        unmoved: Names of weights that error feedback is not to move.
     """
 
     original: ir.Model
     work: ir.Model
     tapped: subgraphs.TappedModel
     changed: Collection[str] = ()
+    unmoved: Collection[str] = ()
 
 
 def gather(
@@ -125,6 +127,7 @@ def _in_stages(
         feedback=feedback,
         cache=memory.cache,
         changed=split.changed,
+        unmoved=models.unmoved,
         gram_budget=memory.gram_budget if memory.large else None,
         is_unsolved=context.is_unsolved,
         cuts=split.cuts,

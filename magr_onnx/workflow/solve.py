@@ -274,7 +274,7 @@ def _set_up(
     heads = () if request.options is None else tied_tables.head_options(plan, tied, layers)
     assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
     changed = {*begun.digests, *rounded}
-    return _Setup(Models(model, base, tapped, changed), layers, plan, calibration, needs_statistics, assigned, tied, skips, notes)
+    return _Setup(Models(model, base, tapped, changed, tied), layers, plan, calibration, needs_statistics, assigned, tied, skips, notes)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:
@@ -342,9 +342,6 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         context.lap("calibrate")
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
-        for layer in group:
-            if layer.weight_name in setup.tied:  # what would make up for the layers before is an error of the table
-                gathered.targets.pop(layer.name, None)
         complete = completing(gathered, models.tapped, hessian, calibration)
         run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
         gathered.stats.clear()  # the next ones are made while this loop still holds these

@@ -53,6 +53,7 @@ class Schedule:
             quantized first.
         gram_budget: Most bytes of Gram matrices in memory (at least one matrix); larger stages are split. None for no limit.
         is_unsolved: Whether a layer needs statistics; parts of a stage without such layers get none.
+        unmoved: Names of weights that are something else too, such as tables of embeddings: layers with these get no targets.
         cuts: Layers to cut the model at, including those to calibrate, so that segments are small; None for the latter alone.
     """
 
@@ -61,6 +62,7 @@ class Schedule:
     changed: Collection[str] = ()
     gram_budget: int | None = None
     is_unsolved: Callable[[LinearLayer], bool] = lambda layer: True
+    unmoved: Collection[str] = ()
     cuts: Sequence[LinearLayer] | None = None
 
 
@@ -99,7 +101,7 @@ def staged(
             budget = schedule.gram_budget
             for part in [members] if budget is None else grouped(members, budget, context.hold_out):
                 unsolved = part if any(map(schedule.is_unsolved, part)) else []  # layers that share a weight are solved together
-                result = _gather(unsolved, values, context, schedule.feedback)
+                result = _gather(unsolved, values, context, schedule)
                 yield part, replace(result, spilled=floats.spilled + quants.spilled)
                 del result  # before the next is measured
             values.keep(live)
@@ -197,14 +199,15 @@ class _Values:
         return residual if self.floats.get(residual, 0).shape == (*self.floats.get(name, 0).shape[:-1], layer.n) else None
 
 
-def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool) -> CalibrationResult:
+def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationContext, schedule: Schedule) -> CalibrationResult:
     """Measure the inputs of a stage and, with feedback, the target moments of its layers."""
     stats: dict[str, LayerStats] = {}
     targets: dict[str, TargetMoments] = {}
     bad: list[str] = []
     unmasked: list[str] = []
     for name, readers in readers_of(stage).items():
-        measured, masked, targets_of_readers = _measure(name, readers, values, context, feedback)
+        aimed = [layer for layer in readers if schedule.feedback and layer.weight_name not in schedule.unmoved]
+        measured, masked, targets_of_readers = _measure(name, readers[0], values, context, aimed)
         if context.mask is not None:
             check_rows([0 if measured is None else measured.rows], context.mask)
             unmasked += [] if masked else [name]
@@ -219,19 +222,22 @@ def _gather(stage: Sequence[LinearLayer], values: _Values, context: CalibrationC
 
 
 def _measure(
-    name: str, readers: Sequence[LinearLayer], values: _Values, context: CalibrationContext, feedback: bool
+    name: str, first: LinearLayer, values: _Values, context: CalibrationContext, aimed: Sequence[LinearLayer]
 ) -> tuple[LayerStats | None, bool, dict[str, TargetMoments]]:
-    """Measure one value: its moments, whether the mask was applied in all batches, and the target moments of the layers that read it."""
+    """Measure one value: its moments, whether the mask was applied in all batches, and the target moments of layers that read it.
+
+    Its ``first`` reader says how wide it is, and is named in errors; those that are ``aimed`` get target moments, if it has changed.
+    """
     choice = context.grids.get(name)
     activation, bounds = (None, None) if choice is None else (choice.grid, choice.bounds)
-    with_targets = feedback and not (name in values.shared and activation is None)
-    residuals = {layer.name: value for layer in readers if (value := values.residual(layer, name)) is not None}
-    hold_out, k = context.hold_out, readers[0].k
+    aimed = [] if name in values.shared and activation is None else aimed
+    residuals = {layer.name: value for layer in aimed if (value := values.residual(layer, name)) is not None}
+    hold_out, k = context.hold_out, first.k
     of_few = few(1, k) and few(values.most_rows(name), k)  # then no matrix of K x K
-    by_output = with_targets and (of_few or 4 * sum(layer.n for layer in readers) < 3 * k)  # fewer FLOPs than two matrices of K x K
-    weights = {layer.name: layer.read() for layer in readers if layer.name in residuals or by_output}
+    by_output = of_few or 4 * sum(layer.n for layer in aimed) < 3 * k  # fewer FLOPs than two matrices of K x K
+    weights = {layer.name: layer.read() for layer in aimed if layer.name in residuals or by_output}
     outputs = {layer_name: Parts(hold_out, k, partial(OutputAccumulator, weight)) for layer_name, weight in weights.items()}
-    paired = with_targets and len(outputs) < len(readers)
+    paired = len(outputs) < len(aimed)
     inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few))
     follows = masked = values.follows_mask(name)
     for b in range(len(values)):
@@ -243,7 +249,7 @@ def _measure(
         masked &= kept is not None
         weight = context.data.weight(b)
         if x.shape[-1] != k:
-            what = f"layer {readers[0].name}: its input {name} has {x.shape[-1]} columns, and its weight {k} rows"
+            what = f"layer {first.name}: its input {name} has {x.shape[-1]} columns, and its weight {k} rows"
             raise ModelError(f"{what}; correct the shapes that the model declares, or the weight")
         rows = _rows(y, kept), _rows(x, kept)
         inputs.of(b).add_rows(*rows, weight)
@@ -251,7 +257,7 @@ def _measure(
             sums.of(b).add_rows(*rows, _residual_error(values, residuals.get(layer_name), b, kept), weight)
     split = sum(sums.rows > 0 for sums in inputs.sums) > 1
     targets = {}
-    for layer in readers if split and with_targets else ():
+    for layer in aimed if split else ():
         if layer.name in outputs:
             targets[layer.name] = with_folds([sums.target_moments() for sums in outputs[layer.name].sums], inputs.folds)
         else:
