@@ -223,6 +223,27 @@ def test_eight_bit_inputs_are_part_of_the_search() -> None:
     assert found.scales[3] > 5 * np.median(found.scales)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_channels_that_few_rows_show_hardly_active_do_not_leave_the_range(seed: int) -> None:
+    """Every channel is strong in a twentieth of all rows: which of them are strong in 16 rows is chance."""
+    rng = np.random.default_rng(seed)
+
+    def rows(n: int) -> Array:
+        return rng.standard_normal((n, 200)) * np.where(rng.random((n, 200)) < 0.05, 10, 0.1)
+
+    x, fresh, w = rows(16), rows(500), random(200, 20, seed=seed)
+    found = search([w], LayerStats(gram_of(x), x.mean(axis=0), 16), [True], WeightSpec(8, None, True), activations=True)
+    scales = np.ones(200) if found.scales is None else found.scales
+
+    def error(s: Array) -> float:
+        """Of fresh rows on an 8-bit grid over the range of the 16, behind the weights."""
+        step = np.ptp(x / s) / 255
+        low, high = np.rint([(x / s).min() / step, (x / s).max() / step])
+        return float(np.square((np.clip(np.rint(fresh / s / step), low, high) * step * s - fresh) @ w).sum())
+
+    assert error(scales) < 10 * error(np.ones(200))  # 60 times and more by what the 16 rows alone say
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("form", ["matmulnbits", "qdq-int8"])
 def test_bundled_model(form: Any) -> None:
