@@ -8,7 +8,7 @@ from typing import Protocol
 
 from magr_onnx.core import threads
 from magr_onnx.core.layer import LayerProblem, LayerSolution
-from magr_onnx.core.types import PARTED, LayerStats
+from magr_onnx.core.types import LayerStats
 from magr_onnx.passes.base import Emitted
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_passes.shared_weights import SharedWeight, shared_weights
@@ -16,6 +16,8 @@ from magr_onnx.passes.layer_state import LayerState, problem_of, write_floats
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.weight_constants import WeightConstants
 from magr_onnx.passes.plan import Plan
+
+MOST_WEIGHTS = 1 << 20  # of a layer that is solved beside others
 
 
 class Store(Protocol):
@@ -112,7 +114,7 @@ def _side_by_side(layers: Sequence[LinearLayer], shared: Container[Hashable]) ->
     """Yield layers in batches that are solved at the same time: one a thread; large ones, and those that share a weight, alone."""
     batch: list[LinearLayer] = []
     for layer in layers:
-        alone = layer.k * layer.n >= PARTED or layer.weight_key in shared
+        alone = layer.k * layer.n > MOST_WEIGHTS or layer.weight_key in shared
         if batch and (alone or len(batch) == threads.count()):
             yield batch
             batch = []

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magr_onnx.core import threads
-from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec, shared_parts
+from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec
 
 SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 9))
 NEAR = (-0.025, 0.025)  # of the best of these
@@ -113,15 +112,11 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
     scales, zeros = np.empty((2, groups, n), np.float32)
     width = min(n, max(_LEAST_COLUMNS, _VALUES // rows))
     height = max(1, _VALUES // (rows * width))
-
-    def search_part(part: slice) -> None:
-        for at in range(part.start, part.stop, width):
-            c = slice(at, min(at + width, part.stop))
-            for first in range(0, groups, height):
-                g = slice(first, first + height)
-                scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec)
-
-    threads.each(search_part, shared_parts(k, n))
+    for at in range(0, n, width):
+        c = slice(at, at + width)
+        for first in range(0, groups, height):
+            g = slice(first, first + height)
+            scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec)
     return Grid(scales, zeros, spec, k)
 
 

@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core import threads
 from magr_onnx.core.gram import LARGE_ROWS, Array, Gram, RowGram
 from magr_onnx.core.types import column_parts
 from magr_onnx.errors import NonFiniteError
@@ -166,7 +167,7 @@ def left_product(x: Array, gram: Gram, out: Array) -> None:
     if isinstance(gram, RowGram):
         gram.left_product(x, out)
     else:
-        np.matmul(x, gram, out=out)
+        threads.product(x, gram, out)
 
 
 def inner(a: Array, b: Array) -> float:

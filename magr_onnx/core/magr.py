@@ -29,11 +29,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.linalg import lambda_max, left_product
 from magr_onnx.core.prox import levels
-from magr_onnx.core.types import Array, shared_parts, sum_traces
+from magr_onnx.core.types import Array, column_parts, sum_traces
 from magr_onnx.errors import OptionError
 
 Method = Literal["fista", "authors"]
@@ -124,9 +123,9 @@ def reduce(
     accelerate = method == "fista"
     limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
-    if len(parts := shared_parts(*weights.shape)) > 1:
+    if len(parts := column_parts(*weights.shape)) > 1:
         h = gram.astype(np.float32, order="C", copy=False)
-        return _joined(threads.each(lambda c: _solve(weights[:, c], h, a, size, accelerate, limit, tolerance), parts), a)
+        return _joined([_solve(weights[:, c], h, a, size, accelerate, limit, tolerance) for c in parts], a)
     return _solve(weights, gram, a, size, accelerate, limit, tolerance)
 
 

@@ -1,7 +1,7 @@
 """Independent work on all cores: threads that share one job, in products of one thread each.
 
-NumPy releases the interpreter in its loops and products, so that threads that solve different output channels run at the same time. A
-BLAS with threads of its own would speed up the products alone, and its threads spin while they wait for each other: beside another busy
+NumPy releases the interpreter in products, so that large ones, and layers, run at the same time; threads that go row by row through
+blocks of output channels wait for it more than they gain. The threads of a BLAS spin while they wait for each other: beside another busy
 process that slows the solvers several times. What a job is cut into depends on its shape, never on the number of threads, so that results
 are the same bytes on any machine with the same BLAS.
 """
@@ -15,10 +15,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+Array = npt.NDArray[np.floating[Any]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -47,6 +50,23 @@ def single_threaded_blas() -> Iterator[None]:
     """Let every product run in the thread that asks for it."""
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         yield
+
+
+_WIDTH = 512  # columns of a product that a thread computes at a time
+_LEAST = 1 << 26  # multiplications of a product that threads share: to wake them takes as long as some millions
+
+
+def product(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Return ``a b`` of ``a (m, k)`` and ``b (k, n)``, into ``out (m, n)`` if that is given; threads share a large one."""
+    result = np.empty((len(a), b.shape[1]), np.result_type(a, b)) if out is None else out
+    if len(a) * b.size < _LEAST or b.shape[1] < 2 * _WIDTH:
+        return np.matmul(a, b, out=result)
+
+    def columns(start: int) -> None:
+        np.matmul(a, b[:, start : start + _WIDTH], out=result[:, start : start + _WIDTH])
+
+    each(columns, range(0, b.shape[1], _WIDTH))
+    return result
 
 
 def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -33,9 +33,6 @@ COMMON_MEAN = 0.25
 NEIGHBOURS = 1.0
 """Variance that taps of one channel share, over what each has alone, as assumed without data; 0.5 and 2 are hardly worse."""
 COLUMN_BYTES = 1 << 25  # of float32 output channels a solver processes at a time: channels are independent
-PARTED = 1 << 19  # weights of a layer from which on cores share it
-COLUMNS = 512  # each takes at a time: half as many cost 8% more time in all, at K = 1024
-MOST_PARTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +149,8 @@ def dequantize(codes: npt.NDArray[Any], zeros: npt.NDArray[Any], scales: npt.NDA
 
 def column_parts(k: int, n: int) -> list[slice]:
     """Split the output channels of a layer ``(k, n)`` into slices of `COLUMN_BYTES`; most layers need one."""
-    return _parts(n, -(-4 * k * n // COLUMN_BYTES))
-
-
-def shared_parts(k: int, n: int) -> list[slice]:
-    """Split the output channels of a layer ``(k, n)`` as `column_parts` does, or into more slices that cores share; small layers need one.
-
-    It depends on the shape alone, and so do results, whatever the number of cores.
-    """
-    enough = n // max(COLUMNS, n // MOST_PARTS) if k * n >= PARTED else 1
-    return _parts(n, max(enough, -(-4 * k * n // COLUMN_BYTES)))
-
-
-def _parts(n: int, count: int) -> list[slice]:
-    edges = [n * i // max(count, 1) for i in range(max(count, 1) + 1)]
+    count = max(1, -(-4 * k * n // COLUMN_BYTES))
+    edges = [n * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 

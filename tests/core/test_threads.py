@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from threadpoolctl import threadpool_info
 
 from magr_onnx.core import threads
 from magr_onnx.core.moments import MomentAccumulator
-from magr_onnx.core.types import shared_parts
 
 ROOT = Path(__file__).parents[2]
 SOLVE = """
@@ -32,7 +30,7 @@ for part in parts:
     part.add_rows(*[rng.standard_normal((700, 520)).astype(np.float32)] * 2)
 with threads.single_threaded_blas():
     stats = split_stats(parts, 1, None)
-    weights = rng.standard_normal((520, 1100)).astype(np.float32)
+    weights = rng.standard_normal((520, 2100)).astype(np.float32)
     problem = Problem(weights, weights, stats, False, WeightSpec(3, 40, False))
     result = cross_validation.run(QUANTIZERS["auto"], problem, Options()).weight
     print(threads.count(), hashlib.sha256(result.dequantize().tobytes() + stats.gram.tobytes()).hexdigest())
@@ -95,13 +93,15 @@ def test_products_run_in_one_thread_and_then_as_before() -> None:
     assert counts() == before
 
 
-@pytest.mark.parametrize("shape", [(64, 512), (512, 1023), (512, 1024), (1024, 2000), (640, 262_144), (8, 1)])
-def test_cores_share_a_layer_in_slices_of_its_columns(shape: tuple[int, int]) -> None:
-    parts = shared_parts(*shape)
-    assert parts[0].start == 0
-    assert parts[-1].stop == shape[1]
-    assert all(a.stop == b.start for a, b in pairwise(parts))
-    assert len(parts) == {512: 1, 1023: 1, 1024: 2, 2000: 3, 262_144: 32, 1: 1}[shape[1]]
+@pytest.mark.parametrize("shape", [(3, 4, 5), (40, 700, 2900), (128, 600, 1024)])
+def test_a_product_that_threads_share_is_that_product(four: None, shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    rng = np.random.default_rng(2)
+    a, b, out = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32), np.empty((m + 1, n), np.float32)
+    expected = a.astype(np.float64) @ b
+    np.testing.assert_allclose(threads.product(a, b), expected, rtol=1e-4, atol=1e-4)
+    assert np.shares_memory(threads.product(a, b, out[:m]), out)
+    np.testing.assert_allclose(out[:m], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [40, 1300])

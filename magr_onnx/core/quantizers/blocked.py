@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.types import Array, WeightSpec
 
@@ -95,7 +96,7 @@ def visit(arranged: Sequence[Panel], gram: Gram, difference: Array, step: Step) 
 def _by_matrix(gram: Array, difference: Array) -> Enter:
     def enter(rows: Rows, residual: Array) -> Array:
         h = gram[rows]
-        np.matmul(h, difference, out=residual)
+        threads.product(h, difference, out=residual)
         return h[:, rows]
 
     return enter

@@ -27,7 +27,7 @@ from magr_onnx.core.quantizers import diagonal, gptq
 from magr_onnx.core.quantizers.blocked import PANEL, Panel, Piece, Rows, panels, visit
 from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec, shared_parts
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec, column_parts
 
 BLOCK = 32  # rows that move one by one before the others of their group hear of it
 TINY = np.finfo(np.float32).tiny
@@ -61,7 +61,7 @@ def refine(
         error: E of ``start``, where it is known; only the trace and when to stop depend on it.
     """
     h = gram.astype(np.float32, order="C", copy=False)
-    if len(parts := shared_parts(*target.shape)) > 1:
+    if len(parts := column_parts(*target.shape)) > 1:
         options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
         return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, h, **options))
     begin = Descent.of(target, start, h, None if budget is None else RunningSums(budget, len(target), target.shape[1], start.raw()))

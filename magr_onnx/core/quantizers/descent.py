@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from magr_onnx.core import threads
 from magr_onnx.core.types import Array, Columns, QuantizedWeight, sum_traces
 
 State = TypeVar("State")
@@ -38,6 +37,6 @@ def descend(
 def by_columns(
     parts: Iterable[Columns], target: Array, start: QuantizedWeight, refine: Callable[[Array, QuantizedWeight], Refined]
 ) -> Refined:
-    """Refine parts of the output channels, which are independent: temporaries may be many times the layer."""
-    refined = threads.each(lambda c: refine(target[:, c], start.columns(c)), parts)
+    """Refine parts of the output channels, which are independent, one after the other: temporaries may be many times the layer."""
+    refined = [refine(target[:, c], start.columns(c)) for c in parts]
     return Refined(QuantizedWeight.side_by_side([r.weight for r in refined]), tuple(sum_traces(*[r.errors for r in refined])))

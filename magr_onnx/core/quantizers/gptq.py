@@ -33,7 +33,7 @@ from magr_onnx.core.quantizers import row_feedback, rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.quantizers.row_feedback import RowFeedback
-from magr_onnx.core.types import Array, QuantizedWeight, shared_parts
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
 _TILE = 64
@@ -61,7 +61,7 @@ class Feedback:
 
     def past(self, difference: Array) -> Callable[[int, int], Array]:
         """Return a function from each panel, in turn, to the weighted errors ``(p, N)`` of all rows of ``difference (K, N)`` before it."""
-        return lambda start, end: self.matrix[start:end, :start] @ difference[:start]
+        return lambda start, end: threads.product(self.matrix[start:end, :start], difference[:start])
 
     def notes(self, requested: float) -> tuple[str, ...]:
         """Return a note where another damping than the ``requested`` one is in use."""
@@ -110,8 +110,8 @@ def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: 
     With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
-    if len(parts := shared_parts(*weights.shape)) > 1:
-        return QuantizedWeight.side_by_side(threads.each(lambda c: solve(weights[:, c], feedback, grid.columns(c), budget), parts))
+    if len(parts := column_parts(*weights.shape)) > 1:
+        return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
     order = feedback.order

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magr_onnx.core import threads
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
 from magr_onnx.core.quantizers.blocked import PANEL, Piece, visit
 from magr_onnx.core.quantizers.comq import Descent
-from magr_onnx.core.types import Array, QuantizedWeight, shared_parts
+from magr_onnx.core.types import Array, QuantizedWeight, column_parts
 
 SHRINKS = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72)
 MOST_ROWS = 256  # of a group; above it scales alone are refitted
@@ -38,8 +37,8 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
-    if len(parts := shared_parts(*target.shape)) > 1:
-        regridded = threads.each(lambda c: regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram), parts)
+    if len(parts := column_parts(*target.shape)) > 1:
+        regridded = [regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram) for c in parts]
         return Regridded(QuantizedWeight.side_by_side([r.weight for r in regridded]), sum(r.gain for r in regridded))
     rows, n = weight.spec.rows(len(target)), target.shape[1]
     state = Descent.of(target, weight, gram, most=max(PANEL, rows))
