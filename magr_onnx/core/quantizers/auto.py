@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magr_onnx.core import magr, threads
+from magr_onnx.core import magr
 from magr_onnx.core.grid import choose
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.quantizers import comq, cross_validation, gptq, two_sided
@@ -103,8 +103,7 @@ def _choose(parts: list[cross_validation.Fold], problem: Problem, options: Optio
 
 def _trials(problem: Problem, choices: Sequence[Choice], options: Options) -> list[Array]:
     """Return the weights of choices that differ in MagR's strength alone, quickly: they are solved as columns of one layer."""
-    problem.damped_gram(choices[0].damping)  # which they share
-    reduced = np.hstack(threads.each(lambda choice: _reduced(problem, choice)[0], choices))
+    reduced = np.hstack([_reduced(problem, choice)[0] for choice in choices])
     together = replace(problem, weights=reduced, target=np.tile(problem.target, len(choices)))
     weight, *_ = _solve(together, replace(choices[0], alpha=0.0), options, quick=True)
     return np.split(weight.dequantize(), len(choices), axis=1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magr_onnx.core import error_feedback, threads
+from magr_onnx.core import error_feedback
 from magr_onnx.core.gram import NOISE
 from magr_onnx.core.layer import output_variance
 from magr_onnx.core.linalg import layer_error
@@ -95,8 +95,7 @@ def error(parts: list[Fold], solve: Callable[[Problem], Array]) -> float:
 
 def errors(parts: list[Fold], solve: Callable[[Problem], Sequence[Array]]) -> list[float]:
     """Return the error of each of several methods that are run together, as `error` does."""
-    of_folds = threads.each(lambda fold: [fold.error(w) for w in solve(fold.problem)], parts)
-    return [sum(of_method) for of_method in zip(*of_folds, strict=True)]
+    return [sum(of_method) for of_method in zip(*([fold.error(w) for w in solve(fold.problem)] for fold in parts), strict=True)]
 
 
 def without_data(problem: Problem) -> Problem:
