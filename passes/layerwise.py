@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 from magr_onnx.core import threads
@@ -112,15 +113,6 @@ class _Task:
 
 def _side_by_side(layers: Sequence[LinearLayer], shared: Container[Hashable]) -> Iterator[list[LinearLayer]]:
     """Yield layers in batches that are solved at the same time: one a thread; large ones, and those that share a weight, alone."""
-    batch: list[LinearLayer] = []
-    for layer in layers:
-        alone = layer.k * layer.n > MOST_WEIGHTS or layer.weight_key in shared
-        if batch and (alone or len(batch) == threads.count()):
-            yield batch
-            batch = []
-        batch.append(layer)
-        if alone:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    for alone, run in groupby(layers, lambda layer: layer.k * layer.n > MOST_WEIGHTS or layer.weight_key in shared):
+        members, size = list(run), 1 if alone else threads.count()
+        yield from (members[at : at + size] for at in range(0, len(members), size))

@@ -52,13 +52,10 @@ class TargetWeights:
 
 def target_moments(weights: Array, cross: Array, float_gram: Array, float_mean: Array, rows: int) -> TargetMoments:
     """Return moments of ``Y = X W0`` for ``W0 (K, N)`` from ``X_q^T X / n (K, K)``, ``X^T X / n (K, K)`` and ``mean(X) (K,)``."""
-    mean = transposed_product(weights, float_mean)
-    if len(parts := column_parts(*weights.shape)) > 1:
-        columns = (weights[:, c].astype(np.float64) for c in parts)
-        power = np.concatenate([np.einsum("kn,kn->n", w, float_gram @ w) for w in columns])
-        return TargetMoments(Product(cross, weights), mean, power, rows)
-    w = weights.astype(np.float64)
-    return TargetMoments(cross @ w, mean, np.einsum("kn,kn->n", w, float_gram @ w), rows)
+    parts, product = column_parts(*weights.shape), Product(cross, weights)
+    columns = (weights[:, c].astype(np.float64) for c in parts)
+    power = np.concatenate([np.einsum("kn,kn->n", w, float_gram @ w) for w in columns])
+    return TargetMoments(product if len(parts) > 1 else product[:, :], transposed_product(weights, float_mean), power, rows)
 
 
 def solve_target(weights: Array, stats: LayerStats, target: TargetMoments, centred: bool) -> TargetWeights:

@@ -15,29 +15,34 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-Array = npt.NDArray[np.floating[Any]]
+from magr_onnx.core.gram import Array
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
+def cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def count() -> int:
-    """Return the number of threads: the cores that this process may use, by affinity, quota of its container, and OMP_NUM_THREADS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of threads: the `cores`, or fewer by the quota of the process's container, or by OMP_NUM_THREADS."""
+    threads = cores()
     with contextlib.suppress(OSError, ValueError):
         quota, period = _QUOTA.read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))  # "max": no quota
+        threads = min(threads, math.ceil(int(quota) / int(period)))  # "max": no quota
     with contextlib.suppress(KeyError, ValueError):
-        cores = min(cores, int(os.environ["OMP_NUM_THREADS"]))
-    return max(cores, 1)
+        threads = min(threads, int(os.environ["OMP_NUM_THREADS"]))
+    return max(threads, 1)
 
 
 @functools.cache

@@ -205,10 +205,16 @@ class ActivationGrid:
         return activation_limits(self.signed, self.bits)
 
     @property
+    def multiples(self) -> tuple[int, int]:
+        """Least and greatest value on the grid, in steps."""
+        low, high = self.limits
+        return low - self.zero_point, high - self.zero_point
+
+    @property
     def range(self) -> tuple[float, float]:
         """Least and greatest value on the grid."""
-        low, high = self.limits
-        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
+        low, high = self.multiples
+        return low * self.scale, high * self.scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from magr_onnx.core import threads
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.solution_arrays import Arrays, from_arrays, most_bytes, to_arrays
 from magr_onnx.errors import OptionError, OutputError, listed
@@ -52,7 +53,7 @@ def manifest_of(loaded: Loaded, data: Batches | None, plan: Plan, options: Mappi
     manifest["pipeline"] = str(plan)
     manifest |= {f"option {name}": str(value) for name, value in options.items()}
     manifest |= {f"version of {name}": value for name, value in versions().items()}
-    manifest["processors"] = f"{platform.machine()}, {_processors()}"
+    manifest["processors"] = f"{platform.machine()}, {threads.cores()}"
     manifest |= {name: os.environ.get(name, "not set") for name in _THREADS}
     return manifest
 
@@ -209,7 +210,3 @@ def _write(path: Path, content: bytes | Arrays) -> None:
 def _short(text: Any) -> str:
     shown = "nothing" if text is None else str(text)
     return shown if len(shown) <= 100 else f"{shown[:97]}..."
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

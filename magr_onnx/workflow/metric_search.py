@@ -9,7 +9,6 @@ from magr_onnx.config.options import Options
 from magr_onnx.core import knapsack
 from magr_onnx.core.bisection import Bisection
 from magr_onnx.report.mixed_precision import Assignment
-from magr_onnx.report.validation import amount
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.metric import Judge
@@ -42,9 +41,8 @@ class MetricSearch(Search):
         """
         self._judge = judge
         super().__init__(goal, options, source, calibration, gram_budget, progress)
-        data = f"{amount(judge.data.samples, len(judge.data))} of {judge.data.description}"
         least = goal.least(judge.float_value)
-        self.measured_on = f"{data}; {judge.metric.name} of the float model is {judge.float_value:.6g}, and {least:.6g} will do"
+        self.measured_on = f"{judge.where}; {judge.metric.name} of the float model is {judge.float_value:.6g}, and {least:.6g} will do"
 
     def _first(self) -> knapsack.Point:
         curve = knapsack.curve(self._items)

@@ -368,8 +368,7 @@ class Search(Allocation):
 
     def measure(self, work: ir.Model) -> float:
         """Return the loss of a quantized model."""
-        with Session(work, self.calibration.provider) as session:
-            return self._reference.loss(session.run)
+        return self._reference.loss_of(work, self.calibration.provider)
 
     def outcome(self) -> Assignment:
         """Return what was decided, for the report."""

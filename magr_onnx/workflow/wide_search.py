@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from magr_onnx.core.bisection import Bisection
-from magr_onnx.report.validation import amount
 from magr_onnx.runtime.measure.loss import Reference
 from magr_onnx.runtime.measure.sensitivity import Split
 from magr_onnx.runtime.ort.session import Session
@@ -97,17 +96,12 @@ def _measure(goal: Goal, prepared: Prepared, split: Split | None, context: RunCo
     """Return the user's own measure, or the loss on the batches that are held out."""
     judge = prepared.judge
     if split is None and judge is not None:
-        where = f"{amount(judge.data.samples, len(judge.data))} of {judge.data.description}"
-        return _Measure(judge.metric.name, where, judge.value, lambda value: value >= goal.least(judge.float_value))
+        return _Measure(judge.metric.name, judge.where, judge.value, lambda value: value >= goal.least(judge.float_value))
     assert split is not None
     assert goal.loss is not None
     most, held_out = goal.loss, split.held_out.limit(MEASURED)
     with Session(prepared.model, context.provider) as session:
         reference = Reference(session, held_out, context.mask)
 
-    def loss_of(model: ir.Model) -> float:
-        with Session(model, context.provider) as session:
-            return reference.loss(session.run)
-
     where = f"{len(held_out)} calibration batches held out of all else"
-    return _Measure(reference.metric, where, loss_of, lambda loss: loss <= most)
+    return _Measure(reference.metric, where, lambda model: reference.loss_of(model, context.provider), lambda loss: loss <= most)

@@ -52,6 +52,6 @@ def feeds(grids: Mapping[str, ActivationGrid], inputs: Mapping[str, tuple[str, s
     """Return what to feed for grids of some values, by the names behind their marks; the others are not rounded."""
     result: dict[str, npt.NDArray[np.float32]] = {}
     for name, grid in grids.items():
-        values = (grid.scale, *(limit - grid.zero_point for limit in grid.limits))
+        values = (grid.scale, *grid.multiples)
         result |= {key: np.array(value, np.float32) for key, value in zip(inputs[name], values, strict=True)}
     return result

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from magr_onnx.core.types import Activation, ActivationGrid, Array
+from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange
 from magr_onnx.passes.graph.kv_cache import TOKENS, pairs_of
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.opset import raise_opset
@@ -68,7 +68,10 @@ def gram_taps(model: ir.Model, taps: Sequence[Tap], mask: str | None = None) -> 
     for i, tap in enumerate(taps):
         name = f"__tap_{i}"
         real = copy.real(tap, name)
-        rows = copy.rows(real if tap.quantize is None else copy.quantized(real, tap.quantize, f"{name}_q"), tap, name)
+        read = real
+        if tap.quantize is not None:
+            read = copy.quantized(real, tap.quantize, copy.scalars(tap.quantize, f"{name}_q"), f"{name}_q")
+        rows = copy.rows(read, tap, name)
         if tap.few:
             copy.output(copy.add("Identity", [rows], f"__few_{i}"), shape=[None, tap.width])
         else:
@@ -160,16 +163,16 @@ class ErrorTaps(NamedTuple):
 
 def grid_arrays(grids: Sequence[Activation]) -> dict[str, npt.NDArray[Any]]:
     """Return what tells grids of one type apart, each as an array of one element a grid."""
-    first = grids[0]
-    if not isinstance(first, ActivationGrid):
+    static = [grid for grid in grids if isinstance(grid, ActivationGrid)]
+    if not static:
         largest = np.finfo(np.float32).max
-        bounds = {"least": [g.low for g in grids], "most": [g.high for g in grids]}  # type: ignore[union-attr]
-        return {side: np.clip(ends, -largest, largest).astype(np.float32) for side, ends in bounds.items()}
-    scales = np.array([g.scale for g in grids], np.float32)  # type: ignore[union-attr]
-    if first.bits == 8:
-        return {"scale": scales, "zero": np.array([g.zero_point for g in grids], first.dtype)}  # type: ignore[union-attr]
-    codes = {side: [g.limits[i] - g.zero_point for g in grids] for i, side in enumerate(("least", "most"))}  # type: ignore[union-attr]
-    return {"scale": scales} | {side: np.array(ends, np.float32) for side, ends in codes.items()}
+        ranges = np.clip([(grid.low, grid.high) for grid in grids if isinstance(grid, DynamicRange)], -largest, largest)
+        return dict(zip(("least", "most"), ranges.astype(np.float32).T, strict=True))
+    scales = np.array([grid.scale for grid in static], np.float32)
+    if static[0].bits == 8:
+        return {"scale": scales, "zero": np.array([grid.zero_point for grid in static], static[0].dtype)}
+    least, most = np.array([grid.multiples for grid in static], np.float32).T
+    return {"scale": scales, "least": least, "most": most}
 
 
 def error_taps(
@@ -197,7 +200,7 @@ def error_taps(
         rows = copy.rows(real, tap, name)
         parts = [ir.val(copy.names.value(f"{name}_{part}_of_one"), v.dtype, []) for part, v in zip(arrays, values, strict=True)]
         body = ir.Graph(parts, [], nodes=[], name=f"{name}_body", opset_imports={"": copy.opset})
-        rounded = copy.quantized(real, candidates[0], f"{name}_rounded", body, dict(zip(arrays, parts, strict=True)))
+        rounded = copy.quantized(real, candidates[0], dict(zip(arrays, parts, strict=True)), f"{name}_rounded", body)
         difference = copy.rows(copy.add("Sub", [rounded, real], f"{name}_difference", body), tap, f"{name}_of_one", body)
         body.outputs.extend(copy.energy(difference, weights, f"{name}_error", body))
         outputs = [ir.val(f"{name}_{what}") for what in ("energies", "totals")]
@@ -299,7 +302,8 @@ class Extension:
             return rows
         kept, _ = self._kept(self._mask, tap, rows, name)
         if self.opset < 9:  # there is no Where, and NaN times 0 is NaN
-            return self.add("Mul", [rows, self.add("Cast", [kept], f"{name}_weights", to=ir.DataType.FLOAT)], f"{name}_counted")
+            kept = self.add("Cast", [kept], f"{name}_weights", graph, to=ir.DataType.FLOAT)
+            return self.add("Mul", [rows, kept], f"{name}_counted", graph)
         return self.add("Where", [kept, rows, self.constant(f"{name}_nothing", np.float32(0))], f"{name}_counted", graph)
 
     def fits(self, tap: Tap) -> ir.Value:
@@ -347,13 +351,15 @@ class Extension:
             body.outputs.append(output)
         return body
 
+    def scalars(self, grid: Activation, name: str) -> dict[str, ir.Value]:
+        """Return the `grid_arrays` of one grid as constants; none of a dynamic range that clips nothing."""
+        arrays = grid_arrays([grid]) if isinstance(grid, ActivationGrid) or grid.clips else {}
+        return {part: self.constant(f"{name}_{part}", array[0]) for part, array in arrays.items()}
+
     def quantized(
-        self, real: ir.Value, grid: Activation, name: str, graph: ir.Graph | None = None, given: Mapping[str, ir.Value] | None = None
+        self, real: ir.Value, grid: Activation, parts: Mapping[str, ir.Value], name: str, graph: ir.Graph | None = None
     ) -> ir.Value:
-        """Quantize and dequantize the value, as float32, on the grid; or on one of its type, its scalars of `grid_arrays` ``given``."""
-        clips = given is not None or isinstance(grid, ActivationGrid) or grid.clips
-        arrays = grid_arrays([grid]) if given is None and clips else {}
-        parts = given or {part: self.constant(f"{name}_{part}", array[0]) for part, array in arrays.items()}
+        """Quantize and dequantize the value, as float32, on a grid of the type of ``grid`` with the scalars ``parts`` of `grid_arrays`."""
         if isinstance(grid, ActivationGrid):
             scale = parts["scale"]
             if grid.bits > 8:  # of which QuantizeLinear has codes from opset 21 on only
@@ -363,7 +369,7 @@ class Extension:
             zero = parts["zero"]
             codes = self.add("QuantizeLinear", [real, scale, zero], f"{name}_codes", graph)
         else:
-            if clips:
+            if parts:
                 real = self.add("Clip", [real, parts["least"], parts["most"]], f"{name}_within", graph)
             outputs = [ir.val(f"{name}_{part}") for part in ("codes", "scale", "zero")]
             node = ir.node("DynamicQuantizeLinear", [real], outputs=outputs, name=f"{name}_codes")

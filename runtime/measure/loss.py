@@ -18,7 +18,7 @@ from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.validate import is_logits, log_softmax
-from magr_onnx.runtime.ort.session import Batch, Session, as_floats
+from magr_onnx.runtime.ort.session import Batch, Model, Session, as_floats
 
 KL = "KL divergence"
 COSINE = "1 - cosine"
@@ -73,6 +73,11 @@ class Reference:
                     total += weight * float(self._distances(values, self._normalize(_rows(np.atleast_1d(y), rows))).sum())
                     count += weight * len(rows)
         return total / max(count, 1)
+
+    def loss_of(self, model: Model, provider: str) -> float:
+        """Compute the mean loss of a model, as `loss` does."""
+        with Session(model, provider) as session:
+            return self.loss(session.run)
 
     def _distances(self, expected: Array, actual: Array) -> Array:
         """Compute the loss of every row, ``(n,)``."""

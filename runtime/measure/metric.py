@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_onnx.errors import MagrError, OptionError
-from magr_onnx.report.validation import MetricResult
+from magr_onnx.report.validation import MetricResult, amount
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.ort.session import Model, Session
 
@@ -155,6 +155,11 @@ class Judge:
         if not math.isfinite(value):
             raise OptionError(f"metric {metric.where}: expected a finite number for the float model, found {value}; mend the function")
         return Judge(metric, data, provider, value)
+
+    @property
+    def where(self) -> str:
+        """How much data of what, in words."""
+        return f"{amount(self.data.samples, len(self.data))} of {self.data.description}"
 
     def value(self, model: Model) -> float:
         """Return the metric of another model."""
