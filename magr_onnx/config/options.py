@@ -110,6 +110,9 @@ class Options(TypedDict, total=False):
     quantize_outputs: Annotated[bool, OptionSpec(
         help="qdq-int8: quantize layer outputs, too (QLinearMatMul, QGemm).", default=False, panel=INTEGERS,
         whole_run="layers share values")]
+    prefer: Annotated[Literal["speed", "size"], OptionSpec(
+        help="qdq-int8: speed computes convolutions in float that are slower in integers on this machine, where it is the target; size "
+        "times nothing.", default="speed", panel=INTEGERS, whole_run="layers share values", belongs_to="format")]
     row_ranges: Annotated[bool, OptionSpec(
         help="dynamic-int8: a range for every row of a layer's input, so that samples of a batch do not depend on each other.",
         default=False, panel=INTEGERS, whole_run="layers share values")]

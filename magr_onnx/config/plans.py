@@ -104,6 +104,8 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield f"effort={effort!r} is not known; {choose_one(effort, get_args(Effort))}"
     if named is not None and options.get("effort") is not None:
         yield f"effort={effort} and quantizer={named}: an effort chooses the quantizer; give one of them"
+    if (prefer := options.get("prefer", "speed")) not in (known := OPTIONS["prefer"].choices):
+        yield f"prefer={prefer!r} is not known; {choose_one(prefer, known)}"
     if options.get("embeddings", "none") == "none" and (bits := options.get("embedding_bits")) is not None:
         yield f"embedding_bits={bits} needs embeddings: gather-block-quantized, or dequantize for 8 bits"
     if "conv_form" in options and options.get("conv_bits", CONV_BITS) is None:

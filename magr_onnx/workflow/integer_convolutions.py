@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,21 @@ from magr_onnx.workflow.context import RunContext
 
 POSITIONS, ROWS, PARTS = 8, 1024, 4
 """Positions of an activation that are looked at in every sample, rows of them that scales are chosen by, parts of the samples."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounding:
+    """What is rounded how.
+
+    Attributes:
+        grids: By the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
+        floats: Why convolutions stay float that could be computed in integers, by name.
+        notes: Sentences for the report.
+    """
+
+    grids: Mapping[str, ActivationGrid] = field(default_factory=dict)
+    floats: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def equalize(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> list[str]:

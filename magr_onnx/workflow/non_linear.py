@@ -7,7 +7,7 @@ problem like that of any linear layer; convolutions that share a weight are solv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from magr_onnx.config.options import Options
 from magr_onnx.core.layer import LayerSolution
 from magr_onnx.core.linalg import layer_error
 from magr_onnx.core.moments import pooled
-from magr_onnx.core.types import ActivationGrid, LayerStats
+from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import ModelError, RuntimeFailure
 from magr_onnx.passes import Plan, Skip
 from magr_onnx.passes.emit import conv as conv_emitter
@@ -39,6 +39,7 @@ from magr_onnx.workflow import integer_convolutions, recurrent
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.converted import Converted
 from magr_onnx.workflow.goal import Goal
+from magr_onnx.workflow.integer_convolutions import Rounding
 
 
 def with_convolutions(plan: Plan, model: ir.Model, options: Options | None) -> Plan:
@@ -61,11 +62,11 @@ def convert(
     work: ir.Model,
     plan: Plan,
     fit: Batches | None,
-    grids: Mapping[str, ActivationGrid],
+    rounding: Rounding,
     tied: Collection[str],
     context: RunContext,
 ) -> Converted:
-    """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy with values rounded to ``grids``.
+    """Convert ``work``, in place, by the statistics of ``model``, of which it is a copy with values rounded.
 
     Tables whose weights are ``tied`` to linear layers are converted with these. A large model cannot be run as a whole, so that its
     convolutions are solved without data.
@@ -75,7 +76,7 @@ def convert(
     tables = len(result.rows)
     if tables:
         context.lap("embeddings")
-    convert_convolutions(result, model, work, plan, None if context.memory.large else fit, grids, context)
+    convert_convolutions(result, model, work, plan, None if context.memory.large else fit, rounding, context)
     layers = result.rows[tables:]
     if layers:
         context.lap("convolutions")
@@ -152,7 +153,7 @@ def convert_convolutions(
     work: ir.Model,
     plan: Plan,
     data: Batches | None,
-    rounded: Mapping[str, ActivationGrid],
+    rounding: Rounding,
     context: RunContext,
     patch_limit: int = conv_patches.PATCH_LIMIT,
 ) -> None:
@@ -164,7 +165,7 @@ def convert_convolutions(
         work: Its copy, in which values are rounded.
         plan: The whole plan.
         data: Batches that fit the model; None works data-free.
-        rounded: The grids of these values, by name.
+        rounding: The grids of these values, and which convolutions stay float between others in integers.
         context: What is converted, where to run, in how much memory, and who hears of progress.
         patch_limit: Bytes of one sample's patches; convolutions that need more are solved data-free, and the report says so.
 
@@ -176,7 +177,7 @@ def convert_convolutions(
     stage = _stage_for(model, plan)
     if stage is None or not layers:
         return
-    integer, first = computes_integers(model, plan), len(result.rows)
+    rounded, integer, first = rounding.grids, computes_integers(model, plan), len(result.rows)
     ordered = [layer for readers in by_weight(layers) for layer in readers]
     integers = [layer for layer in ordered if str(layer.x.name) in rounded and integer_convolutions.may_be_integer(layer, plan.rules)]
     grids = {layer.name: rounded[str(layer.x.name)] for layer in integers}
@@ -189,10 +190,9 @@ def convert_convolutions(
         solutions = integer_convolutions.with_room_for_biases(readers, solve_weight(readers, stats, plan, multiplied), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        form = stage.form if stage.form != "integer" or multiplied else "dequantize"
-        written = conv_emitter.emit(readers, solutions, form, integer and form != "integer", grids)
+        written = conv_emitter.emit(readers, solutions, *_form(readers, stage, rounding, multiplied, integer), grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
-            notes = [unmeasured[layer.name]] if layer.name in unmeasured else []
+            notes = [reason for reasons in (rounding.floats, unmeasured) if (reason := reasons.get(layer.name)) is not None]
             if len(readers) > 1:
                 notes.append(f"one weight for {len(readers)} convolutions: one solution for all")
             result.add(layer, replace(solution, record=solution.record.noting(*notes)), emitted, weight, layer.group)
@@ -203,6 +203,17 @@ def convert_convolutions(
         result.notes.append("int8 activations that several nodes read are not fused on x86, and run as floats there; uint8 are")
     order = {layer.name: i for i, layer in enumerate(layers)}
     result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
+
+
+def _form(readers: Sequence[ConvLayer], stage: Convolutions, rounding: Rounding, multiplied: bool, integer: bool) -> tuple[conv.Form, bool]:
+    """Return how the weight of convolutions is dequantized, and whether onnxruntime must be prevented from computing them in integers.
+
+    Those that are left float for speed have no rounded neighbours, so that onnxruntime will not.
+    """
+    if all(layer.name in rounding.floats for layer in readers):
+        return "fold", False
+    form = stage.form if stage.form != "integer" or multiplied else "dequantize"
+    return form, integer and form != "integer"
 
 
 def patch_moments(

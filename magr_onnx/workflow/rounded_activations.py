@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -19,6 +19,7 @@ from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.conv import find as find_convolutions
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.layers.linear import find as find_linear
+from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.passes.tensors import widths
 from magr_onnx.passes.tensors.ort_cpu import RULES
 from magr_onnx.passes.tensors.region import Region, SharedGrid, region_of
@@ -29,7 +30,7 @@ from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, Steps
 from magr_onnx.runtime.measure.rounding import output_errors, trial_data
 from magr_onnx.workflow.context import RunContext
-from magr_onnx.workflow.integer_convolutions import may_be_integer, why_float
+from magr_onnx.workflow.integer_convolutions import Rounding, may_be_integer, why_float
 from magr_onnx.workflow.non_linear import select_convolutions
 
 
@@ -46,20 +47,9 @@ INSURANCE, TRIALS = 1.12, 32
 """Rise of the error for which ranges are stretched, since unseen values go beyond those seen, and batches that errors are measured on."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rounding:
-    """What is rounded how.
-
-    Attributes:
-        grids: By the name of what is behind the mark (`magr_onnx.passes.emit.tensors`).
-        notes: Sentences for the report.
-    """
-
-    grids: Mapping[str, ActivationGrid] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context: RunContext) -> Rounding:
+def round_activations(
+    model: ir.Model, plan: Plan, data: Batches | None, context: RunContext, floats: Mapping[str, str] | None = None
+) -> Rounding:
     """Mark the values of a float model that will be computed in integers, in place, and choose their grids.
 
     Args:
@@ -67,14 +57,13 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
         plan: The whole plan.
         data: Batches that fit the model; without them there are no ranges.
         context: Of the run.
+        floats: Why convolutions stay float that could be computed in integers, by name.
     """
-    activations = plan.activations
-    if data is None or activations is None or plan.input_grids != "static":
-        return Rounding()
+    floats = floats or {}
+    activations, region = plan.activations, integer_region(model, plan, data, context.selection, floats)
+    if data is None or activations is None or region is None:
+        return Rounding(floats=floats)
     convolutions, linear = select_convolutions(model, plan, context.selection)[0], find_linear(model, context.selection)[0]
-    region = _region(model, convolutions, linear, plan, data)
-    if region is None:
-        return Rounding()
     Names.rescan(model.graph)
     names = {group: str(group.values[0].name) for group in region.grids}
     marks = tensor_emitter.mark(model.graph, region)
@@ -88,12 +77,12 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
     grids = choice.grids(ranges)
     context.lap("ranges")
     if plan.rules is None:
-        return Rounding(grids)
+        return Rounding(grids, floats)
     edges = widths.edges_of(region.units, marks, plan.rules)
     if kind.bits > 8:
-        return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)})
+        return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)}, floats)
     if not activations.wide:
-        return Rounding(grids)
+        return Rounding(grids, floats)
     losses = choice.losses(grids, edges, context.stage("sensitivities"))
     wide = widths.choose_wide(edges, losses, activations.wide)
     stored = widths.stored_wide(edges, wide)
@@ -102,7 +91,7 @@ def round_activations(model: ir.Model, plan: Plan, data: Batches | None, context
     context.lap("sensitivities")
     by_name, chosen = {names[group]: loss for group, loss in losses.items()}, [names[group] for group in losses if group in wide]
     note = described("activations", by_name, chosen, widths.share_of(edges, wide))
-    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, (note,))
+    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, floats, (note,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,9 +179,15 @@ def described(what: str, losses: Mapping[str, float], wide: Collection[str], wor
     )
 
 
-def _region(model: ir.Model, convolutions: Sequence[ConvLayer], linear: Sequence[LinearLayer], plan: Plan, data: Batches) -> Region | None:
-    """Find what is computed in integers: the whole graph, or what is between convolutions."""
-    integer = [layer for layer in convolutions if may_be_integer(layer, plan.rules)]
+def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection: Selection, floats: Collection[str] = ()) -> Region | None:
+    """Find what is computed in integers: the whole graph, or what is between convolutions, but for those named ``floats``.
+
+    None where nothing is: without ``data`` there are no ranges of activations.
+    """
+    if data is None or plan.activations is None or plan.input_grids != "static":
+        return None
+    convolutions, linear = select_convolutions(model, plan, selection)[0], find_linear(model, selection)[0]
+    integer = [layer for layer in convolutions if may_be_integer(layer, plan.rules) and layer.name not in floats]
     if plan.rules is not None:
         layers: list[ConvLayer | LinearLayer] = [*integer, *linear]
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}

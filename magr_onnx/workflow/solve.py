@@ -35,6 +35,7 @@ from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.workflow import (
     conv_sensitivity,
     integer_convolutions,
+    integer_speed,
     mixed_precision,
     non_linear,
     rounded_activations,
@@ -170,19 +171,20 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     model = prepared.model
     notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     fit = non_linear.data_to_fit(prepared.data, request.budget)
-    rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context)
-    grids = rounding.grids
-    base = rounded_activations.rounded_copy(model, grids)
+    floats = integer_speed.slower(model, prepared.plan, fit, request.options, context)
+    notes += floats.notes
+    rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context, floats.reasons)
+    base = rounded_activations.rounded_copy(model, rounding.grids)
     tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
     chosen = [] if context.memory.large else conv_sensitivity.choosable(model, prepared.plan, request, context.selection)
     if chosen:  # by the budget, later
-        begun = non_linear.convert(model, base, replace(prepared.plan, convolutions=None), fit, grids, tied, context)
+        begun = non_linear.convert(model, base, replace(prepared.plan, convolutions=None), fit, rounding, tied, context)
         begun.skips = [skip for skip in begun.skips if skip.reason != ConvReason.UNASKED]
     else:
-        begun = non_linear.convert(model, base, prepared.plan, fit, grids, tied, context)
+        begun = non_linear.convert(model, base, prepared.plan, fit, rounding, tied, context)
     context.spill(base)
     context.report_layers(begun.rows)
-    setup = replace(_set_up(prepared, base, begun, grids, tied, request, context), convolutions=chosen)
+    setup = replace(_set_up(prepared, base, begun, rounding.grids, tied, request, context), convolutions=chosen)
     notes += [*rounding.notes, *begun.notes, *setup.notes]
     search = _search(setup, prepared, request, context)
     if search is not None:

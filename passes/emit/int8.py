@@ -367,7 +367,7 @@ STATIC = Format(
     READERS,
     conv_form="integer",
     emitter_options={"quantize_outputs": "outputs"},
-    exclusive_options=("activation_type", "activation_range", "quantize_outputs", "wide_activations"),
+    exclusive_options=("activation_type", "activation_range", "quantize_outputs", "wide_activations", "prefer"),
     **INTEGER,
 )
 DYNAMIC = Format(

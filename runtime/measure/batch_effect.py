@@ -40,7 +40,7 @@ def batch_effect(float_model: Model, quantized_model: Model, batches: Iterable[B
     with Session(float_model, provider) as reference, Session(quantized_model, provider) as session:
         names = [name for name in reference.outputs if name in session.outputs]
         for batch in batches:
-            samples = _samples(batch, infos)
+            samples = samples_of(batch, infos)
             if len(samples) > 1:
                 together = {name: np.concatenate([s[name] for s in samples], a) for name, a in _axes(batch, infos).items()}
                 feeds = [dict(batch) | together, *samples]
@@ -59,7 +59,7 @@ def _axes(batch: Batch, infos: Sequence[InputInfo]) -> dict[str, int]:
     return {i.name: i.axis for i in infos if np.ndim(batch[i.name]) > i.axis and (not i.ranked or i.shape[i.axis] is None)}
 
 
-def _samples(batch: Batch, infos: Sequence[InputInfo]) -> list[Batch]:
+def samples_of(batch: Batch, infos: Sequence[InputInfo]) -> list[Batch]:
     """Cut a batch into feeds of one sample each; none where its inputs have different numbers of samples."""
     axes = _axes(batch, infos)
     counts = {batch[name].shape[axis] for name, axis in axes.items()}

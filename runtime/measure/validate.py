@@ -251,20 +251,26 @@ def _layers(
         return ()
 
 
-def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0) -> Latency:
-    """Time both models on the first batch, in turns, for so many seconds or 5 runs each."""
-    batch = next(iter(data))
+def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:
+    """Time both models on the first batch, in turns, for so many seconds or 5 runs each.
+
+    ``threads`` as in `Session`; that of a single one is the time it was given by the processor, whatever else runs there.
+    """
+    batch, clock = next(iter(data)), time.thread_time if threads == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
-    with Session(float_model, provider, spinning=True) as a, Session(quantized_model, provider, spinning=True) as b:
+    with (
+        Session(float_model, provider, threads=threads, spinning=True) as a,
+        Session(quantized_model, provider, threads=threads, spinning=True) as b,
+    ):
         for session in (a, b):
             session.run(batch)
         begin = time.perf_counter()
         while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < seconds and len(times[0]) < 50):
             order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
             for milliseconds, session in [(times[0], a), (times[1], b)][::order]:
-                start = time.perf_counter()
+                start = clock()
                 session.run(batch)
-                milliseconds.append(1000 * (time.perf_counter() - start))
+                milliseconds.append(1000 * (clock() - start))
     (low, median, high), (quantized_low, quantized_median, quantized_high) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
     ratios = median_interval(np.divide(times[1], times[0]))
     return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high), ratios)

@@ -41,6 +41,7 @@ from magr_onnx.runtime.ort.session import Session
 CALIBRATION, HELD_OUT = 64, 64
 OURS: dict[str, dict[str, Any]] = {
     "ours qdq-int8": {"format": "qdq-int8"},
+    "ours qdq-int8, all in integers": {"format": "qdq-int8", "prefer": "size"},
     "ours qdq-int8, 4-bit weights": {"format": "qdq-int8", "bits": 4},
     "ours dynamic-int8": {"format": "dynamic-int8"},
     "ours matmulnbits": {},

@@ -34,6 +34,7 @@ from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.integer_convolutions import Rounding
 from tests.helpers import emitted_weight, run_context
 
 Array = np.ndarray[Any, Any]
@@ -409,7 +410,7 @@ def test_patches_that_do_not_fit_are_said_and_taken_as_uncorrelated() -> None:
         assert set(large) == {name for name, size in sizes.items() if size > limit}
     plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
     result = Converted()
-    non_linear.convert_convolutions(result, found, found.clone(), plan, data, {}, run_context(), patch_limit=70_000)
+    non_linear.convert_convolutions(result, found, found.clone(), plan, data, Rounding(), run_context(), patch_limit=70_000)
     assert {row.name: row.rows for row in result.rows} == {"stem": 1024, "depthwise": 1024, "point": 1024, "up": 0}
     assert [len(row.notes) for row in result.rows] == [0, 0, 0, 1]
     assert result.rows[3].notes[0].startswith("data-free: its patches take")

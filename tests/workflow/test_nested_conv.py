@@ -28,6 +28,7 @@ from magr_onnx.runtime.data.sources import Batches, open_data
 from magr_onnx.runtime.ort.session import Session
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.integer_convolutions import Rounding
 from tests.helpers import run_context
 
 Array = np.ndarray[Any, Any]
@@ -139,7 +140,7 @@ def test_patches_in_a_body_have_a_limit_too() -> None:
     assert set(conv_patches.unmeasured(found, layers, data, "cpu", size - 1)) == {"step"}
     plan = Plan.parse("quantize{method=comq},compensate-bias,emit-qdq,convolutions")
     result = Converted()
-    non_linear.convert_convolutions(result, found, found.clone(), plan, data, {}, run_context(), patch_limit=size - 1)
+    non_linear.convert_convolutions(result, found, found.clone(), plan, data, Rounding(), run_context(), patch_limit=size - 1)
     assert {row.name: row.rows > 0 for row in result.rows} == {"step": False, "after": True}
 
 

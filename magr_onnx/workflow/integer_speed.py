@@ -1,0 +1,235 @@
+"""Convolutions that stay float among integer ones, since they are faster so on this machine.
+
+What is computed in integers falls into pieces that share no value: between two of them values are floats whichever way a piece is computed,
+so that the time of each is its own. A piece has an integer form, with the rounding of what it reads, and a float form; both are timed as
+models of their own, on the values of one sample. Single convolutions inside a piece are not judged: left float there, they would have
+their operands and results converted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from magr_onnx.core.grid_type import GridType
+from magr_onnx.core.types import ActivationGrid
+from magr_onnx.errors import MagrError
+from magr_onnx.passes import Plan
+from magr_onnx.passes.emit import tensors as tensor_emitter
+from magr_onnx.passes.graph.constants import constant_view
+from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import layer_name
+from magr_onnx.passes.instrument.segments import cut
+from magr_onnx.passes.layer_passes.quantize import Quantize
+from magr_onnx.passes.layers.conv import OPS
+from magr_onnx.passes.providers import find_provider
+from magr_onnx.passes.tensors.connected import connected
+from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
+from magr_onnx.runtime.data.sources import Batches, in_memory
+from magr_onnx.report.validation import Latency
+from magr_onnx.runtime.measure.batch_effect import samples_of
+from magr_onnx.runtime.measure.validate import latency
+from magr_onnx.runtime.ort.session import Batch, Session, inputs_of
+from magr_onnx.workflow import non_linear
+from magr_onnx.workflow.context import RunContext, Stopwatch
+from magr_onnx.workflow.converted import Converted
+from magr_onnx.workflow.integer_convolutions import Rounding
+from magr_onnx.workflow.rounded_activations import grid_type, integer_region, rounded_copy
+_ROUNDING = Quantize("rtn", 8, None, True, beta=1.0)
+LEAST_WORK = 2_000_000
+"""Multiplications of all convolutions on a sample, below which nothing is timed: they take a tenth of a millisecond."""
+SLOWER = 1.1
+"""Times the float form's time from which a piece stays float: so much must lie below the 95% confidence interval."""
+GAIN = 1.0
+"""Times the integer form's time of the whole model below which the confidence interval must lie for anything to stay float."""
+CANDIDATES = (SLOWER, 0.8, 0.0)
+"""Such times above which pieces are left float together: those that win alone, some that win by having float neighbours, and all."""
+SECONDS = 0.1
+"""Of timing a piece, or five runs in each form."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Floats:
+    """What stays float for speed.
+
+    Attributes:
+        reasons: Why a convolution does, by its name.
+        notes: Sentences for the report.
+    """
+
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def slower(model: ir.Model, plan: Plan, data: Batches | None, options: Mapping[str, Any] | None, context: RunContext) -> Floats:
+    """Find convolutions that would be slower in integers.
+
+    Nothing is timed where this machine is not known to be the one that the file is for (a target, another provider than the CPU), where the
+    result may not depend on times (a job directory), or where size is preferred.
+
+    Args:
+        model: The float model; not changed.
+        plan: The whole plan.
+        data: Batches that fit the model.
+        options: Those of the run; None for a pipeline, which is taken as it is written.
+        context: Of the run.
+    """
+    asked = options is not None and options.get("prefer", "speed") == "speed"
+    here = find_provider(context.provider).host_memory and plan.accumulator is None and context.store is None
+    if not asked or not here or context.memory.large or plan.rules is not None or data is None:
+        return Floats()
+    region = integer_region(model, plan, data, context.selection)
+    if region is None:
+        return Floats()
+    trial = _Trial(plan, data, replace(context, progress=lambda *_: None, on_layer=None, stopwatch=Stopwatch()))
+    try:
+        floats = _slower(model, region, trial)
+    except MagrError as error:
+        floats = Floats(notes=(f"convolutions were not timed in integers and in float: {str(error).splitlines()[0]}",))
+    context.lap("timing")
+    return floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """How the integer form of a model is made to be timed: with grids and weights that are rounded anyhow.
+
+    Attributes:
+        plan: The whole plan.
+        data: Batches that fit the whole model.
+        context: Of the run, without progress.
+    """
+
+    plan: Plan
+    data: Batches
+    context: RunContext
+
+    def integer_form(self, model: ir.Model, floats: Collection[str] = ()) -> ir.Model:
+        """Make the integer form of a model or of a part of it, but for convolutions that stay float."""
+        plan, copy = replace(self.plan, magr=None, quantize=_ROUNDING, bias=None), model.clone()
+        Names.rescan(copy.graph)
+        region = integer_region(copy, plan, self.data, self.context.selection, floats)
+        if region is None:
+            return copy
+        kind, marks = grid_type(plan), tensor_emitter.mark(copy.graph, region)
+        grids = {name: _some_grid(group, kind) for name, group in marks.items()}
+        result = rounded_copy(copy, grids)
+        rounding = Rounding(grids, dict.fromkeys(floats, ""))
+        non_linear.convert_convolutions(Converted(), copy, result, plan, None, rounding, self.context)
+        return result
+
+    def times(self, first: ir.Model, second: ir.Model, feeds: Batch) -> Latency:
+        """Time two models on one thread; the second is that called quantized."""
+        return latency(first, second, in_memory([feeds], "a sample"), self.context.provider, SECONDS, threads=1)
+
+
+def _some_grid(group: SharedGrid, kind: GridType) -> ActivationGrid:
+    """Return a grid that begins and ends where the values do, so that activations vanish as they will."""
+    if group.exact is not None:
+        return kind.exactly(*group.exact)
+    return kind.of_range(max(-1.0, group.low), min(1.0, group.high), group.high)
+
+
+def _slower(model: ir.Model, region: Region, trial: _Trial) -> Floats:
+    feeds, pieces = _sample(model, next(iter(trial.data))), _pieces(region)
+    nodes = [node for piece in pieces for node in piece.convolutions.values()]
+    names = [*(name for piece in pieces for name in piece.inputs), *map(_input_name, nodes)]
+    values = _values(model, feeds, names, trial.context.provider)
+    if sum(_multiplications(node, values[_input_name(node)].shape) for node in nodes) < LEAST_WORK:
+        return Floats()
+    times: dict[str, Latency] = {}
+    for piece in pieces:
+        inputs = {name: values[name] for name in piece.inputs}
+        part = cut(model, inputs, piece.outputs)
+        times |= dict.fromkeys(piece.convolutions, trial.times(part, trial.integer_form(part), inputs))
+    if not any(each.interval[0] > SLOWER for each in times.values()):
+        return Floats()
+    integers, tried = trial.integer_form(model), list[tuple[Latency, list[str]]]()
+    for least in CANDIDATES:
+        floats = [name for name, each in times.items() if each.ratio > least]
+        tried.append((trial.times(integers, trial.integer_form(model, floats), feeds), floats))
+    whole, floats = min(tried, key=lambda each: each[0].ratio)
+    if whole.interval[2] >= GAIN:
+        return Floats()
+    note = (
+        f"{len(floats)} of {len(times)} convolutions that could be computed in integers are computed in float, with 8-bit weights: so the "
+        f"model takes {whole.ratio:.2f} times as long on this machine as with all in integers (--prefer size leaves them in integers)"
+    )
+    return Floats({name: _reason(times[name].ratio) for name in floats}, (note,))
+
+
+def _reason(ratio: float) -> str:
+    if ratio <= 1:
+        return "computed in float on this machine, as what is around it"
+    return f"computed in float: {ratio:.1f} times as long in integers on this machine, with what is around it"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A part of a region that shares no value with the rest.
+
+    Attributes:
+        inputs: Names of what it reads, constants aside.
+        outputs: Names of what is read of it elsewhere.
+        convolutions: Its convolutions by name.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    convolutions: Mapping[str, ir.Node]
+
+
+def _input_name(node: ir.Node) -> str:
+    assert node.inputs[0] is not None
+    return str(node.inputs[0].name)
+
+
+def _multiplications(node: ir.Node, shape: tuple[int, ...]) -> int:
+    """Count the multiplications of a convolution of an input of some shape, but for the borders."""
+    weight, strides = constant_view(node.inputs[1]), node.attributes.get_ints("strides", ())
+    assert weight is not None
+    batch, _, *places = shape
+    return math.prod(weight.shape) * batch * math.prod(places) // max(math.prod(strides), 1)
+
+
+def _pieces(region: Region) -> list[_Piece]:
+    """Cut a region into parts that share no value, as far as they have convolutions."""
+    around = {unit: {*unit.reads, *unit.makes} for unit in region.units}
+    first: dict[ir.Value, Unit] = {}
+    pairs = [(unit, first.setdefault(value, unit)) for unit, values in around.items() for value in values]
+    return [piece for units in connected(region.units, pairs) if (piece := _piece(units)).convolutions]
+
+
+def _piece(units: Sequence[Unit]) -> _Piece:
+    made = dict.fromkeys(value for unit in units for value in unit.makes)
+    nodes = {*(unit.node for unit in units), *(value.producer() for value in made)}
+    inside = {out for node in nodes if node is not None for out in node.outputs}
+    read = dict.fromkeys(value for node in nodes if node is not None for value in node.inputs if value is not None and value not in inside)
+    outputs = [value for value in made if value.is_graph_output() or any(use.node not in nodes for use in value.uses())]
+    return _Piece(
+        [str(value.name) for value in read if constant_view(value) is None],
+        [str(value.name) for value in outputs],
+        {layer_name(unit.node): unit.node for unit in units if unit.node.op_type in OPS},
+    )
+
+
+def _sample(model: ir.Model, batch: Batch) -> Batch:
+    """Return the first sample of a batch, or all of a batch that cannot be cut."""
+    infos = inputs_of(model)
+    return next(iter(samples_of(batch, infos)), batch)
+
+
+def _values(model: ir.Model, feeds: Batch, names: Sequence[str], provider: str) -> dict[str, npt.NDArray[Any]]:
+    """Compute values of a model by their names."""
+    computed = [name for name in dict.fromkeys(names) if name not in feeds]
+    values = {name: np.asarray(array) for name, array in feeds.items()}
+    if computed:
+        with Session(cut(model, values, computed), provider) as session:
+            values |= zip(computed, session.run(feeds, computed), strict=True)
+    return values
