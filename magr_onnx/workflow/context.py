@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -22,6 +23,7 @@ from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.workflow.checkpoint import JobDirectory
 from magr_onnx.workflow.request import OptimizeRequest
 
+T = TypeVar("T")
 DEFAULT_MEMORY = 4_000_000_000
 WHOLE = 3  # times its size is what a model needs that onnxruntime holds as a whole: weights, their packed copies, activations
 GRAM = 24  # bytes an element of the widest layer's Gram matrix beside that: onnxruntime's, and a sum in float64 and its mean
@@ -85,6 +87,7 @@ class RunContext:
         spool: Where finished constants of a large model go.
         store: The job directory, if there is one.
         stopwatch: Wall time by stage.
+        known: What was measured of the float model, while a search makes several models of it; None where only one is made.
     """
 
     provider: str
@@ -96,6 +99,16 @@ class RunContext:
     spool: Spool | None = None
     store: JobDirectory | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    known: dict[Hashable, Any] | None = None
+
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """Measure what does not depend on what a search tries; return what was measured before, where that is kept."""
+        if self.known is None:
+            return measure()
+        if key not in self.known:
+            self.known[key] = measure()
+        known: T = self.known[key]
+        return known
 
     def stage(self, name: str) -> Steps:
         """The progress of one stage."""

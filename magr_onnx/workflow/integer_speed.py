@@ -31,8 +31,8 @@ from magr_onnx.passes.layers.conv import OPS
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
-from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.report.validation import Latency
+from magr_onnx.runtime.data.sources import Batches, in_memory
 from magr_onnx.runtime.measure.batch_effect import samples_of
 from magr_onnx.runtime.measure.validate import latency
 from magr_onnx.runtime.ort.session import Batch, Session, inputs_of
@@ -41,6 +41,7 @@ from magr_onnx.workflow.context import RunContext, Stopwatch
 from magr_onnx.workflow.converted import Converted
 from magr_onnx.workflow.integer_convolutions import Rounding
 from magr_onnx.workflow.rounded_activations import grid_type, integer_region, rounded_copy
+
 _ROUNDING = Quantize("rtn", 8, None, True, beta=1.0)
 LEAST_WORK = 2_000_000
 """Multiplications of all convolutions on a sample, below which nothing is timed: they take a tenth of a millisecond."""

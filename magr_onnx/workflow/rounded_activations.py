@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from magr_onnx.core.activation_ranges import Method
+from magr_onnx.core.activation_ranges import Histogram, Method
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.errors import listed
@@ -68,12 +68,17 @@ def round_activations(
     names = {group: str(group.values[0].name) for group in region.grids}
     marks = tensor_emitter.mark(model.graph, region)
     calibration, kind = CalibrationContext(data, provider=context.provider), grid_type(plan)
-    measured = tensor_ranges.measure(
-        model, region.grids, [*convolutions, *linear], calibration, kind=kind, progress=context.stage("ranges")
-    )
-    each_of = {each.group: each for each in measured}
+    layers, of_data = [*convolutions, *linear], data.labels
+
+    def measure() -> list[tuple[tuple[Histogram, ...], ActivationGrid | None]]:
+        steps = context.stage("ranges")
+        measured = tensor_ranges.measure(model, region.grids, layers, calibration, kind=kind, progress=steps)
+        return [(each.parts, each.levels) for each in measured]
+
+    known = zip(region.grids, context.once(("ranges", of_data), measure), strict=True)
+    each_of = {group: tensor_ranges.Measured(group, *of_group) for group, of_group in known}
     choice = _Choice(model, each_of, marks, activations.ranges, kind, data, context.provider)
-    ranges = choice.ranges() if kind.bits == 8 else Ranges()
+    ranges = context.once(("choice of ranges", of_data), choice.ranges) if kind.bits == 8 else Ranges()
     grids = choice.grids(ranges)
     context.lap("ranges")
     if plan.rules is None:
@@ -83,7 +88,9 @@ def round_activations(
         return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)}, floats)
     if not activations.wide:
         return Rounding(grids, floats)
-    losses = choice.losses(grids, edges, context.stage("sensitivities"))
+    groups = widths.may_be_wide(edges)
+    found = context.once(("losses", of_data), lambda: choice.losses(grids, groups, context.stage("sensitivities")))
+    losses = dict(zip(groups, found, strict=True))
     wide = widths.choose_wide(edges, losses, activations.wide)
     stored = widths.stored_wide(edges, wide)
     of_16_bits = {name: choice.grid(each_of[group], Ranges(), 16) for name, group in marks.items() if group in stored}
@@ -142,12 +149,10 @@ class _Choice:
             errors = [a + b for a, b in zip(errors, of_part, strict=True)]
         return STRETCHED if errors[-1] <= INSURANCE * min(errors) else candidates[errors.index(min(errors))]
 
-    def losses(self, grids: Mapping[str, ActivationGrid], edges: Sequence[widths.Edges], progress: Steps) -> dict[SharedGrid, float]:
-        """Measure the error that each of the grids of 8 bits causes alone, of values that an operator could read or put out in 16."""
-        groups = widths.may_be_wide(edges)
+    def losses(self, grids: Mapping[str, ActivationGrid], groups: Sequence[SharedGrid], progress: Steps) -> list[float]:
+        """Measure the error that each of some grids of 8 bits causes alone."""
         trials = [{name: grids[name] for name, of_mark in self.marks.items() if of_mark is group} for group in groups]
-        data = trial_data(self.data, len(trials))
-        return dict(zip(groups, output_errors(self.model, self.marks, trials, data, self.provider, progress), strict=True))
+        return output_errors(self.model, self.marks, trials, trial_data(self.data, len(trials)), self.provider, progress)
 
     def converted(
         self, edges: Sequence[widths.Edges], wide: Collection[SharedGrid], grids: Mapping[str, ActivationGrid], ranges: Ranges

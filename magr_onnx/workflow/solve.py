@@ -28,7 +28,7 @@ from magr_onnx.report.data import megabytes
 from magr_onnx.report.layer_row import LayerRow, with_unique_scopes
 from magr_onnx.report.reasons import ConvReason, Reason
 from magr_onnx.runtime.calibration import activation_ranges, fisher, moments, subgraphs
-from magr_onnx.runtime.calibration.context import CalibrationContext
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.mask import masked_values
 from magr_onnx.runtime.data.hold_out import NONE, HoldOut
 from magr_onnx.runtime.data.sources import Batches
@@ -64,6 +64,7 @@ class Solved:
         skips: What was left as it is.
         notes: Sentences for the report.
         search: Mixed precision, if it was asked for.
+        may_widen: Whether a larger share of the work in 16 bits could change anything.
     """
 
     model: ir.Model
@@ -75,6 +76,7 @@ class Solved:
     skips: list[Skip]
     notes: list[str]
     search: mixed_precision.Search | None
+    may_widen: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +94,7 @@ class _Setup:
         convolutions: Convolutions of the float model whose bits a budget chooses; they are floats in ``work``.
         skips: What stays as it is.
         notes: Sentences for the report.
+        may_widen: As in `Solved`.
     """
 
     models: Models
@@ -104,6 +107,7 @@ class _Setup:
     skips: list[Skip]
     notes: list[str]
     convolutions: Sequence[ConvLayer] = ()
+    may_widen: bool = True
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -171,7 +175,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     model = prepared.model
     notes = [*_rewrite(prepared, context), *integer_convolutions.equalize(model, prepared.plan, prepared.data, context)]
     fit = non_linear.data_to_fit(prepared.data, request.budget)
-    floats = integer_speed.slower(model, prepared.plan, fit, request.options, context)
+    floats = context.once("slower in integers", lambda: integer_speed.slower(model, prepared.plan, fit, request.options, context))
     notes += floats.notes
     rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context, floats.reasons)
     base = rounded_activations.rounded_copy(model, rounding.grids)
@@ -204,7 +208,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     skips = [*setup.skips, *done.skips, *done.convolutions.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     digests = done.digests | begun.digests | done.tables.digests | done.convolutions.digests
-    return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search)
+    return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search, setup.may_widen)
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
@@ -260,14 +264,19 @@ def _set_up(
         )
     calibration = calibration_of(data, context)
     widens = plan.activations is not None and plan.activations.wide > 0 and plan.rules is None
+    may_widen = plan.rules is not None
     if widens and not layers:
         notes.append(wide_inputs.NOTHING)
     if plan.activations is not None and calibration is not None and layers:
         reached, steps = tapped.reached(layers), context.stage("ranges")
-        grids = activation_ranges.choose_grids(tapped.model, reached, calibration, plan, rounded, steps)
+        measured = context.once(("grids of inputs", calibration.data.labels), dict[tuple[str, ActivationGrid | None], GridChoice])
+        missing = [layer for layer in reached if (layer.reads, rounded.get(layer.reads)) not in measured]
+        new = activation_ranges.choose_grids(tapped.model, missing, calibration, plan, rounded, steps)
+        measured |= {(name, rounded.get(name)): choice for name, choice in new.items()}
+        grids: Grids = {**{layer.reads: measured[layer.reads, rounded.get(layer.reads)] for layer in reached}, **new}
+        may_widen = plan.rules is not None or bool(wide_inputs.may_widen(tapped.model, reached, grids, rounded))
         if widens:
-            steps = context.stage("sensitivities")
-            grids, remarks = wide_inputs.widen(tapped.model, reached, grids, plan, rounded, calibration, steps)
+            grids, remarks = wide_inputs.widen(tapped.model, reached, grids, plan, rounded, calibration, context)
             notes += remarks
             context.lap("sensitivities")
         calibration = replace(calibration, grids=grids)
@@ -276,7 +285,8 @@ def _set_up(
     heads = () if request.options is None else tied_tables.head_options(plan, tied, layers)
     assigned = layer_options.assign((*heads, *request.patterns.tables), layers, request.options or {}, plan, context.provider)
     changed = {*begun.digests, *rounded}
-    return _Setup(Models(model, base, tapped, changed, tied), layers, plan, calibration, needs_statistics, assigned, tied, skips, notes)
+    models = Models(model, base, tapped, changed, tied)
+    return _Setup(models, layers, plan, calibration, needs_statistics, assigned, tied, skips, notes, may_widen=may_widen)
 
 
 def _search(setup: _Setup, prepared: Prepared, request: OptimizeRequest, context: RunContext) -> mixed_precision.Search | None:

@@ -18,10 +18,10 @@ from magr_onnx.passes.emit.tensors import mark_value
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.activation_ranges import choose_grids, product_name
-from magr_onnx.runtime.calibration.context import CalibrationContext, Grids
+from magr_onnx.runtime.calibration.context import CalibrationContext, GridChoice, Grids
 from magr_onnx.runtime.calibration.moments import readers_of
-from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.runtime.measure.rounding import output_errors, trial_data
+from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.goal import Goal
 from magr_onnx.workflow.rounded_activations import described
 
@@ -44,6 +44,30 @@ def is_spent_on_activations(goal: Goal | None, plan: Plan, provider: str) -> boo
     return not with_share(plan, 1.0).problems(provider)
 
 
+def may_widen(
+    model: ir.Model, layers: Sequence[LinearLayer], grids: Grids, known: Collection[str]
+) -> dict[str, tuple[list[LinearLayer], ir.Value, list[tuple[ir.Node, int]]]]:
+    """Find the inputs of layers that could have 16 bits, by name.
+
+    Args:
+        model: The float model.
+        layers: Its layers.
+        grids: The grids of 8 bits.
+        known: Values that are on a grid before a layer reads them, and stay there.
+
+    Returns:
+        For each its layers, the value, and where their products read it.
+    """
+    values = {str(v.name): v for v in (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))}
+    found = {}
+    for name, of in readers_of(layers).items():
+        products, grid = set(map(product_name, of)), None if name not in grids else grids[name].grid
+        uses = [(use.node, use.idx) for use in values[name].uses() if use.node.outputs[0].name in products] if name in values else []
+        if uses and isinstance(grid, ActivationGrid) and name not in known:
+            found[name] = of, values[name], uses
+    return found
+
+
 def widen(
     model: ir.Model,
     layers: Sequence[LinearLayer],
@@ -51,7 +75,7 @@ def widen(
     plan: Plan,
     known: Collection[str],
     calibration: CalibrationContext,
-    progress: Steps,
+    context: RunContext,
 ) -> tuple[Grids, list[str]]:
     """Give inputs grids of 16 bits.
 
@@ -65,39 +89,50 @@ def widen(
         plan: The plan; its ``activations.wide`` is the share of the work that layers with inputs of 16 bits may have, at most.
         known: Values that are on a grid before a layer reads them, and stay there.
         calibration: The data, and where to run.
-        progress: Called after every batch.
+        context: Of the run.
 
     Returns:
         The grids, and a sentence for the report.
     """
     assert plan.activations is not None
-    copy = model.clone()
-    Names.rescan(copy.graph)
-    values = {str(v.name): v for v in (*copy.graph.inputs, *(out for node in copy.graph for out in node.outputs))}
-    readers, trials = {}, []
-    for name, of in readers_of(layers).items():
-        products, grid = set(map(product_name, of)), None if name not in grids else grids[name].grid
-        uses = [(use.node, use.idx) for use in values[name].uses() if use.node.outputs[0].name in products] if name in values else []
-        if uses and isinstance(grid, ActivationGrid) and name not in known:
-            values[name].dtype = of[0].dtype  # which models need not say
-            readers[name] = of
-            trials.append({str(mark_value(copy.graph, values[name], uses, "rounded").name): grid})
+    readers = {name: of for name, (of, _, _) in may_widen(model, layers, grids, known).items()}
     if not readers:
         return grids, [NOTHING]
-    marks = [mark for trial in trials for mark in trial]
-    losses = output_errors(copy, marks, trials, trial_data(calibration.data, len(trials)), calibration.provider, progress)
+    of_data = calibration.data.labels
+    losses = context.once(("losses of inputs", of_data), lambda: _losses(model, layers, grids, known, calibration, context))
     work = [float(sum(layer.k * layer.n for layer in of)) for of in readers.values()]
     items = [knapsack.Item(np.array([0.0, cost]), np.array([loss, 0.0])) for cost, loss in zip(work, losses, strict=True)]
     total = sum(layer.k * layer.n for layer in layers)
     point = knapsack.least_loss(items, plan.activations.wide * total)
     choices = dict(zip(readers, point.choices if point else [0] * len(readers), strict=True))
     names = [name for name, choice in choices.items() if choice]
-    readers_of_wide = [layer for layer in layers if layer.reads in names]
     kind = replace(plan.activations, type="int16" if plan.activations.type == "int8" else "uint16")
-    chosen = choose_grids(model, readers_of_wide, calibration, replace(plan, activations=kind), {}, None)
-    result = {**grids, **{name: replace(choice, grid=_whole_steps(choice.grid)) for name, choice in chosen.items()}}
+    measured = context.once(("grids of inputs in 16 bits", of_data), dict[str, GridChoice])
+    missing = [layer for layer in layers if layer.reads in names and layer.reads not in measured]
+    measured |= choose_grids(model, missing, calibration, replace(plan, activations=kind), {}, None)
+    result = {**grids, **{name: replace(measured[name], grid=_whole_steps(measured[name].grid)) for name in names}}
     done = sum(cost for cost, name in zip(work, readers, strict=True) if name in names) / total
     return result, [described("inputs of layers", dict(zip(readers, losses, strict=True)), names, done)]
+
+
+def _losses(
+    model: ir.Model,
+    layers: Sequence[LinearLayer],
+    grids: Grids,
+    known: Collection[str],
+    calibration: CalibrationContext,
+    context: RunContext,
+) -> list[float]:
+    """Measure the error that each input causes alone that could have 16 bits, in 8."""
+    copy = model.clone()
+    Names.rescan(copy.graph)
+    trials = []
+    for name, (of, value, uses) in may_widen(copy, layers, grids, known).items():
+        value.dtype, grid = of[0].dtype, grids[name].grid  # models need not say the type
+        assert isinstance(grid, ActivationGrid)
+        trials.append({str(mark_value(copy.graph, value, uses, "rounded").name): grid})
+    marks, data = [mark for trial in trials for mark in trial], trial_data(calibration.data, len(trials))
+    return output_errors(copy, marks, trials, data, calibration.provider, context.stage("sensitivities"))
 
 
 def _whole_steps(grid: Activation) -> Activation:

@@ -2,7 +2,8 @@
 
 In these formats all layers have 8 bits, and what costs accuracy is rounding activations. So a budget of loss is not spent on layers first:
 models whose shares of the work in 16 bits rise (`magr_onnx.workflow.wide_inputs`, `magr_onnx.passes.tensors.widths`) are made and measured,
-and the first that keeps to the loss is the result. Only where none does, layers become float, too.
+and the first that keeps to the loss is the result. Only where none does, layers become float, too. Ranges of activations, and what each of
+them costs, are measured once for all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from magr_onnx.workflow.mixed_precision import MEASURED, split_of
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 from magr_onnx.workflow.solve import Solved
-from magr_onnx.workflow.wide_inputs import is_spent_on_activations, with_share
+from magr_onnx.workflow.wide_inputs import NOTHING, is_spent_on_activations, with_share
 from magr_onnx.workflow.without_data import solve_or_round
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -41,6 +42,7 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
     split = None if goal.of_metric else split_of(goal, prepared.data)
     measure = _measure(goal, prepared, split, context)
     tried: dict[float, float] = {}
+    context = replace(context, known={})
 
     def solved_at(share: float, budget: Goal | None = None) -> Solved:
         data = prepared.data if split is None or budget is not None else split.rest
@@ -52,19 +54,24 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
         return measure.keeps(tried[share])
 
     best: Solved | None = None
+    notes: list[str] = []
     bisection = Bisection(len(SHARES), first=0)
     while not bisection.finished:
         share = SHARES[bisection.next]
         solved = solved_at(share)
-        if kept := keeps(share, solved):
+        kept = keeps(share, solved)
+        if kept or not solved.may_widen:
             best = solved
+        if not (kept or solved.may_widen):  # every share makes this model
+            notes.append(NOTHING)
+            break
         bisection.take(kept)
         del solved  # one quantized model at a time, beside the best
-    share = SHARES[bisection.next]
     if best is None:  # the last one is left
-        best = solved_at(share)
-        if not keeps(share, best) and prepared.layers:
-            best = solved_at(share, goal)
+        best = solved_at(SHARES[bisection.next])
+        keeps(SHARES[bisection.next], best)
+    if not any(map(measure.keeps, tried.values())) and prepared.layers:
+        best = solved_at(max(tried), goal)
     values = ", ".join(f"{share:.0%}: {tried[share]:.4g}" for share in sorted(tried))
     least = min((share for share in tried if measure.keeps(tried[share])), default=None)
     if least is not None:
@@ -72,7 +79,7 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
     else:
         outcome = "none of these keeps to it, so layers stay float, too" if prepared.layers else "THE GOAL IS MISSED by all of these"
     note = f"{goal.text}: by the share of the work that may be in 16 bits, {measure.name} is {values} ({measure.where}); {outcome}"
-    return replace(best, notes=[*best.notes, note])
+    return replace(best, notes=[*best.notes, *notes, note])
 
 
 @dataclass(frozen=True, slots=True)

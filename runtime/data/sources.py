@@ -84,6 +84,11 @@ class Batches:
         """Return the factor of sums over the batch at a position."""
         return self.weights[index] if self.weights else 1.0
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the names of all batches."""
+        return tuple(map(self.label, range(self.count)))
+
     def limit(self, count: int) -> Batches:
         """Select at most ``count`` batches, evenly spaced."""
         if count >= self.count:

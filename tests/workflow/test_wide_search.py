@@ -14,7 +14,10 @@ import pytest
 
 import magr_onnx
 from magr_onnx.errors import OptionError
+from magr_onnx.runtime.calibration import tensor_ranges
 from magr_onnx.runtime.measure.metric import Predictions
+from magr_onnx.workflow import rounded_activations, wide_inputs, wide_search
+from magr_onnx.workflow.context import RunContext
 from tests import graphs
 from tests.graphs import Builder, random
 from tests.workflow.test_wide_inputs import inputs, network
@@ -82,6 +85,45 @@ def test_nothing_in_16_bits_where_8_will_do(tmp_path: Path) -> None:
     assert list(shares(report)) == [0]
     assert not any("have 16 bits" in note for note in report.notes)
     assert {row.bits for row in report.layers} == {8}
+
+
+@pytest.mark.parametrize(("make", "data", "options"), CASES)
+def test_what_is_measured_once_is_what_every_model_would_measure(
+    make: Any, data: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[bytes, list[str], int]:
+        calls = []
+        for module, name in ((rounded_activations, "output_errors"), (wide_inputs, "output_errors"), (tensor_ranges, "histograms_of")):
+            function = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, f=function, **k: calls.append(1) or f(*a, **k))
+        result = magr_onnx.optimize(make(), data(64), max_loss="1e-6", **options, **QUICK)
+        monkeypatch.undo()
+        notes = [note for note in result.report.notes if "by the share of the work" in note]
+        return ir.to_proto(result.model).SerializeToString(deterministic=True), notes, len(calls)
+
+    once, notes, calls = run()
+    monkeypatch.setattr(RunContext, "once", lambda self, key, measure: measure())
+    again, same_notes, more_calls = run()
+    assert once == again
+    assert notes == same_notes
+    assert len(re.findall("%: ", notes[0])) > 2
+    assert calls <= more_calls / 2
+
+
+def test_one_model_is_made_where_no_input_can_have_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only layer reads what is between two convolutions."""
+    b = Builder()
+    y = b.node("Conv", [b.input("x", ["n", 3, 8, 8]), b.constant("w", random(3, 3, 3, 3))], "first", pads=[1, 1, 1, 1])
+    z = b.node("Conv", [y, b.constant("u", random(3, 3, 3, 3, seed=1))], "second", pads=[1, 1, 1, 1])
+    model = b.model(b.node("Add", [z, b.node("MatMul", [y, b.constant("v", random(8, 8))], "head")]), ["n", 3, 8, 8])
+    made = []
+    solve = wide_search.solve_or_round
+    monkeypatch.setattr(wide_search, "solve_or_round", lambda *a: made.append(a[1].budget) or solve(*a))
+    report = magr_onnx.optimize(model, images(64), max_loss="1e-9", format="qdq-int8", **QUICK).report
+    assert list(shares(report)) == [0]
+    assert len(made) == 2  # and one with layers in float
+    assert [goal is None for goal in made] == [True, False]
+    assert any(note.startswith("no activations have 16 bits") for note in report.notes)
 
 
 def test_layers_stay_float_where_16_bits_are_not_enough() -> None:
