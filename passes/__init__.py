@@ -22,6 +22,7 @@ from magr_onnx.passes.layerwise import SolvedLayer, run_layers
 from magr_onnx.passes.plan import Plan
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.rewrites.equalize import Equalize
+from magr_onnx.passes.rewrites.rotate import Rotate
 from magr_onnx.passes.rewrites.split_outliers import SplitOutliers
 from magr_onnx.passes.rewrites.twin_ranges import TwinRanges
 from magr_onnx.report.reasons import Reason, Skip
@@ -51,6 +52,7 @@ __all__ = [
     "Reason",
     "Recurrent",
     "Rewrite",
+    "Rotate",
     "Skip",
     "SolvedLayer",
     "SplitOutliers",

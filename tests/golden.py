@@ -382,7 +382,9 @@ def _of_bundled() -> Iterator[Case]:
     yield from _each("bundled", 4, *({"preset": name, "include": SOME} for name in PRESETS), **FAST)
     rewrites: list[Options] = [{"equalize": True}, {"split_outliers": True}, {"twin_ranges": True}]
     yield from _each("bundled", 4, *rewrites, format="qdq-int8", include=SOME)
-    yield from _each("bundled", 4, {"low_rank": 8, "bits": 2}, {"equalize": True, "bits": 3}, include=SOME, **FAST)
+    yield from _each(
+        "bundled", 4, {"low_rank": 8, "bits": 2}, {"equalize": True, "bits": 3}, {"rotate": "on", "bits": 3}, include=SOME, **FAST
+    )
     yield from _each("bundled", 8, {"target_size": "80%"}, {"max_loss": "2%"}, include=SOME, **FAST)
     yield from _each("bundled", 8, {"target_size": "4bit"}, **FAST)
     yield from _each("bundled", 4, {"max_memory": "1kB"}, {"external_data": True}, {"shard_size": "500 kB"}, {"output": None}, **FAST)

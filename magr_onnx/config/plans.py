@@ -45,7 +45,7 @@ def plan_of(options: Options, arguments: Collection[str] = (), provider: str = "
     bias = options.get("bias", "auto")
     policy = form.bias if bias == "auto" else bias
     plan = passes.Plan(
-        rewrites=tuple(rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_"))),
+        rewrites=tuple(_rewrites(options)),
         error_feedback=passes.ErrorFeedback() if (named is None and effort != "fast" if feedback is None else feedback) else None,
         output_hessian=passes.OutputHessian() if named is None and effort == "best" else None,
         magr=_magr(quantize, options.get("alpha")),
@@ -69,6 +69,8 @@ def _unknown(options: Options, arguments: Collection[str]) -> Iterator[str]:
         yield f"unknown option {option!r}" + (closest(option, names) or f"; there are {', '.join(names)}")
     if (form := options.get("format", OPTIONS["format"].default)) not in FORMATS:
         yield f"format {form!r} is not known; {choose_one(form, FORMATS)}"
+    if (rotate := options.get("rotate", "none")) not in OPTIONS["rotate"].choices:
+        yield f"rotate={rotate!r} is not known; {choose_one(rotate, OPTIONS['rotate'].choices)}"
     if (bias := options.get("bias", "auto")) not in BIAS:
         yield f"bias={bias!r} is not known; {choose_one(bias, BIAS)}"
 
@@ -112,6 +114,13 @@ def _conflicts(options: Options, form: Format) -> Iterator[str]:
         yield f"conv_form={options['conv_form']!r} needs conv_bits"
     elif "conv_form" in options and "conv_bits" not in options:  # whether there are any to convert is not known here
         yield from (*convolutions(options).problems(None), *form_problems(options["conv_form"], form.emitter.input_grids))
+
+
+def _rewrites(options: Options) -> Iterator[passes.Rewrite]:
+    """Make the rewrites that are asked for."""
+    if (rotate := options.get("rotate", "none")) != "none":
+        yield passes.Rotate(auto=rotate == "auto")
+    yield from (rewrite() for rewrite in _REWRITES if options.get(rewrite.name.replace("-", "_")))
 
 
 def _quantize(form: Format, options: Options, quantizer: str) -> passes.Quantize:

@@ -40,6 +40,7 @@ from magr_onnx.workflow import (
     non_linear,
     rounded_activations,
     tied_tables,
+    trials,
     wide_inputs,
 )
 from magr_onnx.workflow.calibrate import Models, calibration_of, completing, gather, output_hessian, uncuttable, without_stages
@@ -223,8 +224,9 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
         for group in moments.grouped(layers, context.memory.gram_budget):
             yield group, {} if calibration is None else moments.collect(model, group, calibration).stats
 
-    plan, notes = prepared.plan, list[str]()
-    setting = Context(plan.spec or WeightSpec(), plan.bias_policy, plan.activations is not None, context.selection, statistics)
+    plan, notes, held_out = prepared.plan, list[str](), prepared.kept_back or prepared.data
+    trial = None if context.memory.large else partial(trials.trial_of, data=held_out, context=context)
+    setting = Context(plan.spec or WeightSpec(), plan.bias_policy, plan.activations is not None, context.selection, statistics, trial)
     for stage in plan.rewrites:
         notes += stage.rewrite(prepared.model, setting) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
     context.spill(prepared.model)

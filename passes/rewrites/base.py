@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import onnx_ir as ir
 
@@ -30,6 +30,18 @@ def _data_free(model: ir.Model, layers: Sequence[LinearLayer]) -> Groups:
     return [(layers, {})]
 
 
+class Trial(Protocol):
+    """Runs of a float model, which candidates to replace it are compared with."""
+
+    def difference(self, candidate: ir.Model) -> float:
+        """Measure the largest difference of a float output, relative to its norm."""
+        ...
+
+    def loss(self, candidate: ir.Model) -> float:
+        """Measure the loss of a model whose weights are rounded: the less the better, 0 for the float model."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Settings of the run that a rewrite is part of.
@@ -41,6 +53,7 @@ class Context:
         selection: The layers that will be converted.
         statistics: Splits layers into groups, each with the statistics of its inputs, by value name (none without data). Computed on
             demand, by one pass over the calibration data per group.
+        trial: Runs a model, for candidates to be compared with; None where models cannot be run.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
@@ -48,6 +61,7 @@ class Context:
     activations: bool = False
     selection: Selection = ALL
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
+    trial: Callable[[ir.Model], Trial] | None = None
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
         """Select the layers that will be converted, except those in bodies (a rewrite would change values captured elsewhere) and those
@@ -76,7 +90,7 @@ class Rewrite(ModelPass):
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> list[str]:
-        """Change ``model`` in place; return notes for the report on the changes, none if there are none."""
+        """Change ``model`` in place; return notes for the report on the changes, or on why there are none; none without either."""
 
     def change(self, model: ir.Model) -> bool:
         """Rewrite for the default grid, with the statistics attached to layers.

@@ -46,6 +46,8 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"conv_bits": None},
     {"low_rank": 2},
     {"equalize": True},
+    {"rotate": "on"},
+    {"rotate": "auto"},
     {"split_outliers": True},
     {"symmetric": True},
     {"block_size": 16},

@@ -65,7 +65,7 @@ def test_text_means_what_it_says() -> None:
         ("magr quantize", "expected ','"),
         ("magr{alpha=1e-3", "expected '}' at character 15"),
         ("magr{alpha=1e-3,quantize{bits=4}", "expected '}' at character 24"),
-        ("gptq", "no pass is called 'gptq'; there are equalize, split-outliers, twin-ranges, error-feedback, output-hessian, magr"),
+        ("gptq", "no pass is called 'gptq'; there are rotate, equalize, split-outliers, twin-ranges, error-feedback, output-hessian"),
         ("magr{strength=1}", "magr has no option 'strength=1'; it takes alpha, relative"),
         ("quantize{bits=four}", "expected int"),
         ("quantize{act_order=1}", "expected bool"),
@@ -166,8 +166,8 @@ def test_a_stage_without_a_slot_is_refused() -> None:
 
 
 def test_a_plan_is_its_stages_in_any_writing() -> None:
-    text = "equalize,split-outliers,error-feedback,output-hessian,magr,quantize,low-rank,compensate-bias,emit-qdq,convolutions,recurrent"
-    text += ",embeddings"
+    text = "rotate,equalize,split-outliers,error-feedback,output-hessian,magr,quantize,low-rank,compensate-bias,emit-qdq,convolutions"
+    text += ",recurrent,embeddings"
     plan = Plan.parse(text)
     assert str(plan) == text
     assert Plan.of(plan.stages) == plan

@@ -1,0 +1,226 @@
+"""Rotations of the residual stream, folded into the weights: rounding errors fall with the ranges of what is rounded, at no cost at
+inference.
+
+For an orthogonal ``Q (K, K)``, a transformer computes the same function if everything that writes to its residual stream is multiplied by
+Q, and everything that reads it by ``Q^T``: ``(x Q) (Q^T W) = x W``, and norms see vectors of the same length (QuaRot, Ashkboos et al.,
+arXiv 2404.00456, R1). `magr_onnx.passes.rewrites.stream` finds the streams of a graph.
+
+1. The gain of a norm does not commute with Q, and is folded into the layers behind it: ones take its place, so that onnxruntime fuses what
+   it fused before. A shift is folded into their biases where all of them have one; else it stays, as ``(shift / gain) Q``, so that no node
+   is added.
+2. LayerNormalization stays what it is, with a Q that keeps the vector of ones: ``1 Q = 1`` and ``Q 1 = 1``, so subtraction of the mean
+   commutes with Q. QuaRot makes RMS norms of them instead (by centring the writers), which are other operators.
+3. Q is a randomized Hadamard matrix (`magr_onnx.core.rotation`), from which a descent on the ranges of the weights starts
+   (`magr_onnx.core.rotation_descent`), in the place of SpinQuant's training (Liu et al., arXiv 2405.16406).
+4. The rotated model is run beside the other, and refused if outputs differ by more than `TOLERANCE`.
+5. Nothing is stored twice: a table of embeddings that is the head's weight, too, would have to be, since the last norm's gain is folded
+   into the head only.
+
+Rotations in front of other operators (QuaRot's of keys, of values and of the inner layer's activations online) are not made: these would
+cost at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from magr_onnx.core.quantizers import rtn
+from magr_onnx.core.rotation import Rotation, random_rotation
+from magr_onnx.core.rotation_descent import Turned, descend
+from magr_onnx.core.types import Array, WeightSpec
+from magr_onnx.errors import listed
+from magr_onnx.passes.graph.names import Names, add_initializer
+from magr_onnx.passes.graph.subgraphs import graph_of
+from magr_onnx.passes.layer_state import forget
+from magr_onnx.passes.layers.linear import LinearLayer, view
+from magr_onnx.passes.rewrites.base import Context, Rewrite, remember
+from magr_onnx.passes.rewrites.stream import Gained, Slot, Stream, find_streams
+
+TOLERANCE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2}
+"""Relative difference of the outputs up to which a rotated model of these weights is taken for the same."""
+
+LEAST_GAIN = 1e-3  # of the largest: a shift is divided by gains above it only
+
+
+def rotate(stream: Stream, rotation: Rotation) -> None:
+    """Fold a rotation of a stream into everything that reads it and writes it."""
+    shifts = _shifts(stream)
+    folded = {slot for slot, readers in shifts.items() if _folds(readers)}
+    for layer, gained in stream.readers.values():
+        current = _again(layer)
+        weight = current.read()
+        bias: Array | None = None
+        if gained is not None and gained.shift in folded:
+            before = current.read_bias()
+            bias = gained.shift.read() @ weight + (0 if before is None else before)
+        remember(current)
+        current.write(rotation.of_columns(_behind_gain(weight, gained)).astype(np.float32), bias)
+    for layer in stream.writers.values():
+        current = _again(layer)
+        bias = current.read_bias()
+        remember(current)
+        current.write(rotation.of_rows(current.read()).astype(np.float32), None if bias is None else rotation.of_rows(bias))
+    for slot, readers in shifts.items():
+        slot.write(np.zeros(stream.width) if slot in folded else rotation.of_rows(slot.read() / _gain(readers[0][1])))
+    for slot in {slot for _, gained in stream.readers.values() if gained is not None for slot in gained.scales}:
+        slot.write(np.ones(stream.width))
+    _rotate_constants(stream.constants, rotation)
+
+
+def _rotate_constants(slots: Iterable[Slot], rotation: Rotation) -> None:
+    """Rotate the rows of constants, each once."""
+    rotated: dict[object, ir.Value] = {}
+    for slot in slots:
+        constant = slot.view
+        if constant.key not in rotated:
+            array = rotation.of_rows(constant.tensor().numpy().astype(np.float32)).astype(constant.dtype.numpy())
+            rotated[constant.key] = add_initializer(graph_of(slot.node), f"{constant.name}_rotated", array)
+        slot.write(rotated[constant.key])
+
+
+def _shifts(stream: Stream) -> dict[Slot, list[tuple[LinearLayer, Gained]]]:
+    """Collect the layers behind every shift."""
+    shifts: dict[Slot, list[tuple[LinearLayer, Gained]]] = {}
+    for layer, gained in stream.readers.values():
+        if gained is not None and gained.shift is not None:
+            shifts.setdefault(gained.shift, []).append((layer, gained))
+    return shifts
+
+
+def _folds(readers: Sequence[tuple[LinearLayer, Gained]]) -> bool:
+    """Whether the shift before layers goes into their biases, rather than staying where it is."""
+    gains = np.abs([_gain(gained) for _, gained in readers])
+    return all(layer.has_bias for layer, _ in readers) or bool(gains.min() <= LEAST_GAIN * gains.max())
+
+
+def _gain(gained: Gained) -> Array:
+    result: Array = np.prod([slot.read() for slot in gained.scales], axis=0)
+    return result
+
+
+def _behind_gain(weight: Array, gained: Gained | None) -> Array:
+    """Fold a gain into the weight of a layer behind it."""
+    return weight if gained is None else (weight * _gain(gained)[:, None]).astype(np.float32)
+
+
+def _again(layer: LinearLayer) -> LinearLayer:
+    """View a layer again, which may have been written since."""
+    again = view(layer.node)
+    assert isinstance(again, LinearLayer)
+    return again
+
+
+def turned_weights(stream: Stream, names: Iterable[str]) -> list[Turned]:
+    """Read the weights of layers of these names that a rotation of the stream turns."""
+    chosen = set(names)
+    readers = [Turned(_behind_gain(layer.read(), gained), True) for layer, gained in stream.readers.values() if layer.name in chosen]
+    return [*readers, *(Turned(layer.read(), False) for layer in stream.writers.values() if layer.name in chosen)]
+
+
+@dataclass(frozen=True)
+class Rotate(Rewrite):
+    """Rotate residual streams, where everything that reads and writes them can be rotated.
+
+    Attributes:
+        auto: Whether to rotate only where it lowers the loss of the model with its weights rounded to nearest.
+        steps: Of the descent from a randomized Hadamard matrix; 0 for that itself.
+        seed: Of the matrix.
+    """
+
+    name: ClassVar[str] = "rotate"
+    summary: ClassVar[str] = "rotate the residual stream so that weights are easier to round, folded into the weights (QuaRot, SpinQuant)"
+
+    auto: bool = False
+    steps: int = 100
+    seed: int = 0
+
+    def problems(self, spec: WeightSpec | None) -> list[str]:
+        del spec
+        bad = [("steps", self.steps), ("seed", self.seed)]
+        return [f"{self.name}: {name}={value} must be 0 or more" for name, value in bad if value < 0]
+
+    def rewrite(self, model: ir.Model, context: Context) -> list[str]:
+        return self._rotate(model, context)[1]
+
+    def change(self, model: ir.Model) -> bool:
+        changed, _ = self._rotate(model, Context())
+        if changed:
+            forget(model)
+        return changed
+
+    def _rotate(self, model: ir.Model, context: Context) -> tuple[bool, list[str]]:
+        """Rotate what can be rotated; whether anything was, and what to say of it."""
+        streams, changed, notes = find_streams(model), False, list[str]()
+        for index, stream in enumerate(streams):
+            if not stream.problems:
+                verdict = self._try(model, index, stream, context)
+                changed |= verdict.accepted
+                notes.append(verdict.text)
+        refused = [stream for stream in streams if stream.problems]
+        if refused:
+            more = f", nor are {len(refused) - 1} others" if len(refused) > 1 else ""
+            problems = listed(list(refused[0].problems), "; ")
+            notes.append(f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}")
+        return changed, notes or ["rotate: there is no residual stream: no sum of values is normalized"]
+
+    def _try(self, model: ir.Model, index: int, stream: Stream, context: Context) -> Verdict:
+        """Rotate a stream, if that is exact and pays."""
+        names = [layer.name for layer in context.layers(model)]
+        start = random_rotation(stream.width, self.seed, stream.keeps_ones)
+        rotation = descend(start, turned_weights(stream, names), context.spec, self.steps, self.seed)
+        verdict = self._judge(model, names, lambda copy: rotate(find_streams(copy)[index], rotation), stream, context)
+        what = f"the residual stream of {stream.width} channels at {stream.start}"
+        if not verdict.accepted:
+            return Verdict(False, f"rotate: {what} is not rotated: {verdict.text}")
+        rotate(stream, rotation)
+        parts = f"{len(stream.norms)} norms, {len(stream.writers)} layers and {len(stream.constants)} constants that write to it"
+        return Verdict(True, f"rotate: rotated {what}: {parts}, {len(stream.readers)} layers that read it; {verdict.text}")
+
+    def _judge(self, model: ir.Model, names: Sequence[str], turn: Callable[[ir.Model], None], stream: Stream, context: Context) -> Verdict:
+        """Try a rotation on a copy of the model."""
+        if context.trial is None:
+            return Verdict(not self.auto, "not checked: the model was not run" + " (auto needs that)" * self.auto)
+        trial, copy = context.trial(model), _copy(model)
+        turn(copy)
+        difference = trial.difference(copy)
+        dtypes = {layer.dtype for layer in (*stream.writers.values(), *(layer for layer, _ in stream.readers.values()))}
+        most = max(TOLERANCE[dtype] for dtype in dtypes)
+        if not difference <= most:
+            return Verdict(False, f"float outputs would differ by {difference:.1e}, more than {most:.0e}")
+        text = f"float outputs differ by {difference:.1e}"
+        if not self.auto:
+            return Verdict(True, text)
+        plain = _copy(model)
+        losses = []
+        for candidate in (plain, copy):
+            _round(candidate, names, context.spec)
+            losses.append(trial.loss(candidate))
+        before, after = losses
+        return Verdict(after < before, f"{text}; rounded to nearest, the loss is {after:.4g} with it and {before:.4g} without")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a rotation is made, and why."""
+
+    accepted: bool
+    text: str
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """Copy a model, whose tensors stay where they are."""
+    copy = model.clone()
+    Names.rescan(copy.graph)
+    return copy
+
+
+def _round(model: ir.Model, names: Sequence[str], spec: WeightSpec) -> None:
+    """Round the weights of layers to nearest, to floats."""
+    for layer in Context().layers(model):
+        if layer.name in names:
+            layer.write(rtn.quantize(layer.read(), np.ones(layer.k), spec).dequantize(), None)
