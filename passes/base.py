@@ -190,6 +190,11 @@ class Emitter(Stage, ir.passes.InPlacePass):
         del nodes, int8
         return self
 
+    def ends_short(self, spec: WeightSpec, k: int) -> bool:
+        """Whether the last block of a column of ``k`` rows has fewer than the others, in the nodes that are written."""
+        del spec, k
+        return False
+
     def suited(self, largest_block: int) -> Self:
         """This emitter for kernels that take blocks of at most so many rows, if it writes blocks."""
         del largest_block

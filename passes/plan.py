@@ -27,6 +27,7 @@ from magr_onnx.passes.layer_passes.magr import MagR
 from magr_onnx.passes.layer_passes.output_hessian import OutputHessian
 from magr_onnx.passes.layer_passes.quantize import Quantize
 from magr_onnx.passes.layer_passes.recurrent import Recurrent
+from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.tensors import ort_cpu
@@ -256,6 +257,16 @@ class Plan:
         """Limit block sizes to those that the kernels of ``provider`` support."""
         largest = find_provider(provider).largest_block
         return self if self.emitter is None or largest is None else replace(self, emitter=self.emitter.suited(largest))
+
+    def layer_problems(self, layer: LinearLayer, provider: str) -> list[str]:
+        """Say why the kernels of ``provider`` cannot have the weight of a layer that other layers can have."""
+        known, spec = find_provider(provider), self.spec
+        if spec is None or self.emitter is None or not known.whole_blocks or not self.emitter.ends_short(spec, layer.k):
+            return []
+        return [
+            f"{layer.name}: its {layer.k} rows are no multiple of blocks of {spec.rows(layer.k)}, as {known.name} needs behind "
+            "DequantizeLinear; give another block size (block_size, for single layers with --layer), or take format matmulnbits"
+        ]
 
     def prepare(self, model: ir.Model) -> bool:
         """Change the model as the stages need, in place; return whether it changed."""

@@ -23,6 +23,7 @@ class Provider:
         onnxruntime: What onnxruntime calls it.
         refuses: Say why its kernels cannot have weights on a grid; nothing where they can.
         largest_block: Most rows that share a scale in a kernel; None for no limit but the kernel's own.
+        whole_blocks: Whether blocks behind DequantizeLinear must divide the rows of a weight.
         preload: Load its libraries, given the module ``onnxruntime``; None where there is nothing to load.
         host_memory: Whether it computes in the memory of the process, so that limits of that hold for a run.
     """
@@ -31,6 +32,7 @@ class Provider:
     onnxruntime: str
     refuses: Callable[[WeightSpec], list[str]] = lambda _: []
     largest_block: int | None = None
+    whole_blocks: bool = False
     preload: Callable[[ModuleType], None] | None = None
     host_memory: bool = False
 
@@ -39,6 +41,12 @@ def _cuda_refuses(spec: WeightSpec) -> list[str]:
     if spec.bits != 2:  # 3-bit codes are stored in 4 bits
         return []
     return ["2 bits on cuda: onnxruntime's CUDA kernel of MatMulNBits takes 4 and 8 bits only; use 4 bits, or provider cpu"]
+
+
+def _openvino_refuses(spec: WeightSpec) -> list[str]:
+    if spec.bits != 2 or spec.symmetric:
+        return []
+    return ["2 bits with zero points on openvino: it does not load MatMulNBits with these; use symmetric grids, or 4 bits"]
 
 
 def _preload_cuda(onnxruntime: ModuleType) -> None:
@@ -52,8 +60,13 @@ CPU = Provider("cpu", "CPUExecutionProvider", host_memory=True)
 """The processor: what every onnxruntime has, and what it falls back to."""
 CUDA = Provider("cuda", "CUDAExecutionProvider", _cuda_refuses, largest_block=128, preload=_preload_cuda)
 """NVIDIA GPUs. Measured with onnxruntime 1.31.1: MatMulNBits takes 4 and 8 bits only, and one row times 4-bit blocks of 256 fails."""
+OPENVINO = Provider("openvino", "OpenVINOExecutionProvider", _openvino_refuses, whole_blocks=True)
+"""CPUs, GPUs and NPUs of Intel. Measured with onnxruntime-openvino 1.24.1 on a CPU."""
+WEBGPU = Provider("webgpu", "WebGpuExecutionProvider")
+"""GPUs. Measured with onnxruntime-webgpu 1.27.0 on SwiftShader: MatMulNBits takes all bits; sums of integers and QuantizeLinear stay on the
+CPU."""
 
-PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (CPU, CUDA)}
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (CPU, CUDA, OPENVINO, WEBGPU)}
 
 
 def find_provider(name: str) -> Provider:

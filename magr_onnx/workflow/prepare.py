@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from magr_onnx.config import layer_options, selection
 from magr_onnx.config.presets import find_preset
-from magr_onnx.errors import ModelError, OutputError, raise_all
+from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
@@ -194,7 +194,10 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
         raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
     if not choosable and (plan.rules is None or not wide_inputs.is_spent_on_activations(request.budget, plan, request.provider)):
         mixed_precision.check_layers(request.budget, layers)
-    layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)  # raises errors early
+    # raises errors early
+    assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)
+    plans = {layer.name: assigned[layer.name][1] if layer.name in assigned else plan for layer in layers}
+    raise_all(OptionError, [text for layer in layers for text in plans[layer.name].layer_problems(layer, request.provider)])
     return prepared
 
 

@@ -56,6 +56,9 @@ class EmitQDQ(BlockEmitter):
             problems.append("2 bits with format qdq: onnxruntime's int2 fusion returns wrong results; use format matmulnbits")
         return problems
 
+    def ends_short(self, spec: WeightSpec, k: int) -> bool:
+        return k % min(spec.rows(k), self.largest_block) != 0
+
     def prepare(self, model: ir.Model, spec: WeightSpec | None) -> bool:
         return spec is not None and raise_opset(model, opset_for(model, spec), "DequantizeLinear of this grid")
 

@@ -64,11 +64,11 @@ def test_choices_of_a_budget_and_options_of_layers_are_checked_too() -> None:
 def test_providers_are_found_by_either_name() -> None:
     assert find_provider("NPU") is NPU
     assert find_provider("cudaexecutionprovider") is PROVIDERS["cuda"] is find_provider("cuda")
-    other = find_provider("OpenVINOExecutionProvider")
-    assert other.onnxruntime == "OpenVINOExecutionProvider"
+    other = find_provider("CoreMLExecutionProvider")
+    assert other.onnxruntime == "CoreMLExecutionProvider"
     plan = Plan.parse("quantize{bits=2},emit-matmulnbits")
-    assert plan.problems("OpenVINOExecutionProvider") == []
-    assert plan.suited("OpenVINOExecutionProvider") == plan
+    assert plan.problems("CoreMLExecutionProvider") == []
+    assert plan.suited("CoreMLExecutionProvider") == plan
 
 
 def test_one_that_is_not_there_lists_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +99,14 @@ def test_everything_wrong_with_options_and_provider_is_said_at_once(monkeypatch:
 def test_an_unknown_provider_gets_a_suggestion(name: str) -> None:
     with pytest.raises(ProviderError, match="did you mean 'cuda'"):
         magr_onnx.optimize(graphs.matmul(), provider=name)
+
+
+def test_layers_whose_last_block_is_short_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the provider needs whole blocks behind DequantizeLinear; a layer's own block size, and MatMulNBits, are taken."""
+    monkeypatch.setitem(PROVIDERS, NPU.name, Provider("npu", "CPUExecutionProvider", whole_blocks=True))
+    model = graphs.matmul(48, 32)
+    with pytest.raises(OptionError, match="48 rows are no multiple of blocks of 32"):
+        magr_onnx.optimize(proto(model), [feeds(model)], provider="npu", format="qdq")
+    for options in ({"block_size": 16}, {"block_size": None}, {"layers": [{"match": "*", "block_size": 16}]}):
+        magr_onnx.optimize(proto(model), [feeds(model)], provider="npu", format="qdq", progress=False, **options)  # type: ignore[arg-type]
+    magr_onnx.optimize(proto(model), [feeds(model)], provider="npu", progress=False)
