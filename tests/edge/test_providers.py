@@ -117,8 +117,8 @@ ON_CPU = {"openvino": {"GatherBlockQuantized"}, "webgpu": {"QuantizeLinear", "Dy
 SMALL = {"Cast", "Gather", "Max", "Round", "Sum"}
 """What it may leave beside that."""
 STEPS, ROUNDED, EXACT = 2 / 255, 0.02, 1e-5
-"""Most difference between the provider and the CPU, in units of the largest value: of static grids, where one of them rounds inputs of layers
-(OpenVINO does it by itself, in any format), and where nothing is rounded but weights."""
+"""Most difference between the provider and the CPU, in units of the largest value: of static grids, where one of them rounds inputs of
+layers (OpenVINO does it by itself, in any format), and where nothing is rounded but weights."""
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +184,8 @@ def test_files_run_there_and_give_the_numbers_of_the_cpu(provider: Provider, cas
         return
     assert not isinstance(answer, str), answer
     actual, expected, _ = answer
-    if provider is WEBGPU and not any(word in case for word in ("qdq-", "int8")):
-        bound = EXACT
-    else:
-        bound = STEPS if "qdq-" in case else ROUNDED
+    exact = provider is WEBGPU and not any(word in case for word in ("qdq-", "int8"))
+    bound = EXACT if exact else STEPS if "qdq-" in case else ROUNDED
     assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
 
 
