@@ -123,9 +123,10 @@ class Options(TypedDict, total=False):
     low_rank: Annotated[int, OptionSpec(
         help="Rank of a float branch beside every layer that recovers error; 0: none.", default=0, least=0, panel=FINE, metavar="N")]
     rotate: Annotated[Literal["none", "on", "auto"], OptionSpec(
-        help="Rotate the residual stream of a transformer so that weights are easier to round, folded into the weights, at no cost: none; "
-        "on; auto: where it lowers the loss of the model with weights rounded to nearest. Without effect on models whose norms stand "
-        "behind the sums (BERT).", default="none", panel=FINE, metavar="NAME", whole_run="it turns what layers share")]
+        help="Rotate the residual stream of a transformer, and the values of its attentions, so that weights are easier to round; folded "
+        "into the weights, at no cost: none; on; auto: where it lowers the loss of the model with weights rounded to nearest. The stream "
+        "stays as it is where norms stand behind the sums (BERT).", default="none", panel=FINE, metavar="NAME",
+        whole_run="it turns what layers share")]
     equalize: Annotated[bool, OptionSpec(
         help="Move scales between channels into norms, layers and integer convolutions before, at no cost.", default=False, panel=FINE,
         whole_run="it moves scales between layers")]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.passes.canonical.rewriter import RewriteContext, known
-from magr_onnx.passes.graph.constants import constant_array, constant_view, ints
+from magr_onnx.passes.graph.constants import constant_view, fixed_array, ints, step_of
 from magr_onnx.passes.graph.nodes import operand, operator_of
 from magr_onnx.passes.layers.linear import LinearLayer, find
 from magr_onnx.passes.layers.weighted import sharing
@@ -46,6 +48,11 @@ class Facts:
         layers = [layer for layer in layers if not layer.nested]
         self.made: Mapping[int, LinearLayer] = {id(layer.output): layer for layer in layers}
         self.reading: Mapping[int, LinearLayer] = {id(layer.node): layer for layer in layers}
+        self._ranks: dict[int, int | None] = {}
+        self._per_row: dict[int, bool] = {}
+        for node in model.graph:  # in order, so that what one is computed from is known
+            for value in node.outputs:
+                self._ranks[id(value)], self._per_row[id(value)] = self._rank_of(value), self._is_per_row(value)
 
     def last(self, value: ir.Value | None) -> int | None:
         """Return the length of the last axis; None where it is unknown."""
@@ -55,6 +62,9 @@ class Facts:
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the rank; where no shape is known, behind operators of onnxruntime say, that of what the value is computed from."""
+        return self._ranks[id(value)] if id(value) in self._ranks else self._rank_of(value)
+
+    def _rank_of(self, value: ir.Value | None) -> int | None:
         view = constant_view(value)
         shape = view.shape if view is not None else None if value is None else self._shapes.shape(value)
         node = None if value is None else value.producer()
@@ -68,6 +78,11 @@ class Facts:
             return max((rank for v in node.inputs if (rank := self.rank(v)) is not None), default=None)
         return self.rank(node.inputs[0]) if kind in (*NORMS, "MatMul", "Dropout") else None
 
+    def sizes(self, value: ir.Value) -> list[int] | None:
+        """Return the lengths of a value's axes, 1 where one is unknown; None where the rank is unknown."""
+        shape, rank = self._shapes.shape(value), self.rank(value)
+        return None if rank is None else [known(d) or 1 for d in shape] if shape is not None else [1] * rank
+
     def gain_width(self, node: ir.Node) -> int | None:
         """Return the length of the gain of a norm that is one node."""
         kind = operator_of(node)
@@ -75,6 +90,9 @@ class Facts:
 
     def is_per_row(self, value: ir.Value | None) -> bool:
         """Whether a value is the same for all channels: its last axis has length 1, or it is a number."""
+        return self._per_row[id(value)] if id(value) in self._per_row else self._is_per_row(value)
+
+    def _is_per_row(self, value: ir.Value | None) -> bool:
         view = constant_view(value)
         if value is None:
             return False
@@ -110,7 +128,7 @@ class Facts:
             perm = ints(node, "perm", len(node.inputs))
             return perm is not None and perm[-1] == len(perm) - 1
         if kind == "Reshape":
-            sizes = (self.last(x), self._target(node))
+            sizes = (self.row_width(x), self._target(node))
             return all(size is not None and size % width == 0 for size in sizes)
         if kind in ("Gather", "Split", "Concat"):
             axis = node.attributes.get_int("axis", 0)
@@ -119,9 +137,27 @@ class Facts:
             axes = ints(node, "axes", 3)
             return axes is not None and all(self.is_last(a, x) is False for a in axes)
         if kind == "Unsqueeze":
-            axes = ints(node, "axes", 1)
-            return axes is not None and all(self.is_last(a, node.outputs[0]) is False for a in axes)
+            axes, rank = ints(node, "axes", 1), self.rank(x)
+            return axes is not None and all(a < -1 or 0 <= a < (rank or 0) + len(axes) - 1 for a in axes)
+        if kind == "Tile":
+            repeats = operand(node, 1)
+            maker = None if repeats is None else repeats.producer()
+            array = fixed_array(maker.inputs[-1] if maker is not None and operator_of(maker) == "Concat" else repeats)
+            return array is not None and array.size > 0 and array.reshape(-1)[-1] == 1
         return False
+
+    def row_width(self, value: ir.Value | None) -> int | None:
+        """Return the length of the last axis, also where only a node further back tells it; None where none does."""
+        while value is not None and (size := self.last(value)) is None:
+            node = value.producer()
+            if node is None or operator_of(node) not in ("Reshape", "Transpose", *_ALONG, "Unsqueeze", "Tile"):
+                return None
+            if operator_of(node) == "Reshape" and (size := self._target(node)) is not None:
+                return size
+            if operator_of(node) != "Reshape" and not self.keeps_rows(node, 1):
+                return None
+            value = node.inputs[0]
+        return None if value is None else size
 
     def _target(self, node: ir.Node) -> int | None:
         """Return the length of the last axis that a Reshape makes."""
@@ -131,5 +167,42 @@ class Facts:
         maker = None if shape is None else shape.producer()
         if maker is not None and operator_of(maker) == "Concat":
             shape = maker.inputs[-1]
-        array = constant_array(shape)
+        array = fixed_array(shape)
         return None if array is None or array.size == 0 or array.reshape(-1)[-1] < 1 else int(array.reshape(-1)[-1])
+
+    def moved(self, node: ir.Node, array: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        """Move an array as a node moves its first input, of which it has one row of axes of unknown length; nothing where that fails."""
+        kind = operator_of(node)
+        try:
+            if kind == "Reshape":
+                target = ints(node, "shape", 1)
+                if target is None or 0 in target or -1 in target:
+                    target = self.sizes(node.outputs[0])
+                return [] if target is None else [array.reshape(target)]
+            if kind == "Identity":
+                return [array]
+            step = step_of(node, 0, array.shape, ir.DataType.FLOAT) if kind != "Split" else None
+            if step is not None:
+                return [step.apply(array)]
+            if kind == "Split":
+                steps = [step_of(node, i, array.shape, ir.DataType.FLOAT) for i in range(len(node.outputs))]
+                return [step.apply(array) for step in steps if step is not None]
+            return _selected(node, array)
+        except (ValueError, IndexError):  # a shape is not what was declared
+            return []
+
+
+def _selected(node: ir.Node, array: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+    """Apply a Slice or a Gather with constant positions."""
+    if operator_of(node) == "Gather":
+        indices = fixed_array(operand(node, 1))
+        return [] if indices is None else [np.take(array, indices, axis=node.attributes.get_int("axis", 0))]
+    starts, ends = ints(node, "starts", 1), ints(node, "ends", 2)
+    if operator_of(node) != "Slice" or starts is None or ends is None:
+        return []
+    axes = ints(node, "axes", 3) or list(range(len(starts)))
+    steps = ints(node, "steps", 4) or [1] * len(starts)
+    index = [slice(None)] * array.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        index[axis] = slice(start, end, step)
+    return [array[tuple(index)]]

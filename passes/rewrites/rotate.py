@@ -16,8 +16,9 @@ arXiv 2404.00456, R1). `magr_onnx.passes.rewrites.stream` finds the streams of a
 5. Nothing is stored twice: a table of embeddings that is the head's weight, too, would have to be, since the last norm's gain is folded
    into the head only.
 
-Rotations in front of other operators (QuaRot's of keys, of values and of the inner layer's activations online) are not made: these would
-cost at inference.
+Then the values of every attention are rotated head by head (QuaRot's R2; `magr_onnx.passes.rewrites.heads`), chosen likewise, from the
+better of the identity and a Hadamard matrix: a rotation of the stream may have shaped these columns already. QuaRot's other rotations, of
+keys and of the inner activations of the feed-forward network, would cost at inference.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import onnx_ir as ir
 
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.core.rotation import Rotation, random_rotation
-from magr_onnx.core.rotation_descent import Turned, descend
+from magr_onnx.core.rotation_descent import Turned, descend, gradient
 from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.errors import listed
 from magr_onnx.passes.graph.names import Names, add_initializer
@@ -39,6 +40,7 @@ from magr_onnx.passes.graph.subgraphs import graph_of
 from magr_onnx.passes.layer_state import forget
 from magr_onnx.passes.layers.linear import LinearLayer, view
 from magr_onnx.passes.rewrites.base import Context, Rewrite, remember
+from magr_onnx.passes.rewrites.heads import Heads, find_heads
 from magr_onnx.passes.rewrites.stream import Gained, Slot, Stream, find_streams
 
 TOLERANCE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2}
@@ -115,6 +117,38 @@ def _again(layer: LinearLayer) -> LinearLayer:
     return again
 
 
+def rotate_heads(heads: Heads, rotation: Rotation) -> None:
+    """Fold a rotation of the values of an attention into the layers that make and read them."""
+    for layer, starts in heads.writers.values():
+        current = _again(layer)
+        weight, bias = current.read(), current.read_bias()
+        for part in (slice(start, start + heads.width) for start in starts):
+            weight[:, part] = rotation.of_rows(weight[:, part])
+            if bias is not None:
+                bias[part] = rotation.of_rows(bias[part])
+        remember(current)
+        current.write(weight, bias)
+    for layer in heads.readers.values():
+        current = _again(layer)
+        weight = current.read()
+        for start in range(0, current.k, heads.width):
+            weight[start : start + heads.width] = rotation.of_columns(weight[start : start + heads.width])
+        remember(current)
+        current.write(weight, None)
+
+
+def turned_heads(heads: Heads, names: Iterable[str]) -> list[Turned]:
+    """Read the weights of layers of these names that a rotation of the values of an attention turns, head by head."""
+    chosen, width, turned = set(names), heads.width, list[Turned]()
+    for layer, starts in heads.writers.values():
+        weight = layer.read() if layer.name in chosen else None
+        turned += [] if weight is None else [Turned(np.ascontiguousarray(weight[:, i : i + width]), False) for i in starts]
+    for layer in heads.readers.values():
+        weight = layer.read() if layer.name in chosen else None
+        turned += [] if weight is None else [Turned(weight[i : i + width], True) for i in range(0, layer.k, width)]
+    return turned
+
+
 def turned_weights(stream: Stream, names: Iterable[str]) -> list[Turned]:
     """Read the weights of layers of these names that a rotation of the stream turns."""
     chosen = set(names)
@@ -124,7 +158,7 @@ def turned_weights(stream: Stream, names: Iterable[str]) -> list[Turned]:
 
 @dataclass(frozen=True)
 class Rotate(Rewrite):
-    """Rotate residual streams, where everything that reads and writes them can be rotated.
+    """Rotate residual streams and the values of attentions, where everything that reads and writes them can be rotated.
 
     Attributes:
         auto: Whether to rotate only where it lowers the loss of the model with its weights rounded to nearest.
@@ -156,9 +190,10 @@ class Rotate(Rewrite):
     def _rotate(self, model: ir.Model, context: Context) -> tuple[bool, list[str]]:
         """Rotate what can be rotated; whether anything was, and what to say of it."""
         streams, changed, notes = find_streams(model), False, list[str]()
+        names = [layer.name for layer in context.layers(model)]
         for index, stream in enumerate(streams):
             if not stream.problems:
-                verdict = self._try(model, index, stream, context)
+                verdict = self._try(model, index, stream, names, context)
                 changed |= verdict.accepted
                 notes.append(verdict.text)
         refused = [stream for stream in streams if stream.problems]
@@ -166,14 +201,52 @@ class Rotate(Rewrite):
             more = f", nor are {len(refused) - 1} others" if len(refused) > 1 else ""
             problems = listed(list(refused[0].problems), "; ")
             notes.append(f"rotate: the residual stream at {refused[0].start} is not rotated{more}: {problems}")
-        return changed, notes or ["rotate: there is no residual stream: no sum of values is normalized"]
+        if not streams:
+            notes.append("rotate: there is no residual stream: no sum of values is normalized")
+        turned, remarks = self._rotate_heads(model, names, context)
+        return changed or turned, [*notes, *remarks]
 
-    def _try(self, model: ir.Model, index: int, stream: Stream, context: Context) -> Verdict:
+    def _rotate_heads(self, model: ir.Model, names: Sequence[str], context: Context) -> tuple[bool, list[str]]:
+        """Rotate the values of all attentions where that can be done, if it is exact and pays."""
+        found = [heads for heads in find_heads(model) if heads.readers or heads.problems]
+        chosen = {heads.start: self._choose(heads, names, context.spec) for heads in found if not heads.problems}
+        notes = []
+        if refused := [heads for heads in found if heads.problems]:
+            problems = listed(list(refused[0].problems), "; ")
+            notes.append(f"rotate: the values of {len(refused)} of {len(found)} attentions are not rotated: {problems}")
+        if not chosen:
+            return False, notes
+
+        def turn(target: ir.Model) -> None:
+            for heads in find_heads(target):
+                if heads.start in chosen:
+                    rotate_heads(heads, chosen[heads.start])
+
+        layers = [layer for heads in found if heads.start in chosen for layer in heads.readers.values()]
+        verdict = self._judge(model, names, turn, layers, context)
+        what = f"the values of {len(chosen)} attentions, heads of {listed(sorted({str(heads.width) for heads in found}))} channels"
+        if verdict.accepted:
+            turn(model)
+        said = f"rotate: rotated {what}" if verdict.accepted else f"rotate: {what} are not rotated"
+        return verdict.accepted, [*notes, f"{said}: {verdict.text}"]
+
+    def _choose(self, heads: Heads, names: Sequence[str], spec: WeightSpec) -> Rotation:
+        """Choose the rotation of the values of an attention."""
+        weights = turned_heads(heads, names)
+        hadamard = random_rotation(heads.width, self.seed)
+        if not self.steps:
+            return hadamard
+        identity = Rotation(np.ones(heads.width), ())
+        unit = np.eye(heads.width)
+        start = min((identity, hadamard), key=lambda rotation: gradient(rotation.of_rows(unit), weights, spec)[0])
+        return descend(start, weights, spec, self.steps, self.seed)
+
+    def _try(self, model: ir.Model, index: int, stream: Stream, names: Sequence[str], context: Context) -> Verdict:
         """Rotate a stream, if that is exact and pays."""
-        names = [layer.name for layer in context.layers(model)]
         start = random_rotation(stream.width, self.seed, stream.keeps_ones)
         rotation = descend(start, turned_weights(stream, names), context.spec, self.steps, self.seed)
-        verdict = self._judge(model, names, lambda copy: rotate(find_streams(copy)[index], rotation), stream, context)
+        layers = [*stream.writers.values(), *(layer for layer, _ in stream.readers.values())]
+        verdict = self._judge(model, names, lambda copy: rotate(find_streams(copy)[index], rotation), layers, context)
         what = f"the residual stream of {stream.width} channels at {stream.start}"
         if not verdict.accepted:
             return Verdict(False, f"rotate: {what} is not rotated: {verdict.text}")
@@ -181,15 +254,16 @@ class Rotate(Rewrite):
         parts = f"{len(stream.norms)} norms, {len(stream.writers)} layers and {len(stream.constants)} constants that write to it"
         return Verdict(True, f"rotate: rotated {what}: {parts}, {len(stream.readers)} layers that read it; {verdict.text}")
 
-    def _judge(self, model: ir.Model, names: Sequence[str], turn: Callable[[ir.Model], None], stream: Stream, context: Context) -> Verdict:
-        """Try a rotation on a copy of the model."""
+    def _judge(
+        self, model: ir.Model, names: Sequence[str], turn: Callable[[ir.Model], None], layers: Sequence[LinearLayer], context: Context
+    ) -> Verdict:
+        """Try a rotation of layers on a copy of the model."""
         if context.trial is None:
             return Verdict(not self.auto, "not checked: the model was not run" + " (auto needs that)" * self.auto)
         trial, copy = context.trial(model), _copy(model)
         turn(copy)
         difference = trial.difference(copy)
-        dtypes = {layer.dtype for layer in (*stream.writers.values(), *(layer for layer, _ in stream.readers.values()))}
-        most = max(TOLERANCE[dtype] for dtype in dtypes)
+        most = max(TOLERANCE[layer.dtype] for layer in layers)
         if not difference <= most:
             return Verdict(False, f"float outputs would differ by {difference:.1e}, more than {most:.0e}")
         text = f"float outputs differ by {difference:.1e}"

@@ -227,6 +227,19 @@ def test_norms_with_sums_of_onnxruntime() -> None:
         assert differ(before, outputs(model)) < 1e-5
 
 
+def test_a_deep_model_of_unknown_shapes() -> None:
+    """Shape inference fails for onnxruntime's norms: ranks are found one after the other, not by recursion."""
+    b = Builder()
+    x = embedded(b, False)
+    for i in range(400):
+        x = b.node("Add", [layer(b, simplified(b, x, i), f"l{i}", K, K, i, False), x])
+    model = b.model(layer(b, simplified(b, x, 400), "head", K, V, 999, False), ["batch", T, V])
+    (stream,) = find_streams(model)
+    assert not stream.problems
+    assert len(stream.writers) == 400
+    assert len(stream.readers) == 401
+
+
 def test_half_precision_stays_half_precision() -> None:
     b = Builder()
     ids = b.input("ids", ["batch", T], ir.DataType.INT64)
