@@ -328,6 +328,7 @@ def validation_text(v: Validation, labels: Mapping[str | None, str] = MappingPro
         lines.append(f"  latency {_latency_text(v.latency)}")
         if v.latency.float_quartiles and v.latency.quantized_quartiles:
             lines.append("    quartiles " + " -> ".join(f"{low:.2f} to {high:.2f} ms" for low, high in v.latency.spread))
+        lines += wrapped(f"    {v.latency.where}", 6, width)
     if v.layers:
         worst = max(v.layers, key=lambda layer: severity(layer.relative_error))
         lines.append(f"  largest error at a layer in the running model: {worst.relative_error:.2%}")

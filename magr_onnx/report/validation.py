@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SLOWER = 1.05  # times the float model's time from which a result is called slower
+SHOWN, LEAST_SHARE = 5, 0.02  # operators that take the most time, and the share from which they are shown
 MOST_NATS = 709.0  # largest exponent whose exponential is finite
 
 
@@ -80,6 +81,8 @@ class Latency:
         quantized_quartiles: The same for the quantized model.
         ratios: Median of the quantized model's time over the float model's in the same turn, between the ends of its 95% confidence
             interval; None in older reports.
+        float_operators: Share of the float model's time by operator of onnxruntime's graph, the largest first; empty where not measured.
+        quantized_operators: The same of the quantized model.
     """
 
     float_ms: float
@@ -88,6 +91,17 @@ class Latency:
     float_quartiles: tuple[float, float] | None = None
     quantized_quartiles: tuple[float, float] | None = None
     ratios: tuple[float, float, float] | None = None
+    float_operators: dict[str, float] = field(default_factory=dict)
+    quantized_operators: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Say where the time of both models goes; empty where that was not measured."""
+        shares = [
+            ", ".join(f"{name} {share:.0%}" for name, share in list(operators.items())[:SHOWN] if share >= LEAST_SHARE)
+            for operators in (self.float_operators, self.quantized_operators)
+        ]
+        return f"time of the float model: {shares[0]}; of the quantized one: {shares[1]}" if all(shares) else ""
 
     @property
     def spread(self) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -50,6 +50,7 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation]) -> l
             milliseconds = f"{times.quantized_ms:.3g} against {times.float_ms:.3g} ms"
             lines.append(
                 f"SLOWER: a batch takes {times.ratio:.2f} times as long as with the float model here ({milliseconds}; {comparison.data}); "
+                f"{times.where}{'; ' if times.where else ''}"
                 "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
             )
     return lines

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
 from magr_onnx.runtime.measure.batch_effect import batch_effect
 from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, row_parts, without_equal_nonfinite
+from magr_onnx.runtime.measure.operators import operator_shares, rounds_activations
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
@@ -172,7 +173,7 @@ def validate(
         provider,
         outputs,
         _layers(float_model, quantized_model, data, provider, mask, notes) if "layers" in details else (),
-        latency(float_model, quantized_model, data, provider) if "latency" in details else None,
+        _timed(float_model, quantized_model, data, provider) if "latency" in details else None,
         bytes_of(float_model),
         bytes_of(quantized_model),
         tuple(dict.fromkeys([*data.notes, *notes])),
@@ -249,6 +250,15 @@ def _layers(
     except RuntimeFailure as error:
         notes.append(f"errors of layers were not measured: {str(error).splitlines()[0]}")
         return ()
+
+
+def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
+    """Time both models, and where one computes in integers, find out where the time goes."""
+    times, batch = latency(float_model, quantized_model, data, provider), next(iter(data))
+    if not rounds_activations(quantized_model):
+        return times
+    shares = [operator_shares(model, batch, provider) for model in (float_model, quantized_model)]
+    return replace(times, float_operators=shares[0], quantized_operators=shares[1])
 
 
 def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:

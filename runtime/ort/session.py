@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -164,6 +165,7 @@ class Session:
         lean: bool | None = None,
         spinning: bool = False,
         fuses: bool = True,
+        profile: str = "",
     ) -> None:
         """Load the model.
 
@@ -177,6 +179,7 @@ class Session:
             spinning: Let idle threads spin, as onnxruntime does by default: for measuring the latency users will see. Alongside Python
                 code and other programs, it takes two thirds more processor time and is no faster.
             fuses: Let onnxruntime make integer operators of QuantizeLinear and DequantizeLinear: it rounds float weights between them.
+            profile: What the path of a profile begins with (`end_profile`); empty for none.
 
         Raises:
             ProviderError: The provider is not available.
@@ -187,6 +190,8 @@ class Session:
         options = _options(arithmetic, threads, _is_large(model, arithmetic) if lean is None else lean, spinning)
         if not fuses:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._load(model, known.onnxruntime, options)
@@ -228,6 +233,11 @@ class Session:
         except Exception as error:
             shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._description} with inputs {shapes}: {error}") from error
+
+    def end_profile(self) -> list[dict[str, Any]]:
+        """Return the events of a session that was given ``profile``, as onnxruntime writes them."""
+        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        return events
 
     def close(self) -> None:
         """Release the session and its temporary files."""
