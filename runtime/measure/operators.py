@@ -32,11 +32,13 @@ def operator_shares(model: Model, batch: Batch, provider: str) -> dict[str, floa
     Raises:
         RuntimeFailure: It does not load or run.
     """
-    with tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder:
-        with Session(model, provider, profile=str(Path(folder, "profile"))) as session:
-            for _ in range(1 + RUNS):
-                session.run(batch)
-            kernels = [event for event in session.end_profile() if event["name"].endswith("_kernel_time")]
+    with (
+        tempfile.TemporaryDirectory(prefix="onnx-magr-") as folder,
+        Session(model, provider, profile=str(Path(folder, "profile"))) as session,
+    ):
+        for _ in range(1 + RUNS):
+            session.run(batch)
+        kernels = [event for event in session.end_profile() if event["name"].endswith("_kernel_time")]
     times: Counter[str] = Counter()
     for event in kernels[len(kernels) // (1 + RUNS) :]:
         times[event["args"]["op_name"]] += event["dur"]

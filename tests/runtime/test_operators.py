@@ -13,8 +13,8 @@ import pytest
 import magr_onnx
 from magr_onnx.report.data import validation_text
 from magr_onnx.runtime.measure.operators import operator_shares, rounds_activations
-from tests.graphs import correlated, proto
 from tests.edge.emitted import K, perceptron
+from tests.graphs import correlated, proto
 
 QUICK: dict[str, Any] = {"quantizer": "rtn", "bias": "none", "progress": False}
 
