@@ -226,7 +226,8 @@ def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:
 
     plan, notes, held_out = prepared.plan, list[str](), prepared.kept_back or prepared.data
     trial = None if context.memory.large else partial(trials.trial_of, data=held_out, context=context)
-    setting = Context(plan.spec or WeightSpec(), plan.bias_policy, plan.activations is not None, context.selection, statistics, trial)
+    spec, rounds = plan.spec or WeightSpec(), plan.activations is not None
+    setting = Context(spec, plan.bias_policy, rounds, context.selection, statistics, trial, context.spill)
     for stage in plan.rewrites:
         notes += stage.rewrite(prepared.model, setting) or [f"{stage.name} changed nothing: no layer meets its conditions and gains by it"]
     context.spill(prepared.model)

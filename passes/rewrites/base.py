@@ -54,6 +54,7 @@ class Context:
         statistics: Splits layers into groups, each with the statistics of its inputs, by value name (none without data). Computed on
             demand, by one pass over the calibration data per group.
         trial: Runs a model, for candidates to be compared with; None where models cannot be run.
+        spill: Takes new weights of a model out of memory, where it is large.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
@@ -62,6 +63,7 @@ class Context:
     selection: Selection = ALL
     statistics: Callable[[ir.Model, Sequence[LinearLayer]], Groups] = _data_free
     trial: Callable[[ir.Model], Trial] | None = None
+    spill: Callable[[ir.Model], None] = lambda _: None
 
     def layers(self, model: ir.Model) -> list[LinearLayer]:
         """Select the layers that will be converted, except those in bodies (a rewrite would change values captured elsewhere) and those

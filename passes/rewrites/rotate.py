@@ -46,11 +46,13 @@ from magr_onnx.passes.rewrites.stream import Gained, Slot, Stream, find_streams
 TOLERANCE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2}
 """Relative difference of the outputs up to which a rotated model of these weights is taken for the same."""
 
+MOST_WEIGHTS = 1 << 24  # that a rotation is chosen by; of narrow streams
+
 LEAST_GAIN = 1e-3  # of the largest: a shift is divided by gains above it only
 
 
-def rotate(stream: Stream, rotation: Rotation) -> None:
-    """Fold a rotation of a stream into everything that reads it and writes it."""
+def rotate(stream: Stream, rotation: Rotation, written: Callable[[], None] = lambda: None) -> None:
+    """Fold a rotation of a stream into everything that reads it and writes it; ``written`` is called after every layer."""
     shifts = _shifts(stream)
     folded = {slot for slot, readers in shifts.items() if _folds(readers)}
     for layer, gained in stream.readers.values():
@@ -62,11 +64,13 @@ def rotate(stream: Stream, rotation: Rotation) -> None:
             bias = gained.shift.read() @ weight + (0 if before is None else before)
         remember(current)
         current.write(rotation.of_columns(_behind_gain(weight, gained)).astype(np.float32), bias)
+        written()
     for layer in stream.writers.values():
         current = _again(layer)
         bias = current.read_bias()
         remember(current)
         current.write(rotation.of_rows(current.read()).astype(np.float32), None if bias is None else rotation.of_rows(bias))
+        written()
     for slot, readers in shifts.items():
         slot.write(np.zeros(stream.width) if slot in folded else rotation.of_rows(slot.read() / _gain(readers[0][1])))
     for slot in {slot for _, gained in stream.readers.values() if gained is not None for slot in gained.scales}:
@@ -149,11 +153,19 @@ def turned_heads(heads: Heads, names: Iterable[str]) -> list[Turned]:
     return turned
 
 
-def turned_weights(stream: Stream, names: Iterable[str]) -> list[Turned]:
-    """Read the weights of layers of these names that a rotation of the stream turns."""
-    chosen = set(names)
-    readers = [Turned(_behind_gain(layer.read(), gained), True) for layer, gained in stream.readers.values() if layer.name in chosen]
-    return [*readers, *(Turned(layer.read(), False) for layer in stream.writers.values() if layer.name in chosen)]
+def turned_weights(stream: Stream, names: Iterable[str], seed: int) -> list[Turned]:
+    """Read the weights of layers of these names that a rotation of the stream turns: all, or of many a share that memory has room for."""
+    chosen, rng, turned = set(names), np.random.default_rng(seed), list[Turned]()
+    layers = [*((layer, gained, True) for layer, gained in stream.readers.values()), *((w, None, False) for w in stream.writers.values())]
+    layers = [(layer, gained, reads) for layer, gained, reads in layers if layer.name in chosen]
+    share = min(1.0, max(MOST_WEIGHTS, 8 * stream.width**2) / max(sum(layer.k * layer.n for layer, _, _ in layers), 1))
+    for layer, gained, reads in layers:
+        if reads:
+            columns = rng.choice(layer.n, max(1, round(share * layer.n)), replace=False) if share < 1 else slice(None)
+            turned.append(Turned(_behind_gain(layer.read()[:, columns], gained), True))
+        elif share == 1 or rng.random() < share:
+            turned.append(Turned(layer.read(), False))
+    return turned
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,7 @@ class Rotate(Rewrite):
             for heads in find_heads(target):
                 if heads.start in chosen:
                     rotate_heads(heads, chosen[heads.start])
+                    context.spill(target)
 
         layers = [layer for heads in found if heads.start in chosen for layer in heads.readers.values()]
         verdict = self._judge(model, names, turn, layers, context)
@@ -244,13 +257,13 @@ class Rotate(Rewrite):
     def _try(self, model: ir.Model, index: int, stream: Stream, names: Sequence[str], context: Context) -> Verdict:
         """Rotate a stream, if that is exact and pays."""
         start = random_rotation(stream.width, self.seed, stream.keeps_ones)
-        rotation = descend(start, turned_weights(stream, names), context.spec, self.steps, self.seed)
+        rotation = descend(start, turned_weights(stream, names, self.seed), context.spec, self.steps, self.seed)
         layers = [*stream.writers.values(), *(layer for layer, _ in stream.readers.values())]
         verdict = self._judge(model, names, lambda copy: rotate(find_streams(copy)[index], rotation), layers, context)
         what = f"the residual stream of {stream.width} channels at {stream.start}"
         if not verdict.accepted:
             return Verdict(False, f"rotate: {what} is not rotated: {verdict.text}")
-        rotate(stream, rotation)
+        rotate(stream, rotation, lambda: context.spill(model))
         parts = f"{len(stream.norms)} norms, {len(stream.writers)} layers and {len(stream.constants)} constants that write to it"
         return Verdict(True, f"rotate: rotated {what}: {parts}, {len(stream.readers)} layers that read it; {verdict.text}")
 

@@ -16,7 +16,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import Plan, Rotate, find
 from magr_onnx.passes.layers.weighted import FLOATS
 from magr_onnx.passes.rewrites.base import Context
-from magr_onnx.passes.rewrites.rotate import rotate
+from magr_onnx.passes.rewrites.rotate import rotate, turned_weights
 from magr_onnx.passes.rewrites.stream import find_streams
 from magr_onnx.runtime.ort.session import Session
 from tests.graphs import Array, Builder, random
@@ -418,6 +418,38 @@ def test_the_command_says_what_it_did(data: bool) -> None:
     assert report.pipeline.startswith("rotate,")
     assert any("rotated the residual stream of 24 channels at norm0" in n and "float outputs differ by" in n for n in report.notes)
     assert report.verified == len(report.layers) == 5
+
+
+def test_models_larger_than_memory_are_rotated_layer_by_layer(tmp_path: Path) -> None:
+    """They cannot be run as a whole, and the report says that nothing was checked; a sample of their weights is looked at."""
+    model, batches = decoder(layer_norm, bias=True), [{"ids": np.random.default_rng(s).integers(0, V, (6, T))} for s in range(2)]
+    options: dict[str, Any] = {"rotate": "on", "bits": 8, "effort": "fast", "block_size": None, "output": tmp_path / "model.onnx"}
+    _, report = magr_onnx.optimize(model, batches, max_memory="1kB", **options)
+    assert any("rotated the residual stream of 24 channels" in n and "not checked: the model was not run" in n for n in report.notes)
+    with Session(tmp_path / "model.onnx") as session:
+        found = session.run({"ids": np.random.default_rng(0).integers(0, V, (6, T))})[0].astype(np.float64)
+    assert differ(outputs(model), found) < 2e-2
+
+
+def test_a_share_of_many_weights_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magr_onnx.passes.rewrites.rotate.MOST_WEIGHTS", 0)
+    b = Builder()
+    x = embedded(b, False)
+    for i in range(9):
+        x = block(b, x, rms_norm, i, False)
+    model = b.model(layer(b, rms_norm(b, x, 9), "head", K, V, 99, False), ["batch", T, V])
+    (stream,) = find_streams(model)
+    names = [found.name for found in find(model)[0]]
+    turned = turned_weights(stream, names, 0)
+    total = sum(found.k * found.n for found in find(model)[0])
+    assert 0.1 < sum(t.weight.size for t in turned) / total < 0.6
+    (first, _), *_ = stream.readers.values()
+    whole = first.read() * np.roll(GAIN, 9 if first.name == "head" else int(first.name[2:])).astype(np.float64)[:, None]
+    columns = {column.tobytes() for column in whole.astype(np.float32).T}
+    assert all(column.tobytes() in columns for column in turned[0].weight.T)
+    before = outputs(model)
+    Rotate(steps=3).rewrite(model, Context())
+    assert differ(before, outputs(model)) < 1e-5
 
 
 def test_pipeline_text_and_bad_options() -> None:
