@@ -18,16 +18,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from magr_onnx.core.grid_type import GridType
-from magr_onnx.core.types import ActivationGrid
+from magr_onnx.core.layer import LayerProblem, LayerSolution
+from magr_onnx.core.types import ActivationGrid, LayerStats
 from magr_onnx.errors import MagrError
 from magr_onnx.passes import Plan
+from magr_onnx.passes.emit import conv as conv_emitter
 from magr_onnx.passes.emit import tensors as tensor_emitter
 from magr_onnx.passes.graph.constants import constant_view
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.instrument.segments import cut
 from magr_onnx.passes.layer_passes.quantize import Quantize
-from magr_onnx.passes.layers.conv import OPS
+from magr_onnx.passes.layer_state import float_type
+from magr_onnx.passes.layers.conv import OPS, ConvLayer
+from magr_onnx.passes.layers.weighted import by_weight
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.region import Region, SharedGrid, Unit
@@ -38,8 +42,7 @@ from magr_onnx.runtime.measure.validate import latency
 from magr_onnx.runtime.ort.session import Batch, Session, inputs_of
 from magr_onnx.workflow import non_linear
 from magr_onnx.workflow.context import RunContext, Stopwatch
-from magr_onnx.workflow.converted import Converted
-from magr_onnx.workflow.integer_convolutions import Rounding
+from magr_onnx.workflow.integer_convolutions import Rounding, may_be_integer, with_room_for_biases
 from magr_onnx.workflow.rounded_activations import grid_type, integer_region, rounded_copy
 
 _ROUNDING = Quantize("rtn", 8, None, True, beta=1.0)
@@ -51,8 +54,8 @@ GAIN = 1.0
 """Times the integer form's time of the whole model below which the confidence interval must lie for anything to stay float."""
 CANDIDATES = (SLOWER, 0.8, 0.0)
 """Such times above which pieces are left float together: those that win alone, some that win by having float neighbours, and all."""
-SECONDS = 0.1
-"""Of timing a piece, or five runs in each form."""
+SECONDS, SECONDS_IN_ALL = 0.1, 3.0
+"""Of timing a piece, or five runs in each form, and of timing all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,21 +116,32 @@ class _Trial:
 
     def integer_form(self, model: ir.Model, floats: Collection[str] = ()) -> ir.Model:
         """Make the integer form of a model or of a part of it, but for convolutions that stay float."""
-        plan, copy = replace(self.plan, magr=None, quantize=_ROUNDING, bias=None), model.clone()
+        copy, selection = model.clone(), self.context.selection
         Names.rescan(copy.graph)
-        region = integer_region(copy, plan, self.data, self.context.selection, floats)
+        region = integer_region(copy, self.plan, self.data, selection, floats)
         if region is None:
             return copy
-        kind, marks = grid_type(plan), tensor_emitter.mark(copy.graph, region)
-        grids = {name: _some_grid(group, kind) for name, group in marks.items()}
-        result = rounded_copy(copy, grids)
-        rounding = Rounding(grids, dict.fromkeys(floats, ""))
-        non_linear.convert_convolutions(Converted(), copy, result, plan, None, rounding, self.context)
+        kind, marks = grid_type(self.plan), tensor_emitter.mark(copy.graph, region)
+        rounding = Rounding({name: _some_grid(group, kind) for name, group in marks.items()}, dict.fromkeys(floats, ""))
+        result, stage = rounded_copy(copy, rounding.grids), self.plan.convolutions
+        assert stage is not None
+        for readers in by_weight(non_linear.select_convolutions(result, self.plan, selection)[0]):
+            integers = [layer for layer in readers if str(layer.x.name) in rounding.grids and may_be_integer(layer)]
+            grids = {layer.name: rounding.grids[str(layer.x.name)] for layer in integers}
+            solutions = with_room_for_biases(readers, [_nearest(readers[0])] * len(readers), grids)
+            conv_emitter.emit(readers, solutions, *non_linear.form_of(readers, stage, rounding, bool(grids), True), grids)
         return result
 
-    def times(self, first: ir.Model, second: ir.Model, feeds: Batch) -> Latency:
+    def times(self, first: ir.Model, second: ir.Model, feeds: Batch, seconds: float = SECONDS) -> Latency:
         """Time two models on one thread; the second is that called quantized."""
-        return latency(first, second, in_memory([feeds], "a sample"), self.context.provider, SECONDS, threads=1)
+        return latency(first, second, in_memory([feeds], "a sample"), self.context.provider, seconds, threads=1)
+
+
+def _nearest(layer: ConvLayer) -> LayerSolution:
+    """Round the channels of all groups at once."""
+    matrix = np.concatenate(list(layer.read()), axis=1)
+    problem = LayerProblem(matrix, None, LayerStats.data_free(layer.k, taps=layer.taps), float_type(layer.dtype), taps=layer.taps)
+    return _ROUNDING.solve(problem, LayerSolution.unsolved(problem))
 
 
 def _some_grid(group: SharedGrid, kind: GridType) -> ActivationGrid:
@@ -148,7 +162,8 @@ def _slower(model: ir.Model, region: Region, trial: _Trial) -> Floats:
     for piece in pieces:
         inputs = {name: values[name] for name in piece.inputs}
         part = cut(model, inputs, piece.outputs)
-        times |= dict.fromkeys(piece.convolutions, trial.times(part, trial.integer_form(part), inputs))
+        measured = trial.times(part, trial.integer_form(part), inputs, min(SECONDS, SECONDS_IN_ALL / len(pieces)))
+        times |= dict.fromkeys(piece.convolutions, measured)
     if not any(each.interval[0] > SLOWER for each in times.values()):
         return Floats()
     integers, tried = trial.integer_form(model), list[tuple[Latency, list[str]]]()

@@ -190,7 +190,7 @@ def convert_convolutions(
         solutions = integer_convolutions.with_room_for_biases(readers, solve_weight(readers, stats, plan, multiplied), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        written = conv_emitter.emit(readers, solutions, *_form(readers, stage, rounding, multiplied, integer), grids)
+        written = conv_emitter.emit(readers, solutions, *form_of(readers, stage, rounding, multiplied, integer), grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [reason for reasons in (rounding.floats, unmeasured) if (reason := reasons.get(layer.name)) is not None]
             if len(readers) > 1:
@@ -205,7 +205,9 @@ def convert_convolutions(
     result.rows[first:] = sorted(result.rows[first:], key=lambda row: order[row.name])
 
 
-def _form(readers: Sequence[ConvLayer], stage: Convolutions, rounding: Rounding, multiplied: bool, integer: bool) -> tuple[conv.Form, bool]:
+def form_of(
+    readers: Sequence[ConvLayer], stage: Convolutions, rounding: Rounding, multiplied: bool, integer: bool
+) -> tuple[conv.Form, bool]:
     """Return how the weight of convolutions is dequantized, and whether onnxruntime must be prevented from computing them in integers.
 
     Those that are left float for speed have no rounded neighbours, so that onnxruntime will not.

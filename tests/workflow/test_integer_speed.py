@@ -134,9 +134,9 @@ def test_the_integer_form_that_is_timed_is_that_of_the_result(monkeypatch: pytes
     made: list[ir.Model] = []
     times = integer_speed._Trial.times
 
-    def kept(trial: Any, first: ir.Model, second: ir.Model, feeds: Any) -> Any:
+    def kept(trial: Any, first: ir.Model, *others: Any) -> Any:
         made.append(first)
-        return times(trial, first, second, feeds)
+        return times(trial, first, *others)
 
     monkeypatch.setattr(integer_speed._Trial, "times", kept)
     monkeypatch.setattr(integer_speed, "LEAST_WORK", 0)
