@@ -31,6 +31,7 @@ class Reason(StrEnum):
     NO_STATISTICS = "there are no statistics of its input"
     SHARED = "its float weight would stay in the file for others"
     BUDGET = "kept float by the budget of size or loss"
+    GAIN = "holds the gain of a norm between rotations, which a coarse grid would lose"
 
 
 class ConvReason(StrEnum):

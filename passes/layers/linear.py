@@ -32,6 +32,10 @@ REFUSED = "onnx_magr.refused"
 """Key of a node's ``meta`` store with the `Reason` and details why it could not be canonicalized."""
 
 
+KEPT_FLOAT = "onnx_magr.kept_float"
+"""Key of a node's ``meta`` store with the `Reason` why a product that a rewrite added is no layer."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearLayer(Product):
     """A safe view of one MatMul or Gemm.
@@ -192,6 +196,8 @@ def find(model: ir.Model, selection: Selection = ALL) -> tuple[list[LinearLayer]
 def _placed(node: ir.Node, path: SubgraphPath) -> LinearLayer | Skip:
     if (refused := in_closed_body(node, path)) is not None:
         return refused
+    if KEPT_FLOAT in node.meta:
+        return skip_of(node, node.meta[KEPT_FLOAT])
     layer = view(node)
     if isinstance(layer, LinearLayer):
         return replace(layer, path=path)

@@ -13,8 +13,9 @@ arXiv 2404.00456, R1). `magr_onnx.passes.rewrites.stream` finds the streams of a
 3. Q is a randomized Hadamard matrix (`magr_onnx.core.rotation`), from which a descent on the ranges of the weights starts
    (`magr_onnx.core.rotation_descent`), in the place of SpinQuant's training (Liu et al., arXiv 2405.16406).
 4. The rotated model is run beside the other, and refused if outputs differ by more than `TOLERANCE`.
-5. Nothing is stored twice: a table of embeddings that is the head's weight, too, would have to be, since the last norm's gain is folded
-   into the head only.
+5. Nothing is stored twice. A table of embeddings that is the head's weight, too, cannot take up the last norm's gain: a product with
+   ``Q^T diag(gain) Q`` comes before the head, which costs K^2 multiplications a row, where the head has as many times K as it has rows.
+   This product stays float, since a coarse grid over its diagonal would lose all else.
 
 Then the values of every attention are rotated head by head (QuaRot's R2; `magr_onnx.passes.rewrites.heads`), chosen likewise, from the
 better of the identity and a Hadamard matrix: a rotation of the stream may have shaped these columns already. QuaRot's other rotations, of
@@ -35,13 +36,16 @@ from magr_onnx.core.rotation import Rotation, random_rotation
 from magr_onnx.core.rotation_descent import Turned, descend, gradient
 from magr_onnx.core.types import Array, WeightSpec
 from magr_onnx.errors import listed
+from magr_onnx.passes.graph.constants import replace_input
 from magr_onnx.passes.graph.names import Names, add_initializer
 from magr_onnx.passes.graph.subgraphs import graph_of
 from magr_onnx.passes.layer_state import forget
-from magr_onnx.passes.layers.linear import LinearLayer, view
+from magr_onnx.passes.layers.linear import KEPT_FLOAT, LinearLayer, view
+from magr_onnx.passes.layers.weighted import FLOATS
 from magr_onnx.passes.rewrites.base import Context, Rewrite, remember
 from magr_onnx.passes.rewrites.heads import Heads, find_heads
 from magr_onnx.passes.rewrites.stream import Gained, Slot, Stream, find_streams
+from magr_onnx.report.reasons import Reason
 
 TOLERANCE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2}
 """Relative difference of the outputs up to which a rotated model of these weights is taken for the same."""
@@ -63,7 +67,12 @@ def rotate(stream: Stream, rotation: Rotation, written: Callable[[], None] = lam
             before = current.read_bias()
             bias = gained.shift.read() @ weight + (0 if before is None else before)
         remember(current)
-        current.write(rotation.of_columns(_behind_gain(weight, gained)).astype(np.float32), bias)
+        if id(layer.node) in stream.tied:
+            if gained is not None:
+                _insert_gain(current, rotation.of_columns(rotation.of_rows(np.diag(_gain(gained)))))
+            current.write(None, bias)
+        else:
+            current.write(rotation.of_columns(_behind_gain(weight, gained)).astype(np.float32), bias)
         written()
     for layer in stream.writers.values():
         current = _again(layer)
@@ -75,17 +84,30 @@ def rotate(stream: Stream, rotation: Rotation, written: Callable[[], None] = lam
         slot.write(np.zeros(stream.width) if slot in folded else rotation.of_rows(slot.read() / _gain(readers[0][1])))
     for slot in {slot for _, gained in stream.readers.values() if gained is not None for slot in gained.scales}:
         slot.write(np.ones(stream.width))
-    _rotate_constants(stream.constants, rotation)
+    _rotate_constants(stream, rotation)
 
 
-def _rotate_constants(slots: Iterable[Slot], rotation: Rotation) -> None:
-    """Rotate the rows of constants, each once."""
+def _insert_gain(layer: LinearLayer, gain: Array) -> None:
+    """Multiply what a layer reads by a matrix ``(K, K)``, in a product that stays float."""
+    x, weight = layer.x, layer.constant("_gain", gain.astype(FLOATS[layer.dtype]))
+    product = ir.node("MatMul", [x, weight], name=layer.names.node(f"{layer.name}_gain"))
+    product.meta[KEPT_FLOAT] = Reason.GAIN
+    result = product.outputs[0]
+    result.name, result.dtype, result.shape = layer.names.value(f"{x.name}_gain"), layer.dtype, x.shape
+    layer.graph.insert_before(layer.node, product)
+    layer.node.replace_input_with(0, result)
+
+
+def _rotate_constants(stream: Stream, rotation: Rotation) -> None:
+    """Rotate the rows of constants, each once; heads that are tied to one go on reading it."""
+    tables = {id(layer.weight.source) for layer, _ in stream.readers.values() if id(layer.node) in stream.tied}
     rotated: dict[object, ir.Value] = {}
-    for slot in slots:
-        constant = slot.view
+    for slot, constant in [(slot, slot.view) for slot in stream.constants]:
         if constant.key not in rotated:
             array = rotation.of_rows(constant.tensor().numpy().astype(np.float32)).astype(constant.dtype.numpy())
             rotated[constant.key] = add_initializer(graph_of(slot.node), f"{constant.name}_rotated", array)
+            for use in list(constant.source.uses()) if id(constant.source) in tables else []:
+                replace_input(use.node, use.idx, rotated[constant.key])
         slot.write(rotated[constant.key])
 
 
@@ -157,7 +179,7 @@ def turned_weights(stream: Stream, names: Iterable[str], seed: int) -> list[Turn
     """Read the weights of layers of these names that a rotation of the stream turns: all, or of many a share that memory has room for."""
     chosen, rng, turned = set(names), np.random.default_rng(seed), list[Turned]()
     layers = [*((layer, gained, True) for layer, gained in stream.readers.values()), *((w, None, False) for w in stream.writers.values())]
-    layers = [(layer, gained, reads) for layer, gained, reads in layers if layer.name in chosen]
+    layers = [(layer, gained, reads) for layer, gained, reads in layers if layer.name in chosen and id(layer.node) not in stream.tied]
     share = min(1.0, max(MOST_WEIGHTS, 8 * stream.width**2) / max(sum(layer.k * layer.n for layer, _, _ in layers), 1))
     for layer, gained, reads in layers:
         if reads:
@@ -264,8 +286,10 @@ class Rotate(Rewrite):
         if not verdict.accepted:
             return Verdict(False, f"rotate: {what} is not rotated: {verdict.text}")
         rotate(stream, rotation, lambda: context.spill(model))
+        heads = sum(1 for layer, gained in stream.readers.values() if gained is not None and id(layer.node) in stream.tied)
+        tied = f"; the gain before {heads} heads that are tables too is a product of its own" if heads else ""
         parts = f"{len(stream.norms)} norms, {len(stream.writers)} layers and {len(stream.constants)} constants that write to it"
-        return Verdict(True, f"rotate: rotated {what}: {parts}, {len(stream.readers)} layers that read it; {verdict.text}")
+        return Verdict(True, f"rotate: rotated {what}: {parts}, {len(stream.readers)} layers that read it{tied}; {verdict.text}")
 
     def _judge(
         self, model: ir.Model, names: Sequence[str], turn: Callable[[ir.Model], None], layers: Sequence[LinearLayer], context: Context

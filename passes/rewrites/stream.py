@@ -79,6 +79,7 @@ class Stream:
         constants: Constants that are summands or tables of it.
         readers: Linear layers that read it, with the gain before them if there is one.
         norms: Names of its norms: what takes the mean of squares.
+        tied: Of the readers, those whose weight is a table among the constants; a gain cannot be folded into it.
         keeps_ones: Whether a rotation has to keep the vector of ones.
         sums: Sums of two of its values.
         problems: What stands against a rotation, in words.
@@ -91,6 +92,7 @@ class Stream:
     constants: list[Slot] = field(default_factory=list)
     readers: dict[int, tuple[LinearLayer, Gained | None]] = field(default_factory=dict)
     norms: dict[str, None] = field(default_factory=dict)
+    tied: set[int] = field(default_factory=set)
     keeps_ones: bool = False
     sums: int = 0
     problems: dict[str, None] = field(default_factory=dict)
@@ -342,10 +344,19 @@ class _Growth:
         return view.shape[-1] == self.stream.width and all(d == 1 for d in view.shape[:-1])
 
     def _check_constants(self) -> None:
-        """Large constants must not be read by anything else: there would be two of them, and the file would grow."""
+        """Large constants must not be read by anything but a head: there would be two of them, and the file would grow."""
         taken = {slot.node for slot in self.stream.constants}
         for slot in self.stream.constants:
             others = [node for node in float_readers(slot.view.source) if node not in taken]
-            if others and np.prod(slot.view.shape) > self.stream.width:
+            if all(self._is_head(node, slot) for node in others):
+                self.stream.tied |= set(map(id, others))
+            elif np.prod(slot.view.shape) > self.stream.width:
                 names = ", ".join(f"{layer_name(node)} ({node.op_type})" for node in others[:3])
                 self._problem(None, f"table {slot.view.name} is read by {names} too: turned for one, it would be stored twice")
+
+    def _is_head(self, node: ir.Node, slot: Slot) -> bool:
+        """Whether a node is a layer that multiplies by the rows of a constant, as it is stored."""
+        layer, _ = self.stream.readers.get(id(node), (None, None))
+        if layer is None:
+            return False
+        return layer.transposed and not slot.view.steps and not layer.weight.steps and layer.weight.source is slot.view.source
