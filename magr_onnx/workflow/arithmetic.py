@@ -14,6 +14,7 @@ from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.measure.int8_inputs import is_causal, time_int8
 from magr_onnx.runtime.measure.validate import validate
 from magr_onnx.runtime.ort.session import Arithmetic
@@ -26,7 +27,6 @@ FASTER = 0.8  # times the time with float inputs, from which int8 ones are worth
 MOST_LOSS = 0.5  # dB that rounding inputs may cost at an output, where that was measured
 UNMEASURED_BITS = 4  # of weights whose own errors dwarf those of int8 inputs, where that was not
 MOST_ROWS = 1024  # that layers are timed on
-SAMPLES = 16  # that the loss is measured on, in whole batches
 
 
 def choose(solved: Solved, prepared: Prepared, context: RunContext) -> Solved:
@@ -88,7 +88,7 @@ def _accurate(
 
     def decibels() -> dict[str, float]:
         assert data is not None
-        few, usual = data.limit(math.ceil(SAMPLES * len(data) / (data.samples or SAMPLES))), Arithmetic.DEFAULT
+        few, usual = some(data, output_elements(prepared.model, data)), Arithmetic.DEFAULT
         compared = validate(
             prepared.reference, solved.model, few, provider=context.provider, arithmetics=(usual,), mask=context.mask, details=()
         )
