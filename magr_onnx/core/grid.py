@@ -8,11 +8,12 @@ least-squares scale for the codes of the best so far, and keeps, per group, the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from magr_onnx.core import compiled
 from magr_onnx.core.types import Array, Columns, QuantizedWeight, WeightSpec
 
 SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 9))
@@ -107,61 +108,83 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
     """
     k, n = weights.shape
     grouped = blocks(weights, spec)
-    importance = blocks(np.maximum(diagonal, 0).astype(np.float32)[:, None], spec).transpose(0, 2, 1)
+    importance = np.ascontiguousarray(blocks(np.maximum(diagonal, 0).astype(np.float32)[:, None], spec)[..., 0])
     groups, rows, _ = grouped.shape
     scales, zeros = np.empty((2, groups, n), np.float32)
+    if compiled.serves(k, n):
+        from magr_onnx.core.compiled.grids import fits, losses
+
+        def search_columns(c: slice) -> None:
+            scales[:, c], zeros[:, c] = _search(np.ascontiguousarray(grouped[:, :, c]), importance, spec, losses, fits)
+
+        compiled.by_columns(search_columns, k, n)
+        return Grid(scales, zeros, spec, k)
     width = min(n, max(_LEAST_COLUMNS, _VALUES // rows))
     height = max(1, _VALUES // (rows * width))
     for at in range(0, n, width):
         c = slice(at, at + width)
         for first in range(0, groups, height):
             g = slice(first, first + height)
-            scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec)
+            scales[g, c], zeros[g, c] = _search(np.ascontiguousarray(grouped[g, :, c]), importance[g], spec, _losses, _fits)
     return Grid(scales, zeros, spec, k)
 
 
-def _search(part: Array, importance: Array, spec: WeightSpec) -> tuple[Array, Array]:
-    """Return scales and zero points ``(G, n)`` of groups ``part (G, g, n)``; ``importance`` is ``(G, 1, g)``."""
+Losses = Callable[[Array, Array, Array, Array, int, Array], None]
+"""See `magr_onnx.core.compiled.grids`."""
+
+
+def _search(part: Array, importance: Array, spec: WeightSpec, losses: Losses, fits: Losses) -> tuple[Array, Array]:
+    """Return scales and zero points ``(G, n)`` of groups ``part (G, g, n)``; ``importance`` is ``(G, g)``."""
     low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
-    exact, rounded = np.empty((2, *part.shape), np.float32)
 
-    def around(scale: Array, zero: Array) -> None:
-        """Divide by the scale, and round."""
-        np.multiply(part, (1 / scale)[:, None], out=exact)
-        np.rint(exact, out=rounded)
-        np.maximum(rounded, -zero[:, None], out=rounded)
-        np.minimum(rounded, (spec.top - zero)[:, None], out=rounded)
-
-    def loss_of(scale: Array, zero: Array) -> Array:
-        around(scale, zero)
-        np.subtract(rounded, exact, out=rounded)
-        np.multiply(rounded, rounded, out=rounded)
-        loss: Array = (importance @ rounded)[:, 0] * np.square(scale)
-        return loss
+    def losses_of(scales: Array, zeros: Array) -> Array:
+        result = np.empty_like(scales)
+        losses(part, importance, scales, zeros, spec.top, result)
+        return result
 
     factors = np.array(SHRINKS, np.float32)[:, None, None]
     scales, zeros = _from_range(factors * low, factors * high, spec)
-    losses = np.array([loss_of(*grid) for grid in zip(scales, zeros, strict=True)])
-    best = losses.argmin(axis=0)[None]
-    loss, scale, zero = (np.take_along_axis(values, best, axis=0)[0] for values in (losses, scales, zeros))
+    of_all = losses_of(scales, zeros)
+    best = of_all.argmin(axis=0)[None]
+    loss, scale, zero = (np.take_along_axis(values, best, axis=0)[0] for values in (of_all, scales, zeros))
+
+    def take(scales: Array, zeros: Array) -> None:
+        for candidate in zip(losses_of(scales, zeros), scales, zeros, strict=True):
+            better = candidate[0] < loss
+            for kept, value in zip((loss, scale, zero), candidate, strict=True):
+                np.copyto(kept, value, where=better)
+
     near = (factors[:, 0, 0][best[0]] + np.array(NEAR, np.float32)[:, None, None]).astype(np.float32)
-    candidates = list(zip(*_from_range(near * low, near * high, spec), strict=True))
-
-    def take(new_scale: Array, new_zero: Array) -> None:
-        new = loss_of(new_scale, new_zero)
-        better = new < loss
-        for kept, value in ((loss, new), (scale, new_scale), (zero, new_zero)):
-            np.copyto(kept, value, where=better)
-
-    for candidate in candidates:
-        take(*candidate)
-    around(scale, zero)
-    np.multiply(exact, rounded, out=exact)
-    np.multiply(rounded, rounded, out=rounded)
-    inner, power = (importance @ exact)[:, 0], (importance @ rounded)[:, 0]
+    take(*_from_range(near * low, near * high, spec))
+    inner, power = products = np.empty((2, *scale.shape), np.float32)
+    fits(part, importance, scale, zero, spec.top, products)
     fitted = (power > 0) & (inner > 0)
-    take(stored(scale * np.where(fitted, inner / np.where(power > 0, power, 1), 1), spec), zero.copy())
+    take(stored(scale * np.where(fitted, inner / np.where(power > 0, power, 1), 1), spec)[None], zero.copy()[None])
     return scale, zero
+
+
+def _rounded(part: Array, scale: Array, zero: Array, top: int) -> tuple[Array, Array]:
+    """Return weights ``(G, g, n)`` in units of their scale, and rounded."""
+    exact = part * (1 / scale)[:, None]
+    rounded = np.rint(exact)
+    np.maximum(rounded, -zero[:, None], out=rounded)
+    np.minimum(rounded, (top - zero)[:, None], out=rounded)
+    return exact, rounded
+
+
+def _losses(part: Array, importance: Array, scales: Array, zeros: Array, top: int, result: Array) -> None:
+    """Do what `magr_onnx.core.compiled.grids.losses` does, in NumPy."""
+    for scale, zero, out in zip(scales, zeros, result, strict=True):
+        exact, error = _rounded(part, scale, zero, top)
+        error -= exact
+        error *= error
+        np.multiply((importance[:, None] @ error)[:, 0], np.square(scale), out=out)
+
+
+def _fits(part: Array, importance: Array, scale: Array, zero: Array, top: int, result: Array) -> None:
+    """Do what `magr_onnx.core.compiled.grids.fits` does, in NumPy."""
+    exact, rounded = _rounded(part, scale, zero, top)
+    result[0], result[1] = ((importance[:, None] @ (factor * rounded))[:, 0] for factor in (exact, rounded))
 
 
 def choose(weights: Array, spec: WeightSpec, diagonal: Array, beta: float | None) -> Grid:

@@ -24,15 +24,17 @@ Deviations from the authors' code:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
+from magr_onnx.core import compiled
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.linalg import lambda_max, left_product
 from magr_onnx.core.prox import levels
-from magr_onnx.core.types import Array, column_parts, sum_traces
+from magr_onnx.core.types import Array, sum_traces
 from magr_onnx.errors import OptionError
 
 Method = Literal["fista", "authors"]
@@ -123,18 +125,16 @@ def reduce(
     accelerate = method == "fista"
     limit = (30 if accelerate else AUTHORS_ITERATIONS) if max_iterations is None else max_iterations
     size = k if group_size is None else min(group_size, k)
-    if len(parts := column_parts(*weights.shape)) > 1:
-        h = gram.astype(np.float32, order="C", copy=False)
-        return _joined([_solve(weights[:, c], h, a, size, accelerate, limit, tolerance) for c in parts], a)
-    return _solve(weights, gram, a, size, accelerate, limit, tolerance)
+    problem = _Problem.make(gram, a, size, accelerate, by_row=not compiled.serves(*weights.shape))
 
+    def solve(c: slice) -> Reduction:
+        target = problem.targets(weights[:, c])
+        x, trace, gap, converged = _iterate(problem, target, limit, tolerance if accelerate else 0.0, accelerate)
+        result = np.ascontiguousarray(x[:, :k].T).astype(weights.dtype, copy=False)
+        return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
 
-def _solve(weights: Array, gram: Gram, a: float, size: int, accelerate: bool, limit: int, tolerance: float) -> Reduction:
-    """Solve for the given output channels."""
-    problem = _Problem.make(weights, gram, a, size, precondition=accelerate)
-    x, trace, gap, converged = _iterate(problem, limit, tolerance if accelerate else 0.0, accelerate)
-    result = np.ascontiguousarray(x[:, : len(weights)].T).astype(weights.dtype, copy=False)
-    return Reduction(result, trace[-1], trace[0], gap, len(trace) - 1, converged, a, tuple(trace))
+    parts = compiled.by_columns(solve, *weights.shape)
+    return parts[0] if len(parts) == 1 else _joined(parts, a)
 
 
 def _joined(parts: list[Reduction], a: float) -> Reduction:
@@ -148,16 +148,16 @@ def _joined(parts: list[Reduction], a: float) -> Reduction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Problem:
-    """The problem with output channels in rows, K padded with zeros to whole groups, in float32."""
+    """The problem of a layer, with output channels in rows, K padded with zeros to whole groups, in float32."""
 
-    target: Array  # (N, K')
     gram: Gram  # (K', K')
     metric: Array  # (K',), D with 2 D - H positive definite
     penalty: float
     group: int
+    by_row: bool  # steps in NumPy; else compiled
 
     @staticmethod
-    def make(weights: Array, gram: Gram, a: float, size: int, precondition: bool) -> _Problem:
+    def make(gram: Gram, a: float, size: int, precondition: bool, by_row: bool) -> _Problem:
         k = len(gram)
         padded = -(-k // size) * size
         h = gram.astype(np.float32, order="C", copy=False)
@@ -170,9 +170,13 @@ class _Problem:
             metric = lambda_max(h, scale=root) / _STEP * diagonal
         else:
             metric = np.full(padded, lambda_max(gram), np.float32)
-        target = np.zeros((weights.shape[1], padded), np.float32)
-        target[:, :k] = weights.T
-        return _Problem(target, h, metric.astype(np.float32), a, size)
+        return _Problem(h, metric.astype(np.float32), a, size, by_row)
+
+    def targets(self, weights: Array) -> Array:
+        """Return ``weights (K, N)`` as ``(N, K')``."""
+        target = np.zeros((weights.shape[1], len(self.metric)), np.float32)
+        target[:, : len(weights)] = weights.T
+        return target
 
     def grouped(self, x: Array) -> Array:
         return x.reshape(len(x), -1, self.group)
@@ -182,19 +186,19 @@ class _Problem:
         result: Array = np.abs(self.grouped(x)).max(axis=-1).sum(axis=-1, dtype=np.float64)
         return result
 
-    def gap(self, x: Array, gradient: Array) -> float:
+    def gap(self, x: Array, target: Array, gradient: Array) -> float:
         """Return the relative duality gap at ``x``; the dual point is the gradient scaled into the dual ball."""
         l1 = np.abs(self.grouped(gradient)).sum(axis=-1).max(axis=-1)
         theta = np.minimum(1, self.penalty / np.maximum(l1, 1e-30 * max(self.penalty, 1.0))).astype(np.float64)
-        quadratic = np.einsum("nk,nk->n", x - self.target, gradient, dtype=np.float64)
-        inner = np.einsum("nk,nk->n", self.target, gradient, dtype=np.float64)
+        quadratic = np.einsum("nk,nk->n", x - target, gradient, dtype=np.float64)
+        inner = np.einsum("nk,nk->n", target, gradient, dtype=np.float64)
         primal = 0.5 * quadratic + self.penalty * self.norms(x)
         dual = -0.5 * theta**2 * quadratic - theta * inner
         return float((primal - dual).sum() / max(primal.sum(), 1e-300))
 
 
-def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
-    """Run proximal gradient, one matrix product per step; momentum and restart are per output channel.
+def _iterate(problem: _Problem, target: Array, limit: int, tolerance: float, accelerate: bool) -> tuple[Array, list[float], float, bool]:
+    """Run proximal gradient towards ``target (N, K')``, one matrix product per step; momentum and restart are per output channel.
 
     The gradient step from the extrapolated point ``x + m (x - x')`` is ``s + m (s - s')`` with ``s = x - D^-1 H (x - W0)``: the
     step is linear, so neither extrapolated points nor old gradients are stored, and the remaining work is a dozen
@@ -203,12 +207,16 @@ def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) 
     Returns:
         The weights, the objective at the start and after every step, the relative duality gap, and whether a stopping rule ended it.
     """
-    target, a, group = problem.target, problem.penalty, problem.group
+    a, group = problem.penalty, problem.group
     x = target.copy()
     channels, width = target.shape
     metric = problem.metric.reshape(-1, group)
     inverse = 1 / problem.metric
-    rows = max(1, _CHUNK // width)
+    take: Callable[..., None] = _step
+    if not problem.by_row:
+        from magr_onnx.core.compiled import reduction
+
+        take = reduction.step
     difference = x - target
     product = np.zeros_like(difference)  # so far they are equal
     values = a * problem.norms(x)
@@ -218,22 +226,10 @@ def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) 
     level: Array = np.zeros((channels, width // group), np.float32)
     momentum = np.zeros(channels, np.float32)
     converged = False
-    for step in range(1, limit + 1):
-        for at in range(0, channels, rows):
-            s = slice(at, min(at + rows, channels))
-            point = product[s]
-            np.multiply(point, inverse, out=point)
-            np.subtract(x[s], point, out=point)
-            v = before[s]
-            np.subtract(point, v, out=v)
-            v *= momentum[s, None]
-            v += point
-            shaped = v.reshape(len(v), -1, group)
-            level[s] = levels(shaped, a, metric, start=None if step == 1 else level[s])
-            c = level[s][..., None]
-            np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))
-            np.subtract(x[s], target[s], out=difference[s])
+    for count in range(1, limit + 1):
+        take(x, product, before, momentum, inverse, metric, level, a)
         before, product = product, before
+        np.subtract(x, target, out=difference)
         left_product(difference, problem.gram, product)
         previous = values
         values = 0.5 * np.einsum("nk,nk->n", difference, product).astype(np.float64) + a * level.sum(axis=1, dtype=np.float64)
@@ -241,9 +237,37 @@ def _iterate(problem: _Problem, limit: int, tolerance: float, accelerate: bool) 
             momentum = np.where(values > previous, 0, _MOMENTUM).astype(np.float32)
         objective = float(values.sum())
         trace.append(objective)
-        if tolerance and step % 5 == 0:
-            if objective_before - objective <= tolerance * (trace[0] - objective) or problem.gap(x, product) <= tolerance:
+        if tolerance and count % 5 == 0:
+            if objective_before - objective <= tolerance * (trace[0] - objective) or problem.gap(x, target, product) <= tolerance:
                 converged = True
                 break
             objective_before = objective
-    return x, trace, problem.gap(x, product), converged
+    return x, trace, problem.gap(x, target, product), converged
+
+
+def _step(
+    x: Array,
+    product: Array,
+    before: Array,
+    momentum: Array,
+    inverse: Array,
+    metric: Array,
+    level: Array,
+    threshold: float,
+) -> None:
+    """Do what `magr_onnx.core.compiled.reduction.step` does, in NumPy, for some output channels at a time, which stay in cache."""
+    channels, width = x.shape
+    rows = max(1, _CHUNK // width)
+    for at in range(0, channels, rows):
+        s = slice(at, min(at + rows, channels))
+        point = product[s]
+        np.multiply(point, inverse, out=point)
+        np.subtract(x[s], point, out=point)
+        v = before[s]
+        np.subtract(point, v, out=v)
+        v *= momentum[s, None]
+        v += point
+        shaped = v.reshape(len(v), *metric.shape)
+        level[s] = levels(shaped, threshold, metric, start=level[s] if level[s].any() else None)
+        c = level[s][..., None]
+        np.clip(shaped, -c, c, out=x[s].reshape(shaped.shape))

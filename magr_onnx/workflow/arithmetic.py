@@ -14,8 +14,8 @@ from magr_onnx.passes.graph.nodes import attribute_of
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.measure.int8_inputs import is_causal, time_int8
+from magr_onnx.runtime.measure.layer_errors import output_elements, some
 from magr_onnx.runtime.measure.validate import validate
 from magr_onnx.runtime.ort.session import Arithmetic
 from magr_onnx.workflow.context import RunContext

@@ -81,6 +81,7 @@ def test_a_wide_layer_takes_little_memory(weight: Array, feedback: bool) -> None
     """Beside the weight: its target, what is dequantized, codes, and a few channels at a time."""
     plan = Plan.parse("error-feedback,quantize{method=rtn,bits=8,block_size=none},compensate-bias")
     problem = problem_of(weight, 4, feedback)
+    plan.solve(problem)  # compiles what is compiled
     tracemalloc.start()
     try:
         solution = plan.solve(problem)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magr_onnx.core import magr
+from magr_onnx.core import compiled, magr
 from magr_onnx.core.grid import choose
 from magr_onnx.core.magr import Reduction
 from magr_onnx.core.quantizers import comq, cross_validation, gptq, two_sided
+from magr_onnx.core.quantizers.descent import Refined, joined
 from magr_onnx.core.quantizers.grid_refinement import MOST_ROWS, regrid
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.types import Array, QuantizedWeight
@@ -111,20 +112,25 @@ def _trials(problem: Problem, choices: Sequence[Choice], options: Options) -> li
 
 def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = False) -> Solved:
     """Solve the layer; return its weight, error by sweep, and MagR's result. ``quick`` skips what hardly depends on the options."""
-    target, gram = problem.target, problem.damped_gram(choice.damping)
+    gram = problem.damped_gram(choice.damping).astype(np.float32, order="C", copy=False)
     feedback = gptq.prepared(problem, choice.damping, choice.act_order)
     reduced, reduction = _reduced(problem, choice)
-    start = gptq.solve(reduced, feedback, choose(reduced, problem.spec, problem.gram.diagonal(), options.beta))
-    refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
-    errors = refined.errors
-    if not quick and options.rescale and options.sweeps > SWEEPS:
+
+    def solve(c: slice) -> Refined:
+        target, weights = np.ascontiguousarray(problem.target[:, c]), reduced[:, c]
+        start = gptq.solve(weights, feedback, choose(weights, problem.spec, problem.gram.diagonal(), options.beta))
+        refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
+        if quick or not options.rescale or options.sweeps <= SWEEPS:
+            return refined
         weight, error = refined.weight, refined.errors[-1]
         if problem.spec.rows(len(target)) <= MOST_ROWS:
-            weight, gain = regrid(target, weight, gram.astype(np.float32))
+            weight, gain = regrid(target, weight, gram)
             error -= gain
-        refined = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale, error=error)
-        errors += refined.errors[1:]
-    return refined.weight, errors, reduction
+        again = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale, error=error)
+        return Refined(again.weight, refined.errors + again.errors[1:])
+
+    weight, errors = joined(compiled.by_columns(solve, *problem.target.shape))
+    return weight, errors, reduction
 
 
 def _coupled(problem: Problem, choice: Choice, options: Options) -> Solved:

@@ -15,19 +15,21 @@ Deviations from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import numpy as np
 
+from magr_onnx.core import compiled
 from magr_onnx.core.gram import Block, Gram
 from magr_onnx.core.grid import stored
 from magr_onnx.core.linalg import inner
 from magr_onnx.core.overflow.accumulator import Budget, RunningSums
 from magr_onnx.core.quantizers import diagonal, gptq
 from magr_onnx.core.quantizers.blocked import PANEL, Panel, Piece, Rows, panels, visit
-from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
+from magr_onnx.core.quantizers.descent import Refined, descend, joined
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
-from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec, column_parts
+from magr_onnx.core.types import Array, QuantizedWeight, WeightSpec
 
 BLOCK = 32  # rows that move one by one before the others of their group hear of it
 TINY = np.finfo(np.float32).tiny
@@ -61,19 +63,24 @@ def refine(
         error: E of ``start``, where it is known; only the trace and when to stop depend on it.
     """
     h = gram.astype(np.float32, order="C", copy=False)
-    if len(parts := column_parts(*target.shape)) > 1:
-        options: dict[str, Any] = {"sweeps": sweeps, "rescale": rescale, "tolerance": tolerance, "budget": budget}
-        return by_columns(parts, target, start, lambda part, weight: refine(np.ascontiguousarray(part), weight, h, **options))
-    begin = Descent.of(target, start, h, None if budget is None else RunningSums(budget, len(target), target.shape[1], start.raw()))
-    begin.error = inner(begin.difference, h @ begin.difference) if error is None else error
+    by_row = budget is not None or not compiled.serves(*target.shape)
+
+    def refine_columns(c: slice) -> Refined:
+        part = np.ascontiguousarray(target[:, c])
+        whole = part.shape == target.shape
+        weight = start if whole else start.columns(c)
+        sums = None if budget is None else RunningSums(budget, len(part), part.shape[1], weight.raw())
+        begin = Descent.of(part, weight, h, sums, by_row=by_row)
+        begin.error = inner(begin.difference, h @ begin.difference) if error is None or not whole else error
+        state, errors = descend(begin, sweep, lambda state: state.error, sweeps, tolerance)
+        return Refined(state.weight() if len(errors) > 1 else weight, errors)
 
     def sweep(state: Descent, last: bool) -> Descent:
         del last
         state.sweep(h, rescale)
         return state
 
-    state, errors = descend(begin, sweep, lambda state: state.error, sweeps, tolerance)
-    return Refined(state.weight() if len(errors) > 1 else start, errors)
+    return joined(compiled.by_columns(refine_columns, *target.shape))
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +95,7 @@ class Descent:
         difference: ``W0 - W_hat (K, N)`` float32.
         arranged: All rows, in the order of visits.
         sums: What still fits an accumulator; None for no constraint.
+        by_row: Whether rows are moved in NumPy; else in compiled loops.
         error: E, less what it was at the start unless the caller has set it.
     """
 
@@ -98,17 +106,20 @@ class Descent:
     difference: Array
     arranged: list[Panel]
     sums: RunningSums | None = None
+    by_row: bool = True
     error: float = field(default=0.0)
 
     @classmethod
-    def of(cls, target: Array, weight: QuantizedWeight, gram: Gram, sums: RunningSums | None = None, most: int = PANEL) -> Self:
+    def of(
+        cls, target: Array, weight: QuantizedWeight, gram: Gram, sums: RunningSums | None = None, most: int = PANEL, by_row: bool = True
+    ) -> Self:
         """Begin with ``weight``, towards ``target (K, N)`` under ``gram (K, K)``; at ``most`` so many rows are visited together."""
         zeros, rows = weight.zero_points.astype(np.float32), weight.spec.group_of_row(len(target))
         codes = weight.codes.astype(np.float32)
         codes -= zeros[rows]
         difference = np.subtract(target, weight.scales[rows] * codes, dtype=np.float32)
         importance = np.sqrt(np.maximum(gram.diagonal(), 0)) * np.linalg.norm(target, axis=1)
-        return cls(weight.spec, codes, weight.scales.copy(), zeros, difference, panels(importance, weight.spec, most), sums)
+        return cls(weight.spec, codes, weight.scales.copy(), zeros, difference, panels(importance, weight.spec, most), sums, by_row)
 
     def weight(self) -> QuantizedWeight:
         """Return the weight as it is now."""
@@ -131,7 +142,7 @@ class Descent:
                 change += self._refit(piece.group, self.codes[piece.rows], local, residual)
             return change
 
-        visit(self.arranged, gram, self.difference, step)
+        visit(self.arranged, gram, self.difference, step if self.by_row else partial(self._step, together))
         if rescale and not together:
             residual = gram @ self.difference
             for g in range(self.spec.groups(k)):
@@ -140,6 +151,19 @@ class Descent:
                 self.difference[s] -= change
                 if s.stop < k:
                     residual[s.stop :] -= gram[s.stop :, s] @ change
+
+    def _step(self, together: bool, piece: Piece, local: Array, residual: Array) -> Array:
+        """Move the rows of a piece in a compiled loop; with ``together``, refit its scale. Return the change of their weights."""
+        from magr_onnx.core.compiled.rounding import move_rows
+
+        codes, scale, zero = self.codes[piece.rows], self.scales[piece.group], self.zeros[piece.group]
+        change, sums = np.empty_like(codes), np.empty((3, codes.shape[1]))
+        move_rows(np.ascontiguousarray(local), residual, codes, scale, -zero, np.float32(self.spec.top) - zero, change, sums, together)
+        self.codes[piece.rows] = codes
+        self.error -= float(sums[0].sum())
+        if together:
+            change += codes * self._rescale(piece.group, *sums[1:].astype(np.float32))
+        return change
 
     def _move(self, piece: Piece, local: Array, residual: Array) -> Array:
         """Move the rows of a piece; return the change of their weights. What is left of ``residual`` has no meaning."""
@@ -181,8 +205,12 @@ class Descent:
 
     def _refit(self, group: int, codes: Array, local: Array | Block, residual: Array) -> Array:
         """Refit the scale of a group to the least E for its ``codes (g, N)`` and ``residual (g, N)``; return the change of its weights."""
-        slope = np.einsum("kn,kn->n", codes, residual)
-        curvature = np.einsum("kn,kn->n", codes, local @ codes)
+        step = self._rescale(group, np.einsum("kn,kn->n", codes, residual), np.einsum("kn,kn->n", codes, local @ codes))
+        change: Array = codes * step
+        return change
+
+    def _rescale(self, group: int, slope: Array, curvature: Array) -> Array:
+        """Refit the scale of a group to the least E, of this slope and curvature ``(N,)``; return its change ``(N,)``."""
         scale, some = self.scales[group].copy(), curvature > 0
         proposal = scale + slope / np.where(some, curvature, 1)
         proposal = stored(np.where(some & (proposal > 0), proposal, scale), self.spec)
@@ -190,7 +218,7 @@ class Descent:
         gain = step * (2 * slope - step * curvature)
         self.scales[group] = np.where(gain > 0, proposal, scale)
         self.error -= float(np.maximum(gain, 0).sum(dtype=np.float64))
-        change: Array = codes * (self.scales[group] - scale)
+        change: Array = self.scales[group] - scale
         return change
 
 

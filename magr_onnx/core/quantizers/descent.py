@@ -1,11 +1,11 @@
-"""What solvers share that lower an error sweep by sweep: their result, when they stop, and wide layers a few columns at a time."""
+"""What solvers share that lower an error sweep by sweep: their result, when they stop, and how parts of a layer are joined."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from magr_onnx.core.types import Array, Columns, QuantizedWeight, sum_traces
+from magr_onnx.core.types import QuantizedWeight, sum_traces
 
 State = TypeVar("State")
 
@@ -34,9 +34,8 @@ def descend(
     return state, tuple(errors)
 
 
-def by_columns(
-    parts: Iterable[Columns], target: Array, start: QuantizedWeight, refine: Callable[[Array, QuantizedWeight], Refined]
-) -> Refined:
-    """Refine parts of the output channels, which are independent, one after the other: temporaries may be many times the layer."""
-    refined = [refine(target[:, c], start.columns(c)) for c in parts]
-    return Refined(QuantizedWeight.side_by_side([r.weight for r in refined]), tuple(sum_traces(*[r.errors for r in refined])))
+def joined(parts: Sequence[Refined]) -> Refined:
+    """Join the output channels of a layer that were refined in parts."""
+    if len(parts) == 1:
+        return parts[0]
+    return Refined(QuantizedWeight.side_by_side([part.weight for part in parts]), tuple(sum_traces(*[part.errors for part in parts])))

@@ -27,7 +27,7 @@ from __future__ import annotations
 import numpy as np
 
 from magr_onnx.core.grid import Grid, blocks, stored
-from magr_onnx.core.quantizers.descent import Refined, by_columns, descend
+from magr_onnx.core.quantizers.descent import Refined, descend, joined
 from magr_onnx.core.types import NEIGHBOURS, Array, QuantizedWeight
 
 _VALUES = 1 << 22  # weights processed at a time
@@ -65,7 +65,8 @@ def refine(
 
     k, n = target.shape
     step = max(1, _VALUES // k)
-    return by_columns([np.arange(at, min(at + step, n)) for at in range(0, n, step)], target, start, refine_part)
+    parts = (np.arange(at, min(at + step, n)) for at in range(0, n, step))
+    return joined([refine_part(target[:, part], start.columns(part)) for part in parts])
 
 
 def _refit(target: Array, weight: QuantizedWeight) -> QuantizedWeight:

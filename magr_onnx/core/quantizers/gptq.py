@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core import threads
+from magr_onnx.core import compiled, threads
 from magr_onnx.core.gram import Gram, RowGram
 from magr_onnx.core.grid import Grid, choose, stored
 from magr_onnx.core.linalg import cholesky, column_errors, damped
@@ -33,7 +34,7 @@ from magr_onnx.core.quantizers import row_feedback, rtn
 from magr_onnx.core.quantizers.a2q import project
 from magr_onnx.core.quantizers.interface import Options, Problem, Quantizer, Solution
 from magr_onnx.core.quantizers.row_feedback import RowFeedback
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts
+from magr_onnx.core.types import Array, QuantizedWeight
 
 PANEL, BLOCK = 128, 16  # rows whose feedback is a product of its own, and of these rows rounded before the others hear of it
 _TILE = 64
@@ -110,43 +111,75 @@ def solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: 
     With a ``budget`` every code is clipped to what still fits its tile's register (AXE, arXiv 2409.17092); the clipped error is
     fed forward like any rounding error.
     """
-    if len(parts := column_parts(*weights.shape)) > 1:
-        return QuantizedWeight.side_by_side([solve(weights[:, c], feedback, grid.columns(c), budget) for c in parts])
+    k, n = weights.shape
+    by_row = budget is not None or not compiled.serves(k, n)
+    solved = compiled.by_columns(lambda c: _solve(weights[:, c], feedback, grid.columns(c), budget, by_row), k, n)
+    return solved[0] if len(solved) == 1 else QuantizedWeight.side_by_side(solved)
+
+
+def _solve(weights: Array, feedback: Feedback | RowFeedback, grid: Grid, budget: Budget | None, by_row: bool) -> QuantizedWeight:
+    """Solve the given output channels, ``by_row`` or compiled."""
     k, n = weights.shape
     sums = None if budget is None else RunningSums(budget, k, n)
-    order = feedback.order
-    groups = grid.spec.group_of_row(k)[order]
-    inverse = 1 / grid.scales
-    low, high = -grid.zeros, np.float32(grid.spec.top) - grid.zeros
+    round_panel: Callable[..., None] = _round_panel
+    if not by_row:
+        from magr_onnx.core.compiled import rounding
+
+        round_panel = rounding.round_panel
+    order, spec = feedback.order, grid.spec
+    groups = spec.group_of_row(k)[order]
+    scales, zeros = np.ascontiguousarray(grid.scales), np.ascontiguousarray(grid.zeros)
     difference = np.empty((k, n), np.float32)
     codes = np.empty((k, n), np.uint8)
-    heard = np.empty(n, np.float32)
     past = feedback.past(difference)
     for start in range(0, k, PANEL):
-        end = min(start + PANEL, k)
-        w = weights[order[start:end]].astype(np.float32, copy=False)
-        corrected = w - past(start, end)
-        f = feedback.local(start, end)
-        for a in range(start, end, BLOCK):
-            b = min(a + BLOCK, end)
-            for i in range(a, b):
-                g, q, d = groups[i], corrected[i - start], difference[i]
-                if i > a:
-                    np.matmul(f[i - start, a - start : i - start], difference[a:i], out=heard)
-                    q -= heard
-                q *= inverse[g]
-                np.rint(q, out=q)
-                np.maximum(q, low[g], out=q)  # np.clip costs several times as much on a short row
-                np.minimum(q, high[g], out=q)
-                if sums is not None:
-                    sums.clip(order[i], q, np.float32(grid.spec.middle) - grid.zeros[g])
-                np.multiply(q, grid.scales[g], out=d)
-                d -= w[i - start]
-            if b < end:
-                corrected[b - start :] -= f[b - start :, a - start : b - start] @ difference[a:b]
-        corrected += grid.zeros[groups[start:end]]
-        codes[order[start:end]] = corrected
-    return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), grid.spec)
+        p = slice(start, min(start + PANEL, k))
+        w = np.ascontiguousarray(weights[order[p]], np.float32)
+        corrected = w - past(p.start, p.stop)
+        local = np.ascontiguousarray(feedback.local(p.start, p.stop))
+        clip = () if sums is None else (partial(_clip, sums, order[p], groups[p], spec.middle - zeros),)
+        round_panel(w, corrected, local, groups[p], scales, zeros, spec.top, difference[p], *clip)
+        corrected += zeros[groups[p]]
+        codes[order[p]] = corrected
+    return QuantizedWeight(codes, grid.scales, grid.zeros.astype(np.uint8), spec)
+
+
+def _round_panel(
+    weights: Array,
+    corrected: Array,
+    feedback: Array,
+    groups: npt.NDArray[np.intp],
+    scales: Array,
+    zeros: Array,
+    top: int,
+    difference: Array,
+    clip: Callable[[int, Array], None] | None = None,
+) -> None:
+    """Do what `magr_onnx.core.compiled.rounding.round_panel` does, row by row; ``clip`` changes the codes of a row."""
+    heard = np.empty(corrected.shape[1], np.float32)
+    low, high = -zeros, np.float32(top) - zeros
+    for a in range(0, len(corrected), BLOCK):
+        b = min(a + BLOCK, len(corrected))
+        for i in range(a, b):
+            g, q, d = groups[i], corrected[i], difference[i]
+            if i > a:
+                np.matmul(feedback[i, a:i], difference[a:i], out=heard)
+                q -= heard
+            q /= scales[g]
+            np.rint(q, out=q)
+            np.maximum(q, low[g], out=q)  # np.clip costs several times as much on a short row
+            np.minimum(q, high[g], out=q)
+            if clip is not None:
+                clip(i, q)
+            np.multiply(q, scales[g], out=d)
+            d -= weights[i]
+        if b < len(corrected):
+            corrected[b:] -= feedback[b:, a:b] @ difference[a:b]
+
+
+def _clip(sums: RunningSums, rows: npt.NDArray[np.intp], groups: npt.NDArray[np.intp], offsets: Array, i: int, codes: Array) -> None:
+    """Clip the codes of a panel's row to what still fits the accumulator."""
+    sums.clip(rows[i], codes, offsets[groups[i]])
 
 
 def under_budget(

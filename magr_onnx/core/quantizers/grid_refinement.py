@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from magr_onnx.core import compiled
 from magr_onnx.core.gram import Gram
 from magr_onnx.core.grid import ladder
 from magr_onnx.core.linalg import cholesky
 from magr_onnx.core.quantizers.blocked import PANEL, Piece, visit
 from magr_onnx.core.quantizers.comq import Descent
-from magr_onnx.core.types import Array, QuantizedWeight, column_parts
+from magr_onnx.core.types import Array, QuantizedWeight
 
 SHRINKS = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72)
 MOST_ROWS = 256  # of a group; above it scales alone are refitted
@@ -37,9 +38,15 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
 
     ``2 K^2 N`` FLOPs in matrix products, and for every shrink factor as much element-wise work as one rounding of the layer.
     """
-    if len(parts := column_parts(*target.shape)) > 1:
-        regridded = [regrid(np.ascontiguousarray(target[:, c]), weight.columns(c), gram) for c in parts]
-        return Regridded(QuantizedWeight.side_by_side([r.weight for r in regridded]), sum(r.gain for r in regridded))
+    by_row = not compiled.serves(*target.shape)
+    parts = compiled.by_columns(
+        lambda c: _regrid_columns(np.ascontiguousarray(target[:, c]), weight.columns(c), gram, by_row), *target.shape
+    )
+    return Regridded(QuantizedWeight.side_by_side([part.weight for part in parts]), sum(part.gain for part in parts))
+
+
+def _regrid_columns(target: Array, weight: QuantizedWeight, gram: Gram, by_row: bool) -> Regridded:
+    """Do the same for the given output channels, ``by_row`` or compiled."""
     rows, n = weight.spec.rows(len(target)), target.shape[1]
     state = Descent.of(target, weight, gram, most=max(PANEL, rows))
     width = max(1, _VALUES // (rows * len(SHRINKS)))
@@ -47,9 +54,11 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
     def step(piece: Piece, local: Array, residual: Array) -> Array:
         upper = cholesky(local[::-1, ::-1], 0.0).lower[::-1, ::-1]  # rounded to float32, the group may no longer be definite
         inverse = np.linalg.inv(upper)
-        change = np.empty_like(residual)
         compensating = (inverse.T @ inverse).astype(np.float32) @ residual
         feedback = (upper / np.diag(upper)).T.astype(np.float32)  # row i weighs the errors of the rows before it
+        if not by_row:
+            return _regrid_compiled(state, piece, compensating, residual, np.square(np.diag(upper)).astype(np.float32), feedback)
+        change = np.empty_like(residual)
         for at in range(0, n, width):
             c = slice(at, min(at + width, n))
             change[:, c] = _regrid(state, piece, c, compensating[:, c], residual[:, c], local, feedback)
@@ -57,6 +66,26 @@ def regrid(target: Array, weight: QuantizedWeight, gram: Gram) -> Regridded:
 
     visit(state.arranged, gram, state.difference, step)
     return Regridded(state.weight(), -state.error)
+
+
+def _regrid_compiled(state: Descent, piece: Piece, compensating: Array, residual: Array, power: Array, feedback: Array) -> Array:
+    """Do what `_regrid` does, for all columns, in a compiled loop."""
+    from magr_onnx.core.compiled.rounding import best_grids
+
+    g, spec = piece.group, state.spec
+    before = state.scales[g] * state.codes[piece.rows]
+    wanted = before + compensating
+    scales, zeros = ladder(wanted, spec, SHRINKS)
+    present = np.einsum("kn,kn->n", compensating, residual, dtype=np.float64)
+    loss, best, codes = present.copy(), np.empty(len(present), np.intp), np.empty_like(wanted)
+    best_grids(wanted, np.ascontiguousarray(feedback), power, scales, zeros, spec.top, loss, best, codes)
+    columns = np.flatnonzero(best >= 0)
+    chosen = best[columns]
+    state.scales[g, columns], state.zeros[g, columns] = scales[chosen, columns], zeros[chosen, columns]
+    state.codes[piece.rows[:, None], columns] = codes[:, columns]
+    state.error -= float((present - loss).sum())
+    change: Array = state.scales[g] * state.codes[piece.rows] - before
+    return change
 
 
 def _regrid(state: Descent, piece: Piece, c: slice, compensating: Array, residual: Array, local: Array, feedback: Array) -> Array:

@@ -1,0 +1,51 @@
+"""Inner loops of the solvers, compiled by Numba where it is installed (extra ``fast``).
+
+NumPy goes through a layer row by row: a dozen calls for each, and as many passes over memory. Compiled, a panel of rows is done for a few
+output channels that stay in cache, and blocks of channels are done in threads that do not wait for each other. The loops in NumPy, in the
+files of the methods, are what these are tested against; the results differ where rounding errors of sums decide between two codes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import TypeVar
+
+from magr_onnx.core import threads
+from magr_onnx.core.types import column_parts
+
+T = TypeVar("T")
+
+LEAST_WEIGHTS = 1 << 18  # of a layer: smaller ones take less time than to load the compiler
+CHANNELS = 512  # output channels that a thread solves at a time, about
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether Numba is installed and works with this NumPy."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError:  # a version that does not know this NumPy
+        return False
+    return True
+
+
+def serves(k: int, n: int) -> bool:
+    """Return whether the loops of a layer ``(k, n)`` are compiled ones. It depends on its shape, not on the machine's cores."""
+    return k * n >= LEAST_WEIGHTS and available()
+
+
+def by_columns(function: Callable[[slice], T], k: int, n: int) -> list[T]:
+    """Return ``function`` of slices of the output channels of a layer ``(k, n)``, which are independent.
+
+    Compiled, they are solved in threads; else large ones one after the other, since temporaries may be many times the layer.
+    """
+    if not serves(k, n):
+        return [function(part) for part in column_parts(k, n)]
+    count = max(1, min(n // CHANNELS, k * n // LEAST_WEIGHTS))  # so that compiled loops serve every slice
+    edges = [n * i // count for i in range(count + 1)]
+    return threads.each(function, [slice(a, b) for a, b in pairwise(edges)])
