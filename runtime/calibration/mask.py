@@ -24,7 +24,7 @@ from magr_onnx.passes.instrument.hoist import hoisted
 from magr_onnx.passes.instrument.taps import shape_taps
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.data.sources import Batches, shapes_of
-from magr_onnx.runtime.ort.session import Batch, Session, as_floats
+from magr_onnx.runtime.ort.session import Batch, Runner, Session, as_floats
 
 Shape = Sequence[int]
 Dimensions = Mapping[str, Sequence[int | str | None]]  # of a model's inputs: a size, the name of a dynamic one, or None without a name
@@ -104,7 +104,7 @@ def masked_values(model: ir.Model, names: Iterable[str], context: CalibrationCon
 
 
 def masked_outputs(
-    session: Session, names: Sequence[str], data: Batches, mask: str | None, known: Sequence[Sequence[Shape]] = ()
+    session: Runner, names: Sequence[str], data: Batches, mask: str | None, known: Sequence[Sequence[Shape]] = ()
 ) -> set[str]:
     """Select the model outputs that follow the mask.
 

@@ -25,6 +25,7 @@ from magr_onnx.report.validation import LayerMetrics
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import dimensions_of, kept_rows, masked_values
 from magr_onnx.runtime.data.sources import Batches
+from magr_onnx.runtime.measure.recording import are_large, first_of_two
 from magr_onnx.runtime.ort.session import Model, Session
 
 BATCHES, SAMPLES = 4, 64  # that layers are measured on, spread over the data: so many batches, or so many samples in more batches
@@ -117,10 +118,12 @@ def layer_errors(
     followers = masked_values(models[0], names, CalibrationContext(data, mask, provider))
     sums = [_Sums() for _ in outputs]
     exposed = [_expose(model, outputs, step) for model in models]
-    with Session(exposed[0], provider) as reference, Session(exposed[1], provider) as session:
+    large = are_large(float_model, quantized_model)
+    with first_of_two(exposed[0], provider, data, large) as reference, Session(exposed[1], provider) as session:
         for index, batch in enumerate(data):
             counted = None if mask is None else current_mask(batch, mask)[..., ::step]
-            for output, sums_of, y, y_hat in zip(outputs, sums, reference.run(batch), session.run(batch), strict=True):
+            pairs = zip(outputs, sums, reference.run(batch, reference.outputs), session.run(batch), strict=True)
+            for output, sums_of, y, y_hat in pairs:
                 if y.shape == y_hat.shape:
                     keep = kept_rows(counted if output.name in followers else None, y.shape)
                     sums_of.add(output.rows(y, keep), output.rows(y_hat, keep), data.weight(index))

@@ -20,7 +20,8 @@ from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
-from magr_onnx.runtime.measure.validate import bytes_of, compare_outputs, latency, validate
+from magr_onnx.runtime.measure.recording import bytes_of
+from magr_onnx.runtime.measure.validate import compare_outputs, latency, validate
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
 

@@ -7,25 +7,22 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from magr_onnx.core.types import Array
 from magr_onnx.errors import ModelError, RuntimeFailure
-from magr_onnx.model_io.files import model_bytes
-from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes.graph.kv_cache import current_mask, pairs
 from magr_onnx.report.validation import Latency, LayerMetrics, OutputMetrics, Validation
 from magr_onnx.runtime.calibration.mask import kept_rows, masked_outputs
-from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
+from magr_onnx.runtime.data.sources import Batches, Steps, part_of, with_progress
 from magr_onnx.runtime.measure.batch_effect import batch_effect
 from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, row_parts, without_equal_nonfinite
 from magr_onnx.runtime.measure.operators import operator_shares, rounds_activations
-from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Session, as_floats
+from magr_onnx.runtime.measure.recording import Recording, are_large, bytes_of, output_names
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Runner, Session, as_floats
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
 DETAILS = ("layers", "latency", "batch")
@@ -161,10 +158,9 @@ def validate(
         ModelError: The models have no output in common.
         RuntimeFailure: A model does not load or run.
     """
-    with contextlib.ExitStack() as stack:
-        reference = stack.enter_context(Session(float_model, provider))
-        sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
-        outputs, notes = compare_outputs(reference, sessions, data, mask, progress)
+    outputs, notes = (_compare_in_turn if are_large(float_model, quantized_model) else _compare)(
+        float_model, quantized_model, data, provider, arithmetics, mask, progress
+    )
     if "batch" in details:
         notes += batch_effect(float_model, quantized_model, data.limit(BATCHES), provider)
     return Validation(
@@ -181,9 +177,58 @@ def validate(
     )
 
 
+Compared = tuple[dict[str, tuple[OutputMetrics, ...]], list[str]]
+"""Metrics of the outputs by name of the session, and notes."""
+
+
+def _compare(
+    float_model: Model,
+    quantized_model: Model,
+    data: Batches,
+    provider: str,
+    arithmetics: Sequence[Arithmetic],
+    mask: str | None,
+    progress: Steps | None,
+) -> Compared:
+    """Compare outputs with all sessions open."""
+    with contextlib.ExitStack() as stack:
+        reference = stack.enter_context(Session(float_model, provider))
+        sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
+        return compare_outputs(reference, sessions, data, mask, progress)
+
+
+def _compare_in_turn(
+    float_model: Model,
+    quantized_model: Model,
+    data: Batches,
+    provider: str,
+    arithmetics: Sequence[Arithmetic],
+    mask: str | None,
+    progress: Steps | None,
+) -> Compared:
+    """Compare outputs with one session open at a time."""
+    metrics, notes = dict[str, tuple[OutputMetrics, ...]](), list[str]()
+    parts = len(arithmetics) + 1
+    with Session(float_model, provider) as session:
+        masked = masked_outputs(session, session.outputs, data, mask)
+        recording = Recording(session, data, output_names(quantized_model), part_of(progress, 0, parts))
+    with recording:
+        for i, arithmetic in enumerate(arithmetics):
+            with Session(quantized_model, provider, arithmetic) as session:
+                sessions = {str(arithmetic): session}
+                found, notes = compare_outputs(recording, sessions, data, mask, part_of(progress, i + 1, parts), masked)
+            metrics |= found
+    return metrics, notes
+
+
 def compare_outputs(
-    reference: Session, sessions: Mapping[str, Session], data: Batches, mask: str | None, progress: Steps | None = None
-) -> tuple[dict[str, tuple[OutputMetrics, ...]], list[str]]:
+    reference: Runner,
+    sessions: Mapping[str, Session],
+    data: Batches,
+    mask: str | None,
+    progress: Steps | None = None,
+    masked: Collection[str] | None = None,
+) -> Compared:
     """Compare the outputs of several sessions with those of one, which runs once.
 
     Args:
@@ -192,6 +237,7 @@ def compare_outputs(
         data: Batches that fit them all.
         mask: Input whose zero elements mark rows to leave out of the metrics.
         progress: Called with steps done and in total.
+        masked: The outputs that follow the mask, where that is known.
 
     Returns:
         The metrics of the outputs that all have, by name of the session, and notes on those that were not compared.
@@ -201,7 +247,8 @@ def compare_outputs(
         RuntimeFailure: A model does not run.
     """
     names, notes = _common_outputs(reference, tuple(sessions.values()))
-    masks = dict.fromkeys(names) | dict.fromkeys(masked_outputs(reference, names, data, mask), mask)
+    masked = masked_outputs(reference, names, data, mask) if masked is None else {name for name in masked if name in names}
+    masks = dict.fromkeys(names) | dict.fromkeys(masked, mask)
     sums = {key: {n: _Sums() for n in names} for key in sessions}
     skipped: dict[str, str] = {}
     for index, batch in with_progress(data, progress):
@@ -223,7 +270,7 @@ def compare_outputs(
     return {key: tuple(s.metrics(n) for n, s in by_name.items() if s.rows) for key, by_name in sums.items()}, notes
 
 
-def _common_outputs(reference: Session, sessions: Sequence[Session]) -> tuple[list[str], list[str]]:
+def _common_outputs(reference: Runner, sessions: Sequence[Session]) -> tuple[list[str], list[str]]:
     """Return the names of the outputs to compare, those of all sessions that are no cache, and notes on the others."""
     notes = []
     names = list(reference.outputs)
@@ -262,12 +309,24 @@ def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: 
 
 
 def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:
-    """Time both models on the first batch, in turns, for so many seconds or 5 runs each.
+    """Time both models on the first batch, in turns, for so many seconds or 5 runs each; large ones one after the other.
 
     ``threads`` as in `Session`; that of a single one is the time it was given by the processor, whatever else runs there.
     """
     batch, clock = next(iter(data)), time.thread_time if threads == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
+
+    def milliseconds(session: Session) -> float:
+        start = clock()
+        session.run(batch)
+        return 1000 * (clock() - start)
+
+    if are_large(float_model, quantized_model):
+        for of_model, model in zip(times, (float_model, quantized_model), strict=True):
+            with Session(model, provider, threads=threads, spinning=True) as session:
+                session.run(batch)
+                of_model += [milliseconds(session) for _ in range(MIN_RUNS)]
+        return _latency(*times)
     with (
         Session(float_model, provider, threads=threads, spinning=True) as a,
         Session(quantized_model, provider, threads=threads, spinning=True) as b,
@@ -277,10 +336,13 @@ def latency(float_model: Model, quantized_model: Model, data: Batches, provider:
         begin = time.perf_counter()
         while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < seconds and len(times[0]) < 50):
             order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
-            for milliseconds, session in [(times[0], a), (times[1], b)][::order]:
-                start = clock()
-                session.run(batch)
-                milliseconds.append(1000 * (clock() - start))
+            for of_model, session in [(times[0], a), (times[1], b)][::order]:
+                of_model.append(milliseconds(session))
+    return _latency(*times)
+
+
+def _latency(*times: list[float]) -> Latency:
+    """Summarize times of the float and the quantized model, as many of each."""
     (low, median, high), (quantized_low, quantized_median, quantized_high) = (map(float, np.quantile(t, (0.25, 0.5, 0.75))) for t in times)
     ratios = median_interval(np.divide(times[1], times[0]))
     return Latency(median, quantized_median, len(times[0]), (low, high), (quantized_low, quantized_high), ratios)
@@ -297,10 +359,3 @@ def median_interval(values: Array) -> tuple[float, float, float]:
     left_out = int(np.count_nonzero(tails <= 0.025))
     first = max(left_out - 1, 0)
     return float(ordered[first]), float(np.median(ordered)), float(ordered[n - 1 - first])
-
-
-def bytes_of(model: Model) -> int:
-    """Return the size of a model in memory as a file, or of a file and its data."""
-    if isinstance(model, ir.Model):
-        return model_bytes(model)
-    return sum(path.stat().st_size for path in (Path(model), *data_files(Path(model))))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +151,17 @@ def as_floats(output: Any) -> npt.NDArray[Any] | None:
     shapes = {np.shape(row) for row in rows}
     array = np.asarray(rows if isinstance(output, list) else rows[0]) if len(shapes) == 1 else None
     return array if array is not None and np.issubdtype(array.dtype, np.floating) else None
+
+
+class Runner(Protocol):
+    """What runs batches, or has run them."""
+
+    inputs: tuple[InputInfo, ...]
+    outputs: list[str]
+    dimensions: dict[str, tuple[int | str, ...]]
+
+    def run(self, feeds: Batch, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Return some outputs on a batch."""
 
 
 class Session:

@@ -36,8 +36,6 @@ def error(difference: Array, gram: Array) -> Array:
     return result
 
 
-
-
 def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Go through the kinds of loops."""
     for kind in ("compiled", "NumPy"):
@@ -116,7 +114,9 @@ def test_losses_and_fits_of_grids() -> None:
     rounded = np.clip(np.rint(w / scales[:, :, None]), -zeros[:, :, None], 15 - zeros[:, :, None])
     expected = np.einsum("gr,sgrn->sgn", importance, np.square(scales[:, :, None] * rounded - w, dtype=np.float64))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
-    np.testing.assert_allclose(products[0], np.einsum("gr,grn->gn", importance, rounded[1] * (w / scales[1][:, None])), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        products[0], np.einsum("gr,grn->gn", importance, rounded[1] * (w / scales[1][:, None])), rtol=1e-3, atol=1e-3
+    )
     np.testing.assert_allclose(products[1], np.einsum("gr,grn->gn", importance, rounded[1] ** 2), rtol=1e-3)
 
 

@@ -11,6 +11,7 @@ import magr_onnx
 from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
 from magr_onnx.report.validation import Latency, OutputMetrics
 from magr_onnx.runtime.data.sources import open_data
+from magr_onnx.runtime.measure import recording
 from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, median_interval, next_token_loss, validate
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
@@ -34,6 +35,14 @@ def scaled(factor: float) -> ir.Model:
 
 def ids(rows: int = 6, time: int = 5) -> dict[str, np.ndarray]:
     return {"input_ids": np.random.default_rng(0).integers(0, N, (rows, time))}
+
+
+@pytest.fixture(autouse=True, params=["both open", "one open"])
+def sessions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare models as large ones are, too: with one loaded at a time, what the first puts out in files."""
+    if request.param == "one open":
+        monkeypatch.setattr(recording, "LARGE", 0)
+        monkeypatch.setattr(recording, "IN_MEMORY", 0)
 
 
 def test_metrics_of_a_known_difference() -> None:
@@ -327,3 +336,34 @@ def test_arithmetics_that_agree_are_one_row() -> None:
         rows[form] = validate(model, quantized, data, details=()).shown()
     assert [name for name, _ in rows["matmulnbits"]] == ["all"]
     assert [name for name, _ in rows["qdq"]] == ["default", "unoptimized", "float-qdq"]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_of_large_models_one_is_loaded_at_a_time(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphs.chain()
+    quantized, _ = magr_onnx.optimize(model, [feeds(model)], bits=2)
+    with Session(model) as session:
+        data = open_data([feeds(model, seed=s) for s in range(5)], session.inputs)
+    monkeypatch.setattr(recording, "LARGE", 0 if large else 1 << 40)
+    alive = most = 0
+
+    def counted(name: str, change: int) -> None:
+        original = getattr(Session, name)
+
+        def call(self: Session, *arguments: object, **options: object) -> object:
+            nonlocal alive, most
+            if change > 0 or "_session" in self.__dict__:  # a session may be closed twice
+                alive += change
+                most = max(most, alive)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(Session, name, call)
+
+    counted("_load", 1)
+    counted("close", -1)
+    result = validate(model, quantized, data, details=("layers", "latency"))
+    assert alive == 0
+    assert most == (1 if large else 1 + len(Arithmetic))
+    assert result.latency is not None
+    assert result.latency.runs >= MIN_RUNS
+    assert all(len(outputs) == 1 for outputs in result.arithmetics.values())
