@@ -343,7 +343,7 @@ def megabytes(size: int) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of this package and its main dependencies."""
     versions_by_name = {}
-    for name in ("onnx-magr", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
+    for name in ("onnx-magr", "numpy", "numba", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
         try:
             versions_by_name[name] = version(name)
         except PackageNotFoundError:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from magr_onnx.config.arguments import DEFAULTS, OMITTED, Arguments, explicit, in_order
 from magr_onnx.config.invocation import Invocation, python_call
-from magr_onnx.core import threads
+from magr_onnx.core import compiled, threads
 from magr_onnx.errors import MagrError, translate_resource_errors
 from magr_onnx.model_io import files
 from magr_onnx.model_io.writing import save
@@ -68,6 +68,9 @@ def optimize(model: Any = OMITTED, calibration: Source | None = OMITTED, **argum
     """
     call = in_order(explicit(model=model, calibration=calibration, **arguments))
     return run(resolve(call, Invocation(python_call("magr_onnx.optimize", call, DEFAULTS))))
+
+
+MANY_WEIGHTS = 50_000_000  # of calibrated layers: they take minutes
 
 
 @translate_resource_errors()
@@ -170,6 +173,7 @@ def report(request: OptimizeRequest, prepared: Prepared, solved: Solved, written
         *_large_table(solved.skips, written.bytes, request.options is not None),
         *solved.notes,
         *written.notes,
+        *_slow_loops(solved.rows),
         *request.notes,
     ]
     if comparison is not None:  # what calibration said before is said once
@@ -209,6 +213,13 @@ def _large_table(skips: Sequence[Skip], written: int, has_options: bool) -> list
         f"table of embeddings {most.name} stays float and is {most.bytes / written:.0%} of the result ({most.detail}): "
         "--embeddings gather-block-quantized quantizes it to 8 bits (--embedding-bits 4: to 4)"
     ]
+
+
+def _slow_loops(rows: Sequence[LayerRow]) -> list[str]:
+    """Say what would make runs on large models faster."""
+    if compiled.available() or sum(row.k * row.n for row in rows if row.rows) < MANY_WEIGHTS:
+        return []
+    return ["solvers ran without compiled loops: pip install 'onnx-magr[fast]' makes them faster, the more so the more cores there are"]
 
 
 def skip_rows(skips: Sequence[Skip], model: ir.Model) -> tuple[Skip, ...]:

@@ -18,7 +18,7 @@ from magr_onnx.core.types import column_parts
 
 T = TypeVar("T")
 
-LEAST_WEIGHTS = 1 << 18  # of a layer: smaller ones take less time than to load the compiler
+LEAST_WEIGHTS = 1 << 15  # of a layer: smaller ones take less time than to load the compiler
 CHANNELS = 512  # output channels that a thread solves at a time, about
 
 
