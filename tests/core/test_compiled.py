@@ -184,6 +184,7 @@ def test_shapes_decide_and_not_cores() -> None:
     assert compiled.available()
     assert compiled.serves(256, 128)
     assert not compiled.serves(255, 128)
+    assert not compiled.serves(1 << 20, 63)
     parts = compiled.by_columns(lambda part: part, 100, 5000)
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert (parts[0].start, parts[-1].stop) == (0, 5000)

@@ -18,7 +18,7 @@ from magr_onnx.core.types import column_parts
 
 T = TypeVar("T")
 
-LEAST_WEIGHTS = 1 << 15  # of a layer: smaller ones take less time than to load the compiler
+LEAST_WEIGHTS, LEAST_CHANNELS = 1 << 15, 64  # of a layer: smaller ones take less time than to load the compiler, and its 100 MB
 CHANNELS = 512  # output channels that a thread solves at a time, about
 
 
@@ -36,7 +36,7 @@ def available() -> bool:
 
 def serves(k: int, n: int) -> bool:
     """Return whether the loops of a layer ``(k, n)`` are compiled ones. It depends on its shape, not on the machine's cores."""
-    return k * n >= LEAST_WEIGHTS and available()
+    return k * n >= LEAST_WEIGHTS and n >= LEAST_CHANNELS and available()
 
 
 def by_columns(function: Callable[[slice], T], k: int, n: int) -> list[T]:
