@@ -148,12 +148,12 @@ def _factor(matrix: Array) -> Array:
     for a in range(0, k, size):
         b = min(a + size, k)
         if a:
-            matrix[a:, a:b] -= matrix[a:, :a] @ matrix[a:b, :a].T
+            matrix[a:, a:b] -= threads.product(matrix[a:, :a], matrix[a:b, :a].T)
         block = _factor(matrix[a:b, a:b].copy())
         matrix[a:b, a:b] = block
         matrix[a:b, b:] = 0
         if b < k:
-            matrix[b:, a:b] = matrix[b:, a:b] @ np.linalg.inv(block).T
+            matrix[b:, a:b] = threads.product(matrix[b:, a:b], np.linalg.inv(block).T.astype(matrix.dtype))
     return matrix
 
 

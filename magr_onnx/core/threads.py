@@ -57,20 +57,26 @@ def single_threaded_blas() -> Iterator[None]:
         yield
 
 
-_WIDTH = 512  # columns of a product that a thread computes at a time
+_WIDTH = 512  # columns of a product, or rows of a narrow one, that a thread computes at a time
 _LEAST = 1 << 26  # multiplications of a product that threads share: to wake them takes as long as some millions
 
 
 def product(a: Array, b: Array, out: Array | None = None) -> Array:
     """Return ``a b`` of ``a (m, k)`` and ``b (k, n)``, into ``out (m, n)`` if that is given; threads share a large one."""
     result = np.empty((len(a), b.shape[1]), np.result_type(a, b)) if out is None else out
-    if len(a) * b.size < _LEAST or b.shape[1] < 2 * _WIDTH:
+    if len(a) * b.size < _LEAST or max(result.shape) < 2 * _WIDTH:
         return np.matmul(a, b, out=result)
 
     def columns(start: int) -> None:
         np.matmul(a, b[:, start : start + _WIDTH], out=result[:, start : start + _WIDTH])
 
-    each(columns, range(0, b.shape[1], _WIDTH))
+    def rows(start: int) -> None:
+        np.matmul(a[start : start + _WIDTH], b, out=result[start : start + _WIDTH])
+
+    if b.shape[1] >= 2 * _WIDTH:
+        each(columns, range(0, b.shape[1], _WIDTH))
+    else:
+        each(rows, range(0, len(a), _WIDTH))
     return result
 
 

@@ -93,7 +93,7 @@ def test_products_run_in_one_thread_and_then_as_before() -> None:
     assert counts() == before
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5), (40, 700, 2900), (128, 600, 1024)])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (40, 700, 2900), (128, 600, 1024), (2900, 700, 40)])
 def test_a_product_that_threads_share_is_that_product(four: None, shape: tuple[int, int, int]) -> None:
     m, k, n = shape
     rng = np.random.default_rng(2)
