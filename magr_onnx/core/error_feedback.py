@@ -17,17 +17,18 @@ and ``a`` is chosen for the least error on the rows of folds that are held out i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from magr_onnx.core.linalg import damped, solve, transposed_product
+from magr_onnx.core.linalg import damped, solver, transposed_product
 from magr_onnx.core.product import Product
 from magr_onnx.core.types import Array, LayerStats, TargetMoments, column_parts
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1)
+KEPT = 2048  # inputs up to which layers that share statistics share factors, of all dampings
 SAMPLE = 64  # output channels the damping is chosen on
 
 
@@ -118,4 +119,9 @@ def _step(weights: Array, stats: LayerStats, target: TargetMoments, damping: flo
     cross = target.cross[:, :]
     if centred:
         cross = cross - np.outer(stats.mean, target.mean)
-    return solve(damped(stats.regularized(centred), damping), cross - gram @ weights)
+    key, few = ("feedback", centred, damping), len(stats.mean) <= KEPT
+
+    def factor() -> Callable[[Array], Array]:
+        return solver(damped(stats.regularized(centred), damping))
+
+    return (stats.memo(key, factor) if few else factor())(cross - gram @ weights)

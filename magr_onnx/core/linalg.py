@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -82,6 +83,7 @@ def automatic_damping(k: int, rows: int) -> float:
 
 _BLOCK = 64  # columns of a factor made at a time
 _WIDE = 2048  # from so many columns on, eight of its parts
+_TRIANGLE = 128  # unknowns that a triangular solve finds at a time
 _PIVOT = 1e-6  # of a diagonal element, for each input: what a pivot must exceed for a factor in single precision
 
 
@@ -157,9 +159,29 @@ def _factor(matrix: Array) -> Array:
     return matrix
 
 
-def solve(gram: Gram, x: Array) -> Array:
-    """Return ``gram^-1 X`` for ``X (K, N)`` float64."""
-    return gram.solve(x) if isinstance(gram, RowGram) else np.linalg.solve(gram, x)
+def solver(gram: Gram) -> Callable[[Array], Array]:
+    """Factor a positive definite ``gram``; return the function ``X -> gram^-1 X`` of ``X (K, N)`` float64.
+
+    In single precision, where a factor of it is good enough for that (`cholesky`).
+    """
+    if isinstance(gram, RowGram):
+        return gram.solve
+    lower = _single(gram.astype(np.float32))
+    if lower is None:
+        return lambda x: np.linalg.solve(gram, x)
+    k = len(lower)
+    blocks = [slice(at, min(at + _TRIANGLE, k)) for at in range(0, k, _TRIANGLE)]
+    inverses = [np.linalg.inv(lower[b, b]) for b in blocks]
+
+    def solve(x: Array) -> Array:
+        result: Array = x.astype(np.float32)
+        for b, inverse in zip(blocks, inverses, strict=True):
+            result[b] = inverse @ (result[b] - threads.product(lower[b, : b.start], result[: b.start]))
+        for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
+            result[b] = inverse.T @ (result[b] - threads.product(lower[b.stop :, b].T, result[b.stop :]))
+        return result
+
+    return solve
 
 
 def left_product(x: Array, gram: Gram, out: Array) -> None:

@@ -16,7 +16,7 @@ from magr_onnx.report.validation import Latency
 from magr_onnx.runtime.data.sources import Batches
 from magr_onnx.runtime.measure.int8_inputs import is_causal, time_int8
 from magr_onnx.runtime.measure.layer_errors import output_elements, some
-from magr_onnx.runtime.measure.validate import validate
+from magr_onnx.runtime.measure.validate import comparing_with
 from magr_onnx.runtime.ort.session import Arithmetic
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.prepare import Prepared
@@ -86,25 +86,25 @@ def _accurate(
 ) -> tuple[Sequence[ir.Node], float]:
     """Leave out layers with many bits as far as int8 inputs cost too much there; the others, and what they cost (dB), or NaN."""
 
-    def decibels() -> dict[str, float]:
-        assert data is not None
-        few, usual = some(data, output_elements(prepared.model, data)), Arithmetic.DEFAULT
-        compared = validate(
-            prepared.reference, solved.model, few, provider=context.provider, arithmetics=(usual,), mask=context.mask, details=()
-        )
-        return {m.output: m.sqnr_db for m in compared.arithmetics[str(usual)]}
+    bits = sorted({attribute_of(node, "bits", 4) for node in nodes}, reverse=True)
+    if data is None:
+        return [node for node in nodes if attribute_of(node, "bits", 4) <= UNMEASURED_BITS], math.nan
+    if not nodes:
+        return [], math.nan
+    few = some(data, output_elements(prepared.model, data))
+    with comparing_with(prepared.reference, few, context.provider, context.mask) as compare:
 
-    before = decibels() if data is not None and nodes else {}
-    for most in sorted({attribute_of(node, "bits", 4) for node in nodes}, reverse=True):
-        fewer = [node for node in nodes if attribute_of(node, "bits", 4) <= most]
-        if data is None:
-            if most <= UNMEASURED_BITS:
-                return fewer, math.nan
-            continue
-        emitter.decide(fewer, True)
-        after = decibels()
-        emitter.decide(fewer, False)
-        loss = max((before[name] - after[name] for name in before), default=0.0)
-        if loss <= MOST_LOSS:
-            return fewer, loss
+        def decibels() -> dict[str, float]:
+            metrics, _ = compare(solved.model, Arithmetic.DEFAULT, None)
+            return {m.output: m.sqnr_db for m in metrics}
+
+        before = decibels()
+        for most in bits:
+            fewer = [node for node in nodes if attribute_of(node, "bits", 4) <= most]
+            emitter.decide(fewer, True)
+            after = decibels()
+            emitter.decide(fewer, False)
+            loss = max((before[name] - after[name] for name in before), default=0.0)
+            if loss <= MOST_LOSS:
+                return fewer, loss
     return [], math.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,16 +209,45 @@ def _compare_in_turn(
     """Compare outputs with one session open at a time."""
     metrics, notes = dict[str, tuple[OutputMetrics, ...]](), list[str]()
     parts = len(arithmetics) + 1
+    with comparing_with(float_model, data, provider, mask, output_names(quantized_model), part_of(progress, 0, parts)) as compare:
+        for i, arithmetic in enumerate(arithmetics):
+            metrics[str(arithmetic)], notes = compare(quantized_model, arithmetic, part_of(progress, i + 1, parts))
+    return metrics, notes
+
+
+@contextlib.contextmanager
+def comparing_with(
+    float_model: Model,
+    data: Batches,
+    provider: str,
+    mask: str | None = None,
+    outputs: Collection[str] | None = None,
+    progress: Steps | None = None,
+) -> Iterator[Callable[[Model, Arithmetic, Steps | None], tuple[tuple[OutputMetrics, ...], list[str]]]]:
+    """Run the float model once; yield the function that compares another with it, so that one session is open at a time.
+
+    Args:
+        float_model: The reference.
+        data: Batches that fit all models.
+        provider: Where to run them.
+        mask: As in `validate`.
+        outputs: Names of those to compare; None for all.
+        progress: Called with steps done and in total while the float model runs.
+
+    Raises:
+        RuntimeFailure: The model does not load or run; the function raises what `compare_outputs` does.
+    """
     with Session(float_model, provider) as session:
         masked = masked_outputs(session, session.outputs, data, mask)
-        recording = Recording(session, data, output_names(quantized_model), part_of(progress, 0, parts))
+        recording = Recording(session, data, session.outputs if outputs is None else outputs, progress)
+
+    def compare(model: Model, arithmetic: Arithmetic, progress: Steps | None) -> tuple[tuple[OutputMetrics, ...], list[str]]:
+        with Session(model, provider, arithmetic) as session:
+            metrics, notes = compare_outputs(recording, {"": session}, data, mask, progress, masked)
+        return metrics[""], notes
+
     with recording:
-        for i, arithmetic in enumerate(arithmetics):
-            with Session(quantized_model, provider, arithmetic) as session:
-                sessions = {str(arithmetic): session}
-                found, notes = compare_outputs(recording, sessions, data, mask, part_of(progress, i + 1, parts), masked)
-            metrics |= found
-    return metrics, notes
+        yield compare
 
 
 def compare_outputs(

@@ -11,7 +11,7 @@ import pytest
 from magr_onnx.core import error_feedback, low_rank, magr
 from magr_onnx.core.gram import LEAST_WIDTH, SHARE, RowGram, dense, few
 from magr_onnx.core.grid import choose
-from magr_onnx.core.linalg import column_errors, damped, lambda_max, left_product, solve
+from magr_onnx.core.linalg import column_errors, damped, lambda_max, left_product, solver
 from magr_onnx.core.moments import MomentAccumulator, OutputAccumulator, pooled, split_stats
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
 from magr_onnx.core.quantizers import QUANTIZERS, comq, cross_validation, gptq, two_sided
@@ -82,7 +82,7 @@ def test_operations_are_those_of_the_matrix() -> None:
     np.testing.assert_allclose(gram @ x[:, 0], h @ x[:, 0], rtol=1e-5, atol=1e-6)
     left_product(x.T, gram, out)
     np.testing.assert_allclose(out, x.T @ h, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(solve(gram, x), np.linalg.solve(h, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(solver(gram)(x), np.linalg.solve(h, x), rtol=1e-4, atol=1e-5)
     rows = np.array([5, 3, 40])
     np.testing.assert_allclose(gram.block(rows), h[np.ix_(rows, rows)], rtol=1e-5)
     one, two = slice(0, 50), slice(50, K)

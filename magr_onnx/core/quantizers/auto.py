@@ -2,7 +2,8 @@
 
 A layer is first solved several times on a sample of its output channels (columns are independent, so a sample is representative) from
 the rows that are not held out, and evaluated on the held-out ones: MagR's strength (including 0), damping and act-order, one after the
-other, each from the best so far. Strengths are tried as columns of one solve, and a larger damping only where a smaller one is no better.
+other, each from the best so far. Without MagR and with it are columns of one solve; a greater strength is tried only where it gains, and a
+larger damping only where a smaller one is no better.
 All channels are then solved from all rows with the chosen options: MagR, GPTQ, coordinate descent with scale refits, and grid refits
 (scale and zero point) in between; a step that raises its error is rejected. With second moments of gradients,
 `magr_onnx.core.quantizers.two_sided` solves the layer instead, with the same options.
@@ -88,8 +89,8 @@ def _choose(parts: list[cross_validation.Fold], problem: Problem, options: Optio
     best = replace(usual, damping=damping)
     if options.alpha is None and usual.alpha > 0:
         choices = [replace(best, alpha=usual.alpha * a) for a in (0.0, *ALPHAS)]
-        error(*choices)  # in one solve
-        best = better(*choices)
+        error(*choices[:2])  # in one solve
+        best = better(*choices) if error(choices[1]) < error(choices[0]) else choices[0]
     if options.damping is None:
         for factor in DAMPINGS:
             if error(other := replace(best, damping=damping * factor)) < error(best):  # then the other side is worse
