@@ -125,7 +125,7 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
                 values[index].const_value = external_tensor(tensors[index], str(values[index].name), name, offset, folder)
         for value in model_values(model):
             if value.const_value is not None and isinstance(value.const_value, ir.ExternalTensor) and value.const_value.base_dir != folder:
-                value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.const_value.name, dtype=value.const_value.dtype)
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.const_value.name, dtype=value.const_value.dtype)
         _write_protobuf(model, temporary)
         if verify is not None:
             verify(temporary)
