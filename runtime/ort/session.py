@@ -289,6 +289,7 @@ def _options(arithmetic: Arithmetic, threads: int, lean: bool, spinning: bool) -
     options.intra_op_num_threads = threads
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_mem_pattern = False  # which takes memory for the outputs twice over
     if arithmetic is Arithmetic.UNOPTIMIZED or lean:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif arithmetic is Arithmetic.FLOAT_QDQ:
