@@ -167,7 +167,7 @@ class _Search:
             numbers |= self._moved(node, numbers)
         mine = numbers.get(id(value))
         width = self.heads.width
-        rows = None if mine is None or mine.size % width else mine.reshape(-1, width)
+        rows = None if mine is None or not mine.size or mine.size % width else mine.reshape(-1, width)
         if rows is None or not (rows == rows[:, :1] + np.arange(width)).all():
             self.problem(value.producer(), "takes them from what cannot be followed")
         elif self._reads_others(source, value, numbers, np.unique(rows)):
@@ -202,4 +202,4 @@ class _Search:
         if array is None:
             return {}
         moved = self.facts.moved(node, array)
-        return {id(value): part for value, part in zip(node.outputs, moved, strict=False)}
+        return {id(value): part for value, part in zip(node.outputs, moved, strict=False) if part.size}  # an axis of unknown length has 1

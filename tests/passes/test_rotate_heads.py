@@ -164,6 +164,15 @@ def test_every_reason_is_given() -> None:
 
     assert "both (Relu) reads them together with others" in refused(lambda b, v, y: None, also)
 
+    def windowed(b: Builder, x: ir.Value, bias: bool) -> list[ir.Value]:
+        """Values of which a part of time is read elsewhere."""
+        q, k, v = fused_last(b, x, bias)
+        last = b.node("Slice", [v.producer().inputs[0].producer().inputs[0], ints(b, 1), ints(b, T), ints(b, 1)])  # type: ignore[list-item, union-attr]
+        b.node("Relu", [last], "both")
+        return [q, k, v]
+
+    assert "both (Relu) reads them" in refused(lambda b, v, y: None, windowed)
+
     def gated(b: Builder, x: ir.Value, bias: bool) -> list[ir.Value]:
         q, k, v = separate(b, x, bias)
         return [q, k, b.node("Tanh", [v], "gate")]

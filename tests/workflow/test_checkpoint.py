@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fake": {"pipeline_text": "magr{alpha=1e-3},quantize{method=gptq},compensate-bias"},
     "mixed": {"effort": "fast", "target_size": "70%"},
     "equalized": {"effort": "fast", "equalize": True},
+    "rotated": {"effort": "fast", "rotate": "auto"},
     "in stages": {"effort": "fast", "max_memory": "1kB"},
     "data-free": {"effort": "fast"},
 }
