@@ -51,15 +51,17 @@ class Heads:
 
 def find_heads(model: ir.Model) -> list[Heads]:
     """Find the values of every attention of the main graph: what is multiplied by a Softmax."""
-    facts, found = Facts(model), list[Heads]()
+    facts, found, seen = Facts(model), list[Heads](), set[int]()
     for node in model.graph:
         if operator_of(node) == "MatMul" and id(node) not in facts.reading and _is_probabilities(node.inputs[0]):
+            if id(node.inputs[1]) in seen:  # attentions that share their values are one
+                continue
             width = facts.row_width(node.inputs[1])
             search = _Search(facts, Heads(width or 0, layer_name(node)))
             if width is None:
                 search.problem(node, "has values of unknown width")
             elif width > 1 and node.inputs[1] is not None:
-                search.follow(node.inputs[1])
+                seen |= search.follow(node.inputs[1])
             found.append(search.heads)
         elif operator_of(node) in _FUSED:
             search = _Search(facts, Heads(0, layer_name(node)))
@@ -91,13 +93,15 @@ class _Search:
     def problem(self, node: ir.Node | None, text: str) -> None:
         self.heads.problems[text if node is None else f"{layer_name(node)} ({node.op_type}) {text}"] = None
 
-    def follow(self, start: ir.Value) -> None:
+    def follow(self, start: ir.Value) -> set[int]:
+        """Collect everything that a rotation of a value entails; the identities of all values that it turns."""
         pending = [start]
         while pending:
             value = pending.pop()
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
                 pending += [*self._behind(value), *self._ahead(value)]
+        return set(self._seen)
 
     def _behind(self, value: ir.Value) -> Iterator[ir.Value]:
         """Record what makes a value, or yield what it is made of."""

@@ -242,24 +242,25 @@ class Rotate(Rewrite):
 
     def _rotate_heads(self, model: ir.Model, names: Sequence[str], context: Context) -> tuple[bool, list[str]]:
         """Rotate the values of all attentions where that can be done, if it is exact and pays."""
-        found = [heads for heads in find_heads(model) if heads.readers or heads.problems]
-        chosen = {heads.start: self._choose(heads, names, context.spec) for heads in found if not heads.problems}
+        found = find_heads(model)
+        refused = [heads for heads in found if heads.problems]
+        chosen = {i: self._choose(heads, names, context.spec) for i, heads in enumerate(found) if heads.readers and not heads.problems}
         notes = []
-        if refused := [heads for heads in found if heads.problems]:
+        if refused:
             problems = listed(list(refused[0].problems), "; ")
             notes.append(f"rotate: the values of {len(refused)} of {len(found)} attentions are not rotated: {problems}")
         if not chosen:
             return False, notes
 
         def turn(target: ir.Model) -> None:
-            for heads in find_heads(target):
-                if heads.start in chosen:
-                    rotate_heads(heads, chosen[heads.start])
+            for i, heads in enumerate(find_heads(target)):
+                if i in chosen:
+                    rotate_heads(heads, chosen[i])
                     context.spill(target)
 
-        layers = [layer for heads in found if heads.start in chosen for layer in heads.readers.values()]
-        verdict = self._judge(model, names, turn, layers, context)
-        what = f"the values of {len(chosen)} attentions, heads of {listed(sorted({str(heads.width) for heads in found}))} channels"
+        verdict = self._judge(model, names, turn, [layer for i in chosen for layer in found[i].readers.values()], context)
+        widths = listed(sorted({str(found[i].width) for i in chosen}))
+        what = f"the values of {len(chosen)} attentions, heads of {widths} channels"
         if verdict.accepted:
             turn(model)
         said = f"rotate: rotated {what}" if verdict.accepted else f"rotate: {what} are not rotated"

@@ -142,6 +142,23 @@ def test_the_pass_rotates_them_and_says_so(name: str) -> None:
     assert any("rotated the values of 1 attentions" in note and "float outputs differ by" in note for note in report.notes)
 
 
+def test_attentions_that_share_their_values_are_turned_once() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", T, K])
+    q, k, v = separate(b, x, True)
+    ends = []
+    for i, query in enumerate((q, k)):
+        scores = b.node("Softmax", [b.node("MatMul", [query, b.node("Transpose", [k], perm=[0, 1, 3, 2])])], axis=-1)
+        mixed = b.node("Transpose", [b.node("MatMul", [scores, v], f"mixed{i}")], perm=[0, 2, 1, 3])
+        ends.append(layer(b, b.node("Reshape", [mixed, ints(b, 0, T, K)]), f"out{i}", 24, 9 + i, True))
+    model = b.model(b.node("Add", ends, "both"), ["batch", T, 24])
+    y = outputs(model)
+    (heads,) = find_heads(model)
+    assert sorted(found.name for found in heads.readers.values()) == ["out0", "out1"]
+    Rotate(steps=0).rewrite(model, Context())
+    np.testing.assert_allclose(outputs(model), y, atol=1e-5 * np.abs(y).max())
+
+
 def test_every_reason_is_given() -> None:
     def refused(change: Callable[[Builder, ir.Value, ir.Value], ir.Value | None], form: Form = separate) -> str:
         model = attention(form, False, change)
