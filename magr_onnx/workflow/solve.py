@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -358,9 +359,8 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
         if not done.rows:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
         complete = completing(gathered, models.tapped, hessian, calibration)
-        run_layers(plan, group, partial(_known, gathered.stats), partial(done.finish, context), complete, plans, context.store)
-        gathered.stats.clear()  # the next ones are made while this loop still holds these
-        gathered.targets.clear()
+        finished = _releasing(partial(done.finish, context), group, gathered)
+        run_layers(plan, group, partial(_known, gathered.stats), finished, complete, plans, context.store)
         context.lap("quantize")
     if setup.tied:
         nodes = {str(node.name): node for node in work.graph}
@@ -383,6 +383,24 @@ def _rows(done: _Round, setup: _Setup, begun: Sequence[LayerRow], model: ir.Mode
         rows.append(replace(row, notes=(*row.notes, *remarks[name]), added=added.get(name) if readers(layer) else None))
     depth = depths(model, {row.name for row in rows})
     return with_unique_scopes(replace(row, depth=depth.get(row.name)) for row in rows)
+
+
+def _releasing(
+    finished: Callable[[SolvedLayer], None], group: Sequence[LinearLayer], gathered: moments.CalibrationResult
+) -> Callable[[SolvedLayer], None]:
+    """Let go of statistics, and of what was computed from them, as soon as all layers that share them are finished."""
+    reads = {layer.name: layer.reads for layer in group}  # a finished layer has no inputs any more
+    remaining = Counter(reads.values())
+
+    def release(solved: SolvedLayer) -> None:
+        finished(solved)
+        name = reads[solved.layer.name]
+        gathered.targets.pop(solved.layer.name, None)
+        remaining[name] -= 1
+        if not remaining[name]:
+            gathered.stats.pop(name, None)
+
+    return release
 
 
 def _known(stats: Mapping[str, LayerStats], layer: LinearLayer) -> LayerStats | None:
