@@ -147,6 +147,8 @@ def _save(model: ir.Model, output: Path, folder: Path, verify: Callable[[Path], 
                 current.base_dir = output.parent
             else:
                 value.const_value = tensor
+                if tensor is not None:
+                    release_mmap(tensor)
     outdated = {path for path in previous_files - {output.parent / name for name in names} if is_data_file_of(path, output)}
     if outdated:
         read = {path for model_path in output.parent.glob("*.onnx") if model_path != output for path in data_files(model_path)}

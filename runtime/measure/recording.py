@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from magr_onnx.model_io.writing import data_files
 from magr_onnx.passes.graph.kv_cache import pairs
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.sources import Batches, Steps, with_progress
-from magr_onnx.runtime.ort.session import Batch, Model, Runner, Session
+from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Runner, Session
 
 LARGE = 1 << 30  # bytes of two models together, from which one is loaded at a time
 IN_MEMORY = 64 << 20  # bytes of outputs; the rest is written to a temporary folder
@@ -42,16 +43,22 @@ def output_names(model: Model) -> list[str]:
     return [str(value.name) for value in graph.outputs]
 
 
+def open_alone(model: Model, provider: str, arithmetic: Arithmetic = Arithmetic.DEFAULT, **options: Any) -> Session:
+    """Open a session on a large model once what is left of others is gone: graphs are cycles of references, which keep their tensors."""
+    gc.collect()
+    return Session(model, provider, arithmetic, **options)
+
+
 @contextlib.contextmanager
 def first_of_two(model: Model, provider: str, data: Batches, large: bool) -> Iterator[Runner]:
     """Open the model that another is compared with on all batches of the data: where they are ``large``, its recording."""
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(Session(model, provider))
         if not large:
-            yield session
+            yield stack.enter_context(Session(model, provider))
             return
-        recording = stack.enter_context(Recording(session, data, session.outputs))
-        session.close()
+        with open_alone(model, provider) as session:
+            recording = stack.enter_context(Recording(session, data, session.outputs))
+        gc.collect()
         yield recording
 
 

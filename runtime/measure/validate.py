@@ -21,7 +21,7 @@ from magr_onnx.runtime.data.sources import Batches, Steps, part_of, with_progres
 from magr_onnx.runtime.measure.batch_effect import batch_effect
 from magr_onnx.runtime.measure.layer_errors import BATCHES, layer_errors, row_parts, without_equal_nonfinite
 from magr_onnx.runtime.measure.operators import operator_shares, rounds_activations
-from magr_onnx.runtime.measure.recording import Recording, are_large, bytes_of, output_names
+from magr_onnx.runtime.measure.recording import Recording, are_large, bytes_of, open_alone, output_names
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Model, Runner, Session, as_floats
 
 MIN_RUNS = 5  # of each model for a latency, however long they take
@@ -237,12 +237,12 @@ def comparing_with(
     Raises:
         RuntimeFailure: The model does not load or run; the function raises what `compare_outputs` does.
     """
-    with Session(float_model, provider) as session:
+    with open_alone(float_model, provider) as session:
         masked = masked_outputs(session, session.outputs, data, mask)
         recording = Recording(session, data, session.outputs if outputs is None else outputs, progress)
 
     def compare(model: Model, arithmetic: Arithmetic, progress: Steps | None) -> tuple[tuple[OutputMetrics, ...], list[str]]:
-        with Session(model, provider, arithmetic) as session:
+        with open_alone(model, provider, arithmetic) as session:
             metrics, notes = compare_outputs(recording, {"": session}, data, mask, progress, masked)
         return metrics[""], notes
 
@@ -352,7 +352,7 @@ def latency(float_model: Model, quantized_model: Model, data: Batches, provider:
 
     if are_large(float_model, quantized_model):
         for of_model, model in zip(times, (float_model, quantized_model), strict=True):
-            with Session(model, provider, threads=threads, spinning=True) as session:
+            with open_alone(model, provider, threads=threads, spinning=True) as session:
                 session.run(batch)
                 of_model += [milliseconds(session) for _ in range(MIN_RUNS)]
         return _latency(*times)
