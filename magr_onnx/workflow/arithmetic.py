@@ -92,7 +92,7 @@ def _accurate(
     if not nodes:
         return [], math.nan
     few = some(data, output_elements(prepared.model, data))
-    with comparing_with(prepared.reference, few, context.provider, context.mask) as compare:
+    with comparing_with(prepared.reference, few, context.provider, context.mask, losses=False) as compare:
 
         def decibels() -> dict[str, float]:
             metrics, _ = compare(solved.model, Arithmetic.DEFAULT, None)

@@ -125,8 +125,10 @@ def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.
     kept, rows, targets = counted.reshape(-1), logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1, 1).astype(np.int64)
     total = 0.0
     for part in row_parts(rows.shape):
-        log_probabilities = log_softmax(rows[part][kept[part]].astype(np.float64))
-        total -= float(np.take_along_axis(log_probabilities, targets[part][kept[part]], axis=-1).sum())
+        values = rows[part][kept[part]].astype(np.float64)
+        values -= values.max(axis=-1, keepdims=True)
+        of_tokens = np.take_along_axis(values, targets[part][kept[part]], axis=-1)
+        total += float((np.log(np.exp(values, out=values).sum(axis=-1)) - of_tokens[:, 0]).sum())
     return total, int(kept.sum())
 
 
@@ -223,6 +225,7 @@ def comparing_with(
     mask: str | None = None,
     outputs: Collection[str] | None = None,
     progress: Steps | None = None,
+    losses: bool = True,
 ) -> Iterator[Callable[[Model, Arithmetic, Steps | None], tuple[tuple[OutputMetrics, ...], list[str]]]]:
     """Run the float model once; yield the function that compares another with it, so that one session is open at a time.
 
@@ -233,6 +236,7 @@ def comparing_with(
         mask: As in `validate`.
         outputs: Names of those to compare; None for all.
         progress: Called with steps done and in total while the float model runs.
+        losses: As in `compare_outputs`.
 
     Raises:
         RuntimeFailure: The model does not load or run; the function raises what `compare_outputs` does.
@@ -243,7 +247,7 @@ def comparing_with(
 
     def compare(model: Model, arithmetic: Arithmetic, progress: Steps | None) -> tuple[tuple[OutputMetrics, ...], list[str]]:
         with open_alone(model, provider, arithmetic) as session:
-            metrics, notes = compare_outputs(recording, {"": session}, data, mask, progress, masked)
+            metrics, notes = compare_outputs(recording, {"": session}, data, mask, progress, masked, losses)
         return metrics[""], notes
 
     with recording:
@@ -257,6 +261,7 @@ def compare_outputs(
     mask: str | None,
     progress: Steps | None = None,
     masked: Collection[str] | None = None,
+    losses: bool = True,
 ) -> Compared:
     """Compare the outputs of several sessions with those of one, which runs once.
 
@@ -267,6 +272,7 @@ def compare_outputs(
         mask: Input whose zero elements mark rows to leave out of the metrics.
         progress: Called with steps done and in total.
         masked: The outputs that follow the mask, where that is known.
+        losses: Whether to measure what is of logits only: top-1, KL, the loss of the next token. It takes most of the time.
 
     Returns:
         The metrics of the outputs that all have, by name of the session, and notes on those that were not compared.
@@ -287,11 +293,11 @@ def compare_outputs(
                 if y is None or y_hat is None:
                     skipped[name] = "not floats"
                 elif y.shape == y_hat.shape:
-                    sums[key][name].add(y, y_hat, batch, masks[name], is_logits(name, np.ndim(y)), data.weight(index))
+                    sums[key][name].add(y, y_hat, batch, masks[name], losses and is_logits(name, np.ndim(y)), data.weight(index))
                 else:
                     skipped[name] = "of other shapes than the float model's"
     compared = next(iter(sums.values()), {})
-    if [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
+    if losses and [s.rows > 0 and s.rank >= 2 and not s.logits for s in compared.values()] == [True]:
         notes.append(f"top-1 and KL are of outputs called logits, and this one is called {next(iter(compared))}")
     for reason in dict.fromkeys(skipped.values()):
         names = sorted(name for name in skipped if skipped[name] == reason)
