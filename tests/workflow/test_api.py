@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import scipy.special
 
 import magr_onnx
 from magr_onnx.cli.commands import demo
@@ -64,6 +65,20 @@ def added(held_out: np.ndarray, float_loss: float, **options: Any) -> float:
     return loss(model, held_out) - float_loss
 
 
+def divergence(held_out: np.ndarray, **options: Any) -> float:
+    """KL divergence (nats a token) of the float model's predictions on held-out text from those of the emitted model.
+
+    Of so little text it says more than the cross-entropy, which is lower or higher by chance.
+    """
+    model, _ = magr_onnx.optimize(bundled.MODEL, **options)
+    nats: list[float] = []
+    with Session(bundled.MODEL) as reference, Session(model) as session:
+        for batch in in_batches(held_out):
+            p, q = (scipy.special.log_softmax(s.run(batch)[0].astype(np.float64), axis=-1) for s in (reference, session))
+            nats.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean()))
+    return float(np.mean(nats))
+
+
 PLAIN: dict[str, Any] = {"quantizer": "rtn", "alpha": 0.0, "beta": 1.0, "bias": "none"}
 TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bias": "none", "damping": 0.01, "act_order": False}
 
@@ -73,13 +88,13 @@ TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bia
 def test_defaults_beat_textbook_gptq_beats_rounding(
     bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float, samples: Batches
 ) -> None:
-    rtn, gptq, fast, ours = (
-        added(held_out, float_loss, calibration=samples, bits=bits, block_size=block, **o)
-        for o in (PLAIN, TEXTBOOK, {"effort": "fast"}, {})
+    rtn, gptq, fast = (
+        added(held_out, float_loss, calibration=samples, bits=bits, block_size=block, **o) for o in (PLAIN, TEXTBOOK, {"effort": "fast"})
     )
     assert fast < bound * gptq
-    assert ours < (1.15 if bits == 4 else 1) * fast  # at 4 bits a third of what is left is chance; seen: 0.72, 0.80, 0.89
     assert gptq < 0.9 * rtn
+    quick, ours = (divergence(held_out, calibration=samples, bits=bits, block_size=block, effort=effort) for effort in ("fast", "balanced"))
+    assert ours < 0.95 * quick
 
 
 def test_float_model_is_well_trained(float_loss: float) -> None:

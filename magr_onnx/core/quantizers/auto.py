@@ -116,10 +116,11 @@ def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = Fal
     gram = problem.damped_gram(choice.damping).astype(np.float32, order="C", copy=False)
     feedback = gptq.prepared(problem, choice.damping, choice.act_order)
     reduced, reduction = _reduced(problem, choice)
+    power = problem.gram.diagonal()
 
     def solve(c: slice) -> Refined:
         target, weights = np.ascontiguousarray(problem.target[:, c]), reduced[:, c]
-        start = gptq.solve(weights, feedback, choose(weights, problem.spec, problem.gram.diagonal(), options.beta))
+        start = gptq.solve(weights, feedback, choose(weights, problem.spec, power, options.beta))
         refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
         if quick or not options.rescale or options.sweeps <= SWEEPS:
             return refined
