@@ -25,7 +25,7 @@ from magr_onnx.report.validation import LayerMetrics
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import dimensions_of, kept_rows, masked_values
 from magr_onnx.runtime.data.sources import Batches
-from magr_onnx.runtime.measure.recording import are_large, first_of_two
+from magr_onnx.runtime.measure.recording import first_of_two
 from magr_onnx.runtime.ort.session import Model, Session
 
 BATCHES, SAMPLES = 4, 64  # that layers are measured on, spread over the data: so many batches, or so many samples in more batches
@@ -85,7 +85,13 @@ class _Sums:
 
 
 def layer_errors(
-    float_model: Model, quantized_model: Model, data: Batches, provider: str = "cpu", mask: str | None = None, budget: int = BUDGET
+    float_model: Model,
+    quantized_model: Model,
+    data: Batches,
+    provider: str = "cpu",
+    mask: str | None = None,
+    budget: int = BUDGET,
+    large: bool = False,
 ) -> tuple[LayerMetrics, ...]:
     """Measure the error at every quantized layer whose output has the same name in both main graphs.
 
@@ -98,6 +104,7 @@ def layer_errors(
         provider: Where to run both.
         mask: Input whose zero elements mark rows to leave out, where a layer's output has a row for each.
         budget: Bytes that the outputs of all layers may take in a batch, of each model.
+        large: Whether one of them is loaded at a time.
 
     Raises:
         RuntimeFailure: A model does not load or run.
@@ -118,7 +125,6 @@ def layer_errors(
     followers = masked_values(models[0], names, CalibrationContext(data, mask, provider))
     sums = [_Sums() for _ in outputs]
     exposed = [_expose(model, outputs, step) for model in models]
-    large = are_large(float_model, quantized_model)
     with first_of_two(exposed[0], provider, data, large) as reference, Session(exposed[1], provider) as session:
         for index, batch in enumerate(data):
             counted = None if mask is None else current_mask(batch, mask)[..., ::step]

@@ -32,9 +32,9 @@ def bytes_of(model: Model) -> int:
     return sum(path.stat().st_size for path in (Path(model), *data_files(Path(model))))
 
 
-def are_large(*models: Model) -> bool:
-    """Return whether models take so much memory that one is loaded at a time."""
-    return sum(map(bytes_of, models)) >= LARGE
+def are_large(*sizes: int) -> bool:
+    """Return whether models of so many bytes take so much memory that one is loaded at a time."""
+    return sum(sizes) >= LARGE
 
 
 def output_names(model: Model) -> list[str]:

@@ -160,9 +160,15 @@ def validate(
         ModelError: The models have no output in common.
         RuntimeFailure: A model does not load or run.
     """
-    outputs, notes = (_compare_in_turn if are_large(float_model, quantized_model) else _compare)(
-        float_model, quantized_model, data, provider, arithmetics, mask, progress
-    )
+    sizes = bytes_of(float_model), bytes_of(quantized_model)
+    large = are_large(*sizes)
+    if large:
+        outputs, notes = _compare_in_turn(float_model, quantized_model, data, provider, arithmetics, mask, progress)
+    else:
+        with contextlib.ExitStack() as stack:
+            reference = stack.enter_context(Session(float_model, provider))
+            sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
+            outputs, notes = compare_outputs(reference, sessions, data, mask, progress)
     if "batch" in details:
         notes += batch_effect(float_model, quantized_model, data.limit(BATCHES), provider)
     return Validation(
@@ -170,10 +176,9 @@ def validate(
         len(data),
         provider,
         outputs,
-        _layers(float_model, quantized_model, data, provider, mask, notes) if "layers" in details else (),
-        _timed(float_model, quantized_model, data, provider) if "latency" in details else None,
-        bytes_of(float_model),
-        bytes_of(quantized_model),
+        _layers(float_model, quantized_model, data, provider, mask, large, notes) if "layers" in details else (),
+        _timed(float_model, quantized_model, data, provider, large) if "latency" in details else None,
+        *sizes,
         tuple(dict.fromkeys([*data.notes, *notes])),
         data.samples,
     )
@@ -181,22 +186,6 @@ def validate(
 
 Compared = tuple[dict[str, tuple[OutputMetrics, ...]], list[str]]
 """Metrics of the outputs by name of the session, and notes."""
-
-
-def _compare(
-    float_model: Model,
-    quantized_model: Model,
-    data: Batches,
-    provider: str,
-    arithmetics: Sequence[Arithmetic],
-    mask: str | None,
-    progress: Steps | None,
-) -> Compared:
-    """Compare outputs with all sessions open."""
-    with contextlib.ExitStack() as stack:
-        reference = stack.enter_context(Session(float_model, provider))
-        sessions = {str(a): stack.enter_context(Session(quantized_model, provider, a)) for a in arithmetics}
-        return compare_outputs(reference, sessions, data, mask, progress)
 
 
 def _compare_in_turn(
@@ -324,27 +313,35 @@ def _common_outputs(reference: Runner, sessions: Sequence[Session]) -> tuple[lis
 
 
 def _layers(
-    float_model: Model, quantized_model: Model, data: Batches, provider: str, mask: str | None, notes: list[str]
+    float_model: Model, quantized_model: Model, data: Batches, provider: str, mask: str | None, large: bool, notes: list[str]
 ) -> tuple[LayerMetrics, ...]:
     """Measure errors of layers, or note why not: the models themselves run, but copies of them with more outputs may not."""
     try:
-        return layer_errors(float_model, quantized_model, data, provider, mask)
+        return layer_errors(float_model, quantized_model, data, provider, mask, large=large)
     except RuntimeFailure as error:
         notes.append(f"errors of layers were not measured: {str(error).splitlines()[0]}")
         return ()
 
 
-def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: str) -> Latency:
+def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: str, large: bool) -> Latency:
     """Time both models, and where one computes in integers, find out where the time goes."""
-    times, batch = latency(float_model, quantized_model, data, provider), next(iter(data))
+    times, batch = latency(float_model, quantized_model, data, provider, large=large), next(iter(data))
     if not rounds_activations(quantized_model):
         return times
     shares = [operator_shares(model, batch, provider) for model in (float_model, quantized_model)]
     return replace(times, float_operators=shares[0], quantized_operators=shares[1])
 
 
-def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:
-    """Time both models on the first batch, in turns, for so many seconds or 5 runs each; large ones one after the other.
+def latency(
+    float_model: Model,
+    quantized_model: Model,
+    data: Batches,
+    provider: str,
+    seconds: float = 2.0,
+    threads: int = 0,
+    large: bool = False,
+) -> Latency:
+    """Time both models on the first batch, in turns, for so many seconds or 5 runs each; ``large`` ones one after the other.
 
     ``threads`` as in `Session`; that of a single one is the time it was given by the processor, whatever else runs there.
     """
@@ -356,7 +353,7 @@ def latency(float_model: Model, quantized_model: Model, data: Batches, provider:
         session.run(batch)
         return 1000 * (clock() - start)
 
-    if are_large(float_model, quantized_model):
+    if large:
         for of_model, model in zip(times, (float_model, quantized_model), strict=True):
             with open_alone(model, provider, threads=threads, spinning=True) as session:
                 session.run(batch)
