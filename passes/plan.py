@@ -229,6 +229,12 @@ class Plan:
         return signed or (self.rules is not None and self.rules.gemm_only)
 
     @property
+    def needs_pooling(self) -> bool:
+        """Whether means over space must be a GlobalAveragePool for the runtime to compute them in integers."""
+        table = (self.rules or ort_cpu.RULES).computed
+        return self.input_grids == "static" and "ReduceMean" not in table and "GlobalAveragePool" in table
+
+    @property
     def equalizes(self) -> bool:
         """Whether scales move between channels."""
         return any(rewrite.equalizes for rewrite in self.rewrites)

@@ -4,6 +4,9 @@ What is computed in integers falls into pieces that share no value: between two 
 so that the time of each is its own. A piece has an integer form, with the rounding of what it reads, and a float form; both are timed as
 models of their own, on the values of one sample. Single convolutions inside a piece are not judged: left float there, they would have
 their operands and results converted.
+
+HardSigmoid and HardSwish, which take an Add and a Mul of integers each, join pieces that are timed apart. Whether they do is judged in the
+whole network, where what is float between two pieces in float stays float.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from magr_onnx.errors import MagrError
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit import conv as conv_emitter
 from magr_onnx.passes.emit import tensors as tensor_emitter
+from magr_onnx.passes.emit.hard_activations import ALPHA
 from magr_onnx.passes.graph.constants import constant_view
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.nodes import layer_name
@@ -52,8 +56,9 @@ SLOWER = 1.1
 """Times the float form's time from which a piece stays float: so much must lie below the 95% confidence interval."""
 GAIN = 1.0
 """Times the integer form's time of the whole model below which the confidence interval must lie for anything to stay float."""
-CANDIDATES = (SLOWER, 0.8, 0.0)
-"""Such times above which pieces are left float together: those that win alone, some that win by having float neighbours, and all."""
+CANDIDATES = ((1.5, True), (SLOWER, True), (0.8, True), (0.0, True), (SLOWER, False), (0.8, False))
+"""Such times above which pieces are left float together: those that win by far, those that win alone, some that win by having float
+neighbours, and all; and whether hard activations are in integers between pieces that are."""
 SECONDS, SECONDS_IN_ALL = 0.1, 3.0
 """Of timing a piece, or five runs in each form, and of timing all of them."""
 
@@ -63,7 +68,7 @@ class Floats:
     """What stays float for speed.
 
     Attributes:
-        reasons: Why a convolution does, by its name.
+        reasons: Why a convolution does, or a hard activation between convolutions, by its name.
         notes: Sentences for the report.
     """
 
@@ -88,12 +93,13 @@ def slower(model: ir.Model, plan: Plan, data: Batches | None, options: Mapping[s
     here = find_provider(context.provider).host_memory and plan.accumulator is None and context.store is None
     if not asked or not here or context.memory.large or plan.rules is not None or data is None:
         return Floats()
-    region = integer_region(model, plan, data, context.selection)
+    hard = [layer_name(node) for node in model.graph if node.domain == "" and node.op_type in ALPHA]
+    region = integer_region(model, plan, data, context.selection, hard)
     if region is None:
         return Floats()
     trial = _Trial(plan, data, replace(context, progress=lambda *_: None, on_layer=None, stopwatch=Stopwatch()))
     try:
-        floats = _slower(model, region, trial)
+        floats = _slower(model, region, hard, trial)
     except MagrError as error:
         floats = Floats(notes=(f"convolutions were not timed in integers and in float: {str(error).splitlines()[0]}",))
     context.lap("timing")
@@ -115,7 +121,7 @@ class _Trial:
     context: RunContext
 
     def integer_form(self, model: ir.Model, floats: Collection[str] = ()) -> ir.Model:
-        """Make the integer form of a model or of a part of it, but for convolutions that stay float."""
+        """Make the integer form of a model or of a part of it, but for nodes that stay float."""
         copy, selection = model.clone(), self.context.selection
         Names.rescan(copy.graph)
         region = integer_region(copy, self.plan, self.data, selection, floats)
@@ -123,7 +129,7 @@ class _Trial:
             return copy
         kind, marks = grid_type(self.plan), tensor_emitter.mark(copy.graph, region)
         rounding = Rounding({name: _some_grid(group, kind) for name, group in marks.items()}, dict.fromkeys(floats, ""))
-        result, stage = rounded_copy(copy, rounding.grids), self.plan.convolutions
+        result, stage = rounded_copy(copy, rounding.grids, self.plan), self.plan.convolutions
         assert stage is not None
         for readers in by_weight(non_linear.select_convolutions(result, self.plan, selection)[0]):
             integers = [layer for layer in readers if str(layer.x.name) in rounding.grids and may_be_integer(layer)]
@@ -151,7 +157,7 @@ def _some_grid(group: SharedGrid, kind: GridType) -> ActivationGrid:
     return kind.of_range(max(-1.0, group.low), min(1.0, group.high), group.high)
 
 
-def _slower(model: ir.Model, region: Region, trial: _Trial) -> Floats:
+def _slower(model: ir.Model, region: Region, hard: Sequence[str], trial: _Trial) -> Floats:
     feeds, pieces = _sample(model, next(iter(trial.data))), _pieces(region)
     nodes = [node for piece in pieces for node in piece.convolutions.values()]
     names = [*(name for piece in pieces for name in piece.inputs), *map(_input_name, nodes)]
@@ -166,18 +172,19 @@ def _slower(model: ir.Model, region: Region, trial: _Trial) -> Floats:
         times |= dict.fromkeys(piece.convolutions, measured)
     if not any(each.interval[0] > SLOWER for each in times.values()):
         return Floats()
-    integers, tried = trial.integer_form(model), list[tuple[Latency, list[str]]]()
-    for least in CANDIDATES:
-        floats = [name for name, each in times.items() if each.ratio > least]
-        tried.append((trial.times(integers, trial.integer_form(model, floats), feeds), floats))
-    whole, floats = min(tried, key=lambda each: each[0].ratio)
+    integers, tried = trial.integer_form(model), list[tuple[Latency, list[str], Sequence[str]]]()
+    for least, lowered in CANDIDATES if hard else [each for each in CANDIDATES if each[1]]:
+        floats, left = [name for name, each in times.items() if each.ratio > least], [] if lowered else hard
+        tried.append((trial.times(integers, trial.integer_form(model, [*floats, *left]), feeds), floats, left))
+    whole, floats, left = min(tried, key=lambda each: each[0].ratio)
     if whole.interval[2] >= GAIN:
         return Floats()
     note = (
         f"{len(floats)} of {len(times)} convolutions that could be computed in integers are computed in float, with 8-bit weights: so the "
         f"model takes {whole.ratio:.2f} times as long on this machine as with all in integers (--prefer size leaves them in integers)"
     )
-    return Floats({name: _reason(times[name].ratio) for name in floats}, (note,))
+    activations = dict.fromkeys(left, "computed in float on this machine, as some convolutions around it")
+    return Floats({**activations, **{name: _reason(times[name].ratio) for name in floats}}, (note,))
 
 
 def _reason(ratio: float) -> str:

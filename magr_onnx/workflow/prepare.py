@@ -15,9 +15,10 @@ from magr_onnx.errors import ModelError, OptionError, OutputError, raise_all
 from magr_onnx.model_io import files
 from magr_onnx.model_io.files import Loaded
 from magr_onnx.passes import LinearLayer, Plan, Skip
-from magr_onnx.passes.canonical import as_gemm, requantize
+from magr_onnx.passes.canonical import as_gemm, as_pooling, requantize
 from magr_onnx.passes.graph.fixed_shapes import fix_batch
 from magr_onnx.passes.instrument.inline import inline_and_rename
+from magr_onnx.passes.layers import conv
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.embedding import EmbeddingTable
 from magr_onnx.passes.layers.linear import find
@@ -181,6 +182,8 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     notes += selection.canonical(model, chosen, request.requantize)
     if plan.needs_gemm:
         as_gemm.rewrite(model, find(model, chosen)[0])
+    if plan.needs_pooling and conv.find(model, chosen)[0]:
+        as_pooling.rewrite(model)
     selection.check(model, chosen)
     layers, skips = find(model, chosen)
     unconverted = list(unconverted_weights(model.graph.all_nodes()))

@@ -12,9 +12,11 @@ from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
 from magr_onnx.errors import listed
 from magr_onnx.passes import Plan
+from magr_onnx.passes.emit import hard_activations
 from magr_onnx.passes.emit import tensors as tensor_emitter
 from magr_onnx.passes.graph.inference import inferred_types
 from magr_onnx.passes.graph.names import Names
+from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.layers.conv import ConvLayer
 from magr_onnx.passes.layers.conv import find as find_convolutions
 from magr_onnx.passes.layers.linear import LinearLayer
@@ -185,7 +187,7 @@ def described(what: str, losses: Mapping[str, float], wide: Collection[str], wor
 
 
 def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection: Selection, floats: Collection[str] = ()) -> Region | None:
-    """Find what is computed in integers: the whole graph, or what is between convolutions, but for those named ``floats``.
+    """Find what is computed in integers: the whole graph, or what is between convolutions, but for nodes named ``floats``.
 
     None where nothing is: without ``data`` there are no ranges of activations.
     """
@@ -201,7 +203,8 @@ def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection:
     if not integer or stage is None or stage.form != "integer" or why_float(stage, data) is not None:
         return None
     # onnxruntime 1.32 rounds again behind moves itself, and refuses what it has made of int8 from opset 21 on
-    return region_of(model.graph, [layer.node for layer in integer], RULES, all_moves=grid_type(plan).signed)
+    left_out = {node for node in model.graph if layer_name(node) in floats}
+    return region_of(model.graph, [layer.node for layer in integer], RULES, left_out, all_moves=grid_type(plan).signed)
 
 
 def grid_type(plan: Plan) -> GridType:
@@ -210,9 +213,11 @@ def grid_type(plan: Plan) -> GridType:
     return (plan.rules or RULES).grid_type(plan.activations.type)
 
 
-def rounded_copy(model: ir.Model, grids: Mapping[str, ActivationGrid]) -> ir.Model:
-    """Copy a model with its marked values rounded."""
+def rounded_copy(model: ir.Model, grids: Mapping[str, ActivationGrid], plan: Plan) -> ir.Model:
+    """Copy a model with its marked values rounded, in the form of the runtime that a plan is for."""
     copy = model.clone()
     Names.rescan(copy.graph)
     tensor_emitter.emit(copy.graph, grids)
+    if (plan.rules or RULES).lowered:
+        hard_activations.lower(copy.graph)
     return copy

@@ -180,7 +180,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     floats = context.once("slower in integers", lambda: integer_speed.slower(model, prepared.plan, fit, request.options, context))
     notes += floats.notes
     rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context, floats.reasons)
-    base = rounded_activations.rounded_copy(model, rounding.grids)
+    base = rounded_activations.rounded_copy(model, rounding.grids, prepared.plan)
     tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
     chosen = [] if context.memory.large else conv_sensitivity.choosable(model, prepared.plan, request, context.selection)
     if chosen:  # by the budget, later

@@ -120,7 +120,7 @@ def emit_constants(graph: ir.Graph, rules: Rules, kind: GridType) -> None:
             for index, value in enumerate(node.inputs):
                 array = fixed_array(value)
                 if array is not None and array.dtype == np.float32 and array.size:
-                    _constant(graph, node, index, array, of_node)
+                    round_constant(graph, node, index, array, of_node)
 
 
 def _bits(dequantize: ir.Node | None) -> int:
@@ -135,7 +135,8 @@ def is_rounded(value: ir.Value) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def _constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any], kind: GridType) -> None:
+def round_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any], kind: GridType) -> None:
+    """Write the constant ``array`` that a node reads as codes on a grid of its own and a DequantizeLinear."""
     base = str(node.inputs[index].name)  # type: ignore[union-attr]
     if node.op_type in NORMALIZATIONS and index == 2:  # a bias, in units of the scales of input and factor
         scale = np.asarray(_scale(node, 0) * _scale(node, 1), np.float32)

@@ -15,10 +15,13 @@ RULES = Rules(
         "AveragePool": ANY,
         "Concat": ANY,
         "GlobalAveragePool": ANY,
+        "HardSigmoid": ANY,
+        "HardSwish": ANY,
         "LeakyRelu": ANY,
         "Mul": ANY,
         "Sigmoid": ANY,
     },
+    lowered=True,
     moved={
         "DepthToSpace": ANY,
         "Flatten": ANY,

@@ -77,7 +77,7 @@ class Unit:
         reads: The values that it reads as integers.
         makes: What it puts out, behind an activation that a grid replaces.
         moves: Whether its output is on the grid of the first of ``reads``.
-        low: Least value that the activation allows; else -inf.
+        low: Least value that the activation, or the operator, allows; else -inf.
         high: Greatest value, likewise; else inf.
         exact: See `SharedGrid`.
     """
@@ -97,20 +97,25 @@ class Unit:
         if len(makes) != 1:
             return Unit(node, tuple(reads), tuple(makes), exact=exact)
         value, low, high = _behind_activation(makes[0], rules)
+        if value is makes[0] and node.op_type == "HardSigmoid":
+            low, high = 0.0, 1.0
         return Unit(node, tuple(reads), (value,), False, low, high, exact)
 
 
-def region_of(graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules, *, all_moves: bool = False) -> Region:
+def region_of(
+    graph: ir.Graph, convolutions: Collection[ir.Node], rules: Rules, left_out: Collection[ir.Node] = (), *, all_moves: bool = False
+) -> Region:
     """Find the region around convolutions of a graph.
 
     Args:
         graph: The main graph.
         convolutions: Its convolutions that will have integer weights.
         rules: What the runtime computes in integers.
+        left_out: Other nodes that stay float.
         all_moves: Whether nodes that only move rounded values belong to it even where nothing reads them as integers.
     """
     convs = set(convolutions)
-    units = [unit for node in graph if (unit := _unit(node, convs, rules)) is not None]
+    units = [unit for node in graph if node not in left_out and (unit := _unit(node, convs, rules)) is not None]
     while True:  # those that read only integers and are read as such, or are moves, are left
         inputs = {value for unit in units for value in unit.reads}
         rounded = {value for unit in units for value in (unit.makes if unit.node not in convs else (*unit.reads, *unit.makes))}

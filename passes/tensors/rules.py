@@ -37,6 +37,7 @@ class Rules:
         narrow: Number of an operand that is at most of 8 bits, by operator, where activations have 16.
         gemm_only: Whether a product with a bias is one operator only as a Gemm, so that others are reshaped to it.
         fixed_shapes: Whether all shapes must be known.
+        lowered: Whether HardSigmoid and HardSwish are written as other operators (`magr_onnx.passes.emit.hard_activations`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Rules:
     narrow: Mapping[str, int] = field(default_factory=dict)
     gemm_only: bool = False
     fixed_shapes: bool = False
+    lowered: bool = False
 
     def grid_type(self, name: str) -> GridType:
         """Return what grids of activations of a type have in common."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.passes.emit import tensors
+from magr_onnx.passes.emit import hard_activations, tensors
 from magr_onnx.passes.tensors.connected import connected
 from magr_onnx.passes.tensors.ort_cpu import RULES
 from magr_onnx.passes.tensors.region import Region, region_of
@@ -73,7 +74,9 @@ def rounded(model: ir.Model) -> ir.Model:
     """Round the region of a model; onnxruntime rounds its float weights."""
     found = region(model)
     marks = tensors.mark(model.graph, found)
-    tensors.emit(model.graph, {name: ActivationGrid(0.02, 0 if group.low == 0 else 128) for name, group in marks.items()})
+    grids = {name: ActivationGrid(0.02 if group.high > 1 else 0.0039, 0 if group.low == 0 else 128) for name, group in marks.items()}
+    tensors.emit(model.graph, grids)
+    hard_activations.lower(model.graph)
     return model
 
 
@@ -112,6 +115,34 @@ def test_onnxruntime_loads_int8_behind_every_move(op: str) -> None:
         for options in (None, plain)
     )
     np.testing.assert_allclose(ours, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("op", "attributes"), [("HardSwish", {}), ("HardSigmoid", {}), ("HardSigmoid", {"alpha": 0.3, "beta": 0.4})])
+def test_hard_activations_of_every_code_are_within_a_step_of_the_function(op: str, attributes: dict[str, float], signed: bool) -> None:
+    x_grid = ActivationGrid(0.04, 0 if signed else 128, signed)
+    y_grid = ActivationGrid.of_range(-0.375, 5) if op == "HardSwish" else ActivationGrid(1 / 256, 0)
+    y_grid = replace(y_grid, zero_point=y_grid.zero_point - 128 * signed, signed=signed)
+    model = network([node("Identity", ["x"], "a"), node(op, ["a"], "b", **attributes), node("Identity", ["b"], "y")], ["y"])
+    tensors.emit(model.graph, {"a": x_grid, "y": y_grid})
+    hard_activations.lower(model.graph)
+    assert not {"HardSwish", "HardSigmoid"} & {n.op_type for n in model.graph}
+    low, high = x_grid.limits
+    codes = np.arange(low, high + 1)
+    x = ((codes - x_grid.zero_point) * x_grid.scale).astype(np.float32).reshape(1, *IMAGE[1:])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    y = session.run(["y"], {"x": x, "z": x})[0]
+    slope, offset = attributes.get("alpha", 1 / 6 if op == "HardSwish" else 0.2), attributes.get("beta", 0.5)
+    expected = np.clip(slope * x.astype(np.float64) + offset, 0, 1) * (x if op == "HardSwish" else 1)
+    assert np.abs(y - np.clip(expected, *y_grid.range)).max() < y_grid.scale
+    assert y.min() < y.max()
+
+
+def test_a_hard_sigmoid_whose_grid_goes_on_stays() -> None:
+    model = network([node("Identity", ["x"], "a"), node("HardSigmoid", ["a"], "b"), node("Identity", ["b"], "y")], ["y"])
+    tensors.emit(model.graph, dict.fromkeys(("a", "y"), ActivationGrid(0.02, 128)))
+    hard_activations.lower(model.graph)
+    assert [n.op_type for n in model.graph].count("HardSigmoid") == 1
 
 
 def test_what_reads_a_float_value_or_is_read_as_one_stays_float() -> None:

@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {"format": "qdq-int8", "quantizer": "rtn", "bias": "none
 
 
 def network() -> ir.Model:
-    """Three convolutions in a row, HardSwish, two more in parallel with their sum, Erf, and a last one."""
+    """Three convolutions in a row, Softplus, two more in parallel with their sum, Erf, and a last one."""
     b = Builder()
     y = b.input("x", ["n", 3, 12, 12])
 
@@ -35,7 +35,7 @@ def network() -> ir.Model:
 
     y = convolution("a", y, 3, 0)
     y = convolution("c", b.node("Relu", [convolution("b", y, 8, 1)]), 8, 2)
-    y = b.node("HardSwish", [y])
+    y = b.node("Softplus", [y])
     y = b.node("Add", [convolution("d", y, 8, 3), convolution("e", y, 8, 4)])
     return b.model(convolution("f", b.node("Erf", [y]), 8, 5), ["n", 8, 12, 12])
 
@@ -48,7 +48,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every piece found slower in integers, and all together faster in float, whatever they take."""
     monkeypatch.setattr(integer_speed, "LEAST_WORK", 0)
     monkeypatch.setattr(integer_speed, "SLOWER", 0.0)
-    monkeypatch.setattr(integer_speed, "CANDIDATES", (0.0,))
+    monkeypatch.setattr(integer_speed, "CANDIDATES", ((0.0, True),))
     monkeypatch.setattr(integer_speed, "GAIN", math.inf)
 
 
