@@ -256,7 +256,7 @@ RUN = _by_name(
             help="Keep finished layers in this folder; after a kill the same command goes on from there, to the same file.",
             types=_OPTIONAL, panel=LARGE, metavar="DIR"),
         OptionSpec(
-            name="external_data", help="Put the weights into a data file beside the model, as is done above 1.9 GB.", types=_FLAG,
+            name="external_data", help="Put the weights into a data file beside the model, as is done above 0.5 GB.", types=_FLAG,
             default=False, panel=LARGE),
         OptionSpec(
             name="shard_size", kind="size", help="Put the weights into data files of at most this size, as 2GB.", types=_OPTIONAL,

@@ -138,7 +138,7 @@ def _load_path(path: Path) -> Loaded:
     except Exception as error:
         raise ModelError(f"{path} ({size} bytes) is not an ONNX model, or is truncated: {error}") from error
     _check_parts(proto, f"{path} ({size} bytes)")
-    external = validate_proto.check(proto, str(path), path.parent)
+    external = validate_proto.check(proto, str(path), path)
     model = _convert(proto, str(path))
     find_data(model, path.parent)
     return Loaded(model, path, external, size + sum(p.stat().st_size for p in external), _dropped(proto))

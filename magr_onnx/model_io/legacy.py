@@ -40,15 +40,35 @@ def read(path: Path) -> ir.Model:
 
 
 def find_data(model: ir.Model, folder: Path) -> None:
-    """Say where external data lies, and read that of attributes into memory: only that of initializers is written again."""
-    ir.external_data.set_base_dir(model.graph, folder)
+    """Say where external data lies, and read that of attributes into memory: only that of initializers is written again.
+
+    Data is looked for in ``folder``, and read from the real files: onnx-ir takes none that are links out of it or have several names.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _in_real_file(value.const_value, folder)
     for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
         for node in nodes:
             for name, attribute in node.attributes.items():
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    tensor = attribute.value
-                    tensor.base_dir = folder
+                    tensor = _in_real_file(attribute.value, folder)
                     node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
+
+
+def _in_real_file(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    real = (folder / tensor.location).resolve()
+    return ir.ExternalTensor(
+        real,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=str(tensor.name),
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+        base_dir="",  # of the location, which is absolute
+    )
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

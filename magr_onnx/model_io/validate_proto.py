@@ -53,9 +53,10 @@ _FIELDS = {
 
 @dataclass(slots=True)
 class _Findings:
-    """Problems found, and sizes of external files."""
+    """Problems found, and sizes of external files, which are looked for in a folder and may lie in one of some."""
 
     folder: Path | None
+    allowed: tuple[Path, ...] = ()
     problems: list[str] = field(default_factory=list)
     files: dict[Path, int] = field(default_factory=dict)
     external_bytes: int = 0
@@ -69,13 +70,14 @@ class _Findings:
         return len(self.problems) >= _MOST_PROBLEMS
 
 
-def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[Path]:
+def check(proto: onnx.ModelProto, name: str, path: Path | None) -> frozenset[Path]:
     """Validate a model.
 
     Args:
         proto: The message, without external data loaded.
         name: Name of the model in messages.
-        folder: Folder of external data; None for a model in memory, which must have none.
+        path: Its file, beside which external data lies; None for a model in memory, which must have none. Links may lead to data beside the
+            file that ``path`` itself is a link to, as in the cache of the Hugging Face hub; onnxruntime has the same rule.
 
     Returns:
         The files of the model's external data.
@@ -83,7 +85,7 @@ def check(proto: onnx.ModelProto, name: str, folder: Path | None) -> frozenset[P
     Raises:
         ModelError: Lists up to 20 problems.
     """
-    findings = _Findings(folder)
+    findings = _Findings(None) if path is None else _Findings(path.parent, (path.parent.resolve(), path.resolve().parent))
     for message, name_of_field in itertools.islice(_not_utf8(proto), _MOST_PROBLEMS):
         label = getattr(message, "name", "") or getattr(message, "key", "")
         findings.add(f"{message.DESCRIPTOR.name} {label!r} has a {name_of_field} that is not UTF-8; change or remove this text")
@@ -315,7 +317,7 @@ def _external(tensor: onnx.TensorProto, size: int, findings: _Findings) -> str |
         return f"needs {size} bytes of external data, and is said to have {length} at offset {offset}"
     file = findings.folder / location
     try:
-        contained = file.resolve().is_relative_to(findings.folder.resolve())
+        contained = any(map(file.resolve().is_relative_to, findings.allowed))
         if location and not os.path.isabs(location) and contained and file.is_file():
             file_bytes = findings.files.setdefault(file, file.stat().st_size)
             findings.external_bytes += size

@@ -26,7 +26,7 @@ from magr_onnx.model_io.atomic import mode_of, replace, staging_directory, sync
 from magr_onnx.model_io.external_data import external_tensor, model_values, most_inline
 from magr_onnx.model_io.legacy import to_proto
 
-INLINE_LIMIT = 1_900_000_000  # protobuf holds at most 2 GiB
+INLINE_LIMIT = 512_000_000  # bytes of tensors in a protobuf, which onnxruntime loads with twice as much memory; it holds 2 GiB at most
 PROTOBUF_LIMIT = (1 << 31) - 1
 SMALL = 256  # bytes up to which a tensor stays in the protobuf, as onnx and onnx-ir have it
 _LARGE_PROTOBUF = 1 << 28  # a larger file is not parsed only for the names of its data files

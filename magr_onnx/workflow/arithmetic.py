@@ -95,8 +95,8 @@ def _accurate(
     with comparing_with(prepared.reference, few, context.provider, context.mask, losses=False) as compare:
 
         def decibels() -> dict[str, float]:
-            metrics, _ = compare(solved.model, Arithmetic.DEFAULT, None)
-            return {m.output: m.sqnr_db for m in metrics}
+            compared = compare(solved.model, Arithmetic.DEFAULT, None)
+            return {m.output: m.sqnr_db for m in compared.outputs}
 
         before = decibels()
         for most in bits:

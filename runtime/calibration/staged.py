@@ -32,6 +32,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.runtime.calibration.context import CalibrationContext
 from magr_onnx.runtime.calibration.mask import MaskRule, dimensions_of, kept_rows
 from magr_onnx.runtime.calibration.moments import CalibrationResult, check_rows, grouped, not_finite, readers_of
+from magr_onnx.runtime.calibration.row_pool import RowPool
 from magr_onnx.runtime.calibration.value_cache import Cache
 from magr_onnx.runtime.data.hold_out import HoldOut, Parts
 from magr_onnx.runtime.data.sources import Steps
@@ -240,21 +241,27 @@ def _measure(
     paired = len(outputs) < len(aimed)
     inputs = Parts(hold_out, k, partial(MomentAccumulator, k, float_mean=True, paired=paired, few=of_few))
     follows = masked = values.follows_mask(name)
-    for b in range(len(values)):
-        x, y = values.pair(name, b)
-        if bounds is not None:
-            x, y = np.clip(x, *bounds), np.clip(y, *bounds)
-        y = rounded(y, activation)
-        kept = kept_rows(values.masks[b], x.shape) if follows else None
-        masked &= kept is not None
-        weight = context.data.weight(b)
-        if x.shape[-1] != k:
-            what = f"layer {first.name}: its input {name} has {x.shape[-1]} columns, and its weight {k} rows"
-            raise ModelError(f"{what}; correct the shapes that the model declares, or the weight")
-        rows = _rows(y, kept), _rows(x, kept)
-        inputs.of(b).add_rows(*rows, weight)
+
+    def add(key: tuple[int, float], rows: list[Tensor]) -> None:
+        (part, weight), (y, x, *errors) = key, rows
+        inputs.sums[part].add_rows(y, x, weight)
+        error_of = dict(zip(residuals, errors, strict=True))
         for layer_name, sums in outputs.items():
-            sums.of(b).add_rows(*rows, _residual_error(values, residuals.get(layer_name), b, kept), weight)
+            sums.sums[part].add_rows(y, x, error_of.get(layer_name, 0.0), weight)
+
+    with RowPool(add) as pool:
+        for b in range(len(values)):
+            x, y = values.pair(name, b)
+            if bounds is not None:
+                x, y = np.clip(x, *bounds), np.clip(y, *bounds)
+            y = rounded(y, activation)
+            kept = kept_rows(values.masks[b], x.shape) if follows else None
+            masked &= kept is not None
+            if x.shape[-1] != k:
+                what = f"layer {first.name}: its input {name} has {x.shape[-1]} columns, and its weight {k} rows"
+                raise ModelError(f"{what}; correct the shapes that the model declares, or the weight")
+            errors = [_residual_error(values, residual, b, kept) for residual in residuals.values()]
+            pool.put((inputs.part(b), context.data.weight(b)), (_rows(y, kept), _rows(x, kept), *errors))
     split = sum(sums.rows > 0 for sums in inputs.sums) > 1
     targets = {}
     for layer in aimed if split else ():
@@ -266,10 +273,8 @@ def _measure(
     return split_stats(inputs.sums, inputs.folds, activation), masked, targets
 
 
-def _residual_error(values: _Values, residual: str | None, batch: int, kept: npt.NDArray[np.bool_] | None) -> Tensor | float:
-    """Return what ``residual`` differs by between the models ``(n, N)``; 0 where nothing is added to the output."""
-    if residual is None:
-        return 0.0
+def _residual_error(values: _Values, residual: str, batch: int, kept: npt.NDArray[np.bool_] | None) -> Tensor:
+    """Return what ``residual`` differs by between the models ``(n, N)``."""
     r, r_hat = values.pair(residual, batch)
     return _rows(r - r_hat, kept)
 

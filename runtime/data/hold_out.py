@@ -65,6 +65,10 @@ class Parts(Generic[S]):
         self.folds = self._hold_out.folds
         self.sums = [start() for _ in range(self._hold_out.parts)]
 
+    def part(self, batch: int) -> int:
+        """Return the index of the sums that a batch is added to."""
+        return self._hold_out.part(batch)
+
     def of(self, batch: int) -> S:
         """Return the sums that a batch is added to."""
-        return self.sums[self._hold_out.part(batch)]
+        return self.sums[self.part(batch)]

@@ -20,8 +20,8 @@ from magr_onnx.report.serialization import decode, plain
 from magr_onnx.report.validation import Validation
 from magr_onnx.runtime.data.made_up import first_that_runs, uniform
 from magr_onnx.runtime.data.sources import in_memory
-from magr_onnx.runtime.measure.recording import are_large, bytes_of
-from magr_onnx.runtime.measure.validate import compare_outputs, latency, validate
+from magr_onnx.runtime.measure.recording import bytes_of
+from magr_onnx.runtime.measure.validate import compare_outputs, validate
 from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
 
@@ -94,10 +94,10 @@ def compare(float_model: str, quantized_model: str, provider: str, mask: str | N
         batches = _batches(a, provider, mask, 1)
         shapes = listed([f"{name} {array.shape}" for name, array in batches[0].items()])
         data = in_memory(batches, f"made-up inputs {shapes}")
-        comparison = validate(a, b, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=())
-        large = are_large(comparison.float_bytes, comparison.quantized_bytes)
-        times = latency(a, b, data, provider, _TIMING, large=large)
-    return dict(plain(dataclasses.asdict(dataclasses.replace(comparison, latency=times))))
+        comparison = validate(
+            a, b, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=("latency",), seconds=_TIMING
+        )
+    return dict(plain(dataclasses.asdict(comparison)))
 
 
 def _batches(path: Path, provider: str, mask: str | None, count: int) -> list[Batch]:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,19 +50,28 @@ class _Sums:
         """Add one batch, weighted by ``weight``, a bounded number of rows at a time."""
         self.rank = y.ndim
         keep = None if mask is None else kept_rows(current_mask(batch, mask), y.shape)
-        if logits:
-            self._add_losses(y, y_hat, batch, keep, weight)
         rows = [np.reshape(v, (-1, np.atleast_1d(v).shape[-1])) for v in (y, y_hat)]
+        following = next_tokens(batch, y.shape, keep) if logits else None
+        self.logits |= logits
         for part in row_parts(rows[0].shape):
-            a, b = (v[part].astype(np.float64) if keep is None else v[part][keep[part]].astype(np.float64) for v in rows)
-            self._add_rows(a, b, logits, weight)
+            kept = slice(None) if keep is None else keep[part]
+            a, b = (v[part][kept].astype(np.float64) for v in rows)
+            if logits:
+                self._add_losses(a, b, None if following is None else following[part][kept], weight)
+            self._add_rows(a, b, weight)
 
-    def _add_rows(self, a: Array, b: Array, logits: bool, weight: float) -> None:
-        if logits:
-            self.agree += weight * int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
-            la, lb = log_softmax(a), log_softmax(b)
-            p = np.exp(la)
-            self.kl += weight * float(np.where(p == 0, 0, p * (la - lb)).sum())
+    def _add_losses(self, a: Array, b: Array, following: npt.NDArray[np.int64] | None, weight: float) -> None:
+        self.agree += weight * int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+        la, lb = log_softmax(a), log_softmax(b)
+        p = np.exp(la)
+        self.kl += weight * float(np.where(p == 0, 0, p * (la - lb)).sum())
+        if following is not None:
+            rows = np.flatnonzero(following >= 0)
+            self.float_loss -= weight * float(la[rows, following[rows]].sum())
+            self.loss -= weight * float(lb[rows, following[rows]].sum())
+            self.tokens += weight * len(rows)
+
+    def _add_rows(self, a: Array, b: Array, weight: float) -> None:
         a, b = without_equal_nonfinite(a, b)
         bad = (weight * int((~np.isfinite(v)).sum()) for v in (a, b))
         self.nonfinite = (self.nonfinite[0] + next(bad), self.nonfinite[1] + next(bad))
@@ -74,16 +82,6 @@ class _Sums:
         self.cosine += weight * float(np.where(equal, 1, (a * b).sum(axis=1) / np.where(norms > 0, norms, 1)).sum())
         self.rows += weight * len(a)
         self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max(initial=0)))  # NaN stays
-
-    def _add_losses(self, y: Array, y_hat: Array, batch: Batch, keep: npt.NDArray[np.bool_] | None, weight: float) -> None:
-        self.logits = True
-        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        if ids is not None and y.ndim == 3 and y.shape[:-1] == ids.shape and ids.shape[1] > 1:
-            counted = None if keep is None else keep.reshape(ids.shape)
-            before, tokens = next_token_loss(y, ids, counted)
-            self.float_loss += weight * before
-            self.loss += weight * next_token_loss(y_hat, ids, counted)[0]
-            self.tokens += weight * tokens
 
     @np.errstate(divide="ignore")
     def metrics(self, name: str) -> OutputMetrics:
@@ -110,26 +108,26 @@ def log_softmax(x: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def next_token_loss(logits: Array, ids: npt.NDArray[np.integer[Any]], keep: npt.NDArray[np.bool_] | None = None) -> tuple[float, int]:
-    """Sum the next-token cross-entropy of a batch.
+def next_tokens(batch: Batch, shape: tuple[int, ...], keep: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64] | None:
+    """Return the token that each row of logits predicts, or -1 where none is known.
 
     Args:
-        logits: ``(B, T, V)``; those at position ``t`` predict the token at ``t + 1``.
-        ids: Tokens ``(B, T)``.
-        keep: Which tokens are real ``(B, T)``; a prediction counts if its position and the token it predicts are. None keeps all.
+        batch: Inputs, of which ``decoder_input_ids`` or else ``input_ids`` are the tokens ``(B, T)``.
+        shape: That of the logits; those at position ``t`` predict the token at ``t + 1``.
+        keep: Which rows are real ``(B T,)``; a prediction counts if its position and the token it predicts are. None keeps all.
 
     Returns:
-        The sum (nats) and the number of predictions.
+        Tokens ``(B T,)``; None where the logits are not of shape ``(B, T, V)``, or no sequence has two tokens.
     """
-    counted = np.ones(ids[:, 1:].shape, np.bool_) if keep is None else keep[:, :-1] & keep[:, 1:]
-    kept, rows, targets = counted.reshape(-1), logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1, 1).astype(np.int64)
-    total = 0.0
-    for part in row_parts(rows.shape):
-        values = rows[part][kept[part]].astype(np.float64)
-        values -= values.max(axis=-1, keepdims=True)
-        of_tokens = np.take_along_axis(values, targets[part][kept[part]], axis=-1)
-        total += float((np.log(np.exp(values, out=values).sum(axis=-1)) - of_tokens[:, 0]).sum())
-    return total, int(kept.sum())
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    if ids is None or len(shape) != 3 or shape[:-1] != ids.shape or ids.shape[1] < 2:
+        return None
+    following = np.full(ids.shape, -1, np.int64)
+    following[:, :-1] = ids[:, 1:]
+    if keep is not None:
+        counted = keep.reshape(ids.shape)
+        following[:, :-1][~(counted[:, :-1] & counted[:, 1:])] = -1
+    return following.reshape(-1)
 
 
 def validate(
@@ -142,6 +140,7 @@ def validate(
     mask: str | None = None,
     details: Collection[str] = DETAILS,
     progress: Steps | None = None,
+    seconds: float = 2.0,
 ) -> Validation:
     """Compare the outputs of both models on the data.
 
@@ -153,17 +152,20 @@ def validate(
         arithmetics: Session configurations for the quantized model.
         mask: Input whose zero elements mark rows to leave out of the metrics.
         details: What else to measure, of `DETAILS`: the error at every quantized layer's output (`layer_errors`), the time of both
-            models, on the first batch, and what samples lose by being run together (`batch_effect`).
+            models, on the first batch (of large models, that of the runs they are compared by), and what samples lose by being run
+            together (`batch_effect`).
         progress: Called with steps done and in total.
+        seconds: As in `latency`.
 
     Raises:
         ModelError: The models have no output in common.
         RuntimeFailure: A model does not load or run.
     """
     sizes = bytes_of(float_model), bytes_of(quantized_model)
-    large = are_large(*sizes)
+    large, times = are_large(*sizes), None
     if large:
-        outputs, notes = _compare_in_turn(float_model, quantized_model, data, provider, arithmetics, mask, progress)
+        timed = "latency" in details
+        outputs, notes, times = _compare_in_turn(float_model, quantized_model, data, provider, arithmetics, mask, progress, timed)
     else:
         with contextlib.ExitStack() as stack:
             reference = stack.enter_context(Session(float_model, provider))
@@ -177,7 +179,7 @@ def validate(
         provider,
         outputs,
         _layers(float_model, quantized_model, data, provider, mask, large, notes) if "layers" in details else (),
-        _timed(float_model, quantized_model, data, provider, large) if "latency" in details else None,
+        _timed(float_model, quantized_model, data, provider, seconds, times) if "latency" in details else None,
         *sizes,
         tuple(dict.fromkeys([*data.notes, *notes])),
         data.samples,
@@ -196,14 +198,32 @@ def _compare_in_turn(
     arithmetics: Sequence[Arithmetic],
     mask: str | None,
     progress: Steps | None,
-) -> Compared:
-    """Compare outputs with one session open at a time."""
-    metrics, notes = dict[str, tuple[OutputMetrics, ...]](), list[str]()
-    parts = len(arithmetics) + 1
-    with comparing_with(float_model, data, provider, mask, output_names(quantized_model), part_of(progress, 0, parts)) as compare:
+    timed: bool,
+) -> tuple[dict[str, tuple[OutputMetrics, ...]], list[str], Latency | None]:
+    """Compare outputs with one session open at a time; return what `compare_outputs` does, and times in the first arithmetic."""
+    metrics, notes, times = dict[str, tuple[OutputMetrics, ...]](), list[str](), None
+    parts, names = len(arithmetics) + 1, output_names(quantized_model)
+    with comparing_with(float_model, data, provider, mask, names, part_of(progress, 0, parts), timed=timed) as compare:
         for i, arithmetic in enumerate(arithmetics):
-            metrics[str(arithmetic)], notes = compare(quantized_model, arithmetic, part_of(progress, i + 1, parts))
-    return metrics, notes
+            compared = compare(quantized_model, arithmetic, part_of(progress, i + 1, parts))
+            metrics[str(arithmetic)], notes = compared.outputs, compared.notes
+            times = times or compared.latency
+    return metrics, notes, times
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """How a model compares with the one that ran before it.
+
+    Attributes:
+        outputs: Metrics of the outputs.
+        notes: On outputs that were not compared.
+        latency: Times of both, where that was asked for.
+    """
+
+    outputs: tuple[OutputMetrics, ...]
+    notes: list[str]
+    latency: Latency | None
 
 
 @contextlib.contextmanager
@@ -215,7 +235,8 @@ def comparing_with(
     outputs: Collection[str] | None = None,
     progress: Steps | None = None,
     losses: bool = True,
-) -> Iterator[Callable[[Model, Arithmetic, Steps | None], tuple[tuple[OutputMetrics, ...], list[str]]]]:
+    timed: bool = False,
+) -> Iterator[Callable[[Model, Arithmetic, Steps | None], InTurn]]:
     """Run the float model once; yield the function that compares another with it, so that one session is open at a time.
 
     Args:
@@ -226,6 +247,7 @@ def comparing_with(
         outputs: Names of those to compare; None for all.
         progress: Called with steps done and in total while the float model runs.
         losses: As in `compare_outputs`.
+        timed: Whether to compare what the runs take too, of which there are some more where batches are few.
 
     Raises:
         RuntimeFailure: The model does not load or run; the function raises what `compare_outputs` does.
@@ -233,14 +255,23 @@ def comparing_with(
     with open_alone(float_model, provider) as session:
         masked = masked_outputs(session, session.outputs, data, mask)
         recording = Recording(session, data, session.outputs if outputs is None else outputs, progress)
+        first = _times_of_runs(session, data) if timed else []
 
-    def compare(model: Model, arithmetic: Arithmetic, progress: Steps | None) -> tuple[tuple[OutputMetrics, ...], list[str]]:
+    def compare(model: Model, arithmetic: Arithmetic, progress: Steps | None) -> InTurn:
         with open_alone(model, provider, arithmetic) as session:
             metrics, notes = compare_outputs(recording, {"": session}, data, mask, progress, masked, losses)
-        return metrics[""], notes
+            return InTurn(metrics[""], notes, _latency(first, _times_of_runs(session, data)) if timed else None)
 
     with recording:
         yield compare
+
+
+def _times_of_runs(session: Session, data: Batches) -> list[float]:
+    """Return the milliseconds of a session's last runs, on all batches but the first, which waits for memory, and some more on it."""
+    more = max(0, MIN_RUNS + 1 - len(data))
+    for _ in range(more):
+        session.run(next(iter(data)))
+    return session.milliseconds[1 - more - len(data) :]
 
 
 def compare_outputs(
@@ -323,42 +354,22 @@ def _layers(
         return ()
 
 
-def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: str, large: bool) -> Latency:
-    """Time both models, and where one computes in integers, find out where the time goes."""
-    times, batch = latency(float_model, quantized_model, data, provider, large=large), next(iter(data))
+def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float, times: Latency | None) -> Latency:
+    """Time both models, unless that was done, and where one computes in integers, find out where the time goes."""
+    times, batch = times or latency(float_model, quantized_model, data, provider, seconds), next(iter(data))
     if not rounds_activations(quantized_model):
         return times
     shares = [operator_shares(model, batch, provider) for model in (float_model, quantized_model)]
     return replace(times, float_operators=shares[0], quantized_operators=shares[1])
 
 
-def latency(
-    float_model: Model,
-    quantized_model: Model,
-    data: Batches,
-    provider: str,
-    seconds: float = 2.0,
-    threads: int = 0,
-    large: bool = False,
-) -> Latency:
-    """Time both models on the first batch, in turns, for so many seconds or 5 runs each; ``large`` ones one after the other.
+def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:
+    """Time both models on the first batch, in turns, for so many seconds or 5 runs each.
 
     ``threads`` as in `Session`; that of a single one is the time it was given by the processor, whatever else runs there.
     """
     batch, clock = next(iter(data)), time.thread_time if threads == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
-
-    def milliseconds(session: Session) -> float:
-        start = clock()
-        session.run(batch)
-        return 1000 * (clock() - start)
-
-    if large:
-        for of_model, model in zip(times, (float_model, quantized_model), strict=True):
-            with open_alone(model, provider, threads=threads, spinning=True) as session:
-                session.run(batch)
-                of_model += [milliseconds(session) for _ in range(MIN_RUNS)]
-        return _latency(*times)
     with (
         Session(float_model, provider, threads=threads, spinning=True) as a,
         Session(quantized_model, provider, threads=threads, spinning=True) as b,
@@ -369,7 +380,9 @@ def latency(
         while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < seconds and len(times[0]) < 50):
             order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
             for of_model, session in [(times[0], a), (times[1], b)][::order]:
-                of_model.append(milliseconds(session))
+                start = clock()
+                session.run(batch)
+                of_model.append(1000 * (clock() - start))
     return _latency(*times)
 
 

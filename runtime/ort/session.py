@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -165,7 +166,14 @@ class Runner(Protocol):
 
 
 class Session:
-    """An onnxruntime session on a file or an in-memory model; a context manager."""
+    """An onnxruntime session on a file or an in-memory model; a context manager.
+
+    Attributes:
+        inputs: What it takes.
+        outputs: Names of its outputs.
+        dimensions: Declared dimensions of its inputs.
+        milliseconds: What every run took, in order.
+    """
 
     def __init__(
         self,
@@ -206,6 +214,7 @@ class Session:
         self._description = "the model in memory" if isinstance(model, ir.Model) else str(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._load(model, known.onnxruntime, options)
+        self.milliseconds: list[float] = []
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._overridable = {i.name for i in self._session.get_overridable_initializers()}
         declared = self._session.get_inputs()
@@ -239,11 +248,14 @@ class Session:
             RuntimeFailure: onnxruntime fails; the message has the input shapes.
         """
         names = {i.name for i in self.inputs} | self._overridable
+        start = time.perf_counter()
         try:
             return list(self._session.run(outputs, {k: v for k, v in feeds.items() if k in names}))
         except Exception as error:
             shapes = ", ".join(f"{k} {getattr(v, 'dtype', type(v).__name__)} {getattr(v, 'shape', '')}" for k, v in feeds.items())
             raise RuntimeFailure(f"onnxruntime failed on {self._description} with inputs {shapes}: {error}") from error
+        finally:
+            self.milliseconds.append(1000 * (time.perf_counter() - start))
 
     def end_profile(self) -> list[dict[str, Any]]:
         """Return the events of a session that was given ``profile``, as onnxruntime writes them."""

@@ -46,7 +46,7 @@ from common import (
 
 import magr_onnx
 from magr_onnx.models import bundled
-from magr_onnx.runtime.measure.validate import next_token_loss
+from magr_onnx.runtime.measure.validate import log_softmax
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 
 CHAR_CONTEXT = 128
@@ -224,6 +224,10 @@ def language_model(title: str, model: Path, calibration: Path, blocks: npt.NDArr
         with Session(path, arithmetic=arithmetic) as session:
             parts = [blocks[i : i + batch] for i in range(0, len(blocks), batch)]
             return np.array([next_token_loss(session.run({"input_ids": part})[0], part) for part in parts])
+
+    def next_token_loss(logits: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> tuple[float, int]:
+        logs, following = log_softmax(logits[:, :-1].astype(np.float64)), tokens[:, 1:, None]
+        return -float(np.take_along_axis(logs, following, axis=-1).sum()), following.size
 
     def metrics(y: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, float]:
         loss, float_loss = (float(v[:, 0].sum() / v[:, 1].sum()) for v in (y, reference))

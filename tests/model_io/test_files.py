@@ -150,6 +150,25 @@ def test_external_data_is_read_where_it_lies(tmp_path: Path) -> None:
     assert report.bytes_before > (tmp_path / "weights.bin").stat().st_size
 
 
+@pytest.mark.parametrize("kind", ["cache of a hub", "several names"])
+def test_files_that_are_links_are_read_as_onnxruntime_reads_them(kind: str, tmp_path: Path) -> None:
+    store, folder, link = tmp_path / "blobs", tmp_path / "snapshots" / "main", os.symlink if kind == "cache of a hub" else os.link
+    store.mkdir()
+    folder.mkdir(parents=True)
+    original = external(store)
+    for name, blob in (("m.onnx", original), ("weights.bin", store / "weights.bin")):
+        named = blob.rename(store / f"{name}-sha256") if kind == "cache of a hub" else blob
+        link(named, folder / name)
+    out = tmp_path / "out.onnx"
+    _, report = magr_onnx.optimize(folder / "m.onnx", output=out)
+    assert report.verified == 2
+    assert magr_onnx.validate(folder / "m.onnx", out, [graphs.feeds(graphs.chain())]).arithmetics["default"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    magr_onnx.optimize(external(plain), output=plain / "out.onnx")
+    assert (plain / "out.onnx").read_bytes() == out.read_bytes()
+
+
 def test_caller_s_objects_stay_as_they_are() -> None:
     model = graphs.chain()
     before = ir.to_proto(model).SerializeToString(deterministic=True)

@@ -12,7 +12,7 @@ from magr_onnx.errors import CalibrationError, ModelError, RuntimeFailure
 from magr_onnx.report.validation import Latency, OutputMetrics
 from magr_onnx.runtime.data.sources import open_data
 from magr_onnx.runtime.measure import recording
-from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, median_interval, next_token_loss, validate
+from magr_onnx.runtime.measure.validate import MIN_RUNS, log_softmax, median_interval, validate
 from magr_onnx.runtime.ort.session import Arithmetic, Session
 from tests import graphs
 from tests.graphs import Builder, K, N, feeds, random
@@ -86,9 +86,12 @@ def test_a_single_output_that_is_not_called_logits_is_said_to_be_none() -> None:
     assert validate(two, two, data, details=()).notes == ()
 
 
-def test_next_token_loss_of_uniform_logits_is_log_vocabulary() -> None:
-    loss, tokens = next_token_loss(np.zeros((2, 5, N)), ids(2, 5)["input_ids"])
-    assert (loss / tokens, tokens) == (pytest.approx(np.log(N)), 8)
+def test_cross_entropy_of_uniform_logits_is_log_vocabulary() -> None:
+    model = scaled(0.0)
+    with Session(model) as session:
+        data = open_data([ids()], session.inputs)
+    (logits, _) = validate(model, model, data, arithmetics=(Arithmetic.DEFAULT,), details=()).arithmetics["default"]
+    assert logits.cross_entropy == pytest.approx((np.log(N), np.log(N)))
 
 
 REAL = {
