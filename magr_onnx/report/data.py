@@ -195,8 +195,12 @@ class Report:
     def _legend(self) -> str:
         return LEGEND.format("" if any(row.measured for row in self.layers) else ESTIMATED)
 
+    @property
+    def growth(self) -> float:
+        """The size of the result over that of its source; 0 where that is unknown."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 0.0
+
     def _summary(self, width: int) -> list[str]:
-        ratio = self.bytes_after / self.bytes_before if self.bytes_before else 0
         return [
             f"model        {self.source}",
             f"output       {self.output or 'in memory'}",
@@ -207,7 +211,7 @@ class Report:
             ),
             *([] if self.proof is None else wrapped(f"accumulator  {self.proof}", width=width)),
             *([] if self.check is None else wrapped(f"check        {_check_text(self.check)}", width=width)),
-            f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({ratio:.1%})",
+            f"size         {megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} ({self.growth:.1%})",
             *wrapped(f"time         {', '.join(f'{k} {v:.1f} s' for k, v in self.seconds.items())}", width=width),
         ]
 
@@ -222,7 +226,7 @@ class Report:
         return ["", "notes", *(line for n in notes for line in wrapped(f"  {n}", 4, width))] if notes else []
 
     def _verdicts(self, width: int) -> list[str]:
-        lines = verdicts(self.layers, [v for v in (self.validation or self.check,) if v is not None])
+        lines = verdicts(self.layers, [v for v in (self.validation or self.check,) if v is not None], self.growth)
         if self.validation is not None and self.validation.metric is not None:
             lines.append(f"{self.validation.metric} on {self.validation.amount} of {self.validation.data}")
         return ["", *(line for text in lines for line in wrapped(text, 2, width))] if lines else []

@@ -13,11 +13,11 @@ RUINED_LAYER, RUINED_DB = 0.5, 10.0
 """Error of a layer, relative to its output, and SQNR of an output, from which a report ends with a warning."""
 
 
-def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation]) -> list[str]:
-    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, a result slower than float, and remedies.
+def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation], growth: float = 0.0) -> list[str]:
+    """Describe layers that lose half of their output or more, outputs below `RUINED_DB`, results slower or larger than float, and remedies.
 
     Errors of layers are those of all layers before them, too, and of outputs that may be small. Where outputs were compared and none is
-    ruined, layers with such errors are named without an alarm.
+    ruined, layers with such errors are named without an alarm. ``growth`` is the size of the result over that of its source.
     """
     remedy = "give it more bits or smaller blocks, or leave it float (--exclude NAME)"
     if any(row.activation for row in layers):
@@ -53,4 +53,9 @@ def verdicts(layers: Sequence[LayerRow], comparisons: Sequence[Validation]) -> l
                 f"{times.where}{'; ' if times.where else ''}"
                 "weight-only formats are faster with --accuracy-level 4, convolutions with --conv-bits none or --format dynamic-int8"
             )
+    if growth > 1:
+        lines.append(
+            f"LARGER: the file is {growth:.2f} times as large as its source: scales, nodes and float weights kept for others take more "
+            "than the weights save; leave small layers float (--exclude NAME), or store weights only (--format matmulnbits adds least)"
+        )
     return lines

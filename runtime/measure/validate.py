@@ -366,7 +366,7 @@ def _timed(float_model: Model, quantized_model: Model, data: Batches, provider: 
 def latency(float_model: Model, quantized_model: Model, data: Batches, provider: str, seconds: float = 2.0, threads: int = 0) -> Latency:
     """Time both models on the first batch, in turns, for so many seconds or 5 runs each.
 
-    ``threads`` as in `Session`; that of a single one is the time it was given by the processor, whatever else runs there.
+    ``threads`` as in `Session`. Time and ``seconds`` of a single one are those it was given by the processor, whatever else runs there.
     """
     batch, clock = next(iter(data)), time.thread_time if threads == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
@@ -376,8 +376,8 @@ def latency(float_model: Model, quantized_model: Model, data: Batches, provider:
     ):
         for session in (a, b):
             session.run(batch)
-        begin = time.perf_counter()
-        while len(times[0]) < MIN_RUNS or (time.perf_counter() - begin < seconds and len(times[0]) < 50):
+        begin = clock()
+        while len(times[0]) < MIN_RUNS or (clock() - begin < seconds and len(times[0]) < 50):
             order = 1 - 2 * (len(times[0]) % 2)  # alternate: the first to run finds the other's data in the caches
             for of_model, session in [(times[0], a), (times[1], b)][::order]:
                 start = clock()

@@ -6,8 +6,10 @@
 Every ``.onnx`` file below the folders, the smallest first, is optimized in every format without data and with 16 synthetic samples,
 by rounding to nearest, and by onnxruntime's own quantizers. Each case runs in a process of its own with a time limit, so that a crash of
 onnxruntime or an endless run is a row like any other. Unknown dimensions become 1 where they are a batch, and else the first of SIZES that
-the float model runs with. Accuracy is the signal to quantization noise ratio over 64 inputs that no case was calibrated with: the noise of
-an output relative to its energy, and the mean over outputs. Results stay in the JSON file, and a second run goes on where the first ended.
+the float model runs with. Accuracy is the signal to quantization noise ratio over inputs that no case was calibrated with, 64 or as many as
+have 4,096 outputs together, up to 1,024: the noise of an output relative to its energy, and the mean over outputs. Labels, indices and text
+change in steps, and few of them at all: the floats that they were made from are judged in their place. Results stay in the JSON file, and a
+second run goes on where the first ended.
 
 The table has the worst cases first: those that crashed, then by decibels over rounding to nearest. ``--origins`` prints two short tables
 instead, by format and by source: each line of that file has a folder, a version, a licence and a job, with tabs between them.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +27,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -32,17 +35,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from common import Cell, Feeds, Unsupported, header, interleaved, ort_dynamic, ort_quantize, ort_static, progress, table
 
 from magr_onnx import optimize
 from magr_onnx.errors import MagrError
+from magr_onnx.model_io.legacy import modernize
 from magr_onnx.runtime.measure.validate import without_equal_nonfinite
 from magr_onnx.runtime.ort.session import Session
 
 SIZES = (64, 48, 1, 16, 512, 576, 16000, 21)
-SAMPLES, JUDGED = 16, 64  # inputs to calibrate with and to judge by: of fewer, a scalar output tells little
+SAMPLES, JUDGED = 16, 64  # inputs to calibrate with, and the fewest to judge by
+ELEMENTS, MOST_JUDGED = 4096, 1024  # numbers to judge by, and inputs for those: of fewer, a class or a scalar for each tells little
+LETTERS = np.array(list("abcdefgh"))
 SLOWER = 1.25  # times as long as float
 CEILING = 150.0  # dB: float32 knows no more
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 FORMATS: dict[str, dict[str, Any]] = {
     "matmulnbits-8": {"format": "matmulnbits", "bits": 8},
     "matmulnbits-4": {"format": "matmulnbits", "bits": 4},
@@ -67,7 +75,7 @@ def _length(name: str | None, axis: int, first: int | None, size: int) -> int:
 
 
 def feed(session: Session, names: dict[str, list[Any]], size: int, counting: bool, seed: int) -> Feeds:
-    """Normal floats (``counting``: small counts), small nonnegative integers, true flags and masks; a scalar integer is a sampling rate."""
+    """Normal floats (``counting``: small counts), small nonnegative integers, letters, true flags and masks; a scalar integer is a rate."""
     rng = np.random.default_rng(seed)
     values: Feeds = {}
     for value in session.inputs:
@@ -81,14 +89,12 @@ def feed(session: Session, names: dict[str, list[Any]], size: int, counting: boo
             array = rng.standard_normal(shape)
         else:
             array = rng.integers(0, 8, shape) if shape else np.asarray(16000)
-        values[value.name] = array.astype(value.dtype)
+        values[value.name] = LETTERS[array % len(LETTERS)] if value.dtype.kind == "O" else array.astype(value.dtype)
     return values
 
 
 def make_inputs(path: Path) -> list[Feeds]:
     """Calibration inputs, then those to judge by; none if the float model runs with nothing that was tried."""
-    import onnx
-
     graph = onnx.load(str(path), load_external_data=False).graph
     names = {v.name: [d.dim_param if d.HasField("dim_param") else None for d in v.type.tensor_type.shape.dim] for v in graph.input}
     for counting in (False, True):
@@ -96,12 +102,46 @@ def make_inputs(path: Path) -> list[Feeds]:
             with Session(path) as session:
                 try:
                     inputs = [feed(session, names, size, counting, seed) for seed in range(SAMPLES + JUDGED)]
-                    session.run(inputs[0])
+                    numbers = sum(np.size(output) for output in session.run(inputs[0]))
+                    judged = min(-(-ELEMENTS // max(numbers, 1)), MOST_JUDGED)
+                    inputs += [feed(session, names, size, counting, seed) for seed in range(len(inputs), SAMPLES + judged)]
                     session.run(inputs[-1])
                     return inputs
                 except MagrError:
                     continue
     return []
+
+
+def last_floats(path: Path) -> list[str]:
+    """Names of the float outputs, and of the floats nearest before outputs that are none; empty if these are unknown."""
+    graph = onnx.shape_inference.infer_shapes(modernize(onnx.load(str(path)))).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    makers = {name: node for node in graph.node for name in node.output}
+    found: dict[str, None] = {}
+    queue = [value.name for value in graph.output]
+    seen = set(queue)
+    for name in queue:
+        if types.get(name) in FLOATS:
+            found[name] = None
+        elif name in makers:
+            queue += [source for source in makers[name].input if source not in seen]
+            seen.update(makers[name].input)
+    return list(found)
+
+
+def judged_outputs(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Copies of a float model and others that put out `last_floats`; the files themselves where not all have these, or none are hidden."""
+    models = [onnx.load(str(path)) for path in paths]
+    names = last_floats(paths[0])
+    values = [{name for node in model.graph.node for name in node.output} for model in models]
+    if not names or names == [value.name for value in models[0].graph.output] or not all(map(set(names).issubset, values)):
+        return list(paths)
+    copies = [folder / f"judged_{i}.onnx" for i in range(len(paths))]
+    for model, copy in zip(models, copies, strict=True):
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        onnx.save(model, copy)
+    return copies
 
 
 # --- One case -----------------------------------------------------------------------------------------------------------------
@@ -114,7 +154,7 @@ def decibels(results: list[list[Any]], reference: list[list[Any]]) -> float:
         noise = signal_energy = 0.0
         for mine, exact in zip(results, reference, strict=True):
             a, b = np.asarray(mine[output]), np.asarray(exact[output])
-            if b.dtype.kind not in "fiub":
+            if b.dtype.kind not in "fiubOSU":
                 continue
             numeric = b.dtype.kind == "f"
             if numeric and a.shape == b.shape:
@@ -174,10 +214,12 @@ def run_case(maker: str, form: str, path: Path, inputs: list[Feeds], folder: Pat
     except (MagrError, Unsupported) as error:
         return {"status": "refused", "remark": str(error)[:400]}
     row |= {"status": "made", "seconds": time.perf_counter() - begin, "size": total_bytes(output) / total_bytes(path)}
-    with Session(path, threads=1) as exact, Session(output, threads=1) as mine:
-        if inputs:
-            judged = inputs[SAMPLES:]
+    judged = inputs[SAMPLES:]
+    if judged:
+        with contextlib.ExitStack() as stack:
+            exact, mine = (stack.enter_context(Session(file, threads=1)) for file in judged_outputs([path, output], folder))
             row["dB"] = decibels([mine.run(x) for x in judged], [exact.run(x) for x in judged])
+        with Session(path, threads=1) as exact, Session(output, threads=1) as mine:
             runs: list[Callable[[], object]] = [partial(exact.run, judged[0]), partial(mine.run, judged[0])]
             times = interleaved(runs, 31 if total_bytes(path) < 5e6 else 7, clock=time.thread_time)
             row["float ms"] = 1e3 * statistics.median(times[0])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 
 import magr_onnx
@@ -45,3 +48,15 @@ def test_validation_data_does_not_change_the_result() -> None:
     assert (first.validation, second.check) == (None, None)
     for name, weight in read_weights(one).items():
         np.testing.assert_array_equal(read_weights(two)[name], weight)
+
+
+@pytest.mark.parametrize(("n", "grows"), [(4, True), (400, False)])
+def test_a_larger_file_is_called_so(n: int, grows: bool, tmp_path: Path) -> None:
+    """The nodes of an integer format take more bytes than a layer of few weights has; the ratio is that of the files."""
+    onnx.save(graphs.proto(graphs.matmul(8, n)), source := tmp_path / "m.onnx")
+    _, report = magr_onnx.optimize(source, graphs.feeds(graphs.matmul(8, n)), output=(output := tmp_path / "q.onnx"), format="qdq-int8")
+    text = " ".join(report.to_text().split())
+    ratio = output.stat().st_size / source.stat().st_size
+    assert (ratio > 1) == grows
+    assert (f"LARGER: the file is {ratio:.2f} times as large as its source" in text) == grows
+    assert (f"The file is {ratio:.2f} times as large as its source." in report.to_html()) == grows

@@ -170,6 +170,8 @@ def findings(report: Report, lines: Sequence[Line]) -> list[Finding]:
     if (v := report.validation or report.check) is not None and v.latency is not None and v.latency.slower:
         text = f"The result is slower than the float model here: {v.latency.ratio:.2f} times its time a batch."
         messages.append(Finding(text, tone="warn"))
+    if report.growth > 1:
+        messages.append(Finding(f"The file is {report.growth:.2f} times as large as its source.", tone="warn"))
     return messages
 
 
