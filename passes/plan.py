@@ -31,6 +31,7 @@ from magr_onnx.passes.layers.linear import LinearLayer
 from magr_onnx.passes.providers import find_provider
 from magr_onnx.passes.rewrites.base import Rewrite
 from magr_onnx.passes.tensors import ort_cpu
+from magr_onnx.passes.tensors.backends import BACKENDS
 from magr_onnx.passes.tensors.rules import Rules
 
 S = TypeVar("S", bound=Stage)
@@ -348,6 +349,10 @@ class Plan:
             rules = emitter.rules or ort_cpu.RULES
             if activations.type not in rules.types:
                 problems.append(f"activation type {activations.type} is not for {rules.name}, which takes {' or '.join(rules.types)}")
+        if self.rules is not None and not self.rules.int4:
+            few = [what for what, stage in (("bits", quantize), ("conv_bits", self.convolutions)) if stage is not None and stage.bits <= 4]
+            have = ", ".join(name for name, rules in BACKENDS.items() if rules.int4)
+            problems += [f"{what} of 4 or less: {self.rules.name} has no such weights beside integers; these have: {have}" for what in few]
         if activations is not None and activations.wide:
             wider = activations.type.replace("8", "16")
             if self.rules is None and self.accumulator is not None:

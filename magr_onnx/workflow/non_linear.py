@@ -190,7 +190,10 @@ def convert_convolutions(
         solutions = integer_convolutions.with_room_for_biases(readers, solve_weight(readers, stats, plan, multiplied), grids)
         assert solutions[0].quantized is not None
         weight = conv.split_groups(solutions[0].quantized.dequantize(), readers[0].group)
-        written = conv_emitter.emit(readers, solutions, *form_of(readers, stage, rounding, multiplied, integer), grids)
+        form, stays_float = form_of(readers, stage, rounding, multiplied, integer)
+        if form == "integer" and plan.rules is not None and plan.rules.int4 == "stored":
+            form = "integer-int4"
+        written = conv_emitter.emit(readers, solutions, form, stays_float, grids)
         for layer, solution, emitted in zip(readers, solutions, written, strict=True):
             notes = [reason for reasons in (rounding.floats, unmeasured) if (reason := reasons.get(layer.name)) is not None]
             if len(readers) > 1:

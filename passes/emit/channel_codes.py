@@ -5,7 +5,7 @@
 2. ``dequantize``: ``DequantizeLinear(codes, scales)``, the form other tools recognise. onnxruntime keeps it, so that the weight is
    small in memory too, but dequantizes in every run and loses its layout for constant weights. (Its session option
    ``session.disable_quant_qdq`` folds these as well.)
-3. ``integer``: for convolutions only; see `magr_onnx.passes.emit.conv`.
+3. ``integer`` and ``integer-int4``: for convolutions only; see `magr_onnx.passes.emit.conv`.
 4. 5 to 8 bits: int8 or uint8; 3 and 4: int4 or uint4. Symmetric grids use the signed type and no zero point.
 """
 
@@ -56,6 +56,8 @@ def dequantizing_nodes(
     if form != "fold":
         cast = [ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{name}_int8")] if form == "integer" and packed.bits == 4 else []
         inputs = [cast[0].outputs[0] if cast else codes, layer.constant(f"{suffix}_scales", scales, base)]
+        if zeros is None and form == "integer-int4" and packed.bits == 4:
+            zeros = np.zeros(scales.shape, np.int16)
         if zeros is not None:
             inputs.append(layer.constant(f"{suffix}_zero_points", zeros.astype(packed.stored_dtype), base))
         return [*cast, ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")]

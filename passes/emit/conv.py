@@ -11,6 +11,8 @@
 5. ``integer``: as ``dequantize``, with an int32 bias in units of the scales of input and weight. Between rounded activations
    (`magr_onnx.passes.emit.tensors`) onnxruntime makes a QLinearConv of it. Codes of 3 and 4 bits are stored in int4, and cast to int8:
    onnxruntime does that once, when it loads the file.
+   ``integer-int4`` leaves them int4, for accelerators that have it, with zero points: onnxruntime-qnn 2.7 takes a DequantizeLinear without
+   for one of int8, and the result is wrong [measured on Qualcomm's emulator].
 6. In models with static integer activations, a Reshape without effect follows DequantizeLinear. Between a DequantizeLinear and a
    QuantizeLinear, onnxruntime would otherwise replace a convolution that is to stay float by an integer QLinearConv, rounding
    float weights and biases itself.

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -31,7 +32,7 @@ import onnx_ir as ir
 from magr_onnx.core.int32_bias import bias_codes, bias_scales
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.overflow.accumulator import extremes
-from magr_onnx.core.packing import QdqTensors, dequantize_qdq
+from magr_onnx.core.packing import QdqTensors, container_bits, dequantize_qdq
 from magr_onnx.core.types import Activation, ActivationGrid, Array, DynamicRange, QuantizedWeight, WeightSpec, activation_limits
 from magr_onnx.passes.base import Emitted, Emitter, InputGrids
 from magr_onnx.passes.emit.format import Format, Reader, only_reader, stored_array
@@ -54,7 +55,7 @@ class _Nodes:
         self.layer, self.kind, self._constants = layer, kind, constants
         self.nodes: list[ir.Node] = []
         self.half = layer.dtype == ir.DataType.FLOAT16
-        self.suffix = f"_q{quantized.spec.bits}"
+        self.suffix, self.width = f"_q{quantized.spec.bits}", container_bits(quantized.spec.bits)
         self.codes = quantized.raw().astype(np.int8)
         self.scales = quantized.scales[0]
         self.x_name = f"{layer.name}_x" if layer.nested else str(layer.x.name)  # bodies may read one value from outside
@@ -98,7 +99,9 @@ class _Nodes:
         x = self.layer.x
         return self.add("Cast", [x], f"{self.x_name}_float32", x.shape, to=FLOAT) if self.half else x
 
-    def finish(self, value: ir.Value, product: ir.Node, solution: LayerSolution, notes: Sequence[str] = ()) -> Emitted:
+    def finish(
+        self, value: ir.Value, product: ir.Node, solution: LayerSolution, notes: Sequence[str] = (), stored_bits: int = 8
+    ) -> Emitted:
         """Replace the layer by the nodes; ``value`` is its float32 result, and ``product`` multiplies by the weight."""
         if self.half:
             value = self.add("Cast", [value], f"{self.layer.name}_float16", dtype=ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
@@ -107,7 +110,7 @@ class _Nodes:
                 if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
                     output.shape = self.layer.output.shape
         replace_layer(self.layer, self.nodes, solution.factors, self._constants)
-        return Emitted(str(product.name), 8, self._constants.bytes, notes=tuple(notes))
+        return Emitted(str(product.name), stored, self._constants.bytes, notes=tuple(notes))
 
 
 class _EmitInt8(Emitter):
@@ -139,7 +142,7 @@ class EmitStaticProducts(_EmitInt8):
         if grid.signed and (in_halves or n.shared() is not None or len(list(layer.x.uses())) > 1):
             notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
         x, rest, grid = _static_halves(n, grid) if in_halves else (_static_input(n, grid), None, grid)
-        weight = _dequantized(n)
+        weight = _dequantized(n, "" if self.rules is None else self.rules.int4)
         gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.quantizes_outputs else None
         may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
         bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
@@ -157,7 +160,8 @@ class EmitStaticProducts(_EmitInt8):
             value = n.add("Add", [value, vector], f"{layer.name}_bias")
         if rest is not None:  # by a Sum: an Add would make a float Gemm of it
             value = n.add("Sum", [value, n.add("MatMul", [rest, weight], f"{name}_fine")], f"{name}_sum")
-        return n.finish(value, product, solution, notes)
+        stored = n.width if self.rules is not None and self.rules.int4 else 8
+        return n.finish(value, product, solution, notes, stored)
 
 
 @dataclass(frozen=True)
@@ -179,12 +183,16 @@ class EmitQDQInt8(EmitStaticProducts):
         return self.outputs
 
 
-def _dequantized(n: _Nodes) -> ir.Value:
-    """Dequantize the weight."""
-    layer, codes = n.layer, n.constant("", n.codes)
-    scales, zeros = n.constant("_scales", n.scales.astype(np.float32)), n.constant("_zero_points", n.zeros.astype(np.int8))
-    weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", ir.Shape([layer.k, layer.n]), axis=1)
-    weight.name = derived_name(layer, codes, "_dequantized")
+def _dequantized(n: _Nodes, int4: str) -> ir.Value:
+    """Dequantize the weight, as a runtime has codes of 4 bits (`magr_onnx.passes.tensors.rules.Rules.int4`)."""
+    layer, shape, small = n.layer, ir.Shape([n.layer.k, n.layer.n]), bool(int4) and n.width == 4
+    kind = np.dtype(ml_dtypes.int4 if small else np.int8)
+    stored = codes = n.constant("", n.codes.astype(kind))
+    if small and int4 == "cast":
+        codes, kind = n.add("Cast", [codes], f"{layer.name}_int8", shape, ir.DataType.INT8, to=ir.DataType.INT8), np.dtype(np.int8)
+    scales, zeros = n.constant("_scales", n.scales.astype(np.float32)), n.constant("_zero_points", n.zeros.astype(kind))
+    weight = n.add("DequantizeLinear", [codes, scales, zeros], f"{layer.name}_dequantize", shape, axis=1)
+    weight.name = derived_name(layer, stored, "_dequantized")
     return weight
 
 

@@ -135,7 +135,9 @@ def read_dequantized(node: ir.Node) -> Array | None:
     producer = None if weight is None else weight.producer()
     if producer is None or producer.op_type != "DequantizeLinear":
         return None
-    codes, scales = stored_array(producer.inputs[0]), stored_array(producer.inputs[1])
+    stored = producer.inputs[0]
+    cast = None if stored is None else stored.producer()
+    codes, scales = stored_array(stored if cast is None or cast.op_type != "Cast" else cast.inputs[0]), stored_array(producer.inputs[1])
     zeros = stored_array(producer.inputs[2]) if len(producer.inputs) > 2 else None
     if codes is None or scales is None or codes.ndim != 2:
         return None

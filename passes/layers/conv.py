@@ -26,7 +26,7 @@ from magr_onnx.passes.layers.weighted import FLOATS, Product, find_views, in_clo
 from magr_onnx.report.reasons import ConvReason, Reason, Skip
 
 OPS = ("Conv", "ConvTranspose")
-Form = Literal["fold", "dequantize", "integer"]
+Form = Literal["fold", "dequantize", "integer", "integer-int4"]
 FORMS: tuple[Form, ...] = ("fold", "dequantize", "integer")
 BITS = tuple(range(3, 9))
 

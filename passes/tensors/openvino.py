@@ -14,4 +14,5 @@ RULES = Rules(
     computed=operators("Add AveragePool Concat Gemm GlobalAveragePool LeakyRelu MatMul Mul PRelu ReduceMean Relu Sub"),
     moved=operators("Flatten Identity MaxPool Reshape Slice Split Squeeze Transpose Unsqueeze"),
     types=("uint8",),
+    int4="stored",
 )

@@ -21,6 +21,7 @@ RULES = Rules(
         "Mul": ANY,
         "Sigmoid": ANY,
     },
+    int4="cast",
     lowered=True,
     moved={
         "DepthToSpace": ANY,

@@ -26,5 +26,6 @@ RULES = Rules(
     types=("uint8", "uint16"),
     narrow={"MatMul": 1},
     gemm_only=True,
+    int4="stored",
     fixed_shapes=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -37,6 +38,7 @@ class Rules:
         narrow: Number of an operand that is at most of 8 bits, by operator, where activations have 16.
         gemm_only: Whether a product with a bias is one operator only as a Gemm, so that others are reshaped to it.
         fixed_shapes: Whether all shapes must be known.
+        int4: Whether weights of 3 and 4 bits are stored in int4; ``cast`` where kernels have int8, so that a Cast makes int8 of them.
         lowered: Whether HardSigmoid and HardSwish are written as other operators (`magr_onnx.passes.emit.hard_activations`).
     """
 
@@ -52,6 +54,7 @@ class Rules:
     narrow: Mapping[str, int] = field(default_factory=dict)
     gemm_only: bool = False
     fixed_shapes: bool = False
+    int4: Literal["", "stored", "cast"] = ""
     lowered: bool = False
 
     def grid_type(self, name: str) -> GridType:

@@ -28,7 +28,7 @@ import magr_onnx
 Array = npt.NDArray[Any]
 
 CALIBRATION, ON_NPU = 64, 16
-KINDS = {"A8W8": "uint8", "A16W8": "uint16"}
+KINDS = {"A8W8": ("uint8", 8), "A16W8": ("uint16", 8), "A8W4": ("uint8", 4), "A16W4": ("uint16", 4)}
 MIXED = 0.1  # share of the work in 16 bits
 SCRIPT = Path(__file__).resolve().parents[1] / "edge/npu.py"
 
@@ -48,7 +48,7 @@ def with_one_sample(source: Path, path: Path) -> None:
     onnx.save(onnx.shape_inference.infer_shapes(model), path)
 
 
-def theirs(source: Path, feeds: Feeds, kind: str, path: Path) -> None:
+def theirs(source: Path, feeds: Feeds, kind: str, bits: int, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize
     from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config, qnn_preprocess_model
 
@@ -63,7 +63,8 @@ def theirs(source: Path, feeds: Feeds, kind: str, path: Path) -> None:
     prepared = path.with_suffix(".prepared.onnx")
     start = prepared if qnn_preprocess_model(source, prepared) else source
     activations = QuantType.QUInt8 if kind == "uint8" else QuantType.QUInt16
-    config = get_qnn_qdq_config(start, Reader(), activation_type=activations, weight_type=QuantType.QUInt8)
+    weights: dict[str, Any] = {"weight_type": QuantType.QUInt8} if bits == 8 else {"weight_type": QuantType.QInt4, "per_channel": True}
+    config = get_qnn_qdq_config(start, Reader(), activation_type=activations, **weights)
     quantize(start, path, config)
 
 
@@ -109,16 +110,17 @@ def main() -> None:
             work = Path(name)
             with_one_sample(folder / "model.onnx", work / "float.onnx")
             expected = outputs(work / "float.onnx", held_out)
-            for types, kind in KINDS.items():
+            for types, (kind, bits) in KINDS.items():
                 with quiet():
-                    theirs(work / "float.onnx", calibration, kind, work / "theirs.onnx")
-                options = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
-                magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "ours.onnx", **options)  # type: ignore[arg-type]
+                    theirs(work / "float.onnx", calibration, kind, bits, work / "theirs.onnx")
+                options: dict[str, Any] = {"format": "qdq-full", "backend": "qnn-htp", "activation_type": kind}
+                options |= {"effort": "balanced", "bits": bits, "conv_bits": bits} if bits < 8 else {}
+                magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "ours.onnx", **options)
                 tools = {"ours": types, "theirs": types}
-                if kind == "uint8":
+                if (kind, bits) == ("uint8", 8):
                     tools["mixed"] = f"{types}, {MIXED:.0%} in A16"
-                    options["wide_activations"] = MIXED  # type: ignore[assignment]
-                    magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "mixed.onnx", **options)  # type: ignore[arg-type]
+                    options["wide_activations"] = MIXED
+                    magr_onnx.optimize(folder / "model.onnx", calibration, output=work / "mixed.onnx", **options)
                 for tool, what in tools.items():
                     path = work / f"{tool}.onnx"
                     row = [folder.name, what, tool, f"{decibels(outputs(path, held_out), expected):.1f}"]

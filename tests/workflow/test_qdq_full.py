@@ -140,6 +140,35 @@ def test_int4_weights_and_a_transposed_convolution(bits: int, tmp_path: Path) ->
     assert sqnr(run(path, "x", x), run(proto.SerializeToString(), "x", x)) > (30 if bits == 8 else 12)
 
 
+@pytest.mark.parametrize("backend", [name for name, rules in BACKENDS.items() if rules.int4])
+@pytest.mark.parametrize(("make", "inputs"), [(network, images), (transformer, sequences)], ids=["network", "transformer"])
+def test_weights_of_4_bits(make: Any, inputs: Any, backend: str, tmp_path: Path) -> None:
+    """They are stored in int4, with zero points where the runtime multiplies int4, since Qualcomm's takes others for int8."""
+    proto, path, x = make(), tmp_path / "q.onnx", inputs(16, 2)
+    options: dict[str, Any] = {"format": "qdq-full", "backend": backend, "bits": 4, "conv_bits": 4, "quantizer": "rtn"}
+    report = magr_onnx.optimize(proto, {"x": inputs(32, 1)}, output=path, batch_size=4, **options).report
+    assert {row.bits for row in report.layers} == {4}
+    assert report.verified == len(report.layers)
+    model = onnx.load(path)
+    kinds, maker = {t.name: t.data_type for t in model.graph.initializer}, {name: node for node in model.graph.node for name in node.output}
+    for node in (node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")):
+        step = maker.get(node.input[1], node)
+        if step.op_type != "DequantizeLinear" or (step.input[0] in maker and maker[step.input[0]].op_type == "QuantizeLinear"):
+            continue  # a product of activations
+        cast = maker.get(step.input[0])
+        assert (cast is not None) == (BACKENDS[backend].int4 == "cast")
+        assert kinds[step.input[0] if cast is None else cast.input[0]] == onnx.TensorProto.INT4
+        assert cast is not None or kinds[step.input[2]] == onnx.TensorProto.INT4
+    expected = run(proto.SerializeToString(), "x", x)
+    assert sqnr(run(path, "x", x), expected) > 12
+    if backend == "ort-cpu":  # its optimizer makes integer operators of them
+        optimized = ort.SessionOptions()
+        optimized.optimized_model_filepath = str(tmp_path / "o.onnx")
+        ort.InferenceSession(path, optimized, providers=["CPUExecutionProvider"])
+        ops = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+        assert sum(ops.count(op) for op in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")) >= len(report.layers)
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
 @pytest.mark.parametrize("masked", [-1e2, -1e4, -1e9, float(np.finfo(np.float32).min)])
 def test_masks_take_no_resolution_from_the_scores(masked: float, kind: str, tmp_path: Path) -> None:
@@ -164,6 +193,10 @@ def test_options_that_do_not_fit_are_named() -> None:
         magr_onnx.build_pipeline(format="qdq-int8", activation_type="uint16")
     with pytest.raises(OptionError, match="qnn-htp has no accumulators to be proved; use target and accumulator_bits with format qdq-int8"):
         magr_onnx.build_pipeline(format="qdq-full", backend="qnn-htp", target="x86-avx2")
+    with pytest.raises(OptionError, match=r"^bits of 4 or less: tensorrt has no such .* these have: ort-cpu, qnn-htp, openvino$"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="tensorrt", bits=4)
+    with pytest.raises(OptionError, match="conv_bits of 4 or less: coreml has no such"):
+        magr_onnx.build_pipeline(format="qdq-full", backend="coreml", conv_bits=4)
     with pytest.raises(OptionError, match="backend is for format qdq-full only"):
         magr_onnx.build_pipeline(format="qdq-int8", backend="qnn-htp")
     with pytest.raises(OptionError, match=r"wide activations of 16 bits are for .* a backend that has uint16"):
