@@ -110,7 +110,7 @@ class _Nodes:
                 if output.shape is None and node.op_type in ("MatMul", "Gemm", "MatMulInteger", "Cast", "Mul"):
                     output.shape = self.layer.output.shape
         replace_layer(self.layer, self.nodes, solution.factors, self._constants)
-        return Emitted(str(product.name), stored, self._constants.bytes, notes=tuple(notes))
+        return Emitted(str(product.name), stored_bits, self._constants.bytes, notes=tuple(notes))
 
 
 class _EmitInt8(Emitter):
