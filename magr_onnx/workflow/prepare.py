@@ -37,6 +37,7 @@ from magr_onnx.workflow import conv_sensitivity, mixed_precision, non_linear, re
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
+from magr_onnx.workflow.integer_convolutions import may_be_integer
 from magr_onnx.workflow.progress import reporter
 from magr_onnx.workflow.request import OptimizeRequest
 from magr_onnx.workflow.verify_output import check_weights
@@ -60,6 +61,7 @@ class Prepared:
         kept_back: Calibration data that is left out of ``data``, to compare the models on; None where it is too little.
         validation: What to compare the models on, if they are to be compared.
         judge: The user's own measure of models, if there is one.
+        float_share: Share of the work between convolutions that may stay float for accuracy.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Prepared:
     kept_back: Batches | None = None
     validation: Batches | None = None
     judge: Judge | None = None
+    float_share: float = 0.0
 
     def no_layer(self, skips: Sequence[Skip]) -> ModelError:
         """The error to raise where nothing is converted."""
@@ -195,13 +198,21 @@ def _canonical(loaded: Loaded, request: OptimizeRequest) -> Prepared:
     prepared = Prepared(loaded.name, loaded.bytes, reference, model, plan, layers, others, unconverted, notes)
     if not layers and not others:
         raise prepared.no_layer([*skips, *unconverted, *table_skips, *conv_skips, *operator_skips])
-    if not choosable and (plan.rules is None or not wide_inputs.is_spent_on_activations(request.budget, plan, request.provider)):
+    if not choosable and not _is_spent_on_activations(request, plan, convolutions):
         mixed_precision.check_layers(request.budget, layers)
     # raises errors early
     assigned = layer_options.assign(request.patterns.tables, layers, request.options or {}, request.plan, request.provider)
     plans = {layer.name: assigned[layer.name][1] if layer.name in assigned else plan for layer in layers}
     raise_all(OptionError, [text for layer in layers for text in plans[layer.name].layer_problems(layer, request.provider)])
     return prepared
+
+
+def _is_spent_on_activations(request: OptimizeRequest, plan: Plan, convolutions: Sequence[ConvLayer]) -> bool:
+    """Whether a budget needs no linear layers, since it is spent on the values between convolutions."""
+    if plan.rules is not None and wide_inputs.is_spent_on_activations(request.budget, plan, request.provider):
+        return True
+    some = any(may_be_integer(layer, plan.rules) for layer in convolutions)
+    return some and wide_inputs.may_be_float(request.budget, plan, request.provider)
 
 
 def _open_data(source: Source | None, prepared: Prepared, request: OptimizeRequest, large: bool) -> Batches | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from magr_onnx.core.activation_ranges import Histogram, Method
@@ -14,7 +15,7 @@ from magr_onnx.errors import listed
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit import hard_activations
 from magr_onnx.passes.emit import tensors as tensor_emitter
-from magr_onnx.passes.graph.inference import inferred_types
+from magr_onnx.passes.graph.inference import inferred_types, inferred_values
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.graph.nodes import layer_name
 from magr_onnx.passes.layers.conv import ConvLayer
@@ -50,7 +51,12 @@ INSURANCE, TRIALS = 1.12, 32
 
 
 def round_activations(
-    model: ir.Model, plan: Plan, data: Batches | None, context: RunContext, floats: Mapping[str, str] | None = None
+    model: ir.Model,
+    plan: Plan,
+    data: Batches | None,
+    context: RunContext,
+    floats: Mapping[str, str] | None = None,
+    float_share: float = 0.0,
 ) -> Rounding:
     """Mark the values of a float model that will be computed in integers, in place, and choose their grids.
 
@@ -60,47 +66,103 @@ def round_activations(
         data: Batches that fit the model; without them there are no ranges.
         context: Of the run.
         floats: Why convolutions stay float that could be computed in integers, by name.
+        float_share: Share of the work of what could be computed in integers that may stay float for accuracy.
     """
-    floats = floats or {}
+    floats, notes = dict(floats or {}), list[str]()
+    if float_share and data is not None:
+        costly, notes = _costly(model, plan, data, context, floats, float_share)
+        floats |= costly
     activations, region = plan.activations, integer_region(model, plan, data, context.selection, floats)
     if data is None or activations is None or region is None:
-        return Rounding(floats=floats)
-    convolutions, linear = select_convolutions(model, plan, context.selection)[0], find_linear(model, context.selection)[0]
-    Names.rescan(model.graph)
+        return Rounding(floats=floats, notes=tuple(notes))
     names = {group: str(group.values[0].name) for group in region.grids}
-    marks = tensor_emitter.mark(model.graph, region)
-    calibration, kind = CalibrationContext(data, provider=context.provider), grid_type(plan)
-    layers, of_data = [*convolutions, *linear], data.labels
+    choice, ranges = _choice(model, region, plan, data, context, floats)
+    marks, kind, of_data = choice.marks, choice.kind, data.labels
+    grids = choice.grids(ranges)
+    context.lap("ranges")
+    if plan.rules is None:
+        return Rounding(grids, floats, tuple(notes))
+    edges = widths.edges_of(region.units, marks, plan.rules)
+    if kind.bits > 8:
+        return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)}, floats, tuple(notes))
+    if not activations.wide:
+        return Rounding(grids, floats, tuple(notes))
+    groups = widths.may_be_wide(edges)
+    found = context.once(("losses", of_data), lambda: choice.losses(grids, groups, context.stage("sensitivities")))
+    losses = dict(zip(groups, found, strict=True))
+    wide = widths.choose_wide(edges, losses, activations.wide)
+    stored = widths.stored_wide(edges, wide)
+    grids |= {name: choice.grid(choice.measured[group], Ranges(), 16) for name, group in marks.items() if group in stored}
+    context.lap("sensitivities")
+    by_name, chosen = {names[group]: loss for group, loss in losses.items()}, [names[group] for group in losses if group in wide]
+    notes.append(described("activations", by_name, chosen, widths.share_of(edges, wide)))
+    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, floats, tuple(notes))
+
+
+def _choice(
+    model: ir.Model, region: Region, plan: Plan, data: Batches, context: RunContext, floats: Collection[str]
+) -> tuple[_Choice, Ranges]:
+    """Mark the values of a region, in place, measure them, and choose how ranges are chosen; once for nodes that stay float."""
+    assert plan.activations is not None
+    layers = [*select_convolutions(model, plan, context.selection)[0], *find_linear(model, context.selection)[0]]
+    Names.rescan(model.graph)
+    marks, kind = tensor_emitter.mark(model.graph, region), grid_type(plan)
+    calibration, key = CalibrationContext(data, provider=context.provider), (data.labels, frozenset(floats))
 
     def measure() -> list[tuple[tuple[Histogram, ...], ActivationGrid | None]]:
         steps = context.stage("ranges")
         measured = tensor_ranges.measure(model, region.grids, layers, calibration, kind=kind, progress=steps)
         return [(each.parts, each.levels) for each in measured]
 
-    known = zip(region.grids, context.once(("ranges", of_data), measure), strict=True)
+    known = zip(region.grids, context.once(("ranges", key), measure), strict=True)
     each_of = {group: tensor_ranges.Measured(group, *of_group) for group, of_group in known}
-    choice = _Choice(model, each_of, marks, activations.ranges, kind, data, context.provider)
-    ranges = context.once(("choice of ranges", of_data), choice.ranges) if kind.bits == 8 else Ranges()
+    choice = _Choice(model, each_of, marks, plan.activations.ranges, kind, data, context.provider)
+    return choice, context.once(("choice of ranges", key), choice.ranges) if kind.bits == 8 else Ranges()
+
+
+def _costly(
+    model: ir.Model, plan: Plan, data: Batches, context: RunContext, floats: Mapping[str, str], share: float
+) -> tuple[dict[str, str], list[str]]:
+    """Choose what stays float since rounding the values around it costs the most at the outputs; return why, by name, and what to say.
+
+    A value is not rounded where all operators that read or make it are float, as it has 16 bits where they have
+    (`magr_onnx.passes.tensors.widths`): the same knapsack chooses. Values around linear layers are not among them.
+    """
+    copy = model.clone()
+    region = integer_region(copy, plan, data, context.selection, floats)
+    if region is None:
+        return {}, []
+    _set_shapes(copy, data)
+    linear = {layer.node for layer in find_linear(copy, context.selection)[0]}
+    convolutions = {layer.node: layer.name for layer in select_convolutions(copy, plan, context.selection)[0]}
+    choice, ranges = _choice(copy, region, plan, data, context, floats)
+    edges = widths.edges_of(region.units, choice.marks, plan.rules or RULES)
+    fixed = {group for each in edges if each.unit.node in linear for group in each.groups}
+    groups = [group for group in region.grids if group not in fixed]
     grids = choice.grids(ranges)
-    context.lap("ranges")
-    if plan.rules is None:
-        return Rounding(grids, floats)
-    edges = widths.edges_of(region.units, marks, plan.rules)
-    if kind.bits > 8:
-        return Rounding({**grids, **choice.converted(edges, region.grids, grids, ranges)}, floats)
-    if not activations.wide:
-        return Rounding(grids, floats)
-    groups = widths.may_be_wide(edges)
-    found = context.once(("losses", of_data), lambda: choice.losses(grids, groups, context.stage("sensitivities")))
+    key = ("losses of values", data.labels, frozenset(floats))
+    found = context.once(key, lambda: choice.losses(grids, groups, context.stage("sensitivities")))
     losses = dict(zip(groups, found, strict=True))
-    wide = widths.choose_wide(edges, losses, activations.wide)
-    stored = widths.stored_wide(edges, wide)
-    of_16_bits = {name: choice.grid(each_of[group], Ranges(), 16) for name, group in marks.items() if group in stored}
-    grids |= of_16_bits
+    chosen = widths.choose_wide(edges, losses, share)
     context.lap("sensitivities")
-    by_name, chosen = {names[group]: loss for group, loss in losses.items()}, [names[group] for group in losses if group in wide]
-    note = described("activations", by_name, chosen, widths.share_of(edges, wide))
-    return Rounding({**grids, **choice.converted(edges, wide, grids, ranges)}, floats, (note,))
+    names = [layer_name(each.unit.node) for each in edges if each.is_wide(chosen)]
+    few = [name for node, name in convolutions.items() if name in names]
+    avoided = sum(losses[group] for group in chosen) / max(sum(losses.values()), 1e-300)
+    note = (
+        f"{len(few)} of {len(convolutions)} convolutions are computed in float, {widths.share_of(edges, chosen):.1%} of the work; rounding "
+        f"the values around them had caused {avoided:.0%} of the error: {listed(few)}"
+    )
+    return dict.fromkeys(names, "computed in float: rounding the values around it costs too much"), [note] if few else []
+
+
+def _set_shapes(model: ir.Model, data: Batches) -> None:
+    """Set the shapes that values of a model have for a batch, as far as they can be inferred."""
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(np.shape(next(iter(data))[str(value.name)]))
+    shapes = {str(value.name): value.shape for value in inferred_values(model)}
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = shapes.get(str(value.name)) or value.shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,7 +260,9 @@ def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection:
     if plan.rules is not None:
         layers: list[ConvLayer | LinearLayer] = [*integer, *linear]
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
-        return whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
+        left_out |= {node for node in model.graph if layer_name(node) in floats}
+        whole = whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
+        return whole if whole.grids else None
     stage = plan.convolutions
     if not integer or stage is None or stage.form != "integer" or why_float(stage, data) is not None:
         return None

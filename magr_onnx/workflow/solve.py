@@ -67,6 +67,7 @@ class Solved:
         notes: Sentences for the report.
         search: Mixed precision, if it was asked for.
         may_widen: Whether a larger share of the work in 16 bits could change anything.
+        rounds: Whether values between convolutions are rounded.
     """
 
     model: ir.Model
@@ -79,6 +80,7 @@ class Solved:
     notes: list[str]
     search: mixed_precision.Search | None
     may_widen: bool = True
+    rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +181,8 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     fit = non_linear.data_to_fit(prepared.data, request.budget)
     floats = context.once("slower in integers", lambda: integer_speed.slower(model, prepared.plan, fit, request.options, context))
     notes += floats.notes
-    rounding = rounded_activations.round_activations(model, prepared.plan, None if context.memory.large else fit, context, floats.reasons)
+    measured = None if context.memory.large else fit
+    rounding = rounded_activations.round_activations(model, prepared.plan, measured, context, floats.reasons, prepared.float_share)
     base = rounded_activations.rounded_copy(model, rounding.grids, prepared.plan)
     tied = tied_tables.tied_weights(base, prepared.plan, context.selection) if request.budget is None else frozenset()
     chosen = [] if context.memory.large else conv_sensitivity.choosable(model, prepared.plan, request, context.selection)
@@ -210,7 +213,7 @@ def solve(prepared: Prepared, request: OptimizeRequest, context: RunContext) -> 
     skips = [*setup.skips, *done.skips, *done.convolutions.skips]
     notes += [*_remarks(done, context), *context.notes(done.model)]
     digests = done.digests | begun.digests | done.tables.digests | done.convolutions.digests
-    return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search, setup.may_widen)
+    return Solved(done.model, setup.plan, data, rows, digests, emitted, skips, notes, search, setup.may_widen, bool(rounding.grids))
 
 
 def _rewrite(prepared: Prepared, context: RunContext) -> list[str]:

@@ -44,6 +44,14 @@ def is_spent_on_activations(goal: Goal | None, plan: Plan, provider: str) -> boo
     return not with_share(plan, 1.0).problems(provider)
 
 
+def may_be_float(goal: Goal | None, plan: Plan, provider: str) -> bool:
+    """Whether a budget is of loss, and may be spent on convolutions that stay float: where values between them have 8 bits and no more."""
+    if goal is None or goal.loss is None or plan.activations is None or plan.activations.wide or plan.input_grids != "static":
+        return False
+    integer = plan.convolutions is not None and plan.convolutions.form == "integer" and plan.activations.type in ("uint8", "int8")
+    return integer and (plan.rules is None or not is_spent_on_activations(goal, plan, provider))
+
+
 def may_widen(
     model: ir.Model, layers: Sequence[LinearLayer], grids: Grids, known: Collection[str]
 ) -> dict[str, tuple[list[LinearLayer], ir.Value, list[tuple[ir.Node, int]]]]:

@@ -1,9 +1,10 @@
-"""The least work in 16 bits that keeps a model with static activations of 8 bits within a loss.
+"""The least work in 16 bits, or in float, that keeps a model with static activations of 8 bits within a loss.
 
 In these formats all layers have 8 bits, and what costs accuracy is rounding activations. So a budget of loss is not spent on layers first:
 models whose shares of the work in 16 bits rise (`magr_onnx.workflow.wide_inputs`, `magr_onnx.passes.tensors.widths`) are made and measured,
-and the first that keeps to the loss is the result. Only where none does, layers become float, too. Ranges of activations, and what each of
-them costs, are measured once for all of them.
+and the first that keeps to the loss is the result. Where values between convolutions cannot have 16 bits, as in qdq-int8, the same share of
+the work between them is done in float (`magr_onnx.workflow.rounded_activations`). Only where none of these keeps to the loss, linear layers
+become float, too. Ranges of activations, and what each of them costs, are measured once for all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from magr_onnx.workflow.mixed_precision import MEASURED, split_of
 from magr_onnx.workflow.prepare import Prepared
 from magr_onnx.workflow.request import OptimizeRequest
 from magr_onnx.workflow.solve import Solved
-from magr_onnx.workflow.wide_inputs import NOTHING, is_spent_on_activations, with_share
+from magr_onnx.workflow.wide_inputs import NOTHING, is_spent_on_activations, may_be_float, with_share
 from magr_onnx.workflow.without_data import solve_or_round
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -37,7 +38,8 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
         MagrError: As `solve_or_round`.
     """
     goal = request.budget
-    if goal is None or prepared.data is None or context.memory.large or not is_spent_on_activations(goal, prepared.plan, context.provider):
+    widens, floats = (may(goal, prepared.plan, context.provider) for may in (is_spent_on_activations, may_be_float))
+    if goal is None or prepared.data is None or context.memory.large or not (widens or floats):
         return solve_or_round(prepared, request, context)
     split = None if goal.of_metric else split_of(goal, prepared.data)
     measure = _measure(goal, prepared, split, context)
@@ -46,8 +48,9 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
 
     def solved_at(share: float, budget: Goal | None = None) -> Solved:
         data = prepared.data if split is None or budget is not None else split.rest
-        copy = replace(prepared, model=prepared.model.clone(), plan=with_share(prepared.plan, share), data=data)  # solving changes it
-        return solve_or_round(copy, replace(request, budget=budget), context)
+        plan = with_share(prepared.plan, share) if widens and (prepared.layers or not floats) else prepared.plan
+        copy = replace(prepared, model=prepared.model.clone(), plan=plan, data=data)  # solving changes it
+        return solve_or_round(replace(copy, float_share=share if floats else 0.0), replace(request, budget=budget), context)
 
     def keeps(share: float, solved: Solved) -> bool:
         tried[share] = measure.of_model(solved.model)
@@ -59,10 +62,10 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
     while not bisection.finished:
         share = SHARES[bisection.next]
         solved = solved_at(share)
-        kept = keeps(share, solved)
-        if kept or not solved.may_widen:
+        kept, floats = keeps(share, solved), floats and (solved.rounds or share > 0)
+        if kept or not (solved.may_widen or floats):
             best = solved
-        if not (kept or solved.may_widen):  # every share makes this model
+        if not (kept or solved.may_widen or floats):  # every share makes this model
             notes.append(NOTHING)
             break
         bisection.take(kept)
@@ -78,7 +81,8 @@ def solve_within_loss(prepared: Prepared, request: OptimizeRequest, context: Run
         outcome = f"{least:.0%} is the least of these that keeps to it"
     else:
         outcome = "none of these keeps to it, so layers stay float, too" if prepared.layers else "THE GOAL IS MISSED by all of these"
-    note = f"{goal.text}: by the share of the work that may be in 16 bits, {measure.name} is {values} ({measure.where}); {outcome}"
+    what = "in float" if not widens else "in 16 bits or float" if floats else "in 16 bits"
+    note = f"{goal.text}: by the share of the work that may be {what}, {measure.name} is {values} ({measure.where}); {outcome}"
     return replace(best, notes=[*best.notes, *notes, note])
 
 

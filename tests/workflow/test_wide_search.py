@@ -36,6 +36,44 @@ def convolutions() -> ir.Model:
     return b.model(b.node("Conv", [first, b.constant("v", second.astype(np.float32))], "second", pads=[1, 1, 1, 1]), ["n", 4, 8, 8])
 
 
+CLASSES = 6
+
+
+def classes(count: int, seed: int = 0) -> tuple[dict[str, Array], Array]:
+    """Images of a class's smooth pattern under noise, and the classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    waves = np.arange(12) * np.arange(1, CLASSES + 1)[:, None] / 4
+    patterns = np.cos(waves)[:, :, None] * np.sin(waves)[:, None, :]
+    noise = rng.standard_normal((count, 3, 12, 12))
+    return {"x": (patterns[labels][:, None] * rng.uniform(0.5, 1.5, (count, 3, 1, 1)) + 0.2 * noise).astype(np.float32)}, labels
+
+
+def classifier() -> ir.Model:
+    """Four convolutions; between the first and the second a channel is much larger than others. The head is trained by least squares."""
+
+    def features(b: Builder) -> ir.Value:
+        y: ir.Value = b.input("x", ["n", 3, 12, 12])
+        large = np.where(np.arange(8) == 0, 400.0, 1.0).astype(np.float32)
+        for i, (channels, before, behind) in enumerate([(3, 1, large), (8, large, 1), (8, 1, 1), (8, 1, 1)], start=1):
+            weight = random(8, channels, 3, 3, seed=i, scale=0.6 / np.sqrt(channels))
+            weight = weight * np.reshape(behind, (-1, 1, 1, 1)) / np.reshape(before, (1, -1, 1, 1))
+            y = b.node("Relu", [b.node("Conv", [y, b.constant(f"w{i}", weight.astype(np.float32))], f"conv{i}", pads=[1, 1, 1, 1])])
+        return b.node("Flatten", [b.node("GlobalAveragePool", [y])])
+
+    (b, trained), (x, labels) = (Builder(), Builder()), classes(400, 5)
+    session = ort.InferenceSession(graphs.proto(b.model(features(b), ["n", 8])).SerializeToString())
+    values = session.run(None, x)[0].astype(np.float64)
+    scale, mean = values.std(axis=0), values.mean(axis=0)
+    design, ridge = (values - mean) / scale, 20 * np.eye(8)
+    head = np.linalg.solve(design.T @ design + ridge, design.T @ (6.0 * np.eye(CLASSES)[labels]))
+    weight = head / scale[:, None]
+    bias = -mean @ weight
+    inner = features(trained)
+    constants = [trained.constant("head_w", weight.astype(np.float32)), trained.constant("head_b", bias.astype(np.float32))]
+    return trained.model(trained.node("Gemm", [inner, *constants], "head"), ["n", CLASSES], "logits")
+
+
 def images(count: int, seed: int = 0) -> dict[str, Array]:
     return {"x": random(count, 3, 8, 8, seed=seed, scale=1.0)}
 
@@ -111,19 +149,65 @@ def test_what_is_measured_once_is_what_every_model_would_measure(
 
 
 def test_one_model_is_made_where_no_input_can_have_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only layer reads what is between two convolutions."""
-    b = Builder()
-    y = b.node("Conv", [b.input("x", ["n", 3, 8, 8]), b.constant("w", random(3, 3, 3, 3))], "first", pads=[1, 1, 1, 1])
-    z = b.node("Conv", [y, b.constant("u", random(3, 3, 3, 3, seed=1))], "second", pads=[1, 1, 1, 1])
-    model = b.model(b.node("Add", [z, b.node("MatMul", [y, b.constant("v", random(8, 8))], "head")]), ["n", 3, 8, 8])
+    """The only layer is in a body, and reads a value of the main graph."""
+    text = """<ir_version: 9, opset_import: ["": 20]> g (float[n, 8] x) => (float[n, 5] y) {
+        a = Tanh(x)
+        top = ReduceMax<keepdims = 0>(x)
+        least = Constant<value_float = -1000.0>()
+        yes = Greater(top, least)
+        y = If(yes) <then_branch = yes () => (float[n, 5] z) { z = MatMul(a, w) },
+                     else_branch = no () => (float[n, 5] o) { o = MatMul(a, v) }> }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(random(8, 5, seed=i), name) for i, name in enumerate("wv"))
+    data = {"x": random(64, 8, scale=1.0)}
     made = []
     solve = wide_search.solve_or_round
     monkeypatch.setattr(wide_search, "solve_or_round", lambda *a: made.append(a[1].budget) or solve(*a))
-    report = magr_onnx.optimize(model, images(64), max_loss="1e-9", format="qdq-int8", **QUICK).report
+    report = magr_onnx.optimize(proto, data, max_loss="1e-9", format="qdq-int8", **QUICK).report
     assert list(shares(report)) == [0]
     assert len(made) == 2  # and one with layers in float
     assert [goal is None for goal in made] == [True, False]
     assert any(note.startswith("no activations have 16 bits") for note in report.notes)
+
+
+def test_convolutions_stay_float_where_rounding_between_them_costs_too_much(tmp_path: Path) -> None:
+    """Those on both sides of the value with one large channel; others are in integers."""
+    model, path, (samples, _), (unseen, labels) = classifier(), tmp_path / "q.onnx", classes(48, 1), classes(400, 9)
+    options: dict[str, Any] = {"format": "qdq-int8", **QUICK}
+
+    def outputs(source: ir.Model) -> Array:
+        return ort.InferenceSession(ir.to_proto(source).SerializeToString()).run(None, unseen)[0].astype(np.float64)
+
+    def accuracy(source: ir.Model) -> float:
+        return float((outputs(source).argmax(axis=1) == labels).mean())
+
+    def divergence(source: ir.Model) -> float:
+        p, q = (y - np.log(np.exp(y).sum(axis=1, keepdims=True)) for y in (outputs(model), outputs(source)))
+        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+    plain = magr_onnx.optimize(model, samples, **options).model
+    mixed, report = magr_onnx.optimize(model, samples, output=path, max_loss="0.4", **options)
+    assert divergence(plain) > 0.8
+    assert divergence(mixed) < 0.4
+    assert accuracy(plain) < accuracy(model) - 0.3
+    assert accuracy(mixed) > accuracy(model) - 0.1
+    least = min(share for share, loss in shares(report).items() if loss <= 0.4)
+    assert 0 < least < 1
+    settings = ort.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "o.onnx")
+    ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    ops = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+    floats = {row.name for row in report.layers if any(note.startswith("computed in float") for note in row.notes)}
+    assert {"conv1", "conv2"} <= floats
+    assert ops.count("QLinearConv") == 4 - len(floats) > 0
+    assert sum(ops.count(op) for op in ("Conv", "FusedConv")) == len(floats)
+
+
+def test_a_backend_without_16_bits_leaves_convolutions_float() -> None:
+    model, data = convolutions(), images(32)
+    mixed, report = magr_onnx.optimize(model, data, max_loss="1e-3", format="qdq-full", backend="openvino", **QUICK)
+    assert any("2 of 2 convolutions are computed in float" in note for note in report.notes)
+    assert cosine_loss(model, mixed, images(64, seed=9)) < 1e-3
 
 
 def test_layers_stay_float_where_16_bits_are_not_enough() -> None:
@@ -166,9 +250,9 @@ def test_a_share_that_does_nothing_is_told() -> None:
 
 
 def test_a_budget_without_linear_layers_is_refused_where_no_activations_can_be_wide() -> None:
-    for options in ({"format": "qdq-int8"}, {"format": "qdq-full", "activation_type": "uint16", "backend": "qnn-htp"}):
-        with pytest.raises(OptionError, match="a budget chooses the bits of linear layers"):
-            magr_onnx.optimize(convolutions(), images(32), max_loss="1%", **options, **QUICK)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"format": "qdq-full", "activation_type": "uint16", "backend": "qnn-htp"}
+    with pytest.raises(OptionError, match="a budget chooses the bits of linear layers"):
+        magr_onnx.optimize(convolutions(), images(32), max_loss="1%", **options, **QUICK)
 
 
 def test_models_are_valid() -> None:
