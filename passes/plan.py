@@ -168,7 +168,7 @@ class Plan:
         if quantize.quantizer.accumulators == "only" and activation is None:  # these have none
             quantize = quantize.by("comq")
         chooses = quantize.quantizer.chooses
-        alpha = usual_alpha(stage.bits, None) if stage.alpha is None else stage.alpha
+        alpha = usual_alpha(stage.bits, None, quantize.beta) if stage.alpha is None else stage.alpha
         magr = MagR(alpha, damping=None if self.magr is None else self.magr.damping) if alpha and not chooses else None
         demand = ("target", "accumulator_bits", "accumulator_tile")
         unset: dict[str, Any] = {} if activation else dict.fromkeys(demand)

@@ -79,7 +79,8 @@ class Options(TypedDict, total=False):
         flags=("--symmetric/--asymmetric",))]
     alpha: Annotated[float | None, OptionSpec(
         help="Strength of MagR, relative to the layer; 0: off.",
-        default_text="chosen per layer; fast: 1e-3 per channel, 1e-4 per block, 0 above 4 bits", least=0, panel=FINE, metavar="X")]
+        default_text="chosen per layer; fast: 1e-3 per channel, more below 4 bits with beta; 1e-4 per block; 0 above 4 bits",
+        least=0, panel=FINE, metavar="X")]
     beta: Annotated[float | None, OptionSpec(
         help="Shrink of the min-max grid, up to 1.", default_text="searched per group", panel=FINE, metavar="X")]
     damping: Annotated[float | None, OptionSpec(

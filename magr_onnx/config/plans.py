@@ -148,7 +148,7 @@ def _magr(quantize: passes.Quantize, alpha: float | None) -> passes.MagR | None:
     """Make the stage of MagR, where the quantizer does not run it itself."""
     if quantize.quantizer.chooses:
         return None
-    alpha = usual_alpha(quantize.bits, quantize.block_size) if alpha is None else alpha
+    alpha = usual_alpha(quantize.bits, quantize.block_size, quantize.beta) if alpha is None else alpha
     return passes.MagR(alpha, True, quantize.block_size, quantize.damping) if alpha else None
 
 

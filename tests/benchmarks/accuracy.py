@@ -34,6 +34,7 @@ from common import (
     Cell,
     Feeds,
     Unsupported,
+    encoder,
     header,
     import_ort_tools,
     matmulnbits,
@@ -184,11 +185,11 @@ class Benchmark:
     metrics: Callable[[npt.NDArray[Any], npt.NDArray[Any]], tuple[float, float]]
 
 
-def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
-    """The encoder on STS-B, or on every ``every``-th of its pairs."""
+def sentence_encoder(data: Path, work: Path, every: int = 1, name: str = "all-MiniLM-L6-v2") -> Benchmark:
+    """An encoder on STS-B, or on every ``every``-th of its pairs; of others than all-MiniLM-L6-v2 ``data`` has the folder ``name``."""
     from scipy.stats import spearmanr
 
-    folder = minilm(data, work)
+    folder = minilm(data, work) if name == "all-MiniLM-L6-v2" else encoder(data, work, data / name)
     scores = np.load(folder / "stsb_scores.npy")[::every]
     with np.load(folder / "stsb.npz") as file:
         test = {name: np.concatenate([half[::every] for half in np.split(file[name], 2)]) for name in file.files}
@@ -212,7 +213,7 @@ def sentence_encoder(data: Path, work: Path, every: int = 1) -> Benchmark:
         return float(cosine.mean()), float(spearmanr(pairs, scores).statistic)
 
     columns = ("cosine to float", "Spearman")
-    title = f"all-MiniLM-L6-v2, {len(test['input_ids']):,} STS-B test sentences"
+    title = f"{name}, {len(test['input_ids']):,} STS-B test sentences"
     return Benchmark(title, folder / "model.onnx", folder / "calibration_1024", test, columns, outputs, metrics)
 
 
@@ -297,12 +298,12 @@ def divergences(benchmark: Benchmark, path: Path, batch: int = 8, arithmetic: Ar
     found = []
     with Session(benchmark.model) as a, Session(path, arithmetic=arithmetic) as b:
         for at in range(0, len(blocks), batch):
-            p, q = (_log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
+            p, q = (log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
             found.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean(dtype=np.float64)))
     return np.array(found)
 
 
-def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     x: npt.NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return x

@@ -123,13 +123,18 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def minilm(data: Path, work: Path) -> Path:
-    """The folder of the exported all-MiniLM-L6-v2 and its inputs, made on first use.
+    """The folder of the exported all-MiniLM-L6-v2 and its inputs, made on first use."""
+    return encoder(data, work)
+
+
+def encoder(data: Path, work: Path, weights: Path | None = None) -> Path:
+    """The folder of an exported sentence encoder, all-MiniLM-L6-v2 or the one in a folder, and its inputs, made on first use.
 
     The export runs in a process of its own: torch and transformers stay out of this one.
     """
-    folder = work / "minilm"
+    folder = work / ("minilm" if weights is None else weights.name)
     if not all((folder / name).is_file() for name in MINILM):
-        progress("exporting all-MiniLM-L6-v2")
+        progress(f"exporting {'all-MiniLM-L6-v2' if weights is None else weights.name}")
         (stsb,) = sorted((data / "stsb").glob("*test*.csv"))[:1] or [data / "stsb" / "stsb-en-test.csv"]
         command = [
             sys.executable,
@@ -141,6 +146,7 @@ def minilm(data: Path, work: Path) -> Path:
             str(stsb),
             "--out",
             str(folder),
+            *([] if weights is None else ["--weights", str(weights)]),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -11,7 +11,7 @@ import pytest
 from magr_onnx.core import error_feedback, magr
 from magr_onnx.core.linalg import automatic_damping, damped, layer_error
 from magr_onnx.core.overflow.accumulator import Accumulator, Budget
-from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq, cross_validation
+from magr_onnx.core.quantizers import QUANTIZERS, Options, Problem, auto, comq, cross_validation, gptq
 from magr_onnx.core.quantizers.auto import Choice, usual_alpha
 from magr_onnx.core.types import LayerStats, TargetMoments, WeightSpec
 from tests.helpers import Array, activations, gram_of, target_error
@@ -242,3 +242,17 @@ def test_output_moments_lower_the_energy_they_stand_for() -> None:
         return layer_error((weights.astype(np.float64) - problem.target) @ root.T, problem.gram)
 
     assert felt(found.weight.dequantize()) < 0.8 * felt(alone.weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_min_max_grids_gain_more_from_a_stronger_magr(bits: int) -> None:
+    """By the error of GPTQ's outputs on fresh rows; grids that are searched clip the largest weights by themselves."""
+    errors = dict.fromkeys(("plain", "usual", "stronger"), 0.0)
+    for seed in range(4):
+        problem, fresh = problem_of(WeightSpec(bits, None), k=96, seed=seed)
+        x = fresh - problem.stats.mean
+        for name, alpha in (("plain", 0.0), ("usual", usual_alpha(bits, None)), ("stronger", usual_alpha(bits, None, 1.0))):
+            reduced = magr.reduce(problem.weights, problem.damped_gram(0.3), alpha=alpha).weights
+            found = gptq.run(replace(problem, weights=reduced), Options(beta=1.0)).weight
+            errors[name] += np.square(x @ (found.dequantize() - problem.target)).sum()
+    assert errors["stronger"] < 0.95 * errors["usual"] < 0.9 * errors["plain"]

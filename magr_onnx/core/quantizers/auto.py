@@ -44,11 +44,17 @@ class Choice:
     act_order: bool
 
 
-def usual_alpha(bits: int, group_size: int | None) -> float:
-    """Return the default strength of MagR: from 5 bits on, changing the weights costs more than the finer grid saves."""
+def usual_alpha(bits: int, group_size: int | None, beta: float | None = None) -> float:
+    """Return the default strength of MagR: from 5 bits on, changing the weights costs more than the finer grid saves.
+
+    A searched grid (``beta`` None) clips a column's peaks by itself. A min-max grid spans them all, and so gains more from weights without
+    peaks, the fewer the bits: the strength of least error on held-out rows is three times as large for every bit less.
+    """
     if bits > 4:
         return 0.0
-    return 1e-3 if group_size is None else 1e-4
+    if group_size is not None:
+        return 1e-4
+    return 1e-3 if beta is None else 1e-3 * 3.0 ** (4 - bits)
 
 
 def run(problem: Problem, options: Options) -> Solution:
@@ -56,7 +62,7 @@ def run(problem: Problem, options: Options) -> Solution:
     stats, spec = problem.stats, problem.spec
     if stats.is_data_free:
         return comq.run(problem, options)
-    alpha = usual_alpha(spec.bits, spec.group_size) if options.alpha is None else options.alpha
+    alpha = usual_alpha(spec.bits, spec.group_size, options.beta) if options.alpha is None else options.alpha
     usual = Choice(alpha, problem.damping(options), options.act_order is not False)
     if problem.budget is not None:
         reduced, reduction = _reduced(problem, usual)
