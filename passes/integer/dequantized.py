@@ -1,4 +1,4 @@
-"""Integer dot products before fusion: MatMul, Gemm and Conv of dequantized values."""
+"""Integer dot products before fusion: MatMul, Gemm and Conv of dequantized values, or of those that QONNX's Quant puts out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from magr_onnx.core.overflow.proof import IntegerDot
 from magr_onnx.core.packing import MATMULNBITS_BLOCKS, broadcast_grid
 from magr_onnx.passes.graph.constants import constant_array
 from magr_onnx.passes.graph.nodes import UnsupportedNode, attribute_of, only_use, operand, producers
+from magr_onnx.passes.integer import quant
 from magr_onnx.passes.integer.operands import (
     CONTRIB,
     PASSES_THROUGH,
@@ -33,10 +34,10 @@ DEFAULT_BLOCK = 32  # onnxruntime's block for a fused weight with one scale per 
 
 
 def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
-    """Return the DequantizeLinear of a value, and the Transpose and Identity nodes in between, last first."""
+    """Return the DequantizeLinear or Quant of a value, and the Transpose and Identity nodes in between, last first."""
     between: list[ir.Node] = []
     for node in producers(value):
-        if node.domain in ("", CONTRIB) and node.op_type == "DequantizeLinear":
+        if quant.is_quant(node) or (node.domain in ("", CONTRIB) and node.op_type == "DequantizeLinear"):
             return node, between
         if node.domain not in ("", CONTRIB) or node.op_type not in ("Transpose", "Identity"):
             break
@@ -45,10 +46,10 @@ def _dequantize(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
 
 
 def _dequantized_activation(value: ir.Value) -> ir.Node | None:
-    """Return the DequantizeLinear of an activation, through nodes that only move data."""
+    """Return the DequantizeLinear or Quant of an activation, through nodes that only move data."""
     moving = PASSES_THROUGH - {"Concat"}
     node = next((node for node in producers(value) if node.op_type not in moving), None)
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    return node if node is not None and (node.op_type == "DequantizeLinear" or quant.is_quant(node)) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +70,9 @@ class _Grid:
 
 
 def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
+    if quant.is_quant(dq):
+        codes, *full = quant.constant(dq)
+        return _turned(_Grid(weight_name(required(dq, 0)), codes, quant.type_of_codes(dq), full[0], full[1], None, 0), between)
     codes, kind = integers(constant_codes(required(dq, 0)))
     scales, zeros = constant_array(required(dq, 1)), constant_array(operand(dq, 2))
     if scales is None:
@@ -83,11 +87,17 @@ def _grid(dq: ir.Node, between: list[ir.Node]) -> _Grid:
         full = [broadcast_grid(a, codes.shape, axis, block) for a in (scales, zeros.astype(np.int32))]
     except ValueError as error:
         raise UnsupportedNode(IntegerReason.SHAPE, f"scales {list(scales.shape)} for {list(codes.shape)}") from error
+    return _turned(_Grid(weight_name(required(dq, 0)), codes, kind, full[0], full[1], block or None, axis), between)
+
+
+def _turned(grid: _Grid, between: list[ir.Node]) -> _Grid:
+    """Transpose a weight as the nodes behind it do."""
     for node in reversed(between):
         if node.op_type == "Transpose":
-            perm = attribute_of(node, "perm", None) or tuple(reversed(range(codes.ndim)))
-            codes, full, axis = codes.transpose(perm), [a.transpose(perm) for a in full], list(perm).index(axis)
-    return _Grid(weight_name(required(dq, 0)), codes, kind, full[0], full[1], block or None, axis)
+            perm = attribute_of(node, "perm", None) or tuple(reversed(range(grid.codes.ndim)))
+            codes, scales, zeros = (array.transpose(perm) for array in (grid.codes, grid.scales, grid.zeros))
+            grid = replace(grid, codes=codes, scales=scales, zeros=zeros, axis=list(perm).index(grid.axis))
+    return grid
 
 
 def product(node: ir.Node) -> IntegerDot:
@@ -106,7 +116,7 @@ def product(node: ir.Node) -> IntegerDot:
         raise
     flip = node.op_type == "Gemm" and bool(attribute_of(node, "transB", 0))
     if dq_x is None:
-        if conv or flip:
+        if conv or flip or quant.is_quant(dq_w):
             raise UnsupportedNode(IntegerReason.FLOAT, "activations are floats")
         return _fused_blocks(node, dq_w, grid)
     taps, depthwise = 1, False
@@ -119,16 +129,29 @@ def product(node: ir.Node) -> IntegerDot:
     x_scale = constant_array(required(dq_x, 1))
     if x_scale is None or x_scale.size != 1:
         raise UnsupportedNode(IntegerReason.SCALE, "of the activation")
-    if operand(dq_x, 2) is not None and constant_array(operand(dq_x, 2)) is None:
-        raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
-    x_type, span, x_zeros = activation_codes(required(dq_x, 0), operand(dq_x, 2))
+    x_type, span, x_zeros = _activation(dq_x)
     w_zeros = zeros[:1] if block is None else zeros
     added = _added_bias(node) if node.op_type == "MatMul" else None
-    op, codes, w_zeros = f"{node.op_type} (QDQ)", np.ascontiguousarray(codes), np.ascontiguousarray(w_zeros, np.int64)
+    form = "Quant" if quant.is_quant(dq_x) else "QDQ"
+    op, codes, w_zeros = f"{node.op_type} ({form})", np.ascontiguousarray(codes), np.ascontiguousarray(w_zeros, np.int64)
     dot = IntegerDot("", op, "qdq", grid.name, codes, x_type, grid.kind, span, x_zeros, w_zeros, block=block, taps=taps, bits=grid.bits)
-    bias = _dequantized_bias(operand(node, 2) if added is None else added, dot.n)
-    made = any(producer.op_type not in PASSES_THROUGH for producer in producers(required(dq_x, 0)))  # not moved from an input
+    bias = _dequantized_bias(operand(node, 2) if added is None else added, dot.n, scales[0] * x_scale.reshape(()))
+    made = quant.is_quant(dq_x) or any(
+        producer.op_type not in PASSES_THROUGH for producer in producers(required(dq_x, 0))
+    )  # not moved from an input
     return replace(dot, bias=bias, bias_may_be_float=added is not None, depthwise=depthwise, quantized_in_graph=made)
+
+
+def _activation(dq: ir.Node) -> tuple[str, tuple[int, int], tuple[int, ...]]:
+    """Return type, range and zero point of the codes of an activation."""
+    if quant.is_quant(dq):
+        zeros = quant.zero_points(dq)
+        if zeros.size != 1:
+            raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
+        return quant.type_of_codes(dq), quant.span_of(dq), (int(zeros.item()),)
+    if operand(dq, 2) is not None and constant_array(operand(dq, 2)) is None:
+        raise UnsupportedNode(IntegerReason.ZERO_POINT, "of the activation")
+    return activation_codes(required(dq, 0), operand(dq, 2))
 
 
 def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
@@ -142,12 +165,20 @@ def _steps(scales: Array, zeros: Array, block: int | None) -> int | None:
     raise UnsupportedNode(IntegerReason.SCALE, "they change along K")
 
 
-def _dequantized_bias(value: ir.Value | None, n: int) -> Int64 | None:
-    """Return the int32 bias of a DequantizeLinear; None where the bias is added as floats."""
-    if value is None:
-        return None
-    dq, _ = _dequantize(value)
-    return None if dq is None else integer_bias(required(dq, 0), n)
+def _dequantized_bias(value: ir.Value | None, n: int, scales: Array) -> Int64 | None:
+    """Return the integer bias of a DequantizeLinear, or of a Quant on the grid of the sums; None where the bias is added as floats.
+
+    Args:
+        value: The bias.
+        n: How many outputs there are.
+        scales: Of the sums ``(n,)``.
+    """
+    dq, _ = (None, []) if value is None else _dequantize(value)
+    if dq is None or not quant.is_quant(dq):
+        return None if dq is None else integer_bias(required(dq, 0), n)
+    codes, of_bias, zeros = quant.constant(dq)
+    on_grid = codes.size == n and not zeros.any() and (of_bias.reshape(-1).astype(np.float32) == scales.astype(np.float32)).all()
+    return codes.reshape(-1).astype(np.int64) if on_grid else None
 
 
 def _added_bias(node: ir.Node) -> ir.Value | None:

@@ -1,8 +1,9 @@
 """Integer dot products of a graph from any tool: a view of each, or the reason why there is none.
 
 Read: MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits; MatMul, Gemm
-and Conv whose inputs come from DequantizeLinear; MatMul and Gemm of a float activation with a dequantized weight where onnxruntime
-fuses them into MatMulNBits with int8 activations. Subgraphs and model-local functions are read like the main graph. Nothing is changed.
+and Conv whose inputs come from DequantizeLinear or from QONNX's Quant; MatMul and Gemm of a float activation with a dequantized weight
+where onnxruntime fuses them into MatMulNBits with int8 activations. Subgraphs and model-local functions are read like the main graph.
+Nothing is changed.
 """
 
 from __future__ import annotations
