@@ -107,6 +107,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic-int8, rows": ("layers", {"format": "dynamic-int8", "row_ranges": True}),
     "qdq-full, convolutions": ("convolutions", FULL),
     "qdq-full": ("transformer", FULL),
+    "qdq-full, convolutions, 4 bits": ("convolutions", {**FULL, "bits": 4, "conv_bits": 4}),
+    "qdq-full, 4 bits": ("transformer", {**FULL, "bits": 4, "conv_bits": 4}),
     "embeddings": ("embeddings", {"embeddings": "gather-block-quantized"}),
     "embeddings, dequantize": ("embeddings", {"embeddings": "dequantize"}),
 }
