@@ -157,8 +157,10 @@ def _costly(
 
 def _set_shapes(model: ir.Model, data: Batches) -> None:
     """Set the shapes that values of a model have for a batch, as far as they can be inferred."""
+    batch = next(iter(data))
     for value in model.graph.inputs:
-        value.shape = ir.Shape(np.shape(next(iter(data))[str(value.name)]))
+        if value.name in batch:  # those with a default may be missing
+            value.shape = ir.Shape(np.shape(batch[str(value.name)]))
     shapes = {str(value.name): value.shape for value in inferred_values(model)}
     for node in model.graph:
         for value in node.outputs:

@@ -204,8 +204,17 @@ def test_convolutions_stay_float_where_rounding_between_them_costs_too_much(tmp_
 
 
 def test_a_backend_without_16_bits_leaves_convolutions_float() -> None:
+    """Also where an input of the model has a default, which the data leave out."""
     model, data = convolutions(), images(32)
-    mixed, report = magr_onnx.optimize(model, data, max_loss="1e-3", format="qdq-full", backend="openvino", **QUICK)
+    offset = ir.Value(name="offset", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(np.float32(0.5)))
+    model.graph.register_initializer(offset)
+    model.graph.inputs.append(offset)
+    added = ir.node("Add", [model.graph.outputs[0], offset], name="shift")
+    added.outputs[0].name, added.outputs[0].type, added.outputs[0].shape = "z", model.graph.outputs[0].type, model.graph.outputs[0].shape
+    model.graph.append(added)
+    model.graph.outputs[0] = added.outputs[0]
+    options: dict[str, Any] = {"format": "qdq-full", "backend": "openvino", "keep_overridable": True, **QUICK}
+    mixed, report = magr_onnx.optimize(model, data, max_loss="1e-3", **options)
     assert any("2 of 2 convolutions are computed in float" in note for note in report.notes)
     assert cosine_loss(model, mixed, images(64, seed=9)) < 1e-3
 
