@@ -11,7 +11,7 @@ import onnx_ir as ir
 from magr_onnx.core.activation_ranges import Histogram, Method
 from magr_onnx.core.grid_type import GridType
 from magr_onnx.core.types import ActivationGrid
-from magr_onnx.errors import listed
+from magr_onnx.errors import ModelError, listed
 from magr_onnx.passes import Plan
 from magr_onnx.passes.emit import hard_activations
 from magr_onnx.passes.emit import tensors as tensor_emitter
@@ -264,6 +264,12 @@ def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection:
         left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
         left_out |= {node for node in model.graph if layer_name(node) in floats}
         whole = whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
+        if not whole.grids and not floats:
+            kinds = ", ".join(sorted({layer.dtype.name.lower() for layer in layers}))
+            raise ModelError(
+                f"format qdq-full rounds float32 values, and no operator that {plan.rules.name} takes reads and makes any (weights are "
+                f"{kinds or 'of no layer'}); export the model in float32, or use format qdq"
+            )
         return whole if whole.grids else None
     stage = plan.convolutions
     if not integer or stage is None or stage.form != "integer" or why_float(stage, data) is not None:

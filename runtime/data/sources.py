@@ -1,8 +1,9 @@
 """Batches of inputs for calibration and validation, their sources, and work on them batch by batch.
 
-A source is one of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a folder of ``.npz`` files (one batch
-each, shapes may vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime ``CalibrationDataReader``, or any iterable of dicts of
-arrays.
+A source is one of: a ``.npz`` of stacked inputs (first axis: samples) or a dict of such arrays, a ``.npy`` or an array for a model of one
+input, a folder of ``.npz`` files (one batch each, shapes may vary), a folder of ONNX ``test_data_set_*`` folders, an onnxruntime
+``CalibrationDataReader``, or any iterable of dicts of arrays. Types and names that are not the model's are made to fit where that is clear
+(`magr_onnx.runtime.data.fitting`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +29,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
+from magr_onnx.runtime.data.fitting import fitted, one_array, remedy
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session
 
@@ -184,6 +187,8 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
         return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(iter(source.get_next, None))], "the calibration data reader")
     if isinstance(source, Mapping):
         return _stacked("the given arrays", _as_arrays(source, "the given dict"), inputs, batch_size)
+    if isinstance(source, np.ndarray):
+        return _stacked("the given array", one_array(source, inputs), inputs, batch_size)
     if isinstance(source, Iterable):
         return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(source)], "the given batches")
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
@@ -191,6 +196,8 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
 
 def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     """Split or fill batches of the wrong number of samples, and check that all fit, in one pass over them; see `open_data`."""
+    changes: dict[str, None] = {}
+    batches = replace(batches, read=partial(_fitted, batches, inputs, changes))
     if len(batches) == 0:
         raise CalibrationError(f"{batches.description}: no data; give at least one batch with {'; '.join(map(str, inputs))}")
     parts: list[tuple[int, fixed_batch.Group]] = []
@@ -212,6 +219,7 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
             break
     problems = [f"{batches.label(at[0])}{f' and {len(at) - 1} more' * (len(at) > 1)}: {p}" for p, at in offenders.items()]
     raise_all(CalibrationError, [*problems, *["... and perhaps more"] * (len(offenders) >= MAX_PROBLEMS)])
+    batches = replace(batches, notes=(*batches.notes, *changes))
     checked = replace(batches, shapes=tuple(shapes), starts=tuple(starts))
     if batches.samples is None or batches.sizes:
         checked = replace(checked, samples=round(sum(sizes)), sizes=tuple(sizes))
@@ -228,6 +236,10 @@ def check_batches(batches: Batches, inputs: Sequence[InputInfo]) -> Batches:
     )
 
 
+def _fitted(batches: Batches, inputs: Sequence[InputInfo], changes: dict[str, None]) -> Iterator[Batch]:
+    return (fitted(batch, inputs, changes) for batch in batches)
+
+
 def _filled(batches: Batches, inputs: Sequence[InputInfo]) -> Iterator[tuple[int, fixed_batch.Group, Batch]]:
     """Split or fill batches to the batch size that the model fixes: the position of the source batch, a group of its samples, and those."""
     for i, batch in enumerate(batches):
@@ -242,13 +254,14 @@ def check_batch(batch: Batch, inputs: Sequence[InputInfo]) -> list[str]:
     problems = []
     missing, extra = sorted(declared.keys() - batch.keys()), sorted(batch.keys() - declared.keys())
     if missing or extra:
-        remedy = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
-        remedy = remedy if missing else f"; leave out {', '.join(extra)}: save, or give, the arrays of the inputs alone"
-        problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {described}{remedy}")
+        advice = f"; rename {extra[0]} to {missing[0]}" if len(missing) == len(extra) == 1 else ""
+        advice = advice if missing else f"; leave out {', '.join(extra)}: save, or give, the arrays of the inputs alone"
+        problems.append(f"has arrays {', '.join(sorted(batch)) or 'none'}; the model's inputs are {described}{advice}")
     for name in sorted(declared.keys() & batch.keys()):
         array, info = batch[name], declared[name]
         if (array.dtype != info.dtype and not (array.dtype.kind == "U" and info.dtype == object)) or not info.fits(array.shape):
-            problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}")
+            what = remedy(array, info.dtype)
+            problems.append(f"{name} is {array.dtype} {array.shape}; the model expects {info}{what}")
         elif array.size == 0 and not name.startswith(PREFIX):  # the past is empty before the first token
             problems.append(f"{name} is empty, shape {array.shape}")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -273,6 +286,13 @@ def in_memory(batches: Sequence[Any], description: str, groups: Sequence[fixed_b
 
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
+
+
+def _load_npy(path: Path) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise CalibrationError(f"{path} is not a readable .npy file: {error}") from error
 
 
 def load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -320,8 +340,12 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
         raise CalibrationError(f"calibration data {path} does not exist")
     if path.suffix == ".txt":
         raise CalibrationError(f"{path}: text is not read here; give an .npz")
+    if path.suffix == ".npy":
+        return _stacked(str(path), one_array(_load_npy(path), inputs), inputs, batch_size)
     if path.suffix != ".npz":
-        raise CalibrationError(f"{path}: expected a .npz file, text, a folder of .npz files, or a folder of ONNX test_data_set folders")
+        raise CalibrationError(
+            f"{path}: expected a .npz or .npy file, text, a folder of .npz files, or a folder of ONNX test_data_set folders"
+        )
     return _stacked(str(path), load_npz(path), inputs, batch_size)
 
 
@@ -331,6 +355,12 @@ def _stacked(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch
     Inputs of rank 0 are shared by all; so are those that have the one shape that the model takes, where the others have more samples.
     Arrays that cannot be split and fit the model are one feed.
     """
+    changes: dict[str, None] = {}
+    arrays = fitted(arrays, inputs, changes)
+    return replace(split := _split(description, arrays, inputs, batch_size), notes=(*split.notes, *changes))
+
+
+def _split(description: str, arrays: Batch, inputs: Sequence[InputInfo], batch_size: int) -> Batches:
     declared = {i.name: i for i in inputs}
     axes = {name: declared[name].axis if name in declared else 0 for name in arrays}
     counts = {name: a.shape[axes[name]] for name, a in arrays.items() if a.ndim > axes[name]}

@@ -181,13 +181,13 @@ def test_every_misfit_is_listed_with_both_sides() -> None:
         InputInfo("mask", np.dtype("int64"), (None, 4)),
     )
     batches = [
-        {"ids": np.zeros((2, 4), np.int32), "mask": np.zeros((2, 5), np.int64)},
+        {"ids": np.zeros((2, 4), np.float32), "mask": np.zeros((2, 5), np.int64)},
         {"ids": np.zeros((2, 4), np.int64), "labels": np.zeros(2)},
     ]
     with pytest.raises(CalibrationError) as caught:
         open_data(batches, inputs)
     message = str(caught.value)
-    for part in ("ids is int32 (2, 4)", "ids: int64 (?, 4)", "mask is int64 (2, 5)", "has arrays ids, labels", "mask: int64 (?, 4)"):
+    for part in ("ids is float32 (2, 4)", "ids: int64 (?, 4)", "mask is int64 (2, 5)", "has arrays ids, labels", "mask: int64 (?, 4)"):
         assert part in message
 
 
@@ -232,7 +232,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
         ({"x": [[1.0], [2.0, 3.0]]}, "the given dict has an entry that is not an array"),
         (npz(tmp_path / "uneven.npz", x=good, y=good[:1]), "different numbers of samples"),
         (npz(tmp_path / "nan.npz", x=np.full_like(good, np.nan)), "NaN or infinite"),
-        (__file__, "expected a .npz file"),
+        (__file__, "expected a .npz or .npy file"),
         (tmp_path / "set", "not a serialized ONNX tensor"),
         ([], "no data"),
         (["x"], "expected a dict"),
