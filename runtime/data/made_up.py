@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ BROADCAST_SAFE = ((4, 4), (1, 8), (2, 16))  # never 1 for the latter, which some
 AS_SERVED = ((1, 8), (1, 64), (1, 256), (4, 4), (2, 16), (1, 512), (1, 16000))  # one sample first, as most models are run
 
 _RESHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # of indices
+_LETTERS = np.array(list(string.ascii_lowercase), object)
 _LARGEST = 1 << 24  # elements of an input; a declared shape may ask for any number
 _IMAGE = 64  # least size of the dynamic axes of an image, of which networks halve both several times
 
@@ -34,7 +36,7 @@ def random_inputs(
 ) -> list[Batch]:
     """Draw inputs of the declared types; one batch per guess at the dynamic sizes.
 
-    Floats are normal; integers are 0 or 1, or below the end that ``ends`` has for the input.
+    Floats are normal; integers are 0 or 1, or below the end that ``ends`` has for the input; text is of one letter, which tables may have.
     """
     guesses = [{i.name: _shape(i, samples, others) for i in inputs} for samples, others in sizes]
     feasible = [shapes for shapes in guesses if all(math.prod(shape) <= _LARGEST for shape in shapes.values())]
@@ -57,7 +59,7 @@ def _random(info: InputInfo, shape: Sequence[int], end: int, seed: int) -> npt.N
     if info.dtype.kind in "iub":
         largest = 1 if info.dtype.kind == "b" else np.iinfo(info.dtype).max
         return rng.integers(0, min(max(end - 1, 0), largest), shape, endpoint=True).astype(info.dtype)
-    return np.full(shape, "a", dtype=object)
+    return np.asarray(rng.choice(_LETTERS, shape), object)
 
 
 def feeds_for(model: ir.Model, mask: str | None, seed: int = 0) -> Iterator[Batch]:

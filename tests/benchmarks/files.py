@@ -24,6 +24,7 @@ import json
 import os
 import signal
 import statistics
+import string
 import tempfile
 import time
 import traceback
@@ -47,7 +48,7 @@ from magr_onnx.runtime.ort.session import Session
 SIZES = (64, 48, 1, 16, 512, 576, 16000, 21)
 SAMPLES, JUDGED = 16, 64  # inputs to calibrate with, and the fewest to judge by
 ELEMENTS, MOST_JUDGED = 4096, 1024  # numbers to judge by, and inputs for those: of fewer, a class or a scalar for each tells little
-LETTERS = np.array(list("abcdefgh"))
+LETTERS = np.array(list(string.ascii_lowercase))
 SLOWER = 1.25  # times as long as float
 CEILING = 150.0  # dB: float32 knows no more
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
@@ -87,9 +88,11 @@ def feed(session: Session, names: dict[str, list[Any]], size: int, counting: boo
             array: npt.NDArray[Any] = np.ones(shape)
         elif value.dtype.kind == "f" and not counting:
             array = rng.standard_normal(shape)
+        elif value.dtype.kind == "O":
+            array = rng.choice(LETTERS, shape)
         else:
             array = rng.integers(0, 8, shape) if shape else np.asarray(16000)
-        values[value.name] = LETTERS[array % len(LETTERS)] if value.dtype.kind == "O" else array.astype(value.dtype)
+        values[value.name] = array if value.dtype.kind == "O" else array.astype(value.dtype)
     return values
 
 

@@ -100,3 +100,12 @@ def test_indices_are_any_rows_of_their_table() -> None:
     assert feeds[1]["ids"].dtype == np.int32
     assert {name: set(feeds[1][name].ravel()) for name in ("type", "other")} == {"type": {0, 1, 2}, "other": {0, 1}}
     assert all(feed["ids"].max() < 2 for feed in feeds[len(feeds) // 2 :])
+
+
+def test_text_is_of_different_letters() -> None:
+    """A table of words that are none of a model's takes all of them for the same, and models would be compared on one input."""
+    reader = ir.from_proto(model("g (string[n, t] text) => (string[n, t] y) { y = Identity(text) }"))
+    feeds = [next(feeds_for(reader, None, seed)) for seed in (0, 1)]
+    assert all(len(set(feed["text"].ravel())) > 4 for feed in feeds)
+    assert feeds[0]["text"].tolist() != feeds[1]["text"].tolist()
+    assert {type(word) for word in feeds[0]["text"].ravel()} == {str}
