@@ -24,6 +24,7 @@ PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (0.9, 0.8, 0.7, 0.55)
 HEADROOM = (1.15, 1.35, 1.7, 2.2, 3.0)
 SENTINEL_RATIO = 1e5  # a gap this wide between magnitudes separates signal from values such as -1e9 that stand for "nothing"
+TAIL = 5  # of the largest values, to say how far the next one may go
 _SHRINK_STEPS = 16
 
 
@@ -74,6 +75,35 @@ class Histogram:
             return float(self.edges[int((beyond > allowed).sum())])
 
         return max(self.low, -bound(self.negative)), min(self.high, bound(self.positive))
+
+    def clipped(self, low: float, high: float) -> float:
+        """Return the sum of the squared errors of what lies outside a range."""
+        centres, total = self._centres, 0.0
+        for counts, bound, largest in ((self.negative, -low, -self.low), (self.positive, high, self.high)):
+            total += float(np.square(np.maximum(np.minimum(centres, max(largest, 0.0)) - bound, 0)) @ counts)
+        return total
+
+    def unseen(self, low: float, high: float, rows: float) -> float:
+        """Estimate the mean squared error of values beyond all that were seen in so many rows, clipped to a range.
+
+        One in ``rows`` rows has such a value. Its excess over the largest seen is taken as exponential, with the mean excess of the `TAIL`
+        largest values over the least of them: peaks over a threshold (Balkema and de Haan 1974, Pickands 1975), with the shape 0, which
+        so few values do not tell from others.
+        """
+        total, centres = 0.0, self._centres
+        for counts, bound, largest in ((self.negative, -low, -self.low), (self.positive, high, self.high)):
+            if largest <= 0 or not math.isfinite(bound):
+                continue
+            first = np.flatnonzero(np.cumsum(counts[::-1])[::-1] >= min(TAIL, counts.sum()))[-1]
+            excess = np.minimum(centres[first:], largest) - min(self.edges[first], largest)
+            scale = max(float(excess @ counts[first:] / counts[first:].sum()), 1e-30)
+            beyond = largest - bound
+            total += (beyond + scale) ** 2 + scale**2 if beyond >= 0 else 2 * scale**2 * math.exp(beyond / scale)
+        return total / rows
+
+    @property
+    def _centres(self) -> Array:
+        return np.sqrt(np.maximum(self.edges[:-1], 1e-30) * self.edges[1:])
 
     def least_error(self, clipping: float = 1.0, steps: int = 255) -> tuple[float, float]:
         """Return the range of the least of `errors`, each end shrunk independently."""

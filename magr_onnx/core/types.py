@@ -225,6 +225,11 @@ class DynamicRange:
     high: float = math.inf
 
     @property
+    def range(self) -> tuple[float, float]:
+        """Least and greatest value that is not clipped."""
+        return self.low, self.high
+
+    @property
     def clips(self) -> bool:
         return math.isfinite(self.low) or math.isfinite(self.high)
 

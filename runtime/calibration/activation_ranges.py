@@ -113,14 +113,25 @@ def choose(
             positions = [i for i in range(len(context.data)) if hold_out.part(i) == held_out]
             trials.append((grids_of(measured), context.data.select(positions)))
     clipped = [replace(t, bounds=(min(h.low, 0.0), max(h.high, 0.0))) for t, h in zip(taps, bounded, strict=True)]
-    errors, variances = _errors(model, clipped, values, trials, context, part_of(progress, 1, 2))
+    measured = _errors(model, clipped, values, trials, context, part_of(progress, 1, 2))
     result = {}
-    for tap, full, cut, named, by_name, variance in zip(clipped, histograms, bounded, grids, errors, variances, strict=True):
-        best = min(by_name, key=lambda name: by_name[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
+    for tap, full, cut, named, (by_name, variance, rows) in zip(clipped, histograms, bounded, grids, measured, strict=True):
+        unit = _error_of_clipping(by_name, named, cut, rows)
+        costs = {name: error + unit * cut.unseen(*named[name].range, rows) for name, error in by_name.items()}
+        best = min(costs, key=lambda name: costs[name] * (1 if name == "min-max" else CLIP_GAIN if kind == "dynamic" else 1))
         sentinels, bounds = (None, None) if cut is full else ((full.low, full.high), tap.bounds)
         noise = by_name[best] / variance if variance > 0 else 0.0
         result[tap.value] = GridChoice(named[best], best, by_name, noise, sentinels, bounds)
     return result
+
+
+def _error_of_clipping(errors: Mapping[str, float], named: _Named, histogram: Histogram, rows: float) -> float:
+    """Return the output error by the squared error of values that are clipped, or a little more: the least that any candidate shows.
+
+    Weights may not read the channels that have large values, which then are clipped at no cost, seen or not.
+    """
+    clipped = {name: histogram.clipped(*named[name].range) for name in errors}
+    return min((errors[name] * rows / energy for name, energy in clipped.items() if energy > 0), default=0.0)
 
 
 def hold_out_of(data: Batches) -> HoldOut:
@@ -178,10 +189,10 @@ def _errors(
     trials: Sequence[tuple[Sequence[dict[str, Activation]], Batches]],
     context: CalibrationContext,
     progress: Steps | None,
-) -> tuple[list[dict[str, float]], list[float]]:
+) -> list[tuple[dict[str, float], float, float]]:
     """Measure the mean squared output error of every candidate of every tap, each part of the data under grids of its own.
 
-    Also the variance of the output of every tap.
+    Also the variance of the output of every tap, and the number of rows.
     """
     sketches, names = [v.sketch for v in values], [list(named) for named in trials[0][0]]
     candidates = [[list(named.values()) for named in grids] for grids, _ in trials]
@@ -197,12 +208,12 @@ def _errors(
                     for i, result in enumerate((*errors_and_power, counts[0])):
                         of_tap[i] = of_tap[i] + weighted(result, data.weight(index))
     check_rows([float(of_tap[-1]) for of_tap in sums], context.mask)
-    errors, variances = [], []
+    result = []
     for value, named, (energies, totals, power, total, rows) in zip(values, names, sums, strict=True):
         remaining = energies / rows - (np.square(totals / rows).sum(axis=1) if value.centred else 0)
-        errors.append(dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True)))
-        variances.append(float(power / rows - np.square(total / rows).sum()))
-    return errors, variances
+        errors = dict(zip(named, map(float, np.maximum(remaining, 0)), strict=True))
+        result.append((errors, float(power / rows - np.square(total / rows).sum()), float(rows)))
+    return result
 
 
 def _sketch(layers: Sequence[LinearLayer]) -> Array:

@@ -439,3 +439,45 @@ def test_the_grid_near_few_levels_beats_all_grids_around_their_range(name: str) 
     assert all(error(step, zero) <= 1.01 * error(f * least_step, round(-low / (f * least_step))) for f in np.linspace(1, 1.06, 25))
     if name == "half steps":
         assert error(step, zero) < error(least_step, round(-low / least_step)) / 3
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_what_is_beyond_the_values_seen(kind: str) -> None:
+    """The estimate is the mean of what other rows lose, on average over draws: of three values a row, clipped at or beyond the largest."""
+    for factor in (0.9, 1.0, 1.2):
+        estimated, found = 0.0, 0.0
+        for seed in range(200):
+            rng = np.random.default_rng(seed)
+            seen, fresh = (rng.standard_normal((n, 3)) if kind == "normal" else rng.exponential(1, (n, 3)) for n in (80, 20_000))
+            low, high = factor * min(seen.min(), 0), factor * seen.max()
+            estimated += histogram_of(seen).unseen(low, high, len(seen))
+            found += float(np.square(fresh - np.clip(fresh, low, high)).sum()) / len(fresh)
+        assert 0.5 < estimated / found < 3, factor
+
+
+def few_rows(seed: int, spread: float) -> tuple[ir.Model, Array, Array, Array]:
+    """A layer, its weight, 64 rows to choose a range by, and others; one row in 50 is larger, and weights read less of large channels."""
+    rng = np.random.default_rng(seed)
+    channels = np.exp(spread * rng.standard_normal(64))
+    weight = (rng.standard_normal((64, 2)) / channels[:, None]).astype(np.float32)
+    x = np.maximum(rng.standard_normal((64 + 2048, 64)), 0) * channels
+    x = (x * np.where(rng.random((len(x), 1)) < 0.02, 2.5, 1)).astype(np.float32)
+    b = Builder()
+    model = b.model(b.node("MatMul", [b.input("x", ["batch", 64]), b.constant("w", weight)], "layer"), ["batch", 2])
+    return model, weight, x[:64], x[64:]
+
+
+@pytest.mark.parametrize(("kind", "spread", "of_sums"), [("dynamic", 0.5, 1.1), ("dynamic", 1.0, 0.95), ("uint8", 0.5, 0.7)])
+def test_few_rows_do_not_show_the_largest_values(kind: Any, spread: float, of_sums: float) -> None:
+    """On fresh rows, the error relative to that with the range of the rows that were seen; with no clipping, where it is dynamic."""
+    errors = []
+    for seed in range(32):
+        model, weight, x, fresh = few_rows(seed, spread)
+        context = CalibrationContext(data_of(model, [{"x": x[at : at + 16]} for at in range(0, 64, 16)]))
+        values = activation_ranges.inputs_of(find(model)[0])
+        grids = (activation_ranges.choose(model, values, context, method=m, kind=kind)["x"].grid for m in ("auto", "min-max"))
+        batches = [fresh[at : at + 64] for at in range(0, len(fresh), 64)]
+        errors.append([sum(float(np.square((rounded(batch, grid) - batch) @ weight).sum()) for batch in batches) for grid in grids])
+    chosen, plain = np.array(errors).T
+    assert chosen.sum() < of_sums * plain.sum()
+    assert kind != "dynamic" or (chosen < 3 * plain).all()
