@@ -26,7 +26,8 @@ from magr_onnx.runtime.ort import worker
 from magr_onnx.runtime.ort.session import Arithmetic, Batch, Session, available_provider
 
 SECONDS = 30.0  # most for a comparison, without what large models take
-DRAWS = 4  # inputs of each kind that candidates are compared on; 16 decide the same way nearly always
+DRAWS, MOST_DRAWS = 4, 32  # inputs of each kind that candidates are compared on
+NUMBERS = 128  # that models put out for them, in so many draws: of fewer, such as a scalar for each, the better is found by chance
 EXACT = 1e-15  # noise that none is taken for
 _TIMING = 1.0  # seconds
 
@@ -53,7 +54,7 @@ def check(float_model: ir.Model | Path, quantized_model: ir.Model | Path, provid
 
 
 def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provider: str, mask: str | None) -> Array:
-    """Measure candidates on two kinds of made-up inputs, whose floats are normal or uniform between 0 and 1, `DRAWS` of each.
+    """Measure candidates on two kinds of made-up inputs, whose floats are normal or uniform between 0 and 1, `DRAWS` of each or more.
 
     It takes the loading of the models and as many passes, in the worker process, and as long as `check` at most.
 
@@ -74,12 +75,15 @@ def noises(float_model: ir.Model | Path, candidates: Sequence[ir.Model], provide
 def measure(float_model: str, candidates: Sequence[str], provider: str, mask: str | None) -> list[list[float]]:
     """Measure `noises` of files; for a worker process, which made-up inputs may crash."""
     path = Path(float_model)
-    with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext():
-        normal = _batches(path, provider, mask, DRAWS)
+    with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext(), contextlib.ExitStack() as stack:
+        reference, *sessions = (stack.enter_context(Session(file, provider)) for file in (path, *map(Path, candidates)))
+        feeds = first_that_runs(read(path), mask, reference)
+        normal = [next(feeds)]
+        numbers = sum(np.size(output) for output in reference.run(normal[0]))
+        draws = min(max(DRAWS, -(-NUMBERS // max(numbers, 1))), MOST_DRAWS)
+        normal += itertools.islice(feeds, draws - 1)
         kinds = [normal, [uniform(batch, mask, seed) for seed, batch in enumerate(normal)]]
-        with contextlib.ExitStack() as stack:
-            reference, *sessions = (stack.enter_context(Session(file, provider)) for file in (path, *map(Path, candidates)))
-            return [_noises(reference, sessions, batches, mask) for batches in kinds]
+        return [_noises(reference, sessions, batches, mask) for batches in kinds]
 
 
 def _noises(reference: Session, sessions: Sequence[Session], batches: Sequence[Batch], mask: str | None) -> list[float]:

@@ -108,7 +108,8 @@ def make_inputs(path: Path) -> list[Feeds]:
                     numbers = sum(np.size(output) for output in session.run(inputs[0]))
                     judged = min(-(-ELEMENTS // max(numbers, 1)), MOST_JUDGED)
                     inputs += [feed(session, names, size, counting, seed) for seed in range(len(inputs), SAMPLES + judged)]
-                    session.run(inputs[-1])
+                    for values in inputs:  # shapes of some models depend on what is in their inputs
+                        session.run(values)
                     return inputs
                 except MagrError:
                     continue

@@ -72,3 +72,30 @@ def test_models_of_labels_are_compared_by_the_floats_before_them() -> None:
         assert labels.pipeline == magr_onnx.optimize(nearly_constant(seed), bits=4).report.pipeline, seed
         chosen.add("method=rtn" in labels.pipeline)
     assert len(chosen) == 2
+
+
+MLP = """g (float[n, 16] x) => (float[n, 1] y) {
+    a = MatMul(x, u)
+    b = Relu(a)
+    c = MatMul(b, v)
+    d = Relu(c)
+    y = MatMul(d, w)
+}"""
+
+
+def test_no_kind_of_inputs_loses_to_nearest_codes() -> None:
+    """A number for each input: the few of a default comparison say nothing, and inputs of one sign are lost differently than others."""
+    better = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        u, v, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 64), (64, 64), (64, 1)))
+        source = ir.from_proto(model(MLP, u=u, v=v, w=w))
+        (nearest, _), (made, _) = (magr_onnx.optimize(source, bits=4, **options) for options in ({"quantizer": "rtn"}, {}))
+        for x in (rng.standard_normal((1024, 16)), rng.random((1024, 16))):
+            feeds = {"x": x.astype(np.float32)}
+            with Session(source) as a, Session(nearest) as b, Session(made) as c:
+                expected, rounded, solved = (session.run(feeds)[0] for session in (a, b, c))
+            ratio = np.square(solved - expected).sum() / np.square(rounded - expected).sum()
+            assert ratio < 10**0.1, seed
+            better += ratio < 0.8
+    assert better > 5
