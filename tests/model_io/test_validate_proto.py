@@ -578,7 +578,7 @@ def bomb(folder: Path) -> Path:
         (lambda f: npz(f, "x.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': [[[[(((("), "not a readable"),
         (lambda f: npz(f, "x.npy", b"no array"), "are not arrays"),
         (lambda f: npz(f, "x.npy", header((4, 16), "<c16") + bytes(1024)), "complex128"),
-        (lambda f: npz(f, "x.npy", header((4, 16), "<f8") + bytes(512)), "float64"),
+        (lambda f: npz(f, "x.npy", header((4, 16), "<i8") + bytes(512)), "x is int64"),
         (lambda f: npz(f, "x.npy", header((4, 16)) + np.full(64, np.nan, np.float32).tobytes()), "NaN"),
     ],
 )

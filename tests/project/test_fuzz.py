@@ -26,7 +26,7 @@ def verdict(made: Made, run: str) -> str | None:
 
 
 @pytest.mark.long
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(sorted(RUNS)))
 def test_random_graphs(rng: random.Random, run: str) -> None:
     made = make(rng)

@@ -84,14 +84,14 @@ TEXTBOOK: dict[str, Any] = {"quantizer": "gptq", "alpha": 0.0, "beta": 1.0, "bia
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 1.0), (2, 32, 0.7), (3, None, 0.6)])  # seen: 0.88, 0.59, 0.47
+@pytest.mark.parametrize(("bits", "block", "bound"), [(4, 32, 1.0), pytest.param(2, 32, 0.7, marks=pytest.mark.slow), (3, None, 0.6)])
 def test_defaults_beat_textbook_gptq_beats_rounding(
     bits: int, block: int | None, bound: float, held_out: np.ndarray, float_loss: float, samples: Batches
 ) -> None:
     rtn, gptq, fast = (
         added(held_out, float_loss, calibration=samples, bits=bits, block_size=block, **o) for o in (PLAIN, TEXTBOOK, {"effort": "fast"})
     )
-    assert fast < bound * gptq
+    assert fast < bound * gptq  # seen: 0.88, 0.59, 0.47
     assert gptq < 0.9 * rtn
     quick, ours = (divergence(held_out, calibration=samples, bits=bits, block_size=block, effort=effort) for effort in ("fast", "balanced"))
     assert ours < 0.95 * quick

@@ -160,7 +160,7 @@ def test_alone_it_leaves_a_float_model() -> None:
         np.testing.assert_array_equal(found.read(), done.solution.weight)
 
 
-@pytest.mark.parametrize("form", ["matmulnbits", "qdq"])
+@pytest.mark.parametrize("form", ["matmulnbits", pytest.param("qdq", marks=pytest.mark.slow)])
 def test_bundled_model(form: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     bits = 2 if form == "matmulnbits" else 3
