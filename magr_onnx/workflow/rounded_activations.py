@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,8 @@ from magr_onnx.runtime.measure.rounding import output_errors, trial_data
 from magr_onnx.workflow.context import RunContext
 from magr_onnx.workflow.integer_convolutions import Rounding, may_be_integer, why_float
 from magr_onnx.workflow.non_linear import select_convolutions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +150,9 @@ def _costly(
     context.lap("sensitivities")
     names = [layer_name(each.unit.node) for each in edges if each.is_wide(chosen)]
     few = [name for node, name in convolutions.items() if name in names]
-    avoided = sum(losses[group] for group in chosen) / max(sum(losses.values()), 1e-300)
     note = (
         f"{len(few)} of {len(convolutions)} convolutions are computed in float, {widths.share_of(edges, chosen):.1%} of the work; rounding "
-        f"the values around them had caused {avoided:.0%} of the error: {listed(few)}"
+        f"the values around them had caused {_share_of_error(losses, chosen):.0%} of the error: {listed(few)}"
     )
     return dict.fromkeys(names, "computed in float: rounding the values around it costs too much"), [note] if few else []
 
@@ -243,11 +245,15 @@ def described(what: str, losses: Mapping[str, float], wide: Collection[str], wor
     """
     if losses and not wide:
         return f"none of {len(losses)} {what} have 16 bits: the readers of any have more than that share of the work; give a larger one"
-    avoided = sum(losses[name] for name in wide) / max(sum(losses.values()), 1e-300)
     return (
-        f"{len(wide)} of {len(losses)} {what} have 16 bits, in {work:.1%} of the work; they had caused {avoided:.0%} of the error of "
-        f"rounding to 8: {listed(sorted(wide, key=lambda name: -losses[name]))}"
+        f"{len(wide)} of {len(losses)} {what} have 16 bits, in {work:.1%} of the work; they had caused "
+        f"{_share_of_error(losses, wide):.0%} of the error of rounding to 8: {listed(sorted(wide, key=lambda name: -losses[name]))}"
     )
+
+
+def _share_of_error(losses: Mapping[T, float], chosen: Collection[T]) -> float:
+    """Return what rounding some values costs, of what rounding all costs."""
+    return sum(losses[value] for value in chosen) / max(sum(losses.values()), 1e-300)
 
 
 def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection: Selection, floats: Collection[str] = ()) -> Region | None:
@@ -259,10 +265,10 @@ def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection:
         return None
     convolutions, linear = select_convolutions(model, plan, selection)[0], find_linear(model, selection)[0]
     integer = [layer for layer in convolutions if may_be_integer(layer, plan.rules) and layer.name not in floats]
+    left_out = {node for node in model.graph if layer_name(node) in floats}
     if plan.rules is not None:
         layers: list[ConvLayer | LinearLayer] = [*integer, *linear]
-        left_out = {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
-        left_out |= {node for node in model.graph if layer_name(node) in floats}
+        left_out |= {layer.node for layer in (*find_convolutions(model)[0], *find_linear(model)[0])} - {layer.node for layer in layers}
         whole = whole_graph(model.graph, layers, plan.rules, inferred_types(model), left_out)
         if not whole.grids and not floats:
             kinds = ", ".join(sorted({layer.dtype.name.lower() for layer in layers}))
@@ -275,7 +281,6 @@ def integer_region(model: ir.Model, plan: Plan, data: Batches | None, selection:
     if not integer or stage is None or stage.form != "integer" or why_float(stage, data) is not None:
         return None
     # onnxruntime 1.32 rounds again behind moves itself, and refuses what it has made of int8 from opset 21 on
-    left_out = {node for node in model.graph if layer_name(node) in floats}
     return region_of(model.graph, [layer.node for layer in integer], RULES, left_out, all_moves=grid_type(plan).signed)
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from magr_onnx.core.quantizers import rtn
 from magr_onnx.errors import MagrError
 from magr_onnx.model_io.legacy import read
-from magr_onnx.passes.instrument.last_floats import last_floats, with_outputs
+from magr_onnx.passes.instrument.last_floats import last_floats, puts_out_floats, with_outputs
 from magr_onnx.runtime.measure import made_up
 from magr_onnx.workflow.context import RunContext, Stopwatch
 from magr_onnx.workflow.prepare import Prepared
@@ -63,6 +63,8 @@ def solve_or_round(prepared: Prepared, request: OptimizeRequest, context: RunCon
 
 def _with_floats(reference: Path | ir.Model, candidates: list[ir.Model]) -> tuple[Path | ir.Model, list[ir.Model]]:
     """Return models to compare: copies that put out `last_floats`, where all of them have these, else the models as they are."""
+    if puts_out_floats(candidates[0]):
+        return reference, candidates
     model = reference if isinstance(reference, ir.Model) else read(reference)
     if names := last_floats(model):
         copies = [copy for each in (model, *candidates) if (copy := with_outputs(each, names)) is not None]

@@ -142,7 +142,8 @@ class EmitStaticProducts(_EmitInt8):
         if grid.signed and (in_halves or n.shared() is not None or len(list(layer.x.uses())) > 1):
             notes.append("an int8 input read by several nodes is not fused on x86 and runs as floats there; uint8 is")
         x, rest, grid = _static_halves(n, grid) if in_halves else (_static_input(n, grid), None, grid)
-        weight = _dequantized(n, "" if self.rules is None else self.rules.int4)
+        int4 = "" if self.rules is None else self.rules.int4
+        weight = _dequantized(n, int4)
         gemm, output_grid = layer.op == "Gemm", problem.output_grid if self.quantizes_outputs else None
         may_fuse = gemm or (_may_become_gemm(layer) and output_grid is None)
         bias = None if addend is None or not may_fuse else _int32_bias(addend, n, grid)
@@ -160,8 +161,7 @@ class EmitStaticProducts(_EmitInt8):
             value = n.add("Add", [value, vector], f"{layer.name}_bias")
         if rest is not None:  # by a Sum: an Add would make a float Gemm of it
             value = n.add("Sum", [value, n.add("MatMul", [rest, weight], f"{name}_fine")], f"{name}_sum")
-        stored = n.width if self.rules is not None and self.rules.int4 else 8
-        return n.finish(value, product, solution, notes, stored)
+        return n.finish(value, product, solution, notes, n.width if int4 else 8)
 
 
 @dataclass(frozen=True)

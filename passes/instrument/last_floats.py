@@ -17,6 +17,8 @@ def last_floats(model: ir.Model) -> list[str]:
     Returns:
         Names of values; none where an output has floats, or no types before it are known.
     """
+    if puts_out_floats(model):
+        return []
     types = inferred_types(model)
 
     def has_floats(value: ir.Value) -> bool:
@@ -38,6 +40,11 @@ def last_floats(model: ir.Model) -> list[str]:
         queue |= dict.fromkeys(new)
         waiting += new
     return found
+
+
+def puts_out_floats(model: ir.Model) -> bool:
+    """Whether an output is declared to have floats."""
+    return any(value.dtype is not None and value.dtype.is_floating_point() for value in model.graph.outputs)
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model | None:

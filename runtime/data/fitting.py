@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,6 @@ def remedy(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> str:
     if array.dtype.kind == "f" and dtype.kind in "iu":
         return f"; give whole numbers: array.astype(np.{dtype})"
     return ""
-
-
-def one_array(source: npt.NDArray[Any], inputs: Sequence[InputInfo]) -> Mapping[str, npt.NDArray[Any]]:
-    """Name an array without a name: it is the model's only input, or none of several."""
-    return {inputs[0].name if len(inputs) == 1 else UNNAMED: source}
 
 
 def _in_type(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:

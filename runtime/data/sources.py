@@ -29,7 +29,7 @@ from magr_onnx.core.types import Array
 from magr_onnx.errors import CalibrationError, raise_all
 from magr_onnx.passes.graph.kv_cache import PREFIX
 from magr_onnx.runtime.data import fixed_batch
-from magr_onnx.runtime.data.fitting import fitted, one_array, remedy
+from magr_onnx.runtime.data.fitting import UNNAMED, fitted, remedy
 from magr_onnx.runtime.data.hold_out import HELD_OUT
 from magr_onnx.runtime.ort.session import Batch, InputInfo, Session
 
@@ -188,7 +188,7 @@ def open_source(source: Source, inputs: Sequence[InputInfo], batch_size: int = 1
     if isinstance(source, Mapping):
         return _stacked("the given arrays", _as_arrays(source, "the given dict"), inputs, batch_size)
     if isinstance(source, np.ndarray):
-        return _stacked("the given array", one_array(source, inputs), inputs, batch_size)
+        return _stacked("the given array", {UNNAMED: source}, inputs, batch_size)
     if isinstance(source, Iterable):
         return in_memory([_as_arrays(b, f"batch {i}") for i, b in enumerate(source)], "the given batches")
     raise CalibrationError(f"calibration data cannot be a {type(source).__name__}; give a path, a data reader or batches")
@@ -341,7 +341,7 @@ def _open_path(path: Path, inputs: Sequence[InputInfo], batch_size: int) -> Batc
     if path.suffix == ".txt":
         raise CalibrationError(f"{path}: text is not read here; give an .npz")
     if path.suffix == ".npy":
-        return _stacked(str(path), one_array(_load_npy(path), inputs), inputs, batch_size)
+        return _stacked(str(path), {UNNAMED: _load_npy(path)}, inputs, batch_size)
     if path.suffix != ".npz":
         raise CalibrationError(
             f"{path}: expected a .npz or .npy file, text, a folder of .npz files, or a folder of ONNX test_data_set folders"

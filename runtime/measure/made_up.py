@@ -95,16 +95,11 @@ def compare(float_model: str, quantized_model: str, provider: str, mask: str | N
     """Compare two files; for a worker process, which made-up inputs may crash."""
     a, b = Path(float_model), Path(quantized_model)
     with worker.limited_memory() if find_provider(provider).host_memory else contextlib.nullcontext():
-        batches = _batches(a, provider, mask, 1)
-        shapes = listed([f"{name} {array.shape}" for name, array in batches[0].items()])
-        data = in_memory(batches, f"made-up inputs {shapes}")
+        with Session(a, provider) as session:
+            batch = next(first_that_runs(read(a), mask, session))
+        shapes = listed([f"{name} {array.shape}" for name, array in batch.items()])
+        data = in_memory([batch], f"made-up inputs {shapes}")
         comparison = validate(
             a, b, data, provider=provider, arithmetics=(Arithmetic.DEFAULT,), mask=mask, details=("latency",), seconds=_TIMING
         )
     return dict(plain(dataclasses.asdict(comparison)))
-
-
-def _batches(path: Path, provider: str, mask: str | None, count: int) -> list[Batch]:
-    """So many of the made-up feeds that the model runs with."""
-    with Session(path, provider) as session:
-        return list(itertools.islice(first_that_runs(read(path), mask, session), count))
