@@ -83,6 +83,14 @@ class LayerStage(Stage):
         return solution
 
 
+def run_stages(stages: Iterable[LayerStage], problem: LayerProblem) -> LayerSolution:
+    """Run stages on a layer, in order."""
+    solution = LayerSolution.unsolved(problem)
+    for stage in stages:
+        solution = stage.solve(problem, solution)
+    return solution
+
+
 @dataclass(frozen=True)
 class LayerPass(LayerStage, ir.passes.InPlacePass):
     """A stage that is a pass by itself, too: alone or in `ir.passes.Sequential`, it treats all layers of a model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +11,7 @@ from typing import Protocol
 from magr_onnx.core import threads
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.types import LayerStats
-from magr_onnx.passes.base import Emitted
+from magr_onnx.passes.base import Emitted, LayerStage
 from magr_onnx.passes.graph.names import Names
 from magr_onnx.passes.layer_passes.shared_weights import SharedWeight, shared_weights
 from magr_onnx.passes.layer_state import LayerState, problem_of, write_floats
@@ -29,6 +30,24 @@ class Store(Protocol):
 
     def keep(self, layer: LinearLayer, solution: LayerSolution) -> None:
         """Keep the solution of a layer."""
+
+
+class Sent(Protocol):
+    """A layer that is solved elsewhere."""
+
+    def result(self) -> LayerSolution:
+        """Wait for the solution."""
+
+
+class Workers(Protocol):
+    """Where layers are solved beside this process."""
+
+    @property
+    def ahead(self) -> int:
+        """Count the layers that are sent before the first of them is collected."""
+
+    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> Sent:
+        """Have a layer solved by stages of a plan."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +69,11 @@ def run_layers(
     complete: Callable[[LinearLayer, LayerProblem], LayerProblem] | None = None,
     assigned: Mapping[str, Plan] | None = None,
     store: Store | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Take layers through a plan, small ones side by side on all cores, so that few layers' arrays are alive at a time.
 
-    Layers that share a weight and are here at once are solved together.
+    Layers that share a weight and are here at once are solved together, in this process.
 
     Args:
         plan: The plan.
@@ -63,6 +83,7 @@ def run_layers(
         complete: Adds to a problem what else is known of its layer.
         assigned: Plans of layers that have their own, by layer name.
         store: Solutions are taken from it where it has them, and given to it where not.
+        workers: Where layers are solved; None for this process.
     """
     layers = list(layers)
     for graph in {layer.root for layer in layers}:
@@ -74,18 +95,8 @@ def run_layers(
         complete_problem = problem if complete is None else complete(layer, problem)
         return _Task(layer, complete_problem, (assigned or {}).get(layer.name, plan), shared.get(layer.weight_key))
 
-    for batch in _side_by_side(layers, shared):
-        tasks = list(map(task_of, batch))
-        solutions = {} if store is None else {task.layer.name: store.restore(task.layer) for task in tasks}
-        unsolved = [task for task in tasks if solutions.get(task.layer.name) is None]
-        for task, solution in zip(unsolved, threads.each(_Task.solve, unsolved), strict=True):
-            solutions[task.layer.name] = solution
-            if store is not None:
-                store.keep(task.layer, solution)
-        for task in tasks:
-            result = solutions[task.layer.name]
-            assert result is not None
-            finished(SolvedLayer(task.layer, task.problem, result, task.emit(result)))
+    for task, solution in _here(layers, shared, task_of, store) if workers is None else _sent(map(task_of, layers), workers, store):
+        finished(SolvedLayer(task.layer, task.problem, solution, task.emit(solution)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +120,51 @@ class _Task:
         if emitted is None:
             write_floats(self.layer, solution, constants)
         return emitted
+
+
+def _here(
+    layers: Sequence[LinearLayer], shared: Container[Hashable], task_of: Callable[[LinearLayer], _Task], store: Store | None
+) -> Iterator[tuple[_Task, LayerSolution]]:
+    """Yield all tasks with their solutions, by threads of this process."""
+    for batch in _side_by_side(layers, shared):
+        tasks = list(map(task_of, batch))
+        solutions = {} if store is None else {task.layer.name: store.restore(task.layer) for task in tasks}
+        unsolved = [task for task in tasks if solutions.get(task.layer.name) is None]
+        for task, solution in zip(unsolved, threads.each(_Task.solve, unsolved), strict=True):
+            solutions[task.layer.name] = solution
+            if store is not None:
+                store.keep(task.layer, solution)
+        for task in tasks:
+            result = solutions[task.layer.name]
+            assert result is not None
+            yield task, result
+
+
+def _sent(tasks: Iterable[_Task], workers: Workers, store: Store | None) -> Iterator[tuple[_Task, LayerSolution]]:
+    """Yield all tasks with their solutions, by workers; layers that share a weight by this process."""
+    waiting: deque[tuple[_Task, LayerSolution | Callable[[], LayerSolution]]] = deque()
+
+    def first() -> tuple[_Task, LayerSolution]:
+        task, found = waiting.popleft()
+        if isinstance(found, LayerSolution):
+            return task, found
+        solution = found()
+        if store is not None:
+            store.keep(task.layer, solution)
+        return task, solution
+
+    for task in tasks:
+        restored = None if store is None else store.restore(task.layer)
+        if restored is not None:
+            waiting.append((task, restored))
+        elif task.shared is not None:
+            waiting.append((task, task.solve))
+        else:
+            waiting.append((task, workers.send(task.layer.name, task.plan.solving, task.problem).result))
+        if len(waiting) > workers.ahead:
+            yield first()
+    while waiting:
+        yield first()
 
 
 def _side_by_side(layers: Sequence[LinearLayer], shared: Container[Hashable]) -> Iterator[list[LinearLayer]]:

@@ -15,7 +15,7 @@ from magr_onnx.core.quantizers.auto import usual_alpha
 from magr_onnx.core.types import WeightSpec
 from magr_onnx.errors import OptionError, PipelineError, raise_all
 from magr_onnx.passes import pipeline_text, registry
-from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage
+from magr_onnx.passes.base import Emitter, InputGrids, LayerStage, Stage, run_stages
 from magr_onnx.passes.emit import FORMATS
 from magr_onnx.passes.layer_passes.activations import ActivationType, QuantizeActivations
 from magr_onnx.passes.layer_passes.bias_compensation import CompensateBias, compensate_groups
@@ -150,10 +150,7 @@ class Plan:
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Run the solving stages on a layer, in order."""
-        solution = LayerSolution.unsolved(problem)
-        for stage in self.solving:
-            solution = stage.solve(problem, solution)
-        return solution
+        return run_stages(self.solving, problem)
 
     def for_channels(self, stage: Convolutions | Recurrent, absorbs: bool = False, activation: ActivationType | None = None) -> Plan:
         """Derive the plan for weights with one scale per output channel: MagR, the quantizer and the bias correction.

@@ -70,6 +70,7 @@ class RunArguments(TypedDict, total=False):
     shard_size: Size | None
     external_data: bool
     resume: str | os.PathLike[str] | None
+    workers: int | str | None
 
 
 class Arguments(Options, RunArguments, total=False):

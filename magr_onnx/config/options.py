@@ -246,6 +246,10 @@ RUN = _by_name(
         OptionSpec(
             name="provider", help=f"{', '.join(PROVIDERS)}, or an onnxruntime provider name.", types=_TEXT, default="cpu", panel=LARGE),
         OptionSpec(
+            name="workers", types=(str, int, NoneType), expected="a number of processes or the address of a scheduler",
+            help="Solve layers in this many processes, or by the workers of a scheduler of dask.distributed, as tcp://host:8786, to the "
+            "same file; see docs/distributed.md.", panel=LARGE, metavar="N|ADDRESS"),
+        OptionSpec(
             name="cache", kind="size", help="Memory for values between stages, as 512MB or 2GB; more go to a temporary folder.",
             types=_TEXT, default="2GB", least=0, panel=LARGE, metavar="SIZE"),
         OptionSpec(

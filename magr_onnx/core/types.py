@@ -279,6 +279,12 @@ class LayerStats:
     taps: int = 1
     _memo: _Memo = field(default_factory=_Memo, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without what was computed; the matrix of data-free statistics is made again, since a copy is no view."""
+        if self.is_data_free:
+            return _data_free, (len(self.mean), self.activation, self.common_mean, self.taps)
+        return LayerStats, (self.gram, self.mean, self.rows, self.float_mean, self.activation, self.folds, self.common_mean, self.taps)
+
     @staticmethod
     def data_free(k: int, common_mean: float = COMMON_MEAN, taps: int = 1) -> LayerStats:
         """Return the statistics assumed without calibration data: uncorrelated inputs of unit power."""
@@ -369,6 +375,11 @@ class LayerStats:
         result = gram if centred and self.is_large else gram.copy()  # nobody else has a large one
         result[np.diag_indices(len(power))] += prior
         return result
+
+
+def _data_free(k: int, activation: Activation | None, common_mean: float, taps: int) -> LayerStats:
+    """Return data-free statistics as they were."""
+    return LayerStats(_identity_plus(k, 0.0), np.zeros(k), 0, activation=activation, common_mean=common_mean, taps=taps)
 
 
 def _identity_plus(k: int, value: float) -> Gram:

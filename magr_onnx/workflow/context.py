@@ -21,6 +21,7 @@ from magr_onnx.passes.layers.selection import Selection
 from magr_onnx.report.layer_row import LayerRow
 from magr_onnx.runtime.data.sources import Steps
 from magr_onnx.workflow.checkpoint import JobDirectory
+from magr_onnx.workflow.cluster import Cluster
 from magr_onnx.workflow.request import OptimizeRequest
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class RunContext:
         on_layer: Called with every finished layer.
         spool: Where finished constants of a large model go.
         store: The job directory, if there is one.
+        workers: Where layers are solved; None for this process.
         stopwatch: Wall time by stage.
         known: What was measured of the float model, while a search makes several models of it; None where only one is made.
     """
@@ -98,6 +100,7 @@ class RunContext:
     on_layer: OnLayer | None
     spool: Spool | None = None
     store: JobDirectory | None = None
+    workers: Cluster | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     known: dict[Hashable, Any] | None = None
 
@@ -135,7 +138,7 @@ class RunContext:
 
     def notes(self, model: ir.Model) -> list[str]:
         """What to say about files in the report of the finished ``model``."""
-        notes = []
+        notes = [] if self.workers is None else [*self.workers.notes]
         if self.store is not None:
             count = self.store.restored
             notes += [f"{count} layers were finished before and taken from the job directory"] * (count > 0) + self.store.notes

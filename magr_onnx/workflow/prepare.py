@@ -36,6 +36,7 @@ from magr_onnx.runtime.ort import opset_check, session, worker
 from magr_onnx.workflow import conv_sensitivity, mixed_precision, non_linear, recurrent, wide_inputs
 from magr_onnx.workflow.calibrate import held_out_for
 from magr_onnx.workflow.checkpoint import job_directory, manifest_of
+from magr_onnx.workflow.cluster import cluster
 from magr_onnx.workflow.context import Memory, RunContext, Stopwatch, open_spool
 from magr_onnx.workflow.integer_convolutions import may_be_integer
 from magr_onnx.workflow.progress import reporter
@@ -112,6 +113,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
     stopwatch = Stopwatch()
     progress = stack.enter_context(reporter(request.progress))
     stack.enter_context(session.custom_ops(request.custom_ops))
+    workers = None if request.workers is None else stack.enter_context(cluster(request.workers))
     loaded = _load(request)
     mask, opset = resolve_mask(loaded.model, request.mask), loaded.model.opset_imports.get("")
     prepared = _canonical(loaded, request)
@@ -147,6 +149,7 @@ def prepare(request: OptimizeRequest, stack: contextlib.ExitStack) -> tuple[Prep
         on_layer=request.on_layer,
         spool=spool,
         store=store,
+        workers=workers,
         stopwatch=stopwatch,
     )
     data, kept_back = (data, None) if data is None or memory.large else keep_back(data)

@@ -21,6 +21,7 @@ from magr_onnx.runtime.data.sources import Source
 from magr_onnx.runtime.data.text import Reading
 from magr_onnx.runtime.measure.metric import Metric
 from magr_onnx.runtime.ort.session import provider_problems
+from magr_onnx.workflow.cluster import address_of
 from magr_onnx.workflow.goal import Goal, goal_of
 
 
@@ -69,6 +70,7 @@ class OptimizeRequest:
     shard_size: int | None
     external_data: bool
     resume: Path | None
+    workers: int | str | None
     progress: Progress | bool | None
     on_layer: OnLayer | None
     preset: str | None
@@ -104,9 +106,10 @@ def resolve(arguments: Mapping[str, Any], invocation: Invocation) -> OptimizeReq
     if invocation.options is None:
         invocation = replace(invocation, options=plain(without_defaults(in_order(merged), DEFAULTS)))
     paths = {name: None if values[name] is None else Path(values[name]) for name in ("output", "resume")}
+    workers = None if values["workers"] is None else address_of(values["workers"])
     unchanged = {field.name: values[field.name] for field in fields(OptimizeRequest) if field.name in values}
     return OptimizeRequest(
-        **{**unchanged, **sizes, **paths, "metric": _metric(values)},
+        **{**unchanged, **sizes, **paths, "metric": _metric(values), "workers": workers},
         invocation=invocation,
         validation=values["validation_data"],
         reading=reading_of(values),

@@ -363,7 +363,7 @@ def _solve_layers(setup: _Setup, search: mixed_precision.Search | None, hessian:
             context.stage("quantizing")(0, len(layers))  # the stage begins before its first layer is finished
         complete = completing(gathered, models.tapped, hessian, calibration)
         finished = _releasing(partial(done.finish, context), group, gathered)
-        run_layers(plan, group, partial(_known, gathered.stats), finished, complete, plans, context.store)
+        run_layers(plan, group, partial(_known, gathered.stats), finished, complete, plans, context.store, context.workers)
         context.lap("quantize")
     if setup.tied:
         nodes = {str(node.name): node for node in work.graph}

@@ -34,6 +34,15 @@ def available() -> bool:
     return True
 
 
+def processor() -> tuple[str, ...]:
+    """Return the name of the processor that loops are compiled for, which decides how sums are rounded; none without Numba."""
+    if not available():
+        return ()
+    from llvmlite.binding import get_host_cpu_name
+
+    return (str(get_host_cpu_name()),)
+
+
 def serves(k: int, n: int) -> bool:
     """Return whether the loops of a layer ``(k, n)`` are compiled ones. It depends on its shape, not on the machine's cores."""
     return k * n >= LEAST_WEIGHTS and n >= LEAST_CHANNELS and available()
