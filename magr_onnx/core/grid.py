@@ -110,15 +110,16 @@ def search(weights: Array, spec: WeightSpec, diagonal: Array) -> Grid:
     grouped = blocks(weights, spec)
     importance = np.ascontiguousarray(blocks(np.maximum(diagonal, 0).astype(np.float32)[:, None], spec)[..., 0])
     groups, rows, _ = grouped.shape
-    scales, zeros = np.empty((2, groups, n), np.float32)
     if compiled.serves(k, n):
-        from magr_onnx.core.compiled.grids import fits, losses
 
-        def search_columns(c: slice) -> None:
-            scales[:, c], zeros[:, c] = _search(np.ascontiguousarray(grouped[:, :, c]), importance, spec, losses, fits)
+        def search_columns(c: slice) -> tuple[Array, Array]:
+            from magr_onnx.core.compiled.grids import fits, losses
 
-        compiled.by_columns(search_columns, k, n)
-        return Grid(scales, zeros, spec, k)
+            return _search(np.ascontiguousarray(grouped[:, :, c]), importance, spec, losses, fits)
+
+        parts = compiled.by_columns(search_columns, k, n)
+        return Grid(np.hstack([scales for scales, _ in parts]), np.hstack([zeros for _, zeros in parts]), spec, k)
+    scales, zeros = np.empty((2, groups, n), np.float32)
     width = min(n, max(_LEAST_COLUMNS, _VALUES // rows))
     height = max(1, _VALUES // (rows * width))
     for at in range(0, n, width):

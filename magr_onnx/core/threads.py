@@ -12,10 +12,11 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -57,6 +58,12 @@ def single_threaded_blas() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def one_blas_thread() -> None:
+    """Let every product of this process run in the thread that asks for it, from now on."""
+    ThreadpoolController().limit(limits=1, user_api="blas")
+
+
 _WIDTH = 512  # columns of a product, or rows of a narrow one, that a thread computes at a time
 _LEAST = 1 << 26  # multiplications of a product that threads share: to wake them takes as long as some millions
 
@@ -78,6 +85,32 @@ def product(a: Array, b: Array, out: Array | None = None) -> Array:
     else:
         each(rows, range(0, len(a), _WIDTH))
     return result
+
+
+class Share(Protocol):
+    """Work that others help with."""
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T], /) -> list[R]:
+        """Return ``function`` of every item, in order."""
+
+
+_share: ContextVar[Share | None] = ContextVar("share", default=None)
+
+
+@contextlib.contextmanager
+def helped(share: Share) -> Iterator[None]:
+    """Have the output channels of layers that this thread solves shared with others, beside its own threads."""
+    token = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return ``function`` of every item, in order, by whoever helps (`helped`), else by `each`."""
+    share = _share.get()
+    return each(function, items) if share is None or len(items) < 2 else share(function, items)
 
 
 def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

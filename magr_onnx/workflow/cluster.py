@@ -10,7 +10,6 @@ A worker that dies takes the data of its layers with it: problems are kept here 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import platform
@@ -30,13 +29,14 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
-from magr_onnx.core import compiled
+from magr_onnx.core import compiled, threads
 from magr_onnx.core.layer import LayerProblem, LayerSolution
 from magr_onnx.core.solution_arrays import Arrays, from_arrays, to_arrays
 from magr_onnx.core.types import LayerStats
 from magr_onnx.errors import DependencyError, MagrError, OptionError, install, listed
 from magr_onnx.passes.base import LayerStage, run_stages
 from magr_onnx.report.data import versions
+from magr_onnx.workflow.helpers import Helpers
 
 START, CONNECT, GONE = 120.0, 10.0, 60.0  # seconds to wait for own workers, for a scheduler, and for workers in place of dead ones
 MOST_SENT = 5  # times that a layer is sent: a worker that dies of it dies of it again
@@ -149,26 +149,33 @@ class Cluster:
         self._client, self._direct = client, direct
         self._shared: dict[int, _Shared] = {}
         self._load: Counter[str] = Counter()  # unsolved layers of every worker
+        self._groups: list[list[str]] = []  # of workers, for the last layers of a stage
 
     @property
     def ahead(self) -> int:
         """Count the layers that are sent before the first of them is collected: two for every thread that there is by now."""
         return 2 * sum(self._threads().values())
 
-    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> Sent:
-        """Have a worker solve a layer by stages of a plan."""
-        return Sent(self, name, stages, problem)
+    def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem, behind: int) -> Sent:
+        """Have a worker solve a layer by stages of a plan; the last layers of a stage, fewer than there are workers, by several."""
+        if behind + 1 >= len(self._threads()):
+            self._groups = []
+        elif not self._groups:
+            order = sorted(self._threads(), key=lambda address: self._load[address])
+            self._groups = [order[i :: behind + 1] for i in range(behind + 1)][::-1]
+        return Sent(self, name, stages, problem, self._groups.pop() if self._groups else ())
 
-    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem) -> tuple[str, Any]:
-        """Send a problem; return the address of the worker and the future solution."""
+    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem, group: Sequence[str] = ()) -> tuple[str, Any]:
+        """Send a problem, to the first of a group of workers if one is given; return the address of the worker and the future solution."""
         while True:
-            address = self.emptiest()
+            address = group[0] if group else self.emptiest()
+            helpers, group = group[1:], ()  # if the first does not take it, it goes to any
             try:
                 stats, rest = self._stats(problem.stats, address), self._scatter(replace(problem, stats=_NOTHING), address)
             except (OSError, TimeoutError):  # it has died meanwhile
                 continue
             self._load[address] += 1
-            function = partial(_solve, tuple(stages))
+            function = partial(_solve, tuple(stages), helpers)
             return address, self._client.submit(function, rest, stats, workers=[address], allow_other_workers=True, pure=False)
 
     def solved(self, address: str, problem: LayerProblem) -> None:
@@ -219,9 +226,9 @@ class Cluster:
 class Sent:
     """A layer that is with a worker."""
 
-    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem) -> None:
+    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem, group: Sequence[str]) -> None:
         self._cluster, self._name, self._stages, self._problem = cluster, name, stages, problem
-        self._address, self._future = cluster.submit(stages, problem)
+        self._address, self._future = cluster.submit(stages, problem, group)
 
     def result(self) -> LayerSolution:
         """Wait for the solution.
@@ -259,16 +266,11 @@ class Sent:
         )
 
 
-def _solve(stages: Sequence[LayerStage], problem: LayerProblem, stats: LayerStats) -> Arrays:
-    """Solve a layer in a worker."""
-    _one_thread()
-    return to_arrays(run_stages(stages, replace(problem, stats=stats)))
-
-
-@functools.cache
-def _one_thread() -> None:
-    """Let every product of this process run in the thread that asks for it, from now on."""
-    ThreadpoolController().limit(limits=1, user_api="blas")
+def _solve(stages: Sequence[LayerStage], helpers: Sequence[str], problem: LayerProblem, stats: LayerStats) -> Arrays:
+    """Solve a layer in a worker, with the help of others."""
+    threads.one_blas_thread()
+    with threads.helped(Helpers(helpers)) if helpers else contextlib.nullcontext():
+        return to_arrays(run_stages(stages, replace(problem, stats=stats)))
 
 
 def _facts() -> dict[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import magr_onnx
+from magr_onnx.core import compiled
 from magr_onnx.core.gram import LEAST_WIDTH
 from magr_onnx.core.layer import LayerProblem
 from magr_onnx.core.types import LayerStats
@@ -27,6 +28,7 @@ from magr_onnx.models import bundled
 from magr_onnx.passes import MagR
 from magr_onnx.workflow import cluster
 from tests import graphs
+from tests.helpers import PATIENCE
 from tests.workflow.test_checkpoint import SETTINGS, chain_file, deep_file, layer_files, plain_row, written
 
 pytest.importorskip("distributed")
@@ -148,10 +150,57 @@ def test_workers_killed_at_random_moments(effort: str, workers: int, tmp_path: P
         assert path.read_bytes() == alone.read_bytes()
 
 
+@pytest.mark.skipif(not compiled.available(), reason="blocks of channels are shared where loops are compiled")
+def test_a_layer_alone_is_that_of_one_worker(scheduler: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 64))
+    stats = LayerStats(x.T @ x / 400, x.mean(0), 400)
+    problem = LayerProblem(rng.standard_normal((64, 2100)).astype(np.float32), None, stats)
+    plan = magr_onnx.build_pipeline(quantizer="comq", alpha=1e-3, bits=3)
+    with cluster.cluster(scheduler) as workers:
+        several, one = (workers.send("layer", plan.solving, problem, behind).result() for behind in (0, 5))
+    here = plan.solve(problem)
+    assert several.quantized is not None
+    for solution in (one, here):
+        assert solution.quantized is not None
+        np.testing.assert_array_equal(several.quantized.codes, solution.quantized.codes)
+        np.testing.assert_array_equal(several.quantized.scales, solution.quantized.scales)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dies", [False, True])
+def test_workers_help_with_the_output_channels_of_a_layer(dies: bool, scheduler: str) -> None:
+    """Items in order, by two processes; those of a helper that dies are done all the same."""
+    from distributed import Client
+
+    def task(helper: str) -> list[tuple[int, int]]:
+        import os
+        import time
+
+        from magr_onnx.workflow.helpers import Helpers
+
+        leader = os.getpid()
+
+        def function(item: int) -> tuple[int, int]:
+            time.sleep(0.1)
+            if dies and os.getpid() != leader:
+                os._exit(1)
+            return item * item, os.getpid()
+
+        return Helpers([helper])(function, range(12))
+
+    with Client(scheduler) as client:
+        client.wait_for_workers(2)
+        first, second = client.nthreads()
+        results = client.submit(task, second, workers=[first], pure=False).result(timeout=PATIENCE)
+    assert [square for square, _ in results] == [item * item for item in range(12)]
+    assert len({process for _, process in results}) == (1 if dies else 2)
+
+
 def test_an_error_of_a_layer_is_that_of_a_run_alone(scheduler: str) -> None:
     problem = LayerProblem(np.ones((4, 4), np.float32), None, LayerStats(np.eye(4), np.zeros(4), 8))
     with cluster.cluster(scheduler) as workers, pytest.raises(OptionError, match=r"alpha=-1.0 must be 0 or more"):
-        workers.send("layer", [MagR(-1.0)], problem).result()
+        workers.send("layer", [MagR(-1.0)], problem, 1).result()
 
 
 class Untouched:
@@ -204,7 +253,7 @@ def test_workers_that_lack_the_package_or_are_gone(monkeypatch: pytest.MonkeyPat
             plan = magr_onnx.build_pipeline(quantizer="rtn")
             problem = LayerProblem(np.ones((32, 8), np.float32), None, LayerStats.data_free(32))
             with pytest.raises(MagrError, match="all workers, or their scheduler, have been gone for 1 s; start them"):
-                workers.send("layer", plan.solving, problem).result()
+                workers.send("layer", plan.solving, problem, 1).result()
 
 
 @contextlib.contextmanager

@@ -49,12 +49,13 @@ def serves(k: int, n: int) -> bool:
 
 
 def by_columns(function: Callable[[slice], T], k: int, n: int) -> list[T]:
-    """Return ``function`` of slices of the output channels of a layer ``(k, n)``, which are independent.
+    """Return ``function`` of slices of the output channels of a layer ``(k, n)``, which are independent; it changes nothing but its result.
 
-    Compiled, they are solved in threads; else large ones one after the other, since temporaries may be many times the layer.
+    Compiled, they are solved in threads, or by whoever helps this one (`magr_onnx.core.threads.helped`);
+    else large ones one after the other, since temporaries may be many times the layer.
     """
     if not serves(k, n):
         return [function(part) for part in column_parts(k, n)]
     count = max(1, min(n // CHANNELS, k * n // LEAST_WEIGHTS))  # so that compiled loops serve every slice
     edges = [n * i // count for i in range(count + 1)]
-    return threads.each(function, [slice(a, b) for a, b in pairwise(edges)])
+    return threads.shared(function, [slice(a, b) for a, b in pairwise(edges)])

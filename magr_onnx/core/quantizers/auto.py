@@ -122,16 +122,16 @@ def _solve(problem: Problem, choice: Choice, options: Options, quick: bool = Fal
     gram = problem.damped_gram(choice.damping).astype(np.float32, order="C", copy=False)
     feedback = gptq.prepared(problem, choice.damping, choice.act_order)
     reduced, reduction = _reduced(problem, choice)
-    power = problem.gram.diagonal()
+    power, whole, spec = problem.gram.diagonal(), problem.target, problem.spec
 
-    def solve(c: slice) -> Refined:
-        target, weights = np.ascontiguousarray(problem.target[:, c]), reduced[:, c]
-        start = gptq.solve(weights, feedback, choose(weights, problem.spec, power, options.beta))
+    def solve(c: slice) -> Refined:  # may travel: it is to hold no more than it needs
+        target, weights = np.ascontiguousarray(whole[:, c]), reduced[:, c]
+        start = gptq.solve(weights, feedback, choose(weights, spec, power, options.beta))
         refined = comq.refine(target, start, gram, sweeps=min(options.sweeps, TRIAL_SWEEPS if quick else SWEEPS), rescale=options.rescale)
         if quick or not options.rescale or options.sweeps <= SWEEPS:
             return refined
         weight, error = refined.weight, refined.errors[-1]
-        if problem.spec.rows(len(target)) <= MOST_ROWS:
+        if spec.rows(len(target)) <= MOST_ROWS:
             weight, gain = regrid(target, weight, gram)
             error -= gain
         again = comq.refine(target, weight, gram, sweeps=options.sweeps - SWEEPS, rescale=options.rescale, error=error)
