@@ -10,6 +10,7 @@ A worker that dies takes the data of its layers with it: problems are kept here 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -145,7 +146,8 @@ class Cluster:
 
     def __init__(self, client: Any, direct: bool) -> None:
         """Send layers by a ``client`` of dask, ``direct`` to the workers or through the scheduler."""
-        self.notes = _check(client)
+        self._here = _facts()
+        self.notes = _check(client, self._here)
         self._client, self._direct = client, direct
         self._shared: dict[int, _Shared] = {}
         self._load: Counter[str] = Counter()  # unsolved layers of every worker
@@ -171,12 +173,13 @@ class Cluster:
             address = group[0] if group else self.emptiest()
             helpers, group = group[1:], ()  # if the first does not take it, it goes to any
             try:
-                stats, rest = self._stats(problem.stats, address), self._scatter(replace(problem, stats=_NOTHING), address)
+                rest, shared = self._scatter(replace(problem, stats=_NOTHING), address), self._stats(problem.stats, address)
             except (OSError, TimeoutError):  # it has died meanwhile
                 continue
             self._load[address] += 1
-            function = partial(_solve, tuple(stages), helpers)
-            return address, self._client.submit(function, rest, stats, workers=[address], allow_other_workers=True, pure=False)
+            shared.layers += 1
+            function = partial(_solve, tuple(stages), helpers, self._here)
+            return address, self._client.submit(function, rest, shared.data, workers=[address], allow_other_workers=True, pure=False)
 
     def solved(self, address: str, problem: LayerProblem) -> None:
         """Take note that a layer is no longer with a worker."""
@@ -212,15 +215,14 @@ class Cluster:
     def _scatter(self, data: Any, address: str) -> Any:
         return self._client.scatter(data, workers=[address], direct=self._direct, hash=False)
 
-    def _stats(self, stats: LayerStats, address: str) -> Any:
+    def _stats(self, stats: LayerStats, address: str) -> _Shared:
         """Return statistics as workers have them; send them to ``address`` where none has."""
         shared = self._shared.get(id(stats))
         if shared is None:
             shared = self._shared[id(stats)] = _Shared(stats, self._scatter(stats, address))
         elif shared.data.status != "finished":
             shared.data = self._scatter(stats, address)
-        shared.layers += 1
-        return shared.data
+        return shared
 
 
 class Sent:
@@ -258,6 +260,8 @@ class Sent:
                 self._cluster.emptiest()  # which says so where nobody is left
             except KilledWorker as error:
                 raise self._deadly() from error
+            except ImportError as error:  # in a worker that came later
+                raise MagrError(f"{self._name}: a worker cannot use onnx-magr ({error}). {_REMEDY}") from error
 
     def _deadly(self) -> MagrError:
         return MagrError(
@@ -266,15 +270,28 @@ class Sent:
         )
 
 
-def _solve(stages: Sequence[LayerStage], helpers: Sequence[str], problem: LayerProblem, stats: LayerStats) -> Arrays:
-    """Solve a layer in a worker, with the help of others."""
+def _solve(
+    stages: Sequence[LayerStage], helpers: Sequence[str], wanted: Mapping[str, str], problem: LayerProblem, stats: LayerStats
+) -> Arrays:
+    """Solve a layer in a worker that has the ``wanted`` versions, with the help of others.
+
+    Raises:
+        MagrError: It has other versions: a worker that came when the run had begun. Or as the stages do.
+    """
     threads.one_blas_thread()
+    if text := _differences(wanted, _facts()):
+        raise MagrError(f"a worker at {platform.node()} has {text}. {_REMEDY}")
     with threads.helped(Helpers(helpers)) if helpers else contextlib.nullcontext():
         return to_arrays(run_stages(stages, replace(problem, stats=stats)))
 
 
-def _facts() -> dict[str, str]:
-    """What solutions depend on where they are computed: versions, and what the processor decides."""
+_PROCESSOR = "processor"
+_REMEDY = "Install the same versions there, and start it again"
+
+
+@functools.cache
+def _facts() -> Mapping[str, str]:
+    """Return what solutions depend on where they are computed: versions, and what the processor decides."""
     facts = {"Python": ".".join(platform.python_version_tuple()[:2]), "distributed": version("distributed")}
     facts |= {name: text for name, text in versions().items() if name in ("onnx-magr", "numpy", "numba")}
     libraries = [library for library in ThreadpoolController().info() if library["user_api"] == "blas"]
@@ -283,29 +300,29 @@ def _facts() -> dict[str, str]:
     return {**facts, _PROCESSOR: ", ".join([platform.machine(), *compiled.processor(), *blas])}
 
 
-_PROCESSOR = "processor"
+def _differences(here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """Name the versions that differ; empty where none do."""
+    names = [name for name in {**here, **there} if name != _PROCESSOR and here.get(name) != there.get(name)]
+    return ", ".join(f"{name} {there.get(name, 'none')} instead of {here.get(name, 'none')}" for name in names)
 
 
-def _check(client: Any) -> list[str]:
+def _check(client: Any, here: Mapping[str, str]) -> list[str]:
     """Compare workers with this process; return a note where their processors may round sums in another way.
 
     Raises:
         MagrError: Workers lack the package, or versions differ.
     """
-    here, problems, others = _facts(), dict[str, list[str]](), list[str]()
+    problems, others = dict[str, list[str]](), list[str]()
     for address, there in sorted(client.run(_facts, on_error="return").items()):
         if isinstance(there, BaseException):
             problems.setdefault(f"cannot use onnx-magr {here['onnx-magr']} ({there})", []).append(address)
-            continue
-        differ = [f"{name} {there.get(name, 'none')} instead of {text}" for name, text in here.items() if there.get(name) != text]
-        differ += [f"{name} {text} instead of none" for name, text in there.items() if name not in here]
-        if text := ", ".join(difference for difference in differ if not difference.startswith(_PROCESSOR)):
+        elif text := _differences(here, there):
             problems.setdefault(f"has {text}", []).append(address)
-        elif differ:
+        elif there[_PROCESSOR] != here[_PROCESSOR]:
             others.append(f"{address} ({there[_PROCESSOR]})")
     if problems:
         texts = "; ".join(f"{listed(addresses)} {problem}" for problem, addresses in problems.items())
-        raise MagrError(f"workers and this process need the same packages: {texts}. Install the same versions there, and start them again")
+        raise MagrError(f"workers and this process need the same packages: {texts}. {_REMEDY}")
     if not others:
         return []
     text = f"workers have other processors than this one ({here[_PROCESSOR]}): {listed(others)}"

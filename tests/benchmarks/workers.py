@@ -4,9 +4,10 @@
 
 The first table has the time that layers of K = N = ``--width`` take to be quantized at the default effort by one worker and by two, each a
 process of one thread, begun anew for every run: of layers side by side in one stage, and of stages of three layers and of one, as in a
-transformer. *Solving* begins where calibration ends, and has the transfers in it; the whole run also has the start of the workers,
-calibration and the comparison of both models. Both numbers of workers are measured in turns; ratios are of the same round, and all figures
-medians. Run it on a machine that is otherwise idle.
+transformer. *Solving* begins where calibration ends, and has the transfers in it; the *busiest worker* is the processor time of the worker
+that had the most, which other work on the machine hardly changes; the *whole run* also has the start of the workers, calibration and the
+comparison of both models. Both numbers of workers are measured in turns; ratios are of the same round, and all figures medians. Run it on a
+machine that is otherwise idle.
 
 The second part quantizes the bundled model by two workers, one of which is killed (SIGKILL) at a random moment, until ``--kills`` were,
 and counts the files that are the same as that of a run without workers.
@@ -55,15 +56,21 @@ def write(path: Path, stages: Sequence[int], width: int) -> None:
     onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10), path)
 
 
-def seconds(model: Path, width: int, workers: int) -> tuple[float, float]:
-    """Quantize a model; return the time of the solving and of the whole run."""
-    rows = inputs(width, 0)
+def seconds(model: Path, width: int, workers: int) -> tuple[float, float, float]:
+    """Quantize a model; return the time of the solving, the processor time of the busiest worker in it, and the time of the whole run."""
+    rows, spent = inputs(width, 0), dict[int, list[float]]()
+
+    def step(stage: str, done: int, total: int) -> None:
+        if stage == "quantizing" and done in (0, total):
+            for worker in worker_processes():
+                times = psutil.Process(worker).cpu_times()
+                spent.setdefault(worker, []).append(times.user + times.system)
+
     begin = time.perf_counter()
     data = [{"x": rows[at : at + 256]} for at in range(0, len(rows), 256)]
-    _, report = magr_onnx.optimize(
-        model, data, output=model.with_suffix(f".{workers}.onnx"), workers=workers, progress=False, accuracy_level=0
-    )
-    return report.seconds["quantize"], time.perf_counter() - begin
+    options = {"output": model.with_suffix(f".{workers}.onnx"), "workers": workers, "progress": step, "accuracy_level": 0}
+    _, report = magr_onnx.optimize(model, data, **options)  # type: ignore[arg-type]
+    return report.seconds["quantize"], max(times[-1] - times[0] for times in spent.values()), time.perf_counter() - begin
 
 
 def speed(counts: tuple[int, int], width: int, rounds: int, folder: Path) -> str:
@@ -71,19 +78,19 @@ def speed(counts: tuple[int, int], width: int, rounds: int, folder: Path) -> str
     lines: list[list[Cell]] = []
     for name, stages in SHAPES.items():
         write(model := folder / "model.onnx", stages, width)
-        times: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+        times: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
         for turn in range(rounds):
             for count in counts if turn % 2 == 0 else counts[::-1]:
-                progress(f"{name}, {count} workers, {turn + 1} of {rounds}")
                 times[count].append(seconds(model, width, count))
-        few, many = (times[count] for count in counts)
-        ratios = [[a[part] / b[part] for a, b in zip(few, many, strict=True)] for part in (0, 1)]
-        medians = [f"{statistics.median(t[part] for t in measured):.1f}" for part in (0, 1) for measured in (few, many)]
-        lines.append([name, *medians[:2], spread(ratios[0]), *medians[2:], spread(ratios[1])])
+                figures = ", ".join(f"{value:.1f}" for value in times[count][-1])
+                progress(f"{name}, {count} workers, {turn + 1} of {rounds}: {figures} s")
         same = len({model.with_suffix(f".{count}.onnx").read_bytes() for count in counts}) == 1
-        lines[-1].append("yes" if same else "no")
-    columns = [f"{what} {count}, s" for what in ("solving by", "whole run by") for count in counts]
-    return table(["layers", *columns[:2], "times as fast", *columns[2:], "times as fast", "same file"], lines)
+        for part, what in enumerate(("solving", "busiest worker", "whole run")):
+            few, many = ([measured[part] for measured in times[count]] for count in counts)
+            ratios = [a / b for a, b in zip(few, many, strict=True)]
+            medians = [f"{statistics.median(measured):.1f}" for measured in (few, many)]
+            lines.append([name, what, *medians, spread(ratios), "yes" if same else "no"])
+    return table(["layers", "time", *(f"by {count}, s" for count in counts), "times as fast", "same file"], lines)
 
 
 def worker_processes() -> set[int]:

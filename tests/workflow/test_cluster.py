@@ -203,6 +203,14 @@ def test_an_error_of_a_layer_is_that_of_a_run_alone(scheduler: str) -> None:
         workers.send("layer", [MagR(-1.0)], problem, 1).result()
 
 
+def test_a_worker_of_other_versions_that_comes_later_solves_nothing(scheduler: str) -> None:
+    problem = LayerProblem(np.ones((4, 4), np.float32), None, LayerStats(np.eye(4), np.zeros(4), 8))
+    with cluster.cluster(scheduler) as workers:
+        workers._here = {**workers._here, "numpy": "1.0"}
+        with pytest.raises(MagrError, match=r"a worker at \S+ has numpy \S+ instead of 1.0. Install the same versions there"):
+            workers.send("layer", [MagR(1.0)], problem, 1).result()
+
+
 class Untouched:
     """Calibration data that is not to be read."""
 
@@ -224,7 +232,9 @@ def test_what_is_wrong_with_workers_is_said_before_the_long_work(scheduler: str,
         refused("carrier://pigeon:1", MagrError, "no scheduler of dask answers at carrier://pigeon:1 .*unknown address scheme")
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "versions", lambda: {"onnx-magr": "0.0.1", "numpy": np.__version__})
+        cluster._facts.cache_clear()
         refused(scheduler, MagrError, r"need the same packages: tcp://\S+, tcp://\S+ has onnx-magr .* instead of 0.0.1.*Install the same")
+    cluster._facts.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "distributed", None)
         refused(2, DependencyError, r"needs? dask.distributed, which is not installed; pip install 'onnx-magr\[distributed\]'")
