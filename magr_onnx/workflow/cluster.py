@@ -41,6 +41,7 @@ from magr_onnx.workflow.helpers import Helpers
 
 START, CONNECT, GONE = 120.0, 10.0, 60.0  # seconds to wait for own workers, for a scheduler, and for workers in place of dead ones
 MOST_SENT = 5  # times that a layer is sent: a worker that dies of it dies of it again
+MOST_HELPERS = 8  # of a layer: wide ones have some tens of blocks
 _SETTINGS = {"DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON": "{'MALLOC_TRIM_THRESHOLD_': None}"}
 """Of own workers. Dask's threshold has every array of some size mapped anew, which takes a fifth of the time of a layer."""
 _NOTHING = LayerStats.data_free(1)
@@ -151,7 +152,6 @@ class Cluster:
         self._client, self._direct = client, direct
         self._shared: dict[int, _Shared] = {}
         self._load: Counter[str] = Counter()  # unsolved layers of every worker
-        self._groups: list[list[str]] = []  # of workers, for the last layers of a stage
 
     @property
     def ahead(self) -> int:
@@ -159,19 +159,20 @@ class Cluster:
         return 2 * sum(self._threads().values())
 
     def send(self, name: str, stages: Sequence[LayerStage], problem: LayerProblem, behind: int) -> Sent:
-        """Have a worker solve a layer by stages of a plan; the last layers of a stage, fewer than there are workers, by several."""
-        if behind + 1 >= len(self._threads()):
-            self._groups = []
-        elif not self._groups:
-            order = sorted(self._threads(), key=lambda address: self._load[address])
-            self._groups = [order[i :: behind + 1] for i in range(behind + 1)][::-1]
-        return Sent(self, name, stages, problem, self._groups.pop() if self._groups else ())
+        """Have a worker solve a layer by stages of a plan; others help with the last layers of a stage, one for each worker, once idle.
 
-    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem, group: Sequence[str] = ()) -> tuple[str, Any]:
-        """Send a problem, to the first of a group of workers if one is given; return the address of the worker and the future solution."""
+        Only workers of one thread do: such a worker is a helper in a layer only if that had begun before its own, so that no two wait for
+        each other.
+        """
+        threads = self._threads()
+        return Sent(self, name, stages, problem, behind < len(threads) and set(threads.values()) == {1})
+
+    def submit(self, stages: Sequence[LayerStage], problem: LayerProblem, helped: bool = False) -> tuple[str, Any]:
+        """Send a problem, to be solved with the help of others if ``helped``; return the address of the worker and the future solution."""
         while True:
-            address = group[0] if group else self.emptiest()
-            helpers, group = group[1:], ()  # if the first does not take it, it goes to any
+            address = self.emptiest()
+            others = sorted(self._threads().keys() - {address}, key=lambda other: (self._load[other], other))
+            helpers = others[:MOST_HELPERS] if helped else []
             try:
                 rest, shared = self._scatter(replace(problem, stats=_NOTHING), address), self._stats(problem.stats, address)
             except (OSError, TimeoutError):  # it has died meanwhile
@@ -228,9 +229,9 @@ class Cluster:
 class Sent:
     """A layer that is with a worker."""
 
-    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem, group: Sequence[str]) -> None:
+    def __init__(self, cluster: Cluster, name: str, stages: Sequence[LayerStage], problem: LayerProblem, helped: bool) -> None:
         self._cluster, self._name, self._stages, self._problem = cluster, name, stages, problem
-        self._address, self._future = cluster.submit(stages, problem, group)
+        self._address, self._future = cluster.submit(stages, problem, helped)
 
     def result(self) -> LayerSolution:
         """Wait for the solution.

@@ -1,4 +1,4 @@
-"""Output channels of one layer, solved by several workers of dask.distributed: for layers that have no others beside them.
+"""Output channels of one layer, solved by several workers of dask.distributed: for the last layers of a stage.
 
 The worker that has the layer takes blocks of output channels from the front; each of its helpers, once it is free, one after the other from
 the back. So nobody waits for a helper that is busy, and what a helper had that died is done by the worker that has the layer. Every block
